@@ -1,0 +1,36 @@
+# Every target works from a fresh clone: the environment is made on demand from Python 3.11+ alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := geminifx.compiler geminifx.models geminifx.passes geminifx.runtime
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint golden clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geminifx needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: $(READY)  ## train a small OPT inside a budget its training state does not fit in
+	$(BIN)/geminifx train
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest tests
+
+lint: $(READY)  ## formatting, lint rules, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p build/types && ln -sfn ../.. build/types/geminifx
+	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases $(foreach package,$(PACKAGES),-p $(package))
+
+golden: $(READY)  ## rewrite the golden programs after an intended change; review the diff
+	ACCEPT=1 $(BIN)/python -m pytest tests/passes
+
+clean:  ## remove everything that was generated
+	rm -rf $(VENV) build *.egg-info runs .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,29 @@
+"""geminifx: a declarative graph compiler that trains PyTorch models larger than the device.
+
+model = geminifx.compile(model, device_budget="24GB")
+loss = model(**batch).loss
+loss.backward()
+optimizer.step()
+print(model.plan)
+print(model.graph["training"])
+"""
+
+from torch import device as _device
+
+from .compiler.api import compile
+from .compiler.module import CompiledModule
+from .passes.manager import graph_pass
+from .passes.plan import Plan
+from .runtime.errors import BudgetError, CaptureError, GeminiError
+
+__version__ = "0.1.0"
+
+
+def init_empty() -> _device:
+    """A context in which models are built without memory: their weights are on `meta`, to be loaded later."""
+    return _device("meta")
+
+
+__all__ = [
+    "BudgetError", "CaptureError", "CompiledModule", "GeminiError", "Plan", "compile", "graph_pass", "init_empty",
+]  # fmt: skip

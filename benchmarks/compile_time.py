@@ -1,0 +1,48 @@
+"""How long compiling takes, stage by stage, without weights and without a GPU.
+
+python benchmarks/compile_time.py --model opt-1.3b --batch 8 --seq 1024 --budget 24GB
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import geminifx
+import torch
+from geminifx.compiler.capture import Request, capture
+from geminifx.models.presets import PRESETS
+from transformers import OPTForCausalLM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="opt-1.3b")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--budget", default="24GB")
+    args = parser.parse_args()
+
+    tokens = torch.zeros(args.batch, args.seq, dtype=torch.int64)
+    batch = {"input_ids": tokens, "labels": tokens}
+    with geminifx.init_empty():
+        model = OPTForCausalLM(replace(PRESETS[args.model], dropout=0.0).config()).train()
+
+    start = time.perf_counter()
+    program = capture(model, (), batch, Request(dtype=torch.bfloat16)).program
+    capture_s = time.perf_counter() - start
+    start = time.perf_counter()
+    compiled = geminifx.compile(model, device_budget=args.budget, host_budget="1TB", precision="bf16", device="cpu",
+                                example_inputs=batch)  # fmt: skip
+    total_s = time.perf_counter() - start
+    records = compiled.history["training"]
+    passes_s = sum(record.rewrite_s + record.verify_s for record in records)
+    print(f"{args.model}, batch {args.batch} x {args.seq}: {len(program.nodes):,} nodes captured")
+    print(f"capture         {capture_s:6.2f} s")
+    for record in records:
+        print(f"{record.name:<15} {record.rewrite_s:6.2f} s, verified in {record.verify_s:.2f} s")
+    print(f"all passes once {passes_s:6.2f} s")
+    print(f"compile in all  {total_s:6.2f} s: capture, one lowering per plan considered, one to generate the code")
+
+
+if __name__ == "__main__":
+    main()

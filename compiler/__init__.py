@@ -1,0 +1,1 @@
+"""What a person drives: compile(), capture, the planner, the command line."""

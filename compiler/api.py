@@ -1,0 +1,44 @@
+"""`geminifx.compile`: the one call."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.adapters import example_inputs
+from .module import CompiledModule
+from .options import Options
+
+
+def compile(model: nn.Module, device_budget: int | str | None = None, world_size: int | None = None,
+            **options: Any) -> CompiledModule:  # fmt: skip
+    """Turn a model into one that trains within `device_budget`.
+
+    Args:
+        model: any nn.Module; its weights may still be on `meta`.
+        device_budget: device memory the whole process may use: bytes, "24GB" (10^9), "24GiB" (2^30), "80%".
+        world_size: processes to train on; this version runs on one.
+        options: fields of `Options`.
+
+    Returns:
+        A module with the same call, outputs and parameter names. Hugging Face models, and any model with
+        `example_inputs=`, are captured and planned at once; others at their first call.
+
+    Raises:
+        ValueError: an option is unknown or makes no sense.
+        BudgetError: nothing fits the budget; names the smallest that would and what takes the space.
+        CaptureError: the model's Python depends on the values of tensors.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, CompiledModule):
+        raise ValueError("the model is compiled already; compile the model it was made from with other options")
+    chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
+    compiled = CompiledModule(model, chosen)
+    examples = chosen.example_inputs if chosen.example_inputs is not None else example_inputs(model)
+    if examples is not None:
+        args, kwargs = ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
+        with torch.enable_grad():
+            compiled.prepare(*args, **kwargs)
+    return compiled

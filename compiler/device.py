@@ -1,0 +1,94 @@
+"""The device a model is compiled for, and the memory that can be had on either side."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..runtime.torch_private import use_expandable_segments
+from ..runtime.units import parse_bytes
+from .cost import ARENA, CUDA
+from .options import Options
+from .planner import Limits
+
+HEADROOM_BYTES = 192 * 2**20
+"""What CUDA's context may still grow by while training, as kernels and library handles are loaded."""
+
+WORKSPACE_BYTES = 96 * 2**20
+"""What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
+
+ALLOCATOR_SLACK = 0.01
+"""The share of the budget left to rounding in torch's allocator."""
+
+HOST_SHARE = 0.9
+"""The share of free host memory that is used where no host_budget is given."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """`torch_device` computes; on "cpu" it stands for a budgeted arena in RAM."""
+
+    torch_device: torch.device
+
+    @classmethod
+    def choose(cls, options: Options) -> "Device":
+        name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        index = torch.cuda.current_device() if name == "cuda" else None
+        return cls(torch.device(name, index))
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    def total_bytes(self) -> int:
+        if self.is_cuda:
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        return psutil.virtual_memory().total
+
+    def limits(self, options: Options) -> Limits:
+        """Budgets in bytes. On CUDA the allocator is capped so that the whole process keeps to the budget.
+
+        Raises ValueError for a budget that makes no sense.
+        """
+        free = psutil.virtual_memory().available
+        wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
+        host_bytes = parse_bytes(wanted, of=psutil.virtual_memory().total)
+        device_bytes = None
+        if options.device_budget is not None:
+            device_bytes = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
+        if not self.is_cuda:
+            return Limits(device_bytes, 0, host_bytes, ARENA)
+        device_bytes = device_bytes or self.total_bytes()
+        reserve = self.outside_bytes(warm_up=True) + HEADROOM_BYTES
+        share = max(0.0, min(1.0, (device_bytes - reserve) / self.total_bytes()))
+        use_expandable_segments()
+        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        planned = reserve + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
+        return Limits(device_bytes, planned, host_bytes, CUDA)
+
+    def outside_bytes(self, warm_up: bool = False) -> int:
+        """Device memory in use that torch's allocator does not know: driver context, libraries, others."""
+        if not self.is_cuda:
+            return 0
+        if warm_up:
+            self._load_libraries()
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return total - free - torch.cuda.memory_reserved(self.torch_device)
+
+    def begin_step(self) -> None:
+        """From here on `step_peak_bytes` counts anew; torch's own peak statistics are reset for it."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def step_peak_bytes(self) -> int:
+        """The process's highest device memory in this step, as the driver would report it."""
+        return torch.cuda.max_memory_reserved(self.torch_device) + self.outside_bytes()
+
+    def _load_libraries(self) -> None:
+        """Make the libraries that every model uses take their device memory now, where it is measured."""
+        for dtype in (torch.bfloat16, torch.float32):
+            a = torch.ones(256, 256, dtype=dtype, device=self.torch_device)
+            (a @ a).sum().item()
+        del a
+        torch.cuda.empty_cache()

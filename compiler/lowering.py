@@ -1,0 +1,62 @@
+"""From a captured program and a plan to the code that runs: the pipeline, and its two readers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..passes.manager import Pass, Record, assemble, run_passes
+from ..passes.pipeline import PIPELINE
+from ..passes.plan import Plan
+from ..passes.program import Program, note, type_of
+from ..passes.text import print_program
+from ..passes.types import TensorType
+from ..runtime.executor import Code
+from ..runtime.ops import REDUCE, TURN
+
+CLUSTER = "cluster"
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The pipeline with the user's passes in place. `flat` stops where instructions stand in their final
+    places, which is where memory is planned; `finish` goes on to the code that runs."""
+
+    passes: tuple[Pass, ...]
+    dump: Path | None = None
+
+    @classmethod
+    def of(cls, extra: tuple[Pass, ...], dump: str | Path | None) -> "Lowering":
+        return cls(assemble(PIPELINE, extra), None if dump is None else Path(dump))
+
+    def flat(self, captured: Program, plan: Plan) -> Program:
+        program = captured.copy()
+        run_passes(program, plan, self.passes[: self._cut()])
+        return program
+
+    def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
+        program = captured.copy()
+        folder = None if self.dump is None else self.dump / program.name
+        records = run_passes(program, plan, self.passes, folder)
+        if self.dump is not None:
+            plan.save(self.dump / "plan.json")
+            (self.dump / f"{program.name}.py").write_text(print_program(program, executable=True), encoding="utf-8")
+        return program, records
+
+    def _cut(self) -> int:
+        return [p.name for p in self.passes].index(CLUSTER)
+
+
+def generate(program: Program) -> Code:
+    """The code of a lowered program."""
+    parts = [program, *program.functions.values()]
+    turn = next((type_of(node) for node in program.calls(TURN)), None) or ()
+    assert isinstance(turn, tuple)
+    targets = (str(node.target) for part in parts for node in part.computes if node.op == "call_function")
+    return Code(
+        name=program.name,
+        source=print_program(program, executable=True),
+        inputs=tuple(note(node).role for node in program.placeholders),
+        namespaces=frozenset(target.split(".")[0] for target in targets if not target.startswith("<")),
+        reduces=frozenset(int(node.args[1]) for node in program.calls(REDUCE)),
+        tangents=tuple(t.stride for t in turn if isinstance(t, TensorType)),
+        input_gradients=tuple(role for role in program.results if role.startswith("gradient:")),
+    )

@@ -1,0 +1,178 @@
+"""CompiledModule: the model, trained by generated programs within a budget."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.manager import Record
+from ..passes.plan import Plan
+from ..passes.text import print_program
+from ..runtime.checkpoint import atomic_directory, carry_over, save_weights
+from ..runtime.errors import StateError
+from ..runtime.executor import NoGradient, Step, TrainingRun
+from ..runtime.stats import Stats
+from .absent import AbsentOutput
+from .capture import rebuild_result
+from .inspect import first_nonfinite
+from .materialize import materialize
+from .options import Options
+from .session import Compiled, Session
+
+
+class CompiledModule(nn.Module):
+    """A drop-in for the model it was compiled from.
+
+    Same call, same outputs, same parameter names; `parameters()` are the float32 masters, each on the device
+    or on the host as planned, and take any element-wise optimizer. Programs are made per mode (training,
+    evaluation) and input shapes, once each, and share the parameters. `plan`, `graph` and `stats` tell what
+    was decided, what runs, and what it used.
+
+    The source model shares its modules with this one: it stays usable for what reads its parameters, such as
+    `save_pretrained`, and anything that is not found here is looked up there.
+    """
+
+    def __init__(self, source: nn.Module, options: Options) -> None:
+        super().__init__()
+        # The very dictionaries of the source: every name and traversal is then the source's own.
+        for shared in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[shared] = source.__dict__[shared]
+        self.__dict__["source"] = source
+        self.session = Session(source, options)
+        self._anchor = torch.zeros((), requires_grad=True)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._step(args, kwargs)
+
+        # Training loops read the signature to learn which columns of a batch the model takes.
+        self.__signature__ = inspect.signature(source.forward)
+        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
+        self.forward = forward
+
+    @property
+    def training(self) -> bool:  # what the source's own forward reads
+        return self.__dict__["source"].training if "source" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "source" in self.__dict__:
+            self.__dict__["source"].training = mode
+
+    def train(self, mode: bool = True) -> "CompiledModule":
+        """As the source's own `train`, which may keep some modules in evaluation."""
+        self.source.train(mode)
+        return self
+
+    # -- the call ------------------------------------------------------------------------------------------
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        compiled = self.session.program(args, kwargs)
+        backward = compiled.program.name == "training"
+        self.session.ready(backward)
+        inputs = self.session.inputs(compiled, args, kwargs)
+        self.session.begin_step()
+        if backward:
+            outputs = self._train(compiled, inputs)
+        else:
+            results = compiled.executor.evaluate(inputs)
+            outputs = [results[f"output:{i}"] for i in range(len(results))]
+        return rebuild_result(compiled.captured, outputs)
+
+    def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
+        self.session.trained = True
+        code, captured = compiled.executor.code, compiled.captured
+        by_role = dict(zip(code.inputs, inputs, strict=True))
+        tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]
+        run = TrainingRun(compiled.executor, inputs)
+        inputs.clear()
+        outputs: list[Any] = list(Step.apply(run, captured.differentiable, self._anchor, *tracked))
+        for i in captured.detached:
+            outputs[i] = NoGradient.apply(self._anchor, outputs[i])
+        for i in compiled.absent:
+            outputs[i] = AbsentOutput()
+        return outputs
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Capture, plan and generate the program for a call with these arguments, without running it."""
+        self.session.program(args, kwargs)
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's own, in its names; the values are the masters'."""
+        return self.source.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; values are copied into the masters, and weights on `meta` come to life.
+
+        Raises ValueError for assign=True, which would take the parameters out of their chunks.
+        """
+        if assign:
+            raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
+        if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            materialize(self.source, state_dict)
+            if self.session.plan is not None:
+                self.session.place(self.session.plan)
+        return self.source.load_state_dict(state_dict, strict=strict)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Save in Hugging Face's format (for other models, the weights as safetensors).
+
+        What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay.
+        """
+        with atomic_directory(directory) as temporary:
+            if hasattr(self.source, "save_pretrained"):
+                self.source.save_pretrained(temporary, **options)
+            else:
+                save_weights(self.source, temporary)
+            carry_over(Path(directory), temporary)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["source"], name)
+
+    def __deepcopy__(self, memo: Any) -> "CompiledModule":
+        raise StateError("a compiled module cannot be copied: its chunks are its own. Copy the model, then compile.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError("a compiled module cannot be pickled; save its state_dict(), or use save_pretrained()")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CompiledModule":
+        raise StateError(
+            ".to(), .cuda(), .cpu(), .half() and .float() would move parameters out of their chunks; where they "
+            "live is the plan's choice: compile with placement=, precision= or device_budget= instead"
+        )
+
+    # -- inspection ----------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force. Raises StateError before there is one."""
+        if self.session.plan is None:
+            raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
+        return self.session.plan
+
+    @property
+    def graph(self) -> dict[str, str]:
+        """The text of the programs in use, by phase: "training" and "evaluation"."""
+        return {name: print_program(compiled.program) for name, compiled in self.session.last.items()}
+
+    @property
+    def history(self) -> dict[str, tuple[Record, ...]]:
+        """What each pass did to the programs in use."""
+        return {name: compiled.records for name, compiled in self.session.last.items()}
+
+    @property
+    def stats(self) -> Stats:
+        """Bytes at the peak and bytes moved, since compilation and in the last step."""
+        return self.session.stats
+
+    def first_nonfinite(self, *args: Any, **kwargs: Any) -> str | None:
+        """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None."""
+        compiled = self.session.program(args, kwargs)
+        self.session.ready(backward=False)
+        return first_nonfinite(compiled.flat, compiled.executor, self.session.inputs(compiled, args, kwargs))

@@ -1,0 +1,145 @@
+"""Everything `geminifx.compile` can be told, as one frozen dataclass with the checks for each field."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..passes.manager import Pass
+from ..passes.plan import Placement, Plan
+from .capture import Outputs
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `geminifx.compile`.
+
+    Fields:
+        device_budget: device memory the whole process may use, as bytes or text ("24GB", "24GiB", "80%").
+        host_budget: host memory the training state may use; default 90% of what is free.
+        world_size: processes to train on. This version runs on one.
+        example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
+        placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
+        parallel: degrees of parallelism by name. This version takes none above 1.
+        precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
+            otherwise the model's own.
+        recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
+        fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
+            reading them raises; "auto" does so where that makes the step faster or lets it fit.
+        outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output.
+        plan: a Plan, or the path of one saved as JSON, to use instead of planning.
+        passes: further passes, each placed behind the pass that its `after` names.
+        optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
+        device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
+        dump: a directory for the program after every pass.
+        config: a TOML file with any of these options; arguments take precedence.
+    """
+
+    device_budget: int | str | None = None
+    host_budget: int | str | None = None
+    world_size: int | None = None
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None
+    placement: Placement = "auto"
+    parallel: Mapping[str, Any] | None = None
+    precision: Precision | None = None
+    recompute: str | tuple[str, ...] = "auto"
+    fuse_loss: bool | Literal["auto"] = "auto"
+    outputs: Outputs = "loss"
+    plan: Plan | str | Path | None = None
+    passes: tuple[Pass, ...] = ()
+    optimizer_state_bytes: int = 8
+    device: str | None = None
+    dump: str | Path | None = None
+    config: str | Path | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Options":
+        """Raises ValueError for an unknown option, with the nearest one, and for values that make no sense."""
+        values = {**_read_config(given.get("config")), **{k: v for k, v in given.items() if v is not None}}
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(names)}"
+                raise ValueError(f"geminifx.compile has no option {name!r}; {hint}")
+        given_passes = values.get("passes", ())
+        values["passes"] = (given_passes,) if isinstance(given_passes, Pass) else tuple(given_passes)
+        for name in ("recompute", "example_inputs"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        options = cls(**values)
+        options._check_kinds()
+        options._check()
+        return options
+
+    def _check_kinds(self) -> None:
+        inputs = self.example_inputs
+        if inputs is not None and not isinstance(inputs, Mapping | tuple):
+            raise ValueError(
+                f"example_inputs is a {type(inputs).__name__}; expected the model's arguments: a dict of keyword ones, "
+                "or a tuple of positional ones, such as example_inputs=(x,)"
+            )
+        if not isinstance(self.recompute, str | tuple):
+            raise ValueError(
+                f"recompute={self.recompute!r} is unknown; expected 'auto', 'none', 'all' or names of blocks"
+            )
+        if type(self.optimizer_state_bytes) is not int or self.optimizer_state_bytes < 0:
+            raise ValueError(
+                f"optimizer_state_bytes={self.optimizer_state_bytes!r}; expected a whole number of bytes per "
+                "parameter, 0 or more (AdamW: 8, SGD with momentum: 4)"
+            )
+        if self.parallel is not None and not isinstance(self.parallel, Mapping):
+            raise ValueError(f"parallel={self.parallel!r}; expected degrees by name, such as parallel={{'data': 1}}")
+
+    def _check(self) -> None:
+        _one_of("placement", self.placement, get_args(Placement))
+        _one_of("outputs", self.outputs, get_args(Outputs))
+        _one_of("precision", self.precision, (None, *DTYPES))
+        _one_of("device", self.device, (None, "cpu", "cuda"))
+        if isinstance(self.recompute, str):
+            _one_of("recompute", self.recompute, ("auto", "none", "all"))
+        if not isinstance(self.fuse_loss, bool) and self.fuse_loss != "auto":
+            raise ValueError(f"fuse_loss={self.fuse_loss!r} is unknown; expected 'auto', True or False")
+        if self.fuse_loss is True and self.outputs == "all":
+            raise ValueError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
+        degrees = [d for d in (self.parallel or {}).values() if isinstance(d, int)]
+        nested = len(degrees) < len(self.parallel or {})
+        if self.world_size not in (None, 1) or prod(degrees) != 1 or nested:
+            raise ValueError(
+                f"world_size={self.world_size}, parallel={dict(self.parallel or {})}: this version trains in one "
+                "process; expected world_size=1 and no parallel degree above 1"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
+
+
+_ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"]}
+"""What people call our values, and what a spelling checker would take for something else."""
+
+
+def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    if value in valid:
+        return
+    near = _ALIASES.get(str(value), get_close_matches(str(value), [v for v in valid if v], 1))
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, valid))}{hint}")
+
+
+def _read_config(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config={str(path)!r}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={str(path)!r} is not TOML: {error}") from error
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

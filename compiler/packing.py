@@ -1,0 +1,88 @@
+"""Pack parameters into chunks, in order of first use."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..passes.program import Program, note
+from ..runtime.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
+from .precision import master_dtype
+
+LARGEST_CHUNK_BYTES = 256 * 2**20
+"""Copies reach the bus's full rate from 16 MiB; larger chunks only hold more of the device while in use."""
+
+SMALLEST_CHUNK_BYTES = 32 * 2**10
+
+
+@dataclass
+class _Open:
+    """A chunk that still takes parameters."""
+
+    slots: list[Slot] = field(default_factory=list)
+    numel: int = 0
+
+
+def pack(
+    program: Program,
+    parameters: dict[str, nn.Parameter],
+    blocks: tuple[str, ...],
+    dtypes: Mapping[str, torch.dtype],
+) -> Layout:
+    """The layout of a captured model's parameters.
+
+    A chunk holds parameters of one compute dtype, one master dtype and one trainability. Chunks follow the
+    model's blocks: a chunk is as large as the largest block, within fixed bounds, and where a block begins a
+    chunk that is at least half full ends. Equal blocks have equal chunks then, and equal programs. A
+    parameter that is larger than a chunk has one of its own.
+    """
+    limit_bytes = _chunk_bytes(parameters, blocks, dtypes)
+    tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
+    opened: dict[tuple[torch.dtype, torch.dtype, bool], _Open] = defaultdict(_Open)
+    closed: list[tuple[tuple[torch.dtype, torch.dtype, bool], _Open]] = []
+    inside = ""
+    for name in _order_of_use(program, tied):
+        parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
+        half_full_bytes = limit_bytes // 2 if inside != previous else limit_bytes
+        key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad)
+        alignment = ALIGNMENT_BYTES // key[0].itemsize
+        size = -(-parameter.numel() // alignment) * alignment
+        current = opened[key]
+        used_bytes = current.numel * key[0].itemsize
+        if current.slots and (used_bytes + size * key[0].itemsize > limit_bytes or used_bytes >= half_full_bytes):
+            closed.append((key, opened.pop(key)))
+            current = opened[key]
+        current.slots.append(Slot(name, current.numel, tuple(parameter.shape)))
+        current.numel += size
+    closed += opened.items()
+    chunks = (ChunkLayout(i, c.numel, *key, tuple(c.slots)) for i, (key, c) in enumerate(closed))
+    return Layout(tuple(chunks), tuple(tied.items()))
+
+
+def _chunk_bytes(
+    parameters: dict[str, nn.Parameter], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]
+) -> int:
+    sizes: dict[str, int] = defaultdict(int)
+    for name, parameter in parameters.items():
+        num_bytes = parameter.numel() * dtypes[name].itemsize
+        sizes[_block_of(name, blocks)] += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    largest = max((size for block, size in sizes.items() if block), default=max(sizes.values(), default=0))
+    pieces = -(-largest // LARGEST_CHUNK_BYTES)
+    return max(largest // max(pieces, 1), SMALLEST_CHUNK_BYTES)
+
+
+def _block_of(name: str, blocks: tuple[str, ...]) -> str:
+    return next((block for block in blocks if name.startswith(block + ".")), "")
+
+
+def _order_of_use(program: Program, tied: dict[str, str]) -> list[str]:
+    order = program.positions()
+    inputs = program.inputs("parameter")
+    first: dict[str, int] = {}
+    for name, node in inputs.items():
+        use = min((order[user] for user in node.users), default=len(order))
+        owner = tied.get(name, name)
+        first[owner] = min(first.get(owner, use), use)
+    return sorted(first, key=first.__getitem__)

@@ -1,0 +1,244 @@
+"""Decide: from a captured program, a budget and a policy to a Plan.
+
+Every combination of choices that fits is completed, and the one with the shortest modelled step is taken:
+
+1. keep all activations, or recompute every block, unless the user says which;
+2. copy one chunk ahead, or, where nothing else fits, on demand;
+3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
+   that compute, which saves two copies a step for two bytes each, then whole training states;
+4. compute the loss over the vocabulary in pieces, unless the user says whether. That is tried where the logits
+   are more than a tenth of the peak with them, or nothing fits with them. It computes the logits twice, so it
+   is taken where the memory saved makes up for that, or nothing else fits.
+
+Where nothing fits, the refusal names the smallest budget that would, and what takes the space.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..passes.plan import MemoryEstimate, Placement, Plan, Residency
+from ..passes.program import Program, type_of
+from ..runtime.errors import BudgetError
+from ..runtime.layout import ChunkLayout
+from ..runtime.placing import host_state_bytes, state_bytes
+from ..runtime.units import format_bytes
+from .cost import Rates, step_s
+from .liveness import Liveness, analyse
+
+LOGITS_SHARE = 0.1
+"""The share of a plan's peak from which on it is worth a look whether logits are needed."""
+
+Lower = Callable[[Plan], Program]
+"""Runs the passes over a copy of the captured program, up to where instructions are in their final place."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must keep to, in bytes, and how fast the machine is.
+
+    `device_bytes` is the budget (None: no limit), of which `reserve_bytes` are not the tensors': the driver's
+    context and libraries. `host_bytes` is what the host may hold.
+    """
+
+    device_bytes: int | None
+    reserve_bytes: int
+    host_bytes: int
+    rates: Rates
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user has decided already: the policy, the blocks to recompute (None: the planner's choice),
+    whether the loss is computed in pieces (likewise), and, for a further program of a model in training, the
+    masters that are on the device for good. `logits_bytes` is what that would save, 0 where it cannot be done."""
+
+    placement: Placement
+    recompute: tuple[str, ...] | None
+    blocks: tuple[str, ...]
+    masters: frozenset[int] | None = None
+    fuse_loss: bool | None = None
+    logits_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    plan: Plan
+    program: Program
+
+
+def solve(draft: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:
+    """Complete `draft` (layout, notes) so that it fits. Raises BudgetError where nothing does."""
+    refused: list[Solution] = []
+    for ahead in (1, 0):
+        fitting: list[Solution] = []
+        for recompute in dict.fromkeys([wishes.recompute] if wishes.recompute is not None else [(), wishes.blocks]):
+            plan = replace(draft, recompute=recompute, prefetch=ahead)
+            if wishes.logits_bytes and wishes.fuse_loss:
+                found = [_complete(replace(plan, fuse_loss=True), lower, limits, wishes)]
+            else:
+                found = [_complete(plan, lower, limits, wishes)]
+                if wishes.fuse_loss is None and _worth_a_look(found[0], limits, wishes):
+                    found.append(_complete(replace(plan, fuse_loss=True), lower, limits, wishes))
+            for solution in found:
+                if _fits(solution.plan, limits):
+                    fitting.append(solution)
+                else:
+                    refused.append(solution)
+        if fitting:
+            best = min(fitting, key=lambda solution: step_s(solution.program, solution.plan, limits.rates))
+            _check_host(best.plan, limits)
+            return best
+    raise _refusal(refused, limits)
+
+
+def _complete(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:
+    """The program of a plan and the residency for it: as much as fits, or, where nothing does, the least."""
+    program = lower(plan)
+    memory = _Memory(plan, analyse(program), limits)
+    residency = _least(plan, wishes)
+    if wishes.placement == "auto" and memory.fits(residency):
+        residency = memory.fill(residency, wishes)
+    return Solution(plan.with_residency(residency, memory.estimate(residency)), program)
+
+
+def _fits(plan: Plan, limits: Limits) -> bool:
+    return limits.device_bytes is None or plan.peak_bytes <= limits.device_bytes
+
+
+def _worth_a_look(unfused: Solution, limits: Limits, wishes: Wishes) -> bool:
+    share = wishes.logits_bytes > LOGITS_SHARE * unfused.plan.peak_bytes
+    return wishes.logits_bytes > 0 and (share or not _fits(unfused.plan, limits))
+
+
+def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
+    """Accept a plan that was made by hand or before. Raises BudgetError where it does not fit."""
+    program = lower(plan)
+    memory = _Memory(plan, analyse(program), limits)
+    plan = plan.with_residency(plan.residency, memory.estimate(plan.residency))
+    if not memory.fits(plan.residency):
+        raise _refusal([Solution(plan, program)], limits)
+    _check_host(plan, limits)
+    return Solution(plan, program)
+
+
+def _least(plan: Plan, wishes: Wishes) -> Residency:
+    """What the policy puts on the device whatever the room."""
+    if wishes.masters is not None:
+        return Residency(masters=wishes.masters)
+    everything = frozenset(range(len(plan.layout.chunks)))
+    return Residency(masters=everything if wishes.placement == "cuda" else frozenset())
+
+
+class _Memory:
+    """Device bytes of one program under any residency."""
+
+    def __init__(self, plan: Plan, liveness: Liveness, limits: Limits) -> None:
+        self.plan = plan
+        self.chunks = plan.layout.chunks
+        self.liveness = liveness
+        self.limits = limits
+        self.values = liveness.total()
+
+    def fits(self, residency: Residency) -> bool:
+        return self.limits.device_bytes is None or self.peak(residency) <= self.limits.device_bytes
+
+    def peak(self, residency: Residency) -> int:
+        return self.limits.reserve_bytes + self.static(residency) + int(self.timeline(residency).max(initial=0))
+
+    def static(self, residency: Residency) -> int:
+        per_chunk = (_static_bytes(self.plan, chunk, residency) for chunk in self.chunks)
+        return self.liveness.static_bytes + sum(per_chunk)
+
+    def timeline(self, residency: Residency) -> np.ndarray:
+        return self.values + self.in_flight(residency)
+
+    def in_flight(self, residency: Residency) -> np.ndarray:
+        """Bytes of weights that are on the device only while they are used."""
+        changes = np.zeros(self.liveness.length + 1, dtype=np.int64)
+        for interval in self.liveness.fetches:
+            chunk = self.chunks[interval.chunk]
+            if not _stays(chunk, residency):
+                changes[interval.start] += chunk.compute_bytes
+                changes[interval.end + 1] -= chunk.compute_bytes
+        return changes.cumsum()[:-1]
+
+    def fill(self, residency: Residency, wishes: Wishes) -> Residency:
+        """Keep more on the device, chunk by chunk, as long as it fits."""
+        everything = range(len(self.chunks))
+        for index in everything:
+            grown = replace(residency, weights=residency.weights | {index})
+            residency = grown if self.fits(grown) else residency
+        if wishes.masters is None:
+            for index in everything:
+                grown = replace(residency, masters=residency.masters | {index})
+                residency = grown if self.fits(grown) else residency
+        return residency
+
+    def estimate(self, residency: Residency) -> MemoryEstimate:
+        timeline = self.timeline(residency)
+        at = int(timeline.argmax()) if len(timeline) else 0
+        masters = [chunk for chunk in self.chunks if chunk.index in residency.masters]
+        static = self.static(residency)
+        state = sum(state_bytes(chunk, self.plan.optimizer_state_bytes) for chunk in masters)
+        parts = {
+            "training state": state,
+            "resident weights": static - state - self.liveness.static_bytes,
+            "inputs and buffers": self.liveness.static_bytes,
+            "weights in flight": int(self.in_flight(residency)[at]) if len(timeline) else 0,
+            "driver and libraries": self.limits.reserve_bytes,
+            **{name: int(array[at]) for name, array in self.liveness.values.items() if len(array)},
+        }
+        largest = sorted(((name, n) for name, n in parts.items() if n), key=lambda part: -part[1])
+        return MemoryEstimate(
+            static_bytes=static,
+            peak_bytes=self.peak(residency),
+            host_bytes=_host_bytes(self.plan, residency),
+            reserve_bytes=self.limits.reserve_bytes,
+            at_peak=tuple(largest),
+        )
+
+
+def _stays(chunk: ChunkLayout, residency: Residency) -> bool:
+    """Whether using the chunk takes no further memory: it is resident, or computes from its master."""
+    return chunk.index in residency.weights or (chunk.index in residency.masters and not chunk.casts)
+
+
+def _static_bytes(plan: Plan, chunk: ChunkLayout, residency: Residency) -> int:
+    on_device = chunk.index in residency.masters
+    state = state_bytes(chunk, plan.optimizer_state_bytes) if on_device else 0
+    resident = chunk.index in residency.weights and (chunk.casts or not on_device)
+    return state + (chunk.compute_bytes if resident else 0)
+
+
+def _host_bytes(plan: Plan, residency: Residency) -> int:
+    on_host = [chunk for chunk in plan.layout.chunks if chunk.index not in residency.masters]
+    staging = 2 * max((chunk.compute_bytes for chunk in on_host if chunk.trainable), default=0)
+    return staging + sum(host_state_bytes(chunk, plan.optimizer_state_bytes) for chunk in on_host)
+
+
+def _check_host(plan: Plan, limits: Limits) -> None:
+    if plan.memory.host_bytes > limits.host_bytes:
+        raise BudgetError(
+            f"the training state needs {format_bytes(plan.memory.host_bytes)} of host memory, "
+            f"{format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget, or raise "
+            "device_budget so that more of it lies on the device",
+            smallest_bytes=plan.memory.host_bytes,
+        )
+
+
+def _refusal(refused: list[Solution], limits: Limits) -> BudgetError:
+    nearest = min(refused, key=lambda solution: solution.plan.peak_bytes)
+    best = nearest.plan
+    inputs = ", ".join(f"{node.name} {type_of(node)}" for node in nearest.program.inputs("input").values())
+    taking = ", ".join(f"{name} {format_bytes(n)}" for name, n in best.memory.at_peak[:4])
+    advice = "" if best.placement != "cuda" else " placement='auto' or 'cpu' keeps the training state on the host."
+    return BudgetError(
+        f"a device budget of {limits.device_bytes:,} bytes ({format_bytes(limits.device_bytes or 0)}) is too small "
+        f"for placement='{best.placement}'; the smallest that works for these inputs "
+        f"({inputs}) is {best.peak_bytes:,} bytes "
+        f"({format_bytes(best.peak_bytes)}), at whose peak are: {taking}.{advice} A smaller batch or sequence "
+        "needs less; pass the batch you train on as example_inputs=",
+        smallest_bytes=best.peak_bytes,
+    )

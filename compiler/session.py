@@ -1,0 +1,248 @@
+"""Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..models.adapters import blocks
+from ..passes.manager import Record
+from ..passes.plan import Plan, Residency
+from ..passes.program import Program
+from ..runtime.chunks import ChunkStore
+from ..runtime.errors import StateError
+from ..runtime.executor import Executor
+from ..runtime.machine import Machine
+from ..runtime.placing import Placing
+from ..runtime.stats import Stats
+from ..runtime.tiers import MemoryMeter, Tier
+from .capture import Captured, Request, capture
+from .device import Device
+from .logits import absent_outputs, logits_bytes
+from .lowering import Lowering, generate
+from .options import DTYPES, Options
+from .packing import pack
+from .plan_check import check_plan
+from .planner import Wishes, check, solve
+from .precision import cast_dtype, parameter_dtypes
+
+NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program: for one mode, one set of input shapes."""
+
+    captured: Captured
+    plan: Plan
+    flat: Program
+    program: Program
+    records: tuple[Record, ...]
+    executor: Executor
+    absent: frozenset[int]
+
+
+class Session:
+    """Programs of one model, made once each per mode and input shapes, over one set of chunks."""
+
+    def __init__(self, source: nn.Module, options: Options) -> None:
+        self.source = source
+        self.options = options
+        self.device = Device.choose(options)
+        self.limits = self.device.limits(options)
+        self.lowering = Lowering.of(options.passes, options.dump)
+        default = "bf16" if self.device.is_cuda else None
+        self.dtype = DTYPES.get(options.precision or default or "")
+        self.dtypes = parameter_dtypes(source, self.dtype)
+        device_limit = None if self.device.is_cuda else self.limits.device_bytes
+        self.tiers = Tier("device", device_limit), Tier("host", self.limits.host_bytes)
+        self.meter = None if self.device.is_cuda else MemoryMeter(self.tiers[0])
+        self.plan: Plan | None = None
+        self.machine: Machine | None = None
+        self.last: dict[str, Compiled] = {}
+        self.trained = False
+        self._stats = Stats()
+        self._programs: dict[Any, Compiled] = {}
+        self._parameters = dict(source.named_parameters())
+
+    # -- programs ------------------------------------------------------------------------------------------
+
+    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+        """The program for a call with these arguments; captured, planned and generated where it is new."""
+        self._check_parameters()
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        trained = tuple(parameter.requires_grad for parameter in self._parameters.values())
+        asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+        backward = torch.is_grad_enabled() and (asked or any(trained))
+        modes = tuple(module.training for module in self.source.modules())
+        key = (backward, trained, modes, spec, *map(_leaf_key, leaves))
+        if key not in self._programs:
+            with torch.inference_mode(False), torch.set_grad_enabled(backward):
+                self._programs[key] = self._compile(args, kwargs, backward)
+        compiled = self._programs[key]
+        self.last[compiled.program.name] = compiled
+        return compiled
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Compiled:
+        request = Request(self.dtype, self.options.outputs, backward, self.dtypes)
+        captured = capture(self.source, args, kwargs, request)
+        if backward and not self.trained:
+            # Until the first step masters may still move, so the first real batch is planned for from scratch.
+            self._programs.clear()
+        plan, flat = self._decide(captured)
+        machine = self.place(plan)
+        self.plan = plan if backward or self.plan is None else self.plan
+        program, records = self.lowering.finish(captured.program, plan)
+        executor = Executor(generate(program), machine, self.meter)
+        return Compiled(captured, plan, flat, program, tuple(records), executor, absent_outputs(flat))
+
+    def _decide(self, captured: Captured) -> tuple[Plan, Program]:
+        names, options, given = blocks(self.source), self.options, self._given_plan()
+        lower = lambda plan: self.lowering.flat(captured.program, plan)  # noqa: E731
+        if given is not None:
+            check_plan(given, self._parameters, names, self.dtypes)
+            solution = check(replace(given, notes=captured.notes), lower, self.limits)
+            return solution.plan, solution.program
+        layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
+        fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
+        saves = logits_bytes(captured.program) if fuse_loss is not False else 0
+        notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
+        draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes,
+                     optimizer_state_bytes=options.optimizer_state_bytes)  # fmt: skip
+        masters = self.plan.residency.masters if self.plan and self._programs else None
+        wishes = Wishes(options.placement, self._recompute(names), names, masters, fuse_loss, saves)
+        solution = solve(draft, lower, self.limits, wishes)
+        return solution.plan, solution.program
+
+    def _given_plan(self) -> Plan | None:
+        given = self.options.plan
+        return given if given is None or isinstance(given, Plan) else Plan.load(given)
+
+    def _recompute(self, names: tuple[str, ...]) -> tuple[str, ...] | None:
+        chosen = self.options.recompute
+        if isinstance(chosen, str):
+            return {"auto": None, "none": (), "all": names}[chosen]
+        unknown = [name for name in chosen if name not in names]
+        if unknown:
+            raise ValueError(f"recompute names {unknown[0]!r}, which is no block; the blocks are {', '.join(names)}")
+        return chosen
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def place(self, plan: Plan) -> Machine:
+        """Put chunks and buffers where `plan` wants them; weights on `meta` wait for values."""
+        if self.machine is None:
+            store = ChunkStore(plan.layout, self._parameters)
+            placing = Placing(store, self.device.torch_device, self.tiers, plan.optimizer_state_bytes)
+            self.machine = Machine(placing, self._stats)
+        if not self.machine.placing.store.is_meta:
+            self._move_buffers()
+            residency = self._shared_residency(plan)
+            self.machine.placing.place(residency.masters, residency.weights)
+        return self.machine
+
+    def _shared_residency(self, plan: Plan) -> Residency:
+        """Weights stay on the device only where every program made so far has room for them."""
+        others = (compiled.plan.residency.weights for compiled in self._programs.values())
+        return replace(plan.residency, weights=plan.residency.weights.intersection(*others))
+
+    def _move_buffers(self) -> None:
+        if self.device.is_cuda:
+            for module in self.source.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(self.device.torch_device)
+
+    def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        buffers = dict(self.source.named_buffers(remove_duplicate=False))
+        device = self.device.torch_device
+        inputs = []
+        for role in compiled.executor.code.inputs:
+            kind, _, name = role.partition(":")
+            if kind == "buffer":
+                inputs.append(buffers[name])
+            elif kind == "constant":
+                inputs.append(compiled.captured.program.constants[name].to(device))
+            else:
+                leaf = leaves[int(name)]
+                inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
+        return inputs
+
+    def begin_step(self) -> None:
+        """From here on `stats.step` counts anew."""
+        self._note_peaks()
+        for tier in self.tiers:
+            tier.begin_step()
+        self.device.begin_step()
+        self._stats.begin_step()
+
+    @property
+    def stats(self) -> Stats:
+        self._note_peaks()
+        return self._stats
+
+    def _note_peaks(self) -> None:
+        device, host = self.tiers
+        device_bytes = self.device.step_peak_bytes() if self.device.is_cuda else device.step_peak_bytes
+        self._stats.peaked(device_bytes, host.step_peak_bytes)
+
+    # -- refusals ------------------------------------------------------------------------------------------
+
+    def ready(self, backward: bool) -> None:
+        """Raises StateError where a step cannot be run as asked."""
+        assert self.machine is not None
+        store = self.machine.placing.store
+        if store.is_meta:
+            raise StateError(
+                "the model's weights are on 'meta': there are no values to compute with. Load some with "
+                "load_state_dict(...), which puts them where the plan wants them, and call again."
+            )
+        store.adopt()
+        hooked = next(iter(store.hooks()), None) if backward else None
+        if hooked is not None:
+            raise StateError(
+                f"parameter {hooked} has an autograd hook, which a compiled step would not call; remove it, and "
+                "work on .grad between backward() and optimizer.step() instead"
+            )
+
+    def _check_parameters(self) -> None:
+        """The chunks hold the parameters that the model was compiled with, and no others."""
+        now = dict(self.source.named_parameters())
+        if now.keys() != self._parameters.keys() or any(now[n] is not p for n, p in self._parameters.items()):
+            changed = next((n for n in {**now, **self._parameters} if now.get(n) is not self._parameters.get(n)), "")
+            raise StateError(
+                f"parameter {changed} was added, removed or replaced after the model was compiled; compile the changed "
+                "model anew, or assign values with load_state_dict() or parameter.data.copy_()"
+            )
+        layout = self.plan.layout if self.plan else None
+        for chunk in layout.chunks if layout else ():
+            thawed = next((s.name for s in chunk.slots if not chunk.trainable and now[s.name].requires_grad), None)
+            if thawed is not None:
+                raise StateError(
+                    f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "
+                    "gradient; compile with it trainable, and freeze it afterwards for as long as you like"
+                )
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    """What a program depends on in one argument: a tensor's kind, anything else's value.
+
+    Raises ValueError for objects whose contents cannot be told: they would be baked in as they are now.
+    """
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    if isinstance(leaf, _PLAIN):
+        return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
+    raise ValueError(
+        f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "
+        "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "
+        "(torch.from_numpy makes a tensor of an array)"
+    )

@@ -1,0 +1,170 @@
+"""What capture must know about models: how to make one traceable, what to feed it, where its blocks are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..runtime.errors import CaptureError
+from .attention import NAME, hugging_face_attention
+from .examples import example_inputs
+from .functional import functional_attention
+
+__all__ = ["blocks", "capturable", "example_inputs"]
+
+
+def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _with_parts(part)
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every configuration object that some module of the model reads, once each."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    found = {id(part): part for c in held if isinstance(c, PreTrainedConfig) for part in _with_parts(c)}
+    return list(found.values())
+
+
+@contextmanager
+def _restored(configs: list[PreTrainedConfig]) -> Iterator[None]:
+    """Undo every change to the configurations' attributes on leaving, also those that a forward makes."""
+    before = [dict(vars(config)) for config in configs]
+    try:
+        yield
+    finally:
+        for config, attributes in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(attributes)
+
+
+def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
+    """Our attention where the model takes one by name; experts as batched matmuls, not a loop over data.
+
+    A configuration that asks for eager attention keeps it: that is how a user opts out.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        kind = type(module)
+        takes_attention, takes_experts = (
+            kind._can_set_attn_implementation(),
+            kind._can_set_experts_implementation(),
+        )
+        for config in _with_parts(module.config):
+            config.use_cache = False
+            if takes_experts:
+                config._experts_implementation_internal = "batched_mm"
+            if config._attn_implementation == "eager" and takes_attention:
+                text = f"{kind.__name__}: attention stays eager, as its configuration asks"
+                notes.extend([text] if text not in notes else [])
+            elif takes_attention:
+                config._attn_implementation_internal = NAME
+        if not takes_attention:
+            text = f"{kind.__name__}: attention stays as it is, the model has no attention interface"
+            notes.extend([text] if text not in notes else [])
+
+
+def _layerdrops(module: nn.Module) -> dict[str, float]:
+    """Attributes that give a probability of skipping layers, the module's own before its configuration's."""
+    own = {name: value for name, value in vars(module).items() if "layerdrop" in name}
+    config = getattr(module, "config", None)
+    if not own and isinstance(config, PreTrainedConfig):
+        own = {f"config.{name}": value for name, value in vars(config).items() if "layerdrop" in name}
+    return {name: float(value) for name, value in own.items() if isinstance(value, (int, float))}
+
+
+def _refuse_layerdrop(model: nn.Module) -> None:
+    owned = any("layerdrop" in name for module in model.modules() for name in vars(module))
+    for path, module in model.named_modules():
+        for name, value in _layerdrops(module).items() if module.training else ():
+            # Where modules hold their own copies, those are what the forward reads.
+            if value and not (owned and name.startswith("config.")):
+                raise CaptureError(
+                    f"{path or type(module).__name__}.{name} is {value}: layers are skipped at random, so "
+                    "there is no one graph to capture; expected 0. Set it to 0, or call model.eval()"
+                )
+
+
+@contextmanager
+def _layers_never_dropped() -> Iterator[None]:
+    """`torch.rand([])` is 1.0 for modules that compare it with a layerdrop of 0.
+
+    The comparison would otherwise branch on a tensor's value. Only callers that have such an attribute see
+    the constant: other code may draw a scalar for reasons of its own.
+    """
+    original = torch.rand
+
+    def rand(*size: Any, **options: Any) -> Any:
+        caller = sys._getframe(1).f_locals.get("self")
+        scalar = len(size) == 1 and isinstance(size[0], (list, tuple)) and not size[0]
+        if scalar and isinstance(caller, nn.Module) and _layerdrops(caller):
+            return 1.0
+        return original(*size, **options)
+
+    torch.rand = rand
+    try:
+        yield
+    finally:
+        torch.rand = original
+
+
+@contextmanager
+def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, exceptions included.
+
+    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, and no branch
+    on random layer skipping; direct calls of torch's attention are routed for any module. Parameters are
+    untouched. Not reentrant across threads: torch functions are replaced while it is open.
+
+    With `position_ids` among the inputs the rows count as packed sequences, as transformers has it without a
+    cache. Yields notes in plain words on what stays eager; the list is complete on leaving.
+
+    Raises:
+        CaptureError: a module in training mode skips layers with a probability that is not 0; or, on
+            leaving, a sliding-window mask reached no layer.
+    """
+    _refuse_layerdrop(model)
+    given = frozenset(name for name, value in kwargs.items() if value is not None)
+    with ExitStack() as stack:
+        stack.enter_context(_restored(_configs(model)))
+        stack.enter_context(_layers_never_dropped())
+        notes = stack.enter_context(hugging_face_attention(given))
+        stack.enter_context(functional_attention(notes))
+        _choose_implementations(model, notes)
+        yield notes
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def blocks(model: nn.Module) -> tuple[str, ...]:
+    """Fully qualified names of the repeated blocks, in module order.
+
+    Blocks are the children with parameters of each outermost nn.ModuleList or nn.Sequential that has at
+    least two such children; lists inside a block are part of it. A module that stands in two lists is named
+    once.
+    """
+    names: dict[int, str] = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        children = [(f"{path}{name}", child) for name, child in module.named_children()]
+        own = [(name, child) for name, child in children if _owns_parameters(child)]
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(own) > 1:
+            for name, child in own:
+                names.setdefault(id(child), name)
+            return
+        for name, child in children:
+            visit(child, f"{name}.")
+
+    visit(model, "")
+    return tuple(names.values())

@@ -1,0 +1,83 @@
+"""How to train, and what came of it: plain values that the fine-tuning loop takes and returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Every field that the loss curve depends on must stay the same when a run is resumed.
+
+    Attributes:
+        warmup: steps over which the learning rate rises; it then falls to zero at `steps`.
+        save_every: steps between checkpoints; 0 saves only the last.
+        held_out_batches: how many held-out batches are judged at most.
+    """
+
+    output: Path = field(metadata={"curve": False})
+    steps: int
+    batch_size: int = 8
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int = 10
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = field(default=0, metadata={"curve": False})
+    held_out_batches: int = field(default=32, metadata={"curve": False})
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where a field is out of range."""
+        for name in ("steps", "batch_size", "held_out_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        for name in ("warmup", "save_every", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, but is {getattr(self, name)}")
+
+    def curve(self) -> dict[str, Any]:
+        """Return the fields that the loss curve depends on."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("curve", True)}
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of `step`, counted from 0."""
+        rising = (step + 1) / (self.warmup + 1)
+        falling = (self.steps - step) / max(1, self.steps - self.warmup)
+        return self.lr * min(1.0, rising, falling)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One finished step; `step` counts from 1."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call of `finetune` did; `losses` are those of its own steps, the first of them `first_step` + 1.
+
+    `perplexity_after` is None where Ctrl-C ended the run early: it is then to be resumed.
+    """
+
+    first_step: int
+    losses: tuple[float, ...]
+    tokens_per_s: float
+    perplexity_before: float
+    perplexity_after: float | None
+
+    @property
+    def interrupted(self) -> bool:
+        """Return whether the run ended before its last step."""
+        return self.perplexity_after is None

@@ -1,0 +1,1 @@
+"""The Program and the passes that rewrite it, one file per pass."""

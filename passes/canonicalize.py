@@ -1,0 +1,66 @@
+"""Remove what capture leaves behind: no-ops, repetitions, dead code, second inputs of shared parameters.
+
+    before                                             after
+    w2 = input, tied to w                              (gone)
+    a = aten.t.default(w)                              a = aten.t.default(w)
+    b = aten.detach.default(a)
+    c = aten.t.default(w)                              y = aten.mm.default(x, a)
+    y = aten.mm.default(x, c)                          add = aten.add.Tensor(dw, dw2)
+    return {"gradient:w": dw, "gradient:w2": dw2}      return {"gradient:w": add}
+
+Numerics do not change: a shared parameter's gradient is the same sum that eager autograd makes.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .manager import graph_pass
+from .plan import Plan
+from .program import Program, is_random, note, writes
+from .types import freeze
+from .verify import NO_OPS, canonical
+
+TRANSPOSE = torch.ops.aten.t.default
+
+
+@graph_pass(gives=(canonical,))
+def canonicalize(program: Program, plan: Plan) -> None:
+    for node in program.nodes:
+        if node.target in NO_OPS:
+            program.replace(node, node.args[0])
+        elif node.target is TRANSPOSE and node.args[0].target is TRANSPOSE:
+            program.replace(node, node.args[0].args[0])
+    _merge_tied(program)
+    _merge_repeated(program)
+    program.eliminate_dead_code()
+
+
+def _merge_tied(program: Program) -> None:
+    parameters, results = program.inputs("parameter"), dict(program.results)
+    for name, node in parameters.items():
+        first = note(node).tied
+        if not first:
+            continue
+        program.replace(node, parameters[first])
+        partial, other = results.pop(f"gradient:{name}", None), results.get(f"gradient:{first}")
+        if partial is not None and other is not None:
+            partial = program.emit(torch.ops.aten.add.Tensor, (other, partial), before=program.output,
+                                   like=note(partial))  # fmt: skip
+        if partial is not None:
+            results[f"gradient:{first}"] = partial
+    program.set_results(results)
+
+
+def _merge_repeated(program: Program) -> None:
+    """Common subexpressions, per phase: merging across phases would keep activations alive."""
+    seen: dict[Any, fx.Node] = {}
+    for node in program.computes:
+        if node.op != "call_function" or writes(node) or is_random(node):
+            continue
+        arguments = freeze((node.args, node.kwargs), node=lambda value: value)
+        key = (node.target, arguments, note(node).phase)
+        first = seen.setdefault(key, node)
+        if first is not node:
+            program.replace(node, first)

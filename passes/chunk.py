@@ -1,0 +1,102 @@
+"""Take parameters out of chunks and put gradients into them.
+
+    before                                  after
+    def training(x, w):                     def training(x):
+        y = aten.mm.default(x, w)               fetch = geminifx.fetch(0, 64, torch.float32)
+                                                wait = geminifx.wait(fetch, 0)
+                                                w = geminifx.view(wait, 0, [4, 4])
+                                                y = aten.mm.default(x, w)
+        dw = aten.mm.default(x2, g)             dw = aten.mm.default(x2, g)
+        return {"gradient:w": dw}               gradients = geminifx.gradients(64, torch.float32)
+                                                geminifx.put(gradients, 0, dw)
+                                                geminifx.reduce(gradients, 0, [0])
+                                                geminifx.settle(gradients, 0, [0])
+                                                return {}
+
+Each phase fetches a chunk once, in front of its first reader. A chunk's gradients are complete with the
+last of its slots, and leave then. Chunks are PatrickStar's idea (Fang et al., 2021), as used by Gemini.
+"""
+
+from collections import defaultdict
+
+from torch import fx
+
+from ..runtime.layout import ChunkLayout
+from ..runtime.ops import FETCH, GRADIENTS, PUT, REDUCE, SETTLE, VIEW, WAIT
+from .manager import graph_pass
+from .plan import Plan
+from .program import Phase, Program, annotate, note
+from .verify import chunked, turned
+
+
+@graph_pass(requires=(turned,), gives=(chunked,))
+def chunk(program: Program, plan: Plan) -> None:
+    _collect_gradients(program, plan)
+    for phase in ("forward", "backward"):
+        _fetch_parameters(program, plan, phase)
+    for node in program.inputs("parameter").values():
+        program.graph.erase_node(node)
+
+
+def _fetch_parameters(program: Program, plan: Plan, phase: Phase) -> None:
+    order = program.positions()
+    readers: dict[int, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)
+    for name, parameter in program.inputs("parameter").items():
+        layout, _ = plan.layout.places[name]
+        for user in parameter.users:
+            if note(user).phase == phase:
+                readers[layout.index].append((user, parameter))
+    for index, pairs in readers.items():
+        layout = plan.layout.chunks[index]
+        first = min((user for user, _ in pairs), key=order.__getitem__)
+        fetch = program.emit(FETCH, (index, layout.numel, layout.dtype), before=first)
+        wait = program.emit(WAIT, (fetch, index), before=first)
+        annotate(fetch, chunk=index)
+        annotate(wait, chunk=index)
+        for parameter in dict.fromkeys(parameter for _, parameter in pairs):
+            _replace_reads(program, plan, parameter, wait, [user for user, p in pairs if p is parameter])
+
+
+def _replace_reads(program: Program, plan: Plan, parameter: fx.Node, wait: fx.Node, users: list[fx.Node]) -> None:
+    layout, number = plan.layout.places[note(parameter).role.removeprefix("parameter:")]
+    slot = layout.slots[number]
+    order = program.positions()
+    first = min(users, key=order.__getitem__)
+    name = "_".join(slot.name.split(".")[-2:])
+    view = program.emit(VIEW, (wait, slot.offset, list(slot.shape)), before=first, name=name)
+    annotate(view, chunk=layout.index)
+    for user in users:
+        user.replace_input_with(parameter, view)
+
+
+def _collect_gradients(program: Program, plan: Plan) -> None:
+    order = program.positions()
+    complete: dict[int, dict[int, fx.Node]] = defaultdict(dict)
+    for name, gradient in program.results_of("gradient").items():
+        if name in plan.layout.places:
+            layout, number = plan.layout.places[name]
+            complete[layout.index][number] = gradient
+    for index, gradients in complete.items():
+        layout = plan.layout.chunks[index]
+        _emit_gradients(program, layout, dict(sorted(gradients.items(), key=lambda item: order[item[1]])))
+    program.set_results({
+        role: node for role, node in program.results.items()
+        if role.removeprefix("gradient:") not in plan.layout.places
+    })  # fmt: skip
+
+
+def _emit_gradients(program: Program, layout: ChunkLayout, gradients: dict[int, fx.Node]) -> None:
+    first, *_ = gradients.values()
+    *_, last = gradients.values()
+    origin = note(first)
+    buffer = program.emit(GRADIENTS, (layout.numel, layout.dtype), before=first.next, like=origin)
+    annotate(buffer, chunk=layout.index)
+    for number, gradient in gradients.items():
+        # The value goes in as soon as it exists, or, for the first one, as soon as the buffer does.
+        point = buffer.next if gradient is first else gradient.next
+        put = (buffer, layout.slots[number].offset, gradient)
+        program.emit(PUT, put, before=point, like=note(gradient))
+    end = next(node for node in reversed(program.calls(PUT)) if node.args[0] is buffer)
+    slots = sorted(gradients)
+    settle = program.emit(SETTLE, (buffer, layout.index, slots), before=end.next, like=note(last))
+    program.emit(REDUCE, (buffer, layout.index, slots), before=settle, like=note(last))

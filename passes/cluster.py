@@ -1,0 +1,150 @@
+"""Make functions of the compute between chunk instructions; equal stretches share one.
+
+    before                                       after
+    w0 = geminifx.wait(c0, 0)                    def layers_forward(x, w): ...
+    q = geminifx.view(w0, 0, [4, 4])
+    y = aten.mm.default(x, q)                    w0 = geminifx.wait(c0, 0)
+    geminifx.release(w0, 0)                      box = [x, w0]
+    w1 = geminifx.wait(c1, 1)                    results = layers_forward(box)
+    q_1 = geminifx.view(w1, 0, [4, 4])           y = results[0]
+    y_1 = aten.mm.default(y, q_1)                geminifx.release(w0, 0)
+    geminifx.release(w1, 1)                      ... the same with w1 ...
+
+A model of many equal layers then reads as one function per kind of stretch and a short main program.
+Operators keep their order, and a value inside a function dies where it died before.
+"""
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from torch import fx
+
+from ..runtime.ops import PER_CHUNK, TURN
+from .manager import graph_pass
+from .plan import Plan
+from .program import Note, Program, annotate, note, type_of
+from .types import freeze
+from .verify import released
+
+SHORTEST = 4
+"""Stretches with fewer operators stay where they are: a call would be harder to read than they are."""
+
+
+@graph_pass(requires=(released,))
+def cluster(program: Program, plan: Plan) -> None:
+    kinds: dict[Any, list[_Stretch]] = defaultdict(list)
+    for stretch in _stretches(program):
+        kinds[stretch.structure].append(stretch)
+    for stretches in kinds.values():
+        if len(stretches) > 1:
+            name = _function_name(program, stretches)
+            program.functions[name] = _function(program, name, stretches[0])
+            for stretch in stretches:
+                _call(program, name, stretch)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Consecutive operators that name no chunk."""
+
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What it reads from outside, in order of first use."""
+        inside = set(self.nodes)
+        return tuple(dict.fromkeys(v for node in self.nodes for v in node.all_input_nodes if v not in inside))
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """What is read outside of it."""
+        inside = set(self.nodes)
+        return tuple(node for node in self.nodes if any(user not in inside for user in node.users))
+
+    @property
+    def structure(self) -> Any:
+        """Equal for stretches that one function can serve: operators, arguments, types and results."""
+        numbers: dict[fx.Node, int] = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
+        rows = tuple(
+            (node.target, freeze((node.args, node.kwargs), numbers.__getitem__), type_of(node), note(node).phase,
+             note(node).recomputed)
+            for node in self.nodes
+        )  # fmt: skip
+        return tuple(map(type_of, self.inputs)), rows, tuple(map(numbers.__getitem__, self.outputs))
+
+
+def _stretches(program: Program) -> list[_Stretch]:
+    found, current = [], []
+    for node in [*program.computes, None]:
+        if node is not None and node.op == "call_function" and node.target not in PER_CHUNK and not _at_turn(node):
+            current.append(node)
+            continue
+        if len(current) >= SHORTEST:
+            found.append(_Stretch(tuple(current)))
+        current = []
+    return found
+
+
+def _at_turn(node: fx.Node) -> bool:
+    return node.target is TURN or (node.target is operator.getitem and node.args[0].target is TURN)
+
+
+def _function(program: Program, name: str, stretch: _Stretch) -> Program:
+    function = Program(name)
+    function.set_results([])
+    home = _home(stretch)
+    values: dict[fx.Node, fx.Node] = {}
+    for value in stretch.inputs:
+        values[value] = function.add_input(value.name, type_of(value), "")
+    for node in stretch.nodes:
+        values[node] = function.copy_node(node, values.__getitem__, before=function.output)
+        annotate(values[node], module=_relative(note(node).module, home))
+    function.set_results([values[node] for node in stretch.outputs])
+    within = {note(node).module for node in stretch.nodes} & program.sources.keys()
+    function.sources = {_relative(module, home): program.sources[module] for module in within}
+    return function
+
+
+def _call(program: Program, name: str, stretch: _Stretch) -> None:
+    first, last = stretch.nodes[0], stretch.nodes[-1]
+    with program.graph.inserting_after(last):
+        call = program.graph.create_node("call_module", name, stretch.inputs, {}, name="results")
+    types = tuple(type_of(node) for node in stretch.outputs)
+    origin, inside = note(first), set(stretch.nodes)
+    annotate(call, type=types, phase=origin.phase, module=_home(stretch), recomputed=origin.recomputed)
+    elements: dict[fx.Node, fx.Node] = {}
+    for i, node in reversed(list(enumerate(stretch.outputs))):
+        with program.graph.inserting_after(call):
+            element = program.graph.create_node("call_function", operator.getitem, (call, i), {})
+        element.meta.update(node.meta)
+        annotate(element, module=_home(stretch), recomputed=origin.recomputed)
+        for user in [user for user in node.users if user not in inside]:
+            user.replace_input_with(node, element)
+        elements[element] = node
+    for node in reversed(stretch.nodes):
+        program.graph.erase_node(node)
+    for element, node in elements.items():
+        element.name = node.name  # free now, and the name that readers know from the earlier texts
+
+
+def _home(stretch: _Stretch) -> str:
+    """The module that most of the stretch belongs to: the longest path that holds all of it."""
+    paths = [note(node).module.split(".") for node in stretch.nodes if note(node).module]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def _relative(module: str, home: str) -> str:
+    return module.removeprefix(home).removeprefix(".")
+
+
+def _function_name(program: Program, stretches: list[_Stretch]) -> str:
+    origin: Note = note(stretches[0].nodes[0])
+    parts = [part for part in _home(stretches[0]).split(".") if part and not part.isdigit()]
+    phase = "recompute" if origin.recomputed else origin.phase
+    base = "_".join([*parts[-1:], phase]) if parts else f"shared_{phase}"
+    taken = [name for name in program.functions if name == base or name.rsplit("_", 1)[0] == base]
+    return base if not taken else f"{base}_{len(taken) + 1}"

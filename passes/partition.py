@@ -1,0 +1,120 @@
+"""Divide the step into forward and backward at one instruction, the turn.
+
+    before                                       after
+    def training(x, w, tangent):                 def training(x, w):
+        t = aten.t.default(w)                        t = aten.t.default(w)
+        y = aten.mm.default(x, t)                    y = aten.mm.default(x, t)
+                                                     turn = yield [y], [0]
+                                                     tangent = turn[0]
+                                                     t_1 = aten.t.default(w)
+        dx = aten.mm.default(tangent, t)             dx = aten.mm.default(tangent, t_1)
+        return {"output:0": y, ...}                  return {...}
+
+The program stays one document. Run as a generator it stops at the turn, and what the backward still reads
+are its local variables: each is freed as the backward consumes it. Views of parameters are made again
+behind the turn, so that no weight has to stay on the device for the backward's sake. Buffers that the
+forward changes are written back in front of the turn; a backward that reads the old value reads a copy.
+"""
+
+import operator
+
+import torch
+from torch import fx
+
+from ..runtime.ops import TURN
+from .manager import graph_pass
+from .plan import Plan
+from .program import Note, Program, aliased_inputs, annotate, note
+from .verify import canonical, turned
+
+
+@graph_pass(requires=(canonical,), gives=(turned,))
+def partition(program: Program, plan: Plan) -> None:
+    backward = [node for node in program.computes if note(node).phase == "backward"]
+    boundary = backward[0] if backward else program.output
+    _write_buffers(program, boundary)
+    if program.inputs("tangent"):
+        _insert_turn(program, boundary)
+        _remake_parameter_views(program)
+    program.eliminate_dead_code()
+
+
+def _write_buffers(program: Program, boundary: fx.Node) -> None:
+    buffers, results = program.inputs("buffer"), dict(program.results)
+    written = {buffers[name]: results.pop(f"mutation:{name}") for name in program.results_of("mutation")}
+    program.set_results(results)
+    copies: dict[fx.Node, fx.Node] = {}
+    for buffer in written:
+        copies |= _keep_old_value(program, buffer, boundary, frozenset(written.values()))
+    for buffer, value in written.items():
+        source = copies.get(value, value)
+        program.emit(torch.ops.aten.copy_.default, (buffer, source), before=boundary, like=_forward(buffer))
+
+
+def _keep_old_value(program: Program, buffer: fx.Node, boundary: fx.Node,
+                    kept: frozenset[fx.Node]) -> dict[fx.Node, fx.Node]:  # fmt: skip
+    """Let what is read behind the write be a copy from before it, also where it is read through views.
+
+    That is read by the backward, and by the writes to buffers if it is in `kept`. Returns the copies: of the
+    buffer, and the same views again of that copy, which have the strides that their readers know.
+    """
+    late = {node for node in program.computes if note(node).phase == "backward"} | {program.output}
+    views = _forward_views(program, {buffer})
+    seen = [value for value in (buffer, *views) if value in kept or not late.isdisjoint(value.users)]
+    if not seen:
+        return {}
+    clone = program.emit(torch.ops.aten.clone.default, (buffer,), before=boundary, like=_forward(buffer))
+    copies = {buffer: clone}
+    for view in views:
+        copies[view] = program.copy_node(view, lambda value: copies.get(value, value), before=boundary)
+    for value in seen:
+        for user in late.intersection(value.users):
+            user.replace_input_with(value, copies[value])
+    return copies
+
+
+def _forward_views(program: Program, of: set[fx.Node]) -> list[fx.Node]:
+    """The forward's values that share storage with one of `of`, in program order."""
+    views: dict[fx.Node, None] = {}
+    for node in program.computes:
+        if note(node).phase == "forward" and any(v in of or v in views for v in aliased_inputs(node)):
+            views[node] = None
+    return list(views)
+
+
+def _forward(node: fx.Node) -> Note:
+    annotate(node, phase="forward")
+    return note(node)
+
+
+def _insert_turn(program: Program, boundary: fx.Node) -> None:
+    outputs = list(program.results_of("output").values())
+    differentiable = sorted(map(int, program.inputs("tangent")))
+    turn = program.emit(TURN, (outputs, differentiable), before=boundary, like=_forward(program.placeholders[0]))
+    for position, tangent in program.inputs("tangent").items():
+        index = differentiable.index(int(position))
+        value = program.emit(operator.getitem, (turn, index), before=boundary, name=tangent.name)
+        annotate(value, phase="backward", module="")
+        program.replace(tangent, value)
+    kept = {role: node for role, node in program.results.items() if not role.startswith("output:")}
+    program.set_results(kept)
+
+
+def _remake_parameter_views(program: Program) -> None:
+    views = set(_forward_views(program, set(program.inputs("parameter").values())))
+    for reader in [node for node in program.computes if note(node).phase == "backward"]:
+        copies: dict[fx.Node, fx.Node] = {}
+        for value in reader.all_input_nodes:
+            if value in views:
+                reader.replace_input_with(value, _remake(program, value, views, reader, copies))
+
+
+def _remake(program: Program, view: fx.Node, views: set[fx.Node], reader: fx.Node,
+            copies: dict[fx.Node, fx.Node]) -> fx.Node:  # fmt: skip
+    if view not in views:
+        return view
+    if view not in copies:
+        value = lambda node: _remake(program, node, views, reader, copies)  # noqa: E731
+        copies[view] = program.copy_node(view, value, before=reader)
+        annotate(copies[view], phase="backward", recomputed=note(reader).recomputed)
+    return copies[view]

@@ -1,0 +1,24 @@
+"""The whole lowering on one screen: from the captured step to the program that runs.
+
+Each line is one file, and each file shows its program before and after.
+"""
+
+from .canonicalize import canonicalize
+from .checkpoint import checkpoint
+from .chunk import chunk
+from .cluster import cluster
+from .fuse_loss import fuse_loss
+from .partition import partition
+from .prefetch import prefetch
+from .release import release
+
+PIPELINE = (
+    canonicalize,  # no no-ops, no repetitions, one input per shared parameter
+    fuse_loss,  #    the loss over the vocabulary in pieces, without its logits
+    checkpoint,  #   blocks that the plan names are computed again in the backward
+    partition,  #    forward | turn | backward; only activations cross the turn
+    chunk,  #        parameters come from fetched chunks, gradients leave in chunks
+    release,  #      a chunk is let go after its last reader
+    prefetch,  #     copies start early and are waited for late
+    cluster,  #      compute between instructions becomes functions, equal layers share one
+)

@@ -1,0 +1,174 @@
+"""The Plan: every decision about one model, as frozen data. Passes act on it and never decide.
+
+Print it, save it as JSON, edit it, feed it back with `compile(..., plan="plan.json")`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..runtime.layout import ChunkLayout, Layout, Slot
+from ..runtime.units import format_bytes
+
+Placement = Literal["cuda", "cpu", "auto"]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where the chunks live, by chunk number: data, changed without touching a program.
+
+    A chunk in `masters` has its whole training state on the device: master, gradients, optimizer state. Of
+    every other chunk the state is on the host, and the weights that compute are streamed to the device for
+    each use, or, in `weights`, stay there from the first use of a step to the end of it.
+    """
+
+    masters: frozenset[int] = frozenset()
+    weights: frozenset[int] = frozenset()
+
+    @property
+    def on_device(self) -> frozenset[int]:
+        return self.masters | self.weights
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a plan is expected to take, in bytes.
+
+    `static_bytes` is on the device for good and `peak_bytes` the highest point of a step, to which belong the
+    `reserve_bytes` of the driver's context and libraries. `host_bytes` is what the host holds of the training
+    state (masters, gradients, optimizer state). `at_peak` names what the peak consists of, largest first.
+    """
+
+    static_bytes: int = 0
+    peak_bytes: int = 0
+    host_bytes: int = 0
+    reserve_bytes: int = 0
+    at_peak: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions for one model.
+
+    Fields:
+        placement: the policy that was asked for.
+        budget_bytes: device memory the process may use, or None for all there is.
+        layout: which parameter lives where in which chunk.
+        recompute: names of the blocks whose activations are computed again in the backward.
+        prefetch: how many chunks ahead of their first reader copies start (0: on demand).
+        fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
+        residency: which chunks stay on the device.
+        optimizer_state_bytes: bytes of optimizer state per trainable element that are planned for.
+        memory: the estimate for the program the plan was made for.
+        notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
+    """
+
+    placement: Placement = "auto"
+    budget_bytes: int | None = None
+    layout: Layout = field(default_factory=lambda: Layout(()))
+    recompute: tuple[str, ...] = ()
+    prefetch: int = 1
+    fuse_loss: bool = False
+    residency: Residency = Residency()
+    optimizer_state_bytes: int = 8
+    memory: MemoryEstimate = MemoryEstimate()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.memory.peak_bytes
+
+    def with_residency(self, residency: Residency, memory: MemoryEstimate) -> "Plan":
+        return replace(self, residency=residency, memory=memory)
+
+    # -- text ----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, default=_encode)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Raises ValueError naming the field where the text is not a plan."""
+        try:
+            return _decode_plan(json.loads(text))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a geminifx plan: {error}; expected what Plan.to_json writes") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        chunks = self.layout.chunks
+        weights, masters = self.residency.weights, self.residency.masters
+        rows = [
+            ("placement", self.placement),
+            ("device budget", _amount(self.budget_bytes)),
+            ("planned device peak", _amount(self.memory.peak_bytes)),
+            ("  of it always there", _amount(self.memory.static_bytes)),
+            *((f"  at the peak: {name}", _amount(amount)) for name, amount in self.memory.at_peak[:6]),
+            ("planned host memory", _amount(self.memory.host_bytes)),
+            (
+                "chunks",
+                f"{len(chunks)}, largest {_amount(max((c.compute_bytes for c in chunks), default=0))}",
+            ),
+            ("  training state on the device", f"{len(masters)} of {len(chunks)}"),
+            ("  weights stay through a step", f"{len(weights - masters)} of {len(chunks)}"),
+            ("prefetch", f"{self.prefetch} chunk(s) ahead"),
+            ("recompute", f"{len(self.recompute)} block(s)"),
+            *([("loss", "in pieces, its logits are not computed")] if self.fuse_loss else []),
+            *(("note", text) for text in self.notes),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _amount(num_bytes: int | None) -> str:
+    return "unlimited" if num_bytes is None else format_bytes(num_bytes)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, frozenset):
+        return sorted(value)
+    raise TypeError(f"cannot write {value!r} as JSON")
+
+
+def _decode_plan(data: dict[str, Any]) -> Plan:
+    chunks = tuple(
+        ChunkLayout(
+            **{**chunk, "dtype": _decode_dtype(chunk["dtype"]),
+               "master_dtype": _decode_dtype(chunk["master_dtype"]),
+               "slots": tuple(Slot(**{**s, "shape": tuple(s["shape"])}) for s in chunk["slots"])}
+        )
+        for chunk in data["layout"]["chunks"]
+    )  # fmt: skip
+    memory = {**data["memory"], "at_peak": tuple((name, n) for name, n in data["memory"]["at_peak"])}
+    changes = {
+        "layout": Layout(chunks, tuple((a, b) for a, b in data["layout"]["tied"])),
+        "recompute": tuple(data["recompute"]),
+        "residency": Residency(**{key: frozenset(value) for key, value in data["residency"].items()}),
+        "memory": MemoryEstimate(**memory),
+        "notes": tuple(data["notes"]),
+    }
+    if data["placement"] not in get_args(Placement):
+        raise ValueError(f"placement is {data['placement']!r}, expected one of {', '.join(get_args(Placement))}")
+    if data["prefetch"] < 0:
+        raise ValueError(f"prefetch is {data['prefetch']}, expected 0 or more chunks")
+    if not isinstance(data.get("fuse_loss", False), bool):
+        raise ValueError(f"fuse_loss is {data['fuse_loss']!r}, expected true or false")
+    return Plan(**{**data, **changes})
+
+
+def _decode_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return dtype

@@ -1,0 +1,34 @@
+"""Start copies early and wait for them late, so that they run while something computes.
+
+    before (two chunks)                      after, one chunk ahead
+    c0 = geminifx.fetch(0, ...)              c0 = geminifx.fetch(0, ...)
+    w0 = geminifx.wait(c0, 0)                   w0 = geminifx.wait(c0, 0)
+    y = aten.mm.default(x, ...)              c1 = geminifx.fetch(1, ...)
+    c1 = geminifx.fetch(1, ...)              y = aten.mm.default(x, ...)
+    w1 = geminifx.wait(c1, 1)                   w1 = geminifx.wait(c1, 1)
+
+In the other direction a chunk's gradients settle when the next chunk's are complete, so that they travel
+while the next ones are computed. Copies never cross the turn: a step that is never run backward
+must not leave a copy behind.
+"""
+
+from ..runtime.ops import FETCH, REDUCE, SETTLE, WAIT
+from .manager import graph_pass
+from .plan import Plan
+from .program import Program, note
+from .verify import chunked
+
+
+@graph_pass(requires=(chunked,))
+def prefetch(program: Program, plan: Plan) -> None:
+    if plan.prefetch == 0:
+        return
+    for phase in ("forward", "backward"):
+        points = [node for node in program.calls(WAIT) if note(node).phase == phase]
+        fetches = [node for node in program.calls(FETCH) if note(node).phase == phase]
+        for number, fetch in enumerate(fetches[1:], start=1):
+            at = max(0, number - plan.prefetch)
+            points[at].append(fetch)
+            points[at] = fetch  # copies that start at one point start in the order of their use
+    for settle, following in zip(program.calls(SETTLE), program.calls(REDUCE)[1:], strict=False):
+        following.prepend(settle)

@@ -1,0 +1,1 @@
+"""The machine: instruction schemas, chunks, tiers and the executor."""

@@ -1,0 +1,86 @@
+"""Checkpoints that are either the old one or the new one, never half of each."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success it takes the place of `path`, files in `path`
+    that it lacks included, on failure it is removed and `path` is as before.
+
+    Raises whatever the body raises, and OSError where the disk is full or the place cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        _exchange(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Errors of the disk must arise before the old checkpoint is touched."""
+    if file.is_file():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    """Renames only, so that nothing can fail for lack of space; the old one goes last."""
+    os.chmod(temporary, 0o755)
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        os.rename(target, old / target.name)
+        os.rename(temporary, target)
+    except BaseException:  # an interruption between the two, too
+        if not target.exists():
+            os.rename(old / target.name, target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+"""How files end that hold weights: old ones beside new ones would be another model's."""
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Give `new` the files of `old` that it lacks, such as a tokenizer, but no weights."""
+    for file in old.rglob("*") if old.is_dir() else ():
+        copy = new / file.relative_to(old)
+        if file.is_file() and not copy.exists() and not file.name.endswith(WEIGHTS):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """The weights of a model that is not Hugging Face's, as model.safetensors.
+
+    A tensor with several names is stored under the first: `safetensors.torch.load_model` finds the others.
+    """
+    kept: dict[tuple[int, torch.Size], str] = {}
+    named = model.state_dict()
+    # Names of one tensor share address and shape; parameters of one chunk share no more than its storage.
+    weights = {name: t for name, t in named.items() if kept.setdefault((t.data_ptr(), t.shape), name) == name}
+    aliases = {name: kept[t.data_ptr(), t.shape] for name, t in named.items() if name not in weights}
+    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
+    save_file(tensors, str(directory / "model.safetensors"), metadata={**aliases, "format": "pt"})

@@ -1,0 +1,33 @@
+"""Errors a user may meet: each says what happened, what was expected and how to go on."""
+
+
+class GeminiError(RuntimeError):
+    """Base of every error raised on purpose; its message is ready to be shown to a user."""
+
+
+class CaptureError(GeminiError):
+    """The model cannot be captured as one graph; names the module and the source line."""
+
+
+class VerificationError(GeminiError):
+    """A program is malformed: names the pass, the node, what was found and what was expected."""
+
+
+class BudgetError(GeminiError):
+    """The plan does not fit a memory budget.
+
+    Attributes:
+        smallest_bytes: the smallest budget that would do, or None where none is known.
+    """
+
+    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own term
+    """A chunk was asked to move between two states that the state machine does not connect."""
+
+
+class StateError(GeminiError):
+    """A call came at a moment when it cannot be honoured, such as a second backward."""

@@ -1,0 +1,201 @@
+"""Runs generated programs, and joins them to autograd so that they fit into any training loop.
+
+A program's text is compiled by Python once and run as it stands: there is no dispatch per node. A training
+program is a generator that sleeps between forward and backward; its local variables are what the backward
+needs, and they die as it goes, or with the graph when no backward comes.
+"""
+
+import linecache
+import math
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import BudgetError, GeminiError, StateError
+from .machine import Machine, Run
+from .tiers import MemoryMeter
+
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Code:
+    """A generated program ready to be loaded.
+
+    `inputs` are the roles of the function's parameters in order; `namespaces` the operator libraries that
+    the text names; `reduces` the chunks that the backward reduces; `tangents` the strides of the gradients of
+    outputs; `input_gradients` the roles returned.
+    """
+
+    name: str
+    source: str
+    inputs: tuple[str, ...]
+    namespaces: frozenset[str]
+    reduces: frozenset[int] = frozenset()
+    tangents: tuple[tuple[int, ...], ...] = ()
+    input_gradients: tuple[str, ...] = ()
+
+
+def load(code: Code, machine: Machine) -> Callable[..., Any]:
+    """Python's function for a program; tracebacks through it show the program's lines."""
+    filename = f"<geminifx {code.name} {next(_numbers)}>"
+    linecache.cache[filename] = (len(code.source), None, code.source.splitlines(keepends=True), filename)
+    world: dict[str, Any] = {
+        "torch": torch, "inf": math.inf, "nan": math.nan, "DEVICE": machine.device,
+        **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": machine,
+    }  # fmt: skip
+    exec(compile(code.source, filename, "exec"), world)
+    weakref.finalize(world[code.name], linecache.cache.pop, filename, None)
+    return world[code.name]
+
+
+class Executor:
+    """Runs one program on a machine."""
+
+    def __init__(self, code: Code, machine: Machine, meter: MemoryMeter | None) -> None:
+        self.code = code
+        self.machine = machine
+        self.meter = meter
+        self.function = load(code, machine)
+
+    def evaluate(self, inputs: list[Tensor]) -> dict[str, Tensor]:
+        """Run a program without a backward; returns its results by role."""
+        with self.resume(Run(), sum(t.nbytes for t in inputs)):
+            return self.function(*inputs)
+
+    def resume(self, run: Run, input_bytes: int) -> "_Resumed":
+        return _Resumed(self, run, input_bytes)
+
+
+class _Resumed:
+    """While a program runs: no autograd and no autocast, its run is the machine's, its tensors are metered."""
+
+    def __init__(self, executor: Executor, run: Run, input_bytes: int) -> None:
+        self.executor, self.run, self.input_bytes = executor, run, input_bytes
+        self.contexts: tuple[AbstractContextManager[Any], ...] = (
+            torch.no_grad(),
+            torch.autocast(executor.machine.device.type, enabled=False),
+            executor.meter or nullcontext(),
+        )
+
+    def __enter__(self) -> None:
+        if self.executor.meter is not None:
+            self.executor.meter.tier.charge(self.input_bytes, "the step's inputs")
+        self.executor.machine.run = self.run
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(None, None, None)
+        if self.executor.meter is not None:
+            self.executor.meter.tier.refund(self.input_bytes)
+        if error is not None and not isinstance(error, StopIteration):
+            self.executor.machine.abort()
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise BudgetError(
+                f"the device budget ran out while '{self.executor.code.name}' ran: {error}. Parameters and "
+                "optimizer state are as before the step; call zero_grad() before the next one. Make the batch "
+                "smaller, raise device_budget, or use placement='cpu'."
+            ) from error
+
+
+class TrainingRun:
+    """One step of a training program: `forward` up to the turn, `backward` from there to the end."""
+
+    def __init__(self, executor: Executor, inputs: list[Tensor]) -> None:
+        self.executor = executor
+        self.run = Run(executor.code.reduces)
+        self.input_bytes = sum(t.nbytes for t in inputs)
+        self.generator: Generator[Any, Any, dict[str, Tensor]] | None = executor.function(*inputs)
+        self.versions = executor.machine.placing.store.versions()
+        self.inputs = [(weakref.ref(t), t._version) for t in inputs]
+
+    def forward(self) -> list[Tensor]:
+        assert self.generator is not None
+        with self.executor.resume(self.run, self.input_bytes):
+            outputs, _ = next(self.generator)
+        # The forward itself writes buffers; whoever writes after it changes what the backward reads.
+        self.inputs = [(ref, t._version) for ref, _ in self.inputs if (t := ref()) is not None]
+        return outputs
+
+    def backward(self, tangents: list[Tensor]) -> dict[str, Tensor]:
+        """Returns the gradients of inputs; those of parameters are in `.grad`. Raises StateError twice."""
+        if self.generator is None:
+            raise StateError(
+                "backward() ran a second time through the same step, whose activations are freed as they are "
+                "used; call the model again, or sum the losses and call backward() once (retain_graph has no "
+                "effect on a compiled step)"
+            )
+        self._check_unchanged()
+        generator, self.generator = self.generator, None
+        self.run.backward = True
+        self.executor.machine.placing.prepare_gradients()
+        with self.executor.resume(self.run, self.input_bytes):
+            try:
+                generator.send([_laid_out(t, s) for t, s in zip(tangents, self.executor.code.tangents, strict=True)])
+            except StopIteration as stop:
+                return stop.value
+        raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
+
+    def _check_unchanged(self) -> None:
+        """Weights are read again in the backward: others than the forward's would give wrong gradients."""
+        now = self.executor.machine.placing.store.versions()
+        changed = next((name for name, version in now.items() if version != self.versions[name]), None)
+        if changed is not None:
+            raise StateError(
+                f"parameter {changed} was changed in place between the call of the model and its backward(), as "
+                "by optimizer.step(); call backward() first, or call the model again"
+            )
+        if any(t is not None and t._version != version for t, version in ((ref(), v) for ref, v in self.inputs)):
+            raise StateError(
+                "an input or a buffer was changed in place between the call of the model and its backward(), which "
+                "reads it; change a copy instead, or call the model again"
+            )
+
+
+def _laid_out(tangent: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The backward was traced for gradients laid out like the outputs; autograd may bring views of any kind."""
+    if tangent.stride() == stride:
+        return tangent
+    return torch.empty_strided(tangent.shape, stride, dtype=tangent.dtype, device=tangent.device).copy_(tangent)
+
+
+class Step(torch.autograd.Function):
+    """One training step as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, run: TrainingRun, differentiable: tuple[int, ...], anchor: Tensor, *inputs: Tensor) -> Any:
+        outputs = run.forward()
+        ctx.run, ctx.differentiable = run, differentiable
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiable))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: Tensor) -> Any:
+        results = ctx.run.backward([tangents[i] for i in ctx.differentiable])
+        gradients = (results.get(role) for role in ctx.run.executor.code.input_gradients)
+        return (None, None, None, *gradients)
+
+
+class NoGradient(torch.autograd.Function):
+    """Marks an output that was compiled without a gradient: one that reaches it is an error, not a zero."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> Any:
+        raise StateError(
+            "a gradient reached an output that was compiled without one: with labels only the loss is "
+            "differentiable. Compile with outputs='all', or compute the loss from the logits without labels."
+        )

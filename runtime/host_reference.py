@@ -1,0 +1,112 @@
+"""The host kernel's arithmetic in plain torch: the same bits where no kernel can be built.
+
+The order of operations is that of `torch.optim`'s single-tensor code. On CPUs with fused multiply-add torch rounds
+once in `lerp`, `addcmul` and `add` with a factor, and so does the kernel. Whether this build of torch does so on this
+CPU is tried out once; where it does not, each is computed exactly through float64, several times slower. Two of
+torch's operations are replaced. The square root is taken in float64: torch's own in float32, a vector library's, may
+be one unit in the last place off. `lerp` is an `add`: with weight 1 its vectors and their tails disagree on signs of 0.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .split_pairs import SplitPair, join, pieces, split
+from .update_rules import AdamHyper, AdamMoments, Gradient, Scalars, SgdHyper
+
+
+def adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
+    """Update flat tensors in place by AdamW or Adam; temporaries are a few pieces large."""
+    k = hyper.scalars()
+    for piece in pieces(pair.hi.numel()):
+        part = SplitPair(pair.hi[piece], pair.lo[piece])
+        mean, square = moments.mean[piece], moments.square[piece]
+        weight = join(part)
+        grad = _gradient(gradient, piece, weight, k)
+        _lerp(mean, grad, k.lerp)
+        _add_square(square.mul_(k.keep), grad, k.add)
+        size = square.double().sqrt_().float().div_(k.root).add_(k.eps)
+        split(weight.mul_(k.decay).addcdiv_(mean, size, value=k.step), part)
+
+
+def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
+    """Update flat tensors in place by SGD; `buffer` holds the momentum where there is any."""
+    k = hyper.scalars()
+    for piece in pieces(pair.hi.numel()):
+        part = SplitPair(pair.hi[piece], pair.lo[piece])
+        weight = join(part)
+        grad = _gradient(gradient, piece, weight, k)
+        if buffer is not None:
+            momentum = buffer[piece]
+            if hyper.first:
+                momentum.copy_(grad)
+            else:
+                momentum.copy_(_add_scaled(momentum.mul_(k.keep), grad, k.add))
+            grad = _add_scaled(grad, momentum, k.keep) if hyper.nesterov else momentum
+        split(_add_scaled(weight, grad, k.step), part)
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a * b + c of float32 tensors, rounded once.
+
+    The product is exact in float64; the sum is rounded to odd there, so that the second rounding, to float32, finds
+    on which side of a tie it lies (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)
+    bits = total.view(torch.int64)
+    inexact = (error != 0) & error.isfinite() & (bits & 1 == 0)
+    outward = torch.where((error > 0) == (total > 0), 1, -1)
+    return (bits + inexact * outward).view(torch.float64).float()
+
+
+@cache
+def torch_fuses() -> bool:
+    """Whether torch's own operations round `a + factor * b` once on this machine, in vectors and in their tails."""
+    a, b = torch.randn(2, 4096 + 13, generator=torch.Generator().manual_seed(0)).unbind()
+    added, squared = torch.add(a, b, alpha=0.3), torch.addcmul(a, b, b, value=0.1)
+    return torch.equal(added, _add_exactly(a, b, 0.3)) and torch.equal(squared, _add_square_exactly(a, b, 0.1))
+
+
+def _gradient(gradient: Gradient, piece: slice, weight: Tensor, k: Scalars) -> Tensor:
+    """Return one piece of the gradient in float32, scaled, with the weight's share added."""
+    grad = gradient.values[piece].float() * gradient.scale
+    return _add_scaled(grad, weight, k.l2) if k.l2 else grad
+
+
+def _add_scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """Return a + factor * b, rounded once."""
+    return torch.add(a, b, alpha=factor) if torch_fuses() else _add_exactly(a, b, factor)
+
+
+def _lerp(mean: Tensor, grad: Tensor, weight: float) -> None:
+    """Move `mean` towards `grad`, starting from the nearer one, the product and the sum rounded together."""
+    rounded = _single(weight)
+    if rounded < 0.5:
+        mean.copy_(_add_scaled(mean, grad - mean, weight))
+    else:
+        mean.copy_(_add_scaled(grad, grad - mean, float(rounded - 1)))
+
+
+def _add_square(square: Tensor, grad: Tensor, factor: float) -> None:
+    """Add (factor * grad) * grad to `square`, the outer product and the sum rounded together."""
+    if torch_fuses():
+        square.addcmul_(grad, grad, value=factor)
+    else:
+        square.copy_(_add_square_exactly(square, grad, factor))
+
+
+def _add_exactly(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    return fused_multiply_add(_single(factor), b, a)
+
+
+def _add_square_exactly(square: Tensor, grad: Tensor, factor: float) -> Tensor:
+    return fused_multiply_add(_single(factor) * grad, grad, square)
+
+
+def _single(value: float) -> Tensor:
+    """Return a factor rounded to float32."""
+    return torch.tensor(value, dtype=torch.float32)

@@ -1,0 +1,94 @@
+"""The instruction set: the only bridge between the passes and the machine that runs their programs.
+
+Passes emit these operators into a graph; `runtime.machine` implements each under the same name. Nothing
+else is shared. Every effect stands in the schema (`Tensor(a!)`): dead-code elimination keeps an operator
+that writes and deletes one that only appears to do nothing. Fake kernels give result types, so that the
+type checker treats an instruction like any other operator.
+
+A chunk's life in a program::
+
+    c3 = geminifx.fetch(3, 4096, torch.float32)    # the copy to the device starts
+    w3 = geminifx.wait(c3, 3)                      # and has arrived
+    w = geminifx.view(w3, 128, [32, 64])           # one parameter of the chunk
+    ...
+    geminifx.release(w3, 3)                        # nobody reads it any more
+
+and its gradients'::
+
+    g3 = geminifx.gradients(4096, torch.float32)
+    geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
+    geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
+    geminifx.settle(g3, 3, [0, 1])                 # and is done: accumulated beside the master
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "geminifx"
+
+SCHEMAS = {
+    "fetch": "(int chunk, int numel, ScalarType dtype) -> Tensor",
+    "wait": "(Tensor(a) fetched, int chunk) -> Tensor(a)",
+    "view": "(Tensor(a) weights, int offset, int[] shape) -> Tensor(a)",
+    "release": "(Tensor(a!) weights, int chunk) -> ()",
+    "gradients": "(int numel, ScalarType dtype) -> Tensor",
+    "put": "(Tensor(a!) gradients, int offset, Tensor gradient) -> ()",
+    "reduce": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
+    "settle": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
+    "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
+    "save_rng": "(Tensor like) -> Tensor",
+    "swap_rng": "(Tensor(a!) state) -> ()",
+}
+
+CPU_RNG_STATE_BYTES = torch.Generator().get_state().numel()
+
+
+def _flat(numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype)
+
+
+def parameter_view(weights: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
+    """One parameter of a flat chunk; `offset` counts elements."""
+    return weights.narrow(0, offset, prod(shape)).view(shape)
+
+
+def _no_result(*_: object) -> None:
+    return None
+
+
+FAKES: dict[str, Callable[..., object]] = {
+    "fetch": lambda chunk, numel, dtype: _flat(numel, dtype),
+    "wait": lambda fetched, chunk: fetched.view(fetched.shape),
+    "view": parameter_view,
+    "release": _no_result,
+    "gradients": _flat,
+    "put": _no_result,
+    "reduce": _no_result,
+    "settle": _no_result,
+    "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
+    "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
+    "swap_rng": _no_result,
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name])
+
+_ops = torch.ops.geminifx
+FETCH = _ops.fetch.default
+WAIT = _ops.wait.default
+VIEW = _ops.view.default
+RELEASE = _ops.release.default
+GRADIENTS = _ops.gradients.default
+PUT = _ops.put.default
+REDUCE = _ops.reduce.default
+SETTLE = _ops.settle.default
+TURN = _ops.turn.default
+SAVE_RNG = _ops.save_rng.default
+SWAP_RNG = _ops.swap_rng.default
+
+PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, SETTLE})
+"""Instructions that name a chunk. Programs of equal layers differ in these alone."""

@@ -1,0 +1,44 @@
+"""What a compiled module has used: bytes at the peak and bytes moved."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Usage:
+    """Peaks of the two tiers, and bytes copied between them.
+
+    `device_peak_bytes` is what the device tier held at most: on CUDA the caching allocator's reserved maximum
+    plus what the driver counts outside of it. `host_peak_bytes` is the host tier's: masters, gradients, compute
+    copies and staging, and the optimizer state that is planned for.
+    """
+
+    device_peak_bytes: int = 0
+    host_peak_bytes: int = 0
+    to_device_bytes: int = 0
+    to_host_bytes: int = 0
+
+
+@dataclass
+class Stats(Usage):
+    """Usage since the module was compiled; `step` is that of the last step alone.
+
+    A step is one call of the module, with its backward; peaks of earlier steps do not count in `step`.
+    """
+
+    steps: int = 0
+    step: Usage = field(default_factory=Usage)
+
+    def begin_step(self) -> None:
+        self.step = Usage()
+        self.steps += 1
+
+    def moved(self, *, to_device: int = 0, to_host: int = 0) -> None:
+        for usage in (self, self.step):
+            usage.to_device_bytes += to_device
+            usage.to_host_bytes += to_host
+
+    def peaked(self, device_bytes: int, host_bytes: int) -> None:
+        """Note what the last step has held at most so far."""
+        for usage in (self, self.step):
+            usage.device_peak_bytes = max(usage.device_peak_bytes, device_bytes)
+            usage.host_peak_bytes = max(usage.host_peak_bytes, host_bytes)

@@ -1,0 +1,121 @@
+"""Every use of torch's private interfaces, behind one version check.
+
+Capture stands on torch's ahead-of-time autograd, whose entry points are not public. They were checked on
+the versions below; on any other the import says so instead of failing somewhere inside.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+CHECKED = ((2, 11), (2, 13))
+"""The oldest and the newest release whose private interfaces were checked."""
+
+_version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+if _version < CHECKED[0]:
+    raise ImportError(
+        f"geminifx needs torch {CHECKED[0][0]}.{CHECKED[0][1]} or newer, found {torch.__version__}; "
+        "upgrade with: pip install 'torch>=2.11,<2.14'"
+    )
+if _version > CHECKED[1]:
+    warnings.warn(
+        f"geminifx was checked up to torch {CHECKED[1][0]}.{CHECKED[1][1]}, this is {torch.__version__}; "
+        "where capture fails, install 'torch<2.14'",
+        stacklevel=2,
+    )
+
+try:
+    import torch.fx.traceback as fx_traceback
+    from torch._export.utils import _compiling_state_context
+    from torch._functorch._aot_autograd.descriptors import (
+        BufferAOTInput,
+        GradAOTOutput,
+        InputMutationAOTOutput,
+        ParamAOTInput,
+        PlainAOTInput,
+        PlainAOTOutput,
+        TangentAOTInput,
+    )
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+        UnsupportedFakeTensorException,
+    )
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError as error:
+    raise ImportError(
+        f"torch {torch.__version__} lacks a private interface that geminifx captures with ({error}); "
+        "install a checked version: pip install 'torch>=2.11,<2.14'"
+    ) from error
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+"""What tracing raises where a model's Python depends on the values of tensors."""
+
+__all__ = [
+    "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
+    "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "TangentAOTInput", "TorchDispatchMode",
+    "annotate_modules", "export_joint",
+    "module_of", "num_references", "plain_dispatch",
+    "use_expandable_segments",
+]  # fmt: skip
+
+
+def export_joint(stack: ExitStack, module: nn.Module, args: tuple[Any, ...]) -> torch.fx.GraphModule:
+    """The ATen graph of forward and backward of `module(*args)`, or of the forward alone under no_grad.
+
+    `stack` keeps the tracing contexts open: read the graph inside it, run nothing inside it.
+    """
+    # Hugging Face asks whether it is being traced and then takes branches without data-dependent Python.
+    with _compiling_state_context(), fx_traceback.preserve_node_meta():
+        return aot_export_joint_with_descriptors(stack, module, args).graph_module
+
+
+def annotate_modules(module: nn.Module) -> None:
+    """Make every operator traced inside a submodule carry the submodule's fully qualified name."""
+    for name, submodule in module.named_modules():
+        if name:
+            submodule.forward = _annotated(submodule.forward, name)
+
+
+def _annotated(forward: Any, name: str) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with fx_traceback.annotate({"module_fqn": name}):
+            return forward(*args, **kwargs)
+
+    call.__wrapped__ = forward  # type: ignore[attr-defined]  # inspect.signature still tells the model's own
+    return call
+
+
+@contextlib.contextmanager
+def plain_dispatch() -> Iterator[None]:
+    """Trace operators as they are written: no autocast around them, none that only one CPU library has."""
+    enabled = torch._C._get_mkldnn_enabled()
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        torch._C._set_mkldnn_enabled(False)  # its LSTM's backward cannot be called from a program
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+
+
+def num_references(tensor: torch.Tensor) -> int:
+    """How many tensors and storage objects share a tensor's memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def module_of(node: torch.fx.Node) -> str:
+    return (node.meta.get("custom") or {}).get("module_fqn", "")
+
+
+def use_expandable_segments() -> None:
+    """Let the CUDA caching allocator grow its segments, which keeps fragmentation small."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -1,0 +1,71 @@
+"""Byte counts as people write them: `parse_bytes("24GB")` and `format_bytes(24_000_000_000)`."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+_DECIMAL = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNIT_BYTES = _DECIMAL | _BINARY
+_AMOUNT = re.compile(r"\s*([+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+))\s*([a-zA-Z]*|%)\s*", re.ASCII)
+_EXPECTED = 'a number of bytes or text such as "24GB" (10^9), "24GiB" (2^30), "512MB" or "80%"'
+
+
+def parse_bytes(amount: str | int | float, *, of: int | None = None) -> int:
+    """Return `amount` in bytes, rounded down.
+
+    A percentage is taken of `of` bytes (the device's or the host's total).
+
+    Raises:
+        ValueError: the amount is not understood, not positive, not finite, more than everything, or a
+            percentage without `of`.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, (str, int, float)):
+        raise ValueError(f"a memory budget of {amount!r} means nothing; expected {_EXPECTED}")
+    if isinstance(amount, str):
+        count = _parse_text(amount, of)
+    elif math.isfinite(amount):
+        count = math.floor(amount)
+    else:
+        raise ValueError(f"a memory budget cannot be {amount}; expected {_EXPECTED}")
+    if count < 1:
+        raise ValueError(f"a memory budget must be at least one byte, but {amount!r} is not; expected {_EXPECTED}")
+    return count
+
+
+def _parse_text(text: str, of: int | None) -> int:
+    """Return the bytes that `text` names, which may still be zero or negative."""
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"cannot read {text!r} as an amount of memory; expected {_EXPECTED}")
+    number, unit = Fraction(match[1].replace("_", "")), match[2].lower()
+    if unit == "%":
+        return _share(number, of, text)
+    if unit not in _UNIT_BYTES:
+        known = ", ".join(["B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", "%"])
+        raise ValueError(f"unknown unit {match[2]!r} in {text!r}; the units are {known}")
+    return math.floor(number * _UNIT_BYTES[unit])
+
+
+def _share(percent: Fraction, of: int | None, text: str) -> int:
+    """Return `percent` of `of` bytes."""
+    if of is None:
+        raise ValueError(f"{text!r} is a share of an unknown total; give the amount in bytes, such as '24GB'")
+    if percent > 100:
+        raise ValueError(f"{text!r} is more than all the memory there is; a share is at most 100%")
+    return math.floor(percent * of / 100)
+
+
+def format_bytes(count: int) -> str:
+    """Return `count` bytes for reading: three significant digits and a decimal unit, "1.32 GB"."""
+    size = float(abs(count))
+    sign = "-" if count < 0 else ""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(size, 1.0))))
+        # 999.6 would round to a fourth digit; it belongs to the next unit.
+        if round(size, digits) < 1000 or unit == "TB":
+            return f"{sign}{size:.{digits}f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable: the loop returns at its last unit")

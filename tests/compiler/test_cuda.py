@@ -1,0 +1,195 @@
+"""On CUDA: the numbers of plain PyTorch on the same device, within a budget as the driver reports it.
+
+Kernels add in an order of their own there (atomics in the embedding's backward, split sums in matrix
+products), so that nothing is compared bit by bit; each bound says what it allows.
+"""
+
+import copy
+import gc
+from collections.abc import Iterator
+
+import geminifx
+import pytest
+import torch
+import torch.nn.functional as F
+from geminifx.runtime.errors import BudgetError
+from torch import Tensor, nn
+from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_bytes, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+PLACEMENTS = ("cpu", "cuda", "auto")
+BUDGET = "3GB"  # the driver's context takes a part of it, on every card
+
+# fp32: 2^-24 a rounding, sums of up to some thousand terms, each of a few layers amplifying: 2^-12.
+# bf16: 2^-9 a rounding, some 30 operators on either side, errors adding like a random walk: 2^-5.
+RELATIVE = {"fp32": 2**-12, "bf16": 2**-5}
+
+
+@pytest.fixture(autouse=True)
+def whole_device() -> Iterator[None]:
+    """Each test starts with all of the device, whatever cap the one before it set."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in batch.items()}
+
+
+def run(case: Case, model: nn.Module, steps: int, microbatches: int = 1) -> Trace:
+    """AdamW with accumulation and clipping, the batches on the device."""
+    trace, optimizer = Trace(), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for micro in range(microbatches):
+            batch = on_device(case.batch(seed=10 * step + micro))
+            loss = case.loss(model, batch) / microbatches
+            loss.backward()
+        trace.record(model, loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return trace
+
+
+def low_precision(case: Case) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Loss and gradients of one step with bf16 weights, as precision="bf16" has them."""
+    plain = case.seeded().cuda()
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.bfloat16()
+    batch = on_device(case.batch(seed=0))
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+    loss = case.loss(plain, batch)
+    loss.backward()
+    return loss.detach().float(), {n: p.grad.float() for n, p in plain.named_parameters() if p.grad is not None}
+
+
+def assert_near(found: dict[str, Tensor | None], expected: dict[str, Tensor | None], relative: float) -> None:
+    """Apart by at most `relative` of the whole gradient's norm: some of its parts are zero but for rounding."""
+    named = {name: g for name, g in expected.items() if g is not None}
+    assert named.keys() == {name for name, g in found.items() if g is not None}
+    whole = sum(g.float().square().sum().item() for g in named.values()) ** 0.5
+    for name, gradient in named.items():
+        apart = (found[name].cpu().float() - gradient.cpu().float()).norm().item()  # type: ignore[union-attr]
+        assert apart <= relative * whole, f"{name}: {apart / whole} of the gradient's norm"
+
+
+def assert_kept(model: geminifx.CompiledModule) -> None:
+    assert model.stats.device_peak_bytes <= model.plan.peak_bytes <= 3 * 10**9
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, MLP, BLOCKS], ids=lambda case: case.name)
+def test_fp32(case: Case, placement: str, recompute: str) -> None:
+    plain = case.seeded().cuda()
+    model = compiled(case, device_budget=BUDGET, precision="fp32", placement=placement, recompute=recompute)
+    found, expected = run(case, model, 3, microbatches=2), run(case, plain, 3, microbatches=2)
+    for step in range(3):
+        assert abs(found.losses[step] - expected.losses[step]) <= RELATIVE["fp32"] * expected.losses[step]
+    assert_near(found.gradients[0], expected.gradients[0], RELATIVE["fp32"])
+    # AdamW may amplify what is rounding alone; a tenth of the way apart is another direction.
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        apart = (p.detach().cpu() - q.detach().cpu()).norm().item()
+        assert apart <= 0.1 * 3 * 1e-3 * p.numel() ** 0.5, name
+    assert {p.is_cuda for p in model.parameters()} == {placement != "cpu"}
+    assert_kept(model)
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("case", [OPT, LLAMA, BLOCKS], ids=lambda case: case.name)
+def test_bf16(case: Case, placement: str, recompute: str) -> None:
+    loss, gradients = low_precision(case)
+    model = compiled(case, device_budget=BUDGET, placement=placement, recompute=recompute)
+    found = run(case, model, 1)
+    assert abs(found.losses[0].float() - loss) <= RELATIVE["bf16"] * loss
+    # `record` stands before the clipping: these are the gradients as the backward left them.
+    assert_near(found.gradients[0], gradients, RELATIVE["bf16"])
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert_kept(model)
+
+
+def test_recompute_replays_dropout() -> None:
+    case = Case("blocks", lambda: type(BLOCKS.build())(0.3), loss=BLOCKS.loss)
+    traces = []
+    for recompute in ("none", "all"):
+        model = geminifx.compile(case.seeded(), precision="fp32", placement="cpu", recompute=recompute)
+        torch.manual_seed(1)
+        traces.append(run(case, model, 2))
+    assert_near(*(trace.gradients[0] for trace in traces), RELATIVE["fp32"])
+
+
+def test_batches_on_either_side_and_evaluation_between_steps() -> None:
+    plain, model = OPT.seeded().cuda(), compiled(OPT, precision="fp32", placement="auto")
+    host = tokens()
+    for batch in (host, on_device(host)):
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss.is_cuda
+        with torch.no_grad():
+            a, b = model.eval()(**batch), plain.eval()(**on_device(host))
+        assert (a.logits - b.logits).abs().max() <= RELATIVE["fp32"] * b.logits.abs().max()
+        model.train()
+        plain.train()
+
+
+def wide() -> nn.Module:
+    """170 million parameters, 2.7 GB of training state, in blocks of 67 MB."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4096, 4096), nn.ReLU()) for _ in range(10)))
+
+
+def test_a_training_state_larger_than_the_budget_is_trained_within_it() -> None:
+    source, x = wide(), torch.randn(64, 4096)
+    plain = copy.deepcopy(source)
+    options = {"example_inputs": (x,), "precision": "fp32"}
+    with pytest.raises(BudgetError, match="driver and libraries") as refused:
+        geminifx.compile(source, device_budget="1MB", **options)
+    assert refused.value.smallest_bytes is not None
+    budget = refused.value.smallest_bytes + 300 * 2**20
+    assert budget < state_bytes(source)
+    model = geminifx.compile(source, device_budget=budget, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        free, total = torch.cuda.mem_get_info()
+        assert total - free <= budget, "as the driver reports it, with everything else on the card"
+    assert model.stats.device_peak_bytes <= budget
+    assert model.stats.step.to_device_bytes > 0 and model.plan.residency.on_device
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    del model, optimizer, source
+    gc.collect()
+    torch.cuda.empty_cache()
+    plain.cuda()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
+    for expected in losses:
+        optimizer.zero_grad()
+        loss = plain(x.cuda()).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert abs(loss.item() - expected) <= RELATIVE["fp32"] * abs(expected)
+
+
+def test_cuda_that_does_not_fit_is_refused_and_names_auto() -> None:
+    x = torch.randn(64, 4096)
+    with pytest.raises(BudgetError, match="placement='auto'"):
+        geminifx.compile(wide(), device_budget="2GB", placement="cuda", example_inputs=(x,), precision="fp32")
+
+
+def test_an_allocation_beyond_the_budget_is_an_error_that_leaves_training_able_to_go_on() -> None:
+    model = compiled(MLP, device_budget=BUDGET, precision="fp32", placement="cpu")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.empty(3 * 10**9, dtype=torch.uint8, device="cuda")
+    assert all(map(torch.equal, before, model.parameters()))
+    run(MLP, model, 1)
+    F.mse_loss(model(MLP.batch()["input"]).float(), torch.zeros(4, 3, device="cuda")).backward()
+    assert_kept(model)

@@ -1,0 +1,428 @@
+"""The compiled module is the model: names, state, modes, shapes; what it cannot honour it refuses."""
+
+import copy
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+import torch.nn.functional as F
+from geminifx import Plan, graph_pass
+from geminifx.passes.manager import Pass
+from geminifx.passes.pipeline import PIPELINE
+from geminifx.passes.program import Program
+from geminifx.passes.verify import released
+from geminifx.runtime.errors import CaptureError, StateError
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from zoo import BLOCKS, CNN, GPT2, LLAMA, MLP, OPT, Blocks, Case, cnn, compiled, mlp, next_token, tokens, train
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- a drop-in ---------------------------------------------------------------------------------------------
+
+
+def test_names_parameters_and_signature_are_the_models_own() -> None:
+    source = GPT2.seeded()
+    parameters = dict(source.named_parameters())
+    model = geminifx.compile(source)
+    assert {name: id(p) for name, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    assert list(model.state_dict()) == list(GPT2.seeded().state_dict())
+    assert inspect.signature(model) == inspect.signature(source.forward)
+    assert model.config is source.config and callable(model.generate)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.no_such_thing
+    assert isinstance(model, nn.Module) and model.training
+
+
+def test_a_state_dict_goes_back_and_forth_with_the_plain_model() -> None:
+    plain, model = OPT.seeded(), compiled(OPT, placement="cpu")
+    assert same(plain, model)
+    train(OPT, plain, steps=1)
+    assert model.load_state_dict(plain.state_dict()).missing_keys == []
+    assert same(plain, model)
+    train(OPT, model, steps=1)
+    plain.load_state_dict(model.state_dict())
+    assert same(plain, model)
+    with pytest.raises(ValueError, match="assign=True"):
+        model.load_state_dict(plain.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="nosuch"):
+        model.load_state_dict({"nosuch": torch.ones(1)})
+
+
+@pytest.mark.parametrize("case", [OPT, GPT2], ids=lambda case: case.name)
+def test_save_pretrained_loads_with_transformers(case: Case, tmp_path: Path) -> None:
+    model = compiled(case, placement="cpu")
+    train(case, model, steps=1)
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck" / "tokenizer.json").write_text("{}")
+    model.save_pretrained(tmp_path / "ck")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ck")
+    assert same(loaded, model)
+    assert (tmp_path / "ck" / "tokenizer.json").exists(), "what was there besides the weights stays"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_models_save_as_safetensors(tmp_path: Path) -> None:
+    model, other = compiled(BLOCKS), Blocks()
+    train(BLOCKS, model, steps=1)
+    model.save_pretrained(tmp_path / "ck")
+    load_model(other, tmp_path / "ck" / "model.safetensors")
+    assert same(other, model)
+
+
+def test_modes_reach_the_models_own_forward() -> None:
+    model = geminifx.compile(Blocks(dropout=0.5))
+    ids = tokens()["input_ids"]
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert not model.training and not model.source.training
+    assert torch.equal(model(ids), model(ids))
+    model.source.train()
+    assert model.training and not torch.equal(model(ids), model(ids))
+
+
+def test_arguments_that_are_no_tensors_are_part_of_the_program() -> None:
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, power: int = 1, *, flags: dict[str, Any] | None = None) -> Any:
+            y = self.layer(x) ** power
+            return {"y": y, "power": power, "flags": flags, "none": None}
+
+    plain = Power()
+    model, x = geminifx.compile(copy.deepcopy(plain)), torch.randn(2, 4)
+    for call in ({}, {"power": 2}, {"power": 3, "flags": {"a": 1.5, "b": "text"}}, {"power": True}):
+        found, expected = model(x, **call), plain(x, **call)
+        assert torch.equal(found.pop("y"), expected.pop("y")) and found == expected
+
+
+def test_batches_in_other_dtypes_strides_and_sizes() -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    model = geminifx.compile(copy.deepcopy(plain), precision="fp32")
+    x = torch.randn(2, 3, 4)
+    strided = torch.randn(4, 3, 2).permute(2, 1, 0)
+    for batch in (x, strided, x[:1], x.expand(2, 3, 4), torch.randn(4, 3, 4)[::2]):
+        assert torch.equal(model(batch), plain(batch))
+    # Inputs compute in the precision of the weights, wherever they come from.
+    for other in (x.bfloat16(), x.half()):
+        assert torch.equal(model(other), plain(other.float()))
+
+
+def test_a_batch_that_is_nowhere_is_refused() -> None:
+    model = compiled(MLP)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        model(torch.ones(4, 48, device="meta"))
+    train(MLP, model, steps=1)
+
+
+def test_buffers_under_two_names() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("x", torch.ones(4))
+            self.register_buffer("y", self.x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.x + self.y
+
+    plain, x = Shared(), torch.ones(2, 4)
+    assert torch.equal(geminifx.compile(copy.deepcopy(plain))(x), plain(x))
+
+
+# -- programs ----------------------------------------------------------------------------------------------
+
+
+def test_hugging_face_models_are_planned_at_once_and_others_at_their_first_call() -> None:
+    assert list(geminifx.compile(OPT.seeded()).graph) == ["training"]
+    model = geminifx.compile(MLP.seeded())
+    with pytest.raises(StateError, match=r"there is no plan yet.*example_inputs"):
+        _ = model.plan
+    assert model.graph == {}
+    model(MLP.batch()["input"])
+    assert model.plan.layout.chunks and list(model.graph) == ["training"]
+
+
+@pytest.mark.parametrize("examples", [(torch.ones(4, 48),), {"input": torch.ones(4, 48)}])
+def test_example_inputs_positional_and_by_name(examples: Any) -> None:
+    model = geminifx.compile(MLP.seeded(), example_inputs=examples)
+    assert list(model.graph) == ["training"] and model.plan.peak_bytes > 0
+
+
+def test_shapes_and_modes_compile_once_each_and_share_the_parameters() -> None:
+    model = geminifx.compile(MLP.seeded(), placement="cpu")
+    calls = [(4, True), (2, True), (4, True), (4, False), (4, False), (2, False)]
+    for _ in range(2):
+        for batch, grad in calls:
+            with torch.set_grad_enabled(grad):
+                model(torch.ones(batch, 48))
+    assert len(model.session._programs) == 4
+    assert set(model.graph) == set(model.history) == {"training", "evaluation"}
+    assert "yield" not in model.graph["evaluation"] and "yield" in model.graph["training"]
+    assert [record.name for record in model.history["training"]] == [p.name for p in PIPELINE]
+
+
+def test_parameters_stay_themselves_when_a_larger_batch_comes_first() -> None:
+    """Until the first step masters may still move: the optimizer made before keeps holding them."""
+    plain, model = MLP.seeded(), compiled(MLP, device_budget="1MB")
+    optimizers = [torch.optim.AdamW(m.parameters()) for m in (model, plain)]
+    for batch in (32, 4, 64):
+        for m, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(torch.ones(batch, 48)).square().mean().backward()
+            optimizer.step()
+        assert same(model, plain)
+
+
+def test_a_plan_saved_and_fed_back_gives_the_same_program(tmp_path: Path) -> None:
+    model = compiled(OPT, device_budget="300kB", recompute="all")
+    model.plan.save(tmp_path / "plan.json")
+    again = compiled(OPT, plan=tmp_path / "plan.json", device_budget="300kB")
+    assert again.plan == model.plan == Plan.load(tmp_path / "plan.json")
+    assert again.graph == model.graph
+    assert "planned device peak" in str(again.plan)
+
+
+def test_a_plan_edited_by_hand_is_followed() -> None:
+    planned = compiled(OPT, placement="cpu", recompute="none").plan
+    block = "model.decoder.layers.1"
+    edited = compiled(OPT, plan=replace(planned, recompute=(block,), prefetch=0))
+    assert f"# recompute: {block}" in edited.graph["training"]
+    assert "# recompute: model.decoder.layers.0" not in edited.graph["training"]
+    trained, plain = compiled(OPT, recompute=(block,)), OPT.seeded()
+    train(OPT, trained, steps=2), train(OPT, plain, steps=2), train(OPT, edited, steps=2)
+    assert same(trained, plain) and same(edited, plain)
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="the plan does not fit this model"):
+        compiled(OPT, plan=compiled(GPT2).plan)
+
+
+def test_a_pass_of_the_users_own_runs_where_it_asks_to() -> None:
+    seen: list[str] = []
+
+    @graph_pass(requires=(released,), after="release")
+    def halve_the_learning(program: Program, plan: Plan) -> None:
+        seen.append(program.name)
+        for node in program.calls(torch.ops.aten.relu.default):
+            node.target = torch.ops.aten.sigmoid.default
+
+    source = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        found = geminifx.compile(copy.deepcopy(source), passes=(halve_the_learning,))(x)
+        assert torch.equal(found, source[0](x).sigmoid())
+    assert set(seen) == {"evaluation"}
+    with pytest.raises(ValueError, match="after='relaese' names no pass; try 'release'"):
+        geminifx.compile(source, passes=(Pass("p", lambda program, plan: None, after="relaese"),))
+
+
+def test_dump_writes_the_program_after_every_pass_and_the_plan(tmp_path: Path) -> None:
+    model = compiled(OPT, dump=tmp_path, placement="cpu")
+    names = sorted(path.name for path in (tmp_path / "training").iterdir())
+    assert names[0] == "00_capture.py" and names[1] == "01_canonicalize.py" and len(names) >= 8
+    assert Plan.load(tmp_path / "plan.json") == model.plan
+    assert "geminifx.fetch(" in (tmp_path / "training.py").read_text()
+
+
+# -- weights on meta ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, CNN], ids=lambda case: case.name)
+def test_weights_on_meta_are_planned_refused_and_brought_to_life(case: Case) -> None:
+    with geminifx.init_empty():
+        empty = case.build()
+    assert all(p.is_meta for p in empty.parameters())
+    parameters = list(empty.parameters())
+    model = geminifx.compile(empty, **case.examples(), placement="cpu")
+    assert model.plan.peak_bytes == compiled(case, placement="cpu").plan.peak_bytes
+    with pytest.raises(StateError, match=r"weights are on 'meta'.*load_state_dict"):
+        case.loss(model, case.batch())
+    source = case.seeded()
+    some = dict(list(source.state_dict().items())[:-2])
+    with pytest.raises(StateError, match="nothing was loaded"):
+        model.load_state_dict(some)
+    assert all(p.is_meta for p in model.parameters())
+    model.load_state_dict(source.state_dict())
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    ordinary = compiled(case, placement="cpu")
+    assert torch.equal(train(case, model).losses[-1], train(case, ordinary).losses[-1])
+    assert same(model, ordinary)
+
+
+def test_meta_weights_of_another_shape_and_buffers_nobody_knows_are_refused() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("table", torch.arange(2.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.table
+
+    with geminifx.init_empty():
+        table, layer = Table(), nn.Linear(2, 2)
+    with pytest.raises(StateError, match="buffer table is on 'meta' and no state_dict holds it"):
+        geminifx.compile(table).load_state_dict(Table().state_dict())
+    with pytest.raises(StateError, match=r"weight has shape \(2, 2\), the state_dict has shape \(3, 2\)"):
+        geminifx.compile(layer).load_state_dict(nn.Linear(2, 3).state_dict())
+
+
+def test_before_the_first_call_weights_on_meta_load_too() -> None:
+    with geminifx.init_empty():
+        model = geminifx.compile(cnn())
+    model.load_state_dict(CNN.seeded().state_dict())
+    assert torch.equal(train(CNN, model).losses[-1], train(CNN, CNN.seeded()).losses[-1])
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [lambda m: m.to("cpu"), lambda m: m.half(), lambda m: m.cuda(), lambda m: m.double()])
+def test_moving_and_casting_are_refused(act: Any) -> None:
+    model = compiled(MLP)
+    with pytest.raises(StateError, match="out of their chunks"):
+        act(model)
+    train(MLP, model, steps=1)
+
+
+def test_copying_and_compiling_twice_are_refused() -> None:
+    model = compiled(MLP)
+    with pytest.raises(StateError, match="cannot be copied"):
+        copy.deepcopy(model)
+    with pytest.raises(ValueError, match="compiled already"):
+        geminifx.compile(model)
+
+
+def test_parameter_hooks_are_refused_until_they_are_gone() -> None:
+    model = compiled(MLP)
+    handle = model.get_parameter("0.0.weight").register_hook(lambda grad: grad * 2)
+    with pytest.raises(StateError, match=r"parameter 0\.0\.weight has an autograd hook"):
+        train(MLP, model, steps=1)
+    with torch.no_grad():
+        model(MLP.batch()["input"])
+    handle.remove()
+    train(MLP, model, steps=1)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_backward_twice_is_refused(retain: bool) -> None:
+    model = compiled(OPT)
+    loss = OPT.loss(model, OPT.batch())
+    loss.backward(retain_graph=retain)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with pytest.raises(StateError, match="a second time"):
+        loss.backward()
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+
+
+def test_an_optimizer_step_between_forward_and_backward_is_refused() -> None:
+    model = compiled(MLP)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.ones(4, 48)
+    model(x).sum().backward()
+    loss = model(x).sum()
+    optimizer.step()
+    with pytest.raises(StateError, match="changed in place between"):
+        loss.backward()
+    model(x).sum().backward()
+
+
+def test_a_gradient_into_the_logits_beside_a_loss_is_refused_with_advice() -> None:
+    model = compiled(OPT)
+    out = model(**tokens())
+    assert out.logits.requires_grad
+    with pytest.raises(StateError, match="outputs='all'"):
+        (out.loss + out.logits.mean()).backward()
+    assert all(p.grad is None for p in model.parameters())
+    train(OPT, model, steps=1)
+
+
+def test_a_parameter_frozen_at_compile_time_cannot_be_thawed() -> None:
+    source = MLP.seeded()
+    source[1].requires_grad_(False)
+    model = geminifx.compile(source)
+    train(MLP, model, steps=1)
+    source[1].requires_grad_(True)
+    with pytest.raises(StateError, match=r"parameter 1\.\d\.\w+ was frozen when the model was compiled"):
+        train(MLP, model, steps=1)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if y.sum() > 0:  # the line
+            y = y * 2
+        return y
+
+
+def test_python_that_depends_on_data_is_refused_with_its_own_line() -> None:
+    line = inspect.getsourcelines(Branches.forward)[1] + 2
+    with pytest.raises(CaptureError, match=rf"test_module\.py:{line} \(if y\.sum\(\) > 0:.*torch\.where"):
+        geminifx.compile(Branches(), example_inputs=(torch.ones(2, 4),))
+    model = geminifx.compile(Branches())
+    with pytest.raises(CaptureError):
+        model(torch.ones(2, 4))
+
+
+# -- where values stop being finite ------------------------------------------------------------------------
+
+
+class Explodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = F.dropout(block(x), 0.1)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("placement", ["cpu", "cuda"])
+def test_first_nonfinite_names_the_module_and_leaves_no_trace(placement: str) -> None:
+    model = geminifx.compile(Explodes(), placement=placement)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert model.first_nonfinite(x) is None
+    model(x).sum().backward()
+    with torch.no_grad():
+        model.blocks[1][0].weight.fill_(3e38)
+    buffers, state = {name: b.clone() for name, b in model.named_buffers()}, torch.get_rng_state()
+    found = model.first_nonfinite(x)
+    assert found is not None and found.startswith("blocks.1.0 (")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert model.first_nonfinite(x * float("nan")) == "input x"
+    with torch.no_grad():
+        model.blocks[1][0].weight.fill_(0.1)
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_next_token_of_the_zoo_is_what_it_says() -> None:
+    """The helper that other tests stand on: logits of every position against its label."""
+    model, batch = BLOCKS.seeded(), tokens()
+    logits = model(batch["input_ids"])
+    rows = [F.cross_entropy(logits[i, j], batch["labels"][i, j]) for i in range(2) for j in range(8)]
+    assert torch.allclose(next_token(model, batch), torch.stack(rows).mean())
+    assert len(mlp()) == 5

@@ -1,0 +1,103 @@
+"""Options: every mistake is answered before anything is captured, with what would have been right."""
+
+from pathlib import Path
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+from geminifx.compiler.options import Options
+from zoo import MLP, OPT, compiled
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"device_budget": "24 potatoes"}, "unknown unit 'potatoes'"),
+    ({"device_budget": "plenty"}, "cannot read 'plenty'"),
+    ({"device_budget": 0}, "at least one byte"),
+    ({"device_budget": "0GB"}, "at least one byte"),
+    ({"device_budget": -1}, "at least one byte"),
+    ({"device_budget": "-24GB"}, "at least one byte"),
+    ({"device_budget": "101%"}, "more than all the memory"),
+    ({"device_budget": float("inf")}, "cannot be inf"),
+    ({"device_budget": True}, "means nothing"),
+    ({"host_budget": "3 bananas"}, "unknown unit 'bananas'"),
+    ({"placement": "gpu"}, "placement='gpu' is unknown; expected one of 'cuda', 'cpu', 'auto'"),
+    ({"placement": "atuo"}, "did you mean 'auto'"),
+    ({"precision": "bf-16"}, "did you mean 'bf16'"),
+    ({"precision": "int4"}, "expected one of"),
+    ({"outputs": "losses"}, "did you mean 'loss'"),
+    ({"recompute": "al"}, "did you mean 'all'"),
+    ({"device": "tpu"}, "device='tpu' is unknown"),
+    ({"placment": "cpu"}, "no option 'placment'; did you mean 'placement'"),
+    ({"zzz": 1}, "no option 'zzz'; the options are device_budget"),
+    ({"world_size": 2}, "trains in one process; expected world_size=1"),
+    ({"world_size": 0}, "expected world_size=1"),
+    ({"parallel": {"data": 2}}, "no parallel degree above 1"),
+    ({"parallel": {"tensor": {"mode": "2d"}}}, "no parallel degree above 1"),
+    ({"passes": (print,)}, "is not a pass"),
+    ({"config": "no/such/file.toml"}, "there is no such file"),
+]
+
+
+@pytest.mark.parametrize("options, answer", MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_answered(options: dict[str, Any], answer: str) -> None:
+    model = MLP.seeded()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError) as refused:
+        geminifx.compile(model, **options)
+    assert answer in str(refused.value)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        geminifx.compile(MLP.seeded(), device="cuda")
+
+
+def test_blocks_to_recompute_must_exist() -> None:
+    with pytest.raises(ValueError, match=r"'layers\.9', which is no block; the blocks are model\.decoder\.layers"):
+        compiled(OPT, recompute=("layers.9",))
+
+
+def test_degrees_of_one_are_accepted() -> None:
+    assert Options.of({"world_size": 1, "parallel": {"data": 1, "tensor": 1}}).world_size == 1
+
+
+def config(folder: Path, text: str) -> Path:
+    path = folder / "geminifx.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_config_file_gives_options_and_arguments_take_precedence(tmp_path: Path) -> None:
+    path = config(
+        tmp_path,
+        'device_budget = "1MB"\nplacement = "cpu"\nprecision = "bf16"\nrecompute = ["0", "1"]\n[parallel]\ndata = 1\n',
+    )
+    options = Options.of({"config": path, "placement": "auto", "device_budget": None})
+    assert (options.device_budget, options.placement, options.precision) == ("1MB", "auto", "bf16")
+    assert options.recompute == ("0", "1") and options.parallel == {"data": 1}
+    model = compiled(MLP, config=path)
+    assert (model.plan.placement, model.plan.budget_bytes) == ("cpu", 10**6)
+    assert model.plan.recompute == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("placement = ", "is not TOML"),
+        ('placment = "cpu"', "did you mean 'placement'"),
+        ('placement = "gpu"', "expected one of"),
+        ('device_budget = "24 potatoes"', "potatoes"),
+    ],
+)
+def test_mistakes_in_a_config_file(tmp_path: Path, text: str, answer: str) -> None:
+    with pytest.raises(ValueError, match=answer):
+        geminifx.compile(MLP.seeded(), config=config(tmp_path, text))
+
+
+def test_a_config_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "geminifx.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not TOML"):
+        geminifx.compile(MLP.seeded(), config=path)

@@ -1,0 +1,47 @@
+"""A classifier: its logits are smaller than its hidden states, and nothing changes."""
+
+
+def before(
+    h: "f32[4, 4] | input:0",
+    labels: "i64[4] | input:1",
+    w: "f32[3, 4] | parameter:head",
+    tangent_0: "f32[] | tangent:0",
+):
+    # forward: head
+    t: "f32[4, 3]{1, 4}" = aten.t.default(w)
+    mm: "f32[4, 3]" = aten.mm.default(h, t)
+    # forward
+    softmax: "f32[4, 3]" = aten._log_softmax.default(mm, 1, False)
+    nll: "(f32[], f32[])" = aten.nll_loss_forward.default(softmax, labels, None, 1, -100)
+    mean: "f32[]" = nll[0]
+    count: "f32[]" = nll[1]
+    # backward
+    d_softmax: "f32[4, 3]" = aten.nll_loss_backward.default(tangent_0, softmax, labels, None, 1, -100, count)
+    d_mm: "f32[4, 3]" = aten._log_softmax_backward_data.default(d_softmax, softmax, 1, torch.float32)
+    # backward: head
+    d_t: "f32[3, 4]{1, 3}" = aten.t.default(d_mm)
+    dw: "f32[3, 4]" = aten.mm.default(d_t, h)
+    return {"output:0": mean, "output:1": mm, "gradient:head": dw}
+
+
+def after(
+    h: "f32[4, 4] | input:0",
+    labels: "i64[4] | input:1",
+    w: "f32[3, 4] | parameter:head",
+    tangent_0: "f32[] | tangent:0",
+):
+    # forward: head
+    t: "f32[4, 3]{1, 4}" = aten.t.default(w)
+    mm: "f32[4, 3]" = aten.mm.default(h, t)
+    # forward
+    softmax: "f32[4, 3]" = aten._log_softmax.default(mm, 1, False)
+    nll: "(f32[], f32[])" = aten.nll_loss_forward.default(softmax, labels, None, 1, -100)
+    mean: "f32[]" = nll[0]
+    count: "f32[]" = nll[1]
+    # backward
+    d_softmax: "f32[4, 3]" = aten.nll_loss_backward.default(tangent_0, softmax, labels, None, 1, -100, count)
+    d_mm: "f32[4, 3]" = aten._log_softmax_backward_data.default(d_softmax, softmax, 1, torch.float32)
+    # backward: head
+    d_t: "f32[3, 4]{1, 3}" = aten.t.default(d_mm)
+    dw: "f32[3, 4]" = aten.mm.default(d_t, h)
+    return {"output:0": mean, "output:1": mm, "gradient:head": dw}

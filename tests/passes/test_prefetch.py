@@ -1,0 +1,10 @@
+"""prefetch: copies start early and gradients settle late, each on its own side of the turn."""
+
+import pytest
+from geminifx.passes.plan import Plan
+from geminifx.passes.prefetch import prefetch
+
+
+@pytest.mark.parametrize("case, depth", [("one_ahead", 1), ("two_ahead", 2), ("on_demand", 0), ("settle_sinks", 1)])
+def test_before_and_after(golden, case, depth):
+    golden(case, prefetch, Plan(prefetch=depth))
