@@ -18,7 +18,16 @@ from torch import Tensor
 from . import host_reference
 from .host_build import KernelBuildError, load
 from .split_pairs import SplitPair
-from .update_rules import AdamHyper, AdamMoments, Gradient, Scalars, SgdHyper
+from .update_rules import (
+    GRADIENT_DTYPES,
+    AdamHyper,
+    AdamMoments,
+    Gradient,
+    Scalars,
+    SgdHyper,
+    check_momentum,
+    check_update,
+)
 
 SOURCE = Path(__file__).with_name("host_kernel.cpp")
 TORCH = "torch"
@@ -26,7 +35,7 @@ TORCH = "torch"
 
 _COMPILED = {"avx512": 2, "avx2": 1, "plain": 0}
 _ADAM, _SGD = 0, 1
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_KINDS = {dtype: number for number, dtype in enumerate(GRADIENT_DTYPES)}
 _loading = threading.Lock()
 
 
@@ -93,8 +102,7 @@ class HostKernel:
         Raises:
             ValueError: as for `adam`, or momentum without a buffer, or a buffer without momentum.
         """
-        if (buffer is None) != (hyper.momentum == 0):
-            raise ValueError(f"momentum {hyper.momentum} needs {'a' if buffer is None else 'no'} momentum buffer")
+        check_momentum(buffer, hyper)
         state = () if buffer is None else (buffer,)
         _check(pair, gradient, state, threads)
         if self.variant == TORCH:
@@ -137,7 +145,7 @@ def _load_once() -> ctypes.CDLL | None:
 
 def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], scalars: Scalars) -> _Update:
     """Return the arguments of one call; factors are rounded to float32 on the way in."""
-    update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=gradient.scale)
+    update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=float(gradient.scale))
     update.hi, update.lo = pair.hi.data_ptr(), pair.lo.data_ptr()
     update.gradient = gradient.values.data_ptr()
     for name, moment in zip(("first", "second"), state, strict=False):
@@ -151,16 +159,7 @@ def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threa
     """Refuse what the library would read out of bounds or misunderstand."""
     if threads < 1:
         raise ValueError(f"an update needs at least one thread, not {threads}")
-    if gradient.values.dtype not in _KINDS:
-        raise ValueError(f"gradients are bfloat16, float16 or float32, not {gradient.values.dtype}")
-    if any(moment.dtype != torch.float32 for moment in state):
-        raise ValueError(f"optimizer state is float32, not {', '.join(str(moment.dtype) for moment in state)}")
-    for tensor in (pair.hi, pair.lo, gradient.values, *state):
-        if tensor.numel() != pair.hi.numel() or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError(
-                f"an update of {pair.hi.numel()} weights needs contiguous tensors of that size on the host, not "
-                f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
-            )
+    check_update(pair, gradient, state, torch.device("cpu"))
 
 
 def _flat(pair: SplitPair) -> SplitPair:
@@ -168,4 +167,4 @@ def _flat(pair: SplitPair) -> SplitPair:
 
 
 def _flat_gradient(gradient: Gradient) -> Gradient:
-    return Gradient(gradient.values.detach().view(-1), gradient.scale)
+    return Gradient(gradient.values.detach().view(-1), float(gradient.scale))

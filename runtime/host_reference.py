@@ -1,10 +1,12 @@
-"""The host kernel's arithmetic in plain torch: the same bits where no kernel can be built.
+"""The update kernels' arithmetic in plain torch, on the host or a device: the same bits where no kernel can be built.
 
 The order of operations is that of `torch.optim`'s single-tensor code. On CPUs with fused multiply-add torch rounds
 once in `lerp`, `addcmul` and `add` with a factor, and so does the kernel. Whether this build of torch does so on this
-CPU is tried out once; where it does not, each is computed exactly through float64, several times slower. Two of
-torch's operations are replaced. The square root is taken in float64: torch's own in float32, a vector library's, may
-be one unit in the last place off. `lerp` is an `add`: with weight 1 its vectors and their tails disagree on signs of 0.
+CPU is tried out once; where it does not, and on any device, each is computed exactly through float64, several times
+slower. Others of torch's operations are replaced everywhere. The square root is taken in float64: torch's own in
+float32, a vector library's, may be one unit in the last place off. `lerp` is an `add`: with weight 1 its vectors and
+their tails disagree on signs of 0. `addcdiv` is spelled out and divisors are tensors on their device: CUDA groups the
+one otherwise and multiplies by the inverse of a number.
 """
 
 from functools import cache
@@ -12,28 +14,32 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .split_pairs import SplitPair, join, pieces, split
+from .split_pairs import PIECE, SplitPair, join, pieces, split
 from .update_rules import AdamHyper, AdamMoments, Gradient, Scalars, SgdHyper
+
+_ON_DEVICE = 4 * PIECE
+"""Elements handled at a time on a device: some 70 bytes of temporaries each, against launches that cost a few us."""
 
 
 def adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
     """Update flat tensors in place by AdamW or Adam; temporaries are a few pieces large."""
     k = hyper.scalars()
-    for piece in pieces(pair.hi.numel()):
+    root = torch.full((), k.root, dtype=torch.float32, device=pair.hi.device)
+    for piece in pieces(pair.hi, _ON_DEVICE):
         part = SplitPair(pair.hi[piece], pair.lo[piece])
         mean, square = moments.mean[piece], moments.square[piece]
         weight = join(part)
         grad = _gradient(gradient, piece, weight, k)
         _lerp(mean, grad, k.lerp)
         _add_square(square.mul_(k.keep), grad, k.add)
-        size = square.double().sqrt_().float().div_(k.root).add_(k.eps)
-        split(weight.mul_(k.decay).addcdiv_(mean, size, value=k.step), part)
+        size = square.double().sqrt_().float().div_(root).add_(k.eps)
+        split(weight.mul_(k.decay).add_((mean * k.step).div_(size)), part)
 
 
 def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
     """Update flat tensors in place by SGD; `buffer` holds the momentum where there is any."""
     k = hyper.scalars()
-    for piece in pieces(pair.hi.numel()):
+    for piece in pieces(pair.hi, _ON_DEVICE):
         part = SplitPair(pair.hi[piece], pair.lo[piece])
         weight = join(part)
         grad = _gradient(gradient, piece, weight, k)
@@ -65,10 +71,14 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 @cache
 def torch_fuses() -> bool:
-    """Whether torch's own operations round `a + factor * b` once on this machine, in vectors and in their tails."""
+    """Whether torch's own operations round `a + factor * b` once on this CPU, in vectors and in their tails."""
     a, b = torch.randn(2, 4096 + 13, generator=torch.Generator().manual_seed(0)).unbind()
     added, squared = torch.add(a, b, alpha=0.3), torch.addcmul(a, b, b, value=0.1)
     return torch.equal(added, _add_exactly(a, b, 0.3)) and torch.equal(squared, _add_square_exactly(a, b, 0.1))
+
+
+def _fuses(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and torch_fuses()
 
 
 def _gradient(gradient: Gradient, piece: slice, weight: Tensor, k: Scalars) -> Tensor:
@@ -79,7 +89,7 @@ def _gradient(gradient: Gradient, piece: slice, weight: Tensor, k: Scalars) -> T
 
 def _add_scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """Return a + factor * b, rounded once."""
-    return torch.add(a, b, alpha=factor) if torch_fuses() else _add_exactly(a, b, factor)
+    return torch.add(a, b, alpha=factor) if _fuses(a) else _add_exactly(a, b, factor)
 
 
 def _lerp(mean: Tensor, grad: Tensor, weight: float) -> None:
@@ -93,7 +103,7 @@ def _lerp(mean: Tensor, grad: Tensor, weight: float) -> None:
 
 def _add_square(square: Tensor, grad: Tensor, factor: float) -> None:
     """Add (factor * grad) * grad to `square`, the outer product and the sum rounded together."""
-    if torch_fuses():
+    if _fuses(square):
         square.addcmul_(grad, grad, value=factor)
     else:
         square.copy_(_add_square_exactly(square, grad, factor))

@@ -32,10 +32,14 @@ class SplitPair:
             )
 
 
-def pieces(numel: int) -> Iterator[slice]:
-    """Cut `numel` elements into slices of at most `PIECE`."""
-    for start in range(0, numel, PIECE):
-        yield slice(start, min(start + PIECE, numel))
+def pieces(flat: Tensor, on_device: int = 16 * PIECE) -> Iterator[slice]:
+    """Cut a vector into slices of at most `PIECE` elements on the host and `on_device` elements elsewhere.
+
+    On a device a launch costs more than the temporaries of larger pieces.
+    """
+    size = PIECE if flat.device.type == "cpu" else on_device
+    for start in range(0, flat.numel(), size):
+        yield slice(start, min(start + size, flat.numel()))
 
 
 def split(master: Tensor, out: SplitPair | None = None) -> SplitPair:
@@ -50,7 +54,7 @@ def split(master: Tensor, out: SplitPair | None = None) -> SplitPair:
         halves = (torch.empty(master.shape, dtype=half, device=master.device) for half in (torch.bfloat16, torch.int16))
         out = SplitPair(*halves)
     source, hi, lo = master.detach().reshape(-1), *_flat(out, master.shape)
-    for piece in _cuts(source):
+    for piece in pieces(source):
         part = source[piece]
         bits = part.view(torch.int32).masked_fill(part.isnan(), _NAN)
         hi[piece] = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
@@ -69,7 +73,7 @@ def join(pair: SplitPair, out: Tensor | None = None) -> Tensor:
     if out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"a master is contiguous float32, not {out.dtype} with strides {out.stride()}")
     target, hi, lo = out.view(-1), *_flat(pair, out.shape)
-    for piece in _cuts(target):
+    for piece in pieces(target):
         bits = hi[piece].view(torch.int16).to(torch.int32) << 16
         target[piece] = (bits + lo[piece]).view(torch.float32)
     return out
@@ -80,11 +84,3 @@ def _flat(pair: SplitPair, shape: torch.Size) -> tuple[Tensor, Tensor]:
     if pair.hi.shape != shape or not pair.hi.is_contiguous() or not pair.lo.is_contiguous():
         raise ValueError(f"expected a contiguous split pair of shape {tuple(shape)}, found {tuple(pair.hi.shape)}")
     return pair.hi.detach().view(-1), pair.lo.view(-1)
-
-
-def _cuts(flat: Tensor) -> Iterator[slice]:
-    """Pieces on the host; on a device a launch costs more than the temporaries of larger ones."""
-    if flat.device.type == "cpu":
-        yield from pieces(flat.numel())
-    else:
-        yield from (slice(start, start + 16 * PIECE) for start in range(0, flat.numel(), 16 * PIECE))

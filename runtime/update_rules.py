@@ -2,18 +2,32 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from .split_pairs import SplitPair
+
+GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Gradient:
     """A gradient in bfloat16, float16 or float32 and the factor it is multiplied by in float32.
 
-    The factor clips, unscales, averages or, being negative, maximizes; 1.0 changes no bit.
+    The factor clips, unscales, averages or, being negative, maximizes; 1.0 changes no bit. As a float32 tensor without
+    dimensions it is read when the update runs: by the device kernel without waiting for the device, by the host kernel
+    as a number, which waits for a tensor that is on a device.
     """
 
     values: Tensor
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, Tensor) and (self.scale.dtype != torch.float32 or self.scale.dim()):
+            raise ValueError(
+                f"a gradient's scale is a number or a float32 tensor without dimensions, not {self.scale.dtype} "
+                f"{tuple(self.scale.shape)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,3 +114,32 @@ class SgdHyper:
     def scalars(self) -> Scalars:
         """Return the factors of this update."""
         return Scalars(l2=self.weight_decay, decay=1.0, step=-self.lr, keep=self.momentum, add=1 - self.dampening)
+
+
+def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], device: torch.device) -> None:
+    """Refuse what a kernel would read out of bounds or misunderstand.
+
+    Raises:
+        ValueError: a tensor has another size than the weights, another dtype than its part allows, is not contiguous or
+            not on `device`.
+    """
+    if gradient.values.dtype not in GRADIENT_DTYPES:
+        raise ValueError(f"gradients are bfloat16, float16 or float32, not {gradient.values.dtype}")
+    if any(moment.dtype != torch.float32 for moment in state):
+        raise ValueError(f"optimizer state is float32, not {', '.join(str(moment.dtype) for moment in state)}")
+    for tensor in (pair.hi, pair.lo, gradient.values, *state):
+        if tensor.numel() != pair.hi.numel() or not tensor.is_contiguous() or tensor.device != device:
+            raise ValueError(
+                f"an update of {pair.hi.numel()} weights needs contiguous tensors of that size on {device}, not "
+                f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
+
+
+def check_momentum(buffer: Tensor | None, hyper: SgdHyper) -> None:
+    """Refuse momentum without a buffer, or a buffer without momentum.
+
+    Raises:
+        ValueError: as said.
+    """
+    if (buffer is None) != (hyper.momentum == 0):
+        raise ValueError(f"momentum {hyper.momentum} needs {'a' if buffer is None else 'no'} momentum buffer")

@@ -27,6 +27,8 @@ LONGER_FUNCTIONS: dict[str, str] = {}
 MORE_PARAMETERS: dict[str, str] = {
     "models/functional.py:_routed": "stands in for torch's scaled_dot_product_attention and has its signature",
     "runtime/attention.py:attention": "the one operator for every attention: three tensors and keyword options",
+    "runtime/device_kernel.py:_adam": "Triton launches kernels with pointers and factors one by one",
+    "runtime/device_kernel.py:_sgd": "likewise",
 }
 MAY_PRINT: dict[str, str] = {}
 PRIVATE_TORCH: dict[str, str] = {
