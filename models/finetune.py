@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.errors import GeminiError
+from ..runtime.errors import BudgetError, GeminiError
 from .blocks import TokenBlocks
 from .recipe import Recipe, Report, StepInfo
 from .training_state import (
+    CheckpointError,
     TrainingState,
     load_training_state,
     random_states,
@@ -87,7 +89,7 @@ def finetune(
         CheckpointError: a checkpoint cannot be written, or the one to resume does not belong to this run.
         ValueError: `recipe.output` holds something else than a checkpoint.
     """
-    _check_output(recipe.output)
+    check_output(recipe.output)
     optimizer = make_optimizer(model, recipe)
     if resume:
         first, before = _resume(optimizer, blocks, recipe)
@@ -156,6 +158,7 @@ def _step(
     loss = model(**batch).loss
     value = loss.item()
     if not math.isfinite(value):
+        del loss  # and with it the step's activations: the search needs their room
         raise _non_finite("loss", value, step, model, batch)
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
@@ -168,12 +171,16 @@ def _step(
 
 def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dict[str, torch.Tensor]) -> NonFiniteLoss:
     """Return the error that names the step and the first module to blame."""
-    module = model.first_nonfinite(**batch)
-    where = (
-        "no module's output is: it arose in the loss or the backward pass"
-        if module is None
-        else f"the first module whose output is not finite is {module}"
-    )
+    try:
+        module = model.first_nonfinite(**batch)
+    except BudgetError:
+        where = "the budget has no room to search for the module"
+    else:
+        where = (
+            "every value of the forward is finite: it arose in the backward pass"
+            if module is None
+            else f"the first value that is not finite comes from {module}"
+        )
     return NonFiniteLoss(
         f"the {what} of step {step + 1} is {value}; {where}. This step's update was not made. "
         "A smaller --lr is the usual cure"
@@ -204,11 +211,20 @@ def _resume(optimizer: torch.optim.AdamW, blocks: TokenBlocks, recipe: Recipe) -
     return state.step, state.perplexity_before
 
 
-def _check_output(output: Path) -> None:
-    """Make sure, before any work, that saving to `output` would replace nothing but a checkpoint."""
+def check_output(output: Path) -> None:
+    """Make sure, before any work, that `output` can be saved to, and that nothing but a checkpoint is replaced.
+
+    Raises:
+        ValueError: it is a file, or holds something else than a checkpoint.
+        CheckpointError: the place cannot be written to.
+    """
     if output.is_dir():
         if any(output.iterdir()) and not (output / "config.json").is_file():
             raise ValueError(f"{output} holds files but no checkpoint, and saving replaces it; choose a new --output")
     elif output.exists():
         raise ValueError(f"{output} is a file; expected a directory for --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=output.parent).cleanup()
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written to ({error}); choose another --output") from error

@@ -80,7 +80,9 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 def save_training_state(directory: str | Path, state: TrainingState) -> None:
     """Write `state` beside a checkpoint in `directory`."""
-    torch.save({field.name: getattr(state, field.name) for field in fields(state)}, Path(directory) / STATE_FILE)
+    # A file of our own: of one that torch opens it does not tell why a write failed.
+    with (Path(directory) / STATE_FILE).open("wb") as file:
+        torch.save({field.name: getattr(state, field.name) for field in fields(state)}, file)
 
 
 def load_training_state(directory: str | Path) -> TrainingState:
@@ -118,7 +120,8 @@ def save_checkpoint(
         raise
     # torch and safetensors report a failed write as errors of their own, which are not OSErrors.
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
-            f"could not save step {state.step} to {directory}: {error}. A checkpoint saved there before is "
+            f"could not save step {state.step} to {directory}: {reason}. A checkpoint saved there before is "
             "intact; free some space (or choose another --output) and go on from it with --resume"
         ) from error

@@ -413,10 +413,28 @@ def test_first_nonfinite_names_the_module_and_leaves_no_trace(placement: str) ->
     assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
     assert model.first_nonfinite(x * float("nan")) == "input x"
     with torch.no_grad():
+        model.blocks[1][0].weight[2, 3] = float("nan")
+    assert model.first_nonfinite(x) == "parameter blocks.1.0.weight"
+    with torch.no_grad():
         model.blocks[1][0].weight.fill_(0.1)
     model.zero_grad()
     model(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", [OPT, CNN, MLP], ids=lambda case: case.name)
+def test_first_nonfinite_needs_no_more_than_the_forward_of_a_step(case: Case) -> None:
+    model = compiled(case, placement="cpu", recompute="none")
+    train(case, model, steps=1)
+    device, batch = model.session.tiers[0], case.batch()
+    call = batch if case.loss.__name__ == "own_loss" else {"input": batch["input"]}
+    model.session.begin_step()
+    model(**call)
+    forward = device.step_peak_bytes
+    model.session.begin_step()
+    assert model.first_nonfinite(**call) is None
+    # The largest magnitude of a value, and buffers that the search must not write to.
+    assert device.step_peak_bytes <= forward + 4 + sum(b.nbytes for b in model.buffers())
 
 
 def test_next_token_of_the_zoo_is_what_it_says() -> None:

@@ -64,6 +64,18 @@ def test_train_and_train_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "opt-mini-tuned" / "config.json").exists()
 
 
+def test_a_loss_that_is_not_a_number_is_located_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--steps", "5", "--lr", "1e30"]
+    result = CliRunner().invoke(app, words, terminal_width=400)
+    assert result.exit_code == 2, result.output
+    shown = " ".join(re.sub("[\u2500-\u257f]", " ", result.output).split())
+    assert re.search(r"the loss of step 2 is nan; the first value that is not finite comes from model\.decoder", shown)
+    assert not (tmp_path / "runs" / "opt-mini").exists()
+
+
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("small.json").write_text(json.dumps(SMALL))

@@ -18,6 +18,7 @@ from geminifx.models.finetune import NonFiniteLoss, finetune, perplexity
 from geminifx.models.presets import load_model
 from geminifx.models.recipe import Recipe, StepInfo
 from geminifx.models.training_state import STATE_FILE, CheckpointError, load_training_state
+from geminifx.runtime.errors import BudgetError
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 VOCAB = 300
@@ -178,8 +179,20 @@ def test_a_loss_that_is_not_a_number_names_step_and_module(tmp_path: Path) -> No
         if info.step == 3:
             broken.weight.data[0, 0] = math.nan
 
-    with pytest.raises(NonFiniteLoss, match=r"loss of step 4 is nan.* is model\.decoder\.layers\.1\.fc1\. .*--lr"):
+    says = r"loss of step 4 is nan; .* comes from model\.decoder\.layers\.1\.fc1\. .*--lr"
+    with pytest.raises(NonFiniteLoss, match=says):
         finetune(model, _blocks(), _recipe(tmp_path), on_step=on_step)
+
+
+def test_a_budget_without_room_for_the_search_still_names_the_step(tmp_path: Path) -> None:
+    def refuse(**_: torch.Tensor) -> None:
+        raise BudgetError("the device tier is full")
+
+    model = _model()
+    model.model.model.decoder.layers[1].fc1.weight.data.fill_(math.nan)
+    model.first_nonfinite = refuse  # type: ignore[method-assign,assignment]
+    with pytest.raises(NonFiniteLoss, match=r"loss of step 1 is nan; the budget has no room to search"):
+        finetune(model, _blocks(), _recipe(tmp_path))
 
 
 def test_an_infinite_gradient_is_stopped_before_the_update(tmp_path: Path) -> None:
@@ -187,7 +200,7 @@ def test_an_infinite_gradient_is_stopped_before_the_update(tmp_path: Path) -> No
     weight = model.model.model.decoder.layers[0].fc1.weight
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = weight.detach().clone()
-    with pytest.raises(NonFiniteLoss, match=r"gradient of step 1 is .*; no module's output is"):
+    with pytest.raises(NonFiniteLoss, match=r"gradient of step 1 is .*; every value of the forward is finite"):
         finetune(model, _blocks(), _recipe(tmp_path))
     assert torch.equal(weight, before)
 
@@ -223,7 +236,7 @@ def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(tmp_path: Pat
     try:
         # Too small for the weights; then large enough for the weights but not for the optimizer's state.
         for limit_bytes in (50_000, 150_000):
-            with pytest.raises(CheckpointError, match=r"could not save step 4 to .* is intact; free some space"):
+            with pytest.raises(CheckpointError, match=r"could not save step 4 .*File too large.* is intact; free some"):
                 finetune(_model(), _blocks(), recipe, on_step=partial(fill_disk, limit_bytes=limit_bytes))
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             assert load_training_state(recipe.output).step == 2 and _weights(recipe.output)
@@ -240,6 +253,14 @@ def test_output_that_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
         finetune(_model(), _blocks(), _recipe(tmp_path))
     with pytest.raises(ValueError, match="is a file"):
         finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "run" / "thesis.tex"))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    steps: list[StepInfo] = []
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*choose another --output"):
+        finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "file" / "run"), on_step=steps.append)
+    assert not steps and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_learning_rate_rises_and_falls(tmp_path: Path) -> None:
