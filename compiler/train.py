@@ -12,13 +12,14 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.blocks import TokenBlocks
-from ..models.finetune import finetune
+from ..models.finetune import check_output, finetune
 from ..models.presets import MINI, ModelLoadError, brings_tokenizer, load_model
 from ..models.recipe import Recipe, Report
 from ..models.text import embedded_texts, read_texts, train_tokenizer
 from ..runtime.units import format_bytes, parse_bytes
 from .api import compile
 from .baseline import plain_peak_bytes
+from .options import Options
 from .report import StepProgress, memory_table, perplexity_line
 
 # Halves the perplexity of the small model three times over, within minutes on two cores.
@@ -82,12 +83,14 @@ class Job:
 
 
 def prepare(options: TrainOptions) -> Job:
-    """Load or make model, tokenizer and data.
+    """Load or make model, tokenizer and data; what can be refused before that takes its time is.
 
     Raises:
         GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
     """
     _check_budgets(options)
+    Options.of(_settings(options))
+    check_output(options.directory)
     texts = embedded_texts() if options.data is None else read_texts(options.data)
     # Absolute, so that a directory named like a preset is still a directory.
     source = str(options.directory.absolute()) if options.resume else options.model or MINI
@@ -165,17 +168,14 @@ def _demonstration(options: TrainOptions, model: PreTrainedModel, plain_bytes: i
 
 def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Any:
     """Return the compiled model, as `options` ask."""
-    return compile(
-        model,
-        device_budget=options.device_budget,
-        host_budget=options.host_budget,
-        device=options.device,
-        placement=options.placement,
-        precision=options.precision,
-        recompute=options.recompute,
-        example_inputs=batch,
-        dump=None if options.dump is None else str(options.dump),
-    )
+    return compile(model, example_inputs=batch, **_settings(options))
+
+
+def _settings(options: TrainOptions) -> dict[str, Any]:
+    """Return what `compile` is told, but for the batch."""
+    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute")
+    dump = None if options.dump is None else str(options.dump)
+    return {name: getattr(options, name) for name in names} | {"dump": dump}
 
 
 def _show_job(options: TrainOptions, job: Job, console: Console) -> None:

@@ -156,6 +156,8 @@ def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
         (["tiny.json", "--device-budget", "24 potatoes"], "--device-budget: unknown unit 'potatoes'"),
         (["tiny.json", "--device-budget", "0"], "at least one byte"),
         (["tiny.json", "--host-budget", "-1GB"], "--host-budget: a memory budget must be at least one byte"),
+        (["tiny.json", "--placement", "gpu"], "placement='gpu' is unknown; expected one of 'cuda', 'cpu', 'auto'"),
+        (["tiny.json", "--precision", "int4"], "precision='int4' is unknown"),
         (["tiny.json", "--lr", "nan"], "lr must be a positive number"),
         (["tiny.json", "--data", "none.txt"], "there is no data at none.txt"),
         (["tiny.json", "--data", "bad.txt"], "bad.txt is not UTF-8: byte 0xff at offset 3 (line 1)"),
@@ -163,6 +165,7 @@ def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
         (["tiny.json", "--seq-len", "65"], "--seq-len 65 is longer than the 64 positions"),
         (["tiny.json", "--resume"], "there is no checkpoint to resume in runs/tiny"),
         (["tiny.json", "--output", "data.txt"], "data.txt is a file"),
+        (["tiny.json", "--output", "data.txt/run"], "data.txt/run cannot be written to"),
         (["./nowhere"], "there is nothing at ./nowhere; expected a preset (opt-mini, opt-125m"),
     ],
 )
