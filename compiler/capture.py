@@ -229,10 +229,13 @@ def _check_dtypes(program: Program) -> None:
         types = (type_of(value) for value in node.all_input_nodes)
         dtypes = {str(t.dtype).removeprefix("torch.") for t in types if isinstance(t, TensorType)}
         if len(dtypes) > 1:
+            advice = "Under precision='bf16' parameters and inputs are cast and buffers are not: cast to the weight's "
+            advice += "dtype there, or compile with precision='fp32'"
+            if not all("float" in dtype for dtype in dtypes):
+                advice = "Only floating inputs are cast to the precision of the weights: pass x.float()"
             raise CaptureError(
                 f"{note(node).module or 'the model'} ({program.sources.get(note(node).module, '')}) multiplies "
-                f"{' and '.join(sorted(dtypes))}. Under precision='bf16' parameters and inputs are cast and buffers "
-                "are not: cast to the weight's dtype there, or compile with precision='fp32'"
+                f"{' and '.join(sorted(dtypes))}. {advice}"
             )
 
 
@@ -257,7 +260,7 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
             values[node] = _add_call(program, node, values)
     output = next(node for node in nodes if node.op == "output")
     program.set_results({
-        _result_role(description, leaves): values[value]
+        _result_role(description, names, leaves): values[value]
         for value, description in zip(output.args[0], output.meta["desc"], strict=True)
         if value is not None  # inputs and parameters that get no gradient
     })  # fmt: skip
@@ -306,7 +309,7 @@ def _input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[
     raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
 
 
-def _result_role(description: Any, leaves: list[int]) -> str:
+def _result_role(description: Any, names: list[str], leaves: list[int]) -> str:
     match description:
         case private.PlainAOTOutput(idx=i):
             return f"output:{i}"
@@ -317,7 +320,8 @@ def _result_role(description: Any, leaves: list[int]) -> str:
         case private.InputMutationAOTOutput(mutated_input=private.BufferAOTInput(target=target)):
             return f"mutation:{_without_prefix(target)}"
         case private.InputMutationAOTOutput(mutated_input=written):
-            raise CaptureError(f"the model writes to {written} in its forward; expected writes to buffers alone")
+            _, name = _input_role(written, names, leaves)
+            raise CaptureError(f"the model writes to {name} in its forward; expected writes to buffers alone")
     raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
 
 

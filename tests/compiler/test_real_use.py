@@ -110,6 +110,20 @@ def test_float32_buffers_under_bf16_are_named_where_they_meet_weights() -> None:
         geminifx.compile(Positions(), precision="bf16", example_inputs=(torch.randn(2, 4),))
 
 
+def test_whole_numbers_where_floats_are_expected_are_named() -> None:
+    with pytest.raises(CaptureError, match=r"0 \(linear\.py.*float32 and int64\. .* pass x\.float\(\)"):
+        geminifx.compile(small(), example_inputs=(torch.ones(2, 4, dtype=torch.int64),))
+
+
+def test_a_model_that_writes_to_its_input_is_refused_by_its_name() -> None:
+    class Writes(nn.Linear):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features.add_(1))
+
+    with pytest.raises(CaptureError, match="the model writes to features in its forward"):
+        geminifx.compile(Writes(4, 4), example_inputs=(torch.ones(2, 4),))
+
+
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_train(layer: type[nn.RNNBase]) -> None:
     class Last(nn.Module):
