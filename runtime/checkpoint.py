@@ -15,11 +15,14 @@ from torch import nn
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes the place of `path`, files in `path`
-    that it lacks included, on failure it is removed and `path` is as before.
+    that it lacks included, on failure it is removed and `path` is as before. A link to a directory stays one.
 
-    Raises whatever the body raises, and OSError where the disk is full or the place cannot be written.
+    Raises whatever the body raises, and OSError where the disk is full, the place cannot be written, or `path`
+    is a file.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{path} is a file, which a checkpoint would replace; expected a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

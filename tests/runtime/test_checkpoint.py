@@ -62,6 +62,24 @@ def test_a_failing_body_changes_nothing(old: Path, error: BaseException) -> None
     assert contents(old.parent) == OLD and os.listdir(old.parent) == ["ck"]
 
 
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="notes is a file"), atomic_directory(tmp_path / "notes"):
+        pass
+    assert (tmp_path / "notes").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "large disk" / "run").mkdir(parents=True)
+    (tmp_path / "large disk" / "run" / "weights").write_text("old")
+    (tmp_path / "run").symlink_to(tmp_path / "large disk" / "run")
+    with atomic_directory(tmp_path / "run") as temporary:
+        (temporary / "weights").write_text("new")
+    assert (tmp_path / "run").is_symlink()
+    assert [path.name for path in (tmp_path / "large disk").iterdir()] == ["run"]
+    assert (tmp_path / "large disk" / "run" / "weights").read_text() == "new"
+
+
 def test_a_failing_body_leaves_no_new_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError), atomic_directory(tmp_path / "ck") as temporary:
         write(temporary)
