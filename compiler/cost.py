@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from ..passes.plan import Plan
+from ..passes.plan import Plan, Residency
 from ..passes.program import Program, note, type_of
 from ..passes.types import TensorType
+from ..runtime.layout import ChunkLayout
 from ..runtime.ops import FETCH
 
 
@@ -15,35 +16,67 @@ from ..runtime.ops import FETCH
 class Rates:
     """What a machine does in a second; orders of magnitude are enough to rank plans.
 
-    `host_params_per_s` is how fast the host updates parameters whose optimizer state it holds, gradients and
-    casts included. Where `overlaps`, copies run beside compute and cost only what compute does not hide.
+    `host_params_per_s` is how fast the host updates parameters whose state it holds, by our kernel while copies
+    run, and `torch_params_per_s` by a torch optimizer, gradients and casts included. Where `overlaps`, copies and
+    our updates run beside compute and cost only what compute does not hide.
     """
 
     flops_per_s: float
     bus_bytes_per_s: float
     host_params_per_s: float
+    torch_params_per_s: float
     overlaps: bool
 
 
-CUDA = Rates(flops_per_s=400e12, bus_bytes_per_s=50e9, host_params_per_s=3e9, overlaps=True)
-"""Measured on an H200 with PCIe 5 and 16 cores, through the generic optimizer route."""
+CUDA = Rates(
+    flops_per_s=450e12, bus_bytes_per_s=45e9, host_params_per_s=4.4e9, torch_params_per_s=3e9, overlaps=True
+)
+"""Measured on an H200 with PCIe 5 and 16 cores."""
 
-ARENA = Rates(flops_per_s=50e9, bus_bytes_per_s=8e9, host_params_per_s=float("inf"), overlaps=False)
+_INFINITE = float("inf")
+ARENA = Rates(
+    flops_per_s=50e9, bus_bytes_per_s=8e9, host_params_per_s=_INFINITE, torch_params_per_s=_INFINITE, overlaps=False
+)
 """One CPU: both tiers are the same memory and the same cores update on either side."""
 
 
-def step_s(program: Program, plan: Plan, rates: Rates) -> float:
-    """Modelled seconds of one training step: compute, the copies it does not hide, host updates."""
-    compute_s = sum(map(_flops, program.computes)) / rates.flops_per_s
-    chunks, residency = plan.layout.chunks, plan.residency
-    on_host = [chunk for chunk in chunks if chunk.index not in residency.masters]
-    copied = {chunk.index: chunk.compute_bytes for chunk in on_host}
-    fetched = [int(fetch.args[0]) for fetch in program.calls(FETCH)]
-    once = sum(copied.get(index, 0) for index in residency.weights)
-    streamed = sum(copied.get(index, 0) for index in fetched if index not in residency.weights)
-    copy_s = (once + streamed) / rates.bus_bytes_per_s
-    update_s = sum(chunk.numel for chunk in on_host if chunk.trainable) / rates.host_params_per_s
-    return compute_s + max(0.0, copy_s - compute_s * rates.overlaps) + update_s
+class StepTime:
+    """Modelled seconds of one training step of a program, by where its chunks live."""
+
+    def __init__(self, program: Program, rates: Rates) -> None:
+        self.rates = rates
+        flops = {phase: 0 for phase in ("forward", "backward")}
+        for node in program.computes:
+            flops[note(node).phase] += _flops(node)
+        self.forward_s, self.backward_s = (flops[phase] / rates.flops_per_s for phase in ("forward", "backward"))
+        self.fetched = [int(fetch.args[0]) for fetch in program.calls(FETCH)]
+
+    def seconds(self, plan: Plan, residency: Residency) -> float:
+        """Compute, the copies it does not hide, and updates: a torch optimizer's come after them all."""
+        chunks, rates = plan.layout.chunks, self.rates
+        compute_s = self.forward_s + self.backward_s
+        on_host = [chunk for chunk in chunks if chunk.index not in residency.masters]
+        trained = [chunk for chunk in on_host if chunk.trainable]
+        if plan.updates is None:
+            copied = {chunk.index: chunk.compute_bytes for chunk in on_host}
+            once = sum(copied.get(index, 0) for index in residency.weights)
+            copy_s = (once + self._streamed_bytes(on_host, residency)) / rates.bus_bytes_per_s
+            update_s = sum(chunk.numel for chunk in trained) / rates.torch_params_per_s
+            return compute_s + max(0.0, copy_s - compute_s * rates.overlaps) + update_s
+        states = {c.index: plan.updates.master_bytes(c) + plan.updates.moment_bytes(c) for c in trained}
+        travels = sum(states[index] for index in residency.streamed)
+        refreshed = sum(c.compute_bytes for c in trained if c.index in residency.weights - residency.streamed)
+        copy_s = (travels + refreshed + self._streamed_bytes(on_host, residency)) / rates.bus_bytes_per_s
+        update_s = sum(c.numel for c in trained if c.index not in residency.streamed) / rates.host_params_per_s
+        # Updates hide behind the compute that they run beside: all of it, or, from step() on, the next forward.
+        beside_s = compute_s if plan.updates.in_backward else self.forward_s
+        late_s = max(0.0, max(update_s, travels / rates.bus_bytes_per_s) - beside_s * rates.overlaps)
+        return compute_s + max(late_s, copy_s - compute_s * rates.overlaps, 0.0)
+
+    def _streamed_bytes(self, on_host: list[ChunkLayout], residency: Residency) -> int:
+        """Bytes of weights that are copied for each use."""
+        copied = {chunk.index: chunk.compute_bytes for chunk in on_host if chunk.index not in residency.weights}
+        return sum(copied.get(index, 0) for index in self.fetched)
 
 
 def _flops(node: torch.fx.Node) -> int:

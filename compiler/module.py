@@ -1,6 +1,7 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from ..passes.text import print_program
 from ..runtime.checkpoint import atomic_directory, carry_over, save_weights
 from ..runtime.errors import StateError
 from ..runtime.executor import NoGradient, Step, TrainingRun
+from ..runtime.lazy_parameter import LazyParameter
+from ..runtime.optimizer import ChunkOptimizer, Declared
+from ..runtime.slot_source import writable
 from ..runtime.stats import Stats
+from ..runtime.updating import UpdatingMachine
 from .absent import AbsentOutput
 from .capture import rebuild_result
 from .inspect import first_nonfinite
@@ -98,11 +103,45 @@ class CompiledModule(nn.Module):
         """Capture, plan and generate the program for a call with these arguments, without running it."""
         self.session.program(args, kwargs)
 
+    def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
+                  in_backward: bool = False, accumulate: int = 1, **hyper: Any) -> ChunkOptimizer:  # fmt: skip
+        """An optimizer whose updates run while the model computes, in 12 bytes per bfloat16 parameter.
+
+        From here on parameters are read as float32 copies, and only this optimizer changes them. Make it before
+        the first step: the plan is made anew for it.
+
+        Args:
+            kind: torch.optim.AdamW, Adam or SGD, which has the same numbers.
+            params: parameters or groups of them, as torch.optim takes them; by default all that are trained.
+            max_grad_norm: clip the norm of all gradients to this in every step.
+            in_backward: update each chunk as soon as its gradient is complete. Faster, and leaves no gradients to
+                look at or to clip.
+            accumulate: how many backwards make one step. Needed for in_backward; otherwise it plans the memory.
+            hyper: keyword arguments of `kind`, such as lr, betas and weight_decay.
+
+        Raises:
+            ValueError: the arguments do not make sense, alone or together.
+            StateError: there is no plan yet, or an optimizer of this model was made before.
+            BudgetError: nothing fits the budget.
+        """
+        declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate)
+        declared.check(self.session.dtypes.values())
+        groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
+        return ChunkOptimizer(declared, groups, lambda: self.session.use(declared.updates()), self.session.names())
+
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the source's own, in its names; the values are the masters'."""
-        return self.source.state_dict(*args, **kwargs)
+        """As the source's own, in its names; the values are the masters'.
+
+        With `model.optimizer(...)` they are copies on the CPU, made here.
+        """
+        found = self.source.state_dict(*args, **kwargs)
+        built: dict[Any, Tensor] = {}
+        for name, value in found.items():
+            if isinstance(value, LazyParameter):  # names of one parameter share one tensor
+                found[name] = built.setdefault(value.source, value.source.read())
+        return found
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; values are copied into the masters, and weights on `meta` come to life.
@@ -113,9 +152,10 @@ class CompiledModule(nn.Module):
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
         if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
             materialize(self.source, state_dict)
-            if self.session.plan is not None:
-                self.session.place(self.session.plan)
-        return self.source.load_state_dict(state_dict, strict=strict)
+            self.session.place()
+        machine = self.session.machine
+        with writable(machine) if isinstance(machine, UpdatingMachine) else nullcontext():
+            return self.source.load_state_dict(state_dict, strict=strict)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
         """Save in Hugging Face's format (for other models, the weights as safetensors).
@@ -123,10 +163,11 @@ class CompiledModule(nn.Module):
         What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay.
         """
         with atomic_directory(directory) as temporary:
+            weights = self.state_dict()
             if hasattr(self.source, "save_pretrained"):
-                self.source.save_pretrained(temporary, **options)
+                self.source.save_pretrained(temporary, **{"state_dict": weights, **options})
             else:
-                save_weights(self.source, temporary)
+                save_weights(weights, temporary)
             carry_over(Path(directory), temporary)
 
     def __getattr__(self, name: str) -> Any:

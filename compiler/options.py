@@ -14,8 +14,8 @@ from ..passes.manager import Pass
 from ..passes.plan import Placement, Plan
 from .capture import Outputs
 
-Precision = Literal["fp32", "bf16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
         parallel: degrees of parallelism by name. This version takes none above 1.
         precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
-            otherwise the model's own.
+            otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
@@ -121,7 +121,7 @@ class Options:
             raise ValueError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
 
 
-_ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"]}
+_ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"]}
 """What people call our values, and what a spelling checker would take for something else."""
 
 

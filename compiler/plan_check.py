@@ -116,10 +116,13 @@ def _of_dtype(
 
 def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[_Offence]:
     count = len(plan.layout.chunks)
-    for kind in ("masters", "weights"):
+    for kind in ("masters", "weights", "streamed"):
         for index in getattr(plan.residency, kind):
             if not (_is_count(index) and index < count):
                 yield _Offence(f"residency.{kind}", f"{index!r} among others", f"chunk numbers from 0 to {count - 1}")
+    for index in plan.residency.streamed:
+        if index in plan.residency.masters or not plan.layout.chunks[index].trainable:
+            yield _Offence("residency.streamed", f"{index} among others", "trained chunks that are not in masters")
     for name in plan.recompute:
         if name not in blocks:
             yield _Offence("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")

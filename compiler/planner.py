@@ -5,7 +5,8 @@ Every combination of choices that fits is completed, and the one with the shorte
 1. keep all activations, or recompute every block, unless the user says which;
 2. copy one chunk ahead, or, where nothing else fits, on demand;
 3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
-   that compute, which saves two copies a step for two bytes each, then whole training states;
+   that compute, which saves two copies a step for two bytes each, then whole training states. With our own
+   optimizer, a share of those that remain on the host may travel through the device to be updated there;
 4. compute the loss over the vocabulary in pieces, unless the user says whether. That is tried where the logits
    are more than a tenth of the peak with them, or nothing fits with them. It computes the logits twice, so it
    is taken where the memory saved makes up for that, or nothing else fits.
@@ -21,14 +22,16 @@ import numpy as np
 from ..passes.plan import MemoryEstimate, Placement, Plan, Residency
 from ..passes.program import Program, type_of
 from ..runtime.errors import BudgetError
-from ..runtime.layout import ChunkLayout
-from ..runtime.placing import host_state_bytes, state_bytes
+from ..runtime.layout import STREAMED_GRADIENTS, ChunkLayout
 from ..runtime.units import format_bytes
-from .cost import Rates, step_s
+from .cost import Rates, StepTime
 from .liveness import Liveness, analyse
 
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""
+
+STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+"""Shares of the chunks that may be updated on the device although their states lie on the host."""
 
 Lower = Callable[[Plan], Program]
 """Runs the passes over a copy of the captured program, up to where instructions are in their final place."""
@@ -52,20 +55,29 @@ class Limits:
 class Wishes:
     """What the user has decided already: the policy, the blocks to recompute (None: the planner's choice),
     whether the loss is computed in pieces (likewise), and, for a further program of a model in training, the
-    masters that are on the device for good. `logits_bytes` is what that would save, 0 where it cannot be done."""
+    masters that are on the device for good, and those that are streamed through it. `logits_bytes` is what a
+    fused loss would save, 0 where there is none."""
 
     placement: Placement
     recompute: tuple[str, ...] | None
     blocks: tuple[str, ...]
     masters: frozenset[int] | None = None
+    streamed: frozenset[int] = frozenset()
     fuse_loss: bool | None = None
     logits_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Solution:
+    """A plan, the program it was made for, and the modelled seconds of a step."""
+
     plan: Plan
     program: Program
+    step_s: float
+
+
+class HostBudgetError(BudgetError):
+    """The training state does not fit the host."""
 
 
 def solve(draft: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:
@@ -87,7 +99,7 @@ def solve(draft: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution
                 else:
                     refused.append(solution)
         if fitting:
-            best = min(fitting, key=lambda solution: step_s(solution.program, solution.plan, limits.rates))
+            best = min(fitting, key=lambda solution: solution.step_s)
             _check_host(best.plan, limits)
             return best
     raise _refusal(refused, limits)
@@ -97,10 +109,12 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solut
     """The program of a plan and the residency for it: as much as fits, or, where nothing does, the least."""
     program = lower(plan)
     memory = _Memory(plan, analyse(program), limits)
+    time = StepTime(program, limits.rates)
     residency = _least(plan, wishes)
     if wishes.placement == "auto" and memory.fits(residency):
-        residency = memory.fill(residency, wishes)
-    return Solution(plan.with_residency(residency, memory.estimate(residency)), program)
+        residency = min(memory.candidates(residency, wishes), key=lambda found: time.seconds(plan, found))
+    plan = plan.with_residency(residency, memory.estimate(residency))
+    return Solution(plan, program, time.seconds(plan, residency))
 
 
 def _fits(plan: Plan, limits: Limits) -> bool:
@@ -117,16 +131,17 @@ def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     program = lower(plan)
     memory = _Memory(plan, analyse(program), limits)
     plan = plan.with_residency(plan.residency, memory.estimate(plan.residency))
+    solution = Solution(plan, program, StepTime(program, limits.rates).seconds(plan, plan.residency))
     if not memory.fits(plan.residency):
-        raise _refusal([Solution(plan, program)], limits)
+        raise _refusal([solution], limits)
     _check_host(plan, limits)
-    return Solution(plan, program)
+    return solution
 
 
 def _least(plan: Plan, wishes: Wishes) -> Residency:
     """What the policy puts on the device whatever the room."""
     if wishes.masters is not None:
-        return Residency(masters=wishes.masters)
+        return Residency(masters=wishes.masters, streamed=wishes.streamed)
     everything = frozenset(range(len(plan.layout.chunks)))
     return Residency(masters=everything if wishes.placement == "cuda" else frozenset())
 
@@ -149,7 +164,15 @@ class _Memory:
 
     def static(self, residency: Residency) -> int:
         per_chunk = (_static_bytes(self.plan, chunk, residency) for chunk in self.chunks)
-        return self.liveness.static_bytes + sum(per_chunk)
+        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(residency)
+
+    def streaming(self, residency: Residency) -> int:
+        """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
+        longest = max((self.chunks[i] for i in residency.streamed), key=lambda chunk: chunk.numel, default=None)
+        if longest is None or self.plan.updates is None:
+            return 0
+        waiting = STREAMED_GRADIENTS * longest.compute_bytes if self.plan.updates.at_once else 0
+        return self.plan.updates.stream_bytes(longest) + waiting
 
     def timeline(self, residency: Residency) -> np.ndarray:
         return self.values + self.in_flight(residency)
@@ -159,10 +182,22 @@ class _Memory:
         changes = np.zeros(self.liveness.length + 1, dtype=np.int64)
         for interval in self.liveness.fetches:
             chunk = self.chunks[interval.chunk]
-            if not _stays(chunk, residency):
+            if not _stays(self.plan, chunk, residency):
                 changes[interval.start] += chunk.compute_bytes
                 changes[interval.end + 1] -= chunk.compute_bytes
         return changes.cumsum()[:-1]
+
+    def candidates(self, least: Residency, wishes: Wishes) -> list[Residency]:
+        """Ways to fill the device: as it is, and with a share of what the host holds updated on the device."""
+        found = [self.fill(least, wishes)]
+        if self.plan.updates is None or wishes.masters is not None:
+            return found
+        for share in STREAMED_SHARES:
+            # What is streamed is decided first, since its buffers take room; chunks that then fit whole, stay.
+            spread = {i for i, chunk in enumerate(self.chunks) if chunk.trainable and _every(i, share)}
+            filled = self.fill(replace(least, streamed=frozenset(spread)), wishes)
+            found.append(replace(filled, streamed=filled.streamed - filled.masters))
+        return [residency for residency in found if self.fits(residency)]
 
     def fill(self, residency: Residency, wishes: Wishes) -> Residency:
         """Keep more on the device, chunk by chunk, as long as it fits."""
@@ -181,10 +216,11 @@ class _Memory:
         at = int(timeline.argmax()) if len(timeline) else 0
         masters = [chunk for chunk in self.chunks if chunk.index in residency.masters]
         static = self.static(residency)
-        state = sum(state_bytes(chunk, self.plan.optimizer_state_bytes) for chunk in masters)
+        state = sum(self.plan.training_state.device_bytes(chunk) for chunk in masters)
         parts = {
             "training state": state,
-            "resident weights": static - state - self.liveness.static_bytes,
+            "resident weights": static - state - self.liveness.static_bytes - self.streaming(residency),
+            "states on their way": self.streaming(residency),
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(residency)[at]) if len(timeline) else 0,
             "driver and libraries": self.limits.reserve_bytes,
@@ -200,27 +236,34 @@ class _Memory:
         )
 
 
-def _stays(chunk: ChunkLayout, residency: Residency) -> bool:
+def _stays(plan: Plan, chunk: ChunkLayout, residency: Residency) -> bool:
     """Whether using the chunk takes no further memory: it is resident, or computes from its master."""
-    return chunk.index in residency.weights or (chunk.index in residency.masters and not chunk.casts)
+    computes = plan.updates is not None or not chunk.casts
+    return chunk.index in residency.weights or (chunk.index in residency.masters and computes)
 
 
 def _static_bytes(plan: Plan, chunk: ChunkLayout, residency: Residency) -> int:
     on_device = chunk.index in residency.masters
-    state = state_bytes(chunk, plan.optimizer_state_bytes) if on_device else 0
-    resident = chunk.index in residency.weights and (chunk.casts or not on_device)
-    return state + (chunk.compute_bytes if resident else 0)
+    state = plan.training_state.device_bytes(chunk) if on_device else 0
+    separate = not on_device or (chunk.casts and plan.updates is None)
+    return state + (chunk.compute_bytes if chunk.index in residency.weights and separate else 0)
 
 
 def _host_bytes(plan: Plan, residency: Residency) -> int:
     on_host = [chunk for chunk in plan.layout.chunks if chunk.index not in residency.masters]
     staging = 2 * max((chunk.compute_bytes for chunk in on_host if chunk.trainable), default=0)
-    return staging + sum(host_state_bytes(chunk, plan.optimizer_state_bytes) for chunk in on_host)
+    states = sum(plan.training_state.host_bytes(chunk) for chunk in on_host)
+    return states + (staging if plan.updates is None else 0)
+
+
+def _every(index: int, share: float) -> bool:
+    """Whether chunk `index` is one of the `share` of all that is picked, evenly spread."""
+    return int((index + 1) * share) > int(index * share)
 
 
 def _check_host(plan: Plan, limits: Limits) -> None:
     if plan.memory.host_bytes > limits.host_bytes:
-        raise BudgetError(
+        raise HostBudgetError(
             f"the training state needs {format_bytes(plan.memory.host_bytes)} of host memory, "
             f"{format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget, or raise "
             "device_budget so that more of it lies on the device",

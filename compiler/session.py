@@ -13,12 +13,16 @@ from ..passes.manager import Record
 from ..passes.plan import Plan, Residency
 from ..passes.program import Program
 from ..runtime.chunks import ChunkStore
-from ..runtime.errors import StateError
+from ..runtime.errors import BudgetError, StateError
 from ..runtime.executor import Executor
+from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
 from ..runtime.placing import Placing
+from ..runtime.slot_source import make_lazy
+from ..runtime.state_placing import StatePlacing
 from ..runtime.stats import Stats
 from ..runtime.tiers import MemoryMeter, Tier
+from ..runtime.updating import UpdatingMachine
 from .capture import Captured, Request, capture
 from .device import Device
 from .logits import absent_outputs, logits_bytes
@@ -26,9 +30,10 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .packing import pack
 from .plan_check import check_plan
-from .planner import Wishes, check, solve
+from .planner import HostBudgetError, Solution, Wishes, check, solve
 from .precision import cast_dtype, parameter_dtypes
 
+ONLY_OURS = "only model.optimizer(...) fits: a torch optimizer's training state is more than the host may hold"
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
 
@@ -62,6 +67,9 @@ class Session:
         self.meter = None if self.device.is_cuda else MemoryMeter(self.tiers[0])
         self.plan: Plan | None = None
         self.machine: Machine | None = None
+        self.updates: Updates | None = None
+        self.refusal: BudgetError | None = None
+        self.is_placed = False
         self.last: dict[str, Compiled] = {}
         self.trained = False
         self._stats = Stats()
@@ -81,41 +89,77 @@ class Session:
         key = (backward, trained, modes, spec, *map(_leaf_key, leaves))
         if key not in self._programs:
             with torch.inference_mode(False), torch.set_grad_enabled(backward):
-                self._programs[key] = self._compile(args, kwargs, backward)
+                request = Request(self.dtype, self.options.outputs, backward, self.dtypes)
+                self._programs[key] = self._compile(capture(self.source, args, kwargs, request))
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
         return compiled
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Compiled:
-        request = Request(self.dtype, self.options.outputs, backward, self.dtypes)
-        captured = capture(self.source, args, kwargs, request)
+    def _compile(self, captured: Captured) -> Compiled:
+        backward = captured.program.name == "training"
         if backward and not self.trained:
             # Until the first step masters may still move, so the first real batch is planned for from scratch.
             self._programs.clear()
-        plan, flat = self._decide(captured)
-        machine = self.place(plan)
+        solution = self._decide(captured)
+        plan = solution.plan
+        machine = self.machine = self.machine or self._make_machine(plan)
         self.plan = plan if backward or self.plan is None else self.plan
+        self.is_placed = False
         program, records = self.lowering.finish(captured.program, plan)
         executor = Executor(generate(program), machine, self.meter)
+        flat = solution.program
         return Compiled(captured, plan, flat, program, tuple(records), executor, absent_outputs(flat))
 
-    def _decide(self, captured: Captured) -> tuple[Plan, Program]:
+    def _decide(self, captured: Captured) -> Solution:
         names, options, given = blocks(self.source), self.options, self._given_plan()
         lower = lambda plan: self.lowering.flat(captured.program, plan)  # noqa: E731
         if given is not None:
             check_plan(given, self._parameters, names, self.dtypes)
-            solution = check(replace(given, notes=captured.notes), lower, self.limits)
-            return solution.plan, solution.program
+            return check(replace(given, notes=captured.notes, updates=self.updates), lower, self.limits)
         layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         saves = logits_bytes(captured.program) if fuse_loss is not False else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes,
+        draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes, updates=self.updates,
                      optimizer_state_bytes=options.optimizer_state_bytes)  # fmt: skip
-        masters = self.plan.residency.masters if self.plan and self._programs else None
-        wishes = Wishes(options.placement, self._recompute(names), names, masters, fuse_loss, saves)
-        solution = solve(draft, lower, self.limits, wishes)
-        return solution.plan, solution.program
+        fixed = self.plan.residency if self.plan and self._programs else Residency()
+        masters = fixed.masters if self.plan and self._programs else None
+        wishes = Wishes(options.placement, self._recompute(names), names, masters, fixed.streamed, fuse_loss, saves)
+        try:
+            return solve(draft, lower, self.limits, wishes)
+        except HostBudgetError as refusal:
+            if self.updates is not None or not any(chunk.casts for chunk in layout.chunks):
+                raise
+            # Our own optimizer takes less: whether it is to be used is told only after this.
+            self.refusal = refusal
+            return solve(replace(draft, updates=Updates(), notes=(*notes, ONLY_OURS)), lower, self.limits, wishes)
+
+    def names(self) -> dict[int, str]:
+        """The parameters' names, by their identity."""
+        return {id(parameter): name for name, parameter in self._parameters.items()}
+
+    def use(self, updates: Updates) -> UpdatingMachine:
+        """Plan anew, for our own optimizer; masters move to where it updates them.
+
+        Raises StateError before there is a plan, and BudgetError where nothing fits.
+        """
+        if self.plan is None:
+            raise StateError("model.optimizer(...) needs a plan: pass example_inputs= to compile, or call the model once")
+        previous, before = self._programs, (self.machine, self.updates, self.refusal)
+        self._programs, self.machine, self.updates, self.refusal = {}, None, updates, None
+        try:
+            for key, compiled in sorted(previous.items(), key=lambda item: item[1].program.name == "evaluation"):
+                self._programs[key] = self._compile(compiled.captured)
+        except BaseException:
+            self._programs, (self.machine, self.updates, self.refusal) = previous, before
+            raise
+        self.last = {compiled.program.name: compiled for compiled in self._programs.values()}
+        if before[0] is not None:
+            before[0].placing.leave()
+        machine = self.machine
+        assert isinstance(machine, UpdatingMachine)
+        self.place()
+        return machine
 
     def _given_plan(self) -> Plan | None:
         given = self.options.plan
@@ -132,17 +176,26 @@ class Session:
 
     # -- memory --------------------------------------------------------------------------------------------
 
-    def place(self, plan: Plan) -> Machine:
-        """Put chunks and buffers where `plan` wants them; weights on `meta` wait for values."""
-        if self.machine is None:
-            store = ChunkStore(plan.layout, self._parameters)
-            placing = Placing(store, self.device.torch_device, self.tiers, plan.optimizer_state_bytes)
-            self.machine = Machine(placing, self._stats)
-        if not self.machine.placing.store.is_meta:
+    def _make_machine(self, plan: Plan) -> Machine:
+        store, device = ChunkStore(plan.layout, self._parameters), self.device.torch_device
+        if self.updates is not None:
+            return UpdatingMachine(StatePlacing(store, device, self.tiers, self.updates), self._stats)
+        return Machine(Placing(store, device, self.tiers, TorchUpdates(plan.optimizer_state_bytes)), self._stats)
+
+    def place(self) -> None:
+        """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
+        machine, plan = self.machine, self.plan
+        if machine is None or plan is None or self.is_placed or any(p.is_meta for p in self._parameters.values()):
+            return
+        residency = self._shared_residency(plan)
+        with torch.inference_mode(False), torch.no_grad():
             self._move_buffers()
-            residency = self._shared_residency(plan)
-            self.machine.placing.place(residency.masters, residency.weights)
-        return self.machine
+            if isinstance(machine, UpdatingMachine):
+                machine.place(residency.masters, residency.weights, residency.streamed)
+                make_lazy(machine)
+            else:
+                machine.placing.place(residency.masters, residency.weights)
+        self.is_placed = True
 
     def _shared_residency(self, plan: Plan) -> Residency:
         """Weights stay on the device only where every program made so far has room for them."""
@@ -170,6 +223,11 @@ class Session:
                 inputs.append(compiled.captured.program.constants[name].to(device))
             else:
                 leaf = leaves[int(name)]
+                if leaf.is_meta:
+                    raise StateError(
+                        f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on the "
+                        f"CPU or on {device}"
+                    )
                 inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
         return inputs
 
@@ -195,14 +253,18 @@ class Session:
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.place()
         assert self.machine is not None
         store = self.machine.placing.store
-        if store.is_meta:
+        if not self.is_placed:
             raise StateError(
                 "the model's weights are on 'meta': there are no values to compute with. Load some with "
                 "load_state_dict(...), which puts them where the plan wants them, and call again."
             )
-        store.adopt()
+        if self.updates is None:
+            store.adopt()
         hooked = next(iter(store.hooks()), None) if backward else None
         if hooked is not None:
             raise StateError(

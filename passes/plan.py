@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..runtime.layout import ChunkLayout, Layout, Slot
+from ..runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates
 from ..runtime.units import format_bytes
 
 Placement = Literal["cuda", "cpu", "auto"]
@@ -22,11 +22,13 @@ class Residency:
 
     A chunk in `masters` has its whole training state on the device: master, gradients, optimizer state. Of
     every other chunk the state is on the host, and the weights that compute are streamed to the device for
-    each use, or, in `weights`, stay there from the first use of a step to the end of it.
+    each use, or, in `weights`, stay there. The host updates what it holds but for the chunks in `streamed`,
+    whose states travel through the device to be updated there (with `model.optimizer(...)` only).
     """
 
     masters: frozenset[int] = frozenset()
     weights: frozenset[int] = frozenset()
+    streamed: frozenset[int] = frozenset()
 
     @property
     def on_device(self) -> frozenset[int]:
@@ -61,7 +63,8 @@ class Plan:
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
         residency: which chunks stay on the device.
-        optimizer_state_bytes: bytes of optimizer state per trainable element that are planned for.
+        updates: what `model.optimizer(...)` declared; None where a torch optimizer updates the masters.
+        optimizer_state_bytes: bytes of a torch optimizer's state per trainable element that are planned for.
         memory: the estimate for the program the plan was made for.
         notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
     """
@@ -73,6 +76,7 @@ class Plan:
     prefetch: int = 1
     fuse_loss: bool = False
     residency: Residency = Residency()
+    updates: Updates | None = None
     optimizer_state_bytes: int = 8
     memory: MemoryEstimate = MemoryEstimate()
     notes: tuple[str, ...] = ()
@@ -80,6 +84,11 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return self.memory.peak_bytes
+
+    @property
+    def training_state(self) -> Updates | TorchUpdates:
+        """What tells how much memory a chunk's training state takes."""
+        return self.updates or TorchUpdates(self.optimizer_state_bytes)
 
     def with_residency(self, residency: Residency, memory: MemoryEstimate) -> "Plan":
         return replace(self, residency=residency, memory=memory)
@@ -106,7 +115,7 @@ class Plan:
 
     def __str__(self) -> str:
         chunks = self.layout.chunks
-        weights, masters = self.residency.weights, self.residency.masters
+        weights, masters, streamed = self.residency.weights, self.residency.masters, self.residency.streamed
         rows = [
             ("placement", self.placement),
             ("device budget", _amount(self.budget_bytes)),
@@ -120,6 +129,8 @@ class Plan:
             ),
             ("  training state on the device", f"{len(masters)} of {len(chunks)}"),
             ("  weights stay through a step", f"{len(weights - masters)} of {len(chunks)}"),
+            *([("  updated on their way through", f"{len(streamed)} of {len(chunks)}")] if streamed else []),
+            ("optimizer", _optimizer(self.updates)),
             ("prefetch", f"{self.prefetch} chunk(s) ahead"),
             ("recompute", f"{len(self.recompute)} block(s)"),
             *([("loss", "in pieces, its logits are not computed")] if self.fuse_loss else []),
@@ -127,6 +138,14 @@ class Plan:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _optimizer(updates: Updates | None) -> str:
+    if updates is None:
+        return "any of torch's, over parameters()"
+    when = "in the backward" if updates.in_backward else "from step() on"
+    many = f", {updates.accumulate} backwards each" if updates.accumulate > 1 else ""
+    return f"the model's own, {when}{many}"
 
 
 def _amount(num_bytes: int | None) -> str:
@@ -156,6 +175,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         "recompute": tuple(data["recompute"]),
         "residency": Residency(**{key: frozenset(value) for key, value in data["residency"].items()}),
         "memory": MemoryEstimate(**memory),
+        "updates": None if data["updates"] is None else Updates(**data["updates"]),
         "notes": tuple(data["notes"]),
     }
     if data["placement"] not in get_args(Placement):

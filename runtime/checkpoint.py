@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 
 @contextmanager
@@ -75,13 +75,12 @@ def carry_over(old: Path, new: Path) -> None:
             shutil.copy2(file, copy)
 
 
-def save_weights(model: nn.Module, directory: Path) -> None:
-    """The weights of a model that is not Hugging Face's, as model.safetensors.
+def save_weights(named: dict[str, Tensor], directory: Path) -> None:
+    """The state_dict of a model that is not Hugging Face's, as model.safetensors.
 
     A tensor with several names is stored under the first: `safetensors.torch.load_model` finds the others.
     """
     kept: dict[tuple[int, torch.Size], str] = {}
-    named = model.state_dict()
     # Names of one tensor share address and shape; parameters of one chunk share no more than its storage.
     weights = {name: t for name, t in named.items() if kept.setdefault((t.data_ptr(), t.shape), name) == name}
     aliases = {name: kept[t.data_ptr(), t.shape] for name, t in named.items() if name not in weights}

@@ -97,12 +97,12 @@ class _Resumed:
             context.__exit__(None, None, None)
         if self.executor.meter is not None:
             self.executor.meter.tier.refund(self.input_bytes)
-        if error is not None and not isinstance(error, StopIteration):
-            self.executor.machine.abort()
+        if error is None or isinstance(error, StopIteration):
+            return
+        left = self.executor.machine.abort()
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise BudgetError(
-                f"the device budget ran out while '{self.executor.code.name}' ran: {error}. Parameters and "
-                "optimizer state are as before the step; call zero_grad() before the next one. Make the batch "
+                f"the device budget ran out while '{self.executor.code.name}' ran: {error}. {left} Make the batch "
                 "smaller, raise device_budget, or use placement='cpu'."
             ) from error
 
@@ -115,7 +115,7 @@ class TrainingRun:
         self.run = Run(executor.code.reduces)
         self.input_bytes = sum(t.nbytes for t in inputs)
         self.generator: Generator[Any, Any, dict[str, Tensor]] | None = executor.function(*inputs)
-        self.versions = executor.machine.placing.store.versions()
+        self.versions = executor.machine.versions()
         self.inputs = [(weakref.ref(t), t._version) for t in inputs]
 
     def forward(self) -> list[Tensor]:
@@ -137,17 +137,19 @@ class TrainingRun:
         self._check_unchanged()
         generator, self.generator = self.generator, None
         self.run.backward = True
-        self.executor.machine.placing.prepare_gradients()
+        scale = self.executor.machine.begin_backward()
+        if scale != 1.0:
+            tangents = [tangent * scale for tangent in tangents]
         with self.executor.resume(self.run, self.input_bytes):
             try:
                 generator.send([_laid_out(t, s) for t, s in zip(tangents, self.executor.code.tangents, strict=True)])
             except StopIteration as stop:
-                return stop.value
+                return {role: t / scale if scale != 1.0 else t for role, t in stop.value.items()}
         raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
 
     def _check_unchanged(self) -> None:
         """Weights are read again in the backward: others than the forward's would give wrong gradients."""
-        now = self.executor.machine.placing.store.versions()
+        now = self.executor.machine.versions()
         changed = next((name for name, version in now.items() if version != self.versions[name]), None)
         if changed is not None:
             raise StateError(
@@ -173,7 +175,9 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: TrainingRun, differentiable: tuple[int, ...], anchor: Tensor, *inputs: Tensor) -> Any:
-        outputs = run.forward()
+        # The program sleeps with its own outputs in hand: handed out themselves, they would hold it and it them,
+        # and a loss that is dropped without a backward would keep its activations.
+        outputs = [output.detach() for output in run.forward()]
         ctx.run, ctx.differentiable = run, differentiable
         ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiable))
         return tuple(outputs)

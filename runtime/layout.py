@@ -6,6 +6,15 @@ from math import prod
 
 import torch
 
+STREAM_PIECE = 8 * 2**20
+"""Elements of a streamed training state that move at a time: copies of 16 MiB run at the bus's full rate."""
+
+STREAM_BUFFERS = 3
+"""Pieces on the device at a time: one comes up, one is updated, one goes down."""
+
+STREAMED_GRADIENTS = 2
+"""Gradients of streamed chunks that may wait on the device for their update at a time."""
+
 ALIGNMENT_BYTES = 256
 """Every slot starts on this boundary, so that vector loads and tensor cores see aligned weights."""
 
@@ -50,6 +59,11 @@ class ChunkLayout:
         """Whether computing needs a copy in another dtype than the master's."""
         return self.dtype != self.master_dtype
 
+    @property
+    def splits(self) -> bool:
+        """Whether the master can be kept exactly as the weight that computes and a 16-bit remainder."""
+        return self.dtype == torch.bfloat16 and self.master_dtype == torch.float32
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -62,3 +76,66 @@ class Layout:
     def places(self) -> dict[str, tuple[ChunkLayout, int]]:
         """Parameter name -> (its chunk, its slot's number)."""
         return {slot.name: (chunk, i) for chunk in self.chunks for i, slot in enumerate(chunk.slots)}
+
+
+@dataclass(frozen=True)
+class TorchUpdates:
+    """Masters are tensors that any element-wise torch optimizer updates, its state (`state_bytes` per element)
+    and gradients in the master's dtype beside them."""
+
+    state_bytes: int = 8
+
+    def device_bytes(self, chunk: ChunkLayout) -> int:
+        """What a chunk's whole training state takes on the device."""
+        gradient_and_state = chunk.master_bytes + chunk.numel * self.state_bytes
+        return chunk.master_bytes + (gradient_and_state if chunk.trainable else 0)
+
+    def host_bytes(self, chunk: ChunkLayout) -> int:
+        """What it takes on the host, the copy that streams in another dtype included."""
+        return self.device_bytes(chunk) + (chunk.compute_bytes if chunk.casts else 0)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Our own optimizer, as `model.optimizer(...)` declared it: masters are the weights that compute and what
+    they lack, and gradients keep the compute dtype until they are accumulated.
+
+    Fields:
+        moments: values of optimizer state per element, in the master's dtype (AdamW: 2).
+        in_backward: whether a chunk is updated as soon as its gradient is complete.
+        accumulate: how many backwards make one step; more than one adds in the master's dtype.
+    """
+
+    moments: int = 2
+    in_backward: bool = False
+    accumulate: int = 1
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a complete gradient is used where it is, without being held or added to others."""
+        return self.in_backward and self.accumulate == 1
+
+    def stream_bytes(self, chunk: ChunkLayout) -> int:
+        """Device bytes of the pieces that are on their way where `chunk` is the longest that is streamed."""
+        gradient = 0 if self.at_once else chunk.dtype.itemsize if self.accumulate == 1 else chunk.master_dtype.itemsize
+        state = (self.master_bytes(chunk) + self.moment_bytes(chunk)) // max(chunk.numel, 1)
+        return STREAM_BUFFERS * min(STREAM_PIECE, chunk.numel) * (state + gradient)
+
+    def master_bytes(self, chunk: ChunkLayout) -> int:
+        """The weights that compute and the rest of their masters: 4 bytes in all for a bfloat16 weight."""
+        rest = chunk.numel * 2 if chunk.splits else chunk.master_bytes if chunk.casts else 0
+        return chunk.compute_bytes + rest
+
+    def moment_bytes(self, chunk: ChunkLayout) -> int:
+        return self.moments * chunk.master_bytes if chunk.trainable else 0
+
+    def device_bytes(self, chunk: ChunkLayout) -> int:
+        """What a chunk's whole training state takes on the device, a gradient held between steps included."""
+        held = 0 if self.in_backward else chunk.compute_bytes
+        held = chunk.master_bytes if self.accumulate > 1 else held
+        return self.master_bytes(chunk) + self.moment_bytes(chunk) + (held if chunk.trainable else 0)
+
+    def host_bytes(self, chunk: ChunkLayout) -> int:
+        """What it takes on the host, where gradients always land in a buffer of their own."""
+        held = chunk.compute_bytes + (chunk.master_bytes if self.accumulate > 1 else 0)
+        return self.master_bytes(chunk) + self.moment_bytes(chunk) + (held if chunk.trainable else 0)

@@ -14,7 +14,7 @@ from .chunks import Chunk, State
 from .ops import parameter_view
 from .placing import Placing
 from .stats import Stats
-from .streams import Arrival, CopyEngine, CudaCopies, ImmediateCopies, host_buffer
+from .streams import Arrival, copy_engine, host_buffer
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Machine:
         self.device = placing.device
         self.stats = stats
         self.run = Run()
-        self.copies: CopyEngine = CudaCopies(self.device) if self.device.type == "cuda" else ImmediateCopies()
+        self.copies = copy_engine(self.device)
         self._arrivals: dict[int, Arrival] = {}
         self._staged: dict[int, tuple[Tensor, Arrival]] = {}
         self._staging: dict[torch.dtype, list[Tensor]] = {}
@@ -116,14 +116,17 @@ class Machine:
 
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: start to move them to where its master is."""
-        chunk = self.chunks[index]
+        self._complete(self.chunks[index])
+        if self.device.type == "cuda" and not self.placing.on_device(index):
+            staging = self._take_staging(gradients)
+            self._staged[index] = staging, self.copies.to_host(staging[: gradients.numel()], gradients)
+
+    @staticmethod
+    def _complete(chunk: Chunk) -> None:
         if chunk.state in (State.FREE, State.HOLD):  # its backward never read its weights, as an embedding's
             chunk.move(State.COMPUTE)
             chunk.move(State.HOLD_AFTER_BACKWARD)
         chunk.move(State.READY_FOR_REDUCE)
-        if self.device.type == "cuda" and not self.placing.on_device(index):
-            staging = self._take_staging(gradients)
-            self._staged[index] = staging, self.copies.to_host(staging[: gradients.numel()], gradients)
 
     def settle(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """The gradients have landed: add them to the parameters' `.grad`."""
@@ -164,10 +167,24 @@ class Machine:
             torch.set_rng_state(state)
         state.copy_(current)
 
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def versions(self) -> dict[str, int]:
+        """How often each parameter was written, by name."""
+        return self.placing.store.versions()
+
+    def begin_backward(self) -> float:
+        """Called before the instructions of a backward; returns what to multiply its gradients by."""
+        self.placing.prepare_gradients()
+        return 1.0
+
     # -- recovery ------------------------------------------------------------------------------------------
 
-    def abort(self) -> None:
-        """Forget a step that failed half way. Masters are as before it; gradients may be of a part of it."""
+    def abort(self) -> str:
+        """Forget a step that failed half way. Masters are as before it; gradients may be of a part of it.
+
+        Returns what to tell the user of the state that is left.
+        """
         for chunk in self.chunks:
             chunk.rest()
         for staging, arrival in self._staged.values():
@@ -175,3 +192,4 @@ class Machine:
             self._staging[staging.dtype].append(staging)
         self._staged.clear()
         self.run = Run()
+        return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."

@@ -3,21 +3,9 @@
 import torch
 
 from .chunks import Chunk, ChunkStore
-from .layout import ChunkLayout
+from .layout import ChunkLayout, TorchUpdates
 from .streams import host_buffer
 from .tiers import Tier
-
-
-def state_bytes(layout: ChunkLayout, optimizer_state_bytes: int) -> int:
-    """Bytes of a chunk's whole training state: master, gradients in its dtype, optimizer state."""
-    if not layout.trainable:
-        return layout.master_bytes
-    return 2 * layout.master_bytes + layout.numel * optimizer_state_bytes
-
-
-def host_state_bytes(layout: ChunkLayout, optimizer_state_bytes: int) -> int:
-    """What a chunk's training state takes on the host, the compute copy that streams included."""
-    return state_bytes(layout, optimizer_state_bytes) + (layout.compute_bytes if layout.casts else 0)
 
 
 class Placing:
@@ -28,11 +16,11 @@ class Placing:
     """
 
     def __init__(self, store: ChunkStore, device: torch.device, tiers: tuple[Tier, Tier],
-                 optimizer_state_bytes: int) -> None:  # fmt: skip
+                 updates: TorchUpdates) -> None:  # fmt: skip
         self.store = store
         self.device = device
         self.device_tier, self.host_tier = tiers
-        self.optimizer_state_bytes = optimizer_state_bytes
+        self.updates = updates
         self._on_device: dict[int, bool] = {}
 
     def place(self, masters: frozenset[int], weights: frozenset[int]) -> None:
@@ -51,6 +39,17 @@ class Placing:
                 self.device_tier.charge(layout.compute_bytes, f"the weights of chunk {index}")
                 resident = torch.empty(layout.numel, dtype=layout.dtype, device=self.device)
                 self.store.chunks[index].resident = resident
+
+    def leave(self) -> None:
+        """Give all back to the tiers: another placing takes over. The parameters keep their values."""
+        for index, chunk in enumerate(self.store.chunks):
+            if index in self._on_device:
+                on_device = self._on_device.pop(index)
+                tier = self.device_tier if on_device else self.host_tier
+                tier.refund(self._charged_bytes(chunk.layout, on_device))
+            if chunk.resident is not None:
+                self.device_tier.refund(chunk.layout.compute_bytes)
+            chunk.master = chunk.gradient = chunk.cast = chunk.resident = None
 
     def on_device(self, index: int) -> bool:
         """Whether the chunk's master is on the device tier."""
@@ -80,5 +79,4 @@ class Placing:
         self._on_device[index] = on_device
 
     def _charged_bytes(self, layout: ChunkLayout, on_device: bool) -> int:
-        charge = state_bytes if on_device else host_state_bytes
-        return charge(layout, self.optimizer_state_bytes)
+        return self.updates.device_bytes(layout) if on_device else self.updates.host_bytes(layout)

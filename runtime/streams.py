@@ -5,6 +5,8 @@ thread never waits for one except in `finish`. Elsewhere a copy is done when its
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeAlias
 
 import torch
@@ -15,13 +17,22 @@ Arrival: TypeAlias = torch.cuda.Event | None
 
 
 class CopyEngine(Protocol):
-    """Copies equal dtypes between the tiers."""
+    """Copies equal dtypes between the tiers, and runs work beside what the program computes.
 
-    def to_device(self, target: Tensor, source: Tensor) -> Arrival:
-        """Start a copy that may overwrite `target` once everything launched so far is done."""
+    `after` is what a copy or the work waits for; given none, for everything launched so far.
+    """
 
-    def to_host(self, target: Tensor, source: Tensor) -> Arrival:
-        """Start a copy of what everything launched so far makes of `source`."""
+    def mark(self) -> Arrival:
+        """What tells that everything launched so far is done."""
+
+    def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
+        """Start a copy from the host, which may overwrite `target` from `after` on."""
+
+    def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
+        """Start a copy to the host of what `source` holds from `after` on."""
+
+    def aside(self, *after: Arrival) -> AbstractContextManager[None]:
+        """A context whose launches run beside the program's, from `after` on; `mark` in it is of them."""
 
     def arrive(self, arrival: Arrival) -> None:
         """Let everything launched from now on see the copy's result."""
@@ -33,13 +44,19 @@ class CopyEngine(Protocol):
 class ImmediateCopies:
     """The engine of a machine without an accelerator."""
 
-    def to_device(self, target: Tensor, source: Tensor) -> Arrival:
+    def mark(self) -> Arrival:
+        return None
+
+    def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
         target.copy_(source)
         return None
 
-    def to_host(self, target: Tensor, source: Tensor) -> Arrival:
+    def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
         target.copy_(source)
         return None
+
+    def aside(self, *after: Arrival) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def arrive(self, arrival: Arrival) -> None:
         return None
@@ -49,25 +66,41 @@ class ImmediateCopies:
 
 
 class CudaCopies:
-    """One stream per direction, so that both directions of the bus are busy at once."""
+    """One stream per direction, so that both directions of the bus are busy at once, and one for work aside."""
 
     def __init__(self, device: torch.device) -> None:
         self.up = torch.cuda.Stream(device)
         self.down = torch.cuda.Stream(device)
+        self.side = torch.cuda.Stream(device)
 
-    def to_device(self, target: Tensor, source: Tensor) -> Arrival:
-        return self._copy(self.up, target, source)
+    def mark(self) -> Arrival:
+        arrival = torch.cuda.Event()
+        arrival.record()
+        return arrival
 
-    def to_host(self, target: Tensor, source: Tensor) -> Arrival:
-        return self._copy(self.down, target, source)
+    def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
+        return self._copy(self.up, target, source, *after)
 
-    def _copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor) -> Arrival:
-        stream.wait_stream(torch.cuda.current_stream())
+    def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
+        return self._copy(self.down, target, source, *after)
+
+    def _copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
+        self._wait(stream, after or (self.mark(),))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            arrival = torch.cuda.Event()
-            arrival.record(stream)
-        return arrival
+            return self.mark()
+
+    @contextmanager
+    def aside(self, *after: Arrival) -> Iterator[None]:
+        self._wait(self.side, after or (self.mark(),))
+        with torch.cuda.stream(self.side):
+            yield
+
+    @staticmethod
+    def _wait(stream: torch.cuda.Stream, arrivals: tuple[Arrival, ...]) -> None:
+        for arrival in arrivals:
+            if arrival is not None:
+                stream.wait_event(arrival)
 
     def arrive(self, arrival: Arrival) -> None:
         if arrival is not None:
@@ -76,6 +109,11 @@ class CudaCopies:
     def finish(self, arrival: Arrival) -> None:
         if arrival is not None:
             arrival.synchronize()
+
+
+def copy_engine(device: torch.device) -> CopyEngine:
+    """The engine for a device, with streams of its own."""
+    return CudaCopies(device) if device.type == "cuda" else ImmediateCopies()
 
 
 def host_buffer(numel: int, dtype: torch.dtype, pinned: bool) -> Tensor:

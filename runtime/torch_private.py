@@ -49,7 +49,7 @@ try:
         FakeTensorMode,
         UnsupportedFakeTensorException,
     )
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 except ImportError as error:
     raise ImportError(
         f"torch {torch.__version__} lacks a private interface that geminifx captures with ({error}); "
@@ -64,7 +64,7 @@ __all__ = [
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "export_joint",
     "module_of", "num_references", "plain_dispatch",
-    "use_expandable_segments",
+    "unmetered", "use_expandable_segments", "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -109,6 +109,16 @@ def plain_dispatch() -> Iterator[None]:
 def num_references(tensor: torch.Tensor) -> int:
     """How many tensors and storage objects share a tensor's memory."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def unmetered() -> contextlib.AbstractContextManager[Any]:
+    """A context that dispatch modes, such as the memory meter, do not see into."""
+    return _disable_current_modes()
+
+
+def wrapper_parameter(cls: type, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Any:
+    """A tensor of class `cls` on the CPU that has a type but no memory; `cls` answers every operator itself."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu", requires_grad=requires_grad)
 
 
 def module_of(node: torch.fx.Node) -> str:

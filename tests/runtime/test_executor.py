@@ -11,7 +11,7 @@ import torch
 from geminifx.runtime.chunks import LEGAL, Chunk, ChunkStore, State
 from geminifx.runtime.errors import BudgetError, IllegalTransition, StateError
 from geminifx.runtime.executor import Code, Executor, NoGradient, Step, TrainingRun
-from geminifx.runtime.layout import ChunkLayout, Layout, Slot
+from geminifx.runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates
 from geminifx.runtime.machine import Machine, Run
 from geminifx.runtime.placing import Placing
 from geminifx.runtime.stats import Stats
@@ -74,7 +74,7 @@ class Toy:
         )
         self.tiers = Tier("device", limit), Tier("host")
         store = ChunkStore(Layout(chunks), {"w": self.w, "v": self.v})
-        placing = Placing(store, torch.device("cpu"), self.tiers, 8)
+        placing = Placing(store, torch.device("cpu"), self.tiers, TorchUpdates(8))
         placing.place(masters, weights)
         self.machine = Machine(placing, Stats())
         text = (source or SOURCE).format(dtype=dtype)

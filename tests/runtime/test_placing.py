@@ -4,8 +4,8 @@ import pytest
 import torch
 from geminifx.runtime.chunks import ChunkStore
 from geminifx.runtime.errors import BudgetError
-from geminifx.runtime.layout import ChunkLayout, Layout, Slot
-from geminifx.runtime.placing import Placing, host_state_bytes, state_bytes
+from geminifx.runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates
+from geminifx.runtime.placing import Placing
 from geminifx.runtime.tiers import Tier
 from torch import nn
 
@@ -26,7 +26,7 @@ def placing(device_limit: int | None = None, host_limit: int | None = None) -> P
     torch.manual_seed(0)
     parameters = {f"p{c.index}": nn.Parameter(torch.randn(c.numel), requires_grad=c.trainable) for c in THREE}
     tiers = Tier("device", device_limit), Tier("host", host_limit)
-    return Placing(ChunkStore(Layout(THREE), parameters), torch.device("cpu"), tiers, optimizer_state_bytes=8)
+    return Placing(ChunkStore(Layout(THREE), parameters), torch.device("cpu"), tiers, TorchUpdates(8))
 
 
 def values(placing: Placing) -> list[torch.Tensor]:
@@ -52,8 +52,8 @@ def expected(masters: frozenset[int], weights: frozenset[int]) -> tuple[int, int
 
 
 def test_state_bytes_by_hand() -> None:
-    assert tuple(state_bytes(c, 8) for c in THREE) == DEVICE_BYTES
-    assert tuple(host_state_bytes(c, 8) for c in THREE) == HOST_BYTES
+    assert tuple(map(TorchUpdates(8).device_bytes, THREE)) == DEVICE_BYTES
+    assert tuple(map(TorchUpdates(8).host_bytes, THREE)) == HOST_BYTES
 
 
 @pytest.mark.parametrize("start", RESIDENCIES)

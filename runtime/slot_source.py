@@ -1,0 +1,92 @@
+"""What a lazy parameter reads and writes: one slot of a training state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import StateError
+from .lazy_parameter import LazyParameter
+from .states import ChunkState
+from .updating import UpdatingMachine
+
+
+@dataclass(frozen=True)
+class SlotSource:
+    """One parameter's slot. `name`, `shape` and `dtype` are the parameter's."""
+
+    machine: UpdatingMachine
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        state, slot = self._state()
+        self.machine.finish(state.layout.index)
+        return state.read(slot).cpu()
+
+    def write(self, value: Tensor) -> None:
+        if not self.machine.writable:
+            raise StateError(
+                f"parameter {self.name} was to be written: model.optimizer(...) keeps the masters. Set values with "
+                "model.load_state_dict(...)"
+            )
+        if tuple(value.shape) != self.shape:
+            raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
+        state, slot = self._state()
+        self.machine.finish(state.layout.index)
+        state.write(slot, value)
+        resident = self.machine.chunks[state.layout.index].resident
+        if resident is not None:
+            state.slice(resident, slot).copy_(state.slice(state.weights, slot))
+
+    def gradient(self) -> Tensor | None:
+        self._refuse_in_backward("read")
+        state, slot = self._state()
+        if slot not in state.present:
+            return None
+        self.machine.finish(state.layout.index)
+        return state.slice(self.machine.total(state), slot)
+
+    def set_gradient(self, value: Tensor | None) -> None:
+        state, slot = self._state()
+        if value is None:
+            state.present.discard(slot)
+            if not state.present:
+                state.forget_gradient()
+            return
+        self._refuse_in_backward("set")
+        self.machine.finish(state.layout.index)
+        state.slice(self.machine.total(state), slot).copy_(value)
+        state.present.add(slot)
+
+    def _state(self) -> tuple[ChunkState, int]:
+        return self.machine.state_of(self.name)
+
+    def _refuse_in_backward(self, done: str) -> None:
+        if self.machine.updates.in_backward:
+            raise StateError(
+                f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the backward "
+                "itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
+            )
+
+
+def make_lazy(machine: UpdatingMachine) -> None:
+    """Let the parameters of all chunks be read from their training states; the objects stay the same."""
+    for chunk in machine.chunks:
+        for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
+            if not isinstance(parameter, LazyParameter):
+                source = SlotSource(machine, slot.name, slot.shape, chunk.layout.master_dtype)
+                torch.utils.swap_tensors(parameter, LazyParameter(source, parameter.requires_grad))
+
+
+@contextmanager
+def writable(machine: UpdatingMachine) -> Iterator[None]:
+    """While this is open, parameters may be copied to."""
+    machine.writable = True
+    try:
+        yield
+    finally:
+        machine.writable = False

@@ -1,0 +1,101 @@
+"""Updates on the device of training states that lie on the host: up, update, down, piece by piece."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import STREAM_BUFFERS, STREAM_PIECE
+from .states import ChunkState, Part, Stretch
+from .streams import Arrival, copy_engine
+from .update_rules import Gradient
+from .updaters import Updaters
+
+@dataclass
+class _Buffer:
+    part: Part
+    gradient: Tensor | None
+    free: Arrival = None
+
+
+class StateStream:
+    """Streams states through a few buffers on the device, beside the program's own copies and compute.
+
+    States that are streamed are alike but for their length; `like` is the longest. Gradients are on the device
+    already, or travel too where `with_gradients`.
+    """
+
+    def __init__(self, device: torch.device, like: ChunkState, *, with_gradients: bool) -> None:
+        self.copies = copy_engine(device)
+        self.numel = min(STREAM_PIECE, like.layout.numel)
+        self._device = device
+        self._buffers = [self._new_buffer(like, with_gradients) for _ in range(STREAM_BUFFERS)]
+        for buffer in self._buffers:
+            buffer.free = self.copies.mark()
+        self._turn = 0
+        self._settled: dict[int, Arrival] = {}
+
+    def _new_buffer(self, like: ChunkState, with_gradient: bool) -> _Buffer:
+        new = lambda tensor: torch.empty(self.numel, dtype=tensor.dtype, device=self._device)  # noqa: E731
+        rest = None if like.rest is None else new(like.rest)
+        part = Part(new(like.weights), rest, tuple(map(new, like.moments)))
+        return _Buffer(part, new(like.weights if like.total is None else like.total) if with_gradient else None)
+
+    def update(self, state: ChunkState, stretches: list[Stretch], job: "StreamedUpdate") -> Arrival:
+        """Start to update `stretches`. Returns what tells that weights are updated and the gradient is read."""
+        done = self.copies.mark()
+        ready = (done, self._settled.get(state.layout.index), *job.after)
+        for stretch in stretches:
+            for piece in stretch.pieces(self.numel):
+                buffer = self._buffers[self._turn % STREAM_BUFFERS]
+                self._turn += 1
+                done = self._update_piece(state, piece, job, buffer, ready)
+                self._settled[state.layout.index] = buffer.free
+        return done if job.weights_stay else self._settled.get(state.layout.index)
+
+    def finish(self, index: int) -> None:
+        """Block until the chunk's state on the host is whole."""
+        self.copies.finish(self._settled.get(index))
+
+    def _update_piece(self, state: ChunkState, piece: Stretch, job: "StreamedUpdate", buffer: _Buffer,
+                      ready: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
+        home, numel = state.part(piece.start, piece.end), piece.end - piece.start
+        travelling = list(zip(_tensors(buffer.part, numel), _tensors(home), strict=True))
+        weights = home.weights if job.weights_stay else buffer.part.weights[:numel]
+        values = job.gradient.values[piece.start : piece.end]
+        _, settled, *landed = ready
+        coming = travelling[job.weights_stay :]
+        if buffer.gradient is not None:
+            coming = [*coming, (buffer.gradient[:numel], values)]
+            values = buffer.gradient[:numel]
+        arrival: Arrival = None
+        for target, source in coming:
+            arrival = self.copies.to_device(target, source, buffer.free, settled, *landed)
+        with self.copies.aside(arrival, *ready):
+            local = Part(weights, *_rest(buffer.part, numel))
+            job.updaters.update(state.layout, local, Gradient(values, job.gradient.scale), piece.hyper)
+            done = self.copies.mark()
+        for target, source in travelling[job.weights_stay :]:
+            buffer.free = self.copies.to_host(source, target, done)
+        return done
+
+
+@dataclass(frozen=True)
+class StreamedUpdate:
+    """What an update takes besides the state: the whole chunk's gradient, wherever it is, and what to wait for
+    before it is read. `weights_stay`: the weights are on the device and do not travel."""
+
+    gradient: Gradient
+    updaters: Updaters
+    weights_stay: bool
+    after: tuple[Arrival, ...] = ()
+
+
+def _tensors(part: Part, numel: int | None = None) -> list[Tensor]:
+    """The tensors of a part, weights first."""
+    rest = [] if part.rest is None else [part.rest]
+    return [tensor[:numel] for tensor in (part.weights, *rest, *part.moments)]
+
+
+def _rest(part: Part, numel: int) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    return None if part.rest is None else part.rest[:numel], tuple(moment[:numel] for moment in part.moments)

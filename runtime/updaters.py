@@ -1,0 +1,79 @@
+"""One update of one stretch of training state, on whichever side it lies, by the fastest kernel there is."""
+
+import os
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from .device_kernel import DeviceKernel
+from .host_kernel import HostKernel
+from .layout import ChunkLayout
+from .split_pairs import SplitPair
+from .states import Hyper, Part
+from .update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+
+LAUNCHER_CORES = 2
+"""Cores left to the thread that launches the device's work, and to the driver's."""
+
+
+def host_threads() -> int:
+    """How many threads the host's updates run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - LAUNCHER_CORES)
+
+
+class Updaters:
+    """The kernels of both sides.
+
+    Split pairs are updated by the host's and the device's kernels, which give the same bits. Other masters are
+    updated by `torch.optim`'s own fused functions.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.threads = host_threads()
+        self._host = HostKernel()
+        self._device = DeviceKernel() if device.type == "cuda" else None
+
+    def update(self, layout: ChunkLayout, part: Part, gradient: Gradient, hyper: Hyper) -> None:
+        """Update `part` in place; on CUDA on the current stream, without waiting for anything."""
+        if not layout.splits:
+            _update_master(part, gradient, hyper)
+            return
+        assert part.rest is not None
+        pair = SplitPair(part.weights, part.rest)
+        if self._device is not None and part.weights.is_cuda:
+            if isinstance(hyper, AdamHyper):
+                self._device.adam(pair, gradient, AdamMoments(*part.moments), hyper)
+            else:
+                self._device.sgd(pair, gradient, part.moments[0] if part.moments else None, hyper)
+        elif isinstance(hyper, AdamHyper):
+            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads)
+        else:
+            self._host.sgd(pair, gradient, part.moments[0] if part.moments else None, hyper, self.threads)
+
+
+def _update_master(part: Part, gradient: Gradient, hyper: Hyper) -> None:
+    master = part.weights if part.rest is None else part.rest
+    grad = gradient.values.to(master.dtype)
+    if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:
+        grad = grad * gradient.scale
+    if isinstance(hyper, AdamHyper):
+        mean, square = part.moments
+        done = torch.tensor(float(hyper.step - 1), dtype=torch.float32, device=master.device)
+        adam(
+            [master], [grad], [mean], [square], [], [done], fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
+            beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
+            decoupled_weight_decay=hyper.decoupled,
+        )  # fmt: skip
+    else:
+        buffers = [None if hyper.first else moment for moment in part.moments] or [None]
+        sgd(
+            [master], [grad], buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
+            momentum=hyper.momentum, dampening=hyper.dampening, nesterov=hyper.nesterov,
+        )  # fmt: skip
+        if hyper.first and buffers[0] is not None:
+            part.moments[0].copy_(buffers[0])
+    if part.rest is not None:
+        part.weights.copy_(master)

@@ -1,0 +1,326 @@
+"""The machine of our own optimizer: updates run beside the program, chunk by chunk, on both sides.
+
+It carries out the same instructions as `Machine`. A chunk's gradient goes where its training state is updated;
+a ticket then stands for the update under way, and whoever needs the chunk next waits for that alone: the
+device through an event, the launching thread only for the host's worker, and only until its copy is issued.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .chunks import State
+from .errors import StateError
+from .layout import STREAMED_GRADIENTS
+from .machine import Machine
+from .state_placing import StatePlacing
+from .states import ChunkState, Schedule, Stretch, Where
+from .stats import Stats
+from .streaming import StateStream, StreamedUpdate
+from .streams import Arrival
+from .torch_private import unmetered
+from .update_rules import Gradient
+from .updaters import Updaters
+from .worker import Ticket, Worker
+
+
+class UpdatingMachine(Machine):
+    """Runs the instructions, and the updates that `schedule` describes.
+
+    `measures`: whether the norm of every gradient is wanted, for clipping or to find overflows.
+    `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
+    """
+
+    placing: StatePlacing
+
+    def __init__(self, placing: StatePlacing, stats: Stats) -> None:
+        super().__init__(placing, stats)  # type: ignore[arg-type]  # the two placings answer the same questions
+        self.updates = placing.updates
+        self.schedule: Schedule = lambda name, number: None
+        self.measures = False
+        self.loss_scale = 1.0
+        self.backwards = 0
+        self.updaters = Updaters(self.device)
+        self.worker = Worker()
+        self.stream: StateStream | None = None
+        self.broken = ""
+        self.writable = False
+        self.norms = torch.zeros(len(self.chunks), dtype=torch.float32, device=self.device)
+        self._tickets: dict[int, Ticket] = {}
+        self._landed: dict[int, Arrival] = {}
+        self._released: dict[int, Arrival] = {}
+        self._streamed: list[tuple[Arrival, Tensor]] = []
+        self._stream_bytes = 0
+
+    def place(self, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int]) -> None:
+        """Put the training states where they belong."""
+        self.finish()
+        self.placing.place(masters, weights, streamed)
+        longest = max(self._states(Where.STREAMED), key=lambda s: s.layout.numel, default=None)
+        self.stream = None
+        self.placing.device_tier.refund(self._stream_bytes)
+        self._stream_bytes = 0
+        if longest is not None:
+            self._stream_bytes = self.updates.stream_bytes(longest.layout)
+            self.placing.device_tier.charge(self._stream_bytes, "states on their way through the device")
+            self.stream = StateStream(self.device, longest, with_gradients=not self.updates.at_once)
+
+    def _states(self, where: Where) -> list[ChunkState]:
+        return [state for state in self.placing.states if state.where is where]
+
+    # -- weights -------------------------------------------------------------------------------------------
+
+    def fetch(self, index: int, numel: int, dtype: torch.dtype) -> Tensor:
+        chunk, state = self.chunks[index], self.placing.states[index]
+        if chunk.state is State.FREE:
+            chunk.move(State.HOLD)
+        if self.placing.on_device(index):
+            return state.weights
+        if chunk.resident is not None:
+            return chunk.resident
+        target = torch.empty(numel, dtype=dtype, device=self.device)
+        allocated = self.copies.mark()
+        start = lambda updated: self.copies.to_device(target, state.weights, allocated, updated)  # noqa: E731
+        ticket = self._tickets.get(index)
+        if ticket is None:
+            self._arrivals[index] = start(None)
+        else:  # the worker starts the copy as soon as the weights are new
+            ticket.then(start)
+            self._arrivals[index] = None
+        self.stats.moved(to_device=target.nbytes)
+        return target
+
+    def wait(self, fetched: Tensor, index: int) -> Tensor:
+        self._await(index)
+        return super().wait(fetched, index)
+
+    def _await(self, index: int) -> None:
+        """From here on the chunk's weights are those of its last update."""
+        ticket = self._tickets.pop(index, None)
+        if ticket is not None:
+            self.copies.arrive(self.worker.wait(ticket, self.placing.states[index].name))
+
+    def release(self, weights: Tensor, index: int) -> None:
+        self._released[index] = self.copies.mark()
+        super().release(weights, index)
+
+    # -- gradients -----------------------------------------------------------------------------------------
+
+    def gradients(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Zeros, so that what lies between the slots counts for nothing in norms and moments."""
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
+        chunk, state = self.chunks[index], self.placing.states[index]
+        self._complete(chunk)
+        self._await(index)
+        last = self.backwards == self.updates.accumulate
+        with unmetered():
+            if state.present or self.updates.accumulate > 1:
+                self._add(state, gradients, slots)
+            else:
+                self._hold_gradient(state, gradients, slots)
+            if self.updates.in_backward and last:
+                self._update(index, 1.0)
+
+    def _hold_gradient(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
+        state.present.update(slots)
+        if self.measures:
+            state.measured = set(slots)
+            torch.linalg.vector_norm(gradients, dtype=torch.float32, out=self.norms[state.layout.index])
+        if state.where is Where.DEVICE or (state.where is Where.STREAMED and self.updates.at_once):
+            state.held = gradients
+            return
+        assert state.held is not None
+        self._landed[state.layout.index] = self._to_host(state.held, gradients)
+
+    def _add(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
+        """Add to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
+        index, factor = state.layout.index, 1.0 / self.loss_scale
+        first = not state.present
+        total = self.placing.make_total(state) if first else self.total(state)
+        state.added = True
+        state.present.update(slots)
+        if state.where is Where.DEVICE:
+            _accumulate(total, gradients, factor, first)
+            return
+        assert state.held is not None
+        landed = self._landed[index] = self._to_host(state.held, gradients)
+        work = partial(self._add_on_host, state, landed, factor, first)
+        self._tickets[index] = self.worker.submit(index, state.name, work)
+
+    def _add_on_host(self, state: ChunkState, landed: Arrival, factor: float, first: bool) -> Arrival:
+        """The worker's job."""
+        self.copies.finish(landed)
+        assert state.total is not None and state.held is not None
+        _accumulate(state.total, state.held, factor, first)
+        return None
+
+    def _to_host(self, target: Tensor, gradients: Tensor) -> Arrival:
+        self.stats.moved(to_host=gradients.nbytes)
+        return self.copies.to_host(target, gradients)
+
+    def settle(self, gradients: Tensor, index: int, slots: list[int]) -> None:
+        """The gradients may be freed from here on: whoever still reads them is waited for by the device."""
+        self.copies.arrive(self._landed.get(index))
+        while len(self._streamed) > STREAMED_GRADIENTS:
+            self.copies.arrive(self._streamed.pop(0)[0])
+        self._hold(self.chunks[index])
+
+    def total(self, state: ChunkState) -> Tensor:
+        """The sum of the gradients so far, in the master's dtype: from here on they are added up in it."""
+        total = self.placing.make_total(state)
+        if not state.added:
+            total.zero_()
+            if state.present and state.held is not None:
+                self.copies.finish(self._landed.get(state.layout.index))
+                _accumulate(total, state.held, 1.0 / self.loss_scale, first=True)
+            if state.where is Where.DEVICE:
+                state.held = None
+            state.added = True
+        return total
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
+        norms = [torch.zeros((), device=self.device)]
+        for index, state in enumerate(self.placing.states):
+            if state.present and state.present == state.measured and not state.added:
+                norms.append(self.norms[index] / self.loss_scale)
+            elif state.present:
+                norms.append(self._norm_of_slots(state))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _norm_of_slots(self, state: ChunkState) -> Tensor:
+        self._await(state.layout.index)
+        total = self.total(state)
+        norms = [torch.linalg.vector_norm(state.slice(total, slot), dtype=torch.float32) for slot in state.present]
+        return torch.linalg.vector_norm(torch.stack(norms)).to(self.device, non_blocking=True)
+
+    # -- updates -------------------------------------------------------------------------------------------
+
+    def update_all(self, scale: float | Tensor) -> None:
+        """Start to update every chunk that has a gradient, in the order in which the next forward needs them."""
+        for state in self.placing.states:
+            if state.present:
+                self._await(state.layout.index)
+                self._update(state.layout.index, scale)
+
+    def _update(self, index: int, scale: float | Tensor) -> None:
+        state = self.placing.states[index]
+        stretches = state.stretches(self.schedule)
+        held_scale = scale if state.added or self.loss_scale == 1.0 else scale / self.loss_scale
+        gradient = Gradient(state.gradient, held_scale)
+        state.version += 1
+        if state.where is Where.DEVICE:
+            for stretch in stretches:
+                self._update_stretch(state, stretch, gradient)
+        elif state.where is Where.HOST:
+            resident = self.chunks[index].resident
+            self.stats.moved(to_device=0 if resident is None else resident.nbytes)
+            gradient, scaled = self._bring_scale(gradient)
+            after = (self._landed.get(index), self._released.get(index), scaled)
+            work = partial(self._update_on_host, index, stretches, gradient, after)
+            self._tickets[index] = self.worker.submit(index, state.name, work)
+        else:
+            self._stream_update(index, stretches, gradient)
+        state.forget_gradient()
+
+    def _update_stretch(self, state: ChunkState, stretch: Stretch, gradient: Gradient) -> None:
+        values = gradient.values[stretch.start : stretch.end]
+        part = state.part(stretch.start, stretch.end)
+        self.updaters.update(state.layout, part, Gradient(values, gradient.scale), stretch.hyper)
+
+    def _bring_scale(self, gradient: Gradient) -> tuple[Gradient, Arrival]:
+        """A factor that the device computes comes to the host without anybody waiting for it yet."""
+        if not isinstance(gradient.scale, Tensor) or gradient.scale.device.type == "cpu":
+            return gradient, None
+        scale = torch.empty((), dtype=torch.float32, pin_memory=True)
+        return Gradient(gradient.values, scale), self.copies.to_host(scale, gradient.scale)
+
+    def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient,
+                        after: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
+        """The worker's job: `after` tells that the gradient is here and that nobody reads the old weights."""
+        state, resident = self.placing.states[index], self.chunks[index].resident
+        for arrival in after:
+            self.copies.finish(arrival)
+        with torch.no_grad():
+            for stretch in stretches:
+                self._update_stretch(state, stretch, gradient)
+            return None if resident is None else self.copies.to_device(resident, state.weights, None)
+
+    def _stream_update(self, index: int, stretches: list[Stretch], gradient: Gradient) -> None:
+        state = self.placing.states[index]
+        assert self.stream is not None
+        stays = self.placing.on_device(index)
+        if state.added and index in self._tickets:  # the worker still adds to the sum
+            self.worker.wait(self._tickets.pop(index), state.name)
+        after = () if self.updates.at_once else (self._landed.get(index),)
+        done = self.stream.update(state, stretches, StreamedUpdate(gradient, self.updaters, stays, after))
+        self._tickets[index] = Ticket(done, done=True)
+        if self.updates.at_once:
+            self._streamed.append((done, gradient.values))
+            state.held = None
+        rest = 0 if state.rest is None else state.rest.nbytes
+        travels = rest + sum(moment.nbytes for moment in state.moments) + (0 if stays else state.weights.nbytes)
+        self.stats.moved(to_device=travels + (0 if self.updates.at_once else gradient.values.nbytes), to_host=travels)
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def begin_backward(self) -> float:
+        self.worker.check()
+        if self.broken:
+            raise StateError(self.broken)
+        if self.updates.in_backward and self.backwards == self.updates.accumulate:
+            raise StateError(
+                f"a backward() more than accumulate={self.updates.accumulate} came before optimizer.step(): with "
+                "in_backward=True the parameters are updated already. Call step() after every "
+                f"{self.updates.accumulate} backward(s), or declare how many come with model.optimizer(accumulate=)"
+            )
+        self.backwards += 1
+        return self.loss_scale
+
+    def state_of(self, parameter: str) -> tuple[ChunkState, int]:
+        """A parameter's training state and its slot in there."""
+        layout, slot = self.placing.store.layout.places[parameter]
+        return self.placing.states[layout.index], slot
+
+    def versions(self) -> dict[str, int]:
+        return {slot.name: state.version for state in self.placing.states for slot in state.layout.slots}
+
+    def forget_gradients(self) -> None:
+        for state in self.placing.states:
+            if state.present:
+                self._await(state.layout.index)
+                state.forget_gradient()
+        self.backwards = 0
+
+    def finish(self, index: int | None = None) -> None:
+        """Block until updates under way are done and the states on the host are whole."""
+        for number in list(self._tickets) if index is None else [index]:
+            ticket = self._tickets.get(number)
+            if ticket is not None:
+                self.copies.finish(self.worker.wait(ticket, self.placing.states[number].name))
+        if self.stream is not None:
+            for state in self._states(Where.STREAMED):
+                self.stream.finish(state.layout.index)
+        self.worker.check()
+
+    def abort(self) -> str:
+        half_way = self.updates.in_backward and self.run.backward
+        left = super().abort()
+        if half_way:
+            self.broken = (
+                "a backward() with in_backward=True failed when some parameters were updated already and others not, "
+                "so that this run cannot go on: build the model anew and load the last checkpoint"
+            )
+        return self.broken + "." if self.broken else left
+
+
+def _accumulate(total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
+    if not first:
+        total.add_(gradients, alpha=factor)
+        return
+    total.copy_(gradients)
+    if factor != 1.0:
+        total.mul_(factor)

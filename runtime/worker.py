@@ -1,0 +1,109 @@
+"""The host's worker: one thread that updates training states while the device computes."""
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from .errors import StateError
+from .streams import Arrival
+
+_POLL_S = 1.0
+
+
+class Ticket:
+    """Work under way. `arrival` tells when what the work launched on the device is done; it is known only
+    once the work itself is, and waiting on it any earlier would silently wait for nothing."""
+
+    def __init__(self, arrival: Arrival = None, done: bool = False) -> None:
+        self.arrival = arrival
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._next: Callable[[Arrival], Arrival] | None = None
+        if done:
+            self._done.set()
+
+    def then(self, action: Callable[[Arrival], Arrival]) -> None:
+        """Let `action` follow on the same thread: it takes the arrival so far and gives the new one."""
+        with self._lock:
+            if not self._done.is_set():
+                self._next = action
+                return
+        self.arrival = action(self.arrival)
+
+    def complete(self, arrival: Arrival) -> None:
+        with self._lock:
+            self.arrival = arrival if self._next is None else self._next(arrival)
+            self._done.set()
+
+    def give_up(self) -> None:
+        self._done.set()
+
+    def is_done(self, within_s: float) -> bool:
+        return self._done.wait(within_s)
+
+
+class Worker:
+    """Runs jobs, of those that wait the one with the lowest priority number first.
+
+    A job that fails ends all work: the state that it was writing is half old and half new.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.PriorityQueue[Any] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._failure: list[tuple[str, BaseException]] = []
+        self._thread: threading.Thread | None = None
+
+    def submit(self, priority: int, name: str, work: Callable[[], Arrival]) -> Ticket:
+        """Queue `work`, which returns what its own launches are waited for by; `name` is for messages."""
+        self.check()
+        if self._thread is None:
+            arguments = (self._jobs, self._failure)
+            self._thread = threading.Thread(target=_serve, args=arguments, name="geminifx-host", daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._jobs.put, (-1, -1, None))
+        ticket = Ticket()
+        self._jobs.put((priority, next(self._order), (name, work, ticket)))
+        return ticket
+
+    def wait(self, ticket: Ticket, name: str) -> Arrival:
+        """Block until the work is done. Raises StateError where it failed, or the thread is dead."""
+        while not ticket.is_done(_POLL_S):
+            self.check()
+            if self._thread is not None and not self._thread.is_alive():
+                raise StateError(_ended(name, "the worker thread is dead"))
+        self.check()
+        return ticket.arrival
+
+    def check(self) -> None:
+        """Raises StateError where a job has failed."""
+        if self._failure:
+            name, error = self._failure[0]
+            raise StateError(_ended(name, f"{type(error).__name__}: {error}")) from error
+
+
+def _ended(name: str, reason: str) -> str:
+    return (
+        f"the update of {name} on the host failed ({reason}). Some parameters are of this step and some of the one "
+        "before, so that this run cannot go on: build the model anew and load the last checkpoint"
+    )
+
+
+def _serve(jobs: "queue.PriorityQueue[Any]", failure: list[tuple[str, BaseException]]) -> None:
+    while True:
+        _, _, job = jobs.get()
+        if job is None:
+            return
+        name, work, ticket = job
+        if failure:
+            ticket.give_up()
+            continue
+        try:
+            ticket.complete(work())
+        except BaseException as error:  # whatever it is, the training thread must hear of it
+            failure.append((name, error))
+            ticket.give_up()
+        del job, work, ticket  # a job holds the machine
