@@ -28,9 +28,7 @@ class Rates:
     overlaps: bool
 
 
-CUDA = Rates(
-    flops_per_s=450e12, bus_bytes_per_s=45e9, host_params_per_s=4.4e9, torch_params_per_s=3e9, overlaps=True
-)
+CUDA = Rates(flops_per_s=450e12, bus_bytes_per_s=45e9, host_params_per_s=4.4e9, torch_params_per_s=3e9, overlaps=True)
 """Measured on an H200 with PCIe 5 and 16 cores."""
 
 _INFINITE = float("inf")
@@ -45,7 +43,7 @@ class StepTime:
 
     def __init__(self, program: Program, rates: Rates) -> None:
         self.rates = rates
-        flops = {phase: 0 for phase in ("forward", "backward")}
+        flops = dict.fromkeys(("forward", "backward"), 0)
         for node in program.computes:
             flops[note(node).phase] += _flops(node)
         self.forward_s, self.backward_s = (flops[phase] / rates.flops_per_s for phase in ("forward", "backward"))

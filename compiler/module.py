@@ -1,6 +1,7 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .capture import rebuild_result
 from .inspect import first_nonfinite
 from .materialize import materialize
 from .options import Options
+from .profile import Profile, profile
 from .session import Compiled, Session
 
 
@@ -77,7 +79,7 @@ class CompiledModule(nn.Module):
         backward = compiled.program.name == "training"
         self.session.ready(backward)
         inputs = self.session.inputs(compiled, args, kwargs)
-        self.session.begin_step()
+        self.session.begin_step(backward)
         if backward:
             outputs = self._train(compiled, inputs)
         else:
@@ -86,7 +88,6 @@ class CompiledModule(nn.Module):
         return rebuild_result(compiled.captured, outputs)
 
     def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
-        self.session.trained = True
         code, captured = compiled.executor.code, compiled.captured
         by_role = dict(zip(code.inputs, inputs, strict=True))
         tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]
@@ -211,6 +212,16 @@ class CompiledModule(nn.Module):
     def stats(self) -> Stats:
         """Bytes at the peak and bytes moved, since compilation and in the last step."""
         return self.session.stats
+
+    def profile(self, step: Callable[[], object], steps: int = 1, trace: str | Path | None = None) -> Profile:
+        """Run a training step of yours under torch's profiler and tell where its time goes.
+
+        Args:
+            step: one step of the loop, optimizer included; called `steps` times. Run some before for it to be warm.
+            steps: how many to run; figures are per step.
+            trace: a file for the trace, to be read by chrome://tracing or Perfetto.
+        """
+        return profile(step, steps, trace, self.session.machine)
 
     def first_nonfinite(self, *args: Any, **kwargs: Any) -> str | None:
         """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None."""

@@ -2,7 +2,8 @@
 
 Every combination of choices that fits is completed, and the one with the shortest modelled step is taken:
 
-1. keep all activations, or recompute every block, unless the user says which;
+1. keep all activations, or recompute every block or a quarter, half, three quarters of them, unless the user
+   says which;
 2. copy one chunk ahead, or, where nothing else fits, on demand;
 3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
    that compute, which saves two copies a step for two bytes each, then whole training states. With our own
@@ -85,7 +86,7 @@ def solve(draft: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution
     refused: list[Solution] = []
     for ahead in (1, 0):
         fitting: list[Solution] = []
-        for recompute in dict.fromkeys([wishes.recompute] if wishes.recompute is not None else [(), wishes.blocks]):
+        for recompute in [wishes.recompute] if wishes.recompute is not None else _shares(wishes.blocks):
             plan = replace(draft, recompute=recompute, prefetch=ahead)
             if wishes.logits_bytes and wishes.fuse_loss:
                 found = [_complete(replace(plan, fuse_loss=True), lower, limits, wishes)]
@@ -115,6 +116,12 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solut
         residency = min(memory.candidates(residency, wishes), key=lambda found: time.seconds(plan, found))
     plan = plan.with_residency(residency, memory.estimate(residency))
     return Solution(plan, program, time.seconds(plan, residency))
+
+
+def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """None of the blocks, some, or all. The first ones: what the last ones keep is freed first in the backward."""
+    counts = (-(-len(blocks) * quarters // 4) for quarters in range(5))
+    return [blocks[:count] for count in dict.fromkeys(counts)]
 
 
 def _fits(plan: Plan, limits: Limits) -> bool:

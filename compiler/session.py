@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Session:
         self.trained = False
         self._stats = Stats()
         self._programs: dict[Any, Compiled] = {}
+        self._lowered: dict[Any, tuple[Captured, Program]] = {}
         self._parameters = dict(source.named_parameters())
 
     # -- programs ------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ class Session:
 
     def _decide(self, captured: Captured) -> Solution:
         names, options, given = blocks(self.source), self.options, self._given_plan()
-        lower = lambda plan: self.lowering.flat(captured.program, plan)  # noqa: E731
+        lower = partial(self._lower, captured)
         if given is not None:
             check_plan(given, self._parameters, names, self.dtypes)
             return check(replace(given, notes=captured.notes, updates=self.updates), lower, self.limits)
@@ -134,6 +136,13 @@ class Session:
             self.refusal = refusal
             return solve(replace(draft, updates=Updates(), notes=(*notes, ONLY_OURS)), lower, self.limits, wishes)
 
+    def _lower(self, captured: Captured, plan: Plan) -> Program:
+        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
+        key = id(captured), plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
+        if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
+            self._lowered[key] = captured, self.lowering.flat(captured.program, plan)
+        return self._lowered[key][1]
+
     def names(self) -> dict[int, str]:
         """The parameters' names, by their identity."""
         return {id(parameter): name for name, parameter in self._parameters.items()}
@@ -144,7 +153,9 @@ class Session:
         Raises StateError before there is a plan, and BudgetError where nothing fits.
         """
         if self.plan is None:
-            raise StateError("model.optimizer(...) needs a plan: pass example_inputs= to compile, or call the model once")
+            raise StateError(
+                "model.optimizer(...) needs a plan: pass example_inputs= to compile, or call the model once"
+            )
         previous, before = self._programs, (self.machine, self.updates, self.refusal)
         self._programs, self.machine, self.updates, self.refusal = {}, None, updates, None
         try:
@@ -231,8 +242,11 @@ class Session:
                 inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
         return inputs
 
-    def begin_step(self) -> None:
+    def begin_step(self, training: bool) -> None:
         """From here on `stats.step` counts anew."""
+        if training:
+            self.trained = True
+            self._lowered.clear()
         self._note_peaks()
         for tier in self.tiers:
             tier.begin_step()

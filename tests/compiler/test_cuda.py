@@ -7,11 +7,13 @@ products), so that nothing is compared bit by bit; each bound says what it allow
 import copy
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
 import geminifx
 import pytest
 import torch
 import torch.nn.functional as F
+from geminifx.passes.plan import Residency
 from geminifx.runtime.errors import BudgetError
 from torch import Tensor, nn
 from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_bytes, tokens
@@ -192,4 +194,59 @@ def test_an_allocation_beyond_the_budget_is_an_error_that_leaves_training_able_t
     assert all(map(torch.equal, before, model.parameters()))
     run(MLP, model, 1)
     F.mse_loss(model(MLP.batch()["input"]).float(), torch.zeros(4, 3, device="cuda")).backward()
+    assert_kept(model)
+
+
+def placed(case: Case, where: str, **options: object) -> geminifx.CompiledModule:
+    """The model under a plan whose training states are all in one place, or everywhere."""
+    model = compiled(case, device_budget=BUDGET, **options)
+    every = range(len(model.plan.layout.chunks))
+    residency = {
+        "device": Residency(masters=frozenset(every)),
+        "host": Residency(),
+        "host, weights resident": Residency(weights=frozenset(every)),
+        "streamed": Residency(streamed=frozenset(every)),
+        "streamed, weights resident": Residency(streamed=frozenset(every), weights=frozenset(every)),
+        "everywhere": Residency(frozenset(every[::3]), frozenset(every[::2]), frozenset(every[1::3])),
+    }[where]
+    return compiled(case, device_budget=BUDGET, plan=replace(model.plan, residency=residency), **options)
+
+
+def run_ours(model: geminifx.CompiledModule, case: Case, steps: int, **declared: object) -> dict[str, Tensor]:
+    optimizer = model.optimizer(torch.optim.SGD, lr=1e-1, momentum=0.9, **declared)
+    for step in range(steps):
+        case.loss(model, on_device(case.batch(seed=step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+PLACES = ("device", "host", "host, weights resident", "streamed", "streamed, weights resident", "everywhere")
+
+
+@pytest.mark.parametrize("declared", [{}, {"in_backward": True}, {"max_grad_norm": 0.1}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_our_optimizer_gives_the_same_parameters_wherever_the_states_are(precision: str, declared: dict) -> None:
+    results = [run_ours(placed(MLP, where, precision=precision), MLP, 4, **declared) for where in PLACES]
+    start = dict(MLP.seeded().named_parameters())
+    for where, found in zip(PLACES, results, strict=True):
+        for name, expected in results[0].items():
+            moved = (expected - start[name]).abs().max()
+            apart = (found[name] - expected).abs().max()
+            assert moved > 0 and apart <= RELATIVE[precision] * moved, f"{name}, {where}: {apart / moved}"
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_our_optimizer_is_torchs_in_fp32(in_backward: bool) -> None:
+    model, plain = placed(OPT, "everywhere", precision="fp32"), OPT.seeded().cuda()
+    start = {name: p.detach().cpu().clone() for name, p in plain.named_parameters()}
+    found = run_ours(model, OPT, 4, in_backward=in_backward)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-1, momentum=0.9, fused=True)
+    for step in range(4):
+        optimizer.zero_grad()
+        OPT.loss(plain, on_device(OPT.batch(seed=step))).backward()
+        optimizer.step()
+    for name, p in plain.named_parameters():
+        moved = (p.detach().cpu() - start[name]).norm()
+        assert (found[name] - p.detach().cpu()).norm() <= RELATIVE["fp32"] * moved + 1e-6, name
     assert_kept(model)
