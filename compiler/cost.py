@@ -17,24 +17,33 @@ class Rates:
     """What a machine does in a second; orders of magnitude are enough to rank plans.
 
     `host_params_per_s` is how fast the host updates parameters whose state it holds, by our kernel while copies
-    run, and `torch_params_per_s` by a torch optimizer, gradients and casts included. Where `overlaps`, copies and
-    our updates run beside compute and cost only what compute does not hide.
+    run; `passing_params_per_s` how fast others pass through its memory to be updated on the device, which slows the
+    host's updates; `torch_params_per_s` how fast a torch optimizer updates on the host, gradients and casts included.
+    Where `overlaps`, copies and our updates run beside compute and cost only what compute does not hide.
     """
 
     flops_per_s: float
     bus_bytes_per_s: float
     host_params_per_s: float
+    passing_params_per_s: float
     torch_params_per_s: float
     overlaps: bool
 
 
-CUDA = Rates(flops_per_s=450e12, bus_bytes_per_s=45e9, host_params_per_s=4.4e9, torch_params_per_s=3e9, overlaps=True)
-"""Measured on an H200 with PCIe 5 and 16 cores."""
+CUDA = Rates(
+    flops_per_s=450e12, bus_bytes_per_s=30e9, host_params_per_s=4.2e9, passing_params_per_s=12e9,
+    torch_params_per_s=3e9, overlaps=True,
+)  # fmt: skip
+"""Measured on H100 and H200 with PCIe 5 and 16 cores, both directions of the bus and the host's updates busy."""
+
+LAUNCH_S = 1.5e-3
+"""What the launching thread needs to send one chunk's state through the device, in pieces."""
 
 _INFINITE = float("inf")
 ARENA = Rates(
-    flops_per_s=50e9, bus_bytes_per_s=8e9, host_params_per_s=_INFINITE, torch_params_per_s=_INFINITE, overlaps=False
-)
+    flops_per_s=50e9, bus_bytes_per_s=8e9, host_params_per_s=_INFINITE, passing_params_per_s=_INFINITE,
+    torch_params_per_s=_INFINITE, overlaps=False,
+)  # fmt: skip
 """One CPU: both tiers are the same memory and the same cores update on either side."""
 
 
@@ -52,7 +61,7 @@ class StepTime:
     def seconds(self, plan: Plan, residency: Residency) -> float:
         """Compute, the copies it does not hide, and updates: a torch optimizer's come after them all."""
         chunks, rates = plan.layout.chunks, self.rates
-        compute_s = self.forward_s + self.backward_s
+        compute_s = self.forward_s + self.backward_s + LAUNCH_S * len(residency.streamed)
         on_host = [chunk for chunk in chunks if chunk.index not in residency.masters]
         trained = [chunk for chunk in on_host if chunk.trainable]
         if plan.updates is None:
@@ -65,11 +74,18 @@ class StepTime:
         travels = sum(states[index] for index in residency.streamed)
         refreshed = sum(c.compute_bytes for c in trained if c.index in residency.weights - residency.streamed)
         copy_s = (travels + refreshed + self._streamed_bytes(on_host, residency)) / rates.bus_bytes_per_s
-        update_s = sum(c.numel for c in trained if c.index not in residency.streamed) / rates.host_params_per_s
-        # Updates hide behind the compute that they run beside: all of it, or, from step() on, the next forward.
-        beside_s = compute_s if plan.updates.in_backward else self.forward_s
-        late_s = max(0.0, max(update_s, travels / rates.bus_bytes_per_s) - beside_s * rates.overlaps)
+        streamed = sum(c.numel for c in trained if c.index in residency.streamed)
+        updated = sum(c.numel for c in trained) - streamed
+        update_s = updated / rates.host_params_per_s + streamed / rates.passing_params_per_s
+        late_s = max(update_s, travels / rates.bus_bytes_per_s) - self._beside_s(plan, trained) * rates.overlaps
         return compute_s + max(late_s, copy_s - compute_s * rates.overlaps, 0.0)
+
+    def _beside_s(self, plan: Plan, trained: list[ChunkLayout]) -> float:
+        """Seconds of compute that updates of chunks on the host run beside: the next forward, up to where it reads
+        the first of them, and, with in_backward, the backward before it."""
+        if plan.updates is None or not plan.updates.in_backward or not trained:
+            return self.forward_s
+        return self.backward_s + self.forward_s * trained[0].index / len(plan.layout.chunks)
 
     def _streamed_bytes(self, on_host: list[ChunkLayout], residency: Residency) -> int:
         """Bytes of weights that are copied for each use."""

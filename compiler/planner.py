@@ -23,7 +23,7 @@ import numpy as np
 from ..passes.plan import MemoryEstimate, Placement, Plan, Residency
 from ..passes.program import Program, type_of
 from ..runtime.errors import BudgetError
-from ..runtime.layout import STREAMED_GRADIENTS, ChunkLayout
+from ..runtime.layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from ..runtime.units import format_bytes
 from .cost import Rates, StepTime
 from .liveness import Liveness, analyse
@@ -175,11 +175,11 @@ class _Memory:
 
     def streaming(self, residency: Residency) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
-        longest = max((self.chunks[i] for i in residency.streamed), key=lambda chunk: chunk.numel, default=None)
-        if longest is None or self.plan.updates is None:
+        updates, kinds = self.plan.updates, longest_of_each_kind(self.chunks[i] for i in residency.streamed)
+        if not kinds or updates is None:
             return 0
-        waiting = STREAMED_GRADIENTS * longest.compute_bytes if self.plan.updates.at_once else 0
-        return self.plan.updates.stream_bytes(longest) + waiting
+        waiting = STREAMED_GRADIENTS * max(chunk.compute_bytes for chunk in kinds) if updates.at_once else 0
+        return sum(map(updates.stream_bytes, kinds)) + waiting
 
     def timeline(self, residency: Residency) -> np.ndarray:
         return self.values + self.in_flight(residency)

@@ -1,13 +1,14 @@
 """Where every parameter lives: plain layout dataclasses shared by plans, passes and the machine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 import torch
 
-STREAM_PIECE = 8 * 2**20
-"""Elements of a streamed training state that move at a time: copies of 16 MiB run at the bus's full rate."""
+STREAM_PIECE = 16 * 2**20
+"""Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
 
 STREAM_BUFFERS = 3
 """Pieces on the device at a time: one comes up, one is updated, one goes down."""
@@ -76,6 +77,15 @@ class Layout:
     def places(self) -> dict[str, tuple[ChunkLayout, int]]:
         """Parameter name -> (its chunk, its slot's number)."""
         return {slot.name: (chunk, i) for chunk in self.chunks for i, slot in enumerate(chunk.slots)}
+
+
+def longest_of_each_kind(chunks: Iterable[ChunkLayout]) -> list[ChunkLayout]:
+    """Of chunks that are streamed the longest of each pair of dtypes: those that share dtypes share buffers."""
+    kinds: dict[tuple[torch.dtype, torch.dtype], ChunkLayout] = {}
+    for chunk in chunks:
+        longest = kinds.setdefault((chunk.dtype, chunk.master_dtype), chunk)
+        kinds[chunk.dtype, chunk.master_dtype] = max(longest, chunk, key=lambda layout: layout.numel)
+    return list(kinds.values())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from .streams import Arrival, copy_engine
 from .update_rules import Gradient
 from .updaters import Updaters
 
+
 @dataclass
 class _Buffer:
     part: Part
@@ -46,12 +47,17 @@ class StateStream:
         done = self.copies.mark()
         ready = (done, self._settled.get(state.layout.index), *job.after)
         for stretch in stretches:
-            for piece in stretch.pieces(self.numel):
+            for piece in stretch.pieces(self._piece(job.gradient)):
                 buffer = self._buffers[self._turn % STREAM_BUFFERS]
                 self._turn += 1
                 done = self._update_piece(state, piece, job, buffer, ready)
                 self._settled[state.layout.index] = buffer.free
         return done if job.weights_stay else self._settled.get(state.layout.index)
+
+    def _piece(self, gradient: Gradient) -> int:
+        """Elements that move at a time: fewer where a sum of gradients needs more room than was made for one."""
+        room = self._buffers[0].gradient
+        return self.numel if room is None else min(self.numel, _as(room, gradient.values.dtype).numel())
 
     def finish(self, index: int) -> None:
         """Block until the chunk's state on the host is whole."""
@@ -66,17 +72,15 @@ class StateStream:
         _, settled, *landed = ready
         coming = travelling[job.weights_stay :]
         if buffer.gradient is not None:
-            coming = [*coming, (buffer.gradient[:numel], values)]
-            values = buffer.gradient[:numel]
-        arrival: Arrival = None
-        for target, source in coming:
-            arrival = self.copies.to_device(target, source, buffer.free, settled, *landed)
+            landing = _as(buffer.gradient, values.dtype)[:numel]
+            coming, values = [*coming, (landing, values)], landing
+        arrival = self.copies.all_to_device(coming, buffer.free, settled, *landed)
         with self.copies.aside(arrival, *ready):
             local = Part(weights, *_rest(buffer.part, numel))
             job.updaters.update(state.layout, local, Gradient(values, job.gradient.scale), piece.hyper)
             done = self.copies.mark()
-        for target, source in travelling[job.weights_stay :]:
-            buffer.free = self.copies.to_host(source, target, done)
+        going = [(there, here) for here, there in travelling[job.weights_stay :]]
+        buffer.free = self.copies.all_to_host(going, done)
         return done
 
 
@@ -89,6 +93,12 @@ class StreamedUpdate:
     updaters: Updaters
     weights_stay: bool
     after: tuple[Arrival, ...] = ()
+
+
+def _as(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of `flat` as elements of another dtype, as many as fit."""
+    fitting = flat.nbytes // dtype.itemsize * dtype.itemsize
+    return flat.view(torch.uint8)[:fitting].view(dtype)
 
 
 def _tensors(part: Part, numel: int | None = None) -> list[Tensor]:

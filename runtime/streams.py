@@ -5,7 +5,7 @@ thread never waits for one except in `finish`. Elsewhere a copy is done when its
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeAlias
 
@@ -14,6 +14,10 @@ from torch import Tensor
 
 Arrival: TypeAlias = torch.cuda.Event | None
 """What tells that a copy is done; None where it is done already."""
+
+
+Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+"""Targets and the sources that are copied to them."""
 
 
 class CopyEngine(Protocol):
@@ -30,6 +34,12 @@ class CopyEngine(Protocol):
 
     def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
         """Start a copy to the host of what `source` holds from `after` on."""
+
+    def all_to_device(self, pairs: Pairs, *after: Arrival) -> Arrival:
+        """As `to_device` for several pairs of target and source; what is returned tells of all."""
+
+    def all_to_host(self, pairs: Pairs, *after: Arrival) -> Arrival:
+        """As `to_host` for several pairs of target and source; what is returned tells of all."""
 
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         """A context whose launches run beside the program's, from `after` on; `mark` in it is of them."""
@@ -55,6 +65,13 @@ class ImmediateCopies:
         target.copy_(source)
         return None
 
+    def all_to_device(self, pairs: Pairs, *after: Arrival) -> Arrival:
+        for target, source in pairs:
+            target.copy_(source)
+        return None
+
+    all_to_host = all_to_device
+
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -79,15 +96,22 @@ class CudaCopies:
         return arrival
 
     def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        return self._copy(self.up, target, source, *after)
+        return self._copy(self.up, ((target, source),), after)
 
     def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        return self._copy(self.down, target, source, *after)
+        return self._copy(self.down, ((target, source),), after)
 
-    def _copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
+    def all_to_device(self, pairs: Pairs, *after: Arrival) -> Arrival:
+        return self._copy(self.up, pairs, after)
+
+    def all_to_host(self, pairs: Pairs, *after: Arrival) -> Arrival:
+        return self._copy(self.down, pairs, after)
+
+    def _copy(self, stream: torch.cuda.Stream, pairs: Pairs, after: tuple[Arrival, ...]) -> Arrival:
         self._wait(stream, after or (self.mark(),))
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
             return self.mark()
 
     @contextmanager
