@@ -128,7 +128,15 @@ class CompiledModule(nn.Module):
         declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate)
         declared.check(self.session.dtypes.values())
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
-        return ChunkOptimizer(declared, groups, lambda: self.session.use(declared.updates()), self.session.names())
+        return ChunkOptimizer(declared, groups, self.session.use, self.session.names())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the source's own; with `model.optimizer(...)`, as that optimizer's."""
+        machine = self.session.machine
+        if isinstance(machine, UpdatingMachine):
+            machine.forget_gradients()
+        else:
+            super().zero_grad(set_to_none)
 
     # -- state ---------------------------------------------------------------------------------------------
 

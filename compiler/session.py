@@ -14,7 +14,7 @@ from ..passes.manager import Record
 from ..passes.plan import Plan, Residency
 from ..passes.program import Program
 from ..runtime.chunks import ChunkStore
-from ..runtime.errors import BudgetError, StateError
+from ..runtime.errors import StateError
 from ..runtime.executor import Executor
 from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
@@ -69,7 +69,7 @@ class Session:
         self.plan: Plan | None = None
         self.machine: Machine | None = None
         self.updates: Updates | None = None
-        self.refusal: BudgetError | None = None
+        self.refusal: Exception | None = None
         self.is_placed = False
         self.last: dict[str, Compiled] = {}
         self.trained = False
@@ -150,26 +150,35 @@ class Session:
     def use(self, updates: Updates) -> UpdatingMachine:
         """Plan anew, for our own optimizer; masters move to where it updates them.
 
-        Raises StateError before there is a plan, and BudgetError where nothing fits.
+        Raises StateError before there is a plan or after an earlier call, and BudgetError where nothing fits.
         """
+        if self.updates is not None:
+            raise StateError(
+                "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
+                "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
+            )
         if self.plan is None:
             raise StateError(
                 "model.optimizer(...) needs a plan: pass example_inputs= to compile, or call the model once"
             )
-        previous, before = self._programs, (self.machine, self.updates, self.refusal)
+        previous, before = self._programs, (self.machine, self.updates, self.refusal, self.plan)
         self._programs, self.machine, self.updates, self.refusal = {}, None, updates, None
         try:
             for key, compiled in sorted(previous.items(), key=lambda item: item[1].program.name == "evaluation"):
                 self._programs[key] = self._compile(compiled.captured)
         except BaseException:
-            self._programs, (self.machine, self.updates, self.refusal) = previous, before
+            self._programs, (self.machine, self.updates, self.refusal, self.plan) = previous, before
             raise
         self.last = {compiled.program.name: compiled for compiled in self._programs.values()}
         if before[0] is not None:
             before[0].placing.leave()
         machine = self.machine
         assert isinstance(machine, UpdatingMachine)
-        self.place()
+        try:
+            self.place()
+        except Exception as error:
+            self.refusal = error  # some parameters have moved, others have found no room
+            raise
         return machine
 
     def _given_plan(self) -> Plan | None:
@@ -196,14 +205,18 @@ class Session:
     def place(self) -> None:
         """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
         machine, plan = self.machine, self.plan
-        if machine is None or plan is None or self.is_placed or any(p.is_meta for p in self._parameters.values()):
+        if machine is None or plan is None or self.is_placed or self.refusal is not None:
+            return
+        if any(parameter.is_meta for parameter in self._parameters.values()):
             return
         residency = self._shared_residency(plan)
         with torch.inference_mode(False), torch.no_grad():
             self._move_buffers()
             if isinstance(machine, UpdatingMachine):
-                machine.place(residency.masters, residency.weights, residency.streamed)
-                make_lazy(machine)
+                try:
+                    machine.place(residency.masters, residency.weights, residency.streamed)
+                finally:
+                    make_lazy(machine)
             else:
                 machine.placing.place(residency.masters, residency.weights)
         self.is_placed = True

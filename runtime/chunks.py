@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import IllegalTransition, StateError
 from .layout import ChunkLayout, Layout
+from .lazy_parameter import refuse_gradient
 from .torch_private import num_references
 
 
@@ -178,5 +179,6 @@ class ChunkStore:
         """Names of parameters that carry autograd hooks, which a compiled step does not call."""
         for chunk in self.chunks:
             for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
-                if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                hooks = {**(parameter._backward_hooks or {}), **(parameter._post_accumulate_grad_hooks or {})}
+                if any(hook is not refuse_gradient for hook in hooks.values()):
                     yield slot.name

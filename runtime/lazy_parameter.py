@@ -13,9 +13,16 @@ from .torch_private import wrapper_parameter
 class Source(Protocol):
     """Where a lazy parameter's values come from."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    @property
+    def name(self) -> str:
+        """The parameter's name, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The master's."""
 
     def read(self) -> Tensor:
         """The master, in a tensor of its own."""
@@ -33,20 +40,29 @@ class Source(Protocol):
 class LazyParameter(nn.Parameter):
     """A parameter of a compiled model that `model.optimizer(...)` trains.
 
-    Reading it builds its float32 master anew; writing to it raises StateError, and so does stepping another
-    optimizer over it. `load_state_dict` of the compiled model is what sets it. It reports the CPU as its
-    device, wherever its master lies, because that is where it is read to.
+    Reading it builds its float32 master anew; writing to it or to a view of it raises StateError, and so does
+    stepping another optimizer over it. `load_state_dict` of the compiled model is what sets it. It reports the
+    CPU as its device, wherever its master lies, because that is where it is read to.
     """
 
     source: Source
 
     def __new__(cls, source: Source, requires_grad: bool) -> "LazyParameter":
-        parameter = wrapper_parameter(cls, source.shape, source.dtype, requires_grad)
+        strides = torch.empty(source.shape, device="meta").stride()
+        parameter = wrapper_parameter(cls, source.shape, strides, source.dtype, requires_grad)
         parameter.source = source
         return parameter
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _refusal(self.source.name, "its .data")
+
+    @property
+    def grad(self) -> Tensor | None:
         return self.source.gradient()
 
     @grad.setter
@@ -57,6 +73,12 @@ class LazyParameter(nn.Parameter):
     def grad(self) -> None:
         self.source.set_gradient(None)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        return _array(self.source.read(), self.requires_grad, force)
+
+    def tolist(self) -> Any:
+        return self.source.read().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
@@ -64,15 +86,7 @@ class LazyParameter(nn.Parameter):
         if func is torch.ops.aten.copy_.default and isinstance(args[0], LazyParameter):
             args[0].source.write(_built(args[1]))
             return args[0]
-        written = _written(func, args, kwargs or {})
-        if written is not None:
-            raise StateError(
-                f"parameter {written.source.name} was to be written by {func}; model.optimizer(...) keeps the masters, "
-                "and what is read of them is a copy. Set values with model.load_state_dict(...), and step the optimizer "
-                "that model.optimizer(...) returned"
-            )
-        args, kwargs = pytree.tree_map(_built, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _run(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyParameter {self.source.name}: {self.source.read()!r}"
@@ -84,16 +98,83 @@ class LazyParameter(nn.Parameter):
         return memo.setdefault(id(self), nn.Parameter(self.source.read(), self.requires_grad))
 
 
-def _built(value: Any) -> Any:
-    return value.source.read() if isinstance(value, LazyParameter) else value
+class _View(Tensor):
+    """A view of what a lazy parameter read as: whoever wrote to it would write to a copy, and so it raises."""
+
+    values: Tensor
+    parameter: str
+
+    def __new__(cls, values: Tensor, name: str) -> "_View":
+        view = wrapper_parameter(cls, tuple(values.shape), values.stride(), values.dtype, False)
+        view.values, view.parameter = values, name
+        return view
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return _array(self.values, self.requires_grad, force)
+
+    def tolist(self) -> Any:
+        return self.values.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.values)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values.__reduce_ex__(protocol)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyParameter | None:
-    """The lazy parameter that an operator writes to, if there is one."""
+def refuse_gradient(gradient: Tensor) -> None:
+    """The hook of lazy parameters: autograd would keep what reaches them where no step ever looks."""
+    raise StateError(
+        "a gradient reached a parameter from outside of the compiled model, as that of a penalty on weights does; "
+        "model.optimizer(...) would not see it. Compute such a loss inside of the model's forward, or detach the "
+        "parameter"
+    )
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on what lazy parameters and their views read as. Raises StateError where it writes to one."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, LazyParameter)]
-            if found:
-                return found[0]
+            found = _name(args[i] if i < len(args) else kwargs.get(argument.name))
+            if found is not None:
+                raise _refusal(found, str(func))
+    name = _name((args, kwargs))
+    result = func(*pytree.tree_map(_built, args), **pytree.tree_map(_built, kwargs))
+    if not func.is_view:
+        return result
+    return pytree.tree_map_only(Tensor, lambda tensor: _View(tensor, name), result)
+
+
+def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
+    """As Tensor.numpy of a tensor that requires gradients or not; what is written to the array raises."""
+    array = values.detach().requires_grad_(requires_grad).numpy(force=force)
+    array.setflags(write=False)
+    return array
+
+
+def _refusal(name: str, by: str) -> StateError:
+    return StateError(
+        f"parameter {name} was to be written by {by}; model.optimizer(...) keeps the masters, and what is read of them "
+        "is a copy. Set values with model.load_state_dict(...), and step the optimizer that model.optimizer(...) "
+        "returned"
+    )
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, LazyParameter):
+        return value.source.read()
+    return value.values if isinstance(value, _View) else value
+
+
+def _name(value: Any) -> Any:
+    """The name of the first lazy parameter in `value`, or None."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, LazyParameter):
+            return leaf.source.name
+        if isinstance(leaf, _View):
+            return leaf.parameter
     return None

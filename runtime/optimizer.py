@@ -1,9 +1,8 @@
 """`model.optimizer(...)`: torch.optim's interface to updates that run beside the program."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,13 +49,12 @@ class Declared:
                 f"model.optimizer({getattr(self.kind, '__name__', self.kind)}) is not there; expected one of {names}. "
                 "Any other element-wise optimizer works over model.parameters() instead"
             )
-        asked = [name for name in UNSUPPORTED if self.hyper.get(name)]
-        if asked:
-            raise ValueError(f"model.optimizer({asked[0]}=True) is not supported; leave {asked[0]} out")
+        check_groups([self.hyper])
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate!r}; expected how many backwards make one step, 1 or more")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm!r}; expected a positive number, or None")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+            raise ValueError(f"max_grad_norm={norm!r}; expected a positive number, or None")
         if not self.in_backward:
             return
         if self.max_grad_norm is not None:
@@ -70,12 +68,19 @@ class Declared:
                 "compile with precision='bf16'"
             )
 
-    def updates(self) -> Updates:
-        """What memory is planned for."""
+    def updates(self, groups: list[dict[str, Any]]) -> Updates:
+        """What memory is planned for, with these groups of parameters."""
         moments = len(MOMENTS[self.kind])
-        if self.kind is SGD and not self.hyper.get("momentum"):
+        if self.kind is SGD and not any(group["momentum"] for group in groups):
             moments = 0
         return Updates(moments, self.in_backward, self.accumulate)
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError where options ask for what no update here does."""
+    asked = [name for group in groups for name in UNSUPPORTED if group.get(name)]
+    if asked:
+        raise ValueError(f"model.optimizer({asked[0]}=True) is not supported; leave {asked[0]} out")
 
 
 class ChunkOptimizer(Optimizer):
@@ -88,22 +93,18 @@ class ChunkOptimizer(Optimizer):
     `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed.
     """
 
-    def __init__(self, declared: Declared, groups: Any, use: Callable[[], UpdatingMachine],
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, declared: Declared, groups: Any, use: Callable[[Updates], UpdatingMachine],
                  names: dict[int, str]) -> None:  # fmt: skip
         model = declared.kind(groups, **declared.hyper)  # checks hyper-parameters, fills in the defaults
-        super().__init__(model.param_groups, model.defaults)
         self.declared = declared
         self.grad_norm: Tensor | None = None
         self.skipped_steps = 0
         self._names = names
         self._steps_since_overflow = 0
-        unknown = [p for group in self.param_groups for p in group["params"] if id(p) not in names]
-        if unknown:
-            raise ValueError(
-                f"a parameter of shape {tuple(unknown[0].shape)} is not the compiled model's; expected model.parameters()"
-            )
-        self._groups = {names[id(p)]: group for group in self.param_groups for p in group["params"]}
-        self._machine = machine = use()
+        super().__init__(model.param_groups, model.defaults)
+        self._machine = machine = use(declared.updates(self.param_groups))
         self._fp16 = any(chunk.layout.dtype == torch.float16 for chunk in machine.chunks)
         machine.schedule = self._hyper
         machine.measures = declared.max_grad_norm is not None or self._fp16
@@ -114,62 +115,83 @@ class ChunkOptimizer(Optimizer):
     def loss_scale(self) -> float:
         return self._machine.loss_scale
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's. Raises ValueError for parameters of another model."""
+        super().add_param_group(param_group)
+        unknown = [p for p in self.param_groups[-1]["params"] if id(p) not in self._names]
+        if unknown:
+            del self.param_groups[-1]
+            raise ValueError(
+                f"a parameter of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
+            )
+        self._take_groups()
+
+    def _take_groups(self) -> None:
+        self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Groups may be changed at any time, but not to what was not planned for."""
+        check_groups([group])
+        if group.get("momentum") and not self._machine.updates.moments:
+            raise StateError(
+                f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
+                "its memory; make the optimizer with a momentum above 0, however small"
+            )
+
     def _hyper(self, name: str, number: int) -> Hyper | None:
         """How update `number` of a parameter goes, by its group as it is now."""
         group = self._groups.get(name)
         if group is None:
             return None
+        self._check_group(group)
         lr = float(group["lr"])
         if "betas" not in group:
-            first = number == 1 and group["momentum"] != 0
-            return SgdHyper(lr, group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], first)
+            momentum = float(group["momentum"])
+            first = number == 1 and momentum != 0
+            return SgdHyper(lr, momentum, group["dampening"], group["weight_decay"], group["nesterov"], first)
         beta1, beta2 = map(float, group["betas"])
         decoupled = self.declared.kind is AdamW or bool(group.get("decoupled_weight_decay"))
         return AdamHyper(lr, beta1, beta2, group["eps"], group["weight_decay"], number, decoupled)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Start the updates, or, with in_backward=True, end the step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         machine = self._machine
-        machine.worker.check()
-        if self.declared.in_backward:
-            if 0 < machine.backwards < self.declared.accumulate:
-                raise StateError(
-                    f"step() came after {machine.backwards} of accumulate={self.declared.accumulate} backwards; with "
-                    "in_backward=True the last of them is what updates"
-                )
-        elif not machine.measures:
+        machine.check()
+        for group in self.param_groups:
+            self._check_group(group)
+        if self.declared.in_backward and 0 < machine.backwards < self.declared.accumulate:
+            raise StateError(
+                f"step() came after {machine.backwards} of accumulate={self.declared.accumulate} backwards; with "
+                "in_backward=True the last of them is what updates"
+            )
+        if not machine.measures:
+            # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
             machine.update_all(1.0)
-        elif (scale := self._scale(machine.norm())) is not None:
-            machine.update_all(scale)
+        else:
+            self._measured_step(machine.norm())
         machine.backwards = 0
         return loss
 
-    def _scale(self, norm: Tensor) -> float | Tensor | None:
-        """What gradients are multiplied by; None where one of float16 overflowed, and the step is skipped."""
+    def _measured_step(self, norm: Tensor) -> None:
+        """Update by gradients that are clipped to a norm, or not at all where one of float16 overflowed."""
         self.grad_norm = norm
-        if self._fp16 and not self._fits(norm):
-            return None
-        if self.declared.max_grad_norm is None:
-            return 1.0
-        return (self.declared.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-
-    def _fits(self, norm: Tensor) -> bool:
-        if math.isfinite(norm.item()):
-            self._steps_since_overflow += 1
-            if self._steps_since_overflow == GROWTH_STEPS:
-                self._steps_since_overflow = 0
-                self._machine.loss_scale *= 2.0
-            return True
-        self._steps_since_overflow = 0
-        self.skipped_steps += 1
-        self._machine.forget_gradients()
-        self._machine.loss_scale = max(1.0, self._machine.loss_scale / 2.0)
-        return False
+        machine, most = self._machine, self.declared.max_grad_norm
+        if self._fp16 and not math.isfinite(norm.item()):
+            self._steps_since_overflow = 0
+            self.skipped_steps += 1
+            machine.forget_gradients()
+            machine.loss_scale = max(1.0, machine.loss_scale / 2.0)
+            return
+        machine.update_all(1.0 if most is None else (most / (norm + 1e-6)).clamp(max=1.0))
+        self._steps_since_overflow += self._fp16
+        if self._steps_since_overflow == GROWTH_STEPS:
+            self._steps_since_overflow = 0
+            machine.loss_scale *= 2.0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no step has used."""
@@ -210,35 +232,45 @@ class ChunkOptimizer(Optimizer):
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
         self._machine.finish()
-        scale = state_dict.get("loss_scale")
+        before = self.param_groups
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        names = MOMENTS[self.declared.kind]
         try:
-            loads = []
-            for name, parameter in ((self._names[id(p)], p) for g in self.param_groups for p in g["params"]):
-                loads.append(partial(self._load, name, self.state.get(parameter, {}), names))
-                _check_state(name, self.state.get(parameter, {}), names, self._machine.updates.moments)
-            for load in loads:
-                load()
+            check_groups(self.param_groups)
+            named = [(self._names[id(p)], self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
+            for name, saved in named:
+                self._check_state(name, saved)
+        except BaseException:
+            self.param_groups = before
+            raise
         finally:
             self.state.clear()
-        self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
+        for name, saved in named:
+            self._load(name, saved)
+        self._take_groups()
+        scale = state_dict.get("loss_scale")
         if scale is not None and self._fp16:
             self._machine.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
-    def _load(self, parameter: str, saved: dict[str, Any], names: tuple[str, ...]) -> None:
+    def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
         state, slot = self._machine.state_of(parameter)
-        for name, moment in zip(names, state.moments, strict=False):
+        shape, names = state.layout.slots[slot].shape, MOMENTS[self.declared.kind]
+        for name in names[: len(state.moments)] if saved else ():
+            found = saved.get(name)
+            if found is None:
+                raise ValueError(
+                    f"the optimizer state of {parameter} has {', '.join(saved)}, expected {', '.join(names)}; it is of "
+                    "another optimizer"
+                )
+            if tuple(found.shape) != shape:
+                raise ValueError(
+                    f"the optimizer state of {parameter} has {name} of shape {tuple(found.shape)}, expected {shape}; "
+                    "it is of another model"
+                )
+
+    def _load(self, parameter: str, saved: dict[str, Any]) -> None:
+        state, slot = self._machine.state_of(parameter)
+        for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
             target = state.slice(moment, slot)
-            target.copy_(saved[name]) if saved.get(name) is not None else target.zero_()
+            target.copy_(saved[name]) if saved else target.zero_()
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))
-
-
-def _check_state(parameter: str, saved: dict[str, Any], names: tuple[str, ...], moments: int) -> None:
-    missing = [name for name in names[:moments] if saved and saved.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"the optimizer state of {parameter} has {', '.join(saved) or 'nothing'}, expected {', '.join(names)}; it is "
-            "of another optimizer"
-        )

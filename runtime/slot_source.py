@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import StateError
-from .lazy_parameter import LazyParameter
+from .lazy_parameter import LazyParameter, refuse_gradient
 from .states import ChunkState
 from .updating import UpdatingMachine
 
@@ -51,13 +51,11 @@ class SlotSource:
         return state.slice(self.machine.total(state), slot)
 
     def set_gradient(self, value: Tensor | None) -> None:
-        state, slot = self._state()
         if value is None:
-            state.present.discard(slot)
-            if not state.present:
-                state.forget_gradient()
+            self.machine.forget_gradient(self.name)
             return
         self._refuse_in_backward("set")
+        state, slot = self._state()
         self.machine.finish(state.layout.index)
         state.slice(self.machine.total(state), slot).copy_(value)
         state.present.add(slot)
@@ -68,18 +66,28 @@ class SlotSource:
     def _refuse_in_backward(self, done: str) -> None:
         if self.machine.updates.in_backward:
             raise StateError(
-                f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the backward "
-                "itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
+                f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the "
+                "backward itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
             )
 
 
 def make_lazy(machine: UpdatingMachine) -> None:
-    """Let the parameters of all chunks be read from their training states; the objects stay the same."""
-    for chunk in machine.chunks:
+    """Let the parameters of all chunks be read from their training states; the objects stay the same.
+
+    Where some chunks found no room, theirs stay as they are.
+    """
+    for chunk, _ in zip(machine.chunks, machine.placing.states, strict=False):
         for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
             if not isinstance(parameter, LazyParameter):
                 source = SlotSource(machine, slot.name, slot.shape, chunk.layout.master_dtype)
-                torch.utils.swap_tensors(parameter, LazyParameter(source, parameter.requires_grad))
+                _make_lazy(parameter, source)
+
+
+def _make_lazy(parameter: nn.Parameter, source: SlotSource) -> None:
+    trained = parameter.requires_grad
+    torch.utils.swap_tensors(parameter, LazyParameter(source, True))
+    parameter.register_hook(refuse_gradient)
+    parameter.requires_grad_(trained)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .chunks import Chunk, ChunkStore
+from .errors import BudgetError
 from .layout import ChunkLayout, Updates
-from .states import ChunkState, Where, has_total, rest_dtype
+from .states import ChunkState, Where, has_total, holds_programs_gradient, rest_dtype
 from .streams import host_buffer
 from .tiers import Tier
 
@@ -23,35 +24,40 @@ class StatePlacing:
         self.device_tier, self.host_tier = tiers
         self.updates = updates
         self.states: list[ChunkState] = []
-        self._charges: dict[int, tuple[int, int]] = {}
+        self._placed: dict[int, tuple[Where, bool]] = {}
+        self._charged: dict[int, tuple[int, int]] = {}
 
     def place(self, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int]) -> None:
-        """Make or move the states; values stay. Raises BudgetError on a full tier."""
+        """Make or move the states; values, gradients included, stay. Raises BudgetError on a full tier."""
         for chunk in self.store.chunks:
             index = chunk.layout.index
             where = Where.DEVICE if index in masters else Where.STREAMED if index in streamed else Where.HOST
             where = where if chunk.layout.trainable or where is Where.DEVICE else Where.HOST
             resident = index in weights and where is not Where.DEVICE
-            previous = self.states[index] if index < len(self.states) else None
-            chunk.resident = None
-            self._charge(chunk.layout, where, resident)
-            state = self._allocate(chunk.layout, where, resident)
-            if previous is None:
-                self.states.append(state)
-                _take_parameters(state, chunk)
-            else:
-                self.states[index] = state
-                _take_state(state, previous)
-            if resident and where is Where.HOST:
-                chunk.resident = state.weights.to(self.device, copy=True)
+            if self._placed.get(index) != (where, resident):
+                self._place(chunk, where, resident)
+
+    def _place(self, chunk: Chunk, where: Where, resident: bool) -> None:
+        index = chunk.layout.index
+        previous = self.states[index] if index < len(self.states) else None
+        unplanned = previous is not None and previous.total is not None and not has_total(chunk.layout, self.updates)
+        self._charge(chunk.layout, where, resident, unplanned)
+        state = self._allocate(chunk.layout, where, resident)
+        if unplanned:
+            state.total = self._zeros(chunk.layout.numel, chunk.layout.master_dtype, where is Where.DEVICE)
+        if previous is None:
+            _take_parameters(state, chunk)
+            self.states.append(state)
+        else:
+            state.take(previous)
+            self.states[index] = state
+        self._placed[index] = where, resident
+        chunk.resident = state.weights.to(self.device, copy=True) if resident and where is Where.HOST else None
 
     def on_device(self, index: int) -> bool:
         """Whether the chunk's own weights are on the device tier, so that programs compute with them."""
-        state = self.states[index]
-        return state.where is Where.DEVICE or (state.where is Where.STREAMED and self.is_resident(index))
-
-    def is_resident(self, index: int) -> bool:
-        return self._charges[index][0] > 0
+        where, resident = self._placed[index]
+        return where is Where.DEVICE or (where is Where.STREAMED and resident)
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, made now where it was not planned for. Raises BudgetError on a full tier."""
@@ -59,19 +65,33 @@ class StatePlacing:
             layout, on_device = state.layout, state.where is Where.DEVICE
             tier = self.device_tier if on_device else self.host_tier
             tier.charge(layout.master_bytes, f"float32 gradients of chunk {layout.index} (accumulate= plans for them)")
+            device, host = self._charged[layout.index]
+            self._charged[layout.index] = (
+                device + on_device * layout.master_bytes,
+                host + (not on_device) * layout.master_bytes,
+            )
             state.total = self._zeros(layout.numel, layout.master_dtype, on_device)
         return state.total
 
-    def _charge(self, layout: ChunkLayout, where: Where, resident: bool) -> None:
-        """Exchange the chunk's charges on both tiers."""
-        device, host = self._charges.pop(layout.index, (0, 0))
-        self.device_tier.refund(device)
-        self.host_tier.refund(host)
-        device = self.updates.device_bytes(layout) if where is Where.DEVICE else resident * layout.compute_bytes
-        host = 0 if where is Where.DEVICE else self.updates.host_bytes(layout)
-        self.device_tier.charge(device, f"the training state of chunk {layout.index}")
-        self.host_tier.charge(host, f"the training state of chunk {layout.index}")
-        self._charges[layout.index] = device, host
+    def _charge(self, layout: ChunkLayout, where: Where, resident: bool, unplanned_total: bool) -> None:
+        """Exchange the chunk's charges on both tiers, or, where one is full, on neither.
+
+        A gradient that is held on the device is a program's own tensor, and counted with the program's.
+        """
+        total = layout.master_bytes if unplanned_total else 0
+        if where is Where.DEVICE:
+            held = layout.compute_bytes if holds_programs_gradient(layout, self.updates) else 0
+            device, host = self.updates.device_bytes(layout) - held + total, 0
+        else:
+            device, host = resident * layout.compute_bytes, self.updates.host_bytes(layout) + total
+        device_before, host_before = self._charged.get(layout.index, (0, 0))
+        self.device_tier.charge(device - device_before, f"the training state of chunk {layout.index}")
+        try:
+            self.host_tier.charge(host - host_before, f"the training state of chunk {layout.index}")
+        except BudgetError:
+            self.device_tier.refund(device - device_before)
+            raise
+        self._charged[layout.index] = device, host
 
     def _allocate(self, layout: ChunkLayout, where: Where, resident: bool) -> ChunkState:
         on_device = where is Where.DEVICE
@@ -107,13 +127,3 @@ def _take_parameters(state: ChunkState, chunk: Chunk) -> None:
         parameter.grad = None
         parameter.data = torch.empty(0, dtype=parameter.dtype)
     chunk.master = chunk.gradient = chunk.cast = None
-
-
-def _take_state(state: ChunkState, previous: ChunkState) -> None:
-    for slot in range(len(state.layout.slots)):
-        state.write(slot, previous.read(slot))
-    for target, source in zip(state.moments, previous.moments, strict=True):
-        target.copy_(source)
-    state.steps = previous.steps
-
-

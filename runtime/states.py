@@ -94,8 +94,12 @@ class ChunkState:
     def write(self, slot: int, value: Tensor) -> None:
         """Set one parameter's master."""
         weights = self.slice(self.weights, slot)
+        self.version += 1
         if self.rest is None:
             weights.copy_(value)
+        elif self.layout.splits and value.dtype == torch.bfloat16:
+            weights.copy_(value)
+            self.slice(self.rest, slot).zero_()
         elif self.layout.splits:
             halves = split(value.detach().to(weights.device, torch.float32))
             weights.copy_(halves.hi)
@@ -103,7 +107,22 @@ class ChunkState:
         else:
             self.slice(self.rest, slot).copy_(value)
             weights.copy_(value)
-        self.version += 1
+
+    def take(self, other: "ChunkState") -> None:
+        """Become a copy of the same chunk's state on another tier."""
+        self.weights.copy_(other.weights)
+        for target, source in zip(self._beside_weights(), other._beside_weights(), strict=True):
+            target.copy_(source)
+        self.steps, self.version = other.steps, other.version
+        self.present, self.measured, self.added = other.present, other.measured, other.added
+        if self.added:
+            assert self.total is not None and other.total is not None
+            self.total.copy_(other.total)
+        elif self.present and other.held is not None:
+            self.held = other.held.to(self.weights.device) if self.held is None else self.held.copy_(other.held)
+
+    def _beside_weights(self) -> tuple[Tensor, ...]:
+        return self.moments if self.rest is None else (self.rest, *self.moments)
 
     def part(self, start: int, end: int) -> Part:
         cut = slice(start, end)
@@ -147,6 +166,11 @@ def rest_dtype(layout: ChunkLayout) -> torch.dtype | None:
     if layout.splits:
         return torch.int16
     return layout.master_dtype if layout.casts else None
+
+
+def holds_programs_gradient(layout: ChunkLayout, updates: Updates) -> bool:
+    """Whether a state on the device keeps the gradient that a program made, until the step is over."""
+    return layout.trainable and updates.accumulate == 1 and not updates.in_backward
 
 
 def has_total(layout: ChunkLayout, updates: Updates) -> bool:

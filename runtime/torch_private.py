@@ -116,9 +116,11 @@ def unmetered() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
-def wrapper_parameter(cls: type, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Any:
+def wrapper_parameter(cls: type, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
+                      requires_grad: bool) -> Any:  # fmt: skip
     """A tensor of class `cls` on the CPU that has a type but no memory; `cls` answers every operator itself."""
-    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu", requires_grad=requires_grad)
+    options = {"dtype": dtype, "device": "cpu", "requires_grad": requires_grad}
+    return torch.Tensor._make_wrapper_subclass(cls, shape, strides, **options)
 
 
 def module_of(node: torch.fx.Node) -> str:

@@ -12,7 +12,7 @@ from .host_kernel import HostKernel
 from .layout import ChunkLayout
 from .split_pairs import SplitPair
 from .states import Hyper, Part
-from .update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+from .update_rules import AdamHyper, AdamMoments, Gradient
 
 LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work, and to the driver's."""
@@ -47,11 +47,11 @@ class Updaters:
             if isinstance(hyper, AdamHyper):
                 self._device.adam(pair, gradient, AdamMoments(*part.moments), hyper)
             else:
-                self._device.sgd(pair, gradient, part.moments[0] if part.moments else None, hyper)
+                self._device.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper)
         elif isinstance(hyper, AdamHyper):
             self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads)
         else:
-            self._host.sgd(pair, gradient, part.moments[0] if part.moments else None, hyper, self.threads)
+            self._host.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper, self.threads)
 
 
 def _update_master(part: Part, gradient: Gradient, hyper: Hyper) -> None:
@@ -68,7 +68,8 @@ def _update_master(part: Part, gradient: Gradient, hyper: Hyper) -> None:
             decoupled_weight_decay=hyper.decoupled,
         )  # fmt: skip
     else:
-        buffers = [None if hyper.first else moment for moment in part.moments] or [None]
+        # Without momentum there is no buffer, and with it none is read before the first update.
+        buffers = [part.moments[0] if hyper.momentum and not hyper.first else None]
         sgd(
             [master], [grad], buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
             momentum=hyper.momentum, dampening=hyper.dampening, nesterov=hyper.nesterov,

@@ -5,6 +5,7 @@ a ticket then stands for the update under way, and whoever needs the chunk next 
 device through an event, the launching thread only for the host's worker, and only until its copy is issued.
 """
 
+import time
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .chunks import State
 from .errors import StateError
-from .layout import STREAMED_GRADIENTS
+from .layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from .machine import Machine
 from .state_placing import StatePlacing
 from .states import ChunkState, Schedule, Stretch, Where
@@ -29,13 +30,14 @@ class UpdatingMachine(Machine):
     """Runs the instructions, and the updates that `schedule` describes.
 
     `measures`: whether the norm of every gradient is wanted, for clipping or to find overflows.
+    `host_update_s` is how long the host's updates took so far.
     `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
     """
 
-    placing: StatePlacing
+    placing: StatePlacing  # type: ignore[assignment]  # the two placings answer the same questions
 
     def __init__(self, placing: StatePlacing, stats: Stats) -> None:
-        super().__init__(placing, stats)  # type: ignore[arg-type]  # the two placings answer the same questions
+        super().__init__(placing, stats)  # type: ignore[arg-type]
         self.updates = placing.updates
         self.schedule: Schedule = lambda name, number: None
         self.measures = False
@@ -43,7 +45,8 @@ class UpdatingMachine(Machine):
         self.backwards = 0
         self.updaters = Updaters(self.device)
         self.worker = Worker()
-        self.stream: StateStream | None = None
+        self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
+        self.host_update_s = 0.0
         self.broken = ""
         self.writable = False
         self.norms = torch.zeros(len(self.chunks), dtype=torch.float32, device=self.device)
@@ -54,24 +57,26 @@ class UpdatingMachine(Machine):
         self._stream_bytes = 0
 
     def place(self, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int]) -> None:
-        """Put the training states where they belong."""
+        """Put the training states where they belong. Raises BudgetError on a full tier."""
         self.finish()
+        for arrival in self._landed.values():
+            self.copies.finish(arrival)
         self.placing.place(masters, weights, streamed)
-        longest = max(self._states(Where.STREAMED), key=lambda s: s.layout.numel, default=None)
-        self.stream = None
-        self.placing.device_tier.refund(self._stream_bytes)
-        self._stream_bytes = 0
-        if longest is not None:
-            self._stream_bytes = self.updates.stream_bytes(longest.layout)
-            self.placing.device_tier.charge(self._stream_bytes, "states on their way through the device")
-            self.stream = StateStream(self.device, longest, with_gradients=not self.updates.at_once)
-
-    def _states(self, where: Where) -> list[ChunkState]:
-        return [state for state in self.placing.states if state.where is where]
+        kinds = longest_of_each_kind(s.layout for s in self.placing.states if s.where is Where.STREAMED)
+        num_bytes = sum(map(self.updates.stream_bytes, kinds))
+        if num_bytes != self._stream_bytes:
+            self.streams = {}
+            self.placing.device_tier.charge(num_bytes - self._stream_bytes, "states on their way through the device")
+            self._stream_bytes = num_bytes
+            with_gradients = not self.updates.at_once
+            for layout in kinds:
+                stream = StateStream(self.device, self.placing.states[layout.index], with_gradients=with_gradients)
+                self.streams[_kind(layout)] = stream
 
     # -- weights -------------------------------------------------------------------------------------------
 
     def fetch(self, index: int, numel: int, dtype: torch.dtype) -> Tensor:
+        self.check()
         chunk, state = self.chunks[index], self.placing.states[index]
         if chunk.state is State.FREE:
             chunk.move(State.HOLD)
@@ -244,19 +249,21 @@ class UpdatingMachine(Machine):
         state, resident = self.placing.states[index], self.chunks[index].resident
         for arrival in after:
             self.copies.finish(arrival)
+        began_s = time.perf_counter()
         with torch.no_grad():
             for stretch in stretches:
                 self._update_stretch(state, stretch, gradient)
+            self.host_update_s += time.perf_counter() - began_s
             return None if resident is None else self.copies.to_device(resident, state.weights, None)
 
     def _stream_update(self, index: int, stretches: list[Stretch], gradient: Gradient) -> None:
         state = self.placing.states[index]
-        assert self.stream is not None
         stays = self.placing.on_device(index)
         if state.added and index in self._tickets:  # the worker still adds to the sum
             self.worker.wait(self._tickets.pop(index), state.name)
         after = () if self.updates.at_once else (self._landed.get(index),)
-        done = self.stream.update(state, stretches, StreamedUpdate(gradient, self.updaters, stays, after))
+        job = StreamedUpdate(gradient, self.updaters, stays, after)
+        done = self.streams[_kind(state.layout)].update(state, stretches, job)
         self._tickets[index] = Ticket(done, done=True)
         if self.updates.at_once:
             self._streamed.append((done, gradient.values))
@@ -268,9 +275,7 @@ class UpdatingMachine(Machine):
     # -- steps ---------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> float:
-        self.worker.check()
-        if self.broken:
-            raise StateError(self.broken)
+        self.check()
         if self.updates.in_backward and self.backwards == self.updates.accumulate:
             raise StateError(
                 f"a backward() more than accumulate={self.updates.accumulate} came before optimizer.step(): with "
@@ -281,14 +286,39 @@ class UpdatingMachine(Machine):
         return self.loss_scale
 
     def state_of(self, parameter: str) -> tuple[ChunkState, int]:
-        """A parameter's training state and its slot in there."""
+        """A parameter's training state and its slot in there. Raises StateError where there is none yet."""
+        if not self.placing.states:
+            raise StateError(
+                "the model's weights are on 'meta', and so there are no training states yet; give it values with "
+                "model.load_state_dict(...) first"
+            )
         layout, slot = self.placing.store.layout.places[parameter]
         return self.placing.states[layout.index], slot
 
     def versions(self) -> dict[str, int]:
         return {slot.name: state.version for state in self.placing.states for slot in state.layout.slots}
 
+    def forget_gradient(self, parameter: str) -> None:
+        """Drop one parameter's gradient."""
+        state, slot = self.state_of(parameter)
+        if slot not in state.present:
+            return
+        state.present.discard(slot)
+        if not state.present:
+            state.forget_gradient()
+            return
+        # Gradients that are added later must not find this one.
+        self.finish(state.layout.index)
+        self.copies.finish(self._landed.get(state.layout.index))
+        state.slice(state.gradient, slot).zero_()
+
     def forget_gradients(self) -> None:
+        """Drop what gradients there are. Raises StateError where they are used up already, but not by a step."""
+        if self.updates.in_backward and self.backwards == self.updates.accumulate:
+            raise StateError(
+                "zero_grad() came between the last backward() of a step and optimizer.step(), but with "
+                "in_backward=True the parameters are updated already; call zero_grad() after step(), or leave it out"
+            )
         for state in self.placing.states:
             if state.present:
                 self._await(state.layout.index)
@@ -297,17 +327,22 @@ class UpdatingMachine(Machine):
 
     def finish(self, index: int | None = None) -> None:
         """Block until updates under way are done and the states on the host are whole."""
+        self.check()
         for number in list(self._tickets) if index is None else [index]:
             ticket = self._tickets.get(number)
             if ticket is not None:
                 self.copies.finish(self.worker.wait(ticket, self.placing.states[number].name))
-        if self.stream is not None:
-            for state in self._states(Where.STREAMED):
-                self.stream.finish(state.layout.index)
+            for stream in self.streams.values():
+                stream.finish(number)
+
+    def check(self) -> None:
+        """Raises StateError where the states are no whole step's any more."""
         self.worker.check()
+        if self.broken:
+            raise StateError(self.broken)
 
     def abort(self) -> str:
-        half_way = self.updates.in_backward and self.run.backward
+        half_way = self.updates.in_backward and self.run.backward and self.backwards == self.updates.accumulate
         left = super().abort()
         if half_way:
             self.broken = (
@@ -315,6 +350,10 @@ class UpdatingMachine(Machine):
                 "so that this run cannot go on: build the model anew and load the last checkpoint"
             )
         return self.broken + "." if self.broken else left
+
+
+def _kind(layout: ChunkLayout) -> tuple[torch.dtype, torch.dtype]:
+    return layout.dtype, layout.master_dtype
 
 
 def _accumulate(total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:

@@ -48,7 +48,7 @@ class Ticket:
 class Worker:
     """Runs jobs, of those that wait the one with the lowest priority number first.
 
-    A job that fails ends all work: the state that it was writing is half old and half new.
+    A job that fails ends all work, and the thread: the state that it was writing is half old and half new.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,8 @@ class Worker:
             arguments = (self._jobs, self._failure)
             self._thread = threading.Thread(target=_serve, args=arguments, name="geminifx-host", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._jobs.put, (-1, -1, None))
+            # Jobs hold the machine, which holds this worker: only the thread may keep the queue alive.
+            weakref.finalize(self, _stop, weakref.ref(self._jobs))
         ticket = Ticket()
         self._jobs.put((priority, next(self._order), (name, work, ticket)))
         return ticket
@@ -72,14 +73,14 @@ class Worker:
     def wait(self, ticket: Ticket, name: str) -> Arrival:
         """Block until the work is done. Raises StateError where it failed, or the thread is dead."""
         while not ticket.is_done(_POLL_S):
-            self.check()
-            if self._thread is not None and not self._thread.is_alive():
-                raise StateError(_ended(name, "the worker thread is dead"))
-        self.check()
+            self.check(name)
+        self.check(name)
         return ticket.arrival
 
-    def check(self) -> None:
-        """Raises StateError where a job has failed."""
+    def check(self, name: str = "a chunk") -> None:
+        """Raises StateError where a job has failed, or the thread has died; `name` is what waits for it."""
+        if self._thread is not None and not self._thread.is_alive() and not self._failure:
+            self._failure.append((name, RuntimeError("the worker thread is dead")))
         if self._failure:
             name, error = self._failure[0]
             raise StateError(_ended(name, f"{type(error).__name__}: {error}")) from error
@@ -92,15 +93,18 @@ def _ended(name: str, reason: str) -> str:
     )
 
 
+def _stop(jobs: "weakref.ref[queue.PriorityQueue[Any]]") -> None:
+    queued = jobs()
+    if queued is not None:
+        queued.put((-1, -1, None))
+
+
 def _serve(jobs: "queue.PriorityQueue[Any]", failure: list[tuple[str, BaseException]]) -> None:
-    while True:
+    while not failure:
         _, _, job = jobs.get()
         if job is None:
             return
         name, work, ticket = job
-        if failure:
-            ticket.give_up()
-            continue
         try:
             ticket.complete(work())
         except BaseException as error:  # whatever it is, the training thread must hear of it
