@@ -116,7 +116,8 @@ class Session:
         names, options, given = blocks(self.source), self.options, self._given_plan()
         lower = partial(self._lower, captured)
         if given is not None:
-            check_plan(given, self._parameters, names, self.dtypes)
+            if self.plan is None:  # parameters may be frozen afterwards
+                check_plan(given, self._parameters, names, self.dtypes)
             return check(replace(given, notes=captured.notes, updates=self.updates), lower, self.limits)
         layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)

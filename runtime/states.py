@@ -89,7 +89,8 @@ class ChunkState:
         if self.rest is None:
             return weights.clone()
         rest = self.slice(self.rest, slot)
-        return join(SplitPair(weights, rest)) if self.layout.splits else rest.clone()
+        # Of a resident chunk that is streamed only the weights are on the device.
+        return join(SplitPair(weights.to(rest.device), rest)) if self.layout.splits else rest.clone()
 
     def write(self, slot: int, value: Tensor) -> None:
         """Set one parameter's master."""

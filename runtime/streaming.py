@@ -77,7 +77,7 @@ class StateStream:
         arrival = self.copies.all_to_device(coming, buffer.free, settled, *landed)
         with self.copies.aside(arrival, *ready):
             local = Part(weights, *_rest(buffer.part, numel))
-            job.updaters.update(state.layout, local, Gradient(values, job.gradient.scale), piece.hyper)
+            job.updaters.update(state.layout, local, Gradient(values, job.gradient.scale), piece)
             done = self.copies.mark()
         going = [(there, here) for here, there in travelling[job.weights_stay :]]
         buffer.free = self.copies.all_to_host(going, done)

@@ -11,7 +11,7 @@ from .device_kernel import DeviceKernel
 from .host_kernel import HostKernel
 from .layout import ChunkLayout
 from .split_pairs import SplitPair
-from .states import Hyper, Part
+from .states import Hyper, Part, Stretch
 from .update_rules import AdamHyper, AdamMoments, Gradient
 
 LAUNCHER_CORES = 2
@@ -36,10 +36,12 @@ class Updaters:
         self._host = HostKernel()
         self._device = DeviceKernel() if device.type == "cuda" else None
 
-    def update(self, layout: ChunkLayout, part: Part, gradient: Gradient, hyper: Hyper) -> None:
-        """Update `part` in place; on CUDA on the current stream, without waiting for anything."""
+    def update(self, layout: ChunkLayout, part: Part, gradient: Gradient, stretch: Stretch) -> None:
+        """Update `part`, which is that stretch of a chunk, in place; on CUDA on the current stream, without waiting
+        for anything."""
+        hyper = stretch.hyper
         if not layout.splits:
-            _update_master(part, gradient, hyper)
+            _update_master(part, gradient, hyper, _parameters(layout, stretch))
             return
         assert part.rest is not None
         pair = SplitPair(part.weights, part.rest)
@@ -54,27 +56,37 @@ class Updaters:
             self._host.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper, self.threads)
 
 
-def _update_master(part: Part, gradient: Gradient, hyper: Hyper) -> None:
+def _parameters(layout: ChunkLayout, stretch: Stretch) -> list[slice]:
+    """Where the parameters of a stretch lie in it. torch's kernels on the host round the last few elements of a
+    tensor in another way than the others, so that only parameters of their own get the bits that they get there."""
+    bounds = ((slot.offset, slot.offset + slot.numel) for slot in layout.slots)
+    cut = ((max(start, stretch.start) - stretch.start, min(end, stretch.end) - stretch.start) for start, end in bounds)
+    return [slice(start, end) for start, end in cut if start < end]
+
+
+def _update_master(part: Part, gradient: Gradient, hyper: Hyper, parameters: list[slice]) -> None:
     master = part.weights if part.rest is None else part.rest
     grad = gradient.values.to(master.dtype)
     if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:
         grad = grad * gradient.scale
+    cuts = [slice(None)] if master.is_cuda else parameters
+    masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
     if isinstance(hyper, AdamHyper):
-        mean, square = part.moments
-        done = torch.tensor(float(hyper.step - 1), dtype=torch.float32, device=master.device)
+        done = [torch.tensor(float(hyper.step - 1), dtype=torch.float32, device=master.device) for _ in cuts]
         adam(
-            [master], [grad], [mean], [square], [], [done], fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
+            masters, grads, *moments, [], done, fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
             beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
             decoupled_weight_decay=hyper.decoupled,
         )  # fmt: skip
     else:
         # Without momentum there is no buffer, and with it none is read before the first update.
-        buffers = [part.moments[0] if hyper.momentum and not hyper.first else None]
+        buffers = list(moments[0]) if hyper.momentum and not hyper.first else [None for _ in cuts]
         sgd(
-            [master], [grad], buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
+            masters, grads, buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
             momentum=hyper.momentum, dampening=hyper.dampening, nesterov=hyper.nesterov,
         )  # fmt: skip
-        if hyper.first and buffers[0] is not None:
-            part.moments[0].copy_(buffers[0])
+        if hyper.momentum and hyper.first:
+            for cut, buffer in zip(cuts, buffers, strict=True):
+                part.moments[0][cut].copy_(buffer)
     if part.rest is not None:
         part.weights.copy_(master)

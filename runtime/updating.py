@@ -234,7 +234,7 @@ class UpdatingMachine(Machine):
     def _update_stretch(self, state: ChunkState, stretch: Stretch, gradient: Gradient) -> None:
         values = gradient.values[stretch.start : stretch.end]
         part = state.part(stretch.start, stretch.end)
-        self.updaters.update(state.layout, part, Gradient(values, gradient.scale), stretch.hyper)
+        self.updaters.update(state.layout, part, Gradient(values, gradient.scale), stretch)
 
     def _bring_scale(self, gradient: Gradient) -> tuple[Gradient, Arrival]:
         """A factor that the device computes comes to the host without anybody waiting for it yet."""
