@@ -1,0 +1,367 @@
+"""model.optimizer trains as torch.optim does, wherever the state lies and whenever the updates run."""
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from geminifx.runtime import layout, streaming
+from optimizing import (
+    ADAMW,
+    KINDS,
+    NONE,
+    PLACES,
+    Loop,
+    held_gradients,
+    last,
+    placed,
+    plain,
+    same_moments,
+    same_weights,
+)
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from zoo import BLOCKS, CNN, GPT2, MLP, OPT, Case, compiled
+
+MODES = pytest.mark.parametrize("in_backward", [False, True], ids=["default", "in_backward"])
+EVERYWHERE = pytest.mark.parametrize("where", PLACES)
+MOMENTUM = {"lr": 1e-2, "momentum": 0.9}
+
+
+def check_equal(case: Case, where: str, kind: str, loop: Loop = Loop(), **declared: Any) -> None:  # noqa: B008
+    """Losses, weights and moments after some steps are torch's, bit for bit."""
+    torch_kind, hyper = KINDS[kind]
+    reference, expected = plain(case, torch_kind, **hyper)
+    losses = loop.run(case, reference, expected)
+    model = placed(case, where)
+    optimizer = model.optimizer(torch_kind, **hyper, **declared)
+    found = loop.run(case, model, optimizer)
+    assert all(map(torch.equal, found, losses)) and losses[0] != losses[-1]
+    assert same_weights(model, reference) and same_moments(optimizer, expected)
+
+
+# -- equality, float32 -------------------------------------------------------------------------------------
+
+
+@MODES
+@EVERYWHERE
+def test_adamw_is_torchs_wherever_its_state_lies(where: str, in_backward: bool) -> None:
+    check_equal(MLP, where, "adamw", in_backward=in_backward)
+
+
+@MODES
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw"])
+def test_every_kind_is_torchs(kind: str, in_backward: bool) -> None:
+    check_equal(MLP, "mixed", kind, in_backward=in_backward)
+
+
+@pytest.mark.parametrize("case", [OPT, GPT2, CNN, BLOCKS], ids=lambda case: case.name)
+def test_models_of_every_sort(case: Case) -> None:
+    """Tied weights, frozen running means, a parameter that nothing reads."""
+    check_equal(case, "mixed", "adamw", in_backward=case in (OPT, BLOCKS))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "plain sgd"])
+@pytest.mark.parametrize("where", ["streamed", "streamed, resident"])
+def test_states_longer_than_a_piece_are_streamed_piece_by_piece(
+    where: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (layout, streaming):
+        monkeypatch.setattr(module, "STREAM_PIECE", 1000)
+    check_equal(MLP, where, kind, Loop(micro=2))
+    check_equal(MLP, where, kind, in_backward=True)
+
+
+# -- equality, low precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["mixed", "streamed, resident"])
+def test_bf16_masters_follow_float32_ones_that_are_given_the_same_gradients(where: str) -> None:
+    """Moments are equal bit for bit. Our square root is correctly rounded where torch's may be a unit in the last
+    place off: that changes an update by two units of itself and the sum by one unit of the weight, in each step."""
+    model, reference = placed(MLP, where, "bf16"), MLP.seeded()
+    ours = model.optimizer(ADAMW[0], **ADAMW[1])
+    theirs = ADAMW[0](reference.parameters(), **ADAMW[1], foreach=False)
+    unit, allowed = 2.0**-23, {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
+    for step in range(50):
+        MLP.loss(model, MLP.batch(seed=step)).backward()
+        gradients = held_gradients(model)
+        before = {name: p.detach().clone() for name, p in reference.named_parameters()}
+        for name, parameter in reference.named_parameters():
+            parameter.grad = gradients[name]
+        ours.step()
+        theirs.step()
+        for name, parameter in reference.named_parameters():
+            largest = torch.maximum(before[name].abs(), parameter.detach().abs())
+            allowed[name] += unit * (largest + 2 * (parameter.detach() - before[name]).abs())
+    assert same_moments(ours, theirs)
+    for name, parameter in reference.named_parameters():
+        found = model.get_parameter(name)
+        assert ((found - parameter).abs() <= allowed[name]).all(), name
+        assert (found - MLP.seeded().get_parameter(name)).abs().max() > 1e-2, "it trains"
+
+
+def test_bf16_gives_the_same_bits_wherever_the_state_lies_and_whoever_looks_at_gradients() -> None:
+    def trained(where: str, loop: Loop = Loop(), **declared: Any) -> nn.Module:  # noqa: B008
+        model = placed(MLP, where, "bf16")
+        loop.run(MLP, model, model.optimizer(ADAMW[0], **ADAMW[1], **declared))
+        return model
+
+    expected = trained("device")
+    for where in PLACES:
+        assert same_weights(trained(where, in_backward=True), expected), where
+    assert same_weights(trained("mixed"), expected)
+    # A norm that nothing exceeds: the gradients are read, and multiplied by 1.
+    looked = Loop(clip=1e9)
+    assert all(same_weights(trained(where, looked), expected) for where in ("mixed", "streamed"))
+    assert same_weights(trained("streamed", max_grad_norm=1e9), expected)
+
+
+@MODES
+def test_chunks_of_several_dtypes_are_streamed_side_by_side(in_backward: bool) -> None:
+    """Batch norms stay in float32 under bf16."""
+    models = [placed(CNN, where, "bf16") for where in ("device", "streamed")]
+    assert len({chunk.dtype for chunk in models[0].plan.layout.chunks}) == 2
+    for model in models:
+        Loop().run(CNN, model, model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward))
+    assert same_weights(*models)
+
+
+def test_sums_of_gradients_that_were_not_declared_stay_in_float32_on_their_way() -> None:
+    models = [placed(MLP, where, "bf16") for where in ("host", "streamed")]
+    for model in models:
+        Loop(micro=3).run(MLP, model, model.optimizer(SGD, **MOMENTUM))
+    assert same_weights(*models)
+
+
+# -- several backwards, clipping ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+@pytest.mark.parametrize("where", ["mixed", "host, resident"])
+def test_accumulation_declared_or_not(where: str, micro: int) -> None:
+    for declared in ({}, {"accumulate": micro}, {"accumulate": micro, "in_backward": True}):
+        check_equal(MLP, where, "momentum", Loop(micro=micro), **declared)
+
+
+@EVERYWHERE
+def test_the_users_own_clipping(where: str) -> None:
+    check_equal(MLP, where, "momentum", Loop(clip=0.1))
+
+
+def test_the_users_own_clipping_of_sums() -> None:
+    for accumulate in (1, 2):
+        check_equal(MLP, "mixed", "momentum", Loop(micro=2, clip=0.1), accumulate=accumulate)
+
+
+@pytest.mark.parametrize(("micro", "accumulate"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("where", ["mixed", "streamed, resident"])
+def test_max_grad_norm_clips(where: str, micro: int, accumulate: int) -> None:
+    """The norm is torch's but for the order of its sums; what follows from it is torch's bit for bit."""
+    reference, expected = plain(MLP, SGD, **MOMENTUM)
+    model = placed(MLP, where)
+    optimizer = model.optimizer(SGD, **MOMENTUM, max_grad_norm=0.5, accumulate=accumulate)
+    clipped = []
+    for step in range(5):
+        for part in range(micro):
+            for each in (model, reference):
+                MLP.loss(each, MLP.batch(seed=10 * step + part)).backward()
+        optimizer.step()
+        norm = nn.utils.get_total_norm([p.grad for p in reference.parameters() if p.grad is not None])
+        assert last(optimizer) == pytest.approx(norm.item(), rel=1e-6)
+        assert optimizer.grad_norm is not None
+        coefficient = (0.5 / (optimizer.grad_norm + 1e-6)).clamp(max=1.0)
+        clipped.append(coefficient.item() < 1)
+        for parameter in reference.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(coefficient)
+        expected.step()
+        expected.zero_grad()
+        assert same_weights(model, reference)
+    assert any(clipped)
+
+
+# -- loops -------------------------------------------------------------------------------------------------
+
+
+@MODES
+def test_schedulers_set_the_rate_of_the_next_step(in_backward: bool) -> None:
+    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    model = placed(MLP, "mixed")
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward)
+    for each, optim in ((reference, expected), (model, optimizer)):
+        scheduler = LambdaLR(optim, lambda step: 0.5**step)
+        for step in range(3):
+            Loop(steps=1).run(MLP, each, optim, start=step)
+            scheduler.step()
+        assert optim.param_groups[0]["lr"] == ADAMW[1]["lr"] / 8
+    assert same_weights(model, reference)
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weights and biases lie beside each other in the same chunks."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    return [{"params": weights, "weight_decay": 0.3}, {"params": biases, "weight_decay": 0.0, "lr": 1e-3}]
+
+
+@MODES
+def test_groups_of_parameters(in_backward: bool) -> None:
+    reference, model = MLP.seeded(), placed(MLP, "mixed")
+    expected = AdamW(groups(reference), lr=1e-2, fused=True)
+    optimizer = model.optimizer(AdamW, groups(model), lr=1e-2, in_backward=in_backward)
+    for each, optim in ((reference, expected), (model, optimizer)):
+        Loop().run(MLP, each, optim)
+    assert same_weights(model, reference) and same_moments(optimizer, expected)
+
+
+def test_groups_with_and_without_momentum() -> None:
+    reference, model = MLP.seeded(), placed(MLP, "mixed", "fp32")
+    optims = []
+    for each in (reference, model):
+        two = [{**group, "momentum": momentum} for group, momentum in zip(groups(each), (0.9, 0.0), strict=True)]
+        make = model.optimizer if each is model else lambda kind, *args, **kw: kind(*args, **kw, fused=True)
+        optims.append(make(SGD, two, lr=1e-2))
+        Loop().run(MLP, each, optims[-1])
+    assert same_weights(model, reference)
+    low = placed(MLP, "mixed", "bf16")
+    Loop().run(MLP, low, low.optimizer(SGD, [{**g, "momentum": m} for g, m in zip(groups(low), (0.9, 0), strict=True)]))
+
+
+def test_a_group_that_is_added_later_is_trained_from_then_on() -> None:
+    first, rest = (lambda m: list(m.parameters())[:2]), (lambda m: list(m.parameters())[2:])
+    reference, model = MLP.seeded(), placed(MLP, "mixed")
+    expected, optimizer = AdamW(first(reference), lr=1e-2, fused=True), model.optimizer(AdamW, first(model), lr=1e-2)
+    for each, optim in ((reference, expected), (model, optimizer)):
+        Loop(steps=2).run(MLP, each, optim)
+        each.zero_grad()  # torch would keep the gradients of parameters that are nobody's
+        optim.add_param_group({"params": rest(each), "lr": 1e-3})
+        Loop(steps=2).run(MLP, each, optim, start=2)
+    assert same_weights(model, reference) and same_moments(optimizer, expected)
+    with pytest.raises(ValueError, match="is not the compiled model's"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert len(optimizer.param_groups) == 2
+
+
+@MODES
+def test_parameters_frozen_and_thawed_between_steps(in_backward: bool) -> None:
+    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    model = placed(MLP, "mixed")
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward)
+    for each, optim in ((reference, expected), (model, optimizer)):
+        for step, trained in enumerate((True, False, True)):
+            each.get_parameter("1.0.weight").requires_grad_(trained)
+            Loop(steps=1).run(MLP, each, optim, start=step)
+    assert same_weights(model, reference) and same_moments(optimizer, expected)
+
+
+def test_two_forwards_before_their_backwards() -> None:
+    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    model = placed(MLP, "mixed")
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
+    for each, optim in ((reference, expected), (model, optimizer)):
+        for step in range(2):
+            first, second = (MLP.loss(each, MLP.batch(seed=seed)) for seed in (step, 9 + step))
+            first.backward()
+            second.backward()
+            optim.step()
+            optim.zero_grad()
+    assert same_weights(model, reference)
+
+
+@pytest.mark.parametrize("where", ["host", "device", "streamed, resident"])
+def test_new_programs_between_backward_and_step_lose_no_gradient(where: str) -> None:
+    """Evaluation and another batch size, each compiled when the gradients of a step are waiting."""
+    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    model = placed(MLP, where)
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
+    seen = []
+    for each, optim in ((reference, expected), (model, optimizer)):
+        for _ in range(2):
+            MLP.loss(each, MLP.batch()).backward()
+            with torch.no_grad():
+                seen.append(each.eval()(MLP.batch(seed=3)["input"]))
+            MLP.loss(each.train(), zoo.vectors(batch=7)).backward()
+            optim.step()
+            seen.append(MLP.loss(each.eval(), zoo.vectors(batch=5)).detach())
+            each.train()
+            optim.zero_grad()
+    assert same_weights(model, reference)
+    assert all(map(torch.equal, seen[: len(seen) // 2], seen[len(seen) // 2 :]))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_states_move_with_masters_moments_and_gradients(streamed: bool) -> None:
+    """From tier to tier, with gradients at hand and with updates under way; accounts follow."""
+    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    model = compiled(MLP, recompute="none")
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
+    machine, all_chunks = model.session.machine, frozenset(range(len(model.plan.layout.chunks)))
+    first = frozenset({0}), all_chunks, all_chunks - {0} if streamed else NONE
+    places = [(NONE, frozenset({1}), frozenset({2})), (frozenset({1, 2}), NONE, frozenset({0}))]
+    machine.place(*first)
+    used = [tier.used_bytes for tier in model.session.tiers]
+    for place in places:
+        for each in (reference, model):
+            MLP.loss(each, MLP.batch()).backward()
+        machine.place(*place)
+        for optim in (expected, optimizer):
+            optim.step()
+            optim.zero_grad()
+        machine.place(frozenset({2}), NONE, frozenset({1}))
+    assert same_weights(model, reference) and same_moments(optimizer, expected)
+    machine.place(*first)
+    assert [tier.used_bytes for tier in model.session.tiers] == used
+
+
+def test_a_gradient_set_to_none_stays_away_from_later_ones() -> None:
+    """As in a loop that throws one gradient away between two backwards."""
+    for micro in (1, 2):
+        reference, model = MLP.seeded(), placed(MLP, "mixed")
+        expected = AdamW(reference.parameters(), lr=1e-2, fused=True)
+        optimizer = model.optimizer(AdamW, lr=1e-2, accumulate=micro)
+        for each, optim in ((reference, expected), (model, optimizer)):
+            for seed in range(2):
+                MLP.loss(each, MLP.batch(seed=seed)).backward()
+                each.get_parameter("2.0.weight").grad = None
+            MLP.loss(each, MLP.batch(seed=2)).backward()
+            each.get_parameter("1.0.bias").grad = None
+            each.get_parameter("0.0.bias").grad = torch.ones(48)
+            optim.step()
+        assert same_weights(model, reference)
+
+
+def test_gradients_are_read_and_changed_as_torchs() -> None:
+    reference, expected = plain(BLOCKS, ADAMW[0], **ADAMW[1])
+    model = placed(BLOCKS, "mixed")
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
+    for each, optim in ((reference, expected), (model, optimizer)):
+        BLOCKS.loss(each, BLOCKS.batch()).backward()
+        each.embed.weight.grad.mul_(0.5)
+        each.blocks[0][0].bias.grad.data[3:] = 1.0
+        assert each.unused.grad is None
+        optim.step()
+    assert same_weights(model, reference)
+    assert all(p.grad is None for p in model.parameters()), "step() uses gradients up"
+
+
+@MODES
+def test_dropout_draws_the_same_numbers(in_backward: bool) -> None:
+    case = Case("dropout", lambda: zoo.Blocks(0.2), BLOCKS.batch, BLOCKS.loss)
+    check_equal(case, "mixed", "adamw", in_backward=in_backward)
+
+
+def test_a_chunk_that_the_last_backward_has_no_part_in_is_updated_by_step() -> None:
+    """What an earlier backward of an accumulated step left is not forgotten."""
+    reference, expected = plain(MLP, SGD, **MOMENTUM)
+    model = placed(MLP, "host")
+    optimizer = model.optimizer(SGD, **MOMENTUM, in_backward=True, accumulate=2)
+    frozen = [s.name for s in model.plan.layout.chunks[0].slots]
+    for each, optim in ((reference, expected), (model, optimizer)):
+        for trained in (True, False):
+            for name in frozen:
+                each.get_parameter(name).requires_grad_(trained)
+            MLP.loss(each, MLP.batch()).backward()
+        optim.step()
+    assert same_weights(model, reference)

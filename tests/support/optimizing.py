@@ -1,0 +1,105 @@
+"""`model.optimizer(...)` wherever its state may lie, and the same training by torch.optim on a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import geminifx
+import torch
+from geminifx.passes.plan import Plan, Residency
+from geminifx.runtime.optimizer import ChunkOptimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from zoo import Case, compiled
+
+Kind = type[Optimizer]
+ADAMW: tuple[Kind, dict[str, Any]] = (AdamW, {"lr": 1e-2, "weight_decay": 0.1})
+KINDS: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "adamw": ADAMW,
+    "adam": (Adam, {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}),
+    "momentum": (SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1}),
+    "nesterov": (SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "plain sgd": (SGD, {"lr": 1e-2}),
+}
+
+NONE: frozenset[int] = frozenset()
+PLACES: dict[str, Callable[[frozenset[int]], Residency]] = {
+    "device": lambda all: Residency(masters=all),
+    "host": lambda all: Residency(),
+    "host, resident": lambda all: Residency(weights=all),
+    "streamed": lambda all: Residency(streamed=all),
+    "streamed, resident": lambda all: Residency(streamed=all, weights=all),
+    "mixed": lambda all: Residency(
+        masters=frozenset(i for i in all if i % 3 == 0),
+        streamed=frozenset(i for i in all if i % 3 == 1),
+        weights=frozenset(i for i in all if i % 2 == 0),
+    ),
+}
+
+
+@cache
+def _plan(case: Case, precision: str | None) -> Plan:
+    return compiled(case, precision=precision, recompute="none").plan
+
+
+def placed(case: Case, where: str, precision: str | None = None, **options: Any) -> geminifx.CompiledModule:
+    """The case's model, compiled by a plan made by hand that puts all training state `where`."""
+    plan = _plan(case, precision)
+    residency = PLACES[where](frozenset(range(len(plan.layout.chunks))))
+    return compiled(case, precision=precision, plan=replace(plan, residency=residency), **options)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A training loop: so many steps of so many backwards each, and what happens between them and `step()`."""
+
+    steps: int = 4
+    micro: int = 1
+    clip: float | None = None
+
+    def run(self, case: Case, model: nn.Module, optimizer: Optimizer, start: int = 0) -> list[Tensor]:
+        torch.manual_seed(1)
+        losses = []
+        for step in range(start, start + self.steps):
+            optimizer.zero_grad()
+            for part in range(self.micro):
+                loss = case.loss(model, case.batch(seed=10 * step + part))
+                loss.backward()
+                losses.append(loss.detach().clone())
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+            optimizer.step()
+        return losses
+
+
+def plain(case: Case, kind: Kind, **hyper: Any) -> tuple[nn.Module, Optimizer]:
+    """The model as it is, and torch's optimizer in the version whose numbers ours has in float32."""
+    model = case.seeded()
+    return model, kind(model.parameters(), **hyper, fused=True)
+
+
+def same_weights(model: nn.Module, other: nn.Module) -> bool:
+    found, expected = model.state_dict(), other.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def same_moments(optimizer: Optimizer, other: Optimizer) -> bool:
+    """Equal states, but for SGD's without momentum, which holds nothing, and the dtype of counts."""
+    found, expected = optimizer.state_dict()["state"], other.state_dict()["state"]
+    pairs = [(found.get(i, {}), expected.get(i, {})) for i in {*found, *expected}]
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+def held_gradients(model: geminifx.CompiledModule) -> dict[str, Tensor]:
+    """The gradients as a backward left them, read without making sums of them as `.grad` does."""
+    states = [model.session.machine.state_of(name) for name, _ in model.named_parameters()]
+    pairs = zip((name for name, _ in model.named_parameters()), states, strict=True)
+    return {name: s.slice(s.held, slot).float() for name, (s, slot) in pairs if slot in s.present}
+
+
+def last(optimizer: ChunkOptimizer) -> float:
+    assert optimizer.grad_norm is not None
+    return optimizer.grad_norm.item()
