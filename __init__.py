@@ -11,6 +11,7 @@ print(model.graph["training"])
 from torch import device as _device
 
 from .compiler.api import compile
+from .compiler.loader import shard_dataloader
 from .compiler.module import CompiledModule
 from .passes.manager import graph_pass
 from .passes.plan import Plan
@@ -26,4 +27,5 @@ def init_empty() -> _device:
 
 __all__ = [
     "BudgetError", "CaptureError", "CompiledModule", "GeminiError", "Plan", "compile", "graph_pass", "init_empty",
+    "shard_dataloader",
 ]  # fmt: skip

@@ -4,7 +4,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,10 +24,10 @@ class Options:
     Fields:
         device_budget: device memory the whole process may use, as bytes or text ("24GB", "24GiB", "80%").
         host_budget: host memory the training state may use; default 90% of what is free.
-        world_size: processes to train on. This version runs on one.
+        world_size: processes to train on, each with its part of the batch; by default those that torchrun launched.
         example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
-        parallel: degrees of parallelism by name. This version takes none above 1.
+        parallel: degrees of parallelism by name: {"data": 8}. This version has no other than "data".
         precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
             otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
@@ -110,15 +109,30 @@ class Options:
             raise ValueError(f"fuse_loss={self.fuse_loss!r} is unknown; expected 'auto', True or False")
         if self.fuse_loss is True and self.outputs == "all":
             raise ValueError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
-        degrees = [d for d in (self.parallel or {}).values() if isinstance(d, int)]
-        nested = len(degrees) < len(self.parallel or {})
-        if self.world_size not in (None, 1) or prod(degrees) != 1 or nested:
-            raise ValueError(
-                f"world_size={self.world_size}, parallel={dict(self.parallel or {})}: this version trains in one "
-                "process; expected world_size=1 and no parallel degree above 1"
-            )
+        self._check_parallel()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
+
+    def _check_parallel(self) -> None:
+        degrees = dict(self.parallel or {})
+        for name, degree in degrees.items():
+            if type(degree) is not int or degree < 1 or (name != "data" and degree != 1):
+                raise ValueError(
+                    f"parallel={degrees}: this version trains data parallel only; expected {{'data': N}} with a whole "
+                    "number of processes"
+                )
+        if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
+            raise ValueError(f"world_size={self.world_size!r}; expected a number of processes, 1 or more")
+        if self.world_size is not None and degrees.get("data", self.world_size) != self.world_size:
+            raise ValueError(
+                f"parallel={degrees} is for {degrees['data']} processes, but world_size={self.world_size}; the degrees "
+                "must multiply to the world"
+            )
+
+    @property
+    def ranks(self) -> int | None:
+        """How many processes were asked for; None leaves it to what was launched."""
+        return self.world_size or dict(self.parallel or {}).get("data")
 
 
 _ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"]}

@@ -17,6 +17,7 @@ Where nothing fits, the refusal names the smallest budget that would, and what t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -24,12 +25,16 @@ from ..passes.plan import MemoryEstimate, Placement, Plan, Residency
 from ..passes.program import Program, type_of
 from ..runtime.errors import BudgetError
 from ..runtime.layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
+from ..runtime.ranks import Ranks
 from ..runtime.units import format_bytes
 from .cost import Rates, StepTime
 from .liveness import Liveness, analyse
 
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""
+
+EXCHANGED = 2
+"""Gradients that torch.distributed may still hold when their average is there: one per thread of gloo's."""
 
 STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares of the chunks that may be updated on the device although their states lie on the host."""
@@ -50,6 +55,13 @@ class Limits:
     reserve_bytes: int
     host_bytes: int
     rates: Rates
+
+    def agreed(self, ranks: Ranks) -> "Limits":
+        """What every rank can keep to, so that all make the same plan; ranks on one machine share its memory."""
+        found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes))
+        budgets, reserves, hosts = zip(*found, strict=True)
+        device_bytes = min((budget for budget in budgets if budget is not None), default=None)
+        return Limits(device_bytes, max(reserves), min(hosts) // ranks.on_this_host, self.rates)
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,12 @@ class _Memory:
 
     def static(self, residency: Residency) -> int:
         per_chunk = (_static_bytes(self.plan, chunk, residency) for chunk in self.chunks)
-        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(residency)
+        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(residency) + self.exchanged()
+
+    def exchanged(self) -> int:
+        """Bytes of gradients that the ranks have averaged and the exchange has not let go of yet."""
+        largest = max((chunk.compute_bytes for chunk in self.chunks if chunk.trainable), default=0)
+        return EXCHANGED * largest if self.plan.ranks > 1 else 0
 
     def streaming(self, residency: Residency) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
@@ -226,7 +243,8 @@ class _Memory:
         state = sum(self.plan.training_state.device_bytes(chunk) for chunk in masters)
         parts = {
             "training state": state,
-            "resident weights": static - state - self.liveness.static_bytes - self.streaming(residency),
+            "resident weights": sum(map(partial(_resident_bytes, self.plan, residency), self.chunks)),
+            "gradients being averaged": self.exchanged(),
             "states on their way": self.streaming(residency),
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(residency)[at]) if len(timeline) else 0,
@@ -250,10 +268,14 @@ def _stays(plan: Plan, chunk: ChunkLayout, residency: Residency) -> bool:
 
 
 def _static_bytes(plan: Plan, chunk: ChunkLayout, residency: Residency) -> int:
-    on_device = chunk.index in residency.masters
-    state = plan.training_state.device_bytes(chunk) if on_device else 0
-    separate = not on_device or (chunk.casts and plan.updates is None)
-    return state + (chunk.compute_bytes if chunk.index in residency.weights and separate else 0)
+    state = plan.training_state.device_bytes(chunk) if chunk.index in residency.masters else 0
+    return state + _resident_bytes(plan, residency, chunk)
+
+
+def _resident_bytes(plan: Plan, residency: Residency, chunk: ChunkLayout) -> int:
+    """What the weights take that stay on the device, where they are not a part of the training state there."""
+    separate = chunk.index not in residency.masters or (chunk.casts and plan.updates is None)
+    return chunk.compute_bytes if chunk.index in residency.weights and separate else 0
 
 
 def _host_bytes(plan: Plan, residency: Residency) -> int:

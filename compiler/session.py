@@ -1,6 +1,7 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import enum
+import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,12 +14,14 @@ from ..models.adapters import blocks
 from ..passes.manager import Record
 from ..passes.plan import Plan, Residency
 from ..passes.program import Program
+from ..passes.text import print_program
 from ..runtime.chunks import ChunkStore
 from ..runtime.errors import StateError
 from ..runtime.executor import Executor
 from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
 from ..runtime.placing import Placing
+from ..runtime.ranks import Ranks
 from ..runtime.slot_source import make_lazy
 from ..runtime.state_placing import StatePlacing
 from ..runtime.stats import Stats
@@ -58,7 +61,8 @@ class Session:
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        self.limits = self.device.limits(options)
+        self.ranks = Ranks.of(options.ranks, self.device.torch_device)
+        self.limits = self.device.limits(options).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         default = "bf16" if self.device.is_cuda else None
         self.dtype = DTYPES.get(options.precision or default or "")
@@ -70,7 +74,7 @@ class Session:
         self.machine: Machine | None = None
         self.updates: Updates | None = None
         self.refusal: Exception | None = None
-        self.is_placed = False
+        self.is_placed = self.are_shared = False
         self.last: dict[str, Compiled] = {}
         self.trained = False
         self._stats = Stats()
@@ -108,6 +112,7 @@ class Session:
         self.plan = plan if backward or self.plan is None else self.plan
         self.is_placed = False
         program, records = self.lowering.finish(captured.program, plan)
+        self.ranks.check_alike(f"the {program.name} program", _digest(program))
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
         return Compiled(captured, plan, flat, program, tuple(records), executor, absent_outputs(flat))
@@ -118,13 +123,14 @@ class Session:
         if given is not None:
             if self.plan is None:  # parameters may be frozen afterwards
                 check_plan(given, self._parameters, names, self.dtypes)
-            return check(replace(given, notes=captured.notes, updates=self.updates), lower, self.limits)
+            given = replace(given, notes=captured.notes, updates=self.updates, ranks=self.ranks.size)
+            return check(given, lower, self.limits)
         layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         saves = logits_bytes(captured.program) if fuse_loss is not False else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes, updates=self.updates,
-                     optimizer_state_bytes=options.optimizer_state_bytes)  # fmt: skip
+        draft = Plan(options.placement, self.limits.device_bytes, layout, self.ranks.size, updates=self.updates,
+                     optimizer_state_bytes=options.optimizer_state_bytes, notes=notes)  # fmt: skip
         fixed = self.plan.residency if self.plan and self._programs else Residency()
         masters = fixed.masters if self.plan and self._programs else None
         wishes = Wishes(options.placement, self._recompute(names), names, masters, fixed.streamed, fuse_loss, saves)
@@ -200,8 +206,9 @@ class Session:
     def _make_machine(self, plan: Plan) -> Machine:
         store, device = ChunkStore(plan.layout, self._parameters), self.device.torch_device
         if self.updates is not None:
-            return UpdatingMachine(StatePlacing(store, device, self.tiers, self.updates), self._stats)
-        return Machine(Placing(store, device, self.tiers, TorchUpdates(plan.optimizer_state_bytes)), self._stats)
+            return UpdatingMachine(StatePlacing(store, device, self.tiers, self.updates), self._stats, self.ranks)
+        placing = Placing(store, device, self.tiers, TorchUpdates(plan.optimizer_state_bytes))
+        return Machine(placing, self._stats, self.ranks)
 
     def place(self) -> None:
         """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
@@ -213,6 +220,7 @@ class Session:
         residency = self._shared_residency(plan)
         with torch.inference_mode(False), torch.no_grad():
             self._move_buffers()
+            self._share_values()
             if isinstance(machine, UpdatingMachine):
                 try:
                     machine.place(residency.masters, residency.weights, residency.streamed)
@@ -226,6 +234,13 @@ class Session:
         """Weights stay on the device only where every program made so far has room for them."""
         others = (compiled.plan.residency.weights for compiled in self._programs.values())
         return replace(plan.residency, weights=plan.residency.weights.intersection(*others))
+
+    def _share_values(self) -> None:
+        """Every rank starts from the values of rank 0."""
+        if not self.are_shared:
+            for tensor in (*self._parameters.values(), *self.source.buffers()):
+                self.ranks.from_first_(tensor.detach(), self.device.torch_device)
+        self.are_shared = True
 
     def _move_buffers(self) -> None:
         if self.device.is_cuda:
@@ -250,8 +265,8 @@ class Session:
                 leaf = leaves[int(name)]
                 if leaf.is_meta:
                     raise StateError(
-                        f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on the "
-                        f"CPU or on {device}"
+                        f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
+                        f"the CPU or on {device}"
                     )
                 inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
         return inputs
@@ -283,6 +298,7 @@ class Session:
         """Raises StateError where a step cannot be run as asked."""
         if self.refusal is not None:
             raise self.refusal
+        self.ranks.check_launched()
         self.place()
         assert self.machine is not None
         store = self.machine.placing.store
@@ -317,6 +333,10 @@ class Session:
                     f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "
                     "gradient; compile with it trainable, and freeze it afterwards for as long as you like"
                 )
+
+
+def _digest(program: Program) -> str:
+    return hashlib.sha256(print_program(program).encode()).hexdigest()
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)

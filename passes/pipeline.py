@@ -3,6 +3,7 @@
 Each line is one file, and each file shows its program before and after.
 """
 
+from .average import average
 from .canonicalize import canonicalize
 from .checkpoint import checkpoint
 from .chunk import chunk
@@ -15,6 +16,7 @@ from .release import release
 PIPELINE = (
     canonicalize,  # no no-ops, no repetitions, one input per shared parameter
     fuse_loss,  #    the loss over the vocabulary in pieces, without its logits
+    average,  #      the loss is the mean over all ranks' tokens
     checkpoint,  #   blocks that the plan names are computed again in the backward
     partition,  #    forward | turn | backward; only activations cross the turn
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks

@@ -59,6 +59,7 @@ class Plan:
         placement: the policy that was asked for.
         budget_bytes: device memory the process may use, or None for all there is.
         layout: which parameter lives where in which chunk.
+        ranks: how many processes train together, each on a part of the batch.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
@@ -72,6 +73,7 @@ class Plan:
     placement: Placement = "auto"
     budget_bytes: int | None = None
     layout: Layout = field(default_factory=lambda: Layout(()))
+    ranks: int = 1
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
@@ -119,6 +121,7 @@ class Plan:
         rows = [
             ("placement", self.placement),
             ("device budget", _amount(self.budget_bytes)),
+            *([("data parallel", f"{self.ranks} ranks")] if self.ranks > 1 else []),
             ("planned device peak", _amount(self.memory.peak_bytes)),
             ("  of it always there", _amount(self.memory.static_bytes)),
             *((f"  at the peak: {name}", _amount(amount)) for name, amount in self.memory.at_peak[:6]),

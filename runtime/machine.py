@@ -13,8 +13,11 @@ from torch import Tensor
 from .chunks import Chunk, State
 from .ops import parameter_view
 from .placing import Placing
+from .ranks import Ranks
 from .stats import Stats
 from .streams import Arrival, copy_engine, host_buffer
+
+ALONE = Ranks()
 
 
 @dataclass
@@ -29,8 +32,9 @@ class Run:
 class Machine:
     """Runs the instructions of one model's programs on one device ("cpu": the budgeted arena in RAM)."""
 
-    def __init__(self, placing: Placing, stats: Stats) -> None:
+    def __init__(self, placing: Placing, stats: Stats, ranks: Ranks = ALONE) -> None:
         self.placing = placing
+        self.ranks = ranks
         self.chunks = placing.store.chunks
         self.device = placing.device
         self.stats = stats
@@ -117,6 +121,7 @@ class Machine:
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: start to move them to where its master is."""
         self._complete(self.chunks[index])
+        self.ranks.average_(gradients)
         if self.device.type == "cuda" and not self.placing.on_device(index):
             staging = self._take_staging(gradients)
             self._staged[index] = staging, self.copies.to_host(staging[: gradients.numel()], gradients)
@@ -151,6 +156,17 @@ class Machine:
         smallest = min(fitting, key=Tensor.numel)
         free[:] = [buffer for buffer in free if buffer is not smallest]
         return smallest
+
+    # -- ranks ---------------------------------------------------------------------------------------------
+
+    def average(self, value: Tensor) -> Tensor:
+        """The mean of a value over the ranks."""
+        return self.ranks.average_(value.clone())
+
+    @staticmethod
+    def share(loss: Tensor, count: Tensor, average: Tensor) -> Tensor:
+        """A mean over `count` tokens as a part of the mean over all ranks' tokens, `average` on each; 0 without any."""
+        return torch.where(count == 0, torch.zeros_like(loss), loss * (count / average).to(loss.dtype))
 
     # -- random numbers ------------------------------------------------------------------------------------
 

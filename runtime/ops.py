@@ -19,6 +19,11 @@ and its gradients'::
     geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
     geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
     geminifx.settle(g3, 3, [0, 1])                 # and is done: accumulated beside the master
+
+Among several ranks gradients are averaged on that way, and::
+
+    n = geminifx.average(count)                    # the mean over the ranks
+    part = geminifx.share(loss, count, n)          # this rank's part in the mean over all tokens
 """
 
 from collections.abc import Callable, Sequence
@@ -39,6 +44,8 @@ SCHEMAS = {
     "reduce": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "settle": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
+    "average": "(Tensor value) -> Tensor",
+    "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
     "save_rng": "(Tensor like) -> Tensor",
     "swap_rng": "(Tensor(a!) state) -> ()",
 }
@@ -69,6 +76,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "reduce": _no_result,
     "settle": _no_result,
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
+    "average": torch.empty_like,
+    "share": lambda loss, count, average: torch.empty_like(loss),
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
     "swap_rng": _no_result,
 }
@@ -87,6 +96,8 @@ PUT = _ops.put.default
 REDUCE = _ops.reduce.default
 SETTLE = _ops.settle.default
 TURN = _ops.turn.default
+AVERAGE = _ops.average.default
+SHARE = _ops.share.default
 SAVE_RNG = _ops.save_rng.default
 SWAP_RNG = _ops.swap_rng.default
 

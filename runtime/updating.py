@@ -14,7 +14,8 @@ from torch import Tensor
 from .chunks import State
 from .errors import StateError
 from .layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
-from .machine import Machine
+from .machine import ALONE, Machine
+from .ranks import Ranks
 from .state_placing import StatePlacing
 from .states import ChunkState, Schedule, Stretch, Where
 from .stats import Stats
@@ -36,8 +37,8 @@ class UpdatingMachine(Machine):
 
     placing: StatePlacing  # type: ignore[assignment]  # the two placings answer the same questions
 
-    def __init__(self, placing: StatePlacing, stats: Stats) -> None:
-        super().__init__(placing, stats)  # type: ignore[arg-type]
+    def __init__(self, placing: StatePlacing, stats: Stats, ranks: Ranks = ALONE) -> None:
+        super().__init__(placing, stats, ranks)  # type: ignore[arg-type]
         self.updates = placing.updates
         self.schedule: Schedule = lambda name, number: None
         self.measures = False
@@ -119,6 +120,7 @@ class UpdatingMachine(Machine):
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         chunk, state = self.chunks[index], self.placing.states[index]
         self._complete(chunk)
+        self.ranks.average_(gradients)
         self._await(index)
         last = self.backwards == self.updates.accumulate
         with unmetered():

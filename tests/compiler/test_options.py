@@ -29,10 +29,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device": "tpu"}, "device='tpu' is unknown"),
     ({"placment": "cpu"}, "no option 'placment'; did you mean 'placement'"),
     ({"zzz": 1}, "no option 'zzz'; the options are device_budget"),
-    ({"world_size": 2}, "trains in one process; expected world_size=1"),
-    ({"world_size": 0}, "expected world_size=1"),
-    ({"parallel": {"data": 2}}, "no parallel degree above 1"),
-    ({"parallel": {"tensor": {"mode": "2d"}}}, "no parallel degree above 1"),
+    ({"world_size": 0}, "expected a number of processes, 1 or more"),
+    ({"parallel": {"tensor": {"mode": "2d"}}}, "data parallel only; expected {'data': N}"),
     ({"passes": (print,)}, "is not a pass"),
     ({"config": "no/such/file.toml"}, "there is no such file"),
 ]

@@ -1,0 +1,35 @@
+"""Data for several ranks: each loads its own part."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+
+from .module import CompiledModule
+
+
+def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[Any]:
+    """A loader of this rank's part of `loader`'s data, in batches of the same size; alone, `loader` itself.
+
+    The parts are equally long: where the data does not divide, some examples come twice. A loader that shuffles is
+    shuffled anew in each epoch for which `sharded.sampler.set_epoch(epoch)` is called.
+
+    Raises ValueError for iterable datasets and samplers of the user's own, whose parts are theirs to make.
+    """
+    ranks = model.session.ranks
+    if ranks.size == 1:
+        return loader
+    shuffles = isinstance(loader.sampler, RandomSampler)
+    if isinstance(loader.dataset, IterableDataset) or not (shuffles or isinstance(loader.sampler, SequentialSampler)):
+        kind = type(loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler).__name__
+        raise ValueError(
+            f"the loader's {kind} decides itself what comes next; let it give each rank its own part (rank "
+            f"{ranks.rank} of {ranks.size} here), and do not shard the loader"
+        )
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, drop_last=loader.drop_last
+    )
+    return DataLoader(
+        loader.dataset, loader.batch_size, sampler=sampler, num_workers=loader.num_workers, drop_last=loader.drop_last,
+        collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers, timeout=loader.timeout,
+    )  # fmt: skip

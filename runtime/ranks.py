@@ -1,0 +1,101 @@
+"""The processes that train one model together, by `torch.distributed`."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .errors import StateError
+
+TIMEOUT_S = 300.0
+"""Seconds that a rank waits for the others before it takes them for dead."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`size` processes, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
+    more than one is planned for and only one is there."""
+
+    size: int = 1
+    rank: int = 0
+    launched: bool = True
+
+    @classmethod
+    def of(cls, world_size: int | None, device: torch.device) -> "Ranks":
+        """The ranks that torchrun launched, or those that are planned for.
+
+        Raises ValueError where `world_size` is another than what was launched.
+        """
+        launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        if launched == 1:
+            return cls(world_size or 1, 0, launched=(world_size or 1) == 1)
+        if world_size is not None and world_size != launched:
+            raise ValueError(
+                f"world_size={world_size}, but {launched} processes were launched; leave world_size out, or launch "
+                f"with torchrun --nproc-per-node {world_size}"
+            )
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        return cls(launched, dist.get_rank())
+
+    @property
+    def on_this_host(self) -> int:
+        """How many of the ranks share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.together else 1
+
+    @property
+    def together(self) -> bool:
+        """Whether there are others to exchange with."""
+        return self.size > 1 and self.launched
+
+    def average_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its mean over the ranks. Divided first: sums of bfloat16 stay in range."""
+        if self.together:
+            self._call(dist.all_reduce, tensor.div_(self.size))
+        return tensor
+
+    def from_first_(self, tensor: Tensor, device: torch.device) -> None:
+        """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""
+        if self.together:
+            there = tensor.to(device)
+            self._call(dist.broadcast, there, src=0)
+            tensor.copy_(there)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has for `value`."""
+        found: list[Any] = [value] * self.size
+        if self.together:
+            self._call(dist.all_gather_object, found, value)
+        return found
+
+    def check_alike(self, what: str, digest: str) -> None:
+        """Raises StateError where the ranks' digests differ, naming those that do."""
+        digests = self.gather(digest)
+        others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+        if others:
+            raise StateError(
+                f"{what} of rank(s) {', '.join(map(str, others))} differs from that of rank 0; every rank must build "
+                "the same model, with the same options, and call it with batches of one shape"
+            )
+
+    def check_launched(self) -> None:
+        """Raises StateError where the other ranks are missing."""
+        if not self.launched:
+            raise StateError(
+                f"the model is compiled for {self.size} processes, of which this is the only one: launch them with "
+                f"torchrun --nproc-per-node {self.size} SCRIPT. Plan and program can be looked at without"
+            )
+
+    def _call(self, collective: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise StateError(
+                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}: one of them has died or "
+                f"does something else, see its own error ({error}). Restart all of them from the last checkpoint"
+            ) from error

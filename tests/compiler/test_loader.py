@@ -1,0 +1,45 @@
+"""shard_dataloader: the ranks' parts are equally long and cover the data; what is not ours to divide is refused."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import geminifx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+
+def as_rank(rank: int, size: int) -> geminifx.CompiledModule:
+    model = geminifx.compile(nn.Linear(2, 2), world_size=size)
+    model.session.ranks = replace(model.session.ranks, rank=rank)
+    return model
+
+
+@given(st.integers(1, 40), st.integers(2, 5), st.integers(1, 4), st.booleans())
+def test_parts_cover_the_data_and_are_equally_long(length: int, size: int, batch: int, shuffles: bool) -> None:
+    data = TensorDataset(torch.arange(length))
+    loader = DataLoader(data, batch_size=batch, shuffle=shuffles)
+    parts = [list(geminifx.shard_dataloader(loader, as_rank(rank, size))) for rank in range(size)]
+    lengths = [[len(rows) for (rows,) in part] for part in parts]
+    assert all(found == lengths[0] for found in lengths), "every rank takes the same steps"
+    assert {int(i) for part in parts for (rows,) in part for i in rows} == set(range(length))
+
+
+def test_alone_the_loader_is_returned_itself() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(4)))
+    assert geminifx.shard_dataloader(loader, geminifx.compile(nn.Linear(2, 2))) is loader
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        yield from range(4)
+
+
+def test_what_decides_itself_is_refused() -> None:
+    sampler = WeightedRandomSampler([1.0] * 4, 4)
+    for loader in (DataLoader(Stream()), DataLoader(TensorDataset(torch.arange(4)), sampler=sampler)):
+        with pytest.raises(ValueError, match="its own part \\(rank 1 of 2 here\\)"):
+            geminifx.shard_dataloader(loader, as_rank(1, 2))

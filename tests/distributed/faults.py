@@ -1,0 +1,46 @@
+"""One rank that meets faults: other models, other batches, and in the end the death of rank 1.
+
+It prints a line of JSON for each fault: what was raised, and what it said.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+import geminifx
+import torch
+from torch import nn
+
+RANK = int(os.environ["RANK"])
+
+
+def train(width: int = 8, rows: int = 2, steps: int = 1, dies_at: int = -1) -> None:
+    torch.manual_seed(RANK)  # weights differ until rank 0's are taken
+    model = geminifx.compile(nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(steps):
+        if step == dies_at and RANK == 1:
+            os._exit(7)
+        model(torch.ones(rows, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def meet(fault: str, action: Callable[[], None]) -> None:
+    try:
+        action()
+        found = ["", ""]
+    except Exception as error:
+        found = [type(error).__name__, str(error)]
+    print(json.dumps([fault, *found]), flush=True)
+
+
+meet("none", train)
+meet("world", lambda: geminifx.compile(nn.Linear(2, 2), world_size=3))
+meet("models", lambda: train(width=8 + RANK))
+meet("batches", lambda: train(rows=2 + RANK))
+meet("death", lambda: train(steps=3, dies_at=1))

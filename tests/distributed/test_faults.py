@@ -1,0 +1,81 @@
+"""What the ranks say when one of them goes wrong: each ends with an error that names the rank."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import geminifx
+import pytest
+import torch
+from geminifx.runtime.errors import StateError
+from torch import nn
+
+SCRIPT = Path(__file__).parent / "faults.py"
+
+
+@pytest.fixture(scope="module")
+def said() -> list[dict[str, tuple[str, str]]]:
+    """Per rank, fault -> (error, message)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):  # without torchrun, which would end rank 0 when rank 1 dies, before it has told why
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        ranks.append(
+            subprocess.Popen([sys.executable, str(SCRIPT)], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 7]
+    lines = [[json.loads(line) for line in output.splitlines() if line.startswith("[")] for output in outputs]
+    return [{fault: (error, message) for fault, error, message in rank} for rank in lines]
+
+
+def test_without_a_fault_nothing_is_raised(said) -> None:
+    assert [rank["none"] for rank in said] == [("", "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("world", "ValueError", "world_size=3, but 2 processes were launched"),
+        ("models", "StateError", "rank(s) 1 differs from that of rank 0"),
+        ("batches", "StateError", "rank(s) 1 differs from that of rank 0"),
+    ],
+)
+def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
+    for rank in said:
+        found, text = rank[fault]
+        assert found == error and message in text
+
+
+def test_the_death_of_a_rank_ends_the_others(said) -> None:
+    assert "death" not in said[1]
+    found, text = said[0]["death"]
+    assert found == "StateError" and "rank 0 of 2 lost the others" in text and "last checkpoint" in text
+
+
+def test_alone_a_model_for_several_ranks_is_compiled_and_refuses_to_step() -> None:
+    x = torch.ones(2, 4)
+    model = geminifx.compile(nn.Linear(4, 4), parallel={"data": 8}, example_inputs=(x,))
+    assert model.plan.ranks == 8 and "8 ranks" in str(model.plan) and "training" in model.graph
+    with pytest.raises(StateError, match="torchrun --nproc-per-node 8"):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallel": {"tensor": 2}}, "data parallel only"),
+        ({"parallel": {"data": 0}}, "whole number"),
+        ({"world_size": 0}, "1 or more"),
+        ({"world_size": 4, "parallel": {"data": 8}}, "must multiply to the world"),
+    ],
+)
+def test_degrees_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        geminifx.compile(nn.Linear(2, 2), **options)

@@ -1,0 +1,17 @@
+"""average: the loss over all ranks' tokens."""
+
+import pytest
+from geminifx.passes.average import average
+from geminifx.passes.plan import Plan
+
+
+@pytest.mark.parametrize("case", ["mean_of_a_loss", "fused_loss", "sums_and_other_outputs"])
+def test_before_and_after(golden, case):
+    golden(case, average, Plan(ranks=2))
+
+
+def test_alone_nothing_changes(captured, same):
+    program, _ = captured
+    before = program.copy()
+    average.rewrite(program, Plan())
+    same(program, before)
