@@ -17,7 +17,7 @@ HEADROOM_BYTES = 192 * 2**20
 WORKSPACE_BYTES = 96 * 2**20
 """What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
 
-ALLOCATOR_SLACK = 0.01
+ALLOCATOR_SLACK = 0.02
 """The share of the budget left to rounding in torch's allocator."""
 
 HOST_SHARE = 0.9
