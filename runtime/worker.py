@@ -1,5 +1,6 @@
 """The host's worker: one thread that updates training states while the device computes."""
 
+import atexit
 import itertools
 import queue
 import threading
@@ -11,6 +12,9 @@ from .errors import StateError
 from .streams import Arrival
 
 _POLL_S = 1.0
+_EXIT_S = 10.0
+_END = (-1, -1, None)
+"""Sorts before every job."""
 
 
 class Ticket:
@@ -64,8 +68,9 @@ class Worker:
             arguments = (self._jobs, self._failure)
             self._thread = threading.Thread(target=_serve, args=arguments, name="geminifx-host", daemon=True)
             self._thread.start()
+            _running[self._thread] = self._jobs
             # Jobs hold the machine, which holds this worker: only the thread may keep the queue alive.
-            weakref.finalize(self, _stop, weakref.ref(self._jobs))
+            weakref.finalize(self, _stop, weakref.ref(self._jobs)).atexit = False
         ticket = Ticket()
         self._jobs.put((priority, next(self._order), (name, work, ticket)))
         return ticket
@@ -93,10 +98,21 @@ def _ended(name: str, reason: str) -> str:
     )
 
 
+_running: "weakref.WeakKeyDictionary[threading.Thread, queue.PriorityQueue[Any]]" = weakref.WeakKeyDictionary()
+
+
 def _stop(jobs: "weakref.ref[queue.PriorityQueue[Any]]") -> None:
     queued = jobs()
     if queued is not None:
-        queued.put((-1, -1, None))
+        queued.put(_END)
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Python ends threads that still run by force when it exits, which aborts a process in the middle of a kernel."""
+    for thread, jobs in list(_running.items()):
+        jobs.put(_END)
+        thread.join(_EXIT_S)
 
 
 def _serve(jobs: "queue.PriorityQueue[Any]", failure: list[tuple[str, BaseException]]) -> None:
