@@ -42,6 +42,7 @@ class Trainable(Protocol):
 
     def __call__(self, **batch: torch.Tensor) -> Any: ...
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
+    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> Any: ...
     def train(self, mode: bool = True) -> Any: ...
     def save_pretrained(self, save_directory: str | Path) -> Any: ...
     def first_nonfinite(self, **batch: torch.Tensor) -> str | None: ...
@@ -126,14 +127,17 @@ def finetune(
     return Report(first, tuple(losses), tokens / max(train_s, 1e-9), before, after)
 
 
-def make_optimizer(model: Trainable, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; biases and norms, which are vectors, do not decay."""
+def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
+    """Return the model's AdamW over the trainable parameters; biases and norms, which are vectors, do not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, betas=(0.9, 0.95))
+    groups = [group for group in groups if group["params"]]
+    return model.optimizer(
+        torch.optim.AdamW, groups, lr=recipe.lr, betas=(0.9, 0.95), max_grad_norm=recipe.max_grad_norm
+    )
 
 
 def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
@@ -147,9 +151,7 @@ def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
     return math.exp(mean) if mean < 700 else mean * math.inf
 
 
-def _step(
-    model: Trainable, optimizer: torch.optim.AdamW, batch: dict[str, torch.Tensor], step: int, recipe: Recipe
-) -> StepInfo:
+def _step(model: Trainable, optimizer: Any, batch: dict[str, torch.Tensor], step: int, recipe: Recipe) -> StepInfo:
     """Do one step; raise NonFiniteLoss instead of an update that would destroy the weights."""
     began_s = time.perf_counter()
     lr = recipe.lr_at(step)
@@ -161,8 +163,8 @@ def _step(
         del loss  # and with it the step's activations: the search needs their room
         raise _non_finite("loss", value, step, model, batch)
     loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
-    if not math.isfinite(norm):
+    norm = float(optimizer.gradient_norm())
+    if not math.isfinite(norm) and optimizer.loss_scale == 1.0:  # a scaled one is skipped by the optimizer itself
         raise _non_finite("norm of the gradient", norm, step, model, batch)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -187,7 +189,7 @@ def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dic
     )
 
 
-def _resume(optimizer: torch.optim.AdamW, blocks: TokenBlocks, recipe: Recipe) -> tuple[int, float]:
+def _resume(optimizer: Any, blocks: TokenBlocks, recipe: Recipe) -> tuple[int, float]:
     """Put optimizer and generators back; return the steps done and the perplexity at the run's start.
 
     Raises:

@@ -193,6 +193,15 @@ class ChunkOptimizer(Optimizer):
             self._steps_since_overflow = 0
             machine.loss_scale *= 2.0
 
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradients that the next step would use, before any clipping; for max_grad_norm= or fp16.
+
+        Raises StateError where norms are not measured, or in_backward=True has used the gradients up.
+        """
+        if not self._machine.measures:
+            raise StateError("gradients are measured only with max_grad_norm=; pass it to model.optimizer(...)")
+        return self._machine.norm()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no step has used."""
         self._machine.forget_gradients()

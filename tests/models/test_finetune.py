@@ -24,6 +24,27 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 VOCAB = 300
 
 
+class ClippedAdamW(torch.optim.AdamW):
+    """What a compiled model's own optimizer offers, by torch's."""
+
+    loss_scale = 1.0
+
+    def __init__(self, groups: Any, max_grad_norm: float, **hyper: Any) -> None:
+        super().__init__(groups, **hyper)
+        self.max_grad_norm = max_grad_norm
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def gradient_norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm(self.gradients())
+
+    def step(self, closure: Any = None) -> None:
+        scale = (self.max_grad_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self.gradients(), scale)
+        super().step(closure)
+
+
 class Plain(torch.nn.Module):
     """Runs the model as it is; `on_save` is called in the middle of a save."""
 
@@ -34,6 +55,10 @@ class Plain(torch.nn.Module):
 
     def forward(self, **batch: torch.Tensor) -> Any:
         return self.model(**batch)
+
+    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
+        assert kind is torch.optim.AdamW
+        return ClippedAdamW(params, max_grad_norm, **hyper)
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.model.save_pretrained(directory)
