@@ -1,6 +1,5 @@
 """Find where a program's values stop being finite."""
 
-import gc
 import math
 import operator
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ def first_nonfinite(program: Program, executor: Executor, inputs: list[Tensor]) 
 
     Raises BudgetError where the device has less left.
     """
-    gc.collect()  # steps that were given up may wait for it, with their activations
     pairs = zip(executor.code.inputs, inputs, strict=True)
     read_only = sum(tensor.nbytes for role, tensor in pairs if not _is_buffer(role))
     with executor.resume(Run(), read_only), torch.random.fork_rng():

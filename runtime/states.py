@@ -141,7 +141,7 @@ class ChunkState:
         """What to update, as few and as long as parameters that are updated alike allow; counts the steps."""
         found: list[Stretch] = []
         joins = False
-        for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: item[1].offset):
+        for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
             hyper = schedule(place.name, self.steps[slot] + 1) if slot in self.present else None
             if hyper is None:
                 joins = False

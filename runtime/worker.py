@@ -6,7 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from .errors import StateError
 from .streams import Arrival
@@ -68,9 +68,9 @@ class Worker:
             arguments = (self._jobs, self._failure)
             self._thread = threading.Thread(target=_serve, args=arguments, name="geminifx-host", daemon=True)
             self._thread.start()
-            _running[self._thread] = self._jobs
             # Jobs hold the machine, which holds this worker: only the thread may keep the queue alive.
-            weakref.finalize(self, _stop, weakref.ref(self._jobs)).atexit = False
+            _running[self._thread] = jobs = weakref.ref(self._jobs)
+            weakref.finalize(self, _stop, jobs).atexit = False
         ticket = Ticket()
         self._jobs.put((priority, next(self._order), (name, work, ticket)))
         return ticket
@@ -98,10 +98,11 @@ def _ended(name: str, reason: str) -> str:
     )
 
 
-_running: "weakref.WeakKeyDictionary[threading.Thread, queue.PriorityQueue[Any]]" = weakref.WeakKeyDictionary()
+_Jobs: TypeAlias = "weakref.ref[queue.PriorityQueue[Any]]"
+_running: "weakref.WeakKeyDictionary[threading.Thread, _Jobs]" = weakref.WeakKeyDictionary()
 
 
-def _stop(jobs: "weakref.ref[queue.PriorityQueue[Any]]") -> None:
+def _stop(jobs: _Jobs) -> None:
     queued = jobs()
     if queued is not None:
         queued.put(_END)
@@ -111,7 +112,7 @@ def _stop(jobs: "weakref.ref[queue.PriorityQueue[Any]]") -> None:
 def _stop_all() -> None:
     """Python ends threads that still run by force when it exits, which aborts a process in the middle of a kernel."""
     for thread, jobs in list(_running.items()):
-        jobs.put(_END)
+        _stop(jobs)
         thread.join(_EXIT_S)
 
 

@@ -428,10 +428,10 @@ def test_first_nonfinite_needs_no_more_than_the_forward_of_a_step(case: Case) ->
     train(case, model, steps=1)
     device, batch = model.session.tiers[0], case.batch()
     call = batch if case.loss.__name__ == "own_loss" else {"input": batch["input"]}
-    model.session.begin_step()
+    model.session.begin_step(training=True)
     model(**call)
     forward = device.step_peak_bytes
-    model.session.begin_step()
+    model.session.begin_step(training=True)
     assert model.first_nonfinite(**call) is None
     # The largest magnitude of a value, and buffers that the search must not write to.
     assert device.step_peak_bytes <= forward + 4 + sum(b.nbytes for b in model.buffers())

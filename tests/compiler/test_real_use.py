@@ -1,6 +1,7 @@
 """What users do with a module that a compiler could easily get wrong."""
 
 import copy
+import gc
 import pickle
 from enum import Enum
 
@@ -30,6 +31,26 @@ def test_gradients_kept_from_one_step_do_not_change_in_the_next() -> None:
     (2 * model(x)).sum().backward()
     assert all(torch.equal(k, v) for k, v in zip(kept, values, strict=True))
     assert all(torch.allclose(g, 2 * v) for g, v in zip(grads(model), values, strict=True))
+
+
+@pytest.mark.parametrize("drop", ["loss", "output"])
+def test_a_step_that_is_given_up_frees_its_activations_at_once(drop: str) -> None:
+    """Without a garbage collection, which may come much too late for a budget."""
+    model, x = geminifx.compile(small()), torch.randn(64, 4)
+    model(x).sum().backward()
+    model.zero_grad()
+    device, base = model.session.tiers[0], model.session.tiers[0].used_bytes
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            output = model(x)
+            loss = output.sum() if drop == "loss" else None
+            assert device.used_bytes >= base + 64 * 8 * 4, "the hidden layer waits for a backward"
+            del output, loss
+            assert device.used_bytes == base
+    finally:
+        gc.enable()
 
 
 def test_gradient_buffers_are_used_again_when_nobody_keeps_them() -> None:
