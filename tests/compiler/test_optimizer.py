@@ -9,6 +9,7 @@ from geminifx.runtime import layout, streaming
 from optimizing import (
     ADAMW,
     KINDS,
+    NET,
     NONE,
     PLACES,
     Loop,
@@ -22,7 +23,7 @@ from optimizing import (
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from zoo import BLOCKS, CNN, GPT2, MLP, OPT, Case, compiled
+from zoo import BLOCKS, CNN, GPT2, OPT, Case, compiled
 
 MODES = pytest.mark.parametrize("in_backward", [False, True], ids=["default", "in_backward"])
 EVERYWHERE = pytest.mark.parametrize("where", PLACES)
@@ -47,13 +48,12 @@ def check_equal(case: Case, where: str, kind: str, loop: Loop = Loop(), **declar
 @MODES
 @EVERYWHERE
 def test_adamw_is_torchs_wherever_its_state_lies(where: str, in_backward: bool) -> None:
-    check_equal(MLP, where, "adamw", in_backward=in_backward)
+    check_equal(NET, where, "adamw", in_backward=in_backward)
 
 
-@MODES
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw"])
-def test_every_kind_is_torchs(kind: str, in_backward: bool) -> None:
-    check_equal(MLP, "mixed", kind, in_backward=in_backward)
+def test_every_kind_is_torchs(kind: str) -> None:
+    check_equal(NET, "mixed", kind, in_backward=kind in ("momentum", "plain sgd"))
 
 
 @pytest.mark.parametrize("case", [OPT, GPT2, CNN, BLOCKS], ids=lambda case: case.name)
@@ -69,23 +69,22 @@ def test_states_longer_than_a_piece_are_streamed_piece_by_piece(
 ) -> None:
     for module in (layout, streaming):
         monkeypatch.setattr(module, "STREAM_PIECE", 1000)
-    check_equal(MLP, where, kind, Loop(micro=2))
-    check_equal(MLP, where, kind, in_backward=True)
+    check_equal(NET, where, kind, Loop(micro=2))
+    check_equal(NET, where, kind, in_backward=True)
 
 
 # -- equality, low precision -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["mixed", "streamed, resident"])
-def test_bf16_masters_follow_float32_ones_that_are_given_the_same_gradients(where: str) -> None:
+def test_bf16_masters_follow_float32_ones_that_are_given_the_same_gradients() -> None:
     """Moments are equal bit for bit. Our square root is correctly rounded where torch's may be a unit in the last
     place off: that changes an update by two units of itself and the sum by one unit of the weight, in each step."""
-    model, reference = placed(MLP, where, "bf16"), MLP.seeded()
+    model, reference = placed(NET, "mixed", "bf16"), NET.seeded()
     ours = model.optimizer(ADAMW[0], **ADAMW[1])
     theirs = ADAMW[0](reference.parameters(), **ADAMW[1], foreach=False)
     unit, allowed = 2.0**-23, {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
     for step in range(50):
-        MLP.loss(model, MLP.batch(seed=step)).backward()
+        NET.loss(model, NET.batch(seed=step)).backward()
         gradients = held_gradients(model)
         before = {name: p.detach().clone() for name, p in reference.named_parameters()}
         for name, parameter in reference.named_parameters():
@@ -99,13 +98,13 @@ def test_bf16_masters_follow_float32_ones_that_are_given_the_same_gradients(wher
     for name, parameter in reference.named_parameters():
         found = model.get_parameter(name)
         assert ((found - parameter).abs() <= allowed[name]).all(), name
-        assert (found - MLP.seeded().get_parameter(name)).abs().max() > 1e-2, "it trains"
+        assert (found - NET.seeded().get_parameter(name)).abs().max() > 1e-2, "it trains"
 
 
 def test_bf16_gives_the_same_bits_wherever_the_state_lies_and_whoever_looks_at_gradients() -> None:
     def trained(where: str, loop: Loop = Loop(), **declared: Any) -> nn.Module:  # noqa: B008
-        model = placed(MLP, where, "bf16")
-        loop.run(MLP, model, model.optimizer(ADAMW[0], **ADAMW[1], **declared))
+        model = placed(NET, where, "bf16")
+        loop.run(NET, model, model.optimizer(ADAMW[0], **ADAMW[1], **declared))
         return model
 
     expected = trained("device")
@@ -129,49 +128,48 @@ def test_chunks_of_several_dtypes_are_streamed_side_by_side(in_backward: bool) -
 
 
 def test_sums_of_gradients_that_were_not_declared_stay_in_float32_on_their_way() -> None:
-    models = [placed(MLP, where, "bf16") for where in ("host", "streamed")]
+    models = [placed(NET, where, "bf16") for where in ("host", "streamed")]
     for model in models:
-        Loop(micro=3).run(MLP, model, model.optimizer(SGD, **MOMENTUM))
+        Loop(micro=3).run(NET, model, model.optimizer(SGD, **MOMENTUM))
     assert same_weights(*models)
 
 
 # -- several backwards, clipping ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro", [2, 4])
-@pytest.mark.parametrize("where", ["mixed", "host, resident"])
+@pytest.mark.parametrize(("where", "micro"), [("mixed", 2), ("host, resident", 4)])
 def test_accumulation_declared_or_not(where: str, micro: int) -> None:
     for declared in ({}, {"accumulate": micro}, {"accumulate": micro, "in_backward": True}):
-        check_equal(MLP, where, "momentum", Loop(micro=micro), **declared)
+        check_equal(NET, where, "momentum", Loop(micro=micro), **declared)
 
 
-@EVERYWHERE
+@pytest.mark.parametrize("where", ["device", "host, resident", "streamed"])
 def test_the_users_own_clipping(where: str) -> None:
-    check_equal(MLP, where, "momentum", Loop(clip=0.1))
+    check_equal(NET, where, "momentum", Loop(clip=0.1))
 
 
 def test_the_users_own_clipping_of_sums() -> None:
     for accumulate in (1, 2):
-        check_equal(MLP, "mixed", "momentum", Loop(micro=2, clip=0.1), accumulate=accumulate)
+        check_equal(NET, "mixed", "momentum", Loop(micro=2, clip=0.1), accumulate=accumulate)
 
 
 @pytest.mark.parametrize(("micro", "accumulate"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("where", ["mixed", "streamed, resident"])
 def test_max_grad_norm_clips(where: str, micro: int, accumulate: int) -> None:
     """The norm is torch's but for the order of its sums; what follows from it is torch's bit for bit."""
-    reference, expected = plain(MLP, SGD, **MOMENTUM)
-    model = placed(MLP, where)
-    optimizer = model.optimizer(SGD, **MOMENTUM, max_grad_norm=0.5, accumulate=accumulate)
+    reference, expected = plain(NET, SGD, **MOMENTUM)
+    model = placed(NET, where)
+    optimizer = model.optimizer(SGD, **MOMENTUM, max_grad_norm=0.2, accumulate=accumulate)
     clipped = []
     for step in range(5):
         for part in range(micro):
             for each in (model, reference):
-                MLP.loss(each, MLP.batch(seed=10 * step + part)).backward()
+                NET.loss(each, NET.batch(seed=10 * step + part)).backward()
         optimizer.step()
         norm = nn.utils.get_total_norm([p.grad for p in reference.parameters() if p.grad is not None])
         assert last(optimizer) == pytest.approx(norm.item(), rel=1e-6)
         assert optimizer.grad_norm is not None
-        coefficient = (0.5 / (optimizer.grad_norm + 1e-6)).clamp(max=1.0)
+        coefficient = (0.2 / (optimizer.grad_norm + 1e-6)).clamp(max=1.0)
         clipped.append(coefficient.item() < 1)
         for parameter in reference.parameters():
             assert parameter.grad is not None
@@ -179,7 +177,7 @@ def test_max_grad_norm_clips(where: str, micro: int, accumulate: int) -> None:
         expected.step()
         expected.zero_grad()
         assert same_weights(model, reference)
-    assert any(clipped)
+    assert sum(clipped) > 1
 
 
 # -- loops -------------------------------------------------------------------------------------------------
@@ -187,13 +185,13 @@ def test_max_grad_norm_clips(where: str, micro: int, accumulate: int) -> None:
 
 @MODES
 def test_schedulers_set_the_rate_of_the_next_step(in_backward: bool) -> None:
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
-    model = placed(MLP, "mixed")
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
+    model = placed(NET, "mixed")
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward)
     for each, optim in ((reference, expected), (model, optimizer)):
         scheduler = LambdaLR(optim, lambda step: 0.5**step)
         for step in range(3):
-            Loop(steps=1).run(MLP, each, optim, start=step)
+            Loop(steps=1).run(NET, each, optim, start=step)
             scheduler.step()
         assert optim.param_groups[0]["lr"] == ADAMW[1]["lr"] / 8
     assert same_weights(model, reference)
@@ -208,36 +206,36 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @MODES
 def test_groups_of_parameters(in_backward: bool) -> None:
-    reference, model = MLP.seeded(), placed(MLP, "mixed")
+    reference, model = NET.seeded(), placed(NET, "mixed")
     expected = AdamW(groups(reference), lr=1e-2, fused=True)
     optimizer = model.optimizer(AdamW, groups(model), lr=1e-2, in_backward=in_backward)
     for each, optim in ((reference, expected), (model, optimizer)):
-        Loop().run(MLP, each, optim)
+        Loop().run(NET, each, optim)
     assert same_weights(model, reference) and same_moments(optimizer, expected)
 
 
 def test_groups_with_and_without_momentum() -> None:
-    reference, model = MLP.seeded(), placed(MLP, "mixed", "fp32")
+    reference, model = NET.seeded(), placed(NET, "mixed", "fp32")
     optims = []
     for each in (reference, model):
         two = [{**group, "momentum": momentum} for group, momentum in zip(groups(each), (0.9, 0.0), strict=True)]
         make = model.optimizer if each is model else lambda kind, *args, **kw: kind(*args, **kw, fused=True)
         optims.append(make(SGD, two, lr=1e-2))
-        Loop().run(MLP, each, optims[-1])
+        Loop().run(NET, each, optims[-1])
     assert same_weights(model, reference)
-    low = placed(MLP, "mixed", "bf16")
-    Loop().run(MLP, low, low.optimizer(SGD, [{**g, "momentum": m} for g, m in zip(groups(low), (0.9, 0), strict=True)]))
+    low = placed(NET, "mixed", "bf16")
+    Loop().run(NET, low, low.optimizer(SGD, [{**g, "momentum": m} for g, m in zip(groups(low), (0.9, 0), strict=True)]))
 
 
 def test_a_group_that_is_added_later_is_trained_from_then_on() -> None:
     first, rest = (lambda m: list(m.parameters())[:2]), (lambda m: list(m.parameters())[2:])
-    reference, model = MLP.seeded(), placed(MLP, "mixed")
+    reference, model = NET.seeded(), placed(NET, "mixed")
     expected, optimizer = AdamW(first(reference), lr=1e-2, fused=True), model.optimizer(AdamW, first(model), lr=1e-2)
     for each, optim in ((reference, expected), (model, optimizer)):
-        Loop(steps=2).run(MLP, each, optim)
+        Loop(steps=2).run(NET, each, optim)
         each.zero_grad()  # torch would keep the gradients of parameters that are nobody's
         optim.add_param_group({"params": rest(each), "lr": 1e-3})
-        Loop(steps=2).run(MLP, each, optim, start=2)
+        Loop(steps=2).run(NET, each, optim, start=2)
     assert same_weights(model, reference) and same_moments(optimizer, expected)
     with pytest.raises(ValueError, match="is not the compiled model's"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
@@ -246,23 +244,23 @@ def test_a_group_that_is_added_later_is_trained_from_then_on() -> None:
 
 @MODES
 def test_parameters_frozen_and_thawed_between_steps(in_backward: bool) -> None:
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
-    model = placed(MLP, "mixed")
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
+    model = placed(NET, "mixed")
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward)
     for each, optim in ((reference, expected), (model, optimizer)):
         for step, trained in enumerate((True, False, True)):
             each.get_parameter("1.0.weight").requires_grad_(trained)
-            Loop(steps=1).run(MLP, each, optim, start=step)
+            Loop(steps=1).run(NET, each, optim, start=step)
     assert same_weights(model, reference) and same_moments(optimizer, expected)
 
 
 def test_two_forwards_before_their_backwards() -> None:
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
-    model = placed(MLP, "mixed")
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
+    model = placed(NET, "mixed")
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
     for each, optim in ((reference, expected), (model, optimizer)):
         for step in range(2):
-            first, second = (MLP.loss(each, MLP.batch(seed=seed)) for seed in (step, 9 + step))
+            first, second = (NET.loss(each, NET.batch(seed=seed)) for seed in (step, 9 + step))
             first.backward()
             second.backward()
             optim.step()
@@ -273,18 +271,18 @@ def test_two_forwards_before_their_backwards() -> None:
 @pytest.mark.parametrize("where", ["host", "device", "streamed, resident"])
 def test_new_programs_between_backward_and_step_lose_no_gradient(where: str) -> None:
     """Evaluation and another batch size, each compiled when the gradients of a step are waiting."""
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
-    model = placed(MLP, where)
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
+    model = placed(NET, where)
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
     seen = []
     for each, optim in ((reference, expected), (model, optimizer)):
         for _ in range(2):
-            MLP.loss(each, MLP.batch()).backward()
+            NET.loss(each, NET.batch()).backward()
             with torch.no_grad():
-                seen.append(each.eval()(MLP.batch(seed=3)["input"]))
-            MLP.loss(each.train(), zoo.vectors(batch=7)).backward()
+                seen.append(each.eval()(NET.batch(seed=3)["input"]))
+            NET.loss(each.train(), zoo.vectors(batch=7)).backward()
             optim.step()
-            seen.append(MLP.loss(each.eval(), zoo.vectors(batch=5)).detach())
+            seen.append(NET.loss(each.eval(), zoo.vectors(batch=5)).detach())
             each.train()
             optim.zero_grad()
     assert same_weights(model, reference)
@@ -294,8 +292,8 @@ def test_new_programs_between_backward_and_step_lose_no_gradient(where: str) -> 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_states_move_with_masters_moments_and_gradients(streamed: bool) -> None:
     """From tier to tier, with gradients at hand and with updates under way; accounts follow."""
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
-    model = compiled(MLP, recompute="none")
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
+    model = compiled(NET, recompute="none")
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
     machine, all_chunks = model.session.machine, frozenset(range(len(model.plan.layout.chunks)))
     first = frozenset({0}), all_chunks, all_chunks - {0} if streamed else NONE
@@ -304,7 +302,7 @@ def test_states_move_with_masters_moments_and_gradients(streamed: bool) -> None:
     used = [tier.used_bytes for tier in model.session.tiers]
     for place in places:
         for each in (reference, model):
-            MLP.loss(each, MLP.batch()).backward()
+            NET.loss(each, NET.batch()).backward()
         machine.place(*place)
         for optim in (expected, optimizer):
             optim.step()
@@ -318,14 +316,14 @@ def test_states_move_with_masters_moments_and_gradients(streamed: bool) -> None:
 def test_a_gradient_set_to_none_stays_away_from_later_ones() -> None:
     """As in a loop that throws one gradient away between two backwards."""
     for micro in (1, 2):
-        reference, model = MLP.seeded(), placed(MLP, "mixed")
+        reference, model = NET.seeded(), placed(NET, "mixed")
         expected = AdamW(reference.parameters(), lr=1e-2, fused=True)
         optimizer = model.optimizer(AdamW, lr=1e-2, accumulate=micro)
         for each, optim in ((reference, expected), (model, optimizer)):
             for seed in range(2):
-                MLP.loss(each, MLP.batch(seed=seed)).backward()
+                NET.loss(each, NET.batch(seed=seed)).backward()
                 each.get_parameter("2.0.weight").grad = None
-            MLP.loss(each, MLP.batch(seed=2)).backward()
+            NET.loss(each, NET.batch(seed=2)).backward()
             each.get_parameter("1.0.bias").grad = None
             each.get_parameter("0.0.bias").grad = torch.ones(48)
             optim.step()
@@ -354,14 +352,14 @@ def test_dropout_draws_the_same_numbers(in_backward: bool) -> None:
 
 def test_a_chunk_that_the_last_backward_has_no_part_in_is_updated_by_step() -> None:
     """What an earlier backward of an accumulated step left is not forgotten."""
-    reference, expected = plain(MLP, SGD, **MOMENTUM)
-    model = placed(MLP, "host")
+    reference, expected = plain(NET, SGD, **MOMENTUM)
+    model = placed(NET, "host")
     optimizer = model.optimizer(SGD, **MOMENTUM, in_backward=True, accumulate=2)
     frozen = [s.name for s in model.plan.layout.chunks[0].slots]
     for each, optim in ((reference, expected), (model, optimizer)):
         for trained in (True, False):
             for name in frozen:
                 each.get_parameter(name).requires_grad_(trained)
-            MLP.loss(each, MLP.batch()).backward()
+            NET.loss(each, NET.batch()).backward()
         optim.step()
     assert same_weights(model, reference)

@@ -16,21 +16,21 @@ import torch
 from geminifx.runtime.errors import BudgetError, StateError
 from geminifx.runtime.lazy_parameter import LazyParameter
 from geminifx.runtime.optimizer import GROWTH_STEPS, ChunkOptimizer
-from optimizing import ADAMW, KINDS, Loop, held_gradients, last, placed, plain, same_moments, same_weights
+from optimizing import ADAMW, KINDS, NET, Loop, held_gradients, last, placed, plain, same_moments, same_weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 from transformers import GPT2LMHeadModel
-from zoo import BLOCKS, GPT2, MLP, OPT, compiled, opt, tokens
+from zoo import BLOCKS, GPT2, OPT, compiled, opt, tokens
 
 
 def ours(where: str = "mixed", precision: str | None = None, **declared: Any) -> tuple[Any, ChunkOptimizer]:
-    model = placed(MLP, where, precision)
+    model = placed(NET, where, precision)
     return model, model.optimizer(ADAMW[0], **ADAMW[1], **declared)
 
 
 def backward(model: nn.Module, seed: int = 0) -> None:
-    MLP.loss(model, MLP.batch(seed=seed)).backward()
+    NET.loss(model, NET.batch(seed=seed)).backward()
 
 
 # -- what is declared --------------------------------------------------------------------------------------
@@ -53,39 +53,39 @@ def backward(model: nn.Module, seed: int = 0) -> None:
     ],
 )
 def test_what_is_not_there_or_does_not_go_together(kind: Any, declared: dict[str, Any], message: str) -> None:
-    model = compiled(MLP)
+    model = compiled(NET)
     with pytest.raises(ValueError, match=re.escape(message)):
         model.optimizer(kind, **declared)
     # Nothing has happened: a generic optimizer still trains it.
-    reference, expected = plain(MLP, AdamW)
-    Loop(steps=2).run(MLP, reference, expected)
-    Loop(steps=2).run(MLP, model, AdamW(model.parameters(), fused=True))
+    reference, expected = plain(NET, AdamW)
+    Loop(steps=2).run(NET, reference, expected)
+    Loop(steps=2).run(NET, model, AdamW(model.parameters(), fused=True))
     assert same_weights(model, reference)
 
 
 def test_in_backward_does_not_go_with_float16() -> None:
     with pytest.raises(ValueError, match="whether a float16 gradient overflowed; leave it out"):
-        compiled(MLP, precision="fp16").optimizer(AdamW, in_backward=True)
+        compiled(NET, precision="fp16").optimizer(AdamW, in_backward=True)
 
 
 def test_there_is_one_optimizer_and_it_needs_a_plan() -> None:
     with pytest.raises(StateError, match="needs a plan: pass example_inputs= to compile, or call the model once"):
-        geminifx.compile(MLP.seeded()).optimizer(AdamW)
+        geminifx.compile(NET.seeded()).optimizer(AdamW)
     model, optimizer = ours()
     backward(model)
     with pytest.raises(StateError, match=r"was called before.*param_groups, add_param_group"):
         model.optimizer(AdamW)
     optimizer.step()
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
     backward(reference)
     expected.step()
     assert same_weights(model, reference)
 
 
 def test_parameters_of_another_model_are_refused() -> None:
-    model = compiled(MLP)
+    model = compiled(NET)
     with pytest.raises(ValueError, match=r"of shape \(48, 48\) is not the compiled model's"):
-        model.optimizer(AdamW, MLP.seeded().parameters())
+        model.optimizer(AdamW, NET.seeded().parameters())
     assert model.optimizer(AdamW, model.parameters()).param_groups[0]["lr"] == 1e-3
 
 
@@ -97,7 +97,7 @@ def test_groups_that_ask_for_what_is_not_there() -> None:
         optimizer.step()
     optimizer.param_groups[0]["maximize"] = False
     optimizer.step()
-    model = placed(MLP, "mixed")
+    model = placed(NET, "mixed")
     optimizer = model.optimizer(SGD, lr=0.1)
     backward(model)
     optimizer.param_groups[0]["momentum"] = 0.9
@@ -111,7 +111,7 @@ def test_groups_that_ask_for_what_is_not_there() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_and_backwards_keep_to_what_was_declared(accumulate: int) -> None:
     model, optimizer = ours(in_backward=True, accumulate=accumulate)
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
     for seed in range(accumulate):
         if seed:
             with pytest.raises(StateError, match=r"step\(\) came after 1 of accumulate=2 backwards"):
@@ -130,8 +130,8 @@ def test_steps_and_backwards_keep_to_what_was_declared(accumulate: int) -> None:
     model.zero_grad()
     optimizer.step()  # as torch's, which does nothing without gradients
     loop = Loop(micro=accumulate)
-    loop.run(MLP, model, optimizer)
-    loop.run(MLP, reference, expected)
+    loop.run(NET, model, optimizer)
+    loop.run(NET, reference, expected)
     assert same_weights(model, reference)
 
 
@@ -139,9 +139,9 @@ def test_zero_grad_drops_a_part_of_a_sum() -> None:
     model, optimizer = ours(in_backward=True, accumulate=2)
     backward(model, 7)
     optimizer.zero_grad()
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
     for each, optim in ((model, optimizer), (reference, expected)):
-        Loop(micro=2).run(MLP, each, optim)
+        Loop(micro=2).run(NET, each, optim)
     assert same_weights(model, reference)
 
 
@@ -235,7 +235,7 @@ def test_a_parameter_is_read_like_any_tensor(read: str, trained: Any) -> None:
 def trained() -> tuple[Any, dict[str, Tensor]]:
     """A model after one step, and its values."""
     model, optimizer = ours("mixed", "bf16")
-    Loop(steps=1).run(MLP, model, optimizer)
+    Loop(steps=1).run(NET, model, optimizer)
     return model, model.state_dict()
 
 
@@ -280,7 +280,7 @@ def test_a_gradient_from_outside_of_the_model_is_not_lost_in_silence() -> None:
     model, _ = ours()
     parameter = model.get_parameter("1.0.weight")
     with pytest.raises(StateError, match="from outside of the compiled model, as that of a penalty"):
-        (MLP.loss(model, MLP.batch()) + parameter.square().sum()).backward()
+        (NET.loss(model, NET.batch()) + parameter.square().sum()).backward()
     parameter.requires_grad_(False).requires_grad_(True)
     with pytest.raises(StateError, match="from outside"):
         parameter[0].sum().backward()
@@ -319,7 +319,7 @@ def test_weights_come_back_exactly(precision: str) -> None:
 def test_loading_is_refused_between_forward_and_backward_and_for_other_shapes() -> None:
     model, _ = ours()
     saved = model.state_dict()
-    loss = MLP.loss(model, MLP.batch())
+    loss = NET.loss(model, NET.batch())
     model.load_state_dict(saved)
     with pytest.raises(StateError, match="was changed in place between the call of the model and its backward"):
         loss.backward()
@@ -365,42 +365,42 @@ def test_models_without_values_get_them_before_or_after_the_optimizer(load_first
 @pytest.mark.parametrize("kind", ["adamw", "momentum", "plain sgd"])
 def test_states_go_to_torch_and_come_back(kind: str) -> None:
     torch_kind, hyper = KINDS[kind]
-    undisturbed, reference = plain(MLP, torch_kind, **hyper)
-    Loop(steps=6).run(MLP, undisturbed, reference)
-    model = placed(MLP, "mixed")
+    undisturbed, reference = plain(NET, torch_kind, **hyper)
+    Loop(steps=6).run(NET, undisturbed, reference)
+    model = placed(NET, "mixed")
     optimizer = model.optimizer(torch_kind, **hyper, fused=True)
-    Loop(steps=2).run(MLP, model, optimizer)
+    Loop(steps=2).run(NET, model, optimizer)
 
-    theirs, torchs = plain(MLP, torch_kind, **hyper)
+    theirs, torchs = plain(NET, torch_kind, **hyper)
     theirs.load_state_dict(model.state_dict())
     torchs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    Loop(steps=2).run(MLP, theirs, torchs, start=2)
+    Loop(steps=2).run(NET, theirs, torchs, start=2)
 
-    again = placed(MLP, "streamed, resident")
+    again = placed(NET, "streamed, resident")
     last_one = again.optimizer(torch_kind, lr=7.0, **{k: v for k, v in hyper.items() if k == "momentum"})
     again.load_state_dict(theirs.state_dict())
     last_one.load_state_dict(torchs.state_dict())
     assert last_one.param_groups[0]["lr"] == hyper["lr"]
     assert same_moments(last_one, torchs)
-    Loop(steps=2).run(MLP, again, last_one, start=4)
+    Loop(steps=2).run(NET, again, last_one, start=4)
     assert same_weights(again, undisturbed) and same_moments(last_one, reference)
 
 
 def test_states_are_saved_without_copies_and_come_back_in_bf16() -> None:
     model, optimizer = ours("host", "bf16", in_backward=True)
-    Loop(steps=2).run(MLP, model, optimizer)
+    Loop(steps=2).run(NET, model, optimizer)
     state = model.session.machine.placing.states[0]
     saved = optimizer.state_dict()["state"][0]["exp_avg"]
     assert saved.untyped_storage().data_ptr() == state.moments[0].untyped_storage().data_ptr()
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    Loop(steps=2).run(MLP, model, optimizer, start=2)
+    Loop(steps=2).run(NET, model, optimizer, start=2)
     file.seek(0)
     loaded = torch.load(file)
     resumed, again = ours("mixed", "bf16", in_backward=True)
     resumed.load_state_dict(loaded["model"])
     again.load_state_dict(loaded["optimizer"])
-    Loop(steps=2).run(MLP, resumed, again, start=2)
+    Loop(steps=2).run(NET, resumed, again, start=2)
     assert same_weights(model, resumed) and same_moments(optimizer, again)
 
 
@@ -409,7 +409,7 @@ def test_a_scheduler_goes_on_after_a_state_is_loaded() -> None:
     scheduler = StepLR(optimizer, 2, gamma=0.5)
     rates = []
     for step in range(6):
-        Loop(steps=1).run(MLP, model, optimizer, start=step)
+        Loop(steps=1).run(NET, model, optimizer, start=step)
         scheduler.step()
         if step == 2:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -439,16 +439,16 @@ def spoiled(saved: dict[str, Any], how: str) -> dict[str, Any]:
 )
 def test_a_state_that_does_not_fit_changes_nothing(how: str, message: str) -> None:
     model, optimizer = ours()
-    Loop(steps=1).run(MLP, model, optimizer)
+    Loop(steps=1).run(NET, model, optimizer)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.load_state_dict(spoiled(before, how))
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
-    reference, expected = plain(MLP, ADAMW[0], **ADAMW[1])
-    Loop(steps=1).run(MLP, reference, expected)
+    reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
+    Loop(steps=1).run(NET, reference, expected)
     for each, optim in ((model, optimizer), (reference, expected)):
         optim.param_groups[0]["lr"] = 1e-3  # the groups are those that updates read
-        Loop(steps=1).run(MLP, each, optim, start=1)
+        Loop(steps=1).run(NET, each, optim, start=1)
     assert same_weights(model, reference) and same_moments(optimizer, expected)
 
 
@@ -458,7 +458,7 @@ def test_a_state_that_does_not_fit_changes_nothing(how: str, message: str) -> No
 @pytest.mark.parametrize("where", ["mixed", "streamed"])
 def test_float16_masters_are_float32_and_gradients_are_scaled(where: str) -> None:
     """The scale is a power of two, so that torch with the same gradients gets the same bits."""
-    model, reference = placed(MLP, where, "fp16"), MLP.seeded()
+    model, reference = placed(NET, where, "fp16"), NET.seeded()
     ours, theirs = model.optimizer(AdamW, lr=1e-2), AdamW(reference.parameters(), lr=1e-2, fused=True)
     for step in range(4):
         backward(model, step)
@@ -479,7 +479,7 @@ def with_scale(optimizer: ChunkOptimizer, scale: float, steps: int = 0) -> None:
 
 @pytest.mark.parametrize("declared", [{}, {"accumulate": 2}, {"max_grad_norm": 1.0}])
 def test_a_float16_step_that_overflows_is_skipped(declared: dict[str, Any]) -> None:
-    model = placed(MLP, "mixed", "fp16")
+    model = placed(NET, "mixed", "fp16")
     optimizer = model.optimizer(AdamW, lr=1e-2, **declared)
     with_scale(optimizer, 2.0**40)
     before = model.state_dict()
@@ -491,14 +491,14 @@ def test_a_float16_step_that_overflows_is_skipped(declared: dict[str, Any]) -> N
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert optimizer.state_dict()["state"] == {}, "the moments are untouched"
     with_scale(optimizer, 2.0**10)
-    Loop(steps=1, micro=declared.get("accumulate", 1)).run(MLP, model, optimizer)
+    Loop(steps=1, micro=declared.get("accumulate", 1)).run(NET, model, optimizer)
     assert optimizer.skipped_steps == 2 and not torch.equal(next(model.parameters()), before["0.0.weight"])
 
 
 def test_the_scale_grows_after_the_step_that_it_counts() -> None:
     weights = []
     for steps in (0, GROWTH_STEPS - 1):
-        model = placed(MLP, "mixed", "fp16")
+        model = placed(NET, "mixed", "fp16")
         optimizer = model.optimizer(SGD, lr=1e-2)
         with_scale(optimizer, 1024.0, steps)
         backward(model)
@@ -520,7 +520,7 @@ def hosts() -> set[threading.Thread]:
 def test_an_update_that_fails_on_the_host_ends_the_run(in_backward: bool) -> None:
     threads = hosts()
     model, optimizer = ours("host", in_backward=in_backward)
-    Loop(steps=2).run(MLP, model, optimizer)
+    Loop(steps=2).run(NET, model, optimizer)
     updaters = model.session.machine.updaters
     update = updaters.update
 
@@ -531,14 +531,14 @@ def test_an_update_that_fails_on_the_host_ends_the_run(in_backward: bool) -> Non
 
     updaters.update = failing
     with pytest.raises(StateError) as failed:
-        Loop(steps=2).run(MLP, model, optimizer)
+        Loop(steps=2).run(NET, model, optimizer)
     first = model.plan.layout.chunks[1].slots[0].name
     assert re.search(rf"the update of {first}, .* on the host failed \(MemoryError: no room for a", str(failed.value))
     assert "build the model anew and load the last checkpoint" in str(failed.value)
     assert isinstance(failed.value.__cause__, MemoryError)
     updaters.update = update
     with torch.no_grad():
-        for act in (lambda: MLP.loss(model, MLP.batch()), optimizer.step, model.state_dict, optimizer.state_dict):
+        for act in (lambda: NET.loss(model, NET.batch()), optimizer.step, model.state_dict, optimizer.state_dict):
             with pytest.raises(StateError, match="on the host failed"):
                 act()
     with pytest.raises(StateError, match="on the host failed"):
@@ -549,7 +549,7 @@ def test_an_update_that_fails_on_the_host_ends_the_run(in_backward: bool) -> Non
 def test_the_thread_ends_with_the_model() -> None:
     threads = hosts()
     model, optimizer = ours("host")
-    Loop(steps=1).run(MLP, model, optimizer)
+    Loop(steps=1).run(NET, model, optimizer)
     (thread,) = hosts() - threads
     model.session.machine.finish()  # a job under way holds the model
     del model, optimizer
@@ -563,28 +563,28 @@ def test_the_thread_ends_with_the_model() -> None:
 
 def test_a_host_that_only_our_own_optimizer_fits_on() -> None:
     """12 + 2 bytes per parameter instead of 18 and a copy: compile says so, and training waits for the optimizer."""
-    padded = sum(chunk.numel for chunk in placed(MLP, "host", "bf16").plan.layout.chunks)
+    padded = sum(chunk.numel for chunk in placed(NET, "host", "bf16").plan.layout.chunks)
     options = {"precision": "bf16", "placement": "cpu", "host_budget": 14 * padded}
-    model = compiled(MLP, **options)
+    model = compiled(NET, **options)
     assert any("only model.optimizer(...) fits" in note for note in model.plan.notes)
-    saved = MLP.seeded().state_dict()
+    saved = NET.seeded().state_dict()
     with pytest.raises(BudgetError, match="host memory"):
         backward(model)
     model.load_state_dict(saved)
     optimizer = model.optimizer(AdamW, lr=1e-2)
     assert model.session.tiers[1].used_bytes == model.plan.memory.host_bytes == 14 * padded
-    other = placed(MLP, "host", "bf16")
-    Loop().run(MLP, other, other.optimizer(AdamW, lr=1e-2))
-    Loop().run(MLP, model, optimizer)
+    other = placed(NET, "host", "bf16")
+    Loop().run(NET, other, other.optimizer(AdamW, lr=1e-2))
+    Loop().run(NET, model, optimizer)
     assert same_weights(model, other)
     with pytest.raises(BudgetError, match="host memory"):
-        compiled(MLP, **{**options, "host_budget": 14 * padded - 1})
+        compiled(NET, **{**options, "host_budget": 14 * padded - 1})
 
 
 def test_a_host_that_sums_of_gradients_do_not_fit_on_keeps_the_model_as_it_was() -> None:
-    padded = sum(chunk.numel for chunk in placed(MLP, "host", "bf16").plan.layout.chunks)
-    model = compiled(MLP, precision="bf16", placement="cpu", host_budget=14 * padded)
-    before, plan = MLP.seeded(), model.plan
+    padded = sum(chunk.numel for chunk in placed(NET, "host", "bf16").plan.layout.chunks)
+    model = compiled(NET, precision="bf16", placement="cpu", host_budget=14 * padded)
+    before, plan = NET.seeded(), model.plan
     with pytest.raises(BudgetError, match="host memory") as refused:
         model.optimizer(AdamW, accumulate=4)
     assert refused.value.smallest_bytes == 18 * padded
@@ -603,11 +603,11 @@ def test_a_tier_that_fills_up_while_states_are_made_ends_the_run_and_loses_no_we
     where: str, tier: int, per_weight: int
 ) -> None:
     """As where another process took the memory that was planned: one chunk finds room, the next does not."""
-    model = placed(MLP, where, "bf16")
+    model = placed(NET, where, "bf16")
     model.session.tiers[tier].limit_bytes = per_weight * model.plan.layout.chunks[0].numel
     with pytest.raises(BudgetError, match="tier is full: the training state of chunk 1 needs"):
         model.optimizer(AdamW)
-    assert same_weights(model, MLP.seeded())
+    assert same_weights(model, NET.seeded())
     with pytest.raises(BudgetError, match="tier is full"):
         backward(model)
     with pytest.raises(StateError, match="was called before"):
