@@ -330,7 +330,7 @@ class UpdatingMachine(Machine):
     def finish(self, index: int | None = None) -> None:
         """Block until updates under way are done and the states on the host are whole."""
         self.check()
-        for number in list(self._tickets) if index is None else [index]:
+        for number in range(len(self.placing.states)) if index is None else [index]:
             ticket = self._tickets.get(number)
             if ticket is not None:
                 self.copies.finish(self.worker.wait(ticket, self.placing.states[number].name))

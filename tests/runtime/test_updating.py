@@ -187,3 +187,18 @@ def test_a_move_that_finds_no_room_changes_no_account(where: str, full: int) -> 
     assert torch.equal(two.parameters["c"], torch.arange(4.0) + 20 - 1)
     two.machine.place(*PLACES["host" if where == "device" else "device"])
     assert [tier.used_bytes for tier in two.tiers] == used
+
+
+def test_states_on_their_way_home_are_waited_for_after_their_weights_were_used() -> None:
+    """The next forward waits for the weights alone; whoever reads moments on the host needs the rest, too."""
+    two, asked = Two("streamed"), []
+    (stream,) = two.machine.streams.values()
+    finish = stream.finish
+    stream.finish = lambda index: asked.append(index) or finish(index)  # type: ignore[method-assign, func-returns-value]
+    two.backward(1.0)
+    two.machine.update_all(1.0)
+    two.weights(0)
+    two.machine.finish()
+    assert asked == [0, 1]
+    _ = two.parameters["c"] + 0
+    assert asked == [0, 1, 1]
