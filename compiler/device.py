@@ -1,5 +1,6 @@
 """The device a model is compiled for, and the memory that can be had on either side."""
 
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -33,6 +34,8 @@ class Device:
     @classmethod
     def choose(cls, options: Options) -> "Device":
         name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.current_device() == 0:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each of torchrun's processes has a device
         index = torch.cuda.current_device() if name == "cuda" else None
         return cls(torch.device(name, index))
 

@@ -18,18 +18,23 @@ def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoad
     ranks = model.session.ranks
     if ranks.size == 1:
         return loader
-    shuffles = isinstance(loader.sampler, RandomSampler)
-    if isinstance(loader.dataset, IterableDataset) or not (shuffles or isinstance(loader.sampler, SequentialSampler)):
-        kind = type(loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler).__name__
+    sampler, shuffles = loader.sampler, isinstance(loader.sampler, RandomSampler)
+    plain = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(loader.dataset)
+    )
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None or not plain:
+        own = loader.batch_sampler if loader.batch_size is None and loader.batch_sampler is not None else sampler
+        kind = type(loader.dataset if isinstance(loader.dataset, IterableDataset) else own).__name__
         raise ValueError(
             f"the loader's {kind} decides itself what comes next; let it give each rank its own part (rank "
             f"{ranks.rank} of {ranks.size} here), and do not shard the loader"
         )
-    sampler: DistributedSampler[Any] = DistributedSampler(
+    part: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, drop_last=loader.drop_last
     )
     return DataLoader(
-        loader.dataset, loader.batch_size, sampler=sampler, num_workers=loader.num_workers, drop_last=loader.drop_last,
+        loader.dataset, loader.batch_size, sampler=part, num_workers=loader.num_workers, drop_last=loader.drop_last,
         collate_fn=loader.collate_fn, pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn,
-        persistent_workers=loader.persistent_workers, timeout=loader.timeout,
+        persistent_workers=loader.persistent_workers, timeout=loader.timeout, generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor, multiprocessing_context=loader.multiprocessing_context,
     )  # fmt: skip

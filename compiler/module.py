@@ -106,7 +106,7 @@ class CompiledModule(nn.Module):
 
     def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
                   in_backward: bool = False, accumulate: int = 1, **hyper: Any) -> ChunkOptimizer:  # fmt: skip
-        """An optimizer whose updates run while the model computes, in 12 bytes per bfloat16 parameter.
+        """An optimizer whose updates run while the model computes; AdamW keeps 12 bytes per bfloat16 parameter.
 
         From here on parameters are read as float32 copies, and only this optimizer changes them. Make it before
         the first step: the plan is made anew for it.
@@ -161,7 +161,9 @@ class CompiledModule(nn.Module):
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
         if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
             materialize(self.source, state_dict)
+            loaded = self.source.load_state_dict(state_dict, strict=strict)
             self.session.place()
+            return loaded
         machine = self.session.machine
         with writable(machine) if isinstance(machine, UpdatingMachine) else nullcontext():
             return self.source.load_state_dict(state_dict, strict=strict)

@@ -281,7 +281,7 @@ def _resident_bytes(plan: Plan, residency: Residency, chunk: ChunkLayout) -> int
 def _host_bytes(plan: Plan, residency: Residency) -> int:
     on_host = [chunk for chunk in plan.layout.chunks if chunk.index not in residency.masters]
     staging = 2 * max((chunk.compute_bytes for chunk in on_host if chunk.trainable), default=0)
-    states = sum(plan.training_state.host_bytes(chunk) for chunk in on_host)
+    states = sum(plan.training_state.host_bytes(chunk, chunk.index in residency.streamed) for chunk in on_host)
     return states + (staging if plan.updates is None else 0)
 
 

@@ -20,6 +20,7 @@ from ..runtime.errors import StateError
 from ..runtime.executor import Executor
 from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
+from ..runtime.ops import AVERAGE, REDUCE
 from ..runtime.placing import Placing
 from ..runtime.ranks import Ranks
 from ..runtime.slot_source import make_lazy
@@ -109,10 +110,12 @@ class Session:
         solution = self._decide(captured)
         plan = solution.plan
         machine = self.machine = self.machine or self._make_machine(plan)
-        self.plan = plan if backward or self.plan is None else self.plan
+        stale = self.plan is None or self.plan.updates != self.updates
+        self.plan = plan if backward or stale else self.plan
         self.is_placed = False
         program, records = self.lowering.finish(captured.program, plan)
-        self.ranks.check_alike(f"the {program.name} program", _digest(program))
+        if program.calls(REDUCE) or program.calls(AVERAGE):
+            self.ranks.check_alike(f"the {program.name} program", _digest(program))
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
         return Compiled(captured, plan, flat, program, tuple(records), executor, absent_outputs(flat))
@@ -178,7 +181,7 @@ class Session:
             raise
         self.last = {compiled.program.name: compiled for compiled in self._programs.values()}
         if before[0] is not None:
-            before[0].placing.leave()
+            before[0].leave()
         machine = self.machine
         assert isinstance(machine, UpdatingMachine)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -89,6 +90,11 @@ def prepare(options: TrainOptions) -> Job:
         GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
     """
     _check_budgets(options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "geminifx train runs in one process; for several write a training loop (see the README) and launch that "
+            "with torchrun"
+        )
     Options.of(_settings(options))
     check_output(options.directory)
     texts = embedded_texts() if options.data is None else read_texts(options.data)

@@ -1,6 +1,6 @@
 """Fine-tuning: AdamW, warm-up and linear decay, clipping, held-out perplexity, resumable checkpoints.
 
-It takes a compiled model (or any module whose call returns a `loss`) and does not compile.
+It takes a compiled model, or whatever else is `Trainable`, and does not compile.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class TorchUpdates:
         gradient_and_state = chunk.master_bytes + chunk.numel * self.state_bytes
         return chunk.master_bytes + (gradient_and_state if chunk.trainable else 0)
 
-    def host_bytes(self, chunk: ChunkLayout) -> int:
+    def host_bytes(self, chunk: ChunkLayout, streamed: bool = False) -> int:
         """What it takes on the host, the copy that streams in another dtype included."""
         return self.device_bytes(chunk) + (chunk.compute_bytes if chunk.casts else 0)
 
@@ -139,13 +139,24 @@ class Updates:
     def moment_bytes(self, chunk: ChunkLayout) -> int:
         return self.moments * chunk.master_bytes if chunk.trainable else 0
 
+    def keeps_sum(self, chunk: ChunkLayout) -> bool:
+        """Whether a sum of gradients is always there, and not only made where somebody asks for one."""
+        return chunk.trainable and self.accumulate > 1
+
+    def holds_gradient(self, chunk: ChunkLayout) -> bool:
+        """Whether a state on the device keeps the gradient that a program made, until the step is over."""
+        return chunk.trainable and self.accumulate == 1 and not self.in_backward
+
+    def lands_gradient(self, chunk: ChunkLayout, streamed: bool) -> bool:
+        """Whether gradients come to the host, to a state there that is `streamed` or not."""
+        return chunk.trainable and not (streamed and self.at_once)
+
     def device_bytes(self, chunk: ChunkLayout) -> int:
         """What a chunk's whole training state takes on the device, a gradient held between steps included."""
-        held = 0 if self.in_backward else chunk.compute_bytes
-        held = chunk.master_bytes if self.accumulate > 1 else held
-        return self.master_bytes(chunk) + self.moment_bytes(chunk) + (held if chunk.trainable else 0)
+        held = self.holds_gradient(chunk) * chunk.compute_bytes + self.keeps_sum(chunk) * chunk.master_bytes
+        return self.master_bytes(chunk) + self.moment_bytes(chunk) + held
 
-    def host_bytes(self, chunk: ChunkLayout) -> int:
-        """What it takes on the host, where gradients always land in a buffer of their own."""
-        held = chunk.compute_bytes + (chunk.master_bytes if self.accumulate > 1 else 0)
-        return self.master_bytes(chunk) + self.moment_bytes(chunk) + (held if chunk.trainable else 0)
+    def host_bytes(self, chunk: ChunkLayout, streamed: bool = False) -> int:
+        """What it takes on the host, the buffer that gradients land in included."""
+        landed = self.lands_gradient(chunk, streamed) * chunk.compute_bytes + self.keeps_sum(chunk) * chunk.master_bytes
+        return self.master_bytes(chunk) + self.moment_bytes(chunk) + landed

@@ -194,6 +194,13 @@ class Machine:
         self.placing.prepare_gradients()
         return 1.0
 
+    def leave(self) -> None:
+        """Give all memory back to the tiers: another machine takes over."""
+        for free in self._staging.values():
+            self.placing.host_tier.refund(sum(buffer.nbytes for buffer in free))
+        self._staging.clear()
+        self.placing.leave()
+
     # -- recovery ------------------------------------------------------------------------------------------
 
     def abort(self) -> str:
@@ -201,6 +208,7 @@ class Machine:
 
         Returns what to tell the user of the state that is left.
         """
+        self.copies.join()  # copies under way still write to what the program's death has freed
         for chunk in self.chunks:
             chunk.rest()
         for staging, arrival in self._staged.values():

@@ -43,6 +43,9 @@ class Declared:
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ValueError for what is not there or does not go together."""
+        if isinstance(self.kind, Optimizer):
+            name = type(self.kind).__name__
+            raise ValueError(f"model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
         if self.kind not in MOMENTS:
             names = ", ".join(f"torch.optim.{kind.__name__}" for kind in MOMENTS)
             raise ValueError(

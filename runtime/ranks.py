@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from .errors import StateError
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 1800.0
 """Seconds that a rank waits for the others before it takes them for dead."""
 
 
@@ -39,8 +39,9 @@ class Ranks:
                 f"with torchrun --nproc-per-node {world_size}"
             )
         if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+            on_cuda = device.type == "cuda"
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
+                                    device_id=device if on_cuda else None)  # fmt: skip
         return cls(launched, dist.get_rank())
 
     @property
@@ -96,6 +97,7 @@ class Ranks:
             collective(*args, **kwargs)
         except RuntimeError as error:
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}: one of them has died or "
-                f"does something else, see its own error ({error}). Restart all of them from the last checkpoint"
+                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}: one of them has died, see "
+                "its own error, or does something else, such as a call with a batch of another shape or a step that "
+                f"the others do not take ({error}). Restart all of them from the last checkpoint"
             ) from error

@@ -6,7 +6,7 @@ from torch import Tensor
 from .chunks import Chunk, ChunkStore
 from .errors import BudgetError
 from .layout import ChunkLayout, Updates
-from .states import ChunkState, Where, has_total, holds_programs_gradient, rest_dtype
+from .states import ChunkState, Where, rest_dtype
 from .streams import host_buffer
 from .tiers import Tier
 
@@ -40,7 +40,7 @@ class StatePlacing:
     def _place(self, chunk: Chunk, where: Where, resident: bool) -> None:
         index = chunk.layout.index
         previous = self.states[index] if index < len(self.states) else None
-        unplanned = previous is not None and previous.total is not None and not has_total(chunk.layout, self.updates)
+        unplanned = previous is not None and previous.total is not None and not self.updates.keeps_sum(chunk.layout)
         self._charge(chunk.layout, where, resident, unplanned)
         state = self._allocate(chunk.layout, where, resident)
         if unplanned:
@@ -80,10 +80,13 @@ class StatePlacing:
         """
         total = layout.master_bytes if unplanned_total else 0
         if where is Where.DEVICE:
-            held = layout.compute_bytes if holds_programs_gradient(layout, self.updates) else 0
+            held = self.updates.holds_gradient(layout) * layout.compute_bytes
             device, host = self.updates.device_bytes(layout) - held + total, 0
         else:
-            device, host = resident * layout.compute_bytes, self.updates.host_bytes(layout) + total
+            device, host = (
+                resident * layout.compute_bytes,
+                self.updates.host_bytes(layout, where is Where.STREAMED) + total,
+            )
         device_before, host_before = self._charged.get(layout.index, (0, 0))
         self.device_tier.charge(device - device_before, f"the training state of chunk {layout.index}")
         try:
@@ -108,9 +111,9 @@ class StatePlacing:
             moments=tuple(new(layout.master_dtype) for _ in range(self.updates.moments * layout.trainable)),
             steps=[0] * len(layout.slots),
         )  # fmt: skip
-        if has_total(layout, self.updates):
-            state.total = self._zeros(layout.numel, layout.master_dtype, on_device)
-        if layout.trainable and not on_device:
+        if self.updates.keeps_sum(layout):
+            state.total = new(layout.master_dtype)
+        if not on_device and self.updates.lands_gradient(layout, where is Where.STREAMED):
             state.held = self._zeros(layout.numel, layout.dtype, False, self.device.type == "cuda")
         return state
 

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .layout import ChunkLayout, Updates
+from .layout import ChunkLayout
 from .split_pairs import SplitPair, join, split
 from .update_rules import AdamHyper, SgdHyper
 
@@ -167,13 +167,3 @@ def rest_dtype(layout: ChunkLayout) -> torch.dtype | None:
     if layout.splits:
         return torch.int16
     return layout.master_dtype if layout.casts else None
-
-
-def holds_programs_gradient(layout: ChunkLayout, updates: Updates) -> bool:
-    """Whether a state on the device keeps the gradient that a program made, until the step is over."""
-    return layout.trainable and updates.accumulate == 1 and not updates.in_backward
-
-
-def has_total(layout: ChunkLayout, updates: Updates) -> bool:
-    """Whether a sum of gradients is always there, and not only made where somebody asks for one."""
-    return layout.trainable and updates.accumulate > 1

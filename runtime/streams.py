@@ -47,6 +47,9 @@ class CopyEngine(Protocol):
     def arrive(self, arrival: Arrival) -> None:
         """Let everything launched from now on see the copy's result."""
 
+    def join(self) -> None:
+        """Let everything launched from now on come after all copies and all work aside."""
+
     def finish(self, arrival: Arrival) -> None:
         """Block the calling thread until the copy is done."""
 
@@ -76,6 +79,9 @@ class ImmediateCopies:
         return nullcontext()
 
     def arrive(self, arrival: Arrival) -> None:
+        return None
+
+    def join(self) -> None:
         return None
 
     def finish(self, arrival: Arrival) -> None:
@@ -129,6 +135,10 @@ class CudaCopies:
     def arrive(self, arrival: Arrival) -> None:
         if arrival is not None:
             torch.cuda.current_stream().wait_event(arrival)
+
+    def join(self) -> None:
+        for stream in (self.up, self.down, self.side):
+            torch.cuda.current_stream().wait_stream(stream)
 
     def finish(self, arrival: Arrival) -> None:
         if arrival is not None:

@@ -18,10 +18,10 @@ LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work, and to the driver's."""
 
 
-def host_threads() -> int:
-    """How many threads the host's updates run on."""
+def host_threads(sharing: int) -> int:
+    """How many threads the host's updates run on, where so many processes share the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - LAUNCHER_CORES)
+    return max(1, cores // sharing - LAUNCHER_CORES)
 
 
 class Updaters:
@@ -31,8 +31,8 @@ class Updaters:
     updated by `torch.optim`'s own fused functions.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.threads = host_threads()
+    def __init__(self, device: torch.device, sharing: int = 1) -> None:
+        self.threads = host_threads(sharing)
         self._host = HostKernel()
         self._device = DeviceKernel() if device.type == "cuda" else None
 
@@ -72,7 +72,7 @@ def _update_master(part: Part, gradient: Gradient, hyper: Hyper, parameters: lis
     cuts = [slice(None)] if master.is_cuda else parameters
     masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
     if isinstance(hyper, AdamHyper):
-        done = [torch.tensor(float(hyper.step - 1), dtype=torch.float32, device=master.device) for _ in cuts]
+        done = [torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device) for _ in cuts]
         adam(
             masters, grads, *moments, [], done, fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
             beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,

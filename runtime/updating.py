@@ -6,6 +6,7 @@ device through an event, the launching thread only for the host's worker, and on
 """
 
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,6 +27,23 @@ from .update_rules import Gradient
 from .updaters import Updaters
 from .worker import Ticket, Worker
 
+HALF_UPDATED = (
+    "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
+    "model anew and load the last checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """What gradients are multiplied by, for updates on either side. It is kept for as long as they may read it."""
+
+    on_device: float | Tensor
+    on_host: float | Tensor
+    arrival: Arrival
+
+
+UNSCALED = _Factor(1.0, 1.0, None)
+
 
 class UpdatingMachine(Machine):
     """Runs the instructions, and the updates that `schedule` describes.
@@ -44,7 +62,7 @@ class UpdatingMachine(Machine):
         self.measures = False
         self.loss_scale = 1.0
         self.backwards = 0
-        self.updaters = Updaters(self.device)
+        self.updaters = Updaters(self.device, ranks.on_this_host)
         self.worker = Worker()
         self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
         self.host_update_s = 0.0
@@ -55,6 +73,7 @@ class UpdatingMachine(Machine):
         self._landed: dict[int, Arrival] = {}
         self._released: dict[int, Arrival] = {}
         self._streamed: list[tuple[Arrival, Tensor]] = []
+        self._factors: dict[bool, _Factor] = {}
         self._stream_bytes = 0
 
     def place(self, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int]) -> None:
@@ -129,7 +148,7 @@ class UpdatingMachine(Machine):
             else:
                 self._hold_gradient(state, gradients, slots)
             if self.updates.in_backward and last:
-                self._update(index, 1.0)
+                self._update(index, UNSCALED)
 
     def _hold_gradient(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
         state.present.update(slots)
@@ -207,17 +226,32 @@ class UpdatingMachine(Machine):
     # -- updates -------------------------------------------------------------------------------------------
 
     def update_all(self, scale: float | Tensor) -> None:
-        """Start to update every chunk that has a gradient, in the order in which the next forward needs them."""
-        for state in self.placing.states:
-            if state.present:
-                self._await(state.layout.index)
-                self._update(state.layout.index, scale)
+        """Start to update every chunk that has a gradient, in the order in which the next forward needs them.
 
-    def _update(self, index: int, scale: float | Tensor) -> None:
+        Where that fails half way no further step is taken: some parameters are of this step, others are not.
+        """
+        for index in list(self._tickets):  # whoever reads the factors of the step before is done with them
+            self._await(index)
+        self._factors = {added: self._factor(scale if added else scale / self.loss_scale) for added in (False, True)}
+        try:
+            for state in self.placing.states:
+                if state.present:
+                    self._update(state.layout.index, self._factors[state.added])
+        except BaseException:
+            self.broken = HALF_UPDATED.format("optimizer.step()")
+            raise
+
+    def _factor(self, scale: float | Tensor) -> "_Factor":
+        """A factor that the device computes comes to the host without anybody waiting for it yet."""
+        if not isinstance(scale, Tensor) or scale.device.type == "cpu":
+            return _Factor(scale, scale, None)
+        on_host = torch.empty((), dtype=torch.float32, pin_memory=True)
+        return _Factor(scale, on_host, self.copies.to_host(on_host, scale))
+
+    def _update(self, index: int, factor: "_Factor") -> None:
         state = self.placing.states[index]
         stretches = state.stretches(self.schedule)
-        held_scale = scale if state.added or self.loss_scale == 1.0 else scale / self.loss_scale
-        gradient = Gradient(state.gradient, held_scale)
+        gradient = Gradient(state.gradient, factor.on_host if state.where is Where.HOST else factor.on_device)
         state.version += 1
         if state.where is Where.DEVICE:
             for stretch in stretches:
@@ -225,8 +259,7 @@ class UpdatingMachine(Machine):
         elif state.where is Where.HOST:
             resident = self.chunks[index].resident
             self.stats.moved(to_device=0 if resident is None else resident.nbytes)
-            gradient, scaled = self._bring_scale(gradient)
-            after = (self._landed.get(index), self._released.get(index), scaled)
+            after = (self._landed.get(index), self._released.get(index), factor.arrival)
             work = partial(self._update_on_host, index, stretches, gradient, after)
             self._tickets[index] = self.worker.submit(index, state.name, work)
         else:
@@ -237,13 +270,6 @@ class UpdatingMachine(Machine):
         values = gradient.values[stretch.start : stretch.end]
         part = state.part(stretch.start, stretch.end)
         self.updaters.update(state.layout, part, Gradient(values, gradient.scale), stretch)
-
-    def _bring_scale(self, gradient: Gradient) -> tuple[Gradient, Arrival]:
-        """A factor that the device computes comes to the host without anybody waiting for it yet."""
-        if not isinstance(gradient.scale, Tensor) or gradient.scale.device.type == "cpu":
-            return gradient, None
-        scale = torch.empty((), dtype=torch.float32, pin_memory=True)
-        return Gradient(gradient.values, scale), self.copies.to_host(scale, gradient.scale)
 
     def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient,
                         after: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
@@ -336,6 +362,7 @@ class UpdatingMachine(Machine):
                 self.copies.finish(self.worker.wait(ticket, self.placing.states[number].name))
             for stream in self.streams.values():
                 stream.finish(number)
+            self.copies.finish(self._arrivals.get(number))
 
     def check(self) -> None:
         """Raises StateError where the states are no whole step's any more."""
@@ -347,10 +374,7 @@ class UpdatingMachine(Machine):
         half_way = self.updates.in_backward and self.run.backward and self.backwards == self.updates.accumulate
         left = super().abort()
         if half_way:
-            self.broken = (
-                "a backward() with in_backward=True failed when some parameters were updated already and others not, "
-                "so that this run cannot go on: build the model anew and load the last checkpoint"
-            )
+            self.broken = HALF_UPDATED.format("a backward() with in_backward=True")
         return self.broken + "." if self.broken else left
 
 

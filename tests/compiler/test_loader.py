@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 
 def as_rank(rank: int, size: int) -> geminifx.CompiledModule:
@@ -39,7 +47,13 @@ class Stream(IterableDataset):
 
 
 def test_what_decides_itself_is_refused() -> None:
-    sampler = WeightedRandomSampler([1.0] * 4, 4)
-    for loader in (DataLoader(Stream()), DataLoader(TensorDataset(torch.arange(4)), sampler=sampler)):
+    data = TensorDataset(torch.arange(4))
+    loaders = (
+        DataLoader(Stream()),
+        DataLoader(data, sampler=WeightedRandomSampler([1.0] * 4, 4)),
+        DataLoader(data, sampler=RandomSampler(data, replacement=True)),
+        DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False)),
+    )
+    for loader in loaders:
         with pytest.raises(ValueError, match="its own part \\(rank 1 of 2 here\\)"):
             geminifx.shard_dataloader(loader, as_rank(1, 2))

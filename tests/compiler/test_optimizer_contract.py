@@ -40,6 +40,7 @@ def backward(model: nn.Module, seed: int = 0) -> None:
     ("kind", "declared", "message"),
     [
         (torch.optim.Adagrad, {}, "model.optimizer(Adagrad) is not there; expected one of torch.optim.Adam, torch."),
+        (AdamW([nn.Parameter(torch.ones(1))]), {}, "takes the class torch.optim.AdamW, not an instance of it"),
         (AdamW, {"amsgrad": True}, "model.optimizer(amsgrad=True) is not supported"),
         (SGD, {"maximize": True}, "model.optimizer(maximize=True) is not supported"),
         (AdamW, {"accumulate": 0}, "accumulate=0; expected how many backwards make one step"),
@@ -80,6 +81,16 @@ def test_there_is_one_optimizer_and_it_needs_a_plan() -> None:
     backward(reference)
     expected.step()
     assert same_weights(model, reference)
+
+
+def test_an_optimizer_made_after_an_evaluation_is_planned_for() -> None:
+    model = geminifx.compile(NET.seeded())
+    batch = NET.batch()
+    with torch.no_grad():
+        model(next(iter(batch.values())))
+    assert model.plan.updates is None
+    model.optimizer(AdamW)
+    assert model.plan.updates is not None and "the model's own" in str(model.plan)
 
 
 def test_parameters_of_another_model_are_refused() -> None:

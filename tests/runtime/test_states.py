@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from geminifx.runtime.layout import ChunkLayout, Slot, Updates, longest_of_each_kind
-from geminifx.runtime.states import ChunkState, Stretch, Where, has_total, holds_programs_gradient, rest_dtype
+from geminifx.runtime.states import ChunkState, Stretch, Where, rest_dtype
 from geminifx.runtime.update_rules import SgdHyper
 from hypothesis import given
 from hypothesis import strategies as st
@@ -185,8 +185,10 @@ def test_gradients_that_are_kept() -> None:
         (2, True, True, False),
     ]:
         updates = Updates(accumulate=accumulate, in_backward=in_backward)
-        assert (has_total(trained, updates), holds_programs_gradient(trained, updates)) == (total, held)
-        assert not has_total(frozen, updates) and not holds_programs_gradient(frozen, updates)
+        assert (updates.keeps_sum(trained), updates.holds_gradient(trained)) == (total, held)
+        assert not updates.keeps_sum(frozen) and not updates.holds_gradient(frozen)
+        assert updates.lands_gradient(trained, streamed=False)
+        assert updates.lands_gradient(trained, streamed=True) is not updates.at_once
 
 
 def test_the_longest_chunk_of_each_kind() -> None:

@@ -1,5 +1,6 @@
 """The machine of our own optimizer over a hand-written program: whom it waits for, and what it keeps."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -202,3 +203,40 @@ def test_states_on_their_way_home_are_waited_for_after_their_weights_were_used()
     assert asked == [0, 1]
     _ = two.parameters["c"] + 0
     assert asked == [0, 1, 1]
+
+
+@EVERYWHERE
+def test_a_step_that_fails_half_way_ends_the_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first chunk is updated and the second is not: another step would make it worse."""
+    two = Two(where)
+    two.backward(1.0)
+    update = two.machine._update
+
+    def fails_at_the_second(index: int, factor: Any) -> None:
+        if index == 1:
+            raise RuntimeError("out of memory")
+        update(index, factor)
+
+    monkeypatch.setattr(two.machine, "_update", fails_at_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        two.machine.update_all(1.0)
+    monkeypatch.undo()
+    for use in (lambda: two.machine.begin_backward(), lambda: two.machine.check(), lambda: two.weights(0)):
+        with pytest.raises(StateError, match="step\\(\\) failed when some parameters were updated"):
+            use()
+
+
+@EVERYWHERE
+def test_a_factor_lives_for_as_long_as_updates_may_read_it(where: str) -> None:
+    """On a GPU kernels and copies beside the program read it after the step has returned."""
+    two = Two(where)
+    two.backward(1.0)
+    scale = torch.tensor(0.5)
+    watched = weakref.ref(scale)
+    two.machine.update_all(scale)
+    del scale
+    assert watched() is not None
+    assert two.weights(0)[0].item() == -0.5
+    two.backward(1.0)
+    two.machine.update_all(1.0)
+    assert watched() is None
