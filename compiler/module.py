@@ -19,7 +19,7 @@ from ..runtime.lazy_parameter import LazyParameter
 from ..runtime.optimizer import ChunkOptimizer, Declared
 from ..runtime.slot_source import writable
 from ..runtime.stats import Stats
-from ..runtime.updating import UpdatingMachine
+from ..runtime.updating_machine import UpdatingMachine
 from .absent import AbsentOutput
 from .capture import rebuild_result
 from .inspect import first_nonfinite

@@ -11,7 +11,6 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from ..runtime.machine import Machine
-from ..runtime.updating import UpdatingMachine
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, ma
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     _finish(machine)
-    before_s = _host_update_s(machine)
+    before_s = machine.host_update_s if machine is not None else 0.0
     with torch.profiler.profile(activities=activities) as profiler:
         start = time.perf_counter()
         for _ in range(steps):
@@ -65,17 +64,13 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, ma
     events = [event for event in profiler.events() or () if event.device_type == wanted]
     copies = {kind: [e for e in events if f"Memcpy {kind}" in e.name] for kind in ("HtoD", "DtoH")}
     computes = [e for e in events if not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH")) and not _is_mark(e)]
-    update_s = _host_update_s(machine) - before_s
+    update_s = machine.host_update_s - before_s if machine is not None else 0.0
     seconds = (step_s, *map(_covered_s, (computes, copies["HtoD"], copies["DtoH"])), update_s)
     return Profile(*(value / steps for value in seconds))
 
 
-def _host_update_s(machine: Machine | None) -> float:
-    return machine.host_update_s if isinstance(machine, UpdatingMachine) else 0.0
-
-
 def _finish(machine: Machine | None) -> None:
-    if isinstance(machine, UpdatingMachine):
+    if machine is not None:
         machine.finish()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 import enum
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from ..passes.plan import Plan, Residency
 from ..passes.program import Program
 from ..passes.text import print_program
 from ..runtime.chunks import ChunkStore
-from ..runtime.errors import StateError
+from ..runtime.errors import BudgetError, StateError
 from ..runtime.executor import Executor
 from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
@@ -27,7 +28,7 @@ from ..runtime.slot_source import make_lazy
 from ..runtime.state_placing import StatePlacing
 from ..runtime.stats import Stats
 from ..runtime.tiers import MemoryMeter, Tier
-from ..runtime.updating import UpdatingMachine
+from ..runtime.updating_machine import UpdatingMachine
 from .capture import Captured, Request, capture
 from .device import Device
 from .logits import absent_outputs, logits_bytes
@@ -38,7 +39,7 @@ from .plan_check import check_plan
 from .planner import HostBudgetError, Solution, Wishes, check, solve
 from .precision import cast_dtype, parameter_dtypes
 
-ONLY_OURS = "only model.optimizer(...) fits: a torch optimizer's training state is more than the host may hold"
+ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
 
@@ -126,25 +127,31 @@ class Session:
         if given is not None:
             if self.plan is None:  # parameters may be frozen afterwards
                 check_plan(given, self._parameters, names, self.dtypes)
-            given = replace(given, notes=captured.notes, updates=self.updates, ranks=self.ranks.size)
-            return check(given, lower, self.limits)
+            given = replace(given, notes=captured.notes, ranks=self.ranks.size)
+            return self._either(lambda plan: check(plan, lower, self.limits), given, given.updates, BudgetError)
         layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         saves = logits_bytes(captured.program) if fuse_loss is not False else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = Plan(options.placement, self.limits.device_bytes, layout, self.ranks.size, updates=self.updates,
+        draft = Plan(options.placement, self.limits.device_bytes, layout, self.ranks.size,
                      optimizer_state_bytes=options.optimizer_state_bytes, notes=notes)  # fmt: skip
         fixed = self.plan.residency if self.plan and self._programs else Residency()
         masters = fixed.masters if self.plan and self._programs else None
         wishes = Wishes(options.placement, self._recompute(names), names, masters, fixed.streamed, fuse_loss, saves)
+        ours = Updates() if any(chunk.casts for chunk in layout.chunks) else None
+        return self._either(lambda plan: solve(plan, lower, self.limits, wishes), draft, ours, HostBudgetError)
+
+    def _either(self, decide: Callable[[Plan], Solution], plan: Plan, ours: Updates | None,
+                excused: type[BudgetError]) -> Solution:  # fmt: skip
+        """Decide for the optimizer there is. A torch optimizer's state may be too large where `ours` is not: whether
+        that is to be used is told only after compiling, and until then steps are refused."""
         try:
-            return solve(draft, lower, self.limits, wishes)
-        except HostBudgetError as refusal:
-            if self.updates is not None or not any(chunk.casts for chunk in layout.chunks):
+            return decide(replace(plan, updates=self.updates))
+        except excused as refusal:
+            if self.updates is not None or ours is None:
                 raise
-            # Our own optimizer takes less: whether it is to be used is told only after this.
             self.refusal = refusal
-            return solve(replace(draft, updates=Updates(), notes=(*notes, ONLY_OURS)), lower, self.limits, wishes)
+            return decide(replace(plan, updates=ours, notes=(*plan.notes, ONLY_OURS)))
 
     def _lower(self, captured: Captured, plan: Plan) -> Program:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""

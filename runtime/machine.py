@@ -194,6 +194,14 @@ class Machine:
         self.placing.prepare_gradients()
         return 1.0
 
+    def finish(self) -> None:
+        """Block until updates under way are done; a torch optimizer's are when its `step()` returns."""
+
+    @property
+    def host_update_s(self) -> float:
+        """How long the host's updates beside programs took so far."""
+        return 0.0
+
     def leave(self) -> None:
         """Give all memory back to the tiers: another machine takes over."""
         for free in self._staging.values():

@@ -13,7 +13,7 @@ from .errors import StateError
 from .layout import Updates
 from .states import Hyper
 from .update_rules import AdamHyper, SgdHyper
-from .updating import UpdatingMachine
+from .updating_machine import UpdatingMachine
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
 """The optimizers there are, and what torch calls their state."""

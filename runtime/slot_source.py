@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .errors import StateError
 from .lazy_parameter import LazyParameter, refuse_gradient
 from .states import ChunkState
-from .updating import UpdatingMachine
+from .updating_machine import UpdatingMachine
 
 
 @dataclass(frozen=True)

@@ -532,22 +532,22 @@ def test_an_update_that_fails_on_the_host_ends_the_run(in_backward: bool) -> Non
     threads = hosts()
     model, optimizer = ours("host", in_backward=in_backward)
     Loop(steps=2).run(NET, model, optimizer)
-    updaters = model.session.machine.updaters
-    update = updaters.update
+    kernels = model.session.machine.kernels
+    update = kernels.update
 
     def failing(layout: Any, *rest: Any) -> None:
         if layout.index == 1:
             raise MemoryError("no room for a temporary")
         update(layout, *rest)
 
-    updaters.update = failing
+    kernels.update = failing
     with pytest.raises(StateError) as failed:
         Loop(steps=2).run(NET, model, optimizer)
     first = model.plan.layout.chunks[1].slots[0].name
     assert re.search(rf"the update of {first}, .* on the host failed \(MemoryError: no room for a", str(failed.value))
     assert "build the model anew and load the last checkpoint" in str(failed.value)
     assert isinstance(failed.value.__cause__, MemoryError)
-    updaters.update = update
+    kernels.update = update
     with torch.no_grad():
         for act in (lambda: NET.loss(model, NET.batch()), optimizer.step, model.state_dict, optimizer.state_dict):
             with pytest.raises(StateError, match="on the host failed"):

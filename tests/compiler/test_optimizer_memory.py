@@ -250,3 +250,18 @@ def test_frozen_chunks_are_not_streamed() -> None:
     sizes = [chunk.numel * (14 if chunk.trainable else 4) for chunk in chunks]
     assert not all(chunk.trainable for chunk in chunks)
     assert model.session.tiers[1].used_bytes == model.plan.memory.host_bytes == sum(sizes)
+
+
+def test_a_saved_plan_that_only_our_optimizer_fits_is_taken(tmp_path: Path) -> None:
+    """Its whole state is on the device, where a torch optimizer's would be over the budget."""
+    model = placed(NET, "device", "bf16")
+    model.optimizer(AdamW, in_backward=True)
+    model.plan.save(tmp_path / "plan.json")
+    budget = model.plan.peak_bytes
+    again = compiled(NET, precision="bf16", plan=tmp_path / "plan.json", device_budget=budget)
+    with pytest.raises(BudgetError, match="too small"):
+        again(next(iter(NET.batch().values())))
+    again.optimizer(AdamW, in_backward=True)
+    NET.loss(again, NET.batch()).backward()
+    assert again.plan.residency == model.plan.residency
+    assert again.stats.device_peak_bytes <= budget

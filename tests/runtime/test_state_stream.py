@@ -7,11 +7,11 @@ import pytest
 import torch
 from geminifx.runtime import streaming
 from geminifx.runtime.layout import STREAM_BUFFERS, ChunkLayout, Slot, Updates
+from geminifx.runtime.state_stream import StateStream, StreamedUpdate
 from geminifx.runtime.states import ChunkState, Stretch, Where, rest_dtype
-from geminifx.runtime.streaming import StateStream, StreamedUpdate
 from geminifx.runtime.streams import ImmediateCopies
+from geminifx.runtime.update_kernels import UpdateKernels
 from geminifx.runtime.update_rules import AdamHyper, Gradient, SgdHyper
-from geminifx.runtime.updaters import Updaters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,15 +64,15 @@ def test_a_streamed_update_is_the_update(
     stretches = [Stretch(a, b, hyper) for a, b in pairwise(bounds)]
     if len(stretches) == 3:
         del stretches[1]  # a parameter without a gradient in between
-    updaters = Updaters(CPU)
+    kernels = UpdateKernels(CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "STREAM_PIECE", piece)
         stream = StateStream(CPU, state, with_gradients=with_gradients)
-    stream.update(state, stretches, StreamedUpdate(gradient, updaters, stay))
+    stream.update(state, stretches, StreamedUpdate(gradient, kernels, stay))
     for stretch in stretches:
         part = expected.part(stretch.start, stretch.end)
         values = Gradient(gradient.values[stretch.start : stretch.end], gradient.scale)
-        updaters.update(expected.layout, part, values, stretch)
+        kernels.update(expected.layout, part, values, stretch)
     found, wanted = everything(state), everything(expected)
     if kind == "split":
         assert all(map(torch.equal, found, wanted))
@@ -107,7 +107,7 @@ def test_only_what_is_not_there_travels(stay: bool, with_gradients: bool, up: in
     stream = StateStream(CPU, state, with_gradients=with_gradients)
     copies = stream.copies = Counted()
     gradient = Gradient(torch.randn(NUMEL).bfloat16())
-    stream.update(state, [Stretch(0, NUMEL, ADAM)], StreamedUpdate(gradient, Updaters(CPU), stay))
+    stream.update(state, [Stretch(0, NUMEL, ADAM)], StreamedUpdate(gradient, UpdateKernels(CPU), stay))
     assert (copies.up, copies.down) == (up * NUMEL, down * NUMEL)
 
 

@@ -18,13 +18,13 @@ from .layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from .machine import ALONE, Machine
 from .ranks import Ranks
 from .state_placing import StatePlacing
+from .state_stream import StateStream, StreamedUpdate
 from .states import ChunkState, Schedule, Stretch, Where
 from .stats import Stats
-from .streaming import StateStream, StreamedUpdate
 from .streams import Arrival
 from .torch_private import unmetered
+from .update_kernels import UpdateKernels
 from .update_rules import Gradient
-from .updaters import Updaters
 from .worker import Ticket, Worker
 
 HALF_UPDATED = (
@@ -49,7 +49,6 @@ class UpdatingMachine(Machine):
     """Runs the instructions, and the updates that `schedule` describes.
 
     `measures`: whether the norm of every gradient is wanted, for clipping or to find overflows.
-    `host_update_s` is how long the host's updates took so far.
     `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
     """
 
@@ -62,10 +61,10 @@ class UpdatingMachine(Machine):
         self.measures = False
         self.loss_scale = 1.0
         self.backwards = 0
-        self.updaters = Updaters(self.device, ranks.on_this_host)
+        self.kernels = UpdateKernels(self.device, ranks.on_this_host)
         self.worker = Worker()
         self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
-        self.host_update_s = 0.0
+        self._host_update_s = 0.0
         self.broken = ""
         self.writable = False
         self.norms = torch.zeros(len(self.chunks), dtype=torch.float32, device=self.device)
@@ -269,7 +268,7 @@ class UpdatingMachine(Machine):
     def _update_stretch(self, state: ChunkState, stretch: Stretch, gradient: Gradient) -> None:
         values = gradient.values[stretch.start : stretch.end]
         part = state.part(stretch.start, stretch.end)
-        self.updaters.update(state.layout, part, Gradient(values, gradient.scale), stretch)
+        self.kernels.update(state.layout, part, Gradient(values, gradient.scale), stretch)
 
     def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient,
                         after: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
@@ -281,7 +280,7 @@ class UpdatingMachine(Machine):
         with torch.no_grad():
             for stretch in stretches:
                 self._update_stretch(state, stretch, gradient)
-            self.host_update_s += time.perf_counter() - began_s
+            self._host_update_s += time.perf_counter() - began_s
             return None if resident is None else self.copies.to_device(resident, state.weights, None)
 
     def _stream_update(self, index: int, stretches: list[Stretch], gradient: Gradient) -> None:
@@ -290,7 +289,7 @@ class UpdatingMachine(Machine):
         if state.added and index in self._tickets:  # the worker still adds to the sum
             self.worker.wait(self._tickets.pop(index), state.name)
         after = () if self.updates.at_once else (self._landed.get(index),)
-        job = StreamedUpdate(gradient, self.updaters, stays, after)
+        job = StreamedUpdate(gradient, self.kernels, stays, after)
         done = self.streams[_kind(state.layout)].update(state, stretches, job)
         self._tickets[index] = Ticket(done, done=True)
         if self.updates.at_once:
@@ -363,6 +362,10 @@ class UpdatingMachine(Machine):
             for stream in self.streams.values():
                 stream.finish(number)
             self.copies.finish(self._arrivals.get(number))
+
+    @property
+    def host_update_s(self) -> float:
+        return self._host_update_s
 
     def check(self) -> None:
         """Raises StateError where the states are no whole step's any more."""

@@ -24,7 +24,7 @@ def host_threads(sharing: int) -> int:
     return max(1, cores // sharing - LAUNCHER_CORES)
 
 
-class Updaters:
+class UpdateKernels:
     """The kernels of both sides.
 
     Split pairs are updated by the host's and the device's kernels, which give the same bits. Other masters are

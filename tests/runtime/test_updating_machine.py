@@ -14,7 +14,7 @@ from geminifx.runtime.state_placing import StatePlacing
 from geminifx.runtime.stats import Stats
 from geminifx.runtime.tiers import Tier
 from geminifx.runtime.update_rules import SgdHyper
-from geminifx.runtime.updating import UpdatingMachine
+from geminifx.runtime.updating_machine import UpdatingMachine
 from torch import Tensor, nn
 
 NONE: frozenset[int] = frozenset()

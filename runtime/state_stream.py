@@ -8,8 +8,8 @@ from torch import Tensor
 from .layout import STREAM_BUFFERS, STREAM_PIECE
 from .states import ChunkState, Part, Stretch
 from .streams import Arrival, copy_engine
+from .update_kernels import UpdateKernels
 from .update_rules import Gradient
-from .updaters import Updaters
 
 
 @dataclass
@@ -77,7 +77,7 @@ class StateStream:
         arrival = self.copies.all_to_device(coming, buffer.free, settled, *landed)
         with self.copies.aside(arrival, *ready):
             local = Part(weights, *_rest(buffer.part, numel))
-            job.updaters.update(state.layout, local, Gradient(values, job.gradient.scale), piece)
+            job.kernels.update(state.layout, local, Gradient(values, job.gradient.scale), piece)
             done = self.copies.mark()
         going = [(there, here) for here, there in travelling[job.weights_stay :]]
         buffer.free = self.copies.all_to_host(going, done)
@@ -90,7 +90,7 @@ class StreamedUpdate:
     before it is read. `weights_stay`: the weights are on the device and do not travel."""
 
     gradient: Gradient
-    updaters: Updaters
+    kernels: UpdateKernels
     weights_stay: bool
     after: tuple[Arrival, ...] = ()
 
