@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from geminifx.runtime import layout, streaming
+from geminifx.runtime import layout, state_stream
 from optimizing import (
     ADAMW,
     KINDS,
@@ -67,7 +67,7 @@ def test_models_of_every_sort(case: Case) -> None:
 def test_states_longer_than_a_piece_are_streamed_piece_by_piece(
     where: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (layout, streaming):
+    for module in (layout, state_stream):
         monkeypatch.setattr(module, "STREAM_PIECE", 1000)
     check_equal(NET, where, kind, Loop(micro=2))
     check_equal(NET, where, kind, in_backward=True)

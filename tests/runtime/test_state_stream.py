@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from geminifx.runtime import streaming
+from geminifx.runtime import state_stream
 from geminifx.runtime.layout import STREAM_BUFFERS, ChunkLayout, Slot, Updates
 from geminifx.runtime.state_stream import StateStream, StreamedUpdate
 from geminifx.runtime.states import ChunkState, Stretch, Where, rest_dtype
@@ -66,7 +66,7 @@ def test_a_streamed_update_is_the_update(
         del stretches[1]  # a parameter without a gradient in between
     kernels = UpdateKernels(CPU)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "STREAM_PIECE", piece)
+        patch.setattr(state_stream, "STREAM_PIECE", piece)
         stream = StateStream(CPU, state, with_gradients=with_gradients)
     stream.update(state, stretches, StreamedUpdate(gradient, kernels, stay))
     for stretch in stretches:
