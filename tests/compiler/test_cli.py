@@ -15,6 +15,7 @@ from geminifx.compiler.cli import app
 from geminifx.compiler.train import TrainOptions
 from geminifx.models.presets import load_model
 from geminifx.runtime.errors import BudgetError
+from trainable import ClippedAdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -46,6 +47,9 @@ class Compiled(torch.nn.Module):
         if self.calls == self.interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
         return self.model(**batch)
+
+    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
+        return ClippedAdamW(kind, params, max_grad_norm, **hyper)
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.model.save_pretrained(directory)

@@ -19,30 +19,10 @@ from geminifx.models.presets import load_model
 from geminifx.models.recipe import Recipe, StepInfo
 from geminifx.models.training_state import STATE_FILE, CheckpointError, load_training_state
 from geminifx.runtime.errors import BudgetError
+from trainable import ClippedAdamW
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 VOCAB = 300
-
-
-class ClippedAdamW(torch.optim.AdamW):
-    """What a compiled model's own optimizer offers, by torch's."""
-
-    loss_scale = 1.0
-
-    def __init__(self, groups: Any, max_grad_norm: float, **hyper: Any) -> None:
-        super().__init__(groups, **hyper)
-        self.max_grad_norm = max_grad_norm
-
-    def gradients(self) -> list[torch.Tensor]:
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    def gradient_norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm(self.gradients())
-
-    def step(self, closure: Any = None) -> None:
-        scale = (self.max_grad_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(self.gradients(), scale)
-        super().step(closure)
 
 
 class Plain(torch.nn.Module):
@@ -57,8 +37,7 @@ class Plain(torch.nn.Module):
         return self.model(**batch)
 
     def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
-        assert kind is torch.optim.AdamW
-        return ClippedAdamW(params, max_grad_norm, **hyper)
+        return ClippedAdamW(kind, params, max_grad_norm, **hyper)
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.model.save_pretrained(directory)
