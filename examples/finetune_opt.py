@@ -1,4 +1,4 @@
-"""Fine-tune a Hugging Face OPT inside a device budget: three lines differ from plain PyTorch.
+"""Fine-tune a Hugging Face OPT inside a device budget: two lines differ from plain PyTorch.
 
 python examples/finetune_opt.py
 """
@@ -18,11 +18,11 @@ batch = {"input_ids": tokens, "labels": tokens}
 model = geminifx.compile(model, device_budget="24MB", device="cpu", example_inputs=batch)
 print(model.plan)
 
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+# Any torch.optim optimizer over model.parameters() works too; this one updates while the model computes.
+optimizer = model.optimizer(torch.optim.AdamW, lr=1e-3, max_grad_norm=1.0)
 for step in range(10):
     loss = model(**batch).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step}: loss {loss.item():.3f}, device peak {model.stats.device_peak_bytes:,} bytes")
