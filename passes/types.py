@@ -7,7 +7,7 @@ remembered and re-checking a whole program after each pass costs milliseconds.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -175,7 +175,24 @@ def _fake(value: Type) -> Any:
     return None if value is None else torch.empty_strided(value.shape, value.stride, dtype=value.dtype)
 
 
+_STATISTICS = {
+    torch.ops.aten._native_batch_norm_legit_functional.default: (1, 2),
+    torch.ops.aten._native_batch_norm_legit.default: (1, 2),
+    torch.ops.aten._native_batch_norm_legit.no_stats: (1, 2),
+}
+"""Results that kernels keep in float32 where their fakes tell the input's narrower dtype."""
+
+
 @lru_cache(maxsize=16384)
 def _infer(target: Callable[..., Any], args: Any, kwargs: Any) -> Type:
     with FakeTensorMode(), torch.no_grad():
-        return type_of_value(target(*_thaw(args), **_thaw(kwargs)))
+        result = type_of_value(target(*_thaw(args), **_thaw(kwargs)))
+    if target not in _STATISTICS or not isinstance(result, tuple):
+        return result
+    return tuple(_in_float32(item) if i in _STATISTICS[target] else item for i, item in enumerate(result))
+
+
+def _in_float32(type: Type) -> Type:
+    if isinstance(type, TensorType) and type.dtype in (torch.bfloat16, torch.float16):
+        return replace(type, dtype=torch.float32)
+    return type

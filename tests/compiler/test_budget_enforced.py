@@ -11,7 +11,7 @@ from geminifx.runtime.errors import BudgetError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from zoo import BLOCKS, CASES, MLP, OPT, Case, compiled, smallest_budget, state_bytes, tokens, train
+from zoo import BLOCKS, CASES, CNN, MLP, OPT, Case, compiled, smallest_budget, state_bytes, tokens, train
 
 PLACEMENTS = ("cpu", "cuda", "auto")
 
@@ -228,3 +228,14 @@ def test_a_plans_own_figures_are_checked_and_not_believed(tmp_path: Path) -> Non
         compiled(MLP, plan=path, device_budget=honest.peak_bytes - 1)
     model = compiled(MLP, plan=Plan.load(path), device_budget=honest.peak_bytes)
     assert model.plan.peak_bytes == honest.peak_bytes
+
+
+def test_a_batch_norms_statistics_are_planned_in_the_dtype_that_kernels_keep() -> None:
+    """In bf16 they are float32 all the same, whatever torch's fake kernels say."""
+    model = compiled(CNN, precision="bf16", placement="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        CNN.loss(model, CNN.batch(seed=step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.stats.device_peak_bytes <= model.plan.peak_bytes
