@@ -1,6 +1,6 @@
 """Updates on the device of training states that lie on the host: up, update, down, piece by piece."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,13 +44,13 @@ class StateStream:
 
     def update(self, state: ChunkState, stretches: list[Stretch], job: "StreamedUpdate") -> Arrival:
         """Start to update `stretches`. Returns what tells that weights are updated and the gradient is read."""
-        done = self.copies.mark()
-        ready = (done, self._settled.get(state.layout.index), *job.after)
+        launched = done = self.copies.mark()
+        before = (self._settled.get(state.layout.index), *job.after)
         for stretch in stretches:
             for piece in stretch.pieces(self._piece(job.gradient)):
                 buffer = self._buffers[self._turn % STREAM_BUFFERS]
                 self._turn += 1
-                done = self._update_piece(state, piece, job, buffer, ready)
+                done = self._update_piece(state, piece, job, buffer, launched, before)
                 self._settled[state.layout.index] = buffer.free
         return done if job.weights_stay else self._settled.get(state.layout.index)
 
@@ -64,23 +64,21 @@ class StateStream:
         self.copies.finish(self._settled.get(index))
 
     def _update_piece(self, state: ChunkState, piece: Stretch, job: "StreamedUpdate", buffer: _Buffer,
-                      ready: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
+                      launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
+        """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
         home, numel = state.part(piece.start, piece.end), piece.end - piece.start
-        travelling = list(zip(_tensors(buffer.part, numel), _tensors(home), strict=True))
-        weights = home.weights if job.weights_stay else buffer.part.weights[:numel]
-        values = job.gradient.values[piece.start : piece.end]
-        _, settled, *landed = ready
-        coming = travelling[job.weights_stay :]
+        local, values = buffer.part.first(numel), job.gradient.values[piece.start : piece.end]
+        travelling = list(zip(local.tensors, home.tensors, strict=True))[job.weights_stay :]
+        coming = travelling
         if buffer.gradient is not None:
             landing = _as(buffer.gradient, values.dtype)[:numel]
-            coming, values = [*coming, (landing, values)], landing
-        arrival = self.copies.all_to_device(coming, buffer.free, settled, *landed)
-        with self.copies.aside(arrival, *ready):
-            local = Part(weights, *_rest(buffer.part, numel))
-            job.kernels.update(state.layout, local, Gradient(values, job.gradient.scale), piece)
+            coming, values = [*travelling, (landing, values)], landing
+        arrival = self.copies.all_to_device(coming, buffer.free, *before)
+        with self.copies.aside(arrival, launched):
+            part = replace(local, weights=home.weights) if job.weights_stay else local
+            job.kernels.update(state.layout, part, Gradient(values, job.gradient.scale), piece)
             done = self.copies.mark()
-        going = [(there, here) for here, there in travelling[job.weights_stay :]]
-        buffer.free = self.copies.all_to_host(going, done)
+        buffer.free = self.copies.all_to_host([(there, here) for here, there in travelling], done)
         return done
 
 
@@ -99,13 +97,3 @@ def _as(flat: Tensor, dtype: torch.dtype) -> Tensor:
     """The memory of `flat` as elements of another dtype, as many as fit."""
     fitting = flat.nbytes // dtype.itemsize * dtype.itemsize
     return flat.view(torch.uint8)[:fitting].view(dtype)
-
-
-def _tensors(part: Part, numel: int | None = None) -> list[Tensor]:
-    """The tensors of a part, weights first."""
-    rest = [] if part.rest is None else [part.rest]
-    return [tensor[:numel] for tensor in (part.weights, *rest, *part.moments)]
-
-
-def _rest(part: Part, numel: int) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    return None if part.rest is None else part.rest[:numel], tuple(moment[:numel] for moment in part.moments)

@@ -37,6 +37,16 @@ class Part:
     rest: Tensor | None
     moments: tuple[Tensor, ...]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it, the weights first."""
+        return [self.weights, *([] if self.rest is None else [self.rest]), *self.moments]
+
+    def first(self, numel: int) -> "Part":
+        """Its first elements."""
+        rest = None if self.rest is None else self.rest[:numel]
+        return Part(self.weights[:numel], rest, tuple(moment[:numel] for moment in self.moments))
+
 
 @dataclass(frozen=True)
 class Stretch:
