@@ -18,17 +18,13 @@ def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoad
     ranks = model.session.ranks
     if ranks.size == 1:
         return loader
-    sampler, shuffles = loader.sampler, isinstance(loader.sampler, RandomSampler)
-    plain = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(loader.dataset)
-    )
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None or not plain:
-        own = loader.batch_sampler if loader.batch_size is None and loader.batch_sampler is not None else sampler
-        kind = type(loader.dataset if isinstance(loader.dataset, IterableDataset) else own).__name__
+    own = _decides_itself(loader)
+    if own is not None:
         raise ValueError(
-            f"the loader's {kind} decides itself what comes next; let it give each rank its own part (rank "
-            f"{ranks.rank} of {ranks.size} here), and do not shard the loader"
+            f"the loader's {type(own).__name__} decides itself what comes next; let it give each rank its own part "
+            f"(rank {ranks.rank} of {ranks.size} here), and do not shard the loader"
         )
+    shuffles = isinstance(loader.sampler, RandomSampler)
     part: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, drop_last=loader.drop_last
     )
@@ -38,3 +34,15 @@ def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoad
         persistent_workers=loader.persistent_workers, timeout=loader.timeout, generator=loader.generator,
         prefetch_factor=loader.prefetch_factor, multiprocessing_context=loader.multiprocessing_context,
     )  # fmt: skip
+
+
+def _decides_itself(loader: DataLoader[Any]) -> object | None:
+    """What chooses the examples where that is more than going through the data once, in order or shuffled."""
+    sampler = loader.sampler
+    if isinstance(loader.dataset, IterableDataset):
+        return loader.dataset
+    if loader.batch_size is None:
+        return loader.batch_sampler or sampler
+    if isinstance(sampler, RandomSampler):
+        return sampler if sampler.replacement or sampler.num_samples != len(loader.dataset) else None
+    return None if isinstance(sampler, SequentialSampler) else sampler

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import host_reference
 from .split_pairs import SplitPair
-from .update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper, check_momentum, check_update
+from .update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper, check_momentum, check_update, choose_variant
 
 try:
     import triton
@@ -55,10 +55,7 @@ class DeviceKernel:
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        variants = available_variants()
-        self.variant = variants[0] if variant is None else variant
-        if self.variant not in variants:
-            raise ValueError(f"no variant {variant!r} on this machine, which has {', '.join(variants)}")
+        self.variant = choose_variant(variant, available_variants())
 
     def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
         """Update `pair` and `moments` in place by AdamW or Adam.

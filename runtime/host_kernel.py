@@ -27,6 +27,7 @@ from .update_rules import (
     SgdHyper,
     check_momentum,
     check_update,
+    choose_variant,
 )
 
 SOURCE = Path(__file__).with_name("host_kernel.cpp")
@@ -73,10 +74,7 @@ class HostKernel:
     """
 
     def __init__(self, variant: str | None = None) -> None:
-        variants = available_variants()
-        self.variant = variants[0] if variant is None else variant
-        if self.variant not in variants:
-            raise ValueError(f"no variant {variant!r} on this machine, which has {', '.join(variants)}")
+        self.variant = choose_variant(variant, available_variants())
 
     def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper, threads: int) -> None:
         """Update `pair` and `moments` in place by AdamW or Adam on `threads` threads.

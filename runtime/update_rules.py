@@ -116,6 +116,13 @@ class SgdHyper:
         return Scalars(l2=self.weight_decay, decay=1.0, step=-self.lr, keep=self.momentum, add=1 - self.dampening)
 
 
+def choose_variant(wanted: str | None, available: tuple[str, ...]) -> str:
+    """Return the wanted variant of a kernel, by default the first. Raises ValueError where this machine lacks it."""
+    if wanted is not None and wanted not in available:
+        raise ValueError(f"no variant {wanted!r} on this machine, which has {', '.join(available)}")
+    return available[0] if wanted is None else wanted
+
+
 def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], device: torch.device) -> None:
     """Refuse what a kernel would read out of bounds or misunderstand.
 
