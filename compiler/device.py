@@ -21,6 +21,15 @@ WORKSPACE_BYTES = 96 * 2**20
 ALLOCATOR_SLACK = 0.02
 """The share of the budget left to rounding in torch's allocator."""
 
+HOLE_SHARE = 0.5
+"""The share of a step's largest storage that is left to holes in torch's allocator, too small for it.
+
+A storage needs one contiguous hole. Under a cap of 24.4 GB, OPT-2.7B at batch 16 was planned to 24.2 GB of tensors
+with logits of 3.3 GB among them: once in every step the allocator found no hole, waited for all streams and gave
+its cached blocks back to the driver, which took 0.35 s of a step of 1.0 s on an H100. With the loss in pieces,
+where no storage is larger than 0.3 GB, it never had to.
+"""
+
 HOST_SHARE = 0.9
 """The share of free host memory that is used where no host_budget is given."""
 
@@ -68,7 +77,7 @@ class Device:
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         planned = reserve + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
-        return Limits(device_bytes, planned, host_bytes, CUDA)
+        return Limits(device_bytes, planned, host_bytes, CUDA, HOLE_SHARE)
 
     def outside_bytes(self, warm_up: bool = False) -> int:
         """Device memory in use that torch's allocator does not know: driver context, libraries, others."""

@@ -36,13 +36,16 @@ class Liveness:
     """Live bytes per position of a program.
 
     `values` maps a category to an array of bytes by position, without the chunks' weights, which depend on
-    residency and are told as `fetches`; `static_bytes` are inputs, buffers and constants.
+    residency and are told as `fetches`; `static_bytes` are inputs, buffers and constants. `largest_bytes` is the
+    largest single storage among the values: what an allocator must find in one piece. (Memory inside operators is
+    left out, which they take in small pieces, and so are weights: a chunk fits where another has been.)
     """
 
     values: dict[str, np.ndarray]
     fetches: tuple[Interval, ...]
     static_bytes: int
     length: int
+    largest_bytes: int
 
     def total(self) -> np.ndarray:
         return sum(self.values.values(), np.zeros(self.length, dtype=np.int64))
@@ -54,12 +57,13 @@ def analyse(program: Program) -> Liveness:
     storages = _Storages(program)
     spans = storages.spans(nodes)
     values = {name: np.zeros(len(nodes) + 1, dtype=np.int64) for name in (ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS)}
-    fetches = []
+    fetches, largest_bytes = [], 0
     for storage, (start, end) in spans.items():
         origin = storages.origin[storage]
         if origin.op == "call_function" and origin.target is FETCH:
             fetches.append(Interval(int(origin.args[0]), start, end))
             continue
+        largest_bytes = max(largest_bytes, storages.sizes[storage])
         category = GRADIENT_BUFFERS if origin.target is GRADIENTS else ACTIVATIONS
         category = OUTPUTS if storage in storages.handed_out else category
         values[category][start] += storages.sizes[storage]
@@ -72,7 +76,7 @@ def analyse(program: Program) -> Liveness:
     values[OUTPUTS][0] += held
     values[OUTPUTS][turn + 1] -= held
     cumulated = {name: changes.cumsum()[:-1] for name, changes in values.items()}
-    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes))
+    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest_bytes)
 
 
 def _workspace_bytes(node: fx.Node) -> int:

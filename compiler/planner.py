@@ -48,20 +48,23 @@ class Limits:
     """What a plan must keep to, in bytes, and how fast the machine is.
 
     `device_bytes` is the budget (None: no limit), of which `reserve_bytes` are not the tensors': the driver's
-    context and libraries. `host_bytes` is what the host may hold.
+    context and libraries. `host_bytes` is what the host may hold. `hole_share` is the share of a program's largest
+    storage that the device's allocator may lose to holes too small for it: 0 where it cannot fragment, as the arena.
     """
 
     device_bytes: int | None
     reserve_bytes: int
     host_bytes: int
     rates: Rates
+    hole_share: float = 0.0
 
     def agreed(self, ranks: Ranks) -> "Limits":
         """What every rank can keep to, so that all make the same plan; ranks on one machine share its memory."""
         found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes))
         budgets, reserves, hosts = zip(*found, strict=True)
         device_bytes = min((budget for budget in budgets if budget is not None), default=None)
-        return Limits(device_bytes, max(reserves), min(hosts) // ranks.on_this_host, self.rates)
+        host_bytes = min(hosts) // ranks.on_this_host
+        return replace(self, device_bytes=device_bytes, reserve_bytes=max(reserves), host_bytes=host_bytes)
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,12 @@ class _Memory:
         return self.limits.device_bytes is None or self.peak(residency) <= self.limits.device_bytes
 
     def peak(self, residency: Residency) -> int:
-        return self.limits.reserve_bytes + self.static(residency) + int(self.timeline(residency).max(initial=0))
+        tensors = self.static(residency) + int(self.timeline(residency).max(initial=0))
+        return self.limits.reserve_bytes + self.holes() + tensors
+
+    def holes(self) -> int:
+        """Bytes that are free in the allocator, but not in one piece where the largest storage needs them so."""
+        return int(self.limits.hole_share * self.liveness.largest_bytes)
 
     def static(self, residency: Residency) -> int:
         per_chunk = (_static_bytes(self.plan, chunk, residency) for chunk in self.chunks)
@@ -249,6 +257,7 @@ class _Memory:
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(residency)[at]) if len(timeline) else 0,
             "driver and libraries": self.limits.reserve_bytes,
+            "holes in the allocator": self.holes(),
             **{name: int(array[at]) for name, array in self.liveness.values.items() if len(array)},
         }
         largest = sorted(((name, n) for name, n in parts.items() if n), key=lambda part: -part[1])

@@ -47,6 +47,7 @@ def test_one_training_step() -> None:
     end = len(names) - 1
     assert live.length == len(names) == 16
     assert live.static_bytes == 128
+    assert live.largest_bytes == 256, "the gradient's; fetched weights are counted apart"
     assert live.fetches == (Interval(0, at["fetch"], at["release"]),)
     # The product is handed out at the turn; that of the step before lives until then.
     assert live.values[OUTPUTS].tolist() == expected(16, (128, at["mm"], end), (128, 0, at["turn"]))
@@ -78,6 +79,17 @@ def test_views_keep_a_storage_and_cost_nothing() -> None:
 def test_views_of_inputs_are_not_counted_again() -> None:
     body = '    t: "f32[4, 4]{1, 4}" = aten.t.default(x)\n    exp: "f32[4, 4]{1, 4}" = aten.exp.default(t)\n'
     assert activations(body, '"output:0": exp') == [0, 0, 0, 0]
+
+
+def test_the_largest_storage_is_one_of_the_programs_own_however_many_names_it_has() -> None:
+    header = 'def evaluation(\n    x: "f32[4, 4] | input:0",\n):\n    # forward\n'
+    body = (
+        '    sum_1: "f32[4]" = aten.sum.dim_IntList(x, [0])\n'
+        '    view: "f32[2, 2]" = aten.view.default(sum_1, [2, 2])\n'
+        '    cos: "f32[2, 2]" = aten.cos.default(view)\n'
+    )
+    program = parse_program(header + body + '    return {"output:0": cos}\n')
+    assert analyse(program).largest_bytes == 16, "not the input's 64"
 
 
 def test_each_of_several_results_has_its_own_life() -> None:

@@ -1,6 +1,7 @@
 """The planner on programs of a few chunks: what fits is chosen, room is filled, refusals name what would do."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,11 +27,11 @@ def layout(trainable: bool = True, dtype: torch.dtype = torch.float32) -> Layout
     return Layout(tuple(ChunkLayout(i, NUMEL, dtype, torch.float32, trainable, s) for i, s in enumerate(slots)))
 
 
-def lower(plan: Plan) -> Program:
-    """A program that uses one chunk after the other, in each with an activation of 64 bytes beside it; with
-    prefetch the next chunk is fetched in front of the release of the last."""
+def lower(plan: Plan, values: int = 16) -> Program:
+    """A program that uses one chunk after the other, in each with an activation of 64 bytes (so many `values`)
+    beside it; with prefetch the next chunk is fetched in front of the release of the last."""
     name = {torch.float32: "f32", torch.bfloat16: "bf16"}[plan.layout.chunks[0].dtype]
-    lines = ["def evaluation(", '    x: "f32[16] | input:0",', "):", "    # forward"]
+    lines = ["def evaluation(", f'    x: "f32[{values}] | input:0",', "):", "    # forward"]
     held: str | None = None
     for i in range(CHUNKS):
         release = [f"    geminifx.release(w{i - 1}, {i - 1})"] if held else []
@@ -40,7 +41,7 @@ def lower(plan: Plan) -> Program:
         lines += fetch + release if plan.prefetch else release + fetch
         lines += [
             f'    w{i}: "{name}[{NUMEL}] | chunk={i}" = geminifx.wait(c{i}, {i})',
-            f'    y{i}: "f32[16]" = aten.exp.default(x)',
+            f'    y{i}: "f32[{values}]" = aten.exp.default(x)',
         ]
         held = f"w{i}"
     lines += [f"    geminifx.release({held}, {CHUNKS - 1})", "    return {}"]
@@ -137,6 +138,25 @@ def test_the_reserve_is_part_of_the_budget() -> None:
     assert plan(AHEAD + 1000, "cpu", reserve=1000).peak_bytes == AHEAD + 1000
     with pytest.raises(BudgetError, match=r"driver and libraries 1\.00 kB"):
         plan(ON_DEMAND + 999, "cpu", reserve=1000)
+
+
+def test_an_allocator_that_fragments_is_left_room_around_the_largest_storage() -> None:
+    draft, wishes = Plan("cpu", None, layout()), Wishes("cpu", (), ())
+    huge = partial(lower, values=1000)  # activations of 4 kB beside chunks of 256 bytes
+    arena = solve(draft, huge, limits(None), wishes).plan.memory
+    assert arena.peak_bytes == 4000 + 4000 + WEIGHTS and "holes in the allocator" not in dict(arena.at_peak)
+
+    fragmenting = replace(limits(None), hole_share=0.5)
+    memory = solve(draft, huge, fragmenting, wishes).plan.memory
+    assert memory.peak_bytes == arena.peak_bytes + 2000
+    assert dict(memory.at_peak)["holes in the allocator"] == 2000
+    assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
+    small = solve(draft, lower, fragmenting, wishes).plan.memory
+    assert dict(small.at_peak)["holes in the allocator"] == ACTIVATION // 2
+
+    with pytest.raises(BudgetError, match=r"holes in the allocator 2\.00 kB") as refused:
+        solve(draft, huge, replace(fragmenting, device_bytes=memory.peak_bytes - 1), wishes)
+    assert refused.value.smallest_bytes == memory.peak_bytes
 
 
 def test_masters_of_a_model_in_training_stay_where_they_are() -> None:
