@@ -16,17 +16,17 @@ def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoad
     Raises ValueError for iterable datasets and samplers of the user's own, whose parts are theirs to make.
     """
     ranks = model.session.ranks
-    if ranks.size == 1:
+    if ranks.mesh.data_size == 1:
         return loader
     own = _decides_itself(loader)
     if own is not None:
         raise ValueError(
             f"the loader's {type(own).__name__} decides itself what comes next; let it give each rank its own part "
-            f"(rank {ranks.rank} of {ranks.size} here), and do not shard the loader"
+            f"(part {ranks.data_rank} of {ranks.mesh.data_size} here), and do not shard the loader"
         )
     shuffles = isinstance(loader.sampler, RandomSampler)
     part: DistributedSampler[Any] = DistributedSampler(
-        loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, drop_last=loader.drop_last
+        loader.dataset, ranks.mesh.data_size, ranks.data_rank, shuffle=shuffles, drop_last=loader.drop_last
     )
     return DataLoader(
         loader.dataset, loader.batch_size, sampler=part, num_workers=loader.num_workers, drop_last=loader.drop_last,

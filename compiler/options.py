@@ -12,6 +12,7 @@ import torch
 from ..passes.manager import Pass
 from ..passes.plan import Placement, Plan
 from .capture import Outputs
+from .parallel import Parallel
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,10 +25,11 @@ class Options:
     Fields:
         device_budget: device memory the whole process may use, as bytes or text ("24GB", "24GiB", "80%").
         host_budget: host memory the training state may use; default 90% of what is free.
-        world_size: processes to train on, each with its part of the batch; by default those that torchrun launched.
+        world_size: processes to train on; by default those that torchrun launched.
         example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
-        parallel: degrees of parallelism by name: {"data": 8}. This version has no other than "data".
+        parallel: how the processes share the work, see `Parallel`: {"data": 2, "tensor": {"mode": "2d", "size": 4}}.
+            By default each has its part of the batch.
         precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
             otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
@@ -114,25 +116,17 @@ class Options:
             raise ValueError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
 
     def _check_parallel(self) -> None:
-        degrees = dict(self.parallel or {})
-        for name, degree in degrees.items():
-            if type(degree) is not int or degree < 1 or (name != "data" and degree != 1):
-                raise ValueError(
-                    f"parallel={degrees}: this version trains data parallel only; expected {{'data': N}} with a whole "
-                    "number of processes"
-                )
         if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
             raise ValueError(f"world_size={self.world_size!r}; expected a number of processes, 1 or more")
-        if self.world_size is not None and degrees.get("data", self.world_size) != self.world_size:
-            raise ValueError(
-                f"parallel={degrees} is for {degrees['data']} processes, but world_size={self.world_size}; the degrees "
-                "must multiply to the world"
-            )
+        if self.fuse_loss is True and self.degrees.mode is not None:
+            raise ValueError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
+        if self.world_size is not None:
+            self.degrees.mesh(self.world_size, 1)
 
     @property
-    def ranks(self) -> int | None:
-        """How many processes were asked for; None leaves it to what was launched."""
-        return self.world_size or dict(self.parallel or {}).get("data")
+    def degrees(self) -> Parallel:
+        """What `parallel` declares."""
+        return Parallel.of(self.parallel)
 
 
 _ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"]}

@@ -63,7 +63,7 @@ class Session:
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        self.ranks = Ranks.of(options.ranks, self.device.torch_device)
+        self.ranks = Ranks.of(partial(options.degrees.mesh, options.world_size), self.device.torch_device)
         self.limits = self.device.limits(options).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         default = "bf16" if self.device.is_cuda else None
@@ -127,19 +127,25 @@ class Session:
         if given is not None:
             if self.plan is None:  # parameters may be frozen afterwards
                 check_plan(given, self._parameters, names, self.dtypes)
-            given = replace(given, notes=captured.notes, ranks=self.ranks.size)
+            given = replace(given, notes=captured.notes, **self._shared_by())
             return self._either(lambda plan: check(plan, lower, self.limits), given, given.updates, BudgetError)
         layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         saves = logits_bytes(captured.program) if fuse_loss is not False else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = Plan(options.placement, self.limits.device_bytes, layout, self.ranks.size,
-                     optimizer_state_bytes=options.optimizer_state_bytes, notes=notes)  # fmt: skip
+        draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes,
+                     optimizer_state_bytes=options.optimizer_state_bytes, **self._shared_by())  # fmt: skip
         fixed = self.plan.residency if self.plan and self._programs else Residency()
         masters = fixed.masters if self.plan and self._programs else None
         wishes = Wishes(options.placement, self._recompute(names), names, masters, fixed.streamed, fuse_loss, saves)
         ours = Updates() if any(chunk.casts for chunk in layout.chunks) else None
         return self._either(lambda plan: solve(plan, lower, self.limits, wishes), draft, ours, HostBudgetError)
+
+    def _shared_by(self) -> dict[str, Any]:
+        """The fields of a plan that tell how processes share the work."""
+        degrees = self.options.degrees
+        mode = degrees.mode if self.ranks.mesh.tensor_axes else None
+        return {"mesh": self.ranks.mesh, "mode": mode or "", "sequence": degrees.sequence, "zero": degrees.zero}
 
     def _either(self, decide: Callable[[Plan], Solution], plan: Plan, ours: Updates | None,
                 excused: type[BudgetError]) -> Solution:  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates
+from ..runtime.mesh import ONE_PROCESS, Axis, Mesh
 from ..runtime.units import format_bytes
 
 Placement = Literal["cuda", "cpu", "auto"]
@@ -59,7 +60,10 @@ class Plan:
         placement: the policy that was asked for.
         budget_bytes: device memory the process may use, or None for all there is.
         layout: which parameter lives where in which chunk.
-        ranks: how many processes train together, each on a part of the batch.
+        mesh: the processes that train together.
+        mode: how they shard tensors, a key of `passes.modes.MODES`; "" where they do not.
+        sequence: whether the mode "1d" shards activations along the sequence.
+        zero: what processes along the axis "data" hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
@@ -73,7 +77,10 @@ class Plan:
     placement: Placement = "auto"
     budget_bytes: int | None = None
     layout: Layout = field(default_factory=lambda: Layout(()))
-    ranks: int = 1
+    mesh: Mesh = ONE_PROCESS
+    mode: str = ""
+    sequence: bool = False
+    zero: int = 0
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
@@ -86,6 +93,11 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return self.memory.peak_bytes
+
+    @property
+    def ranks(self) -> int:
+        """How many batches make one step's."""
+        return self.mesh.data_size
 
     @property
     def training_state(self) -> Updates | TorchUpdates:
@@ -121,7 +133,13 @@ class Plan:
         rows = [
             ("placement", self.placement),
             ("device budget", _amount(self.budget_bytes)),
-            *([("data parallel", f"{self.ranks} ranks")] if self.ranks > 1 else []),
+            *([("processes", str(self.mesh))] if self.mesh.size > 1 else []),
+            *(
+                [("tensor parallel", self.mode + (", along the sequence" if self.sequence else ""))]
+                if self.mode
+                else []
+            ),
+            *([("ZeRO", f"stage {self.zero}")] if self.zero else []),
             ("planned device peak", _amount(self.memory.peak_bytes)),
             ("  of it always there", _amount(self.memory.static_bytes)),
             *((f"  at the peak: {name}", _amount(amount)) for name, amount in self.memory.at_peak[:6]),
@@ -177,6 +195,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         "layout": Layout(chunks, tuple((a, b) for a, b in data["layout"]["tied"])),
         "recompute": tuple(data["recompute"]),
         "residency": Residency(**{key: frozenset(value) for key, value in data["residency"].items()}),
+        "mesh": Mesh(tuple(Axis(**axis) for axis in data["mesh"]["axes"])),
         "memory": MemoryEstimate(**memory),
         "updates": None if data["updates"] is None else Updates(**data["updates"]),
         "notes": tuple(data["notes"]),

@@ -32,6 +32,7 @@ class Note:
     `module` is the fully qualified name of the model's module the node comes from ("" where none is known),
     `role` is set on inputs only, `tied` names the parameter that an input shares its storage with, `chunk`
     marks values that live in a chunk, `recomputed` marks copies of forward nodes in the backward phase.
+    `placement` tells how a sharded program's value lies on the mesh, such as "row=S0 col=S1".
     """
 
     type: Type = None
@@ -41,6 +42,7 @@ class Note:
     tied: str = ""
     chunk: int | None = None
     recomputed: bool = False
+    placement: str = ""
 
 
 def note(node: fx.Node) -> Note:
@@ -127,14 +129,17 @@ class Program:
             node = self.graph.create_node("call_function", target, args, kwargs, name=_free(name))
         if target in PER_CHUNK:  # of the plan's making, not of any module's
             origin = Note(phase=origin.phase)
-        node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None)
+        node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None,
+                                  placement="")  # fmt: skip
         return node
 
     def copy_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
         """Emit `node` once more in front of `before`, its node arguments mapped by `value`."""
         args = fx.map_arg(node.args, value)
         kwargs = fx.map_arg(node.kwargs, value)
-        return self.emit(node.target, args, kwargs, before=before, like=note(node), name=node.name)
+        copy = self.emit(node.target, args, kwargs, before=before, like=note(node), name=node.name)
+        annotate(copy, placement=note(node).placement)
+        return copy
 
     def add_input(self, name: str, type: Type, role: str, tied: str = "") -> fx.Node:
         """Append an input; inputs stand in front of everything else."""

@@ -125,6 +125,7 @@ def _annotation(node: fx.Node) -> str:
     fields = [type_text(origin.type), origin.role]
     fields += [f"tied={origin.tied}"] if origin.tied else []
     fields += [f"chunk={origin.chunk}"] if origin.chunk is not None else []
+    fields += [f"on {origin.placement}"] if origin.placement else []
     return " | ".join(text for text in fields if text)
 
 
@@ -219,6 +220,7 @@ class _Parser:
         role = next((f for f in fields if ":" in f and "=" not in f.split(":")[0]), "")
         tied = next((f.removeprefix("tied=") for f in fields if f.startswith("tied=")), "")
         self.names[argument.arg] = self.program.add_input(argument.arg, type, role, tied)
+        annotate(self.names[argument.arg], placement=_placement(fields))
 
     def _statement(self, statement: ast.stmt) -> None:
         self._read_context(statement.lineno - 1)
@@ -242,7 +244,7 @@ class _Parser:
         if type_of(node) != stated:
             raise ValueError(f"{name} is stated as {type_text(stated)} but is {type_text(type_of(node))}")
         chunk = next((int(f.removeprefix("chunk=")) for f in fields if f.startswith("chunk=")), None)
-        annotate(node, chunk=chunk)
+        annotate(node, chunk=chunk, placement=_placement(fields))
         self.names[name] = node
 
     def _emit(self, value: ast.expr, name: str | None) -> fx.Node:
@@ -309,6 +311,10 @@ def _read_annotation(annotation: ast.expr | None) -> tuple[Type, list[str]]:
         raise ValueError('every name needs an annotation such as "f32[8, 4]"')
     first, *fields = annotation.value.split(" | ")
     return parse_type(first), fields
+
+
+def _placement(fields: list[str]) -> str:
+    return next((f.removeprefix("on ") for f in fields if f.startswith("on ")), "")
 
 
 def _resolve(function: ast.expr) -> Any:

@@ -35,6 +35,9 @@ class Machine:
     def __init__(self, placing: Placing, stats: Stats, ranks: Ranks = ALONE) -> None:
         self.placing = placing
         self.ranks = ranks
+        exchange = ranks.collectives
+        self.all_gather, self.reduce_scatter = exchange.all_gather, exchange.reduce_scatter
+        self.all_reduce, self.local, self.offset = exchange.all_reduce, exchange.local, exchange.offset
         self.chunks = placing.store.chunks
         self.device = placing.device
         self.stats = stats

@@ -24,6 +24,14 @@ Among several ranks gradients are averaged on that way, and::
 
     n = geminifx.average(count)                    # the mean over the ranks
     part = geminifx.share(loss, count, n)          # this rank's part in the mean over all tokens
+
+A sharded program exchanges along the axes of the mesh::
+
+    whole = geminifx.all_gather(x, 1, "col", 2)    # what is sharded along dimension 1 over the 2 ranks of axis col
+    x = geminifx.reduce_scatter(p, 1, "col", 2)    # a part of the sum of what is partial
+    y = geminifx.all_reduce(p, "row", "sum")       # all of it
+    x = geminifx.local(whole, 1, "col", 2)         # a part of what every rank has
+    first = geminifx.offset(x, "col", 16)          # where this rank's part of 16 begins
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +54,11 @@ SCHEMAS = {
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
     "average": "(Tensor value) -> Tensor",
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
+    "all_gather": "(Tensor part, int dim, str axis, int size) -> Tensor",
+    "reduce_scatter": "(Tensor part, int dim, str axis, int size) -> Tensor",
+    "all_reduce": "(Tensor part, str axis, str reduction) -> Tensor",
+    "local": "(Tensor(a) whole, int dim, str axis, int size) -> Tensor(a)",
+    "offset": "(Tensor like, str axis, int extent) -> Tensor",
     "save_rng": "(Tensor like) -> Tensor",
     "swap_rng": "(Tensor(a!) state) -> ()",
 }
@@ -60,6 +73,10 @@ def _flat(numel: int, dtype: torch.dtype) -> Tensor:
 def parameter_view(weights: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     """One parameter of a flat chunk; `offset` counts elements."""
     return weights.narrow(0, offset, prod(shape)).view(shape)
+
+
+def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    return tensor.new_empty([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
 
 
 def _no_result(*_: object) -> None:
@@ -78,6 +95,11 @@ FAKES: dict[str, Callable[..., object]] = {
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
     "average": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
+    "all_gather": lambda part, dim, axis, size: _resized(part, dim, part.shape[dim] * size),
+    "reduce_scatter": lambda part, dim, axis, size: _resized(part, dim, part.shape[dim] // size),
+    "all_reduce": lambda part, axis, reduction: torch.empty_like(part, memory_format=torch.contiguous_format),
+    "local": lambda whole, dim, axis, size: whole.narrow(dim, 0, whole.shape[dim] // size),
+    "offset": lambda like, axis, extent: torch.empty((), dtype=torch.int64),
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
     "swap_rng": _no_result,
 }
@@ -98,6 +120,11 @@ SETTLE = _ops.settle.default
 TURN = _ops.turn.default
 AVERAGE = _ops.average.default
 SHARE = _ops.share.default
+ALL_GATHER = _ops.all_gather.default
+REDUCE_SCATTER = _ops.reduce_scatter.default
+ALL_REDUCE = _ops.all_reduce.default
+LOCAL = _ops.local.default
+OFFSET = _ops.offset.default
 SAVE_RNG = _ops.save_rng.default
 SWAP_RNG = _ops.swap_rng.default
 

@@ -1,15 +1,19 @@
 """The processes that train one model together, by `torch.distributed`."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from .collectives import Collectives
 from .errors import StateError
+from .mesh import DATA, ONE_PROCESS, Mesh
 
 TIMEOUT_S = 1800.0
 """Seconds that a rank waits for the others before it takes them for dead."""
@@ -17,32 +21,43 @@ TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Ranks:
-    """`size` processes, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
-    more than one is planned for and only one is there."""
+    """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
+    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes."""
 
-    size: int = 1
+    mesh: Mesh = ONE_PROCESS
     rank: int = 0
     launched: bool = True
+    groups: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, world_size: int | None, device: torch.device) -> "Ranks":
-        """The ranks that torchrun launched, or those that are planned for.
-
-        Raises ValueError where `world_size` is another than what was launched.
-        """
+    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device) -> "Ranks":
+        """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
+        launched ones, and raises ValueError where there is none."""
         launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        mesh = mesh_of(launched)
         if launched == 1:
-            return cls(world_size or 1, 0, launched=(world_size or 1) == 1)
-        if world_size is not None and world_size != launched:
+            return cls(mesh, 0, launched=mesh.size == 1)
+        if mesh.size != launched:
             raise ValueError(
-                f"world_size={world_size}, but {launched} processes were launched; leave world_size out, or launch "
-                f"with torchrun --nproc-per-node {world_size}"
+                f"world_size={mesh.size}, but {launched} processes were launched; leave world_size out, or launch "
+                f"with torchrun --nproc-per-node {mesh.size}"
             )
         if not dist.is_initialized():
             on_cuda = device.type == "cuda"
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
                                     device_id=device if on_cuda else None)  # fmt: skip
-        return cls(launched, dist.get_rank())
+        names = tuple(axis.name for axis in mesh.axes)
+        made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names)
+        return cls(mesh, dist.get_rank(), groups={name: made.get_group(name) for name in names})
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the step's batches is this process's."""
+        return self.mesh.coordinate(self.rank, DATA)
 
     @property
     def on_this_host(self) -> int:
@@ -54,24 +69,29 @@ class Ranks:
         """Whether there are others to exchange with."""
         return self.size > 1 and self.launched
 
+    @property
+    def collectives(self) -> Collectives:
+        """What a sharded program exchanges with."""
+        return Collectives(self.mesh, self.rank, self.groups, self.call)
+
     def average_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its mean over the ranks. Divided first: sums of bfloat16 stay in range."""
-        if self.together:
-            self._call(dist.all_reduce, tensor.div_(self.size))
+        """Replace a tensor by its mean over the batches. Divided first: sums of bfloat16 stay in range."""
+        if self.together and self.mesh.data_size > 1:
+            self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=self.groups[DATA])
         return tensor
 
     def from_first_(self, tensor: Tensor, device: torch.device) -> None:
         """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""
         if self.together:
             there = tensor.to(device)
-            self._call(dist.broadcast, there, src=0)
+            self.call(dist.broadcast, there, src=0)
             tensor.copy_(there)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank has for `value`."""
         found: list[Any] = [value] * self.size
         if self.together:
-            self._call(dist.all_gather_object, found, value)
+            self.call(dist.all_gather_object, found, value)
         return found
 
     def check_alike(self, what: str, digest: str) -> None:
@@ -92,7 +112,8 @@ class Ranks:
                 f"torchrun --nproc-per-node {self.size} SCRIPT. Plan and program can be looked at without"
             )
 
-    def _call(self, collective: Any, *args: Any, **kwargs: Any) -> None:
+    def call(self, collective: Any, *args: Any, **kwargs: Any) -> None:
+        """Run a collective of torch.distributed. Raises StateError where another process is lost."""
         try:
             collective(*args, **kwargs)
         except RuntimeError as error:

@@ -30,7 +30,17 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"placment": "cpu"}, "no option 'placment'; did you mean 'placement'"),
     ({"zzz": 1}, "no option 'zzz'; the options are device_budget"),
     ({"world_size": 0}, "expected a number of processes, 1 or more"),
-    ({"parallel": {"tensor": {"mode": "2d"}}}, "data parallel only; expected {'data': N}"),
+    ({"parallel": {"date": 2}}, "parallel has 'date'; did you mean 'data'"),
+    ({"parallel": {"data": 0}}, "data is 0; expected a whole number of processes"),
+    ({"parallel": {"data": 2, "zero": 4}}, "zero is 4; expected 0, 1, 2 or 3"),
+    ({"parallel": {"tensor": {"size": 4}}}, "tensor has no mode"),
+    ({"parallel": {"tensor": {"mode": "2.5"}}}, "the mode '2.5' is unknown; expected 2.5d"),
+    ({"parallel": {"tensor": "2d:6"}}, "a square of processes; size=6 is not"),
+    ({"parallel": {"tensor": {"mode": "2.5d", "size": 6, "depth": 2}}}, "2 square(s)"),
+    ({"parallel": {"tensor": "3d:4"}}, "a cube of processes"),
+    ({"parallel": {"tensor": {"mode": "2d", "size": 4, "depth": 2}}}, "only the mode '2.5d' has a depth"),
+    ({"parallel": {"tensor": {"mode": "2d", "size": 4, "sequence": True}}}, "only the mode '1d'"),
+    ({"world_size": 8, "parallel": {"data": 3, "tensor": "1d:2"}}, "is 6 processes, but the world has 8"),
     ({"passes": (print,)}, "is not a pass"),
     ({"config": "no/such/file.toml"}, "there is no such file"),
 ]
@@ -58,7 +68,7 @@ def test_blocks_to_recompute_must_exist() -> None:
 
 
 def test_degrees_of_one_are_accepted() -> None:
-    assert Options.of({"world_size": 1, "parallel": {"data": 1, "tensor": 1}}).world_size == 1
+    assert Options.of({"world_size": 1, "parallel": {"data": 1, "tensor": "1d:1"}}).world_size == 1
 
 
 def config(folder: Path, text: str) -> Path:

@@ -1,0 +1,112 @@
+"""What `parallel=` declares: degrees of parallelism by name, and the mesh of processes they make."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isqrt
+from typing import Any
+
+from ..passes.modes import MODES
+from ..runtime.mesh import DATA, Axis, Mesh
+
+EXPECTED = 'such as {"data": 2, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}'
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Degrees of parallelism; their product is the number of processes.
+
+    Fields:
+        data: how many processes, or groups of them, have a batch of their own; None: as many as the world has room for.
+        zero: what the processes along `data` hold a part of, instead of all: 1 the optimizer's state, 2 gradients
+            too, 3 weights too.
+        mode: how tensors are sharded: "1d", "2d", "2.5d" or "3d"; None: not at all.
+        size: over how many processes.
+        depth: of 2.5d: how many layers of the square.
+        sequence: of 1d: whether activations between blocks are sharded along the sequence.
+    """
+
+    data: int | None = None
+    zero: int = 0
+    mode: str | None = None
+    size: int = 1
+    depth: int = 1
+    sequence: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> "Parallel":
+        """Raises ValueError for names and degrees that make no sense."""
+        values = dict(given or {})
+        _known(values, ("data", "zero", "tensor"), "parallel")
+        tensor = _tensor(values.pop("tensor", None))
+        _known(tensor, ("mode", "size", "depth", "sequence"), "parallel['tensor']")
+        found = cls(**values, **tensor)
+        found._check(given)
+        return found
+
+    def _check(self, given: Any) -> None:
+        for name, degree in (("data", self.data or 1), ("size", self.size), ("depth", self.depth)):
+            if type(degree) is not int or degree < 1:
+                raise ValueError(f"parallel={given}: {name} is {degree!r}; expected a whole number of processes")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"parallel={given}: zero is {self.zero!r}; expected 0, 1, 2 or 3")
+        if self.mode is None and self.size > 1:
+            raise ValueError(f"parallel={given}: tensor has no mode; expected one of {', '.join(MODES)}, {EXPECTED}")
+        if self.mode is not None and self.mode not in MODES:
+            near = get_close_matches(str(self.mode), MODES, 1) or list(MODES)
+            raise ValueError(f"parallel={given}: the mode {self.mode!r} is unknown; expected {' or '.join(near)}")
+        if self.depth > 1 and self.mode != "2.5d":
+            raise ValueError(f"parallel={given}: only the mode '2.5d' has a depth")
+        if self.sequence and self.mode != "1d":
+            raise ValueError(f"parallel={given}: only the mode '1d' shards along the sequence")
+        self.tensor_axes()
+
+    def tensor_axes(self) -> tuple[Axis, ...]:
+        """The mode's axes. Raises ValueError where `size` processes do not make such a mesh."""
+        if self.mode is None or self.size == 1:
+            return ()
+        if self.mode == "1d":
+            return (Axis("tp", self.size),)
+        if self.mode == "3d":
+            side = round(self.size ** (1 / 3))
+            if side**3 != self.size:
+                raise ValueError(f"3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none")
+            return tuple(Axis(name, side) for name in ("a", "b", "c"))
+        side = isqrt(self.size // self.depth)
+        if side * side * self.depth != self.size:
+            layers = f"{self.depth} square(s)" if self.mode == "2.5d" else "a square"
+            raise ValueError(f"{self.mode} shards over {layers} of processes; size={self.size} is not {layers}")
+        depth = (Axis("depth", self.depth),) if self.mode == "2.5d" else ()
+        return tuple(axis for axis in (*depth, Axis("row", side), Axis("col", side)) if axis.size > 1)
+
+    def mesh(self, world_size: int | None, launched: int) -> Mesh:
+        """The mesh for a world of so many processes, or of those that were launched.
+
+        Raises ValueError where the degrees do not multiply to the world.
+        """
+        world = world_size or (launched if launched > 1 else (self.data or 1) * self.size)
+        data = self.data or max(world // self.size, 1)
+        if data * self.size != world:
+            raise ValueError(
+                f"data={data} times tensor={self.size} is {data * self.size} processes, but the world has {world}; the "
+                "degrees must multiply to the world: change parallel=, world_size=, or how many torchrun launches"
+            )
+        return Mesh((*([Axis(DATA, data)] if data > 1 else []), *self.tensor_axes()))
+
+
+def _tensor(given: Any) -> dict[str, Any]:
+    """What `tensor` declares: a dict, or "mode:size" in short. Raises ValueError for anything else."""
+    if isinstance(given, str):
+        mode, _, size = given.partition(":")
+        given = {"mode": mode, "size": int(size) if size.isdigit() else size}
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"tensor={given!r}; expected a mode and a size, \"1d:4\" or {{'mode': '1d', 'size': 4}}")
+    return dict(given or {})
+
+
+def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
+    unknown = next((name for name in values if name not in names), None)
+    if unknown is not None:
+        near = get_close_matches(str(unknown), names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}, {EXPECTED}"
+        raise ValueError(f"{where} has {unknown!r}; {hint}")

@@ -1,0 +1,55 @@
+"""Exchange between the processes along one axis of the mesh: what the sharded program's instructions do."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .mesh import Mesh
+
+REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Collectives:
+    """The instructions of a sharded program, by the names they have there.
+
+    `groups` has the process group of each axis; `call` runs one of torch.distributed's functions and turns its
+    failure into an error of ours.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, groups: Mapping[str, Any], call: Callable[..., None]) -> None:
+        self.mesh = mesh
+        self.rank = rank
+        self.groups = groups
+        self.call = call
+
+    def all_gather(self, part: Tensor, dim: int, axis: str, size: int) -> Tensor:
+        """The whole of a tensor that is sharded along `dim`."""
+        part = part.movedim(dim, 0).contiguous()
+        whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
+        self.call(dist.all_gather_into_tensor, whole, part, group=self.groups[axis])
+        return whole.movedim(0, dim).contiguous()
+
+    def reduce_scatter(self, part: Tensor, dim: int, axis: str, size: int) -> Tensor:
+        """This process's part, along `dim`, of the sum."""
+        part = part.movedim(dim, 0).contiguous()
+        mine = part.new_empty((part.shape[0] // size, *part.shape[1:]))
+        self.call(dist.reduce_scatter_tensor, mine, part, group=self.groups[axis])
+        return mine.movedim(0, dim).contiguous()
+
+    def all_reduce(self, part: Tensor, axis: str, reduction: str) -> Tensor:
+        """The sum, or the largest, of every element."""
+        whole = part.clone(memory_format=torch.contiguous_format)
+        self.call(dist.all_reduce, whole, op=REDUCTIONS[reduction], group=self.groups[axis])
+        return whole
+
+    def local(self, whole: Tensor, dim: int, axis: str, size: int) -> Tensor:
+        """This process's part, along `dim`, of a tensor that all have."""
+        length = whole.shape[dim] // size
+        return whole.narrow(dim, self.mesh.coordinate(self.rank, axis) * length, length)
+
+    def offset(self, like: Tensor, axis: str, extent: int) -> Tensor:
+        """Where this process's part begins, of parts of `extent`: an int64 scalar."""
+        return torch.full((), self.mesh.coordinate(self.rank, axis) * extent, dtype=torch.int64, device=like.device)

@@ -1,0 +1,157 @@
+"""The mesh of processes, and how a tensor lies on it: plain dataclasses shared by plans, passes and the machine.
+
+A mesh names its axes; a process has one coordinate on each, the last axis running fastest. On every axis a tensor
+is replicated, sharded along one of its dimensions, or partial: a term of a sum that is still to be taken.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+DATA = "data"
+"""The axis along which every process has a batch of its own."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of equal parts along dimension `dim`.
+
+    Of a fused projection, such as one that makes query, key and value in one, every process has its part of each
+    of the `sections`, which lie one behind the other.
+    """
+
+    dim: int
+    sections: int = 1
+
+    def __str__(self) -> str:
+        return f"S{self.dim}" + (f"/{self.sections}" if self.sections > 1 else "")
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """The whole tensor."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A term; the tensor is the sum over the axis."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+Placement = Shard | Replicate | Partial
+REPLICATE, PARTIAL = Replicate(), Partial()
+Placements = tuple[Placement, ...]
+"""One placement for each of a mesh's tensor axes, in their order."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`size` processes in a row."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All processes, by coordinates. Axes of size 1 are left out; no axes: one process."""
+
+    axes: tuple[Axis, ...] = ()
+
+    @cached_property
+    def size(self) -> int:
+        return prod(axis.size for axis in self.axes)
+
+    @cached_property
+    def tensor_axes(self) -> tuple[Axis, ...]:
+        """The axes that tensors are sharded over, which share one batch."""
+        return tuple(axis for axis in self.axes if axis.name != DATA)
+
+    @cached_property
+    def data_size(self) -> int:
+        """How many batches make one step's."""
+        return prod(axis.size for axis in self.axes if axis.name == DATA)
+
+    def coordinate(self, rank: int, name: str) -> int:
+        """Where a process stands on an axis; 0 on one that the mesh does not have."""
+        for axis in reversed(self.axes):
+            rank, coordinate = divmod(rank, axis.size)
+            if axis.name == name:
+                return coordinate
+        return 0
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis.name} {axis.size}" for axis in self.axes) or "one process"
+
+
+ONE_PROCESS = Mesh()
+
+
+def local_shape(shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    """The shape of one process's part."""
+    found = list(shape)
+    for placement, axis in zip(placements, axes, strict=True):
+        if isinstance(placement, Shard):
+            found[placement.dim] //= axis.size
+    return tuple(found)
+
+
+def take_part(whole: Tensor, placement: Placement, coordinate: int, size: int) -> Tensor:
+    """One process's part of a tensor on one axis. A view, unless there are several sections."""
+    if not isinstance(placement, Shard):
+        return whole
+    sections = [section.chunk(size, placement.dim)[coordinate] for section in _sections(whole, placement)]
+    return sections[0] if len(sections) == 1 else torch.cat(sections, placement.dim)
+
+
+def join_parts(parts: list[Tensor], placement: Placement) -> Tensor:
+    """The tensor of all processes' parts on one axis: the inverse of `take_part`."""
+    if not isinstance(placement, Shard):
+        return parts[0]
+    by_section = zip(*(_sections(part, placement) for part in parts), strict=True)
+    return torch.cat([piece for section in by_section for piece in section], placement.dim)
+
+
+def local_part(whole: Tensor, placements: Placements, mesh: Mesh, rank: int) -> Tensor:
+    """One process's part of a tensor that lies on the mesh by `placements`."""
+    for placement, axis in zip(placements, mesh.tensor_axes, strict=True):
+        whole = take_part(whole, placement, mesh.coordinate(rank, axis.name), axis.size)
+    return whole
+
+
+def _sections(tensor: Tensor, placement: Shard) -> tuple[Tensor, ...]:
+    return tensor.chunk(placement.sections, placement.dim) if placement.sections > 1 else (tensor,)
+
+
+def parse_placement(text: str) -> Placement:
+    """The inverse of str(placement). Raises ValueError on anything else."""
+    if text in ("R", "P"):
+        return REPLICATE if text == "R" else PARTIAL
+    dim, _, sections = text.removeprefix("S").partition("/")
+    if not text.startswith("S") or not dim.isdigit() or not (sections or "1").isdigit():
+        raise ValueError(f"{text!r} is no placement; expected R, P, or S and a dimension, such as S0")
+    return Shard(int(dim), int(sections or 1))
+
+
+def placements_text(placements: Placements, axes: tuple[Axis, ...]) -> str:
+    """Such as "row=S0 col=S1"; axes on which the tensor is replicated are left out."""
+    named = zip(placements, axes, strict=True)
+    return " ".join(f"{axis.name}={placement}" for placement, axis in named if placement != REPLICATE) or "R"
+
+
+def parse_placements(text: str, axes: tuple[Axis, ...]) -> Placements:
+    """The inverse of `placements_text`. Raises ValueError for an axis that is not there."""
+    given: Mapping[str, str] = dict(item.split("=") for item in text.split()) if text != "R" else {}
+    unknown = next((name for name in given if name not in {axis.name for axis in axes}), None)
+    if unknown is not None:
+        raise ValueError(f"{text!r} names the axis {unknown!r}; the axes are {', '.join(a.name for a in axes)}")
+    return tuple(parse_placement(given.get(axis.name, "R")) for axis in axes)
