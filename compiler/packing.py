@@ -3,10 +3,12 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from ..passes.losses import tensor_type
 from ..passes.program import Program, note
 from ..runtime.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
 from .precision import master_dtype
@@ -38,7 +40,8 @@ def pack(
     chunk that is at least half full ends. Equal blocks have equal chunks then, and equal programs. A
     parameter that is larger than a chunk has one of its own.
     """
-    limit_bytes = _chunk_bytes(parameters, blocks, dtypes)
+    inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
+    limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
     tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
     opened: dict[tuple[torch.dtype, torch.dtype, bool], _Open] = defaultdict(_Open)
     closed: list[tuple[tuple[torch.dtype, torch.dtype, bool], _Open]] = []
@@ -48,25 +51,24 @@ def pack(
         half_full_bytes = limit_bytes // 2 if inside != previous else limit_bytes
         key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad)
         alignment = ALIGNMENT_BYTES // key[0].itemsize
-        size = -(-parameter.numel() // alignment) * alignment
+        shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
+        size = -(-prod(shape) // alignment) * alignment
         current = opened[key]
         used_bytes = current.numel * key[0].itemsize
         if current.slots and (used_bytes + size * key[0].itemsize > limit_bytes or used_bytes >= half_full_bytes):
             closed.append((key, opened.pop(key)))
             current = opened[key]
-        current.slots.append(Slot(name, current.numel, tuple(parameter.shape)))
+        current.slots.append(Slot(name, current.numel, shape, placement))
         current.numel += size
     closed += opened.items()
     chunks = (ChunkLayout(i, c.numel, *key, tuple(c.slots)) for i, (key, c) in enumerate(closed))
     return Layout(tuple(chunks), tuple(tied.items()))
 
 
-def _chunk_bytes(
-    parameters: dict[str, nn.Parameter], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]
-) -> int:
+def _chunk_bytes(inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> int:
     sizes: dict[str, int] = defaultdict(int)
-    for name, parameter in parameters.items():
-        num_bytes = parameter.numel() * dtypes[name].itemsize
+    for name, node in inputs.items():
+        num_bytes = prod(tensor_type(node).shape) * dtypes[name].itemsize
         sizes[_block_of(name, blocks)] += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     largest = max((size for block, size in sizes.items() if block), default=max(sizes.values(), default=0))
     pieces = -(-largest // LARGEST_CHUNK_BYTES)

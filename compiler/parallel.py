@@ -45,7 +45,11 @@ class Parallel:
         return found
 
     def _check(self, given: Any) -> None:
-        for name, degree in (("data", self.data or 1), ("size", self.size), ("depth", self.depth)):
+        for name, degree in (
+            ("data", 1 if self.data is None else self.data),
+            ("size", self.size),
+            ("depth", self.depth),
+        ):
             if type(degree) is not int or degree < 1:
                 raise ValueError(f"parallel={given}: {name} is {degree!r}; expected a whole number of processes")
         if self.zero not in (0, 1, 2, 3):

@@ -22,11 +22,16 @@ ALIGNMENT_BYTES = 256
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter's place in a chunk: `offset` and `numel` count elements of the chunk's dtype."""
+    """One parameter's place in a chunk: `offset` and `numel` count elements of the chunk's dtype.
+
+    `shape` is of this process's part; `placement` tells how the parameter lies on the mesh, such as "row=S1 col=S0"
+    ("": every process has all of it).
+    """
 
     name: str
     offset: int
     shape: tuple[int, ...]
+    placement: str = ""
 
     @property
     def numel(self) -> int:
