@@ -52,12 +52,14 @@ class Captured:
 class Request:
     """What to capture: `dtype` to compute in (None: as the model has it), outputs that take a gradient, and
     whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
-    decided before; by default it follows from `dtype`."""
+    decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
+    only its parts by now."""
 
     dtype: torch.dtype | None = None
     outputs: Outputs = "loss"
     backward: bool = True
     dtypes: Mapping[str, torch.dtype] | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Captured:
@@ -71,7 +73,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     mode = private.FakeTensorMode(allow_non_fake_inputs=True)
     fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
-    step = _Step(_fake_copy(model, mode, dtypes), leaves, spec, tuple(fakes), request.outputs)
+    fake_model = _fake_copy(model, mode, dtypes, request.shapes or {})
+    step = _Step(fake_model, leaves, spec, tuple(fakes), request.outputs)
     private.annotate_modules(step)
     with ExitStack() as stack:
         notes = stack.enter_context(capturable(step.model, named))
@@ -168,11 +171,12 @@ def _fake(mode: private.FakeTensorMode, tensor: Tensor, dtype: torch.dtype | Non
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[str, torch.dtype],
+               shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:  # fmt: skip
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         with mode:
-            fake = torch.empty(parameter.shape, dtype=dtypes[name])  # chunks hold parameters contiguously
+            fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])  # chunks hold parameters contiguously
         memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
     memo |= {id(buffer): _fake(mode, buffer.detach(), None) for buffer in model.buffers()}
     return copy.deepcopy(model, memo)

@@ -11,12 +11,17 @@ from torch import fx, nn
 from ..passes.losses import tensor_type
 from ..passes.program import Program, note
 from ..runtime.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
+from ..runtime.mesh import sharded_over
 from .precision import master_dtype
 
 LARGEST_CHUNK_BYTES = 256 * 2**20
 """Copies reach the bus's full rate from 16 MiB; larger chunks only hold more of the device while in use."""
 
 SMALLEST_CHUNK_BYTES = 32 * 2**10
+
+
+_Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str]]
+"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over."""
 
 
 @dataclass
@@ -35,23 +40,23 @@ def pack(
 ) -> Layout:
     """The layout of a captured model's parameters.
 
-    A chunk holds parameters of one compute dtype, one master dtype and one trainability. Chunks follow the
-    model's blocks: a chunk is as large as the largest block, within fixed bounds, and where a block begins a
-    chunk that is at least half full ends. Equal blocks have equal chunks then, and equal programs. A
-    parameter that is larger than a chunk has one of its own.
+    A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
+    over the same axes of the mesh. Chunks follow the model's blocks: a chunk is as large as the largest
+    block, within fixed bounds, and where a block begins a chunk that is at least half full ends. Equal blocks
+    have equal chunks then, and equal programs. A parameter that is larger than a chunk has one of its own.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
     limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
     tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
-    opened: dict[tuple[torch.dtype, torch.dtype, bool], _Open] = defaultdict(_Open)
-    closed: list[tuple[tuple[torch.dtype, torch.dtype, bool], _Open]] = []
+    opened: dict[_Kind, _Open] = defaultdict(_Open)
+    closed: list[tuple[_Kind, _Open]] = []
     inside = ""
     for name in _order_of_use(program, tied):
         parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
         half_full_bytes = limit_bytes // 2 if inside != previous else limit_bytes
-        key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad)
-        alignment = ALIGNMENT_BYTES // key[0].itemsize
         shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
+        key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, sharded_over(placement))
+        alignment = ALIGNMENT_BYTES // key[0].itemsize
         size = -(-prod(shape) // alignment) * alignment
         current = opened[key]
         used_bytes = current.numel * key[0].itemsize
@@ -61,7 +66,7 @@ def pack(
         current.slots.append(Slot(name, current.numel, shape, placement))
         current.numel += size
     closed += opened.items()
-    chunks = (ChunkLayout(i, c.numel, *key, tuple(c.slots)) for i, (key, c) in enumerate(closed))
+    chunks = (ChunkLayout(i, c.numel, *key[:3], tuple(c.slots)) for i, (key, c) in enumerate(closed))
     return Layout(tuple(chunks), tuple(tied.items()))
 
 

@@ -22,6 +22,7 @@ from ..runtime.executor import Executor
 from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
 from ..runtime.ops import AVERAGE, REDUCE
+from ..runtime.parts import Parts
 from ..runtime.placing import Placing
 from ..runtime.ranks import Ranks
 from ..runtime.slot_source import make_lazy
@@ -64,6 +65,7 @@ class Session:
         self.options = options
         self.device = Device.choose(options)
         self.ranks = Ranks.of(partial(options.degrees.mesh, options.world_size), self.device.torch_device)
+        self.parts = Parts(self.ranks)
         self.limits = self.device.limits(options).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         default = "bf16" if self.device.is_cuda else None
@@ -83,6 +85,7 @@ class Session:
         self._programs: dict[Any, Compiled] = {}
         self._lowered: dict[Any, tuple[Captured, Program]] = {}
         self._parameters = dict(source.named_parameters())
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
     # -- programs ------------------------------------------------------------------------------------------
 
@@ -97,7 +100,7 @@ class Session:
         key = (backward, trained, modes, spec, *map(_leaf_key, leaves))
         if key not in self._programs:
             with torch.inference_mode(False), torch.set_grad_enabled(backward):
-                request = Request(self.dtype, self.options.outputs, backward, self.dtypes)
+                request = Request(self.dtype, self.options.outputs, backward, self.dtypes, self._shapes)
                 self._programs[key] = self._compile(capture(self.source, args, kwargs, request))
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
@@ -220,7 +223,7 @@ class Session:
     # -- memory --------------------------------------------------------------------------------------------
 
     def _make_machine(self, plan: Plan) -> Machine:
-        store, device = ChunkStore(plan.layout, self._parameters), self.device.torch_device
+        store, device = ChunkStore(plan.layout, self._parameters, self.parts), self.device.torch_device
         if self.updates is not None:
             return UpdatingMachine(StatePlacing(store, device, self.tiers, self.updates), self._stats, self.ranks)
         placing = Placing(store, device, self.tiers, TorchUpdates(plan.optimizer_state_bytes))

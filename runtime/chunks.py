@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IllegalTransition, StateError
-from .layout import ChunkLayout, Layout
+from .layout import ChunkLayout, Layout, Slot
 from .lazy_parameter import refuse_gradient
+from .parts import ALONE, Parts
 from .torch_private import num_references
 
 
@@ -122,11 +123,13 @@ class ChunkStore:
     """All chunks of a model, and the model's parameters as views of their masters.
 
     Parameter objects keep their identity, so that an optimizer made before or after compilation holds the
-    same ones. Building the store moves each parameter into its chunk and frees its old storage at once.
+    same ones. Building the store moves each parameter into its chunk and frees its old storage at once; of one
+    that is sharded the parameter is from then on this process's part.
     """
 
-    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter], parts: Parts = ALONE) -> None:
         self.layout = layout
+        self.parts = parts
         self.chunks = [Chunk(chunk) for chunk in layout.chunks]
         for chunk in self.chunks:
             chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
@@ -140,12 +143,16 @@ class ChunkStore:
         for slot, parameter in enumerate(chunk.parameters):
             view = chunk.slice(master, slot)
             if not parameter.is_meta:
-                view.copy_(parameter.detach())
+                view.copy_(self.part(chunk.layout.slots[slot], parameter.detach()))
             grad, parameter.grad = parameter.grad, None
             parameter.data = view
             if grad is not None:
-                parameter.grad = grad.to(view.device, view.dtype)
+                parameter.grad = self.part(chunk.layout.slots[slot], grad).to(view.device, view.dtype)
         chunk.master = master
+
+    def part(self, slot: Slot, value: Tensor) -> Tensor:
+        """This process's part of a parameter's value, which may be that part already."""
+        return value if tuple(value.shape) == slot.shape else self.parts.take(value, slot)
 
     def adopt(self) -> None:
         """Take over parameters whose `.data` was replaced since the last step.

@@ -148,6 +148,11 @@ def placements_text(placements: Placements, axes: tuple[Axis, ...]) -> str:
     return " ".join(f"{axis.name}={placement}" for placement, axis in named if placement != REPLICATE) or "R"
 
 
+def sharded_over(text: str) -> frozenset[str]:
+    """The names of the axes in a `placements_text`."""
+    return frozenset(item.partition("=")[0] for item in text.split() if item != "R")
+
+
 def parse_placements(text: str, axes: tuple[Axis, ...]) -> Placements:
     """The inverse of `placements_text`. Raises ValueError for an axis that is not there."""
     given: Mapping[str, str] = dict(item.split("=") for item in text.split()) if text != "R" else {}

@@ -46,7 +46,7 @@ class StatePlacing:
         if unplanned:
             state.total = self._zeros(chunk.layout.numel, chunk.layout.master_dtype, where is Where.DEVICE)
         if previous is None:
-            _take_parameters(state, chunk)
+            self._take_parameters(state, chunk)
             self.states.append(state)
         else:
             state.take(previous)
@@ -117,16 +117,15 @@ class StatePlacing:
             state.held = self._zeros(layout.numel, layout.dtype, False, self.device.type == "cuda")
         return state
 
+    def _take_parameters(self, state: ChunkState, chunk: Chunk) -> None:
+        """Take over values, and free the storages that held them as far as nobody else reads these."""
+        for slot, parameter in enumerate(chunk.parameters):
+            state.write(slot, self.store.part(chunk.layout.slots[slot], parameter.detach()))
+            parameter.grad = None
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        chunk.master = chunk.gradient = chunk.cast = None
+
     def _zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
         if on_device:
             return torch.zeros(numel, dtype=dtype, device=self.device)
         return host_buffer(numel, dtype, pinned)
-
-
-def _take_parameters(state: ChunkState, chunk: Chunk) -> None:
-    """Take over values, and free the storages that held them as far as nobody else reads these."""
-    for slot, parameter in enumerate(chunk.parameters):
-        state.write(slot, parameter.detach())
-        parameter.grad = None
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
-    chunk.master = chunk.gradient = chunk.cast = None
