@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .chunks import State
 from .errors import StateError
+from .held_gradients import HeldGradients
 from .layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from .machine import ALONE, Machine
 from .ranks import Ranks
@@ -25,7 +26,7 @@ from .streams import Arrival
 from .torch_private import unmetered
 from .update_kernels import UpdateKernels
 from .update_rules import Gradient
-from .worker import Ticket, Worker
+from .worker import Tickets, Worker
 
 HALF_UPDATED = (
     "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
@@ -46,11 +47,7 @@ UNSCALED = _Factor(1.0, 1.0, None)
 
 
 class UpdatingMachine(Machine):
-    """Runs the instructions, and the updates that `schedule` describes.
-
-    `measures`: whether the norm of every gradient is wanted, for clipping or to find overflows.
-    `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
-    """
+    """Runs the instructions, and the updates that `schedule` describes."""
 
     placing: StatePlacing  # type: ignore[assignment]  # the two placings answer the same questions
 
@@ -58,18 +55,15 @@ class UpdatingMachine(Machine):
         super().__init__(placing, stats, ranks)  # type: ignore[arg-type]
         self.updates = placing.updates
         self.schedule: Schedule = lambda name, number: None
-        self.measures = False
-        self.loss_scale = 1.0
         self.backwards = 0
         self.kernels = UpdateKernels(self.device, ranks.on_this_host)
         self.worker = Worker()
+        self.tickets = Tickets(self.worker, self.copies, lambda index: placing.states[index].name)
+        self.held = HeldGradients(placing, self.tickets, stats)
         self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
         self._host_update_s = 0.0
         self.broken = ""
         self.writable = False
-        self.norms = torch.zeros(len(self.chunks), dtype=torch.float32, device=self.device)
-        self._tickets: dict[int, Ticket] = {}
-        self._landed: dict[int, Arrival] = {}
         self._released: dict[int, Arrival] = {}
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[bool, _Factor] = {}
@@ -78,8 +72,7 @@ class UpdatingMachine(Machine):
     def place(self, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int]) -> None:
         """Put the training states where they belong. Raises BudgetError on a full tier."""
         self.finish()
-        for arrival in self._landed.values():
-            self.copies.finish(arrival)
+        self.held.finish()
         self.placing.place(masters, weights, streamed)
         kinds = longest_of_each_kind(s.layout for s in self.placing.states if s.where is Where.STREAMED)
         num_bytes = sum(map(self.updates.stream_bytes, kinds))
@@ -106,7 +99,7 @@ class UpdatingMachine(Machine):
         target = torch.empty(numel, dtype=dtype, device=self.device)
         allocated = self.copies.mark()
         start = lambda updated: self.copies.to_device(target, state.weights, allocated, updated)  # noqa: E731
-        ticket = self._tickets.get(index)
+        ticket = self.tickets.get(index)
         if ticket is None:
             self._arrivals[index] = start(None)
         else:  # the worker starts the copy as soon as the weights are new
@@ -116,14 +109,8 @@ class UpdatingMachine(Machine):
         return target
 
     def wait(self, fetched: Tensor, index: int) -> Tensor:
-        self._await(index)
+        self.tickets.arrive(index)
         return super().wait(fetched, index)
-
-    def _await(self, index: int) -> None:
-        """From here on the chunk's weights are those of its last update."""
-        ticket = self._tickets.pop(index, None)
-        if ticket is not None:
-            self.copies.arrive(self.worker.wait(ticket, self.placing.states[index].name))
 
     def release(self, weights: Tensor, index: int) -> None:
         self._released[index] = self.copies.mark()
@@ -139,88 +126,22 @@ class UpdatingMachine(Machine):
         chunk, state = self.chunks[index], self.placing.states[index]
         self._complete(chunk)
         self.ranks.average_(gradients)
-        self._await(index)
+        self.tickets.arrive(index)
         last = self.backwards == self.updates.accumulate
         with unmetered():
             if state.present or self.updates.accumulate > 1:
-                self._add(state, gradients, slots)
+                self.held.add(state, gradients, slots)
             else:
-                self._hold_gradient(state, gradients, slots)
+                self.held.hold(state, gradients, slots)
             if self.updates.in_backward and last:
                 self._update(index, UNSCALED)
 
-    def _hold_gradient(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
-        state.present.update(slots)
-        if self.measures:
-            state.measured = set(slots)
-            torch.linalg.vector_norm(gradients, dtype=torch.float32, out=self.norms[state.layout.index])
-        if state.where is Where.DEVICE or (state.where is Where.STREAMED and self.updates.at_once):
-            state.held = gradients
-            return
-        assert state.held is not None
-        self._landed[state.layout.index] = self._to_host(state.held, gradients)
-
-    def _add(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
-        """Add to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
-        index, factor = state.layout.index, 1.0 / self.loss_scale
-        first = not state.present
-        total = self.placing.make_total(state) if first else self.total(state)
-        state.added = True
-        state.present.update(slots)
-        if state.where is Where.DEVICE:
-            _accumulate(total, gradients, factor, first)
-            return
-        assert state.held is not None
-        landed = self._landed[index] = self._to_host(state.held, gradients)
-        work = partial(self._add_on_host, state, landed, factor, first)
-        self._tickets[index] = self.worker.submit(index, state.name, work)
-
-    def _add_on_host(self, state: ChunkState, landed: Arrival, factor: float, first: bool) -> Arrival:
-        """The worker's job."""
-        self.copies.finish(landed)
-        assert state.total is not None and state.held is not None
-        _accumulate(state.total, state.held, factor, first)
-        return None
-
-    def _to_host(self, target: Tensor, gradients: Tensor) -> Arrival:
-        self.stats.moved(to_host=gradients.nbytes)
-        return self.copies.to_host(target, gradients)
-
     def settle(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """The gradients may be freed from here on: whoever still reads them is waited for by the device."""
-        self.copies.arrive(self._landed.get(index))
+        self.copies.arrive(self.held.landed(index))
         while len(self._streamed) > STREAMED_GRADIENTS:
             self.copies.arrive(self._streamed.pop(0)[0])
         self._hold(self.chunks[index])
-
-    def total(self, state: ChunkState) -> Tensor:
-        """The sum of the gradients so far, in the master's dtype: from here on they are added up in it."""
-        total = self.placing.make_total(state)
-        if not state.added:
-            total.zero_()
-            if state.present and state.held is not None:
-                self.copies.finish(self._landed.get(state.layout.index))
-                _accumulate(total, state.held, 1.0 / self.loss_scale, first=True)
-            if state.where is Where.DEVICE:
-                state.held = None
-            state.added = True
-        return total
-
-    def norm(self) -> Tensor:
-        """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
-        norms = [torch.zeros((), device=self.device)]
-        for index, state in enumerate(self.placing.states):
-            if state.present and state.present == state.measured and not state.added:
-                norms.append(self.norms[index] / self.loss_scale)
-            elif state.present:
-                norms.append(self._norm_of_slots(state))
-        return torch.linalg.vector_norm(torch.stack(norms))
-
-    def _norm_of_slots(self, state: ChunkState) -> Tensor:
-        self._await(state.layout.index)
-        total = self.total(state)
-        norms = [torch.linalg.vector_norm(state.slice(total, slot), dtype=torch.float32) for slot in state.present]
-        return torch.linalg.vector_norm(torch.stack(norms)).to(self.device, non_blocking=True)
 
     # -- updates -------------------------------------------------------------------------------------------
 
@@ -229,9 +150,9 @@ class UpdatingMachine(Machine):
 
         Where that fails half way no further step is taken: some parameters are of this step, others are not.
         """
-        for index in list(self._tickets):  # whoever reads the factors of the step before is done with them
-            self._await(index)
-        self._factors = {added: self._factor(scale if added else scale / self.loss_scale) for added in (False, True)}
+        self.tickets.arrive_all()  # whoever reads the factors of the step before is done with them
+        unscaled = scale / self.held.loss_scale
+        self._factors = {added: self._factor(scale if added else unscaled) for added in (False, True)}
         try:
             for state in self.placing.states:
                 if state.present:
@@ -258,9 +179,8 @@ class UpdatingMachine(Machine):
         elif state.where is Where.HOST:
             resident = self.chunks[index].resident
             self.stats.moved(to_device=0 if resident is None else resident.nbytes)
-            after = (self._landed.get(index), self._released.get(index), factor.arrival)
-            work = partial(self._update_on_host, index, stretches, gradient, after)
-            self._tickets[index] = self.worker.submit(index, state.name, work)
+            after = (self.held.landed(index), self._released.get(index), factor.arrival)
+            self.tickets.submit(index, partial(self._update_on_host, index, stretches, gradient, after))
         else:
             self._stream_update(index, stretches, gradient)
         state.forget_gradient()
@@ -286,12 +206,12 @@ class UpdatingMachine(Machine):
     def _stream_update(self, index: int, stretches: list[Stretch], gradient: Gradient) -> None:
         state = self.placing.states[index]
         stays = self.placing.on_device(index)
-        if state.added and index in self._tickets:  # the worker still adds to the sum
-            self.worker.wait(self._tickets.pop(index), state.name)
-        after = () if self.updates.at_once else (self._landed.get(index),)
+        if state.added:  # the worker may still add to the sum
+            self.tickets.take(index)
+        after = () if self.updates.at_once else (self.held.landed(index),)
         job = StreamedUpdate(gradient, self.kernels, stays, after)
         done = self.streams[_kind(state.layout)].update(state, stretches, job)
-        self._tickets[index] = Ticket(done, done=True)
+        self.tickets.put(index, done)
         if self.updates.at_once:
             self._streamed.append((done, gradient.values))
             state.held = None
@@ -310,7 +230,7 @@ class UpdatingMachine(Machine):
                 f"{self.updates.accumulate} backward(s), or declare how many come with model.optimizer(accumulate=)"
             )
         self.backwards += 1
-        return self.loss_scale
+        return self.held.loss_scale
 
     def state_of(self, parameter: str) -> tuple[ChunkState, int]:
         """A parameter's training state and its slot in there. Raises StateError where there is none yet."""
@@ -330,14 +250,8 @@ class UpdatingMachine(Machine):
         state, slot = self.state_of(parameter)
         if slot not in state.present:
             return
-        state.present.discard(slot)
-        if not state.present:
-            state.forget_gradient()
-            return
-        # Gradients that are added later must not find this one.
         self.finish(state.layout.index)
-        self.copies.finish(self._landed.get(state.layout.index))
-        state.slice(state.gradient, slot).zero_()
+        self.held.forget(state, slot)
 
     def forget_gradients(self) -> None:
         """Drop what gradients there are. Raises StateError where they are used up already, but not by a step."""
@@ -346,19 +260,14 @@ class UpdatingMachine(Machine):
                 "zero_grad() came between the last backward() of a step and optimizer.step(), but with "
                 "in_backward=True the parameters are updated already; call zero_grad() after step(), or leave it out"
             )
-        for state in self.placing.states:
-            if state.present:
-                self._await(state.layout.index)
-                state.forget_gradient()
+        self.held.forget_all()
         self.backwards = 0
 
     def finish(self, index: int | None = None) -> None:
         """Block until updates under way are done and the states on the host are whole."""
         self.check()
         for number in range(len(self.placing.states)) if index is None else [index]:
-            ticket = self._tickets.get(number)
-            if ticket is not None:
-                self.copies.finish(self.worker.wait(ticket, self.placing.states[number].name))
+            self.tickets.finish(number)
             for stream in self.streams.values():
                 stream.finish(number)
             self.copies.finish(self._arrivals.get(number))
@@ -383,12 +292,3 @@ class UpdatingMachine(Machine):
 
 def _kind(layout: ChunkLayout) -> tuple[torch.dtype, torch.dtype]:
     return layout.dtype, layout.master_dtype
-
-
-def _accumulate(total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
-    if not first:
-        total.add_(gradients, alpha=factor)
-        return
-    total.copy_(gradients)
-    if factor != 1.0:
-        total.mul_(factor)

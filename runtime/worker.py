@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from .errors import StateError
-from .streams import Arrival
+from .streams import Arrival, CopyEngine
 
 _POLL_S = 1.0
 _EXIT_S = 10.0
@@ -89,6 +89,46 @@ class Worker:
         if self._failure:
             name, error = self._failure[0]
             raise StateError(_ended(name, f"{type(error).__name__}: {error}")) from error
+
+
+class Tickets:
+    """The work under way on every chunk's training state, by the chunk's number; `names` are for messages."""
+
+    def __init__(self, worker: Worker, copies: CopyEngine, names: Callable[[int], str]) -> None:
+        self.worker = worker
+        self.copies = copies
+        self._names = names
+        self._tickets: dict[int, Ticket] = {}
+
+    def submit(self, index: int, work: Callable[[], Arrival]) -> None:
+        """Let the worker do it, the chunks with low numbers first."""
+        self._tickets[index] = self.worker.submit(index, self._names(index), work)
+
+    def put(self, index: int, arrival: Arrival) -> None:
+        """Work that is launched already."""
+        self._tickets[index] = Ticket(arrival, done=True)
+
+    def get(self, index: int) -> Ticket | None:
+        return self._tickets.get(index)
+
+    def take(self, index: int) -> Arrival:
+        """Block until the chunk's work is launched, and return what tells that it is done."""
+        ticket = self._tickets.pop(index, None)
+        return None if ticket is None else self.worker.wait(ticket, self._names(index))
+
+    def arrive(self, index: int) -> None:
+        """From here on what is launched sees the chunk as its last work leaves it."""
+        self.copies.arrive(self.take(index))
+
+    def arrive_all(self) -> None:
+        for index in list(self._tickets):
+            self.arrive(index)
+
+    def finish(self, index: int) -> None:
+        """Block until the chunk's work is done."""
+        ticket = self._tickets.get(index)
+        if ticket is not None:
+            self.copies.finish(self.worker.wait(ticket, self._names(index)))
 
 
 def _ended(name: str, reason: str) -> str:

@@ -113,7 +113,7 @@ def test_gradients_add_up_over_backwards_that_reach_different_parameters(where: 
     found = {name: p.grad for name, p in two.parameters.items()}
     expected = {"a": 3.0, "b": 6.0, "c": 1.0, "d": 4.0}
     assert {name: None if g is None else g[0].item() for name, g in found.items()} == expected
-    norm = two.machine.norm()
+    norm = two.machine.held.norm()
     assert norm.item() == pytest.approx(torch.tensor([3.0, 6, 1, 4] * 4).norm().item())
     two.machine.update_all(0.5)
     assert [two.parameters[name][0].item() for name in two.names] == [-1.5, 7.0, 19.5, 28.0]
@@ -123,12 +123,12 @@ def test_gradients_add_up_over_backwards_that_reach_different_parameters(where: 
 @EVERYWHERE
 def test_norms_that_are_measured_need_no_sums(where: str) -> None:
     two = Two(where)
-    two.machine.measures = True
+    two.machine.held.measures = True
     two.backward(3.0)
-    assert two.machine.norm().item() == pytest.approx(3 * 16**0.5)
+    assert two.machine.held.norm().item() == pytest.approx(3 * 16**0.5)
     assert all(state.total is None for state in two.placing.states)
     two.parameters["a"].grad = None
-    assert two.machine.norm().item() == pytest.approx(3 * 12**0.5)
+    assert two.machine.held.norm().item() == pytest.approx(3 * 12**0.5)
 
 
 @EVERYWHERE
