@@ -48,7 +48,7 @@ class SlotSource:
         if slot not in state.present:
             return None
         self.machine.finish(state.layout.index)
-        return state.slice(self.machine.total(state), slot)
+        return state.slice(self.machine.held.total(state), slot)
 
     def set_gradient(self, value: Tensor | None) -> None:
         if value is None:
@@ -57,7 +57,7 @@ class SlotSource:
         self._refuse_in_backward("set")
         state, slot = self._state()
         self.machine.finish(state.layout.index)
-        state.slice(self.machine.total(state), slot).copy_(value)
+        state.slice(self.machine.held.total(state), slot).copy_(value)
         state.present.add(slot)
 
     def _state(self) -> tuple[ChunkState, int]:
