@@ -110,13 +110,13 @@ class ChunkOptimizer(Optimizer):
         self._machine = machine = use(declared.updates(self.param_groups))
         self._fp16 = any(chunk.layout.dtype == torch.float16 for chunk in machine.chunks)
         machine.schedule = self._hyper
-        machine.measures = declared.max_grad_norm is not None or self._fp16
+        machine.held.measures = declared.max_grad_norm is not None or self._fp16
         if self._fp16:
-            machine.loss_scale = 2.0**16
+            machine.held.loss_scale = 2.0**16
 
     @property
     def loss_scale(self) -> float:
-        return self._machine.loss_scale
+        return self._machine.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's. Raises ValueError for parameters of another model."""
@@ -172,11 +172,11 @@ class ChunkOptimizer(Optimizer):
                 f"step() came after {machine.backwards} of accumulate={self.declared.accumulate} backwards; with "
                 "in_backward=True the last of them is what updates"
             )
-        if not machine.measures:
+        if not machine.held.measures:
             # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
             machine.update_all(1.0)
         else:
-            self._measured_step(machine.norm())
+            self._measured_step(machine.held.norm())
         machine.backwards = 0
         return loss
 
@@ -188,22 +188,22 @@ class ChunkOptimizer(Optimizer):
             self._steps_since_overflow = 0
             self.skipped_steps += 1
             machine.forget_gradients()
-            machine.loss_scale = max(1.0, machine.loss_scale / 2.0)
+            machine.held.loss_scale = max(1.0, machine.held.loss_scale / 2.0)
             return
         machine.update_all(1.0 if most is None else (most / (norm + 1e-6)).clamp(max=1.0))
         self._steps_since_overflow += self._fp16
         if self._steps_since_overflow == GROWTH_STEPS:
             self._steps_since_overflow = 0
-            machine.loss_scale *= 2.0
+            machine.held.loss_scale *= 2.0
 
     def gradient_norm(self) -> Tensor:
         """The norm of the gradients that the next step would use, before any clipping; for max_grad_norm= or fp16.
 
         Raises StateError where norms are not measured, or in_backward=True has used the gradients up.
         """
-        if not self._machine.measures:
+        if not self._machine.held.measures:
             raise StateError("gradients are measured only with max_grad_norm=; pass it to model.optimizer(...)")
-        return self._machine.norm()
+        return self._machine.held.norm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no step has used."""
@@ -261,7 +261,7 @@ class ChunkOptimizer(Optimizer):
         self._take_groups()
         scale = state_dict.get("loss_scale")
         if scale is not None and self._fp16:
-            self._machine.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
+            self._machine.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
         state, slot = self._machine.state_of(parameter)
