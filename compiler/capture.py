@@ -175,8 +175,8 @@ def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[s
                shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:  # fmt: skip
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
-        with mode:
-            fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])  # chunks hold parameters contiguously
+        with mode:  # chunks hold parameters contiguously
+            fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
         memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
     memo |= {id(buffer): _fake(mode, buffer.detach(), None) for buffer in model.buffers()}
     return copy.deepcopy(model, memo)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..passes.manager import Record
 from ..passes.plan import Plan
 from ..passes.text import print_program
-from ..runtime.checkpoint import atomic_directory, carry_over, save_weights
+from ..runtime.checkpoint import carry_over, save_weights, shared_directory
 from ..runtime.errors import StateError
 from ..runtime.executor import NoGradient, Step, TrainingRun
-from ..runtime.lazy_parameter import LazyParameter
 from ..runtime.optimizer import ChunkOptimizer, Declared
 from ..runtime.slot_source import writable
 from ..runtime.stats import Stats
@@ -27,6 +26,7 @@ from .materialize import materialize
 from .options import Options
 from .profile import Profile, profile
 from .session import Compiled, Session
+from .sharded_state import parts_of, whole_state
 
 
 class CompiledModule(nn.Module):
@@ -140,20 +140,19 @@ class CompiledModule(nn.Module):
 
     # -- state ---------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, first_only: bool = False, **kwargs: Any) -> Any:
         """As the source's own, in its names; the values are the masters'.
 
-        With `model.optimizer(...)` they are copies on the CPU, made here.
+        With `model.optimizer(...)` they are copies on the CPU, made here. So are those of parameters that are sharded
+        over processes: they are whole, and all processes make them together. With `first_only` rank 0 alone keeps
+        what it gets, and the others get an empty dict.
         """
-        found = self.source.state_dict(*args, **kwargs)
-        built: dict[Any, Tensor] = {}
-        for name, value in found.items():
-            if isinstance(value, LazyParameter):  # names of one parameter share one tensor
-                found[name] = built.setdefault(value.source, value.source.read())
-        return found
+        keep = not first_only or self.session.ranks.rank == 0
+        return whole_state(self.session, *args, keep=keep, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's; values are copied into the masters, and weights on `meta` come to life.
+        """As nn.Module's; values are copied into the masters, and weights on `meta` come to life. They are whole, also
+        where parameters are sharded over processes, each of which takes its part.
 
         Raises ValueError for assign=True, which would take the parameters out of their chunks.
         """
@@ -166,15 +165,18 @@ class CompiledModule(nn.Module):
             return loaded
         machine = self.session.machine
         with writable(machine) if isinstance(machine, UpdatingMachine) else nullcontext():
-            return self.source.load_state_dict(state_dict, strict=strict)
+            return self.source.load_state_dict(parts_of(self.session, state_dict), strict=strict)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
         """Save in Hugging Face's format (for other models, the weights as safetensors).
 
-        What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay.
+        What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay. Of
+        several processes all call it, and rank 0 writes; what fails there raises on all of them.
         """
-        with atomic_directory(directory) as temporary:
-            weights = self.state_dict()
+        with shared_directory(directory, self.session.ranks) as temporary:
+            weights = self.state_dict(first_only=True)
+            if self.session.ranks.rank != 0:
+                return
             if hasattr(self.source, "save_pretrained"):
                 self.source.save_pretrained(temporary, **{"state_dict": weights, **options})
             else:

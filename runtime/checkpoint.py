@@ -4,12 +4,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .ranks import Ranks
 
 
 @contextmanager
@@ -32,6 +34,33 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         _exchange(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def shared_directory(path: str | Path, ranks: Ranks) -> Iterator[Path]:
+    """As `atomic_directory`, for all ranks together: they yield the same directory, on a file system that all share,
+    and leave when `path` is the new one on all of them.
+
+    Raises what the body raises, and on ranks on which it raised nothing StateError, naming the others' errors.
+    """
+    with ExitStack() as stack:
+        made, error = None, None
+        try:
+            made = stack.enter_context(atomic_directory(path)) if ranks.rank == 0 else None
+        except Exception as caught:
+            error = caught
+        ranks.raise_alike(error)
+        directory = ranks.gather(made)[0]
+        try:
+            yield directory
+        except Exception as caught:
+            error = caught
+        ranks.raise_alike(error)
+        try:
+            stack.close()
+        except Exception as caught:
+            error = caught
+        ranks.raise_alike(error)
 
 
 def _flush(file: Path) -> None:

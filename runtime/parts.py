@@ -86,6 +86,16 @@ class Parts:
             found[:, start : start + mine.numel()] = every.view(axis.size, -1)
         return [row.view(part.shape) for row in found]
 
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm over the processes that share a batch, of `norm`s in which a part that several have is divided
+        by the root of their number."""
+        if not (self._axes and self.ranks.together):
+            return norm
+        squares = norm.square()
+        for axis in self._axes:
+            self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name])
+        return squares.sqrt()
+
     def regions(self, slot: Slot, held: tuple[int, int] | None = None) -> tuple[Region, ...]:
         """The rectangles of the parameter that this process has, in the slot's chunk.
 

@@ -94,6 +94,15 @@ class Ranks:
             self.call(dist.all_gather_object, found, value)
         return found
 
+    def raise_alike(self, error: Exception | None) -> None:
+        """Where any rank has an error, raise: there the error itself, elsewhere a StateError that tells it."""
+        told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = {rank: text for rank, text in enumerate(told) if text is not None}
+        if failed:
+            raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
+
     def check_alike(self, what: str, digest: str) -> None:
         """Raises StateError where the ranks' digests differ, naming those that do."""
         digests = self.gather(digest)
