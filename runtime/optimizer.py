@@ -211,8 +211,12 @@ class ChunkOptimizer(Optimizer):
 
     # -- state ---------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """As the torch.optim class writes it. Tensors are the states themselves, not copies."""
+    def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
+        """As the torch.optim class writes it. Tensors are the states themselves, not copies.
+
+        Of parameters that are sharded over processes they are whole, and copies on the CPU, made by all processes
+        together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
+        """
         self._machine.finish()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -225,9 +229,22 @@ class ChunkOptimizer(Optimizer):
             self.state.clear()
         if self._fp16:
             saved["loss_scale"] = {"scale": self.loss_scale, "steps_since_overflow": self._steps_since_overflow}
-        return saved
+        return self._whole(saved, first_only)
+
+    def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
+        """A state_dict of this process's parts with whole tensors instead, made one by one."""
+        parts, kept = self._machine.placing.store.parts, not first_only or self._machine.ranks.rank == 0
+        order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
+        for number, values in saved["state"].items():
+            state, slot = self._machine.state_of(order[number])
+            place = state.layout.slots[slot]
+            for name in (name for name in MOMENTS[self.declared.kind] if place.placement and name in values):
+                whole = parts.join(values[name], place, self._machine.device)
+                values[name] = whole if kept else None
+        return saved if kept else {}
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        """This process's part of a parameter's state, in torch's names."""
         state, slot = self._machine.state_of(self._names[id(parameter)])
         if not state.steps[slot]:
             return None
@@ -239,7 +256,7 @@ class ChunkOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that this class or the torch.optim class wrote, parameter by parameter.
+        """Take over a state that this class or the torch.optim class wrote, parameter by parameter. Tensors are whole.
 
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
@@ -265,7 +282,8 @@ class ChunkOptimizer(Optimizer):
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
         state, slot = self._machine.state_of(parameter)
-        shape, names = state.layout.slots[slot].shape, MOMENTS[self.declared.kind]
+        shape = self._machine.placing.store.parts.whole_shape(state.layout.slots[slot])
+        names = MOMENTS[self.declared.kind]
         for name in names[: len(state.moments)] if saved else ():
             found = saved.get(name)
             if found is None:
@@ -282,7 +300,7 @@ class ChunkOptimizer(Optimizer):
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
         state, slot = self._machine.state_of(parameter)
         for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
-            target = state.slice(moment, slot)
-            target.copy_(saved[name]) if saved else target.zero_()
+            target, take = state.slice(moment, slot), self._machine.placing.store.parts.take
+            target.copy_(take(saved[name], state.layout.slots[slot])) if saved else target.zero_()
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))
