@@ -12,11 +12,13 @@ from .fuse_loss import fuse_loss
 from .partition import partition
 from .prefetch import prefetch
 from .release import release
+from .shard import shard
 
 PIPELINE = (
     canonicalize,  # no no-ops, no repetitions, one input per shared parameter
     fuse_loss,  #    the loss over the vocabulary in pieces, without its logits
     average,  #      the loss is the mean over all ranks' tokens
+    shard,  #        tensors are divided over the processes, which exchange what they lack
     checkpoint,  #   blocks that the plan names are computed again in the backward
     partition,  #    forward | turn | backward; only activations cross the turn
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks

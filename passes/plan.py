@@ -63,6 +63,7 @@ class Plan:
         mesh: the processes that train together.
         mode: how they shard tensors, a key of `passes.modes.MODES`; "" where they do not.
         sequence: whether the mode "1d" shards activations along the sequence.
+        table: placements of the user's own, from patterns of parameter names, such as ("lm_head.*", "col=S0").
         zero: what processes along the axis "data" hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
@@ -80,6 +81,7 @@ class Plan:
     mesh: Mesh = ONE_PROCESS
     mode: str = ""
     sequence: bool = False
+    table: tuple[tuple[str, str], ...] = ()
     zero: int = 0
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
@@ -195,6 +197,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         "layout": Layout(chunks, tuple((a, b) for a, b in data["layout"]["tied"])),
         "recompute": tuple(data["recompute"]),
         "residency": Residency(**{key: frozenset(value) for key, value in data["residency"].items()}),
+        "table": tuple((pattern, text) for pattern, text in data["table"]),
         "mesh": Mesh(tuple(Axis(**axis) for axis in data["mesh"]["axes"])),
         "memory": MemoryEstimate(**memory),
         "updates": None if data["updates"] is None else Updates(**data["updates"]),

@@ -31,3 +31,7 @@ class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own t
 
 class StateError(GeminiError):
     """A call came at a moment when it cannot be honoured, such as a second backward."""
+
+
+class ShardingError(GeminiError, ValueError):
+    """A model cannot be sharded as `parallel=` declares."""

@@ -1,0 +1,137 @@
+"""Shard tensors over the processes: a program of whole tensors becomes that of one rank's parts.
+
+    before (two ranks on axis tp, mode "1d")       after
+    def training(x: f32[8, 4],                     def training(x: f32[8, 4],
+                 w1: f32[8, 4],                                 w1: f32[4, 4] | on tp=S0,
+                 w2: f32[4, 8]):                                w2: f32[4, 4] | on tp=S1):
+        t = aten.t.default(w1)                         t = aten.t.default(w1)
+        y = aten.mm.default(x, t)                      y = aten.mm.default(x, t)         # on tp=S1
+        t2 = aten.t.default(w2)                        t2 = aten.t.default(w2)
+        z = aten.mm.default(y, t2)                     z = aten.mm.default(y, t2)        # on tp=P
+        r = aten.relu.default(z)                       z2 = geminifx.all_reduce(z, "tp", "sum")
+                                                       r = aten.relu.default(z2)
+
+How an axis shards is the mode's table (`modes.py`), how parameters lie is found by what they do
+(`shard_parameters.py`), and for every operator the legal placements (`shard_rules.py`) that exchange least are taken.
+The batch is divided along the axes that shard it: every rank of a tensor parallel group is given all of it. A program
+reads its rank only when it runs, so that all ranks have the same. The placements are GSPMD's and DTensor's; operators
+that those would gather for are in `shard_special.py`.
+"""
+
+from math import prod
+
+import torch
+from torch import fx
+
+from ..runtime.errors import ShardingError
+from ..runtime.linear_loss import ABSENT
+from ..runtime.mesh import REPLICATE, Placement, Placements, Shard, local_shape, placements_text
+from .manager import graph_pass
+from .modes import MODES, SEQUENCE
+from .plan import Plan
+from .program import Program, annotate, note
+from .shard_parameters import place_parameters
+from .shard_special import SPECIAL
+from .sharder import Sharder, Value
+from .types import TensorType, contiguous_stride
+from .verify import canonical
+
+aten = torch.ops.aten
+TRANSPOSES = (aten.t.default, aten.transpose.int)
+
+
+@graph_pass(requires=(canonical,))
+def shard(program: Program, plan: Plan) -> None:
+    axes = plan.mesh.tensor_axes
+    if not axes:
+        return
+    roles = SEQUENCE if plan.sequence else MODES[plan.mode]
+    old = program.nodes
+    sharder = Sharder(program, axes, roles)
+    found = place_parameters(program, axes, roles, dict(plan.table)).placements
+    for role, node in _inputs(program).items():
+        kind, _, name = role.partition(":")
+        if kind == "parameter":
+            _place_parameter(sharder, node, found[name])
+        else:
+            sharder.values[node] = Value(node, sharder.everywhere)
+    _want_gradients(sharder, program, found)
+    _divide_batch(sharder, program)
+    for node in old:
+        if node.op == "call_function":
+            sharder.at = node
+            _lower(sharder, node)
+    program.set_results({role: _result(sharder, program, role, node, found) for role, node in program.results.items()})
+    for node in reversed(old):
+        if node.op == "call_function":
+            program.graph.erase_node(node)
+    program.eliminate_dead_code()
+
+
+def _inputs(program: Program) -> dict[str, fx.Node]:
+    return {note(node).role: node for node in program.placeholders}
+
+
+def _lower(sharder: Sharder, node: fx.Node) -> None:
+    SPECIAL.get(node.target, Sharder.lower)(sharder, node)
+    if node.all_input_nodes and all(value in sharder.weights for value in node.all_input_nodes):
+        sharder.weights.add(node)
+
+
+def _place_parameter(sharder: Sharder, node: fx.Node, placements: Placements) -> None:
+    whole = sharder.type(node)
+    shape = local_shape(whole.shape, placements, sharder.axes)
+    annotate(node, type=TensorType(whole.dtype, shape, contiguous_stride(shape)),
+             placement=placements_text(placements, sharder.axes))  # fmt: skip
+    sharder.values[node] = Value(node, placements)
+    sharder.weights.add(node)
+
+
+def _divide_batch(sharder: Sharder, program: Program) -> None:
+    """Inputs that have a row for each example are divided along the axes that shard the batch."""
+    axes = [axis for axis, role in zip(sharder.axes, sharder.roles, strict=True) if role.activation == "batch"]
+    inputs = [node for node in program.inputs("input").values() if sharder.type(node).shape]
+    if not axes or not inputs:
+        return
+    rows, ranks = sharder.type(inputs[0]).shape[0], prod(axis.size for axis in axes)
+    if rows % ranks:
+        raise ShardingError(
+            f"a batch of {rows} does not divide over {' x '.join(f'{a.name} {a.size}' for a in axes)} ranks; give "
+            f"every group of ranks a multiple of {ranks} examples"
+        )
+    placements = tuple(Shard(0) if axis in axes else REPLICATE for axis in sharder.axes)
+    sharder.at = next(node for node in program.graph.nodes if node.op != "placeholder")
+    for node in inputs:
+        if sharder.type(node).shape[0] == rows:
+            sharder.values[node] = Value(sharder.local(node, placements), placements)
+
+
+def _want_gradients(sharder: Sharder, program: Program, found: dict[str, Placements]) -> None:
+    """A gradient is best made the way its parameter lies: tell the operator that makes it, through transposes."""
+    for name, node in program.results_of("gradient").items():
+        if name not in found:
+            continue
+        placements = found[name]
+        while node.target in (*TRANSPOSES, aten._to_copy.default):
+            if node.target in TRANSPOSES:
+                placements = tuple(_swapped(p) for p in placements)
+            node = node.args[0]
+        if node.target in (aten.mm.default, aten.embedding_dense_backward.default):
+            sharder.wanted[node] = placements
+
+
+def _swapped(placement: Placement) -> Placement:
+    return Shard(1 - placement.dim, placement.sections) if isinstance(placement, Shard) else placement
+
+
+def _result(sharder: Sharder, program: Program, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
+    """Results are whole, and gradients of parameters lie as these do. Logits that only the loss reads are not gathered:
+    they would be the largest tensor there is."""
+    kind, _, name = role.partition(":")
+    placements = found.get(name, sharder.everywhere) if kind == "gradient" else sharder.everywhere
+    is_training = bool(program.inputs("tangent"))
+    sharded = sharder.placements(node) != sharder.everywhere
+    sharder.at = program.output if node.op == "placeholder" else node
+    if kind == "output" and is_training and sharded and name not in program.inputs("tangent"):
+        return sharder.emit(ABSENT, sharder.values[node].node)
+    return sharder.local(node, placements)

@@ -1,0 +1,322 @@
+"""Lowers a program of whole tensors to one of local parts, operator by operator: the engine of the shard pass."""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf, prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..runtime.errors import ShardingError
+from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, local_shape, placements_text
+from ..runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, REDUCE_SCATTER
+from .modes import Role
+from .program import Program, annotate, note, type_of
+from .shard_rules import Call, Row, rule_for, whole
+from .types import TensorType, Type
+
+aten = torch.ops.aten
+
+SHAPED: dict[Any, int] = {
+    aten.view.default: 1, aten._unsafe_view.default: 1, aten.reshape.default: 1, aten.expand.default: 1,
+}  # fmt: skip
+"""Operators that name the shape of their result, and the place of that argument."""
+
+SOURCE_SHAPED = (aten.slice_backward.default, aten.select_backward.default)
+"""Backwards that name the shape of the forward's argument, which is their result's."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What stands in the new program for one of the old: this rank's part, and how all parts lie."""
+
+    node: fx.Node
+    placements: Placements
+
+
+class Sharder:
+    """State of one lowering. `types` are the whole types of the old program's values."""
+
+    def __init__(self, program: Program, axes: tuple[Axis, ...], roles: Mapping[str, Role]) -> None:
+        self.program = program
+        self.axes = axes
+        self.roles = tuple(roles[axis.name] for axis in axes)
+        self.types: dict[fx.Node, Type] = {node: type_of(node) for node in program.nodes}
+        self.values: dict[fx.Node, Value] = {}
+        self.elements: dict[fx.Node, tuple[Value, ...]] = {}
+        self.weights: set[fx.Node] = set()
+        self.wanted: dict[fx.Node, Placements] = {}
+        self.everywhere = (REPLICATE,) * len(axes)
+        self._moved: dict[tuple[fx.Node, Placements, str], fx.Node] = {}
+        self.at: fx.Node
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    def type(self, node: fx.Node) -> TensorType:
+        found = self.types[node]
+        assert isinstance(found, TensorType)
+        return found
+
+    def placements(self, node: fx.Node) -> Placements:
+        return self.values[node].placements
+
+    def local(self, node: fx.Node, placements: Placements) -> fx.Node:
+        """This rank's part of an old value, lying by `placements`: exchanged where it lies otherwise."""
+        value = self.values[node]
+        if value.placements == placements:
+            return value.node
+        key = value.node, placements, note(self.at).phase
+        if key not in self._moved:
+            self._moved[key] = self._move(value, placements, len(self.type(node).shape))
+        return self._moved[key]
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node of the new program, in front of the old one that is being lowered."""
+        return self.program.emit(target, args, kwargs, before=self.at, like=note(self.at))
+
+    def set(self, node: fx.Node, made: fx.Node, placements: Placements) -> None:
+        """Let `made` stand for the old value."""
+        self.values[node] = self.value(made, placements)
+
+    def value(self, made: fx.Node, placements: Placements) -> Value:
+        """A new node that lies by `placements`."""
+        annotate(made, placement=placements_text(placements, self.axes))
+        return Value(made, placements)
+
+    def all_reduce(self, part: fx.Node, axes: list[Axis], reduction: str = "sum") -> fx.Node:
+        for axis in axes:
+            part = self.emit(ALL_REDUCE, part, axis.name, reduction)
+        return part
+
+    def sharding_axes(self, placements: Placements, dim: int) -> list[Axis]:
+        """The axes along which a dimension is sharded."""
+        pairs = zip(placements, self.axes, strict=True)
+        return [axis for placement, axis in pairs if isinstance(placement, Shard) and placement.dim == dim]
+
+    def resolved(self, placements: Placements, shape: tuple[int, ...]) -> Placements:
+        """What a partial tensor becomes once its sums are taken, by the axes' roles."""
+        found = list(placements)
+        for i, (placement, role, axis) in enumerate(zip(placements, self.roles, self.axes, strict=True)):
+            if placement == PARTIAL:
+                dims = {"batch": 0, "sequence": 1 if len(shape) == 3 else None, "hidden": len(shape) - 1}
+                dim = dims.get(role.partial)
+                divides = dim is not None and shape and not shape[dim] % (axis.size * self._shared(found, dim))
+                found[i] = Shard(dim) if dim is not None and divides else REPLICATE
+        return tuple(found)
+
+    def _shared(self, placements: list[Placement], dim: int) -> int:
+        return prod(a.size for p, a in zip(placements, self.axes, strict=True) if isinstance(p, Shard) and p.dim == dim)
+
+    # -- exchange ------------------------------------------------------------------------------------------
+
+    def _move(self, value: Value, target: Placements, ndim: int) -> fx.Node:
+        """Exchange axis by axis. Parts of a dimension nest in the order of the axes, so that an axis is gathered after
+        those behind it that share its dimension, and sharded before them."""
+        part, now = value.node, list(value.placements)
+        shares = [self._conflicts(now, target, i) for i in range(len(now))]
+        for i in reversed(range(len(now))):
+            if isinstance(now[i], Shard) and (now[i] != target[i] or shares[i]):
+                part, now[i] = self._gather(part, now[i], self.axes[i]), REPLICATE  # type: ignore[arg-type]
+        for i, axis in enumerate(self.axes):
+            wanted = target[i]
+            if now[i] == wanted:
+                continue
+            if now[i] == PARTIAL and isinstance(wanted, Shard) and wanted.sections == 1:
+                part = self.emit(REDUCE_SCATTER, part, wanted.dim, axis.name, axis.size)
+            elif now[i] == PARTIAL:
+                part = self.emit(ALL_REDUCE, part, axis.name, "sum")
+                part = self._take(part, wanted, axis)
+            else:
+                part = self._take(part, wanted, axis)
+            now[i] = wanted
+            annotate(part, placement=placements_text(tuple(now), self.axes))
+        return part
+
+    def _conflicts(self, now: list[Placement], target: Placements, place: int) -> bool:
+        """Whether an axis must let go of a dimension because one before it, which shares it, changes."""
+        mine = now[place]
+        if not isinstance(mine, Shard):
+            return False
+        for before in range(place):
+            changes = now[before] != target[before]
+            touches = any(isinstance(p, Shard) and p.dim == mine.dim for p in (now[before], target[before]))
+            if changes and touches:
+                return True
+        return False
+
+    def _gather(self, part: fx.Node, shard: Shard, axis: Axis) -> fx.Node:
+        if shard.sections == 1:
+            return self.emit(ALL_GATHER, part, shard.dim, axis.name, axis.size)
+        size = type_of(part).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
+        pieces = [
+            self.emit(aten.slice.Tensor, part, shard.dim, i * size, (i + 1) * size) for i in range(shard.sections)
+        ]
+        gathered = [self.emit(ALL_GATHER, piece, shard.dim, axis.name, axis.size) for piece in pieces]
+        return self.emit(aten.cat.default, gathered, shard.dim)
+
+    def _take(self, part: fx.Node, wanted: Placement, axis: Axis) -> fx.Node:
+        if not isinstance(wanted, Shard):
+            return part
+        if wanted.sections == 1:
+            return self.emit(LOCAL, part, wanted.dim, axis.name, axis.size)
+        size = type_of(part).shape[wanted.dim] // wanted.sections  # type: ignore[union-attr]
+        pieces = [self.emit(aten.slice.Tensor, part, wanted.dim, i * size, (i + 1) * size)
+                  for i in range(wanted.sections)]  # fmt: skip
+        return self.emit(aten.cat.default, [self.emit(LOCAL, p, wanted.dim, axis.name, axis.size) for p in pieces],
+                         wanted.dim)  # fmt: skip
+
+    # -- choosing ------------------------------------------------------------------------------------------
+
+    def choose(
+        self, node: fx.Node, operands: list[fx.Node], target: Any = None
+    ) -> tuple[list[Placements], list[Placements]]:
+        """Placements of an operator's arguments and results: on each axis the legal row that exchanges least. `target`
+        is an operator whose rule is taken in place of the node's own."""
+        results = self.types[node]
+        types = results if isinstance(results, tuple) else (results,)
+        rows: list[Row] = []
+        for i, axis in enumerate(self.axes):
+            found = tuple(self.placements(operand)[i] for operand in operands)
+            call = Call(node, tuple(map(self.type, operands)), types, found)  # type: ignore[arg-type]
+            rule = rule_for(target or node.target)
+            legal = [
+                row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows, axis)
+            ]
+            best = min(legal, key=lambda row: self._cost(call, operands, row, i))
+            self._check_heads(call, rule, best, i)
+            rows.append(best)
+        inputs = [tuple(row.inputs[j] for row in rows) for j in range(len(operands))]
+        return inputs, [tuple(row.results[j] for row in rows) for j in range(len(types))]
+
+    def _divides(self, call: Call, row: Row, before: list[Row], axis: Axis) -> bool:
+        """Whether every dimension divides by the ranks that share it."""
+        pairs = [(type, row.inputs[j], [b.inputs[j] for b in before]) for j, type in enumerate(call.operands)]
+        pairs += [(type, row.results[j], [b.results[j] for b in before]) for j, type in enumerate(call.results) if type]
+        for type, placement, others in pairs:
+            if isinstance(placement, Shard):
+                sizes = zip(others, self.axes, strict=False)
+                taken = prod(a.size for p, a in sizes if isinstance(p, Shard) and p.dim == placement.dim)
+                if type.shape[placement.dim] % (taken * axis.size * placement.sections):
+                    return False
+        return True
+
+    def _cost(self, call: Call, operands: list[fx.Node], row: Row, place: int) -> float:
+        """Elements that a row moves along an axis; infinite where the axis' role does not allow it."""
+        role, axis = self.roles[place], self.axes[place]
+        ranks = (axis.size - 1) / axis.size
+        cost = 0.0
+        for operand, type, found, wanted in zip(operands, call.operands, call.found, row.inputs, strict=True):
+            if self.is_weight(operand) and not self._may_move(role, found, wanted):
+                return inf
+            cost += ranks * prod(type.shape) * self._moves(found, wanted, type, place)
+        for result, placement in zip(call.results, row.results, strict=True):
+            if placement == PARTIAL and PARTIAL not in row.inputs and result is not None:
+                cost += ranks * prod(result.shape)
+        wanted_here = self.wanted.get(call.node)
+        if wanted_here is not None and row.results[0] not in (PARTIAL, wanted_here[place]):
+            return inf
+        return cost
+
+    def is_weight(self, node: fx.Node) -> bool:
+        return node in self.weights and len(self.type(node).shape) > 1
+
+    @staticmethod
+    def _may_move(role: Role, found: Placement, wanted: Placement) -> bool:
+        """Weights are gathered on axes whose role says so, and stay as they are on all others."""
+        return wanted == REPLICATE if role.gathered else found == wanted
+
+    def _moves(self, found: Placement, wanted: Placement, type: TensorType, place: int) -> float:
+        """How often a tensor crosses the axis."""
+        if found == wanted:
+            return 0.0
+        if wanted == PARTIAL:
+            return inf
+        if found == REPLICATE:
+            return 0.0
+        if found == PARTIAL:
+            partial = (REPLICATE,) * place + (PARTIAL,) + (REPLICATE,) * (len(self.axes) - place - 1)
+            return 1.0 if wanted == self.resolved(partial, type.shape)[place] else inf if wanted != REPLICATE else 2.0
+        return 1.0 if wanted == REPLICATE else 2.0
+
+    def _check_heads(self, call: Call, rule: Any, best: Row, place: int) -> None:
+        """Raises ShardingError where heads do not divide by the ranks that share the hidden dimension."""
+        found, axis = call.found[0] if call.found else REPLICATE, self.axes[place]
+        splits = call.node.target in SHAPED and isinstance(found, Shard) and best.inputs[0] == REPLICATE
+        if not splits or found.dim != len(call.operands[0].shape) - 1:
+            return
+        sizes = call.results[0].shape  # type: ignore[union-attr]
+        raise ShardingError(
+            f"{note(call.node).module or call.node.name}: a hidden dimension of {call.operands[0].shape[-1]} that is "
+            f"sharded over the {axis.size} ranks of axis {axis.name} is seen as {list(sizes)}, whose heads do not "
+            f"divide by {axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
+        )
+
+    # -- operators -----------------------------------------------------------------------------------------
+
+    def lower(self, node: fx.Node) -> None:
+        """Lower one operator by its rule."""
+        if node.target is operator.getitem:
+            self.values[node] = self.elements[node.args[0]][node.args[1]]
+            return
+        operands = list(node.all_input_nodes)
+        inputs, results = self.choose(node, operands)
+        parts = {operand: self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)}
+        args = list(fx.map_arg(node.args, parts.__getitem__))
+        if node.target in SHAPED:
+            args[SHAPED[node.target]] = list(local_shape(self.type(node).shape, results[0], self.axes))
+        elif node.target in SOURCE_SHAPED:
+            args[1] = list(local_shape(tuple(args[1]), results[0], self.axes))
+        elif node.target is aten.split.Tensor or node.target is aten.split_with_sizes.default:
+            args[1] = self._local_sizes(node, results[0])
+        made = self._emit_view(node, args, fx.map_arg(node.kwargs, parts.__getitem__))
+        made = self._share_of_mean(node, made, inputs)
+        self.finish(node, made, results)
+
+    def finish(self, node: fx.Node, made: fx.Node, results: list[Placements]) -> None:
+        """Let the results of `made` stand for those of the old operator."""
+        if not isinstance(self.types[node], tuple):
+            self.set(node, made, results[0])
+            return
+        types = self.types[node]
+        wanted = {user.args[1] for user in node.users}
+        elements = []
+        for i, placements in enumerate(results):
+            if i not in wanted or types[i] is None:  # type: ignore[index]
+                elements.append(Value(made, placements))
+                continue
+            element = self.emit(operator.getitem, made, i)
+            elements.append(self.value(element, placements))
+        self.elements[node] = tuple(elements)
+
+    def _emit_view(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
+        """The operator on local parts; a view of parts that do not lie one behind the other needs a copy."""
+        try:
+            return self.emit(node.target, *args, **kwargs)
+        except (RuntimeError, ValueError):
+            if node.target not in SHAPED:
+                raise
+            args[0] = self.emit(aten.clone.default, args[0], memory_format=torch.contiguous_format)
+            return self.emit(node.target, *args, **kwargs)
+
+    def _local_sizes(self, node: fx.Node, placements: Placements) -> Any:
+        sizes, ndim = node.args[1], len(self.type(node.args[0]).shape)
+        dim = (node.args[2] if len(node.args) > 2 else 0) % ndim
+        ranks = prod(axis.size for axis in self.sharding_axes(placements, dim))
+        return sizes // ranks if isinstance(sizes, int) else [size // ranks for size in sizes]
+
+    def _share_of_mean(self, node: fx.Node, made: fx.Node, inputs: list[Placements]) -> fx.Node:
+        """A mean over a sharded dimension is a sum over ranks of their means, each divided by how many they are."""
+        if node.target not in (aten.mean.dim, aten.mean.default):
+            return made
+        ndim = len(self.type(node.args[0]).shape)
+        dims = {d % ndim for d in node.args[1]} if node.target is aten.mean.dim else set(range(ndim))
+        ranks = prod(axis.size for dim in dims for axis in self.sharding_axes(inputs[0], dim))
+        return made if ranks == 1 else self.emit(aten.div.Scalar, made, ranks)
+
+
+Lowering = Callable[[Sharder, fx.Node], None]
+"""Lowers one operator by hand: where local parts need another computation than the whole."""

@@ -1,0 +1,75 @@
+"""Runs a sharded program on every rank of its mesh at once, in one process: node by node, all ranks in step."""
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from geminifx.passes.program import Program, note
+from geminifx.runtime.mesh import Mesh, Placements, local_part, parse_placements
+from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, OFFSET, REDUCE_SCATTER
+from torch import Tensor, fx
+
+Values = dict[str, Tensor]
+
+
+def run_whole(program: Program, values: Values) -> Values:
+    """The results of an unsharded program by role."""
+    return {role: found[0] for role, found in run_on_all(program, Mesh(), values).items()}
+
+
+def run_on_all(program: Program, mesh: Mesh, values: Values) -> dict[str, list[Tensor]]:
+    """Results by role, of all ranks, for whole inputs by role."""
+    ranks = range(mesh.size)
+    found: dict[fx.Node, list[Any]] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            placements = placements_of(node, mesh)
+            found[node] = [local_part(values[note(node).role], placements, mesh, rank).clone() for rank in ranks]
+        elif node.op == "call_function":
+            args = [fx.map_arg(node.args, lambda value, rank=rank: found[value][rank]) for rank in ranks]
+            kwargs = [fx.map_arg(node.kwargs, lambda value, rank=rank: found[value][rank]) for rank in ranks]
+            found[node] = _run(node.target, args, kwargs, mesh)
+    return {role: found[node] for role, node in program.results.items()}
+
+
+def placements_of(node: fx.Node, mesh: Mesh) -> Placements:
+    return parse_placements(note(node).placement or "R", mesh.tensor_axes)
+
+
+def _run(target: Any, args: list[Any], kwargs: list[Any], mesh: Mesh) -> list[Any]:
+    if target in (ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER):
+        return _exchange(target, args, mesh)
+    if target is LOCAL:
+        return [_part(a[0], a[1], mesh.coordinate(rank, a[2]), a[3]) for rank, a in enumerate(args)]
+    if target is OFFSET:
+        return [torch.tensor(mesh.coordinate(rank, a[1]) * a[2]) for rank, a in enumerate(args)]
+    call = target if target is not operator.getitem else lambda source, place: source[place]
+    return [call(*a, **k) for a, k in zip(args, kwargs, strict=True)]
+
+
+def _exchange(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:
+    axis = args[0][1] if target is ALL_REDUCE else args[0][2]
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for rank in range(mesh.size):
+        others = tuple(mesh.coordinate(rank, a.name) for a in mesh.axes if a.name != axis)
+        groups[others].append(rank)
+    results: list[Any] = [None] * mesh.size
+    for group in groups.values():
+        parts = [args[rank][0] for rank in group]
+        for place, rank in enumerate(group):
+            results[rank] = _reduced(target, parts, args[rank], place)
+    return results
+
+
+def _reduced(target: Any, parts: list[Tensor], args: Any, place: int) -> Tensor:
+    if target is ALL_GATHER:
+        return torch.cat(parts, args[1])
+    together = torch.stack(parts)
+    if target is ALL_REDUCE:
+        return together.amax(0) if args[2] == "max" else together.sum(0)
+    return _part(together.sum(0), args[1], place, args[3])
+
+
+def _part(whole: Tensor, dim: int, place: int, size: int) -> Tensor:
+    return whole.chunk(size, dim)[place]
