@@ -37,7 +37,6 @@ from .types import TensorType, contiguous_stride
 from .verify import canonical
 
 aten = torch.ops.aten
-TRANSPOSES = (aten.t.default, aten.transpose.int)
 
 
 @graph_pass(requires=(canonical,))
@@ -112,8 +111,9 @@ def _want_gradients(sharder: Sharder, program: Program, found: dict[str, Placeme
         if name not in found:
             continue
         placements = found[name]
-        while node.target in (*TRANSPOSES, aten._to_copy.default):
-            if node.target in TRANSPOSES:
+        while node.target in (aten.t.default, aten._to_copy.default):
+            sharder.wanted[node] = placements
+            if node.target is aten.t.default:
                 placements = tuple(_swapped(p) for p in placements)
             node = node.args[0]
         if node.target in (aten.mm.default, aten.embedding_dense_backward.default):

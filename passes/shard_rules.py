@@ -30,7 +30,7 @@ class Row:
 @dataclass(frozen=True)
 class Call:
     """One operator call: its arguments, the whole types of its tensor arguments and results, and how the arguments lie
-    on one axis."""
+    on one axis, sums taken (`found`)."""
 
     node: fx.Node
     operands: tuple[TensorType, ...]
@@ -260,8 +260,6 @@ def matrix_product(call: Call) -> list[Row]:
         *(Row((REPLICATE, Shard(1, n)), (Shard(1, n),)) for n in sections),
         *(Row((Shard(0, n), REPLICATE), (Shard(0, n),)) for n in sections if n > 1),
         *(Row((Shard(1, n), Shard(0, n)), (PARTIAL,)) for n in sections),
-        Row((PARTIAL, REPLICATE), (PARTIAL,)),
-        Row((REPLICATE, PARTIAL), (PARTIAL,)),
     ]
     return rows
 

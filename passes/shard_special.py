@@ -25,9 +25,14 @@ def addmm(s: Sharder, node: fx.Node) -> None:
     bias, x, weight = node.args[:3]
     inputs, (result,) = s.choose(node, [x, weight], aten.mm.default)
     x_part, weight_part = s.local(x, inputs[0]), s.local(weight, inputs[1])
-    settled = s.resolved(result, s.type(node).shape)
+    late = [role.partial == "sequence" and p == PARTIAL for role, p in zip(s.roles, result, strict=True)]
+    settled = tuple(p if waits else r for waits, p, r in
+                    zip(late, result, s.resolved(result, s.type(node).shape), strict=True))  # fmt: skip
     along = tuple(Shard(0, p.sections) if isinstance(p, Shard) and p.dim == 1 else REPLICATE for p in settled)
     bias_part = s.local(bias, along)
+    ranks = prod(axis.size for axis, waits in zip(s.axes, late, strict=True) if waits)
+    if ranks > 1:  # the sum is taken where it can be sharded along the sequence, and the bias with it
+        bias_part = s.emit(aten.div.Scalar, bias_part, ranks)
     if settled == result:
         s.set(node, s.emit(aten.addmm.default, bias_part, x_part, weight_part), result)
         return
@@ -179,10 +184,7 @@ def _without_last(s: Sharder, placements: Placements, ndim: int) -> Placements:
 
 def _settle(s: Sharder, value: fx.Node) -> None:
     """Take the sums of a value that is partial."""
-    if PARTIAL not in s.placements(value):
-        return
-    settled = s.resolved(s.placements(value), s.type(value).shape)
-    s.values[value] = s.value(s.local(value, settled), settled)
+    s.local(value, s.settled(value))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

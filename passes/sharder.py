@@ -69,8 +69,14 @@ class Sharder:
             return value.node
         key = value.node, placements, note(self.at).phase
         if key not in self._moved:
-            self._moved[key] = self._move(value, placements, len(self.type(node).shape))
+            self._moved[key] = self._move(value, placements)
+        if PARTIAL in value.placements and PARTIAL not in placements:
+            self.values[node] = Value(self._moved[key], placements)  # a sum is taken once
         return self._moved[key]
+
+    def settled(self, node: fx.Node) -> Placements:
+        """How a value lies once its sums are taken."""
+        return self.resolved(self.placements(node), self.type(node).shape)
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -113,7 +119,7 @@ class Sharder:
 
     # -- exchange ------------------------------------------------------------------------------------------
 
-    def _move(self, value: Value, target: Placements, ndim: int) -> fx.Node:
+    def _move(self, value: Value, target: Placements) -> fx.Node:
         """Exchange axis by axis. Parts of a dimension nest in the order of the axes, so that an axis is gathered after
         those behind it that share its dimension, and sharded before them."""
         part, now = value.node, list(value.placements)
@@ -180,7 +186,7 @@ class Sharder:
         types = results if isinstance(results, tuple) else (results,)
         rows: list[Row] = []
         for i, axis in enumerate(self.axes):
-            found = tuple(self.placements(operand)[i] for operand in operands)
+            found = tuple(self.settled(operand)[i] for operand in operands)
             call = Call(node, tuple(map(self.type, operands)), types, found)  # type: ignore[arg-type]
             rule = rule_for(target or node.target)
             legal = [
@@ -209,13 +215,16 @@ class Sharder:
         role, axis = self.roles[place], self.axes[place]
         ranks = (axis.size - 1) / axis.size
         cost = 0.0
-        for operand, type, found, wanted in zip(operands, call.operands, call.found, row.inputs, strict=True):
+        for operand, type, wanted in zip(operands, call.operands, row.inputs, strict=True):
+            found = self.placements(operand)[place]
             if self.is_weight(operand) and not self._may_move(role, found, wanted):
                 return inf
-            cost += ranks * prod(type.shape) * self._moves(found, wanted, type, place)
+            cost += ranks * prod(type.shape) * self._moves(found, self.settled(operand)[place], wanted)
         for result, placement in zip(call.results, row.results, strict=True):
             if placement == PARTIAL and PARTIAL not in row.inputs and result is not None:
                 cost += ranks * prod(result.shape)
+        if call.node.target is aten.t.default and PARTIAL in row.inputs and call.node not in self.wanted:
+            return inf  # a transposed factor has another reader than its own product: let them share the sum
         wanted_here = self.wanted.get(call.node)
         if wanted_here is not None and row.results[0] not in (PARTIAL, wanted_here[place]):
             return inf
@@ -229,7 +238,8 @@ class Sharder:
         """Weights are gathered on axes whose role says so, and stay as they are on all others."""
         return wanted == REPLICATE if role.gathered else found == wanted
 
-    def _moves(self, found: Placement, wanted: Placement, type: TensorType, place: int) -> float:
+    @staticmethod
+    def _moves(found: Placement, settled: Placement, wanted: Placement) -> float:
         """How often a tensor crosses the axis."""
         if found == wanted:
             return 0.0
@@ -238,8 +248,7 @@ class Sharder:
         if found == REPLICATE:
             return 0.0
         if found == PARTIAL:
-            partial = (REPLICATE,) * place + (PARTIAL,) + (REPLICATE,) * (len(self.axes) - place - 1)
-            return 1.0 if wanted == self.resolved(partial, type.shape)[place] else inf if wanted != REPLICATE else 2.0
+            return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
         return 1.0 if wanted == REPLICATE else 2.0
 
     def _check_heads(self, call: Call, rule: Any, best: Row, place: int) -> None:

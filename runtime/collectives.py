@@ -46,9 +46,10 @@ class Collectives:
         return whole
 
     def local(self, whole: Tensor, dim: int, axis: str, size: int) -> Tensor:
-        """This process's part, along `dim`, of a tensor that all have."""
+        """This process's part, along `dim`, of a tensor that all have: a copy, for kernels that need it contiguous."""
         length = whole.shape[dim] // size
-        return whole.narrow(dim, self.mesh.coordinate(self.rank, axis) * length, length)
+        part = whole.narrow(dim, self.mesh.coordinate(self.rank, axis) * length, length)
+        return part.clone(memory_format=torch.contiguous_format)
 
     def offset(self, like: Tensor, axis: str, extent: int) -> Tensor:
         """Where this process's part begins, of parts of `extent`: an int64 scalar."""

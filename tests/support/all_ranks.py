@@ -72,4 +72,4 @@ def _reduced(target: Any, parts: list[Tensor], args: Any, place: int) -> Tensor:
 
 
 def _part(whole: Tensor, dim: int, place: int, size: int) -> Tensor:
-    return whole.chunk(size, dim)[place]
+    return whole.chunk(size, dim)[place].contiguous()
