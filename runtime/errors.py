@@ -31,3 +31,7 @@ class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own t
 
 class StateError(GeminiError):
     """A call came at a moment when it cannot be honoured, such as a second backward."""
+
+
+class CheckpointError(GeminiError):
+    """A checkpoint cannot be written or read; whatever was saved before is still there."""
