@@ -11,11 +11,12 @@ print(model.graph["training"])
 from torch import device as _device
 
 from .compiler.api import compile
+from .compiler.checkpoint import load_checkpoint, save_checkpoint
 from .compiler.loader import shard_dataloader
 from .compiler.module import CompiledModule
 from .passes.manager import graph_pass
 from .passes.plan import Plan
-from .runtime.errors import BudgetError, CaptureError, GeminiError
+from .runtime.errors import BudgetError, CaptureError, CheckpointError, GeminiError
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,6 @@ def init_empty() -> _device:
 
 
 __all__ = [
-    "BudgetError", "CaptureError", "CompiledModule", "GeminiError", "Plan", "compile", "graph_pass", "init_empty",
-    "shard_dataloader",
+    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Plan", "compile", "graph_pass",
+    "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
 ]  # fmt: skip

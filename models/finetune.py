@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.errors import BudgetError, GeminiError
+from ..runtime.errors import BudgetError, CheckpointError, GeminiError
 from .blocks import TokenBlocks
 from .recipe import Recipe, Report, StepInfo
 from .training_state import (
-    CheckpointError,
     TrainingState,
     load_training_state,
     random_states,

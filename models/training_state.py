@@ -14,13 +14,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.checkpoint import atomic_directory
-from ..runtime.errors import GeminiError
+from ..runtime.errors import CheckpointError, GeminiError
 
 STATE_FILE = "training_state.pt"
-
-
-class CheckpointError(GeminiError):
-    """A checkpoint cannot be written or read; whatever was saved before is still there."""
 
 
 class Saveable(Protocol):

@@ -33,5 +33,5 @@ class StateError(GeminiError):
     """A call came at a moment when it cannot be honoured, such as a second backward."""
 
 
-class ShardingError(GeminiError, ValueError):
-    """A model cannot be sharded as `parallel=` declares."""
+class CheckpointError(GeminiError):
+    """A checkpoint cannot be written or read; whatever was saved before is still there."""

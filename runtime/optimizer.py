@@ -227,9 +227,14 @@ class ChunkOptimizer(Optimizer):
             saved = super().state_dict()
         finally:
             self.state.clear()
-        if self._fp16:
-            saved["loss_scale"] = {"scale": self.loss_scale, "steps_since_overflow": self._steps_since_overflow}
+        saved |= self.scaling()
         return self._whole(saved, first_only)
+
+    def scaling(self) -> dict[str, Any]:
+        """What a state_dict has of the loss scale: nothing without float16."""
+        if not self._fp16:
+            return {}
+        return {"loss_scale": {"scale": self.loss_scale, "steps_since_overflow": self._steps_since_overflow}}
 
     def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
         """A state_dict of this process's parts with whole tensors instead, made one by one."""

@@ -17,8 +17,8 @@ from geminifx.models.blocks import TokenBlocks
 from geminifx.models.finetune import NonFiniteLoss, finetune, perplexity
 from geminifx.models.presets import load_model
 from geminifx.models.recipe import Recipe, StepInfo
-from geminifx.models.training_state import STATE_FILE, CheckpointError, load_training_state
-from geminifx.runtime.errors import BudgetError
+from geminifx.models.training_state import STATE_FILE, load_training_state
+from geminifx.runtime.errors import BudgetError, CheckpointError
 from trainable import ClippedAdamW
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
