@@ -20,13 +20,14 @@ class AbsentOutput:
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise AbsentOutputError(
-            "this output of the model, the logits, was not computed: its loss is computed in pieces to save memory "
-            "(plan.fuse_loss). To have the logits compile with compile(..., fuse_loss=False), to train through them "
-            "with outputs='all'; evaluation under torch.no_grad() returns them in any case."
+            "this output of the model, the logits, was not computed, to save memory: its loss is computed in pieces "
+            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.mode). To have the "
+            "logits compile with fuse_loss=False, to train through them, or have them of a sharded model, with "
+            "outputs='all'; evaluation under torch.no_grad() returns them in any case."
         )
 
     def __repr__(self) -> str:
-        return "<logits, not computed: compile(..., fuse_loss=False) has them>"
+        return "<logits, not computed: compile(..., outputs='all') has them>"
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:

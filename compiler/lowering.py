@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..passes.canonicalize import canonicalize
 from ..passes.manager import Pass, Record, assemble, run_passes
 from ..passes.pipeline import PIPELINE
 from ..passes.plan import Plan
@@ -12,13 +13,17 @@ from ..passes.types import TensorType
 from ..runtime.executor import Code
 from ..runtime.ops import REDUCE, TURN
 
-CLUSTER = "cluster"
+SHARD, CLUSTER = "shard", "cluster"
 
 
 @dataclass(frozen=True)
 class Lowering:
     """The pipeline with the user's passes in place. `flat` stops where instructions stand in their final
-    places, which is where memory is planned; `finish` goes on to the code that runs."""
+    places, which is where memory is planned; `finish` goes on to the code that runs.
+
+    Of a model whose tensors are sharded all but the beginning is about one process's parts: `shard` makes the program
+    of those once, and the others go on from there.
+    """
 
     passes: tuple[Pass, ...]
     dump: Path | None = None
@@ -27,22 +32,33 @@ class Lowering:
     def of(cls, extra: tuple[Pass, ...], dump: str | Path | None) -> "Lowering":
         return cls(assemble(PIPELINE, extra), None if dump is None else Path(dump))
 
+    def shard(self, captured: Program, plan: Plan) -> Program:
+        """The program of one process's parts."""
+        program = captured.copy()
+        folder = None if self.dump is None else self.dump / f"{program.name}_whole"
+        run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
+        return program
+
     def flat(self, captured: Program, plan: Plan) -> Program:
         program = captured.copy()
-        run_passes(program, plan, self.passes[: self._cut()])
+        run_passes(program, plan, self._rest(plan, self.passes[: self._after(CLUSTER) - 1]))
         return program
 
     def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
         program = captured.copy()
         folder = None if self.dump is None else self.dump / program.name
-        records = run_passes(program, plan, self.passes, folder)
+        records = run_passes(program, plan, self._rest(plan, self.passes), folder)
         if self.dump is not None:
             plan.save(self.dump / "plan.json")
             (self.dump / f"{program.name}.py").write_text(print_program(program, executable=True), encoding="utf-8")
         return program, records
 
-    def _cut(self) -> int:
-        return [p.name for p in self.passes].index(CLUSTER)
+    def _rest(self, plan: Plan, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        """What is still to be run of `passes`; repetitions that sharding brought are removed first."""
+        return (canonicalize, *passes[self._after(SHARD) :]) if plan.mesh.tensor_axes else passes
+
+    def _after(self, name: str) -> int:
+        return [p.name for p in self.passes].index(name) + 1
 
 
 def generate(program: Program) -> Code:

@@ -24,6 +24,8 @@ class Parallel:
         size: over how many processes.
         depth: of 2.5d: how many layers of the square.
         sequence: of 1d: whether activations between blocks are sharded along the sequence.
+        table: placements of parameters instead of the mode's, from regular expressions of their names, such as
+            {"lm_head.weight": "tp=S0"}.
     """
 
     data: int | None = None
@@ -32,6 +34,7 @@ class Parallel:
     size: int = 1
     depth: int = 1
     sequence: bool = False
+    table: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Parallel":
@@ -39,8 +42,9 @@ class Parallel:
         values = dict(given or {})
         _known(values, ("data", "zero", "tensor"), "parallel")
         tensor = _tensor(values.pop("tensor", None))
-        _known(tensor, ("mode", "size", "depth", "sequence"), "parallel['tensor']")
-        found = cls(**values, **tensor)
+        _known(tensor, ("mode", "size", "depth", "sequence", "table"), "parallel['tensor']")
+        table = tuple(dict(tensor.pop("table", {})).items())
+        found = cls(**values, **tensor, table=table)
         found._check(given)
         return found
 

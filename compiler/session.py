@@ -15,6 +15,7 @@ from ..models.adapters import blocks
 from ..passes.manager import Record
 from ..passes.plan import Plan, Residency
 from ..passes.program import Program
+from ..passes.shard_parameters import whole_parameters
 from ..passes.text import print_program
 from ..runtime.chunks import ChunkStore
 from ..runtime.errors import BudgetError, StateError
@@ -101,10 +102,18 @@ class Session:
         if key not in self._programs:
             with torch.inference_mode(False), torch.set_grad_enabled(backward):
                 request = Request(self.dtype, self.options.outputs, backward, self.dtypes, self._shapes)
-                self._programs[key] = self._compile(capture(self.source, args, kwargs, request))
+                self._programs[key] = self._compile(self._shard(capture(self.source, args, kwargs, request)))
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
         return compiled
+
+    def _shard(self, captured: Captured) -> Captured:
+        """The captured step of this process's parts, where tensors are sharded. Raises ShardingError."""
+        plan = Plan(**self._shared_by())
+        if not plan.mesh.tensor_axes:
+            return captured
+        program = self.lowering.shard(captured.program, plan)
+        return replace(captured, program=program, notes=(*captured.notes, *whole_parameters(captured.program, plan)))
 
     def _compile(self, captured: Captured) -> Compiled:
         backward = captured.program.name == "training"
@@ -134,7 +143,8 @@ class Session:
             return self._either(lambda plan: check(plan, lower, self.limits), given, given.updates, BudgetError)
         layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
-        saves = logits_bytes(captured.program) if fuse_loss is not False else 0
+        fusible = fuse_loss is not False and not self.ranks.mesh.tensor_axes
+        saves = logits_bytes(captured.program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes,
                      optimizer_state_bytes=options.optimizer_state_bytes, **self._shared_by())  # fmt: skip
@@ -148,7 +158,8 @@ class Session:
         """The fields of a plan that tell how processes share the work."""
         degrees = self.options.degrees
         mode = degrees.mode if self.ranks.mesh.tensor_axes else None
-        return {"mesh": self.ranks.mesh, "mode": mode or "", "sequence": degrees.sequence, "zero": degrees.zero}
+        return {"mesh": self.ranks.mesh, "mode": mode or "", "sequence": degrees.sequence, "table": degrees.table,
+                "zero": degrees.zero}  # fmt: skip
 
     def _either(self, decide: Callable[[Plan], Solution], plan: Plan, ours: Updates | None,
                 excused: type[BudgetError]) -> Solution:  # fmt: skip

@@ -13,6 +13,8 @@ Optimus (Xu et al., 2021), 2.5d Tesseract (Wang et al., 2021), 3d that of Bian e
 from dataclasses import dataclass
 from typing import Literal
 
+from .plan import Plan
+
 Kept = Literal["whole", "batch", "sequence", "hidden"]
 """What of an activation [batch, ..., hidden] an axis shards."""
 
@@ -46,3 +48,8 @@ MODES: dict[str, dict[str, Role]] = {
 }
 SEQUENCE: dict[str, Role] = {"tp": Role("sequence", "sequence", weight="turns")}
 """1d with activations between blocks sharded along the sequence."""
+
+
+def roles_of(plan: Plan) -> dict[str, Role]:
+    """The roles of a plan's tensor axes, by name."""
+    return SEQUENCE if plan.sequence else MODES[plan.mode]

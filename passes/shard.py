@@ -27,7 +27,7 @@ from ..runtime.errors import ShardingError
 from ..runtime.linear_loss import ABSENT
 from ..runtime.mesh import REPLICATE, Placement, Placements, Shard, local_shape, placements_text
 from .manager import graph_pass
-from .modes import MODES, SEQUENCE
+from .modes import roles_of
 from .plan import Plan
 from .program import Program, annotate, note
 from .shard_parameters import place_parameters
@@ -44,10 +44,9 @@ def shard(program: Program, plan: Plan) -> None:
     axes = plan.mesh.tensor_axes
     if not axes:
         return
-    roles = SEQUENCE if plan.sequence else MODES[plan.mode]
     old = program.nodes
-    sharder = Sharder(program, axes, roles)
-    found = place_parameters(program, axes, roles, dict(plan.table)).placements
+    sharder = Sharder(program, axes, roles_of(plan))
+    found = place_parameters(program, plan).placements
     for role, node in _inputs(program).items():
         kind, _, name = role.partition(":")
         if kind == "parameter":

@@ -6,14 +6,14 @@ in an elementwise operator or a norm, such as a bias, is sharded as that activat
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from ..runtime.mesh import REPLICATE, Axis, Placement, Placements, Shard, parse_placements
-from .modes import Role
+from .modes import Role, roles_of
+from .plan import Plan
 from .program import Program, note, type_of
 from .types import TensorType
 
@@ -45,12 +45,17 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def place_parameters(program: Program, axes: tuple[Axis, ...], roles: Mapping[str, Role],
-                     table: Mapping[str, str]) -> Found:  # fmt: skip
-    """Placements of the parameters by name; those that a pattern of `table` matches are taken from there.
+def whole_parameters(program: Program, plan: Plan) -> tuple[str, ...]:
+    """What the user should know of parameters that a mode shards and that stay whole."""
+    return tuple(place_parameters(program, plan).notes)
+
+
+def place_parameters(program: Program, plan: Plan) -> Found:
+    """Placements of the parameters by name; those that a pattern of the plan's table matches are taken from there.
 
     Raises ValueError for a pattern that no parameter matches, and for placements that do not divide a parameter.
     """
+    axes, roles, table = plan.mesh.tensor_axes, roles_of(plan), dict(plan.table)
     uses, found = _uses(program), Found()
     for name, node in program.inputs("parameter").items():
         shape = _shape(node)

@@ -35,3 +35,7 @@ class StateError(GeminiError):
 
 class CheckpointError(GeminiError):
     """A checkpoint cannot be written or read; whatever was saved before is still there."""
+
+
+class ShardingError(GeminiError, ValueError):
+    """A model cannot be sharded as `parallel=` declares."""
