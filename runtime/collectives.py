@@ -9,6 +9,10 @@ from torch import distributed as dist
 
 from .mesh import Mesh
 
+GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+"""By the names that torch has from 2.13 on, where it warns of the older ones."""
+
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -29,14 +33,14 @@ class Collectives:
         """The whole of a tensor that is sharded along `dim`."""
         part = part.movedim(dim, 0).contiguous()
         whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        self.call(dist.all_gather_into_tensor, whole, part, group=self.groups[axis])
+        self.call(GATHER, whole, part, group=self.groups[axis])
         return whole.movedim(0, dim).contiguous()
 
     def reduce_scatter(self, part: Tensor, dim: int, axis: str, size: int) -> Tensor:
         """This process's part, along `dim`, of the sum."""
         part = part.movedim(dim, 0).contiguous()
         mine = part.new_empty((part.shape[0] // size, *part.shape[1:]))
-        self.call(dist.reduce_scatter_tensor, mine, part, group=self.groups[axis])
+        self.call(REDUCE_SCATTER, mine, part, group=self.groups[axis])
         return mine.movedim(0, dim).contiguous()
 
     def all_reduce(self, part: Tensor, axis: str, reduction: str) -> Tensor:
