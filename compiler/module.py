@@ -26,7 +26,7 @@ from .materialize import materialize
 from .options import Options
 from .profile import Profile, profile
 from .session import Compiled, Session
-from .sharded_state import parts_of, whole_state
+from .sharded_state import clip_gradients, parts_of, whole_state
 
 
 class CompiledModule(nn.Module):
@@ -129,6 +129,14 @@ class CompiledModule(nn.Module):
         declared.check(self.session.dtypes.values())
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
         return ChunkOptimizer(declared, groups, self.session.use, self.session.names())
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_ over all parameters, for torch's optimizers; returns the norm.
+
+        Where parameters are sharded over processes, that function would see this process's parts alone, and clip
+        otherwise on each. For `model.optimizer(...)` its `max_grad_norm` needs less memory.
+        """
+        return clip_gradients(self.session, max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the source's own; with `model.optimizer(...)`, as that optimizer's."""
