@@ -16,6 +16,7 @@ from ..runtime.checkpoint import carry_over, save_weights, shared_directory
 from ..runtime.errors import StateError
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.optimizer import ChunkOptimizer, Declared
+from ..runtime.ranks import Ranks
 from ..runtime.slot_source import writable
 from ..runtime.stats import Stats
 from ..runtime.updating_machine import UpdatingMachine
@@ -217,6 +218,11 @@ class CompiledModule(nn.Module):
         if self.session.plan is None:
             raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
         return self.session.plan
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train it together, of which this is one."""
+        return self.session.ranks
 
     @property
     def graph(self) -> dict[str, str]:
