@@ -78,10 +78,10 @@ class StepTime:
             return compute_s + max(0.0, copy_s - compute_s * rates.overlaps) + update_s
         states = {c.index: plan.updates.master_bytes(c) + plan.updates.moment_bytes(c) for c in trained}
         travels = sum(states[index] for index in residency.streamed)
-        refreshed = sum(c.compute_bytes for c in trained if c.index in residency.weights - residency.streamed)
+        refreshed = sum(c.shard_bytes for c in trained if c.index in residency.weights - residency.streamed)
         copy_s = (travels + refreshed + self._streamed_bytes(on_host, residency)) / rates.bus_bytes_per_s
-        streamed = sum(c.numel for c in trained if c.index in residency.streamed)
-        updated = sum(c.numel for c in trained) - streamed
+        streamed = sum(c.shard_numel for c in trained if c.index in residency.streamed)
+        updated = sum(c.shard_numel for c in trained) - streamed
         update_s = updated / rates.host_params_per_s + streamed / rates.passing_params_per_s
         late_s = max(update_s, travels / rates.bus_bytes_per_s) - self._beside_s(plan, trained) * rates.overlaps
         return compute_s + max(late_s, copy_s - compute_s * rates.overlaps, 0.0)
@@ -95,7 +95,7 @@ class StepTime:
 
     def _streamed_bytes(self, on_host: list[ChunkLayout], residency: Residency) -> int:
         """Bytes of weights that are copied for each use."""
-        copied = {chunk.index: chunk.compute_bytes for chunk in on_host if chunk.index not in residency.weights}
+        copied = {chunk.index: chunk.shard_bytes for chunk in on_host if chunk.index not in residency.weights}
         return sum(copied.get(index, 0) for index in self.fetched)
 
 

@@ -16,6 +16,7 @@ from ..runtime.checkpoint import carry_over, save_weights, shared_directory
 from ..runtime.errors import StateError
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.optimizer import ChunkOptimizer, Declared
+from ..runtime.ranks import Ranks
 from ..runtime.slot_source import writable
 from ..runtime.stats import Stats
 from ..runtime.updating_machine import UpdatingMachine
@@ -26,7 +27,7 @@ from .materialize import materialize
 from .options import Options
 from .profile import Profile, profile
 from .session import Compiled, Session
-from .sharded_state import parts_of, whole_state
+from .sharded_state import clip_gradients, parts_of, whole_state
 
 
 class CompiledModule(nn.Module):
@@ -130,6 +131,14 @@ class CompiledModule(nn.Module):
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
         return ChunkOptimizer(declared, groups, self.session.use, self.session.names())
 
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_ over all parameters, for torch's optimizers; returns the norm.
+
+        Where parameters are sharded over processes, that function would see this process's parts alone, and clip
+        otherwise on each. For `model.optimizer(...)` its `max_grad_norm` needs less memory.
+        """
+        return clip_gradients(self.session, max_norm)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the source's own; with `model.optimizer(...)`, as that optimizer's."""
         machine = self.session.machine
@@ -209,6 +218,11 @@ class CompiledModule(nn.Module):
         if self.session.plan is None:
             raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
         return self.session.plan
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train it together, of which this is one."""
+        return self.session.ranks
 
     @property
     def graph(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Pack parameters into chunks, in order of first use."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -68,6 +68,18 @@ def pack(
     closed += opened.items()
     chunks = (ChunkLayout(i, c.numel, *key[:3], tuple(c.slots)) for i, (key, c) in enumerate(closed))
     return Layout(tuple(chunks), tuple(tied.items()))
+
+
+def divide(layout: Layout, shards: Callable[[bool], int]) -> Layout:
+    """The layout with its chunks divided into so many shards, by whether they are trained: padded so that shards are
+    of one length and start where slots may."""
+    chunks = []
+    for chunk in layout.chunks:
+        count = shards(chunk.trainable)
+        unit = count * (ALIGNMENT_BYTES // chunk.dtype.itemsize)
+        numel = -(-chunk.numel // unit) * unit if count > 1 else chunk.numel
+        chunks.append(replace(chunk, numel=numel, shards=count))
+    return replace(layout, chunks=tuple(chunks))
 
 
 def _chunk_bytes(inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> int:

@@ -60,6 +60,12 @@ def _in_shape(plan: Plan) -> Iterator[_Offence]:
             yield _Offence(f"{where}.index", repr(chunk.index), f"{i}: chunks are numbered from 0 in order")
         if not _is_count(chunk.numel):
             yield _Offence(f"{where}.numel", repr(chunk.numel), "a number of elements")
+        shards, alignment = plan.shards(chunk.trainable), ALIGNMENT_BYTES // chunk.dtype.itemsize
+        if chunk.shards != shards:
+            yield _Offence(f"{where}.shards", repr(chunk.shards), f"{shards}, as parallel= says")
+        elif shards > 1 and chunk.numel % (shards * alignment):
+            expected = f"a multiple of {shards * alignment}: shards begin at multiples of {ALIGNMENT_BYTES} bytes"
+            yield _Offence(f"{where}.numel", repr(chunk.numel), expected)
         for slot in chunk.slots:
             if not _is_count(slot.offset):
                 yield _Offence(f"{where}: the offset of {slot.name!r}", repr(slot.offset), "a number of elements")

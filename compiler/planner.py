@@ -162,10 +162,10 @@ def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
 
 def _least(plan: Plan, wishes: Wishes) -> Residency:
     """What the policy puts on the device whatever the room."""
-    if wishes.masters is not None:
-        return Residency(masters=wishes.masters, streamed=wishes.streamed)
-    everything = frozenset(range(len(plan.layout.chunks)))
-    return Residency(masters=everything if wishes.placement == "cuda" else frozenset())
+    everything = frozenset(range(len(plan.layout.chunks))) if wishes.placement == "cuda" else frozenset()
+    divided = frozenset(index for index in everything if plan.layout.chunks[index].shards > 1)
+    masters = everything if wishes.masters is None else wishes.masters
+    return Residency(masters, frozenset() if plan.zero == 3 else divided, wishes.streamed)
 
 
 class _Memory:
@@ -194,8 +194,9 @@ class _Memory:
         return self.liveness.static_bytes + sum(per_chunk) + self.streaming(residency) + self.exchanged()
 
     def exchanged(self) -> int:
-        """Bytes of gradients that the ranks have averaged and the exchange has not let go of yet."""
-        largest = max((chunk.compute_bytes for chunk in self.chunks if chunk.trainable), default=0)
+        """Bytes of chunks that the ranks have exchanged and the exchange has not let go of yet."""
+        exchanged = (chunk.compute_bytes for chunk in self.chunks if chunk.trainable or chunk.shards > 1)
+        largest = max(exchanged, default=0)
         return EXCHANGED * largest if self.plan.ranks > 1 else 0
 
     def streaming(self, residency: Residency) -> int:
@@ -203,7 +204,7 @@ class _Memory:
         updates, kinds = self.plan.updates, longest_of_each_kind(self.chunks[i] for i in residency.streamed)
         if not kinds or updates is None:
             return 0
-        waiting = STREAMED_GRADIENTS * max(chunk.compute_bytes for chunk in kinds) if updates.at_once else 0
+        waiting = max(map(_waiting_bytes, kinds)) if updates.at_once else 0
         return sum(map(updates.stream_bytes, kinds)) + waiting
 
     def timeline(self, residency: Residency) -> np.ndarray:
@@ -235,6 +236,8 @@ class _Memory:
         """Keep more on the device, chunk by chunk, as long as it fits."""
         everything = range(len(self.chunks))
         for index in everything:
+            if self.plan.zero == 3 and self.chunks[index].shards > 1:
+                continue
             grown = replace(residency, weights=residency.weights | {index})
             residency = grown if self.fits(grown) else residency
         if wishes.masters is None:
@@ -252,7 +255,7 @@ class _Memory:
         parts = {
             "training state": state,
             "resident weights": sum(map(partial(_resident_bytes, self.plan, residency), self.chunks)),
-            "gradients being averaged": self.exchanged(),
+            "being exchanged": self.exchanged(),
             "states on their way": self.streaming(residency),
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(residency)[at]) if len(timeline) else 0,
@@ -272,7 +275,7 @@ class _Memory:
 
 def _stays(plan: Plan, chunk: ChunkLayout, residency: Residency) -> bool:
     """Whether using the chunk takes no further memory: it is resident, or computes from its master."""
-    computes = plan.updates is not None or not chunk.casts
+    computes = (plan.updates is not None or not chunk.casts) and chunk.shards == 1
     return chunk.index in residency.weights or (chunk.index in residency.masters and computes)
 
 
@@ -283,8 +286,18 @@ def _static_bytes(plan: Plan, chunk: ChunkLayout, residency: Residency) -> int:
 
 def _resident_bytes(plan: Plan, residency: Residency, chunk: ChunkLayout) -> int:
     """What the weights take that stay on the device, where they are not a part of the training state there."""
-    separate = chunk.index not in residency.masters or (chunk.casts and plan.updates is None)
-    return chunk.compute_bytes if chunk.index in residency.weights and separate else 0
+    if chunk.index not in residency.weights:
+        return 0
+    if chunk.index not in residency.masters or (chunk.casts and plan.updates is None):
+        return chunk.compute_bytes
+    return chunk.compute_bytes - chunk.shard_bytes
+
+
+def _waiting_bytes(chunk: ChunkLayout) -> int:
+    """Gradients that wait for states on their way: programs' own buffers, or copies of a shard, of the newest too."""
+    if chunk.shards == 1:
+        return STREAMED_GRADIENTS * chunk.compute_bytes
+    return (STREAMED_GRADIENTS + 1) * chunk.shard_bytes
 
 
 def _host_bytes(plan: Plan, residency: Residency) -> int:

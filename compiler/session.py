@@ -20,7 +20,7 @@ from ..passes.text import print_program
 from ..runtime.chunks import ChunkStore
 from ..runtime.errors import BudgetError, StateError
 from ..runtime.executor import Executor
-from ..runtime.layout import TorchUpdates, Updates
+from ..runtime.layout import Layout, TorchUpdates, Updates
 from ..runtime.machine import Machine
 from ..runtime.ops import AVERAGE, REDUCE
 from ..runtime.parts import Parts
@@ -31,17 +31,22 @@ from ..runtime.state_placing import StatePlacing
 from ..runtime.stats import Stats
 from ..runtime.tiers import MemoryMeter, Tier
 from ..runtime.updating_machine import UpdatingMachine
+from ..runtime.zero import Zero
 from .capture import Captured, Request, capture
 from .device import Device
 from .logits import absent_outputs, logits_bytes
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
-from .packing import pack
+from .packing import divide, pack
 from .plan_check import check_plan
 from .planner import HostBudgetError, Solution, Wishes, check, solve
 from .precision import cast_dtype, parameter_dtypes
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
+NOT_DIVIDED = (
+    "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
+    "lr=...) before the first step and step that, or leave zero out of parallel="
+)
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
 
@@ -137,11 +142,11 @@ class Session:
         names, options, given = blocks(self.source), self.options, self._given_plan()
         lower = partial(self._lower, captured)
         if given is not None:
+            given = replace(given, notes=captured.notes, **self._shared_by())
             if self.plan is None:  # parameters may be frozen afterwards
                 check_plan(given, self._parameters, names, self.dtypes)
-            given = replace(given, notes=captured.notes, **self._shared_by())
             return self._either(lambda plan: check(plan, lower, self.limits), given, given.updates, BudgetError)
-        layout = self.plan.layout if self.plan else pack(captured.program, self._parameters, names, self.dtypes)
+        layout = self.plan.layout if self.plan else self._layout(captured.program, names)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.ranks.mesh.tensor_axes
         saves = logits_bytes(captured.program) if fusible else 0
@@ -154,6 +159,9 @@ class Session:
         ours = Updates() if any(chunk.casts for chunk in layout.chunks) else None
         return self._either(lambda plan: solve(plan, lower, self.limits, wishes), draft, ours, HostBudgetError)
 
+    def _layout(self, program: Program, names: tuple[str, ...]) -> Layout:
+        return divide(pack(program, self._parameters, names, self.dtypes), Plan(**self._shared_by()).shards)
+
     def _shared_by(self) -> dict[str, Any]:
         """The fields of a plan that tell how processes share the work."""
         degrees = self.options.degrees
@@ -164,7 +172,11 @@ class Session:
     def _either(self, decide: Callable[[Plan], Solution], plan: Plan, ours: Updates | None,
                 excused: type[BudgetError]) -> Solution:  # fmt: skip
         """Decide for the optimizer there is. A torch optimizer's state may be too large where `ours` is not: whether
-        that is to be used is told only after compiling, and until then steps are refused."""
+        that is to be used is told only after compiling, and until then steps are refused. So they are where chunks
+        are divided, whose training state is of no other kind."""
+        if self.updates is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
+            self.refusal = StateError(NOT_DIVIDED.format(plan.zero))
+            return decide(replace(plan, updates=ours or Updates()))
         try:
             return decide(replace(plan, updates=self.updates))
         except excused as refusal:
@@ -236,7 +248,9 @@ class Session:
     def _make_machine(self, plan: Plan) -> Machine:
         store, device = ChunkStore(plan.layout, self._parameters, self.parts), self.device.torch_device
         if self.updates is not None:
-            return UpdatingMachine(StatePlacing(store, device, self.tiers, self.updates), self._stats, self.ranks)
+            zero = Zero(self.ranks, plan.zero)
+            states = StatePlacing(store, device, self.tiers, self.updates, zero)
+            return UpdatingMachine(states, self._stats, self.ranks)
         placing = Placing(store, device, self.tiers, TorchUpdates(plan.optimizer_state_bytes))
         return Machine(placing, self._stats, self.ranks)
 
@@ -244,6 +258,8 @@ class Session:
         """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
         machine, plan = self.machine, self.plan
         if machine is None or plan is None or self.is_placed or self.refusal is not None:
+            return
+        if plan.zero and not self.ranks.launched:  # nobody is there to have the other shards
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return

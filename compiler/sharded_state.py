@@ -1,5 +1,6 @@
 """A state_dict of whole tensors from processes that each have a part of some parameters, and back."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,31 @@ from ..runtime.lazy_parameter import LazyParameter
 from .session import Session
 
 
-def sharded_slots(session: Session) -> dict[str, Slot]:
-    """Of which parameters this process has a part, by all of their names, and where that lies."""
+def clip_gradients(session: Session, max_norm: float) -> Tensor:
+    """Clip the norm of all gradients, over all processes; returns it as it was before."""
+    slots, parts = _slots(session), session.parts
+    norms = [torch.zeros((), device=session.device.torch_device)]
+    for name, parameter in session.source.named_parameters():
+        if parameter.grad is not None:
+            norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
+            norms.append(norm.to(norms[0].device) / math.sqrt(parts.replicas(slots[name])))
+    total = parts.norm(torch.linalg.vector_norm(torch.stack(norms)))
+    nn.utils.clip_grads_with_norm_(session.source.parameters(), max_norm, total)
+    return total
+
+
+def _slots(session: Session) -> dict[str, Slot]:
+    """Where parameters lie, by all of their names."""
     if session.machine is None or not session.is_placed:
         return {}
     places, first = session.machine.placing.store.layout.places, session.names()
     named = ((name, first[id(p)]) for name, p in session.source.named_parameters(remove_duplicate=False))
-    slots = {name: places[own][0].slots[places[own][1]] for name, own in named}
-    return {name: slot for name, slot in slots.items() if slot.placement}
+    return {name: places[own][0].slots[places[own][1]] for name, own in named}
+
+
+def sharded_slots(session: Session) -> dict[str, Slot]:
+    """Of which parameters this process has a part, by all of their names, and where that lies."""
+    return {name: slot for name, slot in _slots(session).items() if slot.placement}
 
 
 def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part number `number`, counted from 0, `of` so many equal parts of every batch."""
+
+    number: int = 0
+    of: int = 1
+
+    def rows(self, batch_size: int) -> slice:
+        """Return which rows of a batch these are.
+
+        Raises:
+            ValueError: a batch of this size has no such parts.
+        """
+        if batch_size % self.of:
+            raise ValueError(
+                f"a batch of {batch_size} does not divide into {self.of} equal parts, one for each process with data "
+                "of its own; choose a --batch-size that does"
+            )
+        size = batch_size // self.of
+        return slice(self.number * size, (self.number + 1) * size)
+
+
+WHOLE = Part()
 
 
 class TokenBlocks:
@@ -70,23 +96,34 @@ class TokenBlocks:
         digest.update(np.ascontiguousarray(self._train).tobytes())
         return digest.hexdigest()
 
-    def batch(self, step: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Return training batch `step` as input_ids and labels, int64 [batch_size, seq_len].
+    def batch(self, step: int, batch_size: int, part: Part = WHOLE) -> dict[str, torch.Tensor]:
+        """Return training batch `step` as input_ids and labels, int64 [batch_size / part.of, seq_len].
 
         It depends on the seed and `step` alone. Every block comes once per epoch; a batch may cross its end.
         """
-        positions = range(step * batch_size, (step + 1) * batch_size)
+        rows = part.rows(batch_size)
+        positions = range(step * batch_size + rows.start, step * batch_size + rows.stop)
         return _as_batch(self._train[[self._block_at(position) for position in positions]])
 
-    def held_out_batches(self, batch_size: int, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the held-out blocks as equal batches, at most `limit`.
+    def held_out_batches(
+        self, batch_size: int, limit: int | None = None, part: Part = WHOLE
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the held-out blocks as equal batches, at most `limit`, of each its `part`.
 
         A last incomplete batch is left out unless it is the only one: a compiled model then sees one shape.
+
+        Raises:
+            ValueError: there are fewer blocks than parts.
         """
-        size = min(batch_size, len(self._held_out))
-        count = len(self._held_out) // size
+        size = min(batch_size, len(self._held_out)) // part.of * part.of
+        if size == 0:
+            raise ValueError(
+                f"{len(self._held_out)} held-out blocks are too few for {part.of} processes with data of their own; "
+                "give more text, a smaller seq_len or fewer processes"
+            )
+        count, rows = len(self._held_out) // size, part.rows(size)
         for i in range(count if limit is None else min(count, limit)):
-            yield _as_batch(self._held_out[i * size : (i + 1) * size])
+            yield _as_batch(self._held_out[i * size + rows.start : i * size + rows.stop])
 
     def _block_at(self, position: int) -> int:
         """Return the training block at `position` of the endless shuffled order."""

@@ -21,7 +21,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..runtime.errors import BudgetError, CheckpointError, GeminiError
-from .blocks import TokenBlocks
+from ..runtime.ranks import Ranks
+from .blocks import Part, TokenBlocks
 from .recipe import Recipe, Report, StepInfo
 from .training_state import (
     TrainingState,
@@ -39,6 +40,8 @@ class NonFiniteLoss(GeminiError):  # noqa: N818
 class Trainable(Protocol):
     """What `finetune` asks of a compiled model."""
 
+    @property
+    def ranks(self) -> Ranks: ...
     def __call__(self, **batch: torch.Tensor) -> Any: ...
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
     def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> Any: ...
@@ -84,24 +87,28 @@ def finetune(
     With `resume`, go on from the state in `recipe.output`, whose weights `model` must hold already: losses
     are then those of a run that never stopped. The first Ctrl-C finishes the step and saves.
 
+    Several processes that train one model all call it; each computes with its part of every batch, and all have the
+    same losses. A run may be resumed by another number of them; then dropout, if there is any, falls otherwise.
+
     Raises:
         NonFiniteLoss: a loss or gradient is not finite; the step's update has not been made.
         CheckpointError: a checkpoint cannot be written, or the one to resume does not belong to this run.
         ValueError: `recipe.output` holds something else than a checkpoint.
     """
     check_output(recipe.output)
+    ranks, part = model.ranks, _part(model)
+    ranks.check_alike("the data", blocks.fingerprint())
     optimizer = make_optimizer(model, recipe)
     if resume:
-        first, before = _resume(optimizer, blocks, recipe)
+        first, before = _resume(optimizer, blocks, recipe, ranks)
     else:
-        random.seed(recipe.seed)
-        np.random.seed(recipe.seed % 2**32)
-        torch.manual_seed(recipe.seed)
+        _seed(recipe.seed + part.number)
         first, before = 0, perplexity(model, blocks, recipe)
 
     def save(step: int) -> None:
+        own, *others = ranks.gather(random_states())
         state = TrainingState(
-            step, optimizer.state_dict(), random_states(), recipe.curve(), blocks.fingerprint(), before
+            step, optimizer.state_dict(first_only=True), own, recipe.curve(), blocks.fingerprint(), before, others
         )
         save_checkpoint(recipe.output, model, tokenizer, state)
 
@@ -109,9 +116,9 @@ def finetune(
     began_s = time.perf_counter()
     with _Interrupt() as interrupt:
         for step in range(first, recipe.steps):
-            if interrupt.requested:
+            if any(ranks.gather(interrupt.requested)):
                 break
-            info = _step(model, optimizer, blocks.batch(step, recipe.batch_size), step, recipe)
+            info = _step(model, optimizer, blocks.batch(step, recipe.batch_size, part), step, recipe)
             losses.append(info.loss)
             if on_step is not None:
                 on_step(info)
@@ -124,6 +131,17 @@ def finetune(
         after = perplexity(model, blocks, recipe) if done == recipe.steps else None
     tokens = len(losses) * recipe.batch_size * blocks.seq_len
     return Report(first, tuple(losses), tokens / max(train_s, 1e-9), before, after)
+
+
+def _part(model: Trainable) -> Part:
+    """Return which part of every batch is this process's."""
+    return Part(model.ranks.data_rank, model.ranks.mesh.data_size)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
@@ -143,7 +161,7 @@ def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
     """Return the perplexity on held-out blocks, in evaluation mode; the model is left in training mode."""
     model.train(False)
     with torch.no_grad():
-        batches = blocks.held_out_batches(recipe.batch_size, recipe.held_out_batches)
+        batches = blocks.held_out_batches(recipe.batch_size, recipe.held_out_batches, _part(model))
         losses = [float(model(**batch).loss) for batch in batches]
     model.train()
     mean = sum(losses) / len(losses)
@@ -167,7 +185,8 @@ def _step(model: Trainable, optimizer: Any, batch: dict[str, torch.Tensor], step
         raise _non_finite("norm of the gradient", norm, step, model, batch)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepInfo(step + 1, value, norm, lr, batch["labels"].numel(), time.perf_counter() - began_s)
+    tokens = batch["labels"].numel() * model.ranks.mesh.data_size
+    return StepInfo(step + 1, value, norm, lr, tokens, time.perf_counter() - began_s)
 
 
 def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dict[str, torch.Tensor]) -> NonFiniteLoss:
@@ -188,7 +207,7 @@ def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dic
     )
 
 
-def _resume(optimizer: Any, blocks: TokenBlocks, recipe: Recipe) -> tuple[int, float]:
+def _resume(optimizer: Any, blocks: TokenBlocks, recipe: Recipe, ranks: Ranks) -> tuple[int, float]:
     """Put optimizer and generators back; return the steps done and the perplexity at the run's start.
 
     Raises:
@@ -208,7 +227,11 @@ def _resume(optimizer: Any, blocks: TokenBlocks, recipe: Recipe) -> tuple[int, f
     if state.data != blocks.fingerprint():
         raise ValueError(f"{recipe.output} was trained on other data; resume with the same --data and --seq-len")
     optimizer.load_state_dict(state.optimizer)
-    restore_random_states(state.random)
+    saved = [state.random, *state.random_of_others]
+    if len(saved) == ranks.size:
+        restore_random_states(saved[ranks.rank])
+    else:
+        _seed(recipe.seed + state.step + ranks.data_rank)
     return state.step, state.perplexity_before
 
 

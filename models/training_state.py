@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +13,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from ..runtime.checkpoint import atomic_directory
+from ..runtime.checkpoint import shared_directory
 from ..runtime.errors import CheckpointError, GeminiError
+from ..runtime.ranks import Ranks
 
 STATE_FILE = "training_state.pt"
 
 
 class Saveable(Protocol):
-    """A model that writes itself in the Hugging Face format."""
+    """A model that writes itself in the Hugging Face format, by all of its processes together."""
+
+    @property
+    def ranks(self) -> Ranks: ...
 
     def save_pretrained(self, save_directory: str | Path) -> Any: ...
 
@@ -32,10 +36,11 @@ class TrainingState:
     Attributes:
         step: steps done; the data's position follows from it.
         optimizer: the optimizer's state_dict.
-        random: the states of the random generators, from `random_states`.
+        random: the states of the random generators, from `random_states`; of several processes those of rank 0.
         curve: the settings that the loss curve depends on, by name.
         data: the data's fingerprint.
         perplexity_before: held-out perplexity when the run began.
+        random_of_others: as `random`, of ranks 1, 2, ...
     """
 
     step: int
@@ -44,6 +49,7 @@ class TrainingState:
     curve: dict[str, Any]
     data: str
     perplexity_before: float
+    random_of_others: list[dict[str, Any]] = field(default_factory=list)
 
 
 def random_states() -> dict[str, Any]:
@@ -78,7 +84,7 @@ def save_training_state(directory: str | Path, state: TrainingState) -> None:
     """Write `state` beside a checkpoint in `directory`."""
     # A file of our own: of one that torch opens it does not tell why a write failed.
     with (Path(directory) / STATE_FILE).open("wb") as file:
-        torch.save({field.name: getattr(state, field.name) for field in fields(state)}, file)
+        torch.save({each.name: getattr(state, each.name) for each in fields(state)}, file)
 
 
 def load_training_state(directory: str | Path) -> TrainingState:
@@ -103,15 +109,18 @@ def save_checkpoint(
 ) -> None:
     """Replace `directory` by a checkpoint of model, tokenizer and `state`: all of it, or nothing changes.
 
+    Of several processes all call it, and what rank 0 gives is saved.
+
     Raises:
         CheckpointError: the disk is full or not writable; the checkpoint saved before is intact.
     """
     try:
-        with atomic_directory(directory) as temporary:
+        with shared_directory(directory, model.ranks) as temporary:
             model.save_pretrained(temporary)
-            if tokenizer is not None:
+            if tokenizer is not None and model.ranks.rank == 0:
                 tokenizer.save_pretrained(temporary)
-            save_training_state(temporary, state)
+            if model.ranks.rank == 0:
+                save_training_state(temporary, state)
     except GeminiError:
         raise
     # torch and safetensors report a failed write as errors of their own, which are not OSErrors.

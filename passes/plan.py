@@ -101,6 +101,10 @@ class Plan:
         """How many batches make one step's."""
         return self.mesh.data_size
 
+    def shards(self, trainable: bool) -> int:
+        """How many processes share out a chunk's training state, by whether it is trained."""
+        return self.ranks if self.zero == 3 or (self.zero and trainable) else 1
+
     @property
     def training_state(self) -> Updates | TorchUpdates:
         """What tells how much memory a chunk's training state takes."""

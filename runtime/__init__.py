@@ -8,7 +8,8 @@ Our own optimizer        optimizer (its interface), states, state_stream (states
                          host_reference, host_build, update_rules, split_pairs; lazy_parameter and slot_source (what
                          parameters read)
 Operators                attention, attention_kernels, linear_loss
-Several processes        ranks
+Several processes        mesh, ranks, collectives (a sharded program's instructions), parts (of parameters), zero (of
+                         chunks)
 State on disk            checkpoint
 torch's private side     torch_private
 """

@@ -45,7 +45,8 @@ class Chunk:
 
     `master` is what the optimizer updates, on the host or the device; `gradient` lies beside it, in the same
     dtype. `cast` is a host copy in the compute dtype, which streams to the device where dtypes differ;
-    `resident` is a device copy that stays from the first fetch of a step to its end.
+    `resident` is a device copy that stays from the first fetch of a step to its end; where it is made of several
+    processes' shards, it is of version `gathered` of the training state.
     """
 
     def __init__(self, layout: ChunkLayout) -> None:
@@ -55,6 +56,7 @@ class Chunk:
         self.gradient: Tensor | None = None
         self.cast: Tensor | None = None
         self.resident: Tensor | None = None
+        self.gathered = -1
         self.parameters: list[nn.Parameter] = []
         self._own_references = 0
 

@@ -9,10 +9,9 @@ from torch import distributed as dist
 
 from .mesh import Mesh
 
-GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-"""By the names that torch has from 2.13 on, where it warns of the older ones."""
-
+# torch 2.13 has given them new names, and warns of the old ones.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -33,14 +32,14 @@ class Collectives:
         """The whole of a tensor that is sharded along `dim`."""
         part = part.movedim(dim, 0).contiguous()
         whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        self.call(GATHER, whole, part, group=self.groups[axis])
+        self.call(all_gather_single, whole, part, group=self.groups[axis])
         return whole.movedim(0, dim).contiguous()
 
     def reduce_scatter(self, part: Tensor, dim: int, axis: str, size: int) -> Tensor:
         """This process's part, along `dim`, of the sum."""
         part = part.movedim(dim, 0).contiguous()
         mine = part.new_empty((part.shape[0] // size, *part.shape[1:]))
-        self.call(REDUCE_SCATTER, mine, part, group=self.groups[axis])
+        self.call(reduce_scatter_single, mine, part, group=self.groups[axis])
         return mine.movedim(0, dim).contiguous()
 
     def all_reduce(self, part: Tensor, axis: str, reduction: str) -> Tensor:

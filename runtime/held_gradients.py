@@ -42,11 +42,20 @@ class HeldGradients:
         if self.measures:
             state.measured = set(slots)
             torch.linalg.vector_norm(gradients, dtype=torch.float32, out=self.norms[index])
-        if state.where is Where.DEVICE or (state.where is Where.STREAMED and self.placing.updates.at_once):
+        if not self._lands(state):
             state.held = gradients
             return
         assert state.held is not None
         self._landed[index] = self._to_host(state.held, gradients)
+
+    def _lands(self, state: ChunkState) -> bool:
+        """Whether the gradient of one backward comes to the host."""
+        return state.where is Where.HOST or (state.where is Where.STREAMED and not self.placing.updates.at_once)
+
+    def keeps(self, state: ChunkState) -> bool:
+        """Whether the gradient of one backward, as it is on the device, is still read when the program is done with
+        it: until the step, or until the update has come by."""
+        return not self._lands(state) and not (state.where is Where.DEVICE and self.placing.updates.at_once)
 
     def add(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
         """Add to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
@@ -105,7 +114,7 @@ class HeldGradients:
                 norms.append(self._norm_of_slots(state))
             if state.present:  # the slots of a chunk are sharded alike
                 norms[-1] = norms[-1] / math.sqrt(parts.replicas(state.layout.slots[0]))
-        return parts.norm(torch.linalg.vector_norm(torch.stack(norms)))
+        return self.placing.zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))))
 
     def _norm_of_slots(self, state: ChunkState) -> Tensor:
         self.tickets.arrive(state.layout.index)

@@ -1,7 +1,7 @@
 """Where every parameter lives: plain layout dataclasses shared by plans, passes and the machine."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -42,7 +42,8 @@ class Slot:
 class ChunkLayout:
     """A contiguous 1-D buffer of parameters that share dtypes and trainability, in order of first use.
 
-    `dtype` is what the program computes with, `master_dtype` what the optimizer updates.
+    `dtype` is what the program computes with, `master_dtype` what the optimizer updates. Of the training state each
+    of `shards` processes keeps one of as many stretches of equal length, its shard.
     """
 
     index: int
@@ -51,14 +52,26 @@ class ChunkLayout:
     master_dtype: torch.dtype
     trainable: bool
     slots: tuple[Slot, ...]
+    shards: int = 1
+
+    @property
+    def shard_numel(self) -> int:
+        return self.numel // self.shards
 
     @property
     def compute_bytes(self) -> int:
+        """What programs compute with: all of it."""
         return self.numel * self.dtype.itemsize
 
     @property
+    def shard_bytes(self) -> int:
+        """One shard in the compute dtype."""
+        return self.shard_numel * self.dtype.itemsize
+
+    @property
     def master_bytes(self) -> int:
-        return self.numel * self.master_dtype.itemsize
+        """One shard in the master's dtype."""
+        return self.shard_numel * self.master_dtype.itemsize
 
     @property
     def casts(self) -> bool:
@@ -69,6 +82,23 @@ class ChunkLayout:
     def splits(self) -> bool:
         """Whether the master can be kept exactly as the weight that computes and a 16-bit remainder."""
         return self.dtype == torch.bfloat16 and self.master_dtype == torch.float32
+
+    def held(self, slot: int, number: int) -> slice:
+        """Which elements of a parameter, counted flat, lie in shard `number`; an empty slice where none do."""
+        place, begin = self.slots[slot], number * self.shard_numel
+        start, stop = (min(max(at - place.offset, 0), place.numel) for at in (begin, begin + self.shard_numel))
+        return slice(start, stop)
+
+    def shard(self, number: int) -> "ChunkLayout":
+        """One shard as a chunk of its own, in whose slots, flat, is what it has of each parameter."""
+        if self.shards == 1:
+            return self
+        begin, slots = number * self.shard_numel, []
+        for i, slot in enumerate(self.slots):
+            held = self.held(i, number)
+            offset = min(max(slot.offset + held.start - begin, 0), self.shard_numel)
+            slots.append(replace(slot, offset=offset, shape=(held.stop - held.start,)))
+        return replace(self, numel=self.shard_numel, slots=tuple(slots), shards=1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +119,7 @@ def longest_of_each_kind(chunks: Iterable[ChunkLayout]) -> list[ChunkLayout]:
     kinds: dict[tuple[torch.dtype, torch.dtype], ChunkLayout] = {}
     for chunk in chunks:
         longest = kinds.setdefault((chunk.dtype, chunk.master_dtype), chunk)
-        kinds[chunk.dtype, chunk.master_dtype] = max(longest, chunk, key=lambda layout: layout.numel)
+        kinds[chunk.dtype, chunk.master_dtype] = max(longest, chunk, key=lambda layout: layout.shard_numel)
     return list(kinds.values())
 
 
@@ -102,7 +132,7 @@ class TorchUpdates:
 
     def device_bytes(self, chunk: ChunkLayout) -> int:
         """What a chunk's whole training state takes on the device."""
-        gradient_and_state = chunk.master_bytes + chunk.numel * self.state_bytes
+        gradient_and_state = chunk.master_bytes + chunk.shard_numel * self.state_bytes
         return chunk.master_bytes + (gradient_and_state if chunk.trainable else 0)
 
     def host_bytes(self, chunk: ChunkLayout, streamed: bool = False) -> int:
@@ -113,7 +143,8 @@ class TorchUpdates:
 @dataclass(frozen=True)
 class Updates:
     """Our own optimizer, as `model.optimizer(...)` declared it: masters are the weights that compute and what
-    they lack, and gradients keep the compute dtype until they are accumulated.
+    they lack, and gradients keep the compute dtype until they are accumulated. Of a chunk that is divided into
+    shards one process's is counted.
 
     Fields:
         moments: values of optimizer state per element, in the master's dtype (AdamW: 2).
@@ -133,13 +164,13 @@ class Updates:
     def stream_bytes(self, chunk: ChunkLayout) -> int:
         """Device bytes of the pieces that are on their way where `chunk` is the longest that is streamed."""
         gradient = 0 if self.at_once else chunk.dtype.itemsize if self.accumulate == 1 else chunk.master_dtype.itemsize
-        state = (self.master_bytes(chunk) + self.moment_bytes(chunk)) // max(chunk.numel, 1)
-        return STREAM_BUFFERS * min(STREAM_PIECE, chunk.numel) * (state + gradient)
+        state = (self.master_bytes(chunk) + self.moment_bytes(chunk)) // max(chunk.shard_numel, 1)
+        return STREAM_BUFFERS * min(STREAM_PIECE, chunk.shard_numel) * (state + gradient)
 
     def master_bytes(self, chunk: ChunkLayout) -> int:
         """The weights that compute and the rest of their masters: 4 bytes in all for a bfloat16 weight."""
-        rest = chunk.numel * 2 if chunk.splits else chunk.master_bytes if chunk.casts else 0
-        return chunk.compute_bytes + rest
+        rest = chunk.shard_numel * 2 if chunk.splits else chunk.master_bytes if chunk.casts else 0
+        return chunk.shard_bytes + rest
 
     def moment_bytes(self, chunk: ChunkLayout) -> int:
         return self.moments * chunk.master_bytes if chunk.trainable else 0
@@ -158,10 +189,10 @@ class Updates:
 
     def device_bytes(self, chunk: ChunkLayout) -> int:
         """What a chunk's whole training state takes on the device, a gradient held between steps included."""
-        held = self.holds_gradient(chunk) * chunk.compute_bytes + self.keeps_sum(chunk) * chunk.master_bytes
+        held = self.holds_gradient(chunk) * chunk.shard_bytes + self.keeps_sum(chunk) * chunk.master_bytes
         return self.master_bytes(chunk) + self.moment_bytes(chunk) + held
 
     def host_bytes(self, chunk: ChunkLayout, streamed: bool = False) -> int:
         """What it takes on the host, the buffer that gradients land in included."""
-        landed = self.lands_gradient(chunk, streamed) * chunk.compute_bytes + self.keeps_sum(chunk) * chunk.master_bytes
+        landed = self.lands_gradient(chunk, streamed) * chunk.shard_bytes + self.keeps_sum(chunk) * chunk.master_bytes
         return self.master_bytes(chunk) + self.moment_bytes(chunk) + landed

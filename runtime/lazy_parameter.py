@@ -1,5 +1,7 @@
 """Parameters whose masters lie in training states: they look like float32 tensors and are built when read."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -99,14 +101,14 @@ class LazyParameter(nn.Parameter):
 
 
 class _View(Tensor):
-    """A view of what a lazy parameter read as: whoever wrote to it would write to a copy, and so it raises."""
+    """A copy, or a view of one: whoever wrote to it would write to a copy, and so it raises what `refusal` makes."""
 
     values: Tensor
-    parameter: str
+    refusal: Callable[[str], StateError]
 
-    def __new__(cls, values: Tensor, name: str) -> "_View":
+    def __new__(cls, values: Tensor, refusal: Callable[[str], StateError]) -> "_View":
         view = wrapper_parameter(cls, tuple(values.shape), values.stride(), values.dtype, False)
-        view.values, view.parameter = values, name
+        view.values, view.refusal = values, refusal
         return view
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -135,18 +137,23 @@ def refuse_gradient(gradient: Tensor) -> None:
     )
 
 
+def gathered_gradient(values: Tensor, name: str) -> Tensor:
+    """The gradient of a parameter as several processes have it: what is written to it would reach none of them."""
+    return _View(values, partial(_gradient_refusal, name))
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on what lazy parameters and their views read as. Raises StateError where it writes to one."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            found = _name(args[i] if i < len(args) else kwargs.get(argument.name))
+            found = _refusal_of(args[i] if i < len(args) else kwargs.get(argument.name))
             if found is not None:
-                raise _refusal(found, str(func))
-    name = _name((args, kwargs))
+                raise found(str(func))
+    refusal = _refusal_of((args, kwargs))
     result = func(*pytree.tree_map(_built, args), **pytree.tree_map(_built, kwargs))
     if not func.is_view:
         return result
-    return pytree.tree_map_only(Tensor, lambda tensor: _View(tensor, name), result)
+    return pytree.tree_map_only(Tensor, lambda tensor: _View(tensor, refusal), result)
 
 
 def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
@@ -164,17 +171,24 @@ def _refusal(name: str, by: str) -> StateError:
     )
 
 
+def _gradient_refusal(name: str, by: str) -> StateError:
+    return StateError(
+        f"the gradient of {name} was to be written by {by}; each process has a shard of it, and what is read is a copy "
+        "of all. Assign a new one to .grad, and for clipping pass max_grad_norm= to model.optimizer(...)"
+    )
+
+
 def _built(value: Any) -> Any:
     if isinstance(value, LazyParameter):
         return value.source.read()
     return value.values if isinstance(value, _View) else value
 
 
-def _name(value: Any) -> Any:
-    """The name of the first lazy parameter in `value`, or None."""
+def _refusal_of(value: Any) -> Any:
+    """What tells why the first lazy parameter or view in `value` cannot be written to; None where there is none."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, LazyParameter):
-            return leaf.source.name
+            return partial(_refusal, leaf.source.name)
         if isinstance(leaf, _View):
-            return leaf.parameter
+            return leaf.refusal
     return None

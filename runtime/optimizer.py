@@ -214,8 +214,8 @@ class ChunkOptimizer(Optimizer):
     def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
         """As the torch.optim class writes it. Tensors are the states themselves, not copies.
 
-        Of parameters that are sharded over processes they are whole, and copies on the CPU, made by all processes
-        together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
+        Of parameters that are sharded over processes, or lie in divided chunks, they are whole, and copies on the CPU,
+        made by all processes together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
         """
         self._machine.finish()
         for group in self.param_groups:
@@ -241,10 +241,11 @@ class ChunkOptimizer(Optimizer):
         parts, kept = self._machine.placing.store.parts, not first_only or self._machine.ranks.rank == 0
         order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
         for number, values in saved["state"].items():
-            state, slot = self._machine.state_of(order[number])
-            place = state.layout.slots[slot]
-            for name in (name for name in MOMENTS[self.declared.kind] if place.placement and name in values):
-                whole = parts.join(values[name], place, self._machine.device)
+            chunk, slot = self._machine.place_of(order[number])
+            place = chunk.slots[slot]
+            shared_out = place.placement or chunk.shards > 1
+            for name in (name for name in MOMENTS[self.declared.kind] if shared_out and name in values):
+                whole = parts.join(self._machine.join(values[name], order[number]), place, self._machine.device)
                 values[name] = whole if kept else None
         return saved if kept else {}
 
@@ -286,8 +287,8 @@ class ChunkOptimizer(Optimizer):
             self._machine.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
-        state, slot = self._machine.state_of(parameter)
-        shape = self._machine.placing.store.parts.whole_shape(state.layout.slots[slot])
+        (state, slot), (chunk, _) = self._machine.state_of(parameter), self._machine.place_of(parameter)
+        shape = self._machine.placing.store.parts.whole_shape(chunk.slots[slot])
         names = MOMENTS[self.declared.kind]
         for name in names[: len(state.moments)] if saved else ():
             found = saved.get(name)
@@ -303,9 +304,13 @@ class ChunkOptimizer(Optimizer):
                 )
 
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
-        state, slot = self._machine.state_of(parameter)
+        machine, parts = self._machine, self._machine.placing.store.parts
+        (state, slot), (chunk, _) = machine.state_of(parameter), machine.place_of(parameter)
         for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
-            target, take = state.slice(moment, slot), self._machine.placing.store.parts.take
-            target.copy_(take(saved[name], state.layout.slots[slot])) if saved else target.zero_()
+            target = state.slice(moment, slot)
+            if saved:
+                target.copy_(machine.take(parts.take(saved[name], chunk.slots[slot]), parameter))
+            else:
+                target.zero_()
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))

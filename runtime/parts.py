@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .collectives import all_gather_single
 from .layout import Slot
 from .mesh import Axis, Placements, Shard, join_parts, local_part, parse_placements, take_part
 from .ranks import Ranks
@@ -82,7 +83,7 @@ class Parts:
         for start in range(0, flat.numel(), PIECE):
             mine = flat[start : start + PIECE].to(device)
             every = mine.new_empty(axis.size * mine.numel())
-            self.ranks.call(dist.all_gather_into_tensor, every, mine, group=self.ranks.groups[axis.name])
+            self.ranks.call(all_gather_single, every, mine, group=self.ranks.groups[axis.name])
             found[:, start : start + mine.numel()] = every.view(axis.size, -1)
         return [row.view(part.shape) for row in found]
 

@@ -121,10 +121,10 @@ class Ranks:
                 f"torchrun --nproc-per-node {self.size} SCRIPT. Plan and program can be looked at without"
             )
 
-    def call(self, collective: Any, *args: Any, **kwargs: Any) -> None:
+    def call(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a collective of torch.distributed. Raises StateError where another process is lost."""
         try:
-            collective(*args, **kwargs)
+            return collective(*args, **kwargs)
         except RuntimeError as error:
             raise StateError(
                 f"rank {self.rank} of {self.size} lost the others in {collective.__name__}: one of them has died, see "

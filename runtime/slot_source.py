@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateError
-from .lazy_parameter import LazyParameter, refuse_gradient
+from .lazy_parameter import LazyParameter, gathered_gradient, refuse_gradient
 from .states import ChunkState
 from .updating_machine import UpdatingMachine
 
 
 @dataclass(frozen=True)
 class SlotSource:
-    """One parameter's slot. `name`, `shape` and `dtype` are the parameter's."""
+    """One parameter's slot. `name`, `shape` and `dtype` are the parameter's.
+
+    Where its chunk is divided, what is read is gathered: all processes read, in one order, or none does.
+    """
 
     machine: UpdatingMachine
     name: str
@@ -25,7 +28,7 @@ class SlotSource:
     def read(self) -> Tensor:
         state, slot = self._state()
         self.machine.finish(state.layout.index)
-        return state.read(slot).cpu()
+        return self.machine.join(state.read(slot), self.name).cpu()
 
     def write(self, value: Tensor) -> None:
         if not self.machine.writable:
@@ -37,18 +40,22 @@ class SlotSource:
             raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
         state, slot = self._state()
         self.machine.finish(state.layout.index)
-        state.write(slot, value)
-        resident = self.machine.chunks[state.layout.index].resident
-        if resident is not None:
-            state.slice(resident, slot).copy_(state.slice(state.weights, slot))
+        state.write(slot, self.machine.take(value, self.name))
+        chunk = self.machine.chunks[state.layout.index]
+        if chunk.resident is not None:
+            own = self.machine.zero.own(chunk.resident, chunk.layout)
+            state.slice(own, slot).copy_(state.slice(state.weights, slot))
 
     def gradient(self) -> Tensor | None:
+        """The gradient itself, or, where its chunk is divided, a copy that refuses to be written to."""
         self._refuse_in_backward("read")
         state, slot = self._state()
         if slot not in state.present:
             return None
         self.machine.finish(state.layout.index)
-        return state.slice(self.machine.held.total(state), slot)
+        held = state.slice(self.machine.held.total(state), slot)
+        divided = self.machine.chunks[state.layout.index].layout.shards > 1
+        return gathered_gradient(self.machine.join(held, self.name), self.name) if divided else held
 
     def set_gradient(self, value: Tensor | None) -> None:
         if value is None:
@@ -57,7 +64,7 @@ class SlotSource:
         self._refuse_in_backward("set")
         state, slot = self._state()
         self.machine.finish(state.layout.index)
-        state.slice(self.machine.held.total(state), slot).copy_(value)
+        state.slice(self.machine.held.total(state), slot).copy_(self.machine.take(value, self.name))
         state.present.add(slot)
 
     def _state(self) -> tuple[ChunkState, int]:

@@ -9,6 +9,7 @@ from .layout import ChunkLayout, Updates
 from .states import ChunkState, Where, rest_dtype
 from .streams import host_buffer
 from .tiers import Tier
+from .zero import ALONE, Zero
 
 
 class StatePlacing:
@@ -16,13 +17,19 @@ class StatePlacing:
 
     A chunk's weights stay on the device where its state does, and where a resident chunk is updated there.
     Of any other resident chunk the device holds a copy, made anew after each update.
+
+    Of chunks that are divided the states here are those of this process's shards, and programs compute with the
+    whole: with a resident copy, of which the shard's weights are a part where they are on the device, or with one
+    that is gathered for each use.
     """
 
-    def __init__(self, store: ChunkStore, device: torch.device, tiers: tuple[Tier, Tier], updates: Updates) -> None:
+    def __init__(self, store: ChunkStore, device: torch.device, tiers: tuple[Tier, Tier], updates: Updates,
+                 zero: Zero = ALONE) -> None:  # fmt: skip
         self.store = store
         self.device = device
         self.device_tier, self.host_tier = tiers
         self.updates = updates
+        self.zero = zero
         self.states: list[ChunkState] = []
         self._placed: dict[int, tuple[Where, bool]] = {}
         self._charged: dict[int, tuple[int, int]] = {}
@@ -33,7 +40,7 @@ class StatePlacing:
             index = chunk.layout.index
             where = Where.DEVICE if index in masters else Where.STREAMED if index in streamed else Where.HOST
             where = where if chunk.layout.trainable or where is Where.DEVICE else Where.HOST
-            resident = index in weights and where is not Where.DEVICE
+            resident = index in weights and (where is not Where.DEVICE or chunk.layout.shards > 1)
             if self._placed.get(index) != (where, resident):
                 self._place(chunk, where, resident)
 
@@ -42,22 +49,30 @@ class StatePlacing:
         previous = self.states[index] if index < len(self.states) else None
         unplanned = previous is not None and previous.total is not None and not self.updates.keeps_sum(chunk.layout)
         self._charge(chunk.layout, where, resident, unplanned)
-        state = self._allocate(chunk.layout, where, resident)
+        weights, whole = self._weights(chunk.layout, where, resident)
+        state = self._allocate(chunk.layout.shard(self.zero.number), where, weights)
         if unplanned:
-            state.total = self._zeros(chunk.layout.numel, chunk.layout.master_dtype, where is Where.DEVICE)
+            state.total = self._zeros(state.layout.numel, chunk.layout.master_dtype, where is Where.DEVICE)
         if previous is None:
             self._take_parameters(state, chunk)
             self.states.append(state)
         else:
             state.take(previous)
             self.states[index] = state
+        if whole is not None and where is Where.HOST:
+            self.zero.own(whole, chunk.layout).copy_(state.weights)
         self._placed[index] = where, resident
-        chunk.resident = state.weights.to(self.device, copy=True) if resident and where is Where.HOST else None
+        chunk.resident = whole if where is Where.HOST or chunk.layout.shards > 1 else None
+        chunk.gathered = -1
 
-    def on_device(self, index: int) -> bool:
-        """Whether the chunk's own weights are on the device tier, so that programs compute with them."""
+    def weights_on_device(self, index: int) -> bool:
+        """Whether the weights of the chunk's state are on the device tier."""
         where, resident = self._placed[index]
         return where is Where.DEVICE or (where is Where.STREAMED and resident)
+
+    def on_device(self, index: int) -> bool:
+        """Whether programs compute with the very weights of the chunk's state."""
+        return self.weights_on_device(index) and self.store.chunks[index].layout.shards == 1
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, made now where it was not planned for. Raises BudgetError on a full tier."""
@@ -80,8 +95,9 @@ class StatePlacing:
         """
         total = layout.master_bytes if unplanned_total else 0
         if where is Where.DEVICE:
-            held = self.updates.holds_gradient(layout) * layout.compute_bytes
-            device, host = self.updates.device_bytes(layout) - held + total, 0
+            held = self.updates.holds_gradient(layout) * layout.shard_bytes
+            others = resident * (layout.compute_bytes - layout.shard_bytes)
+            device, host = self.updates.device_bytes(layout) - held + others + total, 0
         else:
             device, host = (
                 resident * layout.compute_bytes,
@@ -96,14 +112,20 @@ class StatePlacing:
             raise
         self._charged[layout.index] = device, host
 
-    def _allocate(self, layout: ChunkLayout, where: Where, resident: bool) -> ChunkState:
+    def _weights(self, layout: ChunkLayout, where: Where, resident: bool) -> tuple[Tensor, Tensor | None]:
+        """The weights of this process's shard, and all of a resident chunk's, of which they are a view unless they
+        are on the host."""
+        whole = self._zeros(layout.numel, layout.dtype, True) if resident else None
+        if where is Where.HOST or (where is Where.STREAMED and whole is None):
+            return self._zeros(layout.shard_numel, layout.dtype, False, self.device.type == "cuda"), whole
+        return self._zeros(layout.shard_numel, layout.dtype, True) if whole is None else self.zero.own(
+            whole, layout
+        ), whole
+
+    def _allocate(self, layout: ChunkLayout, where: Where, weights: Tensor) -> ChunkState:
         on_device = where is Where.DEVICE
         pinned = self.device.type == "cuda" and where is Where.STREAMED
         new = lambda dtype: self._zeros(layout.numel, dtype, on_device, pinned)  # noqa: E731
-        if on_device or (resident and where is Where.STREAMED):
-            weights = self._zeros(layout.numel, layout.dtype, True)
-        else:
-            weights = self._zeros(layout.numel, layout.dtype, False, self.device.type == "cuda")
         rest = rest_dtype(layout)
         state = ChunkState(
             layout, where, weights,
@@ -120,7 +142,8 @@ class StatePlacing:
     def _take_parameters(self, state: ChunkState, chunk: Chunk) -> None:
         """Take over values, and free the storages that held them as far as nobody else reads these."""
         for slot, parameter in enumerate(chunk.parameters):
-            state.write(slot, self.store.part(chunk.layout.slots[slot], parameter.detach()))
+            part = self.store.part(chunk.layout.slots[slot], parameter.detach())
+            state.write(slot, self.zero.take(part, chunk.layout, slot))
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         chunk.master = chunk.gradient = chunk.cast = None

@@ -64,7 +64,7 @@ class Stretch:
 
 @dataclass
 class ChunkState:
-    """The training state of one chunk; all tensors are flat and as long as the chunk.
+    """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that.
 
     `held` is a gradient in the compute dtype, times the loss scale; `total` is one in the master's dtype, to
     which several are added. `present` are the slots that either has a gradient for.
@@ -156,7 +156,9 @@ class ChunkState:
             if hyper is None:
                 joins = False
                 continue
-            self.steps[slot] += 1
+            self.steps[slot] += 1  # of every parameter on every process, whoever holds it
+            if place.numel == 0:
+                continue
             end = place.offset + place.numel
             if joins and found[-1].hyper == hyper:
                 found[-1] = Stretch(found[-1].start, end, hyper)

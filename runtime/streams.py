@@ -44,6 +44,9 @@ class CopyEngine(Protocol):
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         """A context whose launches run beside the program's, from `after` on; `mark` in it is of them."""
 
+    def exchange(self, *after: Arrival) -> AbstractContextManager[None]:
+        """A context whose collectives run beside the program's launches and the copies, from `after` on."""
+
     def arrive(self, arrival: Arrival) -> None:
         """Let everything launched from now on see the copy's result."""
 
@@ -78,6 +81,8 @@ class ImmediateCopies:
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         return nullcontext()
 
+    exchange = aside
+
     def arrive(self, arrival: Arrival) -> None:
         return None
 
@@ -89,12 +94,14 @@ class ImmediateCopies:
 
 
 class CudaCopies:
-    """One stream per direction, so that both directions of the bus are busy at once, and one for work aside."""
+    """One stream per direction, so that both directions of the bus are busy at once, one for work aside and one that
+    collectives start from."""
 
     def __init__(self, device: torch.device) -> None:
         self.up = torch.cuda.Stream(device)
         self.down = torch.cuda.Stream(device)
         self.side = torch.cuda.Stream(device)
+        self.between = torch.cuda.Stream(device)
 
     def mark(self) -> Arrival:
         arrival = torch.cuda.Event()
@@ -120,10 +127,16 @@ class CudaCopies:
                 target.copy_(source, non_blocking=True)
             return self.mark()
 
+    def aside(self, *after: Arrival) -> AbstractContextManager[None]:
+        return self._on(self.side, after)
+
+    def exchange(self, *after: Arrival) -> AbstractContextManager[None]:
+        return self._on(self.between, after)
+
     @contextmanager
-    def aside(self, *after: Arrival) -> Iterator[None]:
-        self._wait(self.side, after or (self.mark(),))
-        with torch.cuda.stream(self.side):
+    def _on(self, stream: torch.cuda.Stream, after: tuple[Arrival, ...]) -> Iterator[None]:
+        self._wait(stream, after or (self.mark(),))
+        with torch.cuda.stream(stream):
             yield
 
     @staticmethod
@@ -137,7 +150,7 @@ class CudaCopies:
             torch.cuda.current_stream().wait_event(arrival)
 
     def join(self) -> None:
-        for stream in (self.up, self.down, self.side):
+        for stream in (self.up, self.down, self.side, self.between):
             torch.cuda.current_stream().wait_stream(stream)
 
     def finish(self, arrival: Arrival) -> None:

@@ -6,13 +6,14 @@ device through an event, the launching thread only for the host's worker, and on
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .chunks import State
+from .chunks import Chunk, State
 from .errors import StateError
 from .held_gradients import HeldGradients
 from .layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
@@ -27,6 +28,7 @@ from .torch_private import unmetered
 from .update_kernels import UpdateKernels
 from .update_rules import Gradient
 from .worker import Tickets, Worker
+from .zero import Gather
 
 HALF_UPDATED = (
     "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
@@ -54,6 +56,7 @@ class UpdatingMachine(Machine):
     def __init__(self, placing: StatePlacing, stats: Stats, ranks: Ranks = ALONE) -> None:
         super().__init__(placing, stats, ranks)  # type: ignore[arg-type]
         self.updates = placing.updates
+        self.zero = placing.zero
         self.schedule: Schedule = lambda name, number: None
         self.backwards = 0
         self.kernels = UpdateKernels(self.device, ranks.on_this_host)
@@ -65,6 +68,7 @@ class UpdatingMachine(Machine):
         self.broken = ""
         self.writable = False
         self._released: dict[int, Arrival] = {}
+        self._gathers: dict[int, Gather] = {}
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[bool, _Factor] = {}
         self._stream_bytes = 0
@@ -92,6 +96,8 @@ class UpdatingMachine(Machine):
         chunk, state = self.chunks[index], self.placing.states[index]
         if chunk.state is State.FREE:
             chunk.move(State.HOLD)
+        if chunk.layout.shards > 1:
+            return self._gathered(chunk, state)
         if self.placing.on_device(index):
             return state.weights
         if chunk.resident is not None:
@@ -108,8 +114,32 @@ class UpdatingMachine(Machine):
         self.stats.moved(to_device=target.nbytes)
         return target
 
+    def _gathered(self, chunk: Chunk, state: ChunkState) -> Tensor:
+        """Start to make a divided chunk whole. The launching thread waits for this process's shard to be updated: if
+        it left that to the worker, collectives would start in an order that differs between the processes."""
+        index, own = chunk.layout.index, state.weights
+        if chunk.resident is not None and chunk.gathered == state.version:
+            return chunk.resident
+        whole = chunk.resident
+        if whole is None:
+            whole = torch.empty(chunk.layout.numel, dtype=chunk.layout.dtype, device=self.device)
+        ready: tuple[Arrival, ...] = self.copies.mark(), self.tickets.take(index)
+        if not self.placing.weights_on_device(index):
+            own = self.zero.own(whole, chunk.layout)
+            if chunk.resident is None:
+                ready = (self.copies.to_device(own, state.weights, *ready),)
+                self._arrivals[index] = ready[0]
+                self.stats.moved(to_device=own.nbytes)
+        with self.copies.exchange(*ready):
+            self._gathers[index] = self.zero.gather(whole, own)
+        chunk.gathered = state.version
+        return whole
+
     def wait(self, fetched: Tensor, index: int) -> Tensor:
         self.tickets.arrive(index)
+        gather = self._gathers.pop(index, None)
+        if gather is not None:
+            gather.wait()
         return super().wait(fetched, index)
 
     def release(self, weights: Tensor, index: int) -> None:
@@ -125,11 +155,14 @@ class UpdatingMachine(Machine):
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         chunk, state = self.chunks[index], self.placing.states[index]
         self._complete(chunk)
-        self.ranks.average_(gradients)
+        gradients = self.zero.average(gradients, chunk.layout)
         self.tickets.arrive(index)
         last = self.backwards == self.updates.accumulate
+        adds = state.present or self.updates.accumulate > 1
+        if chunk.layout.shards > 1 and not adds and self.held.keeps(state):
+            gradients = gradients.clone()  # or it would keep the program's whole buffer
         with unmetered():
-            if state.present or self.updates.accumulate > 1:
+            if adds:
                 self.held.add(state, gradients, slots)
             else:
                 self.held.hold(state, gradients, slots)
@@ -178,7 +211,7 @@ class UpdatingMachine(Machine):
                 self._update_stretch(state, stretch, gradient)
         elif state.where is Where.HOST:
             resident = self.chunks[index].resident
-            self.stats.moved(to_device=0 if resident is None else resident.nbytes)
+            self.stats.moved(to_device=0 if resident is None else state.weights.nbytes)
             after = (self.held.landed(index), self._released.get(index), factor.arrival)
             self.tickets.submit(index, partial(self._update_on_host, index, stretches, gradient, after))
         else:
@@ -201,11 +234,14 @@ class UpdatingMachine(Machine):
             for stretch in stretches:
                 self._update_stretch(state, stretch, gradient)
             self._host_update_s += time.perf_counter() - began_s
-            return None if resident is None else self.copies.to_device(resident, state.weights, None)
+            if resident is None:
+                return None
+            own = self.zero.own(resident, self.chunks[index].layout)
+            return self.copies.to_device(own, state.weights, None)
 
     def _stream_update(self, index: int, stretches: list[Stretch], gradient: Gradient) -> None:
         state = self.placing.states[index]
-        stays = self.placing.on_device(index)
+        stays = self.placing.weights_on_device(index)
         if state.added:  # the worker may still add to the sum
             self.tickets.take(index)
         after = () if self.updates.at_once else (self.held.landed(index),)
@@ -239,8 +275,20 @@ class UpdatingMachine(Machine):
                 "the model's weights are on 'meta', and so there are no training states yet; give it values with "
                 "model.load_state_dict(...) first"
             )
-        layout, slot = self.placing.store.layout.places[parameter]
+        layout, slot = self.place_of(parameter)
         return self.placing.states[layout.index], slot
+
+    def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
+        """The whole chunk that a parameter lies in, and its slot there."""
+        return self.placing.store.layout.places[parameter]
+
+    def take(self, value: Tensor, parameter: str) -> Tensor:
+        """What of a parameter's value lies in this process's training state."""
+        return self.zero.take(value, *self.place_of(parameter))
+
+    def join(self, held: Tensor, parameter: str) -> Tensor:
+        """The inverse: of what lies in every process's. All processes call it where the chunk is divided."""
+        return self.zero.join(held, *self.place_of(parameter), self.device)
 
     def versions(self) -> dict[str, int]:
         return {slot.name: state.version for state in self.placing.states for slot in state.layout.slots}
@@ -283,6 +331,10 @@ class UpdatingMachine(Machine):
             raise StateError(self.broken)
 
     def abort(self) -> str:
+        for gather in self._gathers.values():
+            with suppress(StateError):  # whatever ended the step may have ended other processes
+                gather.wait()
+        self._gathers.clear()
         half_way = self.updates.in_backward and self.run.backward and self.backwards == self.updates.accumulate
         left = super().abort()
         if half_way:

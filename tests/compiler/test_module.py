@@ -437,6 +437,14 @@ def test_first_nonfinite_needs_no_more_than_the_forward_of_a_step(case: Case) ->
     assert device.step_peak_bytes <= forward + 4 + sum(b.nbytes for b in model.buffers())
 
 
+def test_clip_grad_norm_is_torchs_in_one_process() -> None:
+    model, plain = compiled(MLP), MLP.seeded()
+    for each in (model, plain):
+        each(MLP.batch()["input"]).square().sum().backward()
+    assert torch.equal(model.clip_grad_norm_(0.5), nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
 def test_next_token_of_the_zoo_is_what_it_says() -> None:
     """The helper that other tests stand on: logits of every position against its label."""
     model, batch = BLOCKS.seeded(), tokens()

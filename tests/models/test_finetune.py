@@ -19,6 +19,7 @@ from geminifx.models.presets import load_model
 from geminifx.models.recipe import Recipe, StepInfo
 from geminifx.models.training_state import STATE_FILE, load_training_state
 from geminifx.runtime.errors import BudgetError, CheckpointError
+from geminifx.runtime.ranks import Ranks
 from trainable import ClippedAdamW
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -27,6 +28,8 @@ VOCAB = 300
 
 class Plain(torch.nn.Module):
     """Runs the model as it is; `on_save` is called in the middle of a save."""
+
+    ranks = Ranks()
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

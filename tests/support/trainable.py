@@ -21,6 +21,9 @@ class ClippedAdamW(torch.optim.AdamW):
     def gradient_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(self.gradients())
 
+    def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
+        return super().state_dict()
+
     def step(self, closure: Any = None) -> None:
         scale = (self.max_grad_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(self.gradients(), scale)
