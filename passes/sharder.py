@@ -193,7 +193,7 @@ class Sharder:
                 row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows, axis)
             ]
             best = min(legal, key=lambda row: self._cost(call, operands, row, i))
-            self._check_heads(call, rule, best, i)
+            self._check_heads(call, best, i)
             rows.append(best)
         inputs = [tuple(row.inputs[j] for row in rows) for j in range(len(operands))]
         return inputs, [tuple(row.results[j] for row in rows) for j in range(len(types))]
@@ -251,18 +251,17 @@ class Sharder:
             return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
         return 1.0 if wanted == REPLICATE else 2.0
 
-    def _check_heads(self, call: Call, rule: Any, best: Row, place: int) -> None:
-        """Raises ShardingError where heads do not divide by the ranks that share the hidden dimension."""
-        found, axis = call.found[0] if call.found else REPLICATE, self.axes[place]
-        splits = call.node.target in SHAPED and isinstance(found, Shard) and best.inputs[0] == REPLICATE
-        if not splits or found.dim != len(call.operands[0].shape) - 1:
+    def _check_heads(self, call: Call, best: Row, place: int) -> None:
+        """Raises ShardingError where a sharded hidden dimension is seen as heads that do not divide by its ranks."""
+        if call.node.target not in SHAPED or not isinstance(call.found[0], Shard) or best.inputs[0] != REPLICATE:
             return
-        sizes = call.results[0].shape  # type: ignore[union-attr]
-        raise ShardingError(
-            f"{note(call.node).module or call.node.name}: a hidden dimension of {call.operands[0].shape[-1]} that is "
-            f"sharded over the {axis.size} ranks of axis {axis.name} is seen as {list(sizes)}, whose heads do not "
-            f"divide by {axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
-        )
+        shape, seen, axis = call.operands[0].shape, self.type(call.node).shape, self.axes[place]
+        if call.found[0].dim == len(shape) - 1 and len(seen) > len(shape):
+            raise ShardingError(
+                f"{note(call.node).module or call.node.name}: a hidden dimension of {shape[-1]} that is sharded over the "
+                f"{axis.size} ranks of axis {axis.name} is seen as {list(seen)}, whose heads do not divide by "
+                f"{axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
+            )
 
     # -- operators -----------------------------------------------------------------------------------------
 
