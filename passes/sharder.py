@@ -258,7 +258,7 @@ class Sharder:
         shape, seen, axis = call.operands[0].shape, self.type(call.node).shape, self.axes[place]
         if call.found[0].dim == len(shape) - 1 and len(seen) > len(shape):
             raise ShardingError(
-                f"{note(call.node).module or call.node.name}: a hidden dimension of {shape[-1]} that is sharded over the "
+                f"{note(call.node).module or call.node.name}: a hidden dimension of {shape[-1]}, sharded over the "
                 f"{axis.size} ranks of axis {axis.name} is seen as {list(seen)}, whose heads do not divide by "
                 f"{axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
             )
