@@ -95,6 +95,8 @@ def _emit_gradients(program: Program, layout: ChunkLayout, gradients: dict[int, 
         point = buffer.next if gradient is first else gradient.next
         put = (buffer, layout.slots[number].offset, gradient)
         end = program.emit(PUT, put, before=point, like=note(gradient))
+    while end.next.target is PUT and end.next.args[0] is buffer:  # one gradient may serve several slots
+        end = end.next
     slots = sorted(gradients)
     settle = program.emit(SETTLE, (buffer, layout.index, slots), before=end.next, like=note(last))
     program.emit(REDUCE, (buffer, layout.index, slots), before=settle, like=note(last))
