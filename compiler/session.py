@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..models.adapters import blocks
+from ..passes.canonicalize import canonicalize
 from ..passes.manager import Record
 from ..passes.plan import Plan, Residency
 from ..passes.program import Program
@@ -33,6 +34,7 @@ from ..runtime.tiers import MemoryMeter, Tier
 from ..runtime.updating_machine import UpdatingMachine
 from ..runtime.zero import Zero
 from .capture import Captured, Request, capture
+from .communication import exchanges
 from .device import Device
 from .logits import absent_outputs, logits_bytes
 from .lowering import Lowering, generate
@@ -117,8 +119,11 @@ class Session:
         plan = Plan(**self._shared_by())
         if not plan.mesh.tensor_axes:
             return captured
-        program = self.lowering.shard(captured.program, plan)
-        return replace(captured, program=program, notes=(*captured.notes, *whole_parameters(captured.program, plan)))
+        program, records = self.lowering.shard(captured.program, plan)
+        canonical = captured.program.copy()
+        canonicalize.rewrite(canonical, plan)
+        notes = (*captured.notes, *whole_parameters(canonical, plan))
+        return replace(captured, program=program, notes=notes, records=tuple(records))
 
     def _compile(self, captured: Captured) -> Compiled:
         backward = captured.program.name == "training"
@@ -126,7 +131,7 @@ class Session:
             # Until the first step masters may still move, so the first real batch is planned for from scratch.
             self._programs.clear()
         solution = self._decide(captured)
-        plan = solution.plan
+        plan = replace(solution.plan, exchanges=exchanges(solution.program, solution.plan))
         machine = self.machine = self.machine or self._make_machine(plan)
         stale = self.plan is None or self.plan.updates != self.updates
         self.plan = plan if backward or stale else self.plan
@@ -136,7 +141,7 @@ class Session:
             self.ranks.check_alike(f"the {program.name} program", _digest(program))
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
-        return Compiled(captured, plan, flat, program, tuple(records), executor, absent_outputs(flat))
+        return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))
 
     def _decide(self, captured: Captured) -> Solution:
         names, options, given = blocks(self.source), self.options, self._given_plan()

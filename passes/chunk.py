@@ -63,7 +63,7 @@ def _replace_reads(program: Program, plan: Plan, parameter: fx.Node, wait: fx.No
     slot = layout.slots[number]
     name = "_".join(slot.name.split(".")[-2:])
     view = program.emit(VIEW, (wait, slot.offset, list(slot.shape)), before=users[0], name=name)
-    annotate(view, chunk=layout.index)
+    annotate(view, chunk=layout.index, placement=note(parameter).placement)
     for user in users:
         user.replace_input_with(parameter, view)
 

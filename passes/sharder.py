@@ -127,6 +127,7 @@ class Sharder:
         for i in reversed(range(len(now))):
             if isinstance(now[i], Shard) and (now[i] != target[i] or shares[i]):
                 part, now[i] = self._gather(part, now[i], self.axes[i]), REPLICATE  # type: ignore[arg-type]
+                annotate(part, placement=placements_text(tuple(now), self.axes))
         for i, axis in enumerate(self.axes):
             wanted = target[i]
             if now[i] == wanted:
