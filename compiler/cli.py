@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from ..runtime.errors import GeminiError
+from .launch import is_launched, launch, leave, rank
+from .parallel import GRAMMAR
 from .report import error_panel
 from .train import TrainOptions, run
 
@@ -64,11 +66,17 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write the program after every pass here.")] = None,
+    parallel: Annotated[str | None, typer.Option(help=f"How processes share the work: {GRAMMAR}.")] = None,
+    nprocs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start on this machine; by default as many as --parallel takes."),
+    ] = None,
 ) -> None:
     """Fine-tune MODEL within a memory budget.
 
     Without MODEL: a small OPT with random weights, under half of the memory that plain PyTorch needs for it.
     Without --data: the language reference that each Python carries. Ctrl-C saves a checkpoint to go on from.
+    Of several processes each computes with its part of every batch of --batch-size; torchrun may start them, too.
     """
     options = TrainOptions(
         model=model,
@@ -88,15 +96,22 @@ def train(
         output=output,
         resume=resume,
         dump=dump,
+        parallel=parallel,
+        nprocs=nprocs,
     )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    console = Console()
+    console = Console(quiet=rank() > 0)
     try:
+        world = options.mesh().size
+        if world > 1 and not is_launched():
+            raise typer.Exit(launch(options.words(), world))
         report = run(options, console)
     except (GeminiError, ValueError, OSError) as error:
-        Console(stderr=True).print(error_panel(error))
+        leave(error_panel(error))
         raise typer.Exit(USER_ERROR) from None
+    if rank() > 0:
+        return
     if report.interrupted:
         done = report.first_step + len(report.losses)
         console.print(f"stopped after step {done} and saved; go on with", highlight=False)
