@@ -1,6 +1,5 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
-import enum
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from ..runtime.stats import Stats
 from ..runtime.tiers import MemoryMeter, Tier
 from ..runtime.updating_machine import UpdatingMachine
 from ..runtime.zero import Zero
+from .arguments import leaf_key
 from .capture import Captured, Request, capture
 from .communication import exchanges
 from .device import Device
@@ -105,7 +105,7 @@ class Session:
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
         backward = torch.is_grad_enabled() and (asked or any(trained))
         modes = tuple(module.training for module in self.source.modules())
-        key = (backward, trained, modes, spec, *map(_leaf_key, leaves))
+        key = (backward, trained, modes, spec, *map(leaf_key, leaves))
         if key not in self._programs:
             with torch.inference_mode(False), torch.set_grad_enabled(backward):
                 request = Request(self.dtype, self.options.outputs, backward, self.dtypes, self._shapes)
@@ -388,22 +388,3 @@ class Session:
 
 def _digest(program: Program) -> str:
     return hashlib.sha256(print_program(program).encode()).hexdigest()
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-
-
-def _leaf_key(leaf: Any) -> Any:
-    """What a program depends on in one argument: a tensor's kind, anything else's value.
-
-    Raises ValueError for objects whose contents cannot be told: they would be baked in as they are now.
-    """
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
-    if isinstance(leaf, _PLAIN):
-        return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
-    raise ValueError(
-        f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "
-        "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "
-        "(torch.from_numpy makes a tensor of an array)"
-    )
