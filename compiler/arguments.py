@@ -1,10 +1,13 @@
 """What a program depends on in the arguments of a call."""
 
 import enum
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..runtime.ranks import Ranks
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 
@@ -23,3 +26,11 @@ def leaf_key(leaf: Any) -> Any:
         "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "
         "(torch.from_numpy makes a tensor of an array)"
     )
+
+
+def check_shared(ranks: Ranks, inputs: list[Tensor]) -> None:
+    """Raises StateError where processes that share a batch are given different ones."""
+    digest = hashlib.sha256()
+    for tensor in inputs:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    ranks.check_batch(digest.hexdigest())

@@ -6,11 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import transformers
 import typer
 from rich.console import Console
 
+from ..models.adapters import example_inputs
+from ..models.presets import load_model
 from ..runtime.errors import GeminiError
+from .compare import compare as compare_ways
+from .compare import comparison_table
 from .launch import is_launched, launch, leave, rank
 from .parallel import GRAMMAR
 from .report import error_panel
@@ -18,6 +23,8 @@ from .train import TrainOptions, run
 
 USER_ERROR = 2
 INTERRUPTED = 130
+ANY_HOST_BYTES = 2**60
+"""The host of the machines that a comparison is about is not this one's."""
 
 app = typer.Typer(
     help="Train PyTorch models larger than the device.",
@@ -118,3 +125,29 @@ def train(
         console.print(f"  {options.resume_command()}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(f"saved to {options.directory}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Hub name, directory, config file (.json) or preset.")] = "opt-1.3b",
+    world_size: Annotated[int, typer.Option(min=2, help="Processes that share the work.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step, of all processes together.")] = 16,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
+    device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
+    recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
+) -> None:
+    """Plan MODEL for several processes in every tensor parallel mode, and show memory and communication of each.
+
+    Nothing is run: one machine without a GPU will do for any number of processes.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            loaded = load_model(model)
+        batch = example_inputs(loaded, batch_size, seq_len) or {}
+        settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget}
+        compared = compare_ways(loaded, world_size, batch, host_budget=ANY_HOST_BYTES, **settings)
+    except (GeminiError, ValueError, OSError) as error:
+        leave(error_panel(error))
+        raise typer.Exit(USER_ERROR) from None
+    Console().print(comparison_table(compared, world_size))

@@ -32,7 +32,7 @@ from ..runtime.stats import Stats
 from ..runtime.tiers import MemoryMeter, Tier
 from ..runtime.updating_machine import UpdatingMachine
 from ..runtime.zero import Zero
-from .arguments import leaf_key
+from .arguments import check_shared, leaf_key
 from .capture import Captured, Request, capture
 from .communication import exchanges
 from .device import Device
@@ -90,6 +90,7 @@ class Session:
         self.last: dict[str, Compiled] = {}
         self.trained = False
         self._stats = Stats()
+        self._met: set[int] = set()
         self._programs: dict[Any, Compiled] = {}
         self._lowered: dict[Any, tuple[Captured, Program]] = {}
         self._parameters = dict(source.named_parameters())
@@ -289,6 +290,7 @@ class Session:
     def _share_values(self) -> None:
         """Every rank starts from the values of rank 0."""
         if not self.are_shared:
+            self.ranks.share_randomness()
             for tensor in (*self._parameters.values(), *self.source.buffers()):
                 self.ranks.from_first_(tensor.detach(), self.device.torch_device)
         self.are_shared = True
@@ -320,6 +322,9 @@ class Session:
                         f"the CPU or on {device}"
                     )
                 inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
+        if self.ranks.mesh.tensor_axes and id(compiled) not in self._met:
+            self._met.add(id(compiled))
+            check_shared(self.ranks, inputs)
         return inputs
 
     def begin_step(self, training: bool) -> None:
