@@ -252,12 +252,14 @@ class Sharder:
         return 1.0 if wanted == REPLICATE else 2.0
 
     def _check_heads(self, call: Call, rule: Any, best: Row, place: int) -> None:
-        """Raises ShardingError where heads do not divide by the ranks that share the hidden dimension."""
+        """Raises ShardingError where heads do not divide by the ranks that share the hidden dimension. Only a view that
+        divides it into heads is refused; where one joins them what is sharded inside of a head is gathered."""
         found, axis = call.found[0] if call.found else REPLICATE, self.axes[place]
         splits = call.node.target in SHAPED and isinstance(found, Shard) and best.inputs[0] == REPLICATE
-        if not splits or found.dim != len(call.operands[0].shape) - 1:
+        sizes = call.results[0].shape if call.results[0] else ()
+        ndim = len(call.operands[0].shape) if call.operands else 0
+        if not splits or found.dim != ndim - 1 or len(sizes) <= ndim:
             return
-        sizes = call.results[0].shape  # type: ignore[union-attr]
         raise ShardingError(
             f"{note(call.node).module or call.node.name}: a hidden dimension of {call.operands[0].shape[-1]} that is "
             f"sharded over the {axis.size} ranks of axis {axis.name} is seen as {list(sizes)}, whose heads do not "
