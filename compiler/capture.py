@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..models.adapters import capturable
+from ..passes.manager import Record
 from ..passes.program import Note, Program, annotate, note, type_of
 from ..passes.types import TensorType, type_of_value
 from ..runtime import torch_private as private
@@ -37,7 +38,8 @@ class Captured:
 
     `results` rebuilds what the model returned: a pytree spec and its leaves, an int being the position of a
     program output, anything else a constant. `differentiable` are the positions that take a gradient,
-    `detached` those that would, had the loss not been chosen to be the only one.
+    `detached` those that would, had the loss not been chosen to be the only one. `records` are of the passes that made
+    it one process's, where tensors are sharded.
     """
 
     program: Program
@@ -46,6 +48,7 @@ class Captured:
     differentiable: tuple[int, ...]
     detached: frozenset[int]
     notes: tuple[str, ...]
+    records: tuple[Record, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,11 @@ class Lowering:
     def of(cls, extra: tuple[Pass, ...], dump: str | Path | None) -> "Lowering":
         return cls(assemble(PIPELINE, extra), None if dump is None else Path(dump))
 
-    def shard(self, captured: Program, plan: Plan) -> Program:
+    def shard(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
         """The program of one process's parts."""
         program = captured.copy()
         folder = None if self.dump is None else self.dump / f"{program.name}_whole"
-        run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
-        return program
+        return program, run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
 
     def flat(self, captured: Program, plan: Plan) -> Program:
         program = captured.copy()

@@ -42,8 +42,9 @@ def pack(
 
     A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
     over the same axes of the mesh. Chunks follow the model's blocks: a chunk is as large as the largest
-    block, within fixed bounds, and where a block begins a chunk that is at least half full ends. Equal blocks
-    have equal chunks then, and equal programs. A parameter that is larger than a chunk has one of its own.
+    block, within fixed bounds, and where a block begins all chunks end if they hold at least half of that.
+    Equal blocks have equal chunks then, and equal programs. A parameter that is larger than a chunk has one of
+    its own.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
     limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
@@ -53,14 +54,15 @@ def pack(
     inside = ""
     for name in _order_of_use(program, tied):
         parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
-        half_full_bytes = limit_bytes // 2 if inside != previous else limit_bytes
+        if inside != previous and sum(c.numel * key[0].itemsize for key, c in opened.items()) >= limit_bytes // 2:
+            closed += opened.items()
+            opened.clear()
         shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
         key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, sharded_over(placement))
         alignment = ALIGNMENT_BYTES // key[0].itemsize
         size = -(-prod(shape) // alignment) * alignment
         current = opened[key]
-        used_bytes = current.numel * key[0].itemsize
-        if current.slots and (used_bytes + size * key[0].itemsize > limit_bytes or used_bytes >= half_full_bytes):
+        if current.slots and (current.numel + size) * key[0].itemsize > limit_bytes:
             closed.append((key, opened.pop(key)))
             current = opened[key]
         current.slots.append(Slot(name, current.numel, shape, placement))

@@ -9,6 +9,10 @@ from typing import Any
 from ..passes.modes import MODES
 from ..runtime.mesh import DATA, Axis, Mesh
 
+GRAMMAR = (
+    "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH) and sequence, with commas between, such "
+    "as data=2,tensor=2.5d:8:2"
+)
 EXPECTED = 'such as {"data": 2, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}'
 
 
@@ -103,13 +107,37 @@ class Parallel:
 
 
 def _tensor(given: Any) -> dict[str, Any]:
-    """What `tensor` declares: a dict, or "mode:size" in short. Raises ValueError for anything else."""
+    """What `tensor` declares: a dict, or "mode:size" or "mode:size:depth" in short. Raises ValueError for anything
+    else."""
     if isinstance(given, str):
-        mode, _, size = given.partition(":")
-        given = {"mode": mode, "size": int(size) if size.isdigit() else size}
+        mode, *numbers = given.split(":")
+        if len(numbers) not in (1, 2):
+            raise ValueError(f"tensor={given!r} has {len(numbers)} numbers; expected a size, and for 2.5d a depth")
+        given = {"mode": mode} | {name: _number(text) for name, text in zip(("size", "depth"), numbers, strict=False)}
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"tensor={given!r}; expected a mode and a size, \"1d:4\" or {{'mode': '1d', 'size': 4}}")
     return dict(given or {})
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def parse_parallel(text: str) -> dict[str, Any]:
+    """What the command line's --parallel means for `parallel=`. Raises ValueError, naming the grammar."""
+    found: dict[str, Any] = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, _, value = item.partition("=")
+        if name in found or (name == "sequence") != (value == "") or name not in ("data", "tensor", "zero", "sequence"):
+            raise ValueError(f"--parallel {text!r}: {item!r} is not understood; expected {GRAMMAR}")
+        found[name] = value if name == "tensor" else _number(value)
+    if found.pop("sequence", None) is not None:
+        found["tensor"] = {**_tensor(found.get("tensor")), "sequence": True}
+    try:
+        Parallel.of(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--parallel {text!r}: {error}. The whole is {GRAMMAR}") from error
+    return found
 
 
 def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:

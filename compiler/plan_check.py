@@ -10,6 +10,7 @@ from torch import nn
 
 from ..passes.plan import Plan
 from ..runtime.layout import ALIGNMENT_BYTES, ChunkLayout
+from ..runtime.mesh import parse_placements, whole_shape
 from .precision import master_dtype
 
 
@@ -98,9 +99,20 @@ def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator
     for slot in slots:
         if slot.name not in parameters:
             yield _Offence("layout: the name of a slot", repr(slot.name), "a parameter of the model")
-        elif slot.shape != tuple(parameters[slot.name].shape):
-            shape = tuple(parameters[slot.name].shape)
-            yield _Offence(f"layout: the shape of {slot.name!r}", slot.shape, f"{shape}, the parameter's")
+            continue
+        try:
+            whole = whole_shape(
+                slot.shape, parse_placements(slot.placement, plan.mesh.tensor_axes), plan.mesh.tensor_axes
+            )
+        except (ValueError, IndexError):
+            axes = ", ".join(axis.name for axis in plan.mesh.tensor_axes) or "none"
+            hint = f"how it lies over the axes of this mesh, which are {axes}"
+            yield _Offence(f"layout: the placement of {slot.name!r}", repr(slot.placement), hint)
+            continue
+        shape = tuple(parameters[slot.name].shape)
+        if whole != shape:
+            of = f"{shape}, the parameter's" + (f", of which it is the part {slot.placement}" if slot.placement else "")
+            yield _Offence(f"layout: the shape of {slot.name!r}", slot.shape, of)
 
 
 def _of_dtype(

@@ -1,6 +1,5 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
-import enum
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..models.adapters import blocks
+from ..passes.canonicalize import canonicalize
 from ..passes.manager import Record
 from ..passes.plan import Plan, Residency
 from ..passes.program import Program
@@ -32,7 +32,9 @@ from ..runtime.stats import Stats
 from ..runtime.tiers import MemoryMeter, Tier
 from ..runtime.updating_machine import UpdatingMachine
 from ..runtime.zero import Zero
+from .arguments import check_shared, leaf_key
 from .capture import Captured, Request, capture
+from .communication import exchanges
 from .device import Device
 from .logits import absent_outputs, logits_bytes
 from .lowering import Lowering, generate
@@ -88,6 +90,7 @@ class Session:
         self.last: dict[str, Compiled] = {}
         self.trained = False
         self._stats = Stats()
+        self._met: set[int] = set()
         self._programs: dict[Any, Compiled] = {}
         self._lowered: dict[Any, tuple[Captured, Program]] = {}
         self._parameters = dict(source.named_parameters())
@@ -103,7 +106,7 @@ class Session:
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
         backward = torch.is_grad_enabled() and (asked or any(trained))
         modes = tuple(module.training for module in self.source.modules())
-        key = (backward, trained, modes, spec, *map(_leaf_key, leaves))
+        key = (backward, trained, modes, spec, *map(leaf_key, leaves))
         if key not in self._programs:
             with torch.inference_mode(False), torch.set_grad_enabled(backward):
                 request = Request(self.dtype, self.options.outputs, backward, self.dtypes, self._shapes)
@@ -117,8 +120,11 @@ class Session:
         plan = Plan(**self._shared_by())
         if not plan.mesh.tensor_axes:
             return captured
-        program = self.lowering.shard(captured.program, plan)
-        return replace(captured, program=program, notes=(*captured.notes, *whole_parameters(captured.program, plan)))
+        program, records = self.lowering.shard(captured.program, plan)
+        canonical = captured.program.copy()
+        canonicalize.rewrite(canonical, plan)
+        notes = (*captured.notes, *whole_parameters(canonical, plan))
+        return replace(captured, program=program, notes=notes, records=tuple(records))
 
     def _compile(self, captured: Captured) -> Compiled:
         backward = captured.program.name == "training"
@@ -126,7 +132,7 @@ class Session:
             # Until the first step masters may still move, so the first real batch is planned for from scratch.
             self._programs.clear()
         solution = self._decide(captured)
-        plan = solution.plan
+        plan = replace(solution.plan, exchanges=exchanges(solution.program, solution.plan))
         machine = self.machine = self.machine or self._make_machine(plan)
         stale = self.plan is None or self.plan.updates != self.updates
         self.plan = plan if backward or stale else self.plan
@@ -136,7 +142,7 @@ class Session:
             self.ranks.check_alike(f"the {program.name} program", _digest(program))
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
-        return Compiled(captured, plan, flat, program, tuple(records), executor, absent_outputs(flat))
+        return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))
 
     def _decide(self, captured: Captured) -> Solution:
         names, options, given = blocks(self.source), self.options, self._given_plan()
@@ -284,6 +290,7 @@ class Session:
     def _share_values(self) -> None:
         """Every rank starts from the values of rank 0."""
         if not self.are_shared:
+            self.ranks.share_randomness()
             for tensor in (*self._parameters.values(), *self.source.buffers()):
                 self.ranks.from_first_(tensor.detach(), self.device.torch_device)
         self.are_shared = True
@@ -315,6 +322,9 @@ class Session:
                         f"the CPU or on {device}"
                     )
                 inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
+        if self.ranks.mesh.tensor_axes and id(compiled) not in self._met:
+            self._met.add(id(compiled))
+            check_shared(self.ranks, inputs)
         return inputs
 
     def begin_step(self, training: bool) -> None:
@@ -383,22 +393,3 @@ class Session:
 
 def _digest(program: Program) -> str:
     return hashlib.sha256(print_program(program).encode()).hexdigest()
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-
-
-def _leaf_key(leaf: Any) -> Any:
-    """What a program depends on in one argument: a tensor's kind, anything else's value.
-
-    Raises ValueError for objects whose contents cannot be told: they would be baked in as they are now.
-    """
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
-    if isinstance(leaf, _PLAIN):
-        return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
-    raise ValueError(
-        f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "
-        "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "
-        "(torch.from_numpy makes a tensor of an array)"
-    )

@@ -12,15 +12,18 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.blocks import TokenBlocks
+from ..models.blocks import Part, TokenBlocks
 from ..models.finetune import check_output, finetune
 from ..models.presets import MINI, ModelLoadError, brings_tokenizer, load_model
 from ..models.recipe import Recipe, Report
 from ..models.text import embedded_texts, read_texts, train_tokenizer
+from ..runtime.mesh import DATA, Mesh
 from ..runtime.units import format_bytes, parse_bytes
 from .api import compile
 from .baseline import plain_peak_bytes
+from .launch import is_launched, rank
 from .options import Options
+from .parallel import Parallel, parse_parallel
 from .report import StepProgress, memory_table, perplexity_line
 
 # Halves the perplexity of the small model three times over, within minutes on two cores.
@@ -52,6 +55,26 @@ class TrainOptions:
     output: Path | None = None
     resume: bool = False
     dump: Path | None = None
+    parallel: str | None = None
+    nprocs: int | None = None
+
+    @property
+    def degrees(self) -> Parallel:
+        """Return what `parallel` declares.
+
+        Raises:
+            ValueError: it is not understood.
+        """
+        return Parallel.of(parse_parallel(self.parallel or ""))
+
+    def mesh(self) -> Mesh:
+        """Return the mesh of the processes that are there, or that are to be launched.
+
+        Raises:
+            ValueError: the degrees do not multiply to their number.
+        """
+        launched = int(os.environ["WORLD_SIZE"]) if is_launched() else self.nprocs
+        return self.degrees.mesh(launched, launched or 1)
 
     @property
     def directory(self) -> Path:
@@ -63,14 +86,18 @@ class TrainOptions:
         name = Path(self.model).stem if self.model.endswith(".json") else Path(self.model).name
         return Path("runs") / (f"{name}-tuned" if brings_tokenizer(self.model) else name)
 
-    def resume_command(self) -> str:
-        """Return the command that goes on with this run."""
-        words = ["geminifx", "train"] + ([] if self.model is None else [self.model])
+    def words(self) -> list[str]:
+        """Return the command line, without the command itself, that these are the options of."""
+        words = ["train"] + ([] if self.model is None else [self.model])
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("model", "resume") and value != field.default:
                 words += [f"--{field.name.replace('_', '-')}", str(value)]
-        return shlex.join([*words, "--resume"])
+        return [*words, "--resume"] if self.resume else words
+
+    def resume_command(self) -> str:
+        """Return the command that goes on with this run."""
+        return shlex.join(["geminifx", *replace(self, resume=True).words()])
 
 
 @dataclass(frozen=True)
@@ -90,11 +117,6 @@ def prepare(options: TrainOptions) -> Job:
         GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
     """
     _check_budgets(options)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "geminifx train runs in one process; for several write a training loop (see the README) and launch that "
-            "with torchrun"
-        )
     Options.of(_settings(options))
     check_output(options.directory)
     texts = embedded_texts() if options.data is None else read_texts(options.data)
@@ -125,6 +147,7 @@ def prepare(options: TrainOptions) -> Job:
         seed=options.seed,
         save_every=options.save_every,
     )
+    _part(options).rows(recipe.batch_size)
     return Job(model, tokenizer, blocks, recipe)
 
 
@@ -135,7 +158,7 @@ def run(options: TrainOptions, console: Console) -> Report:
         GeminiError, ValueError, OSError: with messages for the user.
     """
     job = prepare(options)
-    batch = job.blocks.batch(0, job.recipe.batch_size)
+    batch = job.blocks.batch(0, job.recipe.batch_size, _part(options))
     _show_job(options, job, console)
     plain_bytes = None
     if options.model is None and options.device in (None, "cpu"):
@@ -180,8 +203,15 @@ def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, tor
 def _settings(options: TrainOptions) -> dict[str, Any]:
     """Return what `compile` is told, but for the batch."""
     names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute")
-    dump = None if options.dump is None else str(options.dump)
-    return {name: getattr(options, name) for name in names} | {"dump": dump}
+    dump = None if options.dump is None or rank() > 0 else str(options.dump)
+    parallel = parse_parallel(options.parallel or "") or None
+    return {name: getattr(options, name) for name in names} | {"dump": dump, "parallel": parallel}
+
+
+def _part(options: TrainOptions) -> Part:
+    """Return which part of every batch is this process's."""
+    mesh = options.mesh()
+    return Part(mesh.coordinate(rank(), DATA), mesh.data_size)
 
 
 def _show_job(options: TrainOptions, job: Job, console: Console) -> None:

@@ -54,17 +54,16 @@ def _fetch_parameters(program: Program, plan: Plan, phase: Phase) -> None:
         annotate(fetch, chunk=index)
         annotate(wait, chunk=index)
         for parameter in dict.fromkeys(parameter for _, parameter in pairs):
-            _replace_reads(program, plan, parameter, wait, [user for user, p in pairs if p is parameter])
+            users = [user for user, p in pairs if p is parameter]
+            _replace_reads(program, plan, parameter, wait, sorted(users, key=order.__getitem__))
 
 
 def _replace_reads(program: Program, plan: Plan, parameter: fx.Node, wait: fx.Node, users: list[fx.Node]) -> None:
     layout, number = plan.layout.places[note(parameter).role.removeprefix("parameter:")]
     slot = layout.slots[number]
-    order = program.positions()
-    first = min(users, key=order.__getitem__)
     name = "_".join(slot.name.split(".")[-2:])
-    view = program.emit(VIEW, (wait, slot.offset, list(slot.shape)), before=first, name=name)
-    annotate(view, chunk=layout.index)
+    view = program.emit(VIEW, (wait, slot.offset, list(slot.shape)), before=users[0], name=name)
+    annotate(view, chunk=layout.index, placement=note(parameter).placement)
     for user in users:
         user.replace_input_with(parameter, view)
 
@@ -95,8 +94,9 @@ def _emit_gradients(program: Program, layout: ChunkLayout, gradients: dict[int, 
         # The value goes in as soon as it exists, or, for the first one, as soon as the buffer does.
         point = buffer.next if gradient is first else gradient.next
         put = (buffer, layout.slots[number].offset, gradient)
-        program.emit(PUT, put, before=point, like=note(gradient))
-    end = next(node for node in reversed(program.calls(PUT)) if node.args[0] is buffer)
+        end = program.emit(PUT, put, before=point, like=note(gradient))
+    while end.next.target is PUT and end.next.args[0] is buffer:  # one gradient may serve several slots
+        end = end.next
     slots = sorted(gradients)
     settle = program.emit(SETTLE, (buffer, layout.index, slots), before=end.next, like=note(last))
     program.emit(REDUCE, (buffer, layout.index, slots), before=settle, like=note(last))

@@ -53,6 +53,16 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What a process receives in one step by one kind of collective along one axis of the mesh."""
+
+    axis: str
+    collective: str
+    count: int
+    received_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions for one model.
 
@@ -72,6 +82,7 @@ class Plan:
         updates: what `model.optimizer(...)` declared; None where a torch optimizer updates the masters.
         optimizer_state_bytes: bytes of a torch optimizer's state per trainable element that are planned for.
         memory: the estimate for the program the plan was made for.
+        exchanges: what its processes exchange in a step.
         notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
     """
 
@@ -90,6 +101,7 @@ class Plan:
     updates: Updates | None = None
     optimizer_state_bytes: int = 8
     memory: MemoryEstimate = MemoryEstimate()
+    exchanges: tuple[Exchange, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -146,6 +158,10 @@ class Plan:
                 else []
             ),
             *([("ZeRO", f"stage {self.zero}")] if self.zero else []),
+            *(
+                (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
+                for e in self.exchanges
+            ),
             ("planned device peak", _amount(self.memory.peak_bytes)),
             ("  of it always there", _amount(self.memory.static_bytes)),
             *((f"  at the peak: {name}", _amount(amount)) for name, amount in self.memory.at_peak[:6]),
@@ -203,6 +219,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         "residency": Residency(**{key: frozenset(value) for key, value in data["residency"].items()}),
         "table": tuple((pattern, text) for pattern, text in data["table"]),
         "mesh": Mesh(tuple(Axis(**axis) for axis in data["mesh"]["axes"])),
+        "exchanges": tuple(Exchange(**exchange) for exchange in data["exchanges"]),
         "memory": MemoryEstimate(**memory),
         "updates": None if data["updates"] is None else Updates(**data["updates"]),
         "notes": tuple(data["notes"]),

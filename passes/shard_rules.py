@@ -63,7 +63,7 @@ def _alike(call: Call, inputs: tuple[Placement, ...], result: Placement) -> Row:
 def elementwise(call: Call) -> list[Row]:
     """Sharded alike along a dimension of the result; arguments that are broadcast along it are whole."""
     ndim = max((len(operand.shape) for operand in call.operands), default=0)
-    candidates = {}
+    candidates: dict[tuple[int, int], None] = {}
     for i, shard in call.found_shards():
         dim = shard.dim + ndim - len(call.operands[i].shape)
         candidates[dim, shard.sections] = None

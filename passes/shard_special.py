@@ -45,7 +45,8 @@ def embedding(s: Sharder, node: fx.Node) -> None:
     """Of a sharded vocabulary a rank looks up its own rows; a sharded hidden dimension stays sharded."""
     weight, ids = node.args[:2]
     _settle(s, weight, ids)
-    weights, indices, result = list(s.placements(weight)), list(s.placements(ids)), []
+    weights, indices = list(s.placements(weight)), list(s.placements(ids))
+    result = list[Placement]()
     ndim = len(s.type(ids).shape)
     for i, role in enumerate(s.roles):
         if role.gathered:

@@ -130,6 +130,7 @@ class Sharder:
         for i in reversed(range(len(now))):
             if isinstance(now[i], Shard) and (now[i] != target[i] or shares[i]):
                 part, now[i] = self._gather(part, now[i], self.axes[i]), REPLICATE  # type: ignore[arg-type]
+                annotate(part, placement=placements_text(tuple(now), self.axes))
         for i, axis in enumerate(self.axes):
             wanted = target[i]
             if now[i] == wanted:
@@ -196,7 +197,7 @@ class Sharder:
                 row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows, axis)
             ]
             best = min(legal, key=lambda row: self._cost(call, operands, row, i))
-            self._check_heads(call, rule, best, i)
+            self._check_heads(call, best, i)
             rows.append(best)
         inputs = [tuple(row.inputs[j] for row in rows) for j in range(len(operands))]
         return inputs, [tuple(row.results[j] for row in rows) for j in range(len(types))]
@@ -254,20 +255,17 @@ class Sharder:
             return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
         return 1.0 if wanted == REPLICATE else 2.0
 
-    def _check_heads(self, call: Call, rule: Any, best: Row, place: int) -> None:
-        """Raises ShardingError where heads do not divide by the ranks that share the hidden dimension. Only a view that
-        divides it into heads is refused; where one joins them what is sharded inside of a head is gathered."""
-        found, axis = call.found[0] if call.found else REPLICATE, self.axes[place]
-        splits = call.node.target in SHAPED and isinstance(found, Shard) and best.inputs[0] == REPLICATE
-        sizes = call.results[0].shape if call.results[0] else ()
-        ndim = len(call.operands[0].shape) if call.operands else 0
-        if not splits or found.dim != ndim - 1 or len(sizes) <= ndim:
+    def _check_heads(self, call: Call, best: Row, place: int) -> None:
+        """Raises ShardingError where a sharded hidden dimension is seen as heads that do not divide by its ranks."""
+        if call.node.target not in SHAPED or not isinstance(call.found[0], Shard) or best.inputs[0] != REPLICATE:
             return
-        raise ShardingError(
-            f"{note(call.node).module or call.node.name}: a hidden dimension of {call.operands[0].shape[-1]} that is "
-            f"sharded over the {axis.size} ranks of axis {axis.name} is seen as {list(sizes)}, whose heads do not "
-            f"divide by {axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
-        )
+        shape, seen, axis = call.operands[0].shape, self.type(call.node).shape, self.axes[place]
+        if call.found[0].dim == len(shape) - 1 and len(seen) > len(shape):
+            raise ShardingError(
+                f"{note(call.node).module or call.node.name}: a hidden dimension of {shape[-1]}, sharded over the "
+                f"{axis.size} ranks of axis {axis.name} is seen as {list(seen)}, whose heads do not divide by "
+                f"{axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
+            )
 
     # -- operators -----------------------------------------------------------------------------------------
 

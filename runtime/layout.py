@@ -137,7 +137,7 @@ class TorchUpdates:
 
     def host_bytes(self, chunk: ChunkLayout, streamed: bool = False) -> int:
         """What it takes on the host, the copy that streams in another dtype included."""
-        return self.device_bytes(chunk) + (chunk.compute_bytes if chunk.casts else 0)
+        return self.device_bytes(chunk) + (chunk.shard_bytes if chunk.casts else 0)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,15 @@ def local_shape(shape: tuple[int, ...], placements: Placements, axes: tuple[Axis
     return tuple(found)
 
 
+def whole_shape(part: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    """The inverse of `local_shape`."""
+    found = list(part)
+    for placement, axis in zip(placements, axes, strict=True):
+        if isinstance(placement, Shard):
+            found[placement.dim] *= axis.size
+    return tuple(found)
+
+
 def take_part(whole: Tensor, placement: Placement, coordinate: int, size: int) -> Tensor:
     """One process's part of a tensor on one axis. A view, unless there are several sections."""
     if not isinstance(placement, Shard):

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from .collectives import all_gather_single
 from .layout import Slot
-from .mesh import Axis, Placements, Shard, join_parts, local_part, parse_placements, take_part
+from .mesh import Axis, Placements, Shard, join_parts, local_part, parse_placements, take_part, whole_shape
 from .ranks import Ranks
 
 PIECE = 4 * 2**20
@@ -45,11 +45,7 @@ class Parts:
 
     def whole_shape(self, slot: Slot) -> tuple[int, ...]:
         """The parameter's own shape, of which the slot has a part."""
-        shape = list(slot.shape)
-        for placement, axis in zip(self.placements(slot), self._axes, strict=True):
-            if isinstance(placement, Shard):
-                shape[placement.dim] *= axis.size
-        return tuple(shape)
+        return whole_shape(slot.shape, self.placements(slot), self._axes)
 
     def replicas(self, slot: Slot) -> int:
         """How many of the processes that share a batch have the same part."""

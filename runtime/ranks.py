@@ -113,6 +113,23 @@ class Ranks:
                 "the same model, with the same options, and call it with batches of one shape"
             )
 
+    def check_batch(self, digest: str) -> None:
+        """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
+        first: dict[int, str] = {}
+        found = enumerate(self.gather((self.data_rank, digest)))
+        others = [rank for rank, (batch, theirs) in found if first.setdefault(batch, theirs) != theirs]
+        if others:
+            raise StateError(
+                f"rank(s) {', '.join(map(str, others))} called the model with another batch than the ranks that they "
+                "shard tensors with; give all of them the same one (geminifx.shard_dataloader does), and only ranks "
+                "along the axis 'data' different ones"
+            )
+
+    def share_randomness(self) -> None:
+        """Seed the ranks that share a batch alike: what each of them computes whole must drop the same elements."""
+        if self.together and self.mesh.tensor_axes:
+            torch.manual_seed(self.gather(torch.initial_seed())[0] + self.data_rank)
+
     def check_launched(self) -> None:
         """Raises StateError where the other ranks are missing."""
         if not self.launched:

@@ -15,6 +15,7 @@ from geminifx.compiler.cli import app
 from geminifx.compiler.train import TrainOptions
 from geminifx.models.presets import load_model
 from geminifx.runtime.errors import BudgetError
+from geminifx.runtime.ranks import Ranks
 from trainable import ClippedAdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -33,6 +34,8 @@ CONFIG = {
 
 class Compiled(torch.nn.Module):
     """Runs the model as it is and claims a plan and statistics; Ctrl-C comes in call `interrupt_at`."""
+
+    ranks = Ranks()
 
     def __init__(self, model: Any, options: dict[str, Any], interrupt_at: int | None) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from geminifx.compiler.plan_check import check_plan
 from geminifx.compiler.precision import parameter_dtypes
 from geminifx.passes.plan import Plan, Residency
 from geminifx.runtime.layout import ChunkLayout, Layout
+from geminifx.runtime.mesh import Axis, Mesh
 from torch import nn
 
 
@@ -47,6 +48,11 @@ def test_the_planners_own_plan_passes() -> None:
     check(plan())
 
 
+def test_a_plan_of_parts_passes() -> None:
+    half = replace(with_slot(plan(), placement="tp=S0", shape=(4, 4)), mesh=Mesh((Axis("tp", 2),)))
+    check(half)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -68,6 +74,14 @@ def test_the_planners_own_plan_passes() -> None:
             "the number of slots of parameter '0.weight' is 0, expected 1;",
         ),
         (lambda p: with_slot(p, shape=(4, 8)), "the shape of '0.weight' is (4, 8), expected (8, 4), the parameter's"),
+        (
+            lambda p: with_slot(p, placement="tp=S0"),
+            "the placement of '0.weight' is 'tp=S0', expected how it lies over the axes of this mesh, which are none;",
+        ),
+        (
+            lambda p: replace(with_slot(p, placement="tp=S0"), mesh=Mesh((Axis("tp", 2),))),
+            "the shape of '0.weight' is (8, 4), expected (8, 4), the parameter's, of which it is the part tp=S0;",
+        ),
         (lambda p: with_slot(p, offset=1), "the offset of '0.weight' is 1, expected a multiple of 64 (256 bytes)"),
         (
             lambda p: with_slot(p, offset=64),

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from worker import CASES, RANKS, ROWS, train  # noqa: E402
+from worker import CASES, EXACT, IN_FOURS, ROWS, STEPS, Trained, train  # noqa: E402
 
 # The ranks add their halves of a gradient, one process adds all rows: another order of sums of some hundred terms,
 # 2^-24 each. AdamW divides by the root of its square, so that it moves parameters by what is rounding alone, by lr
@@ -22,7 +21,7 @@ LOSS = 2**-18
 PARAMETER, LR = 2**-12, 1e-2
 
 
-def launch(script: Path, *arguments: str, ranks: int = RANKS) -> subprocess.CompletedProcess[str]:
+def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -38,15 +37,84 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(out)
 
 
+@pytest.fixture(scope="module")
+def found_by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("ranks") / "found.pt"
+    done = launch(HERE / "worker.py", str(out), *IN_FOURS, ranks=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+_alone: dict[str, Trained] = {}
+
+
+def one_process(name: str) -> Trained:
+    """What one process finds; cases that are alike there share it."""
+    training = CASES[name].alone()
+    if repr(training) not in _alone:
+        _alone[repr(training)] = train(training, slice(0, ROWS))
+    return _alone[repr(training)]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process(found: dict[str, Any], name: str) -> None:
-    losses, state = train(replace(CASES[name], tight=False), slice(0, ROWS))
-    for agrees, ranks_losses in found[name]["ranks"]:
-        assert agrees, "both ranks hold the same bits"
-        for ours, expected in zip(ranks_losses, losses, strict=True):
-            assert abs(ours - expected) <= LOSS * expected
-    apart = [(found[name]["state"][key] - value).abs() for key, value in state.items()]
-    steps = len(losses)
+    check(found[name], one_process(name))
+
+
+@pytest.mark.parametrize("name", IN_FOURS)
+def test_four_ranks_train_as_one_process(found_by_four: dict[str, Any], name: str) -> None:
+    check(found_by_four[name], one_process(name))
+
+
+def check(found: dict[str, Any], expected: Trained) -> None:
+    for agrees, ranks_losses, _ in found["ranks"]:
+        assert agrees, "all ranks hold the same bits"
+        for ours, loss in zip(ranks_losses, expected.losses, strict=True):
+            assert abs(ours - loss) <= LOSS * loss
+    apart = [(found["state"][key] - value).abs() for key, value in expected.state.items()]
+    steps = len(expected.losses)
     assert max(a.max().item() for a in apart) <= 2 * LR * steps
     far = sum((a > PARAMETER * LR).sum().item() for a in apart)
     assert far <= 0.02 * sum(a.numel() for a in apart), "all but a few, whose gradients are rounding alone"
+    ours, theirs = found["optimizer"]["state"], expected.optimizer["state"]
+    assert ours.keys() == theirs.keys() and found["optimizer"]["param_groups"] == expected.optimizer["param_groups"]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        largest = max(state[moment].abs().max().item() for state in theirs.values())
+        for number, state in theirs.items():
+            assert ours[number]["step"] == state["step"] and ours[number][moment].shape == state[moment].shape
+            assert (ours[number][moment] - state[moment]).abs().max() <= PARAMETER * largest
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_with_zero_every_bit_is_that_without(found: dict[str, Any], name: str) -> None:
+    assert found[name]
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any]) -> None:
+    plain, divided = found["overflow"]
+    assert 0 < plain["skipped"] == divided["skipped"] < STEPS
+    for ours, loss in zip(divided["losses"], plain["losses"], strict=True):
+        assert abs(ours - loss) <= 2**-9 * loss
+
+
+# Bytes per float32 parameter: the weights that compute, AdamW's moments, and on the host what gradients land in.
+WEIGHTS, MOMENTS, LANDED = 4, 8, 4
+BYTES = {
+    ("our optimizer", 1): WEIGHTS + MOMENTS,
+    ("our optimizer, clipped", 1): WEIGHTS + MOMENTS + LANDED,
+    ("zero 1", 1): WEIGHTS + MOMENTS / 2,
+    ("zero 2, tied weights", 1): WEIGHTS + MOMENTS / 2,
+    ("zero 3", 1): (WEIGHTS + MOMENTS) / 2,
+    ("zero 2, on the host, clipped", 1): (WEIGHTS + MOMENTS + LANDED) / 2,
+    ("zero 3", 2): (WEIGHTS + MOMENTS) / 4,
+    ("zero 2, on the host, clipped", 2): (WEIGHTS + MOMENTS + LANDED) / 4,
+}
+
+
+@pytest.mark.parametrize(("name", "times"), BYTES)
+def test_a_rank_keeps_its_share_of_the_training_state(
+    found: dict[str, Any], found_by_four: dict[str, Any], name: str, times: int
+) -> None:
+    parameters = sum(p.numel() for p in CASES[name].case.seeded().parameters())
+    for _, _, num_bytes in (found if times == 1 else found_by_four)[name]["ranks"]:
+        assert num_bytes == pytest.approx(BYTES[name, times] * parameters, rel=0.1), "but for padding"

@@ -1,12 +1,12 @@
-"""One rank of the data-parallel tests: `torchrun --nproc-per-node 2 worker.py OUT` trains every case of `CASES`.
+"""One rank of the data-parallel tests: `torchrun --nproc-per-node 2 worker.py OUT CASE...` trains these of `CASES`.
 
 Rank 0 writes what it found to OUT; `test_data_parallel.py` compares that with one process on the whole batches.
 """
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,73 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
-from torch import Tensor
+from optimizing import PLACES
+from torch import Tensor, nn
 from torch import distributed as dist
-from zoo import GPT2, LLAMA, OPT, Case, compiled, smallest_budget
+from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
 
-STEPS, RANKS, ROWS = 4, 2, 4
-Optimizers = Callable[[geminifx.CompiledModule], torch.optim.Optimizer]
+STEPS, ROWS = 4, 4
+
+
+@dataclass(frozen=True)
+class Torchs:
+    """torch's optimizer."""
+
+    def __call__(self, model: geminifx.CompiledModule) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+@dataclass(frozen=True)
+class Own:
+    """The model's own optimizer. `scale` is the loss scale of float16 to start from."""
+
+    max_grad_norm: float | None = None
+    in_backward: bool = False
+    accumulate: int = 1
+    scale: float = 0.0
+
+    def __call__(self, model: geminifx.CompiledModule) -> torch.optim.Optimizer:
+        declared = {name: value for name, value in vars(self).items() if name != "scale"}
+        optimizer = model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
+        if self.scale:
+            model.session.machine.held.loss_scale = self.scale
+        return optimizer
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model, how it is compiled, and its optimizer."""
+    """A model, how it is compiled, and its optimizer.
+
+    `tight`: within the least budget that it says it needs. `where`: with its training state placed by hand, a key of
+    `PLACES`. `zero`: the stage. `micro`: how many backwards make a step. `halved`: gradients are halved before it.
+    """
 
     case: Case
-    optimizer: Optimizers
+    optimizer: Torchs | Own
     options: dict[str, Any] = field(default_factory=dict)
     tight: bool = False
+    where: str = ""
+    zero: int = 0
+    micro: int = 1
+    halved: bool = False
 
     def compile(self) -> geminifx.CompiledModule:
-        least = {"device_budget": smallest_budget(self.case, **self.options)} if self.tight else {}
-        return compiled(self.case, **self.options, **least)
+        options = {**self.options, **({"parallel": {"zero": self.zero}} if self.zero else {})}
+        if self.tight:
+            options["device_budget"] = smallest_budget.__wrapped__(self.case, **options)
+        if self.where:
+            plan = compiled(self.case, **options).plan
+            chunks = plan.layout.chunks
+            residency = PLACES[self.where](frozenset(range(len(chunks))))
+            streamed = frozenset(index for index in residency.streamed if chunks[index].trainable)
+            options["plan"] = replace(plan, residency=replace(residency, streamed=streamed))
+        return compiled(self.case, **options)
+
+    def alone(self) -> "Training":
+        """The same for one process, in the simplest way that gives the same numbers."""
+        plain = replace(self.optimizer, in_backward=False) if isinstance(self.optimizer, Own) else self.optimizer
+        options = {name: value for name, value in self.options.items() if name == "fuse_loss"}
+        return replace(self, optimizer=plain, options=options, tight=False, where="", zero=0)
 
     def batch(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Rows of a step's batch; the first row counts few tokens, so that the ranks' parts weigh differently."""
@@ -44,35 +91,94 @@ class Training:
         return {"input_ids": whole["input_ids"][rows], "labels": labels[rows]}
 
 
-def torchs(model: geminifx.CompiledModule) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+def half_frozen() -> nn.Module:
+    model = opt()
+    model.model.decoder.layers[0].requires_grad_(False)
+    return model
 
 
-def own(**declared: Any) -> Optimizers:
-    return lambda model: model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
-
+FROZEN = Case("opt, its first block frozen", half_frozen)
 
 CASES = {
-    "torch's optimizer": Training(OPT, torchs),
-    "torch's optimizer, on the host, within the least": Training(LLAMA, torchs, {"recompute": "all"}, tight=True),
-    "our optimizer": Training(GPT2, own()),
-    "our optimizer, clipped": Training(OPT, own(max_grad_norm=0.5), {"placement": "cpu"}),
-    "in the backward, fused loss": Training(OPT, own(in_backward=True), {"fuse_loss": True, "placement": "cpu"}),
+    "torch's optimizer": Training(OPT, Torchs()),
+    "torch's optimizer, on the host, within the least": Training(LLAMA, Torchs(), {"recompute": "all"}, tight=True),
+    "our optimizer": Training(GPT2, Own()),
+    "our optimizer, clipped": Training(OPT, Own(max_grad_norm=0.5), {"placement": "cpu"}),
+    "in the backward, fused loss": Training(OPT, Own(in_backward=True), {"fuse_loss": True, "placement": "cpu"}),
+    "zero 1": Training(OPT, Own(), {"placement": "cuda"}, zero=1),
+    "zero 2, tied weights": Training(GPT2, Own(), zero=2),
+    "zero 3": Training(LLAMA, Own(), {"placement": "cuda"}, zero=3),
+    "zero 2, on the host, clipped": Training(OPT, Own(max_grad_norm=0.5), {"placement": "cpu"}, zero=2),
+    "zero 3, on the host, in the backward, fused loss": Training(
+        OPT, Own(in_backward=True), {"fuse_loss": True, "placement": "cpu"}, zero=3
+    ),
+    "zero 3, within the least": Training(LLAMA, Own(), {"recompute": "all"}, tight=True, zero=3),
+    "zero 2, within the least, in the backward": Training(OPT, Own(in_backward=True), tight=True, zero=2),
+    "zero 3, two backwards a step, clipped": Training(OPT, Own(accumulate=2, max_grad_norm=0.5), zero=3, micro=2),
+    "zero 1, in the second backward, everywhere": Training(
+        OPT, Own(accumulate=2, in_backward=True), where="mixed", zero=1, micro=2
+    ),
+    "zero 3, streamed, in the backward": Training(OPT, Own(in_backward=True), where="streamed", zero=3),
+    "zero 3, a frozen block, everywhere": Training(FROZEN, Own(), where="mixed", zero=3),
 }
+IN_FOURS = ("zero 3", "zero 1, in the second backward, everywhere", "zero 2, on the host, clipped")
+BFLOAT16 = {"precision": "bf16"}
+EXACT = {
+    "1, streamed, resident": Training(OPT, Own(), BFLOAT16, where="streamed, resident", zero=1),
+    "2, two backwards a step": Training(OPT, Own(accumulate=2), BFLOAT16, where="mixed", zero=2, micro=2),
+    "3, streamed, in the backward": Training(OPT, Own(in_backward=True), BFLOAT16, where="streamed", zero=3),
+    "3, gradients halved": Training(GPT2, Own(), BFLOAT16, zero=3, halved=True),
+}
+"""Where two processes add two numbers and masters are updated by our own kernels, every bit is that without ZeRO, also
+where all is saved and loaded on the way."""
+
+OVERFLOWING = Training(OPT, Own(scale=2.0**17), {"precision": "fp16"}, zero=3)
 
 
-def train(training: Training, rows: slice) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of a few steps on these rows of each batch, and the parameters after them."""
+@dataclass
+class Trained:
+    """Losses of every backward, and what is there after the last step: the parameters, the optimizer's state, how many
+    steps were skipped, and how many bytes of training state."""
+
+    losses: list[float]
+    state: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    skipped: int
+    num_bytes: int
+
+
+def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
+    """A few steps on these rows of each batch; before step `resume_at` all is saved and loaded into a new model."""
     model = training.compile()
-    optimizer = training.optimizer(model)
-    losses = []
+    optimizer, losses = training.optimizer(model), []
     for step in range(STEPS):
+        if step == resume_at:
+            saved = deepcopy((model.state_dict(), optimizer.state_dict()))
+            model = training.compile()
+            optimizer = training.optimizer(model)
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
         optimizer.zero_grad()
-        loss = model(**training.batch(step, rows)).loss
-        loss.backward()
+        for part in range(training.micro):
+            loss = model(**training.batch(10 * step + part, rows)).loss
+            loss.backward()
+            losses.append(loss.item())
+        for parameter in model.parameters() if training.halved else ():
+            parameter.grad = parameter.grad * 0.5
         optimizer.step()
-        losses.append(loss.item())
-    return losses, {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    skipped = getattr(optimizer, "skipped_steps", 0)
+    return Trained(losses, state, deepcopy(optimizer.state_dict()), skipped, state_bytes(model))
+
+
+def state_bytes(model: geminifx.CompiledModule) -> int:
+    """Bytes of the training state of our own optimizer on both tiers, weights that stay on the device included."""
+    chunks, states = model.session.machine.chunks, getattr(model.session.machine.placing, "states", [])
+    tensors = [chunk.resident for chunk in chunks]
+    for state in states:
+        tensors += [state.weights, state.rest, *state.moments, state.held, state.total]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
 
 
 def replicas_agree(state: dict[str, Tensor]) -> bool:
@@ -83,18 +189,32 @@ def replicas_agree(state: dict[str, Tensor]) -> bool:
     return torch.equal(flat, first)
 
 
-def main(out: Path) -> None:
+def same(one: Trained, other: Trained) -> bool:
+    """Whether two trainings went alike, bit for bit."""
+    moments = zip(one.optimizer["state"].values(), other.optimizer["state"].values(), strict=True)
+    equal_moments = all(torch.equal(a[key], b[key]) for a, b in moments for key in b)
+    equal_weights = all(torch.equal(one.state[name], value) for name, value in other.state.items())
+    return one.losses == other.losses and equal_weights and equal_moments
+
+
+def main(out: Path, *names: str) -> None:
     found: dict[str, Any] = {}
-    for name, training in CASES.items():
-        part, rank = ROWS // RANKS, int(os.environ["RANK"])
-        losses, state = train(training, slice(rank * part, (rank + 1) * part))
-        agree: list[Any] = [None] * RANKS
-        dist.all_gather_object(agree, (replicas_agree(state), losses))
-        found[name] = {"ranks": agree, "state": state}
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    rows = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    for name in names or CASES:
+        trained = train(CASES[name], rows)
+        agree: list[Any] = [None] * ranks
+        dist.all_gather_object(agree, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
+        found[name] = {"ranks": agree, "state": trained.state, "optimizer": trained.optimizer}
+    for name, training in ({} if names else EXACT).items():
+        plain = train(replace(training, zero=0), rows)
+        found[name] = same(train(training, rows, resume_at=2 if training.micro == 1 else -1), plain)
+    if not names:
+        found["overflow"] = [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

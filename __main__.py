@@ -1,0 +1,5 @@
+"""`python -m geminifx`: the command, which also launches itself so in several processes."""
+
+from .compiler.cli import app
+
+app(prog_name="geminifx")

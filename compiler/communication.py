@@ -1,0 +1,51 @@
+"""What the processes of a plan exchange in a step, counted from the program that will run."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx
+
+from ..passes.losses import tensor_type
+from ..passes.plan import Exchange, Plan
+from ..passes.program import Program
+from ..runtime.mesh import DATA
+from ..runtime.ops import ALL_GATHER, ALL_REDUCE, AVERAGE, FETCH, REDUCE, REDUCE_SCATTER
+
+
+def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
+    """Bytes that each process receives, by axis and collective, with the algorithms that move least: rings."""
+    counts: Counter[tuple[str, str]] = Counter()
+    received: Counter[tuple[str, str]] = Counter()
+    sizes = {axis.name: axis.size for axis in plan.mesh.axes}
+    for node in program.computes:
+        for axis, collective, num_bytes in _received(node, plan, sizes):
+            counts[axis, collective] += 1
+            received[axis, collective] += num_bytes
+    order = {axis.name: i for i, axis in enumerate(plan.mesh.axes)}
+    found = sorted(counts, key=lambda key: (order[key[0]], key[1]))
+    return tuple(Exchange(*key, counts[key], received[key]) for key in found)
+
+
+def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
+    if node.target is ALL_GATHER:
+        yield node.args[2], "all-gather", (node.args[3] - 1) * tensor_type(node.args[0]).num_bytes
+    elif node.target is REDUCE_SCATTER:
+        yield node.args[2], "reduce-scatter", (node.args[3] - 1) * tensor_type(node).num_bytes
+    elif node.target is ALL_REDUCE:
+        yield node.args[1], "all-reduce", _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
+    elif plan.ranks > 1 and node.target is AVERAGE:
+        yield DATA, "all-reduce", _all_reduced(tensor_type(node).num_bytes, plan.ranks)
+    elif plan.ranks > 1 and node.target is REDUCE:
+        num_bytes = tensor_type(node.args[0]).num_bytes
+        if plan.zero > 1:
+            yield DATA, "reduce-scatter", num_bytes * (plan.ranks - 1) // plan.ranks
+        else:
+            yield DATA, "all-reduce", _all_reduced(num_bytes, plan.ranks)
+    elif plan.ranks > 1 and plan.zero and node.target is FETCH:
+        chunk = plan.layout.chunks[node.args[0]]
+        if chunk.trainable and chunk.index not in plan.residency.weights:
+            yield DATA, "all-gather", chunk.compute_bytes * (plan.ranks - 1) // plan.ranks
+
+
+def _all_reduced(num_bytes: int, ranks: int) -> int:
+    return 2 * num_bytes * (ranks - 1) // ranks

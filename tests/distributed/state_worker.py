@@ -1,0 +1,106 @@
+"""One rank of the tests of state: `torchrun --nproc-per-node 4 state_worker.py FOLDER`.
+
+FOLDER holds a checkpoint that one process wrote for each of MODELS. In every mode four ranks go on from it, save
+checkpoints of their own and what they found; `test_state.py` compares that with the one process, and reads them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+import geminifx
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from zoo import GPT2, OPT, Case, compiled
+
+ROWS, STEPS, CLIP = 4, 2, 0.3
+MODELS = {"opt": OPT, "gpt2": GPT2}
+MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "1d": ("opt", "own", {"parallel": {"data": 2, "tensor": "1d:2"}}),
+    "1d, zero, bf16": ("opt", "own, bf16", {"parallel": {"data": 2, "tensor": "1d:2", "zero": 3}}),
+    "2d": ("opt", "own", {"parallel": {"tensor": "2d:4"}}),
+    "zero": ("opt", "own", {"parallel": {"data": 4, "zero": 2}}),
+    "fused qkv": ("gpt2", "torch's", {"parallel": {"data": 2, "tensor": "1d:2"}}),
+}
+"""Name -> model, kind of optimizer, how it is compiled."""
+
+
+def make(case: Case, kind: str, **options: Any) -> tuple[geminifx.CompiledModule, torch.optim.Optimizer]:
+    model = compiled(case, precision="bf16" if "bf16" in kind else "fp32", **options)
+    if kind == "torch's":
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    return model, model.optimizer(torch.optim.AdamW, lr=1e-2, max_grad_norm=CLIP)
+
+
+def train(model: geminifx.CompiledModule, optimizer: torch.optim.Optimizer, case: Case, first: int) -> dict[str, Any]:
+    """Losses and norms of a few steps, on this rank's rows of each batch."""
+    rows = ROWS // model.ranks.mesh.data_size
+    part = slice(model.ranks.data_rank * rows, (model.ranks.data_rank + 1) * rows)
+    losses, norms = [], []
+    for step in range(first, first + STEPS):
+        optimizer.zero_grad()
+        loss = model(**{name: value[part] for name, value in case.batch(batch=ROWS, seed=step).items()}).loss
+        loss.backward()
+        if isinstance(optimizer, torch.optim.AdamW):
+            norms.append(model.clip_grad_norm_(CLIP).item())
+        optimizer.step()
+        if not isinstance(optimizer, torch.optim.AdamW):
+            norms.append(optimizer.grad_norm.item())
+        losses.append(loss.item())
+    return {"losses": losses, "norms": norms}
+
+
+def values(model: geminifx.CompiledModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def go_on(name: str, folder: Path) -> dict[str, Any]:
+    """Load what one process saved, train, and save."""
+    of, kind, options = MODES[name]
+    model, optimizer = make(MODELS[of], kind, **options)
+    extra = geminifx.load_checkpoint(model, optimizer, folder / f"one, {of}, {kind}")
+    found: dict[str, Any] = {"extra": extra, "loaded": values(model)}
+    found |= train(model, optimizer, MODELS[of], STEPS)
+    geminifx.save_checkpoint(model, optimizer, folder / name, extra=name)
+    found["state"], found["optimizer"] = values(model), optimizer.state_dict()
+    if kind != "torch's":  # whose state is each rank's own
+        model.load_state_dict(found["loaded"])
+        optimizer.load_state_dict(optimizer.state_dict())
+        found["loaded again"] = values(model)
+        first_only = optimizer.state_dict(first_only=True), model.state_dict(first_only=True)
+        found["kept"] = [len(each) for each in first_only]
+    return found
+
+
+def fail(model: geminifx.CompiledModule, folder: Path) -> list[str]:
+    """What saving over a file raises on each rank."""
+    try:
+        model.save_pretrained(folder / "file")
+        told = ""
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    return model.ranks.gather(told)
+
+
+def main(folder: Path) -> None:
+    found: dict[str, Any] = {}
+    for name in MODES:
+        everyone: list[Any] = [None] * 4
+        dist.all_gather_object(everyone, go_on(name, folder))
+        found[name] = everyone
+    # Written in one mode, read in another.
+    model, optimizer = make(OPT, "own", parallel={"tensor": "2d:4"})
+    geminifx.load_checkpoint(model, optimizer, folder / "1d")
+    found["1d read in 2d"] = {"state": values(model), "optimizer": optimizer.state_dict()}
+    model.save_pretrained(folder / "pretrained")
+    found["failures"] = fail(model, folder)
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
