@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PACKAGES := geminifx.compiler geminifx.models geminifx.passes geminifx.runtime
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint golden clean
+.PHONY: help train test test-all lint golden clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,6 +22,9 @@ train: $(READY)  ## train a small OPT inside a budget its training state does no
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest tests
+
+test-all: $(READY)  ## run the tests, those of eight processes too
+	$(BIN)/python -m pytest tests -m "all or not all"
 
 lint: $(READY)  ## formatting, lint rules, types
 	$(BIN)/ruff format --check .

@@ -96,12 +96,25 @@ def scaling(call: Call) -> list[Row]:
 def product(call: Call) -> list[Row]:
     """Elementwise, and linear in each of two arguments alone."""
     rows = scaling(call)
-    return [*rows, _alike(call, (REPLICATE, PARTIAL), PARTIAL)] if len(call.operands) == 2 else rows
+    return [*rows, _alike(call, (REPLICATE, PARTIAL), PARTIAL)] if len(call.node.all_input_nodes) == 2 else rows
+
+
+def cast(call: Call) -> list[Row]:
+    """Elementwise; a sum of floats can be taken later, one of what was made integers of not."""
+    is_float = all(type.dtype.is_floating_point for type in (*call.operands, *call.results) if type)
+    return scaling(call) if is_float else elementwise(call)
 
 
 def _tensors(call: Call) -> list[fx.Node]:
-    """Tensor arguments as often as they are given: a square has its argument twice."""
+    """Tensor arguments as often as they are given: a square has its argument twice, of which no sum waits."""
     return [value for value in call.node.args if isinstance(value, fx.Node)]
+
+
+def tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments of a call in their order, as often as they are given: a square has its argument twice."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 # -- shapes ------------------------------------------------------------------------------------------------
@@ -164,10 +177,15 @@ def unsqueezed(call: Call) -> list[Row]:
 
 
 def squeezed(call: Call) -> list[Row]:
-    shape = call.operands[0].shape
-    given = call.arg(1, "dim", range(len(shape)))
-    gone = {d % len(shape) for d in ([given] if isinstance(given, int) else given) if shape[d] == 1}
+    gone = squeezed_dims(call.node, call.operands[0].shape)
     return mapped(call, lambda dim: None if dim in gone else dim - sum(g < dim for g in gone))
+
+
+def squeezed_dims(node: fx.Node, shape: tuple[int, ...]) -> list[int]:
+    """The dimensions that a squeeze takes away."""
+    given = node.args[1] if len(node.args) > 1 else range(len(shape))
+    dims = {d % len(shape) for d in ([given] if isinstance(given, int) else given)}  # type: ignore[union-attr,operator]
+    return sorted(d for d in dims if shape[d] == 1)
 
 
 def selected(call: Call) -> list[Row]:
@@ -327,7 +345,7 @@ def token_losses(call: Call) -> list[Row]:
 RULES: dict[Any, Rule] = {
     aten.add.Tensor: linear, aten.sub.Tensor: linear, aten.neg.default: linear, aten.clone.default: linear,
     aten.mul.Tensor: product, aten.div.Tensor: scaling, aten.mul.Scalar: scaling, aten.div.Scalar: scaling,
-    aten._to_copy.default: scaling,
+    aten._to_copy.default: cast,
     aten.view.default: reshaped, aten._unsafe_view.default: reshaped, aten.reshape.default: reshaped,
     aten.t.default: transposed, aten.transpose.int: transposed, aten.permute.default: transposed,
     aten.expand.default: expanded, aten.unsqueeze.default: unsqueezed,

@@ -14,7 +14,7 @@ from ..runtime.linear_loss import MEAN
 from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard
 from ..runtime.ops import OFFSET
 from .program import type_of
-from .sharder import Lowering, Sharder
+from .sharder import Lowering, Sharder, Value
 from .types import TensorType
 
 aten = torch.ops.aten
@@ -44,6 +44,7 @@ def addmm(s: Sharder, node: fx.Node) -> None:
 def embedding(s: Sharder, node: fx.Node) -> None:
     """Of a sharded vocabulary a rank looks up its own rows; a sharded hidden dimension stays sharded."""
     weight, ids = node.args[:2]
+    _settle(s, weight, ids)
     weights, indices = list(s.placements(weight)), list(s.placements(ids))
     result = list[Placement]()
     ndim = len(s.type(ids).shape)
@@ -70,8 +71,9 @@ def embedding(s: Sharder, node: fx.Node) -> None:
 def embedding_gradient(s: Sharder, node: fx.Node) -> None:
     """Of a sharded vocabulary a rank sums the gradients of its own rows."""
     gradient, ids, count, padding = node.args[:4]
+    _settle(s, ids)
     last = len(s.type(gradient).shape) - 1
-    wanted = s.wanted.get(node, s.everywhere)
+    wanted = _consecutive(s.wanted.get(node, s.everywhere))
     gradients, indices, result = list[Placement](), list[Placement](), list[Placement]()
     for i, role in enumerate(s.roles):
         mine = wanted[i] if not role.gathered else REPLICATE
@@ -148,6 +150,7 @@ def layer_norm(s: Sharder, node: fx.Node) -> None:
 
 def layer_norm_gradient(s: Sharder, node: fx.Node) -> None:
     gradient, x, shape, mean, rstd, weight, _, mask = node.args
+    _settle(s, x)
     placements = s.placements(x) if len(shape) == 1 else s.everywhere
     last = len(s.type(x).shape) - 1
     axes = s.sharding_axes(placements, last)
@@ -188,9 +191,15 @@ def _without_last(s: Sharder, placements: Placements, ndim: int) -> Placements:
     return tuple(REPLICATE if isinstance(p, Shard) and p.dim == ndim - 1 else p for p in placements)
 
 
-def _settle(s: Sharder, value: fx.Node) -> None:
-    """Take the sums of a value that is partial."""
-    s.local(value, s.settled(value))
+def _settle(s: Sharder, *values: fx.Node) -> None:
+    """Take the sums of values that are partial. Parts become consecutive: what has sections is gathered."""
+    for value in values:
+        placements = _consecutive(s.settled(value))
+        s.values[value] = Value(s.local(value, placements), placements)
+
+
+def _consecutive(placements: Placements) -> Placements:
+    return tuple(REPLICATE if isinstance(p, Shard) and p.sections > 1 else p for p in placements)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -224,6 +233,7 @@ def log_softmax(s: Sharder, node: fx.Node) -> None:
 
 def log_softmax_gradient(s: Sharder, node: fx.Node) -> None:
     gradient, result, dim, dtype = node.args
+    _settle(s, result)
     dim %= len(s.type(result).shape)
     placements = s.placements(result)
     axes = s.sharding_axes(placements, dim)
@@ -246,6 +256,7 @@ def _token_placements(placements: Placements) -> Placements:
 def nll_loss(s: Sharder, node: fx.Node) -> None:
     """Losses and tokens are summed over the ranks, so that the mean is that over all tokens."""
     logs, labels, weight, reduction, ignored = node.args
+    _settle(s, logs)
     placements = s.placements(logs)
     if weight is not None or not any(isinstance(p, Shard) for p in placements) or len(s.type(logs).shape) != 2:
         s.lower(node)
@@ -267,6 +278,7 @@ def nll_loss(s: Sharder, node: fx.Node) -> None:
 
 def nll_loss_gradient(s: Sharder, node: fx.Node) -> None:
     gradient, logs, labels, weight, reduction, ignored, count = node.args
+    _settle(s, logs)
     placements = s.placements(logs)
     vocabulary = s.sharding_axes(placements, 1)
     if weight is not None or not vocabulary:

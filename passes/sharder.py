@@ -14,7 +14,7 @@ from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shar
 from ..runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, REDUCE_SCATTER
 from .modes import Role
 from .program import Program, annotate, note, type_of
-from .shard_rules import Call, Row, rule_for, whole
+from .shard_rules import Call, Row, rule_for, squeezed_dims, tensors, whole
 from .types import TensorType, Type
 
 aten = torch.ops.aten
@@ -26,6 +26,9 @@ SHAPED: dict[Any, int] = {
 
 SOURCE_SHAPED = (aten.slice_backward.default, aten.select_backward.default)
 """Backwards that name the shape of the forward's argument, which is their result's."""
+
+SQUEEZES = dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), aten.squeeze.dims)
+"""Of a part they take away the dimensions that they do of the whole, and not others that are of size 1 in parts."""
 
 
 @dataclass(frozen=True)
@@ -271,17 +274,20 @@ class Sharder:
         if node.target is operator.getitem:
             self.values[node] = self.elements[node.args[0]][node.args[1]]
             return
-        operands = list(node.all_input_nodes)
+        operands = tensors(node)
         inputs, results = self.choose(node, operands)
-        parts = {operand: self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)}
-        args = list(fx.map_arg(node.args, parts.__getitem__))
+        parts = iter([self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)])
+        args = list(fx.map_arg(node.args, lambda _: next(parts)))
+        kwargs = fx.map_arg(node.kwargs, lambda _: next(parts))
         if node.target in SHAPED:
             args[SHAPED[node.target]] = list(local_shape(self.type(node).shape, results[0], self.axes))
         elif node.target in SOURCE_SHAPED:
             args[1] = list(local_shape(tuple(args[1]), results[0], self.axes))
         elif node.target is aten.split.Tensor or node.target is aten.split_with_sizes.default:
             args[1] = self._local_sizes(node, results[0])
-        made = self._emit_view(node, args, fx.map_arg(node.kwargs, parts.__getitem__))
+        elif node.target in SQUEEZES:
+            args = [args[0], squeezed_dims(node, self.type(operands[0]).shape)]
+        made = self._emit_view(SQUEEZES.get(node.target, node.target), args, kwargs)
         made = self._share_of_mean(node, made, inputs)
         self.finish(node, made, results)
 
@@ -301,15 +307,15 @@ class Sharder:
             elements.append(self.value(element, placements))
         self.elements[node] = tuple(elements)
 
-    def _emit_view(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
+    def _emit_view(self, target: Any, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
         """The operator on local parts; a view of parts that do not lie one behind the other needs a copy."""
         try:
-            return self.emit(node.target, *args, **kwargs)
+            return self.emit(target, *args, **kwargs)
         except (RuntimeError, ValueError):
-            if node.target not in SHAPED:
+            if target not in SHAPED:
                 raise
             args[0] = self.emit(aten.clone.default, args[0], memory_format=torch.contiguous_format)
-            return self.emit(node.target, *args, **kwargs)
+            return self.emit(target, *args, **kwargs)
 
     def _local_sizes(self, node: fx.Node, placements: Placements) -> Any:
         sizes, ndim = node.args[1], len(self.type(node.args[0]).shape)

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 from geminifx.passes.program import Program, note
-from geminifx.runtime.mesh import Mesh, Placements, local_part, parse_placements
+from geminifx.runtime.mesh import (
+    PARTIAL,
+    REPLICATE,
+    Axis,
+    Mesh,
+    Placements,
+    join_parts,
+    local_part,
+    parse_placements,
+    take_part,
+)
 from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, OFFSET, REDUCE_SCATTER
 from torch import Tensor, fx
 
@@ -20,17 +30,56 @@ def run_whole(program: Program, values: Values) -> Values:
 
 def run_on_all(program: Program, mesh: Mesh, values: Values) -> dict[str, list[Tensor]]:
     """Results by role, of all ranks, for whole inputs by role."""
+    parts = {
+        note(node).role: [
+            local_part(values[note(node).role], placements_of(node, mesh), mesh, rank).clone()
+            for rank in range(mesh.size)
+        ]
+        for node in program.placeholders
+    }
+    return run_parts(program, mesh, parts)
+
+
+def run_parts(program: Program, mesh: Mesh, parts: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Results by role, of all ranks, for every rank's part of the inputs by role."""
     ranks = range(mesh.size)
     found: dict[fx.Node, list[Any]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            placements = placements_of(node, mesh)
-            found[node] = [local_part(values[note(node).role], placements, mesh, rank).clone() for rank in ranks]
+            found[node] = parts[note(node).role]
         elif node.op == "call_function":
             args = [fx.map_arg(node.args, lambda value, rank=rank: found[value][rank]) for rank in ranks]
             kwargs = [fx.map_arg(node.kwargs, lambda value, rank=rank: found[value][rank]) for rank in ranks]
             found[node] = _run(node.target, args, kwargs, mesh)
     return {role: found[node] for role, node in program.results.items()}
+
+
+def scatter(whole: Tensor, placements: Placements, axes: tuple[Axis, ...]) -> list[Tensor]:
+    """Every rank's part of a tensor; of one that is partial the parts are terms, all of them different."""
+    if not axes:
+        return [whole.clone()]
+    size, placement = axes[0].size, placements[0]
+    if placement == PARTIAL:
+        terms = [torch.full_like(whole, 1 + place) for place in range(size - 1)]
+        mine = [*terms, whole - sum(terms)]
+    else:
+        mine = [take_part(whole, placement, place, size) for place in range(size)]
+    return [part for one in mine for part in scatter(one, placements[1:], axes[1:])]
+
+
+def assemble(parts: list[Tensor], placements: Placements, axes: tuple[Axis, ...]) -> Tensor:
+    """The tensor of all ranks' parts. Fails where replicas differ."""
+    if not axes:
+        return parts[0]
+    below = len(parts) // axes[0].size
+    groups = [parts[i : i + below] for i in range(0, len(parts), below)]
+    mine = [assemble(group, placements[1:], axes[1:]) for group in groups]
+    if placements[0] == PARTIAL:
+        return torch.stack(mine).sum(0)
+    if placements[0] == REPLICATE:
+        for other in mine[1:]:
+            assert torch.equal(other, mine[0]), "replicas differ"
+    return join_parts(mine, placements[0])
 
 
 def placements_of(node: fx.Node, mesh: Mesh) -> Placements:

@@ -1,0 +1,121 @@
+"""One rank of the tensor-parallel tests: `torchrun --nproc-per-node N tensor_worker.py OUT` trains the cases of N ranks.
+
+Rank 0 writes what it found to OUT; `test_tensor_parallel.py` compares that with one process on the whole batches.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
+
+import geminifx
+import torch
+from geminifx.compiler.parallel import Parallel
+from geminifx.runtime.mesh import DATA
+from more_models import BERT, QWEN3
+from torch import Tensor
+from torch import distributed as dist
+from worker import Own, Trained, Training, replicas_agree, train
+from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
+
+ROWS = 8
+OPT_OF_EIGHT = Case("opt of eight heads", lambda: opt(num_attention_heads=8))
+HOST = {"placement": "cpu"}
+
+
+@dataclass(frozen=True)
+class Sharded(Training):
+    """A training on the mesh that `parallel` declares; alone, by one process. `tight`: within the least budget."""
+
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+    def compile(self) -> geminifx.CompiledModule:
+        options = {**self.options, "example_inputs": self.batch(0, self.rows(0))}
+        options |= {"parallel": self.parallel} if self.parallel else {}
+        if self.tight:
+            options["device_budget"] = smallest_budget.__wrapped__(self.case, **options)
+        return compiled(self.case, **options)
+
+    def alone(self) -> "Sharded":
+        return replace(super().alone(), parallel={})  # type: ignore[return-value]
+
+    def rows(self, rank: int) -> slice:
+        """The rows of each batch that a rank is given: all that share tensors are given the same."""
+        if not self.parallel:
+            return slice(0, ROWS)
+        mesh = Parallel.of(self.parallel).mesh(None, 1)
+        each = ROWS // mesh.data_size
+        return slice(mesh.coordinate(rank, DATA) * each, (mesh.coordinate(rank, DATA) + 1) * each)
+
+    def batch(self, step: int, rows: slice) -> dict[str, Tensor]:
+        """Some rows count few tokens, so that the ranks' parts weigh differently."""
+        whole = self.case.batch(batch=ROWS, seed=step)
+        labels = whole["labels"].clone()
+        labels[0, 3 + step % 3 :] = labels[5, 2:] = -100
+        return {"input_ids": whole["input_ids"][rows], "labels": labels[rows]}
+
+
+def tensor(mode: str, size: int, data: int = 1, **more: Any) -> dict[str, Any]:
+    return {"data": data, "tensor": {"mode": mode, "size": size, **more}}
+
+
+CASES: dict[int, dict[str, Sharded]] = {
+    4: {
+        "1d x 2, data 2": Sharded(OPT, Own(max_grad_norm=0.5), parallel=tensor("1d", 2, data=2)),
+        "1d x 2, data 2, within the least": Sharded(LLAMA, Own(), tight=True, parallel=tensor("1d", 2, data=2)),
+        "1d x 4, sequence, on the host": Sharded(GPT2, Own(), HOST, parallel=tensor("1d", 4, sequence=True)),
+        "2d, on the host, within the least": Sharded(
+            GPT2, Own(max_grad_norm=0.5), {**HOST, "recompute": "all"}, tight=True, parallel=tensor("2d", 4)
+        ),
+        "2d, in the backward": Sharded(LLAMA, Own(in_backward=True), parallel=tensor("2d", 4)),
+        "2.5d of two layers, data 2, in the backward": Sharded(
+            OPT, Own(in_backward=True), HOST, parallel=tensor("2.5d", 2, data=2, depth=2)
+        ),
+        "2.5d of one layer": Sharded(BERT, Own(), tight=True, parallel=tensor("2.5d", 4)),
+    },
+    8: {
+        "data 8": Sharded(OPT, Own(), parallel={"data": 8}),
+        "data 8, on the host, within the least": Sharded(LLAMA, Own(), HOST, tight=True, parallel={"data": 8}),
+        "1d x 8": Sharded(OPT_OF_EIGHT, Own(), parallel=tensor("1d", 8)),
+        "1d x 8, sequence, on the host, within the least": Sharded(
+            OPT_OF_EIGHT, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("1d", 8, sequence=True)
+        ),
+        "1d x 4, data 2": Sharded(GPT2, Own(in_backward=True), parallel=tensor("1d", 4, data=2)),
+        "1d x 4, data 2, on the host, within the least": Sharded(
+            OPT, Own(), {**HOST, "recompute": "all"}, tight=True, parallel=tensor("1d", 4, data=2)
+        ),
+        "2d, data 2": Sharded(LLAMA, Own(max_grad_norm=0.5), parallel=tensor("2d", 4, data=2)),
+        "2d, data 2, on the host, within the least": Sharded(
+            OPT, Own(in_backward=True), HOST, tight=True, parallel=tensor("2d", 4, data=2)
+        ),
+        "2.5d": Sharded(OPT, Own(), parallel=tensor("2.5d", 8, depth=2)),
+        "2.5d, on the host, within the least": Sharded(
+            QWEN3, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("2.5d", 8, depth=2)
+        ),
+        "3d": Sharded(GPT2, Own(max_grad_norm=0.5), parallel=tensor("3d", 8)),
+        "3d, on the host, within the least": Sharded(
+            LLAMA, Own(in_backward=True), {**HOST, "recompute": "all"}, tight=True, parallel=tensor("3d", 8)
+        ),
+    },
+}
+"""By how many ranks there are: every mode, with and without a budget, state on the device and on the host."""
+
+
+def main(out: Path, ranks: int, rank: int) -> None:
+    found: dict[str, Any] = {}
+    for name, training in CASES[ranks].items():
+        trained: Trained = train(training, training.rows(rank))
+        seen: list[Any] = [None] * ranks
+        dist.all_gather_object(seen, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
+        found[name] = {"ranks": seen, "state": trained.state, "optimizer": trained.optimizer}
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))

@@ -1,0 +1,50 @@
+"""Real processes, among which tensors are sharded in every mode, train as one process does."""
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from tensor_worker import CASES, Sharded  # noqa: E402
+from test_data_parallel import check, launch  # noqa: E402
+from worker import Trained, train  # noqa: E402
+
+
+def found_by(ranks: int, folder: Path) -> dict[str, Any]:
+    out = folder / "found.pt"
+    done = launch(HERE / "tensor_worker.py", str(out), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by(4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def by_eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by(8, tmp_path_factory.mktemp("eight"))
+
+
+@cache
+def one_process(training: str, ranks: int) -> Trained:
+    alone: Sharded = CASES[ranks][training].alone()
+    return train(alone, alone.rows(0))
+
+
+@pytest.mark.parametrize("name", CASES[4])
+def test_four_ranks_train_as_one_process(by_four: dict[str, Any], name: str) -> None:
+    check(by_four[name], one_process(name, 4))
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", CASES[8])
+def test_eight_ranks_train_as_one_process(by_eight: dict[str, Any], name: str) -> None:
+    check(by_eight[name], one_process(name, 8))

@@ -1,0 +1,70 @@
+"""shard: whole models. All ranks together find the loss, the gradients and the logits of the unsharded program."""
+
+from math import prod
+
+import pytest
+from geminifx.passes.program import type_of
+from geminifx.runtime.linear_loss import ABSENT
+from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE
+from more_models import LLAMA_OF_FOUR, MORE
+from sharding import ROUNDING, Sharded, declared, sharded_step
+from zoo import GPT2, LLAMA, OPT, Case
+
+MODES = {
+    "1d x 2": declared("1d", 2),
+    "1d x 4, sequence": declared("1d", 4, sequence=True),
+    "2d x 4": declared("2d", 4),
+    "2.5d x 8, depth 2": declared("2.5d", 8, depth=2),
+    "2.5d x 4, depth 1": declared("2.5d", 4),
+    "3d x 8": declared("3d", 8),
+}
+CASES = {"opt": OPT, "llama": LLAMA_OF_FOUR, "gpt2": GPT2}
+NOTHING = ("k_proj.bias", "key.bias")
+"""A bias of all keys moves every score of a query alike, which softmax does not see: its gradient is rounding alone."""
+
+
+def check(found: Sharded) -> None:
+    assert found.found.keys() == found.expected.keys()
+    for role, expected in found.expected.items():
+        if found.program.results[role].target is ABSENT:
+            continue
+        bound = ROUNDING * expected.abs().max().item()
+        if role.endswith(NOTHING):
+            bound = ROUNDING * found.expected[role.removesuffix("bias") + "weight"].abs().max().item()
+        assert found.error(role) <= bound, role
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_are_those_of_the_whole(name: str, mode: str) -> None:
+    found = sharded_step(CASES[name], MODES[mode])
+    check(found)
+    assert [r for r in found.program.results if r.startswith("output")] == ["output:0", "output:1"]
+
+
+@pytest.mark.parametrize("mode", ["1d x 2", "2d x 4", "2.5d x 8, depth 2", "3d x 8"])
+def test_grouped_heads_are_shared_by_as_many_ranks_as_there_are(mode: str) -> None:
+    check(sharded_step(LLAMA, MODES[mode]))
+
+
+@pytest.mark.parametrize("mode", ["1d x 2", "2.5d x 4, depth 1"])
+@pytest.mark.parametrize("case", MORE, ids=[case.name for case in MORE])
+def test_other_families_too(case: Case, mode: str) -> None:
+    check(sharded_step(case, MODES[mode]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_gives_whole_logits(name: str, mode: str) -> None:
+    found = sharded_step(CASES[name], MODES[mode], training=False)
+    check(found)
+    assert found.found["output:1"][0].shape == (8, 8, 64)
+    assert not found.program.calls(ABSENT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_as_large_as_the_logits_is_put_together_in_training(mode: str) -> None:
+    found = sharded_step(OPT, MODES[mode])
+    assert found.program.results["output:1"].target is ABSENT
+    for exchange in (*found.program.calls(ALL_GATHER), *found.program.calls(ALL_REDUCE)):
+        assert prod(type_of(exchange).shape) < found.expected["output:1"].numel()
