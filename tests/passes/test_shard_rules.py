@@ -75,7 +75,9 @@ class Lowered:
                 whole = assemble(found[role], value.placements, self.axes)
                 torch.testing.assert_close(whole, expected)
             else:
-                assert {part.shape for part in found[role]} == {local_shape(expected.shape, value.placements, self.axes)}
+                assert {part.shape for part in found[role]} == {
+                    local_shape(expected.shape, value.placements, self.axes)
+                }
 
 
 # -- rules -------------------------------------------------------------------------------------------------

@@ -104,4 +104,3 @@ def sharded_step(case: Case, parallel: dict[str, Any], training: bool = True, ro
     program = whole.shard(plan)
     found = run_on_all(program, plan.mesh, whole.values)
     return Sharded(plan.mesh, whole.program, program, run_whole(whole.program, whole.values), found)
-
