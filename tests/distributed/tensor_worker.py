@@ -1,4 +1,4 @@
-"""One rank of the tensor-parallel tests: `torchrun --nproc-per-node N tensor_worker.py OUT` trains the cases of N ranks.
+"""One rank of the tensor-parallel tests: `torchrun --nproc-per-node N tensor_worker.py OUT` trains those of N ranks.
 
 Rank 0 writes what it found to OUT; `test_tensor_parallel.py` compares that with one process on the whole batches.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch

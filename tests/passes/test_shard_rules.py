@@ -23,7 +23,6 @@ from geminifx.runtime.mesh import (
     Placements,
     Shard,
     local_shape,
-    placements_text,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -75,7 +74,9 @@ class Lowered:
                 whole = assemble(found[role], value.placements, self.axes)
                 torch.testing.assert_close(whole, expected)
             else:
-                assert {part.shape for part in found[role]} == {local_shape(expected.shape, value.placements, self.axes)}
+                assert {part.shape for part in found[role]} == {
+                    local_shape(expected.shape, value.placements, self.axes)
+                }
 
 
 # -- rules -------------------------------------------------------------------------------------------------
