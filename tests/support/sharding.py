@@ -110,7 +110,9 @@ def sharded_step(case: Case, parallel: dict[str, Any], training: bool = True, ro
 def sharded(whole: Whole, parallel: dict[str, Any]) -> Sharded:
     plan = plan_for(parallel)
     program = whole.shard(plan)
+    torch.manual_seed(0)
     found = run_on_all(program, plan.mesh, whole.values)
+    torch.manual_seed(0)
     return Sharded(plan.mesh, whole.program, program, run_whole(whole.program, whole.values), found)
 
 
