@@ -1,6 +1,8 @@
 """How long compiling takes, stage by stage, without weights and without a GPU.
 
 python benchmarks/compile_time.py --model opt-1.3b --batch 8 --seq 1024 --budget 24GB
+python benchmarks/compile_time.py --model opt-66b --batch 64 --parallel data=16,tensor=2.5d:64:4    # of one of 1,024
+
 """
 
 import argparse
@@ -10,6 +12,7 @@ from dataclasses import replace
 import geminifx
 import torch
 from geminifx.compiler.capture import Request, capture
+from geminifx.compiler.parallel import parse_parallel
 from geminifx.models.presets import PRESETS
 from transformers import OPTForCausalLM
 
@@ -20,6 +23,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--budget", default="24GB")
+    parser.add_argument("--parallel", default="", help="as in geminifx train --parallel")
     args = parser.parse_args()
 
     tokens = torch.zeros(args.batch, args.seq, dtype=torch.int64)
@@ -30,9 +34,10 @@ def main() -> None:
     start = time.perf_counter()
     program = capture(model, (), batch, Request(dtype=torch.bfloat16)).program
     capture_s = time.perf_counter() - start
+    parallel = parse_parallel(args.parallel) if args.parallel else None
     start = time.perf_counter()
     compiled = geminifx.compile(model, device_budget=args.budget, host_budget="1TB", precision="bf16", device="cpu",
-                                example_inputs=batch)  # fmt: skip
+                                parallel=parallel, example_inputs=batch)  # fmt: skip
     total_s = time.perf_counter() - start
     records = compiled.history["training"]
     passes_s = sum(record.rewrite_s + record.verify_s for record in records)
@@ -41,6 +46,7 @@ def main() -> None:
     for record in records:
         print(f"{record.name:<15} {record.rewrite_s:6.2f} s, verified in {record.verify_s:.2f} s")
     print(f"all passes once {passes_s:6.2f} s")
+    print(compiled.plan)
     print(f"compile in all  {total_s:6.2f} s: capture, one lowering per plan considered, one to generate the code")
 
 

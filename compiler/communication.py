@@ -17,7 +17,10 @@ def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
     counts: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
     sizes = {axis.name: axis.size for axis in plan.mesh.axes}
+    first = {int(fetch.args[0]): fetch for fetch in reversed(program.calls(FETCH))}
     for node in program.computes:
+        if node.target is FETCH and node.args[0] in plan.residency.weights and node is not first[node.args[0]]:
+            continue  # whole from its first use on
         for axis, collective, num_bytes in _received(node, plan, sizes):
             counts[axis, collective] += 1
             received[axis, collective] += num_bytes
@@ -41,10 +44,10 @@ def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tupl
             yield DATA, "reduce-scatter", num_bytes * (plan.ranks - 1) // plan.ranks
         else:
             yield DATA, "all-reduce", _all_reduced(num_bytes, plan.ranks)
-    elif plan.ranks > 1 and plan.zero and node.target is FETCH:
+    elif node.target is FETCH:
         chunk = plan.layout.chunks[node.args[0]]
-        if chunk.trainable and chunk.index not in plan.residency.weights:
-            yield DATA, "all-gather", chunk.compute_bytes * (plan.ranks - 1) // plan.ranks
+        if chunk.shards > 1:
+            yield DATA, "all-gather", chunk.compute_bytes - chunk.shard_bytes
 
 
 def _all_reduced(num_bytes: int, ranks: int) -> int:

@@ -335,6 +335,7 @@ class Session:
         """From here on `stats.step` counts anew."""
         if training:
             self.trained = True
+            self.ranks.clock.step += 1
             self._lowered.clear()
         self._note_peaks()
         for tier in self.tiers:

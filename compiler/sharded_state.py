@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from ..runtime.layout import Slot
 from ..runtime.lazy_parameter import LazyParameter
+from ..runtime.updating_machine import UpdatingMachine
 from .session import Session
 
 
 def clip_gradients(session: Session, max_norm: float) -> Tensor:
     """Clip the norm of all gradients, over all processes; returns it as it was before."""
+    machine = session.machine
+    if isinstance(machine, UpdatingMachine) and machine.zero.stage:
+        return machine.held.clip(max_norm)
     slots, parts = _slots(session), session.parts
     norms = [torch.zeros((), device=session.device.torch_device)]
     for name, parameter in session.source.named_parameters():

@@ -148,6 +148,7 @@ class Plan:
     def __str__(self) -> str:
         chunks = self.layout.chunks
         weights, masters, streamed = self.residency.weights, self.residency.masters, self.residency.streamed
+        computing = {index for index in masters if chunks[index].shards == 1}
         rows = [
             ("placement", self.placement),
             ("device budget", _amount(self.budget_bytes)),
@@ -157,7 +158,7 @@ class Plan:
                 if self.mode
                 else []
             ),
-            *([("ZeRO", f"stage {self.zero}")] if self.zero else []),
+            *([("ZeRO", f"stage {self.zero}, over {self.ranks} process(es)")] if self.zero else []),
             *(
                 (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
                 for e in self.exchanges
@@ -171,7 +172,7 @@ class Plan:
                 f"{len(chunks)}, largest {_amount(max((c.compute_bytes for c in chunks), default=0))}",
             ),
             ("  training state on the device", f"{len(masters)} of {len(chunks)}"),
-            ("  weights stay through a step", f"{len(weights - masters)} of {len(chunks)}"),
+            ("  weights stay through a step", f"{len(weights - computing)} of {len(chunks)}"),
             *([("  updated on their way through", f"{len(streamed)} of {len(chunks)}")] if streamed else []),
             ("optimizer", _optimizer(self.updates)),
             ("prefetch", f"{self.prefetch} chunk(s) ahead"),

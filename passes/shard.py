@@ -34,12 +34,12 @@ from .shard_parameters import place_parameters
 from .shard_special import SPECIAL
 from .sharder import Sharder, Value
 from .types import TensorType, contiguous_stride
-from .verify import canonical
+from .verify import canonical, sharded
 
 aten = torch.ops.aten
 
 
-@graph_pass(requires=(canonical,))
+@graph_pass(requires=(canonical,), gives=(sharded,))
 def shard(program: Program, plan: Plan) -> None:
     axes = plan.mesh.tensor_axes
     if not axes:

@@ -77,7 +77,7 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
     gradients, indices, result = list[Placement](), list[Placement](), list[Placement]()
     for i, role in enumerate(s.roles):
         mine = wanted[i] if not role.gathered else REPLICATE
-        batch = s.placements(ids)[i]
+        batch = next((p for p in (s.settled(gradient)[i], s.placements(ids)[i]) if _is_of_tokens(p, last)), REPLICATE)
         if isinstance(mine, Shard):
             gradients.append(REPLICATE if mine.dim == 0 else Shard(last))
             indices.append(REPLICATE)
@@ -96,6 +96,11 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
         count, padding, ids_part = count // prod(axis.size for axis in vocabulary), -1, place
     s.set(node, s.emit(aten.embedding_dense_backward.default, part, ids_part, count, padding, *node.args[4:]),
           tuple(result))  # fmt: skip
+
+
+def _is_of_tokens(placement: Placement, last: int) -> bool:
+    """Whether a gradient [..., hidden] is sharded along another dimension than the hidden one."""
+    return isinstance(placement, Shard) and placement.dim < last
 
 
 def _own(s: Sharder, ids: fx.Node, axes: list[Axis], count: int) -> tuple[fx.Node, fx.Node]:

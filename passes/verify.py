@@ -141,6 +141,19 @@ def canonical(program: Program, plan: Plan) -> Offence | None:
 
 
 @fact
+def sharded(program: Program, plan: Plan) -> Offence | None:
+    """Gradients lie on the mesh as their parameters do, and everything else that leaves the program is whole."""
+    parameters = program.inputs("parameter")
+    for role, node in program.results.items():
+        kind, _, name = role.partition(":")
+        expected = note(parameters[name]).placement if kind == "gradient" and name in parameters else "R"
+        found = note(node).placement or "R"
+        if plan.mesh.tensor_axes and found != (expected or "R"):
+            return Offence(node, f"{role}, which lies on {found}", f"the placement {expected or 'R'}")
+    return None
+
+
+@fact
 def turned(program: Program, plan: Plan) -> Offence | None:
     """All forward nodes, then the turn, then all backward nodes; evaluation has no backward at all."""
     turns = program.calls(TURN)

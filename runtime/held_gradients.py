@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .errors import StateError
 from .state_placing import StatePlacing
 from .states import ChunkState, Where
 from .stats import Stats
@@ -115,6 +116,22 @@ class HeldGradients:
             if state.present:  # the slots of a chunk are sharded alike
                 norms[-1] = norms[-1] / math.sqrt(parts.replicas(state.layout.slots[0]))
         return self.placing.zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))))
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the norm of all gradients to `max_norm`; returns it as it was before.
+
+        Raises StateError where there are no gradients left to clip.
+        """
+        if self.placing.updates.in_backward:
+            raise StateError("in_backward=True uses each gradient up in the backward itself: to clip, leave it out")
+        norm = self.norm()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for state in self.placing.states:
+            if state.present:
+                self.tickets.arrive(state.layout.index)
+                total = self.total(state)
+                total.mul_(factor.to(total.device))
+        return norm
 
     def _norm_of_slots(self, state: ChunkState) -> Tensor:
         self.tickets.arrive(state.layout.index)

@@ -174,7 +174,7 @@ def _refusal(name: str, by: str) -> StateError:
 def _gradient_refusal(name: str, by: str) -> StateError:
     return StateError(
         f"the gradient of {name} was to be written by {by}; each process has a shard of it, and what is read is a copy "
-        "of all. Assign a new one to .grad, and for clipping pass max_grad_norm= to model.optimizer(...)"
+        "of all. Assign a new one to .grad; to clip, pass max_grad_norm= to model.optimizer(...)"
     )
 
 

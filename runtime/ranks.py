@@ -19,6 +19,13 @@ TIMEOUT_S = 1800.0
 """Seconds that a rank waits for the others before it takes them for dead."""
 
 
+@dataclass
+class Clock:
+    """Counts training steps, for messages."""
+
+    step: int = 0
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
@@ -28,6 +35,7 @@ class Ranks:
     rank: int = 0
     launched: bool = True
     groups: Mapping[str, Any] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device) -> "Ranks":
@@ -144,7 +152,7 @@ class Ranks:
             return collective(*args, **kwargs)
         except RuntimeError as error:
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}: one of them has died, see "
-                "its own error, or does something else, such as a call with a batch of another shape or a step that "
-                f"the others do not take ({error}). Restart all of them from the last checkpoint"
+                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}, in step {self.clock.step}: "
+                "one of them has died, see its own error, or does something else, such as a call with a batch of another "
+                f"shape or a step that the others do not take ({error}). Restart all of them from the last checkpoint"
             ) from error

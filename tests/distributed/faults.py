@@ -30,6 +30,12 @@ def train(width: int = 8, rows: int = 2, steps: int = 1, dies_at: int = -1) -> N
         optimizer.zero_grad()
 
 
+def share() -> None:
+    """Two ranks that shard tensors, each with a batch of its own."""
+    model = geminifx.compile(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), parallel={"tensor": "1d:2"})
+    model(torch.full((2, 4), float(RANK)))
+
+
 def meet(fault: str, action: Callable[[], None]) -> None:
     try:
         action()
@@ -43,5 +49,6 @@ meet("none", train)
 meet("world", lambda: geminifx.compile(nn.Linear(2, 2), world_size=3))
 meet("models", lambda: train(width=8 + RANK))
 meet("batches", lambda: train(rows=2 + RANK))
+meet("shared", share)
 meet("death", lambda: train(steps=3, dies_at=1))
 os._exit(0)  # gloo's threads may abort a process that ends in order after it has lost a peer

@@ -45,6 +45,7 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("world", "ValueError", "world_size=3, but 2 processes were launched"),
         ("models", "StateError", "rank(s) 1 differs from that of rank 0"),
         ("batches", "StateError", "rank(s) 1 differs from that of rank 0"),
+        ("shared", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
     ],
 )
 def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
@@ -56,13 +57,17 @@ def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
 def test_the_death_of_a_rank_ends_the_others(said) -> None:
     assert "death" not in said[1]
     found, text = said[0]["death"]
-    assert found == "StateError" and "rank 0 of 2 lost the others" in text and "last checkpoint" in text
+    assert (
+        found == "StateError"
+        and "rank 0 of 2 lost the others in all_reduce, in step 2" in text
+        and "last checkpoint" in text
+    )
 
 
 def test_alone_a_model_for_several_ranks_is_compiled_and_refuses_to_step() -> None:
     x = torch.ones(2, 4)
     model = geminifx.compile(nn.Linear(4, 4), parallel={"data": 8}, example_inputs=(x,))
-    assert model.plan.ranks == 8 and "8 ranks" in str(model.plan) and "training" in model.graph
+    assert model.plan.ranks == 8 and "data 8" in str(model.plan) and "training" in model.graph
     with pytest.raises(StateError, match="torchrun --nproc-per-node 8"):
         model(x)
 
@@ -70,7 +75,7 @@ def test_alone_a_model_for_several_ranks_is_compiled_and_refuses_to_step() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parallel": {"tensor": 2}}, "data parallel only"),
+        ({"parallel": {"tensor": 2}}, "expected a mode and a size"),
         ({"parallel": {"data": 0}}, "whole number"),
         ({"world_size": 0}, "1 or more"),
         ({"world_size": 4, "parallel": {"data": 8}}, "must multiply to the world"),

@@ -5,6 +5,7 @@ Rank 0 writes what it found to OUT; `test_data_parallel.py` compares that with o
 
 import os
 import sys
+import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +53,9 @@ class Training:
     """A model, how it is compiled, and its optimizer.
 
     `tight`: within the least budget that it says it needs. `where`: with its training state placed by hand, a key of
-    `PLACES`. `zero`: the stage. `micro`: how many backwards make a step. `halved`: gradients are halved before it.
+    `PLACES`. `zero`: the stage. `micro`: how many backwards make a step. `also`: what else happens: gradients
+    are halved, "halve", or clipped, "clip", in front of a step, or the model is evaluated behind it, "evaluate"; or the
+    worker of rank 1 is always "late".
     """
 
     case: Case
@@ -62,7 +65,7 @@ class Training:
     where: str = ""
     zero: int = 0
     micro: int = 1
-    halved: bool = False
+    also: str = ""
 
     def compile(self) -> geminifx.CompiledModule:
         options = {**self.options, **({"parallel": {"zero": self.zero}} if self.zero else {})}
@@ -80,7 +83,8 @@ class Training:
         """The same for one process, in the simplest way that gives the same numbers."""
         plain = replace(self.optimizer, in_backward=False) if isinstance(self.optimizer, Own) else self.optimizer
         options = {name: value for name, value in self.options.items() if name == "fuse_loss"}
-        return replace(self, optimizer=plain, options=options, tight=False, where="", zero=0)
+        also = "" if self.also == "late" else self.also
+        return replace(self, optimizer=plain, options=options, tight=False, where="", zero=0, also=also)
 
     def batch(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Rows of a step's batch; the first row counts few tokens, so that the ranks' parts weigh differently."""
@@ -108,11 +112,13 @@ CASES = {
     "zero 1": Training(OPT, Own(), {"placement": "cuda"}, zero=1),
     "zero 2, tied weights": Training(GPT2, Own(), zero=2),
     "zero 3": Training(LLAMA, Own(), {"placement": "cuda"}, zero=3),
-    "zero 2, on the host, clipped": Training(OPT, Own(max_grad_norm=0.5), {"placement": "cpu"}, zero=2),
+    "zero 2, on the host, clipped": Training(OPT, Own(max_grad_norm=0.5), {"placement": "cpu"}, zero=2, also="late"),
     "zero 3, on the host, in the backward, fused loss": Training(
         OPT, Own(in_backward=True), {"fuse_loss": True, "placement": "cpu"}, zero=3
     ),
-    "zero 3, within the least": Training(LLAMA, Own(), {"recompute": "all"}, tight=True, zero=3),
+    "zero 3, within the least, clipped by the model": Training(
+        LLAMA, Own(), {"recompute": "all"}, tight=True, zero=3, also="clip"
+    ),
     "zero 2, within the least, in the backward": Training(OPT, Own(in_backward=True), tight=True, zero=2),
     "zero 3, two backwards a step, clipped": Training(OPT, Own(accumulate=2, max_grad_norm=0.5), zero=3, micro=2),
     "zero 1, in the second backward, everywhere": Training(
@@ -124,10 +130,10 @@ CASES = {
 IN_FOURS = ("zero 3", "zero 1, in the second backward, everywhere", "zero 2, on the host, clipped")
 BFLOAT16 = {"precision": "bf16"}
 EXACT = {
-    "1, streamed, resident": Training(OPT, Own(), BFLOAT16, where="streamed, resident", zero=1),
+    "1, streamed, resident": Training(OPT, Own(), BFLOAT16, where="streamed, resident", zero=1, also="evaluate"),
     "2, two backwards a step": Training(OPT, Own(accumulate=2), BFLOAT16, where="mixed", zero=2, micro=2),
     "3, streamed, in the backward": Training(OPT, Own(in_backward=True), BFLOAT16, where="streamed", zero=3),
-    "3, gradients halved": Training(GPT2, Own(), BFLOAT16, zero=3, halved=True),
+    "3, gradients halved": Training(GPT2, Own(), BFLOAT16, zero=3, also="halve"),
 }
 """Where two processes add two numbers and masters are updated by our own kernels, every bit is that without ZeRO, also
 where all is saved and loaded on the way."""
@@ -151,6 +157,8 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
     """A few steps on these rows of each batch; before step `resume_at` all is saved and loaded into a new model."""
     model = training.compile()
     optimizer, losses = training.optimizer(model), []
+    if training.also == "late" and os.environ.get("RANK") == "1":
+        delay(model.session.machine)
     for step in range(STEPS):
         if step == resume_at:
             saved = deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -163,12 +171,27 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
             loss = model(**training.batch(10 * step + part, rows)).loss
             loss.backward()
             losses.append(loss.item())
-        for parameter in model.parameters() if training.halved else ():
+        for parameter in model.parameters() if training.also == "halve" else ():
             parameter.grad = parameter.grad * 0.5
+        if training.also == "clip":
+            losses.append(model.clip_grad_norm_(0.25).item())
         optimizer.step()
+        if training.also == "evaluate":
+            with torch.no_grad():
+                losses.append(model(**training.batch(step, rows)).loss.item())
     state = {name: value.clone() for name, value in model.state_dict().items()}
     skipped = getattr(optimizer, "skipped_steps", 0)
     return Trained(losses, state, deepcopy(optimizer.state_dict()), skipped, state_bytes(model))
+
+
+def delay(machine: Any) -> None:
+    update = machine._update_on_host
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.02)
+        return update(*args)
+
+    machine._update_on_host = late
 
 
 def state_bytes(model: geminifx.CompiledModule) -> int:
@@ -208,7 +231,7 @@ def main(out: Path, *names: str) -> None:
         found[name] = {"ranks": agree, "state": trained.state, "optimizer": trained.optimizer}
     for name, training in ({} if names else EXACT).items():
         plain = train(replace(training, zero=0), rows)
-        found[name] = same(train(training, rows, resume_at=2 if training.micro == 1 else -1), plain)
+        found[name] = same(train(training, rows, resume_at=2 if training.also else -1), plain)
     if not names:
         found["overflow"] = [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
     if dist.get_rank() == 0:

@@ -1,0 +1,56 @@
+"""Worlds of 64 and 1,024 on one process: the plan and the program of one rank, for layers as wide as OPT-66B's."""
+
+from math import prod
+
+import geminifx
+import pytest
+import torch
+from geminifx.models.presets import PRESETS
+from geminifx.runtime.errors import StateError
+from transformers import OPTConfig, OPTForCausalLM
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def shape() -> OPTConfig:
+    config = PRESETS["opt-66b"].config()
+    config.num_hidden_layers, config.dropout = LAYERS, 0.0
+    return config
+
+
+@pytest.mark.parametrize(
+    "parallel, world",
+    [
+        ({"tensor": {"mode": "2.5d", "size": 64, "depth": 1}}, 64),
+        ({"tensor": {"mode": "3d", "size": 64}}, 64),
+        ({"data": 16, "tensor": {"mode": "2.5d", "size": 64, "depth": 4}}, 1024),
+        ({"data": 128, "tensor": {"mode": "1d", "size": 8}, "zero": 3}, 1024),
+    ],
+    ids=str,
+)
+def test_every_rank_has_its_part(shape: OPTConfig, parallel: dict, world: int) -> None:
+    with geminifx.init_empty():
+        model = OPTForCausalLM(shape).train()
+    tokens = torch.zeros(16, 64, dtype=torch.int64)
+    compiled = geminifx.compile(
+        model, world_size=world, parallel=parallel, precision="bf16", device="cpu", host_budget="1000TB",
+        placement="cpu", example_inputs={"input_ids": tokens, "labels": tokens},
+    )  # fmt: skip
+    plan, text = compiled.plan, compiled.graph["training"]
+    assert plan.mesh.size == world
+    # What shards weights: all tensor axes but depth and a, along which the batch alone is divided.
+    ranks = prod(axis.size for axis in plan.mesh.tensor_axes if axis.name not in ("depth", "a"))
+    # Positions are sharded along hidden alone, and so are biases and norms, which are few.
+    whole = sum(parameter.numel() for name, parameter in model.named_parameters() if "positions" not in name)
+    slots = (slot for chunk in plan.layout.chunks for slot in chunk.slots if "positions" not in slot.name)
+    mine = sum(slot.numel for slot in slots)
+    assert whole / ranks <= mine <= 1.01 * whole / ranks
+    axes = {axis.name for axis in plan.mesh.axes}
+    assert {exchange.axis for exchange in plan.exchanges} == axes
+    for axis in plan.mesh.tensor_axes:
+        assert f"'{axis.name}'" in text
+    if plan.zero:
+        compiled.optimizer(torch.optim.AdamW, lr=1e-3)
+    with pytest.raises(StateError, match=f"torchrun --nproc-per-node {world}"):
+        compiled(input_ids=tokens, labels=tokens)
