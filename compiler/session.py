@@ -44,6 +44,7 @@ from .plan_check import check_plan
 from .planner import HostBudgetError, Solution, Wishes, check, solve
 from .precision import cast_dtype, parameter_dtypes
 
+PATIENCE_S = 1.0
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
     "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
@@ -80,7 +81,10 @@ class Session:
         self.dtype = DTYPES.get(options.precision or default or "")
         self.dtypes = parameter_dtypes(source, self.dtype)
         device_limit = None if self.device.is_cuda else self.limits.device_bytes
-        self.tiers = Tier("device", device_limit), Tier("host", self.limits.host_bytes)
+        self.tiers = (
+            Tier("device", device_limit, PATIENCE_S * self.ranks.together),
+            Tier("host", self.limits.host_bytes),
+        )
         self.meter = None if self.device.is_cuda else MemoryMeter(self.tiers[0])
         self.plan: Plan | None = None
         self.machine: Machine | None = None

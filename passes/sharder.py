@@ -124,15 +124,16 @@ class Sharder:
 
     def _move(self, value: Value, target: Placements) -> fx.Node:
         """Exchange axis by axis. Parts of a dimension nest in the order of the axes, so that an axis is gathered after
-        those behind it that share its dimension, and sharded before them."""
+        those behind it that share its dimension, and sharded before them. What only sums comes last: by then parts are
+        smallest."""
         part, now = value.node, list(value.placements)
         shares = [self._conflicts(now, target, i) for i in range(len(now))]
         for i in reversed(range(len(now))):
             if isinstance(now[i], Shard) and (now[i] != target[i] or shares[i]):
                 part, now[i] = self._gather(part, now[i], self.axes[i]), REPLICATE  # type: ignore[arg-type]
                 annotate(part, placement=placements_text(tuple(now), self.axes))
-        for i, axis in enumerate(self.axes):
-            wanted = target[i]
+        for i in sorted(range(len(now)), key=lambda i: now[i] == PARTIAL and not isinstance(target[i], Shard)):
+            wanted, axis = target[i], self.axes[i]
             if now[i] == wanted:
                 continue
             if now[i] == PARTIAL and isinstance(wanted, Shard) and wanted.sections == 1:

@@ -15,6 +15,14 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
+def exchange_workspace_bytes(num_bytes: int, dim: int, contiguous: bool) -> int:
+    """Memory inside `all_gather` or `reduce_scatter` besides argument and result; `num_bytes` has the larger of these.
+
+    Processes exchange consecutive memory: along another dimension than the first it is laid out anew.
+    """
+    return 0 if dim == 0 and contiguous else num_bytes
+
+
 class Collectives:
     """The instructions of a sharded program, by the names they have there.
 
@@ -33,6 +41,7 @@ class Collectives:
         part = part.movedim(dim, 0).contiguous()
         whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
         self.call(all_gather_single, whole, part, group=self.groups[axis])
+        del part
         return whole.movedim(0, dim).contiguous()
 
     def reduce_scatter(self, part: Tensor, dim: int, axis: str, size: int) -> Tensor:
@@ -40,6 +49,7 @@ class Collectives:
         part = part.movedim(dim, 0).contiguous()
         mine = part.new_empty((part.shape[0] // size, *part.shape[1:]))
         self.call(reduce_scatter_single, mine, part, group=self.groups[axis])
+        del part
         return mine.movedim(0, dim).contiguous()
 
     def all_reduce(self, part: Tensor, axis: str, reduction: str) -> Tensor:

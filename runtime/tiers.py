@@ -6,6 +6,7 @@ makes and charges it to the tier until its storage dies, so that every policy ru
 enforced, by the same code on a laptop.
 """
 
+import time
 import weakref
 from typing import Any
 
@@ -17,11 +18,16 @@ from .torch_private import TorchDispatchMode
 
 
 class Tier:
-    """An account of bytes with a hard limit (None: unlimited)."""
+    """An account of bytes with a hard limit (None: unlimited).
 
-    def __init__(self, name: str, limit_bytes: int | None = None) -> None:
+    Among several processes it waits up to `patience_s` for room: gloo's threads hold what they have exchanged a moment
+    longer than the exchange takes.
+    """
+
+    def __init__(self, name: str, limit_bytes: int | None = None, patience_s: float = 0.0) -> None:
         self.name = name
         self.limit_bytes = limit_bytes
+        self.patience_s = patience_s
         self.used_bytes = 0
         self.peak_bytes = 0
         self.step_peak_bytes = 0
@@ -32,8 +38,11 @@ class Tier:
 
     def charge(self, num_bytes: int, purpose: str) -> None:
         """Book `num_bytes`. Raises BudgetError, and books nothing, where the limit would be exceeded."""
+        deadline = time.monotonic() + self.patience_s
+        while not self._fits(num_bytes) and time.monotonic() < deadline:
+            time.sleep(0.001)
         used = self.used_bytes + num_bytes
-        if self.limit_bytes is not None and used > self.limit_bytes:
+        if not self._fits(num_bytes):
             raise BudgetError(
                 f"the {self.name} tier is full: {purpose} needs {num_bytes:,} bytes, {self.used_bytes:,} of "
                 f"{self.limit_bytes:,} are in use; raise the {self.name} budget or make the batch smaller",
@@ -42,6 +51,9 @@ class Tier:
         self.used_bytes = used
         self.peak_bytes = max(self.peak_bytes, used)
         self.step_peak_bytes = max(self.step_peak_bytes, used)
+
+    def _fits(self, num_bytes: int) -> bool:
+        return self.limit_bytes is None or self.used_bytes + num_bytes <= self.limit_bytes
 
     def refund(self, num_bytes: int) -> None:
         self.used_bytes -= num_bytes

@@ -30,13 +30,13 @@ def after(
 ):
     # forward: fc
     local: "f32[4, 4] | on row=S0" = geminifx.local(x, 0, 'row', 2)
-    all_gather: "f32[4, 4]" = geminifx.all_gather(w, 1, 'row', 2)
+    all_gather: "f32[4, 4] | on col=S0" = geminifx.all_gather(w, 1, 'row', 2)
     t_1: "f32[4, 4]{1, 4} | on col=S1" = aten.t.default(all_gather)
     addmm: "f32[4, 4] | on row=S0 col=S1" = aten.addmm.default(b, local, t_1)
     # forward
     relu: "f32[4, 4] | on row=S0 col=S1" = aten.relu.default(addmm)
-    all_gather_1: "f32[4, 8]" = geminifx.all_gather(relu, 1, 'col', 2)
-    all_gather_2: "f32[8, 8]" = geminifx.all_gather(all_gather_1, 0, 'row', 2)
+    all_gather_1: "f32[4, 8] | on row=S0" = geminifx.all_gather(relu, 1, 'col', 2)
+    all_gather_2: "f32[8, 8] | on R" = geminifx.all_gather(all_gather_1, 0, 'row', 2)
     # backward
     local_1: "f32[4, 8] | on row=S0" = geminifx.local(tangent_0, 0, 'row', 2)
     local_2: "f32[4, 4] | on row=S0 col=S1" = geminifx.local(local_1, 1, 'col', 2)

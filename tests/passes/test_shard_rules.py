@@ -23,7 +23,6 @@ from geminifx.runtime.mesh import (
     Placements,
     Shard,
     local_shape,
-    placements_text,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

@@ -94,7 +94,11 @@ def _run(target: Any, args: list[Any], kwargs: list[Any], mesh: Mesh) -> list[An
     if target is OFFSET:
         return [torch.tensor(mesh.coordinate(rank, a[1]) * a[2]) for rank, a in enumerate(args)]
     call = target if target is not operator.getitem else lambda source, place: source[place]
-    return [call(*a, **k) for a, k in zip(args, kwargs, strict=True)]
+    state, results = torch.get_rng_state(), []
+    for a, k in zip(args, kwargs, strict=True):  # ranks that share a batch are seeded alike
+        torch.set_rng_state(state)
+        results.append(call(*a, **k))
+    return results
 
 
 def _exchange(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:

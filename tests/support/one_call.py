@@ -1,4 +1,4 @@
-"""Programs of one operator, and a table of calls: at least one for every operator that the shard pass has a rule for."""
+"""Programs of one operator, and a table of calls: one or more for every operator that has a rule for sharding."""
 
 from __future__ import annotations
 
