@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Session:
         self.last: dict[str, Compiled] = {}
         self.trained = False
         self._stats = Stats()
-        self._met: set[int] = set()
+        self._met: WeakSet[Executor] = WeakSet()
         self._programs: dict[Any, Compiled] = {}
         self._lowered: dict[Any, tuple[Captured, Program]] = {}
         self._parameters = dict(source.named_parameters())
@@ -326,8 +327,8 @@ class Session:
                         f"the CPU or on {device}"
                     )
                 inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
-        if self.ranks.mesh.tensor_axes and id(compiled) not in self._met:
-            self._met.add(id(compiled))
+        if self.ranks.mesh.tensor_axes and compiled.executor not in self._met:
+            self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
             check_shared(self.ranks, inputs)
         return inputs
 

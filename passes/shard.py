@@ -126,13 +126,14 @@ def _swapped(placement: Placement) -> Placement:
 
 
 def _result(sharder: Sharder, program: Program, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
-    """Results are whole, and gradients of parameters lie as these do. Logits that only the loss reads are not gathered:
-    they would be the largest tensor there is."""
+    """Results are whole, and gradients of parameters lie as these do. Beside a loss, the one output with a gradient,
+    sharded outputs such as logits are not gathered: they would be the largest tensors there are."""
     kind, _, name = role.partition(":")
     placements = found.get(name, sharder.everywhere) if kind == "gradient" else sharder.everywhere
-    is_training = bool(program.inputs("tangent"))
+    tangents = program.inputs("tangent")
+    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents
     sharded = sharder.placements(node) != sharder.everywhere
     sharder.at = program.output if node.op == "placeholder" else node
-    if kind == "output" and is_training and sharded and name not in program.inputs("tangent"):
+    if beside_loss and sharded:
         return sharder.emit(ABSENT, sharder.values[node].node)
     return sharder.local(node, placements)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ..runtime.mesh import REPLICATE, Axis, Placement, Placements, Shard, parse_placements
+from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
 from .modes import Role, roles_of
 from .plan import Plan
 from .program import Program, note, type_of
@@ -97,16 +97,20 @@ def is_hidden_sharded(role: Role, turned: bool) -> bool:
 
 
 def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> None:
-    for dim, size in enumerate(shape):
-        ranks = 1
-        for placement, axis in zip(placements, axes, strict=True):
-            ranks *= axis.size if isinstance(placement, Shard) and placement.dim == dim else 1
-        if size % ranks:
-            raise ValueError(f"the table shards dimension {dim} of {name} {list(shape)} over {ranks} ranks, by which "
-                             "it does not divide")  # fmt: skip
-    beyond = next((p for p in placements if isinstance(p, Shard) and p.dim >= len(shape)), None)
-    if beyond is not None:
-        raise ValueError(f"the table has {beyond} for {name} {list(shape)}, which has no dimension {beyond.dim}")
+    if PARTIAL in placements:
+        raise ValueError(f"the table has P for {name}: a parameter is no sum; expected R, or S and a dimension")
+    taken = [1] * len(shape)
+    for placement, axis in zip(placements, axes, strict=True):
+        if not isinstance(placement, Shard):
+            continue
+        dim, sections = placement.dim, placement.sections
+        if dim >= len(shape):
+            raise ValueError(f"the table has {placement} for {name} {list(shape)}, which has no dimension {dim}")
+        taken[dim] *= axis.size
+        if sections < 1 or shape[dim] % (sections * taken[dim]):
+            within = "" if sections == 1 else f" in {sections} sections"
+            raise ValueError(f"the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}, "
+                             "by which it does not divide")  # fmt: skip
 
 
 def _uses(program: Program) -> dict[fx.Node, Use]:

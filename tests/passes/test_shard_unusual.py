@@ -11,6 +11,8 @@ from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.manager import run_passes
 from geminifx.passes.plan import Plan
 from geminifx.passes.program import note, type_of
+from geminifx.passes.shard import shard
+from geminifx.runtime.linear_loss import ABSENT
 from sharding import ROUNDING, Sharded, Whole, declared, plan_for
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,3 +114,32 @@ def test_batch_is_told_from_positions_that_come_first(parallel):
     assert_same(found)
     gelu = type_of(found.program.calls(torch.ops.aten.gelu.default)[0])
     assert gelu.shape[0] < ROWS  # type: ignore[union-attr]
+
+
+class Several(Small):
+    """A second output that has no gradient."""
+
+    def forward(self, *, ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.words(ids))
+        return {"loss": F.cross_entropy(logits.view(-1, WORDS), labels.view(-1)), "logits": logits,
+                "doubled": logits.detach() * 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(("outputs", "absent"), [("loss", 2), ("all", 0)])
+def test_outputs_without_a_gradient_are_there_where_all_are_asked_for(outputs, absent):
+    torch.manual_seed(0)
+    batch = {"ids": torch.randint(WORDS, (ROWS, LENGTH)), "labels": torch.randint(WORDS, (ROWS, LENGTH))}
+    model = Several(usual)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    program = capture(model, (), batch, Request(None, outputs, True, dtypes)).program
+    run_passes(program, plan_for(declared("1d", 2)), (canonicalize, shard))
+    assert len(program.calls(ABSENT)) == absent
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [("tp=P", "is no sum"), ("tp=S0/3", "in 3 sections"), ("tp=S0/0", "in 0 sections"), ("tp=S2", "no dimension 2")],
+)
+def test_a_table_that_makes_no_sense_is_refused(placement, message):
+    with pytest.raises(ValueError, match=message):
+        sharded(usual, declared("1d", 2, table={"head.weight": placement}))
