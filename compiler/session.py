@@ -310,8 +310,7 @@ class Session:
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in."""
         leaves = pytree.tree_leaves((args, kwargs))
-        buffers = dict(self.source.named_buffers(remove_duplicate=False))
-        device = self.device.torch_device
+        buffers, device = dict(self.source.named_buffers(remove_duplicate=False)), self.device.torch_device
         inputs = []
         for role in compiled.executor.code.inputs:
             kind, _, name = role.partition(":")

@@ -109,8 +109,8 @@ def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, ax
         taken[dim] *= axis.size
         if sections < 1 or shape[dim] % (sections * taken[dim]):
             within = "" if sections == 1 else f" in {sections} sections"
-            raise ValueError(f"the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}, "
-                             "by which it does not divide")  # fmt: skip
+            raise ValueError(f"the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}"
+                             ", by which it does not divide")  # fmt: skip
 
 
 def _uses(program: Program) -> dict[fx.Node, Use]:

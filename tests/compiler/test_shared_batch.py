@@ -20,8 +20,7 @@ def test_a_program_in_the_place_of_another_is_asked_for_too(monkeypatch):
     for _ in range(2):
         session.inputs(compiled, (batch,), {})
     assert len(asked) == 1
-    for _ in range(20):  # each is freed before the next is made, which then often has its address
-        made = replace(compiled, executor=Executor(compiled.executor.code, compiled.executor.machine, None))
-        session.inputs(made, (batch,), {})
-        del made
+    executors = [Executor(compiled.executor.code, compiled.executor.machine, None) for _ in range(20)]
+    for executor in executors:  # each program is freed before the next is made, which then often has its address
+        session.inputs(replace(compiled, executor=executor), (batch,), {})
     assert len(asked) == 21
