@@ -153,6 +153,6 @@ class Ranks:
         except RuntimeError as error:
             raise StateError(
                 f"rank {self.rank} of {self.size} lost the others in {collective.__name__}, in step {self.clock.step}: "
-                "one of them has died, see its own error, or does something else, such as a call with a batch of another "
-                f"shape or a step that the others do not take ({error}). Restart all of them from the last checkpoint"
+                "one of them has died, see its own error, or does something else, such as a call with a batch of "
+                f"another shape or a step that the others do not take ({error}). Restart all from the last checkpoint"
             ) from error

@@ -127,7 +127,7 @@ def test_every_gradient_is_in_one_stretch_and_no_other_parameter_in_any(
         assert state.steps[number] == int(wanted)
         updated += wanted and size > 0
         over = [s.hyper for s in found if s.start < place.offset + size and s.end > place.offset]
-        assert all(each == hyper for each in over) or not wanted
+        assert all(each == hyper for each in over) or not wanted or size == 0
     assert len(found) <= updated
     alike = {hyper for _, present, hyper in slots if present}
     if len(state.present) == len(slots) and len(alike) == 1 and None not in alike:
