@@ -184,7 +184,7 @@ def squeezed(call: Call) -> list[Row]:
 def squeezed_dims(node: fx.Node, shape: tuple[int, ...]) -> list[int]:
     """The dimensions that a squeeze takes away."""
     given = node.args[1] if len(node.args) > 1 else range(len(shape))
-    dims = {d % len(shape) for d in ([given] if isinstance(given, int) else given)}  # type: ignore[union-attr,operator]
+    dims = {d % len(shape) for d in ([given] if isinstance(given, int) else given)}
     return sorted(d for d in dims if shape[d] == 1)
 
 

@@ -208,7 +208,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_however_the_arguments_lie_the_result_is_right(name: str, data: st.DataObject) -> None:
     call = CALLS[name]
