@@ -18,6 +18,7 @@ reads its rank only when it runs, so that all ranks have the same. The placement
 that those would gather for are in `shard_special.py`.
 """
 
+from collections import Counter
 from math import prod
 
 import torch
@@ -91,7 +92,8 @@ def _divide_batch(sharder: Sharder, program: Program) -> None:
     inputs = [node for node in program.inputs("input").values() if sharder.type(node).shape]
     if not axes or not inputs:
         return
-    rows, ranks = sharder.type(inputs[0]).shape[0], prod(axis.size for axis in axes)
+    counts = Counter(sharder.type(node).shape[0] for node in inputs)
+    rows, ranks = counts.most_common(1)[0][0], prod(axis.size for axis in axes)  # positions [1, length] may come first
     if rows % ranks:
         raise ShardingError(
             f"a batch of {rows} does not divide over {' x '.join(f'{a.name} {a.size}' for a in axes)} ranks; give "

@@ -337,9 +337,11 @@ def normalized_gradient(call: Call) -> list[Row]:
 
 
 def token_losses(call: Call) -> list[Row]:
-    """The backward of a mean over tokens: gradient, probabilities, labels, perhaps weights, number of tokens."""
+    """The backward of a loss over tokens: gradient, probabilities, labels, perhaps weights, number of tokens. The
+    gradient is one number, or one for each token."""
     middle = (REPLICATE,) * (len(call.operands) - 4)
-    return [Row((REPLICATE, Shard(0), Shard(0), *middle, REPLICATE), (Shard(0),))]
+    given = Shard(0) if call.operands[0].shape else REPLICATE
+    return [Row((given, Shard(0), Shard(0), *middle, REPLICATE), (Shard(0),))]
 
 
 RULES: dict[Any, Rule] = {

@@ -18,11 +18,16 @@ from .sharder import Lowering, Sharder, Value
 from .types import TensorType
 
 aten = torch.ops.aten
+EACH = 0
+"""The `reduction` of a loss for each token."""
 
 
 def addmm(s: Sharder, node: fx.Node) -> None:
     """A bias is added once the product's sum over ranks is taken, and lies as the product does."""
     bias, x, weight = node.args[:3]
+    if node.kwargs or s.type(bias).shape != s.type(node).shape[1:]:  # scaled, or not one number for each feature
+        s.lower(node)
+        return
     inputs, (result,) = s.choose(node, [x, weight], aten.mm.default)
     x_part, weight_part = s.local(x, inputs[0]), s.local(weight, inputs[1])
     late = [role.partial == "sequence" and p == PARTIAL for role, p in zip(s.roles, result, strict=True)]
@@ -70,7 +75,10 @@ def embedding(s: Sharder, node: fx.Node) -> None:
 
 def embedding_gradient(s: Sharder, node: fx.Node) -> None:
     """Of a sharded vocabulary a rank sums the gradients of its own rows."""
-    gradient, ids, count, padding = node.args[:4]
+    gradient, ids, count, padding, scales_by_frequency = node.args
+    if scales_by_frequency:  # of all tokens
+        s.lower(node)
+        return
     _settle(s, ids)
     last = len(s.type(gradient).shape) - 1
     wanted = _consecutive(s.wanted.get(node, s.everywhere))
@@ -95,7 +103,7 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
             foreign = s.emit(aten.logical_or.default, foreign, s.emit(aten.eq.Scalar, ids_part, padding))
         part = s.emit(aten.masked_fill.Scalar, part, s.emit(aten.unsqueeze.default, foreign, -1), 0.0)
         count, padding, ids_part = count // prod(axis.size for axis in vocabulary), -1, place
-    s.set(node, s.emit(aten.embedding_dense_backward.default, part, ids_part, count, padding, *node.args[4:]),
+    s.set(node, s.emit(aten.embedding_dense_backward.default, part, ids_part, count, padding, False),
           tuple(result))  # fmt: skip
 
 
@@ -260,7 +268,8 @@ def _token_placements(placements: Placements) -> Placements:
 
 
 def nll_loss(s: Sharder, node: fx.Node) -> None:
-    """Losses and tokens are summed over the ranks, so that the mean is that over all tokens."""
+    """Losses and tokens are summed over the ranks, so that the mean is that over all tokens. Without a reduction
+    every token's loss is on the ranks that have the token."""
     logs, labels, weight, reduction, ignored = node.args
     _settle(s, logs)
     placements = s.placements(logs)
@@ -274,12 +283,16 @@ def nll_loss(s: Sharder, node: fx.Node) -> None:
     left_out = s.emit(aten.logical_or.default, foreign, s.emit(aten.logical_not.default, counted))
     picked = s.emit(aten.gather.default, part, 1, s.emit(aten.unsqueeze.default, place, 1))
     picked = s.emit(aten.masked_fill.Scalar, s.emit(aten.squeeze.dim, picked, 1), left_out, 0.0)
-    loss = s.all_reduce(s.emit(aten.neg.default, s.emit(aten.sum.default, picked)), [*tokens, *vocabulary])
+    if reduction == EACH:
+        loss, lie = s.all_reduce(s.emit(aten.neg.default, picked), vocabulary), _token_placements(placements)
+    else:
+        loss = s.all_reduce(s.emit(aten.neg.default, s.emit(aten.sum.default, picked)), [*tokens, *vocabulary])
+        lie = s.everywhere
     count = s.emit(aten.sum.default, _cast(s, counted, s.type(logs).dtype))
     count = s.all_reduce(count, tokens)
     if reduction == MEAN:
         loss = s.emit(aten.div.Tensor, loss, count)
-    s.elements[node] = (s.value(loss, s.everywhere), s.value(count, s.everywhere))
+    s.elements[node] = (s.value(loss, lie), s.value(count, s.everywhere))
 
 
 def nll_loss_gradient(s: Sharder, node: fx.Node) -> None:
@@ -293,7 +306,8 @@ def nll_loss_gradient(s: Sharder, node: fx.Node) -> None:
     part, labels_part = s.local(logs, placements), s.local(labels, _token_placements(placements))
     place, foreign = _own(s, labels_part, vocabulary, s.type(logs).shape[1])
     left_out = s.emit(aten.logical_or.default, foreign, s.emit(aten.eq.Scalar, labels_part, ignored))
-    each = s.emit(aten.neg.default, s.local(gradient, s.everywhere))
+    given = _token_placements(placements) if reduction == EACH else s.everywhere
+    each = s.emit(aten.neg.default, s.local(gradient, given))
     if reduction == MEAN:
         each = s.emit(aten.div.Tensor, each, s.local(count, s.everywhere))
     tokens = type_of(labels_part).shape  # type: ignore[union-attr]

@@ -117,7 +117,7 @@ def _exchange(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:
 
 def _reduced(target: Any, parts: list[Tensor], args: Any, place: int) -> Tensor:
     if target is ALL_GATHER:
-        return torch.cat(parts, args[1])
+        return torch.cat(parts, args[1]).contiguous()
     together = torch.stack(parts)
     if target is ALL_REDUCE:
         return together.amax(0) if args[2] == "max" else together.sum(0)
