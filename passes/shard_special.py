@@ -85,7 +85,8 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
     gradients, indices, result = list[Placement](), list[Placement](), list[Placement]()
     for i, role in enumerate(s.roles):
         mine = wanted[i] if not role.gathered else REPLICATE
-        batch = next((p for p in (s.settled(gradient)[i], s.placements(ids)[i]) if _is_of_tokens(p, last)), REPLICATE)
+        found = (s.settled(gradient)[i], s.placements(ids)[i])
+        batch = next((p for p in found if _is_of_tokens(s, ids, [*indices, p])), REPLICATE)
         if isinstance(mine, Shard):
             gradients.append(REPLICATE if mine.dim == 0 else Shard(last))
             indices.append(REPLICATE)
@@ -106,9 +107,14 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
           tuple(result))  # fmt: skip
 
 
-def _is_of_tokens(placement: Placement, last: int) -> bool:
-    """Whether a gradient [..., hidden] is sharded along another dimension than the hidden one."""
-    return isinstance(placement, Shard) and placement.dim < last
+def _is_of_tokens(s: Sharder, ids: fx.Node, placements: list[Placement]) -> bool:
+    """Whether the last of the placements on the first axes shards tokens, and they divide by it and those before it."""
+    last, shape = placements[-1], s.type(ids).shape
+    if not isinstance(last, Shard) or last.dim >= len(shape):
+        return False
+    pairs = zip(placements, s.axes, strict=False)
+    ranks = prod(axis.size for p, axis in pairs if isinstance(p, Shard) and p.dim == last.dim)
+    return shape[last.dim] % (ranks * last.sections) == 0
 
 
 def _own(s: Sharder, ids: fx.Node, axes: list[Axis], count: int) -> tuple[fx.Node, fx.Node]:

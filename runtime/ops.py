@@ -79,6 +79,12 @@ def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.new_empty([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
 
 
+def _part(tensor: Tensor, dim: int, axis: str, size: int) -> Tensor:
+    if tensor.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {list(tensor.shape)} does not divide by the {size} ranks of axis {axis}")
+    return _resized(tensor, dim, tensor.shape[dim] // size)
+
+
 def _no_result(*_: object) -> None:
     return None
 
@@ -96,9 +102,9 @@ FAKES: dict[str, Callable[..., object]] = {
     "average": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
     "all_gather": lambda part, dim, axis, size: _resized(part, dim, part.shape[dim] * size),
-    "reduce_scatter": lambda part, dim, axis, size: _resized(part, dim, part.shape[dim] // size),
+    "reduce_scatter": _part,
     "all_reduce": lambda part, axis, reduction: torch.empty_like(part, memory_format=torch.contiguous_format),
-    "local": lambda whole, dim, axis, size: _resized(whole, dim, whole.shape[dim] // size),
+    "local": _part,
     "offset": lambda like, axis, extent: torch.empty((), dtype=torch.int64),
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
     "swap_rng": _no_result,

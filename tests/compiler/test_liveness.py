@@ -121,3 +121,13 @@ def test_an_evaluations_results_are_held_through_the_next_one() -> None:
     header = 'def evaluation(\n    x: "f32[4, 4] | input:0",\n):\n    # forward\n'
     body = '    exp: "f32[4, 4]" = aten.exp.default(x)\n    return {"output:0": exp}\n'
     assert analyse(parse_program(header + body)).values[OUTPUTS].tolist() == [64, 128, 128]
+
+
+def test_exchanges_along_later_dimensions_lay_their_memory_out_anew() -> None:
+    body = (
+        "    first: \"f32[8, 4]\" = geminifx.all_gather(x, 0, 'tp', 2)\n"
+        "    last: \"f32[4, 8]\" = geminifx.all_gather(x, 1, 'tp', 2)\n"
+        "    mine: \"f32[4, 2]\" = geminifx.reduce_scatter(x, 1, 'tp', 2)\n"
+    )
+    # Results of 128, 128 and 32 bytes, beside the second and the third what they are made of.
+    assert activations(body, '"output:0": x') == [0, 128, 128 + 128, 32 + 64, 0]

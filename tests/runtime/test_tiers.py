@@ -1,5 +1,7 @@
 """Tiers and the meter: every byte is counted once, for as long as it lives, and the limit is hard."""
 
+from threading import Timer
+
 import pytest
 import torch
 from geminifx.runtime.errors import BudgetError
@@ -25,6 +27,16 @@ def test_a_charge_beyond_the_limit_books_nothing_and_says_why() -> None:
     assert caught.value.smallest_bytes == 101
     assert (tier.used_bytes, tier.peak_bytes) == (60, 60)
     tier.charge(40, "what just fits")
+
+
+def test_a_patient_tier_waits_for_what_another_thread_lets_go() -> None:
+    tier = Tier("device", 100, patience_s=60.0)
+    tier.charge(60, "a")
+    thread = Timer(0.05, tier.refund, (60,))
+    thread.start()
+    tier.charge(60, "b")
+    thread.join()
+    assert (tier.used_bytes, tier.peak_bytes) == (60, 60)
 
 
 def test_no_limit_is_no_limit() -> None:
