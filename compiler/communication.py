@@ -36,14 +36,14 @@ def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tupl
         yield node.args[2], "reduce-scatter", (node.args[3] - 1) * tensor_type(node).num_bytes
     elif node.target is ALL_REDUCE:
         yield node.args[1], "all-reduce", _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
-    elif plan.ranks > 1 and node.target is AVERAGE:
-        yield DATA, "all-reduce", _all_reduced(tensor_type(node).num_bytes, plan.ranks)
-    elif plan.ranks > 1 and node.target is REDUCE:
+    elif plan.batches > 1 and node.target is AVERAGE:
+        yield DATA, "all-reduce", _all_reduced(tensor_type(node).num_bytes, plan.batches)
+    elif plan.batches > 1 and node.target is REDUCE:
         num_bytes = tensor_type(node.args[0]).num_bytes
-        if plan.zero > 1:
-            yield DATA, "reduce-scatter", num_bytes * (plan.ranks - 1) // plan.ranks
+        if plan.zero > 1 and plan.layout.chunks[node.args[1]].shards > 1:
+            yield DATA, "reduce-scatter", num_bytes * (plan.batches - 1) // plan.batches
         else:
-            yield DATA, "all-reduce", _all_reduced(num_bytes, plan.ranks)
+            yield DATA, "all-reduce", _all_reduced(num_bytes, plan.batches)
     elif node.target is FETCH:
         chunk = plan.layout.chunks[node.args[0]]
         if chunk.shards > 1:

@@ -38,7 +38,7 @@ COUNT = {torch.ops.aten.nll_loss_backward.default: 6, BACKWARD: 5}
 
 @graph_pass(requires=(canonical,))
 def average(program: Program, plan: Plan) -> None:
-    if plan.ranks == 1:
+    if plan.batches == 1:
         return
     for node in program.computes:
         if node.target in REDUCTION and node.args[REDUCTION[node.target]] == MEAN:

@@ -109,13 +109,13 @@ class Plan:
         return self.memory.peak_bytes
 
     @property
-    def ranks(self) -> int:
+    def batches(self) -> int:
         """How many batches make one step's."""
         return self.mesh.data_size
 
     def shards(self, trainable: bool) -> int:
         """How many processes share out a chunk's training state, by whether it is trained."""
-        return self.ranks if self.zero == 3 or (self.zero and trainable) else 1
+        return self.batches if self.zero == 3 or (self.zero and trainable) else 1
 
     @property
     def training_state(self) -> Updates | TorchUpdates:
@@ -158,7 +158,7 @@ class Plan:
                 if self.mode
                 else []
             ),
-            *([("ZeRO", f"stage {self.zero}, over {self.ranks} process(es)")] if self.zero else []),
+            *([("ZeRO", f"stage {self.zero}, over {self.batches} process(es)")] if self.zero else []),
             *(
                 (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
                 for e in self.exchanges

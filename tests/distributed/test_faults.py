@@ -67,7 +67,7 @@ def test_the_death_of_a_rank_ends_the_others(said) -> None:
 def test_alone_a_model_for_several_ranks_is_compiled_and_refuses_to_step() -> None:
     x = torch.ones(2, 4)
     model = geminifx.compile(nn.Linear(4, 4), parallel={"data": 8}, example_inputs=(x,))
-    assert model.plan.ranks == 8 and "data 8" in str(model.plan) and "training" in model.graph
+    assert model.plan.batches == 8 and "data 8" in str(model.plan) and "training" in model.graph
     with pytest.raises(StateError, match="torchrun --nproc-per-node 8"):
         model(x)
 
