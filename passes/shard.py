@@ -38,6 +38,9 @@ from .types import TensorType, contiguous_stride
 from .verify import canonical, sharded
 
 aten = torch.ops.aten
+PASSED_THROUGH = (aten.t.default, aten._to_copy.default, aten.add.Tensor)
+MAKERS = (*PASSED_THROUGH, aten.mm.default, aten.embedding_dense_backward.default)
+"""What makes the gradients of weights, and what stands between those and the gradient itself."""
 
 
 @graph_pass(requires=(canonical,), gives=(sharded,))
@@ -107,18 +110,19 @@ def _divide_batch(sharder: Sharder, program: Program) -> None:
 
 
 def _want_gradients(sharder: Sharder, program: Program, found: dict[str, Placements]) -> None:
-    """A gradient is best made the way its parameter lies: tell the operator that makes it, through transposes."""
-    for name, node in program.results_of("gradient").items():
-        if name not in found:
+    """A gradient is best made the way its parameter lies: tell the operators that make it, through transposes and the
+    sum that a shared parameter's is."""
+    gradients = program.results_of("gradient").items()
+    rest = [(node, found[name]) for name, node in gradients if name in found]
+    while rest:
+        node, placements = rest.pop()
+        if node.target not in MAKERS or len(sharder.type(node).shape) != 2:
             continue
-        placements = found[name]
-        while node.target in (aten.t.default, aten._to_copy.default):
-            sharder.wanted[node] = placements
-            if node.target is aten.t.default:
-                placements = tuple(_swapped(p) for p in placements)
-            node = node.args[0]
-        if node.target in (aten.mm.default, aten.embedding_dense_backward.default):
-            sharder.wanted[node] = placements
+        sharder.wanted[node] = placements
+        if node.target is aten.t.default:
+            placements = tuple(_swapped(p) for p in placements)
+        if node.target in PASSED_THROUGH:
+            rest += [(value, placements) for value in node.all_input_nodes]
 
 
 def _swapped(placement: Placement) -> Placement:

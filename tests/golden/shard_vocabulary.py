@@ -109,8 +109,15 @@ def after(
     mm_2: "f32[6, 4] | on tp=P" = aten.mm.default(sub_5, w)
     # backward: embed
     all_reduce_5: "f32[6, 4] | on R" = geminifx.all_reduce(mm_2, 'tp', 'sum')
-    embedding_dense_backward: "f32[8, 4] | on R" = aten.embedding_dense_backward.default(all_reduce_5, ids, 8, -1, False)
+    offset_3: "i64[]" = geminifx.offset(ids, 'tp', 4)
+    sub_6: "i64[6]" = aten.sub.Tensor(ids, offset_3)
+    lt_3: "b8[6]" = aten.lt.Scalar(sub_6, 0)
+    ge_3: "b8[6]" = aten.ge.Scalar(sub_6, 4)
+    logical_or_5: "b8[6]" = aten.logical_or.default(lt_3, ge_3)
+    masked_fill_6: "i64[6]" = aten.masked_fill.Scalar(sub_6, logical_or_5, 0)
+    unsqueeze_4: "b8[6, 1]" = aten.unsqueeze.default(logical_or_5, -1)
+    masked_fill_7: "f32[6, 4]" = aten.masked_fill.Scalar(all_reduce_5, unsqueeze_4, 0.0)
+    embedding_dense_backward: "f32[4, 4] | on tp=S0" = aten.embedding_dense_backward.default(masked_fill_7, masked_fill_6, 4, -1, False)
     # backward
-    local: "f32[4, 4] | on tp=S0" = geminifx.local(embedding_dense_backward, 0, 'tp', 2)
-    add: "f32[4, 4] | on tp=S0" = aten.add.Tensor(mm_1, local)
+    add: "f32[4, 4] | on tp=S0" = aten.add.Tensor(mm_1, embedding_dense_backward)
     return {"output:0": div, "output:1": absent, "gradient:embed.weight": add}
