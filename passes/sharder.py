@@ -160,25 +160,23 @@ class Sharder:
         return False
 
     def _gather(self, part: fx.Node, shard: Shard, axis: Axis) -> fx.Node:
-        if shard.sections == 1:
-            return self.emit(ALL_GATHER, part, shard.dim, axis.name, axis.size)
-        size = type_of(part).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
-        pieces = [
-            self.emit(aten.slice.Tensor, part, shard.dim, i * size, (i + 1) * size) for i in range(shard.sections)
-        ]
-        gathered = [self.emit(ALL_GATHER, piece, shard.dim, axis.name, axis.size) for piece in pieces]
-        return self.emit(aten.cat.default, gathered, shard.dim)
+        gather = lambda piece: self.emit(ALL_GATHER, piece, shard.dim, axis.name, axis.size)  # noqa: E731
+        return self._by_section(part, shard, gather)
 
     def _take(self, part: fx.Node, wanted: Placement, axis: Axis) -> fx.Node:
         if not isinstance(wanted, Shard):
             return part
-        if wanted.sections == 1:
-            return self.emit(LOCAL, part, wanted.dim, axis.name, axis.size)
-        size = type_of(part).shape[wanted.dim] // wanted.sections  # type: ignore[union-attr]
-        pieces = [self.emit(aten.slice.Tensor, part, wanted.dim, i * size, (i + 1) * size)
-                  for i in range(wanted.sections)]  # fmt: skip
-        return self.emit(aten.cat.default, [self.emit(LOCAL, p, wanted.dim, axis.name, axis.size) for p in pieces],
-                         wanted.dim)  # fmt: skip
+        take = lambda piece: self.emit(LOCAL, piece, wanted.dim, axis.name, axis.size)  # noqa: E731
+        return self._by_section(part, wanted, take)
+
+    def _by_section(self, part: fx.Node, shard: Shard, action: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """What `action` makes of each of the sections, one behind the other."""
+        if shard.sections == 1:
+            return action(part)
+        size = type_of(part).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
+        starts = range(0, size * shard.sections, size)
+        pieces = [self.emit(aten.slice.Tensor, part, shard.dim, start, start + size) for start in starts]
+        return self.emit(aten.cat.default, [action(piece) for piece in pieces], shard.dim)
 
     # -- choosing ------------------------------------------------------------------------------------------
 
