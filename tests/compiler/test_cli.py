@@ -16,20 +16,9 @@ from geminifx.compiler.train import TrainOptions
 from geminifx.models.presets import load_model
 from geminifx.runtime.errors import BudgetError
 from geminifx.runtime.ranks import Ranks
-from trainable import ClippedAdamW
+from trainable import SMALL_OPT, ClippedAdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
-
-CONFIG = {
-    "model_type": "opt",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "word_embed_proj_dim": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "ffn_dim": 64,
-    "max_position_embeddings": 64,
-}
 
 
 class Compiled(torch.nn.Module):
@@ -69,7 +58,7 @@ class Bench:
         self.calls: list[Compiled] = []
         self.interrupt_at: int | None = None
         (directory / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
-        (directory / "tiny.json").write_text(json.dumps(CONFIG))
+        (directory / "tiny.json").write_text(json.dumps(SMALL_OPT))
 
     def compile(self, model: Any, **options: Any) -> Compiled:
         self.calls.append(Compiled(model, options, self.interrupt_at))

@@ -9,20 +9,10 @@ from pathlib import Path
 
 import pytest
 from geminifx.compiler.cli import app
+from trainable import SMALL_OPT
 from typer.testing import CliRunner
 
 SETTINGS = ["small.json", "--data", "data.txt", "--steps", "60", "--batch-size", "4", "--seq-len", "16", "--lr", "0.01"]
-SMALL = {
-    "model_type": "opt",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "word_embed_proj_dim": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "ffn_dim": 64,
-    "max_position_embeddings": 64,
-    "dropout": 0.0,
-}
 
 
 def losses(shown: str) -> dict[int, float]:
@@ -31,7 +21,7 @@ def losses(shown: str) -> dict[int, float]:
 
 def test_two_processes_stop_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("small.json").write_text(json.dumps(SMALL))
+    Path("small.json").write_text(json.dumps({**SMALL_OPT, "dropout": 0.0}))
     Path("data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     command = [sys.executable, "-m", "geminifx", "train", *SETTINGS, "--output", "parts", "--parallel", "data=2,zero=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as two:

@@ -4,6 +4,18 @@ from typing import Any
 
 import torch
 
+SMALL_OPT = {
+    "model_type": "opt",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "ffn_dim": 64,
+    "max_position_embeddings": 64,
+}
+"""A config file for `geminifx train`."""
+
 
 class ClippedAdamW(torch.optim.AdamW):
     """What a compiled model's own optimizer offers, by torch's."""
