@@ -18,7 +18,8 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     Args:
         model: any nn.Module; its weights may still be on `meta`.
         device_budget: device memory the whole process may use: bytes, "24GB" (10^9), "24GiB" (2^30), "80%".
-        world_size: processes to train on, data parallel; by default those that torchrun launched.
+        world_size: processes to train on; by default those that torchrun launched. How they share the work is
+            `parallel`, one of the options: each has its part of the batch unless that says otherwise.
         options: fields of `Options`.
 
     Returns:
