@@ -174,8 +174,8 @@ class Sharder:
         if shard.sections == 1:
             return action(part)
         size = type_of(part).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
-        starts = range(0, size * shard.sections, size)
-        pieces = [self.emit(aten.slice.Tensor, part, shard.dim, start, start + size) for start in starts]
+        bounds = ((i * size, (i + 1) * size) for i in range(shard.sections))
+        pieces = [self.emit(aten.slice.Tensor, part, shard.dim, *bound) for bound in bounds]
         return self.emit(aten.cat.default, [action(piece) for piece in pieces], shard.dim)
 
     # -- choosing ------------------------------------------------------------------------------------------
