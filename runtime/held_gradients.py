@@ -70,11 +70,10 @@ class HeldGradients:
             return
         assert state.held is not None
         landed = self._landed[index] = self._to_host(state.held, gradients)
-        self.tickets.submit(index, partial(self._add_on_host, state, landed, factor, first))
+        self.tickets.submit(index, partial(self._add_on_host, state, factor, first), landed)
 
-    def _add_on_host(self, state: ChunkState, landed: Arrival, factor: float, first: bool) -> Arrival:
-        """The worker's job."""
-        self.copies.finish(landed)
+    def _add_on_host(self, state: ChunkState, factor: float, first: bool) -> Arrival:
+        """The worker's job, once the gradient has come."""
         assert state.total is not None and state.held is not None
         _accumulate(state.total, state.held, factor, first)
         return None

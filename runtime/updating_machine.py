@@ -213,7 +213,7 @@ class UpdatingMachine(Machine):
             resident = self.chunks[index].resident
             self.stats.moved(to_device=0 if resident is None else state.weights.nbytes)
             after = (self.held.landed(index), self._released.get(index), factor.arrival)
-            self.tickets.submit(index, partial(self._update_on_host, index, stretches, gradient, after))
+            self.tickets.submit(index, partial(self._update_on_host, index, stretches, gradient), *after)
         else:
             self._stream_update(index, stretches, gradient)
         state.forget_gradient()
@@ -223,12 +223,9 @@ class UpdatingMachine(Machine):
         part = state.part(stretch.start, stretch.end)
         self.kernels.update(state.layout, part, Gradient(values, gradient.scale), stretch)
 
-    def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient,
-                        after: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
-        """The worker's job: `after` tells that the gradient is here and that nobody reads the old weights."""
+    def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient) -> Arrival:
+        """The worker's job, once the gradient is here and nobody reads the old weights any more."""
         state, resident = self.placing.states[index], self.chunks[index].resident
-        for arrival in after:
-            self.copies.finish(arrival)
         began_s = time.perf_counter()
         with torch.no_grad():
             for stretch in stretches:

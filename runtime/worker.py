@@ -1,20 +1,20 @@
 """The host's worker: one thread that updates training states while the device computes."""
 
 import atexit
+import bisect
 import itertools
-import queue
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from .errors import StateError
 from .streams import Arrival, CopyEngine
 
 _POLL_S = 1.0
 _EXIT_S = 10.0
-_END = (-1, -1, None)
-"""Sorts before every job."""
 
 
 class Ticket:
@@ -49,20 +49,90 @@ class Ticket:
         return self._done.wait(within_s)
 
 
+@dataclass(order=True)
+class Job:
+    """Work for the thread, once everything in `after` is done; `order` counts jobs, `name` is for messages."""
+
+    priority: int
+    order: int
+    name: str = field(compare=False)
+    work: Callable[[], Arrival] = field(compare=False)
+    after: tuple[Arrival, ...] = field(compare=False)
+    ticket: Ticket = field(compare=False, default_factory=Ticket)
+
+    def is_ready(self) -> bool:
+        try:
+            return all(arrival is None or arrival.query() for arrival in self.after)
+        except RuntimeError:
+            return True  # what is wrong, `run` tells the one that waits for the job
+
+    def block(self) -> None:
+        """Block until the job is ready."""
+        for arrival in self.after:
+            if arrival is not None:
+                arrival.synchronize()
+
+    def run(self) -> None:
+        self.block()
+        self.ticket.complete(self.work())
+
+
+class _Jobs:
+    """The jobs that wait. Those with the same priority number keep their order."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Job] = []
+        self._ended = False
+        self.changed = threading.Condition()
+
+    def put(self, job: Job) -> None:
+        with self.changed:
+            bisect.insort(self._waiting, job)
+            self.changed.notify()
+
+    def end(self) -> None:
+        """Let nobody take a further one."""
+        with self.changed:
+            self._ended = True
+            self.changed.notify()
+
+    def take(self) -> Job | None:
+        """Block until a job is ready; of those that are, the lowest number's. None at the end.
+
+        While none is, the one that was put first is waited for: the device, too, does what comes first first.
+        """
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self._waiting or self._ended)
+                if self._ended:
+                    return None
+                ready = next((job for job in self._first_ones() if job.is_ready()), None)
+                if ready is not None:
+                    self._waiting.remove(ready)
+                    return ready
+                oldest = min(self._waiting, key=lambda job: job.order)
+            with suppress(RuntimeError):
+                oldest.block()
+
+    def _first_ones(self) -> Iterator[Job]:
+        for _, jobs in itertools.groupby(self._waiting, lambda job: job.priority):
+            yield next(jobs)
+
+
 class Worker:
-    """Runs jobs, of those that wait the one with the lowest priority number first.
+    """Runs jobs, of those that are ready the one with the lowest priority number first.
 
     A job that fails ends all work, and the thread: the state that it was writing is half old and half new.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.PriorityQueue[Any] = queue.PriorityQueue()
+        self._jobs = _Jobs()
         self._order = itertools.count()
         self._failure: list[tuple[str, BaseException]] = []
         self._thread: threading.Thread | None = None
 
-    def submit(self, priority: int, name: str, work: Callable[[], Arrival]) -> Ticket:
-        """Queue `work`, which returns what its own launches are waited for by; `name` is for messages."""
+    def submit(self, priority: int, name: str, work: Callable[[], Arrival], *after: Arrival) -> Ticket:
+        """Queue `work`, which returns what its own launches are waited for by, until all of `after` is done."""
         self.check()
         if self._thread is None:
             arguments = (self._jobs, self._failure)
@@ -71,9 +141,9 @@ class Worker:
             # Jobs hold the machine, which holds this worker: only the thread may keep the queue alive.
             _running[self._thread] = jobs = weakref.ref(self._jobs)
             weakref.finalize(self, _stop, jobs).atexit = False
-        ticket = Ticket()
-        self._jobs.put((priority, next(self._order), (name, work, ticket)))
-        return ticket
+        job = Job(priority, next(self._order), name, work, after)
+        self._jobs.put(job)
+        return job.ticket
 
     def wait(self, ticket: Ticket, name: str) -> Arrival:
         """Block until the work is done. Raises StateError where it failed, or the thread is dead."""
@@ -100,9 +170,9 @@ class Tickets:
         self._names = names
         self._tickets: dict[int, Ticket] = {}
 
-    def submit(self, index: int, work: Callable[[], Arrival]) -> None:
-        """Let the worker do it, the chunks with low numbers first."""
-        self._tickets[index] = self.worker.submit(index, self._names(index), work)
+    def submit(self, index: int, work: Callable[[], Arrival], *after: Arrival) -> None:
+        """Let the worker do it once `after` is done, the chunks with low numbers first."""
+        self._tickets[index] = self.worker.submit(index, self._names(index), work, *after)
 
     def put(self, index: int, arrival: Arrival) -> None:
         """Work that is launched already."""
@@ -138,14 +208,14 @@ def _ended(name: str, reason: str) -> str:
     )
 
 
-_Jobs: TypeAlias = "weakref.ref[queue.PriorityQueue[Any]]"
-_running: "weakref.WeakKeyDictionary[threading.Thread, _Jobs]" = weakref.WeakKeyDictionary()
+_Held: TypeAlias = "weakref.ref[_Jobs]"
+_running: "weakref.WeakKeyDictionary[threading.Thread, _Held]" = weakref.WeakKeyDictionary()
 
 
-def _stop(jobs: _Jobs) -> None:
-    queued = jobs()
-    if queued is not None:
-        queued.put(_END)
+def _stop(held: _Held) -> None:
+    jobs = held()
+    if jobs is not None:
+        jobs.end()
 
 
 @atexit.register
@@ -156,15 +226,14 @@ def _stop_all() -> None:
         thread.join(_EXIT_S)
 
 
-def _serve(jobs: "queue.PriorityQueue[Any]", failure: list[tuple[str, BaseException]]) -> None:
+def _serve(jobs: _Jobs, failure: list[tuple[str, BaseException]]) -> None:
     while not failure:
-        _, _, job = jobs.get()
+        job = jobs.take()
         if job is None:
             return
-        name, work, ticket = job
         try:
-            ticket.complete(work())
+            job.run()
         except BaseException as error:  # whatever it is, the training thread must hear of it
-            failure.append((name, error))
-            ticket.give_up()
-        del job, work, ticket  # a job holds the machine
+            failure.append((job.name, error))
+            job.ticket.give_up()
+        del job  # it holds the machine

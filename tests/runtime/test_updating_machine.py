@@ -84,8 +84,8 @@ def test_a_fetch_during_an_update_brings_what_the_update_made(monkeypatch: pytes
     waiting: list[Callable[[], Any]] = []
     submit = two.machine.worker.submit
 
-    def delayed(priority: int, name: str, work: Callable[[], Any]) -> Any:
-        ticket = submit(priority, name, lambda: None)
+    def delayed(priority: int, name: str, work: Callable[[], Any], *after: Any) -> Any:
+        ticket = submit(priority, name, lambda: None, *after)
         two.machine.worker.wait(ticket, name)
         ticket._done.clear()
         waiting.append(lambda: ticket.complete(work()))

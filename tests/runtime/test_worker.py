@@ -53,6 +53,60 @@ def test_of_jobs_that_wait_the_lowest_number_is_first_and_equal_ones_keep_their_
     assert done == ["a", "a again", "b", "c"]
 
 
+class Copy:
+    """A copy under way, as an event on the device tells of it."""
+
+    def __init__(self) -> None:
+        self.done, self.waited_for = threading.Event(), threading.Event()
+
+    def query(self) -> bool:
+        return self.done.is_set()
+
+    def synchronize(self) -> None:
+        self.waited_for.set()
+        assert self.done.wait(10)
+
+
+def test_a_job_whose_copies_are_done_passes_those_that_still_wait_for_theirs() -> None:
+    worker, done = Worker(), []
+    gate, late, later = Gate(worker), Copy(), Copy()
+    finished: Any = Copy()
+    finished.done.set()
+
+    def submit(priority: int, name: str, *after: Any) -> Ticket:
+        return worker.submit(priority, name, lambda: done.append(name) or arrival(name), *after)
+
+    submit(3, "first to wait", None, late)
+    submit(1, "lowest, but last", later)
+    submit(1, "its successor, ready", finished)
+    worker_is_idle = submit(4, "ready", None, finished)
+    gate.opened.set()
+    assert worker.wait(worker_is_idle, "ready") == "ready"
+    assert late.waited_for.wait(10) and not later.waited_for.is_set() and done == ["ready"]
+    submit(2, "came while the thread waited")
+    late.done.set()
+    assert later.waited_for.wait(10) and done == ["ready", "came while the thread waited", "first to wait"]
+    later.done.set()
+    worker.wait(submit(5, "end"), "end")
+    assert done[3:] == ["lowest, but last", "its successor, ready", "end"]
+
+
+class Broken:
+    """An event of a device that is lost."""
+
+    def query(self) -> bool:
+        raise RuntimeError("the device is lost")
+
+    synchronize = query
+
+
+def test_a_copy_that_fails_is_the_failure_of_the_job_that_waits_for_it() -> None:
+    worker, broken = Worker(), Broken()
+    ticket = worker.submit(0, "weight", lambda: None, broken)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match=r"the update of weight on the host failed \(RuntimeError: the device is lost"):
+        worker.wait(ticket, "weight")
+
+
 def test_what_follows_a_job_runs_on_its_thread_with_its_arrival() -> None:
     worker, seen = Worker(), []
     gate = Gate(worker)
@@ -113,8 +167,8 @@ def test_a_dead_thread_is_noticed_by_whoever_waits_and_for_good(monkeypatch: pyt
     thread = thread_of(worker)
     # From outside, while it waits for work: it notices when it is woken.
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-    with worker._jobs.not_empty:
-        worker._jobs.not_empty.notify()
+    with worker._jobs.changed:
+        worker._jobs.changed.notify()
     thread.join(10)
     assert not thread.is_alive()
     pending = Ticket()
