@@ -31,15 +31,14 @@ class Rates:
 
 
 CUDA = Rates(
-    flops_per_s=520e12, bus_bytes_per_s=30e9, host_params_per_s=3.5e9, passing_params_per_s=12e9,
+    flops_per_s=520e12, bus_bytes_per_s=28e9, host_params_per_s=5e9, passing_params_per_s=12e9,
     torch_params_per_s=3e9, overlaps=True,
 )  # fmt: skip
 """Measured on H100 and H200 with PCIe 5 and 16 cores, both directions of the bus and the host's updates busy.
 
-Compute and the host's rate are fitted to profiles of OPT-2.7B x 1024 on H100: the device computed 3.5e14 FLOP in
-0.638 s at batch 16 and 1.63e14 in 0.324 s at batch 8, that is 500 to 550 TFLOP/s. The host updated 3.9 to 4.9 G
-parameters a second while it was busy, but not without gaps, so that fewer are planned for: at batch 8, a step
-that streamed 10 chunks instead of 5 took 0.39 s instead of 0.43 s.
+Fitted to profiles of OPT x 1024 on H100. Of 2.7B the device computed 3.5e14 FLOP in 0.638 s at batch 16 and 1.63e14
+in 0.324 s at batch 8, that is 500 to 550 TFLOP/s. The host updated 79M parameters in 13 to 16 ms and 67M in 11 to 15 ms;
+where others were streamed, for which the bus gave 28 GB/s, in up to 22 ms.
 """
 
 LAUNCH_S = 1.5e-3
@@ -83,15 +82,13 @@ class StepTime:
         streamed = sum(c.shard_numel for c in trained if c.index in residency.streamed)
         updated = sum(c.shard_numel for c in trained) - streamed
         update_s = updated / rates.host_params_per_s + streamed / rates.passing_params_per_s
-        late_s = max(update_s, travels / rates.bus_bytes_per_s) - self._beside_s(plan, trained) * rates.overlaps
-        return compute_s + max(late_s, copy_s - compute_s * rates.overlaps, 0.0)
-
-    def _beside_s(self, plan: Plan, trained: list[ChunkLayout]) -> float:
-        """Seconds of compute that updates of chunks on the host run beside: the next forward, up to where it reads
-        the first of them, and, with in_backward, the backward before it."""
-        if plan.updates is None or not plan.updates.in_backward or not trained:
-            return self.forward_s
-        return self.backward_s + self.forward_s * trained[0].index / len(plan.layout.chunks)
+        # Updates run beside the next forward, which reads first what is updated first, and, with in_backward, beside
+        # the backward before it. There gradients wait on the device for states to come by, which few can at a time.
+        at_once = plan.updates.in_backward
+        update_s -= (self.forward_s + self.backward_s * at_once) * rates.overlaps
+        travel_s = travels / rates.bus_bytes_per_s
+        travel_s -= (self.backward_s if at_once else self.forward_s) * rates.overlaps
+        return compute_s + max(update_s, travel_s, copy_s - compute_s * rates.overlaps, 0.0)
 
     def _streamed_bytes(self, on_host: list[ChunkLayout], residency: Residency) -> int:
         """Bytes of weights that are copied for each use."""

@@ -183,13 +183,15 @@ class UpdatingMachine(Machine):
 
         Where that fails half way no further step is taken: some parameters are of this step, others are not.
         """
+        waiting = [state for state in self.placing.states if state.present]
+        if not waiting:
+            return  # in_backward: what the host still updates runs beside the next forward
         self.tickets.arrive_all()  # whoever reads the factors of the step before is done with them
         unscaled = scale / self.held.loss_scale
         self._factors = {added: self._factor(scale if added else unscaled) for added in (False, True)}
         try:
-            for state in self.placing.states:
-                if state.present:
-                    self._update(state.layout.index, self._factors[state.added])
+            for state in waiting:
+                self._update(state.layout.index, self._factors[state.added])
         except BaseException:
             self.broken = HALF_UPDATED.format("optimizer.step()")
             raise

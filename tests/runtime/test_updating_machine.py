@@ -1,5 +1,6 @@
 """The machine of our own optimizer over a hand-written program: whom it waits for, and what it keeps."""
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,17 @@ def test_a_fetch_during_an_update_brings_what_the_update_made(monkeypatch: pytes
     weights = two.machine.wait(fetched, 0)
     assert weights is fetched and torch.equal(weights[:4], torch.arange(4.0) - 1)
     waiting[1]()
+
+
+def test_the_end_of_a_step_does_not_wait_for_updates_that_the_backward_began() -> None:
+    two, opened = Two("host", in_backward=True), threading.Event()
+    two.machine.worker.submit(-1, "the gate", lambda: None if opened.wait(10) else pytest.fail("never opened"))
+    two.backward(1.0)
+    two.machine.update_all(1.0)
+    tickets = [two.machine.tickets.get(index) for index in (0, 1)]
+    assert [ticket is not None and ticket.is_done(0) for ticket in tickets] == [False, False]
+    opened.set()
+    assert [two.weights(index)[0].item() for index in (0, 1)] == [-1.0, 19.0]
 
 
 @EVERYWHERE
