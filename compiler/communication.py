@@ -24,12 +24,13 @@ def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
         for axis, collective, num_bytes in _received(node, plan, sizes):
             counts[axis, collective] += 1
             received[axis, collective] += num_bytes
-    order = {axis.name: i for i, axis in enumerate(plan.mesh.axes)}
+    order = {plan.mesh.replica_name: -1} | {axis.name: i for i, axis in enumerate(plan.mesh.axes)}
     found = sorted(counts, key=lambda key: (order[key[0]], key[1]))
     return tuple(Exchange(*key, counts[key], received[key]) for key in found)
 
 
 def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
+    replicas, together = plan.mesh.replicas, plan.mesh.replica_name
     if node.target is ALL_GATHER:
         yield node.args[2], "all-gather", (node.args[3] - 1) * tensor_type(node.args[0]).num_bytes
     elif node.target is REDUCE_SCATTER:
@@ -38,16 +39,16 @@ def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tupl
         yield node.args[1], "all-reduce", _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
     elif plan.batches > 1 and node.target is AVERAGE:
         yield DATA, "all-reduce", _all_reduced(tensor_type(node).num_bytes, plan.batches)
-    elif plan.batches > 1 and node.target is REDUCE:
+    elif replicas > 1 and node.target is REDUCE:
         num_bytes = tensor_type(node.args[0]).num_bytes
         if plan.zero > 1 and plan.layout.chunks[node.args[1]].shards > 1:
-            yield DATA, "reduce-scatter", num_bytes * (plan.batches - 1) // plan.batches
+            yield together, "reduce-scatter", num_bytes * (replicas - 1) // replicas
         else:
-            yield DATA, "all-reduce", _all_reduced(num_bytes, plan.batches)
+            yield together, "all-reduce", _all_reduced(num_bytes, replicas)
     elif node.target is FETCH:
         chunk = plan.layout.chunks[node.args[0]]
         if chunk.shards > 1:
-            yield DATA, "all-gather", chunk.compute_bytes - chunk.shard_bytes
+            yield together, "all-gather", chunk.compute_bytes - chunk.shard_bytes
 
 
 def _all_reduced(num_bytes: int, ranks: int) -> int:

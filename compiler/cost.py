@@ -37,8 +37,8 @@ CUDA = Rates(
 """Measured on H100 and H200 with PCIe 5 and 16 cores, both directions of the bus and the host's updates busy.
 
 Fitted to profiles of OPT x 1024 on H100. Of 2.7B the device computed 3.5e14 FLOP in 0.638 s at batch 16 and 1.63e14
-in 0.324 s at batch 8, that is 500 to 550 TFLOP/s. The host updated 79M parameters in 13 to 16 ms and 67M in 11 to 15 ms;
-where others were streamed, for which the bus gave 28 GB/s, in up to 22 ms.
+in 0.324 s at batch 8, that is 500 to 550 TFLOP/s. The host updated 79M parameters in 13 to 16 ms and 67M in 11 to
+15 ms; where others were streamed, for which the bus gave 28 GB/s, in up to 22 ms.
 """
 
 LAUNCH_S = 1.5e-3

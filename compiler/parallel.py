@@ -22,8 +22,8 @@ class Parallel:
 
     Fields:
         data: how many processes, or groups of them, have a batch of their own; None: as many as the world has room for.
-        zero: what the processes along `data` hold a part of, instead of all: 1 the optimizer's state, 2 gradients
-            too, 3 weights too.
+        zero: what the processes with the same weights, along `data`, 2.5d's depth and 3d's a, hold a part of instead
+            of all: 1 the optimizer's state, 2 gradients too, 3 weights too.
         mode: how tensors are sharded: "1d", "2d", "2.5d" or "3d"; None: not at all.
         size: over how many processes.
         depth: of 2.5d: how many layers of the square.

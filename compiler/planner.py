@@ -197,7 +197,7 @@ class _Memory:
         """Bytes of chunks that the ranks have exchanged and the exchange has not let go of yet."""
         exchanged = (chunk.compute_bytes for chunk in self.chunks if chunk.trainable or chunk.shards > 1)
         largest = max(exchanged, default=0)
-        return EXCHANGED * largest if self.plan.batches > 1 else 0
+        return EXCHANGED * largest if self.plan.mesh.replicas > 1 else 0
 
     def streaming(self, residency: Residency) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""

@@ -74,7 +74,7 @@ class Plan:
         mode: how they shard tensors, a key of `passes.modes.MODES`; "" where they do not.
         sequence: whether the mode "1d" shards activations along the sequence.
         table: placements of the user's own, from patterns of parameter names, such as ("lm_head.*", "col=S0").
-        zero: what processes along the axis "data" hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
+        zero: what processes with the same weights hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
@@ -115,7 +115,7 @@ class Plan:
 
     def shards(self, trainable: bool) -> int:
         """How many processes share out a chunk's training state, by whether it is trained."""
-        return self.batches if self.zero == 3 or (self.zero and trainable) else 1
+        return self.mesh.replicas if self.zero == 3 or (self.zero and trainable) else 1
 
     @property
     def training_state(self) -> Updates | TorchUpdates:
@@ -158,7 +158,7 @@ class Plan:
                 if self.mode
                 else []
             ),
-            *([("ZeRO", f"stage {self.zero}, over {self.batches} process(es)")] if self.zero else []),
+            *([("ZeRO", f"stage {self.zero}, over {self.mesh.replica_name or 'one process'}")] if self.zero else []),
             *(
                 (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
                 for e in self.exchanges

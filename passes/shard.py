@@ -26,7 +26,7 @@ from torch import fx
 
 from ..runtime.errors import ShardingError
 from ..runtime.linear_loss import ABSENT
-from ..runtime.mesh import REPLICATE, Placement, Placements, Shard, local_shape, placements_text
+from ..runtime.mesh import PARTIAL, REPLICATE, Placement, Placements, Shard, local_shape, of_gradient, placements_text
 from .manager import graph_pass
 from .modes import roles_of
 from .plan import Plan
@@ -130,14 +130,29 @@ def _swapped(placement: Placement) -> Placement:
 
 
 def _result(sharder: Sharder, program: Program, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
-    """Results are whole, and gradients of parameters lie as these do. Beside a loss, the one output with a gradient,
-    sharded outputs such as logits are not gathered: they would be the largest tensors there are."""
+    """Results are whole, and gradients of parameters lie as these do, as terms of a sum over the replicas. Beside a
+    loss, the one output with a gradient, sharded outputs such as logits are not gathered: they would be the largest
+    tensors there are."""
     kind, _, name = role.partition(":")
-    placements = found.get(name, sharder.everywhere) if kind == "gradient" else sharder.everywhere
+    if kind == "gradient" and name in found:
+        return _gradient(sharder, program, node, of_gradient(found[name], sharder.axes))
     tangents = program.inputs("tangent")
     beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents
     sharded = sharder.placements(node) != sharder.everywhere
     sharder.at = program.output if node.op == "placeholder" else node
     if beside_loss and sharded:
         return sharder.emit(ABSENT, sharder.values[node].node)
-    return sharder.local(node, placements)
+    return sharder.local(node, sharder.everywhere)
+
+
+def _gradient(sharder: Sharder, program: Program, node: fx.Node, wanted: Placements) -> fx.Node:
+    """A gradient that the replicas have whole, such as that of a penalty on weights, is made a term of their sum."""
+    pairs = list(zip(sharder.placements(node), wanted, sharder.axes, strict=True))
+    sharder.at = program.output if node.op == "placeholder" else node
+    part = sharder.local(node, tuple(w if w == p or w != PARTIAL else REPLICATE for p, w, _ in pairs))
+    whole = prod(axis.size for p, w, axis in pairs if w == PARTIAL and p != PARTIAL)
+    if whole == 1:
+        return part
+    behind = program.output if part.op == "placeholder" else part.next
+    term = program.emit(aten.div.Scalar, (part, whole), before=behind, like=note(node))
+    return sharder.value(term, wanted).node

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
+from ..runtime.mesh import PARTIAL, REPLICAS, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
 from .modes import Role, roles_of
 from .plan import Plan
 from .program import Program, note, type_of
@@ -62,6 +62,7 @@ def place_parameters(program: Program, plan: Plan) -> Found:
         pattern = next((p for p in table if re.fullmatch(p, name)), None)
         if pattern is not None:
             found.placements[name] = parse_placements(table[pattern], axes)
+            _check_replicated(name, found.placements[name], axes)
             _check_divides(name, shape, found.placements[name], axes)
             continue
         use, taken = uses.get(node), [1] * len(shape)
@@ -94,6 +95,13 @@ def _sharded_dim(use: Use, role: Role) -> int | None:
 def is_hidden_sharded(role: Role, turned: bool) -> bool:
     """Whether the axis shards the hidden dimension of activations, those that a first linear layer made or others."""
     return role.activation == "hidden" if role.weight != "turns" else (role.activation == "hidden") != turned
+
+
+def _check_replicated(name: str, placements: Placements, axes: tuple[Axis, ...]) -> None:
+    for placement, axis in zip(placements, axes, strict=True):
+        if axis.name in REPLICAS and placement != REPLICATE:
+            raise ValueError(f"the table has {placement} for {name} on {axis.name}, along which all processes have the "
+                             "same weights; leave that axis out (zero=3 divides weights over it)")  # fmt: skip
 
 
 def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..runtime.errors import VerificationError
+from ..runtime.mesh import of_gradient, parse_placements, placements_text
 from ..runtime.ops import FETCH, GRADIENTS, PUT, REDUCE, RELEASE, SETTLE, TURN, WAIT
 from .plan import Plan
 from .program import Program, aliased_inputs, annotate, is_noted, note, type_of
@@ -142,14 +143,17 @@ def canonical(program: Program, plan: Plan) -> Offence | None:
 
 @fact
 def sharded(program: Program, plan: Plan) -> Offence | None:
-    """Gradients lie on the mesh as their parameters do, and everything else that leaves the program is whole."""
-    parameters = program.inputs("parameter")
+    """Gradients lie on the mesh as their parameters do, as terms of a sum over the replicas, and everything else that
+    leaves the program is whole."""
+    parameters, axes = program.inputs("parameter"), plan.mesh.tensor_axes
     for role, node in program.results.items():
         kind, _, name = role.partition(":")
-        expected = note(parameters[name]).placement if kind == "gradient" and name in parameters else "R"
-        found = note(node).placement or "R"
-        if plan.mesh.tensor_axes and found != (expected or "R"):
-            return Offence(node, f"{role}, which lies on {found}", f"the placement {expected or 'R'}")
+        expected, found = "R", note(node).placement or "R"
+        if kind == "gradient" and name in parameters:
+            parameter = parse_placements(note(parameters[name]).placement or "R", axes)
+            expected = placements_text(of_gradient(parameter, axes), axes)
+        if axes and found != expected:
+            return Offence(node, f"{role}, which lies on {found}", f"the placement {expected}")
     return None
 
 

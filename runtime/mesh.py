@@ -15,6 +15,10 @@ from torch import Tensor
 DATA = "data"
 """The axis along which every process has a batch of its own."""
 
+REPLICAS = (DATA, "depth", "a")
+"""The axes along which processes have the same weights, and other examples: 2.5d's depth and 3d's a are like data in
+that. A program leaves gradients partial along them; they are summed, and ZeRO divides training states, by chunk."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -81,6 +85,26 @@ class Mesh:
         """How many batches make one step's."""
         return prod(axis.size for axis in self.axes if axis.name == DATA)
 
+    @cached_property
+    def replica_axes(self) -> tuple[Axis, ...]:
+        """The axes of `REPLICAS` that are there; they come first."""
+        return tuple(axis for axis in self.axes if axis.name in REPLICAS)
+
+    @cached_property
+    def replicas(self) -> int:
+        """How many processes have the same weights."""
+        return prod(axis.size for axis in self.replica_axes)
+
+    @cached_property
+    def replica_name(self) -> str:
+        """What the replica axes are called where they are one: "data", or "data x depth"."""
+        return " x ".join(axis.name for axis in self.replica_axes)
+
+    @cached_property
+    def weight_axes(self) -> tuple[Axis, ...]:
+        """The axes that weights are sharded over."""
+        return tuple(axis for axis in self.axes if axis.name not in REPLICAS)
+
     def coordinate(self, rank: int, name: str) -> int:
         """Where a process stands on an axis; 0 on one that the mesh does not have."""
         for axis in reversed(self.axes):
@@ -94,6 +118,13 @@ class Mesh:
 
 
 ONE_PROCESS = Mesh()
+
+
+def of_gradient(parameter: Placements, axes: tuple[Axis, ...]) -> Placements:
+    """How a gradient leaves a program: as its parameter lies, and a term of a sum over the replicas."""
+    return tuple(
+        PARTIAL if axis.name in REPLICAS else placement for placement, axis in zip(parameter, axes, strict=True)
+    )
 
 
 def local_shape(shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> tuple[int, ...]:

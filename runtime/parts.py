@@ -48,9 +48,9 @@ class Parts:
         return whole_shape(slot.shape, self.placements(slot), self._axes)
 
     def replicas(self, slot: Slot) -> int:
-        """How many of the processes that share a batch have the same part."""
-        placed = zip(self.placements(slot), self._axes, strict=True)
-        return prod(axis.size for placement, axis in placed if not isinstance(placement, Shard))
+        """How many of the processes along the axes that weights are sharded over have the same part."""
+        placed = dict(zip(self._axes, self.placements(slot), strict=True))
+        return prod(axis.size for axis in self.ranks.mesh.weight_axes if not isinstance(placed[axis], Shard))
 
     def take(self, whole: Tensor, slot: Slot) -> Tensor:
         """This process's part; a view where the part is one rectangle.
@@ -84,12 +84,13 @@ class Parts:
         return [row.view(part.shape) for row in found]
 
     def norm(self, norm: Tensor) -> Tensor:
-        """The norm over the processes that share a batch, of `norm`s in which a part that several have is divided
-        by the root of their number."""
-        if not (self._axes and self.ranks.together):
+        """The norm of whole tensors, of each process's `norm` of its parts, in which one that several have is divided
+        by the root of `replicas`."""
+        axes = self.ranks.mesh.weight_axes
+        if not (axes and self.ranks.together):
             return norm
         squares = norm.square()
-        for axis in self._axes:
+        for axis in axes:
             self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name])
         return squares.sqrt()
 

@@ -29,7 +29,8 @@ class Clock:
 @dataclass(frozen=True)
 class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
-    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes."""
+    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of all
+    its replica axes together."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -54,9 +55,10 @@ class Ranks:
             on_cuda = device.type == "cuda"
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
                                     device_id=device if on_cuda else None)  # fmt: skip
-        names = tuple(axis.name for axis in mesh.axes)
-        made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names)
-        return cls(mesh, dist.get_rank(), groups={name: made.get_group(name) for name in names})
+        groups = _groups(device, {axis.name: axis.size for axis in mesh.axes})
+        if len(mesh.replica_axes) > 1:
+            groups |= _groups(device, {mesh.replica_name: mesh.replicas, "rest": mesh.size // mesh.replicas})
+        return cls(mesh, dist.get_rank(), groups=groups)
 
     @property
     def size(self) -> int:
@@ -66,6 +68,19 @@ class Ranks:
     def data_rank(self) -> int:
         """Which of the step's batches is this process's."""
         return self.mesh.coordinate(self.rank, DATA)
+
+    @property
+    def replica(self) -> int:
+        """Which of the processes with the same weights this is."""
+        number = 0
+        for axis in self.mesh.replica_axes:
+            number = number * axis.size + self.mesh.coordinate(self.rank, axis.name)
+        return number
+
+    @property
+    def replica_group(self) -> Any:
+        """The process group of those with the same weights."""
+        return self.groups[self.mesh.replica_name]
 
     @property
     def on_this_host(self) -> int:
@@ -83,10 +98,21 @@ class Ranks:
         return Collectives(self.mesh, self.rank, self.groups, self.call)
 
     def average_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its mean over the batches. Divided first: sums of bfloat16 stay in range."""
+        """Replace a tensor by its mean over the batches."""
         if self.together and self.mesh.data_size > 1:
             self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=self.groups[DATA])
         return tensor
+
+    def term_(self, gradients: Tensor) -> Tensor:
+        """Turn this replica's gradients into its term of their sum over the replicas, which is the mean over batches
+        of whole gradients. Divided before the sum: those of bfloat16 stay in range."""
+        return gradients.div_(self.mesh.data_size) if self.mesh.data_size > 1 else gradients
+
+    def reduce_(self, gradients: Tensor) -> Tensor:
+        """Replace this replica's gradients by those of the step."""
+        if self.together and self.mesh.replicas > 1:
+            self.call(dist.all_reduce, self.term_(gradients), group=self.replica_group)
+        return gradients
 
     def from_first_(self, tensor: Tensor, device: torch.device) -> None:
         """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""
@@ -156,3 +182,9 @@ class Ranks:
                 "one of them has died, see its own error, or does something else, such as a call with a batch of "
                 f"another shape or a step that the others do not take ({error}). Restart all from the last checkpoint"
             ) from error
+
+
+def _groups(device: torch.device, axes: dict[str, int]) -> dict[str, Any]:
+    """The process groups of a mesh of all processes, by the names of its axes."""
+    made = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return {name: made.get_group(name) for name in axes}

@@ -155,7 +155,7 @@ class UpdatingMachine(Machine):
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         chunk, state = self.chunks[index], self.placing.states[index]
         self._complete(chunk)
-        gradients = self.zero.average(gradients, chunk.layout)
+        gradients = self.zero.reduce(gradients, chunk.layout)
         self.tickets.arrive(index)
         last = self.backwards == self.updates.accumulate
         adds = state.present or self.updates.accumulate > 1

@@ -1,4 +1,4 @@
-"""ZeRO: of each chunk's training state the processes along the axis "data" keep a shard each, not all of it.
+"""ZeRO: of each chunk's training state the processes that have the same weights keep a shard each, not all of it.
 
 The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose weights take n bytes:
 
@@ -20,7 +20,6 @@ from torch import distributed as dist
 
 from .collectives import all_gather_single, reduce_scatter_single
 from .layout import STREAM_PIECE, ChunkLayout
-from .mesh import DATA
 from .ranks import Ranks
 
 
@@ -34,32 +33,31 @@ class Zero:
     @property
     def number(self) -> int:
         """Which shard of every divided chunk is this process's."""
-        return self.ranks.data_rank
+        return self.ranks.replica
 
     def own(self, whole: Tensor, layout: ChunkLayout) -> Tensor:
         """The view of this process's shard in a flat tensor as long as the chunk."""
         return whole.narrow(0, self.number * layout.shard_numel, layout.shard_numel) if layout.shards > 1 else whole
 
-    def average(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
-        """This process's shard of the gradients' mean over the batches: a view of `gradients`, whose other elements
-        are used up. Divided first: sums of bfloat16 stay in range."""
+    def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
+        """This process's shard of the step's gradients: a view of `gradients`, whose other elements are used up."""
         if layout.shards == 1 or self.stage == 1:
-            return self.own(self.ranks.average_(gradients), layout)
-        mine = self.own(gradients.div_(layout.shards), layout)
-        self.ranks.call(reduce_scatter_single, mine, gradients, group=self.ranks.groups[DATA])
+            return self.own(self.ranks.reduce_(gradients), layout)
+        mine = self.own(self.ranks.term_(gradients), layout)
+        self.ranks.call(reduce_scatter_single, mine, gradients, group=self.ranks.replica_group)
         return mine
 
     def gather(self, whole: Tensor, shard: Tensor) -> "Gather":
         """Start to fill `whole` with all processes' shards. `shard` may be this one's view of `whole`."""
-        group = self.ranks.groups[DATA]
+        group = self.ranks.replica_group
         return Gather(self.ranks, self.ranks.call(all_gather_single, whole, shard, group=group, async_op=True))
 
     def norm(self, norm: Tensor) -> Tensor:
         """The norm of all shards, of that of each process's."""
-        if self.stage == 0 or not self.ranks.together or self.ranks.mesh.data_size == 1:
+        if self.stage == 0 or not self.ranks.together or self.ranks.mesh.replicas == 1:
             return norm
         squares = norm.square()
-        self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[DATA])
+        self.ranks.call(dist.all_reduce, squares, group=self.ranks.replica_group)
         return squares.sqrt()
 
     def take(self, value: Tensor, layout: ChunkLayout, slot: int) -> Tensor:
@@ -82,7 +80,7 @@ class Zero:
                     moving = held[start - there.start : stop - there.start].to(device)
                 else:
                     moving = torch.empty(stop - start, dtype=held.dtype, device=device)
-                self.ranks.call(dist.broadcast, moving, group=self.ranks.groups[DATA], group_src=number)
+                self.ranks.call(dist.broadcast, moving, group=self.ranks.replica_group, group_src=number)
                 whole[start:stop] = moving
         return whole.view(layout.slots[slot].shape)
 

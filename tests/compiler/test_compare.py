@@ -2,6 +2,7 @@
 
 import geminifx
 import pytest
+import torch
 from geminifx.compiler.cli import app
 from geminifx.compiler.compare import compare, ways
 from typer.testing import CliRunner
@@ -36,6 +37,26 @@ def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
     reduced = max(plan.exchanges, key=lambda exchange: exchange.received_bytes)
     assert reduced.axis == "data" and reduced.collective == "all-reduce"
     assert 0 <= reduced.received_bytes - 2 * gradients * 3 // 4 <= 64, "the loss and the number of tokens besides"
+
+
+def test_over_the_depth_every_gradient_is_exchanged_twice_too() -> None:
+    parallel = {"tensor": {"mode": "2.5d", "size": 8, "depth": 2}}
+    plan = geminifx.compile(opt(), parallel=parallel, world_size=8, example_inputs=tokens(batch=4)).plan
+    gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks)
+    reduced = max((e for e in plan.exchanges if e.axis == "depth"), key=lambda exchange: exchange.received_bytes)
+    assert reduced.collective == "all-reduce"
+    assert 0 <= reduced.received_bytes - 2 * gradients * 1 // 2 <= 64, "the loss and the number of tokens besides"
+
+
+def test_depth_and_data_are_one_where_weights_are_shared_out() -> None:
+    parallel = {"data": 2, "zero": 3, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}
+    compiled = geminifx.compile(opt(), parallel=parallel, world_size=16, example_inputs=tokens(batch=4))
+    compiled.optimizer(torch.optim.AdamW, lr=1e-3)
+    plan = compiled.plan
+    assert {chunk.shards for chunk in plan.layout.chunks} == {4} and "ZeRO" in str(plan)
+    assert "stage 3, over data x depth" in str(plan)
+    found = {e.collective for e in plan.exchanges if e.axis == "data x depth"}
+    assert found == {"all-gather", "reduce-scatter"}
 
 
 def test_the_command_shows_a_table() -> None:

@@ -59,8 +59,8 @@ class Sharded(Training):
         return {"input_ids": whole["input_ids"][rows], "labels": labels[rows]}
 
 
-def tensor(mode: str, size: int, data: int = 1, **more: Any) -> dict[str, Any]:
-    return {"data": data, "tensor": {"mode": mode, "size": size, **more}}
+def tensor(mode: str, size: int, data: int = 1, zero: int = 0, **more: Any) -> dict[str, Any]:
+    return {"data": data, "zero": zero, "tensor": {"mode": mode, "size": size, **more}}
 
 
 CASES: dict[int, dict[str, Sharded]] = {
@@ -74,6 +74,9 @@ CASES: dict[int, dict[str, Sharded]] = {
         ),
         "2.5d of two layers, data 2, in the backward": Sharded(
             OPT, Own(in_backward=True), HOST, parallel=tensor("2.5d", 2, data=2, depth=2)
+        ),
+        "2.5d of two layers, data 2, zero 3 over both, clipped, on the host": Sharded(
+            LLAMA, Own(max_grad_norm=0.5), HOST, parallel=tensor("2.5d", 2, data=2, zero=3, depth=2)
         ),
         "2.5d of one layer": Sharded(BERT, Own(), parallel=tensor("2.5d", 4)),
     },
@@ -95,6 +98,12 @@ CASES: dict[int, dict[str, Sharded]] = {
         "2.5d": Sharded(OPT, Own(), parallel=tensor("2.5d", 8, depth=2)),
         "2.5d, on the host, within the least": Sharded(
             QWEN3, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("2.5d", 8, depth=2)
+        ),
+        "2.5d, zero 1, in the backward": Sharded(
+            GPT2, Own(in_backward=True), parallel=tensor("2.5d", 8, zero=1, depth=2)
+        ),
+        "3d, zero 2, clipped, on the host, within the least": Sharded(
+            OPT, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("3d", 8, zero=2)
         ),
         "3d": Sharded(GPT2, Own(max_grad_norm=0.5), parallel=tensor("3d", 8)),
         "3d, on the host, within the least": Sharded(

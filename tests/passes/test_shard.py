@@ -144,6 +144,11 @@ def test_a_table_that_makes_no_sense_is_refused(table: dict[str, str], message: 
         whole_step(OPT).shard(plan_for(declared("1d", 2, table=table)))
 
 
+def test_a_table_that_shards_weights_along_replicas_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"S0 for .*fc1.bias on depth, along which all .* the same weights; leave that"):
+        whole_step(OPT).shard(plan_for(declared("2.5d", 8, depth=2, table={".*fc1.bias": "depth=S0"})))
+
+
 def test_a_table_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shards dimension 0 of .*fc1.bias \[64\] over 3 ranks, by which it does not"):
         whole_step(OPT).shard(plan_for(declared("1d", 3, table={".*fc1.bias": "tp=S0"})))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from all_ranks import run_on_all, run_whole
+from all_ranks import run_whole
 from geminifx.compiler.capture import Request, capture
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.manager import run_passes
@@ -13,7 +13,7 @@ from geminifx.passes.plan import Plan
 from geminifx.passes.program import note, type_of
 from geminifx.passes.shard import shard
 from geminifx.runtime.linear_loss import ABSENT
-from sharding import ROUNDING, Sharded, Whole, declared, plan_for
+from sharding import ROUNDING, Sharded, Whole, declared, found_by_all, plan_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -92,7 +92,7 @@ def sharded(loss: Callable[[Small, Tensor, Tensor], Tensor], parallel: dict[str,
     values = {note(node).role: values[note(node).role] for node in program.placeholders}
     plan = plan_for(parallel)
     parts = Whole(program, values).shard(plan)
-    return Sharded(plan.mesh, program, parts, run_whole(program, values), run_on_all(parts, plan.mesh, values))
+    return Sharded(plan.mesh, program, parts, run_whole(program, values), found_by_all(parts, plan.mesh, values))
 
 
 def assert_same(found: Sharded) -> None:

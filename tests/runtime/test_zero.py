@@ -100,7 +100,7 @@ class TwoRanks(Zero):
 
         return Gather(self.ranks, Done())
 
-    def average(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
+    def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
         return self.own(gradients, layout)
 
 

@@ -103,6 +103,20 @@ def whole_step(case: Case, training: bool = True, rows: int = 8) -> Whole:
     return Whole(program, values)
 
 
+def found_by_all(program: Program, mesh: Mesh, values: Values) -> dict[str, list[Tensor]]:
+    """Results by role, of all ranks, gradients of parameters once they are summed over the replicas."""
+    found, parameters = run_on_all(program, mesh, values), program.inputs("parameter")
+    gradients = [role for name in parameters if (role := f"gradient:{name}") in found]
+    return found | {role: over_replicas(found[role], mesh) for role in gradients}
+
+
+def over_replicas(parts: list[Tensor], mesh: Mesh) -> list[Tensor]:
+    """The sums that chunks' gradients become: of all ranks with the same weights."""
+    places = [tuple(mesh.coordinate(rank, axis.name) for axis in mesh.weight_axes) for rank in range(mesh.size)]
+    sums = {place: sum(part for part, at in zip(parts, places, strict=True) if at == place) for place in set(places)}
+    return [sums[place] for place in places]  # type: ignore[misc]
+
+
 def sharded_step(case: Case, parallel: dict[str, Any], training: bool = True, rows: int = 8) -> Sharded:
     return sharded(whole_step(case, training, rows), parallel)
 
@@ -111,7 +125,7 @@ def sharded(whole: Whole, parallel: dict[str, Any]) -> Sharded:
     plan = plan_for(parallel)
     program = whole.shard(plan)
     torch.manual_seed(0)
-    found = run_on_all(program, plan.mesh, whole.values)
+    found = found_by_all(program, plan.mesh, whole.values)
     torch.manual_seed(0)
     return Sharded(plan.mesh, whole.program, program, run_whole(whole.program, whole.values), found)
 
