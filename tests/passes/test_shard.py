@@ -145,7 +145,9 @@ def test_a_table_that_makes_no_sense_is_refused(table: dict[str, str], message: 
 
 
 def test_a_table_that_shards_weights_along_replicas_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"S0 for .*fc1.bias on depth, along which all .* the same weights; leave that"):
+    with pytest.raises(
+        ValueError, match=r"S0 for .*fc1.bias on depth, along which all .* the same weights; leave that"
+    ):
         whole_step(OPT).shard(plan_for(declared("2.5d", 8, depth=2, table={".*fc1.bias": "depth=S0"})))
 
 
