@@ -1,7 +1,6 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,9 +18,9 @@ from ..passes.program import Program
 from ..passes.shard_parameters import whole_parameters
 from ..passes.text import print_program
 from ..runtime.chunks import ChunkStore
-from ..runtime.errors import BudgetError, StateError
+from ..runtime.errors import StateError
 from ..runtime.executor import Executor
-from ..runtime.layout import Layout, TorchUpdates, Updates
+from ..runtime.layout import TorchUpdates, Updates
 from ..runtime.machine import Machine
 from ..runtime.ops import AVERAGE, REDUCE
 from ..runtime.parts import Parts
@@ -37,21 +36,13 @@ from .arguments import check_shared, leaf_key
 from .capture import Captured, Request, capture
 from .communication import exchanges
 from .device import Device
-from .logits import absent_outputs, logits_bytes
+from .logits import absent_outputs
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
-from .packing import divide, pack
-from .plan_check import check_plan
-from .planner import HostBudgetError, Solution, Wishes, check, solve
+from .planning import Planning
 from .precision import cast_dtype, parameter_dtypes
 
 PATIENCE_S = 1.0
-ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
-NOT_DIVIDED = (
-    "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
-    "lr=...) before the first step and step that, or leave zero out of parallel="
-)
-NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,10 @@ class Session:
         default = "bf16" if self.device.is_cuda else None
         self.dtype = DTYPES.get(options.precision or default or "")
         self.dtypes = parameter_dtypes(source, self.dtype)
+        self._parameters = dict(source.named_parameters())
+        self.planning = Planning(
+            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source)
+        )
         device_limit = None if self.device.is_cuda else self.limits.device_bytes
         self.tiers = (
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
@@ -97,8 +92,6 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._programs: dict[Any, Compiled] = {}
-        self._lowered: dict[Any, tuple[Captured, Program]] = {}
-        self._parameters = dict(source.named_parameters())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
     # -- programs ------------------------------------------------------------------------------------------
@@ -122,7 +115,7 @@ class Session:
 
     def _shard(self, captured: Captured) -> Captured:
         """The captured step of this process's parts, where tensors are sharded. Raises ShardingError."""
-        plan = Plan(**self._shared_by())
+        plan = self.planning.shared()
         if not plan.mesh.tensor_axes:
             return captured
         program, records = self.lowering.shard(captured.program, plan)
@@ -136,7 +129,8 @@ class Session:
         if backward and not self.trained:
             # Until the first step masters may still move, so the first real batch is planned for from scratch.
             self._programs.clear()
-        solution = self._decide(captured)
+        solution, refusal = self.planning.decide(captured, self.plan, bool(self._programs), self.updates)
+        self.refusal = refusal or self.refusal
         plan = replace(solution.plan, exchanges=exchanges(solution.program, solution.plan))
         machine = self.machine = self.machine or self._make_machine(plan)
         stale = self.plan is None or self.plan.updates != self.updates
@@ -148,60 +142,6 @@ class Session:
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
         return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))
-
-    def _decide(self, captured: Captured) -> Solution:
-        names, options, given = blocks(self.source), self.options, self._given_plan()
-        lower = partial(self._lower, captured)
-        if given is not None:
-            given = replace(given, notes=captured.notes, **self._shared_by())
-            if self.plan is None:  # parameters may be frozen afterwards
-                check_plan(given, self._parameters, names, self.dtypes)
-            return self._either(lambda plan: check(plan, lower, self.limits), given, given.updates, BudgetError)
-        layout = self.plan.layout if self.plan else self._layout(captured.program, names)
-        fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
-        fusible = fuse_loss is not False and not self.ranks.mesh.tensor_axes
-        saves = logits_bytes(captured.program) if fusible else 0
-        notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = Plan(options.placement, self.limits.device_bytes, layout, notes=notes,
-                     optimizer_state_bytes=options.optimizer_state_bytes, **self._shared_by())  # fmt: skip
-        fixed = self.plan.residency if self.plan and self._programs else Residency()
-        masters = fixed.masters if self.plan and self._programs else None
-        wishes = Wishes(options.placement, self._recompute(names), names, masters, fixed.streamed, fuse_loss, saves)
-        ours = Updates() if any(chunk.casts for chunk in layout.chunks) else None
-        return self._either(lambda plan: solve(plan, lower, self.limits, wishes), draft, ours, HostBudgetError)
-
-    def _layout(self, program: Program, names: tuple[str, ...]) -> Layout:
-        return divide(pack(program, self._parameters, names, self.dtypes), Plan(**self._shared_by()).shards)
-
-    def _shared_by(self) -> dict[str, Any]:
-        """The fields of a plan that tell how processes share the work."""
-        degrees = self.options.degrees
-        mode = degrees.mode if self.ranks.mesh.tensor_axes else None
-        return {"mesh": self.ranks.mesh, "mode": mode or "", "sequence": degrees.sequence, "table": degrees.table,
-                "zero": degrees.zero}  # fmt: skip
-
-    def _either(self, decide: Callable[[Plan], Solution], plan: Plan, ours: Updates | None,
-                excused: type[BudgetError]) -> Solution:  # fmt: skip
-        """Decide for the optimizer there is. A torch optimizer's state may be too large where `ours` is not: whether
-        that is to be used is told only after compiling, and until then steps are refused. So they are where chunks
-        are divided, whose training state is of no other kind."""
-        if self.updates is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
-            self.refusal = StateError(NOT_DIVIDED.format(plan.zero))
-            return decide(replace(plan, updates=ours or Updates()))
-        try:
-            return decide(replace(plan, updates=self.updates))
-        except excused as refusal:
-            if self.updates is not None or ours is None:
-                raise
-            self.refusal = refusal
-            return decide(replace(plan, updates=ours, notes=(*plan.notes, ONLY_OURS)))
-
-    def _lower(self, captured: Captured, plan: Plan) -> Program:
-        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
-        key = id(captured), plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
-        if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
-            self._lowered[key] = captured, self.lowering.flat(captured.program, plan)
-        return self._lowered[key][1]
 
     def names(self) -> dict[int, str]:
         """The parameters' names, by their identity."""
@@ -240,19 +180,6 @@ class Session:
             self.refusal = error  # some parameters have moved, others have found no room
             raise
         return machine
-
-    def _given_plan(self) -> Plan | None:
-        given = self.options.plan
-        return given if given is None or isinstance(given, Plan) else Plan.load(given)
-
-    def _recompute(self, names: tuple[str, ...]) -> tuple[str, ...] | None:
-        chosen = self.options.recompute
-        if isinstance(chosen, str):
-            return {"auto": None, "none": (), "all": names}[chosen]
-        unknown = [name for name in chosen if name not in names]
-        if unknown:
-            raise ValueError(f"recompute names {unknown[0]!r}, which is no block; the blocks are {', '.join(names)}")
-        return chosen
 
     # -- memory --------------------------------------------------------------------------------------------
 
@@ -336,7 +263,7 @@ class Session:
         if training:
             self.trained = True
             self.ranks.clock.step += 1
-            self._lowered.clear()
+            self.planning.forget()
         self._note_peaks()
         for tier in self.tiers:
             tier.begin_step()
