@@ -13,6 +13,8 @@ from typing import Any
 
 import geminifx
 import torch
+from geminifx.compiler.parallel import Parallel, parse_parallel
+from geminifx.runtime.mesh import DATA
 from geminifx.runtime.units import parse_bytes
 from random_opt import empty_model, fill, random_batch, random_model
 from torch import Tensor, nn
@@ -34,7 +36,8 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """One measurement: the model's size ("1.3b"), sequences per step, tokens per sequence, device budget.
+    """One measurement: the model's size ("1.3b"), sequences per step of all processes, tokens per sequence, device
+    budget, and in how many processes.
 
     The remaining fields are for `geminifx.compile`.
     """
@@ -43,22 +46,42 @@ class Setup:
     batch: int
     seq: int
     budget: str | None = None
+    nprocs: int = 1
     host_budget: str | None = None
     plan: str | None = None
     recompute: str = "auto"
+    parallel: str | None = None
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def tokens(self) -> dict[str, Tensor]:
-        return random_batch(self.size, self.batch, self.seq, self.device)
+    def tokens(self, parts: int = 1, part: int = 0) -> dict[str, Tensor]:
+        """Return the batch, or one of the parts that its sequences are divided into."""
+        if self.batch % parts:
+            raise ValueError(f"a batch of {self.batch} does not divide by {parts} processes with batches of their own")
+        whole, rows = random_batch(self.size, self.batch, self.seq, self.device), self.batch // parts
+        return {name: tokens[part * rows : (part + 1) * rows] for name, tokens in whole.items()}
+
+    def own_tokens(self) -> dict[str, Tensor]:
+        """Return what of the batch this process is to give a model that is parallel as declared."""
+        mesh = Parallel.of(self.declared).mesh(None, self.nprocs)
+        return self.tokens(mesh.data_size, mesh.coordinate(rank(), DATA))
+
+    @property
+    def declared(self) -> dict[str, Any] | None:
+        return parse_parallel(self.parallel) if self.parallel else None
 
     def blocks_recomputed(self) -> str | tuple[str, ...]:
         """Return `recompute` for compile: a number stands for so many of the first layers."""
         if not self.recompute.isdigit():
             return self.recompute
         return tuple(f"model.decoder.layers.{i}" for i in range(int(self.recompute)))
+
+
+def rank() -> int:
+    """Return this process's number among those of a launch."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @dataclass(frozen=True)
@@ -111,13 +134,15 @@ def _ours(setup: Setup, make_optimizer: Callable[[Any], Any]) -> Contestant:
     # Masters are float32 whatever they come from. As bfloat16 the weights, which are exact in it, take half the
     # time to make, and leave the host the memory that the plan is made for.
     dtype = torch.bfloat16 if setup.device.type == "cuda" else torch.float32
-    source, batch = random_model(setup.size, torch.device("cpu"), dtype), setup.tokens()
+    source, batch = random_model(setup.size, torch.device("cpu"), dtype), setup.own_tokens()
     start = time.perf_counter()
     model = geminifx.compile(source, device_budget=setup.budget, host_budget=setup.host_budget, plan=setup.plan,
-                             recompute=setup.blocks_recomputed(), example_inputs=batch)  # fmt: skip
+                             recompute=setup.blocks_recomputed(), parallel=setup.declared,
+                             example_inputs=batch)  # fmt: skip
     step = plain_step(model, make_optimizer(model), batch)
     compile_s = time.perf_counter() - start
-    print(model.plan)
+    if rank() == 0:
+        print(model.plan)
 
     def final_facts() -> dict[str, Any]:
         stats = model.stats
@@ -149,19 +174,23 @@ def plain(setup: Setup) -> Contestant:
 
 
 def fsdp2(setup: Setup) -> Contestant:
-    """FSDP2 per layer: within a budget float32 weights, gradients and optimizer on the host, layers recomputed.
+    """FSDP2 per layer over all processes: within a budget float32 weights, gradients and optimizer on the host, layers
+    recomputed.
 
     Without a budget everything is on the device and nothing is recomputed.
     """
     device = setup.device
     _cap_memory(setup)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # any free port
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            store=store, rank=0, world_size=1)  # fmt: skip
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if setup.nprocs > 1:
+        dist.init_process_group(backend)
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # any free port
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     offload = setup.budget is not None and device.type == "cuda"
     model = _sharded(empty_model(setup.size), device, recompute=setup.budget is not None, offload=offload)
-    batch = setup.tokens()
+    batch = setup.tokens(setup.nprocs, rank())
     # The first forward may put weights into pinned memory, so the optimizer can take hold of them only then.
     model(**{name: tokens[:1, :8] for name, tokens in batch.items()}).loss.backward()
     model.zero_grad()
@@ -177,16 +206,18 @@ def fsdp2(setup: Setup) -> Contestant:
             mine.grad, theirs.grad = theirs.grad.to_local(), None
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        loss = loss.detach() / setup.nprocs
+        dist.all_reduce(loss)
+        return loss
 
     return Contestant(step, {"detail": f"offload={offload}, recompute={setup.budget is not None}"})
 
 
 def _sharded(model: Any, device: torch.device, *, recompute: bool, offload: bool) -> Any:
-    """Return the model, whose weights are on `meta`, sharded over one process and filled."""
+    """Return the model, whose weights are on `meta`, sharded over all processes and filled."""
     layers = model.model.decoder.layers
     options = {
-        "mesh": init_device_mesh(device.type, (1,)), "reshard_after_forward": True,
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "reshard_after_forward": True,
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }  # fmt: skip
