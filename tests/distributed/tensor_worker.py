@@ -80,6 +80,18 @@ CASES: dict[int, dict[str, Sharded]] = {
     8: {
         "data 8": Sharded(OPT, Own(), parallel={"data": 8}),
         "data 8, on the host, within the least": Sharded(LLAMA, Own(), HOST, tight=True, parallel={"data": 8}),
+        "data 8, zero 1": Sharded(LLAMA, Own(), parallel={"data": 8, "zero": 1}),
+        "data 8, zero 1, on the host, within the least": Sharded(
+            OPT, Own(in_backward=True), HOST, tight=True, parallel={"data": 8, "zero": 1}
+        ),
+        "data 8, zero 2": Sharded(OPT, Own(max_grad_norm=0.5), parallel={"data": 8, "zero": 2}),
+        "data 8, zero 2, on the host, within the least": Sharded(
+            LLAMA, Own(), {**HOST, "recompute": "all"}, tight=True, parallel={"data": 8, "zero": 2}
+        ),
+        "data 8, zero 3": Sharded(LLAMA, Own(in_backward=True), parallel={"data": 8, "zero": 3}),
+        "data 8, zero 3, on the host, within the least": Sharded(
+            OPT, Own(max_grad_norm=0.5), HOST, tight=True, parallel={"data": 8, "zero": 3}
+        ),
         "1d x 8": Sharded(OPT_OF_EIGHT, Own(), parallel=tensor("1d", 8)),
         "1d x 8, sequence, on the host, within the least": Sharded(
             OPT_OF_EIGHT, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("1d", 8, sequence=True)
@@ -102,7 +114,8 @@ CASES: dict[int, dict[str, Sharded]] = {
         ),
     },
 }
-"""By how many ranks there are: every mode, with and without a budget, state on the device and on the host."""
+"""By how many ranks there are: every mode and, by eight, every stage of ZeRO, with and without a budget, state on the
+device and on the host."""
 
 
 def main(out: Path, ranks: int, rank: int) -> None:
