@@ -12,9 +12,9 @@ from torch import fx
 
 from ..runtime.errors import ShardingError
 from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, local_shape, placements_text
-from ..runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, REDUCE_SCATTER
+from ..runtime.ops import ALL_GATHER, ALL_REDUCE, FORK_RNG, LOCAL, REDUCE_SCATTER, SWAP_RNG
 from .modes import Role
-from .program import Program, annotate, note, type_of
+from .program import Program, annotate, is_random, note, type_of
 from .shard_rules import Call, Row, rule_for, squeezed_dims, tensors, whole
 from .types import TensorType, Type
 
@@ -290,9 +290,20 @@ class Sharder:
             args[1] = self._local_sizes(node, results[0])
         elif node.target in SQUEEZES:
             args = [args[0], squeezed_dims(node, self.type(operands[0]).shape)]
+        apart = [axis.name for axis, p in zip(self.axes, results[0], strict=True) if isinstance(p, Shard)]
+        fork = self._fork(args, apart) if apart and is_random(node) else None
         made = self._emit_view(SQUEEZES.get(node.target, node.target), args, kwargs)
+        if fork is not None:
+            self.emit(SWAP_RNG, fork)
         made = self._share_of_mean(node, made, inputs)
         self.finish(node, made, results)
+
+    def _fork(self, args: list[Any], axes: list[str]) -> fx.Node:
+        """Let ranks draw other numbers where they have other parts along these axes, and the same where they have the
+        same. The state that is to be swapped back behind what draws."""
+        fork = self.emit(FORK_RNG, next(arg for arg in args if isinstance(arg, fx.Node)), axes)
+        self.emit(SWAP_RNG, fork)
+        return fork
 
     def finish(self, node: fx.Node, made: fx.Node, results: list[Placements]) -> None:
         """Let the results of `made` stand for those of the old operator."""

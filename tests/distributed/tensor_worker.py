@@ -118,6 +118,25 @@ CASES: dict[int, dict[str, Sharded]] = {
 device and on the host."""
 
 
+DROPPING = Case("opt with dropout", lambda: opt(dropout=0.2, attention_dropout=0.2))
+
+
+def drop(recompute: str) -> dict[str, Any]:
+    """Two steps with dropout: losses, weights, whether replicas agree, and where the generator is behind them."""
+    model = compiled(DROPPING, recompute=recompute, parallel=tensor("1d", 2, data=2, sequence=True))
+    optimizer, losses = model.optimizer(torch.optim.AdamW, lr=1e-2), []
+    torch.manual_seed(model.ranks.data_rank)
+    for step in range(2):
+        loss = model(**DROPPING.batch(seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = {"losses": losses, "state": state, "agree": replicas_agree(state), "generator": torch.get_rng_state()}
+    found["forked"] = model.session.machine.fork_rng(torch.empty(()), ["tp"])
+    return found | {"place": [model.ranks.mesh.coordinate(model.ranks.rank, axis) for axis in ("data", "tp")]}
+
+
 def main(out: Path, ranks: int, rank: int) -> None:
     found: dict[str, Any] = {}
     for name, training in CASES[ranks].items():
@@ -125,6 +144,10 @@ def main(out: Path, ranks: int, rank: int) -> None:
         seen: list[Any] = [None] * ranks
         dist.all_gather_object(seen, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
         found[name] = {"ranks": seen, "state": trained.state, "optimizer": trained.optimizer}
+    for recompute in ("none", "all") if ranks == 4 else ():
+        dropped: list[Any] = [None] * ranks
+        dist.all_gather_object(dropped, drop(recompute))
+        found[f"dropout, recompute {recompute}"] = dropped
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()

@@ -44,6 +44,22 @@ def test_four_ranks_train_as_one_process(by_four: dict[str, Any], name: str) -> 
     check(by_four[name], one_process(name, 4))
 
 
+def test_random_numbers_are_apart_and_generators_stay_in_step(by_four: dict[str, Any]) -> None:
+    dropped = by_four["dropout, recompute none"]
+    for rank in dropped:
+        assert rank["agree"]
+        for other in dropped:
+            together, alike = rank["place"][0] == other["place"][0], rank["place"] == other["place"]
+            assert torch.equal(rank["generator"], other["generator"]) == together
+            assert torch.equal(rank["forked"], other["forked"]) == alike
+
+
+def test_what_is_computed_again_drops_the_same(by_four: dict[str, Any]) -> None:
+    for kept, again in zip(by_four["dropout, recompute none"], by_four["dropout, recompute all"], strict=True):
+        assert again["losses"] == kept["losses"] and torch.equal(again["generator"], kept["generator"])
+        assert all(torch.equal(again["state"][name], value) for name, value in kept["state"].items())
+
+
 @pytest.mark.all
 @pytest.mark.parametrize("name", CASES[8])
 def test_eight_ranks_train_as_one_process(by_eight: dict[str, Any], name: str) -> None:
