@@ -174,11 +174,11 @@ class Session:
         return divide(pack(program, self._parameters, names, self.dtypes), Plan(**self._shared_by()).shards)
 
     def _shared_by(self) -> dict[str, Any]:
-        """The fields of a plan that tell how processes share the work."""
+        """The fields of a plan that tell how processes share the work, and what of it they put together."""
         degrees = self.options.degrees
         mode = degrees.mode if self.ranks.mesh.tensor_axes else None
         return {"mesh": self.ranks.mesh, "mode": mode or "", "sequence": degrees.sequence, "table": degrees.table,
-                "zero": degrees.zero}  # fmt: skip
+                "outputs": self.options.outputs, "zero": degrees.zero}  # fmt: skip
 
     def _either(self, decide: Callable[[Plan], Solution], plan: Plan, ours: Updates | None,
                 excused: type[BudgetError]) -> Solution:  # fmt: skip

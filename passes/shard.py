@@ -63,7 +63,7 @@ def shard(program: Program, plan: Plan) -> None:
         if node.op == "call_function":
             sharder.at = node
             _lower(sharder, node)
-    program.set_results({role: _result(sharder, program, role, node, found) for role, node in program.results.items()})
+    program.set_results({role: _result(sharder, plan, role, node, found) for role, node in program.results.items()})
     for node in reversed(old):
         if node.op == "call_function":
             program.graph.erase_node(node)
@@ -129,15 +129,16 @@ def _swapped(placement: Placement) -> Placement:
     return Shard(1 - placement.dim, placement.sections) if isinstance(placement, Shard) else placement
 
 
-def _result(sharder: Sharder, program: Program, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
+def _result(sharder: Sharder, plan: Plan, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
     """Results are whole, and gradients of parameters lie as these do. Beside a loss, the one output with a gradient,
-    sharded outputs such as logits are not gathered: they would be the largest tensors there are."""
+    sharded outputs such as logits are not gathered unless they are asked for: they would be the largest tensors there
+    are."""
     kind, _, name = role.partition(":")
     placements = found.get(name, sharder.everywhere) if kind == "gradient" else sharder.everywhere
-    tangents = program.inputs("tangent")
-    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents
+    tangents = sharder.program.inputs("tangent")
+    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents and plan.outputs == "loss"
     sharded = sharder.placements(node) != sharder.everywhere
-    sharder.at = program.output if node.op == "placeholder" else node
+    sharder.at = sharder.program.output if node.op == "placeholder" else node
     if beside_loss and sharded:
         return sharder.emit(ABSENT, sharder.values[node].node)
     return sharder.local(node, placements)

@@ -16,7 +16,7 @@ import geminifx
 import torch
 from geminifx.compiler.parallel import Parallel
 from geminifx.runtime.mesh import DATA
-from more_models import BERT, QWEN3
+from more_models import BERT, DETACHED, QWEN3
 from torch import Tensor
 from torch import distributed as dist
 from worker import Own, Trained, Training, replicas_agree, train
@@ -137,6 +137,14 @@ def drop(recompute: str) -> dict[str, Any]:
     return found | {"place": [model.ranks.mesh.coordinate(model.ranks.rank, axis) for axis in ("data", "tp")]}
 
 
+def logits(**options: Any) -> Tensor:
+    """Those of a training step in which the loss alone has a gradient."""
+    model = compiled(DETACHED, outputs="all", **options)
+    loss, found = model(**DETACHED.batch())
+    loss.backward()
+    return found
+
+
 def main(out: Path, ranks: int, rank: int) -> None:
     found: dict[str, Any] = {}
     for name, training in CASES[ranks].items():
@@ -148,6 +156,8 @@ def main(out: Path, ranks: int, rank: int) -> None:
         dropped: list[Any] = [None] * ranks
         dist.all_gather_object(dropped, drop(recompute))
         found[f"dropout, recompute {recompute}"] = dropped
+    if ranks == 4:
+        found["logits"] = logits(parallel=tensor("2d", 4))
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()

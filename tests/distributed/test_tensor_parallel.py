@@ -11,7 +11,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tensor_worker import CASES, Sharded  # noqa: E402
+from tensor_worker import CASES, Sharded, logits  # noqa: E402
 from test_data_parallel import check, launch  # noqa: E402
 from worker import Trained, train  # noqa: E402
 
@@ -58,6 +58,10 @@ def test_what_is_computed_again_drops_the_same(by_four: dict[str, Any]) -> None:
     for kept, again in zip(by_four["dropout, recompute none"], by_four["dropout, recompute all"], strict=True):
         assert again["losses"] == kept["losses"] and torch.equal(again["generator"], kept["generator"])
         assert all(torch.equal(again["state"][name], value) for name, value in kept["state"].items())
+
+
+def test_logits_that_are_asked_for_come_back_whole(by_four: dict[str, Any]) -> None:
+    torch.testing.assert_close(by_four["logits"], logits(), rtol=0, atol=2**-18)
 
 
 @pytest.mark.all
