@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 
 from ..models.adapters import capturable
 from ..passes.manager import Record
+from ..passes.plan import Outputs
 from ..passes.program import Note, Program, annotate, note, type_of
 from ..passes.types import TensorType, type_of_value
 from ..runtime import torch_private as private
 from ..runtime.errors import CaptureError
 from .precision import cast_dtype, parameter_dtypes
 
-Outputs = Literal["loss", "all"]
 _PREFIX = "model."
 _ROOMS = ("compiler", "models", "passes", "runtime")
 

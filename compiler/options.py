@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..passes.manager import Pass
-from ..passes.plan import Placement, Plan
-from .capture import Outputs
+from ..passes.plan import Outputs, Placement, Plan
 from .parallel import Parallel
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -35,7 +34,8 @@ class Options:
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
-        outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output.
+        outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
+            outputs beside the loss, such as logits, are put together under "all" alone.
         plan: a Plan, or the path of one saved as JSON, to use instead of planning.
         passes: further passes, each placed behind the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).

@@ -46,10 +46,14 @@ class Planning:
     _lowered: dict[Any, tuple[Captured, Program]] = field(default_factory=dict)
 
     def shared(self) -> Plan:
-        """How processes share the work, which all plans of the model have in common."""
+        """How processes share the work, and what of it they put together, which all plans of the model say alike."""
+        return self._as_declared(Plan())
+
+    def _as_declared(self, plan: Plan) -> Plan:
         degrees = self.options.degrees
         mode = degrees.mode if self.mesh.tensor_axes else None
-        return Plan(mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table, zero=degrees.zero)
+        return replace(plan, mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table,
+                       outputs=self.options.outputs, zero=degrees.zero)  # fmt: skip
 
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, updates: Updates | None) -> Decision:
         """A plan, for `updates` (None: by an optimizer of torch's).
@@ -59,9 +63,7 @@ class Planning:
         """
         given, options, lower = self._given(), self.options, partial(self._lower, captured)
         if given is not None:
-            shared = self.shared()
-            given = replace(given, notes=captured.notes, mesh=shared.mesh, mode=shared.mode, sequence=shared.sequence,
-                            table=shared.table, zero=shared.zero)  # fmt: skip
+            given = self._as_declared(replace(given, notes=captured.notes))
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
             accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731

@@ -15,6 +15,7 @@ from ..runtime.mesh import ONE_PROCESS, Axis, Mesh
 from ..runtime.units import format_bytes
 
 Placement = Literal["cuda", "cpu", "auto"]
+Outputs = Literal["loss", "all"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Plan:
         mode: how they shard tensors, a key of `passes.modes.MODES`; "" where they do not.
         sequence: whether the mode "1d" shards activations along the sequence.
         table: placements of the user's own, from patterns of parameter names, such as ("lm_head.*", "col=S0").
+        outputs: which outputs of a training step whose tensors are sharded are put together: the "loss", where that is
+            the one with a gradient, or "all".
         zero: what processes with the same weights hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
@@ -93,6 +96,7 @@ class Plan:
     mode: str = ""
     sequence: bool = False
     table: tuple[tuple[str, str], ...] = ()
+    outputs: Outputs = "loss"
     zero: int = 0
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
@@ -227,6 +231,8 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
     }
     if data["placement"] not in get_args(Placement):
         raise ValueError(f"placement is {data['placement']!r}, expected one of {', '.join(get_args(Placement))}")
+    if data.get("outputs", "loss") not in get_args(Outputs):
+        raise ValueError(f"outputs is {data['outputs']!r}, expected one of {', '.join(get_args(Outputs))}")
     if data["prefetch"] < 0:
         raise ValueError(f"prefetch is {data['prefetch']}, expected 0 or more chunks")
     if not isinstance(data.get("fuse_loss", False), bool):

@@ -63,7 +63,7 @@ def shard(program: Program, plan: Plan) -> None:
         if node.op == "call_function":
             sharder.at = node
             _lower(sharder, node)
-    program.set_results({role: _result(sharder, program, role, node, found) for role, node in program.results.items()})
+    program.set_results({role: _result(sharder, plan, role, node, found) for role, node in program.results.items()})
     for node in reversed(old):
         if node.op == "call_function":
             program.graph.erase_node(node)
@@ -129,30 +129,30 @@ def _swapped(placement: Placement) -> Placement:
     return Shard(1 - placement.dim, placement.sections) if isinstance(placement, Shard) else placement
 
 
-def _result(sharder: Sharder, program: Program, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
+def _result(sharder: Sharder, plan: Plan, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
     """Results are whole, and gradients of parameters lie as these do, as terms of a sum over the replicas. Beside a
-    loss, the one output with a gradient, sharded outputs such as logits are not gathered: they would be the largest
-    tensors there are."""
+    loss, the one output with a gradient, sharded outputs such as logits are not gathered unless they are asked for:
+    they would be the largest tensors there are."""
     kind, _, name = role.partition(":")
     if kind == "gradient" and name in found:
-        return _gradient(sharder, program, node, of_gradient(found[name], sharder.axes))
-    tangents = program.inputs("tangent")
-    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents
+        return _gradient(sharder, node, of_gradient(found[name], sharder.axes))
+    tangents = sharder.program.inputs("tangent")
+    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents and plan.outputs == "loss"
     sharded = sharder.placements(node) != sharder.everywhere
-    sharder.at = program.output if node.op == "placeholder" else node
+    sharder.at = sharder.program.output if node.op == "placeholder" else node
     if beside_loss and sharded:
         return sharder.emit(ABSENT, sharder.values[node].node)
     return sharder.local(node, sharder.everywhere)
 
 
-def _gradient(sharder: Sharder, program: Program, node: fx.Node, wanted: Placements) -> fx.Node:
+def _gradient(sharder: Sharder, node: fx.Node, wanted: Placements) -> fx.Node:
     """A gradient that the replicas have whole, such as that of a penalty on weights, is made a term of their sum."""
     pairs = list(zip(sharder.placements(node), wanted, sharder.axes, strict=True))
-    sharder.at = program.output if node.op == "placeholder" else node
+    sharder.at = sharder.program.output if node.op == "placeholder" else node
     part = sharder.local(node, tuple(w if w == p or w != PARTIAL else REPLICATE for p, w, _ in pairs))
     whole = prod(axis.size for p, w, axis in pairs if w == PARTIAL and p != PARTIAL)
     if whole == 1:
         return part
-    behind = program.output if part.op == "placeholder" else part.next
-    term = program.emit(aten.div.Scalar, (part, whole), before=behind, like=note(node))
+    behind = sharder.program.output if part.op == "placeholder" else part.next
+    term = sharder.program.emit(aten.div.Scalar, (part, whole), before=behind, like=note(node))
     return sharder.value(term, wanted).node

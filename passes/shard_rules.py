@@ -295,7 +295,7 @@ def batched_product(call: Call) -> list[Row]:
 
 
 def attention(call: Call) -> list[Row]:
-    """Batch or heads. The mask goes with the batch; every rank has the generator's state."""
+    """Batch or heads. The mask goes with the batch; every rank has the state that its own generator was in."""
     batch, heads = Shard(0), Shard(1)
     mask = len(call.operands) - 3
     return [

@@ -14,7 +14,7 @@ from ..runtime.linear_loss import MEAN
 from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard
 from ..runtime.ops import OFFSET
 from .program import type_of
-from .sharder import Lowering, Sharder, Value
+from .sharder import Lowering, Sharder, Value, divides
 from .types import TensorType
 
 aten = torch.ops.aten
@@ -110,11 +110,7 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
 def _is_of_tokens(s: Sharder, ids: fx.Node, placements: list[Placement]) -> bool:
     """Whether the last of the placements on the first axes shards tokens, and they divide by it and those before it."""
     last, shape = placements[-1], s.type(ids).shape
-    if not isinstance(last, Shard) or last.dim >= len(shape):
-        return False
-    pairs = zip(placements, s.axes, strict=False)
-    ranks = prod(axis.size for p, axis in pairs if isinstance(p, Shard) and p.dim == last.dim)
-    return shape[last.dim] % (ranks * last.sections) == 0
+    return isinstance(last, Shard) and last.dim < len(shape) and divides(shape, placements, s.axes)
 
 
 def _own(s: Sharder, ids: fx.Node, axes: list[Axis], count: int) -> tuple[fx.Node, fx.Node]:

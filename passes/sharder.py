@@ -1,8 +1,9 @@
 """Lowers a program of whole tensors to one of local parts, operator by operator: the engine of the shard pass."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf, prod
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import fx
 
 from ..runtime.errors import ShardingError
 from ..runtime.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, local_shape, placements_text
-from ..runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, REDUCE_SCATTER
+from ..runtime.ops import ALL_GATHER, ALL_REDUCE, FORK_RNG, LOCAL, REDUCE_SCATTER, SWAP_RNG
 from .modes import Role
-from .program import Program, annotate, note, type_of
+from .program import Program, annotate, is_random, note, type_of
 from .shard_rules import Call, Row, rule_for, squeezed_dims, tensors, whole
 from .types import TensorType, Type
 
@@ -37,6 +38,18 @@ class Value:
 
     node: fx.Node
     placements: Placements
+
+
+def divides(shape: tuple[int, ...], placements: Sequence[Placement], axes: tuple[Axis, ...]) -> bool:
+    """Whether every rank has an equal part, by placements on the first axes. Parts of a dimension nest in the order of
+    the axes: an axis cuts each of its sections of what those before it left."""
+    sizes = list(shape)
+    for placement, axis in zip(placements, axes, strict=False):
+        if isinstance(placement, Shard):
+            if sizes[placement.dim] % (placement.sections * axis.size):
+                return False
+            sizes[placement.dim] //= axis.size
+    return True
 
 
 class Sharder:
@@ -109,16 +122,14 @@ class Sharder:
     def resolved(self, placements: Placements, shape: tuple[int, ...]) -> Placements:
         """What a partial tensor becomes once its sums are taken, by the axes' roles."""
         found = list(placements)
-        for i, (placement, role, axis) in enumerate(zip(placements, self.roles, self.axes, strict=True)):
+        for i, (placement, role) in enumerate(zip(placements, self.roles, strict=True)):
             if placement == PARTIAL:
                 dims = {"batch": 0, "sequence": 1 if len(shape) == 3 else None, "hidden": len(shape) - 1}
                 dim = dims.get(role.partial)
-                divides = dim is not None and shape and not shape[dim] % (axis.size * self._shared(found, dim))
-                found[i] = Shard(dim) if dim is not None and divides else REPLICATE
+                found[i] = REPLICATE if dim is None or not shape else Shard(dim)
+                if not divides(shape, found, self.axes):
+                    found[i] = REPLICATE
         return tuple(found)
-
-    def _shared(self, placements: list[Placement], dim: int) -> int:
-        return prod(a.size for p, a in zip(placements, self.axes, strict=True) if isinstance(p, Shard) and p.dim == dim)
 
     # -- exchange ------------------------------------------------------------------------------------------
 
@@ -188,30 +199,23 @@ class Sharder:
         results = self.types[node]
         types = results if isinstance(results, tuple) else (results,)
         rows: list[Row] = []
-        for i, axis in enumerate(self.axes):
+        for i in range(len(self.axes)):
             found = tuple(self.settled(operand)[i] for operand in operands)
             call = Call(node, tuple(map(self.type, operands)), types, found)  # type: ignore[arg-type]
             rule = rule_for(target or node.target)
-            legal = [
-                row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows, axis)
-            ]
+            legal = [row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows)]
             best = min(legal, key=lambda row: self._cost(call, operands, row, i))
             self._check_heads(call, best, i)
             rows.append(best)
         inputs = [tuple(row.inputs[j] for row in rows) for j in range(len(operands))]
         return inputs, [tuple(row.results[j] for row in rows) for j in range(len(types))]
 
-    def _divides(self, call: Call, row: Row, before: list[Row], axis: Axis) -> bool:
-        """Whether every dimension divides by the ranks that share it."""
-        pairs = [(type, row.inputs[j], [b.inputs[j] for b in before]) for j, type in enumerate(call.operands)]
-        pairs += [(type, row.results[j], [b.results[j] for b in before]) for j, type in enumerate(call.results) if type]
-        for type, placement, others in pairs:
-            if isinstance(placement, Shard):
-                sizes = zip(others, self.axes, strict=False)
-                taken = prod(a.size for p, a in sizes if isinstance(p, Shard) and p.dim == placement.dim)
-                if type.shape[placement.dim] % (taken * axis.size * placement.sections):
-                    return False
-        return True
+    def _divides(self, call: Call, row: Row, before: list[Row]) -> bool:
+        """Whether all tensors of a call divide, as this row and those of the axes before have them."""
+        rows = [*before, row]
+        inputs = ((type, [r.inputs[j] for r in rows]) for j, type in enumerate(call.operands))
+        results = ((type, [r.results[j] for r in rows]) for j, type in enumerate(call.results) if type)
+        return all(divides(type.shape, placements, self.axes) for type, placements in chain(inputs, results))
 
     def _cost(self, call: Call, operands: list[fx.Node], row: Row, place: int) -> float:
         """Elements that a row moves along an axis; infinite where the axis' role does not allow it."""
@@ -286,9 +290,20 @@ class Sharder:
             args[1] = self._local_sizes(node, results[0])
         elif node.target in SQUEEZES:
             args = [args[0], squeezed_dims(node, self.type(operands[0]).shape)]
+        apart = [axis.name for axis, p in zip(self.axes, results[0], strict=True) if isinstance(p, Shard)]
+        fork = self._fork(args, apart) if apart and is_random(node) else None
         made = self._emit_view(SQUEEZES.get(node.target, node.target), args, kwargs)
+        if fork is not None:
+            self.emit(SWAP_RNG, fork)
         made = self._share_of_mean(node, made, inputs)
         self.finish(node, made, results)
+
+    def _fork(self, args: list[Any], axes: list[str]) -> fx.Node:
+        """Let ranks draw other numbers where they have other parts along these axes, and the same where they have the
+        same. The state that is to be swapped back behind what draws."""
+        fork = self.emit(FORK_RNG, next(arg for arg in args if isinstance(arg, fx.Node)), axes)
+        self.emit(SWAP_RNG, fork)
+        return fork
 
     def finish(self, node: fx.Node, made: fx.Node, results: list[Placements]) -> None:
         """Let the results of `made` stand for those of the old operator."""

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .generator import generator_of
+
 aten = torch.ops.aten
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -228,13 +230,6 @@ def _scores(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Proble
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
-
-
 def plain_forward(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -244,7 +239,7 @@ def plain_forward(
     weights = aten._safe_softmax(scores, -1)
     rng = None
     if problem.dropout:
-        generator = _generator(query.device)
+        generator = generator_of(query.device)
         rng = generator.get_state()
         weights = weights * _keep(weights, generator, problem.dropout)
     return torch.matmul(weights, value.to(weights.dtype)).to(query.dtype), logsumexp, rng

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .chunks import Chunk, State
+from .generator import fork
 from .ops import parameter_view
 from .placing import Placing
 from .ranks import Ranks
@@ -46,6 +47,7 @@ class Machine:
         self._arrivals: dict[int, Arrival] = {}
         self._staged: dict[int, tuple[Tensor, Arrival]] = {}
         self._staging: dict[torch.dtype, list[Tensor]] = {}
+        self._apart: Tensor | None = None  # what was the generator's state, while it has another
 
     def __getattr__(self, name: str) -> Any:
         """Compute operators of the namespace, such as attention, are torch's to run."""
@@ -179,12 +181,17 @@ class Machine:
 
     def swap_rng(self, state: Tensor) -> None:
         """Exchange the generator's state with `state`."""
+        self._apart = None if self._apart is state else state
         current = self.save_rng(state)
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state, self.device)
         else:
             torch.set_rng_state(state)
         state.copy_(current)
+
+    def fork_rng(self, like: Tensor, axes: list[str]) -> Tensor:
+        """A state of the generator for each place on these axes of the mesh."""
+        return fork(self.device, tuple(self.ranks.mesh.coordinate(self.ranks.rank, axis) for axis in axes))
 
     # -- steps ---------------------------------------------------------------------------------------------
 
@@ -226,5 +233,7 @@ class Machine:
             self.copies.finish(arrival)
             self._staging[staging.dtype].append(staging)
         self._staged.clear()
+        if self._apart is not None:  # ranks would draw apart from here on
+            self.swap_rng(self._apart)
         self.run = Run()
         return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."

@@ -32,6 +32,13 @@ A sharded program exchanges along the axes of the mesh::
     y = geminifx.all_reduce(p, "row", "sum")       # all of it
     x = geminifx.local(whole, 1, "col", 2)         # a part of what every rank has
     first = geminifx.offset(x, "col", 16)          # where this rank's part of 16 begins
+
+What is random is drawn by numbers that ranks have apart where its parts are::
+
+    rng = geminifx.fork_rng(x, ["row", "col"])     # a generator state for each place on these axes
+    geminifx.swap_rng(rng)                         # the generator's, and what was the generator's is kept
+    y = aten.native_dropout.default(x, 0.1, True)
+    geminifx.swap_rng(rng)                         # all ranks' generators are in one state again
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +68,10 @@ SCHEMAS = {
     "offset": "(Tensor like, str axis, int extent) -> Tensor",
     "save_rng": "(Tensor like) -> Tensor",
     "swap_rng": "(Tensor(a!) state) -> ()",
+    "fork_rng": "(Tensor like, str[] axes) -> Tensor",
 }
+RANDOM = frozenset({"fork_rng"})
+"""Instructions that draw: two of them with the same arguments are not one."""
 
 CPU_RNG_STATE_BYTES = torch.Generator().get_state().numel()
 
@@ -108,10 +118,12 @@ FAKES: dict[str, Callable[..., object]] = {
     "offset": lambda like, axis, extent: torch.empty((), dtype=torch.int64),
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
     "swap_rng": _no_result,
+    "fork_rng": lambda like, axes: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
 }
 
 for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"{NAMESPACE}::{_name}", _schema)
+    _tags = (torch.Tag.nondeterministic_seeded,) if _name in RANDOM else ()
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema, tags=_tags)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name])
 
 _ops = torch.ops.geminifx
@@ -133,6 +145,7 @@ LOCAL = _ops.local.default
 OFFSET = _ops.offset.default
 SAVE_RNG = _ops.save_rng.default
 SWAP_RNG = _ops.swap_rng.default
+FORK_RNG = _ops.fork_rng.default
 
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, SETTLE})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from geminifx.models.presets import PRESETS
 from geminifx.runtime.errors import StateError
+from more_models import Detached
 from transformers import OPTConfig, OPTForCausalLM
 
 LAYERS = 2
@@ -53,3 +54,13 @@ def test_every_rank_has_its_part(shape: OPTConfig, parallel: dict, world: int) -
         compiled.optimizer(torch.optim.AdamW, lr=1e-3)
     with pytest.raises(StateError, match=f"torchrun --nproc-per-node {world}"):
         compiled(input_ids=tokens, labels=tokens)
+
+
+@pytest.mark.parametrize("outputs", ["loss", "all"])
+def test_sharded_outputs_beside_the_loss_are_put_together_where_all_are_asked_for(outputs: str) -> None:
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    compiled = geminifx.compile(
+        Detached(), world_size=2, parallel={"tensor": "1d:2"}, outputs=outputs, example_inputs=(ids,)
+    )
+    assert compiled.plan.outputs == outputs
+    assert ("absent" in compiled.graph["training"]) == (outputs == "loss")

@@ -1,10 +1,13 @@
-"""One rank of the tests of state: `torchrun --nproc-per-node 4 state_worker.py FOLDER`.
+"""One rank of the tests of state: `torchrun --nproc-per-node N state_worker.py FOLDER`.
 
 FOLDER holds a checkpoint that one process wrote for each of MODELS. In every mode four ranks go on from it, save
-checkpoints of their own and what they found; `test_state.py` compares that with the one process, and reads them.
+checkpoints of their own and what they found; eight ranks go on from it in one mode, and from that in the next.
+`test_state.py` compares that with the one process, and reads the checkpoints.
 """
 
+import os
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from zoo import GPT2, OPT, Case, compiled
 
-ROWS, STEPS, CLIP = 4, 2, 0.3
+ROWS, STEPS, CLIP = 8, 2, 0.3
 MODELS = {"opt": OPT, "gpt2": GPT2}
 MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "1d": ("opt", "own", {"parallel": {"data": 2, "tensor": "1d:2"}}),
@@ -26,6 +29,12 @@ MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fused qkv": ("gpt2", "torch's", {"parallel": {"data": 2, "tensor": "1d:2"}}),
 }
 """Name -> model, kind of optimizer, how it is compiled."""
+
+CHAIN: dict[str, dict[str, Any]] = {
+    "data 8": {"parallel": {"data": 8}},
+    "2.5d, data 2": {"parallel": {"data": 2, "tensor": {"mode": "2.5d", "size": 4}}},
+}
+"""How eight ranks go on, one after the other, each from what the one before it saved."""
 
 
 def make(case: Case, kind: str, **options: Any) -> tuple[geminifx.CompiledModule, torch.optim.Optimizer]:
@@ -85,22 +94,46 @@ def fail(model: geminifx.CompiledModule, folder: Path) -> list[str]:
     return model.ranks.gather(told)
 
 
-def main(folder: Path) -> None:
+def chain(folder: Path) -> dict[str, Any]:
+    """What every one of eight ranks finds, by mode."""
+    found, saved = {}, folder / "one"
+    for number, (name, options) in enumerate(CHAIN.items(), start=1):
+        model, optimizer = make(OPT, "own", **options)
+        geminifx.load_checkpoint(model, optimizer, saved)
+        mine: dict[str, Any] = {"loaded": values(model), "loaded optimizer": deepcopy(optimizer.state_dict())}
+        mine |= train(model, optimizer, OPT, number * STEPS)
+        saved = folder / name
+        geminifx.save_checkpoint(model, optimizer, saved)
+        mine |= {"state": values(model), "optimizer": deepcopy(optimizer.state_dict())}
+        found[name] = everyones(mine)
+    return found
+
+
+def everyones(mine: dict[str, Any]) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def by_four(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in MODES:
-        everyone: list[Any] = [None] * 4
-        dist.all_gather_object(everyone, go_on(name, folder))
-        found[name] = everyone
+        found[name] = everyones(go_on(name, folder))
     # Written in one mode, read in another.
     model, optimizer = make(OPT, "own", parallel={"tensor": "2d:4"})
     geminifx.load_checkpoint(model, optimizer, folder / "1d")
     found["1d read in 2d"] = {"state": values(model), "optimizer": optimizer.state_dict()}
     model.save_pretrained(folder / "pretrained")
     found["failures"] = fail(model, folder)
+    return found
+
+
+def main(folder: Path, ranks: int) -> None:
+    found = by_four(folder) if ranks == 4 else chain(folder)
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))

@@ -16,7 +16,7 @@ import geminifx
 import torch
 from geminifx.compiler.parallel import Parallel
 from geminifx.runtime.mesh import DATA
-from more_models import BERT, QWEN3
+from more_models import BERT, DETACHED, QWEN3
 from torch import Tensor
 from torch import distributed as dist
 from worker import Own, Trained, Training, replicas_agree, train
@@ -83,6 +83,18 @@ CASES: dict[int, dict[str, Sharded]] = {
     8: {
         "data 8": Sharded(OPT, Own(), parallel={"data": 8}),
         "data 8, on the host, within the least": Sharded(LLAMA, Own(), HOST, tight=True, parallel={"data": 8}),
+        "data 8, zero 1": Sharded(LLAMA, Own(), parallel={"data": 8, "zero": 1}),
+        "data 8, zero 1, on the host, within the least": Sharded(
+            OPT, Own(in_backward=True), HOST, tight=True, parallel={"data": 8, "zero": 1}
+        ),
+        "data 8, zero 2": Sharded(OPT, Own(max_grad_norm=0.5), parallel={"data": 8, "zero": 2}),
+        "data 8, zero 2, on the host, within the least": Sharded(
+            LLAMA, Own(), {**HOST, "recompute": "all"}, tight=True, parallel={"data": 8, "zero": 2}
+        ),
+        "data 8, zero 3": Sharded(LLAMA, Own(in_backward=True), parallel={"data": 8, "zero": 3}),
+        "data 8, zero 3, on the host, within the least": Sharded(
+            OPT, Own(max_grad_norm=0.5), HOST, tight=True, parallel={"data": 8, "zero": 3}
+        ),
         "1d x 8": Sharded(OPT_OF_EIGHT, Own(), parallel=tensor("1d", 8)),
         "1d x 8, sequence, on the host, within the least": Sharded(
             OPT_OF_EIGHT, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("1d", 8, sequence=True)
@@ -111,7 +123,35 @@ CASES: dict[int, dict[str, Sharded]] = {
         ),
     },
 }
-"""By how many ranks there are: every mode, with and without a budget, state on the device and on the host."""
+"""By how many ranks there are: every mode and, by eight, every stage of ZeRO, with and without a budget, state on the
+device and on the host."""
+
+
+DROPPING = Case("opt with dropout", lambda: opt(dropout=0.2, attention_dropout=0.2))
+
+
+def drop(recompute: str) -> dict[str, Any]:
+    """Two steps with dropout: losses, weights, whether replicas agree, and where the generator is behind them."""
+    model = compiled(DROPPING, recompute=recompute, parallel=tensor("1d", 2, data=2, sequence=True))
+    optimizer, losses = model.optimizer(torch.optim.AdamW, lr=1e-2), []
+    torch.manual_seed(model.ranks.data_rank)
+    for step in range(2):
+        loss = model(**DROPPING.batch(seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = {"losses": losses, "state": state, "agree": replicas_agree(state), "generator": torch.get_rng_state()}
+    found["forked"] = model.session.machine.fork_rng(torch.empty(()), ["tp"])
+    return found | {"place": [model.ranks.mesh.coordinate(model.ranks.rank, axis) for axis in ("data", "tp")]}
+
+
+def logits(**options: Any) -> Tensor:
+    """Those of a training step in which the loss alone has a gradient."""
+    model = compiled(DETACHED, outputs="all", **options)
+    loss, found = model(**DETACHED.batch())
+    loss.backward()
+    return found
 
 
 def main(out: Path, ranks: int, rank: int) -> None:
@@ -121,6 +161,12 @@ def main(out: Path, ranks: int, rank: int) -> None:
         seen: list[Any] = [None] * ranks
         dist.all_gather_object(seen, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
         found[name] = {"ranks": seen, "state": trained.state, "optimizer": trained.optimizer}
+    for recompute in ("none", "all") if ranks == 4 else ():
+        dropped: list[Any] = [None] * ranks
+        dist.all_gather_object(dropped, drop(recompute))
+        found[f"dropout, recompute {recompute}"] = dropped
+    if ranks == 4:
+        found["logits"] = logits(parallel=tensor("2d", 4))
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""State of sharded models on four real processes: whole state_dicts, and checkpoints that any number of them reads."""
+"""State of sharded models on four and eight processes: whole state_dicts, and checkpoints that any number reads."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from state_worker import CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
+from state_worker import CHAIN, CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
 from test_data_parallel import launch  # noqa: E402
 
 # Sums are taken in another order than in one process; in bfloat16 that moves weights by a rounding now and then.
@@ -101,3 +101,66 @@ def test_what_fails_on_rank_0_raises_on_all(found: dict[str, Any]) -> None:
     first, *others = found["failures"]
     assert first.startswith("NotADirectoryError:")
     assert all(told.startswith("StateError: rank 0 failed with NotADirectoryError") for told in others)
+
+
+# -- eight ranks, from mode to mode ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process saved, and what eight ranks made of it in each mode of CHAIN."""
+    folder = tmp_path_factory.mktemp("chain")
+    model, optimizer = make(MODELS["opt"], "own")
+    train(model, optimizer, MODELS["opt"], 0)
+    geminifx.save_checkpoint(model, optimizer, folder / "one")
+    done = launch(HERE / "state_worker.py", str(folder), ranks=8)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_eight(chained: Path) -> dict[str, Any]:
+    return torch.load(chained / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> list[dict[str, Any]]:
+    """Of one process that does all the steps: losses and norms, from one checkpoint to the next."""
+    model, optimizer = make(MODELS["opt"], "own")
+    return [train(model, optimizer, MODELS["opt"], STEPS * number) for number in range(len(CHAIN) + 2)]
+
+
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=CLOSE["own"])
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("number", range(len(CHAIN)), ids=list(CHAIN))
+def test_eight_ranks_go_on_from_another_mode(
+    chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], number: int
+) -> None:
+    if number:
+        before = by_eight[list(CHAIN)[number - 1]][0]
+    else:
+        model, optimizer = make(MODELS["opt"], "own")
+        geminifx.load_checkpoint(model, optimizer, chained / "one")
+        before = {"state": values(model), "optimizer": optimizer.state_dict()}
+    ranks = by_eight[list(CHAIN)[number]]
+    for rank in ranks:
+        assert same(rank["loaded"], before["state"]) and same_optimizer(rank["loaded optimizer"], before["optimizer"])
+        assert same(rank["state"], ranks[0]["state"]) and same_optimizer(rank["optimizer"], ranks[0]["optimizer"])
+        close(rank, uninterrupted[number + 1])
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", CHAIN)
+def test_one_process_goes_on_from_eight_ranks(
+    chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], name: str
+) -> None:
+    model, optimizer = make(MODELS["opt"], "own")
+    geminifx.load_checkpoint(model, optimizer, chained / name)
+    assert same(values(model), by_eight[name][0]["state"])
+    assert same_optimizer(optimizer.state_dict(), by_eight[name][0]["optimizer"])
+    number = list(CHAIN).index(name) + 2
+    close(train(model, optimizer, MODELS["opt"], STEPS * number), uninterrupted[number])

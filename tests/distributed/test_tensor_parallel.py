@@ -11,7 +11,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tensor_worker import CASES, Sharded  # noqa: E402
+from tensor_worker import CASES, Sharded, logits  # noqa: E402
 from test_data_parallel import check, launch  # noqa: E402
 from worker import Trained, train  # noqa: E402
 
@@ -42,6 +42,26 @@ def one_process(training: str, ranks: int) -> Trained:
 @pytest.mark.parametrize("name", CASES[4])
 def test_four_ranks_train_as_one_process(by_four: dict[str, Any], name: str) -> None:
     check(by_four[name], one_process(name, 4))
+
+
+def test_random_numbers_are_apart_and_generators_stay_in_step(by_four: dict[str, Any]) -> None:
+    dropped = by_four["dropout, recompute none"]
+    for rank in dropped:
+        assert rank["agree"]
+        for other in dropped:
+            together, alike = rank["place"][0] == other["place"][0], rank["place"] == other["place"]
+            assert torch.equal(rank["generator"], other["generator"]) == together
+            assert torch.equal(rank["forked"], other["forked"]) == alike
+
+
+def test_what_is_computed_again_drops_the_same(by_four: dict[str, Any]) -> None:
+    for kept, again in zip(by_four["dropout, recompute none"], by_four["dropout, recompute all"], strict=True):
+        assert again["losses"] == kept["losses"] and torch.equal(again["generator"], kept["generator"])
+        assert all(torch.equal(again["state"][name], value) for name, value in kept["state"].items())
+
+
+def test_logits_that_are_asked_for_come_back_whole(by_four: dict[str, Any]) -> None:
+    torch.testing.assert_close(by_four["logits"], logits(), rtol=0, atol=2**-18)
 
 
 @pytest.mark.all

@@ -71,6 +71,7 @@ def _with(**changes):
         (_with(prefetched=1), "prefetched"),
         (_with(placement="gpu"), "gpu"),
         (_with(prefetch=-1), "prefetch"),
+        (_with(outputs="logits"), "outputs is 'logits', expected one of loss, all"),
         (PLAN.to_json().replace("bfloat16", "float17"), "float17"),
         (PLAN.to_json().replace("bfloat16", "nn"), "nn"),
     ],

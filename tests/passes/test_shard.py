@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
         ("two_linears", declared("1d", 2)),
         ("one_linear", declared("2d", 4)),
         ("vocabulary", declared("1d", 2)),
+        ("dropout", declared("1d", 2)),
     ],
 )
 def test_before_and_after(golden, case, parallel):

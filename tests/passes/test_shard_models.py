@@ -8,7 +8,7 @@ from geminifx.passes.program import type_of
 from geminifx.runtime.linear_loss import ABSENT
 from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE
 from more_models import LLAMA_OF_FOUR, MORE
-from sharding import check, declared, sharded_step
+from sharding import check, declared, sharded, sharded_step, whole_step
 from zoo import GPT2, LLAMA, OPT, Case, gpt2
 
 MODES = {
@@ -58,6 +58,14 @@ def test_nothing_as_large_as_the_logits_is_put_together_in_training(mode: str) -
         assert prod(type_of(exchange).shape) < found.expected["output:1"].numel()
 
 
+@pytest.mark.parametrize("mode", ["1d x 2", "2d x 4", "3d x 8"])
+def test_outputs_that_are_asked_for_come_back_whole_from_training_too(mode: str) -> None:
+    found = sharded(whole_step(OPT), MODES[mode], outputs="all")
+    check(found)
+    assert list(found.program.inputs("tangent")) == ["0"] and not found.program.calls(ABSENT)
+    assert {part.shape for part in found.found["output:1"]} == {found.expected["output:1"].shape}
+
+
 DROPPING = Case("gpt2 with dropout", lambda: gpt2(dropout=0.3))
 
 
@@ -68,7 +76,7 @@ def test_of_whole_activations_ranks_drop_what_one_process_drops(mode: str) -> No
 
 @pytest.mark.parametrize("mode", MODES)
 def test_with_dropout_replicas_stay_the_same(mode: str) -> None:
-    """Parts of an activation are dropped by the same numbers on all ranks: not what one process drops, but each at the
+    """Parts of an activation are dropped by numbers of each rank's own: not what one process drops, but each at the
     same rate, and every replica of a gradient is of the same bits."""
     found = sharded_step(DROPPING, MODES[mode])
     axes, parameters = found.mesh.tensor_axes, found.program.inputs("parameter")

@@ -13,7 +13,9 @@ from geminifx.runtime.errors import BudgetError, IllegalTransition, StateError
 from geminifx.runtime.executor import Code, Executor, NoGradient, Step, TrainingRun
 from geminifx.runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates
 from geminifx.runtime.machine import Machine, Run
+from geminifx.runtime.mesh import Axis, Mesh
 from geminifx.runtime.placing import Placing
+from geminifx.runtime.ranks import Ranks
 from geminifx.runtime.stats import Stats
 from geminifx.runtime.tiers import MemoryMeter, Tier
 from torch import nn
@@ -273,8 +275,9 @@ def test_a_gradient_into_an_output_compiled_without_one_is_an_error() -> None:
 # -- evaluation, random numbers, names ---------------------------------------------------------------------
 
 
-def run_text(text: str, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def run_text(text: str, *inputs: torch.Tensor, rank: int = 0) -> dict[str, torch.Tensor]:
     toy = Toy()
+    toy.machine.ranks = Ranks(Mesh((Axis("row", 2), Axis("col", 2))), rank)
     roles = tuple(f"input:{i}" for i in range(len(inputs)))
     code = replace(toy.executor.code, name="evaluation", source=text, inputs=roles, reduces=NONE)
     return Executor(code, toy.machine, MemoryMeter()).evaluate(list(inputs))
@@ -318,6 +321,37 @@ def test_swapping_the_random_state_replays_and_then_goes_on() -> None:
     assert torch.equal(results["again"], results["first"])
     drawn = [results[name] for name in ("first", "second", "third")]
     assert all(map(torch.equal, drawn, expected))
+
+
+APART = (
+    "def evaluation(x):\n"
+    '    rng = geminifx.fork_rng(x, ["col"])\n'
+    "    geminifx.swap_rng(rng)\n"
+    "    own = {random}\n"
+    "    geminifx.swap_rng(rng)\n"
+    "    shared = aten.rand_like.default(x)\n"
+    '    return {{"own": own, "shared": shared}}\n'
+)
+
+
+def test_between_two_swaps_ranks_draw_apart_and_behind_them_alike() -> None:
+    found = []
+    for rank in range(4):
+        torch.manual_seed(3)
+        found.append(run_text(APART.format(random="aten.rand_like.default(x)"), torch.empty(5), rank=rank))
+    own, shared = ([results[name].tolist() for results in found] for name in ("own", "shared"))
+    assert own[0] == own[2] != own[1] == own[3], "by the column alone"
+    assert shared[0] == shared[1] == shared[2] == shared[3] != own[0]
+
+
+def test_ranks_that_fail_between_two_swaps_draw_alike_from_then_on() -> None:
+    drawn = []
+    for rank in range(2):
+        torch.manual_seed(3)
+        with pytest.raises(RuntimeError, match="must be a matrix"):
+            run_text(APART.format(random="aten.mm.default(aten.rand_like.default(x), x)"), torch.empty(5), rank=rank)
+        drawn.append(torch.rand(5).tolist())
+    assert drawn[0] == drawn[1]
 
 
 def test_the_machine_hands_compute_operators_to_torch() -> None:

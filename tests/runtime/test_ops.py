@@ -45,6 +45,7 @@ FAKE_RESULTS = {
     "view": (lambda: ops.VIEW(torch.empty(64), 8, [2, 3]), F32, (2, 3)),
     "gradients": (lambda: ops.GRADIENTS(64, torch.float64), torch.float64, (64,)),
     "save_rng": (lambda: ops.SAVE_RNG(torch.empty(2)), torch.uint8, (torch.get_rng_state().numel(),)),
+    "fork_rng": (lambda: ops.FORK_RNG(torch.empty(2), ["a"]), torch.uint8, (torch.get_rng_state().numel(),)),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from geminifx.passes.program import Program, note
+from geminifx.runtime.generator import fork
 from geminifx.runtime.mesh import (
     PARTIAL,
     REPLICATE,
@@ -17,7 +18,7 @@ from geminifx.runtime.mesh import (
     parse_placements,
     take_part,
 )
-from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE, LOCAL, OFFSET, REDUCE_SCATTER
+from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE, FORK_RNG, LOCAL, OFFSET, REDUCE_SCATTER, SAVE_RNG, SWAP_RNG
 from torch import Tensor, fx
 
 Values = dict[str, Tensor]
@@ -44,13 +45,15 @@ def run_parts(program: Program, mesh: Mesh, parts: dict[str, list[Tensor]]) -> d
     """Results by role, of all ranks, for every rank's part of the inputs by role."""
     ranks = range(mesh.size)
     found: dict[fx.Node, list[Any]] = {}
+    generators = [torch.get_rng_state()] * mesh.size  # ranks that share a batch are seeded alike
     for node in program.graph.nodes:
         if node.op == "placeholder":
             found[node] = parts[note(node).role]
         elif node.op == "call_function":
             args = [fx.map_arg(node.args, lambda value, rank=rank: found[value][rank]) for rank in ranks]
             kwargs = [fx.map_arg(node.kwargs, lambda value, rank=rank: found[value][rank]) for rank in ranks]
-            found[node] = _run(node.target, args, kwargs, mesh)
+            found[node] = _run(node.target, args, kwargs, mesh, generators)
+    assert all(torch.equal(state, generators[0]) for state in generators), "ranks would draw apart from here on"
     return {role: found[node] for role, node in program.results.items()}
 
 
@@ -86,19 +89,35 @@ def placements_of(node: fx.Node, mesh: Mesh) -> Placements:
     return parse_placements(note(node).placement or "R", mesh.tensor_axes)
 
 
-def _run(target: Any, args: list[Any], kwargs: list[Any], mesh: Mesh) -> list[Any]:
+def _run(target: Any, args: list[Any], kwargs: list[Any], mesh: Mesh, generators: list[Tensor]) -> list[Any]:
     if target in (ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER):
         return _exchange(target, args, mesh)
     if target is LOCAL:
         return [_part(a[0], a[1], mesh.coordinate(rank, a[2]), a[3]) for rank, a in enumerate(args)]
     if target is OFFSET:
         return [torch.tensor(mesh.coordinate(rank, a[1]) * a[2]) for rank, a in enumerate(args)]
-    call = target if target is not operator.getitem else lambda source, place: source[place]
-    state, results = torch.get_rng_state(), []
-    for a, k in zip(args, kwargs, strict=True):  # ranks that share a batch are seeded alike
-        torch.set_rng_state(state)
-        results.append(call(*a, **k))
+    call, results = CALLED.get(target, target), []
+    for rank, (a, k) in enumerate(zip(args, kwargs, strict=True)):
+        torch.set_rng_state(generators[rank])
+        if target is FORK_RNG:
+            results.append(fork(torch.device("cpu"), tuple(mesh.coordinate(rank, axis) for axis in a[1])))
+        else:
+            results.append(call(*a, **k))
+        generators[rank] = torch.get_rng_state()
     return results
+
+
+def _swap(state: Tensor) -> None:
+    current = torch.get_rng_state()
+    torch.set_rng_state(state)
+    state.copy_(current)
+
+
+CALLED: dict[Any, Any] = {
+    operator.getitem: lambda source, place: source[place], SAVE_RNG: lambda like: torch.get_rng_state(),
+    SWAP_RNG: _swap,
+}  # fmt: skip
+"""What runs for an operator that is not torch's to run."""
 
 
 def _exchange(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:

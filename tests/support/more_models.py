@@ -20,7 +20,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from zoo import VOCAB, Batch, Case
+from zoo import VOCAB, Batch, Case, opt, tokens
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SIZES, "vocab_size": VOCAB, "intermediate_size": 48, "max_position_embeddings": 32}
@@ -62,6 +62,18 @@ def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(**SIZES, **sizes, **rates)).train()
 
 
+class Detached(nn.Module):
+    """A loss beside logits without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = opt()
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.model(input_ids=ids, labels=ids)
+        return found.loss, found.logits.detach()
+
+
 def pictures(batch: int = 8, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator), "labels": torch.arange(batch) % 4}
@@ -70,4 +82,5 @@ def pictures(batch: int = 8, seed: int = 0) -> Batch:
 LLAMA_OF_FOUR = Case("llama of four", llama_of_four, exact=False)
 MISTRAL, QWEN3 = Case("mistral", mistral, exact=False), Case("qwen3", qwen3, exact=False)
 BERT, T5, VIT = Case("bert", bert), Case("t5", t5), Case("vit", vit, pictures)
+DETACHED = Case("opt, its logits detached", Detached, lambda **sizes: {"ids": tokens(**sizes)["input_ids"]})
 MORE = (MISTRAL, QWEN3, BERT, T5, VIT)

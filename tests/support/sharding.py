@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from geminifx.compiler.capture import Request, capture
 from geminifx.compiler.parallel import Parallel
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.manager import run_passes
-from geminifx.passes.plan import Plan
+from geminifx.passes.plan import Outputs, Plan
 from geminifx.passes.program import Program, type_of
 from geminifx.passes.shard import shard
 from geminifx.runtime.linear_loss import ABSENT
@@ -121,8 +121,8 @@ def sharded_step(case: Case, parallel: dict[str, Any], training: bool = True, ro
     return sharded(whole_step(case, training, rows), parallel)
 
 
-def sharded(whole: Whole, parallel: dict[str, Any]) -> Sharded:
-    plan = plan_for(parallel)
+def sharded(whole: Whole, parallel: dict[str, Any], outputs: Outputs = "loss") -> Sharded:
+    plan = replace(plan_for(parallel), outputs=outputs)
     program = whole.shard(plan)
     torch.manual_seed(0)
     found = found_by_all(program, plan.mesh, whole.values)
