@@ -1,4 +1,4 @@
-"""How an exchange is written out in two: its start, and what waits for it.
+"""Where an exchange may stand, and how it is written out in two: its start, and what waits for it.
 
 Processes exchange consecutive memory, part behind part. What is exchanged along another dimension than the first, or
 together with others, is laid out anew by operators of the program, so that its memory is planned like any other's.
@@ -14,16 +14,39 @@ from torch import fx
 from ..runtime.ops import (
     ALL_GATHER,
     ALL_REDUCE,
+    EXCHANGES,
     FINISH_EXCHANGE,
     START_ALL_GATHER,
     START_ALL_REDUCE,
     START_REDUCE_SCATTER,
+    SWAP_RNG,
 )
 from .losses import tensor_type
-from .program import Program, aliased_inputs, annotate, note
+from .program import Program, aliased_inputs, annotate, note, writes
 from .types import contiguous_stride
 
 aten = torch.ops.aten
+
+
+def stretches_of(program: Program) -> dict[fx.Node, int]:
+    """Numbers the stretches in which nothing is overwritten: there is nothing there that exchanges must not pass."""
+    found, number = {}, 0
+    for node in program.graph.nodes:
+        number += node.op != "placeholder" and writes(node) and node.target is not SWAP_RNG
+        found[node] = number
+    return found
+
+
+def first_readers(program: Program) -> dict[fx.Node, int]:
+    """The place where each value is first read, by more than a view or another exchange."""
+    order, found = program.positions(), dict[fx.Node, int]()
+    for node in reversed(order):
+        for user in node.users:
+            passes_on = user.target in EXCHANGES or node in aliased_inputs(user)
+            place = found[user] if passes_on else order[user]
+            found[node] = min(place, found.get(node, place))
+        found.setdefault(node, order[node])
+    return found
 
 
 class Writer:

@@ -18,17 +18,17 @@ an exchange is written out in two is told in `exchange.py`.
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from torch import fx
 
-from ..runtime.ops import ALL_GATHER, ALL_REDUCE, EXCHANGES, SWAP_RNG
-from .exchange import Writer
+from ..runtime.ops import ALL_GATHER, ALL_REDUCE, EXCHANGES
+from .exchange import Writer, first_readers, stretches_of
 from .losses import tensor_type
 from .manager import graph_pass
 from .plan import Plan
-from .program import Program, aliased_inputs, note, writes
+from .program import Program, aliased_inputs, note
 from .verify import overlapped, turned
 
 IN_FLIGHT = 4
@@ -47,7 +47,7 @@ def overlap(program: Program, plan: Plan) -> None:
 
 def _make_views_early(program: Program) -> None:
     """What is exchanged may be a view of what was made much earlier."""
-    stretches = _stretches(program)
+    stretches = stretches_of(program)
     for exchange in [node for node in program.computes if node.target in EXCHANGES]:
         views, base = list[fx.Node](), exchange.args[0]
         while sources := list(aliased_inputs(base)):
@@ -76,23 +76,15 @@ class _Schedule:
         self.waiting = dict.fromkeys(node for node in program.computes if node.target in EXCHANGES)
         self.missing = set(program.computes)
         self.stretch = 0
-        self.stretches = _stretches(program)
-        self.due = self._due()
+        self.stretches = stretches_of(program)
+        self.due = first_readers(program)
         self.held_back = self._held_back()
         self.gathers = self._gathers()
-        self.reader = 0
+        self.readers = {node: i for i, gathers in enumerate(self.gathers) for node in gathers}
+        self.reader = 0  # whose gathers may start
         self.exchanges: dict[fx.Node, _Exchange] = {}
         self.open: dict[Any, _Exchange] = {}
         self.under_way: list[_Exchange] = []
-
-    def _due(self) -> dict[fx.Node, int]:
-        """Where a value is first read by more than a view, another exchange aside."""
-        order, due = self.program.positions(), dict[fx.Node, int]()
-        for node in reversed(order):
-            passes_on = lambda user, node=node: user in self.waiting or node in aliased_inputs(user)  # noqa: E731
-            readers = (due[user] if passes_on(user) else order[user] for user in node.users)
-            due[node] = min(readers, default=order[node])
-        return due
 
     def _held_back(self) -> set[fx.Node]:
         """The small sums that can wait for the next one alike."""
@@ -104,8 +96,10 @@ class _Schedule:
         return {node for node, following in pairs if order[following] < self.due[node]}
 
     def _kind(self, node: fx.Node) -> Any:
-        """Sums of one kind can be taken together."""
-        return self.stretches[node], node.args[1:], tensor_type(node).dtype, _layer(node)
+        """Sums of one kind can be taken together: those of one numbered module, such as layers.3, or else of one."""
+        module = note(node).module
+        layer = re.match(r".*?\.\d+(?=\.|$)", module)
+        return self.stretches[node], node.args[1:], tensor_type(node).dtype, layer[0] if layer else module
 
     def _gathers(self) -> list[list[fx.Node]]:
         """By their readers, in order."""
@@ -126,8 +120,8 @@ class _Schedule:
                 continue
             for value in node.all_input_nodes:
                 self._read(value)
-            if _is_wall(node):
-                for exchange in [n for n in self.waiting if self.stretches[n] == self.stretch]:
+            if self.stretches[node] != self.stretch:
+                for exchange in [other for other in self.waiting if self.stretches[other] == self.stretch]:
                     self._read(exchange)
             self.at, self.stretch = node.next, self.stretches[node]
             self.missing.discard(node)
@@ -143,17 +137,15 @@ class _Schedule:
 
     def _read(self, value: fx.Node) -> None:
         """A value is about to be read."""
-        if value in self.waiting and value.target is ALL_GATHER:
-            place = next(i for i, gathers in enumerate(self.gathers) if value in gathers)
-            self.reader = max(self.reader, place + 1)
+        if value in self.waiting and value in self.readers:
+            self.reader = max(self.reader, self.readers[value] + 1)
             self._start_gathers()
         self._finish(value)
 
     def _start_gathers(self) -> None:
-        for gathers in self.gathers[self.reader : self.reader + 1]:
-            for node in gathers:
-                if self.stretches[node] == self.stretch:
-                    self._stand(node)
+        for node in chain(*self.gathers[self.reader : self.reader + 1]):
+            if self.stretches[node] == self.stretch:
+                self._stand(node)
 
     def _sums_of(self, value: fx.Node) -> None:
         """The terms of sums are made."""
@@ -205,25 +197,5 @@ class _Schedule:
             self._sums_of(value)
 
 
-def _stretches(program: Program) -> dict[fx.Node, int]:
-    """Numbers the stretches in which nothing is overwritten."""
-    found, number = {}, 0
-    for node in program.graph.nodes:
-        number += _is_wall(node)
-        found[node] = number
-    return found
-
-
-def _is_wall(node: fx.Node) -> bool:
-    """Whether exchanges must not pass: what they read may be overwritten here."""
-    return node.op != "placeholder" and writes(node) and node.target is not SWAP_RNG
-
-
 def _is_small(node: fx.Node) -> bool:
     return node.target is ALL_REDUCE and tensor_type(node).num_bytes <= SMALL_BYTES
-
-
-def _layer(node: fx.Node) -> str:
-    """The numbered module that a node belongs to, such as layers.3, or else its own."""
-    found = re.match(r".*?\.\d+(?=\.|$)", note(node).module)
-    return found[0] if found else note(node).module
