@@ -9,7 +9,7 @@ from ..passes.losses import tensor_type
 from ..passes.plan import Exchange, Plan
 from ..passes.program import Program
 from ..runtime.mesh import DATA
-from ..runtime.ops import ALL_GATHER, ALL_REDUCE, AVERAGE, FETCH, REDUCE, REDUCE_SCATTER
+from ..runtime.ops import AVERAGE, FETCH, REDUCE, START_ALL_GATHER, START_ALL_REDUCE, START_REDUCE_SCATTER
 
 
 def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
@@ -31,11 +31,11 @@ def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
 
 def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
     replicas, together = plan.mesh.replicas, plan.mesh.replica_name
-    if node.target is ALL_GATHER:
-        yield node.args[2], "all-gather", (node.args[3] - 1) * tensor_type(node.args[0]).num_bytes
-    elif node.target is REDUCE_SCATTER:
-        yield node.args[2], "reduce-scatter", (node.args[3] - 1) * tensor_type(node).num_bytes
-    elif node.target is ALL_REDUCE:
+    if node.target is START_ALL_GATHER:
+        yield node.args[1], "all-gather", (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes
+    elif node.target is START_REDUCE_SCATTER:
+        yield node.args[1], "reduce-scatter", (node.args[2] - 1) * tensor_type(node).num_bytes
+    elif node.target is START_ALL_REDUCE:
         yield node.args[1], "all-reduce", _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
     elif plan.batches > 1 and node.target is AVERAGE:
         yield DATA, "all-reduce", _all_reduced(tensor_type(node).num_bytes, plan.batches)

@@ -9,17 +9,15 @@ tests: planned is never below measured.
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from torch import fx
 
 from ..passes.losses import tensor_type
 from ..passes.program import Program, aliased_inputs, note, type_of
-from ..passes.types import TensorType, Type, contiguous_stride
-from ..runtime.collectives import exchange_workspace_bytes
+from ..passes.types import TensorType, Type
 from ..runtime.linear_loss import BACKWARD, FORWARD, backward_workspace_bytes, forward_workspace_bytes
-from ..runtime.ops import ALL_GATHER, FETCH, GRADIENTS, REDUCE_SCATTER, TURN
+from ..runtime.ops import FETCH, GRADIENTS, TURN
 
 ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS = "activations", "gradients on their way", "outputs"
 
@@ -90,10 +88,6 @@ def _workspace_bytes(node: fx.Node) -> int:
         hidden, weight = map(tensor_type, node.args[1:3])
         chunk, softcap = min(node.args[-2], weight.shape[0]), node.args[8]
         return backward_workspace_bytes(hidden.shape, chunk, hidden.dtype, softcap)
-    if node.target in (ALL_GATHER, REDUCE_SCATTER):
-        part, (dim, _, ranks) = tensor_type(node.args[0]), node.args[1:]
-        larger = prod(part.shape) * part.dtype.itemsize * (ranks if node.target is ALL_GATHER else 1)
-        return exchange_workspace_bytes(larger, dim, part.stride == contiguous_stride(part.shape))
     return 0
 
 

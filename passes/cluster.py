@@ -27,13 +27,13 @@ from .manager import graph_pass
 from .plan import Plan
 from .program import Note, Program, annotate, note, type_of
 from .types import freeze
-from .verify import released
+from .verify import overlapped, released
 
 SHORTEST = 4
 """Stretches with fewer operators stay where they are: a call would be harder to read than they are."""
 
 
-@graph_pass(requires=(released,))
+@graph_pass(requires=(released,), breaks=(overlapped,))  # an exchange may start in one function and end in another
 def cluster(program: Program, plan: Plan) -> None:
     kinds: dict[Any, list[_Stretch]] = defaultdict(list)
     for stretch in _stretches(program):

@@ -9,6 +9,7 @@ from .checkpoint import checkpoint
 from .chunk import chunk
 from .cluster import cluster
 from .fuse_loss import fuse_loss
+from .overlap import overlap
 from .partition import partition
 from .prefetch import prefetch
 from .release import release
@@ -21,6 +22,7 @@ PIPELINE = (
     shard,  #        tensors are divided over the processes, which exchange what they lack
     checkpoint,  #   blocks that the plan names are computed again in the backward
     partition,  #    forward | turn | backward; only activations cross the turn
+    overlap,  #      exchanges start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
     release,  #      a chunk is let go after its last reader
     prefetch,  #     copies start early and are waited for late

@@ -14,7 +14,20 @@ from torch import fx
 
 from ..runtime.errors import VerificationError
 from ..runtime.mesh import of_gradient, parse_placements, placements_text
-from ..runtime.ops import FETCH, GRADIENTS, PUT, REDUCE, RELEASE, SETTLE, TURN, WAIT
+from ..runtime.ops import (
+    EXCHANGES,
+    FETCH,
+    FINISH_EXCHANGE,
+    GRADIENTS,
+    PUT,
+    REDUCE,
+    RELEASE,
+    SETTLE,
+    START_ALL_REDUCE,
+    STARTS,
+    TURN,
+    WAIT,
+)
 from .plan import Plan
 from .program import Program, aliased_inputs, annotate, is_noted, note, type_of
 from .text import _context, call_text, target_text
@@ -171,6 +184,37 @@ def turned(program: Program, plan: Plan) -> Offence | None:
             return Offence(node, "a backward node in front of the turn", "forward nodes only")
         elif note(node).phase == "forward" and past and turns:
             return Offence(node, "a forward node behind the turn", "backward nodes only")
+    return None
+
+
+@fact
+def overlapped(program: Program, plan: Plan) -> Offence | None:
+    """Every exchange starts and is waited for once, in one phase; what it fills, or sums, is nobody else's to read."""
+    for node in program.computes:
+        if node.target in EXCHANGES:
+            return Offence(node, "an exchange in one piece", "its start, and geminifx.finish_exchange")
+        if node.target is FINISH_EXCHANGE and getattr(node.args[0], "target", None) not in STARTS:
+            return Offence(node, f"waits for {node.args[0]}", "the start of an exchange")
+        offence = _exchanged(node) if node.target in STARTS else None
+        if offence is not None:
+            return offence
+    return None
+
+
+def _exchanged(start: fx.Node) -> Offence | None:
+    part, overwrites = start.args[0], start.target is START_ALL_REDUCE
+    finish, *others = start.users or [None]
+    if finish is None or others or finish.target is not FINISH_EXCHANGE:
+        return Offence(start, f"read by {', '.join(user.name for user in start.users) or 'nobody'}",
+                       "one reader, its finish")  # fmt: skip
+    if note(finish).phase != note(start).phase:
+        return Offence(finish, f"waits for {start.name} of the other phase", "the finish in front of the turn")
+    kept, sent = list(finish.args[1:]), [] if overwrites else [part]
+    if kept != sent:
+        text = lambda values: f"keeps {', '.join(map(str, values)) or 'nothing'}"  # noqa: E731
+        return Offence(finish, text(kept), f"{text(sent)}: what is sent, unless it is what is filled")
+    if overwrites and (part.op == "placeholder" or len(part.users) > 1):
+        return Offence(start, f"overwrites {part.name}, which others read", "a copy")
     return None
 
 

@@ -36,9 +36,10 @@ class Machine:
     def __init__(self, placing: Placing, stats: Stats, ranks: Ranks = ALONE) -> None:
         self.placing = placing
         self.ranks = ranks
-        exchange = ranks.collectives
-        self.all_gather, self.reduce_scatter = exchange.all_gather, exchange.reduce_scatter
-        self.all_reduce, self.local, self.offset = exchange.all_reduce, exchange.local, exchange.offset
+        self.exchange = exchange = ranks.collectives
+        self.start_all_gather, self.start_reduce_scatter = exchange.start_all_gather, exchange.start_reduce_scatter
+        self.start_all_reduce, self.finish_exchange = exchange.start_all_reduce, exchange.finish_exchange
+        self.local, self.offset = exchange.local, exchange.offset
         self.chunks = placing.store.chunks
         self.device = placing.device
         self.stats = stats
@@ -226,6 +227,7 @@ class Machine:
 
         Returns what to tell the user of the state that is left.
         """
+        self.exchange.abandon()
         self.copies.join()  # copies under way still write to what the program's death has freed
         for chunk in self.chunks:
             chunk.rest()

@@ -39,6 +39,16 @@ What is random is drawn by numbers that ranks have apart where its parts are::
     geminifx.swap_rng(rng)                         # the generator's, and what was the generator's is kept
     y = aten.native_dropout.default(x, 0.1, True)
     geminifx.swap_rng(rng)                         # all ranks' generators are in one state again
+
+No machine carries out the first three: `overlap` writes each as an exchange that starts, along the first dimension of
+a contiguous tensor, and one that is waited for. In between nobody reads what is being filled, nor writes `x`::
+
+    p = geminifx.start_all_gather(x, "col", 2)
+    whole = geminifx.finish_exchange(p, x)         # the same tensor; `x` lives until here
+    p = geminifx.start_reduce_scatter(x, "col", 2)
+    mine = geminifx.finish_exchange(p, x)
+    p = geminifx.start_all_reduce(x, "row", "sum") # overwrites `x`
+    y = geminifx.finish_exchange(p)
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +74,10 @@ SCHEMAS = {
     "all_gather": "(Tensor part, int dim, str axis, int size) -> Tensor",
     "reduce_scatter": "(Tensor part, int dim, str axis, int size) -> Tensor",
     "all_reduce": "(Tensor part, str axis, str reduction) -> Tensor",
+    "start_all_gather": "(Tensor part, str axis, int size) -> Tensor",
+    "start_reduce_scatter": "(Tensor part, str axis, int size) -> Tensor",
+    "start_all_reduce": "(Tensor(a!) part, str axis, str reduction) -> Tensor(a!)",
+    "finish_exchange": "(Tensor(a) pending, Tensor? part=None) -> Tensor(a)",
     "local": "(Tensor whole, int dim, str axis, int size) -> Tensor",
     "offset": "(Tensor like, str axis, int extent) -> Tensor",
     "save_rng": "(Tensor like) -> Tensor",
@@ -114,6 +128,10 @@ FAKES: dict[str, Callable[..., object]] = {
     "all_gather": lambda part, dim, axis, size: _resized(part, dim, part.shape[dim] * size),
     "reduce_scatter": _part,
     "all_reduce": lambda part, axis, reduction: torch.empty_like(part, memory_format=torch.contiguous_format),
+    "start_all_gather": lambda part, axis, size: _resized(part, 0, part.shape[0] * size),
+    "start_reduce_scatter": lambda part, axis, size: _part(part, 0, axis, size),
+    "start_all_reduce": lambda part, axis, reduction: part.view(part.shape),
+    "finish_exchange": lambda pending, part=None: pending.view(pending.shape),
     "local": _part,
     "offset": lambda like, axis, extent: torch.empty((), dtype=torch.int64),
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
@@ -141,11 +159,20 @@ SHARE = _ops.share.default
 ALL_GATHER = _ops.all_gather.default
 REDUCE_SCATTER = _ops.reduce_scatter.default
 ALL_REDUCE = _ops.all_reduce.default
+START_ALL_GATHER = _ops.start_all_gather.default
+START_REDUCE_SCATTER = _ops.start_reduce_scatter.default
+START_ALL_REDUCE = _ops.start_all_reduce.default
+FINISH_EXCHANGE = _ops.finish_exchange.default
 LOCAL = _ops.local.default
 OFFSET = _ops.offset.default
 SAVE_RNG = _ops.save_rng.default
 SWAP_RNG = _ops.swap_rng.default
 FORK_RNG = _ops.fork_rng.default
+
+EXCHANGES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
+"""What `shard` writes, and `overlap` replaces."""
+
+STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, SETTLE})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""

@@ -6,7 +6,6 @@ device through an event, the launching thread only for the host's worker, and on
 """
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +27,6 @@ from .torch_private import unmetered
 from .update_kernels import UpdateKernels
 from .update_rules import Gradient
 from .worker import Tickets, Worker
-from .zero import Gather
 
 HALF_UPDATED = (
     "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
@@ -68,7 +66,6 @@ class UpdatingMachine(Machine):
         self.broken = ""
         self.writable = False
         self._released: dict[int, Arrival] = {}
-        self._gathers: dict[int, Gather] = {}
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[bool, _Factor] = {}
         self._stream_bytes = 0
@@ -131,15 +128,14 @@ class UpdatingMachine(Machine):
                 self._arrivals[index] = ready[0]
                 self.stats.moved(to_device=own.nbytes)
         with self.copies.exchange(*ready):
-            self._gathers[index] = self.zero.gather(whole, own)
+            self.zero.gather(self.exchange, whole, own)
         chunk.gathered = state.version
         return whole
 
     def wait(self, fetched: Tensor, index: int) -> Tensor:
         self.tickets.arrive(index)
-        gather = self._gathers.pop(index, None)
-        if gather is not None:
-            gather.wait()
+        if self.exchange.is_under_way(fetched):
+            self.exchange.finish(fetched)
         return super().wait(fetched, index)
 
     def release(self, weights: Tensor, index: int) -> None:
@@ -330,10 +326,6 @@ class UpdatingMachine(Machine):
             raise StateError(self.broken)
 
     def abort(self) -> str:
-        for gather in self._gathers.values():
-            with suppress(StateError):  # whatever ended the step may have ended other processes
-                gather.wait()
-        self._gathers.clear()
         half_way = self.updates.in_backward and self.run.backward and self.backwards == self.updates.accumulate
         left = super().abort()
         if half_way:

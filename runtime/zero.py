@@ -12,13 +12,12 @@ issued by the launching thread alone, in the program's order, which is the same 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .collectives import all_gather_single, reduce_scatter_single
+from .collectives import Collectives, all_gather_single, reduce_scatter_single
 from .layout import STREAM_PIECE, ChunkLayout
 from .ranks import Ranks
 
@@ -47,10 +46,9 @@ class Zero:
         self.ranks.call(reduce_scatter_single, mine, gradients, group=self.ranks.replica_group)
         return mine
 
-    def gather(self, whole: Tensor, shard: Tensor) -> "Gather":
+    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor) -> None:
         """Start to fill `whole` with all processes' shards. `shard` may be this one's view of `whole`."""
-        group = self.ranks.replica_group
-        return Gather(self.ranks, self.ranks.call(all_gather_single, whole, shard, group=group, async_op=True))
+        exchange.start(whole, all_gather_single, whole, shard, group=self.ranks.replica_group)
 
     def norm(self, norm: Tensor) -> Tensor:
         """The norm of all shards, of that of each process's."""
@@ -86,19 +84,3 @@ class Zero:
 
 
 ALONE = Zero()
-
-
-@dataclass(frozen=True)
-class Gather:
-    """An all-gather under way."""
-
-    ranks: Ranks
-    work: Any
-
-    def wait(self) -> None:
-        """From here on what is launched sees the whole. Raises StateError where another process is lost."""
-
-        def all_gather() -> None:
-            self.work.wait()
-
-        self.ranks.call(all_gather)

@@ -123,11 +123,16 @@ def test_an_evaluations_results_are_held_through_the_next_one() -> None:
     assert analyse(parse_program(header + body)).values[OUTPUTS].tolist() == [64, 128, 128]
 
 
-def test_exchanges_along_later_dimensions_lay_their_memory_out_anew() -> None:
+def test_what_an_exchange_fills_and_sends_lives_until_it_is_waited_for() -> None:
     body = (
-        "    first: \"f32[8, 4]\" = geminifx.all_gather(x, 0, 'tp', 2)\n"
-        "    last: \"f32[4, 8]\" = geminifx.all_gather(x, 1, 'tp', 2)\n"
-        "    mine: \"f32[4, 2]\" = geminifx.reduce_scatter(x, 1, 'tp', 2)\n"
+        '    exp: "f32[4, 4]" = aten.exp.default(x)\n'
+        "    start: \"f32[8, 4]\" = geminifx.start_all_gather(exp, 'tp', 2)\n"
+        '    cos: "f32[4, 4]" = aten.cos.default(x)\n'
+        '    whole: "f32[8, 4]" = geminifx.finish_exchange(start, exp)\n'
+        "    sums: \"f32[4, 4]\" = geminifx.start_all_reduce(cos, 'tp', 'sum')\n"
+        '    tan: "f32[8, 4]" = aten.tan.default(whole)\n'
+        '    summed: "f32[4, 4]" = geminifx.finish_exchange(sums)\n'
     )
-    # Results of 128, 128 and 32 bytes, beside the second and the third what they are made of.
-    assert activations(body, '"output:0": x') == [0, 128, 128 + 128, 32 + 64, 0]
+    # exp (64), what it is gathered into (128), cos (64), which its sum overwrites, tan (128).
+    live = [0, 64, 64 + 128, 64 + 128 + 64, 64 + 128 + 64, 128 + 64, 128 + 64 + 128, 64, 0]
+    assert activations(body, '"output:0": x') == live

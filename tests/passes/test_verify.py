@@ -8,7 +8,7 @@ from geminifx.passes.plan import Plan
 from geminifx.passes.program import annotate
 from geminifx.passes.text import parse_program
 from geminifx.passes.types import parse_type
-from geminifx.passes.verify import canonical, chunked, released, turned, verify
+from geminifx.passes.verify import canonical, chunked, overlapped, released, turned, verify
 from geminifx.runtime import ops
 from geminifx.runtime.errors import VerificationError
 
@@ -139,20 +139,82 @@ DAMAGES = {
 }  # fmt: skip
 
 
+EXCHANGING = """
+def training(x: "f32[4, 4] | input:0", w: "f32[2, 4] | parameter:fc.weight"):
+    # forward: fc
+    start: "f32[4, 4]" = geminifx.start_all_gather(w, 'tp', 2)
+    relu: "f32[4, 4]" = aten.relu.default(x)
+    whole: "f32[4, 4]" = geminifx.finish_exchange(start, w)
+    y: "f32[4, 4]" = aten.mm.default(relu, whole)
+    start_1: "f32[4, 4]" = geminifx.start_all_reduce(y, 'tp', 'sum')
+    exp: "f32[4, 4]" = aten.exp.default(relu)
+    summed: "f32[4, 4]" = geminifx.finish_exchange(start_1)
+    z: "f32[4, 4]" = aten.add.Tensor(exp, summed)
+    turn: "(f32[4, 4])" = yield [z], [0]
+    # backward: fc
+    tangent: "f32[4, 4]" = turn[0]
+    dx: "f32[4, 4]" = aten.mul.Tensor(tangent, exp)
+    return {"gradient:input:0": dx}
+"""
+
+EXCHANGE_DAMAGES = {
+    "an exchange is left in one piece": (
+        _emit(ops.ALL_REDUCE, "exp", "tp", "sum", before="z"), "all_reduce", "an exchange in one piece", "its start",
+    ),
+    "an exchange is never waited for": (
+        _emit(ops.START_REDUCE_SCATTER, "exp", "tp", 2, before="z"), "start_reduce_scatter", "read by nobody",
+        "one reader, its finish",
+    ),
+    "an exchange is waited for twice": (
+        _emit(ops.FINISH_EXCHANGE, "start", "w", before="y"), "start", "read by whole, finish_exchange", "one reader",
+    ),
+    "what an exchange fills is read too early": (
+        _emit(aten.relu.default, "start", before="whole"), "start", "read by whole, relu_1", "one reader, its finish",
+    ),
+    "an exchange is waited for before it starts": (
+        _move("start", after="whole"), "whole", "reads start, which is made later", "made earlier",
+    ),
+    "something else is waited for": (
+        _emit(ops.FINISH_EXCHANGE, "exp", before="z"), "finish_exchange", "waits for exp", "the start of an exchange",
+    ),
+    "an exchange crosses the turn": (
+        _note("summed", phase="backward"), "summed", "waits for start_1 of the other phase", "in front of the turn",
+    ),
+    "what is sent may be freed on its way": (_arguments("whole", "start"), "whole", "keeps nothing", "keeps w"),
+    "what a sum overwrites is kept": (_arguments("summed", "start_1", "y"), "summed", "keeps y", "keeps nothing"),
+    "what a sum overwrites is read": (
+        _emit(aten.relu.default, "y", before="start_1"), "start_1", "overwrites y, which others read", "a copy",
+    ),
+    "what a sum overwrites is a parameter": (
+        _arguments("start_1", "x", "tp", "sum"), "start_1", "overwrites x, which others read", "a copy",
+    ),
+}  # fmt: skip
+
+
 def _nodes(program):
     return {node.name: node for node in program.nodes}
 
 
-def test_the_good_program_is_good():
-    verify(parse_program(GOOD), Plan(), FACTS, "none")
+@pytest.mark.parametrize("text, facts", [(GOOD, FACTS), (EXCHANGING, (overlapped,))], ids=["chunks", "exchanges"])
+def test_the_good_program_is_good(text, facts):
+    verify(parse_program(text), Plan(), facts, "none")
 
 
 @pytest.mark.parametrize("damage, name, found, expected", DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_found_and_named(damage, name, found, expected):
-    program = parse_program(GOOD)
+    _check_damage(GOOD, FACTS, damage, name, found, expected)
+
+
+@pytest.mark.parametrize("damage, name, found, expected", EXCHANGE_DAMAGES.values(), ids=EXCHANGE_DAMAGES)
+def test_damage_to_exchanges_is_found_and_named(damage, name, found, expected):
+    _check_damage(EXCHANGING, (overlapped,), damage, name, found, expected)
+
+
+def _check_damage(text, facts, damage, name, found, expected):
+    program = parse_program(text)
     damage(program, _nodes(program))
     with pytest.raises(VerificationError) as raised:
-        verify(program, Plan(), FACTS, "clumsy")
+        verify(program, Plan(), facts, "clumsy")
     first, *rest = str(raised.value).splitlines()
     assert first.startswith("after pass 'clumsy', 'training' breaks '") and f" at '{name}' (" in first
     assert [line.split(":")[0].strip() for line in rest[:2]] == ["found", "expected"]

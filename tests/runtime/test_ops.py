@@ -14,9 +14,11 @@ F32 = torch.float32
 VECTOR = TensorType(F32, (64,), (1,))
 
 
-def test_the_machine_implements_every_instruction_but_the_turn() -> None:
-    # At the turn the generated program itself yields. What processes exchange, the machine has of their collectives.
-    assert {name for name in ops.SCHEMAS if name not in {**vars(Machine), **vars(Collectives)}} == {"turn"}
+def test_the_machine_implements_every_instruction_that_code_has() -> None:
+    # At the turn the generated program itself yields; whole exchanges are written out in two. What processes exchange,
+    # the machine has of their collectives.
+    missing = {name for name in ops.SCHEMAS if name not in {**vars(Machine), **vars(Collectives)}}
+    assert missing == {"turn", "all_gather", "reduce_scatter", "all_reduce"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -29,6 +31,7 @@ def test_schemas_admit_every_write(name: str) -> None:
         "settle": ["gradients"],
         "turn": ["outputs"],
         "swap_rng": ["state"],
+        "start_all_reduce": ["part"],
     }
     assert written == expected.get(name, [])
 

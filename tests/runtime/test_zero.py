@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from geminifx.runtime.chunks import ChunkStore
+from geminifx.runtime.collectives import Collectives
 from geminifx.runtime.errors import StateError
 from geminifx.runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates, longest_of_each_kind
 from geminifx.runtime.lazy_parameter import gathered_gradient
@@ -17,7 +18,7 @@ from geminifx.runtime.stats import Stats
 from geminifx.runtime.tiers import Tier
 from geminifx.runtime.update_rules import SgdHyper
 from geminifx.runtime.updating_machine import UpdatingMachine
-from geminifx.runtime.zero import Gather, Zero
+from geminifx.runtime.zero import Zero
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -90,15 +91,18 @@ def test_of_divided_chunks_the_longest_shard_is_streamed_longest() -> None:
 class TwoRanks(Zero):
     """The second of two processes, of which the first holds sevens and has no gradients."""
 
-    def gather(self, whole: Tensor, shard: Tensor) -> Gather:
+    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor) -> None:
         mine = shard.clone()
-        whole.fill_(7.0)
-        whole[whole.numel() // 2 :] = mine
 
-        class Done:
-            def wait(self) -> None: ...
+        class Filling:
+            def wait(self) -> None:
+                whole.fill_(7.0)
+                whole[whole.numel() // 2 :] = mine
 
-        return Gather(self.ranks, Done())
+        def all_gather(async_op: bool) -> Filling:
+            return Filling()
+
+        exchange.start(whole, all_gather)
 
     def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
         return self.own(gradients, layout)

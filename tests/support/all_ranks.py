@@ -2,6 +2,7 @@
 
 import operator
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,22 @@ from geminifx.runtime.mesh import (
     parse_placements,
     take_part,
 )
-from geminifx.runtime.ops import ALL_GATHER, ALL_REDUCE, FORK_RNG, LOCAL, OFFSET, REDUCE_SCATTER, SAVE_RNG, SWAP_RNG
+from geminifx.runtime.ops import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    EXCHANGES,
+    FINISH_EXCHANGE,
+    FORK_RNG,
+    LOCAL,
+    OFFSET,
+    REDUCE_SCATTER,
+    SAVE_RNG,
+    START_ALL_GATHER,
+    START_ALL_REDUCE,
+    STARTS,
+    SWAP_RNG,
+    TURN,
+)
 from torch import Tensor, fx
 
 Values = dict[str, Tensor]
@@ -38,6 +54,8 @@ def run_on_all(program: Program, mesh: Mesh, values: Values) -> dict[str, list[T
         ]
         for node in program.placeholders
     }
+    for role in values.keys() - parts.keys():  # what comes in at the turn
+        parts[role] = [values[role].clone() for _ in range(mesh.size)]
     return run_parts(program, mesh, parts)
 
 
@@ -46,15 +64,19 @@ def run_parts(program: Program, mesh: Mesh, parts: dict[str, list[Tensor]]) -> d
     ranks = range(mesh.size)
     found: dict[fx.Node, list[Any]] = {}
     generators = [torch.get_rng_state()] * mesh.size  # ranks that share a batch are seeded alike
+    outputs: dict[str, list[Tensor]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             found[node] = parts[note(node).role]
+        elif node.target is TURN:
+            found[node] = [[parts[f"tangent:{i}"][rank] for i in node.args[1]] for rank in ranks]
+            outputs = {f"output:{i}": found[value] for i, value in enumerate(node.args[0])}
         elif node.op == "call_function":
             args = [fx.map_arg(node.args, lambda value, rank=rank: found[value][rank]) for rank in ranks]
             kwargs = [fx.map_arg(node.kwargs, lambda value, rank=rank: found[value][rank]) for rank in ranks]
             found[node] = _run(node.target, args, kwargs, mesh, generators)
     assert all(torch.equal(state, generators[0]) for state in generators), "ranks would draw apart from here on"
-    return {role: found[node] for role, node in program.results.items()}
+    return outputs | {role: found[node] for role, node in program.results.items()}
 
 
 def scatter(whole: Tensor, placements: Placements, axes: tuple[Axis, ...]) -> list[Tensor]:
@@ -90,8 +112,12 @@ def placements_of(node: fx.Node, mesh: Mesh) -> Placements:
 
 
 def _run(target: Any, args: list[Any], kwargs: list[Any], mesh: Mesh, generators: list[Tensor]) -> list[Any]:
-    if target in (ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER):
+    if target in EXCHANGES:
         return _exchange(target, args, mesh)
+    if target in STARTS:
+        return _start(target, args, mesh)
+    if target is FINISH_EXCHANGE:
+        return [_finish(*a) for a in args]
     if target is LOCAL:
         return [_part(a[0], a[1], mesh.coordinate(rank, a[2]), a[3]) for rank, a in enumerate(args)]
     if target is OFFSET:
@@ -118,6 +144,34 @@ CALLED: dict[Any, Any] = {
     SWAP_RNG: _swap,
 }  # fmt: skip
 """What runs for an operator that is not torch's to run."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What an exchange under way fills: no tensor, so that whoever reads it fails."""
+
+    filled: Tensor
+    value: Tensor
+    sent: Tensor
+
+
+def _start(target: Any, args: list[Any], mesh: Mesh) -> list[Pending]:
+    """What a sum overwrites is made unreadable, too; what is sent must stay as it is."""
+    assert all(part.is_contiguous() for part, *_ in args)
+    if target is START_ALL_REDUCE:
+        values = _exchange(ALL_REDUCE, args, mesh)
+        filled = [part.fill_(float("nan") if part.is_floating_point() else -1) for part, *_ in args]
+    else:
+        whole = ALL_GATHER if target is START_ALL_GATHER else REDUCE_SCATTER
+        values = _exchange(whole, [(part, 0, *rest) for part, *rest in args], mesh)
+        filled = [torch.empty_like(value) for value in values]
+    sent = (part.clone() for part, *_ in args)
+    return [Pending(*found) for found in zip(filled, values, sent, strict=True)]
+
+
+def _finish(pending: Pending, part: Tensor | None = None) -> Tensor:
+    assert part is None or torch.equal(part, pending.sent), "what is sent was overwritten on its way"
+    return pending.filled.copy_(pending.value)
 
 
 def _exchange(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:

@@ -1,0 +1,201 @@
+"""Start exchanges early and wait for them late, so that they run while something computes; take small sums together.
+
+    before                                             after
+    w = geminifx.all_gather(w1, 0, "row", 2)           p = geminifx.start_all_gather(w1, "row", 2)
+                                                       q = geminifx.start_all_gather(w2, "row", 2)
+                                                       w = geminifx.finish_exchange(p, w1)
+    y = aten.mm.default(x, w)                          y = aten.mm.default(x, w)
+    v = geminifx.all_gather(w2, 0, "row", 2)           v = geminifx.finish_exchange(q, w2)
+    z = aten.mm.default(y, v)                          z = aten.mm.default(y, v)
+
+A gather starts when the reader in front of its own is about to read, a sum behind the operator that makes its terms.
+Either is waited for in front of its first reader, but the oldest already when more than IN_FLIGHT would be under way:
+gradients are read by nothing but the program's results. Small sums of one layer are held back for the next one alike as
+long as nobody reads them, and taken as one. Nothing passes an operator that overwrites something, such as the turn. How
+an exchange is written out in two is told in `exchange.py`.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
+
+from torch import fx
+
+from ..runtime.ops import ALL_GATHER, ALL_REDUCE, EXCHANGES
+from .exchange import Writer, first_readers, stretches_of
+from .losses import tensor_type
+from .manager import graph_pass
+from .plan import Plan
+from .program import Program, aliased_inputs, note
+from .verify import overlapped, turned
+
+IN_FLIGHT = 4
+"""How many exchanges are under way at a time."""
+
+SMALL_BYTES = 64 * 1024
+"""Up to here a sum takes as long as messages take to arrive, however short."""
+
+
+@graph_pass(requires=(turned,), gives=(overlapped,))
+def overlap(program: Program, plan: Plan) -> None:
+    if plan.mesh.tensor_axes:
+        _make_views_early(program)
+        _Schedule(program).run()
+
+
+def _make_views_early(program: Program) -> None:
+    """What is exchanged may be a view of what was made much earlier."""
+    stretches = stretches_of(program)
+    for exchange in [node for node in program.computes if node.target in EXCHANGES]:
+        views, base = list[fx.Node](), exchange.args[0]
+        while sources := list(aliased_inputs(base)):
+            views.append(base)
+            base = sources[0]
+        movable = base.op == "call_function" and base.target not in EXCHANGES
+        if movable and all(stretches[view] == stretches[base] for view in views):
+            for view in views:
+                base.append(view)
+
+
+@dataclass(eq=False)
+class _Exchange:
+    """An exchange, or sums taken together."""
+
+    members: list[fx.Node]
+    started: fx.Node | None = None
+
+
+class _Schedule:
+    """A walk over the program that leaves compute in its order and writes exchanges in front of `at`."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.at = program.output
+        self.waiting = dict.fromkeys(node for node in program.computes if node.target in EXCHANGES)
+        self.missing = set(program.computes)
+        self.stretch = 0
+        self.stretches = stretches_of(program)
+        self.due = first_readers(program)
+        self.held_back = self._held_back()
+        self.gathers = self._gathers()
+        self.readers = {node: i for i, gathers in enumerate(self.gathers) for node in gathers}
+        self.reader = 0  # whose gathers may start
+        self.exchanges: dict[fx.Node, _Exchange] = {}
+        self.open: dict[Any, _Exchange] = {}
+        self.under_way: list[_Exchange] = []
+
+    def _held_back(self) -> set[fx.Node]:
+        """The small sums that can wait for the next one alike."""
+        order, alike = self.program.positions(), defaultdict(list)
+        for node in self.waiting:
+            if _is_small(node):
+                alike[self._kind(node)].append(node)
+        pairs = (pair for nodes in alike.values() for pair in pairwise(nodes))
+        return {node for node, following in pairs if order[following] < self.due[node]}
+
+    def _kind(self, node: fx.Node) -> Any:
+        """Sums of one kind can be taken together: those of one numbered module, such as layers.3, or else of one."""
+        module = note(node).module
+        layer = re.match(r".*?\.\d+(?=\.|$)", module)
+        return self.stretches[node], node.args[1:], tensor_type(node).dtype, layer[0] if layer else module
+
+    def _gathers(self) -> list[list[fx.Node]]:
+        """By their readers, in order."""
+        found = defaultdict(list)
+        for node in self.waiting:
+            if node.target is ALL_GATHER:
+                found[self.due[node]].append(node)
+        return list(found.values())
+
+    # -- the walk ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        old = list(self.waiting)
+        for node in [*self.program.computes, self.program.output]:
+            self.at = node
+            if node.target in EXCHANGES:
+                self._stand(node)
+                continue
+            for value in node.all_input_nodes:
+                self._read(value)
+            if self.stretches[node] != self.stretch:
+                for exchange in [other for other in self.waiting if self.stretches[other] == self.stretch]:
+                    self._read(exchange)
+            self.at, self.stretch = node.next, self.stretches[node]
+            self.missing.discard(node)
+            self._sums_of(node)
+            self._start_gathers()
+        for node in reversed(old):
+            self.program.graph.erase_node(node)
+
+    def _stand(self, node: fx.Node) -> None:
+        """At its old place an exchange starts, if it has not and does not wait for another's result."""
+        if node in self.waiting and node not in self.exchanges and node.args[0] not in self.missing:
+            self._ready(node)
+
+    def _read(self, value: fx.Node) -> None:
+        """A value is about to be read."""
+        if value in self.waiting and value in self.readers:
+            self.reader = max(self.reader, self.readers[value] + 1)
+            self._start_gathers()
+        self._finish(value)
+
+    def _start_gathers(self) -> None:
+        for node in chain(*self.gathers[self.reader : self.reader + 1]):
+            if self.stretches[node] == self.stretch:
+                self._stand(node)
+
+    def _sums_of(self, value: fx.Node) -> None:
+        """The terms of sums are made."""
+        for user in list(value.users):
+            if user in self.waiting and user.target is not ALL_GATHER and self.stretches[user] == self.stretch:
+                self._ready(user)
+
+    # -- exchanges -----------------------------------------------------------------------------------------
+
+    def _ready(self, node: fx.Node) -> None:
+        """An exchange can start, and does unless it is held back."""
+        if not _is_small(node):
+            exchange = self.exchanges[node] = _Exchange([node])
+        else:
+            exchange = self.exchanges[node] = self.open.setdefault(self._kind(node), _Exchange([]))
+            exchange.members.append(node)
+        if node not in self.held_back:
+            self._start(exchange)
+
+    def _start(self, exchange: _Exchange) -> None:
+        kind = self._kind(exchange.members[0])
+        if self.open.get(kind) is exchange:
+            del self.open[kind]
+        while len(self.under_way) >= IN_FLIGHT:
+            self._wait_for(self.under_way[0])
+        exchange.started = Writer(self.program, self.at).start(exchange.members)
+        self.under_way.append(exchange)
+
+    def _finish(self, node: fx.Node) -> None:
+        """Wait for an exchange's result, and first for what it is made of."""
+        if node not in self.waiting:
+            return
+        self._finish(node.args[0])
+        if node not in self.exchanges:
+            self._ready(node)
+        if node in self.waiting:
+            if self.exchanges[node].started is None:
+                self._start(self.exchanges[node])
+            self._wait_for(self.exchanges[node])
+
+    def _wait_for(self, exchange: _Exchange) -> None:
+        assert exchange.started is not None
+        self.under_way.remove(exchange)
+        values = Writer(self.program, self.at).finish(exchange.started, exchange.members)
+        for member, value in zip(exchange.members, values, strict=True):
+            member.replace_all_uses_with(value)
+            del self.waiting[member]
+        for value in values:
+            self._sums_of(value)
+
+
+def _is_small(node: fx.Node) -> bool:
+    return node.target is ALL_REDUCE and tensor_type(node).num_bytes <= SMALL_BYTES
