@@ -30,13 +30,13 @@ def test_schemas_admit_every_write(name: str) -> None:
         "reduce": ["gradients"],
         "settle": ["gradients"],
         "turn": ["outputs"],
-        "swap_rng": ["state"],
         "start_all_reduce": ["part"],
+        "swap_rng": ["state"],
     }
     assert written == expected.get(name, [])
 
 
-@pytest.mark.parametrize("name", ["wait", "view"])
+@pytest.mark.parametrize("name", ["wait", "view", "finish_exchange"])
 def test_results_that_share_their_arguments_storage_say_so(name: str) -> None:
     schema = OPERATORS[name]._schema
     assert schema.returns[0].alias_info is not None and not schema.is_mutable
@@ -47,6 +47,10 @@ FAKE_RESULTS = {
     "wait": (lambda: ops.WAIT(torch.empty(64), 3), F32, (64,)),
     "view": (lambda: ops.VIEW(torch.empty(64), 8, [2, 3]), F32, (2, 3)),
     "gradients": (lambda: ops.GRADIENTS(64, torch.float64), torch.float64, (64,)),
+    "start_all_gather": (lambda: ops.START_ALL_GATHER(torch.empty(2, 3), "tp", 4), F32, (8, 3)),
+    "start_reduce_scatter": (lambda: ops.START_REDUCE_SCATTER(torch.empty(8, 3), "tp", 4), F32, (2, 3)),
+    "start_all_reduce": (lambda: ops.START_ALL_REDUCE(torch.empty(2, 3), "tp", "sum"), F32, (2, 3)),
+    "finish_exchange": (lambda: ops.FINISH_EXCHANGE(torch.empty(2, 3)), F32, (2, 3)),
     "save_rng": (lambda: ops.SAVE_RNG(torch.empty(2)), torch.uint8, (torch.get_rng_state().numel(),)),
     "fork_rng": (lambda: ops.FORK_RNG(torch.empty(2), ["a"]), torch.uint8, (torch.get_rng_state().numel(),)),
 }
