@@ -13,6 +13,7 @@ from typing import Any
 
 import geminifx
 import torch
+from geminifx.compiler.launch import rank
 from geminifx.compiler.parallel import Parallel, parse_parallel
 from geminifx.runtime.mesh import DATA
 from geminifx.runtime.units import parse_bytes
@@ -77,11 +78,6 @@ class Setup:
         if not self.recompute.isdigit():
             return self.recompute
         return tuple(f"model.decoder.layers.{i}" for i in range(int(self.recompute)))
-
-
-def rank() -> int:
-    """Return this process's number among those of a launch."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from typing import Any
 
 import psutil
 import torch
-from contestants import SYSTEMS, Contestant, Setup, rank
+from contestants import SYSTEMS, Contestant, Setup
+from geminifx.compiler.launch import rank
 from random_opt import preset
 from step_report import plot, show
 

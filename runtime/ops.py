@@ -20,7 +20,7 @@ and its gradients'::
     geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
     geminifx.settle(g3, 3, [0, 1])                 # and is done: accumulated beside the master
 
-Among several ranks gradients are averaged on that way, and::
+Among several ranks gradients are summed over the replicas on that way, and losses are averaged::
 
     n = geminifx.average(count)                    # the mean over the ranks
     part = geminifx.share(loss, count, n)          # this rank's part in the mean over all tokens
