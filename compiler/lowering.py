@@ -38,9 +38,15 @@ class Lowering:
         folder = None if self.dump is None else self.dump / f"{program.name}_whole"
         return program, run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
 
-    def flat(self, captured: Program, plan: Plan) -> Program:
+    def flat(self, captured: Program, plan: Plan, *, verified: bool) -> Program:
+        """The program of a plan that is weighed. Verifying takes half of the time, and `finish` does it, too."""
         program = captured.copy()
-        run_passes(program, plan, self._rest(plan, self.passes[: self._after(CLUSTER) - 1]))
+        passes = self._rest(plan, self.passes[: self._after(CLUSTER) - 1])
+        if verified:
+            run_passes(program, plan, passes)
+        else:
+            for current in passes:
+                current.run(program, plan)
         return program
 
     def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:

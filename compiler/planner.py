@@ -2,8 +2,8 @@
 
 Every combination of choices that fits is completed, and the one with the shortest modelled step is taken:
 
-1. keep all activations, or recompute every block or a quarter, half, three quarters of them, unless the user
-   says which;
+1. keep all activations, or recompute every block or a quarter, half, three quarters of them, then some more or
+   fewer than the best of these, unless the user says which;
 2. copy one chunk ahead, or, where nothing else fits, on demand;
 3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
    that compute, which saves two copies a step for two bytes each, then whole training states. With our own
@@ -27,8 +27,9 @@ from ..runtime.errors import BudgetError
 from ..runtime.layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from ..runtime.ranks import Ranks
 from ..runtime.units import format_bytes
-from .cost import Rates, StepTime
+from .cost import Rates
 from .liveness import Liveness, analyse
+from .step_time import StepTime
 
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""
@@ -100,25 +101,42 @@ def solve(draft: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution
     """Complete `draft` (layout, notes) so that it fits. Raises BudgetError where nothing does."""
     refused: list[Solution] = []
     for ahead in (1, 0):
-        fitting: list[Solution] = []
+        plan = replace(draft, prefetch=ahead)
+        found: list[Solution] = []
         for recompute in [wishes.recompute] if wishes.recompute is not None else _shares(wishes.blocks):
-            plan = replace(draft, recompute=recompute, prefetch=ahead)
-            if wishes.logits_bytes and wishes.fuse_loss:
-                found = [_complete(replace(plan, fuse_loss=True), lower, limits, wishes)]
-            else:
-                found = [_complete(plan, lower, limits, wishes)]
-                if wishes.fuse_loss is None and _worth_a_look(found[0], limits, wishes):
-                    found.append(_complete(replace(plan, fuse_loss=True), lower, limits, wishes))
-            for solution in found:
-                if _fits(solution.plan, limits):
-                    fitting.append(solution)
-                else:
-                    refused.append(solution)
+            found += _with_loss(replace(plan, recompute=recompute), lower, limits, wishes)
+        fitting = [solution for solution in found if _fits(solution.plan, limits)]
         if fitting:
             best = min(fitting, key=lambda solution: solution.step_s)
+            if wishes.recompute is None:
+                best = _refined(best, lower, limits, wishes)
             _check_host(best.plan, limits)
             return best
+        refused += found
     raise _refusal(refused, limits)
+
+
+def _with_loss(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> list[Solution]:
+    """A plan with the loss in pieces or whole, or with both where it is worth a look."""
+    if wishes.logits_bytes and wishes.fuse_loss:
+        return [_complete(replace(plan, fuse_loss=True), lower, limits, wishes)]
+    whole = _complete(plan, lower, limits, wishes)
+    if wishes.fuse_loss is None and _worth_a_look(whole, limits, wishes):
+        return [whole, _complete(replace(plan, fuse_loss=True), lower, limits, wishes)]
+    return [whole]
+
+
+def _refined(best: Solution, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:
+    """Recompute some blocks more or fewer, half as many each time, as long as that is faster."""
+    apart = len(wishes.blocks) // 8
+    while apart:
+        count = len(best.plan.recompute)
+        for near in {max(count - apart, 0), min(count + apart, len(wishes.blocks))} - {count}:
+            solution = _complete(replace(best.plan, recompute=wishes.blocks[:near]), lower, limits, wishes)
+            if _fits(solution.plan, limits):
+                best = min(best, solution, key=lambda found: found.step_s)
+        apart //= 2
+    return best
 
 
 def _complete(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:

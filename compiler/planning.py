@@ -105,10 +105,13 @@ class Planning:
             return find(replace(plan, updates=ours, notes=(*plan.notes, ONLY_OURS))), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Program:
-        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
+        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer.
+
+        The first one is verified, for a fault in a pass to be told as such.
+        """
         key = id(captured), plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
-            self._lowered[key] = captured, self.lowering.flat(captured.program, plan)
+            self._lowered[key] = captured, self.lowering.flat(captured.program, plan, verified=not self._lowered)
         return self._lowered[key][1]
 
     def _given(self) -> Plan | None:

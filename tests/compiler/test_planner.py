@@ -184,6 +184,26 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
 
+def test_between_the_shares_the_planner_finds_the_fewest_blocks_that_do() -> None:
+    blocks = tuple(f"b{i}" for i in range(16))
+
+    def recomputing(candidate: Plan) -> Program:
+        """Every block keeps 64 bytes, or multiplies once more."""
+        count = len(candidate.recompute)
+        lines = ["def evaluation(", f'    x: "f32[{16 * (17 - count)}] | input:0",', '    a: "f32[8, 8] | input:1",',
+                 "):", "    # forward", f'    y: "f32[{16 * (17 - count)}]" = aten.exp.default(x)']  # fmt: skip
+        lines += [f'    m{i}: "f32[8, 8]" = aten.mm.default(a, a)' for i in range(count)]
+        return parse_program("\n".join([*lines, "    return {}"]) + "\n")
+
+    def bytes_of(count: int) -> int:
+        return solve(draft, recomputing, limits(None), Wishes("cpu", blocks[:count], blocks)).plan.peak_bytes
+
+    draft = Plan("cpu", None, layout())
+    for count in range(17):
+        found = solve(draft, recomputing, limits(bytes_of(count)), Wishes("cpu", None, blocks)).plan
+        assert found.recompute == blocks[:count]
+
+
 def test_a_plan_made_elsewhere_is_estimated_anew_and_refused_where_it_does_not_fit() -> None:
     given_plan = replace(plan(None, "cuda"), memory=plan(None, "cpu").memory)
     assert check(given_plan, lower, limits(ALL)).plan.peak_bytes == ALL

@@ -220,6 +220,30 @@ def test_cuda_kernels_equal_the_reference(dtype, causal, window, kind, queries, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries, keys, causal", [(128, 128, True), (333, 333, True), (200, 131, False)])
+def test_cudnn_and_flash_compute_the_same(size, dtype, queries, keys, causal):
+    """As views of one projection, the way models hand them over; each route where this GPU has it."""
+    if torch.cuda.get_device_capability()[0] not in attention_kernels.CUDNN_ON:
+        pytest.skip("cuDNN's kernels are not used on this GPU")
+    torch.manual_seed(0)
+    length = max(queries, keys)
+    fused = torch.randn(2, length, 3, 4, size, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4)
+    mine = fused[0][:, :, :queries], fused[1][:, :, :keys], fused[2][:, :, :keys]
+    problem = attention_kernels.Problem(size**-0.5, causal, 0.0, 0)
+    assert attention_kernels.route(*mine, None, problem) == "cudnn"
+    grad = torch.randn(2, queries, 4, size, device="cuda", dtype=dtype).transpose(1, 2)
+    results = []
+    for name in ("cudnn", "flash"):
+        out, logsumexp, _ = attention_kernels.FORWARD[name](*mine, None, problem)
+        saved = attention_kernels.Saved(out, logsumexp, torch.zeros(0, dtype=torch.uint8, device="cuda"))
+        results.append((out, logsumexp, *attention_kernels.BACKWARD[name](grad, mine, None, saved, problem)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("size, masked", [(64, False), (64, True), (12, False)])
 def test_cuda_backward_repeats_the_dropout_of_forward(size, masked):
     """With values of one, an output is the sum of the kept weights; the gradient must see the same ones."""
@@ -236,8 +260,10 @@ def test_every_route_has_both_directions():
     assert attention_kernels.FORWARD.keys() == attention_kernels.BACKWARD.keys()
 
 
-@pytest.mark.parametrize("name", ["flash", "efficient"])
-@pytest.mark.parametrize("dropout, window", [(0.0, 0), (0.1, 0), (0.0, 5), (0.1, 5)])
+@pytest.mark.parametrize(
+    "name, dropout, window",
+    [("cudnn", 0.0, 0), *((n, d, w) for n in ("flash", "efficient") for d in (0.0, 0.1) for w in (0, 5))],
+)
 def test_cuda_routes_fit_the_schemas_of_this_torch(name, dropout, window):
     """On meta tensors: argument order, optional arguments and the shapes that come back; no numbers."""
     mine = tuple(torch.empty(2, 4, 64, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
@@ -246,7 +272,7 @@ def test_cuda_routes_fit_the_schemas_of_this_torch(name, dropout, window):
     assert out.shape == mine[0].shape and logsumexp.shape == (2, 4, 64)
     assert drawn is None or drawn.numel() * drawn.element_size() == 16
     # The efficient kernel reads its random state on the host.
-    device = "meta" if name == "flash" else "cpu"
+    device = "cpu" if name == "efficient" else "meta"
     rng = torch.zeros(attention_kernels.RNG_BYTES, dtype=torch.uint8, device=device)
     saved = attention_kernels.Saved(out, logsumexp, rng)
     grads = attention_kernels.BACKWARD[name](out, mine, None, saved, problem)
