@@ -91,7 +91,7 @@ class _Clock:
                 self.now = max(self.now, self.reading.popleft())
         else:
             self.to_host = landed = max(self.now, self.to_host) + chunk.shard_bytes / self.rates.bus_bytes_per_s
-            self._end_of_copy(landed)
+            self._not_beside(landed)
             if self.updates and self.updates.in_backward:
                 heapq.heappush(self.landing, (landed, chunk.index))
             else:
@@ -103,7 +103,7 @@ class _Clock:
             chunk = self.chunks[index]
             if self.updates is None:
                 self.now = max(self.now, landed) + chunk.numel / self.rates.torch_params_per_s
-                self._is_updated(chunk, self.now)
+                self._renew(chunk, self.now)
             elif index in self.residency.streamed:
                 self._stream(chunk, max(self.now, landed))
             else:
@@ -119,11 +119,12 @@ class _Clock:
                 heapq.heappush(self.landed, heapq.heappop(self.landing)[1])
             updated = self.chunks[heapq.heappop(self.landed)]
             self.host += updated.shard_numel / self.rates.host_params_per_s
-            self._is_updated(updated, self.host)
+            self._renew(updated, self.host)
 
-    def _is_updated(self, chunk: ChunkLayout, at: float) -> None:
-        refreshed = chunk.index in self.residency.weights
-        self.fresh[chunk.index] = self._copy_to_device(at, chunk.shard_bytes) if refreshed else at
+    def _renew(self, chunk: ChunkLayout, at: float) -> None:
+        """The chunk is updated, and its weights on the device, where they stay, are so after a copy."""
+        resident = chunk.index in self.residency.weights
+        self.fresh[chunk.index] = self._copy_to_device(at, chunk.shard_bytes) if resident else at
 
     def _stream(self, chunk: ChunkLayout, after: float) -> None:
         """Up, update and down, piece by piece, beside the copies of weights and gradients."""
@@ -133,16 +134,17 @@ class _Clock:
         gradient = 0 if self.updates.at_once else chunk.shard_bytes
         self.now += LAUNCH_S
         self.travels = max(after, self.travels) + (state + gradient) / self.rates.bus_bytes_per_s
-        self._end_of_copy(self.travels)
+        self._not_beside(self.travels)
         self.host += chunk.shard_numel / self.rates.passing_params_per_s
         self.fresh[chunk.index] = self.travels
 
     def _copy_to_device(self, after: float, num_bytes: int) -> float:
         self.to_device = max(after, self.to_device) + num_bytes / self.rates.bus_bytes_per_s
-        self._end_of_copy(self.to_device)
+        self._not_beside(self.to_device)
         return self.to_device
 
-    def _end_of_copy(self, at: float) -> None:
+    def _not_beside(self, at: float) -> None:
+        """Compute waits for a copy where nothing overlaps."""
         if not self.rates.overlaps:
             self.now = max(self.now, at)
 
