@@ -98,7 +98,7 @@ class StepTime:
 
 def _flops(node: torch.fx.Node) -> int:
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
-    if formula is None or note(node).type is None:
+    if formula is None:
         return 0
     shape = lambda value: _shape(type_of(value))  # noqa: E731
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), shape)
