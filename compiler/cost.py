@@ -54,7 +54,7 @@ ARENA = Rates(
 def flops(node: torch.fx.Node) -> int:
     """What an operator computes, by torch's formulas, of the types of its operands: 0 of one that they do not know."""
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
-    if formula is None or note(node).type is None:
+    if formula is None:
         return 0
     shape = lambda value: _shape(type_of(value))  # noqa: E731
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), shape)

@@ -9,6 +9,7 @@ from .checkpoint import checkpoint
 from .chunk import chunk
 from .cluster import cluster
 from .fuse_loss import fuse_loss
+from .fuse_put import fuse_put
 from .overlap import overlap
 from .partition import partition
 from .prefetch import prefetch
@@ -24,6 +25,7 @@ PIPELINE = (
     partition,  #    forward | turn | backward; only activations cross the turn
     overlap,  #      exchanges start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
+    fuse_put,  #     a weight's gradient is multiplied right into its chunk
     release,  #      a chunk is let go after its last reader
     prefetch,  #     copies start early and are waited for late
     cluster,  #      compute between instructions becomes functions, equal layers share one

@@ -20,6 +20,7 @@ from ..runtime.ops import (
     FINISH_EXCHANGE,
     GRADIENTS,
     PUT,
+    PUTS,
     REDUCE,
     RELEASE,
     SETTLE,
@@ -238,7 +239,7 @@ def _gradient_chains(program: Program) -> Offence | None:
     for buffer in program.calls(GRADIENTS):
         steps = sorted(buffer.users, key=order.__getitem__)
         kinds = [PUT if step.op == "call_module" else step.target for step in steps]  # functions put, too
-        if kinds[-2:] != [REDUCE, SETTLE] or any(kind is not PUT for kind in kinds[:-2]) or len(kinds) < 3:
+        if kinds[-2:] != [REDUCE, SETTLE] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
             text = ", ".join(map(target_text, kinds))
             return Offence(buffer, f"gradients used by: {text}", "put..., reduce, settle")
     return None

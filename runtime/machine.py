@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .chunks import Chunk, State
 from .generator import fork
-from .ops import parameter_view
+from .ops import parameter_view, put_product
 from .placing import Placing
 from .ranks import Ranks
 from .stats import Stats
@@ -123,6 +123,8 @@ class Machine:
     @staticmethod
     def put(gradients: Tensor, offset: int, gradient: Tensor) -> None:
         gradients.narrow(0, offset, gradient.numel()).view(gradient.shape).copy_(gradient)
+
+    put_mm = staticmethod(put_product)
 
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: start to move them to where its master is."""

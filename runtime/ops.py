@@ -17,6 +17,7 @@ and its gradients'::
 
     g3 = geminifx.gradients(4096, torch.float32)
     geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
+    geminifx.put_mm(g3, 2176, dy, x)               # another's is this product, computed right in its place
     geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
     geminifx.settle(g3, 3, [0, 1])                 # and is done: accumulated beside the master
 
@@ -53,9 +54,11 @@ a contiguous tensor, and one that is waited for. In between nobody reads what is
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "geminifx"
 
@@ -66,6 +69,7 @@ SCHEMAS = {
     "release": "(Tensor(a!) weights, int chunk) -> ()",
     "gradients": "(int numel, ScalarType dtype) -> Tensor",
     "put": "(Tensor(a!) gradients, int offset, Tensor gradient) -> ()",
+    "put_mm": "(Tensor(a!) gradients, int offset, Tensor left, Tensor right) -> ()",
     "reduce": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "settle": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
@@ -99,6 +103,11 @@ def parameter_view(weights: Tensor, offset: int, shape: Sequence[int]) -> Tensor
     return weights.narrow(0, offset, prod(shape)).view(shape)
 
 
+def put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> None:
+    """left @ right as one parameter's gradient in a flat chunk of them."""
+    torch.mm(left, right, out=parameter_view(gradients, offset, (left.shape[0], right.shape[1])))
+
+
 def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.new_empty([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
 
@@ -120,6 +129,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "release": _no_result,
     "gradients": _flat,
     "put": _no_result,
+    "put_mm": put_product,
     "reduce": _no_result,
     "settle": _no_result,
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
@@ -151,6 +161,7 @@ VIEW = _ops.view.default
 RELEASE = _ops.release.default
 GRADIENTS = _ops.gradients.default
 PUT = _ops.put.default
+PUT_MM = _ops.put_mm.default
 REDUCE = _ops.reduce.default
 SETTLE = _ops.settle.default
 TURN = _ops.turn.default
@@ -172,7 +183,14 @@ FORK_RNG = _ops.fork_rng.default
 EXCHANGES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
 """What `shard` writes, and `overlap` replaces."""
 
+PUTS = frozenset({PUT, PUT_MM})
+
 STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, SETTLE})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""
+
+
+@register_flop_formula(torch.ops.geminifx.put_mm)
+def _put_mm_flops(gradients: object, offset: int, left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]

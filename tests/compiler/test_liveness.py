@@ -57,6 +57,16 @@ def test_one_training_step() -> None:
     assert live.total().tolist() == sum(np.array(array) for array in live.values.values()).tolist()
 
 
+def test_a_product_that_is_computed_in_its_place_takes_no_memory_of_its_own() -> None:
+    apart = STEP[STEP.index("    mm_1") : STEP.index("    geminifx.reduce")]
+    at_once = apart[apart.index("    gradients") :].replace("put(gradients, 0, mm_1)", "put_mm(gradients, 0, t_1, x)")
+    program = parse_program(STEP.replace(apart, at_once))
+    at = {node.name: i for i, node in enumerate(program.nodes)}
+    live = analyse(program)
+    assert live.values[ACTIVATIONS].tolist() == expected(15, (128, at["turn"], at["put_mm"]))
+    assert live.values[GRADIENT_BUFFERS].tolist() == expected(15, (256, at["gradients"], at["settle"]))
+
+
 def activations(body: str, results: str) -> list[int]:
     header = 'def evaluation(\n    x: "f32[4, 4] | input:0",\n):\n    # forward\n'
     live = analyse(parse_program(f"{header}{body}    return {{{results}}}\n"))

@@ -178,7 +178,7 @@ def test_a_backward_that_fails_half_way_ends_the_run(monkeypatch: pytest.MonkeyP
         put, calls = machine.put, iter(range(100))
 
         def failing(*args: Any, put: Any = put, calls: Any = calls) -> None:
-            if next(calls) == 8:
+            if next(calls) == 4:
                 raise KeyboardInterrupt
             put(*args)
 

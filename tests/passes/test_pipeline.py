@@ -135,6 +135,9 @@ class _Machine:
     def put(self, gradients, offset, gradient):
         parameter_view(gradients, offset, gradient.shape).copy_(gradient)
 
+    def put_mm(self, gradients, offset, left, right):
+        self.put(gradients, offset, left @ right)
+
     def reduce(self, gradients, chunk, slots):
         for slot in (self.layout.chunks[chunk].slots[i] for i in slots):
             name = f"gradient:{slot.name}"

@@ -77,6 +77,11 @@ def _untyped(program, node):
         program.graph.call_function(aten.relu.default, (node["x"],))
 
 
+def _outside(program, node):
+    product = (node["gradients"], 0, node["tangent"], node["x"])
+    program.emit(ops.PUT_MM, product, before=node["reduce"]).update_arg(1, 64)
+
+
 # What is done to GOOD -> the node that is named, what was found, what is expected.
 DAMAGES = {
     "a release is dropped": (_erase("release"), "wait", "0 releases", "exactly one release"),
@@ -114,6 +119,13 @@ DAMAGES = {
     "nothing is put into gradients": (_erase("put"), "gradients", "gradients used by: .*", "put"),
     "a value is put after the reduce": (
         _move("put", after="reduce"), "gradients", "used by: geminifx.reduce.*put.*settle", "put.*, reduce, settle",
+    ),
+    "a product is put after the reduce": (
+        _emit(ops.PUT_MM, "gradients", 0, "tangent", "x", before="settle"),
+        "gradients", "used by: .*reduce, geminifx.put_mm, geminifx.settle$", "put.*, reduce, settle",
+    ),
+    "a product is put where there is no room for it": (
+        _outside, "put_mm", r"start \(64\) \+ length \(16\) exceeds", "arguments the operator takes",
     ),
     "a chunk is reduced before its release": (
         lambda program, node: node["settle"].append(node["release_1"]),

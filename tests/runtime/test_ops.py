@@ -27,6 +27,7 @@ def test_schemas_admit_every_write(name: str) -> None:
     expected = {
         "release": ["weights"],
         "put": ["gradients"],
+        "put_mm": ["gradients"],
         "reduce": ["gradients"],
         "settle": ["gradients"],
         "turn": ["outputs"],
@@ -69,6 +70,7 @@ def test_instructions_without_results_give_none() -> None:
         flat = torch.empty(64)
         assert ops.RELEASE(flat, 0) is None
         assert ops.PUT(flat, 0, torch.empty(2, 3)) is None
+        assert ops.PUT_MM(flat, 0, torch.empty(2, 3), torch.empty(3, 4)) is None
         assert ops.REDUCE(flat, 0, [0]) is None and ops.SETTLE(flat, 0, [0]) is None
         assert ops.SWAP_RNG(torch.empty(16, dtype=torch.uint8)) is None
         tangents = ops.TURN([torch.empty(2), torch.empty(3), torch.empty(4)], [0, 2])

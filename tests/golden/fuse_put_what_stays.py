@@ -1,0 +1,51 @@
+"""Nothing changes: one product is put twice, one returned too, one is reshaped, and one has not the chunk's dtype."""
+
+
+def before(
+    x: "f32[4, 4] | input:0",
+):
+    # forward
+    h: "f32[4, 4]" = aten.sin.default(x)
+    turn: "(f32[4, 4])" = yield [h], [0]
+    # backward
+    tangent: "f32[4, 4]" = turn[0]
+    twice: "f32[4, 4]" = aten.mm.default(tangent, x)
+    gradients: "f32[320] | chunk=0" = geminifx.gradients(320, torch.float32)
+    geminifx.put(gradients, 0, twice)
+    geminifx.put(gradients, 64, twice)
+    returned: "f32[4, 4]" = aten.mm.default(tangent, h)
+    geminifx.put(gradients, 128, returned)
+    mm: "f32[4, 4]" = aten.mm.default(h, tangent)
+    reshaped: "f32[2, 8]" = aten.view.default(mm, [2, 8])
+    geminifx.put(gradients, 192, reshaped)
+    low: "bf16[4, 4]" = aten._to_copy.default(x, dtype=torch.bfloat16)
+    other: "bf16[4, 4]" = aten.mm.default(low, low)
+    geminifx.put(gradients, 256, other)
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4])
+    geminifx.settle(gradients, 0, [0, 1, 2, 3, 4])
+    return {"gradient:input:0": returned}
+
+
+def after(
+    x: "f32[4, 4] | input:0",
+):
+    # forward
+    h: "f32[4, 4]" = aten.sin.default(x)
+    turn: "(f32[4, 4])" = yield [h], [0]
+    # backward
+    tangent: "f32[4, 4]" = turn[0]
+    twice: "f32[4, 4]" = aten.mm.default(tangent, x)
+    gradients: "f32[320] | chunk=0" = geminifx.gradients(320, torch.float32)
+    geminifx.put(gradients, 0, twice)
+    geminifx.put(gradients, 64, twice)
+    returned: "f32[4, 4]" = aten.mm.default(tangent, h)
+    geminifx.put(gradients, 128, returned)
+    mm: "f32[4, 4]" = aten.mm.default(h, tangent)
+    reshaped: "f32[2, 8]" = aten.view.default(mm, [2, 8])
+    geminifx.put(gradients, 192, reshaped)
+    low: "bf16[4, 4]" = aten._to_copy.default(x, dtype=torch.bfloat16)
+    other: "bf16[4, 4]" = aten.mm.default(low, low)
+    geminifx.put(gradients, 256, other)
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4])
+    geminifx.settle(gradients, 0, [0, 1, 2, 3, 4])
+    return {"gradient:input:0": returned}
