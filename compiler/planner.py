@@ -1,9 +1,9 @@
 """Decide: from a captured program, a budget and a policy to a Plan.
 
-Every combination of choices that fits is completed, and the one with the shortest modelled step is taken:
+Combinations of these choices are completed, and the one that fits with the shortest modelled step is taken:
 
-1. keep all activations, or recompute every block or a quarter, half, three quarters of them, then some more or
-   fewer than the best of these, unless the user says which;
+1. keep all activations, or recompute every block or a quarter, half, three quarters of them, unless the user
+   says which; around the best of all combinations, then, a few blocks more or fewer;
 2. copy one chunk ahead, or, where nothing else fits, on demand;
 3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
    that compute, which saves two copies a step for two bytes each, then whole training states. With our own
@@ -34,6 +34,9 @@ from .step_time import StepTime
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""
 
+SHARES = 4
+"""Into so many shares blocks are divided for a first look at how many to recompute."""
+
 EXCHANGED = 2
 """Gradients that torch.distributed may still hold when their average is there: one per thread of gloo's."""
 
@@ -58,6 +61,13 @@ class Limits:
     host_bytes: int
     rates: Rates
     hole_share: float = 0.0
+
+    def allow(self, plan: Plan) -> bool:
+        """Whether a plan fits both the device and the host."""
+        return self.allow_on_device(plan) and plan.memory.host_bytes <= self.host_bytes
+
+    def allow_on_device(self, plan: Plan) -> bool:
+        return self.device_bytes is None or plan.peak_bytes <= self.device_bytes
 
     def agreed(self, ranks: Ranks) -> "Limits":
         """What every rank can keep to, so that all make the same plan; ranks on one machine share its memory."""
@@ -105,13 +115,10 @@ def solve(draft: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution
         found: list[Solution] = []
         for recompute in [wishes.recompute] if wishes.recompute is not None else _shares(wishes.blocks):
             found += _with_loss(replace(plan, recompute=recompute), lower, limits, wishes)
-        fitting = [solution for solution in found if _fits(solution.plan, limits)]
+        fitting = [solution for solution in found if limits.allow(solution.plan)]
         if fitting:
             best = min(fitting, key=lambda solution: solution.step_s)
-            if wishes.recompute is None:
-                best = _refined(best, lower, limits, wishes)
-            _check_host(best.plan, limits)
-            return best
+            return best if wishes.recompute is not None else _refined(best, lower, limits, wishes)
         refused += found
     raise _refusal(refused, limits)
 
@@ -127,43 +134,40 @@ def _with_loss(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> list
 
 
 def _refined(best: Solution, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:
-    """Recompute some blocks more or fewer, half as many each time, as long as that is faster."""
-    apart = len(wishes.blocks) // 8
-    while apart:
+    """Recompute some blocks more or fewer than the best of the shares, half as many each time, where that is faster."""
+    apart = -(-len(wishes.blocks) // SHARES)
+    while apart > 1:
+        apart = -(-apart // 2)
         count = len(best.plan.recompute)
-        for near in {max(count - apart, 0), min(count + apart, len(wishes.blocks))} - {count}:
-            solution = _complete(replace(best.plan, recompute=wishes.blocks[:near]), lower, limits, wishes)
-            if _fits(solution.plan, limits):
-                best = min(best, solution, key=lambda found: found.step_s)
-        apart //= 2
+        for near in (count - apart, count + apart):
+            if 0 <= near <= len(wishes.blocks):
+                solution = _complete(replace(best.plan, recompute=wishes.blocks[:near]), lower, limits, wishes)
+                if limits.allow(solution.plan):
+                    best = min(best, solution, key=lambda found: found.step_s)
     return best
 
 
 def _complete(plan: Plan, lower: Lower, limits: Limits, wishes: Wishes) -> Solution:
     """The program of a plan and the residency for it: as much as fits, or, where nothing does, the least."""
     program = lower(plan)
-    memory = _Memory(plan, analyse(program), limits)
-    time = StepTime(program, limits.rates)
-    residency = _least(plan, wishes)
-    if wishes.placement == "auto" and memory.fits(residency):
-        residency = min(memory.candidates(residency, wishes), key=lambda found: time.seconds(plan, found))
-    plan = plan.with_residency(residency, memory.estimate(residency))
-    return Solution(plan, program, time.seconds(plan, residency))
+    memory, time = _Memory(plan, analyse(program), limits), StepTime.of(program, limits.rates)
+    found = [_least(plan, wishes)]
+    if wishes.placement == "auto" and memory.fits(found[0]):
+        found = memory.candidates(found[0], wishes)
+    timed = [(memory.beyond_host(residency), time.seconds(plan, residency), residency) for residency in found]
+    _, step_s, residency = min(timed, key=lambda candidate: candidate[:2])
+    return Solution(plan.with_residency(residency, memory.estimate(residency)), program, step_s)
 
 
 def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
     """None of the blocks, some, or all. The first ones: what the last ones keep is freed first in the backward."""
-    counts = (-(-len(blocks) * quarters // 4) for quarters in range(5))
+    counts = (-(-len(blocks) * share // SHARES) for share in range(SHARES + 1))
     return [blocks[:count] for count in dict.fromkeys(counts)]
-
-
-def _fits(plan: Plan, limits: Limits) -> bool:
-    return limits.device_bytes is None or plan.peak_bytes <= limits.device_bytes
 
 
 def _worth_a_look(unfused: Solution, limits: Limits, wishes: Wishes) -> bool:
     share = wishes.logits_bytes > LOGITS_SHARE * unfused.plan.peak_bytes
-    return wishes.logits_bytes > 0 and (share or not _fits(unfused.plan, limits))
+    return wishes.logits_bytes > 0 and (share or not limits.allow(unfused.plan))
 
 
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
@@ -171,10 +175,9 @@ def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     program = lower(plan)
     memory = _Memory(plan, analyse(program), limits)
     plan = plan.with_residency(plan.residency, memory.estimate(plan.residency))
-    solution = Solution(plan, program, StepTime(program, limits.rates).seconds(plan, plan.residency))
-    if not memory.fits(plan.residency):
+    solution = Solution(plan, program, StepTime.of(program, limits.rates).seconds(plan, plan.residency))
+    if not limits.allow(plan):
         raise _refusal([solution], limits)
-    _check_host(plan, limits)
     return solution
 
 
@@ -198,6 +201,10 @@ class _Memory:
 
     def fits(self, residency: Residency) -> bool:
         return self.limits.device_bytes is None or self.peak(residency) <= self.limits.device_bytes
+
+    def beyond_host(self, residency: Residency) -> int:
+        """Bytes that the host lacks."""
+        return max(0, _host_bytes(self.plan, residency) - self.limits.host_bytes)
 
     def peak(self, residency: Residency) -> int:
         tensors = self.static(residency) + int(self.timeline(residency).max(initial=0))
@@ -330,17 +337,10 @@ def _every(index: int, share: float) -> bool:
     return int((index + 1) * share) > int(index * share)
 
 
-def _check_host(plan: Plan, limits: Limits) -> None:
-    if plan.memory.host_bytes > limits.host_bytes:
-        raise HostBudgetError(
-            f"the training state needs {format_bytes(plan.memory.host_bytes)} of host memory, "
-            f"{format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget, or raise "
-            "device_budget so that more of it lies on the device",
-            smallest_bytes=plan.memory.host_bytes,
-        )
-
-
 def _refusal(refused: list[Solution], limits: Limits) -> BudgetError:
+    on_device = [solution.plan for solution in refused if limits.allow_on_device(solution.plan)]
+    if on_device:
+        return _host_refusal(min(plan.memory.host_bytes for plan in on_device), limits)
     nearest = min(refused, key=lambda solution: solution.plan.peak_bytes)
     best = nearest.plan
     inputs = ", ".join(f"{node.name} {type_of(node)}" for node in nearest.program.inputs("input").values())
@@ -353,4 +353,12 @@ def _refusal(refused: list[Solution], limits: Limits) -> BudgetError:
         f"({format_bytes(best.peak_bytes)}), at whose peak are: {taking}.{advice} A smaller batch or sequence "
         "needs less; pass the batch you train on as example_inputs=",
         smallest_bytes=best.peak_bytes,
+    )
+
+
+def _host_refusal(host_bytes: int, limits: Limits) -> HostBudgetError:
+    return HostBudgetError(
+        f"the training state needs {format_bytes(host_bytes)} of host memory, {format_bytes(limits.host_bytes)} may be "
+        "used; free host memory, raise host_budget, or raise device_budget so that more of it lies on the device",
+        smallest_bytes=host_bytes,
     )

@@ -35,14 +35,6 @@ class Pass:
     breaks: tuple[Fact, ...] = ()
     after: str = ""
 
-    def run(self, program: Program, plan: Plan) -> None:
-        """Rewrite, and check nothing."""
-        try:
-            self.rewrite(program, plan)
-        except Exception as error:
-            error.add_note(f"raised inside the pass '{self.name}'")
-            raise
-
 
 def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (), breaks: tuple[Fact, ...] = (),
                after: str = "") -> Callable[[Rewrite], Pass]:  # fmt: skip
@@ -102,7 +94,11 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
                 f"facts known here: {', '.join(map(str, known)) or 'none'}. Place it after the pass that does."
             )
         before, start = _count(program), time.perf_counter()
-        current.run(program, plan)
+        try:
+            current.rewrite(program, plan)
+        except Exception as error:
+            error.add_note(f"raised inside the pass '{current.name}'")
+            raise
         rewritten = time.perf_counter()
         known = [fact for fact in (*known, *current.gives) if fact not in current.breaks]
         verify(program, plan, tuple(known), current.name)

@@ -6,7 +6,7 @@ key_mask bool [B, Sk] or None. Every forward returns (out, logsumexp, random sta
 | route     | device | runs                                                      | memory      |
 |-----------|--------|-----------------------------------------------------------|-------------|
 | cpu       | CPU    | torch's CPU flash kernel: no dropout, no window           | O(S)        |
-| cudnn     | CUDA   | cuDNN's, written for Hopper and Blackwell: as flash, but no dropout, no window | O(S) |
+| cudnn     | CUDA   | cuDNN's for Hopper, Blackwell: as flash, see `_suits_cudnn` | O(S)      |
 | flash     | CUDA   | FlashAttention-2: half precision, no key mask             | O(S)        |
 | efficient | CUDA   | memory-efficient attention: key masks, fp32               | O(S); O(S²) with a window |
 | plain     | any    | matmul, softmax, matmul: dropout on CPU, odd head sizes   | O(S²)       |
@@ -33,12 +33,14 @@ RNG_BYTES = torch.Generator().get_state().numel()
 _PHILOX_BYTES = 16  # a CUDA random state: 64-bit seed, 64-bit offset
 
 CUDNN_ON = (9, 10)
-"""Major compute capabilities where cuDNN's kernels are the faster ones.
+"""Major compute capabilities that cuDNN has attention kernels written for.
 
-On H100 with 16 x 32 heads of 80 and 1024 tokens it took 0.28 and 0.99 ms for the two directions, FlashAttention-2 0.45
-and 1.59 ms. Below CUDNN_LENGTH tokens there is nothing to gain.
+On H100 with 16 x 32 heads of 80 and 1024 tokens they took 0.28 and 0.99 ms for the two directions, and
+FlashAttention-2 0.45 and 1.59 ms; with 2 x 16 heads of 64 and 333 tokens there was no difference.
 """
+
 CUDNN_LENGTH = 128
+"""Tokens from which on it is worth that cuDNN makes a plan for every new shape."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,17 @@ def route(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, pr
     fits_flash = key_mask is None and dim % 8 == 0 and dim <= 256 and (square or not problem.causal)
     major, _ = torch.cuda.get_device_capability(query.device)
     if half and fits_flash and major >= 8:
-        simple = problem.dropout == 0 and not problem.window and dim <= 128
-        long = min(query.shape[2], key.shape[2]) >= CUDNN_LENGTH
-        return "cudnn" if simple and long and major in CUDNN_ON else "flash"
+        return "cudnn" if major in CUDNN_ON and _suits_cudnn(query, key, problem) else "flash"
     if (half and dim % 8 == 0) or (query.dtype == torch.float32 and dim % 4 == 0):
         return "efficient"
     return "plain"
+
+
+def _suits_cudnn(query: Tensor, key: Tensor, problem: Problem) -> bool:
+    """Of what FlashAttention-2 computes. cuDNN's gradients are not deterministic, and torch has a switch for it."""
+    wanted = torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
+    simple = problem.dropout == 0 and not problem.window and query.shape[-1] <= 128
+    return wanted and simple and min(query.shape[2], key.shape[2]) >= CUDNN_LENGTH
 
 
 def allowed(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Problem) -> Tensor | None:

@@ -122,7 +122,7 @@ class Machine:
 
     @staticmethod
     def put(gradients: Tensor, offset: int, gradient: Tensor) -> None:
-        gradients.narrow(0, offset, gradient.numel()).view(gradient.shape).copy_(gradient)
+        parameter_view(gradients, offset, gradient.shape).copy_(gradient)
 
     put_mm = staticmethod(put_product)
 

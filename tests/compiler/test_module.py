@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from geminifx import Plan, graph_pass
 from geminifx.passes.manager import Pass
 from geminifx.passes.pipeline import PIPELINE
-from geminifx.passes.program import Program
+from geminifx.passes.program import Program, note
 from geminifx.passes.verify import released
-from geminifx.runtime.errors import CaptureError, StateError
+from geminifx.runtime.errors import CaptureError, StateError, VerificationError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -227,6 +227,18 @@ def test_a_pass_of_the_users_own_runs_where_it_asks_to() -> None:
     assert set(seen) == {"evaluation"}
     with pytest.raises(ValueError, match="after='relaese' names no pass; try 'release'"):
         geminifx.compile(source, passes=(Pass("p", lambda program, plan: None, after="relaese"),))
+
+
+def test_a_fault_in_a_plan_that_is_only_weighed_is_told_where_it_is() -> None:
+    @graph_pass(after="checkpoint")
+    def careless(program: Program, plan: Plan) -> None:
+        again = [node for node in program.computes if note(node).recomputed]
+        for node in again[:1]:
+            with program.graph.inserting_before(node):
+                program.graph.call_function(torch.ops.aten.relu.default, node.args[:1])  # a node without a type
+
+    with pytest.raises(VerificationError, match="after pass 'careless'"):
+        compiled(OPT, passes=(careless,))
 
 
 def test_dump_writes_the_program_after_every_pass_and_the_plan(tmp_path: Path) -> None:

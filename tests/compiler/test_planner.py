@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from geminifx.compiler.cost import ARENA
-from geminifx.compiler.planner import Limits, Solution, Wishes, check, solve
+from geminifx.compiler.planner import HostBudgetError, Limits, Solution, Wishes, check, solve
 from geminifx.passes.plan import Placement, Plan, Residency
 from geminifx.passes.program import Program
 from geminifx.passes.text import parse_program
@@ -184,24 +184,43 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
 
-def test_between_the_shares_the_planner_finds_the_fewest_blocks_that_do() -> None:
-    blocks = tuple(f"b{i}" for i in range(16))
+def recomputing(candidate: Plan, blocks: int) -> Program:
+    """Every one of the blocks keeps 64 bytes, or multiplies once more."""
+    count = len(candidate.recompute)
+    kept = f'"f32[{16 * (blocks + 1 - count)}]'
+    lines = ["def evaluation(", f'    x: {kept} | input:0",', '    a: "f32[2, 2] | input:1",', "):", "    # forward"]
+    lines += [f'    y: {kept}" = aten.exp.default(x)']
+    lines += [f'    m{i}: "f32[2, 2]" = aten.mm.default(a, a)' for i in range(count)]
+    return parse_program("\n".join([*lines, "    return {}"]) + "\n")
 
-    def recomputing(candidate: Plan) -> Program:
-        """Every block keeps 64 bytes, or multiplies once more."""
-        count = len(candidate.recompute)
-        lines = ["def evaluation(", f'    x: "f32[{16 * (17 - count)}] | input:0",', '    a: "f32[8, 8] | input:1",',
-                 "):", "    # forward", f'    y: "f32[{16 * (17 - count)}]" = aten.exp.default(x)']  # fmt: skip
-        lines += [f'    m{i}: "f32[8, 8]" = aten.mm.default(a, a)' for i in range(count)]
-        return parse_program("\n".join([*lines, "    return {}"]) + "\n")
 
-    def bytes_of(count: int) -> int:
-        return solve(draft, recomputing, limits(None), Wishes("cpu", blocks[:count], blocks)).plan.peak_bytes
-
-    draft = Plan("cpu", None, layout())
-    for count in range(17):
-        found = solve(draft, recomputing, limits(bytes_of(count)), Wishes("cpu", None, blocks)).plan
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 12, 16, 24, 30, 48])
+def test_the_planner_recomputes_the_fewest_blocks_that_do(number: int) -> None:
+    blocks, draft = tuple(f"b{i}" for i in range(number)), Plan("cpu", None, layout())
+    lowered = partial(recomputing, blocks=number)
+    for count in range(number + 1):
+        exact = solve(draft, lowered, limits(None), Wishes("cpu", blocks[:count], blocks)).plan
+        found = solve(draft, lowered, limits(exact.peak_bytes), Wishes("cpu", None, blocks)).plan
         assert found.recompute == blocks[:count]
+
+
+def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
+    """The more blocks are recomputed, the more of the training state fits the device."""
+    blocks, draft = tuple(f"b{i}" for i in range(16)), Plan("auto", None, layout())
+
+    def solved_within(found: Limits) -> Plan:
+        return solve(draft, partial(recomputing, blocks=16), found, Wishes("auto", None, blocks)).plan
+
+    everything = solved_within(limits(None))
+    tight = limits(everything.peak_bytes - STATE)
+    fastest = solved_within(tight)
+    assert fastest.recompute == () and fastest.memory.host_bytes > 0
+    small = replace(tight, host_bytes=fastest.memory.host_bytes - 1)
+    found = solved_within(small)
+    assert found.recompute and found.memory.host_bytes < fastest.memory.host_bytes
+    with pytest.raises(HostBudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
+        solved_within(replace(limits(ALL // 2), host_bytes=0))
+    assert 0 < refused.value.smallest_bytes < CHUNKS * STATE
 
 
 def test_a_plan_made_elsewhere_is_estimated_anew_and_refused_where_it_does_not_fit() -> None:

@@ -200,7 +200,7 @@ def test_errors_name_what_is_wrong(change, words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal, window", [(False, 0), (True, 0), (True, 20)])
 @pytest.mark.parametrize("kind", ["none", "left", "right", "whole row"])
-@pytest.mark.parametrize("queries, keys", [(64, 64), (37, 53), (53, 37)])
+@pytest.mark.parametrize("queries, keys", [(64, 64), (37, 53), (53, 37), (128, 128), (200, 131)])
 def test_cuda_kernels_equal_the_reference(dtype, causal, window, kind, queries, keys):
     torch.manual_seed(0)
     for heads, size in itertools.product((4, 2), (64, 12)):
@@ -254,6 +254,45 @@ def test_cuda_backward_repeats_the_dropout_of_forward(size, masked):
     out = attention(query, key, value, key_mask=mask, scale=0.1, causal=False, dropout=0.5)
     (grad,) = torch.autograd.grad(out.float().sum(), value)
     torch.testing.assert_close(grad.float().sum(), out.float().sum(), rtol=0.01, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({}, "cudnn"),
+        ({"capability": (10, 0)}, "cudnn"),
+        ({"causal": False, "keys": 200}, "cudnn"),
+        ({"capability": (8, 0)}, "flash"),
+        ({"capability": (12, 0)}, "flash"),
+        ({"dropout": 0.1}, "flash"),
+        ({"window": 64}, "flash"),
+        ({"size": 256}, "flash"),
+        ({"length": 64}, "flash"),
+        ({"deterministic": True}, "flash"),
+        ({"switched_off": True}, "flash"),
+        ({"keys": 200}, "efficient"),
+        ({"masked": True}, "efficient"),
+        ({"dtype": torch.float32}, "efficient"),
+        ({"size": 12}, "plain"),
+        ({"capability": (7, 5)}, "efficient"),
+    ],
+    ids=str,
+)
+def test_the_route_on_a_gpu(monkeypatch, change, name):
+    given = {
+        "capability": (9, 0), "causal": True, "dropout": 0.0, "window": 0, "size": 64, "length": 128, "keys": 0,
+        "dtype": torch.bfloat16, "masked": False, "deterministic": False, "switched_off": False, **change,
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: given["deterministic"])
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: not given["switched_off"])
+    with FakeTensorMode():
+        shape = (2, 4, given["keys"] or given["length"], given["size"])
+        query = torch.empty(2, 4, given["length"], given["size"], dtype=given["dtype"], device="cuda")
+        key = torch.empty(shape, dtype=given["dtype"], device="cuda")
+        mask = torch.empty(2, shape[2], dtype=torch.bool, device="cuda") if given["masked"] else None
+        problem = attention_kernels.Problem(0.1, given["causal"], given["dropout"], given["window"])
+        assert attention_kernels.route(query, key, key, mask, problem) == name
 
 
 def test_every_route_has_both_directions():
