@@ -8,9 +8,9 @@ import torch
 
 from ..runtime.torch_private import use_expandable_segments
 from ..runtime.units import parse_bytes
-from .cost import ARENA, CUDA
 from .options import Options
 from .planner import Limits
+from .rates import ARENA, CUDA
 
 HEADROOM_BYTES = 192 * 2**20
 """What CUDA's context may still grow by while training, as kernels and library handles are loaded."""

@@ -40,17 +40,17 @@ class Lowering:
 
     def flat(self, captured: Program, plan: Plan, *, verified: bool) -> Program:
         """The program of a plan that is weighed. Verifying takes half of the time, and `finish` does it, too."""
-        passes = self._rest(plan, self.passes[: self._after(CLUSTER) - 1])
-        if not verified:
-            program = captured.copy()
-            try:
-                for current in passes:
-                    current.rewrite(program, plan)
-                return program
-            except Exception:
-                pass  # now with every pass verified, which tells where the fault is
         program = captured.copy()
-        run_passes(program, plan, passes)
+        passes = self._rest(plan, self.passes[: self._after(CLUSTER) - 1])
+        if verified:
+            run_passes(program, plan, passes)
+            return program
+        try:
+            for current in passes:
+                current.rewrite(program, plan)
+        except Exception:
+            run_passes(captured.copy(), plan, passes)  # tells which pass is at fault
+            raise
         return program
 
     def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:

@@ -27,9 +27,9 @@ from ..runtime.errors import BudgetError
 from ..runtime.layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from ..runtime.ranks import Ranks
 from ..runtime.units import format_bytes
-from .cost import Rates
+from .cost import StepTime
 from .liveness import Liveness, analyse
-from .step_time import StepTime
+from .rates import Rates
 
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""

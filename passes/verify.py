@@ -238,9 +238,8 @@ def _gradient_chains(program: Program) -> Offence | None:
     order = program.positions()
     for buffer in program.calls(GRADIENTS):
         steps = sorted(buffer.users, key=order.__getitem__)
-        kinds = [
-            PUT if step.op == "call_module" else step.target for step in steps
-        ]  # a function puts, in whichever way
+        # A function puts, in whichever way.
+        kinds = [PUT if step.op == "call_module" else step.target for step in steps]
         if kinds[-2:] != [REDUCE, SETTLE] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
             text = ", ".join(map(target_text, kinds))
             return Offence(buffer, f"gradients used by: {text}", "put..., reduce, settle")

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from geminifx.compiler.cost import ARENA
 from geminifx.compiler.planner import HostBudgetError, Limits, Solution, Wishes, check, solve
+from geminifx.compiler.rates import ARENA
 from geminifx.passes.plan import Placement, Plan, Residency
 from geminifx.passes.program import Program
 from geminifx.passes.text import parse_program

@@ -6,8 +6,8 @@ import pytest
 import torch
 from geminifx import CompiledModule
 from geminifx.compiler import lowering
-from geminifx.compiler.cost import flops
 from geminifx.compiler.liveness import ACTIVATIONS, GRADIENT_BUFFERS, analyse
+from geminifx.compiler.rates import flops
 from geminifx.passes.cluster import cluster
 from geminifx.passes.fuse_put import MM, fuse_put
 from geminifx.passes.manager import run_passes

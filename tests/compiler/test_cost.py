@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from geminifx.compiler import step_time
-from geminifx.compiler.cost import ARENA, CUDA, LAUNCH_S, Rates
-from geminifx.compiler.step_time import Instruction, StepTime
+from geminifx.compiler import cost
+from geminifx.compiler.cost import Instruction, StepTime
+from geminifx.compiler.rates import ARENA, CUDA, LAUNCH_S, Rates
 from geminifx.passes.plan import Plan, Residency
 from geminifx.runtime.layout import ChunkLayout, Layout, Updates
 from geminifx.runtime.ops import FETCH, REDUCE, SETTLE, WAIT
@@ -192,7 +192,7 @@ def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
     )
     found = time.seconds(plan_of(8, updates), residency)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(step_time, "STEPS", 9)
+        patched.setattr(cost, "STEPS", 9)
         assert time.seconds(plan_of(8, updates), residency) == pytest.approx(found)
 
 
