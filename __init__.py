@@ -14,9 +14,9 @@ from .compiler.api import compile
 from .compiler.checkpoint import load_checkpoint, save_checkpoint
 from .compiler.loader import shard_dataloader
 from .compiler.module import CompiledModule
-from .passes.manager import graph_pass
-from .passes.plan import Plan
-from .runtime.errors import BudgetError, CaptureError, CheckpointError, GeminiError
+from .passes.program.manager import graph_pass
+from .passes.program.plan import Plan
+from .runtime.isa.errors import BudgetError, CaptureError, CheckpointError, GeminiError
 
 __version__ = "0.1.0"
 

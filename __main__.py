@@ -1,5 +1,5 @@
 """`python -m geminifx`: the command, which also launches itself so in several processes."""
 
-from .compiler.cli import app
+from .compiler.cli.main import app
 
 app(prog_name="geminifx")

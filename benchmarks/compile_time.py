@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import geminifx
 import torch
-from geminifx.compiler.capture import Request, capture
+from geminifx.compiler.capture.trace import Request, capture
 from geminifx.compiler.parallel import parse_parallel
 from geminifx.models.presets import PRESETS
 from transformers import OPTForCausalLM

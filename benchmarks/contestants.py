@@ -13,10 +13,10 @@ from typing import Any
 
 import geminifx
 import torch
-from geminifx.compiler.launch import rank
+from geminifx.compiler.cli.launch import rank
 from geminifx.compiler.parallel import Parallel, parse_parallel
-from geminifx.runtime.mesh import DATA
-from geminifx.runtime.units import parse_bytes
+from geminifx.runtime.isa.mesh import DATA
+from geminifx.runtime.isa.units import parse_bytes
 from random_opt import empty_model, fill, random_batch, random_model
 from torch import Tensor, nn
 from torch import distributed as dist

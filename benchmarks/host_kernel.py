@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from geminifx.runtime.host_kernel import TORCH, HostKernel, available_variants
-from geminifx.runtime.split_pairs import SplitPair
-from geminifx.runtime.update_rules import AdamHyper, AdamMoments, Gradient
+from geminifx.runtime.kernels.host_updates import TORCH, HostKernel, available_variants
+from geminifx.runtime.kernels.split_pairs import SplitPair
+from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient
 from torch import Tensor
 
 SECONDS_EACH = 1.0

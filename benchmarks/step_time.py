@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 import torch
 from contestants import SYSTEMS, Contestant, Setup
-from geminifx.compiler.launch import rank
+from geminifx.compiler.cli.launch import rank
 from random_opt import preset
 from step_report import plot, show
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..runtime.errors import CheckpointError, StateError
-from ..runtime.optimizer import MOMENTS, ChunkOptimizer
-from ..runtime.parts import Region
-from ..runtime.sharded_checkpoint import Stored, load, save, stored_shapes
-from ..runtime.stored_states import master, moments, settle
-from ..runtime.updating_machine import UpdatingMachine
-from .materialize import materialize
+from ..runtime.distributed.local_shards import Region
+from ..runtime.isa.errors import CheckpointError, StateError
+from ..runtime.optimizer.chunk_optimizer import MOMENTS, ChunkOptimizer
+from ..runtime.optimizer.updating_machine import UpdatingMachine
+from ..runtime.state_io.sharded import Stored, load, save, stored_shapes
+from ..runtime.state_io.training_state import master, moments, settle
+from .capture.materialize import materialize
 from .module import CompiledModule
 from .session import Session
 

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..passes.canonicalize import canonicalize
-from ..passes.manager import Pass, Record, assemble, run_passes
 from ..passes.pipeline import PIPELINE
-from ..passes.plan import Plan
-from ..passes.program import Program, note, type_of
-from ..passes.text import print_program
-from ..passes.types import TensorType
+from ..passes.program.manager import Pass, Record, assemble, run_passes
+from ..passes.program.plan import Plan
+from ..passes.program.program import Program, note, type_of
+from ..passes.program.text import print_program
+from ..passes.program.types import TensorType
 from ..runtime.executor import Code
-from ..runtime.ops import REDUCE, TURN
+from ..runtime.isa.instructions import REDUCE, TURN
 
 SHARD, CLUSTER = "shard", "cluster"
 

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.manager import Record
-from ..passes.plan import Plan
-from ..passes.text import print_program
-from ..runtime.checkpoint import carry_over, save_weights, shared_directory
-from ..runtime.errors import StateError
+from ..passes.program.manager import Record
+from ..passes.program.plan import Plan
+from ..passes.program.text import print_program
+from ..runtime.distributed.ranks import Ranks
 from ..runtime.executor import NoGradient, Step, TrainingRun
-from ..runtime.optimizer import ChunkOptimizer, Declared
-from ..runtime.ranks import Ranks
-from ..runtime.slot_source import writable
-from ..runtime.stats import Stats
-from ..runtime.updating_machine import UpdatingMachine
-from .absent import AbsentOutput
-from .capture import rebuild_result
-from .inspect import first_nonfinite
-from .materialize import materialize
+from ..runtime.isa.errors import StateError
+from ..runtime.memory.stats import Stats
+from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
+from ..runtime.optimizer.slot_source import writable
+from ..runtime.optimizer.updating_machine import UpdatingMachine
+from ..runtime.state_io.atomic_directory import carry_over, save_weights, shared_directory
+from .capture.materialize import materialize
+from .capture.results import AbsentOutput
+from .capture.trace import rebuild_result
+from .inspect.nonfinite import first_nonfinite
+from .inspect.profile import Profile, profile
 from .options import Options
-from .profile import Profile, profile
 from .session import Compiled, Session
-from .sharded_state import clip_gradients, parts_of, whole_state
+from .state_dict import clip_gradients, parts_of, whole_state
 
 
 class CompiledModule(nn.Module):

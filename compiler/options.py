@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..passes.manager import Pass
-from ..passes.plan import Outputs, Placement, Plan
+from ..passes.program.manager import Pass
+from ..passes.program.plan import Outputs, Placement, Plan
 from .parallel import Parallel
 
 Precision = Literal["fp32", "bf16", "fp16"]

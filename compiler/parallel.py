@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from math import isqrt
 from typing import Any
 
-from ..passes.modes import MODES
-from ..runtime.mesh import DATA, Axis, Mesh
+from ..passes.sharding.modes import MODES
+from ..runtime.isa.mesh import DATA, Axis, Mesh
 
 GRAMMAR = (
     "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH) and sequence, with commas between, such "

@@ -12,35 +12,35 @@ from torch.utils import _pytree as pytree
 
 from ..models.adapters import blocks
 from ..passes.canonicalize import canonicalize
-from ..passes.manager import Record
-from ..passes.plan import Plan, Residency
-from ..passes.program import Program
-from ..passes.shard_parameters import whole_parameters
-from ..passes.text import print_program
-from ..runtime.chunks import ChunkStore
-from ..runtime.errors import StateError
+from ..passes.program.manager import Record
+from ..passes.program.plan import Plan, Residency
+from ..passes.program.program import Program
+from ..passes.program.text import print_program
+from ..passes.sharding.parameters import whole_parameters
+from ..runtime.distributed.local_shards import Parts
+from ..runtime.distributed.ranks import Ranks
+from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor
-from ..runtime.layout import TorchUpdates, Updates
+from ..runtime.isa.errors import StateError
+from ..runtime.isa.instructions import AVERAGE, REDUCE
+from ..runtime.isa.layout import TorchUpdates, Updates
+from ..runtime.isa.precision import cast_dtype, parameter_dtypes
 from ..runtime.machine import Machine
-from ..runtime.ops import AVERAGE, REDUCE
-from ..runtime.parts import Parts
-from ..runtime.placing import Placing
-from ..runtime.ranks import Ranks
-from ..runtime.slot_source import make_lazy
-from ..runtime.state_placing import StatePlacing
-from ..runtime.stats import Stats
-from ..runtime.tiers import MemoryMeter, Tier
-from ..runtime.updating_machine import UpdatingMachine
-from ..runtime.zero import Zero
-from .arguments import check_shared, leaf_key
-from .capture import Captured, Request, capture
-from .communication import exchanges
+from ..runtime.memory.chunks import ChunkStore
+from ..runtime.memory.masters import Placing
+from ..runtime.memory.stats import Stats
+from ..runtime.memory.tiers import MemoryMeter, Tier
+from ..runtime.optimizer.own_states import StatePlacing
+from ..runtime.optimizer.slot_source import make_lazy
+from ..runtime.optimizer.updating_machine import UpdatingMachine
+from .capture.arguments import check_shared, leaf_key
+from .capture.results import absent_outputs
+from .capture.trace import Captured, Request, capture
 from .device import Device
-from .logits import absent_outputs
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
-from .planning import Planning
-from .precision import cast_dtype, parameter_dtypes
+from .planner.communication import exchanges
+from .planner.problem import Planning
 
 PATIENCE_S = 1.0
 

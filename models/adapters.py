@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..runtime.errors import CaptureError
+from ..runtime.isa.errors import CaptureError
 from .attention import NAME, hugging_face_attention
 from .examples import example_inputs
 from .functional import functional_attention

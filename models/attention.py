@@ -26,8 +26,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ..runtime.attention import attention
-from ..runtime.errors import CaptureError
+from ..runtime.isa.attention import attention
+from ..runtime.isa.errors import CaptureError
 
 NAME = "geminifx"
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..runtime.attention import attention
+from ..runtime.isa.attention import attention
 
 
 def _key_mask(query: Tensor, key: Tensor, mask: Tensor) -> Tensor | None:

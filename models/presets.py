@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PretrainedConfig, PreTrainedModel
 
-from ..runtime.errors import GeminiError
+from ..runtime.isa.errors import GeminiError
 
 MINI = "opt-mini"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

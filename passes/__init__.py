@@ -1,1 +1,1 @@
-"""The Program and the passes that rewrite it, one file per pass."""
+"""The passes, one file each, and the pipeline they make. What they rewrite and share stands in the sub-rooms."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .manager import graph_pass
-from .plan import Plan
-from .program import Program, is_random, note, writes
-from .types import freeze
-from .verify import NO_OPS, canonical
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, is_random, note, writes
+from .program.types import freeze
+from .program.verify import NO_OPS, canonical
 
 TRANSPOSE = torch.ops.aten.t.default
 

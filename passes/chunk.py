@@ -21,12 +21,12 @@ from collections import defaultdict
 
 from torch import fx
 
-from ..runtime.layout import ChunkLayout
-from ..runtime.ops import FETCH, GRADIENTS, PUT, REDUCE, SETTLE, VIEW, WAIT
-from .manager import graph_pass
-from .plan import Plan
-from .program import Phase, Program, annotate, note
-from .verify import chunked, turned
+from ..runtime.isa.instructions import FETCH, GRADIENTS, PUT, REDUCE, SETTLE, VIEW, WAIT
+from ..runtime.isa.layout import ChunkLayout
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Phase, Program, annotate, note
+from .program.verify import chunked, turned
 
 
 @graph_pass(requires=(turned,), gives=(chunked,))

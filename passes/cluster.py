@@ -22,12 +22,12 @@ from typing import Any
 
 from torch import fx
 
-from ..runtime.ops import PER_CHUNK, TURN
-from .manager import graph_pass
-from .plan import Plan
-from .program import Note, Program, annotate, note, type_of
-from .types import freeze
-from .verify import overlapped, released
+from ..runtime.isa.instructions import PER_CHUNK, TURN
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Note, Program, annotate, note, type_of
+from .program.types import freeze
+from .program.verify import overlapped, released
 
 SHORTEST = 4
 """Stretches with fewer operators stay where they are: a call would be harder to read than they are."""

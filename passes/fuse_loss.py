@@ -23,12 +23,12 @@ import operator
 import torch
 from torch import fx
 
-from ..runtime.linear_loss import ABSENT, BACKWARD, FORWARD, token_chunk, vocabulary_chunk
-from .losses import Loss, find_losses, tensor_type
-from .manager import graph_pass
-from .plan import Plan
-from .program import Program, note
-from .verify import canonical
+from ..runtime.isa.linear_cross_entropy import ABSENT, BACKWARD, FORWARD, token_chunk, vocabulary_chunk
+from .patterns.cross_entropy import Loss, find_losses
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, note, tensor_type
+from .program.verify import canonical
 
 TO_COPY = torch.ops.aten._to_copy.default
 

@@ -23,13 +23,12 @@ from typing import Any
 
 from torch import fx
 
-from ..runtime.ops import ALL_GATHER, ALL_REDUCE, EXCHANGES
-from .exchange import Writer, first_readers, stretches_of
-from .losses import tensor_type
-from .manager import graph_pass
-from .plan import Plan
-from .program import Program, aliased_inputs, note
-from .verify import overlapped, turned
+from ..runtime.isa.instructions import ALL_GATHER, ALL_REDUCE, EXCHANGES
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, aliased_inputs, note, tensor_type
+from .program.verify import overlapped, turned
+from .sharding.exchange import Writer, first_readers, stretches_of
 
 IN_FLIGHT = 4
 """How many exchanges are under way at a time."""

@@ -21,11 +21,11 @@ import operator
 import torch
 from torch import fx
 
-from ..runtime.ops import TURN
-from .manager import graph_pass
-from .plan import Plan
-from .program import Note, Program, aliased_inputs, annotate, note
-from .verify import canonical, turned
+from ..runtime.isa.instructions import TURN
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Note, Program, aliased_inputs, annotate, note
+from .program.verify import canonical, turned
 
 
 @graph_pass(requires=(canonical,), gives=(turned,))

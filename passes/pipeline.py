@@ -3,29 +3,29 @@
 Each line is one file, and each file shows its program before and after.
 """
 
-from .average import average
+from .average_loss import average_loss
 from .canonicalize import canonicalize
-from .checkpoint import checkpoint
 from .chunk import chunk
 from .cluster import cluster
+from .fuse_gradients import fuse_gradients
 from .fuse_loss import fuse_loss
-from .fuse_put import fuse_put
 from .overlap import overlap
 from .partition import partition
 from .prefetch import prefetch
+from .recompute import recompute
 from .release import release
 from .shard import shard
 
 PIPELINE = (
     canonicalize,  # no no-ops, no repetitions, one input per shared parameter
     fuse_loss,  #    the loss over the vocabulary in pieces, without its logits
-    average,  #      the loss is the mean over all ranks' tokens
+    average_loss,  # the loss is the mean over all ranks' tokens
     shard,  #        tensors are divided over the processes, which exchange what they lack
-    checkpoint,  #   blocks that the plan names are computed again in the backward
+    recompute,  #    blocks that the plan names are computed again in the backward
     partition,  #    forward | turn | backward; only activations cross the turn
     overlap,  #      exchanges start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
-    fuse_put,  #     a weight's gradient is multiplied right into its chunk
+    fuse_gradients,  # a weight's gradient is multiplied right into its chunk
     release,  #      a chunk is let go after its last reader
     prefetch,  #     copies start early and are waited for late
     cluster,  #      compute between instructions becomes functions, equal layers share one

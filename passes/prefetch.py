@@ -12,11 +12,11 @@ while the next ones are computed. Copies never cross the turn: a step that is ne
 must not leave a copy behind.
 """
 
-from ..runtime.ops import FETCH, REDUCE, SETTLE, WAIT
-from .manager import graph_pass
-from .plan import Plan
-from .program import Program, note
-from .verify import chunked
+from ..runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, note
+from .program.verify import chunked
 
 
 @graph_pass(requires=(chunked,))

@@ -15,11 +15,11 @@ after that reader: its states then pass in order, COMPUTE, HOLD_AFTER_BACKWARD, 
 
 from torch import fx
 
-from ..runtime.ops import PER_CHUNK, REDUCE, RELEASE, SETTLE, TURN, WAIT
-from .manager import graph_pass
-from .plan import Plan
-from .program import Program, note
-from .verify import chunk_readers, chunked, released
+from ..runtime.isa.instructions import PER_CHUNK, REDUCE, RELEASE, SETTLE, TURN, WAIT
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, note
+from .program.verify import chunk_readers, chunked, released
 
 NEAR = 8
 """How many operators a chunk may outlive its last reader by: a residual addition, a dropout, some views."""

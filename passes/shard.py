@@ -24,18 +24,27 @@ from math import prod
 import torch
 from torch import fx
 
-from ..runtime.errors import ShardingError
-from ..runtime.linear_loss import ABSENT
-from ..runtime.mesh import PARTIAL, REPLICATE, Placement, Placements, Shard, local_shape, of_gradient, placements_text
-from .manager import graph_pass
-from .modes import roles_of
-from .plan import Plan
-from .program import Program, annotate, note
-from .shard_parameters import place_parameters
-from .shard_special import SPECIAL
-from .sharder import Sharder, Value
-from .types import TensorType, contiguous_stride
-from .verify import canonical, sharded
+from ..runtime.isa.errors import ShardingError
+from ..runtime.isa.linear_cross_entropy import ABSENT
+from ..runtime.isa.mesh import (
+    PARTIAL,
+    REPLICATE,
+    Placement,
+    Placements,
+    Shard,
+    local_shape,
+    of_gradient,
+    placements_text,
+)
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, annotate, note
+from .program.types import TensorType, contiguous_stride
+from .program.verify import canonical, sharded
+from .sharding.engine import Sharder, Value
+from .sharding.modes import roles_of
+from .sharding.parameters import place_parameters
+from .sharding.special import SPECIAL
 
 aten = torch.ops.aten
 PASSED_THROUGH = (aten.t.default, aten._to_copy.default, aten.add.Tensor)

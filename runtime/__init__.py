@@ -1,15 +1,11 @@
-"""The machine that runs generated programs.
+"""The machine that runs generated programs, in storeys from the ground up.
 
-Instructions and data    ops (the instruction set), layout (chunks, and what their training state takes), units, errors
-Running programs         executor, machine (torch's optimizers), updating_machine (our own), stats
-Memory                   chunks, tiers, streams (copies); placing and state_placing put states where a plan wants them
-Our own optimizer        optimizer (its interface), states, state_stream (states on their way through the device),
-                         held_gradients, worker (the host's thread), update_kernels, host_kernel, device_kernel,
-                         host_reference, host_build, update_rules, split_pairs; lazy_parameter and slot_source (what
-                         parameters read)
-Operators                attention, attention_kernels, linear_loss
-Several processes        mesh, ranks, collectives (a sharded program's instructions), parts (of parameters), zero (of
-                         chunks)
-State on disk            checkpoint
-torch's private side     torch_private
+isa            the contract between programs and machine: instructions, operators, layouts, the mesh, errors, units
+kernels        what operators and updates run: attention, linear cross-entropy, AdamW and SGD on either side
+distributed    processes: ranks, collectives, the parts of a tensor that each has, ZeRO's shards
+memory         chunks and their states, the tiers they lie on, copies between these, masters for torch's optimizers
+optimizer      our own optimizer: training states, their updates beside the program, torch.optim's interface
+state_io       state on disk: directories that are replaced as a whole, sharded checkpoints
+
+`machine` implements the instructions over these, `executor` runs programs on it.
 """

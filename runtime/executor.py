@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import BudgetError, GeminiError, StateError
+from .isa.errors import BudgetError, GeminiError, StateError
 from .machine import Machine, Run
-from .tiers import MemoryMeter
+from .memory.tiers import MemoryMeter
 
 _numbers = count()
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, State
-from .generator import fork
-from .ops import parameter_view, put_product
-from .placing import Placing
-from .ranks import Ranks
-from .stats import Stats
-from .streams import Arrival, copy_engine, host_buffer
+from .distributed.ranks import Ranks
+from .isa.instructions import parameter_view, put_product
+from .kernels.random_state import fork
+from .memory.chunks import Chunk, State
+from .memory.masters import Placing
+from .memory.stats import Stats
+from .memory.streams import Arrival, copy_engine, host_buffer
 
 ALONE = Ranks()
 

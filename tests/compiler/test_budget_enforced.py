@@ -6,8 +6,8 @@ from pathlib import Path
 import geminifx
 import pytest
 import torch
-from geminifx.passes.plan import Plan, Residency
-from geminifx.runtime.errors import BudgetError
+from geminifx.passes.program.plan import Plan, Residency
+from geminifx.runtime.isa.errors import BudgetError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -13,8 +13,8 @@ import geminifx
 import pytest
 import torch
 import torch.nn.functional as F
-from geminifx.passes.plan import Residency
-from geminifx.runtime.errors import BudgetError
+from geminifx.passes.program.plan import Residency
+from geminifx.runtime.isa.errors import BudgetError
 from torch import Tensor, nn
 from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_bytes, tokens
 

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from geminifx.compiler.absent import AbsentOutput
-from geminifx.compiler.capture import Request, capture
-from geminifx.compiler.logits import COPIES, logits_bytes
-from geminifx.passes.plan import Plan
-from geminifx.runtime.errors import BudgetError, StateError
+from geminifx.compiler.capture.results import COPIES, AbsentOutput, logits_bytes
+from geminifx.compiler.capture.trace import Request, capture
+from geminifx.passes.program.plan import Plan
+from geminifx.runtime.isa.errors import BudgetError, StateError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import (

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from geminifx import Plan, graph_pass
-from geminifx.passes.manager import Pass
 from geminifx.passes.pipeline import PIPELINE
-from geminifx.passes.program import Program, note
-from geminifx.passes.verify import released
-from geminifx.runtime.errors import CaptureError, StateError, VerificationError
+from geminifx.passes.program.manager import Pass
+from geminifx.passes.program.program import Program, note
+from geminifx.passes.program.verify import released
+from geminifx.runtime.isa.errors import CaptureError, StateError, VerificationError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from geminifx.runtime import layout, state_stream
+from geminifx.runtime.isa import layout
+from geminifx.runtime.optimizer import state_stream
 from optimizing import (
     ADAMW,
     KINDS,

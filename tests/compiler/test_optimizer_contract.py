@@ -13,9 +13,9 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.runtime.errors import BudgetError, StateError
-from geminifx.runtime.lazy_parameter import LazyParameter
-from geminifx.runtime.optimizer import GROWTH_STEPS, ChunkOptimizer
+from geminifx.runtime.isa.errors import BudgetError, StateError
+from geminifx.runtime.memory.lazy_parameter import LazyParameter
+from geminifx.runtime.optimizer.chunk_optimizer import GROWTH_STEPS, ChunkOptimizer
 from optimizing import ADAMW, KINDS, NET, Loop, held_gradients, last, placed, plain, same_moments, same_weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW

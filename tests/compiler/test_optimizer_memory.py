@@ -8,9 +8,9 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.passes.plan import Plan, Residency
-from geminifx.runtime.errors import BudgetError
-from geminifx.runtime.layout import STREAM_BUFFERS, Updates
+from geminifx.passes.program.plan import Plan, Residency
+from geminifx.runtime.isa.errors import BudgetError
+from geminifx.runtime.isa.layout import STREAM_BUFFERS, Updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizing import ADAMW, NET, PLACES, Loop, placed, plain, same_weights

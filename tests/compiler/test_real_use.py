@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from geminifx.runtime.errors import CaptureError, StateError
+from geminifx.runtime.isa.errors import CaptureError, StateError
 from torch import Tensor, nn
 
 

@@ -6,7 +6,7 @@ import geminifx
 import pytest
 import torch
 from geminifx.models.presets import PRESETS
-from geminifx.runtime.errors import StateError
+from geminifx.runtime.isa.errors import StateError
 from more_models import Detached
 from transformers import OPTConfig, OPTForCausalLM
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from geminifx.compiler.packing import divide
-from geminifx.passes.plan import Plan, Residency
-from geminifx.runtime.errors import BudgetError, StateError
-from geminifx.runtime.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
-from geminifx.runtime.mesh import Axis, Mesh
+from geminifx.compiler.planner.packing import divide
+from geminifx.passes.program.plan import Plan, Residency
+from geminifx.runtime.isa.errors import BudgetError, StateError
+from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import AdamW

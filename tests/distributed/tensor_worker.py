@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import geminifx
 import torch
 from geminifx.compiler.parallel import Parallel
-from geminifx.runtime.mesh import DATA
+from geminifx.runtime.isa.mesh import DATA
 from more_models import BERT, DETACHED, QWEN3
 from torch import Tensor
 from torch import distributed as dist

@@ -10,7 +10,7 @@ from pathlib import Path
 import geminifx
 import pytest
 import torch
-from geminifx.runtime.errors import StateError
+from geminifx.runtime.isa.errors import StateError
 from torch import nn
 
 SCRIPT = Path(__file__).parent / "faults.py"

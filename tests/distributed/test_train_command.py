@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from geminifx.compiler.cli import app
+from geminifx.compiler.cli.main import app
 from trainable import SMALL_OPT
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from geminifx.models.adapters import blocks, capturable, example_inputs
 from geminifx.models.attention import NAME
-from geminifx.runtime.errors import CaptureError
+from geminifx.runtime.isa.errors import CaptureError
 from torch import nn
 from transformers import (
     BartConfig,

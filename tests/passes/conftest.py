@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from geminifx.compiler.capture import Request, capture
-from geminifx.compiler.packing import pack
-from geminifx.compiler.precision import parameter_dtypes
+from geminifx.compiler.capture.trace import Request, capture
+from geminifx.compiler.planner.packing import pack
 from geminifx.models.adapters import blocks, example_inputs
-from geminifx.passes.manager import Pass
-from geminifx.passes.plan import Plan
-from geminifx.passes.program import Program, note, type_of
-from geminifx.passes.text import parse_program, print_program
-from geminifx.passes.verify import verify
-from geminifx.runtime.layout import ChunkLayout, Layout, Slot
+from geminifx.passes.program.manager import Pass
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import Program, note, type_of
+from geminifx.passes.program.text import parse_program, print_program
+from geminifx.passes.program.verify import verify
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from geminifx.runtime.isa.precision import parameter_dtypes
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 

@@ -2,7 +2,7 @@
 
 import pytest
 from geminifx.passes.canonicalize import canonicalize
-from geminifx.passes.plan import Plan
+from geminifx.passes.program.plan import Plan
 
 
 @pytest.mark.parametrize("case", ["tied_and_repeated", "what_stays", "gradient_of_the_second_name"])

@@ -2,7 +2,7 @@
 
 import pytest
 from geminifx.passes.chunk import chunk
-from geminifx.passes.plan import Plan
+from geminifx.passes.program.plan import Plan
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import pytest
 from geminifx.passes.cluster import SHORTEST, cluster
-from geminifx.passes.manager import run_passes
 from geminifx.passes.pipeline import PIPELINE
-from geminifx.passes.plan import Plan
-from geminifx.passes.program import note
-from geminifx.runtime.ops import PER_CHUNK
+from geminifx.passes.program.manager import run_passes
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import note
+from geminifx.runtime.isa.instructions import PER_CHUNK
 
 
 @pytest.mark.parametrize("case", ["equal_stretches", "unequal_stretches"])

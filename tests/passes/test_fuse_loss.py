@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.fuse_loss import fuse_loss
-from geminifx.passes.losses import find_losses
-from geminifx.passes.plan import Plan
-from geminifx.passes.text import parse_program
-from geminifx.runtime.linear_loss import BACKWARD, FORWARD
+from geminifx.passes.patterns.cross_entropy import find_losses
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.text import parse_program
+from geminifx.runtime.isa.linear_cross_entropy import BACKWARD, FORWARD
 
 FUSED = Plan(fuse_loss=True)
 

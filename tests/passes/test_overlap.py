@@ -8,15 +8,15 @@ import pytest
 import torch
 from all_ranks import run_on_all, run_parts
 from geminifx.passes.canonicalize import canonicalize
-from geminifx.passes.checkpoint import checkpoint
-from geminifx.passes.manager import run_passes
 from geminifx.passes.overlap import IN_FLIGHT, overlap
 from geminifx.passes.partition import partition
-from geminifx.passes.plan import Plan
-from geminifx.passes.program import Note, Program
-from geminifx.passes.types import TensorType
-from geminifx.passes.verify import overlapped, turned, verify
-from geminifx.runtime.ops import (
+from geminifx.passes.program.manager import run_passes
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import Note, Program
+from geminifx.passes.program.types import TensorType
+from geminifx.passes.program.verify import overlapped, turned, verify
+from geminifx.passes.recompute import recompute
+from geminifx.runtime.isa.instructions import (
     ALL_GATHER,
     ALL_REDUCE,
     EXCHANGES,
@@ -55,11 +55,11 @@ def test_alone_nothing_changes(captured, same):
     same(program, before)
 
 
-def both(case: Case, parallel: dict[str, Any], recompute: tuple[str, ...] = ()) -> tuple[Program, Program, Plan]:
+def both(case: Case, parallel: dict[str, Any], blocks: tuple[str, ...] = ()) -> tuple[Program, Program, Plan]:
     """A rank's program before and after the pass."""
-    plan = replace(plan_for(parallel), recompute=recompute)
+    plan = replace(plan_for(parallel), recompute=blocks)
     before = whole_step(case).shard(plan)
-    run_passes(before, plan, (canonicalize, checkpoint, partition))
+    run_passes(before, plan, (canonicalize, recompute, partition))
     after = before.copy()
     exchange_early(after, plan)
     return before, after, plan
@@ -94,12 +94,12 @@ def check_same(before: Program, after: Program, plan: Plan, values: dict[str, to
 LAYER = {"opt": "model.decoder.layers.0", "llama": "model.layers.0"}
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", [OPT, LLAMA_OF_FOUR], ids=list(LAYER))
-def test_models_compute_the_same_bits(case: Case, mode: str, recompute: bool) -> None:
+def test_models_compute_the_same_bits(case: Case, mode: str, recomputed: bool) -> None:
     name = LAYER["opt" if case is OPT else "llama"]
-    before, after, plan = both(case, MODES[mode], (name,) if recompute else ())
+    before, after, plan = both(case, MODES[mode], (name,) if recomputed else ())
     check_same(before, after, plan, whole_step(case).values)
     assert most_under_way(after) <= IN_FLIGHT
     assert exchanged(after) < exchanged(before) or mode.startswith("1d"), "biases' sums are taken together"

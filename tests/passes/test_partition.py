@@ -2,10 +2,10 @@
 
 import pytest
 from geminifx.passes.partition import partition
-from geminifx.passes.plan import Plan
-from geminifx.passes.program import note
-from geminifx.passes.text import parse_program
-from geminifx.runtime.ops import TURN
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import note
+from geminifx.passes.program.text import parse_program
+from geminifx.runtime.isa.instructions import TURN
 
 
 @pytest.mark.parametrize("case", ["turn", "buffers", "buffers_through_views", "evaluation"])

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from geminifx.passes import pipeline
-from geminifx.passes.manager import run_passes
 from geminifx.passes.pipeline import PIPELINE
-from geminifx.passes.program import note
-from geminifx.passes.text import print_program
-from geminifx.passes.verify import chunk_readers
-from geminifx.runtime.layout import ALIGNMENT_BYTES
-from geminifx.runtime.ops import FETCH, REDUCE, RELEASE, SETTLE, TURN, WAIT, parameter_view
+from geminifx.passes.program.manager import run_passes
+from geminifx.passes.program.program import note
+from geminifx.passes.program.text import print_program
+from geminifx.passes.program.verify import chunk_readers
+from geminifx.runtime.isa.instructions import FETCH, REDUCE, RELEASE, SETTLE, TURN, WAIT, parameter_view
+from geminifx.runtime.isa.layout import ALIGNMENT_BYTES
 
 
 def test_every_pass_has_its_file_and_finds_what_it_requires():

@@ -1,8 +1,8 @@
 """prefetch: copies start early and gradients settle late, each on its own side of the turn."""
 
 import pytest
-from geminifx.passes.plan import Plan
 from geminifx.passes.prefetch import prefetch
+from geminifx.passes.program.plan import Plan
 
 
 @pytest.mark.parametrize("case, depth", [("one_ahead", 1), ("two_ahead", 2), ("on_demand", 0), ("settle_sinks", 1)])

@@ -1,7 +1,7 @@
 """release: a chunk is let go once nothing reads it any more, and its gradients leave only then."""
 
 import pytest
-from geminifx.passes.plan import Plan
+from geminifx.passes.program.plan import Plan
 from geminifx.passes.release import release
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from geminifx.passes.plan import Plan
-from geminifx.passes.program import note, type_of
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import note, type_of
+from geminifx.passes.program.text import parse_program
 from geminifx.passes.shard import shard
-from geminifx.passes.shard_parameters import whole_parameters
-from geminifx.passes.text import parse_program
-from geminifx.runtime.errors import ShardingError
+from geminifx.passes.sharding.parameters import whole_parameters
+from geminifx.runtime.isa.errors import ShardingError
 from sharding import Whole, check, declared, plan_for, sharded, sharded_step, whole_step
 from zoo import GPT2, LLAMA, OPT, Case, opt, tokens
 

@@ -8,16 +8,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from geminifx.runtime.chunks import LEGAL, Chunk, ChunkStore, State
-from geminifx.runtime.errors import BudgetError, IllegalTransition, StateError
+from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.executor import Code, Executor, NoGradient, Step, TrainingRun
-from geminifx.runtime.layout import ChunkLayout, Layout, Slot, TorchUpdates
+from geminifx.runtime.isa.errors import BudgetError, IllegalTransition, StateError
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot, TorchUpdates
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.machine import Machine, Run
-from geminifx.runtime.mesh import Axis, Mesh
-from geminifx.runtime.placing import Placing
-from geminifx.runtime.ranks import Ranks
-from geminifx.runtime.stats import Stats
-from geminifx.runtime.tiers import MemoryMeter, Tier
+from geminifx.runtime.memory.chunks import LEGAL, Chunk, ChunkStore, State
+from geminifx.runtime.memory.masters import Placing
+from geminifx.runtime.memory.stats import Stats
+from geminifx.runtime.memory.tiers import MemoryMeter, Tier
 from torch import nn
 
 # y = relu(x @ w) @ v, a loss in the caller; both weights in chunks of their own.

@@ -6,20 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from geminifx.passes.program import Program, note
-from geminifx.runtime.generator import fork
-from geminifx.runtime.mesh import (
-    PARTIAL,
-    REPLICATE,
-    Axis,
-    Mesh,
-    Placements,
-    join_parts,
-    local_part,
-    parse_placements,
-    take_part,
-)
-from geminifx.runtime.ops import (
+from geminifx.passes.program.program import Program, note
+from geminifx.runtime.isa.instructions import (
     ALL_GATHER,
     ALL_REDUCE,
     EXCHANGES,
@@ -35,6 +23,18 @@ from geminifx.runtime.ops import (
     SWAP_RNG,
     TURN,
 )
+from geminifx.runtime.isa.mesh import (
+    PARTIAL,
+    REPLICATE,
+    Axis,
+    Mesh,
+    Placements,
+    join_parts,
+    local_part,
+    parse_placements,
+    take_part,
+)
+from geminifx.runtime.kernels.random_state import fork
 from torch import Tensor, fx
 
 Values = dict[str, Tensor]

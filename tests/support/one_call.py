@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from geminifx.passes.program import Program, type_of
-from geminifx.passes.types import TensorType
+from geminifx.passes.program.program import Program, type_of
+from geminifx.passes.program.types import TensorType
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 

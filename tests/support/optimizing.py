@@ -9,8 +9,8 @@ from typing import Any
 
 import geminifx
 import torch
-from geminifx.passes.plan import Plan, Residency
-from geminifx.runtime.optimizer import ChunkOptimizer
+from geminifx.passes.program.plan import Plan, Residency
+from geminifx.runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from zoo import Case, compiled, cross_entropy, vectors

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from all_ranks import Values, placements_of, run_on_all, run_whole
-from geminifx.compiler.capture import Request, capture
+from geminifx.compiler.capture.trace import Request, capture
 from geminifx.compiler.parallel import Parallel
 from geminifx.passes.canonicalize import canonicalize
-from geminifx.passes.manager import run_passes
-from geminifx.passes.plan import Outputs, Plan
-from geminifx.passes.program import Program, type_of
+from geminifx.passes.program.manager import run_passes
+from geminifx.passes.program.plan import Outputs, Plan
+from geminifx.passes.program.program import Program, type_of
 from geminifx.passes.shard import shard
-from geminifx.runtime.linear_loss import ABSENT
-from geminifx.runtime.mesh import Mesh, local_part
+from geminifx.runtime.isa.linear_cross_entropy import ABSENT
+from geminifx.runtime.isa.mesh import Mesh, local_part
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from zoo import Batch, Case

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from geminifx.runtime.device_kernel import DeviceKernel
-from geminifx.runtime.host_kernel import HostKernel
-from geminifx.runtime.split_pairs import SplitPair, split
-from geminifx.runtime.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+from geminifx.runtime.kernels.device_updates import DeviceKernel
+from geminifx.runtime.kernels.host_updates import HostKernel
+from geminifx.runtime.kernels.split_pairs import SplitPair, split
+from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -11,7 +11,7 @@ import geminifx
 import pytest
 import torch
 import torch.nn.functional as F
-from geminifx.runtime.errors import BudgetError
+from geminifx.runtime.isa.errors import BudgetError
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,

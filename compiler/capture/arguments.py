@@ -1,0 +1,36 @@
+"""What a program depends on in the arguments of a call."""
+
+import enum
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...runtime.distributed.ranks import Ranks
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+
+
+def leaf_key(leaf: Any) -> Any:
+    """What a program depends on in one argument: a tensor's kind, anything else's value.
+
+    Raises ValueError for objects whose contents cannot be told: they would be baked in as they are now.
+    """
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    if isinstance(leaf, _PLAIN):
+        return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
+    raise ValueError(
+        f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "
+        "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "
+        "(torch.from_numpy makes a tensor of an array)"
+    )
+
+
+def check_shared(ranks: Ranks, inputs: list[Tensor]) -> None:
+    """Raises StateError where processes that share a batch are given different ones."""
+    digest = hashlib.sha256()
+    for tensor in inputs:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    ranks.check_batch(digest.hexdigest())

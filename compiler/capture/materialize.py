@@ -1,0 +1,61 @@
+"""Give weights on `meta` memory, so that a state_dict can be loaded into them."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...runtime.isa.errors import StateError
+
+
+def materialize(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Replace what is on `meta` by memory for `state_dict` to be copied into; parameters keep their identity.
+
+    Buffers that no state_dict holds, such as rotary frequencies, are computed as Hugging Face's own loading
+    does. Raises StateError, and changes nothing, where a value is neither in `state_dict` nor computable.
+    """
+    _check_complete(model, state_dict)
+    derived = [(path, module) for path, module in model.named_modules() if _derived(module)]
+    initialize = getattr(model, "_init_weights", None)
+    if derived and initialize is None:
+        path, module = derived[0]
+        name = f"{path}.{_derived(module)[0]}".removeprefix(".")
+        raise StateError(
+            f"nothing was loaded: buffer {name} is on 'meta' and no state_dict holds it, so its values "
+            "are unknown. Make it persistent, or give it values where the module is built (device='cpu')"
+        )
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            empty = torch.empty_like(parameter, device="cpu")
+            torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    with torch.no_grad(), torch.random.fork_rng():
+        for _, module in derived:
+            initialize(module)  # type: ignore[misc]
+
+
+def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    names: dict[int, list[str]] = defaultdict(list)  # a tied tensor is loaded under any of its names
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        names[id(tensor)].append(name)
+    for group in names.values():
+        given = next((name for name in group if name in state_dict), None)
+        found = None if given is None else tuple(state_dict[given].shape)
+        if own[group[0]].is_meta and found != tuple(own[group[0]].shape):
+            what = "lacks it" if found is None else f"has shape {found}"
+            raise StateError(
+                f"the weights are on 'meta' and nothing was loaded: {group[0]} has shape "
+                f"{tuple(own[group[0]].shape)}, the state_dict {what}"
+            )
+
+
+def _derived(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers on `meta` that are not part of its state_dict."""
+    transient = module._non_persistent_buffers_set
+    return [name for name in transient if (buffer := module._buffers.get(name)) is not None and buffer.is_meta]

@@ -1,0 +1,71 @@
+"""What a captured step returns besides its loss: what its logits would take, and what stands in their place.
+
+A compiled step may never compute its logits. The model's result then has an `AbsentOutput` there.
+"""
+
+from typing import Any, NoReturn
+
+from ...passes.canonicalize import canonicalize
+from ...passes.patterns.cross_entropy import find_losses
+from ...passes.program.plan import Plan
+from ...passes.program.program import Program, type_of
+from ...passes.program.types import TensorType
+from ...runtime.isa.errors import StateError
+from ...runtime.isa.instructions import TURN
+from ...runtime.isa.linear_cross_entropy import ABSENT
+
+COPIES = 3
+"""Logarithms of probabilities, the gradient of each, and that of the logits: all there at the loss's backward."""
+
+
+def logits_bytes(captured: Program) -> int:
+    """Device bytes that computing the losses in pieces would save at their highest point; 0 if it cannot be done."""
+    program = captured.copy()
+    canonicalize.rewrite(program, Plan())
+    types = (type_of(loss.nll.args[0]) for loss in find_losses(program))
+    return sum(COPIES * t.num_bytes for t in types if isinstance(t, TensorType))
+
+
+def absent_outputs(program: Program) -> frozenset[int]:
+    """Positions of outputs that a lowered training program does not compute."""
+    outputs = (node for turn in program.calls(TURN) for node in turn.args[0])
+    return frozenset(i for i, node in enumerate(outputs) if node.target is ABSENT)
+
+
+class AbsentOutputError(StateError, AttributeError):
+    """An output that does not exist was used.
+
+    It is an AttributeError too, so that code that asks an output for an attribute before it uses it, as
+    mixed-precision wrappers do of everything a model returns, passes it by.
+    """
+
+
+class AbsentOutput:
+    """In the place of logits whose loss is computed in pieces: may be held, shown, copied; any use raises."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise AbsentOutputError(
+            "this output of the model, the logits, was not computed, to save memory: its loss is computed in pieces "
+            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.mode). To have the "
+            "logits compile with fuse_loss=False, to train through them, or have them of a sharded model, with "
+            "outputs='all'; evaluation under torch.no_grad() returns them in any case."
+        )
+
+    def __repr__(self) -> str:
+        return "<logits, not computed: compile(..., outputs='all') has them>"
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
+        cls._refuse(cls())
+
+    __hash__ = object.__hash__
+    __getattr__ = __setattr__ = __delattr__ = __call__ = _refuse
+    __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __setitem__ = __delitem__ = _refuse
+    __float__ = __int__ = __index__ = __complex__ = __array__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = __rmatmul__ = _refuse
+    __and__ = __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = _refuse

@@ -1,0 +1,340 @@
+"""Capture: a model and example inputs become one Program of a whole training step.
+
+torch's ahead-of-time autograd traces forward and backward of the module itself into one ATen graph, on fake
+tensors: nothing is allocated and no weight is read, so that a model on `meta` is captured like any other.
+The model is not touched: a copy is traced whose tensors are fake.
+"""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ...models.adapters import capturable
+from ...passes.program.manager import Record
+from ...passes.program.plan import Outputs
+from ...passes.program.program import Note, Program, annotate, note, type_of
+from ...passes.program.types import TensorType, type_of_value
+from ...runtime.isa import torch_private as private
+from ...runtime.isa.errors import CaptureError
+from ...runtime.isa.precision import cast_dtype, parameter_dtypes
+
+_PREFIX = "model."
+_ROOMS = ("compiler", "models", "passes", "runtime")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured step and how its flat inputs and outputs map to the model's.
+
+    `results` rebuilds what the model returned: a pytree spec and its leaves, an int being the position of a
+    program output, anything else a constant. `differentiable` are the positions that take a gradient,
+    `detached` those that would, had the loss not been chosen to be the only one. `records` are of the passes that made
+    it one process's, where tensors are sharded.
+    """
+
+    program: Program
+    result_spec: pytree.TreeSpec
+    result_leaves: tuple[Any, ...]
+    differentiable: tuple[int, ...]
+    detached: frozenset[int]
+    notes: tuple[str, ...]
+    records: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to capture: `dtype` to compute in (None: as the model has it), outputs that take a gradient, and
+    whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
+    decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
+    only its parts by now."""
+
+    dtype: torch.dtype | None = None
+    outputs: Outputs = "loss"
+    backward: bool = True
+    dtypes: Mapping[str, torch.dtype] | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Captured:
+    """Capture `model(*args, **kwargs)`, in the training mode that the model is in.
+
+    Tensor inputs are known by their shapes and dtypes alone; everything else is baked into the program.
+    Raises CaptureError where Python depends on the values of tensors, naming the model's source line.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    named = _named_arguments(model, args, kwargs)
+    mode = private.FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
+    fake_model = _fake_copy(model, mode, dtypes, request.shapes or {})
+    step = _Step(fake_model, leaves, spec, tuple(fakes), request.outputs)
+    private.annotate_modules(step)
+    with ExitStack() as stack:
+        notes = stack.enter_context(capturable(step.model, named))
+        stack.enter_context(private.plain_dispatch())
+        stack.enter_context(nullcontext() if request.backward else torch.no_grad())
+        graph_module = _trace(stack, step, tuple(fakes.values()))
+        names = {id(value): name for name, value in named.items() if isinstance(value, Tensor)}
+        names_by_leaf = [names.get(id(leaves[i]), f"input_{i}") for i in fakes]
+        program = _to_program(graph_module, model, names_by_leaf, list(fakes))
+    program.name = "training" if request.backward else "evaluation"
+    program.sources = {name: _forward_line(module) for name, module in model.named_modules()}
+    _check_dtypes(program)
+    assert step.result_spec is not None
+    return Captured(program, step.result_spec, step.result_leaves, step.differentiable, step.detached, tuple(notes))
+
+
+class _Step(nn.Module):
+    """The model as a function of flat tensors to flat tensors."""
+
+    def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, tensors: tuple[int, ...],
+                 outputs: Outputs) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.leaves, self.spec, self.tensors, self.outputs = leaves, spec, tensors, outputs
+        self.result_spec: pytree.TreeSpec | None = None
+        self.result_leaves: tuple[Any, ...] = ()
+        self.differentiable: tuple[int, ...] = ()
+        self.detached: frozenset[int] = frozenset()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.tensors, inputs, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        result = self.model(*args, **kwargs)
+        loss = result.get("loss") if isinstance(result, dict) else None
+        leaves, self.result_spec = pytree.tree_flatten(result)
+        only_loss = self.outputs == "loss" and loss is not None
+        outputs: list[Tensor] = []
+        detached: set[int] = set()
+        described: list[_Constant | int] = []
+        owned = (*inputs, *self.model.parameters(), *self.model.buffers())
+        seen = {t.untyped_storage()._cdata for t in owned}  # what must not be handed out itself
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                described.append(_Constant(_checked(leaf)))
+                continue
+            if only_loss and leaf is not loss and leaf.requires_grad:
+                leaf = leaf.detach()
+                detached.add(len(outputs))
+            storage = leaf.untyped_storage()._cdata
+            outputs.append(leaf.clone() if storage in seen else leaf)
+            seen.add(storage)
+            described.append(len(outputs) - 1)
+        if not outputs:
+            raise CaptureError(
+                f"{type(self.model).__name__} returned {result!r}, which holds no tensor; expected tensors, alone or "
+                "in tuples, lists, dicts or registered pytree classes"
+            )
+        self.result_leaves, self.detached = tuple(described), frozenset(detached)
+        self.differentiable = tuple(i for i, t in enumerate(outputs) if t.requires_grad)
+        return tuple(outputs)
+
+
+def _checked(value: Any) -> Any:
+    """A part of the result that is no tensor, if it cannot hold one."""
+    if value is None or isinstance(value, (str, bytes, int, float, complex, Enum, torch.dtype, torch.device)):
+        return value
+    raise CaptureError(
+        f"the model returned a {type(value).__name__}, which may hold tensors that nobody would fill in; expected "
+        "tensors in tuples, lists, dicts or classes registered with torch.utils._pytree.register_pytree_node"
+    )
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A part of the model's result that is no tensor."""
+
+    value: Any
+
+
+def rebuild_result(captured: Captured, outputs: list[Tensor]) -> Any:
+    """The model's own kind of result, such as a ModelOutput, around `outputs`."""
+    leaves = [leaf.value if isinstance(leaf, _Constant) else outputs[leaf] for leaf in captured.result_leaves]
+    return pytree.tree_unflatten(leaves, captured.result_spec)
+
+
+# -- fakes -------------------------------------------------------------------------------------------------
+
+
+def _fake(mode: private.FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast_dtype(tensor, dtype))
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[str, torch.dtype],
+               shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:  # fmt: skip
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        with mode:  # chunks hold parameters contiguously
+            fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
+        memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+    memo |= {id(buffer): _fake(mode, buffer.detach(), None) for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+# -- tracing -----------------------------------------------------------------------------------------------
+
+
+def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    try:
+        return private.export_joint(stack, step, inputs)
+    except private.DATA_DEPENDENT as error:
+        raise CaptureError(
+            f"{_source_line(error)}: the model's Python depends on the values of tensors ({error}), and a "
+            "captured program has no values to look at. Expected control flow that depends on shapes and "
+            "configuration alone: use torch.where or a mask there, or pass the value as a Python argument."
+        ) from error
+    except RuntimeError as error:
+        error.add_note(f"while geminifx captured the model, at {_source_line(error)}")
+        raise
+
+
+def _source_line(error: BaseException) -> str:
+    """Where in the model, not in torch or here, an error arose."""
+    root = Path(__file__).parent.parent  # of the package's rooms; examples may lie beside them
+    ours = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, *map(root.joinpath, _ROOMS)))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    if not frames:
+        return "the model"
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+
+
+def _named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by the names that the model's own signature gives them."""
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        bound = {}
+    return {**bound, **kwargs}
+
+
+def _forward_line(module: nn.Module) -> str:
+    """Where a module's forward stands in its source, or "" where there is none."""
+    code = getattr(type(module).forward, "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code else ""
+
+
+def _check_dtypes(program: Program) -> None:
+    """Products of different float dtypes pass on fake tensors and fail on real ones."""
+    for node in program.computes:
+        name = getattr(getattr(node.target, "_schema", None), "name", "")
+        if name not in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"):
+            continue
+        types = (type_of(value) for value in node.all_input_nodes)
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in types if isinstance(t, TensorType)}
+        if len(dtypes) > 1:
+            advice = "Under precision='bf16' parameters and inputs are cast and buffers are not: cast to the weight's "
+            advice += "dtype there, or compile with precision='fp32'"
+            if not all("float" in dtype for dtype in dtypes):
+                advice = "Only floating inputs are cast to the precision of the weights: pass x.float()"
+            raise CaptureError(
+                f"{note(node).module or 'the model'} ({program.sources.get(note(node).module, '')}) multiplies "
+                f"{' and '.join(sorted(dtypes))}. {advice}"
+            )
+
+
+# -- from torch's graph to ours ----------------------------------------------------------------------------
+
+
+def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str], leaves: list[int]) -> Program:
+    program = Program("captured")
+    program.set_results({})
+    values: dict[fx.Node, fx.Node] = {}
+    tied = _tied(model)
+    nodes = list(graph_module.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            role, name = _input_role(node.meta["desc"], names, leaves)
+            values[node] = program.add_input(_identifier(name), type_of_value(node.meta["val"]), role,
+                                             tied.get(role.removeprefix("parameter:"), ""))  # fmt: skip
+        elif node.op == "get_attr":
+            values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)))
+    for node in nodes:
+        if node.op == "call_function":
+            values[node] = _add_call(program, node, values)
+    output = next(node for node in nodes if node.op == "output")
+    program.set_results({
+        _result_role(description, names, leaves): values[value]
+        for value, description in zip(output.args[0], output.meta["desc"], strict=True)
+        if value is not None  # inputs and parameters that get no gradient
+    })  # fmt: skip
+    return program
+
+
+def _add_call(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+    if not hasattr(node.target, "_schema") and getattr(node.target, "__module__", "") != "_operator":
+        raise CaptureError(
+            f"{private.module_of(node) or 'the model'}: {node.target} has no schema, so its effects are unknown; "
+            "expected operators that torch or torch.library defines"
+        )
+    phase = "backward" if "backward" in str(node.meta.get("partitioner_tag", "")) else "forward"
+    origin = Note(phase=phase, module=_without_prefix(private.module_of(node)))  # type: ignore[arg-type]
+    args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    return program.emit(node.target, args, kwargs, before=program.output, like=origin, name=node.name)
+
+
+def _add_constant(program: Program, node: fx.Node, value: Any) -> fx.Node:
+    if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
+        raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
+    name = _identifier(str(node.target).lstrip("_"))
+    program.constants[name] = value
+    placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
+    annotate(placeholder, module=_without_prefix(private.module_of(node)))
+    return placeholder
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in names if first.setdefault(id(p), name) != name}
+
+
+def _input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[str, str]:
+    match description:
+        case private.ParamAOTInput(target=target):
+            return f"parameter:{_without_prefix(target)}", _without_prefix(target)
+        case private.BufferAOTInput(target=target):
+            return f"buffer:{_without_prefix(target)}", _without_prefix(target)
+        case private.PlainAOTInput(idx=i):
+            return f"input:{leaves[i]}", names[i]
+        case private.TangentAOTInput(output=private.PlainAOTOutput(idx=i)):
+            return f"tangent:{i}", f"tangent_{i}"
+    raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
+
+
+def _result_role(description: Any, names: list[str], leaves: list[int]) -> str:
+    match description:
+        case private.PlainAOTOutput(idx=i):
+            return f"output:{i}"
+        case private.GradAOTOutput(grad_of=private.ParamAOTInput(target=target)):
+            return f"gradient:{_without_prefix(target)}"
+        case private.GradAOTOutput(grad_of=private.PlainAOTInput(idx=i)):
+            return f"gradient:input:{leaves[i]}"
+        case private.InputMutationAOTOutput(mutated_input=private.BufferAOTInput(target=target)):
+            return f"mutation:{_without_prefix(target)}"
+        case private.InputMutationAOTOutput(mutated_input=written):
+            _, name = _input_role(written, names, leaves)
+            raise CaptureError(f"the model writes to {name} in its forward; expected writes to buffers alone")
+    raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
+
+
+def _without_prefix(name: str) -> str:
+    return "" if name == "model" else name.removeprefix(_PREFIX)
+
+
+def _identifier(name: str) -> str:
+    return "".join(char if char.isalnum() else "_" for char in name)

@@ -1,0 +1,76 @@
+"""Tensor parallel modes side by side: what a model takes of each process, and what the processes exchange."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from ...passes.program.plan import Plan
+from ...runtime.isa.errors import GeminiError
+from ...runtime.isa.units import format_bytes
+from ..api import compile
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One way to divide the work: its name, and its plan or why there is none."""
+
+    name: str
+    plan: Plan | None
+    refusal: str = ""
+
+
+def ways(world_size: int) -> dict[str, Mapping[str, Any]]:
+    """What `parallel=` can be for so many processes: every mode that they make a mesh for, and data parallel."""
+    found: dict[str, Mapping[str, Any]] = {"data": {"data": world_size}}
+    found["data, ZeRO 3"] = {"data": world_size, "zero": 3}
+    found["1d"] = {"tensor": {"mode": "1d", "size": world_size}}
+    found["1d, sequence"] = {"tensor": {"mode": "1d", "size": world_size, "sequence": True}}
+    if isqrt(world_size) ** 2 == world_size:
+        found["2d"] = {"tensor": {"mode": "2d", "size": world_size}}
+    for depth in range(2, world_size // 4 + 1):
+        if world_size % depth == 0 and isqrt(world_size // depth) ** 2 == world_size // depth:
+            found[f"2.5d, depth {depth}"] = {"tensor": {"mode": "2.5d", "size": world_size, "depth": depth}}
+    if round(world_size ** (1 / 3)) ** 3 == world_size:
+        found["3d"] = {"tensor": {"mode": "3d", "size": world_size}}
+    return found
+
+
+def compare(model: nn.Module, world_size: int, batch: Mapping[str, Any], **options: Any) -> list[Compared]:
+    """Plan a model whose weights may be on `meta` for a world in each way; `batch` is the step's of all processes."""
+    found = []
+    for name, parallel in ways(world_size).items():
+        parts = parallel.get("data", 1)
+        rows = len(next(iter(batch.values())))
+        if rows % parts:
+            found.append(Compared(name, None, f"a batch of {rows} does not divide by {parts}"))
+            continue
+        mine = {key: value[: rows // parts] for key, value in batch.items()}
+        try:
+            compiled = compile(model, world_size=world_size, parallel=parallel, example_inputs=mine, **options)
+            found.append(Compared(name, compiled.plan))
+        except GeminiError as refusal:
+            found.append(Compared(name, None, str(refusal).partition(";")[0]))
+    return found
+
+
+def comparison_table(compared: list[Compared], world_size: int) -> Table:
+    """Bytes per process and step."""
+    table = Table(
+        "parallel", "device peak", "activations", "received", "by axis", title=f"{world_size} processes, each"
+    )
+    for way in compared:
+        if way.plan is None:
+            table.add_row(way.name, "-", "-", "-", way.refusal)
+            continue
+        received: dict[str, int] = {}
+        for exchange in way.plan.exchanges:
+            received[exchange.axis] = received.get(exchange.axis, 0) + exchange.received_bytes
+        activations = dict(way.plan.memory.at_peak).get("activations", 0)
+        by_axis = ", ".join(f"{axis} {format_bytes(num_bytes)}" for axis, num_bytes in received.items())
+        table.add_row(way.name, format_bytes(way.plan.peak_bytes), format_bytes(activations),
+                      format_bytes(sum(received.values())), by_axis)  # fmt: skip
+    return table

@@ -1,0 +1,90 @@
+"""Where a step's time goes: what the device computes, what it copies, what the host updates, and who waits."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from ...runtime.machine import Machine
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds per step, each the time in which at least one such thing ran.
+
+    `copies_up_s` are copies to the device, `copies_down_s` to the host, `host_update_s` the host's optimizer
+    updates. On a machine without a GPU `compute_s` is the time in torch's operators and there are no copies.
+    """
+
+    step_s: float
+    compute_s: float
+    copies_up_s: float
+    copies_down_s: float
+    host_update_s: float
+
+    @property
+    def waiting(self) -> float:
+        """The share of the step in which the device computes nothing."""
+        return max(0.0, 1.0 - self.compute_s / self.step_s)
+
+    def __str__(self) -> str:
+        rows = [
+            ("step", self.step_s), ("device computes", self.compute_s), ("copies to the device", self.copies_up_s),
+            ("copies to the host", self.copies_down_s), ("host updates", self.host_update_s),
+        ]  # fmt: skip
+        lines = [f"{name:<22}{seconds * 1e3:10.1f} ms {seconds / self.step_s:8.0%}" for name, seconds in rows]
+        return "\n".join([*lines, f"{'device waits':<35}{self.waiting:9.0%}"])
+
+
+def profile(step: Callable[[], object], steps: int, trace: str | Path | None, machine: Machine | None) -> Profile:
+    """Run `step` so many times under torch's profiler; with `trace`, write a Chrome trace there.
+
+    Raises ValueError where there is no step to run.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}; expected how many steps to profile, 1 or more")
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    _finish(machine)
+    before_s = machine.host_update_s if machine is not None else 0.0
+    with torch.profiler.profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _finish(machine)
+        step_s = time.perf_counter() - start
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    events = [event for event in profiler.events() or () if event.device_type == wanted]
+    copies = {kind: [e for e in events if f"Memcpy {kind}" in e.name] for kind in ("HtoD", "DtoH")}
+    computes = [e for e in events if not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH")) and not _is_mark(e)]
+    update_s = machine.host_update_s - before_s if machine is not None else 0.0
+    seconds = (step_s, *map(_covered_s, (computes, copies["HtoD"], copies["DtoH"])), update_s)
+    return Profile(*(value / steps for value in seconds))
+
+
+def _finish(machine: Machine | None) -> None:
+    if machine is not None:
+        machine.finish()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _is_mark(event: Any) -> bool:
+    """Whether an event is an annotation, which covers others, rather than something that ran."""
+    return event.name.startswith(("ProfilerStep", "Optimizer.", "## "))
+
+
+def _covered_s(events: Iterable[Any]) -> float:
+    """Seconds in which at least one of the events was under way."""
+    covered_us, end_us = 0.0, float("-inf")
+    for start, stop in sorted((event.time_range.start, event.time_range.end) for event in events):
+        covered_us += max(0.0, stop - max(start, end_us))
+        end_us = max(end_us, stop)
+    return covered_us * 1e-6

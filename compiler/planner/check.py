@@ -1,0 +1,148 @@
+"""Whether a plan that was made by hand, or for another model, fits this one."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...passes.program.plan import Plan
+from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout
+from ...runtime.isa.mesh import parse_placements, whole_shape
+from ...runtime.isa.precision import master_dtype
+
+
+@dataclass(frozen=True)
+class _Offence:
+    """A field of a plan that does not fit: what was found there, what is expected."""
+
+    field: str
+    found: Any
+    expected: str
+
+
+def check_plan(
+    plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Raises ValueError naming the field, what was found and what was expected.
+
+    `parameters` are the model's by their first names, `dtypes` what they compute in.
+    """
+    offence = next(_offences(plan, parameters, blocks, dtypes), None)
+    if offence is not None:
+        raise ValueError(
+            f"the plan does not fit this model: {offence.field} is {offence.found}, expected {offence.expected}; make "
+            "a plan for this model with geminifx.compile(...).plan.save(path)"
+        )
+
+
+def _offences(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...],
+              dtypes: Mapping[str, torch.dtype]) -> Iterator[_Offence]:  # fmt: skip
+    yield from _in_shape(plan)
+    for chunk in plan.layout.chunks:
+        yield from _in_place(chunk)
+    yield from _for_parameters(plan, parameters)
+    for chunk in plan.layout.chunks:
+        yield from _of_dtype(chunk, parameters, dtypes)
+    yield from _choices(plan, blocks)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _in_shape(plan: Plan) -> Iterator[_Offence]:
+    """Numbers are numbers, and chunks are counted from 0: programs know them by number."""
+    for i, chunk in enumerate(plan.layout.chunks):
+        where = f"layout.chunks[{i}]"
+        if chunk.index != i:
+            yield _Offence(f"{where}.index", repr(chunk.index), f"{i}: chunks are numbered from 0 in order")
+        if not _is_count(chunk.numel):
+            yield _Offence(f"{where}.numel", repr(chunk.numel), "a number of elements")
+        shards, alignment = plan.shards(chunk.trainable), ALIGNMENT_BYTES // chunk.dtype.itemsize
+        if chunk.shards != shards:
+            yield _Offence(f"{where}.shards", repr(chunk.shards), f"{shards}, as parallel= says")
+        elif shards > 1 and chunk.numel % (shards * alignment):
+            expected = f"a multiple of {shards * alignment}: shards begin at multiples of {ALIGNMENT_BYTES} bytes"
+            yield _Offence(f"{where}.numel", repr(chunk.numel), expected)
+        for slot in chunk.slots:
+            if not _is_count(slot.offset):
+                yield _Offence(f"{where}: the offset of {slot.name!r}", repr(slot.offset), "a number of elements")
+            if not all(map(_is_count, slot.shape)):
+                yield _Offence(f"{where}: the shape of {slot.name!r}", repr(slot.shape), "sizes of 0 or more")
+
+
+def _in_place(chunk: ChunkLayout) -> Iterator[_Offence]:
+    """Slots are aligned, follow one another without overlapping, and end inside of the chunk."""
+    where, alignment = f"layout.chunks[{chunk.index}]", ALIGNMENT_BYTES // chunk.dtype.itemsize
+    end, previous = 0, ""
+    for slot in sorted(chunk.slots, key=lambda slot: (slot.offset, slot.numel)):
+        field = f"{where}: the offset of {slot.name!r}"
+        if slot.offset < end:
+            yield _Offence(field, slot.offset, f"{end} or more, behind {previous!r}, which it overlaps")
+        if slot.offset % alignment:
+            yield _Offence(field, slot.offset, f"a multiple of {alignment} ({ALIGNMENT_BYTES} bytes)")
+        end, previous = slot.offset + slot.numel, slot.name
+        if end > chunk.numel:
+            yield _Offence(f"{where}.numel", chunk.numel, f"{end} or more, where {slot.name!r} ends")
+
+
+def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[_Offence]:
+    """Each parameter has one slot of its shape, and nothing else has any."""
+    slots = [slot for chunk in plan.layout.chunks for slot in chunk.slots]
+    counts = Counter(slot.name for slot in slots)
+    for name in parameters:
+        if counts[name] != 1:
+            yield _Offence(f"layout: the number of slots of parameter {name!r}", counts[name], "1")
+    for slot in slots:
+        if slot.name not in parameters:
+            yield _Offence("layout: the name of a slot", repr(slot.name), "a parameter of the model")
+            continue
+        try:
+            whole = whole_shape(
+                slot.shape, parse_placements(slot.placement, plan.mesh.tensor_axes), plan.mesh.tensor_axes
+            )
+        except (ValueError, IndexError):
+            axes = ", ".join(axis.name for axis in plan.mesh.tensor_axes) or "none"
+            hint = f"how it lies over the axes of this mesh, which are {axes}"
+            yield _Offence(f"layout: the placement of {slot.name!r}", repr(slot.placement), hint)
+            continue
+        shape = tuple(parameters[slot.name].shape)
+        if whole != shape:
+            of = f"{shape}, the parameter's" + (f", of which it is the part {slot.placement}" if slot.placement else "")
+            yield _Offence(f"layout: the shape of {slot.name!r}", slot.shape, of)
+
+
+def _of_dtype(
+    chunk: ChunkLayout, parameters: dict[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+) -> Iterator[_Offence]:
+    where = f"layout.chunks[{chunk.index}]"
+    for name in (slot.name for slot in chunk.slots):
+        master = master_dtype(parameters[name].dtype)
+        if chunk.dtype != dtypes[name]:
+            hint = f"{dtypes[name]}, in which {name!r} computes (precision= decides)"
+            yield _Offence(f"{where}.dtype", chunk.dtype, hint)
+        if chunk.master_dtype != master:
+            yield _Offence(f"{where}.master_dtype", chunk.master_dtype, f"{master}, which the optimizer updates")
+        if parameters[name].requires_grad != chunk.trainable:
+            state = "trained" if parameters[name].requires_grad else "frozen"
+            expected = f"{parameters[name].requires_grad}: {name!r} is {state}"
+            yield _Offence(f"{where}.trainable", chunk.trainable, expected)
+
+
+def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[_Offence]:
+    count = len(plan.layout.chunks)
+    for kind in ("masters", "weights", "streamed"):
+        for index in getattr(plan.residency, kind):
+            if not (_is_count(index) and index < count):
+                yield _Offence(f"residency.{kind}", f"{index!r} among others", f"chunk numbers from 0 to {count - 1}")
+    for index in plan.residency.streamed:
+        if index in plan.residency.masters or not plan.layout.chunks[index].trainable:
+            yield _Offence("residency.streamed", f"{index} among others", "trained chunks that are not in masters")
+    for name in plan.recompute:
+        if name not in blocks:
+            yield _Offence("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")
+    if not _is_count(plan.optimizer_state_bytes):
+        yield _Offence("optimizer_state_bytes", repr(plan.optimizer_state_bytes), "0 or more bytes per element")

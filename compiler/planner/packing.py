@@ -1,0 +1,108 @@
+"""Pack parameters into chunks, in order of first use."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import fx, nn
+
+from ...passes.program.program import Program, note, tensor_type
+from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
+from ...runtime.isa.mesh import sharded_over
+from ...runtime.isa.precision import master_dtype
+
+LARGEST_CHUNK_BYTES = 256 * 2**20
+"""Copies reach the bus's full rate from 16 MiB; larger chunks only hold more of the device while in use."""
+
+SMALLEST_CHUNK_BYTES = 32 * 2**10
+
+
+_Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str]]
+"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over."""
+
+
+@dataclass
+class _Open:
+    """A chunk that still takes parameters."""
+
+    slots: list[Slot] = field(default_factory=list)
+    numel: int = 0
+
+
+def pack(
+    program: Program,
+    parameters: dict[str, nn.Parameter],
+    blocks: tuple[str, ...],
+    dtypes: Mapping[str, torch.dtype],
+) -> Layout:
+    """The layout of a captured model's parameters.
+
+    A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
+    over the same axes of the mesh. Chunks follow the model's blocks: a chunk is as large as the largest
+    block, within fixed bounds, and where a block begins all chunks end if they hold at least half of that.
+    Equal blocks have equal chunks then, and equal programs. A parameter that is larger than a chunk has one of
+    its own.
+    """
+    inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
+    limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
+    tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
+    opened: dict[_Kind, _Open] = defaultdict(_Open)
+    closed: list[tuple[_Kind, _Open]] = []
+    inside = ""
+    for name in _order_of_use(program, tied):
+        parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
+        if inside != previous and sum(c.numel * key[0].itemsize for key, c in opened.items()) >= limit_bytes // 2:
+            closed += opened.items()
+            opened.clear()
+        shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
+        key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, sharded_over(placement))
+        alignment = ALIGNMENT_BYTES // key[0].itemsize
+        size = -(-prod(shape) // alignment) * alignment
+        current = opened[key]
+        if current.slots and (current.numel + size) * key[0].itemsize > limit_bytes:
+            closed.append((key, opened.pop(key)))
+            current = opened[key]
+        current.slots.append(Slot(name, current.numel, shape, placement))
+        current.numel += size
+    closed += opened.items()
+    chunks = (ChunkLayout(i, c.numel, *key[:3], tuple(c.slots)) for i, (key, c) in enumerate(closed))
+    return Layout(tuple(chunks), tuple(tied.items()))
+
+
+def divide(layout: Layout, shards: Callable[[bool], int]) -> Layout:
+    """The layout with its chunks divided into so many shards, by whether they are trained: padded so that shards are
+    of one length and start where slots may."""
+    chunks = []
+    for chunk in layout.chunks:
+        count = shards(chunk.trainable)
+        unit = count * (ALIGNMENT_BYTES // chunk.dtype.itemsize)
+        numel = -(-chunk.numel // unit) * unit if count > 1 else chunk.numel
+        chunks.append(replace(chunk, numel=numel, shards=count))
+    return replace(layout, chunks=tuple(chunks))
+
+
+def _chunk_bytes(inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> int:
+    sizes: dict[str, int] = defaultdict(int)
+    for name, node in inputs.items():
+        num_bytes = prod(tensor_type(node).shape) * dtypes[name].itemsize
+        sizes[_block_of(name, blocks)] += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    largest = max((size for block, size in sizes.items() if block), default=max(sizes.values(), default=0))
+    pieces = -(-largest // LARGEST_CHUNK_BYTES)
+    return max(largest // max(pieces, 1), SMALLEST_CHUNK_BYTES)
+
+
+def _block_of(name: str, blocks: tuple[str, ...]) -> str:
+    return next((block for block in blocks if name.startswith(block + ".")), "")
+
+
+def _order_of_use(program: Program, tied: dict[str, str]) -> list[str]:
+    order = program.positions()
+    inputs = program.inputs("parameter")
+    first: dict[str, int] = {}
+    for name, node in inputs.items():
+        use = min((order[user] for user in node.users), default=len(order))
+        owner = tied.get(name, name)
+        first[owner] = min(first.get(owner, use), use)
+    return sorted(first, key=first.__getitem__)

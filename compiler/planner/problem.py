@@ -1,0 +1,129 @@
+"""Planning: from a captured program to a plan, the user's or the planner's, for the optimizer there is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...passes.program.plan import Plan, Residency
+from ...passes.program.program import Program
+from ...runtime.isa.errors import BudgetError, StateError
+from ...runtime.isa.layout import Layout, Updates
+from ...runtime.isa.mesh import Mesh
+from ..capture.results import logits_bytes
+from ..capture.trace import Captured
+from ..lowering import Lowering
+from ..options import Options
+from .check import check_plan
+from .packing import divide, pack
+from .search import HostBudgetError, Limits, Solution, Wishes, check, solve
+
+ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
+NOT_DIVIDED = (
+    "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
+    "lr=...) before the first step and step that, or leave zero out of parallel="
+)
+NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
+
+Decision = tuple[Solution, Exception | None]
+"""What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
+
+
+@dataclass
+class Planning:
+    """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`."""
+
+    options: Options
+    limits: Limits
+    mesh: Mesh
+    lowering: Lowering
+    parameters: dict[str, nn.Parameter]
+    dtypes: dict[str, torch.dtype]
+    blocks: tuple[str, ...]
+    _lowered: dict[Any, tuple[Captured, Program]] = field(default_factory=dict)
+
+    def shared(self) -> Plan:
+        """How processes share the work, and what of it they put together, which all plans of the model say alike."""
+        return self._as_declared(Plan())
+
+    def _as_declared(self, plan: Plan) -> Plan:
+        degrees = self.options.degrees
+        mode = degrees.mode if self.mesh.tensor_axes else None
+        return replace(plan, mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table,
+                       outputs=self.options.outputs, zero=degrees.zero)  # fmt: skip
+
+    def decide(self, captured: Captured, before: Plan | None, fixed: bool, updates: Updates | None) -> Decision:
+        """A plan, for `updates` (None: by an optimizer of torch's).
+
+        `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
+        Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model.
+        """
+        given, options, lower = self._given(), self.options, partial(self._lower, captured)
+        if given is not None:
+            given = self._as_declared(replace(given, notes=captured.notes))
+            if before is None:  # parameters may be frozen afterwards
+                check_plan(given, self.parameters, self.blocks, self.dtypes)
+            accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
+            return self._either(accept, given, updates, given.updates, BudgetError)
+        layout = before.layout if before else self._layout(captured.program)
+        fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
+        fusible = fuse_loss is not False and not self.mesh.tensor_axes
+        saves = logits_bytes(captured.program) if fusible else 0
+        notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
+        draft = replace(self.shared(), placement=options.placement, budget_bytes=self.limits.device_bytes,
+                        layout=layout, notes=notes, optimizer_state_bytes=options.optimizer_state_bytes)  # fmt: skip
+        placed = before.residency if before and fixed else None
+        masters, streamed = (placed.masters, placed.streamed) if placed else (None, Residency().streamed)
+        wishes = Wishes(options.placement, self._recompute(), self.blocks, masters, streamed, fuse_loss, saves)
+        ours = Updates() if any(chunk.casts for chunk in layout.chunks) else None
+        find = lambda plan: solve(plan, lower, self.limits, wishes)  # noqa: E731
+        return self._either(find, draft, updates, ours, HostBudgetError)
+
+    def forget(self) -> None:
+        """Training has begun: programs are lowered once each from here on."""
+        self._lowered.clear()
+
+    def _layout(self, program: Program) -> Layout:
+        return divide(pack(program, self.parameters, self.blocks, self.dtypes), self.shared().shards)
+
+    @staticmethod
+    def _either(find: Callable[[Plan], Solution], plan: Plan, updates: Updates | None, ours: Updates | None,
+                excused: type[BudgetError]) -> Decision:  # fmt: skip
+        """Decide for the optimizer there is. A torch optimizer's state may be too large where `ours` is not: whether
+        that is to be used is told only after compiling, and until then steps are refused. So they are where chunks
+        are divided, whose training state is of no other kind."""
+        if updates is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
+            return find(replace(plan, updates=ours or Updates())), StateError(NOT_DIVIDED.format(plan.zero))
+        try:
+            return find(replace(plan, updates=updates)), None
+        except excused as refusal:
+            if updates is not None or ours is None:
+                raise
+            return find(replace(plan, updates=ours, notes=(*plan.notes, ONLY_OURS))), refusal
+
+    def _lower(self, captured: Captured, plan: Plan) -> Program:
+        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer.
+
+        The first one is verified, for a fault in a pass to be told as such.
+        """
+        key = id(captured), plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
+        if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
+            self._lowered[key] = captured, self.lowering.flat(captured.program, plan, verified=not self._lowered)
+        return self._lowered[key][1]
+
+    def _given(self) -> Plan | None:
+        given = self.options.plan
+        return given if given is None or isinstance(given, Plan) else Plan.load(given)
+
+    def _recompute(self) -> tuple[str, ...] | None:
+        chosen = self.options.recompute
+        if isinstance(chosen, str):
+            return {"auto": None, "none": (), "all": self.blocks}[chosen]
+        unknown = [name for name in chosen if name not in self.blocks]
+        if unknown:
+            blocks = ", ".join(self.blocks)
+            raise ValueError(f"recompute names {unknown[0]!r}, which is no block; the blocks are {blocks}")
+        return chosen

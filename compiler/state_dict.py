@@ -1,0 +1,92 @@
+"""A state_dict of whole tensors from processes that each have a part of some parameters, and back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.isa.layout import Slot
+from ..runtime.memory.lazy_parameter import LazyParameter
+from ..runtime.optimizer.updating_machine import UpdatingMachine
+from .session import Session
+
+
+def clip_gradients(session: Session, max_norm: float) -> Tensor:
+    """Clip the norm of all gradients, over all processes; returns it as it was before."""
+    machine = session.machine
+    if isinstance(machine, UpdatingMachine) and machine.zero.stage:
+        return machine.held.clip(max_norm)
+    slots, parts = _slots(session), session.parts
+    norms = [torch.zeros((), device=session.device.torch_device)]
+    for name, parameter in session.source.named_parameters():
+        if parameter.grad is not None:
+            norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
+            norms.append(norm.to(norms[0].device) / math.sqrt(parts.replicas(slots[name])))
+    total = parts.norm(torch.linalg.vector_norm(torch.stack(norms)))
+    nn.utils.clip_grads_with_norm_(session.source.parameters(), max_norm, total)
+    return total
+
+
+def _slots(session: Session) -> dict[str, Slot]:
+    """Where parameters lie, by all of their names."""
+    if session.machine is None or not session.is_placed:
+        return {}
+    places, first = session.machine.placing.store.layout.places, session.names()
+    named = ((name, first[id(p)]) for name, p in session.source.named_parameters(remove_duplicate=False))
+    return {name: places[own][0].slots[places[own][1]] for name, own in named}
+
+
+def sharded_slots(session: Session) -> dict[str, Slot]:
+    """Of which parameters this process has a part, by all of their names, and where that lies."""
+    return {name: slot for name, slot in _slots(session).items() if slot.placement}
+
+
+def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
+    """The source's state_dict with whole tensors, made one by one by all processes together. The values of those
+    that are shared out, and of lazy parameters, are copies on the CPU; names of one parameter share one tensor.
+
+    Without `keep` it is empty, though the others' is not.
+    """
+    found, slots = session.source.state_dict(*args, **kwargs), sharded_slots(session)
+    parameters = dict(session.source.named_parameters(remove_duplicate=False)) if slots else {}
+    prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+    built: dict[Any, Tensor] = {}
+    for name, value in found.items():
+        own = name.removeprefix(prefix)
+        owner = id(parameters[own]) if own in slots else getattr(value, "source", None)
+        if owner is None:
+            continue
+        if owner not in built:
+            part = value.source.read() if isinstance(value, LazyParameter) else value.detach()
+            if own in slots:
+                part = session.parts.join(part, slots[own], session.device.torch_device)
+            built[owner] = part if keep else torch.empty(0)
+        found[name] = built[owner]
+    if not keep:
+        found.clear()
+    return found
+
+
+def parts_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """This process's parts of whole values.
+
+    Raises ValueError where one has another shape than the parameter.
+    """
+    slots = sharded_slots(session)
+    if not slots:
+        return state_dict
+    take = session.parts.take
+    parts = {name: take(value, slots[name]) if name in slots else value for name, value in state_dict.items()}
+    return _with_metadata(parts, state_dict)
+
+
+def _with_metadata(parts: dict[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Modules read the versions of their own formats there."""
+    if not hasattr(state_dict, "_metadata"):
+        return parts
+    found = nn.Module().state_dict()
+    found.update(parts)
+    found._metadata = state_dict._metadata
+    return found

@@ -1,0 +1,1 @@
+"""Fine-tuning: texts, blocks of tokens, the loop."""

@@ -1,0 +1,254 @@
+"""Fine-tuning: AdamW, warm-up and linear decay, clipping, held-out perplexity, resumable checkpoints.
+
+It takes a compiled model, or whatever else is `Trainable`, and does not compile.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.errors import BudgetError, CheckpointError, GeminiError
+from .blocks import Part, TokenBlocks
+from .recipe import Recipe, Report, StepInfo
+from .training_state import (
+    TrainingState,
+    load_training_state,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+
+
+class NonFiniteLoss(GeminiError):  # noqa: N818
+    """The loss or the gradient of a step is infinite or not a number; names the step and the module."""
+
+
+class Trainable(Protocol):
+    """What `finetune` asks of a compiled model."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+    def __call__(self, **batch: torch.Tensor) -> Any: ...
+    def parameters(self) -> Iterable[torch.nn.Parameter]: ...
+    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def save_pretrained(self, save_directory: str | Path) -> Any: ...
+    def first_nonfinite(self, **batch: torch.Tensor) -> str | None: ...
+
+
+class _Interrupt:
+    """Between enter and exit, the first Ctrl-C only asks to stop after the step, a second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        # Python lets only the main thread receive signals.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def finetune(
+    model: Trainable,
+    blocks: TokenBlocks,
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    resume: bool = False,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> Report:
+    """Train `model` on `blocks` and save it, the tokenizer and the training state to `recipe.output`.
+
+    With `resume`, go on from the state in `recipe.output`, whose weights `model` must hold already: losses
+    are then those of a run that never stopped. The first Ctrl-C finishes the step and saves.
+
+    Several processes that train one model all call it; each computes with its part of every batch, and all have the
+    same losses. A run may be resumed by another number of them; then dropout, if there is any, falls otherwise.
+
+    Raises:
+        NonFiniteLoss: a loss or gradient is not finite; the step's update has not been made.
+        CheckpointError: a checkpoint cannot be written, or the one to resume does not belong to this run.
+        ValueError: `recipe.output` holds something else than a checkpoint.
+    """
+    check_output(recipe.output)
+    ranks, part = model.ranks, _part(model)
+    ranks.check_alike("the data", blocks.fingerprint())
+    optimizer = make_optimizer(model, recipe)
+    if resume:
+        first, before = _resume(optimizer, blocks, recipe, ranks)
+    else:
+        _seed(recipe.seed + part.number)
+        first, before = 0, perplexity(model, blocks, recipe)
+
+    def save(step: int) -> None:
+        own, *others = ranks.gather(random_states())
+        state = TrainingState(
+            step, optimizer.state_dict(first_only=True), own, recipe.curve(), blocks.fingerprint(), before, others
+        )
+        save_checkpoint(recipe.output, model, tokenizer, state)
+
+    losses: list[float] = []
+    began_s = time.perf_counter()
+    with _Interrupt() as interrupt:
+        for step in range(first, recipe.steps):
+            if any(ranks.gather(interrupt.requested)):
+                break
+            info = _step(model, optimizer, blocks.batch(step, recipe.batch_size, part), step, recipe)
+            losses.append(info.loss)
+            if on_step is not None:
+                on_step(info)
+            if recipe.save_every and info.step % recipe.save_every == 0 and info.step < recipe.steps:
+                save(info.step)
+        train_s = time.perf_counter() - began_s
+        done = first + len(losses)
+        if losses or not resume:
+            save(done)
+        after = perplexity(model, blocks, recipe) if done == recipe.steps else None
+    tokens = len(losses) * recipe.batch_size * blocks.seq_len
+    return Report(first, tuple(losses), tokens / max(train_s, 1e-9), before, after)
+
+
+def _part(model: Trainable) -> Part:
+    """Return which part of every batch is this process's."""
+    return Part(model.ranks.data_rank, model.ranks.mesh.data_size)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
+    """Return the model's AdamW over the trainable parameters; biases and norms, which are vectors, do not decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return model.optimizer(
+        torch.optim.AdamW, groups, lr=recipe.lr, betas=(0.9, 0.95), max_grad_norm=recipe.max_grad_norm
+    )
+
+
+def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
+    """Return the perplexity on held-out blocks, in evaluation mode; the model is left in training mode."""
+    model.train(False)
+    with torch.no_grad():
+        batches = blocks.held_out_batches(recipe.batch_size, recipe.held_out_batches, _part(model))
+        losses = [float(model(**batch).loss) for batch in batches]
+    model.train()
+    mean = sum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else mean * math.inf
+
+
+def _step(model: Trainable, optimizer: Any, batch: dict[str, torch.Tensor], step: int, recipe: Recipe) -> StepInfo:
+    """Do one step; raise NonFiniteLoss instead of an update that would destroy the weights."""
+    began_s = time.perf_counter()
+    lr = recipe.lr_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = model(**batch).loss
+    value = loss.item()
+    if not math.isfinite(value):
+        del loss  # and with it the step's activations: the search needs their room
+        raise _non_finite("loss", value, step, model, batch)
+    loss.backward()
+    norm = float(optimizer.gradient_norm())
+    if not math.isfinite(norm) and optimizer.loss_scale == 1.0:  # a scaled one is skipped by the optimizer itself
+        raise _non_finite("norm of the gradient", norm, step, model, batch)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = batch["labels"].numel() * model.ranks.mesh.data_size
+    return StepInfo(step + 1, value, norm, lr, tokens, time.perf_counter() - began_s)
+
+
+def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dict[str, torch.Tensor]) -> NonFiniteLoss:
+    """Return the error that names the step and the first module to blame."""
+    try:
+        module = model.first_nonfinite(**batch)
+    except BudgetError:
+        where = "the budget has no room to search for the module"
+    else:
+        where = (
+            "every value of the forward is finite: it arose in the backward pass"
+            if module is None
+            else f"the first value that is not finite comes from {module}"
+        )
+    return NonFiniteLoss(
+        f"the {what} of step {step + 1} is {value}; {where}. This step's update was not made. "
+        "A smaller --lr is the usual cure"
+    )
+
+
+def _resume(optimizer: Any, blocks: TokenBlocks, recipe: Recipe, ranks: Ranks) -> tuple[int, float]:
+    """Put optimizer and generators back; return the steps done and the perplexity at the run's start.
+
+    Raises:
+        ValueError: settings or data are not those of the run that was saved.
+    """
+    state = load_training_state(recipe.output)
+    curve = recipe.curve()
+    changed = [
+        f"{name} was {state.curve.get(name)}, now {curve[name]}"
+        for name in curve
+        if state.curve.get(name) != curve[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{recipe.output} was trained differently: {'; '.join(changed)}. Resume with the same settings"
+        )
+    if state.data != blocks.fingerprint():
+        raise ValueError(f"{recipe.output} was trained on other data; resume with the same --data and --seq-len")
+    optimizer.load_state_dict(state.optimizer)
+    saved = [state.random, *state.random_of_others]
+    if len(saved) == ranks.size:
+        restore_random_states(saved[ranks.rank])
+    else:
+        _seed(recipe.seed + state.step + ranks.data_rank)
+    return state.step, state.perplexity_before
+
+
+def check_output(output: Path) -> None:
+    """Make sure, before any work, that `output` can be saved to, and that nothing but a checkpoint is replaced.
+
+    Raises:
+        ValueError: it is a file, or holds something else than a checkpoint.
+        CheckpointError: the place cannot be written to.
+    """
+    if output.is_dir():
+        if any(output.iterdir()) and not (output / "config.json").is_file():
+            raise ValueError(f"{output} holds files but no checkpoint, and saving replaces it; choose a new --output")
+    elif output.exists():
+        raise ValueError(f"{output} is a file; expected a directory for --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=output.parent).cleanup()
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written to ({error}); choose another --output") from error

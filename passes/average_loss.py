@@ -1,0 +1,77 @@
+"""Let the loss be the mean over all ranks' tokens, however many of them each rank has.
+
+    before                                                  after (two ranks)
+    nll = aten.nll_loss_forward.default(p, labels, ...)     nll = aten.nll_loss_forward.default(p, labels, ...)
+    loss, count = nll[0], nll[1]                            loss, count = nll[0], nll[1]
+                                                            average = geminifx.average(count)
+                                                            share = geminifx.share(loss, count, average)
+                                                            mean = geminifx.average(share)
+    # backward                                              # backward
+    dp = aten.nll_loss_backward.default(g, p, ..., count)   dp = aten.nll_loss_backward.default(g, p, ..., average)
+    return {"output:0": loss, ...}                          return {"output:0": mean, ...}
+
+A rank with few tokens weighs little: its mean is multiplied by its tokens over the average number of them, so that
+the mean of those over the ranks is the mean over all tokens, and gradients that are averaged are its gradients.
+Every scalar that the model returns is averaged: all ranks see the same loss.
+"""
+
+import operator
+
+import torch
+from torch import fx
+
+from ..runtime.isa.instructions import AVERAGE, SHARE
+from ..runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, MEAN
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, note, tensor_type, type_of
+from .program.types import TensorType
+from .program.verify import canonical
+
+REDUCTION = {torch.ops.aten.nll_loss_forward.default: 3, FORWARD: 7}
+"""Operators that take a mean over tokens, and the place of `reduction` among their arguments."""
+
+COUNT = {torch.ops.aten.nll_loss_backward.default: 6, BACKWARD: 5}
+"""Their backwards, and the place of the number of tokens."""
+
+
+@graph_pass(requires=(canonical,))
+def average_loss(program: Program, plan: Plan) -> None:
+    if plan.batches == 1:
+        return
+    for node in program.computes:
+        if node.target in REDUCTION and node.args[REDUCTION[node.target]] == MEAN:
+            _weigh(program, node)
+    results = dict(program.results)
+    for role, value in program.results_of("output").items():
+        if _is_scalar(value):
+            mean = program.emit(AVERAGE, (value,), before=value.next, like=note(value), name="mean")
+            results[f"output:{role}"] = mean
+    program.set_results(results)
+
+
+def _weigh(program: Program, losses: fx.Node) -> None:
+    loss, count = (_element(program, losses, i) for i in range(2))
+    behind = max(loss, count, key=program.positions().__getitem__).next
+    mean_count = program.emit(AVERAGE, (count,), before=behind, like=note(losses))
+    share = program.emit(SHARE, (loss, count, mean_count), before=behind, like=note(losses))
+    for user in list(loss.users):
+        if user is not share:
+            user.replace_input_with(loss, share)
+    for user in list(count.users):
+        place = COUNT.get(user.target)
+        if place is not None and user.args[place] is count:
+            user.update_arg(place, mean_count)
+
+
+def _element(program: Program, results: fx.Node, place: int) -> fx.Node:
+    for user in results.users:
+        if user.target is operator.getitem and user.args[1] == place:
+            return user
+    name = ("loss", "count")[place]
+    return program.emit(operator.getitem, (results, place), before=results.next, like=note(results), name=name)
+
+
+def _is_scalar(value: fx.Node) -> bool:
+    type = type_of(value)
+    return isinstance(type, TensorType) and type.shape == () and tensor_type(value).dtype.is_floating_point

@@ -1,0 +1,125 @@
+"""Runs passes: checks what each requires and gives, verifies, times, counts, and keeps the text.
+
+A pass is a function `(program, plan) -> None` that rewrites the program in place:
+
+    @graph_pass(requires=(CHUNKED,), gives=(RELEASED,))
+    def release(program: Program, plan: Plan) -> None: ...
+
+A pass contains none of what stands here, and a user's own pass is declared the same way and placed by name.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from ...runtime.isa.errors import VerificationError
+from .plan import Plan
+from .program import Program
+from .text import print_program, target_text
+from .verify import Fact, verify
+
+Rewrite = Callable[[Program, Plan], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named rewrite with its contract. `after` places a user's pass behind a pass of the pipeline."""
+
+    name: str
+    rewrite: Rewrite
+    requires: tuple[Fact, ...] = ()
+    gives: tuple[Fact, ...] = ()
+    breaks: tuple[Fact, ...] = ()
+    after: str = ""
+
+
+def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (), breaks: tuple[Fact, ...] = (),
+               after: str = "") -> Callable[[Rewrite], Pass]:  # fmt: skip
+    """Declare a pass; its name is the function's."""
+    return lambda rewrite: Pass(rewrite.__name__, rewrite, requires, gives, breaks, after)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did: seconds for the rewrite and for checking it, and the change in operator counts."""
+
+    name: str
+    rewrite_s: float
+    verify_s: float
+    delta: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{name} {count:+d}" for name, count in self.delta) or "unchanged"
+        return f"{self.name:<14} {self.rewrite_s:6.2f} s + {self.verify_s:.2f} s  {changes}"
+
+
+def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass, ...]:
+    """The pipeline with the user's passes put behind the passes they name.
+
+    Raises ValueError where `extra` holds something else than passes, or names a pass that does not exist.
+    """
+    passes, placed = list(pipeline), list[Pass]()
+    for added in extra:
+        if not isinstance(added, Pass):
+            raise ValueError(f"{added!r} is not a pass; decorate it with @geminifx.graph_pass(after='chunk')")
+        names = [p.name for p in passes]
+        if added.after not in names:
+            near = get_close_matches(added.after, names, 1) or names
+            raise ValueError(f"pass {added.name!r}: after={added.after!r} names no pass; try {near[0]!r}")
+        place = names.index(added.after) + 1
+        while place < len(passes) and passes[place] in placed and passes[place].after == added.after:
+            place += 1  # behind the user's earlier passes that go to the same place
+        passes.insert(place, added)
+        placed.append(added)
+    return tuple(passes)
+
+
+def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path | None = None) -> list[Record]:
+    """Run `passes` over `program` in place.
+
+    With `dump`, the text before the first pass and after each is written as `NN_<pass>.py`. Raises
+    VerificationError where a pass leaves a malformed program, or lacks a fact that it requires.
+    """
+    records: list[Record] = []
+    known: list[Fact] = []
+    _write(dump, 0, "capture", program)
+    for number, current in enumerate(passes, start=1):
+        missing = [fact.name for fact in current.requires if fact not in known]
+        if missing:
+            raise VerificationError(
+                f"pass '{current.name}' requires {', '.join(missing)}, which no earlier pass gives; "
+                f"facts known here: {', '.join(map(str, known)) or 'none'}. Place it after the pass that does."
+            )
+        before, start = _count(program), time.perf_counter()
+        try:
+            current.rewrite(program, plan)
+        except Exception as error:
+            error.add_note(f"raised inside the pass '{current.name}'")
+            raise
+        rewritten = time.perf_counter()
+        known = [fact for fact in (*known, *current.gives) if fact not in current.breaks]
+        verify(program, plan, tuple(known), current.name)
+        records.append(Record(current.name, rewritten - start, time.perf_counter() - rewritten,
+                              _difference(before, _count(program))))  # fmt: skip
+        _write(dump, number, current.name, program)
+    return records
+
+
+def _count(program: Program) -> Counter[str]:
+    counts = Counter(target_text(node.target) for node in program.computes if node.op == "call_function")
+    counts.update(str(node.target) for node in program.computes if node.op == "call_module")
+    return counts
+
+
+def _difference(before: Counter[str], after: Counter[str]) -> tuple[tuple[str, int], ...]:
+    changes = {name: after[name] - before[name] for name in sorted({*before, *after})}
+    return tuple((name, change) for name, change in changes.items() if change)
+
+
+def _write(dump: Path | None, number: int, name: str, program: Program) -> None:
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        (dump / f"{number:02d}_{name}.py").write_text(print_program(program), encoding="utf-8")

@@ -1,0 +1,229 @@
+"""The Program: a typed torch.fx graph of one whole training step, and the only place that annotates nodes.
+
+A program's inputs and results have *roles* instead of positions::
+
+    parameter:<name>  buffer:<name>  input:<i>  constant:<name>  tangent:<i>         inputs
+    output:<i>  gradient:<name or input:i>  mutation:<buffer>                        results
+
+Every node carries one frozen `Note`. Nodes are created by `Program.emit` alone, which infers their type, so
+a program is well typed at every moment and no pass ever computes a shape.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ...runtime.isa.instructions import PER_CHUNK
+from .types import TensorType, Type, infer
+
+Phase = Literal["forward", "backward"]
+_KEY = "geminifx"
+_RESERVED = frozenset({"aten", "geminifx", "box", "DEVICE"})
+"""Names that the text of every program uses for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What is known of a node besides its operator and arguments.
+
+    `module` is the fully qualified name of the model's module the node comes from ("" where none is known),
+    `role` is set on inputs only, `tied` names the parameter that an input shares its storage with, `chunk`
+    marks values that live in a chunk, `recomputed` marks copies of forward nodes in the backward phase.
+    `placement` tells how a sharded program's value lies on the mesh, such as "row=S0 col=S1".
+    """
+
+    type: Type = None
+    phase: Phase = "forward"
+    module: str = ""
+    role: str = ""
+    tied: str = ""
+    chunk: int | None = None
+    recomputed: bool = False
+    placement: str = ""
+
+
+def note(node: fx.Node) -> Note:
+    return node.meta[_KEY]
+
+
+def is_noted(node: fx.Node) -> bool:
+    return _KEY in node.meta
+
+
+def annotate(node: fx.Node, **changes: Any) -> None:
+    """Replace fields of a node's note."""
+    node.meta[_KEY] = replace(node.meta.get(_KEY, Note()), **changes)
+
+
+def type_of(node: fx.Node) -> Type:
+    return note(node).type
+
+
+def tensor_type(node: fx.Node) -> TensorType:
+    """The type of a node that is known to be a tensor."""
+    type = type_of(node)
+    assert isinstance(type, TensorType)
+    return type
+
+
+@dataclass
+class Program:
+    """One captured step (or, inside `functions`, one shared segment of it).
+
+    `sources` tells where the forwards of the model's modules stand: name of the module -> "file.py:line". It
+    serves messages alone and is no part of a program's text.
+    """
+
+    name: str
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    functions: dict[str, "Program"] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """A snapshot of the nodes in program order: safe to iterate over while rewriting."""
+        return list(self.graph.nodes)
+
+    @property
+    def computes(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op in ("call_function", "call_module")]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.graph.find_nodes(op="placeholder")
+
+    def calls(self, target: Callable[..., Any]) -> list[fx.Node]:
+        return self.graph.find_nodes(op="call_function", target=target)
+
+    def inputs(self, kind: str) -> dict[str, fx.Node]:
+        """The inputs of one kind: role without its prefix -> node."""
+        prefix = kind + ":"
+        named = ((note(node).role, node) for node in self.placeholders)
+        return {role.removeprefix(prefix): node for role, node in named if role.startswith(prefix)}
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(self.graph.find_nodes(op="output")))
+
+    @property
+    def results(self) -> dict[str, fx.Node]:
+        """Role -> node of everything the program returns."""
+        return self.output.args[0]
+
+    def results_of(self, kind: str) -> dict[str, fx.Node]:
+        prefix = kind + ":"
+        return {r.removeprefix(prefix): n for r, n in self.results.items() if r.startswith(prefix)}
+
+    def positions(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None,
+             *, before: fx.Node, like: Note | None = None, name: str | None = None) -> fx.Node:  # fmt: skip
+        """Create a call node in front of `before`; its provenance is `like`'s (default: that of `before`)."""
+        kwargs = kwargs or {}
+        origin = like if like is not None else note(before)
+        schema = getattr(target, "_schema", None)
+        name = name or (schema.name.split("::")[-1] if schema is not None else target.__name__)
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("call_function", target, args, kwargs, name=_free(name))
+        if target in PER_CHUNK:  # of the plan's making, not of any module's
+            origin = Note(phase=origin.phase)
+        node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None,
+                                  placement="")  # fmt: skip
+        return node
+
+    def copy_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
+        """Emit `node` once more in front of `before`, its node arguments mapped by `value`."""
+        args = fx.map_arg(node.args, value)
+        kwargs = fx.map_arg(node.kwargs, value)
+        copy = self.emit(node.target, args, kwargs, before=before, like=note(node), name=node.name)
+        annotate(copy, placement=note(node).placement)
+        return copy
+
+    def add_input(self, name: str, type: Type, role: str, tied: str = "") -> fx.Node:
+        """Append an input; inputs stand in front of everything else."""
+        last = self.placeholders
+        point = self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before(self._first())
+        with point:
+            node = self.graph.create_node("placeholder", name, (), {}, name=_free(name))
+        node.target = node.name
+        node.meta[_KEY] = Note(type=type, role=role, tied=tied)
+        return node
+
+    def _first(self) -> fx.Node:
+        return next(iter(self.graph.nodes), self.graph._root)
+
+    def set_results(self, results: Any) -> None:
+        """Create or replace the output node."""
+        found = self.graph.find_nodes(op="output")
+        if found:
+            next(iter(found)).args = (results,)
+            return
+        node = self.graph.create_node("output", "output", (results,), {}, name="output")
+        node.meta[_KEY] = Note()
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of `old` read `new`, and erase `old`."""
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def eliminate_dead_code(self) -> None:
+        """Erase what nobody reads. Random operators without readers go too; operators that write stay."""
+        self.graph.eliminate_dead_code(is_impure_node=writes)
+
+    def copy(self) -> "Program":
+        """An independent copy; constants are shared, they are never written."""
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node].name = node.name
+        functions = {name: function.copy() for name, function in self.functions.items()}
+        return Program(self.name, graph, dict(self.constants), functions, dict(self.sources))
+
+
+def _free(name: str) -> str:
+    return f"{name}_" if name in _RESERVED else name
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody reads it: inputs, results and operators that write."""
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws from the random generator, as its arguments have it."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    rates = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
+    rates.update(node.kwargs)
+    return not any(rates.get(name) == 0.0 for name in ("dropout", "dropout_p", "p") if name in rates)
+
+
+def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """The argument nodes whose storage a node's result may share."""
+    if node.op != "call_function":
+        return
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # operator.getitem: an element of the tuple it reads
+        yield from node.all_input_nodes
+        return
+    if node.target is torch.ops.aten._unsafe_view.default:  # a view that its schema does not admit
+        yield node.args[0]
+        return
+    if not any(result.alias_info for result in schema.returns):
+        return
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info is not None and isinstance(value, fx.Node):
+            yield value

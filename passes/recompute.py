@@ -1,0 +1,100 @@
+"""Recompute the activations of chosen blocks in the backward instead of keeping them.
+
+    before                                 after
+    # forward: layers.0                    # forward: layers.0
+    h = aten.mm.default(x, w)              h = aten.mm.default(x, w)
+    r = aten.relu.default(h)               r = aten.relu.default(h)
+    # backward: layers.0                   # recompute: layers.0
+                                           h_1 = aten.mm.default(x, w)
+                                           r_1 = aten.relu.default(h_1)
+                                           # backward: layers.0
+    d = aten.mul.Tensor(g, r)              d = aten.mul.Tensor(g, r_1)
+
+What other blocks read of a block (its output) is kept. Random operators are replayed: their generator state
+is saved in the forward and swapped in around the copy, so that dropout draws the same mask again. The idea
+is Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
+"""
+
+import operator
+
+from torch import fx
+
+from ..runtime.isa.instructions import SAVE_RNG, SWAP_RNG
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, annotate, is_random, note
+from .program.verify import canonical
+
+
+@graph_pass(requires=(canonical,))
+def recompute(program: Program, plan: Plan) -> None:
+    # Operators that draw are few; who they are must not change while copies of them appear.
+    for block in plan.recompute:
+        inside = {node for node in program.computes if _belongs(note(node).module, block)}
+        forward = {node for node in inside if note(node).phase == "forward"}
+        kept = {node for node in forward if any(_reads_outside(user, forward) for user in node.users)}
+        # States saved for another block's draws are of the forward's generator: they are never taken again.
+        states = set(program.calls(SAVE_RNG))
+        _Recompute(program, forward - kept - states).run()
+
+
+def _belongs(module: str, block: str) -> bool:
+    return module == block or module.startswith(block + ".")
+
+
+def _reads_outside(user: fx.Node, forward: set[fx.Node]) -> bool:
+    return user.op == "output" or (note(user).phase == "forward" and user not in forward)
+
+
+class _Recompute:
+    """Copies of one block's forward nodes, made in front of the block's first backward reader."""
+
+    def __init__(self, program: Program, recomputed: set[fx.Node]) -> None:
+        self.program = program
+        self.recomputed = recomputed
+        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        readers = [
+            node
+            for node in self.program.computes
+            if note(node).phase == "backward" and any(v in self.recomputed for v in node.all_input_nodes)
+        ]
+        if not readers:
+            return
+        needed = self._needed(readers)
+        for node in self.program.computes:  # program order
+            if node in needed:
+                self._copy(node, before=readers[0])
+        for reader in readers:
+            reader.args = fx.map_arg(reader.args, self._value)
+            reader.kwargs = fx.map_arg(reader.kwargs, self._value)
+
+    def _needed(self, readers: list[fx.Node]) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
+        frontier = [value for reader in readers for value in reader.all_input_nodes]
+        while frontier:
+            node = frontier.pop()
+            if node in self.recomputed and node not in needed:
+                needed.add(node)
+                frontier.extend(node.all_input_nodes)
+        return needed
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        return self.copies.get(node, node)
+
+    def _copy(self, node: fx.Node, before: fx.Node) -> None:
+        replay = node.target is not operator.getitem and is_random(node)
+        if replay:
+            # Any tensor does, it only tells the device; operators that take nothing but sizes draw too.
+            like = next(iter([*node.all_input_nodes, *self.program.inputs("input").values()]))
+            state = self.program.emit(SAVE_RNG, (like,), before=node, name="rng")
+            self._swap(state, node, before)
+        copy = self.copies[node] = self.program.copy_node(node, self._value, before)
+        annotate(copy, phase="backward", recomputed=True)
+        if replay:
+            self._swap(state, node, before)
+
+    def _swap(self, state: fx.Node, drawing: fx.Node, before: fx.Node) -> None:
+        swap = self.program.emit(SWAP_RNG, (state,), before=before, like=note(drawing))
+        annotate(swap, phase="backward", recomputed=True)

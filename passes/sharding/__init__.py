@@ -1,0 +1,1 @@
+"""How tensors are divided over processes: tables of placements, rules of operators, the engine that applies them."""

@@ -1,0 +1,55 @@
+"""Tensor parallel modes as data: what each axis of a mode's mesh does. The shard pass knows nothing else of modes.
+
+    mode     axes              activations              linear weight [out, in]    what is partial becomes
+    1d       tp                R (or sequence: S1)      S0, then S1                R (or S1)
+    2d       row, col          S0, S-1                  S1, S0                     -, S-1
+    2.5d     depth, row, col   S0, S0, S-1              R, S1, S0                  -, -, S-1
+    3d       a, b, c           S0, S0, S-1              R, S0, S1, then R, S1, S0  -, S0, S0
+
+1d is Megatron-LM's (Shoeybi et al., 2019), its sequence option that of Korthikanti et al., 2022; 2d is SUMMA as in
+Optimus (Xu et al., 2021), 2.5d Tesseract (Wang et al., 2021), 3d that of Bian et al., 2021.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..program.plan import Plan
+
+Kept = Literal["whole", "batch", "sequence", "hidden"]
+"""What of an activation [batch, ..., hidden] an axis shards."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one axis shards.
+
+    Fields:
+        activation: what it shards of the activations between blocks.
+        partial: what a sum over the axis becomes, once it is taken.
+        weight: of linear weights [out, in]: "in" or "out"; "turns": out, or in where the input comes sharded
+            along hidden; None: nothing.
+        gathered: whether weights are gathered for computing, so that only they, and no activations, are exchanged.
+    """
+
+    activation: Kept
+    partial: Kept = "whole"
+    weight: Literal["in", "out", "turns"] | None = None
+    gathered: bool = False
+
+
+_BATCH = Role("batch")
+_SUMMA = {"row": Role("batch", weight="in", gathered=True), "col": Role("hidden", "hidden", weight="out")}
+
+MODES: dict[str, dict[str, Role]] = {
+    "1d": {"tp": Role("whole", "whole", weight="turns")},
+    "2d": _SUMMA,
+    "2.5d": {"depth": _BATCH, **_SUMMA},
+    "3d": {"a": _BATCH, "b": Role("batch", "batch", weight="turns"), "c": Role("hidden", "batch", weight="turns")},
+}
+SEQUENCE: dict[str, Role] = {"tp": Role("sequence", "sequence", weight="turns")}
+"""1d with activations between blocks sharded along the sequence."""
+
+
+def roles_of(plan: Plan) -> dict[str, Role]:
+    """The roles of a plan's tensor axes, by name."""
+    return SEQUENCE if plan.sequence else MODES[plan.mode]

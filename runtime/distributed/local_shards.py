@@ -1,0 +1,178 @@
+"""What a process has of parameters that lie on the mesh: from the whole to its part and back."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise, product
+from math import prod
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..isa.layout import Slot
+from ..isa.mesh import Axis, Placements, Shard, join_parts, local_part, parse_placements, take_part, whole_shape
+from .collectives import all_gather_single
+from .ranks import Ranks
+
+PIECE = 4 * 2**20
+"""Elements of a part that are gathered at a time: what that takes on the device beside the model stays small."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a whole tensor, and where a process has it: `start` and `strides` count elements of a flat
+    tensor, such as a chunk."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+    strides: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The view of it."""
+        return flat.as_strided(self.sizes, self.strides, flat.storage_offset() + self.start)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Cuts parameters into the parts of the processes of `ranks`, and joins them."""
+
+    ranks: Ranks
+
+    def placements(self, slot: Slot) -> Placements:
+        return parse_placements(slot.placement, self._axes)
+
+    def whole_shape(self, slot: Slot) -> tuple[int, ...]:
+        """The parameter's own shape, of which the slot has a part."""
+        return whole_shape(slot.shape, self.placements(slot), self._axes)
+
+    def replicas(self, slot: Slot) -> int:
+        """How many of the processes along the axes that weights are sharded over have the same part."""
+        placed = dict(zip(self._axes, self.placements(slot), strict=True))
+        return prod(axis.size for axis in self.ranks.mesh.weight_axes if not isinstance(placed[axis], Shard))
+
+    def take(self, whole: Tensor, slot: Slot) -> Tensor:
+        """This process's part; a view where the part is one rectangle.
+
+        Raises ValueError where `whole` has another shape than the parameter.
+        """
+        if not slot.placement:
+            return whole
+        expected = self.whole_shape(slot)
+        if tuple(whole.shape) != expected:
+            raise ValueError(f"parameter {slot.name} has shape {expected}, the value {tuple(whole.shape)}")
+        return local_part(whole, self.placements(slot), self.ranks.mesh, self.ranks.rank)
+
+    def join(self, part: Tensor, slot: Slot, device: torch.device) -> Tensor:
+        """The whole, on the CPU where it is more than this part. All processes call it, one part after the other;
+        they exchange by way of `device`."""
+        placed = list(zip(self.placements(slot), self._axes, strict=True))
+        for placement, axis in reversed(placed):
+            if isinstance(placement, Shard):
+                part = join_parts(self._gather(part, axis, device), placement)
+        return part
+
+    def _gather(self, part: Tensor, axis: Axis, device: torch.device) -> list[Tensor]:
+        flat = part.detach().reshape(-1)
+        found = torch.empty(axis.size, flat.numel(), dtype=flat.dtype)
+        for start in range(0, flat.numel(), PIECE):
+            mine = flat[start : start + PIECE].to(device)
+            every = mine.new_empty(axis.size * mine.numel())
+            self.ranks.call(all_gather_single, every, mine, group=self.ranks.groups[axis.name])
+            found[:, start : start + mine.numel()] = every.view(axis.size, -1)
+        return [row.view(part.shape) for row in found]
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm of whole tensors, of each process's `norm` of its parts, in which one that several have is divided
+        by the root of `replicas`."""
+        axes = self.ranks.mesh.weight_axes
+        if not (axes and self.ranks.together):
+            return norm
+        squares = norm.square()
+        for axis in axes:
+            self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name])
+        return squares.sqrt()
+
+    def regions(self, slot: Slot, held: tuple[int, int] | None = None) -> tuple[Region, ...]:
+        """The rectangles of the parameter that this process has, in the slot's chunk.
+
+        `held` are the elements of the chunk, from and to, that it has where the chunk is shared out; regions then
+        count from the first of them.
+        """
+        first, last = (0, slot.offset + slot.numel) if held is None else held
+        lo, hi = max(slot.offset, first), min(slot.offset + slot.numel, last)
+        runs = [self._runs(slot, dim) for dim in range(len(slot.shape))]
+        strides = tuple(prod(slot.shape[dim + 1 :]) for dim in range(len(slot.shape)))
+        return tuple(
+            Region(
+                tuple(piece.whole for piece in pieces),
+                tuple(piece.length for piece in pieces),
+                slot.offset - first + sum(piece.local * stride for piece, stride in zip(pieces, strides, strict=True)),
+                strides,
+            )
+            for box in _boxes(slot.shape, lo - slot.offset, hi - slot.offset)
+            for pieces in product(*(_within(run, *extent) for run, extent in zip(runs, box, strict=True)))
+        )
+
+    def _runs(self, slot: Slot, dim: int) -> list["_Run"]:
+        """Which indices of a dimension this process has, as few runs of neighbours."""
+        mesh, whole = self.ranks.mesh, self.whole_shape(slot)[dim]
+        sharded = [(p, axis) for p, axis in zip(self.placements(slot), self._axes, strict=True) if _shards(p, dim)]
+        if not sharded:
+            return [_Run(0, 0, whole)]
+        cut = lambda at, placed: take_part(  # noqa: E731
+            at, Shard(0, placed[0].sections), mesh.coordinate(self.ranks.rank, placed[1].name), placed[1].size
+        )
+        indices = reduce(cut, sharded, torch.arange(whole))
+        starts = [0, *(torch.nonzero(indices.diff() != 1).flatten() + 1).tolist(), len(indices)]
+        return [_Run(int(indices[a]), a, b - a) for a, b in pairwise(starts)]
+
+    @property
+    def _axes(self) -> tuple[Axis, ...]:
+        return self.ranks.mesh.tensor_axes
+
+
+ALONE = Parts(Ranks())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Indices of one dimension: from where in the whole, from where in the part, how many."""
+
+    whole: int
+    local: int
+    length: int
+
+
+def _shards(placement: object, dim: int) -> bool:
+    return isinstance(placement, Shard) and placement.dim == dim
+
+
+def _within(runs: Iterable[_Run], start: int, end: int) -> Iterator[_Run]:
+    """What of `runs` lies between two indices of the part."""
+    for run in runs:
+        lo, hi = max(run.local, start), min(run.local + run.length, end)
+        if lo < hi:
+            yield _Run(run.whole + lo - run.local, lo, hi - lo)
+
+
+def _boxes(shape: tuple[int, ...], lo: int, hi: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The elements `lo` to `hi` of a contiguous tensor as rectangles: from and to in every dimension."""
+    if lo >= hi:
+        return
+    if not shape:
+        yield ()
+        return
+    row = prod(shape[1:])
+    first, last = lo // row, (hi - 1) // row
+    if first == last:
+        yield from (((first, first + 1), *rest) for rest in _boxes(shape[1:], lo - first * row, hi - first * row))
+        return
+    begins, ends = first + (lo > first * row), last + (hi == (last + 1) * row)
+    if begins > first:
+        yield from (((first, begins), *rest) for rest in _boxes(shape[1:], lo - first * row, row))
+    if begins < ends:
+        yield ((begins, ends), *((0, size) for size in shape[1:]))
+    if ends <= last:
+        yield from (((last, last + 1), *rest) for rest in _boxes(shape[1:], 0, hi - last * row))

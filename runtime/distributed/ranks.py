@@ -1,0 +1,190 @@
+"""The processes that train one model together, by `torch.distributed`."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..isa.errors import StateError
+from ..isa.mesh import DATA, ONE_PROCESS, Mesh
+from .collectives import Collectives
+
+TIMEOUT_S = 1800.0
+"""Seconds that a rank waits for the others before it takes them for dead."""
+
+
+@dataclass
+class Clock:
+    """Counts training steps, for messages."""
+
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
+    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of all
+    its replica axes together."""
+
+    mesh: Mesh = ONE_PROCESS
+    rank: int = 0
+    launched: bool = True
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device) -> "Ranks":
+        """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
+        launched ones, and raises ValueError where there is none."""
+        launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        mesh = mesh_of(launched)
+        if launched == 1:
+            return cls(mesh, 0, launched=mesh.size == 1)
+        if mesh.size != launched:
+            raise ValueError(
+                f"world_size={mesh.size}, but {launched} processes were launched; leave world_size out, or launch "
+                f"with torchrun --nproc-per-node {mesh.size}"
+            )
+        if not dist.is_initialized():
+            on_cuda = device.type == "cuda"
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
+                                    device_id=device if on_cuda else None)  # fmt: skip
+        groups = _groups(device, {axis.name: axis.size for axis in mesh.axes})
+        if len(mesh.replica_axes) > 1:
+            groups |= _groups(device, {mesh.replica_name: mesh.replicas, "rest": mesh.size // mesh.replicas})
+        return cls(mesh, dist.get_rank(), groups=groups)
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the step's batches is this process's."""
+        return self.mesh.coordinate(self.rank, DATA)
+
+    @property
+    def replica(self) -> int:
+        """Which of the processes with the same weights this is."""
+        number = 0
+        for axis in self.mesh.replica_axes:
+            number = number * axis.size + self.mesh.coordinate(self.rank, axis.name)
+        return number
+
+    @property
+    def replica_group(self) -> Any:
+        """The process group of those with the same weights."""
+        return self.groups[self.mesh.replica_name]
+
+    @property
+    def on_this_host(self) -> int:
+        """How many of the ranks share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.together else 1
+
+    @property
+    def together(self) -> bool:
+        """Whether there are others to exchange with."""
+        return self.size > 1 and self.launched
+
+    @property
+    def collectives(self) -> Collectives:
+        """What a sharded program exchanges with."""
+        return Collectives(self.mesh, self.rank, self.groups, self.call)
+
+    def average_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its mean over the batches."""
+        if self.together and self.mesh.data_size > 1:
+            self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=self.groups[DATA])
+        return tensor
+
+    def term_(self, gradients: Tensor) -> Tensor:
+        """Turn this replica's gradients into its term of their sum over the replicas, which is the mean over batches
+        of whole gradients. Divided before the sum: those of bfloat16 stay in range."""
+        return gradients.div_(self.mesh.data_size) if self.mesh.data_size > 1 else gradients
+
+    def reduce_(self, gradients: Tensor) -> Tensor:
+        """Replace this replica's gradients by those of the step."""
+        if self.together and self.mesh.replicas > 1:
+            self.call(dist.all_reduce, self.term_(gradients), group=self.replica_group)
+        return gradients
+
+    def from_first_(self, tensor: Tensor, device: torch.device) -> None:
+        """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""
+        if self.together:
+            there = tensor.to(device)
+            self.call(dist.broadcast, there, src=0)
+            tensor.copy_(there)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has for `value`."""
+        found: list[Any] = [value] * self.size
+        if self.together:
+            self.call(dist.all_gather_object, found, value)
+        return found
+
+    def raise_alike(self, error: Exception | None) -> None:
+        """Where any rank has an error, raise: there the error itself, elsewhere a StateError that tells it."""
+        told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = {rank: text for rank, text in enumerate(told) if text is not None}
+        if failed:
+            raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
+
+    def check_alike(self, what: str, digest: str) -> None:
+        """Raises StateError where the ranks' digests differ, naming those that do."""
+        digests = self.gather(digest)
+        others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+        if others:
+            raise StateError(
+                f"{what} of rank(s) {', '.join(map(str, others))} differs from that of rank 0; every rank must build "
+                "the same model, with the same options, and call it with batches of one shape"
+            )
+
+    def check_batch(self, digest: str) -> None:
+        """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
+        first: dict[int, str] = {}
+        found = enumerate(self.gather((self.data_rank, digest)))
+        others = [rank for rank, (batch, theirs) in found if first.setdefault(batch, theirs) != theirs]
+        if others:
+            raise StateError(
+                f"rank(s) {', '.join(map(str, others))} called the model with another batch than the ranks that they "
+                "shard tensors with; give all of them the same one (geminifx.shard_dataloader does), and only ranks "
+                "along the axis 'data' different ones"
+            )
+
+    def share_randomness(self) -> None:
+        """Seed the ranks that share a batch alike: what each of them computes whole must drop the same elements."""
+        if self.together and self.mesh.tensor_axes:
+            torch.manual_seed(self.gather(torch.initial_seed())[0] + self.data_rank)
+
+    def check_launched(self) -> None:
+        """Raises StateError where the other ranks are missing."""
+        if not self.launched:
+            raise StateError(
+                f"the model is compiled for {self.size} processes, of which this is the only one: launch them with "
+                f"torchrun --nproc-per-node {self.size} SCRIPT. Plan and program can be looked at without"
+            )
+
+    def call(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a collective of torch.distributed. Raises StateError where another process is lost."""
+        try:
+            return collective(*args, **kwargs)
+        except RuntimeError as error:
+            raise StateError(
+                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}, in step {self.clock.step}: "
+                "one of them has died, see its own error, or does something else, such as a call with a batch of "
+                f"another shape or a step that the others do not take ({error}). Restart all from the last checkpoint"
+            ) from error
+
+
+def _groups(device: torch.device, axes: dict[str, int]) -> dict[str, Any]:
+    """The process groups of a mesh of all processes, by the names of its axes."""
+    made = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return {name: made.get_group(name) for name in axes}

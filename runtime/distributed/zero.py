@@ -1,0 +1,86 @@
+"""ZeRO: of each chunk's training state the processes that have the same weights keep a shard each, not all of it.
+
+The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose weights take n bytes:
+
+    stage   a process keeps 1/N of            a backward exchanges         and for its weights to be whole again
+    1       masters and optimizer state       2 n, all-reduce              n, all-gather: once a step where they are
+    2       these, and gradients              n, reduce-scatter            resident, else for every use
+    3       these, and weights                n, reduce-scatter            n, all-gather: for every use
+
+Chunks are divided, not parameters: a shard is a stretch of a chunk, as long on every process. Collectives are
+issued by the launching thread alone, in the program's order, which is the same everywhere.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..isa.layout import STREAM_PIECE, ChunkLayout
+from .collectives import Collectives, all_gather_single, reduce_scatter_single
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The shards of this process, one of `ranks`, in one of the stages (0: chunks are not divided)."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    stage: int = 0
+
+    @property
+    def number(self) -> int:
+        """Which shard of every divided chunk is this process's."""
+        return self.ranks.replica
+
+    def own(self, whole: Tensor, layout: ChunkLayout) -> Tensor:
+        """The view of this process's shard in a flat tensor as long as the chunk."""
+        return whole.narrow(0, self.number * layout.shard_numel, layout.shard_numel) if layout.shards > 1 else whole
+
+    def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
+        """This process's shard of the step's gradients: a view of `gradients`, whose other elements are used up."""
+        if layout.shards == 1 or self.stage == 1:
+            return self.own(self.ranks.reduce_(gradients), layout)
+        mine = self.own(self.ranks.term_(gradients), layout)
+        self.ranks.call(reduce_scatter_single, mine, gradients, group=self.ranks.replica_group)
+        return mine
+
+    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor) -> None:
+        """Start to fill `whole` with all processes' shards. `shard` may be this one's view of `whole`."""
+        exchange.start(whole, all_gather_single, whole, shard, group=self.ranks.replica_group)
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm of all shards, of that of each process's."""
+        if self.stage == 0 or not self.ranks.together or self.ranks.mesh.replicas == 1:
+            return norm
+        squares = norm.square()
+        self.ranks.call(dist.all_reduce, squares, group=self.ranks.replica_group)
+        return squares.sqrt()
+
+    def take(self, value: Tensor, layout: ChunkLayout, slot: int) -> Tensor:
+        """What of a parameter's value lies in this process's shard, flat where the chunk is divided."""
+        return value.reshape(-1)[layout.held(slot, self.number)] if layout.shards > 1 else value
+
+    def join(self, held: Tensor, layout: ChunkLayout, slot: int, device: torch.device) -> Tensor:
+        """A parameter's value, of what lies in each process's shard; on the CPU where the chunk is divided.
+
+        All processes call it, for one parameter after the other. They exchange by way of `device`, a little at a time.
+        """
+        if layout.shards == 1:
+            return held
+        whole = torch.empty(layout.slots[slot].numel, dtype=held.dtype)
+        for number in range(layout.shards):
+            there = layout.held(slot, number)
+            for start in range(there.start, there.stop, STREAM_PIECE):
+                stop = min(start + STREAM_PIECE, there.stop)
+                if number == self.number:
+                    moving = held[start - there.start : stop - there.start].to(device)
+                else:
+                    moving = torch.empty(stop - start, dtype=held.dtype, device=device)
+                self.ranks.call(dist.broadcast, moving, group=self.ranks.replica_group, group_src=number)
+                whole[start:stop] = moving
+        return whole.view(layout.slots[slot].shape)
+
+
+ALONE = Zero()

@@ -1,0 +1,34 @@
+"""In which dtype each parameter and each input computes."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+def parameter_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The compute dtype of every parameter, by each of its names; None leaves all as the model has them.
+
+    Batch and instance norms stay in float32 with their running statistics, whose small updates would be
+    rounded away; their kernels take low-precision inputs.
+    """
+    kept = {id(p) for m in model.modules() if isinstance(m, _NormBase) for p in m.parameters(recurse=False)}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p.dtype if id(p) in kept else cast_dtype(p, dtype) for name, p in named}
+
+
+def cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype` replaces float32 and narrower floats; integers and float64 stay."""
+    casts = dtype is not None and tensor.is_floating_point() and tensor.itemsize <= 4
+    return dtype if casts and dtype is not None else tensor.dtype
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Masters of low-precision floats are float32: small updates must not be rounded away."""
+    return torch.float32 if dtype in LOW else dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of scores and logsumexp: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

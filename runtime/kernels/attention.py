@@ -1,0 +1,102 @@
+"""The kernels behind `geminifx::attention`: which one runs, and what is the same of them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..isa.attention import RNG_BYTES, Problem, check_attention
+from ..isa.precision import accumulate_dtype
+from .attention_backends import BACKWARD, FORWARD, Saved, route, seeing_rows
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Contiguous, also in dimensions of size one, whose strides torch leaves open and the fake fixes."""
+    tensor = tensor.contiguous()
+    stride = [1]
+    for size in reversed(tensor.shape[1:]):
+        stride.insert(0, stride[0] * max(size, 1))
+    return tensor.as_strided(tensor.shape, stride, tensor.storage_offset())
+
+
+def _lay_out(tensor: Tensor) -> Tensor:
+    """Give [B, H, S, D] the memory order of [B, S, H, D]: what the projections around attention read."""
+    return _dense(tensor.transpose(1, 2)).transpose(1, 2)
+
+
+def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem) -> tuple[Any, ...]:
+    """Drop keys that a causal mask hides from every query, and repeat grouped key and value heads.
+
+    A key mask is returned whenever some row may see no key. Kernels need a contiguous last dimension.
+    """
+    visible = min(query.shape[2], key.shape[2]) if problem.causal else key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (
+        t[:, :, :visible].repeat_interleave(groups, 1) if groups > 1 else t[:, :, :visible] for t in (key, value)
+    )
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if key_mask is None and problem.window and query.shape[2] > visible:
+        key_mask = torch.ones((key.shape[0], visible), dtype=torch.bool, device=key.device)
+    return query, key, value, None if key_mask is None else key_mask[:, :visible]
+
+
+@torch.library.impl("geminifx::attention", ("cpu", "cuda"))
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(scale, causal, dropout, window)
+    check_attention(query, key, value, key_mask, problem)
+    query, key, value, key_mask = _prepare(query, key, value, key_mask, problem)
+    name = route(query, key, value, key_mask, problem)
+    out, logsumexp, drawn = FORWARD[name](query, key, value, key_mask, problem)
+    if key_mask is not None:
+        # What a kernel leaves in a row without keys differs (zeros, NaN, a mean); make it one thing.
+        rows = seeing_rows(key_mask, query.shape[2], problem)[:, None]
+        out = out.masked_fill(~rows[..., None], 0.0)
+        logsumexp = logsumexp.masked_fill(~rows, float("inf"))
+    rng = torch.zeros(RNG_BYTES if dropout else 0, dtype=torch.uint8, device=query.device)
+    if dropout and drawn is not None:
+        drawn = drawn.to(query.device).view(torch.uint8)
+        rng[: drawn.numel()] = drawn
+    return _lay_out(out), _dense(logsumexp.to(accumulate_dtype(query.dtype))), rng
+
+
+@torch.library.impl("geminifx::attention_backward", ("cpu", "cuda"))
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    rng: Tensor,
+    scale: float,
+    causal: bool,
+    dropout: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(scale, causal, dropout, window)
+    kv_heads, keys = key.shape[1], key.shape[2]
+    query, key, value, key_mask = _prepare(query, key, value, key_mask, problem)
+    name = route(query, key, value, key_mask, problem)
+    if key_mask is not None:
+        rows = seeing_rows(key_mask, query.shape[2], problem)[:, None, :, None]
+        grad = grad.masked_fill(~rows, 0.0)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    saved = Saved(out, logsumexp, rng)
+    grad_query, *pair = BACKWARD[name](grad, (query, key, value), key_mask, saved, problem)
+    if kv_heads != query.shape[1]:
+        pair = [t.unflatten(1, (kv_heads, -1)).sum(2) for t in pair]
+    if keys != key.shape[2]:
+        pair = [torch.nn.functional.pad(t, (0, 0, 0, keys - key.shape[2])) for t in pair]
+    return _lay_out(grad_query), _lay_out(pair[0]), _lay_out(pair[1])

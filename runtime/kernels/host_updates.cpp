@@ -1,0 +1,378 @@
+// AdamW, Adam and SGD over split pairs, at the speed of the host's memory.
+//
+// A split pair is the float32 master w kept as `hi`, the bfloat16 weight that computes, and `lo`, a signed 16-bit
+// remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again.
+//
+// The arithmetic is that of torch.optim's single-tensor code on CPUs with fused multiply-add, operation by operation:
+// where torch fuses (lerp, addcmul, add with alpha) there is a fused multiply-add here, everywhere else each operation
+// rounds once. Built with -ffp-contract=off, every variant therefore gives the same bits, whatever the number of
+// threads, and host_reference.py gives them too. NaN weights are written as 0x7fc00000: the carry of the split
+// would turn some NaNs into a finite `hi`.
+//
+// The file includes itself once per instruction set: first the lanes of that set, then the algorithms over them.
+#ifndef ALGORITHMS
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FORCED inline __attribute__((always_inline))
+#define INLINE static FORCED
+
+namespace {
+
+constexpr int64_t kBlock = 32;        // elements per turn of a loop: one cache line of 16-bit values
+constexpr int64_t kAhead = 2048;      // bytes that prefetches run ahead of each stream
+constexpr int64_t kFewest = 1 << 14;  // elements below which another thread costs more than it gives
+constexpr int32_t kNan = 0x7fc00000;  // the only NaN that is written into a pair
+enum Variant { kPlain, kAvx2, kAvx512 };
+enum Rule { kAdam, kSgd };
+enum Kind { kBfloat16, kFloat16, kFloat32 };
+
+// One update of n elements. Scalars are what torch.optim computes in double, rounded to float32.
+struct Update {
+  int64_t n;
+  uint16_t* hi;
+  int16_t* lo;
+  const void* gradient;
+  float* first;   // Adam: running mean; SGD: momentum buffer, or null
+  float* second;  // Adam: running mean of squares
+  int32_t rule;
+  int32_t kind;  // of the gradient
+  int32_t threads;
+  float scale;  // multiplies the gradient
+  float l2;     // this times the weight is added to the gradient
+  float decay;  // multiplies the weight
+  float step;   // SGD: -lr; Adam: -lr / (1 - beta1^t)
+  float lerp;   // Adam: 1 - beta1
+  float keep;   // Adam: beta2; SGD: momentum
+  float add;    // Adam: 1 - beta2; SGD: 1 - dampening
+  float root;   // Adam: sqrt(1 - beta2^t)
+  float eps;
+  int32_t fresh;     // SGD: the buffer holds nothing yet
+  int32_t nesterov;  // SGD
+};
+
+using Range = void (*)(const Update&, int64_t, int64_t);  // elements from the second on, up to the third
+
+INLINE float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+INLINE void ahead(const void* p, int64_t line) {
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead + 64 * line);
+}
+
+// ---- plain: any CPU --------------------------------------------------------------------------------------------
+namespace plain {
+#define TARGET
+constexpr int64_t kLanes = 1;
+using F = float;
+struct Quotient { F d; };
+
+INLINE F splat(float x) { return x; }
+INLINE F load(const float* p) { return *p; }
+INLINE void store(float* p, F x) { *p = x; }
+INLINE F root(F a) { return std::sqrt(a); }
+INLINE Quotient quotient(float d) { return {d}; }
+INLINE F over(F x, const Quotient& q) { return x / q.d; }
+
+INLINE F fma(F a, F b, F c) {
+#if defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  // The product is exact in double; the sum is rounded to odd there, which the second rounding cannot spoil
+  // (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+  const double p = static_cast<double>(a) * b, z = c, s = p + z, t = s - p;
+  const double error = (p - (s - t)) + (z - t);
+  int64_t bits;
+  std::memcpy(&bits, &s, 8);
+  if ((error < 0 || error > 0) && !(bits & 1)) bits += ((error > 0) == (s > 0)) ? 1 : -1;
+  double odd;
+  std::memcpy(&odd, &bits, 8);
+  return static_cast<float>(odd);
+#endif
+}
+
+INLINE F half(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest >= 0x0400) return from_bits(sign | ((rest << 13) + (112u << 23)));
+  return from_bits(sign | to_bits(static_cast<float>(rest) * 0x1p-24f));
+}
+
+template <int kKind>
+INLINE F load_gradient(const void* p, int64_t i) {
+  if (kKind == kFloat32) return static_cast<const float*>(p)[i];
+  const uint16_t g = static_cast<const uint16_t*>(p)[i];
+  return kKind == kFloat16 ? half(g) : from_bits(static_cast<uint32_t>(g) << 16);
+}
+
+INLINE F load_pair(const uint16_t* hi, const int16_t* lo) {
+  return from_bits((static_cast<uint32_t>(*hi) << 16) + static_cast<uint32_t>(static_cast<int32_t>(*lo)));
+}
+
+INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
+  const uint32_t bits = w != w ? static_cast<uint32_t>(kNan) : to_bits(w);
+  *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+  *lo = static_cast<int16_t>(bits);  // `hi << 16` only takes upper bits away
+}
+#define ALGORITHMS
+#include "host_updates.cpp"
+#undef ALGORITHMS
+#undef TARGET
+}  // namespace plain
+
+#if defined(__x86_64__)
+// ---- AVX2 ------------------------------------------------------------------------------------------------------
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+constexpr int64_t kLanes = 8;
+using F = __m256;
+struct Quotient { F d, r, inf; };
+
+TARGET INLINE F splat(float x) { return _mm256_set1_ps(x); }
+TARGET INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+TARGET INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+TARGET INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+TARGET INLINE F root(F a) { return _mm256_sqrt_ps(a); }
+TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
+
+// x / d correctly rounded without the divider, which the square root and the other division keep busy: the estimate
+// is corrected by its exact remainder (Markstein, "Computation of elementary functions on the IBM RISC System/6000
+// processor", 1990). Infinity has no remainder and stays.
+TARGET INLINE F over(F x, const Quotient& q) {
+  const F y = x * q.r, better = fma(_mm256_fnmadd_ps(y, q.d, x), q.r, y);
+  return _mm256_blendv_ps(y, better, _mm256_cmp_ps(x, q.inf, _CMP_LT_OQ));
+}
+
+TARGET INLINE __m256i words(const void* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+
+template <int kKind>
+TARGET INLINE F load_gradient(const void* p, int64_t i) {
+  if (kKind == kFloat32) return load(static_cast<const float*>(p) + i);
+  const void* at = static_cast<const uint16_t*>(p) + i;
+  if (kKind == kFloat16) return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(at)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words(at), 16));
+}
+
+TARGET INLINE F load_pair(const uint16_t* hi, const int16_t* lo) {
+  const __m256i l = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lo)));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(words(hi), 16), l));
+}
+
+TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
+  const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(kNan));
+  const __m256i bits = _mm256_castps_si256(_mm256_blendv_ps(w, nan, _mm256_cmp_ps(w, w, _CMP_UNORD_Q)));
+  const __m256i h = _mm256_srai_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), 16);
+  const __m256i l = _mm256_sub_epi32(bits, _mm256_slli_epi32(h, 16));
+  const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(h, l), 0xd8);  // packing goes by 128-bit halves
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(hi), _mm256_castsi256_si128(both));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(lo), _mm256_extracti128_si256(both, 1));
+}
+#define ALGORITHMS
+#include "host_updates.cpp"
+#undef ALGORITHMS
+#undef TARGET
+}  // namespace avx2
+
+// ---- AVX-512 ---------------------------------------------------------------------------------------------------
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f")))
+constexpr int64_t kLanes = 16;
+using F = __m512;
+struct Quotient { F d, r, inf; };
+
+TARGET INLINE F splat(float x) { return _mm512_set1_ps(x); }
+TARGET INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+TARGET INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+TARGET INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+TARGET INLINE F root(F a) { return _mm512_sqrt_ps(a); }
+TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
+
+TARGET INLINE F over(F x, const Quotient& q) {
+  const F y = x * q.r, rest = _mm512_fnmadd_ps(y, q.d, x);
+  return _mm512_mask3_fmadd_ps(rest, q.r, y, _mm512_cmp_ps_mask(x, q.inf, _CMP_LT_OQ));
+}
+
+TARGET INLINE __m512i words(const void* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+
+template <int kKind>
+TARGET INLINE F load_gradient(const void* p, int64_t i) {
+  if (kKind == kFloat32) return load(static_cast<const float*>(p) + i);
+  const void* at = static_cast<const uint16_t*>(p) + i;
+  if (kKind == kFloat16) return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(at)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words(at), 16));
+}
+
+TARGET INLINE F load_pair(const uint16_t* hi, const int16_t* lo) {
+  const __m512i l = _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lo)));
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(words(hi), 16), l));
+}
+
+TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_set1_epi32(_mm512_castps_si512(w), nan, kNan);
+  const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(hi), _mm512_cvtepi32_epi16(h));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lo), _mm512_cvtepi32_epi16(bits));
+}
+#define ALGORITHMS
+#include "host_updates.cpp"
+#undef ALGORITHMS
+#undef TARGET
+}  // namespace avx512
+#endif
+
+// Gradual underflow and rounding to nearest, whatever the calling thread was set to: bits must not depend on it.
+struct DefaultRounding {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+  DefaultRounding() { _mm_setcsr(0x1f80); }
+  ~DefaultRounding() { _mm_setcsr(saved); }
+#endif
+};
+
+// Runs `range` over blocks shared out evenly; threads meet only on block boundaries.
+void run(Range range, const Update& u) {
+  const int64_t blocks = (u.n + kBlock - 1) / kBlock, useful = (u.n + kFewest - 1) / kFewest;
+  const int64_t threads = useful < u.threads ? (useful > 0 ? useful : 1) : u.threads;
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads))
+  for (int64_t t = 0; t < threads; t++) {
+    const DefaultRounding rounding;
+    const int64_t begin = blocks * t / threads * kBlock, end = blocks * (t + 1) / threads * kBlock;
+    range(u, begin, end < u.n ? end : u.n);
+  }
+}
+
+bool supported(int variant) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (variant == kAvx512) return __builtin_cpu_supports("avx512f");
+  // Half-precision conversion came with the same CPUs; not every compiler knows how to ask for it.
+  if (variant == kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return variant == kPlain;
+}
+
+}  // namespace
+
+extern "C" int geminifx_supported(int variant) { return supported(variant); }
+
+// Returns 0, or 1 where this CPU lacks the variant or the update names no rule or kind that exists.
+extern "C" int geminifx_update(const Update* u, int variant) {
+  if (!supported(variant) || u->rule < 0 || u->rule > kSgd || u->kind < 0 || u->kind > kFloat32) return 1;
+  Range range = plain::kRanges[u->rule][u->kind];
+#if defined(__x86_64__)
+  if (variant == kAvx2) range = avx2::kRanges[u->rule][u->kind];
+  if (variant == kAvx512) range = avx512::kRanges[u->rule][u->kind];
+#endif
+  run(range, *u);
+  return 0;
+}
+
+#else  // ALGORITHMS: once per instruction set, over its lanes
+
+struct Streams {
+  uint16_t* hi;
+  int16_t* lo;
+  const void* gradient;
+  float *first, *second;
+};
+
+// torch.optim.adam._single_tensor_adam on one vector.
+template <int kKind>
+struct Adam {
+  static constexpr int kGradient = kKind;
+  F scale, l2, decay, step, lerp, keep, add, eps;
+  Quotient correction;
+  bool coupled, near;  // near: lerp starts from the mean, else from the gradient, as torch.lerp does from 0.5 on
+
+  TARGET FORCED explicit Adam(const Update& u)
+      : scale(splat(u.scale)), l2(splat(u.l2)), decay(splat(u.decay)), step(splat(u.step)),
+        lerp(splat(u.lerp < 0.5f ? u.lerp : u.lerp - 1.0f)), keep(splat(u.keep)), add(splat(u.add)),
+        eps(splat(u.eps)), correction(quotient(u.root)), coupled(u.l2 != 0.0f), near(u.lerp < 0.5f) {}
+
+  TARGET FORCED void at(const Streams& s, int64_t i) const {
+    F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
+    F m = load(s.first + i), v = load(s.second + i);
+    if (coupled) g = fma(l2, w, g);
+    m = fma(lerp, g - m, near ? m : g);
+    v = fma(add * g, g, v * keep);
+    w = w * decay + step * m / (over(root(v), correction) + eps);
+    store(s.first + i, m);
+    store(s.second + i, v);
+    store_pair(s.hi + i, s.lo + i, w);
+  }
+};
+
+// torch.optim.sgd._single_tensor_sgd on one vector.
+template <int kKind>
+struct Sgd {
+  static constexpr int kGradient = kKind;
+  F scale, l2, step, keep, add;
+  bool coupled, momentum, fresh, nesterov;
+
+  TARGET FORCED explicit Sgd(const Update& u)
+      : scale(splat(u.scale)), l2(splat(u.l2)), step(splat(u.step)), keep(splat(u.keep)), add(splat(u.add)),
+        coupled(u.l2 != 0.0f), momentum(u.first != nullptr), fresh(u.fresh != 0), nesterov(u.nesterov != 0) {}
+
+  TARGET FORCED void at(const Streams& s, int64_t i) const {
+    F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
+    if (coupled) g = fma(l2, w, g);
+    if (momentum) {
+      const F buffer = fresh ? g : fma(add, g, load(s.first + i) * keep);
+      store(s.first + i, buffer);
+      g = nesterov ? fma(keep, buffer, g) : buffer;
+    }
+    store_pair(s.hi + i, s.lo + i, fma(step, g, w));
+  }
+};
+
+template <class Step>
+TARGET FORCED void block(const Step& rule, const Streams& s, int64_t i) {
+  for (int64_t j = 0; j < kBlock; j += kLanes) rule.at(s, i + j);
+}
+
+template <class Step>
+TARGET void range(const Update& u, int64_t begin, int64_t end) {
+  constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
+  const Step rule(u);
+  const Streams s = {u.hi, u.lo, u.gradient, u.first, u.second};
+  const char* g = static_cast<const char*>(u.gradient);
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    ahead(s.hi + i, 0), ahead(s.lo + i, 0), ahead(g + i * kBytes, 0);
+    if (kBytes == 4) ahead(g + i * kBytes, 1);
+    if (s.first) ahead(s.first + i, 0), ahead(s.first + i, 1);
+    if (s.second) ahead(s.second + i, 0), ahead(s.second + i, 1);
+    block(rule, s, i);
+  }
+  if (i >= end) return;
+  // The tail runs as a whole block beside the arrays: the same code, so the same bits.
+  uint16_t hi[kBlock] = {};
+  int16_t lo[kBlock] = {};
+  char gradient[kBlock * kBytes] = {};
+  float first[kBlock] = {}, second[kBlock] = {};
+  const size_t n = static_cast<size_t>(end - i);
+  std::memcpy(hi, s.hi + i, n * 2);
+  std::memcpy(lo, s.lo + i, n * 2);
+  std::memcpy(gradient, g + i * kBytes, n * kBytes);
+  if (s.first) std::memcpy(first, s.first + i, n * 4);
+  if (s.second) std::memcpy(second, s.second + i, n * 4);
+  block(rule, {hi, lo, gradient, s.first ? first : nullptr, second}, 0);
+  std::memcpy(s.hi + i, hi, n * 2);
+  std::memcpy(s.lo + i, lo, n * 2);
+  if (s.first) std::memcpy(s.first + i, first, n * 4);
+  if (s.second) std::memcpy(s.second + i, second, n * 4);
+}
+
+constexpr Range kRanges[][3] = {
+    {range<Adam<kBfloat16>>, range<Adam<kFloat16>>, range<Adam<kFloat32>>},
+    {range<Sgd<kBfloat16>>, range<Sgd<kFloat16>>, range<Sgd<kFloat32>>},
+};
+#endif

@@ -1,0 +1,168 @@
+"""Optimizer updates on the host over split pairs, at the speed of its memory.
+
+One C++ source, built on first use, holds a variant for each instruction set; plain torch stands in where it
+cannot be built. All give the same bits, whatever the number of threads: those of `torch.optim.SGD(foreach=False)`
+on float32 masters, and those of `torch.optim.AdamW` and `Adam` but for the square root, which is correctly rounded
+here and may be one unit in the last place off in torch. Calls release the interpreter's lock.
+"""
+
+import ctypes
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference_updates as host_reference
+from .build import KernelBuildError, load
+from .split_pairs import SplitPair
+from .update_rules import (
+    GRADIENT_DTYPES,
+    AdamHyper,
+    AdamMoments,
+    Gradient,
+    Scalars,
+    SgdHyper,
+    check_momentum,
+    check_update,
+    choose_variant,
+)
+
+SOURCE = Path(__file__).with_name("host_updates.cpp")
+TORCH = "torch"
+"""The variant that needs no compiler."""
+
+_COMPILED = {"avx512": 2, "avx2": 1, "plain": 0}
+_ADAM, _SGD = 0, 1
+_KINDS = {dtype: number for number, dtype in enumerate(GRADIENT_DTYPES)}
+_loading = threading.Lock()
+
+
+class _Update(ctypes.Structure):
+    """`Update` of the C++ source, field by field."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("hi", "lo", "gradient", "first", "second")),
+        *((name, ctypes.c_int32) for name in ("rule", "kind", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps")),
+        *((name, ctypes.c_int32) for name in ("fresh", "nesterov")),
+    )
+
+
+def available_variants() -> tuple[str, ...]:
+    """Return the variants that run on this machine, the fastest first.
+
+    Builds the library where that has not happened yet; where it cannot be built, warns once and only torch is left.
+    """
+    library = _library()
+    if library is None:
+        return (TORCH,)
+    return (*(name for name, number in _COMPILED.items() if library.geminifx_supported(number)), TORCH)
+
+
+class HostKernel:
+    """One variant of the updates.
+
+    Args:
+        variant: one of `available_variants()`; by default the fastest.
+
+    Raises:
+        ValueError: this machine cannot run that variant.
+    """
+
+    def __init__(self, variant: str | None = None) -> None:
+        self.variant = choose_variant(variant, available_variants())
+
+    def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper, threads: int) -> None:
+        """Update `pair` and `moments` in place by AdamW or Adam on `threads` threads.
+
+        Tensors are contiguous, of equal size and on the host, at any alignment, and do not overlap.
+
+        Raises:
+            ValueError: a tensor has another size, dtype, device or layout, or there is no thread to run on.
+        """
+        state = (moments.mean, moments.square)
+        _check(pair, gradient, state, threads)
+        if self.variant == TORCH:
+            flat = AdamMoments(*(moment.view(-1) for moment in state))
+            host_reference.adam(_flat(pair), _flat_gradient(gradient), flat, hyper)
+        else:
+            self._run(_update(_ADAM, pair, gradient, state, hyper.scalars()), threads)
+
+    def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper, threads: int) -> None:
+        """Update `pair` and the momentum `buffer` in place by SGD on `threads` threads.
+
+        `buffer` is None exactly where `hyper.momentum` is 0. Tensors are as for `adam`.
+
+        Raises:
+            ValueError: as for `adam`, or momentum without a buffer, or a buffer without momentum.
+        """
+        check_momentum(buffer, hyper)
+        state = () if buffer is None else (buffer,)
+        _check(pair, gradient, state, threads)
+        if self.variant == TORCH:
+            flat = None if buffer is None else buffer.view(-1)
+            host_reference.sgd(_flat(pair), _flat_gradient(gradient), flat, hyper)
+            return
+        update = _update(_SGD, pair, gradient, state, hyper.scalars())
+        update.fresh, update.nesterov = hyper.first, hyper.nesterov
+        self._run(update, threads)
+
+    def _run(self, update: _Update, threads: int) -> None:
+        """Call the library, which is loaded by now."""
+        library = _library()
+        update.threads = threads
+        if library is None or library.geminifx_update(ctypes.byref(update), _COMPILED[self.variant]):
+            raise RuntimeError(f"the host kernel's variant {self.variant} refused an update; please report this")
+
+
+def _library() -> ctypes.CDLL | None:
+    """Return the library, or None after one warning; threads that ask at once build it once."""
+    with _loading:
+        return _load_once()
+
+
+@cache
+def _load_once() -> ctypes.CDLL | None:
+    try:
+        library = load(SOURCE)
+    except KernelBuildError as error:
+        warnings.warn(
+            f"updates on the host run in plain torch, exact but many times slower: {error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    library.geminifx_supported.argtypes = [ctypes.c_int]
+    library.geminifx_update.argtypes = [ctypes.POINTER(_Update), ctypes.c_int]
+    return library
+
+
+def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], scalars: Scalars) -> _Update:
+    """Return the arguments of one call; factors are rounded to float32 on the way in."""
+    update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=float(gradient.scale))
+    update.hi, update.lo = pair.hi.data_ptr(), pair.lo.data_ptr()
+    update.gradient = gradient.values.data_ptr()
+    for name, moment in zip(("first", "second"), state, strict=False):
+        setattr(update, name, moment.data_ptr())
+    for name, value in vars(scalars).items():
+        setattr(update, name, value)
+    return update
+
+
+def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threads: int) -> None:
+    """Refuse what the library would read out of bounds or misunderstand."""
+    if threads < 1:
+        raise ValueError(f"an update needs at least one thread, not {threads}")
+    check_update(pair, gradient, state, torch.device("cpu"))
+
+
+def _flat(pair: SplitPair) -> SplitPair:
+    return SplitPair(pair.hi.detach().view(-1), pair.lo.view(-1))
+
+
+def _flat_gradient(gradient: Gradient) -> Gradient:
+    return Gradient(gradient.values.detach().view(-1), float(gradient.scale))

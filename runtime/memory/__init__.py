@@ -1,0 +1,1 @@
+"""Where parameters live: chunks, tiers, and the copies between them."""

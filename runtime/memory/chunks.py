@@ -1,0 +1,193 @@
+"""Chunks: where parameters live between uses, and the states they pass through.
+
+The states are Gemini's (Colossal-AI) and PatrickStar's (Fang et al., 2021). A chunk's state is the state of
+all its tensors:
+
+    FREE                   nothing of it is on the device
+    HOLD                   its weights are on the device, or on their way, and nobody computes with them
+    COMPUTE                a program reads them
+    HOLD_AFTER_BACKWARD    the backward has read them for the last time
+    READY_FOR_REDUCE       its gradients are complete and on their way to the master
+"""
+
+from collections.abc import Iterable
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.local_shards import ALONE, Parts
+from ..isa.errors import IllegalTransition, StateError
+from ..isa.layout import ChunkLayout, Layout, Slot
+from ..isa.torch_private import num_references
+from .lazy_parameter import refuse_gradient
+
+
+class State(Enum):
+    FREE = "FREE"
+    HOLD = "HOLD"
+    COMPUTE = "COMPUTE"
+    HOLD_AFTER_BACKWARD = "HOLD_AFTER_BACKWARD"
+    READY_FOR_REDUCE = "READY_FOR_REDUCE"
+
+
+LEGAL: dict[State, frozenset[State]] = {
+    State.FREE: frozenset({State.HOLD, State.COMPUTE}),
+    State.HOLD: frozenset({State.FREE, State.COMPUTE}),
+    State.COMPUTE: frozenset({State.HOLD, State.HOLD_AFTER_BACKWARD}),
+    State.HOLD_AFTER_BACKWARD: frozenset({State.COMPUTE, State.READY_FOR_REDUCE}),
+    State.READY_FOR_REDUCE: frozenset({State.HOLD}),
+}
+
+
+class Chunk:
+    """One chunk's storage.
+
+    `master` is what the optimizer updates, on the host or the device; `gradient` lies beside it, in the same
+    dtype. `cast` is a host copy in the compute dtype, which streams to the device where dtypes differ;
+    `resident` is a device copy that stays from the first fetch of a step to its end; where it is made of several
+    processes' shards, it is of version `gathered` of the training state.
+    """
+
+    def __init__(self, layout: ChunkLayout) -> None:
+        self.layout = layout
+        self.state = State.FREE
+        self.master: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self.cast: Tensor | None = None
+        self.resident: Tensor | None = None
+        self.gathered = -1
+        self.parameters: list[nn.Parameter] = []
+        self._own_references = 0
+
+    def prepare_gradient(self) -> None:
+        """Allocate `gradient` beside the master. A new one replaces it where somebody keeps gradients of an
+        earlier step after zero_grad(): they must not change under their hands."""
+        assert self.master is not None
+        if self.gradient is not None:
+            kept = num_references(self.gradient) > self._own_references
+            if not kept or any(parameter.grad is not None for parameter in self.parameters):
+                return
+        self.gradient = torch.zeros_like(self.master)
+        self._own_references = num_references(self.gradient)
+
+    def move(self, state: State) -> None:
+        """Raises IllegalTransition where the state machine has no such edge."""
+        if state not in LEGAL[self.state]:
+            names = ", ".join(slot.name for slot in self.layout.slots[:3])
+            legal = ", ".join(sorted(s.value for s in LEGAL[self.state]))
+            raise IllegalTransition(
+                f"chunk {self.layout.index} ({names}, ...) cannot go from {self.state.value} to {state.value}; "
+                f"expected {legal}. The program's instructions for this chunk are out of order."
+            )
+        self.state = state
+
+    def rest(self) -> None:
+        """Back to FREE from wherever an interrupted step left the chunk; masters are never touched."""
+        self.state = State.FREE
+
+    def slice(self, flat: Tensor, slot: int) -> Tensor:
+        place = self.layout.slots[slot]
+        return flat.narrow(0, place.offset, place.numel).view(place.shape)
+
+    def accumulate(self, source: Tensor, slots: list[int]) -> None:
+        """Add complete gradients in `source` (flat, any float dtype, on the master's device) to `.grad`."""
+        assert self.gradient is not None
+        fresh = [i for i in slots if self.parameters[i].grad is None]
+        whole = len(slots) == len(self.parameters)
+        if whole and len(fresh) == len(slots):
+            self.gradient.copy_(source)
+        elif whole and not fresh and all(self._owns_grad(i) for i in slots):
+            self.gradient.add_(source)
+        else:
+            for i in slots:
+                self._accumulate_slot(source, i)
+        for i in slots:
+            if not self._owns_grad(i):
+                self.parameters[i].grad = self.slice(self.gradient, i)
+
+    def _accumulate_slot(self, source: Tensor, slot: int) -> None:
+        assert self.gradient is not None
+        target, existing = self.slice(self.gradient, slot), self.parameters[slot].grad
+        if existing is not None and not self._owns_grad(slot):
+            target.copy_(existing)  # a gradient that was put there from outside counts
+            existing = target
+        target.copy_(self.slice(source, slot)) if existing is None else target.add_(self.slice(source, slot))
+
+    def _owns_grad(self, slot: int) -> bool:
+        grad = self.parameters[slot].grad
+        assert self.gradient is not None
+        offset = self.layout.slots[slot].offset * self.gradient.itemsize
+        return grad is not None and grad.data_ptr() == self.gradient.data_ptr() + offset
+
+
+class ChunkStore:
+    """All chunks of a model, and the model's parameters as views of their masters.
+
+    Parameter objects keep their identity, so that an optimizer made before or after compilation holds the
+    same ones. Building the store moves each parameter into its chunk and frees its old storage at once; of one
+    that is sharded the parameter is from then on this process's part.
+    """
+
+    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter], parts: Parts = ALONE) -> None:
+        self.layout = layout
+        self.parts = parts
+        self.chunks = [Chunk(chunk) for chunk in layout.chunks]
+        for chunk in self.chunks:
+            chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
+
+    @property
+    def is_meta(self) -> bool:
+        return any(p.is_meta for chunk in self.chunks for p in chunk.parameters)
+
+    def place(self, chunk: Chunk, master: Tensor) -> None:
+        """Make `master` the chunk's master: values move over, parameters become views of it."""
+        for slot, parameter in enumerate(chunk.parameters):
+            view = chunk.slice(master, slot)
+            if not parameter.is_meta:
+                view.copy_(self.part(chunk.layout.slots[slot], parameter.detach()))
+            grad, parameter.grad = parameter.grad, None
+            parameter.data = view
+            if grad is not None:
+                parameter.grad = self.part(chunk.layout.slots[slot], grad).to(view.device, view.dtype)
+        chunk.master = master
+
+    def part(self, slot: Slot, value: Tensor) -> Tensor:
+        """This process's part of a parameter's value, which may be that part already."""
+        return value if tuple(value.shape) == slot.shape else self.parts.take(value, slot)
+
+    def adopt(self) -> None:
+        """Take over parameters whose `.data` was replaced since the last step.
+
+        Raises StateError where the new data has another shape.
+        """
+        for chunk in self.chunks:
+            assert chunk.master is not None
+            base = chunk.master.data_ptr()
+            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
+                if parameter.data_ptr() == base + slot.offset * chunk.master.itemsize or slot.numel == 0:
+                    continue
+                if tuple(parameter.shape) != slot.shape:
+                    raise StateError(
+                        f"parameter {slot.name} was given data of shape {tuple(parameter.shape)}, expected "
+                        f"{slot.shape}; compile the changed model anew"
+                    )
+                view = chunk.slice(chunk.master, chunk.layout.slots.index(slot))
+                view.copy_(parameter.detach())
+                parameter.data = view
+
+    def versions(self) -> dict[str, int]:
+        """How often each parameter was written in place, by name."""
+        return {
+            slot.name: parameter._version
+            for chunk in self.chunks
+            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True)
+        }
+
+    def hooks(self) -> Iterable[str]:
+        """Names of parameters that carry autograd hooks, which a compiled step does not call."""
+        for chunk in self.chunks:
+            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
+                hooks = {**(parameter._backward_hooks or {}), **(parameter._post_accumulate_grad_hooks or {})}
+                if any(hook is not refuse_gradient for hook in hooks.values()):
+                    yield slot.name

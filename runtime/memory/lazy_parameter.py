@@ -1,0 +1,194 @@
+"""Parameters whose masters lie in training states: they look like float32 tensors and are built when read."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..isa.errors import StateError
+from ..isa.torch_private import wrapper_parameter
+
+
+class Source(Protocol):
+    """Where a lazy parameter's values come from."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The master's."""
+
+    def read(self) -> Tensor:
+        """The master, in a tensor of its own."""
+
+    def write(self, value: Tensor) -> None:
+        """Set the master. Raises StateError where it may not be written."""
+
+    def gradient(self) -> Tensor | None:
+        """The gradient, as a tensor that may be changed in place."""
+
+    def set_gradient(self, value: Tensor | None) -> None:
+        """Replace the gradient."""
+
+
+class LazyParameter(nn.Parameter):
+    """A parameter of a compiled model that `model.optimizer(...)` trains.
+
+    Reading it builds its float32 master anew; writing to it or to a view of it raises StateError, and so does
+    stepping another optimizer over it. `load_state_dict` of the compiled model is what sets it. It reports the
+    CPU as its device, wherever its master lies, because that is where it is read to.
+    """
+
+    source: Source
+
+    def __new__(cls, source: Source, requires_grad: bool) -> "LazyParameter":
+        strides = torch.empty(source.shape, device="meta").stride()
+        parameter = wrapper_parameter(cls, source.shape, strides, source.dtype, requires_grad)
+        parameter.source = source
+        return parameter
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _refusal(self.source.name, "its .data")
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.source.gradient()
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.source.set_gradient(value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.source.set_gradient(None)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return _array(self.source.read(), self.requires_grad, force)
+
+    def tolist(self) -> Any:
+        return self.source.read().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return LazyParameter(args[0].source, False)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], LazyParameter):
+            args[0].source.write(_built(args[1]))
+            return args[0]
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyParameter {self.source.name}: {self.source.read()!r}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.source.read().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> nn.Parameter:
+        return memo.setdefault(id(self), nn.Parameter(self.source.read(), self.requires_grad))
+
+
+class _View(Tensor):
+    """A copy, or a view of one: whoever wrote to it would write to a copy, and so it raises what `refusal` makes."""
+
+    values: Tensor
+    refusal: Callable[[str], StateError]
+
+    def __new__(cls, values: Tensor, refusal: Callable[[str], StateError]) -> "_View":
+        view = wrapper_parameter(cls, tuple(values.shape), values.stride(), values.dtype, False)
+        view.values, view.refusal = values, refusal
+        return view
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return _array(self.values, self.requires_grad, force)
+
+    def tolist(self) -> Any:
+        return self.values.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.values)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values.__reduce_ex__(protocol)
+
+
+def refuse_gradient(gradient: Tensor) -> None:
+    """The hook of lazy parameters: autograd would keep what reaches them where no step ever looks."""
+    raise StateError(
+        "a gradient reached a parameter from outside of the compiled model, as that of a penalty on weights does; "
+        "model.optimizer(...) would not see it. Compute such a loss inside of the model's forward, or detach the "
+        "parameter"
+    )
+
+
+def gathered_gradient(values: Tensor, name: str) -> Tensor:
+    """The gradient of a parameter as several processes have it: what is written to it would reach none of them."""
+    return _View(values, partial(_gradient_refusal, name))
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on what lazy parameters and their views read as. Raises StateError where it writes to one."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found = _refusal_of(args[i] if i < len(args) else kwargs.get(argument.name))
+            if found is not None:
+                raise found(str(func))
+    refusal = _refusal_of((args, kwargs))
+    result = func(*pytree.tree_map(_built, args), **pytree.tree_map(_built, kwargs))
+    if not func.is_view:
+        return result
+    return pytree.tree_map_only(Tensor, lambda tensor: _View(tensor, refusal), result)
+
+
+def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
+    """As Tensor.numpy of a tensor that requires gradients or not; what is written to the array raises."""
+    array = values.detach().requires_grad_(requires_grad).numpy(force=force)
+    array.setflags(write=False)
+    return array
+
+
+def _refusal(name: str, by: str) -> StateError:
+    return StateError(
+        f"parameter {name} was to be written by {by}; model.optimizer(...) keeps the masters, and what is read of them "
+        "is a copy. Set values with model.load_state_dict(...), and step the optimizer that model.optimizer(...) "
+        "returned"
+    )
+
+
+def _gradient_refusal(name: str, by: str) -> StateError:
+    return StateError(
+        f"the gradient of {name} was to be written by {by}; each process has a shard of it, and what is read is a copy "
+        "of all. Assign a new one to .grad; to clip, pass max_grad_norm= to model.optimizer(...)"
+    )
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, LazyParameter):
+        return value.source.read()
+    return value.values if isinstance(value, _View) else value
+
+
+def _refusal_of(value: Any) -> Any:
+    """What tells why the first lazy parameter or view in `value` cannot be written to; None where there is none."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, LazyParameter):
+            return partial(_refusal, leaf.source.name)
+        if isinstance(leaf, _View):
+            return leaf.refusal
+    return None

@@ -1,0 +1,316 @@
+"""`model.optimizer(...)`: torch.optim's interface to updates that run beside the program."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ..isa.errors import StateError
+from ..isa.layout import Updates
+from ..kernels.update_rules import AdamHyper, SgdHyper
+from .states import Hyper
+from .updating_machine import UpdatingMachine
+
+MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
+"""The optimizers there are, and what torch calls their state."""
+
+UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
+GROWTH_STEPS = 2000
+"""Steps without an overflow after which the loss scale doubles, as in torch.amp."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `model.optimizer(...)` was asked for.
+
+    Fields:
+        kind: torch.optim.AdamW, Adam or SGD.
+        hyper: its keyword arguments.
+        max_grad_norm: clip the norm of all gradients to this.
+        in_backward: update each chunk as soon as its gradient is complete.
+        accumulate: how many backwards make one step.
+    """
+
+    kind: type[Optimizer]
+    hyper: dict[str, Any]
+    max_grad_norm: float | None = None
+    in_backward: bool = False
+    accumulate: int = 1
+
+    def check(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Raises ValueError for what is not there or does not go together."""
+        if isinstance(self.kind, Optimizer):
+            name = type(self.kind).__name__
+            raise ValueError(f"model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
+        if self.kind not in MOMENTS:
+            names = ", ".join(f"torch.optim.{kind.__name__}" for kind in MOMENTS)
+            raise ValueError(
+                f"model.optimizer({getattr(self.kind, '__name__', self.kind)}) is not there; expected one of {names}. "
+                "Any other element-wise optimizer works over model.parameters() instead"
+            )
+        check_groups([self.hyper])
+        if type(self.accumulate) is not int or self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate!r}; expected how many backwards make one step, 1 or more")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+            raise ValueError(f"max_grad_norm={norm!r}; expected a positive number, or None")
+        if not self.in_backward:
+            return
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "in_backward=True updates before the norm of all gradients is known, so that max_grad_norm cannot be "
+                "kept to; leave one of the two out"
+            )
+        if torch.float16 in dtypes:
+            raise ValueError(
+                "in_backward=True updates before it is known whether a float16 gradient overflowed; leave it out, or "
+                "compile with precision='bf16'"
+            )
+
+    def updates(self, groups: list[dict[str, Any]]) -> Updates:
+        """What memory is planned for, with these groups of parameters."""
+        moments = len(MOMENTS[self.kind])
+        if self.kind is SGD and not any(group["momentum"] for group in groups):
+            moments = 0
+        return Updates(moments, self.in_backward, self.accumulate)
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError where options ask for what no update here does."""
+    asked = [name for group in groups for name in UNSUPPORTED if group.get(name)]
+    if asked:
+        raise ValueError(f"model.optimizer({asked[0]}=True) is not supported; leave {asked[0]} out")
+
+
+class ChunkOptimizer(Optimizer):
+    """AdamW, Adam or SGD over a compiled model's parameters, updated chunk by chunk where the plan says.
+
+    Groups, schedulers, `state_dict` and `load_state_dict` are those of the torch.optim class, and so are the
+    numbers. `step()` starts the updates, which run while the next forward does, and uses the gradients up: the
+    next backward starts from none. With in_backward=True the updates are under way before `step()`, which then
+    only ends the step. `grad_norm` is the norm of the last step's gradients where `max_grad_norm` is given,
+    `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, declared: Declared, groups: Any, use: Callable[[Updates], UpdatingMachine],
+                 names: dict[int, str]) -> None:  # fmt: skip
+        model = declared.kind(groups, **declared.hyper)  # checks hyper-parameters, fills in the defaults
+        self.declared = declared
+        self.grad_norm: Tensor | None = None
+        self.skipped_steps = 0
+        self._names = names
+        self._steps_since_overflow = 0
+        super().__init__(model.param_groups, model.defaults)
+        self._machine = machine = use(declared.updates(self.param_groups))
+        self._fp16 = any(chunk.layout.dtype == torch.float16 for chunk in machine.chunks)
+        machine.schedule = self._hyper
+        machine.held.measures = declared.max_grad_norm is not None or self._fp16
+        if self._fp16:
+            machine.held.loss_scale = 2.0**16
+
+    @property
+    def loss_scale(self) -> float:
+        return self._machine.held.loss_scale
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's. Raises ValueError for parameters of another model."""
+        super().add_param_group(param_group)
+        unknown = [p for p in self.param_groups[-1]["params"] if id(p) not in self._names]
+        if unknown:
+            del self.param_groups[-1]
+            raise ValueError(
+                f"a parameter of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
+            )
+        self._take_groups()
+
+    def _take_groups(self) -> None:
+        self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Groups may be changed at any time, but not to what was not planned for."""
+        check_groups([group])
+        if group.get("momentum") and not self._machine.updates.moments:
+            raise StateError(
+                f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
+                "its memory; make the optimizer with a momentum above 0, however small"
+            )
+
+    def _hyper(self, name: str, number: int) -> Hyper | None:
+        """How update `number` of a parameter goes, by its group as it is now."""
+        group = self._groups.get(name)
+        if group is None:
+            return None
+        self._check_group(group)
+        lr = float(group["lr"])
+        if "betas" not in group:
+            momentum = float(group["momentum"])
+            first = number == 1 and momentum != 0
+            return SgdHyper(lr, momentum, group["dampening"], group["weight_decay"], group["nesterov"], first)
+        beta1, beta2 = map(float, group["betas"])
+        decoupled = self.declared.kind is AdamW or bool(group.get("decoupled_weight_decay"))
+        return AdamHyper(lr, beta1, beta2, group["eps"], group["weight_decay"], number, decoupled)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Start the updates, or, with in_backward=True, end the step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        machine = self._machine
+        machine.check()
+        for group in self.param_groups:
+            self._check_group(group)
+        if self.declared.in_backward and 0 < machine.backwards < self.declared.accumulate:
+            raise StateError(
+                f"step() came after {machine.backwards} of accumulate={self.declared.accumulate} backwards; with "
+                "in_backward=True the last of them is what updates"
+            )
+        if not machine.held.measures:
+            # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
+            machine.update_all(1.0)
+        else:
+            self._measured_step(machine.held.norm())
+        machine.backwards = 0
+        return loss
+
+    def _measured_step(self, norm: Tensor) -> None:
+        """Update by gradients that are clipped to a norm, or not at all where one of float16 overflowed."""
+        self.grad_norm = norm
+        machine, most = self._machine, self.declared.max_grad_norm
+        if self._fp16 and not math.isfinite(norm.item()):
+            self._steps_since_overflow = 0
+            self.skipped_steps += 1
+            machine.forget_gradients()
+            machine.held.loss_scale = max(1.0, machine.held.loss_scale / 2.0)
+            return
+        machine.update_all(1.0 if most is None else (most / (norm + 1e-6)).clamp(max=1.0))
+        self._steps_since_overflow += self._fp16
+        if self._steps_since_overflow == GROWTH_STEPS:
+            self._steps_since_overflow = 0
+            machine.held.loss_scale *= 2.0
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradients that the next step would use, before any clipping; for max_grad_norm= or fp16.
+
+        Raises StateError where norms are not measured, or in_backward=True has used the gradients up.
+        """
+        if not self._machine.held.measures:
+            raise StateError("gradients are measured only with max_grad_norm=; pass it to model.optimizer(...)")
+        return self._machine.held.norm()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients that no step has used."""
+        self._machine.forget_gradients()
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
+        """As the torch.optim class writes it. Tensors are the states themselves, not copies.
+
+        Of parameters that are sharded over processes, or lie in divided chunks, they are whole, and copies on the CPU,
+        made by all processes together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
+        """
+        self._machine.finish()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                found = self._state_of(parameter)
+                if found is not None:
+                    self.state[parameter] = found
+        try:
+            saved = super().state_dict()
+        finally:
+            self.state.clear()
+        saved |= self.scaling()
+        return self._whole(saved, first_only)
+
+    def scaling(self) -> dict[str, Any]:
+        """What a state_dict has of the loss scale: nothing without float16."""
+        if not self._fp16:
+            return {}
+        return {"loss_scale": {"scale": self.loss_scale, "steps_since_overflow": self._steps_since_overflow}}
+
+    def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
+        """A state_dict of this process's parts with whole tensors instead, made one by one."""
+        parts, kept = self._machine.placing.store.parts, not first_only or self._machine.ranks.rank == 0
+        order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
+        for number, values in saved["state"].items():
+            chunk, slot = self._machine.place_of(order[number])
+            place = chunk.slots[slot]
+            shared_out = place.placement or chunk.shards > 1
+            for name in (name for name in MOMENTS[self.declared.kind] if shared_out and name in values):
+                whole = parts.join(self._machine.join(values[name], order[number]), place, self._machine.device)
+                values[name] = whole if kept else None
+        return saved if kept else {}
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        """This process's part of a parameter's state, in torch's names."""
+        state, slot = self._machine.state_of(self._names[id(parameter)])
+        if not state.steps[slot]:
+            return None
+        names = MOMENTS[self.declared.kind]
+        moments = {name: state.slice(m, slot) for name, m in zip(names, state.moments, strict=False)}
+        if self.declared.kind is SGD:
+            return moments
+        return {"step": torch.tensor(float(state.steps[slot])), **moments}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that this class or the torch.optim class wrote, parameter by parameter. Tensors are whole.
+
+        Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
+        """
+        self._machine.finish()
+        before = self.param_groups
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        try:
+            check_groups(self.param_groups)
+            named = [(self._names[id(p)], self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
+            for name, saved in named:
+                self._check_state(name, saved)
+        except BaseException:
+            self.param_groups = before
+            raise
+        finally:
+            self.state.clear()
+        for name, saved in named:
+            self._load(name, saved)
+        self._take_groups()
+        scale = state_dict.get("loss_scale")
+        if scale is not None and self._fp16:
+            self._machine.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
+
+    def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
+        (state, slot), (chunk, _) = self._machine.state_of(parameter), self._machine.place_of(parameter)
+        shape = self._machine.placing.store.parts.whole_shape(chunk.slots[slot])
+        names = MOMENTS[self.declared.kind]
+        for name in names[: len(state.moments)] if saved else ():
+            found = saved.get(name)
+            if found is None:
+                raise ValueError(
+                    f"the optimizer state of {parameter} has {', '.join(saved)}, expected {', '.join(names)}; it is of "
+                    "another optimizer"
+                )
+            if tuple(found.shape) != shape:
+                raise ValueError(
+                    f"the optimizer state of {parameter} has {name} of shape {tuple(found.shape)}, expected {shape}; "
+                    "it is of another model"
+                )
+
+    def _load(self, parameter: str, saved: dict[str, Any]) -> None:
+        machine, parts = self._machine, self._machine.placing.store.parts
+        (state, slot), (chunk, _) = machine.state_of(parameter), machine.place_of(parameter)
+        for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
+            target = state.slice(moment, slot)
+            if saved:
+                target.copy_(machine.take(parts.take(saved[name], chunk.slots[slot]), parameter))
+            else:
+                target.zero_()
+        default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
+        state.steps[slot] = int(saved.get("step", default))

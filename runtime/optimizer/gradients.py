@@ -1,0 +1,164 @@
+"""Gradients between the backward that makes them and the update that uses them up, of our own optimizer.
+
+A gradient goes to where its chunk is updated, in the dtype it was computed in. Those of several backwards are added
+up there, in the master's dtype.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..isa.errors import StateError
+from ..memory.stats import Stats
+from ..memory.streams import Arrival
+from .own_states import StatePlacing
+from .states import ChunkState, Where
+from .worker import Tickets
+
+
+class HeldGradients:
+    """The gradients of all chunks.
+
+    `measures`: whether the norm of every gradient is wanted, for clipping or to find overflows.
+    `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
+    """
+
+    def __init__(self, placing: StatePlacing, tickets: Tickets, stats: Stats) -> None:
+        self.placing = placing
+        self.tickets = tickets
+        self.copies = tickets.copies
+        self.stats = stats
+        self.measures = False
+        self.loss_scale = 1.0
+        count = len(placing.store.chunks)
+        self.norms = torch.zeros(count, dtype=torch.float32, device=placing.device)
+        self._landed: dict[int, Arrival] = {}
+
+    def hold(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
+        """Keep the gradient of one backward."""
+        index = state.layout.index
+        state.present.update(slots)
+        if self.measures:
+            state.measured = set(slots)
+            torch.linalg.vector_norm(gradients, dtype=torch.float32, out=self.norms[index])
+        if not self._lands(state):
+            state.held = gradients
+            return
+        assert state.held is not None
+        self._landed[index] = self._to_host(state.held, gradients)
+
+    def _lands(self, state: ChunkState) -> bool:
+        """Whether the gradient of one backward comes to the host."""
+        return state.where is Where.HOST or (state.where is Where.STREAMED and not self.placing.updates.at_once)
+
+    def keeps(self, state: ChunkState) -> bool:
+        """Whether the gradient of one backward, as it is on the device, is still read when the program is done with
+        it: until the step, or until the update has come by."""
+        return not self._lands(state) and not (state.where is Where.DEVICE and self.placing.updates.at_once)
+
+    def add(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
+        """Add to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
+        index, factor = state.layout.index, 1.0 / self.loss_scale
+        first = not state.present
+        total = self.placing.make_total(state) if first else self.total(state)
+        state.added = True
+        state.present.update(slots)
+        if state.where is Where.DEVICE:
+            _accumulate(total, gradients, factor, first)
+            return
+        assert state.held is not None
+        landed = self._landed[index] = self._to_host(state.held, gradients)
+        self.tickets.submit(index, partial(self._add_on_host, state, factor, first), landed)
+
+    def _add_on_host(self, state: ChunkState, factor: float, first: bool) -> Arrival:
+        """The worker's job, once the gradient has come."""
+        assert state.total is not None and state.held is not None
+        _accumulate(state.total, state.held, factor, first)
+        return None
+
+    def _to_host(self, target: Tensor, gradients: Tensor) -> Arrival:
+        self.stats.moved(to_host=gradients.nbytes)
+        return self.copies.to_host(target, gradients)
+
+    def landed(self, index: int) -> Arrival:
+        """What tells that the chunk's last gradient has come to the host."""
+        return self._landed.get(index)
+
+    def finish(self) -> None:
+        """Block until all gradients have come to the host."""
+        for arrival in self._landed.values():
+            self.copies.finish(arrival)
+
+    def total(self, state: ChunkState) -> Tensor:
+        """The sum of the gradients so far, in the master's dtype: from here on they are added up in it."""
+        total = self.placing.make_total(state)
+        if not state.added:
+            total.zero_()
+            if state.present and state.held is not None:
+                self.copies.finish(self.landed(state.layout.index))
+                _accumulate(total, state.held, 1.0 / self.loss_scale, first=True)
+            if state.where is Where.DEVICE:
+                state.held = None
+            state.added = True
+        return total
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
+        norms, parts = [torch.zeros((), device=self.placing.device)], self.placing.store.parts
+        for index, state in enumerate(self.placing.states):
+            if state.present and state.present == state.measured and not state.added:
+                norms.append(self.norms[index] / self.loss_scale)
+            elif state.present:
+                norms.append(self._norm_of_slots(state))
+            if state.present:  # the slots of a chunk are sharded alike
+                norms[-1] = norms[-1] / math.sqrt(parts.replicas(state.layout.slots[0]))
+        return self.placing.zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))))
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the norm of all gradients to `max_norm`; returns it as it was before.
+
+        Raises StateError where there are no gradients left to clip.
+        """
+        if self.placing.updates.in_backward:
+            raise StateError("in_backward=True uses each gradient up in the backward itself: to clip, leave it out")
+        norm = self.norm()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for state in self.placing.states:
+            if state.present:
+                self.tickets.arrive(state.layout.index)
+                total = self.total(state)
+                total.mul_(factor.to(total.device))
+        return norm
+
+    def _norm_of_slots(self, state: ChunkState) -> Tensor:
+        self.tickets.arrive(state.layout.index)
+        total = self.total(state)
+        norms = [torch.linalg.vector_norm(state.slice(total, slot), dtype=torch.float32) for slot in state.present]
+        return torch.linalg.vector_norm(torch.stack(norms)).to(self.placing.device, non_blocking=True)
+
+    def forget(self, state: ChunkState, slot: int) -> None:
+        """Drop one parameter's gradient. The chunk's state is at rest."""
+        state.present.discard(slot)
+        if not state.present:
+            state.forget_gradient()
+            return
+        # Gradients that are added later must not find this one.
+        self.copies.finish(self.landed(state.layout.index))
+        state.slice(state.gradient, slot).zero_()
+
+    def forget_all(self) -> None:
+        for state in self.placing.states:
+            if state.present:
+                self.tickets.arrive(state.layout.index)
+                state.forget_gradient()
+
+
+def _accumulate(total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
+    if not first:
+        total.add_(gradients, alpha=factor)
+        return
+    total.copy_(gradients)
+    if factor != 1.0:
+        total.mul_(factor)

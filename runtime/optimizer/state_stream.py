@@ -1,0 +1,99 @@
+"""Updates on the device of training states that lie on the host: up, update, down, piece by piece."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..isa.layout import STREAM_BUFFERS, STREAM_PIECE
+from ..kernels.update_rules import Gradient
+from ..memory.streams import Arrival, copy_engine
+from .states import ChunkState, Part, Stretch
+from .updates import UpdateKernels
+
+
+@dataclass
+class _Buffer:
+    part: Part
+    gradient: Tensor | None
+    free: Arrival = None
+
+
+class StateStream:
+    """Streams states through a few buffers on the device, beside the program's own copies and compute.
+
+    States that are streamed are alike but for their length; `like` is the longest. Gradients are on the device
+    already, or travel too where `with_gradients`.
+    """
+
+    def __init__(self, device: torch.device, like: ChunkState, *, with_gradients: bool) -> None:
+        self.copies = copy_engine(device)
+        self.numel = min(STREAM_PIECE, like.layout.numel)
+        self._device = device
+        self._buffers = [self._new_buffer(like, with_gradients) for _ in range(STREAM_BUFFERS)]
+        for buffer in self._buffers:
+            buffer.free = self.copies.mark()
+        self._turn = 0
+        self._settled: dict[int, Arrival] = {}
+
+    def _new_buffer(self, like: ChunkState, with_gradient: bool) -> _Buffer:
+        new = lambda tensor: torch.empty(self.numel, dtype=tensor.dtype, device=self._device)  # noqa: E731
+        rest = None if like.rest is None else new(like.rest)
+        part = Part(new(like.weights), rest, tuple(map(new, like.moments)))
+        return _Buffer(part, new(like.weights if like.total is None else like.total) if with_gradient else None)
+
+    def update(self, state: ChunkState, stretches: list[Stretch], job: "StreamedUpdate") -> Arrival:
+        """Start to update `stretches`. Returns what tells that weights are updated and the gradient is read."""
+        launched = done = self.copies.mark()
+        before = (self._settled.get(state.layout.index), *job.after)
+        for stretch in stretches:
+            for piece in stretch.pieces(self._piece(job.gradient)):
+                buffer = self._buffers[self._turn % STREAM_BUFFERS]
+                self._turn += 1
+                done = self._update_piece(state, piece, job, buffer, launched, before)
+                self._settled[state.layout.index] = buffer.free
+        return done if job.weights_stay else self._settled.get(state.layout.index)
+
+    def _piece(self, gradient: Gradient) -> int:
+        """Elements that move at a time: fewer where a sum of gradients needs more room than was made for one."""
+        room = self._buffers[0].gradient
+        return self.numel if room is None else min(self.numel, _as(room, gradient.values.dtype).numel())
+
+    def finish(self, index: int) -> None:
+        """Block until the chunk's state on the host is whole."""
+        self.copies.finish(self._settled.get(index))
+
+    def _update_piece(self, state: ChunkState, piece: Stretch, job: "StreamedUpdate", buffer: _Buffer,
+                      launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
+        """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
+        home, numel = state.part(piece.start, piece.end), piece.end - piece.start
+        local, values = buffer.part.first(numel), job.gradient.values[piece.start : piece.end]
+        travelling = list(zip(local.tensors, home.tensors, strict=True))[job.weights_stay :]
+        coming = travelling
+        if buffer.gradient is not None:
+            landing = _as(buffer.gradient, values.dtype)[:numel]
+            coming, values = [*travelling, (landing, values)], landing
+        arrival = self.copies.all_to_device(coming, buffer.free, *before)
+        with self.copies.aside(arrival, launched):
+            part = replace(local, weights=home.weights) if job.weights_stay else local
+            job.kernels.update(state.layout, part, Gradient(values, job.gradient.scale), piece)
+            done = self.copies.mark()
+        buffer.free = self.copies.all_to_host([(there, here) for here, there in travelling], done)
+        return done
+
+
+@dataclass(frozen=True)
+class StreamedUpdate:
+    """What an update takes besides the state: the whole chunk's gradient, wherever it is, and what to wait for
+    before it is read. `weights_stay`: the weights are on the device and do not travel."""
+
+    gradient: Gradient
+    kernels: UpdateKernels
+    weights_stay: bool
+    after: tuple[Arrival, ...] = ()
+
+
+def _as(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of `flat` as elements of another dtype, as many as fit."""
+    fitting = flat.nbytes // dtype.itemsize * dtype.itemsize
+    return flat.view(torch.uint8)[:fitting].view(dtype)

@@ -1,0 +1,181 @@
+"""Training states: what our own optimizer keeps of each chunk, and on which tier.
+
+A chunk's *weights* are what programs compute with; the *rest* is what they lack of the float32 master: a 16-bit
+remainder where they are bfloat16 (see `split_pairs`), the whole master where they are float16, nothing where
+they are the master themselves. Beside them lie the moments, and between backward and update a gradient.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..isa.layout import ChunkLayout
+from ..kernels.split_pairs import SplitPair, join, split
+from ..kernels.update_rules import AdamHyper, SgdHyper
+
+Hyper = AdamHyper | SgdHyper
+Schedule = Callable[[str, int], Hyper | None]
+"""From a parameter's name and the number of its next update, counted from 1, to how it is updated."""
+
+
+class Where(Enum):
+    """Where a chunk's training state lies, and where it is updated."""
+
+    DEVICE = "on the device"
+    HOST = "on the host"
+    STREAMED = "on the host, updated on the device"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous stretch of a training state, 1-D: one part of the parameters that are updated alike."""
+
+    weights: Tensor
+    rest: Tensor | None
+    moments: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it, the weights first."""
+        return [self.weights, *([] if self.rest is None else [self.rest]), *self.moments]
+
+    def first(self, numel: int) -> "Part":
+        """Its first elements."""
+        rest = None if self.rest is None else self.rest[:numel]
+        return Part(self.weights[:numel], rest, tuple(moment[:numel] for moment in self.moments))
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements `start` to `end` of a chunk, all of whose parameters are updated by `hyper`."""
+
+    start: int
+    end: int
+    hyper: Hyper
+
+    def pieces(self, numel: int) -> Iterator["Stretch"]:
+        """The stretch in pieces of at most `numel` elements."""
+        for start in range(self.start, self.end, numel):
+            yield Stretch(start, min(start + numel, self.end), self.hyper)
+
+
+@dataclass
+class ChunkState:
+    """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that.
+
+    `held` is a gradient in the compute dtype, times the loss scale; `total` is one in the master's dtype, to
+    which several are added. `present` are the slots that either has a gradient for.
+    """
+
+    layout: ChunkLayout
+    where: Where
+    weights: Tensor
+    rest: Tensor | None
+    moments: tuple[Tensor, ...]
+    steps: list[int] = field(default_factory=list)
+    held: Tensor | None = None
+    total: Tensor | None = None
+    added: bool = False
+    present: set[int] = field(default_factory=set)
+    measured: set[int] = field(default_factory=set)
+    version: int = 0
+
+    @property
+    def name(self) -> str:
+        """The chunk by its parameters, for messages."""
+        names = [slot.name for slot in self.layout.slots]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def slice(self, flat: Tensor, slot: int) -> Tensor:
+        place = self.layout.slots[slot]
+        return flat.narrow(0, place.offset, place.numel).view(place.shape)
+
+    def read(self, slot: int) -> Tensor:
+        """One parameter's master, in a tensor of its own."""
+        weights = self.slice(self.weights, slot)
+        if self.rest is None:
+            return weights.clone()
+        rest = self.slice(self.rest, slot)
+        # Of a resident chunk that is streamed only the weights are on the device.
+        return join(SplitPair(weights.to(rest.device), rest)) if self.layout.splits else rest.clone()
+
+    def write(self, slot: int, value: Tensor) -> None:
+        """Set one parameter's master."""
+        weights = self.slice(self.weights, slot)
+        self.version += 1
+        if self.rest is None:
+            weights.copy_(value)
+        elif self.layout.splits and value.dtype == torch.bfloat16:
+            weights.copy_(value)
+            self.slice(self.rest, slot).zero_()
+        elif self.layout.splits:
+            halves = split(value.detach().to(weights.device, torch.float32))
+            weights.copy_(halves.hi)
+            self.slice(self.rest, slot).copy_(halves.lo)
+        else:
+            self.slice(self.rest, slot).copy_(value)
+            weights.copy_(value)
+
+    def take(self, other: "ChunkState") -> None:
+        """Become a copy of the same chunk's state on another tier."""
+        self.weights.copy_(other.weights)
+        for target, source in zip(self._beside_weights(), other._beside_weights(), strict=True):
+            target.copy_(source)
+        self.steps, self.version = other.steps, other.version
+        self.present, self.measured, self.added = other.present, other.measured, other.added
+        if self.added:
+            assert self.total is not None and other.total is not None
+            self.total.copy_(other.total)
+        elif self.present and other.held is not None:
+            self.held = other.held.to(self.weights.device) if self.held is None else self.held.copy_(other.held)
+
+    def _beside_weights(self) -> tuple[Tensor, ...]:
+        return self.moments if self.rest is None else (self.rest, *self.moments)
+
+    def part(self, start: int, end: int) -> Part:
+        cut = slice(start, end)
+        rest = None if self.rest is None else self.rest[cut]
+        return Part(self.weights[cut], rest, tuple(moment[cut] for moment in self.moments))
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient to update with: the sum where several were added, else the one that is held."""
+        found = self.total if self.added else self.held
+        assert found is not None
+        return found
+
+    def stretches(self, schedule: Schedule) -> list[Stretch]:
+        """What to update, as few and as long as parameters that are updated alike allow; counts the steps."""
+        found: list[Stretch] = []
+        joins = False
+        for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
+            hyper = schedule(place.name, self.steps[slot] + 1) if slot in self.present else None
+            if hyper is None:
+                joins = False
+                continue
+            self.steps[slot] += 1  # of every parameter on every process, whoever holds it
+            if place.numel == 0:
+                continue
+            end = place.offset + place.numel
+            if joins and found[-1].hyper == hyper:
+                found[-1] = Stretch(found[-1].start, end, hyper)
+            else:
+                found.append(Stretch(place.offset, end, hyper))
+            joins = True
+        return found
+
+    def forget_gradient(self) -> None:
+        self.present.clear()
+        self.added = False
+        if self.where is Where.DEVICE:
+            self.held = None
+
+
+def rest_dtype(layout: ChunkLayout) -> torch.dtype | None:
+    """The dtype of what a chunk's weights lack of their masters; None where they lack nothing."""
+    if layout.splits:
+        return torch.int16
+    return layout.master_dtype if layout.casts else None

@@ -1,0 +1,92 @@
+"""One update of one stretch of training state, on whichever side it lies, by the fastest kernel there is."""
+
+import os
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from ..isa.layout import ChunkLayout
+from ..kernels.device_updates import DeviceKernel
+from ..kernels.host_updates import HostKernel
+from ..kernels.split_pairs import SplitPair
+from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
+from .states import Hyper, Part, Stretch
+
+LAUNCHER_CORES = 2
+"""Cores left to the thread that launches the device's work, and to the driver's."""
+
+
+def host_threads(sharing: int) -> int:
+    """How many threads the host's updates run on, where so many processes share the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // sharing - LAUNCHER_CORES)
+
+
+class UpdateKernels:
+    """The kernels of both sides.
+
+    Split pairs are updated by the host's and the device's kernels, which give the same bits. Other masters are
+    updated by `torch.optim`'s own fused functions.
+    """
+
+    def __init__(self, device: torch.device, sharing: int = 1) -> None:
+        self.threads = host_threads(sharing)
+        self._host = HostKernel()
+        self._device = DeviceKernel() if device.type == "cuda" else None
+
+    def update(self, layout: ChunkLayout, part: Part, gradient: Gradient, stretch: Stretch) -> None:
+        """Update `part`, which is that stretch of a chunk, in place; on CUDA on the current stream, without waiting
+        for anything."""
+        hyper = stretch.hyper
+        if not layout.splits:
+            _update_master(part, gradient, hyper, _parameters(layout, stretch))
+            return
+        assert part.rest is not None
+        pair = SplitPair(part.weights, part.rest)
+        if self._device is not None and part.weights.is_cuda:
+            if isinstance(hyper, AdamHyper):
+                self._device.adam(pair, gradient, AdamMoments(*part.moments), hyper)
+            else:
+                self._device.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper)
+        elif isinstance(hyper, AdamHyper):
+            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads)
+        else:
+            self._host.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper, self.threads)
+
+
+def _parameters(layout: ChunkLayout, stretch: Stretch) -> list[slice]:
+    """Where the parameters of a stretch lie in it. torch's kernels on the host round the last few elements of a
+    tensor in another way than the others, so that only parameters of their own get the bits that they get there."""
+    bounds = ((slot.offset, slot.offset + slot.numel) for slot in layout.slots)
+    cut = ((max(start, stretch.start) - stretch.start, min(end, stretch.end) - stretch.start) for start, end in bounds)
+    return [slice(start, end) for start, end in cut if start < end]
+
+
+def _update_master(part: Part, gradient: Gradient, hyper: Hyper, parameters: list[slice]) -> None:
+    master = part.weights if part.rest is None else part.rest
+    grad = gradient.values.to(master.dtype)
+    if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:
+        grad = grad * gradient.scale
+    cuts = [slice(None)] if master.is_cuda else parameters
+    masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
+    if isinstance(hyper, AdamHyper):
+        done = [torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device) for _ in cuts]
+        adam(
+            masters, grads, *moments, [], done, fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
+            beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
+            decoupled_weight_decay=hyper.decoupled,
+        )  # fmt: skip
+    else:
+        # Without momentum there is no buffer, and with it none is read before the first update.
+        buffers = list(moments[0]) if hyper.momentum and not hyper.first else [None for _ in cuts]
+        sgd(
+            masters, grads, buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
+            momentum=hyper.momentum, dampening=hyper.dampening, nesterov=hyper.nesterov,
+        )  # fmt: skip
+        if hyper.momentum and hyper.first:
+            for cut, buffer in zip(cuts, buffers, strict=True):
+                part.moments[0][cut].copy_(buffer)
+    if part.rest is not None:
+        part.weights.copy_(master)

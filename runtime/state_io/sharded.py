@@ -1,0 +1,204 @@
+"""Checkpoints of tensors that several processes have parts of, by torch.distributed.checkpoint.
+
+Each process writes the rectangles that it has, as regions of the whole tensor, and reads those that it needs: how
+many processes wrote them, and how tensors lay on these, does not matter to those that read. Nothing is gathered.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from ..distributed.local_shards import Region
+from ..distributed.ranks import Ranks
+from ..isa.errors import CheckpointError
+from .atomic_directory import shared_directory
+
+METADATA = ".metadata"
+"""The file that tells a checkpoint of torch.distributed.checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint, as far as this process has it.
+
+    Fields:
+        shape, dtype: of the whole.
+        regions: what this process has of it.
+        read: the values of a region.
+        write: sets those of a part of a region, which is given as slices.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    regions: tuple[Region, ...]
+    read: Callable[[Region], Tensor]
+    write: Callable[[Region, tuple[slice, ...], Tensor], None]
+
+    @classmethod
+    def of(cls, flat: Tensor, shape: tuple[int, ...], regions: tuple[Region, ...]) -> "Stored":
+        """What lies in `flat`, by regions."""
+
+        def write(region: Region, inside: tuple[slice, ...], values: Tensor) -> None:
+            region.of(flat)[inside].copy_(values)
+
+        return cls(shape, flat.dtype, regions, lambda region: region.of(flat), write)
+
+
+def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
+    """Replace `directory` by a checkpoint; all processes call it with tensors of the same names.
+
+    `objects` are rank 0's, of types that load without code. Raises CheckpointError where it cannot be written; what
+    was saved before is intact.
+    """
+    target = Path(directory)
+    if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
+        raise CheckpointError(f"{directory} holds files but no such checkpoint, and saving replaces it; choose another")
+    try:
+        with shared_directory(directory, ranks) as temporary, _quiet():
+            dcp.save({}, checkpoint_id=temporary, planner=_Saver(tensors, objects), no_dist=not ranks.together)
+    except (dcp.CheckpointException, OSError) as error:
+        raise CheckpointError(
+            f"could not save to {directory}: {_told(error)}. A checkpoint saved there before is intact"
+        ) from error
+
+
+def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a checkpoint. Raises CheckpointError where there is none."""
+    if not (Path(directory) / METADATA).is_file():
+        raise CheckpointError(f"there is no checkpoint in {directory}: no {METADATA}")
+    found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def load(
+    directory: str | Path, tensors: Mapping[str, Stored], objects: tuple[str, ...], ranks: Ranks
+) -> dict[str, Any]:
+    """Read `tensors` in place, and return the objects of these names. All processes call it.
+
+    Raises CheckpointError: where the checkpoint lacks one, or has it in another shape, nothing is changed; where it
+    cannot be read to its end, some tensors are.
+    """
+    loader = _Loader(tensors, objects)
+    try:
+        with _quiet():
+            dcp.load({}, checkpoint_id=directory, planner=loader, no_dist=not ranks.together)
+    except (dcp.CheckpointException, OSError) as error:
+        raise CheckpointError(f"could not load {directory}: {_told(error)}") from error
+    return loader.found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process needs no others, and no warning that there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _told(error: BaseException) -> str:
+    """What the processes say of a failure, without their tracebacks."""
+    if not isinstance(error, dcp.CheckpointException):
+        return str(error)
+    told = {f"{type(failure[0]).__name__}: {failure[0]}": rank for rank, failure in error.failures.items()}
+    return "; ".join(f"rank {rank} failed with {text}" for text, rank in told.items())
+
+
+def _chunk(region: Region) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(Size(region.offsets), Size(region.sizes))
+
+
+class _Saver(dcp.DefaultSavePlanner):
+    """Writes what `Stored` tensors say; what several processes have, one of them writes."""
+
+    def __init__(self, tensors: Mapping[str, Stored], objects: Mapping[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.tensors, self.objects = tensors, objects
+        self.regions: dict[MetadataIndex, tuple[Stored, Region]] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, stored in self.tensors.items():
+            for region in stored.regions:
+                index = MetadataIndex(name, Size(region.offsets))
+                data = TensorWriteData(_chunk(region), TensorProperties(dtype=stored.dtype), Size(stored.shape))
+                self.regions[index] = stored, region
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        if self.is_coordinator:
+            items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.objects]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            data = io.BytesIO()
+            torch.save(self.objects[write_item.index.fqn], data)
+            return data
+        stored, region = self.regions[write_item.index]
+        return stored.read(region).detach()
+
+
+class _Loader(dcp.DefaultLoadPlanner):
+    """Reads what `Stored` tensors lack; a piece at a time is in memory beside them."""
+
+    def __init__(self, tensors: Mapping[str, Stored], objects: tuple[str, ...]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.tensors, self.objects = tensors, objects
+        self.found: dict[str, Any] = {}
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        entries, items = self.metadata.state_dict_metadata, []
+        for name, stored in self.tensors.items():
+            if not prod(stored.shape):
+                continue
+            entry = entries.get(name)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointError(f"the checkpoint lacks {name}; it is of another model")
+            if tuple(entry.size) != stored.shape:
+                raise CheckpointError(f"{name} has shape {stored.shape}, in the checkpoint {tuple(entry.size)}")
+            items += create_read_items_for_chunk_list(name, entry, list(map(_chunk, stored.regions)))
+        wanted = {name: MetadataIndex(name) for name in self.objects if name in entries}
+        items += [_read_object(index) for index in wanted.values()]
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        entry = self.metadata.state_dict_metadata[read_item.dest_index.fqn]
+        return torch.empty(read_item.lengths, dtype=entry.properties.dtype)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        stored, offsets = self.tensors[read_item.dest_index.fqn], tuple(read_item.dest_index.offset or ())
+        region = next(region for region in stored.regions if region.offsets == offsets)
+        extents = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        stored.write(region, tuple(slice(start, start + length) for start, length in extents), tensor)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.found[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+def _read_object(index: MetadataIndex) -> ReadItem:
+    none = Size((0,))
+    return ReadItem(dcp.planner.LoadItemType.BYTE_IO, index, none, index, none, none)

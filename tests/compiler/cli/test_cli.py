@@ -1,0 +1,206 @@
+"""The command line on a stand-in for the compiler: options, errors, reports, resuming."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from geminifx.compiler.cli.baseline import plain_peak_bytes
+from geminifx.compiler.cli.main import app
+from geminifx.compiler.cli.train import TrainOptions
+from geminifx.models.presets import load_model
+from geminifx.runtime.distributed.ranks import Ranks
+from geminifx.runtime.isa.errors import BudgetError
+from trainable import SMALL_OPT, ClippedAdamW
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+
+class Compiled(torch.nn.Module):
+    """Runs the model as it is and claims a plan and statistics; Ctrl-C comes in call `interrupt_at`."""
+
+    ranks = Ranks()
+
+    def __init__(self, model: Any, options: dict[str, Any], interrupt_at: int | None) -> None:
+        super().__init__()
+        self.model, self.options, self.interrupt_at, self.calls = model, options, interrupt_at, 0
+        self.plan = SimpleNamespace(peak_bytes=900, budget_bytes=1000, placement=options["placement"])
+        self.stats = SimpleNamespace(
+            device_peak_bytes=950, host_peak_bytes=4000, to_device_bytes=70_000, to_host_bytes=60_000
+        )
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        self.calls += self.training
+        if self.calls == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.model(**batch)
+
+    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
+        return ClippedAdamW(kind, params, max_grad_norm, **hyper)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.model.save_pretrained(directory)
+
+    def first_nonfinite(self, **_: torch.Tensor) -> str | None:
+        return None
+
+
+class Bench:
+    """A directory with data and a config file, and a compiler that takes note of how it is called."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.calls: list[Compiled] = []
+        self.interrupt_at: int | None = None
+        (directory / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+        (directory / "tiny.json").write_text(json.dumps(SMALL_OPT))
+
+    def compile(self, model: Any, **options: Any) -> Compiled:
+        self.calls.append(Compiled(model, options, self.interrupt_at))
+        return self.calls[-1]
+
+    def train(self, *words: str) -> Result:
+        fixed = ["--data", "data.txt", "--steps", "4", "--batch-size", "2", "--seq-len", "16"]
+        return CliRunner().invoke(app, ["train", *words, *fixed])
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.chdir(tmp_path)
+    bench = Bench(tmp_path)
+    monkeypatch.setattr("geminifx.compiler.cli.train.compile", bench.compile)
+    return bench
+
+
+def _says(result: Result) -> str:
+    """All that was shown, without the panel's frame and line breaks."""
+    return " ".join(re.sub("[\u2500-\u257f]", " ", result.output).split())
+
+
+def test_trains_a_config_file_and_reports(bench: Bench) -> None:
+    result = bench.train("tiny.json", "--device-budget", "1GB", "--placement", "cpu", "--dump", "programs")
+    assert result.exit_code == 0, result.output
+    options = bench.calls[0].options
+    assert (options["device_budget"], options["placement"], options["dump"]) == ("1GB", "cpu", "programs")
+    assert options["example_inputs"]["input_ids"].shape == (2, 16)
+    shown = _says(result)
+    assert re.search(r"step 4/4 loss \d\.\d+ .* tokens/s device 950 B / 1\.00 kB host 4\.00 kB", shown)
+    assert re.search(r"held-out perplexity: [\d,.]+ before, [\d,.]+ after", shown)
+    assert re.search(r"device, planned peak 900 B 90%", shown)
+    assert "plain PyTorch" not in shown and "saved to runs/tiny" in shown
+    assert len(AutoTokenizer.from_pretrained("runs/tiny")("quick fox")["input_ids"]) > 1
+
+
+def test_a_checkpoint_is_fine_tuned_further_elsewhere(bench: Bench) -> None:
+    assert bench.train("tiny.json").exit_code == 0
+    before = AutoModelForCausalLM.from_pretrained("runs/tiny").state_dict()
+    result = bench.train("runs/tiny", "--lr", "0.01")
+    assert result.exit_code == 0, result.output
+    after = AutoModelForCausalLM.from_pretrained("runs/tiny-tuned").state_dict()
+    kept = AutoModelForCausalLM.from_pretrained("runs/tiny").state_dict()
+    assert all(torch.equal(before[name], kept[name]) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_a_model_the_budget_is_half_of_plain_pytorch(bench: Bench) -> None:
+    result = bench.train("--recompute", "all")
+    assert result.exit_code == 0, result.output
+    budget = int(bench.calls[0].options["device_budget"])
+    parameters = sum(p.numel() for p in bench.calls[0].parameters())
+    # Weights, gradients and two moments, and something for the activations.
+    assert 8 * parameters < budget < 16 * parameters
+    assert bench.calls[0].options["recompute"] == "all"
+    shown = _says(result)
+    assert "the device budget is half of it" in shown and "plain PyTorch, measured peak" in shown
+    assert Path("runs/opt-mini/config.json").exists()
+
+
+def test_measuring_plain_pytorch_leaves_the_model_alone() -> None:
+    model = load_model("opt-mini")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    ids = torch.arange(32).view(2, 16)
+    assert plain_peak_bytes(model, {"input_ids": ids, "labels": ids}) > 16 * model.num_parameters()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
+    assert bench.train("tiny.json", "--output", "whole").exit_code == 0
+    bench.interrupt_at = 2
+    stopped = bench.train("tiny.json", "--output", "my run")
+    assert stopped.exit_code == 130
+    assert "stopped after step 2 and saved" in _says(stopped)
+    settings = "--data data.txt --steps 4 --batch-size 2 --seq-len 16 --output 'my run'"
+    assert f"geminifx train tiny.json {settings} --resume" in _says(stopped)
+    bench.interrupt_at = None
+    resumed = bench.train("tiny.json", "--output", "my run", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    whole, parts = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "my run"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tiny.json", "--device-budget", "24 potatoes"], "--device-budget: unknown unit 'potatoes'"),
+        (["tiny.json", "--device-budget", "0"], "at least one byte"),
+        (["tiny.json", "--host-budget", "-1GB"], "--host-budget: a memory budget must be at least one byte"),
+        (["tiny.json", "--placement", "gpu"], "placement='gpu' is unknown; expected one of 'cuda', 'cpu', 'auto'"),
+        (["tiny.json", "--precision", "int4"], "precision='int4' is unknown"),
+        (["tiny.json", "--lr", "nan"], "lr must be a positive number"),
+        (["tiny.json", "--data", "none.txt"], "there is no data at none.txt"),
+        (["tiny.json", "--data", "bad.txt"], "bad.txt is not UTF-8: byte 0xff at offset 3 (line 1)"),
+        (["tiny.json", "--data", "empty.txt"], "empty.txt holds no text"),
+        (["tiny.json", "--seq-len", "65"], "--seq-len 65 is longer than the 64 positions"),
+        (["tiny.json", "--resume"], "there is no checkpoint to resume in runs/tiny"),
+        (["tiny.json", "--output", "data.txt"], "data.txt is a file"),
+        (["tiny.json", "--output", "data.txt/run"], "data.txt/run cannot be written to"),
+        (["./nowhere"], "there is nothing at ./nowhere; expected a preset (opt-mini, opt-125m"),
+    ],
+)
+def test_errors_are_one_panel_and_no_traceback(bench: Bench, words: list[str], says: str) -> None:
+    (bench.directory / "bad.txt").write_bytes(b"abc\xff")
+    (bench.directory / "empty.txt").write_text("")
+    fixed = ["--steps", "1"] + ([] if "--data" in words else ["--data", "data.txt"])
+    fixed += [] if "--seq-len" in words else ["--seq-len", "16"]
+    result = CliRunner().invoke(app, ["train", *words, *fixed], terminal_width=200)
+    assert result.exit_code == 2, result.output
+    assert says in _says(result) and "Traceback" not in result.output
+
+
+def test_a_compiler_error_is_shown_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BudgetError("the plan needs at least [1.2 GB]")
+
+    monkeypatch.setattr("geminifx.compiler.cli.train.compile", refuse)
+    result = bench.train("tiny.json", "--device-budget", "1GB")
+    assert result.exit_code == 2
+    assert "the plan needs at least [1.2 GB]" in _says(result)
+
+
+def test_a_model_without_its_tokenizer_is_named(bench: Bench) -> None:
+    load_model("tiny.json").save_pretrained("bare")
+    result = bench.train("bare")
+    assert result.exit_code == 2
+    assert "bare brings no tokenizer; a trained model needs" in _says(result)
+
+
+def test_the_output_never_is_the_directory_the_model_came_from() -> None:
+    assert TrainOptions().directory == Path("runs/opt-mini")
+    assert TrainOptions(model="runs/opt-mini").directory == Path("runs/opt-mini-tuned")
+    assert TrainOptions(model="facebook/opt-125m").directory == Path("runs/opt-125m-tuned")
+    assert TrainOptions(model="opt-125m").directory == Path("runs/opt-125m")
+    assert TrainOptions(model="configs/x.json", output=Path("here")).directory == Path("here")
+
+
+def test_version_and_help() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and re.fullmatch(r"geminifx \d+\.\d+\.\d+\n", result.output)
+    assert "--device-budget" in CliRunner().invoke(app, ["train", "--help"], terminal_width=120).output

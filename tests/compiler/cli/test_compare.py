@@ -1,0 +1,66 @@
+"""compare: every mode that a world has a mesh for, planned on one process."""
+
+import geminifx
+import pytest
+import torch
+from geminifx.compiler.cli.compare import compare, ways
+from geminifx.compiler.cli.main import app
+from typer.testing import CliRunner
+from zoo import opt, tokens
+
+
+@pytest.mark.parametrize(
+    "world, modes",
+    [
+        (2, ["data", "data, ZeRO 3", "1d", "1d, sequence"]),
+        (4, ["data", "data, ZeRO 3", "1d", "1d, sequence", "2d"]),
+        (8, ["data", "data, ZeRO 3", "1d", "1d, sequence", "2.5d, depth 2", "3d"]),
+        (64, ["data", "data, ZeRO 3", "1d", "1d, sequence", "2d", "2.5d, depth 4", "2.5d, depth 16", "3d"]),
+    ],
+)
+def test_ways_to_divide_the_work(world: int, modes: list[str]) -> None:
+    assert list(ways(world)) == modes
+
+
+def test_every_way_is_planned_or_says_why_not() -> None:
+    found = {way.name: way for way in compare(opt(), 8, tokens(batch=8), recompute="none")}
+    planned = {name: way.plan for name, way in found.items() if way.plan is not None}
+    assert set(found) - set(planned) == {"1d", "1d, sequence"}, "four heads do not divide by eight"
+    assert "heads do not divide by 8" in found["1d"].refusal
+    assert planned["data"].peak_bytes > planned["data, ZeRO 3"].peak_bytes
+    assert {exchange.axis for exchange in planned["2.5d, depth 2"].exchanges} == {"depth", "row", "col"}
+
+
+def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
+    plan = geminifx.compile(opt(), world_size=4, example_inputs=tokens(batch=2)).plan
+    gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks)
+    reduced = max(plan.exchanges, key=lambda exchange: exchange.received_bytes)
+    assert reduced.axis == "data" and reduced.collective == "all-reduce"
+    assert 0 <= reduced.received_bytes - 2 * gradients * 3 // 4 <= 64, "the loss and the number of tokens besides"
+
+
+def test_over_the_depth_every_gradient_is_exchanged_twice_too() -> None:
+    parallel = {"tensor": {"mode": "2.5d", "size": 8, "depth": 2}}
+    plan = geminifx.compile(opt(), parallel=parallel, world_size=8, example_inputs=tokens(batch=4)).plan
+    gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks)
+    reduced = max((e for e in plan.exchanges if e.axis == "depth"), key=lambda exchange: exchange.received_bytes)
+    assert reduced.collective == "all-reduce"
+    assert 0 <= reduced.received_bytes - 2 * gradients * 1 // 2 <= 64, "the loss and the number of tokens besides"
+
+
+def test_depth_and_data_are_one_where_weights_are_shared_out() -> None:
+    parallel = {"data": 2, "zero": 3, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}
+    compiled = geminifx.compile(opt(), parallel=parallel, world_size=16, example_inputs=tokens(batch=4))
+    compiled.optimizer(torch.optim.AdamW, lr=1e-3)
+    plan = compiled.plan
+    assert {chunk.shards for chunk in plan.layout.chunks} == {4} and "ZeRO" in str(plan)
+    assert "stage 3, over data x depth" in str(plan)
+    found = {e.collective for e in plan.exchanges if e.axis == "data x depth"}
+    assert found == {"all-gather", "reduce-scatter"}
+
+
+def test_the_command_shows_a_table() -> None:
+    arguments = ["compare", "opt-mini", "--world-size", "4", "--batch-size", "4", "--seq-len", "16"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "4 processes" in result.output and "row " in result.output and "2d" in result.output

@@ -1,0 +1,125 @@
+"""A plan made by hand is looked at before anything is moved."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import geminifx
+import pytest
+import torch
+from geminifx.compiler.planner.check import check_plan
+from geminifx.passes.program.plan import Plan, Residency
+from geminifx.runtime.isa.layout import ChunkLayout, Layout
+from geminifx.runtime.isa.mesh import Axis, Mesh
+from geminifx.runtime.isa.precision import parameter_dtypes
+from torch import nn
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+
+
+def plan() -> Plan:
+    return geminifx.compile(model(), example_inputs=(torch.zeros(2, 4),), placement="cpu").plan
+
+
+def check(changed: Plan) -> None:
+    source = model()
+    check_plan(changed, dict(source.named_parameters()), ("0", "1"), parameter_dtypes(source, None))
+
+
+def with_chunk(whole: Plan, **changes: object) -> Plan:
+    first: ChunkLayout = replace(whole.layout.chunks[0], **changes)  # type: ignore[arg-type]
+    return replace(whole, layout=Layout((first, *whole.layout.chunks[1:])))
+
+
+def with_slot(whole: Plan, **changes: object) -> Plan:
+    first, *others = whole.layout.chunks[0].slots
+    return with_chunk(whole, slots=(replace(first, **changes), *others))  # type: ignore[arg-type]
+
+
+def with_stranger(whole: Plan) -> Plan:
+    """A plan with an empty slot behind the last that no parameter of the model has."""
+    first = whole.layout.chunks[0]
+    return with_chunk(whole, slots=(*first.slots, replace(first.slots[-1], name="stranger", offset=64, shape=(0,))))
+
+
+def test_the_planners_own_plan_passes() -> None:
+    check(plan())
+
+
+def test_a_plan_of_parts_passes() -> None:
+    half = replace(with_slot(plan(), placement="tp=S0", shape=(4, 4)), mesh=Mesh((Axis("tp", 2),)))
+    check(half)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda p: replace(p, residency=Residency(weights=frozenset({99}))),
+            "residency.weights is 99 among others, expected chunk numbers from 0 to 0;",
+        ),
+        (lambda p: replace(p, recompute=("7",)), "recompute is '7' among others, expected names of blocks: 0, 1;"),
+        (lambda p: replace(p, optimizer_state_bytes=-8), "optimizer_state_bytes is -8, expected 0 or more bytes"),
+        (lambda p: with_chunk(p, index=3), "layout.chunks[0].index is 3, expected 0:"),
+        (
+            lambda p: with_chunk(p, trainable=False),
+            "chunks[0].trainable is False, expected True: '0.weight' is trained",
+        ),
+        (lambda p: with_chunk(p, dtype=torch.float64), "chunks[0].dtype is torch.float64, expected torch.float32, in"),
+        (lambda p: with_chunk(p, numel=8), "chunks[0].numel is 8, expected 32 or more, where '0.weight' ends"),
+        (
+            lambda p: with_chunk(p, slots=p.layout.chunks[0].slots[1:]),
+            "the number of slots of parameter '0.weight' is 0, expected 1;",
+        ),
+        (lambda p: with_slot(p, shape=(4, 8)), "the shape of '0.weight' is (4, 8), expected (8, 4), the parameter's"),
+        (
+            lambda p: with_slot(p, placement="tp=S0"),
+            "the placement of '0.weight' is 'tp=S0', expected how it lies over the axes of this mesh, which are none;",
+        ),
+        (
+            lambda p: replace(with_slot(p, placement="tp=S0"), mesh=Mesh((Axis("tp", 2),))),
+            "the shape of '0.weight' is (8, 4), expected (8, 4), the parameter's, of which it is the part tp=S0;",
+        ),
+        (lambda p: with_slot(p, offset=1), "the offset of '0.weight' is 1, expected a multiple of 64 (256 bytes)"),
+        (
+            lambda p: with_slot(p, offset=64),
+            "the offset of '0.weight' is 64, expected 72 or more, behind '0.bias', which it overlaps",
+        ),
+        (with_stranger, "the name of a slot is 'stranger', expected a parameter of the model"),
+    ],
+)
+def test_what_does_not_fit_is_named(damage: Callable[[Plan], Plan], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(damage(plan()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"example_inputs": torch.zeros(2, 4)}, r"example_inputs=\(x,\)"),
+        ({"recompute": 3}, "names of blocks"),
+        ({"optimizer_state_bytes": "8"}, "whole number"),
+        ({"optimizer_state_bytes": -8}, "0 or more"),
+        ({"parallel": "tensor"}, "degrees by name"),
+        ({"placement": "gpu"}, "did you mean 'cuda'"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        geminifx.compile(model(), **options)
+
+
+def test_lists_and_single_passes_are_taken() -> None:
+    @geminifx.graph_pass(after="chunk")
+    def look(program: object, plan: Plan) -> None:
+        assert plan.recompute == ("0",)
+
+    compiled = geminifx.compile(model(), example_inputs=[torch.zeros(2, 4)], recompute=["0"], passes=look)
+    assert compiled.plan.recompute == ("0",)
+
+
+def test_only_modules_are_compiled() -> None:
+    with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module"):
+        geminifx.compile(None)  # type: ignore[arg-type]

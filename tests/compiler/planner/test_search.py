@@ -1,0 +1,240 @@
+"""The planner on programs of a few chunks: what fits is chosen, room is filled, refusals name what would do."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from geminifx.compiler.planner.rates import ARENA
+from geminifx.compiler.planner.search import HostBudgetError, Limits, Solution, Wishes, check, solve
+from geminifx.passes.program.plan import Placement, Plan, Residency
+from geminifx.passes.program.program import Program
+from geminifx.passes.program.text import parse_program
+from geminifx.runtime.isa.errors import BudgetError
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from hypothesis import given
+from hypothesis import strategies as st
+
+CHUNKS, NUMEL = 4, 64
+WEIGHTS = 4 * NUMEL  # bytes of a chunk that computes
+STATE = 16 * NUMEL  # and of its master, gradients and optimizer state
+INPUT = ACTIVATION = 64
+EVERYTHING = frozenset(range(CHUNKS))
+
+
+def layout(trainable: bool = True, dtype: torch.dtype = torch.float32) -> Layout:
+    slots = [(Slot(f"w{i}", 0, (NUMEL,)),) for i in range(CHUNKS)]
+    return Layout(tuple(ChunkLayout(i, NUMEL, dtype, torch.float32, trainable, s) for i, s in enumerate(slots)))
+
+
+def lower(plan: Plan, values: int = 16) -> Program:
+    """A program that uses one chunk after the other, in each with an activation of 64 bytes (so many `values`)
+    beside it; with prefetch the next chunk is fetched in front of the release of the last."""
+    name = {torch.float32: "f32", torch.bfloat16: "bf16"}[plan.layout.chunks[0].dtype]
+    lines = ["def evaluation(", f'    x: "f32[{values}] | input:0",', "):", "    # forward"]
+    held: str | None = None
+    for i in range(CHUNKS):
+        release = [f"    geminifx.release(w{i - 1}, {i - 1})"] if held else []
+        fetch = [
+            f'    c{i}: "{name}[{NUMEL}] | chunk={i}" = geminifx.fetch({i}, {NUMEL}, {plan.layout.chunks[0].dtype})'
+        ]
+        lines += fetch + release if plan.prefetch else release + fetch
+        lines += [
+            f'    w{i}: "{name}[{NUMEL}] | chunk={i}" = geminifx.wait(c{i}, {i})',
+            f'    y{i}: "f32[{values}]" = aten.exp.default(x)',
+        ]
+        held = f"w{i}"
+    lines += [f"    geminifx.release({held}, {CHUNKS - 1})", "    return {}"]
+    return parse_program("\n".join(lines) + "\n")
+
+
+ON_DEMAND = INPUT + ACTIVATION + WEIGHTS  # one chunk, one activation
+AHEAD = INPUT + 2 * WEIGHTS  # while two chunks are there no activation is
+ALL = INPUT + ACTIVATION + CHUNKS * STATE
+
+
+def plan(budget: int | None, placement: Placement = "auto", masters: frozenset[int] | None = None,
+         host: int = 10**9, reserve: int = 0, **changes: object) -> Plan:  # fmt: skip
+    return solved(budget, placement, masters, host, reserve, **changes).plan
+
+
+def solved(budget: int | None, placement: Placement, masters: frozenset[int] | None, host: int, reserve: int,
+           **changes: object) -> Solution:  # fmt: skip
+    draft = replace(Plan(placement, budget, layout()), **changes)  # type: ignore[arg-type]
+    return solve(draft, lower, limits(budget, host, reserve), Wishes(placement, (), (), masters))
+
+
+def limits(budget: int | None, host: int = 10**9, reserve: int = 0) -> Limits:
+    return Limits(budget, reserve, host, ARENA)
+
+
+@pytest.mark.parametrize(
+    "placement, budget, peak, prefetch",
+    [
+        ("cpu", None, AHEAD, 1),
+        ("cpu", AHEAD, AHEAD, 1),
+        ("cpu", AHEAD - 1, ON_DEMAND, 0),
+        ("cpu", ON_DEMAND, ON_DEMAND, 0),
+        ("cuda", None, ALL, 1),
+        ("cuda", ALL, ALL, 1),
+        ("auto", None, ALL, 1),
+        ("auto", ALL, ALL, 1),
+        ("auto", ON_DEMAND, ON_DEMAND, 0),
+    ],
+)
+def test_peaks_by_hand(placement: Placement, budget: int | None, peak: int, prefetch: int) -> None:
+    found = plan(budget, placement)
+    assert (found.peak_bytes, found.prefetch) == (peak, prefetch)
+    assert found.residency.masters == (EVERYTHING if peak == ALL else frozenset())
+
+
+def test_the_host_holds_the_state_of_what_is_not_on_the_device() -> None:
+    staging = 2 * WEIGHTS
+    assert plan(None, "cpu").memory.host_bytes == CHUNKS * STATE + staging
+    assert plan(None, "cuda").memory.host_bytes == 0
+    low = plan(None, "cpu", layout=layout(dtype=torch.bfloat16))
+    assert low.memory.host_bytes == CHUNKS * (STATE + 2 * NUMEL) + 2 * 2 * NUMEL
+    frozen = plan(None, "cpu", layout=layout(trainable=False))
+    assert frozen.memory.host_bytes == CHUNKS * WEIGHTS
+    with pytest.raises(BudgetError, match="raise host_budget") as refused:
+        plan(None, "cpu", host=CHUNKS * STATE + staging - 1)
+    assert refused.value.smallest_bytes == CHUNKS * STATE + staging
+
+
+def test_weights_come_before_whole_states() -> None:
+    all_weights = INPUT + ACTIVATION + CHUNKS * WEIGHTS
+    found = plan(all_weights)
+    assert found.residency == Residency(frozenset(), EVERYTHING) and found.peak_bytes == all_weights
+    # In fp32 a chunk computes from its master: the state costs the difference.
+    found = plan(all_weights + STATE - WEIGHTS)
+    assert found.residency == Residency(frozenset({0}), EVERYTHING)
+    assert found.peak_bytes == all_weights + STATE - WEIGHTS
+
+
+def test_a_copy_in_another_dtype_costs_beside_its_master() -> None:
+    low = layout(dtype=torch.bfloat16)
+    found = plan(10**9, layout=low)
+    assert found.peak_bytes == INPUT + ACTIVATION + CHUNKS * (STATE + 2 * NUMEL)
+    assert plan(10**9, "cuda", layout=low).peak_bytes == INPUT + CHUNKS * STATE + 2 * 2 * NUMEL
+
+
+@given(st.integers(ON_DEMAND, ALL + 1000), st.integers(0, 2000))
+def test_more_budget_keeps_more_on_the_device(budget: int, more: int) -> None:
+    small, large = plan(budget), plan(budget + more)
+    assert small.peak_bytes <= budget
+    for kind in ("masters", "on_device"):
+        assert len(getattr(small.residency, kind)) <= len(getattr(large.residency, kind))
+
+
+@given(st.integers(1, ON_DEMAND - 1))
+def test_a_refusal_names_what_would_do_and_what_takes_the_space(budget: int) -> None:
+    with pytest.raises(BudgetError, match=r"weights in flight 256 B, (activations|inputs)") as refused:
+        plan(budget)
+    assert refused.value.smallest_bytes == ON_DEMAND
+    assert plan(ON_DEMAND).peak_bytes == ON_DEMAND
+
+
+def test_the_reserve_is_part_of_the_budget() -> None:
+    assert plan(AHEAD + 1000, "cpu", reserve=1000).peak_bytes == AHEAD + 1000
+    with pytest.raises(BudgetError, match=r"driver and libraries 1\.00 kB"):
+        plan(ON_DEMAND + 999, "cpu", reserve=1000)
+
+
+def test_an_allocator_that_fragments_is_left_room_around_the_largest_storage() -> None:
+    draft, wishes = Plan("cpu", None, layout()), Wishes("cpu", (), ())
+    huge = partial(lower, values=1000)  # activations of 4 kB beside chunks of 256 bytes
+    arena = solve(draft, huge, limits(None), wishes).plan.memory
+    assert arena.peak_bytes == 4000 + 4000 + WEIGHTS and "holes in the allocator" not in dict(arena.at_peak)
+
+    fragmenting = replace(limits(None), hole_share=0.5)
+    memory = solve(draft, huge, fragmenting, wishes).plan.memory
+    assert memory.peak_bytes == arena.peak_bytes + 2000
+    assert dict(memory.at_peak)["holes in the allocator"] == 2000
+    assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
+    small = solve(draft, lower, fragmenting, wishes).plan.memory
+    assert dict(small.at_peak)["holes in the allocator"] == ACTIVATION // 2
+
+    with pytest.raises(BudgetError, match=r"holes in the allocator 2\.00 kB") as refused:
+        solve(draft, huge, replace(fragmenting, device_bytes=memory.peak_bytes - 1), wishes)
+    assert refused.value.smallest_bytes == memory.peak_bytes
+
+
+def test_masters_of_a_model_in_training_stay_where_they_are() -> None:
+    kept = frozenset({2})
+    found = plan(10**9, masters=kept)
+    assert found.residency == Residency(kept, EVERYTHING)
+    with pytest.raises(BudgetError) as refused:
+        plan(ON_DEMAND + STATE - 1, masters=kept)
+    assert refused.value.smallest_bytes == ON_DEMAND + STATE
+
+
+def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_shares() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def watched(candidate: Plan) -> Program:
+        seen.append(candidate.recompute)
+        return lower(candidate)
+
+    draft = Plan("cpu", None, layout())
+    solve(draft, watched, limits(None), Wishes("cpu", ("b",), ("a", "b")))
+    assert set(seen) == {("b",)}
+    seen.clear()
+    solution = solve(draft, watched, limits(None), Wishes("cpu", None, ("a", "b")))
+    assert set(seen) == {(), ("a",), ("a", "b")}
+    assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
+
+
+def recomputing(candidate: Plan, blocks: int) -> Program:
+    """Every one of the blocks keeps 64 bytes, or multiplies once more."""
+    count = len(candidate.recompute)
+    kept = f'"f32[{16 * (blocks + 1 - count)}]'
+    lines = ["def evaluation(", f'    x: {kept} | input:0",', '    a: "f32[2, 2] | input:1",', "):", "    # forward"]
+    lines += [f'    y: {kept}" = aten.exp.default(x)']
+    lines += [f'    m{i}: "f32[2, 2]" = aten.mm.default(a, a)' for i in range(count)]
+    return parse_program("\n".join([*lines, "    return {}"]) + "\n")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 12, 16, 24, 30, 48])
+def test_the_planner_recomputes_the_fewest_blocks_that_do(number: int) -> None:
+    blocks, draft = tuple(f"b{i}" for i in range(number)), Plan("cpu", None, layout())
+    lowered = partial(recomputing, blocks=number)
+    for count in range(number + 1):
+        exact = solve(draft, lowered, limits(None), Wishes("cpu", blocks[:count], blocks)).plan
+        found = solve(draft, lowered, limits(exact.peak_bytes), Wishes("cpu", None, blocks)).plan
+        assert found.recompute == blocks[:count]
+
+
+def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
+    """The more blocks are recomputed, the more of the training state fits the device."""
+    blocks, draft = tuple(f"b{i}" for i in range(16)), Plan("auto", None, layout())
+
+    def solved_within(found: Limits) -> Plan:
+        return solve(draft, partial(recomputing, blocks=16), found, Wishes("auto", None, blocks)).plan
+
+    everything = solved_within(limits(None))
+    tight = limits(everything.peak_bytes - STATE)
+    fastest = solved_within(tight)
+    assert fastest.recompute == () and fastest.memory.host_bytes > 0
+    small = replace(tight, host_bytes=fastest.memory.host_bytes - 1)
+    found = solved_within(small)
+    assert found.recompute and found.memory.host_bytes < fastest.memory.host_bytes
+    with pytest.raises(HostBudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
+        solved_within(replace(limits(ALL // 2), host_bytes=0))
+    assert 0 < refused.value.smallest_bytes < CHUNKS * STATE
+
+
+def test_a_plan_made_elsewhere_is_estimated_anew_and_refused_where_it_does_not_fit() -> None:
+    given_plan = replace(plan(None, "cuda"), memory=plan(None, "cpu").memory)
+    assert check(given_plan, lower, limits(ALL)).plan.peak_bytes == ALL
+    with pytest.raises(BudgetError) as refused:
+        check(given_plan, lower, limits(ALL - 1))
+    assert refused.value.smallest_bytes == ALL
+
+
+def test_the_estimate_says_what_the_peak_consists_of() -> None:
+    memory = plan(None, "cpu").memory
+    assert memory.static_bytes == INPUT
+    assert memory.at_peak == (("weights in flight", 2 * WEIGHTS), ("inputs and buffers", INPUT))
+    assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
+    resident = dict(plan(None).memory.at_peak)
+    assert resident["training state"] == CHUNKS * STATE and "weights in flight" not in resident

@@ -1,0 +1,205 @@
+"""The modelled time of a step: by hand for chunks of 100 parameters, and what nobody can be faster than."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from geminifx.compiler.planner import simulate as cost
+from geminifx.compiler.planner.rates import ARENA, CUDA, LAUNCH_S, Rates
+from geminifx.compiler.planner.simulate import Instruction, StepTime
+from geminifx.passes.program.plan import Plan, Residency
+from geminifx.runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Updates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optimizing import NET
+from zoo import compiled
+
+# Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1, passing 1. A state
+# takes 10 on its way where its weights stay.
+RATES = Rates(1.0, bus_bytes_per_s=100, host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10,
+              device_params_per_s=100, overlaps=True)  # fmt: skip
+TWO: list[Instruction] = [
+    (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
+    (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, SETTLE, 1), (6, REDUCE, 0),
+    (6, SETTLE, 0),
+]  # fmt: skip
+"""Two chunks, each of which computes one second in the forward and two in the backward."""
+BOTH = frozenset({0, 1})
+AT_ONCE = Updates(in_backward=True)
+
+
+def plan_of(chunks: int, updates: Updates | None) -> Plan:
+    layout = (ChunkLayout(i, 100, torch.bfloat16, torch.float32, True, ()) for i in range(chunks))
+    return replace(Plan(layout=Layout(tuple(layout))), updates=updates)
+
+
+def two(updates: Updates | None, residency: Residency, rates: Rates = RATES) -> float:
+    return StepTime(TWO, 6, rates).seconds(plan_of(2, updates), residency)
+
+
+@pytest.mark.parametrize("updates", [None, Updates(), AT_ONCE], ids=["torch's", "ours", "in the backward"])
+def test_everything_on_the_device(updates: Updates | None) -> None:
+    assert two(updates, Residency(BOTH)) == 6 + 2
+
+
+def test_gradients_that_are_added_up_are_updated_with_once() -> None:
+    assert two(Updates(accumulate=2), Residency(BOTH)) == 2 * 6 + 2
+
+
+@pytest.mark.parametrize(
+    "updates, seconds",
+    [
+        # The last gradient lands at 8, is the worker's at 10, new at 14, on the device at 16: eight seconds late.
+        (AT_ONCE, 8 + 8),
+        # Landed at 8, the first chunk's is new at 12 and on the device at 14, the second's at 18 instead of at 15.
+        (Updates(), 8 + 6 + 3),
+        # Twice as much compute and as many gradients, and one update.
+        (Updates(accumulate=2), 16 + 6 + 3),
+        # Both weights come before they are read, both gradients are waited for, then both updates.
+        (None, 8 + 2 * 2 + 2 * 10),
+    ],
+    ids=["in the backward", "ours", "accumulated", "torch's"],
+)
+def test_the_next_forward_waits_for_the_host(updates: Updates | None, seconds: float) -> None:
+    assert two(updates, Residency(weights=BOTH)) == seconds
+
+
+def test_the_first_chunk_on_the_device_hides_the_other_s_update() -> None:
+    assert two(AT_ONCE, Residency(frozenset({0}), BOTH)) == 6 + 1 + 4, (
+        "the second's is new at 10, here at 12, read at 8"
+    )
+
+
+def test_the_worker_takes_what_the_next_forward_reads_first() -> None:
+    """All gradients come at once; the chunks are new at 10, 14 and 18, when they are read one second after another."""
+    rates, chunks = replace(RATES, bus_bytes_per_s=float("inf")), (0, 1, 2)
+    program = [(i, what, i) for i in chunks for what in (FETCH, WAIT)] + [(6, REDUCE, i) for i in (2, 1, 0)]
+    for updates in (AT_ONCE, Updates()):
+        found = StepTime(program, 6, rates).seconds(plan_of(3, updates), Residency(weights=frozenset(chunks)))
+        assert found == 3 * 4 + 1 + 3
+
+
+@pytest.mark.parametrize(
+    "updates, seconds",
+    [
+        (AT_ONCE, 4 + 2 * 10),  # from the first gradient on the bus is busy, and then compute, up to it again
+        (replace(AT_ONCE, accumulate=2), 6 + 6 + 2 + 2 * 14),  # from the second run's on, with sums of 4 bytes
+        (Updates(), 2 * 12 + 1 + 2 + 2 + 2),  # after step(), with gradients; the second chunk waits for both
+    ],
+    ids=["in the backward", "accumulated", "ours"],
+)
+def test_states_travel(updates: Updates, seconds: float) -> None:
+    found = two(updates, Residency(weights=BOTH, streamed=BOTH))
+    assert found == pytest.approx(seconds, abs=5 * LAUNCH_S)
+
+
+def test_a_state_that_travels_costs_its_launches() -> None:
+    rates = replace(RATES, bus_bytes_per_s=float("inf"))
+    assert two(AT_ONCE, Residency(weights=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * LAUNCH_S)
+
+
+def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_not() -> None:
+    chunks = range(4)
+    program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, SETTLE)]
+    residency = Residency(weights=frozenset(chunks), streamed=frozenset(chunks))
+    found = StepTime(program, 104, RATES).seconds(plan_of(4, AT_ONCE), residency)
+    assert found == pytest.approx(24 + 100, abs=5 * LAUNCH_S)
+
+
+@pytest.mark.parametrize("passing, seconds", [(100, 8 + 6 + 1), (10, 8 + 12)])
+def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, seconds: float) -> None:
+    """The second chunk's state travels from 4 to 14 and passes through the host's memory, from where the first one's
+    weights come at 12, so that the second is two seconds late where they do not come after that."""
+    rates = replace(RATES, passing_params_per_s=passing)
+    found = two(AT_ONCE, Residency(weights=BOTH, streamed=frozenset({1})), rates)
+    assert found == pytest.approx(seconds, abs=5 * LAUNCH_S)
+
+
+def test_weights_that_do_not_stay_come_one_behind_the_other_from_their_fetches_on() -> None:
+    nowhere = Residency()
+    late = StepTime([(0, FETCH, 0), (0, WAIT, 0), (0, FETCH, 1), (1, WAIT, 1)], 2, RATES)
+    assert late.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 1
+    early = StepTime([(0, FETCH, 0), (0, FETCH, 1), (0, WAIT, 0), (0, WAIT, 1)], 2, RATES)
+    assert early.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 2
+
+
+def test_new_weights_are_fetched_when_the_host_has_them() -> None:
+    once = StepTime([(0, FETCH, 0), (0, WAIT, 0), (3, REDUCE, 0)], 3, RATES)
+    assert once.seconds(plan_of(1, AT_ONCE), Residency()) == 3 + 2 + 4 + 2
+
+
+def test_where_nothing_overlaps_every_copy_is_waited_for() -> None:
+    rates = replace(ARENA, bus_bytes_per_s=100)
+    assert two(AT_ONCE, Residency(weights=BOTH), rates) == 6 + 2 * 2 + 2 * 2
+    assert two(None, Residency(weights=BOTH), rates) == 6 + 2 * 2 + 2 * 2
+
+
+# -- any residency -----------------------------------------------------------------------------------------
+
+MANY = range(8)
+
+
+def one_ahead() -> list[Instruction]:
+    """Eight chunks, each of which computes one second in the forward and two in the backward."""
+    order, begins = [*MANY, *reversed(MANY)], [*range(8), *range(8, 24, 2)]
+    found: list[Instruction] = [(0, FETCH, 0)]
+    for at, chunk, following in zip(begins, order, [*order[1:], None], strict=True):
+        found.append((at, WAIT, chunk))
+        if following is not None:
+            found.append((at, FETCH, following))
+        if at >= 8:
+            found += [(at + 2, SETTLE, chunk + 1)] if chunk < 7 else []
+            found.append((at + 2, REDUCE, chunk))
+    return [*found, (24, SETTLE, 0)]
+
+
+STEP = one_ahead()
+SOME = st.sets(st.sampled_from(MANY)).map(frozenset)
+SPEED = st.sampled_from([10.0, 100.0, 1000.0])
+
+
+@settings(max_examples=500)
+@given(st.sampled_from([None, Updates(), AT_ONCE]), SOME, SOME, SOME, SPEED, SPEED, st.booleans())
+def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
+    updates: Updates | None, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
+    bus: float, host: float, overlaps: bool,
+) -> None:  # fmt: skip
+    streamed = streamed - masters if updates else frozenset()
+    rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
+    found = StepTime(STEP, 24, rates).seconds(plan_of(8, updates), Residency(masters, weights, streamed))
+    compute_s = 24 + len(masters)
+    host_s = 100 * len(frozenset(MANY) - masters - streamed) / host
+    copies = sum(1 if i in weights else 2 for i in frozenset(MANY) - masters - (streamed & weights))
+    travelling = sum(1000 + 200 * (i not in weights) + 200 * (updates != AT_ONCE) for i in streamed)
+    up_s = (200 * copies + travelling) / bus
+    assert max(compute_s, host_s, up_s) <= found * (1 + 1e-9)
+    down_s = 200 * 8 / bus
+    all_s = compute_s + host_s + (200 * 2 * 8 + travelling) / bus + down_s + (1 + LAUNCH_S) * len(streamed)
+    assert found <= all_s * (1 + 1e-9)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from([None, Updates(), AT_ONCE]), SOME, SOME, SOME, SPEED, SPEED)
+def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
+    updates: Updates | None, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
+    bus: float, host: float,
+) -> None:  # fmt: skip
+    rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host)
+    time, residency = (
+        StepTime(STEP, 24, rates),
+        Residency(masters, weights, streamed - masters if updates else frozenset()),
+    )
+    found = time.seconds(plan_of(8, updates), residency)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cost, "STEPS", 9)
+        assert time.seconds(plan_of(8, updates), residency) == pytest.approx(found)
+
+
+def test_a_program_s_instructions_are_found_between_its_compute() -> None:
+    model = compiled(NET, precision="bf16")
+    time = StepTime.of(model.session.last["training"].flat, CUDA)
+    reduced = [chunk for _, what, chunk in time.instructions if what is REDUCE]
+    assert sorted(reduced) == list(range(len(model.plan.layout.chunks)))
+    at = [at_s for at_s, _, _ in time.instructions]
+    assert at == sorted(at) and 0 == at[0] < at[-1] <= time.compute_s

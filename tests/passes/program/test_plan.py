@@ -1,0 +1,101 @@
+"""Plan: frozen data that survives JSON and reads as a table."""
+
+import json
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from geminifx.passes.program.plan import MemoryEstimate, Plan, Residency
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from geminifx.runtime.isa.units import format_bytes
+
+PLAN = Plan(
+    placement="cpu",
+    budget_bytes=24_000_000_000,
+    layout=Layout(
+        (
+            ChunkLayout(0, 192, torch.bfloat16, torch.float32, True, (Slot("a", 0, (8, 8)), Slot("b", 128, ()))),
+            ChunkLayout(1, 64, torch.float32, torch.float32, False, (Slot("frozen", 0, (64,)),)),
+        ),
+        (("head", "a"),),
+    ),
+    recompute=("layers.0", "layers.1"),
+    prefetch=2,
+    residency=Residency(masters=frozenset({1}), weights=frozenset({0, 1})),
+    optimizer_state_bytes=4,
+    memory=MemoryEstimate(1000, 2_500_000, 3000, 4, (("activations", 1500), ("chunk 0", 384))),
+    notes=("a note",),
+)
+
+
+@pytest.mark.parametrize("plan", [PLAN, Plan()])
+def test_json_round_trip(plan, tmp_path):
+    assert Plan.from_json(plan.to_json()) == plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    again = Plan.load(tmp_path / "plan.json")
+    assert again.layout.places == plan.layout.places
+    assert hash(again.residency) == hash(plan.residency)
+
+
+def test_json_round_trip_of_a_packed_model(captured):
+    _, plan = captured
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_json_can_be_edited_by_hand():
+    data = json.loads(PLAN.to_json())
+    data["prefetch"], data["recompute"] = 0, []
+    edited = Plan.from_json(json.dumps(data))
+    assert edited.prefetch == 0 and edited.recompute == () and edited.layout == PLAN.layout
+
+
+def _without(field):
+    data = json.loads(PLAN.to_json())
+    del data[field]
+    return json.dumps(data)
+
+
+def _with(**changes):
+    return json.dumps({**json.loads(PLAN.to_json()), **changes})
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("{}", "layout"),
+        ("[1, 2]", "not a geminifx plan"),
+        ("null", "not a geminifx plan"),
+        ("{prefetch: 1}", "not a geminifx plan"),
+        (_without("memory"), "memory"),
+        (_with(prefetched=1), "prefetched"),
+        (_with(placement="gpu"), "gpu"),
+        (_with(prefetch=-1), "prefetch"),
+        (_with(outputs="logits"), "outputs is 'logits', expected one of loss, all"),
+        (PLAN.to_json().replace("bfloat16", "float17"), "float17"),
+        (PLAN.to_json().replace("bfloat16", "nn"), "nn"),
+    ],
+)
+def test_other_text_is_refused_and_the_field_named(text, named):
+    with pytest.raises(ValueError, match=named):
+        Plan.from_json(text)
+
+
+def test_a_plan_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        PLAN.prefetch = 3
+    changed = PLAN.with_residency(Residency(), MemoryEstimate(peak_bytes=7))
+    assert changed.peak_bytes == 7 and PLAN.peak_bytes == 2_500_000
+    assert PLAN.residency.on_device == {0, 1}
+
+
+def test_str_is_a_table():
+    lines = str(PLAN).splitlines()
+    table = dict(line.split("  ", 1) for line in (line.strip() for line in lines))
+    table = {name: text.strip() for name, text in table.items()}
+    assert table["device budget"] == "24.0 GB" and table["planned device peak"] == "2.50 MB"
+    assert table["chunks"] == "2, largest 384 B" and table["at the peak: activations"] == format_bytes(1500)
+    assert table["training state on the device"] == "1 of 2" and table["note"] == "a note"
+    starts = {len(line) - len(line[line.index("  ", 2) :].lstrip()) for line in lines}
+    assert len(starts) == 1, "the second column starts at one place"
+    assert "unlimited" in str(Plan())

@@ -1,0 +1,18 @@
+"""average_loss: the loss over all ranks' tokens."""
+
+import pytest
+from geminifx.passes.average_loss import average_loss
+from geminifx.passes.program.plan import Plan
+from geminifx.runtime.isa.mesh import DATA, Axis, Mesh
+
+
+@pytest.mark.parametrize("case", ["mean_of_a_loss", "fused_loss", "sums_and_other_outputs"])
+def test_before_and_after(golden, case):
+    golden(case, average_loss, Plan(mesh=Mesh((Axis(DATA, 2),))))
+
+
+def test_alone_nothing_changes(captured, same):
+    program, _ = captured
+    before = program.copy()
+    average_loss.rewrite(program, Plan())
+    same(program, before)

@@ -1,0 +1,102 @@
+"""fuse_gradients: weights' gradients are multiplied into their chunks, in less memory and of the same bits."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from geminifx import CompiledModule
+from geminifx.compiler import lowering
+from geminifx.compiler.planner.liveness import ACTIVATIONS, GRADIENT_BUFFERS, analyse
+from geminifx.compiler.planner.rates import flops
+from geminifx.passes.cluster import cluster
+from geminifx.passes.fuse_gradients import MM, fuse_gradients
+from geminifx.passes.pipeline import PIPELINE
+from geminifx.passes.program.manager import run_passes
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import note
+from geminifx.runtime.isa.instructions import PUT, PUT_MM
+from optimizing import ADAMW, NET, Loop, placed, same_weights
+from zoo import GPT2, LLAMA, OPT, Case, compiled, train
+
+BEFORE = PIPELINE[: PIPELINE.index(fuse_gradients)]
+WITHOUT = tuple(current for current in PIPELINE if current is not fuse_gradients)
+
+
+@pytest.mark.parametrize("case", ["products", "what_stays"])
+def test_before_and_after(golden, case):
+    golden(case, fuse_gradients, Plan())
+
+
+def test_every_product_that_is_put_alone_is_computed_in_its_place(captured):
+    program, plan = captured
+    run_passes(program, plan, BEFORE)
+    before = [
+        (chunk.name, offset, *value.args) for chunk, offset, value in (put.args for put in program.calls(PUT))
+        if value.target is MM and len(value.users) == 1
+    ]  # fmt: skip
+    others = [put.args for put in program.calls(PUT) if put.args[2].target is not MM]
+    fuse_gradients.rewrite(program, plan)
+    assert before and [(put.args[0].name, *put.args[1:]) for put in program.calls(PUT_MM)] == before
+    assert [put.args for put in program.calls(PUT)] == others
+    assert {note(put).phase for put in program.calls(PUT_MM)} == {"backward"}
+
+
+def test_evaluation_is_left_alone(evaluation, same):
+    program, plan = evaluation
+    run_passes(program, plan, BEFORE)
+    before = program.copy()
+    fuse_gradients.rewrite(program, plan)
+    same(program, before)
+
+
+def test_functions_put_products_too(stack):
+    program = stack.program.copy()
+    run_passes(program, stack.plan, PIPELINE)
+    assert any(function.calls(PUT_MM) for function in program.functions.values())
+
+
+def test_a_step_computes_as_much_in_no_more_memory(captured):
+    program, plan = captured
+    before = program.copy()
+    for current, passes in ((before, WITHOUT), (program, PIPELINE)):
+        run_passes(current, plan, [p for p in passes if p is not cluster])
+    old, new = (sum(map(flops, current.computes)) for current in (before, program))
+    assert new == old > 0
+    old_live, new_live = analyse(before), analyse(program)
+    assert new_live.total().max() <= old_live.total().max()
+    assert new_live.values[ACTIVATIONS].sum() < old_live.values[ACTIVATIONS].sum()
+    assert new_live.values[GRADIENT_BUFFERS].max() == old_live.values[GRADIENT_BUFFERS].max()
+
+
+# -- numbers -----------------------------------------------------------------------------------------------
+
+
+def with_and_without(monkeypatch: pytest.MonkeyPatch, build: Callable[[], CompiledModule]) -> list[CompiledModule]:
+    """The model that `build` compiles, and the same one by the pipeline without the pass."""
+    model = build()
+    with monkeypatch.context() as patched:
+        patched.setattr(lowering, "PIPELINE", WITHOUT)
+        other = build()
+    found = ["geminifx.put_mm" in each.graph["training"] for each in (model, other)]
+    assert found == [True, False]
+    return [model, other]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA], ids=lambda case: case.name)
+def test_models_find_the_same_bits(monkeypatch: pytest.MonkeyPatch, case: Case, precision: str) -> None:
+    models = with_and_without(monkeypatch, lambda: compiled(case, placement="cpu", precision=precision))
+    found, expected = (train(case, model, steps=2) for model in models)
+    assert torch.equal(torch.stack(found.losses), torch.stack(expected.losses))
+    for gradients, others in zip(found.gradients, expected.gradients, strict=True):
+        assert all(torch.equal(gradients[name], others[name]) for name in others)
+    assert models[0].stats.device_peak_bytes <= models[1].stats.device_peak_bytes
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_our_optimizer_finds_the_same_bits(monkeypatch: pytest.MonkeyPatch, in_backward: bool) -> None:
+    models = with_and_without(monkeypatch, lambda: placed(NET, "mixed", "bf16"))
+    kind, hyper = ADAMW
+    for model in models:
+        Loop().run(NET, model, model.optimizer(kind, in_backward=in_backward, **hyper))
+    assert same_weights(*models)

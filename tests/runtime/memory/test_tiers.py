@@ -1,0 +1,161 @@
+"""Tiers and the meter: every byte is counted once, for as long as it lives, and the limit is hard."""
+
+from threading import Timer
+
+import pytest
+import torch
+from geminifx.runtime.isa.errors import BudgetError
+from geminifx.runtime.memory.tiers import MemoryMeter, Tier
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_charges_refunds_and_the_peak() -> None:
+    tier = Tier("device", 100)
+    tier.charge(60, "a")
+    tier.charge(40, "b")
+    tier.refund(60)
+    tier.charge(10, "c")
+    assert (tier.used_bytes, tier.peak_bytes) == (50, 100)
+
+
+def test_a_charge_beyond_the_limit_books_nothing_and_says_why() -> None:
+    tier = Tier("host", 100)
+    tier.charge(60, "a")
+    with pytest.raises(BudgetError, match="host tier is full: the cake needs 41 bytes, 60 of 100") as caught:
+        tier.charge(41, "the cake")
+    assert caught.value.smallest_bytes == 101
+    assert (tier.used_bytes, tier.peak_bytes) == (60, 60)
+    tier.charge(40, "what just fits")
+
+
+def test_a_patient_tier_waits_for_what_another_thread_lets_go() -> None:
+    tier = Tier("device", 100, patience_s=60.0)
+    tier.charge(60, "a")
+    thread = Timer(0.05, tier.refund, (60,))
+    thread.start()
+    tier.charge(60, "b")
+    thread.join()
+    assert (tier.used_bytes, tier.peak_bytes) == (60, 60)
+
+
+def test_no_limit_is_no_limit() -> None:
+    tier = Tier("host")
+    tier.charge(10**18, "everything")
+    assert tier.peak_bytes == 10**18
+
+
+@given(st.lists(st.integers(1, 50), max_size=30))
+def test_a_tier_never_holds_more_than_its_limit(amounts: list[int]) -> None:
+    tier, held = Tier("device", 100), 0
+    for amount in amounts:
+        try:
+            tier.charge(amount, "x")
+            held += amount
+        except BudgetError:
+            assert held + amount > 100
+        assert tier.used_bytes == held <= 100
+
+
+# -- the meter ---------------------------------------------------------------------------------------------
+
+KILO = 1000  # floats, of four bytes each
+
+
+def test_a_tensor_counts_while_it_lives() -> None:
+    with MemoryMeter() as meter:
+        a = torch.ones(KILO)
+        b = a + 1
+        assert meter.used_bytes == 8 * KILO
+        del a
+        assert meter.used_bytes == 4 * KILO
+        b = b * 2  # both exist while it is computed
+        assert (meter.used_bytes, meter.peak_bytes) == (4 * KILO, 8 * KILO)
+    del b
+    assert meter.used_bytes == 0, "what dies after the meter closed is given back, too"
+
+
+def test_views_and_writes_in_place_are_free() -> None:
+    with MemoryMeter() as meter:
+        a = torch.zeros(KILO)
+        view = a.view(10, 100).t()[2:4]
+        pieces = a.split(100)
+        a.add_(1)
+        torch.add(a, 1, out=a)
+        assert meter.used_bytes == meter.peak_bytes == 4 * KILO
+        del a, view
+        assert meter.used_bytes == 4 * KILO, "a view keeps the whole storage"
+        del pieces
+        assert meter.used_bytes == 0
+
+
+def test_what_existed_before_is_not_the_meters() -> None:
+    before = torch.ones(KILO)
+    with MemoryMeter() as meter:
+        before.mul_(2)
+        view = before[:10]
+        assert meter.used_bytes == 0
+        result = view + before[:10]
+        assert meter.used_bytes == 40
+        del result, view
+
+
+def test_several_results_of_one_operator_are_all_counted() -> None:
+    with MemoryMeter() as meter:
+        values, positions = torch.zeros(KILO).max(dim=0, keepdim=True)
+        del positions
+        assert meter.used_bytes == 4
+        del values
+        sorted_values = torch.zeros(KILO, dtype=torch.float64).sort()
+        assert meter.used_bytes == 2 * 8 * KILO
+        del sorted_values
+
+
+def test_addresses_that_are_used_again_are_counted_again() -> None:
+    with MemoryMeter() as meter:
+        for _ in range(50):
+            a = torch.empty(KILO)
+            assert meter.used_bytes == 4 * KILO
+            del a
+            assert meter.used_bytes == 0
+
+
+def test_autograds_saved_tensors_count_until_the_backward_frees_them() -> None:
+    w = torch.ones(KILO, requires_grad=True)
+    with MemoryMeter() as meter:
+        loss = (w.exp() * 2).sum()
+        held = meter.used_bytes
+        loss.backward()
+        del loss
+        assert held == 4 * KILO + 4, "exp saves its result; the product is gone"
+        assert meter.used_bytes == 4 * KILO, "the gradient"
+
+
+def test_a_charge_beyond_the_limit_raises_out_of_the_operator() -> None:
+    tier = Tier("device", 10 * KILO)
+    with MemoryMeter(tier) as meter:
+        a = torch.ones(KILO)
+        b = torch.ones(KILO)
+        with pytest.raises(BudgetError, match=r"aten\.add"):
+            a + b
+        assert meter.used_bytes == 8 * KILO
+        del b
+        a + 1
+    assert tier.peak_bytes == 8 * KILO
+
+
+@given(st.lists(st.tuples(st.sampled_from(["make", "view", "drop"]), st.integers(0, 9)), max_size=25))
+def test_used_bytes_are_those_of_the_living_storages(actions: list[tuple[str, int]]) -> None:
+    with MemoryMeter() as meter:
+        held: list[torch.Tensor] = []
+        for action, number in actions:
+            if action == "make":
+                held.append(torch.zeros(number + 1))
+            elif held and action == "view":
+                held.append(held[number % len(held)].view(-1)[:1])
+            elif held:
+                held.pop(number % len(held))
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+            assert meter.used_bytes == sum(storages.values())
+        held.clear()
+        assert meter.used_bytes == 0
