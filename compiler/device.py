@@ -9,8 +9,8 @@ import torch
 from ..runtime.isa.torch_private import use_expandable_segments
 from ..runtime.isa.units import parse_bytes
 from .options import Options
+from .planner.memory import Limits
 from .planner.rates import ARENA, CUDA
-from .planner.search import Limits
 
 HEADROOM_BYTES = 192 * 2**20
 """What CUDA's context may still grow by while training, as kernels and library handles are loaded."""

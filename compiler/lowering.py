@@ -73,8 +73,8 @@ class Lowering:
 def generate(program: Program) -> Code:
     """The code of a lowered program."""
     parts = [program, *program.functions.values()]
-    turn = next((type_of(node) for node in program.calls(TURN)), None) or ()
-    assert isinstance(turn, tuple)
+    turns = (type_of(node) for node in program.calls(TURN))
+    received = [turn for turn in turns if isinstance(turn, tuple)]
     targets = (str(node.target) for part in parts for node in part.computes if node.op == "call_function")
     return Code(
         name=program.name,
@@ -82,6 +82,6 @@ def generate(program: Program) -> Code:
         inputs=tuple(note(node).role for node in program.placeholders),
         namespaces=frozenset(target.split(".")[0] for target in targets if not target.startswith("<")),
         reduces=frozenset(int(node.args[1]) for node in program.calls(REDUCE)),
-        tangents=tuple(t.stride for t in turn if isinstance(t, TensorType)),
+        turns=tuple(tuple(t.stride for t in turn if isinstance(t, TensorType)) for turn in received),
         input_gradients=tuple(role for role in program.results if role.startswith("gradient:")),
     )

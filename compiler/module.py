@@ -17,8 +17,6 @@ from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
-from ..runtime.optimizer.slot_source import writable
-from ..runtime.optimizer.updating_machine import UpdatingMachine
 from ..runtime.state_io.atomic_directory import carry_over, save_weights, shared_directory
 from .capture.materialize import materialize
 from .capture.results import AbsentOutput
@@ -27,7 +25,7 @@ from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .options import Options
 from .session import Compiled, Session
-from .state_dict import clip_gradients, parts_of, whole_state
+from .state_dict import parts_of, whole_state
 
 
 class CompiledModule(nn.Module):
@@ -137,15 +135,14 @@ class CompiledModule(nn.Module):
         Where parameters are sharded over processes, that function would see this process's parts alone, and clip
         otherwise on each. For `model.optimizer(...)` its `max_grad_norm` needs less memory.
         """
-        return clip_gradients(self.session, max_norm)
+        return self.session.placed_store().clip_grad_norm(max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the source's own; with `model.optimizer(...)`, as that optimizer's."""
-        machine = self.session.machine
-        if isinstance(machine, UpdatingMachine):
-            machine.forget_gradients()
-        else:
+        if self.session.machine is None:
             super().zero_grad(set_to_none)
+        else:
+            self.session.machine.store.zero_grad(set_to_none)
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -173,7 +170,7 @@ class CompiledModule(nn.Module):
             self.session.place()
             return loaded
         machine = self.session.machine
-        with writable(machine) if isinstance(machine, UpdatingMachine) else nullcontext():
+        with nullcontext() if machine is None else machine.store.writable():
             return self.source.load_state_dict(parts_of(self.session, state_dict), strict=strict)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
@@ -247,7 +244,8 @@ class CompiledModule(nn.Module):
             steps: how many to run; figures are per step.
             trace: a file for the trace, to be read by chrome://tracing or Perfetto.
         """
-        return profile(step, steps, trace, self.session.machine)
+        machine = self.session.machine
+        return profile(step, steps, trace, None if machine is None else machine.store)
 
     def first_nonfinite(self, *args: Any, **kwargs: Any) -> str | None:
         """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None."""

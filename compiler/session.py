@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..models.adapters import blocks
 from ..passes.canonicalize import canonicalize
 from ..passes.program.manager import Record
-from ..passes.program.plan import Plan, Residency
+from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..passes.program.text import print_program
 from ..passes.sharding.parameters import whole_parameters
@@ -22,17 +22,19 @@ from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor
 from ..runtime.isa.errors import StateError
+from ..runtime.isa.formats import OwnFormat, TorchFormat
+from ..runtime.isa.homes import Homes
 from ..runtime.isa.instructions import AVERAGE, REDUCE
-from ..runtime.isa.layout import TorchUpdates, Updates
 from ..runtime.isa.precision import cast_dtype, parameter_dtypes
 from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
-from ..runtime.memory.masters import Placing
+from ..runtime.memory.hardware import Hardware
+from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stats import Stats
+from ..runtime.memory.streams import copy_engine
 from ..runtime.memory.tiers import MemoryMeter, Tier
-from ..runtime.optimizer.own_states import StatePlacing
-from ..runtime.optimizer.slot_source import make_lazy
-from ..runtime.optimizer.updating_machine import UpdatingMachine
+from ..runtime.memory.torch_store import TorchStore
+from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared, leaf_key
 from .capture.results import absent_outputs
 from .capture.trace import Captured, Request, capture
@@ -77,14 +79,17 @@ class Session:
             options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source)
         )
         device_limit = None if self.device.is_cuda else self.limits.device_bytes
-        self.tiers = (
+        self.hardware = Hardware(
+            self.device.torch_device,
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
             Tier("host", self.limits.host_bytes),
+            copy_engine,
         )
-        self.meter = None if self.device.is_cuda else MemoryMeter(self.tiers[0])
+        self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.plan: Plan | None = None
         self.machine: Machine | None = None
-        self.updates: Updates | None = None
+        self._own: OwnStore | None = None
+        self.format: OwnFormat | None = None
         self.refusal: Exception | None = None
         self.is_placed = self.are_shared = False
         self.last: dict[str, Compiled] = {}
@@ -129,11 +134,11 @@ class Session:
         if backward and not self.trained:
             # Until the first step masters may still move, so the first real batch is planned for from scratch.
             self._programs.clear()
-        solution, refusal = self.planning.decide(captured, self.plan, bool(self._programs), self.updates)
+        solution, refusal = self.planning.decide(captured, self.plan, bool(self._programs), self.format)
         self.refusal = refusal or self.refusal
         plan = replace(solution.plan, exchanges=exchanges(solution.program, solution.plan))
         machine = self.machine = self.machine or self._make_machine(plan)
-        stale = self.plan is None or self.plan.updates != self.updates
+        stale = self.plan is None or self.plan.format.beside != (self.format is not None)
         self.plan = plan if backward or stale else self.plan
         self.is_placed = False
         program, records = self.lowering.finish(captured.program, plan)
@@ -147,12 +152,12 @@ class Session:
         """The parameters' names, by their identity."""
         return {id(parameter): name for name, parameter in self._parameters.items()}
 
-    def use(self, updates: Updates) -> UpdatingMachine:
+    def use(self, format: OwnFormat) -> OwnStore:
         """Plan anew, for our own optimizer; masters move to where it updates them.
 
         Raises StateError before there is a plan or after an earlier call, and BudgetError where nothing fits.
         """
-        if self.updates is not None:
+        if self.format is not None:
             raise StateError(
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
@@ -161,36 +166,38 @@ class Session:
             raise StateError(
                 "model.optimizer(...) needs a plan: pass example_inputs= to compile, or call the model once"
             )
-        previous, before = self._programs, (self.machine, self.updates, self.refusal, self.plan)
-        self._programs, self.machine, self.updates, self.refusal = {}, None, updates, None
+        previous, before = self._programs, (self.machine, self.format, self.refusal, self.plan)
+        self._programs, self.machine, self.format, self.refusal = {}, None, format, None
         try:
             for key, compiled in sorted(previous.items(), key=lambda item: item[1].program.name == "evaluation"):
                 self._programs[key] = self._compile(compiled.captured)
         except BaseException:
-            self._programs, (self.machine, self.updates, self.refusal, self.plan) = previous, before
+            self._programs, (self.machine, self.format, self.refusal, self.plan) = previous, before
             raise
         self.last = {compiled.program.name: compiled for compiled in self._programs.values()}
         if before[0] is not None:
-            before[0].leave()
-        machine = self.machine
-        assert isinstance(machine, UpdatingMachine)
+            before[0].store.leave()
+        store = self._own
+        assert store is not None
         try:
             self.place()
         except Exception as error:
             self.refusal = error  # some parameters have moved, others have found no room
             raise
-        return machine
+        return store
 
     # -- memory --------------------------------------------------------------------------------------------
 
     def _make_machine(self, plan: Plan) -> Machine:
-        store, device = ChunkStore(plan.layout, self._parameters, self.parts), self.device.torch_device
-        if self.updates is not None:
-            zero = Zero(self.ranks, plan.zero)
-            states = StatePlacing(store, device, self.tiers, self.updates, zero)
-            return UpdatingMachine(states, self._stats, self.ranks)
-        placing = Placing(store, device, self.tiers, TorchUpdates(plan.optimizer_state_bytes))
-        return Machine(placing, self._stats, self.ranks)
+        chunks = ChunkStore(plan.layout, self._parameters, self.parts)
+        self._own = None
+        store: StateStore
+        if self.format is not None:
+            store = self._own = OwnStore(chunks, self.hardware, self.format, self._stats, Zero(self.ranks, plan.zero))
+        else:
+            torchs = TorchFormat(self.options.optimizer_state_bytes)
+            store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)
+        return Machine(store, self.ranks)
 
     def place(self) -> None:
         """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
@@ -201,23 +208,20 @@ class Session:
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
-        residency = self._shared_residency(plan)
+        homes = self._shared_homes(plan)
         with torch.inference_mode(False), torch.no_grad():
             self._move_buffers()
             self._share_values()
-            if isinstance(machine, UpdatingMachine):
-                try:
-                    machine.place(residency.masters, residency.weights, residency.streamed)
-                finally:
-                    make_lazy(machine)
-            else:
-                machine.placing.place(residency.masters, residency.weights)
+            machine.store.place(homes)
         self.is_placed = True
 
-    def _shared_residency(self, plan: Plan) -> Residency:
+    def _shared_homes(self, plan: Plan) -> Homes:
         """Weights stay on the device only where every program made so far has room for them."""
-        others = (compiled.plan.residency.weights for compiled in self._programs.values())
-        return replace(plan.residency, weights=plan.residency.weights.intersection(*others))
+        others = [compiled.plan.homes for compiled in self._programs.values()]
+        return tuple(
+            replace(home, resident=home.resident and all(other.resident for other in same))
+            for home, *same in zip(plan.homes, *others, strict=True)
+        )
 
     def _share_values(self) -> None:
         """Every rank starts from the values of rank 0."""
@@ -265,7 +269,7 @@ class Session:
             self.ranks.clock.step += 1
             self.planning.forget()
         self._note_peaks()
-        for tier in self.tiers:
+        for tier in self.hardware.tiers:
             tier.begin_step()
         self.device.begin_step()
         self._stats.begin_step()
@@ -276,7 +280,7 @@ class Session:
         return self._stats
 
     def _note_peaks(self) -> None:
-        device, host = self.tiers
+        device, host = self.hardware.tiers
         device_bytes = self.device.step_peak_bytes() if self.device.is_cuda else device.step_peak_bytes
         self._stats.peaked(device_bytes, host.step_peak_bytes)
 
@@ -289,20 +293,25 @@ class Session:
         self.ranks.check_launched()
         self.place()
         assert self.machine is not None
-        store = self.machine.placing.store
+        store = self.machine.store
         if not self.is_placed:
             raise StateError(
                 "the model's weights are on 'meta': there are no values to compute with. Load some with "
                 "load_state_dict(...), which puts them where the plan wants them, and call again."
             )
-        if self.updates is None:
-            store.adopt()
-        hooked = next(iter(store.hooks()), None) if backward else None
+        store.adopt()
+        hooked = next(iter(store.chunks.hooks()), None) if backward else None
         if hooked is not None:
             raise StateError(
                 f"parameter {hooked} has an autograd hook, which a compiled step would not call; remove it, and "
                 "work on .grad between backward() and optimizer.step() instead"
             )
+
+    def placed_store(self) -> StateStore:
+        """The store of the training state. Raises StateError before there is a plan."""
+        if self.machine is None:
+            raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
+        return self.machine.store
 
     def _check_parameters(self) -> None:
         """The chunks hold the parameters that the model was compiled with, and no others."""

@@ -1,6 +1,5 @@
 """A state_dict of whole tensors from processes that each have a part of some parameters, and back."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,31 +8,14 @@ from torch import Tensor, nn
 
 from ..runtime.isa.layout import Slot
 from ..runtime.memory.lazy_parameter import LazyParameter
-from ..runtime.optimizer.updating_machine import UpdatingMachine
 from .session import Session
-
-
-def clip_gradients(session: Session, max_norm: float) -> Tensor:
-    """Clip the norm of all gradients, over all processes; returns it as it was before."""
-    machine = session.machine
-    if isinstance(machine, UpdatingMachine) and machine.zero.stage:
-        return machine.held.clip(max_norm)
-    slots, parts = _slots(session), session.parts
-    norms = [torch.zeros((), device=session.device.torch_device)]
-    for name, parameter in session.source.named_parameters():
-        if parameter.grad is not None:
-            norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
-            norms.append(norm.to(norms[0].device) / math.sqrt(parts.replicas(slots[name])))
-    total = parts.norm(torch.linalg.vector_norm(torch.stack(norms)))
-    nn.utils.clip_grads_with_norm_(session.source.parameters(), max_norm, total)
-    return total
 
 
 def _slots(session: Session) -> dict[str, Slot]:
     """Where parameters lie, by all of their names."""
     if session.machine is None or not session.is_placed:
         return {}
-    places, first = session.machine.placing.store.layout.places, session.names()
+    places, first = session.machine.store.chunks.layout.places, session.names()
     named = ((name, first[id(p)]) for name, p in session.source.named_parameters(remove_duplicate=False))
     return {name: places[own][0].slots[places[own][1]] for name, own in named}
 

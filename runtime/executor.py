@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .isa.errors import BudgetError, GeminiError, StateError
-from .machine import Machine, Run
+from .isa.instructions import INSTRUCTIONS
+from .isa.operators import OPERATORS
+from .machine import Machine
+from .memory.state_store import Run
 from .memory.tiers import MemoryMeter
 
 _numbers = count()
@@ -30,8 +34,8 @@ class Code:
     """A generated program ready to be loaded.
 
     `inputs` are the roles of the function's parameters in order; `namespaces` the operator libraries that
-    the text names; `reduces` the chunks that the backward reduces; `tangents` the strides of the gradients of
-    outputs; `input_gradients` the roles returned.
+    the text names; `reduces` the chunks that the backward reduces; `turns` the strides of what comes in at each turn,
+    such as the gradients of outputs; `input_gradients` the roles returned.
     """
 
     name: str
@@ -39,17 +43,22 @@ class Code:
     inputs: tuple[str, ...]
     namespaces: frozenset[str]
     reduces: frozenset[int] = frozenset()
-    tangents: tuple[tuple[int, ...], ...] = ()
+    turns: tuple[tuple[tuple[int, ...], ...], ...] = ()
     input_gradients: tuple[str, ...] = ()
 
 
-def load(code: Code, machine: Machine) -> Callable[..., Any]:
+def called_by_programs(machine: Machine) -> SimpleNamespace:
+    """What programs call as `geminifx`: the machine's instructions, and compute operators, which are torch's to run."""
+    return SimpleNamespace(**{name: getattr(machine, name) for name in INSTRUCTIONS}, **OPERATORS)
+
+
+def load(code: Code, called: SimpleNamespace, device: torch.device) -> Callable[..., Any]:
     """Python's function for a program; tracebacks through it show the program's lines."""
     filename = f"<geminifx {code.name} {next(_numbers)}>"
     linecache.cache[filename] = (len(code.source), None, code.source.splitlines(keepends=True), filename)
     world: dict[str, Any] = {
-        "torch": torch, "inf": math.inf, "nan": math.nan, "DEVICE": machine.device,
-        **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": machine,
+        "torch": torch, "inf": math.inf, "nan": math.nan, "DEVICE": device,
+        **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": called,
     }  # fmt: skip
     exec(compile(code.source, filename, "exec"), world)
     weakref.finalize(world[code.name], linecache.cache.pop, filename, None)
@@ -63,7 +72,8 @@ class Executor:
         self.code = code
         self.machine = machine
         self.meter = meter
-        self.function = load(code, machine)
+        self.called = called_by_programs(machine)
+        self.function = load(code, self.called, machine.device)
 
     def evaluate(self, inputs: list[Tensor]) -> dict[str, Tensor]:
         """Run a program without a backward; returns its results by role."""
@@ -107,21 +117,50 @@ class _Resumed:
             ) from error
 
 
-class TrainingRun:
-    """One step of a training program: `forward` up to the turn, `backward` from there to the end."""
+class ProgramRun:
+    """One run of a program: a generator that sleeps at each of its turns.
+
+    A machine may have any number of them under way, since nothing is read from chunks while a program sleeps.
+    """
 
     def __init__(self, executor: Executor, inputs: list[Tensor]) -> None:
         self.executor = executor
         self.run = Run(executor.code.reduces)
         self.input_bytes = sum(t.nbytes for t in inputs)
         self.generator: Generator[Any, Any, dict[str, Tensor]] | None = executor.function(*inputs)
-        self.versions = executor.machine.versions()
+        self.results: dict[str, Tensor] = {}
+        self.turns = 0
+
+    def advance(self, received: list[Tensor] | None = None) -> list[Tensor]:
+        """Go on to the next turn, with what comes in at the one where the program sleeps; returns what it hands out
+        there. At its end nothing: `results` then has everything by role."""
+        assert self.generator is not None
+        generator, self.generator = self.generator, None  # a run that fails cannot go on
+        if received is not None:
+            received = [
+                _laid_out(t, s) for t, s in zip(received, self.executor.code.turns[self.turns - 1], strict=True)
+            ]
+        with self.executor.resume(self.run, self.input_bytes):
+            try:
+                outputs, _ = generator.send(received)
+            except StopIteration as stop:
+                self.results = stop.value
+                return []
+            self.executor.machine.check_at_rest(self.executor.code.name)
+        self.generator, self.turns = generator, self.turns + 1
+        return outputs
+
+
+class TrainingRun(ProgramRun):
+    """One step of a training program: `forward` up to the turn, `backward` from there to the end."""
+
+    def __init__(self, executor: Executor, inputs: list[Tensor]) -> None:
+        super().__init__(executor, inputs)
+        self.versions = executor.machine.store.versions()
         self.inputs = [(weakref.ref(t), t._version) for t in inputs]
 
     def forward(self) -> list[Tensor]:
-        assert self.generator is not None
-        with self.executor.resume(self.run, self.input_bytes):
-            outputs, _ = next(self.generator)
+        outputs = self.advance()
         # The forward itself writes buffers; whoever writes after it changes what the backward reads.
         self.inputs = [(ref, t._version) for ref, _ in self.inputs if (t := ref()) is not None]
         return outputs
@@ -135,21 +174,17 @@ class TrainingRun:
                 "effect on a compiled step)"
             )
         self._check_unchanged()
-        generator, self.generator = self.generator, None
         self.run.backward = True
-        scale = self.executor.machine.begin_backward()
-        if scale != 1.0:
-            tangents = [tangent * scale for tangent in tangents]
-        with self.executor.resume(self.run, self.input_bytes):
-            try:
-                generator.send([_laid_out(t, s) for t, s in zip(tangents, self.executor.code.tangents, strict=True)])
-            except StopIteration as stop:
-                return {role: t / scale if scale != 1.0 else t for role, t in stop.value.items()}
-        raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
+        scale = self.executor.machine.store.begin_backward()
+        self.advance([tangent * scale for tangent in tangents] if scale != 1.0 else tangents)
+        if self.generator is not None:
+            raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
+        results, self.results = self.results, {}
+        return {role: t / scale if scale != 1.0 else t for role, t in results.items()}
 
     def _check_unchanged(self) -> None:
         """Weights are read again in the backward: others than the forward's would give wrong gradients."""
-        now = self.executor.machine.versions()
+        now = self.executor.machine.store.versions()
         changed = next((name for name, version in now.items() if version != self.versions[name]), None)
         if changed is not None:
             raise StateError(

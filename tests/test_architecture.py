@@ -37,8 +37,6 @@ LONGEST_MODULE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 6
 STILL_IMPORT: dict[str, str] = {
     "models/recipe/finetune.py": "until the loop writes checkpoints by the compiled model",
     "models/recipe/training_state.py": "likewise",
-    "runtime/optimizer/updating_machine.py": "until there is one machine over a store of states",
-    "runtime/state_io/training_state.py": "likewise",
 }
 LONGER_FUNCTIONS: dict[str, str] = {}
 MORE_PARAMETERS: dict[str, str] = {
@@ -189,6 +187,16 @@ def test_a_pass_imports_no_other_pass():
     for path in (path for path in FILES if module(path)[0] == "passes" and path.stem != "pipeline"):
         taken = {target for _, target in project_imports(path)} & passes - {module(path)}
         assert not taken, f"{name(path)} imports the pass {taken}"
+
+
+def test_nobody_asks_a_store_or_a_format_which_it_is():
+    """What differs between two stores of states is what their protocol is for."""
+    for path in FILES:
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "type"):
+                named = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                asked = {"OwnStore", "TorchStore", "OwnFormat", "TorchFormat", "Machine"} & named
+                assert not asked, f"{name(path)}:{node.lineno} asks whether something is a {asked}"
 
 
 def test_private_torch_is_used_in_one_module():

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ...passes.program.program import Program, note
 from ...runtime.executor import Executor
 from ...runtime.isa.instructions import NAMESPACE, TURN, VIEW
-from ...runtime.machine import Run
+from ...runtime.memory.state_store import Run
 
 
 def first_nonfinite(program: Program, executor: Executor, inputs: list[Tensor]) -> str | None:
@@ -65,7 +65,7 @@ def _run(node: fx.Node, values: dict[fx.Node, object], executor: Executor) -> ob
         return args[0][args[1]]
     name = str(node.target)
     if name.startswith(NAMESPACE + "."):
-        return getattr(executor.machine, name.split(".")[1])(*args, **kwargs)
+        return getattr(executor.called, name.split(".")[1])(*args, **kwargs)
     return node.target(*args, **kwargs)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from ...runtime.machine import Machine
+from ...runtime.memory.state_store import StateStore
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Profile:
         return "\n".join([*lines, f"{'device waits':<35}{self.waiting:9.0%}"])
 
 
-def profile(step: Callable[[], object], steps: int, trace: str | Path | None, machine: Machine | None) -> Profile:
+def profile(step: Callable[[], object], steps: int, trace: str | Path | None, store: StateStore | None) -> Profile:
     """Run `step` so many times under torch's profiler; with `trace`, write a Chrome trace there.
 
     Raises ValueError where there is no step to run.
@@ -50,13 +50,13 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, ma
         raise ValueError(f"steps={steps}; expected how many steps to profile, 1 or more")
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    _finish(machine)
-    before_s = machine.host_update_s if machine is not None else 0.0
+    _finish(store)
+    before_s = store.host_update_s if store is not None else 0.0
     with torch.profiler.profile(activities=activities) as profiler:
         start = time.perf_counter()
         for _ in range(steps):
             step()
-        _finish(machine)
+        _finish(store)
         step_s = time.perf_counter() - start
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
@@ -64,14 +64,14 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, ma
     events = [event for event in profiler.events() or () if event.device_type == wanted]
     copies = {kind: [e for e in events if f"Memcpy {kind}" in e.name] for kind in ("HtoD", "DtoH")}
     computes = [e for e in events if not e.name.startswith(("Memcpy HtoD", "Memcpy DtoH")) and not _is_mark(e)]
-    update_s = machine.host_update_s - before_s if machine is not None else 0.0
+    update_s = store.host_update_s - before_s if store is not None else 0.0
     seconds = (step_s, *map(_covered_s, (computes, copies["HtoD"], copies["DtoH"])), update_s)
     return Profile(*(value / steps for value in seconds))
 
 
-def _finish(machine: Machine | None) -> None:
-    if machine is not None:
-        machine.finish()
+def _finish(store: StateStore | None) -> None:
+    if store is not None:
+        store.finish()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

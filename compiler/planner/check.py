@@ -134,15 +134,14 @@ def _of_dtype(
 
 def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[_Offence]:
     count = len(plan.layout.chunks)
-    for kind in ("masters", "weights", "streamed"):
-        for index in getattr(plan.residency, kind):
-            if not (_is_count(index) and index < count):
-                yield _Offence(f"residency.{kind}", f"{index!r} among others", f"chunk numbers from 0 to {count - 1}")
-    for index in plan.residency.streamed:
-        if index in plan.residency.masters or not plan.layout.chunks[index].trainable:
-            yield _Offence("residency.streamed", f"{index} among others", "trained chunks that are not in masters")
+    if len(plan.homes) != count:
+        yield _Offence("homes", f"{len(plan.homes)} of them", f"{count}, one for each chunk")
+    for index, home in enumerate(plan.homes[:count]):
+        if home.streamed and not plan.layout.chunks[index].trainable:
+            expected = "'host' or 'device': only what is trained is streamed"
+            yield _Offence(f"homes[{index}].where", repr(home.where.value), expected)
+    if not _is_count(plan.prefetch):
+        yield _Offence("prefetch", repr(plan.prefetch), "0 or more chunks")
     for name in plan.recompute:
         if name not in blocks:
             yield _Offence("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")
-    if not _is_count(plan.optimizer_state_bytes):
-        yield _Offence("optimizer_state_bytes", repr(plan.optimizer_state_bytes), "0 or more bytes per element")

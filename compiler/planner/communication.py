@@ -18,7 +18,7 @@ def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
     sizes = {axis.name: axis.size for axis in plan.mesh.axes}
     first = {int(fetch.args[0]): fetch for fetch in reversed(program.calls(FETCH))}
     for node in program.computes:
-        if node.target is FETCH and node.args[0] in plan.residency.weights and node is not first[node.args[0]]:
+        if node.target is FETCH and plan.homes[node.args[0]].resident and node is not first[node.args[0]]:
             continue  # whole from its first use on
         for axis, collective, num_bytes in _received(node, plan, sizes):
             counts[axis, collective] += 1

@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...passes.program.plan import Plan, Residency
+from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...runtime.isa.errors import BudgetError, StateError
-from ...runtime.isa.layout import Layout, Updates
+from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
+from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
 from ..capture.results import logits_bytes
 from ..capture.trace import Captured
 from ..lowering import Lowering
 from ..options import Options
 from .check import check_plan
+from .memory import Limits
 from .packing import divide, pack
-from .search import HostBudgetError, Limits, Solution, Wishes, check, solve
+from .refusal import HostBudgetError
+from .search import Constraints, Solution, check, solve
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
@@ -30,6 +33,16 @@ NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothi
 
 Decision = tuple[Solution, Exception | None]
 """What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
+
+
+@dataclass(frozen=True)
+class _Formats:
+    """What training state may consist of: as `model.optimizer(...)` declared it, or, before that, torch's, and ours
+    where that may help."""
+
+    declared: OwnFormat | None
+    torchs: StateFormat
+    ours: StateFormat | None = None
 
 
 @dataclass
@@ -55,32 +68,33 @@ class Planning:
         return replace(plan, mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table,
                        outputs=self.options.outputs, zero=degrees.zero)  # fmt: skip
 
-    def decide(self, captured: Captured, before: Plan | None, fixed: bool, updates: Updates | None) -> Decision:
-        """A plan, for `updates` (None: by an optimizer of torch's).
+    def decide(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
+        """A plan, for our own optimizer's `format` of training state (None: for an optimizer of torch's).
 
         `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
         Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model.
         """
         given, options, lower = self._given(), self.options, partial(self._lower, captured)
+        torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             given = self._as_declared(replace(given, notes=captured.notes))
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
             accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
-            return self._either(accept, given, updates, given.updates, BudgetError)
+            kinds = _Formats(format, torchs, given.format) if given.format.beside else _Formats(format, given.format)
+            return self._either(accept, given, kinds, BudgetError)
         layout = before.layout if before else self._layout(captured.program)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = logits_bytes(captured.program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(self.shared(), placement=options.placement, budget_bytes=self.limits.device_bytes,
-                        layout=layout, notes=notes, optimizer_state_bytes=options.optimizer_state_bytes)  # fmt: skip
-        placed = before.residency if before and fixed else None
-        masters, streamed = (placed.masters, placed.streamed) if placed else (None, Residency().streamed)
-        wishes = Wishes(options.placement, self._recompute(), self.blocks, masters, streamed, fuse_loss, saves)
-        ours = Updates() if any(chunk.casts for chunk in layout.chunks) else None
-        find = lambda plan: solve(plan, lower, self.limits, wishes)  # noqa: E731
-        return self._either(find, draft, updates, ours, HostBudgetError)
+                        layout=layout, notes=notes)  # fmt: skip
+        placed = before.homes if before and fixed else None
+        constraints = Constraints(options.placement, self._recompute(), self.blocks, placed, fuse_loss, saves)
+        ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
+        find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
+        return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
 
     def forget(self) -> None:
         """Training has begun: programs are lowered once each from here on."""
@@ -90,19 +104,20 @@ class Planning:
         return divide(pack(program, self.parameters, self.blocks, self.dtypes), self.shared().shards)
 
     @staticmethod
-    def _either(find: Callable[[Plan], Solution], plan: Plan, updates: Updates | None, ours: Updates | None,
+    def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
                 excused: type[BudgetError]) -> Decision:  # fmt: skip
         """Decide for the optimizer there is. A torch optimizer's state may be too large where `ours` is not: whether
         that is to be used is told only after compiling, and until then steps are refused. So they are where chunks
         are divided, whose training state is of no other kind."""
-        if updates is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
-            return find(replace(plan, updates=ours or Updates())), StateError(NOT_DIVIDED.format(plan.zero))
+        declared, ours = formats.declared, formats.ours
+        if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
+            return find(replace(plan, format=ours or OwnFormat())), StateError(NOT_DIVIDED.format(plan.zero))
         try:
-            return find(replace(plan, updates=updates)), None
+            return find(replace(plan, format=declared or formats.torchs)), None
         except excused as refusal:
-            if updates is not None or ours is None:
+            if declared is not None or ours is None:
                 raise
-            return find(replace(plan, updates=ours, notes=(*plan.notes, ONLY_OURS))), refusal
+            return find(replace(plan, format=ours, notes=(*plan.notes, ONLY_OURS))), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Program:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer.

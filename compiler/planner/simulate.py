@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from ...passes.program.plan import Plan, Residency
+from ...passes.program.plan import Plan
 from ...passes.program.program import Program
+from ...runtime.isa.formats import STREAMED_GRADIENTS
+from ...runtime.isa.homes import Homes
 from ...runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
-from ...runtime.isa.layout import STREAMED_GRADIENTS, ChunkLayout
+from ...runtime.isa.layout import ChunkLayout
 from .rates import LAUNCH_S, Rates, flops
 
 STEPS = 3
@@ -43,9 +45,9 @@ class StepTime:
             compute_s += flops(node) / rates.flops_per_s
         return cls(instructions, compute_s, rates)
 
-    def seconds(self, plan: Plan, residency: Residency) -> float:
+    def seconds(self, plan: Plan, homes: Homes) -> float:
         """From the end of one step to the end of the next: as many runs of the program as gradients are added of."""
-        clock = _Clock(plan, residency, self.rates)
+        clock = _Clock(plan, homes, self.rates)
         ends_s = [clock.step(self.instructions, self.compute_s) for _ in range(STEPS)]
         return ends_s[-1] - ends_s[-2]
 
@@ -53,10 +55,10 @@ class StepTime:
 class _Clock:
     """Whoever has something to do in a step, and when each will be done."""
 
-    def __init__(self, plan: Plan, residency: Residency, rates: Rates) -> None:
-        self.chunks, self.updates, self.residency, self.rates = plan.layout.chunks, plan.updates, residency, rates
-        self.runs = 1 if plan.updates is None else plan.updates.accumulate
-        self.stays = residency.weights | residency.masters
+    def __init__(self, plan: Plan, homes: Homes, rates: Rates) -> None:
+        self.chunks, self.format, self.homes, self.rates = plan.layout.chunks, plan.format, homes, rates
+        self.runs = plan.format.accumulate
+        self.streamed = [index for index, home in enumerate(homes) if home.streamed]
         # With all that there is to do so far are done: compute, copies of weights to the device, states on their
         # way through the device, the host's worker. Gradients on their way to the host are never more than one.
         self.now_s = self.up_s = self.travel_s = self.host_s = 0.0
@@ -95,23 +97,24 @@ class _Clock:
         index = chunk.index
         self._work_until_updated(index)
         arrival_s = self.fresh_s[index]
-        # Only our own optimizer's updates copy weights to where they stay: see `_update_on_host`.
-        stale = self.updates is None and index not in self.residency.masters | self.copied
-        if index not in self.stays or stale:
+        home = self.homes[index]
+        # Only updates that run beside the program copy weights to where they stay: see `_update_on_host`.
+        stale = not self.format.beside and not home.on_device and index not in self.copied
+        if not (home.resident or home.on_device) or stale:
             self.copied.add(index)
             arrival_s = self._copy_up(chunk, max(arrival_s, self.fetched_s[index]))
         self.now_s = max(self.now_s, arrival_s)
 
     def _reduce(self, chunk: ChunkLayout, *, last: bool) -> None:
         """A gradient is complete. `last`: it is not only added to those of runs to come."""
-        if chunk.index in self.residency.masters:
+        if self.homes[chunk.index].on_device:
             self.now_s += last * chunk.shard_numel / self.rates.device_params_per_s
         elif self._waits_for_its_state(chunk.index):
             self._stream(chunk, self.now_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]
         else:
             self.landed_s[chunk.index] = self._copied(chunk.shard_bytes, self.now_s)
-            if last and self.updates is not None and self.updates.in_backward:
+            if last and self.format.in_backward:
                 self._update(chunk, self.landed_s[chunk.index])
             elif last:
                 self.complete.append(chunk.index)
@@ -127,7 +130,7 @@ class _Clock:
     def _end(self) -> None:
         """The optimizer's step(), in the order of the next forward. A torch optimizer's ends with the last update."""
         for chunk in (self.chunks[index] for index in sorted(self.complete)):
-            if self.updates is None:
+            if not self.format.beside:
                 self.now_s += chunk.numel / self.rates.torch_params_per_s
                 self.fresh_s[chunk.index] = self.now_s
             else:
@@ -137,10 +140,10 @@ class _Clock:
     # -- updates and copies --------------------------------------------------------------------------------
 
     def _waits_for_its_state(self, index: int) -> bool:
-        return self.updates is not None and self.updates.at_once and index in self.residency.streamed
+        return self.format.at_once and self.homes[index].streamed
 
     def _update(self, chunk: ChunkLayout, after_s: float) -> None:
-        if chunk.index in self.residency.streamed:
+        if self.homes[chunk.index].streamed:
             self._stream(chunk, after_s)
         else:
             heapq.heappush(self.coming, (after_s, chunk.index))
@@ -148,11 +151,7 @@ class _Clock:
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
         """Up, update and down, piece by piece; the worker is the slower for what passes through its memory."""
-        assert self.updates is not None
-        state = self.updates.master_bytes(chunk) + self.updates.moment_bytes(chunk)
-        state -= chunk.shard_bytes * (chunk.index in self.stays)
-        gradient = chunk.master_bytes if self.updates.accumulate > 1 else chunk.shard_bytes
-        state += gradient * (not self.updates.at_once)
+        state, _ = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += LAUNCH_S
         self.travel_s = self.fresh_s[chunk.index] = self._copied(state, after_s, self.travel_s)
         heapq.heappush(self.coming, (after_s, chunk.index))
@@ -173,7 +172,7 @@ class _Clock:
 
     def _update_on_host(self, chunk: ChunkLayout) -> None:
         self.pending.remove(chunk.index)
-        resident = chunk.index in self.residency.weights
+        resident = self.homes[chunk.index].resident
         self.fresh_s[chunk.index] = self._copy_up(chunk, self.host_s) if resident else self.host_s
 
     def _copy_up(self, chunk: ChunkLayout, after_s: float) -> float:
@@ -182,7 +181,7 @@ class _Clock:
         copy_s = chunk.shard_bytes / self.rates.bus_bytes_per_s
         begin_s = self.up_s - copy_s
         self.travel_s += copy_s * (self.travel_s > begin_s)
-        for index in self.residency.streamed:
+        for index in self.streamed:
             self.fresh_s[index] += copy_s * (self.fresh_s[index] > begin_s)
         return self.up_s
 

@@ -3,38 +3,19 @@
 Print it, save it as JSON, edit it, feed it back with `compile(..., plan="plan.json")`.
 """
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
-import torch
-
-from ...runtime.isa.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates
-from ...runtime.isa.mesh import ONE_PROCESS, Axis, Mesh
+from ...runtime.isa.formats import StateFormat, TorchFormat
+from ...runtime.isa.homes import Home, Homes, Where, numbers
+from ...runtime.isa.layout import ChunkLayout, Layout
+from ...runtime.isa.mesh import ONE_PROCESS, Mesh
 from ...runtime.isa.units import format_bytes
+from .plan_json import read_json, write_json
 
 Placement = Literal["cuda", "cpu", "auto"]
 Outputs = Literal["loss", "all"]
-
-
-@dataclass(frozen=True)
-class Residency:
-    """Where the chunks live, by chunk number: data, changed without touching a program.
-
-    A chunk in `masters` has its whole training state on the device: master, gradients, optimizer state. Of
-    every other chunk the state is on the host, and the weights that compute are streamed to the device for
-    each use, or, in `weights`, stay there. The host updates what it holds but for the chunks in `streamed`,
-    whose states travel through the device to be updated there (with `model.optimizer(...)` only).
-    """
-
-    masters: frozenset[int] = frozenset()
-    weights: frozenset[int] = frozenset()
-    streamed: frozenset[int] = frozenset()
-
-    @property
-    def on_device(self) -> frozenset[int]:
-        return self.masters | self.weights
 
 
 @dataclass(frozen=True)
@@ -81,9 +62,8 @@ class Plan:
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
-        residency: which chunks stay on the device.
-        updates: what `model.optimizer(...)` declared; None where a torch optimizer updates the masters.
-        optimizer_state_bytes: bytes of a torch optimizer's state per trainable element that are planned for.
+        homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
+        format: of what that state consists: what `model.optimizer(...)` declared, or masters for torch's optimizers.
         memory: the estimate for the program the plan was made for.
         exchanges: what its processes exchange in a step.
         notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
@@ -101,9 +81,8 @@ class Plan:
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
-    residency: Residency = Residency()
-    updates: Updates | None = None
-    optimizer_state_bytes: int = 8
+    homes: Homes = ()
+    format: StateFormat = field(default_factory=TorchFormat)
     memory: MemoryEstimate = MemoryEstimate()
     exchanges: tuple[Exchange, ...] = ()
     notes: tuple[str, ...] = ()
@@ -121,38 +100,35 @@ class Plan:
         """How many processes share out a chunk's training state, by whether it is trained."""
         return self.mesh.replicas if self.zero == 3 or (self.zero and trainable) else 1
 
-    @property
-    def training_state(self) -> Updates | TorchUpdates:
-        """What tells how much memory a chunk's training state takes."""
-        return self.updates or TorchUpdates(self.optimizer_state_bytes)
+    def placed(self, homes: Homes) -> list[tuple[ChunkLayout, Home]]:
+        """The chunks with a home for each, the plan's own or others."""
+        return list(zip(self.layout.chunks, homes, strict=True))
 
-    def with_residency(self, residency: Residency, memory: MemoryEstimate) -> "Plan":
-        return replace(self, residency=residency, memory=memory)
+    def with_homes(self, homes: Homes, memory: MemoryEstimate) -> "Plan":
+        return replace(self, homes=homes, memory=memory)
 
     # -- text ----------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, default=_encode)
+        return write_json(self)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Raises ValueError naming the field where the text is not a plan."""
-        try:
-            return _decode_plan(json.loads(text))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"not a geminifx plan: {error}; expected what Plan.to_json writes") from error
+        """Raises ValueError naming the fields where the text is not a plan."""
+        return read_json(text, cls)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
-        chunks = self.layout.chunks
-        weights, masters, streamed = self.residency.weights, self.residency.masters, self.residency.streamed
-        computing = {index for index in masters if chunks[index].shards == 1}
+        chunks, homes = self.layout.chunks, self.homes
+        there, streamed = numbers(homes, Where.DEVICE), numbers(homes, Where.STREAMED)
+        computing = {index for index in there if chunks[index].shards == 1}
+        staying = {index for index, home in enumerate(homes) if home.resident} - computing
         rows = [
             ("placement", self.placement),
             ("device budget", _amount(self.budget_bytes)),
@@ -175,10 +151,10 @@ class Plan:
                 "chunks",
                 f"{len(chunks)}, largest {_amount(max((c.compute_bytes for c in chunks), default=0))}",
             ),
-            ("  training state on the device", f"{len(masters)} of {len(chunks)}"),
-            ("  weights stay through a step", f"{len(weights - computing)} of {len(chunks)}"),
+            ("  training state on the device", f"{len(there)} of {len(chunks)}"),
+            ("  weights stay through a step", f"{len(staying)} of {len(chunks)}"),
             *([("  updated on their way through", f"{len(streamed)} of {len(chunks)}")] if streamed else []),
-            ("optimizer", _optimizer(self.updates)),
+            ("optimizer", str(self.format)),
             ("prefetch", f"{self.prefetch} chunk(s) ahead"),
             ("recompute", f"{len(self.recompute)} block(s)"),
             *([("loss", "in pieces, its logits are not computed")] if self.fuse_loss else []),
@@ -188,60 +164,5 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def _optimizer(updates: Updates | None) -> str:
-    if updates is None:
-        return "any of torch's, over parameters()"
-    when = "in the backward" if updates.in_backward else "from step() on"
-    many = f", {updates.accumulate} backwards each" if updates.accumulate > 1 else ""
-    return f"the model's own, {when}{many}"
-
-
 def _amount(num_bytes: int | None) -> str:
     return "unlimited" if num_bytes is None else format_bytes(num_bytes)
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, frozenset):
-        return sorted(value)
-    raise TypeError(f"cannot write {value!r} as JSON")
-
-
-def _decode_plan(data: dict[str, Any]) -> Plan:
-    chunks = tuple(
-        ChunkLayout(
-            **{**chunk, "dtype": _decode_dtype(chunk["dtype"]),
-               "master_dtype": _decode_dtype(chunk["master_dtype"]),
-               "slots": tuple(Slot(**{**s, "shape": tuple(s["shape"])}) for s in chunk["slots"])}
-        )
-        for chunk in data["layout"]["chunks"]
-    )  # fmt: skip
-    memory = {**data["memory"], "at_peak": tuple((name, n) for name, n in data["memory"]["at_peak"])}
-    changes = {
-        "layout": Layout(chunks, tuple((a, b) for a, b in data["layout"]["tied"])),
-        "recompute": tuple(data["recompute"]),
-        "residency": Residency(**{key: frozenset(value) for key, value in data["residency"].items()}),
-        "table": tuple((pattern, text) for pattern, text in data["table"]),
-        "mesh": Mesh(tuple(Axis(**axis) for axis in data["mesh"]["axes"])),
-        "exchanges": tuple(Exchange(**exchange) for exchange in data["exchanges"]),
-        "memory": MemoryEstimate(**memory),
-        "updates": None if data["updates"] is None else Updates(**data["updates"]),
-        "notes": tuple(data["notes"]),
-    }
-    if data["placement"] not in get_args(Placement):
-        raise ValueError(f"placement is {data['placement']!r}, expected one of {', '.join(get_args(Placement))}")
-    if data.get("outputs", "loss") not in get_args(Outputs):
-        raise ValueError(f"outputs is {data['outputs']!r}, expected one of {', '.join(get_args(Outputs))}")
-    if data["prefetch"] < 0:
-        raise ValueError(f"prefetch is {data['prefetch']}, expected 0 or more chunks")
-    if not isinstance(data.get("fuse_loss", False), bool):
-        raise ValueError(f"fuse_loss is {data['fuse_loss']!r}, expected true or false")
-    return Plan(**{**data, **changes})
-
-
-def _decode_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype")
-    return dtype

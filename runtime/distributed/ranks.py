@@ -188,3 +188,7 @@ def _groups(device: torch.device, axes: dict[str, int]) -> dict[str, Any]:
     """The process groups of a mesh of all processes, by the names of its axes."""
     made = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     return {name: made.get_group(name) for name in axes}
+
+
+ALONE = Ranks()
+"""This process and no others."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..isa.layout import STREAM_PIECE, ChunkLayout
+from ..isa.formats import STREAM_PIECE
+from ..isa.layout import ChunkLayout
 from .collectives import Collectives, all_gather_single, reduce_scatter_single
 from .ranks import Ranks
 

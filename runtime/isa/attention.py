@@ -29,6 +29,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .precision import accumulate_dtype
 
+OPERATORS = ("attention", "attention_backward")
+"""What is defined here."""
+
 # A CPU generator's state. One size on every device, so that a plan made on CPU fakes also holds on a GPU.
 RNG_BYTES = torch.Generator().get_state().numel()
 

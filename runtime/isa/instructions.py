@@ -183,6 +183,9 @@ FORK_RNG = _ops.fork_rng.default
 EXCHANGES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
 """What `shard` writes, and `overlap` replaces."""
 
+INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", *(op._schema.name.split("::")[1] for op in EXCHANGES)}
+"""The names that a machine implements: a turn is Python's `yield`, and what `shard` writes is replaced."""
+
 PUTS = frozenset({PUT, PUT_MM})
 
 STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})

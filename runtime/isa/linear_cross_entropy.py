@@ -21,6 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .precision import accumulate_dtype
 
+OPERATORS = ("linear_cross_entropy", "linear_cross_entropy_backward", "absent")
+"""What is defined here."""
+
 MEAN, SUM = 1, 2
 """Reductions, as torch numbers them."""
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..isa.errors import StateError
-from ..isa.layout import Updates
+from ..isa.formats import OwnFormat
 from ..kernels.update_rules import AdamHyper, SgdHyper
+from .own_store import OwnStore
 from .states import Hyper
-from .updating_machine import UpdatingMachine
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
 """The optimizers there are, and what torch calls their state."""
@@ -71,12 +71,12 @@ class Declared:
                 "compile with precision='bf16'"
             )
 
-    def updates(self, groups: list[dict[str, Any]]) -> Updates:
+    def format(self, groups: list[dict[str, Any]]) -> OwnFormat:
         """What memory is planned for, with these groups of parameters."""
         moments = len(MOMENTS[self.kind])
         if self.kind is SGD and not any(group["momentum"] for group in groups):
             moments = 0
-        return Updates(moments, self.in_backward, self.accumulate)
+        return OwnFormat(moments, self.in_backward, self.accumulate)
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -93,12 +93,13 @@ class ChunkOptimizer(Optimizer):
     numbers. `step()` starts the updates, which run while the next forward does, and uses the gradients up: the
     next backward starts from none. With in_backward=True the updates are under way before `step()`, which then
     only ends the step. `grad_norm` is the norm of the last step's gradients where `max_grad_norm` is given,
-    `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed.
+    `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed. `store`
+    has the states.
     """
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, declared: Declared, groups: Any, use: Callable[[Updates], UpdatingMachine],
+    def __init__(self, declared: Declared, groups: Any, use: Callable[[OwnFormat], OwnStore],
                  names: dict[int, str]) -> None:  # fmt: skip
         model = declared.kind(groups, **declared.hyper)  # checks hyper-parameters, fills in the defaults
         self.declared = declared
@@ -107,16 +108,16 @@ class ChunkOptimizer(Optimizer):
         self._names = names
         self._steps_since_overflow = 0
         super().__init__(model.param_groups, model.defaults)
-        self._machine = machine = use(declared.updates(self.param_groups))
-        self._fp16 = any(chunk.layout.dtype == torch.float16 for chunk in machine.chunks)
-        machine.schedule = self._hyper
-        machine.held.measures = declared.max_grad_norm is not None or self._fp16
+        self.store = store = use(declared.format(self.param_groups))
+        self._fp16 = any(chunk.dtype == torch.float16 for chunk in store.chunks.layout.chunks)
+        store.updater.schedule = self._hyper
+        store.held.measures = declared.max_grad_norm is not None or self._fp16
         if self._fp16:
-            machine.held.loss_scale = 2.0**16
+            store.held.loss_scale = 2.0**16
 
     @property
     def loss_scale(self) -> float:
-        return self._machine.held.loss_scale
+        return self.store.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's. Raises ValueError for parameters of another model."""
@@ -135,7 +136,7 @@ class ChunkOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Groups may be changed at any time, but not to what was not planned for."""
         check_groups([group])
-        if group.get("momentum") and not self._machine.updates.moments:
+        if group.get("momentum") and not self.store.format.moments:
             raise StateError(
                 f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
                 "its memory; make the optimizer with a momentum above 0, however small"
@@ -163,51 +164,51 @@ class ChunkOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        machine = self._machine
-        machine.check()
+        store = self.store
+        store.check()
         for group in self.param_groups:
             self._check_group(group)
-        if self.declared.in_backward and 0 < machine.backwards < self.declared.accumulate:
+        if self.declared.in_backward and 0 < store.backwards < self.declared.accumulate:
             raise StateError(
-                f"step() came after {machine.backwards} of accumulate={self.declared.accumulate} backwards; with "
+                f"step() came after {store.backwards} of accumulate={self.declared.accumulate} backwards; with "
                 "in_backward=True the last of them is what updates"
             )
-        if not machine.held.measures:
+        if not store.held.measures:
             # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
-            machine.update_all(1.0)
+            store.update_all(1.0)
         else:
-            self._measured_step(machine.held.norm())
-        machine.backwards = 0
+            self._measured_step(store.held.norm())
+        store.backwards = 0
         return loss
 
     def _measured_step(self, norm: Tensor) -> None:
         """Update by gradients that are clipped to a norm, or not at all where one of float16 overflowed."""
         self.grad_norm = norm
-        machine, most = self._machine, self.declared.max_grad_norm
+        store, most = self.store, self.declared.max_grad_norm
         if self._fp16 and not math.isfinite(norm.item()):
             self._steps_since_overflow = 0
             self.skipped_steps += 1
-            machine.forget_gradients()
-            machine.held.loss_scale = max(1.0, machine.held.loss_scale / 2.0)
+            store.zero_grad(set_to_none=True)
+            store.held.loss_scale = max(1.0, store.held.loss_scale / 2.0)
             return
-        machine.update_all(1.0 if most is None else (most / (norm + 1e-6)).clamp(max=1.0))
+        store.update_all(1.0 if most is None else (most / (norm + 1e-6)).clamp(max=1.0))
         self._steps_since_overflow += self._fp16
         if self._steps_since_overflow == GROWTH_STEPS:
             self._steps_since_overflow = 0
-            machine.held.loss_scale *= 2.0
+            store.held.loss_scale *= 2.0
 
     def gradient_norm(self) -> Tensor:
         """The norm of the gradients that the next step would use, before any clipping; for max_grad_norm= or fp16.
 
         Raises StateError where norms are not measured, or in_backward=True has used the gradients up.
         """
-        if not self._machine.held.measures:
+        if not self.store.held.measures:
             raise StateError("gradients are measured only with max_grad_norm=; pass it to model.optimizer(...)")
-        return self._machine.held.norm()
+        return self.store.held.norm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no step has used."""
-        self._machine.forget_gradients()
+        self.store.zero_grad(set_to_none)
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ class ChunkOptimizer(Optimizer):
         Of parameters that are sharded over processes, or lie in divided chunks, they are whole, and copies on the CPU,
         made by all processes together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
         """
-        self._machine.finish()
+        self.store.finish()
         for group in self.param_groups:
             for parameter in group["params"]:
                 found = self._state_of(parameter)
@@ -238,20 +239,20 @@ class ChunkOptimizer(Optimizer):
 
     def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
         """A state_dict of this process's parts with whole tensors instead, made one by one."""
-        parts, kept = self._machine.placing.store.parts, not first_only or self._machine.ranks.rank == 0
+        parts, kept = self.store.chunks.parts, not first_only or self.store.zero.ranks.rank == 0
         order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
         for number, values in saved["state"].items():
-            chunk, slot = self._machine.place_of(order[number])
+            chunk, slot = self.store.place_of(order[number])
             place = chunk.slots[slot]
             shared_out = place.placement or chunk.shards > 1
             for name in (name for name in MOMENTS[self.declared.kind] if shared_out and name in values):
-                whole = parts.join(self._machine.join(values[name], order[number]), place, self._machine.device)
+                whole = parts.join(self.store.join(values[name], order[number]), place, self.store.hardware.device)
                 values[name] = whole if kept else None
         return saved if kept else {}
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
         """This process's part of a parameter's state, in torch's names."""
-        state, slot = self._machine.state_of(self._names[id(parameter)])
+        state, slot = self.store.state_of(self._names[id(parameter)])
         if not state.steps[slot]:
             return None
         names = MOMENTS[self.declared.kind]
@@ -266,7 +267,7 @@ class ChunkOptimizer(Optimizer):
 
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
-        self._machine.finish()
+        self.store.finish()
         before = self.param_groups
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         try:
@@ -284,11 +285,11 @@ class ChunkOptimizer(Optimizer):
         self._take_groups()
         scale = state_dict.get("loss_scale")
         if scale is not None and self._fp16:
-            self._machine.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
+            self.store.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
-        (state, slot), (chunk, _) = self._machine.state_of(parameter), self._machine.place_of(parameter)
-        shape = self._machine.placing.store.parts.whole_shape(chunk.slots[slot])
+        (state, slot), (chunk, _) = self.store.state_of(parameter), self.store.place_of(parameter)
+        shape = self.store.chunks.parts.whole_shape(chunk.slots[slot])
         names = MOMENTS[self.declared.kind]
         for name in names[: len(state.moments)] if saved else ():
             found = saved.get(name)
@@ -304,12 +305,12 @@ class ChunkOptimizer(Optimizer):
                 )
 
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
-        machine, parts = self._machine, self._machine.placing.store.parts
-        (state, slot), (chunk, _) = machine.state_of(parameter), machine.place_of(parameter)
+        store, parts = self.store, self.store.chunks.parts
+        (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
         for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
             target = state.slice(moment, slot)
             if saved:
-                target.copy_(machine.take(parts.take(saved[name], chunk.slots[slot]), parameter))
+                target.copy_(store.take(parts.take(saved[name], chunk.slots[slot]), parameter))
             else:
                 target.zero_()
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..isa.errors import StateError
+from ..isa.homes import Where
 from ..memory.stats import Stats
 from ..memory.streams import Arrival
-from .own_states import StatePlacing
-from .states import ChunkState, Where
+from .own_states import OwnStates
+from .states import ChunkState
 from .worker import Tickets
 
 
@@ -25,15 +26,15 @@ class HeldGradients:
     `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
     """
 
-    def __init__(self, placing: StatePlacing, tickets: Tickets, stats: Stats) -> None:
-        self.placing = placing
+    def __init__(self, states: OwnStates, tickets: Tickets, stats: Stats) -> None:
+        self.states = states
         self.tickets = tickets
         self.copies = tickets.copies
         self.stats = stats
         self.measures = False
         self.loss_scale = 1.0
-        count = len(placing.store.chunks)
-        self.norms = torch.zeros(count, dtype=torch.float32, device=placing.device)
+        count = len(states.chunks.chunks)
+        self.norms = torch.zeros(count, dtype=torch.float32, device=states.hardware.device)
         self._landed: dict[int, Arrival] = {}
 
     def hold(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
@@ -43,26 +44,23 @@ class HeldGradients:
         if self.measures:
             state.measured = set(slots)
             torch.linalg.vector_norm(gradients, dtype=torch.float32, out=self.norms[index])
-        if not self._lands(state):
+        if not self.states.format.lands(state.layout, state.home):
             state.held = gradients
             return
         assert state.held is not None
         self._landed[index] = self._to_host(state.held, gradients)
 
-    def _lands(self, state: ChunkState) -> bool:
-        """Whether the gradient of one backward comes to the host."""
-        return state.where is Where.HOST or (state.where is Where.STREAMED and not self.placing.updates.at_once)
-
     def keeps(self, state: ChunkState) -> bool:
         """Whether the gradient of one backward, as it is on the device, is still read when the program is done with
         it: until the step, or until the update has come by."""
-        return not self._lands(state) and not (state.where is Where.DEVICE and self.placing.updates.at_once)
+        format = self.states.format
+        return not format.lands(state.layout, state.home) and not (state.home.on_device and format.at_once)
 
     def add(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
         """Add to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
         index, factor = state.layout.index, 1.0 / self.loss_scale
         first = not state.present
-        total = self.placing.make_total(state) if first else self.total(state)
+        total = self.states.make_total(state) if first else self.total(state)
         state.added = True
         state.present.update(slots)
         if state.where is Where.DEVICE:
@@ -93,7 +91,7 @@ class HeldGradients:
 
     def total(self, state: ChunkState) -> Tensor:
         """The sum of the gradients so far, in the master's dtype: from here on they are added up in it."""
-        total = self.placing.make_total(state)
+        total = self.states.make_total(state)
         if not state.added:
             total.zero_()
             if state.present and state.held is not None:
@@ -106,26 +104,26 @@ class HeldGradients:
 
     def norm(self) -> Tensor:
         """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
-        norms, parts = [torch.zeros((), device=self.placing.device)], self.placing.store.parts
-        for index, state in enumerate(self.placing.states):
+        norms, parts = [torch.zeros((), device=self.states.hardware.device)], self.states.chunks.parts
+        for index, state in enumerate(self.states):
             if state.present and state.present == state.measured and not state.added:
                 norms.append(self.norms[index] / self.loss_scale)
             elif state.present:
                 norms.append(self._norm_of_slots(state))
             if state.present:  # the slots of a chunk are sharded alike
                 norms[-1] = norms[-1] / math.sqrt(parts.replicas(state.layout.slots[0]))
-        return self.placing.zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))))
+        return self.states.zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))))
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip the norm of all gradients to `max_norm`; returns it as it was before.
 
         Raises StateError where there are no gradients left to clip.
         """
-        if self.placing.updates.in_backward:
+        if self.states.format.in_backward:
             raise StateError("in_backward=True uses each gradient up in the backward itself: to clip, leave it out")
         norm = self.norm()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for state in self.placing.states:
+        for state in self.states:
             if state.present:
                 self.tickets.arrive(state.layout.index)
                 total = self.total(state)
@@ -136,7 +134,7 @@ class HeldGradients:
         self.tickets.arrive(state.layout.index)
         total = self.total(state)
         norms = [torch.linalg.vector_norm(state.slice(total, slot), dtype=torch.float32) for slot in state.present]
-        return torch.linalg.vector_norm(torch.stack(norms)).to(self.placing.device, non_blocking=True)
+        return torch.linalg.vector_norm(torch.stack(norms)).to(self.states.hardware.device, non_blocking=True)
 
     def forget(self, state: ChunkState, slot: int) -> None:
         """Drop one parameter's gradient. The chunk's state is at rest."""
@@ -149,7 +147,7 @@ class HeldGradients:
         state.slice(state.gradient, slot).zero_()
 
     def forget_all(self) -> None:
-        for state in self.placing.states:
+        for state in self.states:
             if state.present:
                 self.tickets.arrive(state.layout.index)
                 state.forget_gradient()

@@ -1,16 +1,41 @@
 """What a lazy parameter reads and writes: one slot of a training state."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.zero import Zero
 from ..isa.errors import StateError
+from ..isa.formats import OwnFormat
+from ..memory.chunks import ChunkStore
 from ..memory.lazy_parameter import LazyParameter, gathered_gradient, refuse_gradient
+from .gradients import HeldGradients
+from .own_states import OwnStates
 from .states import ChunkState
-from .updating_machine import UpdatingMachine
+
+
+class Slots(Protocol):
+    """The store whose slots these are, as far as parameters read and write it."""
+
+    @property
+    def chunks(self) -> ChunkStore: ...
+    @property
+    def format(self) -> OwnFormat: ...
+    @property
+    def zero(self) -> Zero: ...
+    @property
+    def held(self) -> HeldGradients: ...
+    @property
+    def states(self) -> OwnStates: ...
+    @property
+    def is_writable(self) -> bool: ...
+    def state_of(self, parameter: str) -> tuple[ChunkState, int]: ...
+    def take(self, value: Tensor, parameter: str) -> Tensor: ...
+    def join(self, held: Tensor, parameter: str) -> Tensor: ...
+    def finish(self, index: int | None = None) -> None: ...
+    def forget_gradient(self, parameter: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -20,18 +45,18 @@ class SlotSource:
     Where its chunk is divided, what is read is gathered: all processes read, in one order, or none does.
     """
 
-    machine: UpdatingMachine
+    store: Slots
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def read(self) -> Tensor:
         state, slot = self._state()
-        self.machine.finish(state.layout.index)
-        return self.machine.join(state.read(slot), self.name).cpu()
+        self.store.finish(state.layout.index)
+        return self.store.join(state.read(slot), self.name).cpu()
 
     def write(self, value: Tensor) -> None:
-        if not self.machine.writable:
+        if not self.store.is_writable:
             raise StateError(
                 f"parameter {self.name} was to be written: model.optimizer(...) keeps the masters. Set values with "
                 "model.load_state_dict(...)"
@@ -39,11 +64,11 @@ class SlotSource:
         if tuple(value.shape) != self.shape:
             raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
         state, slot = self._state()
-        self.machine.finish(state.layout.index)
-        state.write(slot, self.machine.take(value, self.name))
-        chunk = self.machine.chunks[state.layout.index]
+        self.store.finish(state.layout.index)
+        state.write(slot, self.store.take(value, self.name))
+        chunk = self.store.chunks.chunks[state.layout.index]
         if chunk.resident is not None:
-            own = self.machine.zero.own(chunk.resident, chunk.layout)
+            own = self.store.zero.own(chunk.resident, chunk.layout)
             state.slice(own, slot).copy_(state.slice(state.weights, slot))
 
     def gradient(self) -> Tensor | None:
@@ -52,41 +77,41 @@ class SlotSource:
         state, slot = self._state()
         if slot not in state.present:
             return None
-        self.machine.finish(state.layout.index)
-        held = state.slice(self.machine.held.total(state), slot)
-        divided = self.machine.chunks[state.layout.index].layout.shards > 1
-        return gathered_gradient(self.machine.join(held, self.name), self.name) if divided else held
+        self.store.finish(state.layout.index)
+        held = state.slice(self.store.held.total(state), slot)
+        divided = self.store.chunks.chunks[state.layout.index].layout.shards > 1
+        return gathered_gradient(self.store.join(held, self.name), self.name) if divided else held
 
     def set_gradient(self, value: Tensor | None) -> None:
         if value is None:
-            self.machine.forget_gradient(self.name)
+            self.store.forget_gradient(self.name)
             return
         self._refuse_in_backward("set")
         state, slot = self._state()
-        self.machine.finish(state.layout.index)
-        state.slice(self.machine.held.total(state), slot).copy_(self.machine.take(value, self.name))
+        self.store.finish(state.layout.index)
+        state.slice(self.store.held.total(state), slot).copy_(self.store.take(value, self.name))
         state.present.add(slot)
 
     def _state(self) -> tuple[ChunkState, int]:
-        return self.machine.state_of(self.name)
+        return self.store.state_of(self.name)
 
     def _refuse_in_backward(self, done: str) -> None:
-        if self.machine.updates.in_backward:
+        if self.store.format.in_backward:
             raise StateError(
                 f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the "
                 "backward itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
             )
 
 
-def make_lazy(machine: UpdatingMachine) -> None:
+def make_lazy(store: Slots) -> None:
     """Let the parameters of all chunks be read from their training states; the objects stay the same.
 
     Where some chunks found no room, theirs stay as they are.
     """
-    for chunk, _ in zip(machine.chunks, machine.placing.states, strict=False):
+    for chunk, _ in zip(store.chunks.chunks, store.states, strict=False):
         for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
             if not isinstance(parameter, LazyParameter):
-                source = SlotSource(machine, slot.name, slot.shape, chunk.layout.master_dtype)
+                source = SlotSource(store, slot.name, slot.shape, chunk.layout.master_dtype)
                 _make_lazy(parameter, source)
 
 
@@ -95,13 +120,3 @@ def _make_lazy(parameter: nn.Parameter, source: SlotSource) -> None:
     torch.utils.swap_tensors(parameter, LazyParameter(source, True))
     parameter.register_hook(refuse_gradient)
     parameter.requires_grad_(trained)
-
-
-@contextmanager
-def writable(machine: UpdatingMachine) -> Iterator[None]:
-    """While this is open, parameters may be copied to."""
-    machine.writable = True
-    try:
-        yield
-    finally:
-        machine.writable = False

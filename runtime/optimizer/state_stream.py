@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..isa.layout import STREAM_BUFFERS, STREAM_PIECE
+from ..isa.formats import STREAM_BUFFERS, STREAM_PIECE
 from ..kernels.update_rules import Gradient
-from ..memory.streams import Arrival, copy_engine
+from ..memory.hardware import Hardware
+from ..memory.streams import Arrival
 from .states import ChunkState, Part, Stretch
 from .updates import UpdateKernels
 
@@ -26,10 +27,10 @@ class StateStream:
     already, or travel too where `with_gradients`.
     """
 
-    def __init__(self, device: torch.device, like: ChunkState, *, with_gradients: bool) -> None:
-        self.copies = copy_engine(device)
+    def __init__(self, hardware: Hardware, like: ChunkState, *, with_gradients: bool) -> None:
+        self.copies = hardware.new_copies(hardware.device)
         self.numel = min(STREAM_PIECE, like.layout.numel)
-        self._device = device
+        self._device = hardware.device
         self._buffers = [self._new_buffer(like, with_gradients) for _ in range(STREAM_BUFFERS)]
         for buffer in self._buffers:
             buffer.free = self.copies.mark()
@@ -67,7 +68,7 @@ class StateStream:
                       launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
         """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
         home, numel = state.part(piece.start, piece.end), piece.end - piece.start
-        local, values = buffer.part.first(numel), job.gradient.values[piece.start : piece.end]
+        local, values = buffer.part.cut(slice(numel)), job.gradient.values[piece.start : piece.end]
         travelling = list(zip(local.tensors, home.tensors, strict=True))[job.weights_stay :]
         coming = travelling
         if buffer.gradient is not None:

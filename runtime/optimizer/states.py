@@ -7,26 +7,22 @@ they are the master themselves. Beside them lie the moments, and between backwar
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 from torch import Tensor
 
+from ..distributed.local_shards import Region
+from ..isa.homes import Home, Where
 from ..isa.layout import ChunkLayout
 from ..kernels.split_pairs import SplitPair, join, split
 from ..kernels.update_rules import AdamHyper, SgdHyper
 
 Hyper = AdamHyper | SgdHyper
+Inside = tuple[slice, ...]
+"""A part of a region."""
+
 Schedule = Callable[[str, int], Hyper | None]
 """From a parameter's name and the number of its next update, counted from 1, to how it is updated."""
-
-
-class Where(Enum):
-    """Where a chunk's training state lies, and where it is updated."""
-
-    DEVICE = "on the device"
-    HOST = "on the host"
-    STREAMED = "on the host, updated on the device"
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,10 @@ class Part:
         """All of it, the weights first."""
         return [self.weights, *([] if self.rest is None else [self.rest]), *self.moments]
 
-    def first(self, numel: int) -> "Part":
-        """Its first elements."""
-        rest = None if self.rest is None else self.rest[:numel]
-        return Part(self.weights[:numel], rest, tuple(moment[:numel] for moment in self.moments))
+    def cut(self, cut: slice) -> "Part":
+        """Some of its elements."""
+        rest = None if self.rest is None else self.rest[cut]
+        return Part(self.weights[cut], rest, tuple(moment[cut] for moment in self.moments))
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class ChunkState:
     """
 
     layout: ChunkLayout
-    where: Where
+    home: Home
     weights: Tensor
     rest: Tensor | None
     moments: tuple[Tensor, ...]
@@ -82,6 +78,10 @@ class ChunkState:
     present: set[int] = field(default_factory=set)
     measured: set[int] = field(default_factory=set)
     version: int = 0
+
+    @property
+    def where(self) -> Where:
+        return self.home.where
 
     @property
     def name(self) -> str:
@@ -119,6 +119,31 @@ class ChunkState:
             self.slice(self.rest, slot).copy_(value)
             weights.copy_(value)
 
+    def read_region(self, region: Region) -> Tensor:
+        """The masters of a region, which counts elements of the state."""
+        weights = region.of(self.weights)
+        if self.rest is None:
+            return weights
+        rest = region.of(self.rest)
+        if not self.layout.splits:
+            return rest
+        return join(SplitPair(weights.to(rest.device).contiguous(), rest.contiguous()))
+
+    def write_region(self, region: Region, inside: Inside, values: Tensor) -> None:
+        """Set the masters of a part of a region."""
+        weights = region.of(self.weights)[inside]
+        if self.rest is None:
+            weights.copy_(values)
+            return
+        rest = region.of(self.rest)[inside]
+        if self.layout.splits:
+            halves = split(values.to(weights.device, torch.float32))
+            weights.copy_(halves.hi)
+            rest.copy_(halves.lo)
+        else:
+            rest.copy_(values)
+            weights.copy_(values)
+
     def take(self, other: "ChunkState") -> None:
         """Become a copy of the same chunk's state on another tier."""
         self.weights.copy_(other.weights)
@@ -136,9 +161,7 @@ class ChunkState:
         return self.moments if self.rest is None else (self.rest, *self.moments)
 
     def part(self, start: int, end: int) -> Part:
-        cut = slice(start, end)
-        rest = None if self.rest is None else self.rest[cut]
-        return Part(self.weights[cut], rest, tuple(moment[cut] for moment in self.moments))
+        return Part(self.weights, self.rest, self.moments).cut(slice(start, end))
 
     @property
     def gradient(self) -> Tensor:
@@ -172,10 +195,3 @@ class ChunkState:
         self.added = False
         if self.where is Where.DEVICE:
             self.held = None
-
-
-def rest_dtype(layout: ChunkLayout) -> torch.dtype | None:
-    """The dtype of what a chunk's weights lack of their masters; None where they lack nothing."""
-    if layout.splits:
-        return torch.int16
-    return layout.master_dtype if layout.casts else None

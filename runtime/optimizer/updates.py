@@ -1,6 +1,7 @@
 """One update of one stretch of training state, on whichever side it lies, by the fastest kernel there is."""
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..kernels.host_updates import HostKernel
 from ..kernels.split_pairs import SplitPair
 from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
 from .states import Hyper, Part, Stretch
+
+NARROW_PIECE = 2**20
+"""Elements whose moments are widened at a time where they are kept in another dtype than the master's."""
 
 LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work, and to the driver's."""
@@ -28,7 +32,8 @@ class UpdateKernels:
     """The kernels of both sides.
 
     Split pairs are updated by the host's and the device's kernels, which give the same bits. Other masters are
-    updated by `torch.optim`'s own fused functions.
+    updated by `torch.optim`'s own fused functions. Moments that are kept in a narrower dtype are widened for the
+    update and rounded behind it, a few megabytes at a time.
     """
 
     def __init__(self, device: torch.device, sharing: int = 1) -> None:
@@ -39,6 +44,18 @@ class UpdateKernels:
     def update(self, layout: ChunkLayout, part: Part, gradient: Gradient, stretch: Stretch) -> None:
         """Update `part`, which is that stretch of a chunk, in place; on CUDA on the current stream, without waiting
         for anything."""
+        if all(moment.dtype == layout.master_dtype for moment in part.moments):
+            self._update(layout, part, gradient, stretch)
+            return
+        for piece in stretch.pieces(NARROW_PIECE):
+            cut = slice(piece.start - stretch.start, piece.end - stretch.start)
+            narrow = part.cut(cut)
+            wide = replace(narrow, moments=tuple(moment.to(layout.master_dtype) for moment in narrow.moments))
+            self._update(layout, wide, replace(gradient, values=gradient.values[cut]), piece)
+            for kept, updated in zip(narrow.moments, wide.moments, strict=True):
+                kept.copy_(updated)
+
+    def _update(self, layout: ChunkLayout, part: Part, gradient: Gradient, stretch: Stretch) -> None:
         hyper = stretch.hyper
         if not layout.splits:
             _update_master(part, gradient, hyper, _parameters(layout, stretch))

@@ -6,9 +6,8 @@ many processes wrote them, and how tensors lay on these, does not matter to thos
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,37 +34,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ..distributed.local_shards import Region
 from ..distributed.ranks import Ranks
 from ..isa.errors import CheckpointError
+from ..memory.stored import Stored
 from .atomic_directory import shared_directory
 
 METADATA = ".metadata"
 """The file that tells a checkpoint of torch.distributed.checkpoint."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint, as far as this process has it.
-
-    Fields:
-        shape, dtype: of the whole.
-        regions: what this process has of it.
-        read: the values of a region.
-        write: sets those of a part of a region, which is given as slices.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    regions: tuple[Region, ...]
-    read: Callable[[Region], Tensor]
-    write: Callable[[Region, tuple[slice, ...], Tensor], None]
-
-    @classmethod
-    def of(cls, flat: Tensor, shape: tuple[int, ...], regions: tuple[Region, ...]) -> "Stored":
-        """What lies in `flat`, by regions."""
-
-        def write(region: Region, inside: tuple[slice, ...], values: Tensor) -> None:
-            region.of(flat)[inside].copy_(values)
-
-        return cls(shape, flat.dtype, regions, lambda region: region.of(flat), write)
 
 
 def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:

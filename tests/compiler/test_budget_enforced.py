@@ -6,8 +6,9 @@ from pathlib import Path
 import geminifx
 import pytest
 import torch
-from geminifx.passes.program.plan import Plan, Residency
+from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError
+from geminifx.runtime.isa.homes import Home, Where, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -49,7 +50,9 @@ def test_auto_uses_what_it_is_given_and_no_more() -> None:
         model = compiled(OPT, device_budget=budget, **kept)
         train(OPT, model, steps=2)
         assert model.stats.device_peak_bytes <= model.plan.peak_bytes <= budget
-        on_device.append((len(model.plan.residency.masters), len(model.plan.residency.on_device)))
+        there = numbers(model.plan.homes, Where.DEVICE)
+        staying = {i for i, home in enumerate(model.plan.homes) if home.resident}
+        on_device.append((len(there), len(there | staying)))
         moved.append(model.stats.step.to_device_bytes)
     chunks = len(model.plan.layout.chunks)
     assert on_device[0] < on_device[1] < on_device[-1] == (chunks, chunks)
@@ -80,8 +83,8 @@ def fetched_chunks(model: geminifx.CompiledModule) -> list[int]:
 def test_resident_weights_are_fetched_once_a_step() -> None:
     streamed = compiled(BLOCKS, placement="cpu")
     plan = streamed.plan
-    everything = frozenset(range(len(plan.layout.chunks)))
-    resident = compiled(BLOCKS, plan=replace(plan, residency=Residency(weights=everything)))
+    everything = tuple(Home(resident=True) for _ in plan.homes)
+    resident = compiled(BLOCKS, plan=replace(plan, homes=everything))
     for model in (streamed, resident):
         train(BLOCKS, model, steps=2)
     used = sum(plan.layout.chunks[i].compute_bytes for i in set(fetched_chunks(resident)))
@@ -122,7 +125,7 @@ def test_a_plan_too_optimistic_is_stopped_and_training_goes_on_afterwards() -> N
     for each in (model, undisturbed):
         train(OPT, each, steps=1)
         each.zero_grad()
-    device, weights = model.session.tiers[0], [p.detach().clone() for p in model.parameters()]
+    device, weights = model.session.hardware.tiers[0], [p.detach().clone() for p in model.parameters()]
     device.limit_bytes = model.stats.device_peak_bytes - 1
     try:
         train(OPT, model, steps=1)

@@ -13,8 +13,8 @@ import geminifx
 import pytest
 import torch
 import torch.nn.functional as F
-from geminifx.passes.program.plan import Residency
 from geminifx.runtime.isa.errors import BudgetError
+from geminifx.runtime.isa.homes import Home, Where
 from torch import Tensor, nn
 from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_bytes, tokens
 
@@ -165,7 +165,7 @@ def test_a_training_state_larger_than_the_budget_is_trained_within_it() -> None:
         free, total = torch.cuda.mem_get_info()
         assert total - free <= budget, "as the driver reports it, with everything else on the card"
     assert model.stats.device_peak_bytes <= budget
-    assert model.stats.step.to_device_bytes > 0 and model.plan.residency.on_device
+    assert model.stats.step.to_device_bytes > 0 and any(home.on_device or home.resident for home in model.plan.homes)
     torch.cuda.set_per_process_memory_fraction(1.0)
     del model, optimizer, source
     gc.collect()
@@ -201,15 +201,15 @@ def placed(case: Case, where: str, **options: object) -> geminifx.CompiledModule
     """The model under a plan whose training states are all in one place, or everywhere."""
     model = compiled(case, device_budget=BUDGET, **options)
     every = range(len(model.plan.layout.chunks))
-    residency = {
-        "device": Residency(masters=frozenset(every)),
-        "host": Residency(),
-        "host, weights resident": Residency(weights=frozenset(every)),
-        "streamed": Residency(streamed=frozenset(every)),
-        "streamed, weights resident": Residency(streamed=frozenset(every), weights=frozenset(every)),
-        "everywhere": Residency(frozenset(every[::3]), frozenset(every[::2]), frozenset(every[1::3])),
+    homes = {
+        "device": tuple(Home(Where.DEVICE) for _ in every),
+        "host": tuple(Home() for _ in every),
+        "host, weights resident": tuple(Home(resident=True) for _ in every),
+        "streamed": tuple(Home(Where.STREAMED) for _ in every),
+        "streamed, weights resident": tuple(Home(Where.STREAMED, resident=True) for _ in every),
+        "everywhere": tuple(map(PLACES["mixed"], every)),
     }[where]
-    return compiled(case, device_budget=BUDGET, plan=replace(model.plan, residency=residency), **options)
+    return compiled(case, device_budget=BUDGET, plan=replace(model.plan, homes=homes), **options)
 
 
 def run_ours(model: geminifx.CompiledModule, case: Case, steps: int, **declared: object) -> dict[str, Tensor]:

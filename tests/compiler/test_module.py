@@ -230,7 +230,7 @@ def test_a_pass_of_the_users_own_runs_where_it_asks_to() -> None:
 
 
 def test_a_fault_in_a_plan_that_is_only_weighed_is_told_where_it_is() -> None:
-    @graph_pass(after="checkpoint")
+    @graph_pass(after="recompute")
     def careless(program: Program, plan: Plan) -> None:
         again = [node for node in program.computes if note(node).recomputed]
         for node in again[:1]:
@@ -438,7 +438,7 @@ def test_first_nonfinite_names_the_module_and_leaves_no_trace(placement: str) ->
 def test_first_nonfinite_needs_no_more_than_the_forward_of_a_step(case: Case) -> None:
     model = compiled(case, placement="cpu", recompute="none")
     train(case, model, steps=1)
-    device, batch = model.session.tiers[0], case.batch()
+    device, batch = model.session.hardware.tiers[0], case.batch()
     call = batch if case.loss.__name__ == "own_loss" else {"input": batch["input"]}
     model.session.begin_step(training=True)
     model(**call)

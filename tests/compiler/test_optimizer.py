@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from geminifx.runtime.isa import layout
+from geminifx.runtime.isa import formats
 from geminifx.runtime.optimizer import state_stream
+from homes import homes
 from optimizing import (
     ADAMW,
     KINDS,
     NET,
-    NONE,
     PLACES,
     Loop,
     held_gradients,
@@ -68,7 +68,7 @@ def test_models_of_every_sort(case: Case) -> None:
 def test_states_longer_than_a_piece_are_streamed_piece_by_piece(
     where: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (layout, state_stream):
+    for module in (formats, state_stream):
         monkeypatch.setattr(module, "STREAM_PIECE", 1000)
     check_equal(NET, where, kind, Loop(micro=2))
     check_equal(NET, where, kind, in_backward=True)
@@ -296,22 +296,22 @@ def test_states_move_with_masters_moments_and_gradients(streamed: bool) -> None:
     reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
     model = compiled(NET, recompute="none")
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1])
-    machine, all_chunks = model.session.machine, frozenset(range(len(model.plan.layout.chunks)))
-    first = frozenset({0}), all_chunks, all_chunks - {0} if streamed else NONE
-    places = [(NONE, frozenset({1}), frozenset({2})), (frozenset({1, 2}), NONE, frozenset({0}))]
-    machine.place(*first)
-    used = [tier.used_bytes for tier in model.session.tiers]
+    store = model.session.machine.store
+    first = homes(3, {0}, {0, 1, 2}, {1, 2} if streamed else ())
+    places = [homes(3, (), {1}, {2}), homes(3, {1, 2}, (), {0})]
+    store.place(first)
+    used = [tier.used_bytes for tier in model.session.hardware.tiers]
     for place in places:
         for each in (reference, model):
             NET.loss(each, NET.batch()).backward()
-        machine.place(*place)
+        store.place(place)
         for optim in (expected, optimizer):
             optim.step()
             optim.zero_grad()
-        machine.place(frozenset({2}), NONE, frozenset({1}))
+        store.place(homes(3, {2}, (), {1}))
     assert same_weights(model, reference) and same_moments(optimizer, expected)
-    machine.place(*first)
-    assert [tier.used_bytes for tier in model.session.tiers] == used
+    store.place(first)
+    assert [tier.used_bytes for tier in model.session.hardware.tiers] == used
 
 
 def test_a_gradient_set_to_none_stays_away_from_later_ones() -> None:

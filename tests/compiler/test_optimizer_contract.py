@@ -88,9 +88,9 @@ def test_an_optimizer_made_after_an_evaluation_is_planned_for() -> None:
     batch = NET.batch()
     with torch.no_grad():
         model(next(iter(batch.values())))
-    assert model.plan.updates is None
+    assert not model.plan.format.beside
     model.optimizer(AdamW)
-    assert model.plan.updates is not None and "the model's own" in str(model.plan)
+    assert model.plan.format.beside and "the model's own" in str(model.plan)
 
 
 def test_parameters_of_another_model_are_refused() -> None:
@@ -174,18 +174,18 @@ def test_a_backward_that_fails_half_way_ends_the_run(monkeypatch: pytest.MonkeyP
     for in_backward in (False, True):
         model, optimizer = ours("device", in_backward=in_backward)
         before = model.state_dict()
-        machine = model.session.machine
-        put, calls = machine.put, iter(range(100))
+        called = model.session.last["training"].executor.called
+        put, calls = called.put, iter(range(100))
 
         def failing(*args: Any, put: Any = put, calls: Any = calls) -> None:
             if next(calls) == 4:
                 raise KeyboardInterrupt
             put(*args)
 
-        machine.put = failing
+        called.put = failing
         with pytest.raises(KeyboardInterrupt):
             backward(model)
-        machine.put = put
+        called.put = put
         if not in_backward:
             optimizer.zero_grad()
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -400,7 +400,7 @@ def test_states_go_to_torch_and_come_back(kind: str) -> None:
 def test_states_are_saved_without_copies_and_come_back_in_bf16() -> None:
     model, optimizer = ours("host", "bf16", in_backward=True)
     Loop(steps=2).run(NET, model, optimizer)
-    state = model.session.machine.placing.states[0]
+    state = model.session.machine.store.states[0]
     saved = optimizer.state_dict()["state"][0]["exp_avg"]
     assert saved.untyped_storage().data_ptr() == state.moments[0].untyped_storage().data_ptr()
     file = io.BytesIO()
@@ -532,7 +532,7 @@ def test_an_update_that_fails_on_the_host_ends_the_run(in_backward: bool) -> Non
     threads = hosts()
     model, optimizer = ours("host", in_backward=in_backward)
     Loop(steps=2).run(NET, model, optimizer)
-    kernels = model.session.machine.kernels
+    kernels = model.session.machine.store.updater.kernels
     update = kernels.update
 
     def failing(layout: Any, *rest: Any) -> None:
@@ -562,7 +562,7 @@ def test_the_thread_ends_with_the_model() -> None:
     model, optimizer = ours("host")
     Loop(steps=1).run(NET, model, optimizer)
     (thread,) = hosts() - threads
-    model.session.machine.finish()  # a job under way holds the model
+    model.session.machine.store.finish()  # a job under way holds the model
     del model, optimizer
     gc.collect()
     thread.join(10)
@@ -583,7 +583,7 @@ def test_a_host_that_only_our_own_optimizer_fits_on() -> None:
         backward(model)
     model.load_state_dict(saved)
     optimizer = model.optimizer(AdamW, lr=1e-2)
-    assert model.session.tiers[1].used_bytes == model.plan.memory.host_bytes == 14 * padded
+    assert model.session.hardware.tiers[1].used_bytes == model.plan.memory.host_bytes == 14 * padded
     other = placed(NET, "host", "bf16")
     Loop().run(NET, other, other.optimizer(AdamW, lr=1e-2))
     Loop().run(NET, model, optimizer)
@@ -615,7 +615,7 @@ def test_a_tier_that_fills_up_while_states_are_made_ends_the_run_and_loses_no_we
 ) -> None:
     """As where another process took the memory that was planned: one chunk finds room, the next does not."""
     model = placed(NET, where, "bf16")
-    model.session.tiers[tier].limit_bytes = per_weight * model.plan.layout.chunks[0].numel
+    model.session.hardware.tiers[tier].limit_bytes = per_weight * model.plan.layout.chunks[0].numel
     with pytest.raises(BudgetError, match="tier is full: the training state of chunk 1 needs"):
         model.optimizer(AdamW)
     assert same_weights(model, NET.seeded())

@@ -8,12 +8,13 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.passes.program.plan import Plan, Residency
+from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError
-from geminifx.runtime.isa.layout import STREAM_BUFFERS, Updates
+from geminifx.runtime.isa.formats import STREAM_BUFFERS, OwnFormat
+from geminifx.runtime.isa.homes import Home, Where
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizing import ADAMW, NET, PLACES, Loop, placed, plain, same_weights
+from optimizing import ADAMW, NET, PLACES, Loop, homes_of, placed, plain, same_weights
 from torch import nn
 from torch.optim import SGD, AdamW
 from zoo import OPT, compiled, smallest_budget
@@ -43,42 +44,42 @@ def test_a_bf16_parameter_takes_12_bytes_and_its_gradient(
     on_host = on_device + 2
     model = placed(NET, "device", "bf16")
     model.optimizer(AdamW, **declared)
-    numel, tiers = elements(model.plan), model.session.tiers
+    numel, tiers = elements(model.plan), model.session.hardware.tiers
     assert [tier.used_bytes for tier in tiers] == [on_device * numel, 0]
     state = dict(model.plan.memory.at_peak)["training state"]
     assert (state, model.plan.memory.host_bytes) == ((on_device + held_on_device) * numel, 0)
     model = placed(NET, "host", "bf16")
     model.optimizer(AdamW, **declared)
-    assert [tier.used_bytes for tier in model.session.tiers] == [0, on_host * numel]
+    assert [tier.used_bytes for tier in model.session.hardware.tiers] == [0, on_host * numel]
     assert model.plan.memory.host_bytes == on_host * numel
     model = placed(NET, "host, resident", "bf16")
     model.optimizer(AdamW, **declared)
-    assert [tier.used_bytes for tier in model.session.tiers] == [2 * numel, on_host * numel]
+    assert [tier.used_bytes for tier in model.session.hardware.tiers] == [2 * numel, on_host * numel]
     model = placed(NET, "streamed", "bf16")
     model.optimizer(AdamW, **declared)
     longest = max(chunk.numel for chunk in model.plan.layout.chunks)
     gradient = {12: 0 if declared.get("in_backward") else 2, 16: 4}[on_device]
-    assert model.session.tiers[0].used_bytes == STREAM_BUFFERS * longest * (12 + gradient)
+    assert model.session.hardware.tiers[0].used_bytes == STREAM_BUFFERS * longest * (12 + gradient)
     lands = declared != {"in_backward": True}
-    assert model.session.tiers[1].used_bytes == (on_host if lands else on_device) * numel
-    assert model.plan.memory.host_bytes == model.session.tiers[1].used_bytes
+    assert model.session.hardware.host_tier.used_bytes == (on_host if lands else on_device) * numel
+    assert model.plan.memory.host_bytes == model.session.hardware.tiers[1].used_bytes
 
 
 @pytest.mark.parametrize(("kind", "hyper", "per_weight"), [(SGD, {}, 4), (SGD, {"momentum": 0.9}, 8), (AdamW, {}, 12)])
 def test_only_moments_that_there_are_take_memory(kind: Any, hyper: dict[str, Any], per_weight: int) -> None:
     model = placed(NET, "device", "bf16")
     model.optimizer(kind, lr=0.1, in_backward=True, **hyper)
-    assert model.session.tiers[0].used_bytes == per_weight * elements(model.plan)
+    assert model.session.hardware.tiers[0].used_bytes == per_weight * elements(model.plan)
 
 
 def test_what_held_the_parameters_before_is_given_back() -> None:
     model = compiled(NET, placement="cuda", precision="bf16")
     Loop(steps=1).run(NET, model, AdamW(model.parameters()))
-    assert model.session.tiers[0].used_bytes >= 16 * elements(model.plan)
+    assert model.session.hardware.tiers[0].used_bytes >= 16 * elements(model.plan)
     weights = model.state_dict()
     model.zero_grad()
     model.optimizer(AdamW, in_backward=True)
-    assert model.session.tiers[0].used_bytes == 12 * elements(model.plan)
+    assert model.session.hardware.tiers[0].used_bytes == 12 * elements(model.plan)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -86,10 +87,10 @@ def test_what_held_the_parameters_before_is_given_back() -> None:
 def test_sums_that_were_not_declared_are_charged_while_they_are_kept(where: str) -> None:
     model = placed(NET, where, "bf16")
     optimizer = model.optimizer(AdamW)
-    before = [tier.used_bytes for tier in model.session.tiers]
+    before = [tier.used_bytes for tier in model.session.hardware.tiers]
     Loop(steps=2, micro=2).run(NET, model, optimizer)
-    model.session.machine.finish()
-    grown = [tier.used_bytes - b for tier, b in zip(model.session.tiers, before, strict=True)]
+    model.session.machine.store.finish()
+    grown = [tier.used_bytes - b for tier, b in zip(model.session.hardware.tiers, before, strict=True)]
     assert grown == [4 * elements(model.plan) * (where == "device"), 4 * elements(model.plan) * (where == "host")]
 
 
@@ -101,7 +102,7 @@ def test_bytes_moved_are_counted_to_the_byte(in_backward: bool) -> None:
     for where in PLACES:
         model = placed(NET, where, "bf16")
         Loop(steps=2).run(NET, model, model.optimizer(AdamW, in_backward=in_backward))
-        model.session.machine.finish()
+        model.session.machine.store.finish()
         fetched = [int(i) for i in re.findall(r"geminifx\.fetch\((\d+),", model.graph["training"])]
         uses = sum(model.plan.layout.chunks[i].numel for i in fetched)
         moved[where] = model.stats.to_device_bytes, model.stats.to_host_bytes
@@ -124,11 +125,22 @@ def test_tiers_with_just_what_is_planned_are_enough(
 ) -> None:
     model = placed(NET, where, precision)
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward, accumulate=accumulate)
-    for tier, limit in zip(model.session.tiers, (model.plan.peak_bytes, model.plan.memory.host_bytes), strict=True):
+    for tier, limit in zip(
+        model.session.hardware.tiers, (model.plan.peak_bytes, model.plan.memory.host_bytes), strict=True
+    ):
         assert tier.used_bytes <= limit
         tier.limit_bytes = limit
     Loop(micro=accumulate).run(NET, model, optimizer)
     assert model.stats.step.device_peak_bytes <= model.plan.peak_bytes < 1.6 * model.stats.step.device_peak_bytes
+
+
+KINDS_OF_HOME = {
+    "masters": Home(Where.DEVICE),
+    "streamed": Home(Where.STREAMED),
+    "weights": Home(resident=True),
+    "both": Home(Where.STREAMED, resident=True),
+    "host": Home(),
+}
 
 
 @settings(max_examples=10, deadline=None)
@@ -148,19 +160,14 @@ def test_planned_is_never_below_measured(
     x = torch.ones(batch, 7)
     options = {"precision": precision, "example_inputs": (x,)}
     plan = geminifx.compile(nn.Sequential(*layers), **options).plan
-    where = [data.draw(st.sampled_from(["masters", "streamed", "weights", "both", "host"])) for _ in plan.layout.chunks]
-    chosen = {kind: {i for i, found in enumerate(where) if found == kind} for kind in (*where, "both")}
-    residency = Residency(
-        masters=frozenset(chosen.get("masters", ())),
-        streamed=frozenset(chosen.get("streamed", set()) | chosen["both"]),
-        weights=frozenset(chosen.get("weights", set()) | chosen["both"]),
-    )
-    model = geminifx.compile(nn.Sequential(*layers), **options, plan=replace(plan, residency=residency))
+    where = [data.draw(st.sampled_from(sorted(KINDS_OF_HOME))) for _ in plan.layout.chunks]
+    chosen = tuple(KINDS_OF_HOME[kind] for kind in where)
+    model = geminifx.compile(nn.Sequential(*layers), **options, plan=replace(plan, homes=chosen))
     mode = in_backward and precision != "fp16"
     optimizer = model.optimizer(AdamW, in_backward=mode, accumulate=accumulate)
     for _ in range(2 * accumulate):
         model(x).float().square().mean().backward()
-        if not mode or model.session.machine.backwards == accumulate:
+        if not mode or model.session.machine.store.backwards == accumulate:
             optimizer.step()
     assert model.stats.step.device_peak_bytes <= model.plan.peak_bytes
     assert model.stats.step.host_peak_bytes <= model.plan.memory.host_bytes
@@ -179,7 +186,7 @@ def test_under_any_budget_the_planner_keeps_to_it_and_the_numbers_stay(in_backwa
         assert model.stats.device_peak_bytes <= model.plan.peak_bytes <= budget
         assert model.stats.step.host_peak_bytes <= model.plan.memory.host_bytes
         assert same_weights(model, reference)
-        seen.add(model.plan.residency)
+        seen.add(model.plan.homes)
     assert len(seen) > 1
 
 
@@ -204,8 +211,8 @@ def test_a_plan_says_how_it_updates_and_comes_back_from_json(tmp_path: Path) -> 
     model = placed(OPT, "mixed", "bf16")
     model.optimizer(AdamW, in_backward=True, accumulate=4)
     plan = model.plan
-    assert plan.updates == Updates(moments=2, in_backward=True, accumulate=4)
-    assert plan.residency == PLACES["mixed"](frozenset(range(len(plan.layout.chunks)))) and plan.residency.streamed
+    assert plan.format == OwnFormat(moments=2, in_backward=True, accumulate=4)
+    assert plan.homes == homes_of("mixed", plan) and any(home.streamed for home in plan.homes)
     assert "the model's own, in the backward, 4 backwards each" in str(plan)
     assert re.search(r"updated on their way through +1 of", str(plan))
     plan.save(tmp_path / "plan.json")
@@ -215,22 +222,11 @@ def test_a_plan_says_how_it_updates_and_comes_back_from_json(tmp_path: Path) -> 
     assert again.plan == plan
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"streamed": frozenset({0, 1}), "masters": frozenset({1})},
-            "residency.streamed is 1 among others, expected trained chunks that are not in masters",
-        ),
-        ({"streamed": frozenset({9})}, "residency.streamed is 9 among others, expected chunk numbers from 0 to 2"),
-        ({"streamed": frozenset({-1})}, "residency.streamed is -1 among others, expected chunk numbers from 0 to 2"),
-    ],
-)
-def test_a_residency_that_cannot_be_is_refused_by_its_field(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_homes_for_other_chunks_than_there_are_are_refused(count: int) -> None:
     plan = placed(NET, "host").plan
-    assert len(plan.layout.chunks) == 3
-    with pytest.raises(ValueError, match=re.escape(message)):
-        compiled(NET, plan=replace(plan, residency=Residency(**change)))
+    with pytest.raises(ValueError, match=f"homes is {count} of them, expected 3, one for each chunk"):
+        compiled(NET, plan=replace(plan, homes=(Home(),) * count))
 
 
 def test_frozen_chunks_are_not_streamed() -> None:
@@ -239,9 +235,8 @@ def test_frozen_chunks_are_not_streamed() -> None:
         parameter.requires_grad_(False)
     plan = geminifx.compile(source, **NET.examples(), placement="cpu").plan
     (frozen,) = (chunk.index for chunk in plan.layout.chunks if not chunk.trainable)
-    with pytest.raises(ValueError, match=rf"residency\.streamed is {frozen} among others, expected trained chunks"):
-        everything = frozenset(range(len(plan.layout.chunks)))
-        given_plan = replace(plan, residency=Residency(streamed=everything))
+    with pytest.raises(ValueError, match=rf"homes\[{frozen}\]\.where is 'streamed', expected 'host' or 'device'"):
+        given_plan = replace(plan, homes=tuple(Home(Where.STREAMED) for _ in plan.homes))
         geminifx.compile(source, **NET.examples(), plan=given_plan)
     # Nothing but weights and what they lack is kept of a frozen chunk.
     model = geminifx.compile(source, **NET.examples(), placement="cpu", precision="bf16")
@@ -249,7 +244,7 @@ def test_frozen_chunks_are_not_streamed() -> None:
     chunks = model.plan.layout.chunks
     sizes = [chunk.numel * (14 if chunk.trainable else 4) for chunk in chunks]
     assert not all(chunk.trainable for chunk in chunks)
-    assert model.session.tiers[1].used_bytes == model.plan.memory.host_bytes == sum(sizes)
+    assert model.session.hardware.tiers[1].used_bytes == model.plan.memory.host_bytes == sum(sizes)
 
 
 def test_a_saved_plan_that_only_our_optimizer_fits_is_taken(tmp_path: Path) -> None:
@@ -263,5 +258,5 @@ def test_a_saved_plan_that_only_our_optimizer_fits_is_taken(tmp_path: Path) -> N
         again(next(iter(NET.batch().values())))
     again.optimizer(AdamW, in_backward=True)
     NET.loss(again, NET.batch()).backward()
-    assert again.plan.residency == model.plan.residency
+    assert again.plan.homes == model.plan.homes
     assert again.stats.device_peak_bytes <= budget

@@ -39,7 +39,7 @@ def test_a_step_that_is_given_up_frees_its_activations_at_once(drop: str) -> Non
     model, x = geminifx.compile(small()), torch.randn(64, 4)
     model(x).sum().backward()
     model.zero_grad()
-    device, base = model.session.tiers[0], model.session.tiers[0].used_bytes
+    device, base = model.session.hardware.tiers[0], model.session.hardware.tiers[0].used_bytes
     gc.collect()
     gc.disable()
     try:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from geminifx.compiler.planner.packing import divide
-from geminifx.passes.program.plan import Plan, Residency
+from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError, StateError
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
@@ -71,8 +71,8 @@ def test_stage_3_takes_less_than_stage_2_and_that_less_than_none() -> None:
 
 
 def test_stage_3_keeps_no_whole_weights_whatever_the_room() -> None:
-    assert planned(3).residency.weights == frozenset() and len(planned(3).residency.masters) > 0
-    assert planned(2).residency.weights == frozenset(range(len(planned(2).layout.chunks)))
+    assert all(home.on_device and not home.resident for home in planned(3).homes)
+    assert all(home.resident for home in planned(2).homes)
 
 
 def test_a_budget_below_the_least_is_refused_with_the_least_named() -> None:
@@ -100,7 +100,7 @@ def test_our_optimizer_alone_is_refused_for_the_lack_of_others() -> None:
 
 def test_of_one_process_zero_changes_nothing() -> None:
     model = compiled(MLP, parallel={"zero": 3})
-    assert model.plan.layout == compiled(MLP).plan.layout and model.plan.updates is None
+    assert model.plan.layout == compiled(MLP).plan.layout and not model.plan.format.beside
     MLP.loss(model, MLP.batch()).backward()
 
 
@@ -115,4 +115,4 @@ def test_plans_whose_shards_do_not_fit_are_refused(change: object, message: str)
     plan = planned(3)
     layout = replace(plan.layout, chunks=tuple(map(change, plan.layout.chunks)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        planned(3, plan=replace(plan, layout=layout, residency=Residency()))
+        planned(3, plan=replace(plan, layout=layout))

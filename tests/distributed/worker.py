@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
-from optimizing import PLACES
+from optimizing import homes_of
 from torch import Tensor, nn
 from torch import distributed as dist
 from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
@@ -44,7 +44,7 @@ class Own:
         declared = {name: value for name, value in vars(self).items() if name != "scale"}
         optimizer = model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
         if self.scale:
-            model.session.machine.held.loss_scale = self.scale
+            model.session.machine.store.held.loss_scale = self.scale
         return optimizer
 
 
@@ -73,10 +73,7 @@ class Training:
             options["device_budget"] = smallest_budget.__wrapped__(self.case, **options)
         if self.where:
             plan = compiled(self.case, **options).plan
-            chunks = plan.layout.chunks
-            residency = PLACES[self.where](frozenset(range(len(chunks))))
-            streamed = frozenset(index for index in residency.streamed if chunks[index].trainable)
-            options["plan"] = replace(plan, residency=replace(residency, streamed=streamed))
+            options["plan"] = replace(plan, homes=homes_of(self.where, plan))
         return compiled(self.case, **options)
 
     def alone(self) -> "Training":
@@ -158,7 +155,7 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
     model = training.compile()
     optimizer, losses = training.optimizer(model), []
     if training.also == "late" and os.environ.get("RANK") == "1":
-        delay(model.session.machine)
+        delay(model.session.machine.store.updater)
     for step in range(STEPS):
         if step == resume_at:
             saved = deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -184,19 +181,19 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
     return Trained(losses, state, deepcopy(optimizer.state_dict()), skipped, state_bytes(model))
 
 
-def delay(machine: Any) -> None:
-    update = machine._update_on_host
+def delay(updater: Any) -> None:
+    update = updater._update_on_host
 
     def late(*args: Any) -> Any:
         time.sleep(0.02)
         return update(*args)
 
-    machine._update_on_host = late
+    updater._update_on_host = late
 
 
 def state_bytes(model: geminifx.CompiledModule) -> int:
     """Bytes of the training state of our own optimizer on both tiers, weights that stay on the device included."""
-    chunks, states = model.session.machine.chunks, getattr(model.session.machine.placing, "states", [])
+    chunks, states = model.session.machine.chunks, getattr(model.session.machine.store, "states", [])
     tensors = [chunk.resident for chunk in chunks]
     for state in states:
         tensors += [state.weights, state.rest, *state.moments, state.held, state.total]

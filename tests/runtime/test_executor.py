@@ -11,13 +11,19 @@ import torch
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.executor import Code, Executor, NoGradient, Step, TrainingRun
 from geminifx.runtime.isa.errors import BudgetError, IllegalTransition, StateError
-from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot, TorchUpdates
+from geminifx.runtime.isa.formats import TorchFormat
+from geminifx.runtime.isa.instructions import INSTRUCTIONS
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
-from geminifx.runtime.machine import Machine, Run
+from geminifx.runtime.isa.operators import OPERATORS
+from geminifx.runtime.machine import Machine
 from geminifx.runtime.memory.chunks import LEGAL, Chunk, ChunkStore, State
-from geminifx.runtime.memory.masters import Placing
+from geminifx.runtime.memory.hardware import Hardware
+from geminifx.runtime.memory.state_store import Run
 from geminifx.runtime.memory.stats import Stats
 from geminifx.runtime.memory.tiers import MemoryMeter, Tier
+from geminifx.runtime.memory.torch_store import TorchStore
+from homes import NONE, homes
 from torch import nn
 
 # y = relu(x @ w) @ v, a loss in the caller; both weights in chunks of their own.
@@ -58,7 +64,6 @@ def training(x):
     geminifx.settle(g0, 0, [0])
     return {{}}
 """
-NONE: frozenset[int] = frozenset()
 BOTH = frozenset({0, 1})
 
 
@@ -76,11 +81,12 @@ class Toy:
         )
         self.tiers = Tier("device", limit), Tier("host")
         store = ChunkStore(Layout(chunks), {"w": self.w, "v": self.v})
-        placing = Placing(store, torch.device("cpu"), self.tiers, TorchUpdates(8))
-        placing.place(masters, weights)
-        self.machine = Machine(placing, Stats())
+        hardware = Hardware(torch.device("cpu"), *self.tiers)
+        self.store = TorchStore(store, hardware, TorchFormat(8), Stats())
+        self.store.place(homes(2, masters, weights))
+        self.machine = Machine(self.store)
         text = (source or SOURCE).format(dtype=dtype)
-        code = Code("training", text, ("input:0",), frozenset({"aten"}), reduces=BOTH, tangents=((4, 1),))
+        code = Code("training", text, ("input:0",), frozenset({"aten"}), reduces=BOTH, turns=(((4, 1),),))
         self.executor = Executor(code, self.machine, MemoryMeter(self.tiers[0]))
         self.x = torch.randn(16, 4, generator=seed).to(dtype)
 
@@ -142,7 +148,7 @@ def test_bytes_moved_are_counted_and_chunks_end_where_they_stay(place: str) -> N
     masters, weights = PLACES[place]
     toy = Toy(masters=masters, weights=weights)
     toy.step()
-    stats = toy.machine.stats
+    stats = toy.store.stats
     assert (stats.to_device_bytes, stats.to_host_bytes) == TRAFFIC[place]
     stays = masters | weights
     assert toy.states() == [State.HOLD if i in stays else State.FREE for i in (0, 1)]
@@ -188,7 +194,7 @@ def failing(request: pytest.FixtureRequest) -> Iterator[Toy]:
     """A toy whose program raises ZeroDivisionError once, in the middle of a phase."""
     line = {"forward": "    y = aten.mm", "backward": "    dh = aten.threshold_backward"}[request.param]
     toy = Toy(source=SOURCE.replace(line, f"    1 / geminifx.fuse.pop()\n{line}"), weights=frozenset({1}))
-    toy.machine.fuse = [0]  # type: ignore[attr-defined]
+    toy.executor.called.fuse = [0]
     yield toy
 
 
@@ -200,7 +206,7 @@ def test_after_a_failure_masters_are_untouched_and_the_next_step_is_right(failin
     assert torch.equal(failing.w, before[0]) and torch.equal(failing.v, before[1])
     assert failing.states() == [State.FREE, State.FREE]
     assert failing.tiers[0].used_bytes == used
-    failing.machine.fuse.extend([1] * 9)
+    failing.executor.called.fuse.extend([1] * 9)
     failing.w.grad = failing.v.grad = None
     assert torch.equal(failing.step(), failing.plain_step())
     assert torch.equal(failing.w.grad, failing.plain[0].grad)  # type: ignore[arg-type]
@@ -354,11 +360,13 @@ def test_ranks_that_fail_between_two_swaps_draw_alike_from_then_on() -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_the_machine_hands_compute_operators_to_torch() -> None:
-    toy = Toy()
-    assert toy.machine.attention is torch.ops.geminifx.attention.default
-    with pytest.raises(AttributeError):
-        _ = toy.machine.no_such_operator
+def test_programs_call_the_machines_instructions_and_torchs_operators() -> None:
+    called = Toy().executor.called
+    assert called.attention is torch.ops.geminifx.attention.default
+    assert vars(called).keys() == INSTRUCTIONS | OPERATORS.keys()
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("geminifx::")}
+    replaced = {"turn", "all_gather", "reduce_scatter", "all_reduce"}
+    assert vars(called).keys() == defined - replaced, "a machine implements every instruction, and torch all others"
 
 
 def test_weights_written_between_steps_are_seen_whatever_wrote_them() -> None:
@@ -374,4 +382,4 @@ def test_one_run_copies_a_resident_chunk_once() -> None:
     toy.machine.run = Run()
     first = toy.machine.fetch(0, 64, torch.float32)
     assert toy.machine.fetch(0, 64, torch.float32) is first
-    assert toy.machine.stats.to_device_bytes == 256
+    assert toy.store.stats.to_device_bytes == 256

@@ -9,7 +9,8 @@ from typing import Any
 
 import geminifx
 import torch
-from geminifx.passes.program.plan import Plan, Residency
+from geminifx.passes.program.plan import Plan
+from geminifx.runtime.isa.homes import Home, Homes, Where
 from geminifx.runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -33,19 +34,22 @@ NET = Case(
 )
 """Three chunks in float32, two in lower precision, and compiled in a tenth of a second."""
 
-NONE: frozenset[int] = frozenset()
-PLACES: dict[str, Callable[[frozenset[int]], Residency]] = {
-    "device": lambda all: Residency(masters=all),
-    "host": lambda all: Residency(),
-    "host, resident": lambda all: Residency(weights=all),
-    "streamed": lambda all: Residency(streamed=all),
-    "streamed, resident": lambda all: Residency(streamed=all, weights=all),
-    "mixed": lambda all: Residency(
-        masters=frozenset(i for i in all if i % 3 == 0),
-        streamed=frozenset(i for i in all if i % 3 == 1),
-        weights=frozenset(i for i in all if i % 2 == 0),
-    ),
+MIXED = (Where.DEVICE, Where.STREAMED, Where.HOST)
+PLACES: dict[str, Callable[[int], Home]] = {
+    "device": lambda index: Home(Where.DEVICE),
+    "host": lambda index: Home(),
+    "host, resident": lambda index: Home(resident=True),
+    "streamed": lambda index: Home(Where.STREAMED),
+    "streamed, resident": lambda index: Home(Where.STREAMED, resident=True),
+    "mixed": lambda index: Home(MIXED[index % 3], resident=index % 2 == 0),
 }
+
+
+def homes_of(where: str, plan: Plan) -> Homes:
+    """A home in one of these places for every chunk; what is frozen is not streamed."""
+    homes = map(PLACES[where], range(len(plan.layout.chunks)))
+    pairs = zip(plan.layout.chunks, homes, strict=True)
+    return tuple(h if c.trainable or not h.streamed else replace(h, where=Where.HOST) for c, h in pairs)
 
 
 @cache
@@ -56,8 +60,7 @@ def _plan(case: Case, precision: str | None) -> Plan:
 def placed(case: Case, where: str, precision: str | None = None, **options: Any) -> geminifx.CompiledModule:
     """The case's model, compiled by a plan made by hand that puts all training state `where`."""
     plan = _plan(case, precision)
-    residency = PLACES[where](frozenset(range(len(plan.layout.chunks))))
-    return compiled(case, precision=precision, plan=replace(plan, residency=residency), **options)
+    return compiled(case, precision=precision, plan=replace(plan, homes=homes_of(where, plan)), **options)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def same_moments(optimizer: Optimizer, other: Optimizer) -> bool:
 
 def held_gradients(model: geminifx.CompiledModule) -> dict[str, Tensor]:
     """The gradients as a backward left them, read without making sums of them as `.grad` does."""
-    states = [model.session.machine.state_of(name) for name, _ in model.named_parameters()]
+    states = [model.session.machine.store.state_of(name) for name, _ in model.named_parameters()]
     pairs = zip((name for name, _ in model.named_parameters()), states, strict=True)
     return {name: s.slice(s.held, slot).float() for name, (s, slot) in pairs if slot in s.present}
 

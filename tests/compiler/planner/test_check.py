@@ -8,10 +8,11 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.planner.check import check_plan
-from geminifx.passes.program.plan import Plan, Residency
+from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
 from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.isa.precision import parameter_dtypes
+from homes import homes
 from torch import nn
 
 
@@ -57,11 +58,11 @@ def test_a_plan_of_parts_passes() -> None:
     ("damage", "message"),
     [
         (
-            lambda p: replace(p, residency=Residency(weights=frozenset({99}))),
-            "residency.weights is 99 among others, expected chunk numbers from 0 to 0;",
+            lambda p: replace(p, homes=homes(2)),
+            "homes is 2 of them, expected 1, one for each chunk;",
         ),
+        (lambda p: replace(p, prefetch=-1), "prefetch is -1, expected 0 or more chunks;"),
         (lambda p: replace(p, recompute=("7",)), "recompute is '7' among others, expected names of blocks: 0, 1;"),
-        (lambda p: replace(p, optimizer_state_bytes=-8), "optimizer_state_bytes is -8, expected 0 or more bytes"),
         (lambda p: with_chunk(p, index=3), "layout.chunks[0].index is 3, expected 0:"),
         (
             lambda p: with_chunk(p, trainable=False),

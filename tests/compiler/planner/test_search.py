@@ -5,13 +5,16 @@ from functools import partial
 
 import pytest
 import torch
+from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.rates import ARENA
-from geminifx.compiler.planner.search import HostBudgetError, Limits, Solution, Wishes, check, solve
-from geminifx.passes.program.plan import Placement, Plan, Residency
+from geminifx.compiler.planner.refusal import HostBudgetError
+from geminifx.compiler.planner.search import Constraints, Solution, check, solve
+from geminifx.passes.program.plan import Placement, Plan
 from geminifx.passes.program.program import Program
 from geminifx.passes.program.text import parse_program
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from homes import homes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +64,12 @@ def plan(budget: int | None, placement: Placement = "auto", masters: frozenset[i
 def solved(budget: int | None, placement: Placement, masters: frozenset[int] | None, host: int, reserve: int,
            **changes: object) -> Solution:  # fmt: skip
     draft = replace(Plan(placement, budget, layout()), **changes)  # type: ignore[arg-type]
-    return solve(draft, lower, limits(budget, host, reserve), Wishes(placement, (), (), masters))
+    return solve(
+        draft,
+        lower,
+        limits(budget, host, reserve),
+        Constraints(placement, (), (), None if masters is None else homes(CHUNKS, masters)),
+    )
 
 
 def limits(budget: int | None, host: int = 10**9, reserve: int = 0) -> Limits:
@@ -85,7 +93,11 @@ def limits(budget: int | None, host: int = 10**9, reserve: int = 0) -> Limits:
 def test_peaks_by_hand(placement: Placement, budget: int | None, peak: int, prefetch: int) -> None:
     found = plan(budget, placement)
     assert (found.peak_bytes, found.prefetch) == (peak, prefetch)
-    assert found.residency.masters == (EVERYTHING if peak == ALL else frozenset())
+    assert (
+        found.homes == homes(CHUNKS, EVERYTHING, EVERYTHING if placement == "auto" else ())
+        if peak == ALL
+        else homes(CHUNKS)
+    )
 
 
 def test_the_host_holds_the_state_of_what_is_not_on_the_device() -> None:
@@ -104,10 +116,10 @@ def test_the_host_holds_the_state_of_what_is_not_on_the_device() -> None:
 def test_weights_come_before_whole_states() -> None:
     all_weights = INPUT + ACTIVATION + CHUNKS * WEIGHTS
     found = plan(all_weights)
-    assert found.residency == Residency(frozenset(), EVERYTHING) and found.peak_bytes == all_weights
+    assert found.homes == homes(CHUNKS, frozenset(), EVERYTHING) and found.peak_bytes == all_weights
     # In fp32 a chunk computes from its master: the state costs the difference.
     found = plan(all_weights + STATE - WEIGHTS)
-    assert found.residency == Residency(frozenset({0}), EVERYTHING)
+    assert found.homes == homes(CHUNKS, frozenset({0}), EVERYTHING)
     assert found.peak_bytes == all_weights + STATE - WEIGHTS
 
 
@@ -122,8 +134,8 @@ def test_a_copy_in_another_dtype_costs_beside_its_master() -> None:
 def test_more_budget_keeps_more_on_the_device(budget: int, more: int) -> None:
     small, large = plan(budget), plan(budget + more)
     assert small.peak_bytes <= budget
-    for kind in ("masters", "on_device"):
-        assert len(getattr(small.residency, kind)) <= len(getattr(large.residency, kind))
+    for count in (lambda home: home.on_device, lambda home: home.on_device or home.resident):
+        assert sum(map(count, small.homes)) <= sum(map(count, large.homes))
 
 
 @given(st.integers(1, ON_DEMAND - 1))
@@ -141,28 +153,28 @@ def test_the_reserve_is_part_of_the_budget() -> None:
 
 
 def test_an_allocator_that_fragments_is_left_room_around_the_largest_storage() -> None:
-    draft, wishes = Plan("cpu", None, layout()), Wishes("cpu", (), ())
+    draft, given = Plan("cpu", None, layout()), Constraints("cpu", (), ())
     huge = partial(lower, values=1000)  # activations of 4 kB beside chunks of 256 bytes
-    arena = solve(draft, huge, limits(None), wishes).plan.memory
+    arena = solve(draft, huge, limits(None), given).plan.memory
     assert arena.peak_bytes == 4000 + 4000 + WEIGHTS and "holes in the allocator" not in dict(arena.at_peak)
 
     fragmenting = replace(limits(None), hole_share=0.5)
-    memory = solve(draft, huge, fragmenting, wishes).plan.memory
+    memory = solve(draft, huge, fragmenting, given).plan.memory
     assert memory.peak_bytes == arena.peak_bytes + 2000
     assert dict(memory.at_peak)["holes in the allocator"] == 2000
     assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
-    small = solve(draft, lower, fragmenting, wishes).plan.memory
+    small = solve(draft, lower, fragmenting, given).plan.memory
     assert dict(small.at_peak)["holes in the allocator"] == ACTIVATION // 2
 
     with pytest.raises(BudgetError, match=r"holes in the allocator 2\.00 kB") as refused:
-        solve(draft, huge, replace(fragmenting, device_bytes=memory.peak_bytes - 1), wishes)
+        solve(draft, huge, replace(fragmenting, device_bytes=memory.peak_bytes - 1), given)
     assert refused.value.smallest_bytes == memory.peak_bytes
 
 
 def test_masters_of_a_model_in_training_stay_where_they_are() -> None:
     kept = frozenset({2})
     found = plan(10**9, masters=kept)
-    assert found.residency == Residency(kept, EVERYTHING)
+    assert found.homes == homes(CHUNKS, kept, EVERYTHING)
     with pytest.raises(BudgetError) as refused:
         plan(ON_DEMAND + STATE - 1, masters=kept)
     assert refused.value.smallest_bytes == ON_DEMAND + STATE
@@ -176,10 +188,10 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
         return lower(candidate)
 
     draft = Plan("cpu", None, layout())
-    solve(draft, watched, limits(None), Wishes("cpu", ("b",), ("a", "b")))
+    solve(draft, watched, limits(None), Constraints("cpu", ("b",), ("a", "b")))
     assert set(seen) == {("b",)}
     seen.clear()
-    solution = solve(draft, watched, limits(None), Wishes("cpu", None, ("a", "b")))
+    solution = solve(draft, watched, limits(None), Constraints("cpu", None, ("a", "b")))
     assert set(seen) == {(), ("a",), ("a", "b")}
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
@@ -199,8 +211,8 @@ def test_the_planner_recomputes_the_fewest_blocks_that_do(number: int) -> None:
     blocks, draft = tuple(f"b{i}" for i in range(number)), Plan("cpu", None, layout())
     lowered = partial(recomputing, blocks=number)
     for count in range(number + 1):
-        exact = solve(draft, lowered, limits(None), Wishes("cpu", blocks[:count], blocks)).plan
-        found = solve(draft, lowered, limits(exact.peak_bytes), Wishes("cpu", None, blocks)).plan
+        exact = solve(draft, lowered, limits(None), Constraints("cpu", blocks[:count], blocks)).plan
+        found = solve(draft, lowered, limits(exact.peak_bytes), Constraints("cpu", None, blocks)).plan
         assert found.recompute == blocks[:count]
 
 
@@ -209,7 +221,7 @@ def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
     blocks, draft = tuple(f"b{i}" for i in range(16)), Plan("auto", None, layout())
 
     def solved_within(found: Limits) -> Plan:
-        return solve(draft, partial(recomputing, blocks=16), found, Wishes("auto", None, blocks)).plan
+        return solve(draft, partial(recomputing, blocks=16), found, Constraints("auto", None, blocks)).plan
 
     everything = solved_within(limits(None))
     tight = limits(everything.peak_bytes - STATE)

@@ -7,9 +7,12 @@ import torch
 from geminifx.compiler.planner import simulate as cost
 from geminifx.compiler.planner.rates import ARENA, CUDA, LAUNCH_S, Rates
 from geminifx.compiler.planner.simulate import Instruction, StepTime
-from geminifx.passes.program.plan import Plan, Residency
+from geminifx.passes.program.plan import Plan
+from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
+from geminifx.runtime.isa.homes import Homes
 from geminifx.runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
-from geminifx.runtime.isa.layout import ChunkLayout, Layout, Updates
+from geminifx.runtime.isa.layout import ChunkLayout, Layout
+from homes import homes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizing import NET
@@ -26,84 +29,82 @@ TWO: list[Instruction] = [
 ]  # fmt: skip
 """Two chunks, each of which computes one second in the forward and two in the backward."""
 BOTH = frozenset({0, 1})
-AT_ONCE = Updates(in_backward=True)
+AT_ONCE = OwnFormat(in_backward=True)
 
 
-def plan_of(chunks: int, updates: Updates | None) -> Plan:
+def plan_of(chunks: int, format: StateFormat) -> Plan:
     layout = (ChunkLayout(i, 100, torch.bfloat16, torch.float32, True, ()) for i in range(chunks))
-    return replace(Plan(layout=Layout(tuple(layout))), updates=updates)
+    return replace(Plan(layout=Layout(tuple(layout))), format=format)
 
 
-def two(updates: Updates | None, residency: Residency, rates: Rates = RATES) -> float:
-    return StepTime(TWO, 6, rates).seconds(plan_of(2, updates), residency)
+def two(format: StateFormat, placed: Homes, rates: Rates = RATES) -> float:
+    return StepTime(TWO, 6, rates).seconds(plan_of(2, format), placed)
 
 
-@pytest.mark.parametrize("updates", [None, Updates(), AT_ONCE], ids=["torch's", "ours", "in the backward"])
-def test_everything_on_the_device(updates: Updates | None) -> None:
-    assert two(updates, Residency(BOTH)) == 6 + 2
+@pytest.mark.parametrize("format", [TorchFormat(), OwnFormat(), AT_ONCE], ids=["torch's", "ours", "in the backward"])
+def test_everything_on_the_device(format: StateFormat) -> None:
+    assert two(format, homes(2, BOTH)) == 6 + 2
 
 
 def test_gradients_that_are_added_up_are_updated_with_once() -> None:
-    assert two(Updates(accumulate=2), Residency(BOTH)) == 2 * 6 + 2
+    assert two(OwnFormat(accumulate=2), homes(2, BOTH)) == 2 * 6 + 2
 
 
 @pytest.mark.parametrize(
-    "updates, seconds",
+    "format, seconds",
     [
         # The last gradient lands at 8, is the worker's at 10, new at 14, on the device at 16: eight seconds late.
         (AT_ONCE, 8 + 8),
         # Landed at 8, the first chunk's is new at 12 and on the device at 14, the second's at 18 instead of at 15.
-        (Updates(), 8 + 6 + 3),
+        (OwnFormat(), 8 + 6 + 3),
         # Twice as much compute and as many gradients, and one update.
-        (Updates(accumulate=2), 16 + 6 + 3),
+        (OwnFormat(accumulate=2), 16 + 6 + 3),
         # Both weights come before they are read, both gradients are waited for, then both updates.
-        (None, 8 + 2 * 2 + 2 * 10),
+        (TorchFormat(), 8 + 2 * 2 + 2 * 10),
     ],
     ids=["in the backward", "ours", "accumulated", "torch's"],
 )
-def test_the_next_forward_waits_for_the_host(updates: Updates | None, seconds: float) -> None:
-    assert two(updates, Residency(weights=BOTH)) == seconds
+def test_the_next_forward_waits_for_the_host(format: StateFormat, seconds: float) -> None:
+    assert two(format, homes(2, resident=BOTH)) == seconds
 
 
 def test_the_first_chunk_on_the_device_hides_the_other_s_update() -> None:
-    assert two(AT_ONCE, Residency(frozenset({0}), BOTH)) == 6 + 1 + 4, (
-        "the second's is new at 10, here at 12, read at 8"
-    )
+    assert two(AT_ONCE, homes(2, frozenset({0}), BOTH)) == 6 + 1 + 4, "the second's is new at 10, here at 12, read at 8"
 
 
 def test_the_worker_takes_what_the_next_forward_reads_first() -> None:
     """All gradients come at once; the chunks are new at 10, 14 and 18, when they are read one second after another."""
     rates, chunks = replace(RATES, bus_bytes_per_s=float("inf")), (0, 1, 2)
     program = [(i, what, i) for i in chunks for what in (FETCH, WAIT)] + [(6, REDUCE, i) for i in (2, 1, 0)]
-    for updates in (AT_ONCE, Updates()):
-        found = StepTime(program, 6, rates).seconds(plan_of(3, updates), Residency(weights=frozenset(chunks)))
+    for format in (AT_ONCE, OwnFormat()):
+        found = StepTime(program, 6, rates).seconds(plan_of(3, format), homes(3, resident=frozenset(chunks)))
         assert found == 3 * 4 + 1 + 3
 
 
 @pytest.mark.parametrize(
-    "updates, seconds",
+    "format, seconds",
     [
         (AT_ONCE, 4 + 2 * 10),  # from the first gradient on the bus is busy, and then compute, up to it again
         (replace(AT_ONCE, accumulate=2), 6 + 6 + 2 + 2 * 14),  # from the second run's on, with sums of 4 bytes
-        (Updates(), 2 * 12 + 1 + 2 + 2 + 2),  # after step(), with gradients; the second chunk waits for both
+        (OwnFormat(), 2 * 12 + 1 + 2 + 2 + 2),  # after step(), with gradients; the second chunk waits for both
     ],
     ids=["in the backward", "accumulated", "ours"],
 )
-def test_states_travel(updates: Updates, seconds: float) -> None:
-    found = two(updates, Residency(weights=BOTH, streamed=BOTH))
+def test_states_travel(format: StateFormat, seconds: float) -> None:
+    found = two(format, homes(2, resident=BOTH, streamed=BOTH))
     assert found == pytest.approx(seconds, abs=5 * LAUNCH_S)
 
 
 def test_a_state_that_travels_costs_its_launches() -> None:
     rates = replace(RATES, bus_bytes_per_s=float("inf"))
-    assert two(AT_ONCE, Residency(weights=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * LAUNCH_S)
+    assert two(AT_ONCE, homes(2, resident=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * LAUNCH_S)
 
 
 def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_not() -> None:
     chunks = range(4)
     program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, SETTLE)]
-    residency = Residency(weights=frozenset(chunks), streamed=frozenset(chunks))
-    found = StepTime(program, 104, RATES).seconds(plan_of(4, AT_ONCE), residency)
+    placed = homes(4, resident=chunks, streamed=chunks)
+    found = StepTime(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
     assert found == pytest.approx(24 + 100, abs=5 * LAUNCH_S)
 
 
@@ -112,12 +113,12 @@ def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, 
     """The second chunk's state travels from 4 to 14 and passes through the host's memory, from where the first one's
     weights come at 12, so that the second is two seconds late where they do not come after that."""
     rates = replace(RATES, passing_params_per_s=passing)
-    found = two(AT_ONCE, Residency(weights=BOTH, streamed=frozenset({1})), rates)
+    found = two(AT_ONCE, homes(2, resident=BOTH, streamed=frozenset({1})), rates)
     assert found == pytest.approx(seconds, abs=5 * LAUNCH_S)
 
 
 def test_weights_that_do_not_stay_come_one_behind_the_other_from_their_fetches_on() -> None:
-    nowhere = Residency()
+    nowhere = homes(2)
     late = StepTime([(0, FETCH, 0), (0, WAIT, 0), (0, FETCH, 1), (1, WAIT, 1)], 2, RATES)
     assert late.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 1
     early = StepTime([(0, FETCH, 0), (0, FETCH, 1), (0, WAIT, 0), (0, WAIT, 1)], 2, RATES)
@@ -126,13 +127,21 @@ def test_weights_that_do_not_stay_come_one_behind_the_other_from_their_fetches_o
 
 def test_new_weights_are_fetched_when_the_host_has_them() -> None:
     once = StepTime([(0, FETCH, 0), (0, WAIT, 0), (3, REDUCE, 0)], 3, RATES)
-    assert once.seconds(plan_of(1, AT_ONCE), Residency()) == 3 + 2 + 4 + 2
+    assert (
+        once.seconds(
+            plan_of(1, AT_ONCE),
+            homes(
+                1,
+            ),
+        )
+        == 3 + 2 + 4 + 2
+    )
 
 
 def test_where_nothing_overlaps_every_copy_is_waited_for() -> None:
     rates = replace(ARENA, bus_bytes_per_s=100)
-    assert two(AT_ONCE, Residency(weights=BOTH), rates) == 6 + 2 * 2 + 2 * 2
-    assert two(None, Residency(weights=BOTH), rates) == 6 + 2 * 2 + 2 * 2
+    assert two(AT_ONCE, homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
+    assert two(TorchFormat(), homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
 
 
 # -- any residency -----------------------------------------------------------------------------------------
@@ -160,18 +169,18 @@ SPEED = st.sampled_from([10.0, 100.0, 1000.0])
 
 
 @settings(max_examples=500)
-@given(st.sampled_from([None, Updates(), AT_ONCE]), SOME, SOME, SOME, SPEED, SPEED, st.booleans())
+@given(st.sampled_from([TorchFormat(), OwnFormat(), AT_ONCE]), SOME, SOME, SOME, SPEED, SPEED, st.booleans())
 def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
-    updates: Updates | None, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
+    format: StateFormat, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
     bus: float, host: float, overlaps: bool,
 ) -> None:  # fmt: skip
-    streamed = streamed - masters if updates else frozenset()
+    streamed = streamed - masters if format.beside else frozenset()
     rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
-    found = StepTime(STEP, 24, rates).seconds(plan_of(8, updates), Residency(masters, weights, streamed))
+    found = StepTime(STEP, 24, rates).seconds(plan_of(8, format), homes(8, masters, weights, streamed))
     compute_s = 24 + len(masters)
     host_s = 100 * len(frozenset(MANY) - masters - streamed) / host
     copies = sum(1 if i in weights else 2 for i in frozenset(MANY) - masters - (streamed & weights))
-    travelling = sum(1000 + 200 * (i not in weights) + 200 * (updates != AT_ONCE) for i in streamed)
+    travelling = sum(1000 + 200 * (i not in weights) + 200 * (format != AT_ONCE) for i in streamed)
     up_s = (200 * copies + travelling) / bus
     assert max(compute_s, host_s, up_s) <= found * (1 + 1e-9)
     down_s = 200 * 8 / bus
@@ -180,20 +189,18 @@ def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
 
 
 @settings(max_examples=200)
-@given(st.sampled_from([None, Updates(), AT_ONCE]), SOME, SOME, SOME, SPEED, SPEED)
+@given(st.sampled_from([TorchFormat(), OwnFormat(), AT_ONCE]), SOME, SOME, SOME, SPEED, SPEED)
 def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
-    updates: Updates | None, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
+    format: StateFormat, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
     bus: float, host: float,
 ) -> None:  # fmt: skip
     rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host)
-    time, residency = (
-        StepTime(STEP, 24, rates),
-        Residency(masters, weights, streamed - masters if updates else frozenset()),
-    )
-    found = time.seconds(plan_of(8, updates), residency)
+    time = StepTime(STEP, 24, rates)
+    placed = homes(8, masters, weights, streamed if format.beside else frozenset())
+    found = time.seconds(plan_of(8, format), placed)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cost, "STEPS", 9)
-        assert time.seconds(plan_of(8, updates), residency) == pytest.approx(found)
+        assert time.seconds(plan_of(8, format), placed) == pytest.approx(found)
 
 
 def test_a_program_s_instructions_are_found_between_its_compute() -> None:

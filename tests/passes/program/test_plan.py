@@ -5,7 +5,9 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from geminifx.passes.program.plan import MemoryEstimate, Plan, Residency
+from geminifx.passes.program.plan import MemoryEstimate, Plan
+from geminifx.runtime.isa.formats import TorchFormat
+from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.units import format_bytes
 
@@ -21,8 +23,8 @@ PLAN = Plan(
     ),
     recompute=("layers.0", "layers.1"),
     prefetch=2,
-    residency=Residency(masters=frozenset({1}), weights=frozenset({0, 1})),
-    optimizer_state_bytes=4,
+    homes=(Home(resident=True), Home(Where.DEVICE, resident=True)),
+    format=TorchFormat(4),
     memory=MemoryEstimate(1000, 2_500_000, 3000, 4, (("activations", 1500), ("chunk 0", 384))),
     notes=("a note",),
 )
@@ -35,7 +37,7 @@ def test_json_round_trip(plan, tmp_path):
     assert Plan.load(tmp_path / "plan.json") == plan
     again = Plan.load(tmp_path / "plan.json")
     assert again.layout.places == plan.layout.places
-    assert hash(again.residency) == hash(plan.residency)
+    assert hash(again.homes) == hash(plan.homes)
 
 
 def test_json_round_trip_of_a_packed_model(captured):
@@ -63,15 +65,19 @@ def _with(**changes):
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("{}", "layout"),
+        ("{}", "its version has none, expected 2"),
+        (_with(version=1), "its version is 1, expected 2"),
+        (_without("layout"), "layout"),
         ("[1, 2]", "not a geminifx plan"),
         ("null", "not a geminifx plan"),
         ("{prefetch: 1}", "not a geminifx plan"),
         (_without("memory"), "memory"),
         (_with(prefetched=1), "prefetched"),
         (_with(placement="gpu"), "gpu"),
-        (_with(prefetch=-1), "prefetch"),
-        (_with(outputs="logits"), "outputs is 'logits', expected one of loss, all"),
+        (_with(prefetch=1.5), "1.5, expected a whole number @ plan.prefetch"),
+        (_with(homes=[{"where": "moon", "resident": False}]), "'moon' is not a valid Where @ plan.homes\\[0\\].where"),
+        (_with(format={"kind": "mine"}), "'mine', expected a kind of training state: torch, own"),
+        (_with(outputs="logits"), "'logits', expected one of loss, all @ plan.outputs"),
         (PLAN.to_json().replace("bfloat16", "float17"), "float17"),
         (PLAN.to_json().replace("bfloat16", "nn"), "nn"),
     ],
@@ -84,9 +90,8 @@ def test_other_text_is_refused_and_the_field_named(text, named):
 def test_a_plan_is_frozen():
     with pytest.raises(FrozenInstanceError):
         PLAN.prefetch = 3
-    changed = PLAN.with_residency(Residency(), MemoryEstimate(peak_bytes=7))
+    changed = PLAN.with_homes((Home(), Home()), MemoryEstimate(peak_bytes=7))
     assert changed.peak_bytes == 7 and PLAN.peak_bytes == 2_500_000
-    assert PLAN.residency.on_device == {0, 1}
 
 
 def test_str_is_a_table():

@@ -9,28 +9,29 @@ from geminifx.runtime.distributed.collectives import Collectives
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.distributed.zero import Zero
 from geminifx.runtime.isa.errors import StateError
-from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates, longest_of_each_kind
+from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat, longest_of_each_kind
+from geminifx.runtime.isa.homes import Home, Where
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.kernels.update_rules import SgdHyper
+from geminifx.runtime.machine import Machine
 from geminifx.runtime.memory.chunks import ChunkStore
+from geminifx.runtime.memory.hardware import Hardware
 from geminifx.runtime.memory.lazy_parameter import gathered_gradient
 from geminifx.runtime.memory.stats import Stats
 from geminifx.runtime.memory.tiers import Tier
-from geminifx.runtime.optimizer.own_states import StatePlacing
-from geminifx.runtime.optimizer.states import Where
-from geminifx.runtime.optimizer.updating_machine import UpdatingMachine
+from geminifx.runtime.optimizer.own_store import OwnStore
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-BOTH, NONE = frozenset({0}), frozenset()
 PLACES = {
-    "device": (BOTH, NONE, NONE),
-    "device, resident": (BOTH, BOTH, NONE),
-    "host": (NONE, NONE, NONE),
-    "host, resident": (NONE, BOTH, NONE),
-    "streamed": (NONE, NONE, BOTH),
-    "streamed, resident": (NONE, BOTH, BOTH),
+    "device": Home(Where.DEVICE),
+    "device, resident": Home(Where.DEVICE, resident=True),
+    "host": Home(),
+    "host, resident": Home(resident=True),
+    "streamed": Home(Where.STREAMED),
+    "streamed, resident": Home(Where.STREAMED, resident=True),
 }
 EVERYWHERE = pytest.mark.parametrize("where", PLACES)
 
@@ -67,22 +68,21 @@ def test_the_shards_of_a_chunk_are_the_chunk(sizes: list[int], shards: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("updates", [Updates(), Updates(accumulate=2), Updates(in_backward=True), TorchUpdates()])
-def test_a_shard_takes_its_share_of_the_bytes_and_programs_the_whole(dtype: torch.dtype, updates: Any) -> None:
+@pytest.mark.parametrize("format", [OwnFormat(), OwnFormat(accumulate=2), OwnFormat(in_backward=True), TorchFormat()])
+def test_a_shard_takes_its_share_of_the_bytes_and_programs_the_whole(dtype: torch.dtype, format: StateFormat) -> None:
     whole = chunk([300, 200], 1, dtype)
     divided = replace(whole, shards=4)
     assert divided.compute_bytes == whole.compute_bytes == 4 * divided.shard_bytes
-    for streamed in (False, True):
-        assert 4 * updates.host_bytes(divided, streamed) == updates.host_bytes(whole, streamed)
-        assert updates.host_bytes(divided, streamed) == updates.host_bytes(divided.shard(2), streamed)
-    assert 4 * updates.device_bytes(divided) == updates.device_bytes(whole)
-    if isinstance(updates, Updates):
-        assert updates.stream_bytes(divided) == updates.stream_bytes(divided.shard(0))
+    for home in (Home(), Home(Where.STREAMED)):
+        assert 4 * format.host_bytes(divided, home) == format.host_bytes(whole, home)
+        assert format.host_bytes(divided, home) == format.host_bytes(divided.shard(2), home)
+        assert format.stream_bytes([(divided, home)]) == format.stream_bytes([(divided.shard(0), home)])
+    assert 4 * format.device_bytes(divided, Home(Where.DEVICE)) == format.device_bytes(whole, Home(Where.DEVICE))
 
 
 def test_of_divided_chunks_the_longest_shard_is_streamed_longest() -> None:
     chunks = [replace(chunk([256], 1), index=0), replace(chunk([512], 4), index=1)]
-    assert [layout.index for layout in longest_of_each_kind(chunks)] == [0]
+    assert [layout.index for layout in longest_of_each_kind((c, Home(Where.STREAMED)) for c in chunks)] == [0]
 
 
 # -- states and programs -----------------------------------------------------------------------------------
@@ -118,14 +118,15 @@ class Second:
         self.parameters = {"a": nn.Parameter(torch.zeros(4)), "b": nn.Parameter(torch.arange(128.0).view(2, 64))}
         self.tiers = Tier("device"), Tier("host")
         ranks = Ranks(Mesh((Axis("data", 2),)), 1, launched=False)
-        store, updates = ChunkStore(Layout((layout,)), self.parameters), Updates(moments=0, **declared)
-        self.placing = StatePlacing(store, torch.device("cpu"), self.tiers, updates, TwoRanks(ranks, 3))
-        self.machine = UpdatingMachine(self.placing, Stats(), ranks)
-        self.machine.schedule = lambda name, number: SgdHyper(lr=1.0)
-        self.machine.place(*PLACES[where])
+        chunks, format = ChunkStore(Layout((layout,)), self.parameters), OwnFormat(moments=0, **declared)
+        hardware = Hardware(torch.device("cpu"), *self.tiers)
+        self.store = OwnStore(chunks, hardware, format, Stats(), TwoRanks(ranks, 3))
+        self.machine = Machine(self.store, ranks)
+        self.store.updater.schedule = lambda name, number: SgdHyper(lr=1.0)
+        self.store.place((PLACES[where],))
 
     def backward(self) -> None:
-        self.machine.begin_backward()
+        self.store.begin_backward()
         gradients = self.machine.gradients(256, torch.float32)
         self.machine.put(gradients, 0, torch.ones(4))
         self.machine.put(gradients, 64, torch.ones(2, 64))
@@ -142,7 +143,7 @@ class Second:
 @pytest.mark.parametrize("declared", [{}, {"in_backward": True}, {"accumulate": 2}], ids=["step", "backward", "two"])
 def test_programs_see_the_whole_after_an_update_of_the_shard(where: str, declared: dict[str, Any]) -> None:
     second = Second(where, **declared)
-    (state,) = second.placing.states
+    (state,) = second.store.states
     assert state.weights.numel() == 128 and [slot.numel for slot in state.layout.slots] == [0, 64]
     for step in range(3):
         for _ in range(2):  # the forward's and the backward's
@@ -151,19 +152,19 @@ def test_programs_see_the_whole_after_an_update_of_the_shard(where: str, declare
             assert torch.equal(weights[128:192], torch.arange(64.0, 128.0) - step) and not weights[192:].any()
         for _ in range(declared.get("accumulate", 1)):
             second.backward()
-        second.machine.update_all(1.0 / declared.get("accumulate", 1))
-        second.machine.backwards = 0
+        second.store.update_all(1.0 / declared.get("accumulate", 1))
+        second.store.backwards = 0
         assert state.steps == [step + 1] * 2, "counted on every process, whoever holds the parameter"
 
 
 @EVERYWHERE
 def test_what_lies_where_is_what_is_charged(where: str) -> None:
     second = Second(where)
-    (state,), resident = second.placing.states, second.machine.chunks[0].resident
+    (state,), resident = second.store.states, second.machine.chunks[0].resident
     assert (resident is not None) == ("resident" in where)
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (state.weights, resident, state.held)
             if t is not None}  # fmt: skip
-    buffers = Updates(moments=0).stream_bytes(state.layout) if state.where is Where.STREAMED else 0
+    buffers = OwnFormat(moments=0).stream_bytes([(state.layout, state.home)])
     # Of a streamed state the host is charged for weights, too, where they stay on the device.
     stays = state.weights.nbytes if where == "streamed, resident" else 0
     assert sum(tier.used_bytes for tier in second.tiers) == sum(held.values()) + buffers + stays
@@ -177,8 +178,8 @@ def test_states_of_shards_move_between_any_two_places(where: str, to: str) -> No
     second = Second(where)
     second.weights()
     second.backward()
-    second.machine.place(*PLACES[to])
-    second.machine.update_all(1.0)
+    second.store.place((PLACES[to],))
+    second.store.update_all(1.0)
     assert torch.equal(second.weights()[128:192], torch.arange(64.0, 128.0) - 1)
     fresh = [tier.used_bytes for tier in Second(to).tiers]
     assert [tier.used_bytes for tier in second.tiers] == fresh
@@ -192,7 +193,7 @@ def test_a_resident_chunk_is_gathered_once_after_each_update(monkeypatch: pytest
             for _ in range(2):
                 second.weights(), second.weights()
                 second.backward()
-                second.machine.update_all(1.0)
+                second.store.update_all(1.0)
         assert len(gathers) == expected
 
 

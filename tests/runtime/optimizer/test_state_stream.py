@@ -5,28 +5,33 @@ from typing import Any
 
 import pytest
 import torch
-from geminifx.runtime.isa.layout import STREAM_BUFFERS, ChunkLayout, Slot, Updates
+from geminifx.runtime.isa.formats import STREAM_BUFFERS, OwnFormat
+from geminifx.runtime.isa.homes import Home, Where
+from geminifx.runtime.isa.layout import ChunkLayout, Slot
 from geminifx.runtime.kernels.update_rules import AdamHyper, Gradient, SgdHyper
+from geminifx.runtime.memory.hardware import Hardware
 from geminifx.runtime.memory.streams import ImmediateCopies
 from geminifx.runtime.optimizer import state_stream
 from geminifx.runtime.optimizer.state_stream import StateStream, StreamedUpdate
-from geminifx.runtime.optimizer.states import ChunkState, Stretch, Where, rest_dtype
+from geminifx.runtime.optimizer.states import ChunkState, Stretch
 from geminifx.runtime.optimizer.updates import UpdateKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 CPU = torch.device("cpu")
+HARDWARE = Hardware(CPU)
 ADAM = AdamHyper(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=2)
 NUMEL = 257
+STREAMED = Home(Where.STREAMED)
 
 
 def random_state(dtype: torch.dtype, moments: int, seed: int = 0) -> ChunkState:
     seeded = torch.Generator().manual_seed(seed)
     layout = ChunkLayout(0, NUMEL, dtype, torch.float32, True, (Slot("w", 0, (NUMEL,)),))
-    rest = rest_dtype(layout)
+    rest = OwnFormat().rest_dtype(layout)
     state = ChunkState(
-        layout, Where.STREAMED, torch.zeros(NUMEL, dtype=dtype),
+        layout, STREAMED, torch.zeros(NUMEL, dtype=dtype),
         rest=None if rest is None else torch.zeros(NUMEL, dtype=rest),
         moments=tuple(torch.rand(NUMEL, generator=seeded) for _ in range(moments)), steps=[1],
     )  # fmt: skip
@@ -67,7 +72,7 @@ def test_a_streamed_update_is_the_update(
     kernels = UpdateKernels(CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state_stream, "STREAM_PIECE", piece)
-        stream = StateStream(CPU, state, with_gradients=with_gradients)
+        stream = StateStream(HARDWARE, state, with_gradients=with_gradients)
     stream.update(state, stretches, StreamedUpdate(gradient, kernels, stay))
     for stretch in stretches:
         part = expected.part(stretch.start, stretch.end)
@@ -104,7 +109,7 @@ class Counted(ImmediateCopies):
 ])  # fmt: skip
 def test_only_what_is_not_there_travels(stay: bool, with_gradients: bool, up: int, down: int) -> None:
     state = random_state(torch.bfloat16, 2)
-    stream = StateStream(CPU, state, with_gradients=with_gradients)
+    stream = StateStream(HARDWARE, state, with_gradients=with_gradients)
     copies = stream.copies = Counted()
     gradient = Gradient(torch.randn(NUMEL).bfloat16())
     stream.update(state, [Stretch(0, NUMEL, ADAM)], StreamedUpdate(gradient, UpdateKernels(CPU), stay))
@@ -114,16 +119,16 @@ def test_only_what_is_not_there_travels(stay: bool, with_gradients: bool, up: in
 @pytest.mark.parametrize("declared", [{}, {"in_backward": True}, {"accumulate": 2}, {"moments": 0}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_buffers_are_as_large_as_is_planned(kind: str, declared: dict[str, Any]) -> None:
-    updates = Updates(**declared)
-    state = random_state(KINDS[kind], updates.moments)
-    if updates.accumulate > 1:
+    format = OwnFormat(**declared)
+    state = random_state(KINDS[kind], format.moments)
+    if format.accumulate > 1:
         state.total = torch.zeros(NUMEL)
-    stream = StateStream(CPU, state, with_gradients=not updates.at_once)
+    stream = StateStream(HARDWARE, state, with_gradients=not format.at_once)
     tensors = [
         tensor
         for buffer in stream._buffers
         for tensor in (buffer.part.weights, buffer.part.rest, *buffer.part.moments, buffer.gradient)
         if tensor is not None
     ]
-    assert sum(tensor.nbytes for tensor in tensors) == updates.stream_bytes(state.layout)
+    assert sum(tensor.nbytes for tensor in tensors) == format.stream_bytes([(state.layout, STREAMED)])
     assert len(stream._buffers) == STREAM_BUFFERS

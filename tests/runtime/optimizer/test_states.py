@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from geminifx.runtime.isa.layout import ChunkLayout, Slot, Updates, longest_of_each_kind
+from geminifx.runtime.isa.formats import OwnFormat, longest_of_each_kind
+from geminifx.runtime.isa.homes import Home, Where
+from geminifx.runtime.isa.layout import ChunkLayout, Slot
 from geminifx.runtime.kernels.update_rules import SgdHyper
-from geminifx.runtime.optimizer.states import ChunkState, Stretch, Where, rest_dtype
+from geminifx.runtime.optimizer.states import ChunkState, Stretch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,9 +28,9 @@ def chunk(sizes: list[int], dtype: torch.dtype = torch.float32, trainable: bool 
 
 
 def state_of(layout: ChunkLayout, moments: int = 0, where: Where = Where.HOST) -> ChunkState:
-    rest = rest_dtype(layout)
+    rest = OwnFormat().rest_dtype(layout)
     return ChunkState(
-        layout, where, torch.zeros(layout.numel, dtype=layout.dtype),
+        layout, Home(where), torch.zeros(layout.numel, dtype=layout.dtype),
         rest=None if rest is None else torch.zeros(layout.numel, dtype=rest),
         moments=tuple(torch.zeros(layout.numel) for _ in range(moments)),
         steps=[0] * len(layout.slots),
@@ -172,9 +174,9 @@ def test_weights_lack_a_remainder_the_master_or_nothing(
     dtype: torch.dtype, master: torch.dtype, rest: torch.dtype | None
 ) -> None:
     layout = ChunkLayout(0, 64, dtype, master, True, ())
-    assert rest_dtype(layout) == rest
+    assert OwnFormat().rest_dtype(layout) == rest
     expected = dtype.itemsize + (0 if rest is None else rest.itemsize)
-    assert Updates().master_bytes(layout) == 64 * expected
+    assert OwnFormat(moments=0).state_bytes(layout) == 64 * expected
 
 
 def test_gradients_that_are_kept() -> None:
@@ -184,17 +186,19 @@ def test_gradients_that_are_kept() -> None:
         (1, True, False, False),
         (2, True, True, False),
     ]:
-        updates = Updates(accumulate=accumulate, in_backward=in_backward)
-        assert (updates.keeps_sum(trained), updates.holds_gradient(trained)) == (total, held)
-        assert not updates.keeps_sum(frozen) and not updates.holds_gradient(frozen)
-        assert updates.lands_gradient(trained, streamed=False)
-        assert updates.lands_gradient(trained, streamed=True) is not updates.at_once
+        format = OwnFormat(accumulate=accumulate, in_backward=in_backward)
+        there, here, streamed = map(Home, (Where.DEVICE, Where.HOST, Where.STREAMED))
+        assert (format.keeps_sum(trained), format.held_bytes(trained, there) > 0) == (total, held)
+        assert not format.keeps_sum(frozen) and not format.held_bytes(frozen, there)
+        assert not format.held_bytes(trained, here) and not format.lands(trained, there)
+        assert format.lands(trained, here) and not format.lands(frozen, here)
+        assert format.lands(trained, streamed) is not format.at_once
 
 
 def test_the_longest_chunk_of_each_kind() -> None:
     sizes = [(64, torch.bfloat16), (640, torch.float32), (128, torch.bfloat16), (64, torch.float32)]
     chunks = [ChunkLayout(i, size, dtype, torch.float32, True, ()) for i, (size, dtype) in enumerate(sizes)]
-    assert [layout.index for layout in longest_of_each_kind(chunks)] == [2, 1]
+    assert [layout.index for layout in longest_of_each_kind((c, Home(Where.STREAMED)) for c in chunks)] == [2, 1]
     assert longest_of_each_kind(()) == []
 
 

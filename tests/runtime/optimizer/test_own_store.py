@@ -1,4 +1,4 @@
-"""The machine of our own optimizer over a hand-written program: whom it waits for, and what it keeps."""
+"""The store of our own optimizer under a hand-written program: whom it waits for, and what it keeps."""
 
 import threading
 import weakref
@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 import torch
 from geminifx.runtime.isa.errors import BudgetError, StateError
-from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot, Updates
+from geminifx.runtime.isa.formats import OwnFormat
+from geminifx.runtime.isa.homes import Home, Where
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.kernels.update_rules import SgdHyper
+from geminifx.runtime.machine import Machine
 from geminifx.runtime.memory.chunks import ChunkStore, State
+from geminifx.runtime.memory.hardware import Hardware
 from geminifx.runtime.memory.stats import Stats
 from geminifx.runtime.memory.tiers import Tier
-from geminifx.runtime.optimizer.own_states import StatePlacing
-from geminifx.runtime.optimizer.slot_source import make_lazy
-from geminifx.runtime.optimizer.updating_machine import UpdatingMachine
+from geminifx.runtime.optimizer.own_store import OwnStore
 from torch import Tensor, nn
 
-NONE: frozenset[int] = frozenset()
-BOTH = frozenset({0, 1})
 PLACES = {
-    "device": (BOTH, NONE, NONE),
-    "host": (NONE, NONE, NONE),
-    "host, resident": (NONE, BOTH, NONE),
-    "streamed": (NONE, NONE, BOTH),
-    "streamed, resident": (NONE, BOTH, BOTH),
+    "device": 2 * (Home(Where.DEVICE),),
+    "host": 2 * (Home(),),
+    "host, resident": 2 * (Home(resident=True),),
+    "streamed": 2 * (Home(Where.STREAMED),),
+    "streamed, resident": 2 * (Home(Where.STREAMED, resident=True),),
 }
 EVERYWHERE = pytest.mark.parametrize("where", PLACES)
 
@@ -41,15 +41,15 @@ class Two:
         chunks = tuple(ChunkLayout(i, 128, torch.float32, torch.float32, True, s) for i, s in enumerate(slots))
         self.tiers = Tier("device", limits[0]), Tier("host", limits[1])
         store = ChunkStore(Layout(chunks), self.parameters)
-        self.placing = StatePlacing(store, torch.device("cpu"), self.tiers, Updates(moments=0, **declared))
-        self.machine = UpdatingMachine(self.placing, Stats())
-        self.machine.schedule = lambda name, number: SgdHyper(lr=1.0)
-        self.machine.place(*PLACES[where])
-        make_lazy(self.machine)
+        hardware = Hardware(torch.device("cpu"), *self.tiers)
+        self.store = OwnStore(store, hardware, OwnFormat(moments=0, **declared), Stats())
+        self.machine = Machine(self.store)
+        self.store.updater.schedule = lambda name, number: SgdHyper(lr=1.0)
+        self.store.place(PLACES[where])
 
     def backward(self, value: float, slots: tuple[int, ...] = (0, 1), chunks: tuple[int, ...] = (1, 0)) -> None:
         """What a program does with gradients that are all `value`."""
-        self.machine.begin_backward()
+        self.store.begin_backward()
         for index in chunks:
             gradients = self.machine.gradients(128, torch.float32)
             for slot in slots:
@@ -69,7 +69,7 @@ def test_a_program_sees_weights_after_their_update_and_padding_stays_zero(where:
     two = Two(where)
     for step in range(1, 4):
         two.backward(1.0)
-        two.machine.update_all(1.0)
+        two.store.update_all(1.0)
         for index in (0, 1):
             weights = two.weights(index)
             assert torch.equal(weights[:4], torch.arange(4.0) + 20 * index - step)
@@ -83,18 +83,18 @@ def test_a_fetch_during_an_update_brings_what_the_update_made(monkeypatch: pytes
     """The copy is issued by the worker, when the weights are new; the launching thread waits only in `wait`."""
     two = Two("host")
     waiting: list[Callable[[], Any]] = []
-    submit = two.machine.worker.submit
+    submit = two.store.worker.submit
 
     def delayed(priority: int, name: str, work: Callable[[], Any], *after: Any) -> Any:
         ticket = submit(priority, name, lambda: None, *after)
-        two.machine.worker.wait(ticket, name)
+        two.store.worker.wait(ticket, name)
         ticket._done.clear()
         waiting.append(lambda: ticket.complete(work()))
         return ticket
 
-    monkeypatch.setattr(two.machine.worker, "submit", delayed)
+    monkeypatch.setattr(two.store.worker, "submit", delayed)
     two.backward(1.0)
-    two.machine.update_all(1.0)
+    two.store.update_all(1.0)
     fetched = two.machine.fetch(0, 128, torch.float32)
     fetched.fill_(-1)
     assert len(waiting) == 2
@@ -106,10 +106,10 @@ def test_a_fetch_during_an_update_brings_what_the_update_made(monkeypatch: pytes
 
 def test_the_end_of_a_step_does_not_wait_for_updates_that_the_backward_began() -> None:
     two, opened = Two("host", in_backward=True), threading.Event()
-    two.machine.worker.submit(-1, "the gate", lambda: None if opened.wait(10) else pytest.fail("never opened"))
+    two.store.worker.submit(-1, "the gate", lambda: None if opened.wait(10) else pytest.fail("never opened"))
     two.backward(1.0)
-    two.machine.update_all(1.0)
-    tickets = [two.machine.tickets.get(index) for index in (0, 1)]
+    two.store.update_all(1.0)
+    tickets = [two.store.tickets.get(index) for index in (0, 1)]
     assert [ticket is not None and ticket.is_done(0) for ticket in tickets] == [False, False]
     opened.set()
     assert [two.weights(index)[0].item() for index in (0, 1)] == [-1.0, 19.0]
@@ -125,9 +125,9 @@ def test_gradients_add_up_over_backwards_that_reach_different_parameters(where: 
     found = {name: p.grad for name, p in two.parameters.items()}
     expected = {"a": 3.0, "b": 6.0, "c": 1.0, "d": 4.0}
     assert {name: None if g is None else g[0].item() for name, g in found.items()} == expected
-    norm = two.machine.held.norm()
+    norm = two.store.held.norm()
     assert norm.item() == pytest.approx(torch.tensor([3.0, 6, 1, 4] * 4).norm().item())
-    two.machine.update_all(0.5)
+    two.store.update_all(0.5)
     assert [two.parameters[name][0].item() for name in two.names] == [-1.5, 7.0, 19.5, 28.0]
     assert all(p.grad is None for p in two.parameters.values())
 
@@ -135,12 +135,12 @@ def test_gradients_add_up_over_backwards_that_reach_different_parameters(where: 
 @EVERYWHERE
 def test_norms_that_are_measured_need_no_sums(where: str) -> None:
     two = Two(where)
-    two.machine.held.measures = True
+    two.store.held.measures = True
     two.backward(3.0)
-    assert two.machine.held.norm().item() == pytest.approx(3 * 16**0.5)
-    assert all(state.total is None for state in two.placing.states)
+    assert two.store.held.norm().item() == pytest.approx(3 * 16**0.5)
+    assert all(state.total is None for state in two.store.states)
     two.parameters["a"].grad = None
-    assert two.machine.held.norm().item() == pytest.approx(3 * 12**0.5)
+    assert two.store.held.norm().item() == pytest.approx(3 * 12**0.5)
 
 
 @EVERYWHERE
@@ -152,20 +152,20 @@ def test_updates_in_the_backward_are_under_way_when_it_ends(where: str) -> None:
     assert torch.equal(two.weights(0)[:4], torch.arange(4.0) - 3)
     with pytest.raises(StateError, match="more than accumulate=2"):
         two.backward(1.0)
-    assert not any(state.present for state in two.placing.states)
+    assert not any(state.present for state in two.store.states)
 
 
 @EVERYWHERE
 def test_placing_again_where_things_are_moves_nothing(where: str) -> None:
     two = Two(where)
     two.backward(1.0)
-    states, versions = list(two.placing.states), two.machine.versions()
-    streams = dict(two.machine.streams)
+    states, versions = list(two.store.states), two.store.versions()
+    streams = dict(two.store.updater.streams)
     used = [tier.used_bytes for tier in two.tiers]
-    two.machine.place(*PLACES[where])
-    assert all(a is b for a, b in zip(states, two.placing.states, strict=True)) and two.machine.streams == streams
-    assert two.machine.versions() == versions and [tier.used_bytes for tier in two.tiers] == used
-    two.machine.update_all(1.0)
+    two.store.place(PLACES[where])
+    assert all(a is b for a, b in zip(states, two.store.states, strict=True)) and two.store.updater.streams == streams
+    assert two.store.versions() == versions and [tier.used_bytes for tier in two.tiers] == used
+    two.store.update_all(1.0)
     assert all(torch.equal(p.detach()[:1], torch.tensor([10.0 * i - 1])) for i, p in enumerate(two.parameters.values()))
 
 
@@ -178,9 +178,9 @@ def test_states_move_between_any_two_places(where: str, to: str) -> None:
         two = Two(where)
         for _ in range(backwards):
             two.backward(1.0, slots=(0,))
-        two.machine.place(*PLACES[to])
+        two.store.place(PLACES[to])
         two.backward(2.0)
-        two.machine.update_all(1.0)
+        two.store.update_all(1.0)
         assert torch.equal(two.parameters["a"], torch.arange(4.0) - 2 - backwards)
         assert torch.equal(two.parameters["d"], torch.arange(4.0) + 30 - 2)
         sums = 2 * 128 * 4  # there since the second backward, and kept
@@ -193,25 +193,25 @@ def test_a_move_that_finds_no_room_changes_no_account(where: str, full: int) -> 
     two.tiers[full].limit_bytes = two.tiers[full].used_bytes + 700
     used = [tier.used_bytes for tier in two.tiers]
     with pytest.raises(BudgetError, match="tier is full: the training state of chunk"):
-        two.machine.place(*PLACES[where])
+        two.store.place(PLACES[where])
     two.tiers[full].limit_bytes = None
     two.backward(1.0)
-    two.machine.update_all(1.0)
+    two.store.update_all(1.0)
     assert torch.equal(two.parameters["c"], torch.arange(4.0) + 20 - 1)
-    two.machine.place(*PLACES["host" if where == "device" else "device"])
+    two.store.place(PLACES["host" if where == "device" else "device"])
     assert [tier.used_bytes for tier in two.tiers] == used
 
 
 def test_states_on_their_way_home_are_waited_for_after_their_weights_were_used() -> None:
     """The next forward waits for the weights alone; whoever reads moments on the host needs the rest, too."""
     two, asked = Two("streamed"), []
-    (stream,) = two.machine.streams.values()
+    (stream,) = two.store.updater.streams.values()
     finish = stream.finish
     stream.finish = lambda index: asked.append(index) or finish(index)  # type: ignore[method-assign, func-returns-value]
     two.backward(1.0)
-    two.machine.update_all(1.0)
+    two.store.update_all(1.0)
     two.weights(0)
-    two.machine.finish()
+    two.store.finish()
     assert asked == [0, 1]
     _ = two.parameters["c"] + 0
     assert asked == [0, 1, 1]
@@ -222,18 +222,18 @@ def test_a_step_that_fails_half_way_ends_the_run(where: str, monkeypatch: pytest
     """The first chunk is updated and the second is not: another step would make it worse."""
     two = Two(where)
     two.backward(1.0)
-    update = two.machine._update
+    update = two.store.updater.update
 
-    def fails_at_the_second(index: int, factor: Any) -> None:
-        if index == 1:
+    def fails_at_the_second(state: Any, factor: Any) -> None:
+        if state.layout.index == 1:
             raise RuntimeError("out of memory")
-        update(index, factor)
+        update(state, factor)
 
-    monkeypatch.setattr(two.machine, "_update", fails_at_the_second)
+    monkeypatch.setattr(two.store.updater, "update", fails_at_the_second)
     with pytest.raises(RuntimeError, match="out of memory"):
-        two.machine.update_all(1.0)
+        two.store.update_all(1.0)
     monkeypatch.undo()
-    for use in (lambda: two.machine.begin_backward(), lambda: two.machine.check(), lambda: two.weights(0)):
+    for use in (lambda: two.store.begin_backward(), lambda: two.store.check(), lambda: two.weights(0)):
         with pytest.raises(StateError, match="step\\(\\) failed when some parameters were updated"):
             use()
 
@@ -245,10 +245,10 @@ def test_a_factor_lives_for_as_long_as_updates_may_read_it(where: str) -> None:
     two.backward(1.0)
     scale = torch.tensor(0.5)
     watched = weakref.ref(scale)
-    two.machine.update_all(scale)
+    two.store.update_all(scale)
     del scale
     assert watched() is not None
     assert two.weights(0)[0].item() == -0.5
     two.backward(1.0)
-    two.machine.update_all(1.0)
+    two.store.update_all(1.0)
     assert watched() is None

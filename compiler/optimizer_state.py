@@ -1,0 +1,185 @@
+"""An optimizer's state as a checkpoint has it: by its parameters' names, tensors, which lie as the parameters do, and
+numbers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..runtime.isa.errors import CheckpointError
+from ..runtime.memory.stored import Stored
+from ..runtime.optimizer.chunk_optimizer import MOMENTS, ChunkOptimizer
+from .session import Session
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name -> shape of the tensors in a checkpoint."""
+
+
+class OptimizerState(ABC):
+    """Reads and writes one optimizer's state; there is one for ours and one for torch's."""
+
+    def __init__(self, session: Session, optimizer: Optimizer) -> None:
+        self.session = session
+        self.optimizer = optimizer
+        self.names = session.names()
+        self.parameters = {self.names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+    @staticmethod
+    def of(session: Session, optimizer: Optimizer) -> "OptimizerState":
+        if isinstance(optimizer, ChunkOptimizer):
+            return _OwnState(session, optimizer)
+        return _TorchState(session, optimizer)
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Stored]:
+        found = ((name, self._tensors(name)) for name in self.parameters)
+        return {f"optimizer.{key}.{name}": stored for name, own in found for key, stored in own.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything else, with names for parameters."""
+        own = self.optimizer.param_groups
+        groups = [{**group, "params": [self.names[id(p)] for p in group["params"]]} for group in own]
+        return {"param_groups": groups, "numbers": {n: found for n in self.parameters if (found := self._numbers(n))}}
+
+    @abstractmethod
+    def _tensors(self, name: str) -> dict[str, Stored]: ...
+
+    @abstractmethod
+    def _numbers(self, name: str) -> dict[str, Any]: ...
+
+    # -- loading -------------------------------------------------------------------------------------------
+
+    def check(self, saved: Any, shapes: Shapes) -> None:
+        """Raises CheckpointError where the checkpoint is of another optimizer."""
+        if saved is None:
+            raise CheckpointError("the checkpoint holds no optimizer's state; load it with optimizer=None")
+        before = [set(group["params"]) for group in saved["param_groups"]]
+        now = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
+        if before != now:
+            raise CheckpointError(
+                f"the optimizer has {len(now)} group(s) of {', '.join(str(len(g)) for g in now)} parameters, in the "
+                f"checkpoint {len(before)} of {', '.join(str(len(g)) for g in before)}, or others in them; make the "
+                "same groups"
+            )
+
+    @abstractmethod
+    def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
+        """What is to be read into."""
+
+    @abstractmethod
+    def end_load(self, saved: dict[str, Any]) -> None:
+        """Everything was read."""
+
+    def _load_numbers(self, saved: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
+        order = {name: i for i, name in enumerate(self.parameters)}
+        groups = [
+            {**group, "params": [order[self.names[id(p)]] for p in own["params"]]}
+            for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        by_number = {order[name]: state for name, state in states.items() if state}
+        scale = {key: saved[key] for key in ("loss_scale",) if key in saved}
+        self.optimizer.load_state_dict({"state": by_number, "param_groups": groups, **scale})
+
+    def _saved_keys(self, name: str, shapes: Shapes) -> list[str]:
+        """What a checkpoint has of the optimizer's state for a parameter."""
+        keys = sorted({name.split(".")[1] for name in shapes if name.startswith("optimizer.")})
+        return [key for key in keys if f"optimizer.{key}.{name}" in shapes]
+
+
+class _OwnState(OptimizerState):
+    """Of `model.optimizer(...)`: states lie in the store, and are read there in place."""
+
+    def __init__(self, session: Session, optimizer: ChunkOptimizer) -> None:
+        super().__init__(session, optimizer)
+        self.store = optimizer.store
+        self.moments = MOMENTS[optimizer.declared.kind]
+        self.scaling = optimizer.scaling
+
+    def numbers(self) -> dict[str, Any]:
+        return {**super().numbers(), **self.scaling()}
+
+    def _tensors(self, name: str) -> dict[str, Stored]:
+        state, slot = self.store.state_of(name)
+        return dict(zip(self.moments, self.store.stored_moments(name), strict=False)) if state.steps[slot] else {}
+
+    def _numbers(self, name: str) -> dict[str, Any]:
+        state, slot = self.store.state_of(name)
+        counts = state.steps[slot] and len(self.moments) > 1  # SGD does not count its steps
+        return {"step": torch.tensor(float(state.steps[slot]))} if counts else {}
+
+    def check(self, saved: Any, shapes: Shapes) -> None:
+        super().check(saved, shapes)
+        kinds = {key for name in self.parameters for key in self._saved_keys(name, shapes)}
+        if kinds and not set(self.moments) <= kinds:
+            raise CheckpointError(
+                f"the checkpoint has {', '.join(sorted(kinds))} of the optimizer, expected "
+                f"{', '.join(self.moments)}; it is of another optimizer"
+            )
+
+    def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
+        self._load_numbers(saved, {})
+        found: dict[str, Stored] = {}
+        for name in self.parameters:
+            keys = self._saved_keys(name, shapes)
+            state, slot = self.store.state_of(name)
+            state.steps[slot] = int(saved["numbers"].get(name, {}).get("step", 1 if keys else 0))
+            if keys:
+                pairs = zip(self.moments, self.store.stored_moments(name), strict=False)
+                found |= {f"optimizer.{key}.{name}": stored for key, stored in pairs}
+        return found
+
+    def end_load(self, saved: dict[str, Any]) -> None:
+        """It was read in place."""
+
+
+class _TorchState(OptimizerState):
+    """Of torch's optimizers, which have tensors of their own for each parameter."""
+
+    def __init__(self, session: Session, optimizer: Optimizer) -> None:
+        super().__init__(session, optimizer)
+        self.loading: dict[str, dict[str, Any]] = {}
+
+    def _tensors(self, name: str) -> dict[str, Stored]:
+        values = self.optimizer.state.get(self.parameters[name], {})
+        lie = {key: value for key, value in values.items() if _lies_like(self.parameters[name], key, value)}
+        return {key: self._stored(name, value) for key, value in lie.items()}
+
+    def _numbers(self, name: str) -> dict[str, Any]:
+        values = self.optimizer.state.get(self.parameters[name], {})
+        return {key: value for key, value in values.items() if not _lies_like(self.parameters[name], key, value)}
+
+    def _stored(self, name: str, value: Tensor) -> Stored:
+        chunks = self.session.placed_store().chunks
+        layout, number = chunks.layout.places[name]
+        slot = layout.slots[number]
+        if tuple(value.shape) != slot.shape:
+            raise CheckpointError(
+                f"the optimizer keeps a tensor of shape {tuple(value.shape)} for {name}, which has {slot.shape}; only "
+                "the state of element-wise optimizers can be saved"
+            )
+        if not value.is_contiguous():
+            raise CheckpointError(f"the optimizer's state of {name} is not contiguous; only contiguous state is saved")
+        alone = replace(slot, offset=0)
+        return Stored.of(value, chunks.parts.whole_shape(slot), chunks.parts.regions(alone))
+
+    def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        for name, parameter in self.parameters.items():
+            self.loading[name] = {key: torch.zeros_like(parameter) for key in self._saved_keys(name, shapes)}
+            found |= {f"optimizer.{key}.{name}": self._stored(name, v) for key, v in self.loading[name].items()}
+        return found
+
+    def end_load(self, saved: dict[str, Any]) -> None:
+        """The optimizer takes over what was read."""
+        states = {name: {**saved["numbers"].get(name, {}), **self.loading[name]} for name in self.parameters}
+        self._load_numbers(saved, states)
+
+
+def _lies_like(parameter: nn.Parameter, key: str, value: Any) -> bool:
+    """Whether an optimizer's state is a tensor that lies as the parameter does, and not a number in a tensor."""
+    return isinstance(value, Tensor) and (value.ndim > 0 or (parameter.ndim == 0 and key != "step"))

@@ -1,0 +1,138 @@
+"""Device and host bytes of one program, wherever its chunks have their homes."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...passes.program.plan import MemoryEstimate, Plan
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.homes import Homes
+from .liveness import Liveness
+from .rates import Rates
+
+EXCHANGED = 2
+"""Gradients that torch.distributed may still hold when their average is there: one per thread of gloo's."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must keep to, in bytes, and how fast the machine is.
+
+    `device_bytes` is the budget (None: no limit), of which `reserve_bytes` are not the tensors': the driver's
+    context and libraries. `host_bytes` is what the host may hold. `hole_share` is the share of a program's largest
+    storage that the device's allocator may lose to holes too small for it: 0 where it cannot fragment, as the arena.
+    """
+
+    device_bytes: int | None
+    reserve_bytes: int
+    host_bytes: int
+    rates: Rates
+    hole_share: float = 0.0
+
+    def allow(self, plan: Plan) -> bool:
+        """Whether a plan fits both the device and the host."""
+        return self.allow_on_device(plan) and plan.memory.host_bytes <= self.host_bytes
+
+    def allow_on_device(self, plan: Plan) -> bool:
+        return self.device_bytes is None or plan.peak_bytes <= self.device_bytes
+
+    def agreed(self, ranks: Ranks) -> "Limits":
+        """What every rank can keep to, so that all make the same plan; ranks on one machine share its memory."""
+        found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes))
+        budgets, reserves, hosts = zip(*found, strict=True)
+        device_bytes = min((budget for budget in budgets if budget is not None), default=None)
+        host_bytes = min(hosts) // ranks.on_this_host
+        return replace(self, device_bytes=device_bytes, reserve_bytes=max(reserves), host_bytes=host_bytes)
+
+
+class Memory:
+    """What a program takes, by its chunks' homes: for good, and at its highest point."""
+
+    def __init__(self, plan: Plan, liveness: Liveness, limits: Limits) -> None:
+        self.plan = plan
+        self.format = plan.format
+        self.chunks = plan.layout.chunks
+        self.liveness = liveness
+        self.limits = limits
+        self.values = liveness.total()
+
+    # -- device --------------------------------------------------------------------------------------------
+
+    def fits(self, homes: Homes) -> bool:
+        return self.limits.device_bytes is None or self.peak(homes) <= self.limits.device_bytes
+
+    def peak(self, homes: Homes) -> int:
+        tensors = self.static(homes) + int(self.timeline(homes).max(initial=0))
+        return self.limits.reserve_bytes + self.holes() + tensors
+
+    def holes(self) -> int:
+        """Bytes that are free in the allocator, but not in one piece where the largest storage needs them so."""
+        return int(self.limits.hole_share * self.liveness.largest_bytes)
+
+    def static(self, homes: Homes) -> int:
+        per_chunk = (
+            self.format.device_bytes(chunk, home) + self.format.held_bytes(chunk, home)
+            for chunk, home in self.plan.placed(homes)
+        )
+        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + self.exchanged()
+
+    def exchanged(self) -> int:
+        """Bytes of chunks that the ranks have exchanged and the exchange has not let go of yet."""
+        exchanged = (chunk.compute_bytes for chunk in self.chunks if chunk.trainable or chunk.shards > 1)
+        largest = max(exchanged, default=0)
+        return EXCHANGED * largest if self.plan.mesh.replicas > 1 else 0
+
+    def streaming(self, homes: Homes) -> int:
+        """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
+        placed = self.plan.placed(homes)
+        return self.format.stream_bytes(placed) + self.format.waiting_bytes(placed)
+
+    def timeline(self, homes: Homes) -> np.ndarray:
+        return self.values + self.in_flight(homes)
+
+    def in_flight(self, homes: Homes) -> np.ndarray:
+        """Bytes of weights that are on the device only while they are used."""
+        changes = np.zeros(self.liveness.length + 1, dtype=np.int64)
+        for interval in self.liveness.fetches:
+            passing = self.format.passing_bytes(self.chunks[interval.chunk], homes[interval.chunk])
+            changes[interval.start] += passing
+            changes[interval.end + 1] -= passing
+        return changes.cumsum()[:-1]
+
+    # -- host ----------------------------------------------------------------------------------------------
+
+    def host(self, homes: Homes) -> int:
+        placed = self.plan.placed(homes)
+        return sum(self.format.host_bytes(*one) for one in placed) + self.format.staging_bytes(placed)
+
+    def beyond_host(self, homes: Homes) -> int:
+        """Bytes that the host lacks."""
+        return max(0, self.host(homes) - self.limits.host_bytes)
+
+    # -- reports -------------------------------------------------------------------------------------------
+
+    def estimate(self, homes: Homes) -> MemoryEstimate:
+        timeline = self.timeline(homes)
+        at = int(timeline.argmax()) if len(timeline) else 0
+        on_device = [(chunk, home) for chunk, home in self.plan.placed(homes) if home.on_device]
+        state = sum(self.format.state_bytes(chunk) for chunk, _ in on_device)
+        there = sum(self.format.device_bytes(chunk, home) for chunk, home in self.plan.placed(homes))
+        parts = {
+            "training state": state + sum(self.format.held_bytes(*one) for one in on_device),
+            "resident weights": there - state,
+            "being exchanged": self.exchanged(),
+            "states on their way": self.streaming(homes),
+            "inputs and buffers": self.liveness.static_bytes,
+            "weights in flight": int(self.in_flight(homes)[at]) if len(timeline) else 0,
+            "driver and libraries": self.limits.reserve_bytes,
+            "holes in the allocator": self.holes(),
+            **{name: int(array[at]) for name, array in self.liveness.values.items() if len(array)},
+        }
+        largest = sorted(((name, n) for name, n in parts.items() if n), key=lambda part: -part[1])
+        return MemoryEstimate(
+            static_bytes=self.static(homes),
+            peak_bytes=self.peak(homes),
+            host_bytes=self.host(homes),
+            reserve_bytes=self.limits.reserve_bytes,
+            at_peak=tuple(largest),
+        )

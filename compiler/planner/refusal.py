@@ -1,0 +1,40 @@
+"""Where nothing fits: the smallest budget that would, and what takes the space."""
+
+from collections.abc import Sequence
+
+from ...passes.program.plan import Plan
+from ...passes.program.program import Program, type_of
+from ...runtime.isa.errors import BudgetError
+from ...runtime.isa.units import format_bytes
+from .memory import Limits
+
+
+class HostBudgetError(BudgetError):
+    """The training state does not fit the host."""
+
+
+def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetError:
+    """The error that tells why none of these plans can be run: of those on the host, or else of the nearest."""
+    on_device = [plan for plan, _ in refused if limits.allow_on_device(plan)]
+    if on_device:
+        return _host_refusal(min(plan.memory.host_bytes for plan in on_device), limits)
+    best, program = min(refused, key=lambda tried: tried[0].peak_bytes)
+    inputs = ", ".join(f"{node.name} {type_of(node)}" for node in program.inputs("input").values())
+    taking = ", ".join(f"{name} {format_bytes(n)}" for name, n in best.memory.at_peak[:4])
+    advice = "" if best.placement != "cuda" else " placement='auto' or 'cpu' keeps the training state on the host."
+    return BudgetError(
+        f"a device budget of {limits.device_bytes:,} bytes ({format_bytes(limits.device_bytes or 0)}) is too small "
+        f"for placement='{best.placement}'; the smallest that works for these inputs "
+        f"({inputs}) is {best.peak_bytes:,} bytes "
+        f"({format_bytes(best.peak_bytes)}), at whose peak are: {taking}.{advice} A smaller batch or sequence "
+        "needs less; pass the batch you train on as example_inputs=",
+        smallest_bytes=best.peak_bytes,
+    )
+
+
+def _host_refusal(host_bytes: int, limits: Limits) -> HostBudgetError:
+    return HostBudgetError(
+        f"the training state needs {format_bytes(host_bytes)} of host memory, {format_bytes(limits.host_bytes)} may be "
+        "used; free host memory, raise host_budget, or raise device_budget so that more of it lies on the device",
+        smallest_bytes=host_bytes,
+    )

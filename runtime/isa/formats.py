@@ -1,0 +1,264 @@
+"""StateFormat: what a chunk's training state consists of, and how many bytes that takes, where and on the way.
+
+There is one format for masters that any of torch's optimizers updates, and one of our own. Planner, clock, stores and
+reports ask the format, and derive nothing themselves: a new format, of moments in another dtype for one, is a new
+class here. Of a chunk that is divided into shards one process's is counted.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .homes import Home
+from .layout import ChunkLayout
+
+STREAM_PIECE = 16 * 2**20
+"""Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
+
+STREAM_BUFFERS = 3
+"""Pieces on the device at a time: one comes up, one is updated, one goes down."""
+
+STREAMED_GRADIENTS = 2
+"""Gradients of streamed chunks that may wait on the device for their update at a time."""
+
+Placed = Iterable[tuple[ChunkLayout, Home]]
+"""Chunks, and where each of them is."""
+
+
+class StateFormat(ABC):
+    """What a chunk's training state consists of. Formats are frozen dataclasses, and a plan's JSON has their fields
+    and their `kind`.
+
+    `beside` tells whether updates run beside programs, chunk by chunk, and leave new weights wherever these are read;
+    else they are all made in the optimizer's `step()`, and programs copy from the masters themselves.
+    """
+
+    kind: ClassVar[str]
+    beside: ClassVar[bool]
+    in_backward: bool = False
+    accumulate: int = 1
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a complete gradient is used where it is, without being held or added to others."""
+        return self.in_backward and self.accumulate == 1
+
+    # -- for good ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def state_bytes(self, chunk: ChunkLayout) -> int:
+        """A chunk's whole training state where it is all in one place, without what moves need."""
+
+    @abstractmethod
+    def device_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        """What a chunk takes on the device between steps: its state, or the weights of it that stay."""
+
+    @abstractmethod
+    def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        """What it takes on the host, the buffers that copies start from and gradients land in included."""
+
+    # -- in a step -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def held_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        """A gradient that stays on the device, as a program made it, until its step is over."""
+
+    @abstractmethod
+    def passing_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        """What the weights take on the device only while a program reads them; 0 where they are there for good."""
+
+    @abstractmethod
+    def stream_bytes(self, chunks: Placed) -> int:
+        """Buffers on the device for the states among `chunks` that travel through it."""
+
+    @abstractmethod
+    def waiting_bytes(self, chunks: Placed) -> int:
+        """Gradients on the device that wait there for states on their way."""
+
+    @abstractmethod
+    def staging_bytes(self, chunks: Placed) -> int:
+        """Host memory that all chunks share, for gradients to land in."""
+
+    # -- on the way ----------------------------------------------------------------------------------------
+
+    def travelling_bytes(self, chunk: ChunkLayout, home: Home) -> tuple[int, int]:
+        """What a streamed state moves for one update, to the device and back."""
+        return 0, 0
+
+
+@dataclass(frozen=True)
+class TorchFormat(StateFormat):
+    """Masters are tensors that any element-wise torch optimizer updates, gradients in the master's dtype beside them,
+    and the optimizer's state: `optimizer_bytes` per element (AdamW: 8)."""
+
+    optimizer_bytes: int = 8
+    kind: ClassVar[str] = "torch"
+    beside: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return "any of torch's, over parameters()"
+
+    def state_bytes(self, chunk: ChunkLayout) -> int:
+        gradient_and_optimizer = chunk.master_bytes + chunk.shard_numel * self.optimizer_bytes
+        return chunk.master_bytes + gradient_and_optimizer * chunk.trainable
+
+    def device_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        copy = chunk.compute_bytes * self.keeps_copy(chunk, home)
+        return copy + self.state_bytes(chunk) * home.on_device
+
+    def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        return 0 if home.on_device else self.state_bytes(chunk) + chunk.shard_bytes * chunk.casts
+
+    def held_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        return 0
+
+    def passing_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        there = self.keeps_copy(chunk, home) or (home.on_device and not chunk.casts)
+        return 0 if there else chunk.compute_bytes
+
+    def stream_bytes(self, chunks: Placed) -> int:
+        return 0
+
+    waiting_bytes = stream_bytes
+
+    def staging_bytes(self, chunks: Placed) -> int:
+        landing = (chunk.compute_bytes for chunk, home in chunks if chunk.trainable and not home.on_device)
+        return 2 * max(landing, default=0)
+
+    @staticmethod
+    def keeps_copy(chunk: ChunkLayout, home: Home) -> bool:
+        """Whether the device keeps a copy of the weights, apart from the master."""
+        return home.resident and (chunk.casts or not home.on_device)
+
+
+@dataclass(frozen=True)
+class OwnFormat(StateFormat):
+    """Our own optimizer's, as `model.optimizer(...)` declared it: masters are the weights that compute and what these
+    lack of them, and gradients keep the compute dtype until they are accumulated.
+
+    Fields:
+        moments: values of optimizer state per element (AdamW: 2).
+        in_backward: whether a chunk is updated as soon as its gradient is complete.
+        accumulate: how many backwards make one step; more than one adds in the master's dtype.
+    """
+
+    moments: int = 2
+    in_backward: bool = False
+    accumulate: int = 1
+    kind: ClassVar[str] = "own"
+    beside: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        when = "in the backward" if self.in_backward else "from step() on"
+        many = f", {self.accumulate} backwards each" if self.accumulate > 1 else ""
+        return f"the model's own, {when}{many}"
+
+    # -- of what it consists -------------------------------------------------------------------------------
+
+    def rest_dtype(self, chunk: ChunkLayout) -> torch.dtype | None:
+        """The dtype of what the weights lack of their masters: a 16-bit remainder where they are bfloat16, the whole
+        master where they are float16; None where they lack nothing."""
+        if chunk.splits:
+            return torch.int16
+        return chunk.master_dtype if chunk.casts else None
+
+    def moment_dtypes(self, chunk: ChunkLayout) -> tuple[torch.dtype, ...]:
+        """The dtypes of the optimizer's values; none for what is not trained. Updates compute in the master's dtype,
+        and round to these where they are others."""
+        return (chunk.master_dtype,) * (self.moments * chunk.trainable)
+
+    def keeps_sum(self, chunk: ChunkLayout) -> bool:
+        """Whether a sum of gradients, in the master's dtype, is always there, and not only made where somebody asks
+        for one."""
+        return chunk.trainable and self.accumulate > 1
+
+    def lands(self, chunk: ChunkLayout, home: Home) -> bool:
+        """Whether gradients come to the host."""
+        return chunk.trainable and not home.on_device and not (home.streamed and self.at_once)
+
+    def state_bytes(self, chunk: ChunkLayout) -> int:
+        return chunk.shard_bytes + self._beside_weights_bytes(chunk) + chunk.master_bytes * self.keeps_sum(chunk)
+
+    def _beside_weights_bytes(self, chunk: ChunkLayout) -> int:
+        rest = self.rest_dtype(chunk)
+        dtypes = [*([] if rest is None else [rest]), *self.moment_dtypes(chunk)]
+        return chunk.shard_numel * sum(dtype.itemsize for dtype in dtypes)
+
+    # -- for good ------------------------------------------------------------------------------------------
+
+    def device_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        whole = chunk.compute_bytes * self.keeps_whole(chunk, home)
+        if not home.on_device:
+            return whole
+        return self.state_bytes(chunk) + (whole - chunk.shard_bytes if whole else 0)  # the shard is a part of the whole
+
+    def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        landing = chunk.shard_bytes * self.lands(chunk, home)
+        return 0 if home.on_device else self.state_bytes(chunk) + landing
+
+    def keeps_whole(self, chunk: ChunkLayout, home: Home) -> bool:
+        """Whether the device keeps all of the weights, apart from, or around, those of this process's state."""
+        return home.resident and (not home.on_device or chunk.shards > 1)
+
+    # -- in a step -----------------------------------------------------------------------------------------
+
+    def held_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        holds = chunk.trainable and home.on_device and self.accumulate == 1 and not self.in_backward
+        return chunk.shard_bytes * holds
+
+    def passing_bytes(self, chunk: ChunkLayout, home: Home) -> int:
+        there = self.keeps_whole(chunk, home) or (home.on_device and chunk.shards == 1)
+        return 0 if there else chunk.compute_bytes
+
+    def stream_bytes(self, chunks: Placed) -> int:
+        return sum(map(self._buffer_bytes, longest_of_each_kind(chunks)))
+
+    def _buffer_bytes(self, chunk: ChunkLayout) -> int:
+        """The pieces on their way where `chunk` is the longest that travels."""
+        itemsize = 0 if self.at_once else (chunk.master_dtype if self.accumulate > 1 else chunk.dtype).itemsize
+        state = (chunk.shard_bytes + self._beside_weights_bytes(chunk)) // max(chunk.shard_numel, 1)
+        return STREAM_BUFFERS * min(STREAM_PIECE, chunk.shard_numel) * (state + itemsize)
+
+    def waiting_bytes(self, chunks: Placed) -> int:
+        """Programs' own buffers, or copies of shards, of the newest too."""
+        if not self.at_once:
+            return 0
+        return max(map(self._gradients_bytes, longest_of_each_kind(chunks)), default=0)
+
+    @staticmethod
+    def _gradients_bytes(chunk: ChunkLayout) -> int:
+        count = STREAMED_GRADIENTS + (chunk.shards > 1)
+        return count * chunk.shard_bytes  # all of a chunk that is not divided
+
+    def staging_bytes(self, chunks: Placed) -> int:
+        return 0  # every chunk has its own
+
+    # -- on the way ----------------------------------------------------------------------------------------
+
+    def travelling_bytes(self, chunk: ChunkLayout, home: Home) -> tuple[int, int]:
+        state = self._beside_weights_bytes(chunk) + (0 if home.resident else chunk.shard_bytes)
+        gradient = chunk.master_bytes if self.accumulate > 1 else chunk.shard_bytes
+        return state + (0 if self.at_once else gradient), state
+
+
+def kinds_of_format() -> dict[str, type[StateFormat]]:
+    """All formats that are defined, by kind."""
+    found, known = {}, [StateFormat]
+    for parent in known:
+        for child in parent.__subclasses__():
+            found[child.kind] = child
+            known.append(child)
+    return found
+
+
+def longest_of_each_kind(chunks: Placed) -> list[ChunkLayout]:
+    """Of the chunks that are streamed the longest of each pair of dtypes: those that share dtypes share buffers."""
+    kinds: dict[tuple[torch.dtype, torch.dtype], ChunkLayout] = {}
+    for chunk, home in chunks:
+        if home.streamed:
+            longest = kinds.setdefault((chunk.dtype, chunk.master_dtype), chunk)
+            kinds[chunk.dtype, chunk.master_dtype] = max(longest, chunk, key=lambda layout: layout.shard_numel)
+    return list(kinds.values())

@@ -1,0 +1,12 @@
+"""The compute operators of the namespace, which programs call beside the instructions: torch runs them by kernels."""
+
+import torch
+
+from . import attention, linear_cross_entropy
+
+OPERATORS = {
+    name: getattr(torch.ops.geminifx, name).default
+    for module in (attention, linear_cross_entropy)
+    for name in module.OPERATORS
+}
+"""By name."""

@@ -1,0 +1,42 @@
+"""The two sides of the machine: a device and the host, the accounts of their memory, and who copies between them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .streams import CopyEngine, copy_engine, host_buffer
+from .tiers import Tier
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What stores of training states keep these on.
+
+    `device` computes; "cpu" stands for a budgeted arena in RAM. `new_copies` makes a copy engine for it, with
+    streams of its own.
+    """
+
+    device: torch.device
+    device_tier: Tier = field(default_factory=lambda: Tier("device"))
+    host_tier: Tier = field(default_factory=lambda: Tier("host"))
+    new_copies: Callable[[torch.device], CopyEngine] = copy_engine
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def tiers(self) -> tuple[Tier, Tier]:
+        """The device's and the host's."""
+        return self.device_tier, self.host_tier
+
+    def tier(self, on_device: bool) -> Tier:
+        return self.device_tier if on_device else self.host_tier
+
+    def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
+        """A flat tensor of zeros on either side; `pinned`: one that copies between the sides start from or end in."""
+        if on_device:
+            return torch.zeros(numel, dtype=dtype, device=self.device)
+        return host_buffer(numel, dtype, pinned and self.is_cuda)

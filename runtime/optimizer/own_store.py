@@ -1,0 +1,299 @@
+"""The store of our own optimizer: states that are updated beside the program, chunk by chunk, on both sides.
+
+A chunk's gradient goes where its training state is updated. What a program reads next waits for that chunk's update
+alone; see `updater`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..distributed.local_shards import Region
+from ..distributed.zero import ALONE, Zero
+from ..isa.errors import StateError
+from ..isa.formats import OwnFormat
+from ..isa.homes import Homes
+from ..isa.layout import ChunkLayout
+from ..isa.torch_private import unmetered
+from ..memory.chunks import Chunk, ChunkStore
+from ..memory.hardware import Hardware
+from ..memory.state_store import Run
+from ..memory.stats import Stats
+from ..memory.stored import Stored
+from ..memory.streams import Arrival
+from .gradients import HeldGradients
+from .own_states import OwnStates
+from .slot_source import make_lazy
+from .states import ChunkState
+from .updater import Updater
+from .worker import Tickets, Worker
+
+HALF_UPDATED = (
+    "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
+    "model anew and load the last checkpoint"
+)
+NO_STATES = (
+    "the model's weights are on 'meta', and so there are no training states yet; give it values with "
+    "model.load_state_dict(...) first"
+)
+
+
+class OwnStore:
+    """Training states, their gradients, and the updates that are under way.
+
+    `backwards` counts those since the last step. `is_writable`: whether parameters may be copied to just now.
+    """
+
+    def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, stats: Stats,
+                 zero: Zero = ALONE) -> None:  # fmt: skip
+        self.chunks = chunks
+        self.hardware = hardware
+        self.format = format
+        self.stats = stats
+        self.zero = zero
+        self.copies = hardware.new_copies(hardware.device)
+        self.exchange = zero.ranks.collectives
+        self.states = OwnStates(chunks, hardware, format, zero)
+        self.worker = Worker()
+        self.tickets = Tickets(self.worker, self.copies, lambda index: self.states[index].name)
+        self.held = HeldGradients(self.states, self.tickets, stats)
+        self.updater = Updater(self.states, self.tickets, self.held, stats, zero.ranks.on_this_host)
+        self.backwards = 0
+        self.is_writable = False
+        self._broken = ""
+        self._arrivals: dict[int, Arrival] = {}
+
+    @property
+    def host_update_s(self) -> float:
+        return self.updater.host_update_s
+
+    # -- where it lies -------------------------------------------------------------------------------------
+
+    def place(self, homes: Homes) -> None:
+        """Put the training states where they belong; parameters are read from there from then on.
+
+        Raises BudgetError on a full tier.
+        """
+        self.finish()
+        self.held.finish()
+        try:
+            self.states.place(homes)
+            self.updater.make_streams()
+        finally:
+            make_lazy(self)
+
+    def leave(self) -> None:
+        raise StateError(
+            "model.optimizer(...) holds the training state of this model for good; compile the model anew for another"
+        )
+
+    # -- weights -------------------------------------------------------------------------------------------
+
+    def fetch(self, chunk: Chunk, run: Run) -> Tensor:
+        self.check()
+        index, state = chunk.layout.index, self.states[chunk.layout.index]
+        if chunk.layout.shards > 1:
+            return self._gathered(chunk, state)
+        if state.home.weights_on_device:
+            return state.weights
+        if chunk.resident is not None:
+            return chunk.resident
+        target = torch.empty(chunk.layout.numel, dtype=chunk.layout.dtype, device=self.hardware.device)
+        allocated = self.copies.mark()
+        start = lambda updated: self.copies.to_device(target, state.weights, allocated, updated)  # noqa: E731
+        ticket = self.tickets.get(index)
+        if ticket is None:
+            self._arrivals[index] = start(None)
+        else:  # the worker starts the copy as soon as the weights are new
+            ticket.then(start)
+            self._arrivals[index] = None
+        self.stats.moved(to_device=target.nbytes)
+        return target
+
+    def _gathered(self, chunk: Chunk, state: ChunkState) -> Tensor:
+        """Start to make a divided chunk whole. The launching thread waits for this process's shard to be updated: if
+        it left that to the worker, collectives would start in an order that differs between the processes."""
+        index, own = chunk.layout.index, state.weights
+        if chunk.resident is not None and chunk.gathered == state.version:
+            return chunk.resident
+        whole = chunk.resident
+        if whole is None:
+            whole = torch.empty(chunk.layout.numel, dtype=chunk.layout.dtype, device=self.hardware.device)
+        ready: tuple[Arrival, ...] = self.copies.mark(), self.tickets.take(index)
+        if not state.home.weights_on_device:
+            own = self.zero.own(whole, chunk.layout)
+            if chunk.resident is None:
+                ready = (self.copies.to_device(own, state.weights, *ready),)
+                self._arrivals[index] = ready[0]
+                self.stats.moved(to_device=own.nbytes)
+        with self.copies.exchange(*ready):
+            self.zero.gather(self.exchange, whole, own)
+        chunk.gathered = state.version
+        return whole
+
+    def arrive(self, chunk: Chunk, weights: Tensor) -> None:
+        self.tickets.arrive(chunk.layout.index)
+        if self.exchange.is_under_way(weights):
+            self.exchange.finish(weights)
+        self.copies.arrive(self._arrivals.get(chunk.layout.index))
+
+    def release(self, chunk: Chunk) -> None:
+        self.updater.released[chunk.layout.index] = self.copies.mark()
+
+    def stays(self, chunk: Chunk) -> bool:
+        home = self.states[chunk.layout.index].home
+        return chunk.resident is not None or (home.weights_on_device and chunk.layout.shards == 1)
+
+    # -- gradients -----------------------------------------------------------------------------------------
+
+    def gradients(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Zeros, so that what lies between the slots counts for nothing in norms and moments."""
+        return torch.zeros(numel, dtype=dtype, device=self.hardware.device)
+
+    def reduce(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
+        index, state = chunk.layout.index, self.states[chunk.layout.index]
+        gradients = self.zero.reduce(gradients, chunk.layout)
+        self.tickets.arrive(index)
+        last = self.backwards == self.format.accumulate
+        adds = state.present or self.format.accumulate > 1
+        if chunk.layout.shards > 1 and not adds and self.held.keeps(state):
+            gradients = gradients.clone()  # or it would keep the program's whole buffer
+        with unmetered():
+            if adds:
+                self.held.add(state, gradients, slots)
+            else:
+                self.held.hold(state, gradients, slots)
+            if self.format.in_backward and last:
+                self.updater.update(state)
+
+    def settle(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
+        """The gradients may be freed from here on: whoever still reads them is waited for by the device."""
+        self.copies.arrive(self.held.landed(chunk.layout.index))
+        self.updater.free_gradients()
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def begin_backward(self) -> float:
+        self.check()
+        if self.format.in_backward and self.backwards == self.format.accumulate:
+            raise StateError(
+                f"a backward() more than accumulate={self.format.accumulate} came before optimizer.step(): with "
+                "in_backward=True the parameters are updated already. Call step() after every "
+                f"{self.format.accumulate} backward(s), or declare how many come with model.optimizer(accumulate=)"
+            )
+        self.backwards += 1
+        return self.held.loss_scale
+
+    def update_all(self, scale: float | Tensor) -> None:
+        """Start to update every chunk that has a gradient. Where that fails half way no further step is taken: some
+        parameters are of this step, others are not."""
+        try:
+            self.updater.update_all(scale)
+        except BaseException:
+            self._broken = HALF_UPDATED.format("optimizer.step()")
+            raise
+
+    def finish(self, index: int | None = None) -> None:
+        """Block until updates under way are done and the states on the host are whole."""
+        self.check()
+        for number in range(len(self.states)) if index is None else [index]:
+            self.updater.finish(number)
+            self.copies.finish(self._arrivals.get(number))
+
+    def check(self) -> None:
+        """Raises StateError where the states are no whole step's any more."""
+        self.worker.check()
+        if self._broken:
+            raise StateError(self._broken)
+
+    def abort(self, run: Run) -> str:
+        self.exchange.abandon()
+        if self.format.in_backward and run.backward and self.backwards == self.format.accumulate:
+            self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
+            return f"{self._broken}."
+        return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."
+
+    # -- parameters ----------------------------------------------------------------------------------------
+
+    def state_of(self, parameter: str) -> tuple[ChunkState, int]:
+        """A parameter's training state and its slot in there. Raises StateError where there is none yet."""
+        if not len(self.states):
+            raise StateError(NO_STATES)
+        layout, slot = self.place_of(parameter)
+        return self.states[layout.index], slot
+
+    def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
+        """The whole chunk that a parameter lies in, and its slot there."""
+        return self.chunks.layout.places[parameter]
+
+    def take(self, value: Tensor, parameter: str) -> Tensor:
+        """What of a parameter's value lies in this process's training state."""
+        return self.zero.take(value, *self.place_of(parameter))
+
+    def join(self, held: Tensor, parameter: str) -> Tensor:
+        """The inverse: of what lies in every process's. All processes call it where the chunk is divided."""
+        return self.zero.join(held, *self.place_of(parameter), self.hardware.device)
+
+    def versions(self) -> dict[str, int]:
+        return {slot.name: state.version for state in self.states for slot in state.layout.slots}
+
+    def adopt(self) -> None:
+        """Nothing was written but by way of this store."""
+
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        self.is_writable = True
+        try:
+            yield
+        finally:
+            self.is_writable = False
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """Drop what gradients there are. Raises StateError where they are used up already, but not by a step."""
+        if self.format.in_backward and self.backwards == self.format.accumulate:
+            raise StateError(
+                "zero_grad() came between the last backward() of a step and optimizer.step(), but with "
+                "in_backward=True the parameters are updated already; call zero_grad() after step(), or leave it out"
+            )
+        self.held.forget_all()
+        self.backwards = 0
+
+    def forget_gradient(self, parameter: str) -> None:
+        """Drop one parameter's gradient."""
+        state, slot = self.state_of(parameter)
+        if slot in state.present:
+            self.finish(state.layout.index)
+            self.held.forget(state, slot)
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        return self.held.clip(max_norm)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def stored_master(self, parameter: str) -> Stored:
+        state, _ = self.state_of(parameter)
+        shape, regions = self._lies(parameter)
+        return Stored(shape, state.layout.master_dtype, regions, state.read_region, state.write_region)
+
+    def stored_moments(self, parameter: str) -> list[Stored]:
+        """Its optimizer's state."""
+        state, _ = self.state_of(parameter)
+        return [Stored.of(moment, *self._lies(parameter)) for moment in state.moments]
+
+    def _lies(self, parameter: str) -> tuple[tuple[int, ...], tuple[Region, ...]]:
+        """A parameter's whole shape, and what this process has of it."""
+        layout, number = self.place_of(parameter)
+        slot, held = layout.slots[number], None
+        if layout.shards > 1:
+            first = self.zero.number * layout.shard_numel
+            held = first, first + layout.shard_numel
+        return self.chunks.parts.whole_shape(slot), self.chunks.parts.regions(slot, held)
+
+    def masters_written(self) -> None:
+        for chunk, state in zip(self.chunks.chunks, self.states, strict=True):
+            state.version += 1
+            chunk.gathered = -1
+            if chunk.resident is not None:
+                self.zero.own(chunk.resident, chunk.layout).copy_(state.weights)

@@ -1,0 +1,157 @@
+"""Starts the updates of training states, on whichever side each lies, and lets them run beside the program.
+
+A ticket stands for the update under way of a chunk, and whoever needs the chunk next waits for that alone: the device
+through an event, the launching thread only for the host's worker, and only until its copy is issued.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..isa.formats import STREAMED_GRADIENTS, longest_of_each_kind
+from ..isa.homes import Where
+from ..isa.layout import ChunkLayout
+from ..kernels.update_rules import Gradient
+from ..memory.stats import Stats
+from ..memory.streams import Arrival
+from .gradients import HeldGradients
+from .own_states import OwnStates
+from .state_stream import StateStream, StreamedUpdate
+from .states import ChunkState, Schedule, Stretch
+from .updates import UpdateKernels
+from .worker import Tickets
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What gradients are multiplied by, for updates on either side. It is kept for as long as they may read it."""
+
+    on_device: float | Tensor
+    on_host: float | Tensor
+    arrival: Arrival
+
+
+UNSCALED = Factor(1.0, 1.0, None)
+
+
+class Updater:
+    """Updates the states by what `schedule` says of each parameter; `sharing` processes share this machine."""
+
+    def __init__(self, states: OwnStates, tickets: Tickets, held: HeldGradients, stats: Stats, sharing: int) -> None:
+        self.states = states
+        self.tickets = tickets
+        self.copies = tickets.copies
+        self.held = held
+        self.stats = stats
+        self.kernels = UpdateKernels(states.hardware.device, sharing)
+        self.schedule: Schedule = lambda name, number: None
+        self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
+        self.released: dict[int, Arrival] = {}
+        self.host_update_s = 0.0
+        self._streamed: list[tuple[Arrival, Tensor]] = []
+        self._factors: dict[bool, Factor] = {}
+        self._stream_bytes = 0
+
+    def make_streams(self) -> None:
+        """Buffers for the states that travel, as they are placed now. Raises BudgetError on a full tier."""
+        states, format, hardware = self.states, self.states.format, self.states.hardware
+        placed = [(state.layout, state.home) for state in states]
+        num_bytes = format.stream_bytes(placed)
+        if num_bytes == self._stream_bytes:
+            return
+        self.streams = {}
+        hardware.device_tier.charge(num_bytes - self._stream_bytes, "states on their way through the device")
+        self._stream_bytes = num_bytes
+        for layout in longest_of_each_kind(placed):
+            stream = StateStream(hardware, states[layout.index], with_gradients=not format.at_once)
+            self.streams[_kind(layout)] = stream
+
+    # -- starting ------------------------------------------------------------------------------------------
+
+    def update_all(self, scale: float | Tensor) -> None:
+        """Start to update every chunk that has a gradient, in the order in which the next forward needs them."""
+        waiting = [state for state in self.states if state.present]
+        if not waiting:
+            return  # in_backward: what the host still updates runs beside the next forward
+        self.tickets.arrive_all()  # whoever reads the factors of the step before is done with them
+        unscaled = scale / self.held.loss_scale
+        self._factors = {added: self._factor(scale if added else unscaled) for added in (False, True)}
+        for state in waiting:
+            self.update(state, self._factors[state.added])
+
+    def _factor(self, scale: float | Tensor) -> Factor:
+        """A factor that the device computes comes to the host without anybody waiting for it yet."""
+        if not isinstance(scale, Tensor) or scale.device.type == "cpu":
+            return Factor(scale, scale, None)
+        on_host = torch.empty((), dtype=torch.float32, pin_memory=True)
+        return Factor(scale, on_host, self.copies.to_host(on_host, scale))
+
+    def update(self, state: ChunkState, factor: Factor = UNSCALED) -> None:
+        """Start to update one chunk by the gradient that it has, which is used up."""
+        index, stretches = state.layout.index, state.stretches(self.schedule)
+        gradient = Gradient(state.gradient, factor.on_host if state.where is Where.HOST else factor.on_device)
+        state.version += 1
+        if state.where is Where.DEVICE:
+            for stretch in stretches:
+                self._update_stretch(state, stretch, gradient)
+        elif state.where is Where.HOST:
+            resident = self.states.chunks.chunks[index].resident
+            self.stats.moved(to_device=0 if resident is None else state.weights.nbytes)
+            # Its gradient must be here, and nobody may still read the weights that it makes new.
+            after = (self.held.landed(index), self.released.get(index), factor.arrival)
+            self.tickets.submit(index, partial(self._update_on_host, index, stretches, gradient), *after)
+        else:
+            self._update_on_the_way(state, stretches, gradient)
+        state.forget_gradient()
+
+    def _update_stretch(self, state: ChunkState, stretch: Stretch, gradient: Gradient) -> None:
+        values = gradient.values[stretch.start : stretch.end]
+        part = state.part(stretch.start, stretch.end)
+        self.kernels.update(state.layout, part, Gradient(values, gradient.scale), stretch)
+
+    def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient) -> Arrival:
+        """The worker's job, once the gradient is here and nobody reads the old weights any more."""
+        state, chunk = self.states[index], self.states.chunks.chunks[index]
+        began_s = time.perf_counter()
+        with torch.no_grad():
+            for stretch in stretches:
+                self._update_stretch(state, stretch, gradient)
+            self.host_update_s += time.perf_counter() - began_s
+            if chunk.resident is None:
+                return None
+            own = self.states.zero.own(chunk.resident, chunk.layout)
+            return self.copies.to_device(own, state.weights, None)
+
+    def _update_on_the_way(self, state: ChunkState, stretches: list[Stretch], gradient: Gradient) -> None:
+        index, at_once = state.layout.index, self.states.format.at_once
+        if state.added:  # the worker may still add to the sum
+            self.tickets.take(index)
+        after = () if at_once else (self.held.landed(index),)
+        job = StreamedUpdate(gradient, self.kernels, state.home.weights_on_device, after)
+        done = self.streams[_kind(state.layout)].update(state, stretches, job)
+        self.tickets.put(index, done)
+        if at_once:  # the gradient is the program's own: `settle` keeps few of them waiting
+            self._streamed.append((done, gradient.values))
+            state.held = None
+        _, travels = self.states.format.travelling_bytes(state.layout, state.home)
+        self.stats.moved(to_device=travels + (0 if at_once else gradient.values.nbytes), to_host=travels)
+
+    # -- waiting -------------------------------------------------------------------------------------------
+
+    def free_gradients(self) -> None:
+        """Let the device wait until no more than a few gradients still wait for states on their way."""
+        while len(self._streamed) > STREAMED_GRADIENTS:
+            self.copies.arrive(self._streamed.pop(0)[0])
+
+    def finish(self, index: int) -> None:
+        """Block until the chunk's update is done and its state is whole."""
+        self.tickets.finish(index)
+        for stream in self.streams.values():
+            stream.finish(index)
+
+
+def _kind(layout: ChunkLayout) -> tuple[torch.dtype, torch.dtype]:
+    return layout.dtype, layout.master_dtype
