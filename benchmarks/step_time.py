@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
     step.add_argument("--accumulate", type=int, default=1, metavar="K", help="backwards in a step, a batch each")
     step.add_argument("--microbatches", type=int, default=None, metavar="M", help="parts that the system itself "
-                      "divides the batch of a backward into, where it can: roundpipe; default: as it likes")  # fmt: skip
+                      "divides a backward's batch into, where it can: roundpipe; default: as it likes")  # fmt: skip
     step.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the kinds that the model trains with")
     step.add_argument("--pad", action="store_true", help="random lengths, from half of --seq on, padded on the right")
     out = made.add_argument_group("results")

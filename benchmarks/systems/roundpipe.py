@@ -5,10 +5,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from geminifx.runtime.isa.units import parse_bytes
 from task import Backward, Task
 from torch import Tensor
 
-from .base import ADAMW, Contestant, cap_memory, use_all_cores
+from .base import ADAMW, CONTEXT_BYTES, Contestant, cap_memory, use_all_cores
+
+PLANNED_SHARE = 0.6
+"""The share of device memory that RoundPipe plans weights and gradients for, by its own default."""
 
 
 class RoundPipe(Contestant):
@@ -23,7 +27,7 @@ class RoundPipe(Contestant):
         super().__init__(task)
         cap_memory(task)
         use_all_cores()
-        module = importlib.import_module("roundpipe")
+        self.module = module = importlib.import_module("roundpipe")
         source = task.random_model(torch.device("cpu"), torch.bfloat16)
         speak_transformers_5(type(source).__name__)
         self.model = module.wrap_model_to_roundpipe(
@@ -53,8 +57,19 @@ class RoundPipe(Contestant):
         """Run forward and backward of all microbatches and return the sum of their losses."""
         # Told how many labels count in all, a microbatch's loss is its part of the whole batch's mean.
         given = {**backward.inputs, "num_items_in_batch": backward.targets, "return_logits": False}
-        loss = self.model.forward_backward(input_kwargs=given, loss_fn=lambda out, _: out.loss * backward.share)
+        loss = self.model.forward_backward(input_kwargs=given, loss_fn=lambda out, _: out.loss * backward.share,
+                                           run_config=self._run_config())  # fmt: skip
         return loss.detach()
+
+    def _run_config(self) -> Any:
+        """Return stages that are planned, as it does by itself for each call, but within the budget instead of all
+        that the GPU has free."""
+        if self.task.budget is None:
+            return self.module.RoundPipeRunConfig()
+        total = torch.cuda.get_device_properties(0).total_memory
+        limit = PLANNED_SHARE * (parse_bytes(self.task.budget, of=total) - CONTEXT_BYTES) / 2**30
+        plan = self.module.ModelExecutePlan.auto("fused", self.model, model_memory_limit=limit)
+        return self.module.RoundPipeRunConfig(execute_plan=plan)
 
     def _update(self) -> None:
         self.optimizer.step()
