@@ -106,8 +106,16 @@ class OursTorch(Ours):
 
 
 def blocks_recomputed(model: nn.Module, recompute: str) -> str | tuple[str, ...]:
-    """Return `recompute` for compile: a number stands for so many of the first blocks."""
-    return blocks(model)[: int(recompute)] if recompute.isdigit() else recompute
+    """Return `recompute` for compile: a number stands for so many of the first blocks.
+
+    Raises ValueError where there are fewer.
+    """
+    if not recompute.isdigit():
+        return recompute
+    found, count = blocks(model), int(recompute)
+    if count > len(found):
+        raise ValueError(f"--recompute {count}, but the model has {len(found)} blocks")
+    return found[:count]
 
 
 def own_backwards(task: Task, device: torch.device) -> list[Backward]:

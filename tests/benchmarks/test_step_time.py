@@ -1,6 +1,7 @@
 """The command: its points and options, the CSV that all results go to, and what a worker's end means."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_a_call_measures_and_writes_down(tmp_path):
     file = tmp_path / "results.csv"
     words = ["--points", "llama-mini:1", "--seq", "8", "--steps", "4", "--budget", "none", "--accumulate", "2",
              "--systems", "plain", "roundpipe", "--csv", str(file)]  # fmt: skip
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     with file.open(newline="", encoding="utf-8") as lines:
         plain, roundpipe = csv.DictReader(lines)
