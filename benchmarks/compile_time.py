@@ -7,29 +7,26 @@ python benchmarks/compile_time.py --model opt-66b --batch 64 --parallel data=16,
 
 import argparse
 import time
-from dataclasses import replace
 
 import geminifx
 import torch
 from geminifx.compiler.capture.trace import Request, capture
 from geminifx.compiler.parallel import parse_parallel
-from geminifx.models.presets import PRESETS
-from transformers import OPTForCausalLM
+from random_models import full_name
+from task import Task
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="opt-1.3b")
+    parser.add_argument("--model", type=full_name, default="opt-1.3b", help="as in a point of step_time.py")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--budget", default="24GB")
     parser.add_argument("--parallel", default="", help="as in geminifx train --parallel")
     args = parser.parse_args()
 
-    tokens = torch.zeros(args.batch, args.seq, dtype=torch.int64)
-    batch = {"input_ids": tokens, "labels": tokens}
-    with geminifx.init_empty():
-        model = OPTForCausalLM(replace(PRESETS[args.model], dropout=0.0).config()).train()
+    task = Task(args.model, args.batch, args.seq)
+    batch, model = task.inputs(), task.empty_model()
 
     start = time.perf_counter()
     program = capture(model, (), batch, Request(dtype=torch.bfloat16)).program

@@ -18,7 +18,7 @@ BAR = 0.8
 def show(results: list[Result]) -> None:
     """Print a line for each result, in the order given."""
     table = Table(title=headline(results))
-    table.add_column("OPT, batch x sequence")
+    table.add_column("model, batch x sequence")
     table.add_column("system")
     for name in ("s/step", "tokens/s", "device peak", "host RSS"):
         table.add_column(name, justify="right")
@@ -39,6 +39,9 @@ def cells(result: Result) -> list[str]:
     if "error" in result:
         error = result["error"]
         return ["-", "-", "-", "-", error if len(error) <= LONGEST_ERROR else error[:LONGEST_ERROR] + "..."]
+    if "step_s" not in result:
+        planned = f"planned peak {gib(result['planned_peak_bytes'])}, host {gib(result['planned_host_bytes'])}"
+        return ["-", "-", "-", "-", f"{planned}, compiled in {result['compile_s']} s"]
     losses = result["losses"]
     return [
         f"{result['step_s']:.3f}", f"{result['tokens_per_s']:,}", gib(result.get("device_peak_bytes")),
@@ -51,7 +54,15 @@ def gib(count: int | None) -> str:
 
 
 def label(result: Result) -> str:
-    return f"{result['model']}, {result['batch']} x {result['seq']}"
+    """Return what was measured: the point, and what of its step is not as usual."""
+    length = f" x {result['seq']}" if result["seq"] else " images"
+    more = [
+        f"{result['accumulate']} backwards" if result.get("accumulate", 1) > 1 else "",
+        f"{result['microbatches']} microbatches" if result.get("microbatches") else "",
+        f"dropout {result['dropout']}" if result.get("dropout") else "",
+        "padded" if result.get("pad") else "",
+    ]
+    return ", ".join([f"{result['model']}, {result['batch']}{length}", *filter(None, more)])
 
 
 def headline(results: list[Result]) -> str:
@@ -83,7 +94,7 @@ def plot(results: list[Result], file: Path) -> None:
         bars = axes.bar(places, [case.get("step_s", 0) for case in cases], 0.92 * width, label=system)
         texts = [f"{c['step_s']:.2f}" if "step_s" in c else "failed" if c else "" for c in cases]
         axes.bar_label(bars, texts, padding=2, fontsize=7, rotation=90)
-    axes.set_xticks(range(len(points)), [f"OPT-{name}" for name in points])
+    axes.set_xticks(range(len(points)), points)
     axes.set_ylabel("seconds per step")
     axes.set_title(headline(results), fontsize=9)
     axes.margins(y=0.15)

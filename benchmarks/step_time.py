@@ -1,252 +1,175 @@
-"""Seconds per training step of OPT by several systems: same weights, tokens, device budget, machine and run.
+"""Seconds per training step by several systems: same model, weights, batches, device budget, machine and run.
 
     python benchmarks/step_time.py --points 1.3b:8 2.7b:8 --budget 24GiB --systems ours fsdp2 --json step_time.json
+    python benchmarks/step_time.py --points llama-3b:8 --accumulate 8 --budget 24GiB --systems ours roundpipe
+    python benchmarks/step_time.py --points 1.3b:8 gpt2-xl:1 --pad --dropout 0.1 --systems ours plain compile
     python benchmarks/step_time.py --points 1.3b:16 --budget none --nprocs 8 --systems ours fsdp2 --parallel zero=3
+    python benchmarks/step_time.py --points opt-175b:1 --plan-only --host-budget 4TB
     python benchmarks/step_time.py --plot step_time.json -o step_time.svg    # needs matplotlib
 
-Random weights, random tokens, dropout 0, AdamW. Every point (model:batch) of every system (`contestants.py`) runs
-in a process of its own, so that one which is out of memory is a line of the table like any other. The device is
-synchronised after each step; the figure is the median without the first three steps. Device bytes are the
-driver's, of rank 0 where there are several processes, which share the batch. On a machine without a GPU everything
-runs on the CPU, which shows that it runs: try `--points mini:2 --seq 128 --budget none`.
+A point is model:batch; models are OPT ("1.3b" is "opt-1.3b"), Llama, GPT-2, Qwen, Gemma, Mistral and ViT by name (see
+`random_models.py`), or any Hugging Face config.json. Its batch is that of one backward. A step has --accumulate
+backwards, each with a batch of its own, and one update: `llama-3b:8 --accumulate 8` is 64 sequences a step. The loss
+of a step is the mean over all its tokens, padding left out, as that of one large batch would be.
+
+Random weights, random tokens, AdamW. Every point of every system (`systems/`) runs in a process of its own, so that one
+which is out of memory is a line of the table like any other. The device is synchronised after each step; the figure is
+the median without the first three steps (without the first half where there are fewer than six). Device bytes are the
+driver's, of rank 0 where there are several processes, which share the batch. Each result is appended to one CSV, with
+the commit, the machine and the command line (`results_csv.py`). On a machine without a GPU everything runs on the CPU,
+which shows that it runs: try `--points mini:2 llama-mini:2 --seq 128 --budget none`.
 """
 
 import argparse
 import json
-import os
 import signal
-import statistics
-import subprocess
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from contestants import SYSTEMS, Contestant, Setup
-from geminifx.compiler.cli.launch import rank
-from random_opt import preset
+from measuring import work
+from processes import run_worker
+from random_models import config_of, full_name, reads_images
+from results_csv import ROOT, append, check_columns, provenance, row
 from step_report import plot, show
+from systems import SYSTEMS
+from systems.ours import Ours
+from task import Declared, Task
 
-WARM_UP = 3
-MARK = "RESULT "
-LAST_WORDS_S = 5.0
+OURS = tuple(name for name, kind in SYSTEMS.items() if issubclass(kind, Ours))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", nargs="+", type=point, default=[("1.3b", 8)], help="model:batch, such as 2.7b:8")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["ours", "fsdp2", "plain"])
-    parser.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
-    parser.add_argument("--budget", default="24GiB", help='of device memory, such as "24GiB", or "none"')
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--nprocs", type=int, default=1, help="processes, one for each GPU: ours and fsdp2 only")
-    parser.add_argument("--timeout-s", type=float, default=600, help="for one system at one point, its start included")
-    parser.add_argument("--json", type=Path, default=None, help="write results here, after each one anew")
-    parser.add_argument("--plot", type=Path, nargs="+", default=None, help="draw saved results, measure nothing")
-    parser.add_argument("-o", "--output", type=Path, default=Path("step_time.svg"), help="where --plot draws to")
-    parser.add_argument("--worker", action="store_true", help="measure the first system at the first point right here")
-    only = parser.add_argument_group("for ours only")
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--points", nargs="+", type=point, default=[("opt-1.3b", 8)], help="model:batch, such as 2.7b:8")
+    made.add_argument("--systems", nargs="+", choices=SYSTEMS, default=None, help="default: ours fsdp2 plain")
+    made.add_argument("--budget", default="24GiB", help='of device memory, such as "24GiB", or "none"')
+    made.add_argument("--steps", type=int, default=10)
+    made.add_argument("--nprocs", type=int, default=1, help="processes, one for each GPU: ours and fsdp2 only")
+    made.add_argument("--timeout-s", type=float, default=600, help="for one system at one point, its start included")
+    made.add_argument("--plan-only", action="store_true", help="ours only: plan with weights on meta, run nothing")
+    made.add_argument("--worker", action="store_true", help="measure the first system at the first point right here")
+    step = made.add_argument_group("the step")
+    step.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
+    step.add_argument("--accumulate", type=int, default=1, metavar="K", help="backwards in a step, a batch each")
+    step.add_argument("--microbatches", type=int, default=None, metavar="M", help="parts that the system itself "
+                      "divides a backward's batch into, where it can: roundpipe; default: as it likes")  # fmt: skip
+    step.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the kinds that the model trains with")
+    step.add_argument("--pad", action="store_true", help="random lengths, from half of --seq on, padded on the right")
+    out = made.add_argument_group("results")
+    out.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results.csv", help='append to this; "none"')
+    out.add_argument("--commit", default=None, help="what the CSV is to say where this is no git checkout")
+    out.add_argument("--json", type=Path, default=None, help="write this call's results here, after each one anew")
+    out.add_argument("--plot", type=Path, nargs="+", default=None, help="draw saved results, measure nothing")
+    out.add_argument("-o", "--output", type=Path, default=Path("step_time.svg"), help="where --plot draws to")
+    only = made.add_argument_group("for ours only")
     only.add_argument("--plan", default=None, help="a plan saved as JSON")
     only.add_argument("--recompute", default="auto", help="auto, none, all, or how many of the first layers")
     only.add_argument("--parallel", nargs="+", default=[None], help="each to be measured, such as data=2,tensor=1d:4")
     only.add_argument("--host-budget", default=None, help='of host memory, such as "100GiB"')
     only.add_argument("--profile", type=Path, default=None, help="trace one step more to this file; several runs: "
                       "to FILE-MODEL-BATCH-SYSTEM")  # fmt: skip
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error("--steps must be 1 or more")
+    return made
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    made = parser()
+    args = made.parse_args(words)
+    args.systems = args.systems or (["ours"] if args.plan_only else ["ours", "fsdp2", "plain"])
+    for name in ("steps", "seq", "accumulate", "nprocs"):
+        if getattr(args, name) < 1:
+            made.error(f"--{name} must be 1 or more")
+    if args.microbatches is not None and args.microbatches < 1:
+        made.error("--microbatches must be 1 or more")
+    if not 0 <= args.dropout < 1:
+        made.error("--dropout is a probability, 0 or more and less than 1")
+    images = [model for model, _ in args.points if reads_images(config_of(model))]
+    if args.pad and images:
+        made.error(f"--pad is for sequences; {images[0]} reads images")
     if args.plan and len(args.points) > 1:
-        parser.error("--plan is for one point")
-    alone = [system for system in args.systems if not system.startswith("ours") and system != "fsdp2"]
-    if args.nprocs > 1 and alone:
-        parser.error(f"{alone[0]} is measured in one process only")
+        made.error("--plan is for one point")
+    several = [system for system in args.systems if not SYSTEMS[system].several]
+    if args.nprocs > 1 and several:
+        made.error(f"{several[0]} is measured in one process only")
+    others = [system for system in args.systems if system not in OURS]
+    if args.plan_only and others:
+        made.error(f"--plan-only is for {', '.join(OURS)}; {others[0]} has no plan")
     return args
 
 
 def point(text: str) -> tuple[str, int]:
-    """Return ("1.3b", 8) for "1.3b:8"."""
-    size, _, batch = text.partition(":")
+    """Return ("opt-1.3b", 8) for "1.3b:8"."""
+    model, _, batch = text.rpartition(":")
     try:
-        preset(size)
-        return size, int(batch)
+        found, count = full_name(model), int(batch)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no model:batch, such as 1.3b:8 ({error})") from error
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a batch of {count}; expected 1 or more")
+    return found, count
 
 
-# -- one measurement, in a process of its own ------------------------------------------------------------------
-
-
-def work(args: argparse.Namespace) -> None:
-    """Measure the first system at the first point, print the result as one line, and end the process."""
-    (size, batch), system = args.points[0], args.systems[0]
-    budget = None if args.budget == "none" else args.budget
-    setup = Setup(size, batch, args.seq, budget, args.nprocs, args.host_budget, args.plan, args.recompute,
-                  args.parallel[0])  # fmt: skip
-    result: dict[str, Any] = {"torch": torch.__version__, "budget": budget}
-    try:
-        if setup.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            result["gpu"] = torch.cuda.get_device_name()
-        start = time.perf_counter()
-        contestant = SYSTEMS[system](setup)
-        result |= {"setup_s": round(time.perf_counter() - start, 1), **contestant.facts}
-        result |= measure(contestant, args.steps, batch * args.seq)
-        tell(result)  # a profile that fails must not cost what was measured
-        if args.profile and contestant.profile:
-            print(contestant.profile(str(args.profile)), flush=True)
-    except Exception as error:
-        traceback.print_exc()
-        if "step_s" not in result:
-            lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
-            tell(result | {"error": lines[0][:500]})
-    sys.stderr.flush()
-    os._exit(0)  # an orderly end unpins and frees all host memory, which takes longer than the steps
-
-
-def tell(result: dict[str, Any]) -> None:
-    """Print a result for the process that collects them."""
-    if rank() == 0:
-        print("\n" + MARK + json.dumps(result), flush=True)
-
-
-def measure(contestant: Contestant, steps: int, tokens: int) -> dict[str, Any]:
-    """Run steps of so many tokens and return seconds, losses and bytes."""
-    seconds, losses, usage = [], [], {}
-    synchronize()
-    before = time.perf_counter()
-    for i in range(steps):
-        loss = contestant.step()
-        synchronize()
-        # From end to end, for what a system still does on the host after its step to count.
-        now = time.perf_counter()
-        seconds.append(now - before)
-        before = now
-        losses.append(loss.item())
-        usage = {name: max(value, usage.get(name, 0)) for name, value in bytes_in_use().items()}
-        if rank() == 0:
-            print(f"step {i}: {seconds[-1]:.3f} s, loss {losses[-1]:.4f}", flush=True)
-    median = statistics.median(seconds[min(WARM_UP, steps // 2) :])
-    return {
-        "step_s": round(median, 4), "tokens_per_s": round(tokens / median),
-        "all_steps_s": [round(s, 4) for s in seconds], "losses": [round(loss, 4) for loss in losses],
-        **usage, **contestant.final_facts(),
-    }  # fmt: skip
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def bytes_in_use() -> dict[str, int]:
-    """Return host bytes now, and device bytes: the driver's count now, the allocator's peak since it was reset,
-    and at that peak what the driver would have counted."""
-    usage = {"host_rss_bytes": psutil.Process().memory_info().rss}
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        peak = torch.cuda.max_memory_reserved()
-        usage |= {"driver_bytes": total - free, "reserved_peak_bytes": peak,
-                  "device_peak_bytes": total - free - torch.cuda.memory_reserved() + peak}  # fmt: skip
-    return usage
-
-
-# -- all measurements ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Output:
-    """What a worker has printed: its result, where it gave one, and its last line."""
-
-    result: dict[str, Any] | None = None
-    last: str = ""
-
-    def read(self, lines: Iterable[str]) -> None:
-        """Print the lines, indented, as they come."""
-        for line in lines:
-            if line.startswith(MARK):
-                self.result = json.loads(line.removeprefix(MARK))
-            else:
-                self.last = line.strip() or self.last
-                print("   ", line, end="", flush=True)
-
-
-def run_worker(args: argparse.Namespace, size: str, batch: int, system: str, parallel: str | None) -> dict[str, Any]:
-    """Measure in a fresh process, or several; how it failed, if it did, is `error` in the result."""
-    if system == "deepspeed" and find_spec("deepspeed") is None:
-        return {"error": "not installed"}
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nprocs}"]
-    command = [sys.executable, *(launch if args.nprocs > 1 else []), __file__, *sys.argv[1:], "--worker"]
-    command += ["--points", f"{size}:{batch}", "--systems", system, *(["--parallel", parallel] if parallel else [])]
-    if args.profile and len(args.points) * len(args.systems) > 1:
-        command += ["--profile", str(args.profile.with_stem(f"{args.profile.stem}-{size}-{batch}-{system}"))]
-    environment = dict(os.environ)
-    if not system.startswith("ours"):  # ours sets it by itself
-        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    said = Output()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               errors="replace", env=environment)  # fmt: skip
-    # A thread reads, since the pipe stays open for as long as any child of the worker lives.
-    reader = threading.Thread(target=said.read, args=(process.stdout,), daemon=True)
-    reader.start()
-    try:
-        code: int | None = process.wait(args.timeout_s)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:  # an interruption must not leave it on the device
-        process.terminate()  # a launcher ends its processes, too
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(LAST_WORDS_S)
-        process.kill()
-        process.wait()
-    reader.join(LAST_WORDS_S)
-    return said.result or {"error": end(code, said.last)}
-
-
-def end(code: int | None, last: str) -> str:
-    """Return how a worker ended that gave no result; its exit status is None where it took too long."""
-    if code is None:
-        how = "timed out"
-    elif code >= 0:
-        how = f"exit status {code}"
-    else:
-        hint = ", most likely for want of host memory" if -code == signal.SIGKILL else ""
-        how = f"ended by {signal.Signals(-code).name}{hint}"
-    return f"{how}; last line: {last}" if last else how
+def task_of(args: argparse.Namespace, model: str, batch: int, parallel: str | None) -> Task:
+    return Task(
+        model, batch, args.seq, args.accumulate, args.microbatches, args.dropout, args.pad,
+        None if args.budget == "none" else args.budget, args.nprocs,
+        Declared(args.host_budget, args.plan, args.recompute, parallel),
+    )  # fmt: skip
 
 
 def ways(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """Return the systems, ours once for each way to be parallel."""
     return [(system, parallel) for system in args.systems
-            for parallel in (args.parallel if system.startswith("ours") else [None])]  # fmt: skip
+            for parallel in (args.parallel if system in OURS else [None])]  # fmt: skip
+
+
+def result_of(args: argparse.Namespace, task: Task, system: str) -> dict[str, Any]:
+    """Measure in a process of its own, unless the system refuses the task."""
+    why = SYSTEMS[system].refusal(task)
+    if why is not None:
+        return {"error": why}
+    words = [__file__, *sys.argv[1:], "--worker", "--points", f"{task.model}:{task.batch}", "--systems", system]
+    if task.declared.parallel:
+        words += ["--parallel", task.declared.parallel]
+    if args.profile and len(args.points) * len(ways(args)) > 1:
+        name = "-".join([args.profile.stem, Path(task.model).stem, str(task.batch), system])
+        words += ["--profile", str(args.profile.with_stem(name))]
+    processes = 1 if args.plan_only else task.nprocs
+    return run_worker(words, processes, args.timeout_s, expandable=system not in OURS)  # ours sets it by itself
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every system at every point and write each result down at once."""
+    file = None if args.csv.name == "none" else args.csv
+    if file:
+        check_columns(file)
+    results: list[dict[str, Any]] = []
+    command = [Path(__file__).name, *sys.argv[1:]]
+    for model, batch in args.points:
+        for system, parallel in ways(args):
+            task = task_of(args, model, batch, parallel)
+            name = f"{system} {parallel}" if parallel else system
+            print(f"{model}:{batch} {name}", flush=True)
+            origin = provenance(command, args.commit)  # before: the code may change while it runs
+            results.append({**origin, **task.described(), "system": name, **result_of(args, task, system)})
+            print("   ", json.dumps(results[-1]), flush=True)
+            if file:
+                append(file, row(results[-1]))
+            if args.json:
+                args.json.write_text(json.dumps({"command": sys.argv[1:], "results": results}, indent=1) + "\n")
+    return results
 
 
 def main() -> None:
     args = parse_args()
     if args.worker:
-        work(args)
+        model, batch = args.points[0]
+        work(args.systems[0], task_of(args, model, batch, args.parallel[0]), args.steps, args.profile, args.plan_only)
     if args.plot:
         plot([result for file in args.plot for result in json.loads(file.read_text())["results"]], args.output)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    results: list[dict[str, Any]] = []
-    for size, batch in args.points:
-        for system, parallel in ways(args):
-            name = f"{system} {parallel}" if parallel else system
-            print(f"{size}:{batch} {name}", flush=True)
-            result = run_worker(args, size, batch, system, parallel)
-            results.append({"model": size, "batch": batch, "seq": args.seq, "system": name, **result})
-            print("   ", json.dumps(results[-1]), flush=True)
-            if args.json:
-                args.json.write_text(json.dumps({"command": sys.argv[1:], "results": results}, indent=1) + "\n")
-    show(results)
+    show(measure_all(args))
 
 
 if __name__ == "__main__":
