@@ -35,8 +35,6 @@ LONGEST_MODULE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 6
 
 # Each exception is a name and the reason for it.
 STILL_IMPORT: dict[str, str] = {
-    "models/recipe/finetune.py": "until the loop writes checkpoints by the compiled model",
-    "models/recipe/training_state.py": "likewise",
     "runtime/optimizer/updating_machine.py": "until there is one machine over a store of states",
     "runtime/state_io/training_state.py": "likewise",
 }
