@@ -88,3 +88,5 @@ def train(
         done = report.first_step + len(report.losses)
         console.print(f"stopped after step {done} and saved; go on with", highlight=False)
         console.print(f"  {options.resume_command()}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+    console.print(f"saved to {options.directory}", highlight=False, markup=False, soft_wrap=True)

@@ -5,6 +5,7 @@ many processes wrote them, and how tensors lay on these, does not matter to thos
 """
 
 import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -214,7 +215,11 @@ class _Loader(dcp.DefaultLoadPlanner):
         stored.write(region, tuple(slice(start, start + length) for start, length in extents), tensor)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.found[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        name = read_item.dest_index.fqn
+        try:
+            self.found[name] = torch.load(value, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{name!r} is damaged, or of a type that does not load without code") from error
 
 
 def _read_object(index: MetadataIndex) -> ReadItem:
