@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ..runtime.distributed.local_shards import Region
 from ..runtime.isa.errors import CheckpointError, StateError
 from ..runtime.memory.stored import Stored
-from ..runtime.state_io.sharded import load, save, stored_shapes
+from ..runtime.state_io.sharded import load, save, stored_shapes, write
 from .capture.materialize import materialize
 from .module import CompiledModule
 from .optimizer_state import OptimizerState
@@ -37,6 +37,18 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
         CheckpointError: it cannot be written; a checkpoint that was there is intact.
         StateError: the model has no values yet.
     """
+    save(directory, *_contents(model, optimizer, extra), model.ranks)
+
+
+def write_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: Path, extra: Any = None) -> None:
+    """What `save_checkpoint` saves, into a directory of one that is replaced as a whole, by `sharded.replacing`."""
+    write(directory, *_contents(model, optimizer, extra), model.ranks)
+
+
+def _contents(
+    model: CompiledModule, optimizer: Optimizer | None, extra: Any
+) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The tensors and objects of a checkpoint."""
     session = model.session
     session.ready(backward=False)
     tensors, objects = _model_tensors(session, writing=True), {"extra": extra}
@@ -44,7 +56,16 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
         state = OptimizerState.of(session, optimizer)
         tensors |= state.tensors()
         objects["optimizer"] = state.numbers()
-    save(directory, tensors, objects, session.ranks)
+    return tensors, objects
+
+
+def read_extra(model: CompiledModule, directory: str | Path) -> Any:
+    """The `extra` of a checkpoint, alone: nothing is loaded. All processes call it.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+    return load(directory, {}, ("extra",), model.ranks).get("extra")
 
 
 def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path) -> Any:

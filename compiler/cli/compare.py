@@ -1,17 +1,30 @@
-"""Tensor parallel modes side by side: what a model takes of each process, and what the processes exchange."""
+"""The command `geminifx compare`: tensor parallel modes side by side, by what a model takes of each process, and what
+the processes exchange."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+import transformers
+import typer
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ...models.adapters import example_inputs
+from ...models.presets import load_model
 from ...passes.program.plan import Plan
 from ...runtime.isa.errors import GeminiError
 from ...runtime.isa.units import format_bytes
 from ..api import compile
+from .errors import shown_errors
+
+ANY_HOST_BYTES = 2**60
+"""The host of the machines that a comparison is about is not this one's."""
+
+commands = typer.Typer()
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ def ways(world_size: int) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def compare(model: nn.Module, world_size: int, batch: Mapping[str, Any], **options: Any) -> list[Compared]:
+def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **options: Any) -> list[Compared]:
     """Plan a model whose weights may be on `meta` for a world in each way; `batch` is the step's of all processes."""
     found = []
     for name, parallel in ways(world_size).items():
@@ -74,3 +87,26 @@ def comparison_table(compared: list[Compared], world_size: int) -> Table:
         table.add_row(way.name, format_bytes(way.plan.peak_bytes), format_bytes(activations),
                       format_bytes(sum(received.values())), by_axis)  # fmt: skip
     return table
+
+
+@commands.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Hub name, directory, config file (.json) or preset.")] = "opt-1.3b",
+    world_size: Annotated[int, typer.Option(min=2, help="Processes that share the work.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step, of all processes together.")] = 16,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
+    device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
+    recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
+) -> None:
+    """Plan MODEL for several processes in every tensor parallel mode, and show memory and communication of each.
+
+    Nothing is run: one machine without a GPU will do for any number of processes.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    with shown_errors():
+        with torch.device("meta"):
+            loaded = load_model(model)
+        batch = example_inputs(loaded, batch_size, seq_len) or {}
+        settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget}
+        compared = compare_ways(loaded, world_size, batch, host_budget=ANY_HOST_BYTES, **settings)
+    Console().print(comparison_table(compared, world_size))

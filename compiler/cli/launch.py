@@ -8,16 +8,12 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from types import FrameType
-from typing import Any
 
-from rich.console import Console
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-from torch.distributed.elastic.utils.distributed import get_free_port
 
-GRACE_S = 5.0
-"""Seconds that an error of another rank than 0 waits: where rank 0 has it too, it tells it, and alone."""
+HERE = "127.0.0.1"
 
 
 def is_launched() -> bool:
@@ -37,7 +33,9 @@ def launch(words: list[str], nprocs: int) -> int:
     """
     # It names processes that failed by number; what failed they tell themselves.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    # The system chooses the port, and it is listened on from then on: no other program can get it.
+    store = TCPStore(HERE, 0, nprocs, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": HERE, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nprocs)))
     environments = {
         i: address
@@ -65,10 +63,3 @@ def launch(words: list[str], nprocs: int) -> int:
     failures = {} if done is None else done.failures
     first = failures.get(0) or min(failures.values(), key=lambda failure: failure.timestamp, default=None)
     return 0 if first is None else first.exitcode
-
-
-def leave(panel: Any) -> None:
-    """Show an error: rank 0 at once, another rank where rank 0 did not end the run for one of its own."""
-    if rank() > 0:
-        time.sleep(GRACE_S)
-    Console(stderr=True).print(panel)

@@ -1,30 +1,14 @@
-"""The command `geminifx`."""
+"""The command `geminifx`, of the commands of its modules."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 
-from ...models.adapters import example_inputs
-from ...models.presets import load_model
-from ...runtime.isa.errors import GeminiError
-from ..parallel import GRAMMAR
-from .compare import compare as compare_ways
-from .compare import comparison_table
-from .display import error_panel
-from .launch import is_launched, launch, leave, rank
-from .train import TrainOptions, run
-
-USER_ERROR = 2
-INTERRUPTED = 130
-ANY_HOST_BYTES = 2**60
-"""The host of the machines that a comparison is about is not this one's."""
+from . import compare, train
 
 app = typer.Typer(
     help="Train PyTorch models larger than the device.",
@@ -32,6 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(train.commands)
+app.add_typer(compare.commands)
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,105 +35,3 @@ def main(
     ] = False,
 ) -> None:
     """Train PyTorch models larger than the device."""
-
-
-@app.command()
-def train(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub name, directory, config file (.json) or preset (opt-125m ... opt-66b)."),
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file or a folder of them.")] = None,
-    device_budget: Annotated[str | None, typer.Option(help='Such as "24GB", "24GiB" or "80%".')] = None,
-    host_budget: Annotated[str | None, typer.Option(help="Like --device-budget.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, or cpu for a budgeted arena in RAM.")] = None,
-    placement: Annotated[str, typer.Option(help="Where parameters live: auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; the device's own by default.")] = None,
-    recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only the last.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
-    dump: Annotated[Path | None, typer.Option(help="Write the program after every pass here.")] = None,
-    parallel: Annotated[str | None, typer.Option(help=f"How processes share the work: {GRAMMAR}.")] = None,
-    nprocs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes to start on this machine; by default as many as --parallel takes."),
-    ] = None,
-) -> None:
-    """Fine-tune MODEL within a memory budget.
-
-    Without MODEL: a small OPT with random weights, under half of the memory that plain PyTorch needs for it.
-    Without --data: the language reference that each Python carries. Ctrl-C saves a checkpoint to go on from.
-    Of several processes each computes with its part of every batch of --batch-size; torchrun may start them, too.
-    """
-    options = TrainOptions(
-        model=model,
-        data=data,
-        device_budget=device_budget,
-        host_budget=host_budget,
-        device=device,
-        placement=placement,
-        precision=precision,
-        recompute=recompute,
-        steps=steps,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        lr=lr,
-        seed=seed,
-        save_every=save_every,
-        output=output,
-        resume=resume,
-        dump=dump,
-        parallel=parallel,
-        nprocs=nprocs,
-    )
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    console = Console(quiet=rank() > 0)
-    try:
-        world = options.mesh().size
-        if world > 1 and not is_launched():
-            raise typer.Exit(launch(options.words(), world))
-        report = run(options, console)
-    except (GeminiError, ValueError, OSError) as error:
-        leave(error_panel(error))
-        raise typer.Exit(USER_ERROR) from None
-    if rank() > 0:
-        return
-    if report.interrupted:
-        done = report.first_step + len(report.losses)
-        console.print(f"stopped after step {done} and saved; go on with", highlight=False)
-        console.print(f"  {options.resume_command()}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED)
-    console.print(f"saved to {options.directory}", highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def compare(
-    model: Annotated[str, typer.Argument(help="Hub name, directory, config file (.json) or preset.")] = "opt-1.3b",
-    world_size: Annotated[int, typer.Option(min=2, help="Processes that share the work.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step, of all processes together.")] = 16,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
-    device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
-    recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
-) -> None:
-    """Plan MODEL for several processes in every tensor parallel mode, and show memory and communication of each.
-
-    Nothing is run: one machine without a GPU will do for any number of processes.
-    """
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with torch.device("meta"):
-            loaded = load_model(model)
-        batch = example_inputs(loaded, batch_size, seq_len) or {}
-        settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget}
-        compared = compare_ways(loaded, world_size, batch, host_budget=ANY_HOST_BYTES, **settings)
-    except (GeminiError, ValueError, OSError) as error:
-        leave(error_panel(error))
-        raise typer.Exit(USER_ERROR) from None
-    Console().print(comparison_table(compared, world_size))

@@ -6,48 +6,26 @@ It takes a compiled model, or whatever else is `Trainable`, and does not compile
 from __future__ import annotations
 
 import math
-import random
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.errors import BudgetError, CheckpointError, GeminiError
 from .blocks import Part, TokenBlocks
 from .recipe import Recipe, Report, StepInfo
-from .training_state import (
-    TrainingState,
-    load_training_state,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-)
+from .run_state import RunState, random_states, restore_random_states, seed_generators
+from .trainable import Checkpoints, Trainable
 
 
 class NonFiniteLoss(GeminiError):  # noqa: N818
     """The loss or the gradient of a step is infinite or not a number; names the step and the module."""
-
-
-class Trainable(Protocol):
-    """What `finetune` asks of a compiled model."""
-
-    @property
-    def ranks(self) -> Ranks: ...
-    def __call__(self, **batch: torch.Tensor) -> Any: ...
-    def parameters(self) -> Iterable[torch.nn.Parameter]: ...
-    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> Any: ...
-    def train(self, mode: bool = True) -> Any: ...
-    def save_pretrained(self, save_directory: str | Path) -> Any: ...
-    def first_nonfinite(self, **batch: torch.Tensor) -> str | None: ...
 
 
 class _Interrupt:
@@ -77,15 +55,15 @@ def finetune(
     model: Trainable,
     blocks: TokenBlocks,
     recipe: Recipe,
+    checkpoints: Checkpoints,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Report:
-    """Train `model` on `blocks` and save it, the tokenizer and the training state to `recipe.output`.
+    """Train `model` on `blocks`; save it, its optimizer and the run's own state by `checkpoints` to `recipe.output`.
 
-    With `resume`, go on from the state in `recipe.output`, whose weights `model` must hold already: losses
-    are then those of a run that never stopped. The first Ctrl-C finishes the step and saves.
+    With `resume`, go on from what `recipe.output` holds: losses are then those of a run that never stopped. The
+    first Ctrl-C finishes the step and saves.
 
     Several processes that train one model all call it; each computes with its part of every batch, and all have the
     same losses. A run may be resumed by another number of them; then dropout, if there is any, falls otherwise.
@@ -96,21 +74,18 @@ def finetune(
         ValueError: `recipe.output` holds something else than a checkpoint.
     """
     check_output(recipe.output)
-    ranks, part = model.ranks, _part(model)
-    ranks.check_alike("the data", blocks.fingerprint())
+    ranks, part, data = model.ranks, _part(model), blocks.fingerprint()
+    ranks.check_alike("the data", data)
     optimizer = make_optimizer(model, recipe)
     if resume:
-        first, before = _resume(optimizer, blocks, recipe, ranks)
+        first, before = _resume(model, optimizer, recipe, checkpoints, data)
     else:
-        _seed(recipe.seed + part.number)
+        seed_generators(recipe.seed + part.number)
         first, before = 0, perplexity(model, blocks, recipe)
 
     def save(step: int) -> None:
-        own, *others = ranks.gather(random_states())
-        state = TrainingState(
-            step, optimizer.state_dict(first_only=True), own, recipe.curve(), blocks.fingerprint(), before, others
-        )
-        save_checkpoint(recipe.output, model, tokenizer, state)
+        state = RunState(step, recipe.curve(), data, before, str(ranks.mesh), ranks.gather(random_states()))
+        _save(state, optimizer, recipe.output, checkpoints)
 
     losses: list[float] = []
     began_s = time.perf_counter()
@@ -138,10 +113,19 @@ def _part(model: Trainable) -> Part:
     return Part(model.ranks.data_rank, model.ranks.mesh.data_size)
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _save(state: RunState, optimizer: Any, output: Path, checkpoints: Checkpoints) -> None:
+    """Save; what cannot be written says which step is lost and how to go on.
+
+    Raises:
+        CheckpointError: likewise.
+    """
+    try:
+        checkpoints.save(output, optimizer, state.extra())
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"step {state.step} is not saved: {error}; free some space (or choose another --output) and go on from "
+            "it with --resume"
+        ) from error
 
 
 def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
@@ -207,31 +191,22 @@ def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dic
     )
 
 
-def _resume(optimizer: Any, blocks: TokenBlocks, recipe: Recipe, ranks: Ranks) -> tuple[int, float]:
-    """Put optimizer and generators back; return the steps done and the perplexity at the run's start.
+def _resume(model: Trainable, optimizer: Any, recipe: Recipe, checkpoints: Checkpoints, data: str) -> tuple[int, float]:
+    """Put model, optimizer and generators back; return the steps done and the perplexity at the run's start.
 
     Raises:
-        ValueError: settings or data are not those of the run that was saved.
+        CheckpointError: there is nothing to go on from.
+        ValueError: settings or data are not those of the run that was saved; then nothing has been loaded.
     """
-    state = load_training_state(recipe.output)
-    curve = recipe.curve()
-    changed = [
-        f"{name} was {state.curve.get(name)}, now {curve[name]}"
-        for name in curve
-        if state.curve.get(name) != curve[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{recipe.output} was trained differently: {'; '.join(changed)}. Resume with the same settings"
-        )
-    if state.data != blocks.fingerprint():
-        raise ValueError(f"{recipe.output} was trained on other data; resume with the same --data and --seq-len")
-    optimizer.load_state_dict(state.optimizer)
-    saved = [state.random, *state.random_of_others]
-    if len(saved) == ranks.size:
-        restore_random_states(saved[ranks.rank])
+    ranks = model.ranks
+    state = RunState.of(checkpoints.extra(recipe.output), recipe.output)
+    state.check(recipe, data)
+    checkpoints.load(recipe.output, optimizer)
+    if state.mesh == str(ranks.mesh):
+        restore_random_states(state.random[ranks.rank])
     else:
-        _seed(recipe.seed + state.step + ranks.data_rank)
+        # Those that share a batch must go on alike; the others', of which there are more or fewer now, apart.
+        seed_generators(recipe.seed + state.step + ranks.data_rank)
     return state.step, state.perplexity_before
 
 

@@ -5,6 +5,7 @@ many processes wrote them, and how tensors lay on these, does not matter to thos
 """
 
 import io
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Size, Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
@@ -36,9 +38,7 @@ from ..distributed.ranks import Ranks
 from ..isa.errors import CheckpointError
 from ..memory.stored import Stored
 from .atomic_directory import shared_directory
-
-METADATA = ".metadata"
-"""The file that tells a checkpoint of torch.distributed.checkpoint."""
+from .metadata import METADATA, Reader, read_metadata
 
 
 def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
@@ -50,20 +50,33 @@ def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[
     target = Path(directory)
     if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
         raise CheckpointError(f"{directory} holds files but no such checkpoint, and saving replaces it; choose another")
+    with replacing(directory, ranks) as temporary:
+        write(temporary, tensors, objects, ranks)
+
+
+@contextmanager
+def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
+    """As `shared_directory`, and what cannot be written is a CheckpointError."""
     try:
-        with shared_directory(directory, ranks) as temporary, _quiet():
-            dcp.save({}, checkpoint_id=temporary, planner=_Saver(tensors, objects), no_dist=not ranks.together)
-    except (dcp.CheckpointException, OSError) as error:
+        with shared_directory(directory, ranks) as temporary:
+            yield temporary
+    except (dcp.CheckpointException, OSError, SafetensorError) as error:
+        if _is_interruption(error):
+            raise KeyboardInterrupt from error
         raise CheckpointError(
             f"could not save to {directory}: {_told(error)}. A checkpoint saved there before is intact"
         ) from error
 
 
+def write(directory: Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write a checkpoint into a directory of one that is `replacing` another; all processes call it."""
+    with _quiet():
+        dcp.save({}, checkpoint_id=directory, planner=_Saver(tensors, objects), no_dist=not ranks.together)
+
+
 def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors in a checkpoint. Raises CheckpointError where there is none."""
-    if not (Path(directory) / METADATA).is_file():
-        raise CheckpointError(f"there is no checkpoint in {directory}: no {METADATA}")
-    found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    found = read_metadata(directory).state_dict_metadata
     return {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -75,10 +88,10 @@ def load(
     Raises CheckpointError: where the checkpoint lacks one, or has it in another shape, nothing is changed; where it
     cannot be read to its end, some tensors are.
     """
-    loader = _Loader(tensors, objects)
+    loader, reader = _Loader(tensors, objects), Reader(directory, read_metadata(directory))
     try:
         with _quiet():
-            dcp.load({}, checkpoint_id=directory, planner=loader, no_dist=not ranks.together)
+            dcp.load({}, storage_reader=reader, planner=loader, no_dist=not ranks.together)
     except (dcp.CheckpointException, OSError) as error:
         raise CheckpointError(f"could not load {directory}: {_told(error)}") from error
     return loader.found
@@ -90,6 +103,12 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Whether a failure is somebody's Ctrl-C, which torch.distributed.checkpoint catches as it does errors."""
+    failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
+    return any(isinstance(failure[0], KeyboardInterrupt) for failure in failures)
 
 
 def _told(error: BaseException) -> str:
@@ -169,7 +188,11 @@ class _Loader(dcp.DefaultLoadPlanner):
         stored.write(region, tuple(slice(start, start + length) for start, length in extents), tensor)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.found[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        name = read_item.dest_index.fqn
+        try:
+            self.found[name] = torch.load(value, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{name!r} is damaged, or of a type that does not load without code") from error
 
 
 def _read_object(index: MetadataIndex) -> ReadItem:

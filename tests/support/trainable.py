@@ -1,8 +1,11 @@
-"""What fine-tuning asks of a model, for models that are not compiled."""
+"""What fine-tuning asks of a model and its checkpoints, for models that are not compiled."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from geminifx.runtime.isa.errors import CheckpointError
+from transformers import AutoModelForCausalLM
 
 SMALL_OPT = {
     "model_type": "opt",
@@ -33,10 +36,30 @@ class ClippedAdamW(torch.optim.AdamW):
     def gradient_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(self.gradients())
 
-    def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
-        return super().state_dict()
-
     def step(self, closure: Any = None) -> None:
         scale = (self.max_grad_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(self.gradients(), scale)
         super().step(closure)
+
+
+class PlainCheckpoints:
+    """Those of `model.model`, by Hugging Face, with what torch saves beside it: not replaced as a whole."""
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = model.model, tokenizer
+
+    def save(self, directory: Path, optimizer: Any, extra: dict[str, Any]) -> None:
+        self.model.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+        torch.save({"optimizer": optimizer.state_dict(), "extra": extra}, directory / "rest.pt")
+
+    def extra(self, directory: Path) -> Any:
+        if not (directory / "rest.pt").is_file():
+            raise CheckpointError(f"there is nothing to resume in {directory}")
+        return torch.load(directory / "rest.pt", weights_only=True)["extra"]
+
+    def load(self, directory: Path, optimizer: Any) -> None:
+        saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.model.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(torch.load(directory / "rest.pt", weights_only=True)["optimizer"])

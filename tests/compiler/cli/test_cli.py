@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from geminifx.compiler.cli.baseline import plain_peak_bytes
+from geminifx.compiler.cli.job import TrainOptions
 from geminifx.compiler.cli.main import app
-from geminifx.compiler.cli.train import TrainOptions
 from geminifx.models.presets import load_model
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.isa.errors import BudgetError
-from trainable import SMALL_OPT, ClippedAdamW
+from trainable import SMALL_OPT, ClippedAdamW, PlainCheckpoints
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -42,9 +42,6 @@ class Compiled(torch.nn.Module):
 
     def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
         return ClippedAdamW(kind, params, max_grad_norm, **hyper)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        self.model.save_pretrained(directory)
 
     def first_nonfinite(self, **_: torch.Tensor) -> str | None:
         return None
@@ -73,7 +70,8 @@ class Bench:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.chdir(tmp_path)
     bench = Bench(tmp_path)
-    monkeypatch.setattr("geminifx.compiler.cli.train.compile", bench.compile)
+    monkeypatch.setattr("geminifx.compiler.cli.job.compile", bench.compile)
+    monkeypatch.setattr("geminifx.compiler.cli.job.RunDirectory", PlainCheckpoints)
     return bench
 
 
@@ -179,7 +177,7 @@ def test_a_compiler_error_is_shown_as_it_is(bench: Bench, monkeypatch: pytest.Mo
     def refuse(*_: object, **__: object) -> None:
         raise BudgetError("the plan needs at least [1.2 GB]")
 
-    monkeypatch.setattr("geminifx.compiler.cli.train.compile", refuse)
+    monkeypatch.setattr("geminifx.compiler.cli.job.compile", refuse)
     result = bench.train("tiny.json", "--device-budget", "1GB")
     assert result.exit_code == 2
     assert "the plan needs at least [1.2 GB]" in _says(result)

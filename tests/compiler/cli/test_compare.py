@@ -3,7 +3,7 @@
 import geminifx
 import pytest
 import torch
-from geminifx.compiler.cli.compare import compare, ways
+from geminifx.compiler.cli.compare import compare_ways, ways
 from geminifx.compiler.cli.main import app
 from typer.testing import CliRunner
 from zoo import opt, tokens
@@ -23,7 +23,7 @@ def test_ways_to_divide_the_work(world: int, modes: list[str]) -> None:
 
 
 def test_every_way_is_planned_or_says_why_not() -> None:
-    found = {way.name: way for way in compare(opt(), 8, tokens(batch=8), recompute="none")}
+    found = {way.name: way for way in compare_ways(opt(), 8, tokens(batch=8), recompute="none")}
     planned = {name: way.plan for name, way in found.items() if way.plan is not None}
     assert set(found) - set(planned) == {"1d", "1d, sequence"}, "four heads do not divide by eight"
     assert "heads do not divide by 8" in found["1d"].refusal

@@ -107,7 +107,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, mo
         result: Any = CliRunner().invoke(app, ["train", "small.json", *settings, *words])
         return result.exit_code, list(losses)
 
-    monkeypatch.setattr("geminifx.compiler.cli.train.StepProgress", Watched)
+    monkeypatch.setattr("geminifx.compiler.cli.job.StepProgress", Watched)
     code, whole = train("--output", "whole")
     assert code == 0 and len(whole) == 6
     stop_after.append(3)

@@ -3,10 +3,10 @@
 import math
 import os
 import random
-import resource
+import shutil
 import signal
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,32 @@ import torch
 from geminifx.models.presets import load_model
 from geminifx.models.recipe.blocks import TokenBlocks
 from geminifx.models.recipe.finetune import NonFiniteLoss, finetune, perplexity
-from geminifx.models.recipe.recipe import Recipe, StepInfo
-from geminifx.models.recipe.training_state import STATE_FILE, load_training_state
+from geminifx.models.recipe.recipe import Recipe, Report, StepInfo
+from geminifx.models.recipe.run_state import random_states, restore_random_states
+from geminifx.models.recipe.trainable import Processes
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.isa.errors import BudgetError, CheckpointError
-from trainable import ClippedAdamW
+from geminifx.runtime.isa.mesh import Axis, Mesh
+from trainable import ClippedAdamW, PlainCheckpoints
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 VOCAB = 300
 
 
 class Plain(torch.nn.Module):
-    """Runs the model as it is; `on_save` is called in the middle of a save."""
+    """Runs the model as it is."""
 
-    ranks = Ranks()
+    ranks: Processes = Ranks()
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.on_save: Callable[[], None] = lambda: None
 
     def forward(self, **batch: torch.Tensor) -> Any:
         return self.model(**batch)
 
     def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
         return ClippedAdamW(kind, params, max_grad_norm, **hyper)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        self.model.save_pretrained(directory)
-        self.on_save()
 
     def first_nonfinite(self, **_: torch.Tensor) -> str | None:
         bad = (name for name, p in self.model.named_parameters() if not p.isfinite().all())
@@ -81,6 +78,14 @@ def _recipe(tmp_path: Path, **changes: Any) -> Recipe:
     return Recipe(**{"output": tmp_path / "run", "steps": 6, "batch_size": 4, "lr": 3e-3, "warmup": 2} | changes)
 
 
+def _finetune(model: Plain, blocks: TokenBlocks, recipe: Recipe, **options: Any) -> Report:
+    return finetune(model, blocks, recipe, PlainCheckpoints(model), **options)
+
+
+def _step_saved(recipe: Recipe) -> int | None:
+    return PlainCheckpoints(_model()).extra(recipe.output)["step"] if recipe.output.exists() else None
+
+
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
 
@@ -96,7 +101,7 @@ def _ctrl_c_at(step: int) -> Callable[[StepInfo], None]:
 def test_learns_and_saves_a_loadable_checkpoint(tmp_path: Path) -> None:
     model, recipe = _model(), _recipe(tmp_path, steps=40, lr=1e-2)
     seen: list[StepInfo] = []
-    report = finetune(model, _blocks(), recipe, on_step=seen.append)
+    report = _finetune(model, _blocks(), recipe, on_step=seen.append)
     assert not report.interrupted and report.perplexity_after < report.perplexity_before / 2
     assert [info.step for info in seen] == list(range(1, 41))
     assert tuple(info.loss for info in seen) == report.losses
@@ -108,14 +113,14 @@ def test_learns_and_saves_a_loadable_checkpoint(tmp_path: Path) -> None:
 
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = _recipe(tmp_path, output=tmp_path / "whole")
-    expected = finetune(_model(), _blocks(), whole)
+    expected = _finetune(_model(), _blocks(), whole)
 
     recipe = _recipe(tmp_path)
-    first = finetune(_model(), _blocks(), recipe, on_step=_ctrl_c_at(2))
+    first = _finetune(_model(), _blocks(), recipe, on_step=_ctrl_c_at(2))
     assert first.interrupted and len(first.losses) == 2
     random.random(), np.random.rand(), torch.rand(3)
-    second = finetune(Plain(load_model(str(recipe.output))), _blocks(), recipe, resume=True, on_step=_ctrl_c_at(5))
-    third = finetune(Plain(load_model(str(recipe.output))), _blocks(), recipe, resume=True)
+    second = _finetune(_model(), _blocks(), recipe, resume=True, on_step=_ctrl_c_at(5))
+    third = _finetune(_model(), _blocks(), recipe, resume=True)
 
     assert (second.first_step, third.first_step) == (2, 5)
     assert first.losses + second.losses + third.losses == expected.losses
@@ -132,50 +137,116 @@ def test_ctrl_c_twice_stops_at_once_and_once_leaves_the_handler_as_it_was(tmp_pa
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        finetune(_model(), _blocks(), _recipe(tmp_path), on_step=twice)
+        _finetune(_model(), _blocks(), _recipe(tmp_path), on_step=twice)
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_saves_every_few_steps(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, save_every=2)
-    saved: list[int] = []
-
-    def on_step(info: StepInfo) -> None:
-        if (recipe.output / STATE_FILE).exists():
-            saved.append(load_training_state(recipe.output).step)
-
-    finetune(_model(), _blocks(), recipe, on_step=on_step)
-    assert saved == [2, 2, 4, 4] and load_training_state(recipe.output).step == 6
+    saved: list[int | None] = []
+    _finetune(_model(), _blocks(), recipe, on_step=lambda info: saved.append(_step_saved(recipe)))
+    assert saved == [None, None, 2, 2, 4, 4] and _step_saved(recipe) == 6
 
 
 def test_resuming_a_finished_run_only_judges_it(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, steps=2)
-    done = finetune(_model(), _blocks(), recipe)
-    again = finetune(Plain(load_model(str(recipe.output))), _blocks(), recipe, resume=True)
+    done = _finetune(_model(), _blocks(), recipe)
+    again = _finetune(_model(), _blocks(), recipe, resume=True)
     assert (again.losses, again.perplexity_after) == ((), done.perplexity_after)
 
 
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, steps=2)
     with pytest.raises(CheckpointError, match="nothing to resume"):
-        finetune(_model(), _blocks(), recipe, resume=True)
-    finetune(_model(), _blocks(), recipe)
+        _finetune(_model(), _blocks(), recipe, resume=True)
+    _finetune(_model(), _blocks(), recipe)
     with pytest.raises(ValueError, match=r"steps was 2, now 3; lr was 0\.003, now 0\.1"):
-        finetune(_model(), _blocks(), _recipe(tmp_path, steps=3, lr=0.1), resume=True)
+        _finetune(_model(), _blocks(), _recipe(tmp_path, steps=3, lr=0.1), resume=True)
     with pytest.raises(ValueError, match="trained on other data"):
-        finetune(_model(), _blocks(seed=1), recipe, resume=True)
+        _finetune(_model(), _blocks(seed=1), recipe, resume=True)
     # How often to save may change.
-    finetune(_model(), _blocks(), _recipe(tmp_path, steps=2, save_every=1), resume=True)
+    _finetune(_model(), _blocks(), _recipe(tmp_path, steps=2, save_every=1), resume=True)
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, steps=2)
-    finetune(_model(), _blocks(), recipe)
-    file = recipe.output / STATE_FILE
-    for content in (file.read_bytes()[:1000], b"", b"nothing of ours"):
-        file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=f"cannot read .*{STATE_FILE}"):
-            finetune(_model(), _blocks(), recipe, resume=True)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    model, recipe = _model(), _recipe(tmp_path)
+    checkpoints = PlainCheckpoints(model)
+    checkpoints.save(recipe.output, model.optimizer(torch.optim.AdamW, model.parameters(), max_grad_norm=1.0), {"a": 1})
+    with pytest.raises(CheckpointError, match=r"is not of such a run: expected the values curve, data, .*--resume"):
+        finetune(model, _blocks(), recipe, checkpoints, resume=True)
+
+
+def test_nothing_is_loaded_for_a_run_that_is_refused(tmp_path: Path) -> None:
+    _finetune(_model(), _blocks(), _recipe(tmp_path, steps=2))
+    model = _model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="trained differently"):
+        _finetune(model, _blocks(), _recipe(tmp_path, steps=3), resume=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@dataclass(frozen=True)
+class Second:
+    """The second of two processes along `axis`, which find what it does itself; `first` is the other's randomness."""
+
+    axis: str
+    first: dict[str, Any] = field(default_factory=random_states)
+    rank = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh((Axis(self.axis, 2),))
+
+    @property
+    def data_rank(self) -> int:
+        return self.mesh.coordinate(self.rank, "data")
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.first, value] if isinstance(value, dict) else [value, value]
+
+    def check_alike(self, what: str, digest: str) -> None:
+        pass
+
+
+def _as_second(axis: str) -> Plain:
+    model = _model()
+    model.ranks = Second(axis)
+    return model
+
+
+def test_each_process_goes_on_with_its_own_randomness(tmp_path: Path) -> None:
+    expected = _finetune(_as_second("data"), _blocks(), _recipe(tmp_path, output=tmp_path / "whole"))
+    recipe = _recipe(tmp_path)
+    first = _finetune(_as_second("data"), _blocks(), recipe, on_step=_ctrl_c_at(2))
+    second = _finetune(_as_second("data"), _blocks(), recipe, resume=True)
+    assert first.losses + second.losses == expected.losses
+
+
+def test_on_another_mesh_randomness_is_new_and_always_the_same(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    _finetune(_as_second("data"), _blocks(), recipe, on_step=_ctrl_c_at(2))
+    kept = PlainCheckpoints(_model()).extra(recipe.output)["random"]
+    begun: list[list[torch.Tensor]] = []
+    for axis in ("row", "row", "data"):
+        model = _as_second(axis)
+        states: list[torch.Tensor] = []
+        model.register_forward_pre_hook(lambda *_, states=states: states.append(torch.random.get_rng_state()))
+        copied = shutil.copytree(recipe.output, tmp_path / "again", dirs_exist_ok=True)
+        _finetune(model, _blocks(), _recipe(tmp_path, output=copied), resume=True)
+        begun.append(states)
+    assert torch.equal(begun[0][0], begun[1][0])
+    assert torch.equal(begun[2][0], kept[1]["torch"]) and not torch.equal(begun[0][0], kept[1]["torch"])
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+
+    draw()
+    torch.save(random_states(), tmp_path / "states.pt")
+    expected = draw()
+    restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert draw() == expected
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_module(tmp_path: Path) -> None:
@@ -188,7 +259,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_module(tmp_path: Path) -> No
 
     says = r"loss of step 4 is nan; .* comes from model\.decoder\.layers\.1\.fc1\. .*--lr"
     with pytest.raises(NonFiniteLoss, match=says):
-        finetune(model, _blocks(), _recipe(tmp_path), on_step=on_step)
+        _finetune(model, _blocks(), _recipe(tmp_path), on_step=on_step)
 
 
 def test_a_budget_without_room_for_the_search_still_names_the_step(tmp_path: Path) -> None:
@@ -199,7 +270,7 @@ def test_a_budget_without_room_for_the_search_still_names_the_step(tmp_path: Pat
     model.model.model.decoder.layers[1].fc1.weight.data.fill_(math.nan)
     model.first_nonfinite = refuse  # type: ignore[method-assign,assignment]
     with pytest.raises(NonFiniteLoss, match=r"loss of step 1 is nan; the budget has no room to search"):
-        finetune(model, _blocks(), _recipe(tmp_path))
+        _finetune(model, _blocks(), _recipe(tmp_path))
 
 
 def test_an_infinite_gradient_is_stopped_before_the_update(tmp_path: Path) -> None:
@@ -208,65 +279,37 @@ def test_an_infinite_gradient_is_stopped_before_the_update(tmp_path: Path) -> No
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = weight.detach().clone()
     with pytest.raises(NonFiniteLoss, match=r"gradient of step 1 is .*; every value of the forward is finite"):
-        finetune(model, _blocks(), _recipe(tmp_path))
+        _finetune(model, _blocks(), _recipe(tmp_path))
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, interruption: BaseException) -> None:
-    recipe = _recipe(tmp_path, save_every=2)
-    model = _model()
-    saves = iter([None, interruption])
+def test_a_step_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    class Full(PlainCheckpoints):
+        def save(self, directory: Path, optimizer: Any, extra: dict[str, Any]) -> None:
+            if extra["step"] == 4:
+                raise CheckpointError("the disk is full")
+            super().save(directory, optimizer, extra)
 
-    def on_save() -> None:
-        failure = next(saves)
-        if failure is not None:
-            raise failure
-
-    model.on_save = on_save
-    with pytest.raises((KeyboardInterrupt, CheckpointError)):
-        finetune(model, _blocks(), recipe)
-    assert load_training_state(recipe.output).step == 2 and _weights(recipe.output)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, save_every=2)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def fill_disk(info: StepInfo, limit_bytes: int) -> None:
-        # A limit on the size of files makes real writes fail, in the libraries' own code.
-        if info.step == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
-
-    try:
-        # Too small for the weights; then large enough for the weights but not for the optimizer's state.
-        for limit_bytes in (50_000, 150_000):
-            with pytest.raises(CheckpointError, match=r"could not save step 4 .*File too large.* is intact; free some"):
-                finetune(_model(), _blocks(), recipe, on_step=partial(fill_disk, limit_bytes=limit_bytes))
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert load_training_state(recipe.output).step == 2 and _weights(recipe.output)
-            assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    model, recipe = _model(), _recipe(tmp_path, save_every=2)
+    with pytest.raises(CheckpointError, match=r"step 4 is not saved: the disk is full; free some space .*--resume"):
+        finetune(model, _blocks(), recipe, Full(model))
+    assert _step_saved(recipe) == 2
 
 
 def test_output_that_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds files but no checkpoint"):
-        finetune(_model(), _blocks(), _recipe(tmp_path))
+        _finetune(_model(), _blocks(), _recipe(tmp_path))
     with pytest.raises(ValueError, match="is a file"):
-        finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "run" / "thesis.tex"))
+        _finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "run" / "thesis.tex"))
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     steps: list[StepInfo] = []
     with pytest.raises(CheckpointError, match=r"cannot be written to .*choose another --output"):
-        finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "file" / "run"), on_step=steps.append)
+        _finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "file" / "run"), on_step=steps.append)
     assert not steps and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

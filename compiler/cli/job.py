@@ -1,0 +1,253 @@
+"""What `geminifx train` does: make model and data, compile, fine-tune, report."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...models.presets import MINI, ModelLoadError, brings_tokenizer, load_model
+from ...models.recipe.blocks import Part, TokenBlocks
+from ...models.recipe.finetune import check_output, finetune
+from ...models.recipe.recipe import Recipe, Report
+from ...models.recipe.text import embedded_texts, read_texts, train_tokenizer
+from ...runtime.isa.mesh import DATA, Mesh
+from ...runtime.isa.units import format_bytes, parse_bytes
+from ..api import compile
+from ..options import Options
+from ..parallel import Parallel, parse_parallel
+from .baseline import plain_peak_bytes
+from .display import StepProgress, memory_table, perplexity_line
+from .launch import is_launched, rank
+from .run_directory import RunDirectory
+
+# Halves the perplexity of the small model three times over, within minutes on two cores.
+# Small batches, so that the training state alone, not the activations, is more than the budget.
+_MINI_STEPS, _MINI_BATCH, _MINI_SEQ_LEN, _MINI_LR = 400, 4, 128, 2e-3
+# Per parameter in float32: the weight, its gradient and AdamW's two moments.
+_STATE_BYTES = 16
+_STEPS, _BATCH, _SEQ_LEN, _RANDOM_LR, _LR = 100, 8, 512, 3e-4, 1e-4
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The command line of `geminifx train`; None stands for a default that depends on the rest."""
+
+    model: str | None = None
+    data: Path | None = None
+    device_budget: str | None = None
+    host_budget: str | None = None
+    device: str | None = None
+    placement: str = "auto"
+    precision: str | None = None
+    recompute: str = "auto"
+    steps: int | None = None
+    batch_size: int | None = None
+    seq_len: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    save_every: int = 0
+    output: Path | None = None
+    resume: bool = False
+    dump: Path | None = None
+    parallel: str | None = None
+    nprocs: int | None = None
+
+    @property
+    def degrees(self) -> Parallel:
+        """Return what `parallel` declares.
+
+        Raises:
+            ValueError: it is not understood.
+        """
+        return Parallel.of(parse_parallel(self.parallel or ""))
+
+    def mesh(self) -> Mesh:
+        """Return the mesh of the processes that are there, or that are to be launched.
+
+        Raises:
+            ValueError: the degrees do not multiply to their number.
+        """
+        launched = int(os.environ["WORLD_SIZE"]) if is_launched() else self.nprocs
+        return self.degrees.mesh(launched, launched or 1)
+
+    @property
+    def directory(self) -> Path:
+        """Return where checkpoints go: never, unless asked, the directory that the model came from."""
+        if self.output is not None:
+            return self.output
+        if self.model is None:
+            return Path("runs") / MINI
+        name = Path(self.model).stem if self.model.endswith(".json") else Path(self.model).name
+        return Path("runs") / (f"{name}-tuned" if brings_tokenizer(self.model) else name)
+
+    def words(self) -> list[str]:
+        """Return the command line, without the command itself, that these are the options of."""
+        words = ["train"] + ([] if self.model is None else [self.model])
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("model", "resume") and value != field.default:
+                words += [f"--{field.name.replace('_', '-')}", str(value)]
+        return [*words, "--resume"] if self.resume else words
+
+    def resume_command(self) -> str:
+        """Return the command that goes on with this run."""
+        return shlex.join(["geminifx", *replace(self, resume=True).words()])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model with its tokenizer and data, ready to be compiled and trained."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    blocks: TokenBlocks
+    recipe: Recipe
+
+
+def prepare(options: TrainOptions) -> Job:
+    """Load or make model, tokenizer and data; what can be refused before that takes its time is.
+
+    Raises:
+        GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
+    """
+    _check_budgets(options)
+    Options.of(_settings(options))
+    check_output(options.directory)
+    texts = embedded_texts() if options.data is None else read_texts(options.data)
+    # Absolute, so that a directory named like a preset is still a directory.
+    source = str(options.directory.absolute()) if options.resume else options.model or MINI
+    if options.resume and not options.directory.is_dir():
+        raise ValueError(f"there is no checkpoint to resume in {options.directory}; start the run without --resume")
+    model = load_model(source, seed=options.seed)
+    own = brings_tokenizer(source)
+    tokenizer = _load_tokenizer(source) if own else train_tokenizer(texts, model.config.vocab_size)
+    small = options.model is None
+    longest = getattr(model.config, "max_position_embeddings", None) or _SEQ_LEN
+    seq_len = options.seq_len or (_MINI_SEQ_LEN if small else min(_SEQ_LEN, longest))
+    if seq_len > longest:
+        raise ValueError(f"--seq-len {seq_len} is longer than the {longest} positions of {source}")
+    blocks = TokenBlocks.from_texts(texts, tokenizer, seq_len, seed=options.seed)
+    if blocks.largest_token >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} makes token {blocks.largest_token}, but the model has only "
+            f"{model.config.vocab_size}; the two do not belong together"
+        )
+    lr = _MINI_LR if options.model is None else _LR if brings_tokenizer(options.model) else _RANDOM_LR
+    recipe = Recipe(
+        output=options.directory,
+        steps=options.steps or (_MINI_STEPS if small else _STEPS),
+        batch_size=options.batch_size or (_MINI_BATCH if small else _BATCH),
+        lr=lr if options.lr is None else options.lr,
+        seed=options.seed,
+        save_every=options.save_every,
+    )
+    _part(options).rows(recipe.batch_size)
+    return Job(model, tokenizer, blocks, recipe)
+
+
+def run(options: TrainOptions, console: Console) -> Report:
+    """Train as `options` say and show it on `console`.
+
+    Raises:
+        GeminiError, ValueError, OSError: with messages for the user.
+    """
+    job = prepare(options)
+    batch = job.blocks.batch(0, job.recipe.batch_size, _part(options))
+    _show_job(options, job, console)
+    plain_bytes = None
+    if options.model is None and options.device in (None, "cpu"):
+        plain_bytes = plain_peak_bytes(job.model, batch)
+        options = _demonstration(options, job.model, plain_bytes, console)
+    compiled = _compile(options, job.model, batch)
+    console.print(str(compiled.plan), highlight=False, markup=False, soft_wrap=True)
+    progress = StepProgress(console, compiled, job.recipe.steps)
+    checkpoints = RunDirectory(compiled, job.tokenizer)
+    with progress.shown():
+        report = finetune(compiled, job.blocks, job.recipe, checkpoints, resume=options.resume, on_step=progress)
+    console.print(perplexity_line(report), highlight=False)
+    console.print(memory_table(compiled, plain_bytes))
+    return report
+
+
+def _demonstration(options: TrainOptions, model: PreTrainedModel, plain_bytes: int, console: Console) -> TrainOptions:
+    """Return `options` with half of what plain PyTorch needs as the budget, unless they have their own.
+
+    The device is the arena in RAM on every machine: CUDA's own context takes hundreds of megabytes, beside
+    which a model this small is nothing.
+    """
+    state = format_bytes(_STATE_BYTES * model.num_parameters())
+    console.print(
+        f"plain PyTorch needs {format_bytes(plain_bytes)} for this training, "
+        f"{state} of it for weights, gradients and AdamW's state",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if options.device_budget is None:
+        options = replace(options, device_budget=str(plain_bytes // 2))
+        console.print(f"the device budget is half of it: {format_bytes(plain_bytes // 2)}", highlight=False)
+    return replace(options, device="cpu")
+
+
+def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Any:
+    """Return the compiled model, as `options` ask."""
+    return compile(model, example_inputs=batch, **_settings(options))
+
+
+def _settings(options: TrainOptions) -> dict[str, Any]:
+    """Return what `compile` is told, but for the batch."""
+    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute")
+    dump = None if options.dump is None or rank() > 0 else str(options.dump)
+    parallel = parse_parallel(options.parallel or "") or None
+    return {name: getattr(options, name) for name in names} | {"dump": dump, "parallel": parallel}
+
+
+def _part(options: TrainOptions) -> Part:
+    """Return which part of every batch is this process's."""
+    mesh = options.mesh()
+    return Part(mesh.coordinate(rank(), DATA), mesh.data_size)
+
+
+def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
+    """Say what is about to be trained on what."""
+    count = sum(parameter.numel() for parameter in job.model.parameters())
+    name = options.model or MINI
+    text = "the Python language reference" if options.data is None else str(options.data)
+    console.print(
+        f"{name}: {count / 1e6:,.1f} M parameters\n"
+        f"{text}: {len(job.blocks):,} blocks of {job.blocks.seq_len} tokens to train on, "
+        f"{job.blocks.held_out_count:,} held out",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that came with the model."""
+    advice = "a trained model needs its own: save it in the same directory with tokenizer.save_pretrained"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
+    # Where there are no files, transformers makes a tokenizer that knows its special tokens and no text.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelLoadError(f"{source} brings no tokenizer; {advice}")
+    return tokenizer
+
+
+def _check_budgets(options: TrainOptions) -> None:
+    """Refuse budgets that cannot be read before any work is done; compile knows what percentages are of."""
+    for name, budget in (("--device-budget", options.device_budget), ("--host-budget", options.host_budget)):
+        if budget is not None:
+            try:
+                parse_bytes(budget, of=10**12)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,72 @@
+"""What fine-tuning asks of a model, of the processes that train it, and of their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ...runtime.isa.mesh import Mesh
+
+
+class Processes(Protocol):
+    """The processes that train one model together, of which this is number `rank`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def data_rank(self) -> int:
+        """Which part of every batch is this process's."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every one of them has for `value`, by rank; all call it."""
+        ...
+
+    def check_alike(self, what: str, digest: str) -> None:
+        """Raise where their digests differ; all call it."""
+        ...
+
+
+class Trainable(Protocol):
+    """A compiled model, as far as the loop goes."""
+
+    @property
+    def ranks(self) -> Processes: ...
+    def __call__(self, **batch: torch.Tensor) -> Any: ...
+    def parameters(self) -> Iterable[torch.nn.Parameter]: ...
+    def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> Any: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def first_nonfinite(self, **batch: torch.Tensor) -> str | None: ...
+
+
+class Checkpoints(Protocol):
+    """Checkpoints of a model and of what goes with it. All processes call every method."""
+
+    def save(self, directory: Path, optimizer: Any, extra: dict[str, Any]) -> None:
+        """Replace `directory` by a checkpoint of the model, its optimizer and rank 0's `extra`: all of it or nothing.
+
+        Raises:
+            CheckpointError: it cannot be written; a checkpoint that was there is intact.
+        """
+        ...
+
+    def extra(self, directory: Path) -> Any:
+        """Return the `extra` in `directory`; nothing else is loaded.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it cannot be read.
+        """
+        ...
+
+    def load(self, directory: Path, optimizer: Any) -> None:
+        """Put the model and its optimizer back to what was saved.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or is of another model.
+        """
+        ...

@@ -1,0 +1,164 @@
+"""What `geminifx train` leaves in its directory: a model for others and a state to go on from, both or neither."""
+
+import os
+import pickle
+import resource
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import geminifx
+import numpy as np
+import pytest
+import torch
+from geminifx.compiler.cli.run_directory import STATE, RunDirectory
+from geminifx.models.recipe.blocks import TokenBlocks
+from geminifx.models.recipe.finetune import finetune, make_optimizer
+from geminifx.models.recipe.recipe import Recipe, Report, StepInfo
+from geminifx.models.recipe.text import train_tokenizer
+from geminifx.runtime.isa.errors import CheckpointError
+from trainable import SMALL_OPT
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+BATCH, SEQ_LEN = 2, 16
+
+
+def _blocks() -> TokenBlocks:
+    return TokenBlocks(np.random.default_rng(0).integers(0, 300, 1600), SEQ_LEN)
+
+
+def _recipe(directory: Path, **changes: Any) -> Recipe:
+    settings = {"steps": 3, "batch_size": BATCH, "lr": 1e-2, "warmup": 0, "held_out_batches": 1}
+    return Recipe(**{"output": directory / "run", **settings, **changes})
+
+
+def _model() -> geminifx.CompiledModule:
+    config = AutoConfig.for_model(**SMALL_OPT, dropout=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    return geminifx.compile(model, device="cpu", example_inputs=_blocks().batch(0, BATCH))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["the quick brown fox jumps over the lazy dog. " * 40], 300)
+
+
+def _train(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, **options: Any) -> Report:
+    model = _model()
+    return finetune(model, _blocks(), recipe, RunDirectory(model, tokenizer), **options)
+
+
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+
+
+def _step_saved(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> int:
+    return RunDirectory(_model(), tokenizer).extra(recipe.output)["step"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """A finished run of two steps."""
+    recipe = _recipe(tmp_path, steps=2)
+    _train(tokenizer, recipe)
+    return recipe
+
+
+def test_it_holds_a_model_for_others_and_a_checkpoint_of_ours(run: Recipe) -> None:
+    assert len(AutoTokenizer.from_pretrained(run.output)("quick fox")["input_ids"]) > 1
+    model = _model()
+    optimizer = make_optimizer(model, run)
+    extra = geminifx.load_checkpoint(model, optimizer, run.output / STATE)
+    assert extra["step"] == 2 and extra["mesh"] == "one process"
+    published, own = _weights(run.output), model.state_dict()
+    assert all(torch.equal(published[name], own[name]) for name in own)
+    assert all(state["step"] == 2 and state["exp_avg"].any() for state in optimizer.state_dict()["state"].values())
+
+
+def test_what_is_missing_or_damaged_is_named(run: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    metadata, data = run.output / STATE / ".metadata", next((run.output / STATE).glob("*.distcp"))
+    for file, content, says in (
+        (metadata, metadata.read_bytes()[:1000], r"cannot read .*\.metadata"),
+        (metadata, b"", r"cannot read .*\.metadata"),
+        (metadata, b"nothing of ours", r"cannot read .*\.metadata"),
+        (data, data.read_bytes()[:3000], "could not load .*run/state: rank 0 failed"),
+        (data, b"nothing of ours", "could not load .*run/state: rank 0 failed"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{says}.*; start the run without --resume"):
+            _train(tokenizer, run, resume=True)
+        file.write_bytes(whole)
+    metadata.unlink()
+    with pytest.raises(CheckpointError, match=r"nothing to resume in .*run: no state/\.metadata; start the run"):
+        _train(tokenizer, run, resume=True)
+
+
+def test_a_checkpoint_runs_no_code(run: Recipe, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    class Evil:
+        """Makes a folder when it is unpickled."""
+
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (run.output / STATE / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"it names .*\.mkdir, which is no part of a checkpoint's metadata"):
+        _train(tokenizer, run, resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer", "state"])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_save_leaves_the_old_checkpoint(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch,
+    part: str, interruption: BaseException,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise interruption
+
+    def on_step(info: StepInfo) -> None:
+        targets = {
+            "model": "transformers.PreTrainedModel.save_pretrained",
+            "tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
+            "state": "torch.distributed.checkpoint.filesystem._write_item",
+        }
+        if info.step == 3:
+            monkeypatch.setattr(targets[part], fail)
+
+    recipe = _recipe(tmp_path, steps=4, save_every=2)
+    says = "^$" if isinstance(interruption, KeyboardInterrupt) else r"step 4 is not saved: could not save to .*No space"
+    expected = KeyboardInterrupt if isinstance(interruption, KeyboardInterrupt) else CheckpointError
+    with pytest.raises(expected, match=says):
+        _train(tokenizer, recipe, on_step=on_step)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert _step_saved(tokenizer, recipe) == 2 and _weights(recipe.output)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    recipe = _recipe(tmp_path, steps=4, save_every=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill_disk(info: StepInfo, limit_bytes: int) -> None:
+        # A limit on the size of files makes real writes fail, in the libraries' own code.
+        if info.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+
+    says = r"step 4 is not saved: could not save to .*File too large.* is intact; free some"
+    try:
+        # Too small for the weights; then large enough for them, but not for masters and moments.
+        for limit_bytes in (20_000, 120_000):
+            with pytest.raises(CheckpointError, match=says):
+                _train(tokenizer, recipe, on_step=partial(fill_disk, limit_bytes=limit_bytes))
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert [path.name for path in tmp_path.iterdir()] == ["run"]
+            assert _step_saved(tokenizer, recipe) == 2 and _weights(recipe.output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
