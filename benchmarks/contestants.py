@@ -15,7 +15,6 @@ import geminifx
 import torch
 from geminifx.compiler.cli.launch import rank
 from geminifx.compiler.parallel import Parallel, parse_parallel
-from geminifx.runtime.isa.mesh import DATA
 from geminifx.runtime.isa.units import parse_bytes
 from random_opt import empty_model, fill, random_batch, random_model
 from torch import Tensor, nn
@@ -67,7 +66,7 @@ class Setup:
     def own_tokens(self) -> dict[str, Tensor]:
         """Return what of the batch this process is to give a model that is parallel as declared."""
         mesh = Parallel.of(self.declared).mesh(None, self.nprocs)
-        return self.tokens(mesh.data_size, mesh.coordinate(rank(), DATA))
+        return self.tokens(mesh.data_size, mesh.data_rank(rank()))
 
     @property
     def declared(self) -> dict[str, Any] | None:

@@ -139,6 +139,7 @@ class Session:
         program, records = self.lowering.finish(captured.program, plan)
         if program.calls(REDUCE) or program.calls(AVERAGE):
             self.ranks.check_alike(f"the {program.name} program", _digest(program))
+        self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
         return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))

@@ -129,7 +129,7 @@ class Machine:
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: start to move them to where its master is."""
         self._complete(self.chunks[index])
-        self.ranks.reduce_(gradients)
+        self.ranks.reduce_(gradients, self.chunks[index].layout.reduced_over)
         if self.device.type == "cuda" and not self.placing.on_device(index):
             staging = self._take_staging(gradients)
             self._staged[index] = staging, self.copies.to_host(staging[: gradients.numel()], gradients)

@@ -87,7 +87,7 @@ class Planning:
         self._lowered.clear()
 
     def _layout(self, program: Program) -> Layout:
-        return divide(pack(program, self.parameters, self.blocks, self.dtypes), self.shared().shards)
+        return divide(pack(program, self.parameters, self.blocks, self.dtypes, self.mesh), self.shared().shards)
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, updates: Updates | None, ours: Updates | None,

@@ -220,9 +220,9 @@ class _Memory:
 
     def exchanged(self) -> int:
         """Bytes of chunks that the ranks have exchanged and the exchange has not let go of yet."""
-        exchanged = (chunk.compute_bytes for chunk in self.chunks if chunk.trainable or chunk.shards > 1)
-        largest = max(exchanged, default=0)
-        return EXCHANGED * largest if self.plan.mesh.replicas > 1 else 0
+        alike = (chunk for chunk in self.chunks if chunk.reduced_over)
+        exchanged = (chunk.compute_bytes for chunk in alike if chunk.trainable or chunk.shards > 1)
+        return EXCHANGED * max(exchanged, default=0)
 
     def streaming(self, residency: Residency) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""

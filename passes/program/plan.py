@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ...runtime.isa.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates
-from ...runtime.isa.mesh import ONE_PROCESS, Axis, Mesh
+from ...runtime.isa.mesh import ONE_PROCESS, Axis, Mesh, names_of, taken_together
 from ...runtime.isa.units import format_bytes
 
 Placement = Literal["cuda", "cpu", "auto"]
@@ -117,9 +117,10 @@ class Plan:
         """How many batches make one step's."""
         return self.mesh.data_size
 
-    def shards(self, trainable: bool) -> int:
-        """How many processes share out a chunk's training state, by whether it is trained."""
-        return self.mesh.replicas if self.zero == 3 or (self.zero and trainable) else 1
+    def shards(self, chunk: ChunkLayout) -> int:
+        """How many processes share out a chunk's training state."""
+        divided = self.zero == 3 or (self.zero > 0 and chunk.trainable)
+        return self.mesh.ranks_over(chunk.reduced_over) if divided else 1
 
     @property
     def training_state(self) -> Updates | TorchUpdates:
@@ -162,7 +163,7 @@ class Plan:
                 if self.mode
                 else []
             ),
-            *([("ZeRO", f"stage {self.zero}, over {self.mesh.replica_name or 'one process'}")] if self.zero else []),
+            *([("ZeRO", f"stage {self.zero}, over {_replicas(self.mesh)}")] if self.zero else []),
             *(
                 (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
                 for e in self.exchanges
@@ -196,6 +197,10 @@ def _optimizer(updates: Updates | None) -> str:
     return f"the model's own, {when}{many}"
 
 
+def _replicas(mesh: Mesh) -> str:
+    return taken_together(names_of(mesh.replica_axes)) or "one process"
+
+
 def _amount(num_bytes: int | None) -> str:
     return "unlimited" if num_bytes is None else format_bytes(num_bytes)
 
@@ -213,6 +218,7 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         ChunkLayout(
             **{**chunk, "dtype": _decode_dtype(chunk["dtype"]),
                "master_dtype": _decode_dtype(chunk["master_dtype"]),
+               "reduced_over": tuple(chunk["reduced_over"]),
                "slots": tuple(Slot(**{**s, "shape": tuple(s["shape"])}) for s in chunk["slots"])}
         )
         for chunk in data["layout"]["chunks"]

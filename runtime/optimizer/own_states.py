@@ -50,7 +50,7 @@ class StatePlacing:
         unplanned = previous is not None and previous.total is not None and not self.updates.keeps_sum(chunk.layout)
         self._charge(chunk.layout, where, resident, unplanned)
         weights, whole = self._weights(chunk.layout, where, resident)
-        state = self._allocate(chunk.layout.shard(self.zero.number), where, weights)
+        state = self._allocate(chunk.layout.shard(self.zero.number(chunk.layout)), where, weights)
         if unplanned:
             state.total = self._zeros(state.layout.numel, chunk.layout.master_dtype, where is Where.DEVICE)
         if previous is None:

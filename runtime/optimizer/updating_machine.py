@@ -128,7 +128,7 @@ class UpdatingMachine(Machine):
                 self._arrivals[index] = ready[0]
                 self.stats.moved(to_device=own.nbytes)
         with self.copies.exchange(*ready):
-            self.zero.gather(self.exchange, whole, own)
+            self.zero.gather(self.exchange, whole, own, chunk.layout)
         chunk.gathered = state.version
         return whole
 

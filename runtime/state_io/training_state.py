@@ -37,7 +37,7 @@ def _lies(machine: Machine, parameter: str) -> tuple[tuple[int, ...], tuple[Regi
     layout, number = store.layout.places[parameter]
     slot, held = layout.slots[number], None
     if isinstance(machine, UpdatingMachine) and layout.shards > 1:
-        first = machine.zero.number * layout.shard_numel
+        first = machine.zero.number(layout) * layout.shard_numel
         held = first, first + layout.shard_numel
     return store.parts.whole_shape(slot), store.parts.regions(slot, held)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from geminifx.passes.program.plan import MemoryEstimate, Plan, Residency
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.isa.units import format_bytes
 
 PLAN = Plan(
@@ -14,11 +15,22 @@ PLAN = Plan(
     budget_bytes=24_000_000_000,
     layout=Layout(
         (
-            ChunkLayout(0, 192, torch.bfloat16, torch.float32, True, (Slot("a", 0, (8, 8)), Slot("b", 128, ()))),
-            ChunkLayout(1, 64, torch.float32, torch.float32, False, (Slot("frozen", 0, (64,)),)),
+            ChunkLayout(
+                0,
+                192,
+                torch.bfloat16,
+                torch.float32,
+                True,
+                (Slot("a", 0, (8, 8)), Slot("b", 128, ())),
+                reduced_over=("data", "depth"),
+            ),
+            ChunkLayout(
+                1, 64, torch.float32, torch.float32, False, (Slot("frozen", 0, (64,)),), reduced_over=("data",)
+            ),
         ),
         (("head", "a"),),
     ),
+    mesh=Mesh((Axis("data", 2, "data"), Axis("depth", 2, "replica"), Axis("row", 2, "tensor"))),
     recompute=("layers.0", "layers.1"),
     prefetch=2,
     residency=Residency(masters=frozenset({1}), weights=frozenset({0, 1})),
@@ -72,6 +84,7 @@ def _with(**changes):
         (_with(placement="gpu"), "gpu"),
         (_with(prefetch=-1), "prefetch"),
         (_with(outputs="logits"), "outputs is 'logits', expected one of loss, all"),
+        (PLAN.to_json().replace('"replica"', '"copies"'), "axis 'depth' has the kind 'copies'; expected one of data, "),
         (PLAN.to_json().replace("bfloat16", "float17"), "float17"),
         (PLAN.to_json().replace("bfloat16", "nn"), "nn"),
     ],
