@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .distributed.ranks import Ranks
+from .distributed.reduction import all_reduce_
 from .isa.instructions import parameter_view, put_product
 from .kernels.random_state import fork
 from .memory.chunks import Chunk, State
@@ -129,7 +130,7 @@ class Machine:
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: start to move them to where its master is."""
         self._complete(self.chunks[index])
-        self.ranks.reduce_(gradients, self.chunks[index].layout.reduced_over)
+        all_reduce_(gradients, self.chunks[index].layout, self.ranks)
         if self.device.type == "cuda" and not self.placing.on_device(index):
             staging = self._take_staging(gradients)
             self._staged[index] = staging, self.copies.to_host(staging[: gradients.numel()], gradients)

@@ -53,7 +53,8 @@ class Planning:
         degrees = self.options.degrees
         mode = degrees.mode if self.mesh.tensor_axes else None
         return replace(plan, mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table,
-                       outputs=self.options.outputs, zero=degrees.zero)  # fmt: skip
+                       outputs=self.options.outputs, zero=degrees.zero,
+                       reduce_dtype=self.options.reduce_dtype)  # fmt: skip
 
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, updates: Updates | None) -> Decision:
         """A plan, for `updates` (None: by an optimizer of torch's).

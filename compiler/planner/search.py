@@ -27,6 +27,7 @@ from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.errors import BudgetError
 from ...runtime.isa.layout import STREAMED_GRADIENTS, ChunkLayout, longest_of_each_kind
 from ...runtime.isa.units import format_bytes
+from .communication import exchange_bytes
 from .liveness import Liveness, analyse
 from .rates import Rates
 from .simulate import StepTime
@@ -36,9 +37,6 @@ LOGITS_SHARE = 0.1
 
 SHARES = 4
 """Into so many shares blocks are divided for a first look at how many to recompute."""
-
-EXCHANGED = 2
-"""Gradients that torch.distributed may still hold when their average is there: one per thread of gloo's."""
 
 STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares of the chunks that may be updated on the device although their states lie on the host."""
@@ -216,13 +214,7 @@ class _Memory:
 
     def static(self, residency: Residency) -> int:
         per_chunk = (_static_bytes(self.plan, chunk, residency) for chunk in self.chunks)
-        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(residency) + self.exchanged()
-
-    def exchanged(self) -> int:
-        """Bytes of chunks that the ranks have exchanged and the exchange has not let go of yet."""
-        alike = (chunk for chunk in self.chunks if chunk.reduced_over)
-        exchanged = (chunk.compute_bytes for chunk in alike if chunk.trainable or chunk.shards > 1)
-        return EXCHANGED * max(exchanged, default=0)
+        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(residency) + exchange_bytes(self.plan)
 
     def streaming(self, residency: Residency) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
@@ -280,7 +272,7 @@ class _Memory:
         parts = {
             "training state": state,
             "resident weights": sum(map(partial(_resident_bytes, self.plan, residency), self.chunks)),
-            "being exchanged": self.exchanged(),
+            "being exchanged": exchange_bytes(self.plan),
             "states on their way": self.streaming(residency),
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(residency)[at]) if len(timeline) else 0,

@@ -12,6 +12,7 @@ import torch
 
 from ...runtime.isa.layout import ChunkLayout, Layout, Slot, TorchUpdates, Updates
 from ...runtime.isa.mesh import ONE_PROCESS, Axis, Mesh, names_of, taken_together
+from ...runtime.isa.precision import ReduceDtype
 from ...runtime.isa.units import format_bytes
 
 Placement = Literal["cuda", "cpu", "auto"]
@@ -78,6 +79,8 @@ class Plan:
         outputs: which outputs of a training step whose tensors are sharded are put together: the "loss", where that is
             the one with a gradient, or "all".
         zero: what processes with the same weights hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
+        reduce_dtype: in what processes with the same weights add up gradients: "fp32", rounding their mean once, or
+            "compute", the dtype they are computed in.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
@@ -98,6 +101,7 @@ class Plan:
     table: tuple[tuple[str, str], ...] = ()
     outputs: Outputs = "loss"
     zero: int = 0
+    reduce_dtype: ReduceDtype = "fp32"
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
@@ -164,6 +168,7 @@ class Plan:
                 else []
             ),
             *([("ZeRO", f"stage {self.zero}, over {_replicas(self.mesh)}")] if self.zero else []),
+            *([("gradients", _summed(self.reduce_dtype))] if self.mesh.replica_axes else []),
             *(
                 (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
                 for e in self.exchanges
@@ -199,6 +204,10 @@ def _optimizer(updates: Updates | None) -> str:
 
 def _replicas(mesh: Mesh) -> str:
     return taken_together(names_of(mesh.replica_axes)) or "one process"
+
+
+def _summed(reduce_dtype: ReduceDtype) -> str:
+    return f"added up in {'float32 and rounded once' if reduce_dtype == 'fp32' else 'the dtype they are computed in'}"
 
 
 def _amount(num_bytes: int | None) -> str:
@@ -239,6 +248,9 @@ def _decode_plan(data: dict[str, Any]) -> Plan:
         raise ValueError(f"placement is {data['placement']!r}, expected one of {', '.join(get_args(Placement))}")
     if data.get("outputs", "loss") not in get_args(Outputs):
         raise ValueError(f"outputs is {data['outputs']!r}, expected one of {', '.join(get_args(Outputs))}")
+    if data.get("reduce_dtype", "fp32") not in get_args(ReduceDtype):
+        expected = ", ".join(get_args(ReduceDtype))
+        raise ValueError(f"reduce_dtype is {data['reduce_dtype']!r}, expected one of {expected}")
     if data["prefetch"] < 0:
         raise ValueError(f"prefetch is {data['prefetch']}, expected 0 or more chunks")
     if not isinstance(data.get("fuse_loss", False), bool):

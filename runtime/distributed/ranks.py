@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..isa.errors import StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
+from ..isa.precision import ReduceDtype
 from .collectives import Collectives
 
 TIMEOUT_S = 1800.0
@@ -30,22 +31,23 @@ class Clock:
 class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
     more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
-    that are taken together, by the axes' names."""
+    that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
     launched: bool = True
     groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    reduce_dtype: ReduceDtype = "fp32"
 
     @classmethod
-    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device) -> "Ranks":
+    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32") -> "Ranks":
         """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
         launched ones, and raises ValueError where there is none."""
         launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         mesh = mesh_of(launched)
         if launched == 1:
-            return cls(mesh, 0, launched=mesh.size == 1)
+            return cls(mesh, 0, launched=mesh.size == 1, reduce_dtype=reduce_dtype)
         if mesh.size != launched:
             raise ValueError(
                 f"world_size={mesh.size}, but {launched} processes were launched; leave world_size out, or launch "
@@ -56,7 +58,8 @@ class Ranks:
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
                                     device_id=device if on_cuda else None)  # fmt: skip
         made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names_of(mesh.axes))
-        ranks = cls(mesh, dist.get_rank(), groups={(name,): made.get_group(name) for name in names_of(mesh.axes)})
+        groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names_of(mesh.axes)}
+        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype)
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
@@ -97,17 +100,6 @@ class Ranks:
             group = self.groups[names_of(self.mesh.batch_axes)]
             self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=group)
         return tensor
-
-    def term_(self, gradients: Tensor) -> Tensor:
-        """Turn this process's gradients into its term of their sum over the processes with the same weights, which is
-        the mean over batches of whole gradients. Divided before the sum: those of bfloat16 stay in range."""
-        return gradients.div_(self.mesh.data_size) if self.mesh.data_size > 1 else gradients
-
-    def reduce_(self, gradients: Tensor, axes: tuple[str, ...]) -> Tensor:
-        """Replace this process's gradients by those of the step, which are summed over these axes."""
-        if self.together and axes:
-            self.call(dist.all_reduce, self.term_(gradients), group=self.groups[axes])
-        return gradients
 
     def from_first_(self, tensor: Tensor, device: torch.device) -> None:
         """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""

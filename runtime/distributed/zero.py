@@ -7,6 +7,8 @@ The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose wei
     2       these, and gradients              n, reduce-scatter            resident, else for every use
     3       these, and weights                n, reduce-scatter            n, all-gather: for every use
 
+Gradients of 16 bits are exchanged as float32, twice that, unless the plan says otherwise: see `reduction`.
+
 Chunks are divided, not parameters: a shard is a stretch of a chunk, as long on every process. Collectives are
 issued by the launching thread alone, in the program's order, which is the same everywhere.
 """
@@ -19,8 +21,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..isa.layout import STREAM_PIECE, ChunkLayout
-from .collectives import Collectives, all_gather_single, reduce_scatter_single
+from .collectives import Collectives, all_gather_single
 from .ranks import Ranks
+from .reduction import all_reduce_, reduce_scatter_
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Zero:
     def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
         """This process's shard of the step's gradients: a view of `gradients`, whose other elements are used up."""
         if layout.shards == 1 or self.stage == 1:
-            return self.own(self.ranks.reduce_(gradients, layout.reduced_over), layout)
-        mine = self.own(self.ranks.term_(gradients), layout)
-        self.ranks.call(reduce_scatter_single, mine, gradients, group=self._group(layout))
+            all_reduce_(gradients, layout, self.ranks)
+            return self.own(gradients, layout)
+        mine = self.own(gradients, layout)
+        reduce_scatter_(gradients, mine, layout, self.ranks)
         return mine
 
     def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:

@@ -84,6 +84,7 @@ def _with(**changes):
         (_with(placement="gpu"), "gpu"),
         (_with(prefetch=-1), "prefetch"),
         (_with(outputs="logits"), "outputs is 'logits', expected one of loss, all"),
+        (_with(reduce_dtype="bf16"), "reduce_dtype is 'bf16', expected one of fp32, compute"),
         (PLAN.to_json().replace('"replica"', '"copies"'), "axis 'depth' has the kind 'copies'; expected one of data, "),
         (PLAN.to_json().replace("bfloat16", "float17"), "float17"),
         (PLAN.to_json().replace("bfloat16", "nn"), "nn"),
