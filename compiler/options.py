@@ -11,6 +11,7 @@ import torch
 
 from ..passes.program.manager import Pass
 from ..passes.program.plan import Outputs, Placement, Plan
+from ..runtime.isa.precision import ReduceDtype
 from .parallel import Parallel
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -31,6 +32,8 @@ class Options:
             By default each has its part of the batch.
         precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
             otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
+        reduce_dtype: in what processes add up their gradients: "fp32" rounds their mean to the compute dtype once;
+            "compute" adds in that dtype, with errors that grow with the number of processes, for half of the bytes.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
@@ -51,6 +54,7 @@ class Options:
     placement: Placement = "auto"
     parallel: Mapping[str, Any] | None = None
     precision: Precision | None = None
+    reduce_dtype: ReduceDtype = "fp32"
     recompute: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
     outputs: Outputs = "loss"
@@ -104,6 +108,7 @@ class Options:
         _one_of("placement", self.placement, get_args(Placement))
         _one_of("outputs", self.outputs, get_args(Outputs))
         _one_of("precision", self.precision, (None, *DTYPES))
+        _one_of("reduce_dtype", self.reduce_dtype, get_args(ReduceDtype))
         _one_of("device", self.device, (None, "cpu", "cuda"))
         if isinstance(self.recompute, str):
             _one_of("recompute", self.recompute, ("auto", "none", "all"))

@@ -7,7 +7,7 @@ from math import isqrt
 from typing import Any
 
 from ..passes.sharding.modes import MODES
-from ..runtime.isa.mesh import DATA, Axis, Mesh
+from ..runtime.isa.mesh import Axis, Mesh
 
 GRAMMAR = (
     "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH) and sequence, with commas between, such "
@@ -77,19 +77,25 @@ class Parallel:
         """The mode's axes. Raises ValueError where `size` processes do not make such a mesh."""
         if self.mode is None or self.size == 1:
             return ()
+        roles = MODES[self.mode]
+        # Along an axis that shards the batch alone all processes have the same weights.
+        axes = (Axis(name, size, "tensor" if roles[name].weight else "replica") for name, size in self._sizes().items())
+        return tuple(axis for axis in axes if axis.size > 1)
+
+    def _sizes(self) -> dict[str, int]:
+        """Those of the mode's axes by their names."""
         if self.mode == "1d":
-            return (Axis("tp", self.size),)
+            return {"tp": self.size}
         if self.mode == "3d":
             side = round(self.size ** (1 / 3))
             if side**3 != self.size:
                 raise ValueError(f"3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none")
-            return tuple(Axis(name, side) for name in ("a", "b", "c"))
+            return dict.fromkeys(("a", "b", "c"), side)
         side = isqrt(self.size // self.depth)
         if side * side * self.depth != self.size:
             layers = f"{self.depth} square(s)" if self.mode == "2.5d" else "a square"
             raise ValueError(f"{self.mode} shards over {layers} of processes; size={self.size} is not {layers}")
-        depth = (Axis("depth", self.depth),) if self.mode == "2.5d" else ()
-        return tuple(axis for axis in (*depth, Axis("row", side), Axis("col", side)) if axis.size > 1)
+        return ({"depth": self.depth} if self.mode == "2.5d" else {}) | {"row": side, "col": side}
 
     def mesh(self, world_size: int | None, launched: int) -> Mesh:
         """The mesh for a world of so many processes, or of those that were launched.
@@ -103,7 +109,7 @@ class Parallel:
                 f"data={data} times tensor={self.size} is {data * self.size} processes, but the world has {world}; the "
                 "degrees must multiply to the world: change parallel=, world_size=, or how many torchrun launches"
             )
-        return Mesh((*([Axis(DATA, data)] if data > 1 else []), *self.tensor_axes()))
+        return Mesh((*([Axis("data", data, "data")] if data > 1 else []), *self.tensor_axes()))
 
 
 def _tensor(given: Any) -> dict[str, Any]:

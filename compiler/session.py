@@ -67,7 +67,8 @@ class Session:
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        self.ranks = Ranks.of(partial(options.degrees.mesh, options.world_size), self.device.torch_device)
+        mesh_of = partial(options.degrees.mesh, options.world_size)
+        self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype)
         self.parts = Parts(self.ranks)
         self.limits = self.device.limits(options).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
@@ -143,7 +144,8 @@ class Session:
         self.is_placed = False
         program, records = self.lowering.finish(captured.program, plan)
         if program.calls(REDUCE) or program.calls(AVERAGE):
-            self.ranks.check_alike(f"the {program.name} program", _digest(program))
+            self.ranks.check_alike(f"the {program.name} program", _digest(program, plan))
+        self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
         flat = solution.program
         return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))
@@ -332,5 +334,6 @@ class Session:
                 )
 
 
-def _digest(program: Program) -> str:
-    return hashlib.sha256(print_program(program).encode()).hexdigest()
+def _digest(program: Program, plan: Plan) -> str:
+    """Of all that decides what the ranks exchange."""
+    return hashlib.sha256(f"{plan.zero} {plan.reduce_dtype} {print_program(program)}".encode()).hexdigest()

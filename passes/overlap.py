@@ -72,18 +72,19 @@ class _Schedule:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.at = program.output
+        # Exchanges whose results nobody waited for yet, in the program's order; a dict, for that and for quick removal.
         self.waiting = dict.fromkeys(node for node in program.computes if node.target in EXCHANGES)
-        self.missing = set(program.computes)
-        self.stretch = 0
+        self.missing = set(program.computes)  # what the walk has not come by
+        self.stretch = 0  # the one that it is in
         self.stretches = stretches_of(program)
         self.due = first_readers(program)
         self.held_back = self._held_back()
         self.gathers = self._gathers()
         self.readers = {node: i for i, gathers in enumerate(self.gathers) for node in gathers}
         self.reader = 0  # whose gathers may start
-        self.exchanges: dict[fx.Node, _Exchange] = {}
-        self.open: dict[Any, _Exchange] = {}
-        self.under_way: list[_Exchange] = []
+        self.exchanges: dict[fx.Node, _Exchange] = {}  # those that are ready, started or held back
+        self.open: dict[Any, _Exchange] = {}  # small sums, by kind, that others can still join
+        self.under_way: list[_Exchange] = []  # the oldest first
 
     def _held_back(self) -> set[fx.Node]:
         """The small sums that can wait for the next one alike."""
@@ -91,6 +92,7 @@ class _Schedule:
         for node in self.waiting:
             if _is_small(node):
                 alike[self._kind(node)].append(node)
+        # A sum that is read in front of the next one cannot be taken with it.
         pairs = (pair for nodes in alike.values() for pair in pairwise(nodes))
         return {node for node, following in pairs if order[following] < self.due[node]}
 
@@ -113,12 +115,15 @@ class _Schedule:
     def run(self) -> None:
         old = list(self.waiting)
         for node in [*self.program.computes, self.program.output]:
+            # In front of a node is written what it waits for, and behind it what it made ready to start.
             self.at = node
             if node.target in EXCHANGES:
                 self._stand(node)
                 continue
             for value in node.all_input_nodes:
                 self._read(value)
+            # The node overwrites something, and what is exchanged may be a view of that: all is waited for that began
+            # in front of it, as if it were read here.
             if self.stretches[node] != self.stretch:
                 for exchange in [other for other in self.waiting if self.stretches[other] == self.stretch]:
                     self._read(exchange)
@@ -126,16 +131,20 @@ class _Schedule:
             self.missing.discard(node)
             self._sums_of(node)
             self._start_gathers()
-        for node in reversed(old):
+        for node in reversed(old):  # the last first: exchanges of exchanges are read by nobody else
             self.program.graph.erase_node(node)
 
     def _stand(self, node: fx.Node) -> None:
         """At its old place an exchange starts, if it has not and does not wait for another's result."""
+        # Once another exchange has been waited for, what it brought stands in its place among the arguments, and that
+        # is not missing.
         if node in self.waiting and node not in self.exchanges and node.args[0] not in self.missing:
             self._ready(node)
 
     def _read(self, value: fx.Node) -> None:
         """A value is about to be read."""
+        # The reader of a gather has come: the next reader's start beside what this one computes. Several readers'
+        # would be whole tensors on the device that nobody reads for long.
         if value in self.waiting and value in self.readers:
             self.reader = max(self.reader, self.readers[value] + 1)
             self._start_gathers()
@@ -148,6 +157,7 @@ class _Schedule:
 
     def _sums_of(self, value: fx.Node) -> None:
         """The terms of sums are made."""
+        # Sums start at once, unlike gathers: the terms are there already, and a sum is no longer than they are.
         for user in list(value.users):
             if user in self.waiting and user.target is not ALL_GATHER and self.stretches[user] == self.stretch:
                 self._ready(user)
@@ -166,8 +176,9 @@ class _Schedule:
 
     def _start(self, exchange: _Exchange) -> None:
         kind = self._kind(exchange.members[0])
-        if self.open.get(kind) is exchange:
+        if self.open.get(kind) is exchange:  # nobody can join it any more
             del self.open[kind]
+        # What is exchanged and what is filled both stay on the device until an exchange is waited for.
         while len(self.under_way) >= IN_FLIGHT:
             self._wait_for(self.under_way[0])
         exchange.started = Writer(self.program, self.at).start(exchange.members)
@@ -180,8 +191,8 @@ class _Schedule:
         self._finish(node.args[0])
         if node not in self.exchanges:
             self._ready(node)
-        if node in self.waiting:
-            if self.exchanges[node].started is None:
+        if node in self.waiting:  # starting others may have waited for it, to make room
+            if self.exchanges[node].started is None:  # it was held back for others that are not ready
                 self._start(self.exchanges[node])
             self._wait_for(self.exchanges[node])
 
@@ -192,7 +203,7 @@ class _Schedule:
         for member, value in zip(exchange.members, values, strict=True):
             member.replace_all_uses_with(value)
             del self.waiting[member]
-        for value in values:
+        for value in values:  # terms of further sums, such as one over another axis
             self._sums_of(value)
 
 

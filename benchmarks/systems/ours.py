@@ -10,7 +10,6 @@ from geminifx.compiler.cli.launch import rank
 from geminifx.compiler.options import Options
 from geminifx.compiler.parallel import Parallel
 from geminifx.models.adapters import blocks
-from geminifx.runtime.isa.mesh import DATA
 from task import Backward, Task
 from torch import Tensor, nn
 
@@ -124,6 +123,6 @@ def own_backwards(task: Task, device: torch.device) -> list[Backward]:
     The model's loss is that of all processes together, and so is its share of the step's.
     """
     mesh = Parallel.of(task.declared.degrees).mesh(None, task.nprocs)
-    own = task.backwards(device, mesh.data_size, mesh.coordinate(rank(), DATA))
+    own = task.backwards(device, mesh.data_size, mesh.data_rank(rank()))
     whole = task.backwards(torch.device("cpu"))
     return [replace(mine, share=all_.share) for mine, all_ in zip(own, whole, strict=True)]

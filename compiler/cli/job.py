@@ -17,7 +17,7 @@ from ...models.recipe.blocks import Part, TokenBlocks
 from ...models.recipe.finetune import check_output, finetune
 from ...models.recipe.recipe import Recipe, Report
 from ...models.recipe.text import embedded_texts, read_texts, train_tokenizer
-from ...runtime.isa.mesh import DATA, Mesh
+from ...runtime.isa.mesh import Mesh
 from ...runtime.isa.units import format_bytes, parse_bytes
 from ..api import compile
 from ..options import Options
@@ -211,7 +211,7 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
 def _part(options: TrainOptions) -> Part:
     """Return which part of every batch is this process's."""
     mesh = options.mesh()
-    return Part(mesh.coordinate(rank(), DATA), mesh.data_size)
+    return Part(mesh.data_rank(rank()), mesh.data_size)
 
 
 def _show_job(options: TrainOptions, job: Job, console: Console) -> None:

@@ -61,7 +61,12 @@ def _in_shape(plan: Plan) -> Iterator[_Offence]:
             yield _Offence(f"{where}.index", repr(chunk.index), f"{i}: chunks are numbered from 0 in order")
         if not _is_count(chunk.numel):
             yield _Offence(f"{where}.numel", repr(chunk.numel), "a number of elements")
-        shards, alignment = plan.shards(chunk.trainable), ALIGNMENT_BYTES // chunk.dtype.itemsize
+        for slot in chunk.slots:
+            axes = plan.mesh.reduction_axes(slot.placement)
+            if chunk.reduced_over != axes:
+                expected = f"{axes}: along these axes of the mesh processes have {slot.name!r} alike"
+                yield _Offence(f"{where}.reduced_over", repr(chunk.reduced_over), expected)
+        shards, alignment = plan.shards(chunk), ALIGNMENT_BYTES // chunk.dtype.itemsize
         if chunk.shards != shards:
             yield _Offence(f"{where}.shards", repr(chunk.shards), f"{shards}, as parallel= says")
         elif shards > 1 and chunk.numel % (shards * alignment):

@@ -1,4 +1,4 @@
-"""What the processes of a plan exchange in a step, counted from the program that will run."""
+"""What the processes of a plan exchange in a step, counted from the program that will run, and the memory it takes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,12 +7,44 @@ from torch import fx
 
 from ...passes.program.plan import Exchange, Plan
 from ...passes.program.program import Program, tensor_type
+from ...runtime.distributed.reduction import casts, piece_numel
 from ...runtime.isa.instructions import AVERAGE, FETCH, REDUCE, START_ALL_GATHER, START_ALL_REDUCE, START_REDUCE_SCATTER
-from ...runtime.isa.mesh import DATA
+from ...runtime.isa.layout import ChunkLayout
+from ...runtime.isa.mesh import names_of, taken_together
+from ...runtime.isa.precision import sum_dtype
+
+HELD = 2
+"""Tensors that torch.distributed may still hold when they are exchanged: one per thread of gloo's."""
+
+
+def exchange_bytes(plan: Plan) -> int:
+    """Device bytes that exchanging chunks takes beside what the program holds: of tensors that were exchanged and are
+    not let go of yet, and of the temporary that a gradient of 16 bits is added up in."""
+    held, temporaries = [0], [0]
+    for chunk in plan.layout.chunks:
+        if chunk.reduced_over and chunk.trainable:
+            temporaries.append(_temporary_bytes(chunk, plan))
+            held.append(temporaries[-1] or chunk.compute_bytes)
+        if chunk.shards > 1:
+            held.append(chunk.compute_bytes)
+    return HELD * max(held) + max(temporaries)
+
+
+def _temporary_bytes(chunk: ChunkLayout, plan: Plan) -> int:
+    if not casts(chunk, plan.reduce_dtype):
+        return 0
+    return piece_numel(chunk, scattered=_scatters(chunk, plan)) * sum_dtype(chunk.dtype, plan.reduce_dtype).itemsize
+
+
+def _scatters(chunk: ChunkLayout, plan: Plan) -> bool:
+    """Whether a process is left with its shard of a gradient alone."""
+    return plan.zero > 1 and chunk.shards > 1
 
 
 def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
-    """Bytes that each process receives, by axis and collective, with the algorithms that move least: rings."""
+    """Bytes that each process receives, by axis and collective, with the algorithms that move least: rings. Gradients
+    count in the dtype that they are added up in, which for those of 16 bits is twice as long unless the plan says
+    otherwise."""
     counts: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
     sizes = {axis.name: axis.size for axis in plan.mesh.axes}
@@ -20,34 +52,44 @@ def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
     for node in program.computes:
         if node.target is FETCH and plan.homes[node.args[0]].resident and node is not first[node.args[0]]:
             continue  # whole from its first use on
-        for axis, collective, num_bytes in _received(node, plan, sizes):
-            counts[axis, collective] += 1
-            received[axis, collective] += num_bytes
-    order = {plan.mesh.replica_name: -1} | {axis.name: i for i, axis in enumerate(plan.mesh.axes)}
-    found = sorted(counts, key=lambda key: (order[key[0]], key[1]))
-    return tuple(Exchange(*key, counts[key], received[key]) for key in found)
+        for found in _received(node, plan, sizes):
+            counts[found.axis, found.collective] += found.count
+            received[found.axis, found.collective] += found.received_bytes
+    # Several axes taken together come first: they are the replicas', over which gradients are summed.
+    order = {name: i for i, name in enumerate(names_of(plan.mesh.axes))}
+    keys = sorted(counts, key=lambda key: (order.get(key[0], -1), key))
+    return tuple(Exchange(*key, counts[key], received[key]) for key in keys)
 
 
-def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[tuple[str, str, int]]:
-    replicas, together = plan.mesh.replicas, plan.mesh.replica_name
+def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[Exchange]:
+    """What one instruction exchanges."""
     if node.target is START_ALL_GATHER:
-        yield node.args[1], "all-gather", (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes
+        yield Exchange(node.args[1], "all-gather", 1, (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes)
     elif node.target is START_REDUCE_SCATTER:
-        yield node.args[1], "reduce-scatter", (node.args[2] - 1) * tensor_type(node).num_bytes
+        yield Exchange(node.args[1], "reduce-scatter", 1, (node.args[2] - 1) * tensor_type(node).num_bytes)
     elif node.target is START_ALL_REDUCE:
-        yield node.args[1], "all-reduce", _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
+        num_bytes = _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
+        yield Exchange(node.args[1], "all-reduce", 1, num_bytes)
     elif plan.batches > 1 and node.target is AVERAGE:
-        yield DATA, "all-reduce", _all_reduced(tensor_type(node).num_bytes, plan.batches)
-    elif replicas > 1 and node.target is REDUCE:
-        num_bytes = tensor_type(node.args[0]).num_bytes
-        if plan.zero > 1 and plan.layout.chunks[node.args[1]].shards > 1:
-            yield together, "reduce-scatter", num_bytes * (replicas - 1) // replicas
-        else:
-            yield together, "all-reduce", _all_reduced(num_bytes, replicas)
-    elif node.target is FETCH:
+        together = taken_together(names_of(plan.mesh.batch_axes))
+        yield Exchange(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
+    elif node.target is REDUCE and plan.layout.chunks[node.args[1]].reduced_over:
+        yield _reduced(plan.layout.chunks[node.args[1]], plan)
+    elif node.target is FETCH and plan.layout.chunks[node.args[0]].shards > 1:
         chunk = plan.layout.chunks[node.args[0]]
-        if chunk.shards > 1:
-            yield together, "all-gather", chunk.compute_bytes - chunk.shard_bytes
+        received_bytes = chunk.compute_bytes - chunk.shard_bytes
+        yield Exchange(taken_together(chunk.reduced_over), "all-gather", 1, received_bytes)
+
+
+def _reduced(chunk: ChunkLayout, plan: Plan) -> Exchange:
+    """What becomes of a chunk's gradient."""
+    together, ranks = taken_together(chunk.reduced_over), plan.mesh.ranks_over(chunk.reduced_over)
+    num_bytes = chunk.numel * sum_dtype(chunk.dtype, plan.reduce_dtype).itemsize
+    scatters = _scatters(chunk, plan)
+    pieces = -(-chunk.numel // piece_numel(chunk, scattered=scatters)) if casts(chunk, plan.reduce_dtype) else 1
+    if scatters:
+        return Exchange(together, "reduce-scatter", pieces, num_bytes * (ranks - 1) // ranks)
+    return Exchange(together, "all-reduce", pieces, _all_reduced(num_bytes, ranks))
 
 
 def _all_reduced(num_bytes: int, ranks: int) -> int:

@@ -7,11 +7,9 @@ import numpy as np
 from ...passes.program.plan import MemoryEstimate, Plan
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.homes import Homes
+from .communication import exchange_bytes
 from .liveness import Liveness
 from .rates import Rates
-
-EXCHANGED = 2
-"""Gradients that torch.distributed may still hold when their average is there: one per thread of gloo's."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,7 @@ class Memory:
             self.format.device_bytes(chunk, home) + self.format.held_bytes(chunk, home)
             for chunk, home in self.plan.placed(homes)
         )
-        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + self.exchanged()
-
-    def exchanged(self) -> int:
-        """Bytes of chunks that the ranks have exchanged and the exchange has not let go of yet."""
-        exchanged = (chunk.compute_bytes for chunk in self.chunks if chunk.trainable or chunk.shards > 1)
-        largest = max(exchanged, default=0)
-        return EXCHANGED * largest if self.plan.mesh.replicas > 1 else 0
+        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + exchange_bytes(self.plan)
 
     def streaming(self, homes: Homes) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
@@ -120,7 +112,7 @@ class Memory:
         parts = {
             "training state": state + sum(self.format.held_bytes(*one) for one in on_device),
             "resident weights": there - state,
-            "being exchanged": self.exchanged(),
+            "being exchanged": exchange_bytes(self.plan),
             "states on their way": self.streaming(homes),
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(homes)[at]) if len(timeline) else 0,

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from ...passes.program.program import Program, note, tensor_type
 from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
-from ...runtime.isa.mesh import sharded_over
+from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
 
 LARGEST_CHUNK_BYTES = 256 * 2**20
@@ -20,7 +20,8 @@ SMALLEST_CHUNK_BYTES = 32 * 2**10
 
 
 _Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str]]
-"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over."""
+"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over. By these
+the axes are alike, too, over which their gradients are summed."""
 
 
 @dataclass
@@ -36,14 +37,15 @@ def pack(
     parameters: dict[str, nn.Parameter],
     blocks: tuple[str, ...],
     dtypes: Mapping[str, torch.dtype],
+    mesh: Mesh = ONE_PROCESS,
 ) -> Layout:
     """The layout of a captured model's parameters.
 
     A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
-    over the same axes of the mesh. Chunks follow the model's blocks: a chunk is as large as the largest
-    block, within fixed bounds, and where a block begins all chunks end if they hold at least half of that.
-    Equal blocks have equal chunks then, and equal programs. A parameter that is larger than a chunk has one of
-    its own.
+    over the same axes of the mesh, and whose gradients are summed over the same. Chunks follow the model's blocks:
+    a chunk is as large as the largest block, within fixed bounds, and where a block begins all chunks end if they
+    hold at least half of that. Equal blocks have equal chunks then, and equal programs. A parameter that is larger
+    than a chunk has one of its own.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
     limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
@@ -67,16 +69,19 @@ def pack(
         current.slots.append(Slot(name, current.numel, shape, placement))
         current.numel += size
     closed += opened.items()
-    chunks = (ChunkLayout(i, c.numel, *key[:3], tuple(c.slots)) for i, (key, c) in enumerate(closed))
+    chunks = []
+    for i, (key, made) in enumerate(closed):
+        axes = mesh.reduction_axes(made.slots[0].placement)
+        chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes))
     return Layout(tuple(chunks), tuple(tied.items()))
 
 
-def divide(layout: Layout, shards: Callable[[bool], int]) -> Layout:
-    """The layout with its chunks divided into so many shards, by whether they are trained: padded so that shards are
-    of one length and start where slots may."""
+def divide(layout: Layout, shards: Callable[[ChunkLayout], int]) -> Layout:
+    """The layout with each chunk divided into so many shards: padded so that shards are of one length and start where
+    slots may."""
     chunks = []
     for chunk in layout.chunks:
-        count = shards(chunk.trainable)
+        count = shards(chunk)
         unit = count * (ALIGNMENT_BYTES // chunk.dtype.itemsize)
         numel = -(-chunk.numel // unit) * unit if count > 1 else chunk.numel
         chunks.append(replace(chunk, numel=numel, shards=count))

@@ -66,7 +66,8 @@ class Planning:
         degrees = self.options.degrees
         mode = degrees.mode if self.mesh.tensor_axes else None
         return replace(plan, mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table,
-                       outputs=self.options.outputs, zero=degrees.zero)  # fmt: skip
+                       outputs=self.options.outputs, zero=degrees.zero,
+                       reduce_dtype=self.options.reduce_dtype)  # fmt: skip
 
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
         """A plan, for our own optimizer's `format` of training state (None: for an optimizer of torch's).
@@ -101,7 +102,7 @@ class Planning:
         self._lowered.clear()
 
     def _layout(self, program: Program) -> Layout:
-        return divide(pack(program, self.parameters, self.blocks, self.dtypes), self.shared().shards)
+        return divide(pack(program, self.parameters, self.blocks, self.dtypes, self.mesh), self.shared().shards)
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",

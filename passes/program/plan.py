@@ -10,7 +10,8 @@ from typing import Literal
 from ...runtime.isa.formats import StateFormat, TorchFormat
 from ...runtime.isa.homes import Home, Homes, Where, numbers
 from ...runtime.isa.layout import ChunkLayout, Layout
-from ...runtime.isa.mesh import ONE_PROCESS, Mesh
+from ...runtime.isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
+from ...runtime.isa.precision import ReduceDtype
 from ...runtime.isa.units import format_bytes
 from .plan_json import read_json, write_json
 
@@ -59,6 +60,8 @@ class Plan:
         outputs: which outputs of a training step whose tensors are sharded are put together: the "loss", where that is
             the one with a gradient, or "all".
         zero: what processes with the same weights hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
+        reduce_dtype: in what processes with the same weights add up gradients: "fp32", rounding their mean once, or
+            "compute", the dtype they are computed in.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
@@ -78,6 +81,7 @@ class Plan:
     table: tuple[tuple[str, str], ...] = ()
     outputs: Outputs = "loss"
     zero: int = 0
+    reduce_dtype: ReduceDtype = "fp32"
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
@@ -96,9 +100,10 @@ class Plan:
         """How many batches make one step's."""
         return self.mesh.data_size
 
-    def shards(self, trainable: bool) -> int:
-        """How many processes share out a chunk's training state, by whether it is trained."""
-        return self.mesh.replicas if self.zero == 3 or (self.zero and trainable) else 1
+    def shards(self, chunk: ChunkLayout) -> int:
+        """How many processes share out a chunk's training state."""
+        divided = self.zero == 3 or (self.zero > 0 and chunk.trainable)
+        return self.mesh.ranks_over(chunk.reduced_over) if divided else 1
 
     def placed(self, homes: Homes) -> list[tuple[ChunkLayout, Home]]:
         """The chunks with a home for each, the plan's own or others."""
@@ -138,7 +143,8 @@ class Plan:
                 if self.mode
                 else []
             ),
-            *([("ZeRO", f"stage {self.zero}, over {self.mesh.replica_name or 'one process'}")] if self.zero else []),
+            *([("ZeRO", f"stage {self.zero}, over {_replicas(self.mesh)}")] if self.zero else []),
+            *([("gradients", _summed(self.reduce_dtype))] if self.mesh.replica_axes else []),
             *(
                 (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
                 for e in self.exchanges
@@ -162,6 +168,14 @@ class Plan:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _replicas(mesh: Mesh) -> str:
+    return taken_together(names_of(mesh.replica_axes)) or "one process"
+
+
+def _summed(reduce_dtype: ReduceDtype) -> str:
+    return f"added up in {'float32 and rounded once' if reduce_dtype == 'fp32' else 'the dtype they are computed in'}"
 
 
 def _amount(num_bytes: int | None) -> str:

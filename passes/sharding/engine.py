@@ -59,14 +59,16 @@ class Sharder:
         self.program = program
         self.axes = axes
         self.roles = tuple(roles[axis.name] for axis in axes)
+        # Taken now: annotations of parameters are overwritten by those of their parts.
         self.types: dict[fx.Node, Type] = {node: type_of(node) for node in program.nodes}
         self.values: dict[fx.Node, Value] = {}
-        self.elements: dict[fx.Node, tuple[Value, ...]] = {}
-        self.weights: set[fx.Node] = set()
-        self.wanted: dict[fx.Node, Placements] = {}
+        self.elements: dict[fx.Node, tuple[Value, ...]] = {}  # of operators with several results
+        self.weights: set[fx.Node] = set()  # parameters, and what is made of them alone
+        self.wanted: dict[fx.Node, Placements] = {}  # how what becomes a gradient should lie
         self.everywhere = (REPLICATE,) * len(axes)
+        # Exchanges by phase: what the forward gathered would live until the backward if that read it again.
         self._moved: dict[tuple[fx.Node, Placements, str], fx.Node] = {}
-        self.at: fx.Node
+        self.at: fx.Node  # the old operator that is being lowered
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -124,6 +126,8 @@ class Sharder:
         found = list(placements)
         for i, (placement, role) in enumerate(zip(placements, self.roles, strict=True)):
             if placement == PARTIAL:
+                # Scattering a sum exchanges half of what an all-reduce does, and leaves less to keep: that is done
+                # wherever the axis' role names a dimension, and this one divides.
                 dims = {"batch": 0, "sequence": 1 if len(shape) == 3 else None, "hidden": len(shape) - 1}
                 dim = dims.get(role.partial)
                 found[i] = REPLICATE if dim is None or not shape else Shard(dim)
@@ -199,11 +203,15 @@ class Sharder:
         results = self.types[node]
         types = results if isinstance(results, tuple) else (results,)
         rows: list[Row] = []
+        # One axis after the other, although the best rows of each need not be the best together: there are as many
+        # combinations as rows to the power of axes, for every operator of the program.
         for i in range(len(self.axes)):
             found = tuple(self.settled(operand)[i] for operand in operands)
             call = Call(node, tuple(map(self.type, operands)), types, found)  # type: ignore[arg-type]
             rule = rule_for(target or node.target)
             legal = [row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows)]
+            # The first of those that cost the same, and `whole` stands first: taking a part of what all ranks have is
+            # free, but getting it back is not.
             best = min(legal, key=lambda row: self._cost(call, operands, row, i))
             self._check_heads(call, best, i)
             rows.append(best)
@@ -220,24 +228,31 @@ class Sharder:
     def _cost(self, call: Call, operands: list[fx.Node], row: Row, place: int) -> float:
         """Elements that a row moves along an axis; infinite where the axis' role does not allow it."""
         role, axis = self.roles[place], self.axes[place]
+        # What a ring brings to each rank: of n elements that are gathered, or summed and scattered, all but its own
+        # part; an all-reduce is both, one behind the other, and counts twice in `_moves`.
         ranks = (axis.size - 1) / axis.size
         cost = 0.0
         for operand, type, wanted in zip(operands, call.operands, row.inputs, strict=True):
             found = self.placements(operand)[place]
+            # Which weights are gathered is the mode's to say, however few elements that would exchange here.
             if self.is_weight(operand) and not self._may_move(role, found, wanted):
                 return inf
             cost += ranks * prod(type.shape) * self._moves(found, self.settled(operand)[place], wanted)
+        # Whoever makes terms of a sum pays for it, though it is taken only in front of a reader: at least as one that
+        # is scattered. Operators that pass terms on, such as a view, do not pay again.
         for result, placement in zip(call.results, row.results, strict=True):
             if placement == PARTIAL and PARTIAL not in row.inputs and result is not None:
                 cost += ranks * prod(result.shape)
         if call.node.target is aten.t.default and PARTIAL in row.inputs and call.node not in self.wanted:
             return inf  # a transposed factor has another reader than its own product: let them share the sum
+        # A gradient is kept as its parameter lies. Made elsewise, it would be exchanged as soon as it is there.
         wanted_here = self.wanted.get(call.node)
         if wanted_here is not None and row.results[0] not in (PARTIAL, wanted_here[place]):
             return inf
         return cost
 
     def is_weight(self, node: fx.Node) -> bool:
+        # Vectors, such as biases and the weights of norms, are too few to keep to a rule: they go where they are read.
         return node in self.weights and len(self.type(node).shape) > 1
 
     @staticmethod
@@ -250,12 +265,13 @@ class Sharder:
         """How often a tensor crosses the axis."""
         if found == wanted:
             return 0.0
-        if wanted == PARTIAL:
+        if wanted == PARTIAL:  # nothing that is whole is taken apart into terms
             return inf
-        if found == REPLICATE:
+        if found == REPLICATE:  # a part of it is there already
             return 0.0
-        if found == PARTIAL:
+        if found == PARTIAL:  # scattered only into what `resolved` makes of it, which other readers find then
             return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
+        # From one dimension to another it is gathered and cut again: dearer than to read what was gathered as it is.
         return 1.0 if wanted == REPLICATE else 2.0
 
     def _check_heads(self, call: Call, best: Row, place: int) -> None:
@@ -282,6 +298,7 @@ class Sharder:
         parts = iter([self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)])
         args = list(fx.map_arg(node.args, lambda _: next(parts)))
         kwargs = fx.map_arg(node.kwargs, lambda _: next(parts))
+        # Arguments that name sizes of the whole name those of the part from here on.
         if node.target in SHAPED:
             args[SHAPED[node.target]] = list(local_shape(self.type(node).shape, results[0], self.axes))
         elif node.target in SOURCE_SHAPED:
@@ -291,6 +308,7 @@ class Sharder:
         elif node.target in SQUEEZES:
             args = [args[0], squeezed_dims(node, self.type(operands[0]).shape)]
         apart = [axis.name for axis, p in zip(self.axes, results[0], strict=True) if isinstance(p, Shard)]
+        # Ranks with other parts must draw other numbers, those with the same part the same.
         fork = self._fork(args, apart) if apart and is_random(node) else None
         made = self._emit_view(SQUEEZES.get(node.target, node.target), args, kwargs)
         if fork is not None:
@@ -311,6 +329,7 @@ class Sharder:
             self.set(node, made, results[0])
             return
         types = self.types[node]
+        # Only elements that somebody reads are taken out: the others would be dead code.
         wanted = {user.args[1] for user in node.users}
         elements = []
         for i, placements in enumerate(results):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from ...runtime.isa.mesh import PARTIAL, REPLICAS, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
+from ...runtime.isa.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
 from ..program.plan import Plan
 from ..program.program import Program, note, type_of
 from ..program.types import TensorType
@@ -99,7 +99,7 @@ def is_hidden_sharded(role: Role, turned: bool) -> bool:
 
 def _check_replicated(name: str, placements: Placements, axes: tuple[Axis, ...]) -> None:
     for placement, axis in zip(placements, axes, strict=True):
-        if axis.name in REPLICAS and placement != REPLICATE:
+        if axis.kind == "replica" and placement != REPLICATE:
             raise ValueError(f"the table has {placement} for {name} on {axis.name}, along which all processes have the "
                              "same weights; leave that axis out (zero=3 divides weights over it)")  # fmt: skip
 

@@ -21,12 +21,12 @@ REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 class Collectives:
     """The instructions of a sharded program, by the names they have there, and all collectives under way.
 
-    `groups` has the process group of each axis; `call` runs one of torch.distributed's functions and turns its
-    failure into an error of ours. The launching thread alone starts collectives, in the program's order, which is the
-    same everywhere.
+    `groups` has the process group of each axis, by (its name,); `call` runs one of torch.distributed's functions and
+    turns its failure into an error of ours. The launching thread alone starts collectives, in the program's order,
+    which is the same everywhere.
     """
 
-    def __init__(self, mesh: Mesh, rank: int, groups: Mapping[str, Any], call: Callable[..., Any]) -> None:
+    def __init__(self, mesh: Mesh, rank: int, groups: Mapping[tuple[str, ...], Any], call: Callable[..., Any]) -> None:
         self.mesh = mesh
         self.rank = rank
         self.groups = groups
@@ -63,16 +63,16 @@ class Collectives:
     def start_all_gather(self, part: Tensor, axis: str, size: int) -> Tensor:
         """Start to join all processes' parts, one behind the other."""
         whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        return self.start(whole, all_gather_single, whole, part, group=self.groups[axis])
+        return self.start(whole, all_gather_single, whole, part, group=self.groups[axis,])
 
     def start_reduce_scatter(self, part: Tensor, axis: str, size: int) -> Tensor:
         """Start to make this process's part of the sum."""
         mine = part.new_empty((part.shape[0] // size, *part.shape[1:]))
-        return self.start(mine, reduce_scatter_single, mine, part, group=self.groups[axis])
+        return self.start(mine, reduce_scatter_single, mine, part, group=self.groups[axis,])
 
     def start_all_reduce(self, part: Tensor, axis: str, reduction: str) -> Tensor:
         """Start to replace every element by the sum, or the largest, of all processes'."""
-        return self.start(part, dist.all_reduce, part, op=REDUCTIONS[reduction], group=self.groups[axis])
+        return self.start(part, dist.all_reduce, part, op=REDUCTIONS[reduction], group=self.groups[axis,])
 
     def finish_exchange(self, pending: Tensor, part: Tensor | None = None) -> Tensor:
         """From here on the tensor that was being filled is read; `part`, what it was filled from, may be freed."""

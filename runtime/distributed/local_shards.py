@@ -79,7 +79,7 @@ class Parts:
         for start in range(0, flat.numel(), PIECE):
             mine = flat[start : start + PIECE].to(device)
             every = mine.new_empty(axis.size * mine.numel())
-            self.ranks.call(all_gather_single, every, mine, group=self.ranks.groups[axis.name])
+            self.ranks.call(all_gather_single, every, mine, group=self.ranks.groups[axis.name,])
             found[:, start : start + mine.numel()] = every.view(axis.size, -1)
         return [row.view(part.shape) for row in found]
 
@@ -91,7 +91,7 @@ class Parts:
             return norm
         squares = norm.square()
         for axis in axes:
-            self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name])
+            self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name,])
         return squares.sqrt()
 
     def regions(self, slot: Slot, held: tuple[int, int] | None = None) -> tuple[Region, ...]:

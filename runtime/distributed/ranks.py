@@ -1,7 +1,7 @@
 """The processes that train one model together, by `torch.distributed`."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..isa.errors import StateError
-from ..isa.mesh import DATA, ONE_PROCESS, Mesh
+from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
+from ..isa.precision import ReduceDtype
 from .collectives import Collectives
 
 TIMEOUT_S = 1800.0
@@ -29,23 +30,24 @@ class Clock:
 @dataclass(frozen=True)
 class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
-    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of all
-    its replica axes together."""
+    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
+    that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
     launched: bool = True
-    groups: Mapping[str, Any] = field(default_factory=dict)
+    groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    reduce_dtype: ReduceDtype = "fp32"
 
     @classmethod
-    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device) -> "Ranks":
+    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32") -> "Ranks":
         """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
         launched ones, and raises ValueError where there is none."""
         launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         mesh = mesh_of(launched)
         if launched == 1:
-            return cls(mesh, 0, launched=mesh.size == 1)
+            return cls(mesh, 0, launched=mesh.size == 1, reduce_dtype=reduce_dtype)
         if mesh.size != launched:
             raise ValueError(
                 f"world_size={mesh.size}, but {launched} processes were launched; leave world_size out, or launch "
@@ -55,10 +57,18 @@ class Ranks:
             on_cuda = device.type == "cuda"
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
                                     device_id=device if on_cuda else None)  # fmt: skip
-        groups = _groups(device, {axis.name: axis.size for axis in mesh.axes})
-        if len(mesh.replica_axes) > 1:
-            groups |= _groups(device, {mesh.replica_name: mesh.replicas, "rest": mesh.size // mesh.replicas})
-        return cls(mesh, dist.get_rank(), groups=groups)
+        made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names_of(mesh.axes))
+        groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names_of(mesh.axes)}
+        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype)
+        ranks.join_axes([names_of(mesh.batch_axes)], device)
+        return ranks
+
+    def join_axes(self, several: Iterable[tuple[str, ...]], device: torch.device) -> None:
+        """Make the process groups of several axes taken together, as far as they are not there. All ranks call it with
+        the same ones, whose groups are made in one order everywhere."""
+        for names in sorted(set(several) - {()}):
+            if self.together and names not in self.groups:
+                self.groups[names] = _group(self.mesh, names, device)
 
     @property
     def size(self) -> int:
@@ -67,20 +77,7 @@ class Ranks:
     @property
     def data_rank(self) -> int:
         """Which of the step's batches is this process's."""
-        return self.mesh.coordinate(self.rank, DATA)
-
-    @property
-    def replica(self) -> int:
-        """Which of the processes with the same weights this is."""
-        number = 0
-        for axis in self.mesh.replica_axes:
-            number = number * axis.size + self.mesh.coordinate(self.rank, axis.name)
-        return number
-
-    @property
-    def replica_group(self) -> Any:
-        """The process group of those with the same weights."""
-        return self.groups[self.mesh.replica_name]
+        return self.mesh.data_rank(self.rank)
 
     @property
     def on_this_host(self) -> int:
@@ -100,19 +97,9 @@ class Ranks:
     def average_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its mean over the batches."""
         if self.together and self.mesh.data_size > 1:
-            self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=self.groups[DATA])
+            group = self.groups[names_of(self.mesh.batch_axes)]
+            self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=group)
         return tensor
-
-    def term_(self, gradients: Tensor) -> Tensor:
-        """Turn this replica's gradients into its term of their sum over the replicas, which is the mean over batches
-        of whole gradients. Divided before the sum: those of bfloat16 stay in range."""
-        return gradients.div_(self.mesh.data_size) if self.mesh.data_size > 1 else gradients
-
-    def reduce_(self, gradients: Tensor) -> Tensor:
-        """Replace this replica's gradients by those of the step."""
-        if self.together and self.mesh.replicas > 1:
-            self.call(dist.all_reduce, self.term_(gradients), group=self.replica_group)
-        return gradients
 
     def from_first_(self, tensor: Tensor, device: torch.device) -> None:
         """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""
@@ -153,10 +140,11 @@ class Ranks:
         found = enumerate(self.gather((self.data_rank, digest)))
         others = [rank for rank, (batch, theirs) in found if first.setdefault(batch, theirs) != theirs]
         if others:
+            own = taken_together(names_of(self.mesh.batch_axes))
             raise StateError(
                 f"rank(s) {', '.join(map(str, others))} called the model with another batch than the ranks that they "
-                "shard tensors with; give all of them the same one (geminifx.shard_dataloader does), and only ranks "
-                "along the axis 'data' different ones"
+                "shard tensors with; give all of them the same one (geminifx.shard_dataloader does)"
+                + (f", and other ones only to ranks elsewhere along {own}" if own else "")
             )
 
     def share_randomness(self) -> None:
@@ -184,10 +172,16 @@ class Ranks:
             ) from error
 
 
-def _groups(device: torch.device, axes: dict[str, int]) -> dict[str, Any]:
-    """The process groups of a mesh of all processes, by the names of its axes."""
-    made = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    return {name: made.get_group(name) for name in axes}
+def _group(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:
+    """This process's group of those along several axes, wherever these stand in the mesh. torch.distributed numbers its
+    members by their ranks, as `Mesh.number` does."""
+    sizes, places = [axis.size for axis in mesh.axes], range(len(mesh.axes))
+    along = [i for i in places if mesh.axes[i].name in names]
+    ranks = torch.arange(mesh.size).view(sizes).permute(*(i for i in places if i not in along), *along)
+    members = mesh.ranks_over(names)
+    if members == mesh.size:
+        return DeviceMesh(device.type, ranks.flatten(), mesh_dim_names=("members",)).get_group("members")
+    return DeviceMesh(device.type, ranks.reshape(-1, members), mesh_dim_names=("rest", "members")).get_group("members")
 
 
 ALONE = Ranks()

@@ -1,4 +1,4 @@
-"""ZeRO: of each chunk's training state the processes that have the same weights keep a shard each, not all of it.
+"""ZeRO: of each chunk's training state the processes that have its weights alike keep a shard each, not all of it.
 
 The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose weights take n bytes:
 
@@ -7,11 +7,14 @@ The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose wei
     2       these, and gradients              n, reduce-scatter            resident, else for every use
     3       these, and weights                n, reduce-scatter            n, all-gather: for every use
 
+Gradients of 16 bits are exchanged as float32, twice that, unless the plan says otherwise: see `reduction`.
+
 Chunks are divided, not parameters: a shard is a stretch of a chunk, as long on every process. Collectives are
 issued by the launching thread alone, in the program's order, which is the same everywhere.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +22,9 @@ from torch import distributed as dist
 
 from ..isa.formats import STREAM_PIECE
 from ..isa.layout import ChunkLayout
-from .collectives import Collectives, all_gather_single, reduce_scatter_single
+from .collectives import Collectives, all_gather_single
 from .ranks import Ranks
+from .reduction import all_reduce_, reduce_scatter_
 
 
 @dataclass(frozen=True)
@@ -30,38 +34,40 @@ class Zero:
     ranks: Ranks = field(default_factory=Ranks)
     stage: int = 0
 
-    @property
-    def number(self) -> int:
-        """Which shard of every divided chunk is this process's."""
-        return self.ranks.replica
+    def number(self, layout: ChunkLayout) -> int:
+        """Which shard of a chunk is this process's: 0 where it is not divided."""
+        return self.ranks.mesh.number(self.ranks.rank, layout.reduced_over) if layout.shards > 1 else 0
 
     def own(self, whole: Tensor, layout: ChunkLayout) -> Tensor:
         """The view of this process's shard in a flat tensor as long as the chunk."""
-        return whole.narrow(0, self.number * layout.shard_numel, layout.shard_numel) if layout.shards > 1 else whole
+        if layout.shards == 1:
+            return whole
+        return whole.narrow(0, self.number(layout) * layout.shard_numel, layout.shard_numel)
 
     def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
         """This process's shard of the step's gradients: a view of `gradients`, whose other elements are used up."""
         if layout.shards == 1 or self.stage == 1:
-            return self.own(self.ranks.reduce_(gradients), layout)
-        mine = self.own(self.ranks.term_(gradients), layout)
-        self.ranks.call(reduce_scatter_single, mine, gradients, group=self.ranks.replica_group)
+            all_reduce_(gradients, layout, self.ranks)
+            return self.own(gradients, layout)
+        mine = self.own(gradients, layout)
+        reduce_scatter_(gradients, mine, layout, self.ranks)
         return mine
 
-    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor) -> None:
+    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:
         """Start to fill `whole` with all processes' shards. `shard` may be this one's view of `whole`."""
-        exchange.start(whole, all_gather_single, whole, shard, group=self.ranks.replica_group)
+        exchange.start(whole, all_gather_single, whole, shard, group=self._group(layout))
 
-    def norm(self, norm: Tensor) -> Tensor:
-        """The norm of all shards, of that of each process's."""
-        if self.stage == 0 or not self.ranks.together or self.ranks.mesh.replicas == 1:
+    def norm(self, norm: Tensor, axes: tuple[str, ...]) -> Tensor:
+        """The norm of all shards of chunks that are reduced over these axes, of that of each process's."""
+        if self.stage == 0 or not self.ranks.together or not axes:
             return norm
         squares = norm.square()
-        self.ranks.call(dist.all_reduce, squares, group=self.ranks.replica_group)
+        self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axes])
         return squares.sqrt()
 
     def take(self, value: Tensor, layout: ChunkLayout, slot: int) -> Tensor:
         """What of a parameter's value lies in this process's shard, flat where the chunk is divided."""
-        return value.reshape(-1)[layout.held(slot, self.number)] if layout.shards > 1 else value
+        return value.reshape(-1)[layout.held(slot, self.number(layout))] if layout.shards > 1 else value
 
     def join(self, held: Tensor, layout: ChunkLayout, slot: int, device: torch.device) -> Tensor:
         """A parameter's value, of what lies in each process's shard; on the CPU where the chunk is divided.
@@ -70,18 +76,21 @@ class Zero:
         """
         if layout.shards == 1:
             return held
-        whole = torch.empty(layout.slots[slot].numel, dtype=held.dtype)
+        whole, mine = torch.empty(layout.slots[slot].numel, dtype=held.dtype), self.number(layout)
         for number in range(layout.shards):
             there = layout.held(slot, number)
             for start in range(there.start, there.stop, STREAM_PIECE):
                 stop = min(start + STREAM_PIECE, there.stop)
-                if number == self.number:
+                if number == mine:
                     moving = held[start - there.start : stop - there.start].to(device)
                 else:
                     moving = torch.empty(stop - start, dtype=held.dtype, device=device)
-                self.ranks.call(dist.broadcast, moving, group=self.ranks.replica_group, group_src=number)
+                self.ranks.call(dist.broadcast, moving, group=self._group(layout), group_src=number)
                 whole[start:stop] = moving
         return whole.view(layout.slots[slot].shape)
+
+    def _group(self, layout: ChunkLayout) -> Any:
+        return self.ranks.groups[layout.reduced_over]
 
 
 ALONE = Zero()

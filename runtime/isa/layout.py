@@ -30,10 +30,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """A contiguous 1-D buffer of parameters that share dtypes and trainability, in order of first use.
+    """A contiguous 1-D buffer of parameters that share dtypes, trainability and axes, in order of first use.
 
-    `dtype` is what the program computes with, `master_dtype` what the optimizer updates. Of the training state each
-    of `shards` processes keeps one of as many stretches of equal length, its shard.
+    `dtype` is what the program computes with, `master_dtype` what the optimizer updates. Along the mesh's axes
+    `reduced_over`, in their order there, processes have the same weights, and gradients are summed. Of the training
+    state each of `shards` of those processes keeps one of as many stretches of equal length, its shard.
     """
 
     index: int
@@ -43,6 +44,7 @@ class ChunkLayout:
     trainable: bool
     slots: tuple[Slot, ...]
     shards: int = 1
+    reduced_over: tuple[str, ...] = ()
 
     @property
     def shard_numel(self) -> int:

@@ -1,23 +1,33 @@
 """The mesh of processes, and how a tensor lies on it: plain dataclasses shared by plans, passes and the machine.
 
 A mesh names its axes; a process has one coordinate on each, the last axis running fastest. On every axis a tensor
-is replicated, sharded along one of its dimensions, or partial: a term of a sum that is still to be taken.
+is replicated, sharded along one of its dimensions, or partial: a term of a sum that is still to be taken. What the
+processes along an axis have in common is its kind, which whoever makes a mesh sets; names are for people alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-DATA = "data"
-"""The axis along which every process has a batch of its own."""
+AxisKind = Literal["data", "tensor", "replica", "pipeline", "expert"]
+"""What processes along an axis have of a step's examples, and of the weights:
 
-REPLICAS = (DATA, "depth", "a")
-"""The axes along which processes have the same weights, and other examples: 2.5d's depth and 3d's a are like data in
-that. A program leaves gradients partial along them; they are summed, and ZeRO divides training states, by chunk."""
+    kind        examples                             weights
+    data        each a batch of its own              the same
+    replica     each other rows of one batch         the same
+    tensor      as the mode says, of one batch       each a part
+    expert      each a batch of its own              the same, but each other experts
+    pipeline    the same batch                       each those of other layers
+"""
+
+OWN_BATCH: frozenset[AxisKind] = frozenset({"data", "expert"})
+SAME_WEIGHTS: frozenset[AxisKind] = frozenset({"data", "replica", "expert"})
+ONE_BATCH_IN_PARTS: frozenset[AxisKind] = frozenset({"tensor", "replica"})
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,16 @@ Placements = tuple[Placement, ...]
 
 @dataclass(frozen=True)
 class Axis:
-    """`size` processes in a row."""
+    """`size` processes in a row. Raises ValueError for a kind that there is not."""
 
     name: str
     size: int
+    kind: AxisKind
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(AxisKind):
+            expected = ", ".join(get_args(AxisKind))
+            raise ValueError(f"the axis {self.name!r} has the kind {self.kind!r}; expected one of {expected}")
 
 
 @dataclass(frozen=True)
@@ -77,33 +93,50 @@ class Mesh:
 
     @cached_property
     def tensor_axes(self) -> tuple[Axis, ...]:
-        """The axes that tensors are sharded over, which share one batch."""
-        return tuple(axis for axis in self.axes if axis.name != DATA)
+        """The axes that the tensors of a program are placed on: its processes share one batch."""
+        return self._of(ONE_BATCH_IN_PARTS)
+
+    @cached_property
+    def weight_axes(self) -> tuple[Axis, ...]:
+        """Those of them that weights are sharded over."""
+        return self._of(frozenset({"tensor"}))
+
+    @cached_property
+    def replica_axes(self) -> tuple[Axis, ...]:
+        """The axes along which weights are the same, unless they are an expert's. A program leaves gradients partial
+        along them; they are summed, and ZeRO divides training states, by chunk."""
+        return self._of(SAME_WEIGHTS)
+
+    @cached_property
+    def batch_axes(self) -> tuple[Axis, ...]:
+        """The axes along which every process has a batch of its own."""
+        return self._of(OWN_BATCH)
 
     @cached_property
     def data_size(self) -> int:
         """How many batches make one step's."""
-        return prod(axis.size for axis in self.axes if axis.name == DATA)
+        return prod(axis.size for axis in self.batch_axes)
 
-    @cached_property
-    def replica_axes(self) -> tuple[Axis, ...]:
-        """The axes of `REPLICAS` that are there; they come first."""
-        return tuple(axis for axis in self.axes if axis.name in REPLICAS)
+    def data_rank(self, rank: int) -> int:
+        """Which of the step's batches is a process's."""
+        return self.number(rank, names_of(self.batch_axes))
 
-    @cached_property
-    def replicas(self) -> int:
-        """How many processes have the same weights."""
-        return prod(axis.size for axis in self.replica_axes)
+    def reduction_axes(self, placement: str) -> tuple[str, ...]:
+        """The names of the axes over which the gradient of a parameter is summed that lies by `placement`, a
+        `placements_text`: those along which processes have the same weights, and this one whole."""
+        return tuple(name for name in names_of(self.replica_axes) if name not in sharded_over(placement))
 
-    @cached_property
-    def replica_name(self) -> str:
-        """What the replica axes are called where they are one: "data", or "data x depth"."""
-        return " x ".join(axis.name for axis in self.replica_axes)
+    def ranks_over(self, names: tuple[str, ...]) -> int:
+        """How many processes differ in their places on these axes alone."""
+        return prod(axis.size for axis in self.axes if axis.name in names)
 
-    @cached_property
-    def weight_axes(self) -> tuple[Axis, ...]:
-        """The axes that weights are sharded over."""
-        return tuple(axis for axis in self.axes if axis.name not in REPLICAS)
+    def number(self, rank: int, names: tuple[str, ...]) -> int:
+        """Which of them a process is, counted in the order of their ranks."""
+        found = 0
+        for axis in self.axes:
+            if axis.name in names:
+                found = found * axis.size + self.coordinate(rank, axis.name)
+        return found
 
     def coordinate(self, rank: int, name: str) -> int:
         """Where a process stands on an axis; 0 on one that the mesh does not have."""
@@ -113,6 +146,9 @@ class Mesh:
                 return coordinate
         return 0
 
+    def _of(self, kinds: frozenset[AxisKind]) -> tuple[Axis, ...]:
+        return tuple(axis for axis in self.axes if axis.kind in kinds)
+
     def __str__(self) -> str:
         return " x ".join(f"{axis.name} {axis.size}" for axis in self.axes) or "one process"
 
@@ -120,10 +156,19 @@ class Mesh:
 ONE_PROCESS = Mesh()
 
 
+def names_of(axes: Iterable[Axis]) -> tuple[str, ...]:
+    return tuple(axis.name for axis in axes)
+
+
+def taken_together(names: tuple[str, ...]) -> str:
+    """What several axes are called where they are one: "data x depth"."""
+    return " x ".join(names)
+
+
 def of_gradient(parameter: Placements, axes: tuple[Axis, ...]) -> Placements:
     """How a gradient leaves a program: as its parameter lies, and a term of a sum over the replicas."""
     return tuple(
-        PARTIAL if axis.name in REPLICAS else placement for placement, axis in zip(parameter, axes, strict=True)
+        PARTIAL if axis.kind in SAME_WEIGHTS else placement for placement, axis in zip(parameter, axes, strict=True)
     )
 
 

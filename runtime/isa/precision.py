@@ -1,10 +1,15 @@
-"""In which dtype each parameter and each input computes."""
+"""In which dtype each parameter and each input computes, and gradients are summed."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 LOW = (torch.bfloat16, torch.float16)
+
+ReduceDtype = Literal["fp32", "compute"]
+"""In what processes add up their gradients: at least float32, or the dtype that these are computed in."""
 
 
 def parameter_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -27,6 +32,11 @@ def cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """Masters of low-precision floats are float32: small updates must not be rounded away."""
     return torch.float32 if dtype in LOW else dtype
+
+
+def sum_dtype(dtype: torch.dtype, reduce_dtype: ReduceDtype) -> torch.dtype:
+    """In which dtype processes add up gradients of one that is computed in."""
+    return torch.promote_types(dtype, torch.float32) if reduce_dtype == "fp32" else dtype
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

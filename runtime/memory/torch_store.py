@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.ranks import ALONE, Ranks
+from ..distributed.reduction import all_reduce_
 from ..isa.formats import TorchFormat
 from ..isa.homes import Home, Homes
 from ..isa.layout import Slot
@@ -144,7 +145,7 @@ class TorchStore:
         return torch.empty(numel, dtype=dtype, device=self.hardware.device)
 
     def reduce(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
-        self.ranks.reduce_(gradients)
+        all_reduce_(gradients, chunk.layout, self.ranks)
         if self.hardware.is_cuda and not self.homes[chunk.layout.index].on_device:
             staging = self._take_staging(gradients)
             arrival = self.copies.to_host(staging[: gradients.numel()], gradients)

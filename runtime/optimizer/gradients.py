@@ -104,15 +104,21 @@ class HeldGradients:
 
     def norm(self) -> Tensor:
         """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
-        norms, parts = [torch.zeros((), device=self.states.hardware.device)], self.states.chunks.parts
+        parts, zero, by_axes = self.states.chunks.parts, self.states.zero, dict[tuple[str, ...], list[Tensor]]()
         for index, state in enumerate(self.states):
+            # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
+            zeros = torch.zeros((), device=self.states.hardware.device)
+            norms = by_axes.setdefault(state.layout.reduced_over, [zeros])
             if state.present and state.present == state.measured and not state.added:
                 norms.append(self.norms[index] / self.loss_scale)
             elif state.present:
                 norms.append(self._norm_of_slots(state))
             if state.present:  # the slots of a chunk are sharded alike
                 norms[-1] = norms[-1] / math.sqrt(parts.replicas(state.layout.slots[0]))
-        return self.states.zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))))
+        found = [
+            zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))), axes) for axes, norms in by_axes.items()
+        ]
+        return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found))
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip the norm of all gradients to `max_norm`; returns it as it was before.

@@ -56,7 +56,7 @@ class OwnStates:
         unplanned = previous is not None and previous.total is not None and not self.format.keeps_sum(layout)
         self._charge(layout, home, unplanned)
         weights, whole = self._weights(layout, home)
-        state = self._allocate(layout.shard(self.zero.number), home, weights)
+        state = self._allocate(layout.shard(self.zero.number(layout)), home, weights)
         if unplanned:
             state.total = self._zeros(state.layout.numel, layout.master_dtype, home.on_device)
         if previous is None:

@@ -129,7 +129,7 @@ class OwnStore:
                 self._arrivals[index] = ready[0]
                 self.stats.moved(to_device=own.nbytes)
         with self.copies.exchange(*ready):
-            self.zero.gather(self.exchange, whole, own)
+            self.zero.gather(self.exchange, whole, own, chunk.layout)
         chunk.gathered = state.version
         return whole
 
@@ -287,7 +287,7 @@ class OwnStore:
         layout, number = self.place_of(parameter)
         slot, held = layout.slots[number], None
         if layout.shards > 1:
-            first = self.zero.number * layout.shard_numel
+            first = self.zero.number(layout) * layout.shard_numel
             held = first, first + layout.shard_numel
         return self.chunks.parts.whole_shape(slot), self.chunks.parts.regions(slot, held)
 

@@ -31,6 +31,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"zzz": 1}, "no option 'zzz'; the options are device_budget"),
     ({"world_size": 0}, "expected a number of processes, 1 or more"),
     ({"parallel": {"date": 2}}, "parallel has 'date'; did you mean 'data'"),
+    ({"reduce_dtype": "bf16"}, "reduce_dtype='bf16' is unknown; expected one of 'fp32', 'compute'"),
+    ({"reduce_dtype": "float32"}, "did you mean 'fp32'"),
     ({"parallel": {"data": 0}}, "data is 0; expected a whole number of processes"),
     ({"parallel": {"data": 2, "zero": 4}}, "zero is 4; expected 0, 1, 2 or 3"),
     ({"parallel": {"tensor": {"size": 4}}}, "tensor has no mode"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.optim import AdamW
 from zoo import MLP, OPT, compiled, smallest_budget
 
-FOUR = Mesh((Axis("data", 4),))
+FOUR = Mesh((Axis("data", 4, "data"),))
 STAGES = pytest.mark.parametrize("zero", [1, 2, 3])
 
 
@@ -26,7 +26,7 @@ def planned(zero: int, **options: object) -> Plan:
 @given(numel=st.integers(1, 10_000), shards=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_divided_chunks_are_padded_to_equal_aligned_shards(numel: int, shards: int, dtype: torch.dtype) -> None:
     whole = ChunkLayout(0, numel, dtype, torch.float32, True, (Slot("w", 0, (numel,)),))
-    (chunk,) = divide(Layout((whole,)), lambda trainable: shards).chunks
+    (chunk,) = divide(Layout((whole,)), lambda chunk: shards).chunks
     assert (chunk.shards, chunk.slots) == (shards, whole.slots)
     assert chunk.numel == whole.numel if shards == 1 else chunk.shard_bytes % ALIGNMENT_BYTES == 0
     assert 0 <= chunk.numel - numel < shards * ALIGNMENT_BYTES
@@ -35,8 +35,12 @@ def test_divided_chunks_are_padded_to_equal_aligned_shards(numel: int, shards: i
 @pytest.mark.parametrize(("zero", "trained", "frozen"), [(0, 1, 1), (1, 4, 1), (2, 4, 1), (3, 4, 4)])
 def test_what_each_stage_divides(zero: int, trained: int, frozen: int) -> None:
     plan = Plan(mesh=FOUR, zero=zero)
-    assert (plan.shards(True), plan.shards(False)) == (trained, frozen)
-    assert replace(plan, mesh=Mesh()).shards(True) == 1, "there is nobody to share with"
+    chunks = [
+        ChunkLayout(0, 4, torch.float32, torch.float32, trainable, (), reduced_over=("data",))
+        for trainable in (True, False)
+    ]
+    assert [plan.shards(chunk) for chunk in chunks] == [trained, frozen]
+    assert plan.shards(replace(chunks[0], reduced_over=())) == 1, "there is nobody to share with"
 
 
 @STAGES

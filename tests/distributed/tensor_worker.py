@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import geminifx
 import torch
 from geminifx.compiler.parallel import Parallel
-from geminifx.runtime.isa.mesh import DATA
 from more_models import BERT, DETACHED, QWEN3
 from torch import Tensor
 from torch import distributed as dist
@@ -49,7 +48,7 @@ class Sharded(Training):
             return slice(0, ROWS)
         mesh = Parallel.of(self.parallel).mesh(None, 1)
         each = ROWS // mesh.data_size
-        return slice(mesh.coordinate(rank, DATA) * each, (mesh.coordinate(rank, DATA) + 1) * each)
+        return slice(mesh.data_rank(rank) * each, (mesh.data_rank(rank) + 1) * each)
 
     def batch(self, step: int, rows: slice) -> dict[str, Tensor]:
         """Some rows count few tokens, so that the ranks' parts weigh differently."""

@@ -131,6 +131,8 @@ EXACT = {
     "2, two backwards a step": Training(OPT, Own(accumulate=2), BFLOAT16, where="mixed", zero=2, micro=2),
     "3, streamed, in the backward": Training(OPT, Own(in_backward=True), BFLOAT16, where="streamed", zero=3),
     "3, gradients halved": Training(GPT2, Own(), BFLOAT16, zero=3, also="halve"),
+    "1, within the least": Training(OPT, Own(), {**BFLOAT16, "recompute": "all"}, tight=True, zero=1),
+    "2, within the least": Training(LLAMA, Own(), {**BFLOAT16, "recompute": "all"}, tight=True, zero=2),
 }
 """Where two processes add two numbers and masters are updated by our own kernels, every bit is that without ZeRO, also
 where all is saved and loaded on the way."""

@@ -3,12 +3,12 @@
 import pytest
 from geminifx.passes.average_loss import average_loss
 from geminifx.passes.program.plan import Plan
-from geminifx.runtime.isa.mesh import DATA, Axis, Mesh
+from geminifx.runtime.isa.mesh import Axis, Mesh
 
 
 @pytest.mark.parametrize("case", ["mean_of_a_loss", "fused_loss", "sums_and_other_outputs"])
 def test_before_and_after(golden, case):
-    golden(case, average_loss, Plan(mesh=Mesh((Axis(DATA, 2),))))
+    golden(case, average_loss, Plan(mesh=Mesh((Axis("data", 2, "data"),))))
 
 
 def test_alone_nothing_changes(captured, same):

@@ -283,7 +283,7 @@ def test_a_gradient_into_an_output_compiled_without_one_is_an_error() -> None:
 
 def run_text(text: str, *inputs: torch.Tensor, rank: int = 0) -> dict[str, torch.Tensor]:
     toy = Toy()
-    toy.machine.ranks = Ranks(Mesh((Axis("row", 2), Axis("col", 2))), rank)
+    toy.machine.ranks = Ranks(Mesh((Axis("row", 2, "tensor"), Axis("col", 2, "tensor"))), rank)
     roles = tuple(f"input:{i}" for i in range(len(inputs)))
     code = replace(toy.executor.code, name="evaluation", source=text, inputs=roles, reduces=NONE)
     return Executor(code, toy.machine, MemoryMeter()).evaluate(list(inputs))

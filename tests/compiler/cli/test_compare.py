@@ -39,6 +39,24 @@ def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
     assert 0 <= reduced.received_bytes - 2 * gradients * 3 // 4 <= 64, "the loss and the number of tokens besides"
 
 
+@pytest.mark.parametrize(("zero", "collective", "often"), [(0, "all-reduce", 2), (2, "reduce-scatter", 1)])
+def test_gradients_of_16_bits_are_exchanged_as_float32_unless_that_is_not_wanted(
+    zero: int, collective: str, often: int
+) -> None:
+    received, options = [], {"world_size": 4, "parallel": {"zero": zero}, "precision": "bf16"}
+    for asked in ({}, {"reduce_dtype": "compute"}):
+        compiled = geminifx.compile(opt(), example_inputs=tokens(batch=2), **options, **asked)
+        compiled.optimizer(torch.optim.AdamW, lr=1e-3)
+        plan = compiled.plan
+        gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks) * (1 if asked else 2)
+        found = max((e for e in plan.exchanges if e.collective == collective), key=lambda e: e.received_bytes)
+        assert 0 <= found.received_bytes - often * gradients * 3 // 4 <= 64
+        assert ("added up in the dtype they are computed in" if asked else "added up in float32") in str(plan)
+        assert geminifx.Plan.from_json(plan.to_json()) == plan
+        received.append(found.received_bytes)
+    assert received[0] == pytest.approx(2 * received[1], abs=64)
+
+
 def test_over_the_depth_every_gradient_is_exchanged_twice_too() -> None:
     parallel = {"tensor": {"mode": "2.5d", "size": 8, "depth": 2}}
     plan = geminifx.compile(opt(), parallel=parallel, world_size=8, example_inputs=tokens(batch=4)).plan

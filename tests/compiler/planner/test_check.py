@@ -50,7 +50,7 @@ def test_the_planners_own_plan_passes() -> None:
 
 
 def test_a_plan_of_parts_passes() -> None:
-    half = replace(with_slot(plan(), placement="tp=S0", shape=(4, 4)), mesh=Mesh((Axis("tp", 2),)))
+    half = replace(with_slot(plan(), placement="tp=S0", shape=(4, 4)), mesh=Mesh((Axis("tp", 2, "tensor"),)))
     check(half)
 
 
@@ -80,8 +80,16 @@ def test_a_plan_of_parts_passes() -> None:
             "the placement of '0.weight' is 'tp=S0', expected how it lies over the axes of this mesh, which are none;",
         ),
         (
-            lambda p: replace(with_slot(p, placement="tp=S0"), mesh=Mesh((Axis("tp", 2),))),
+            lambda p: replace(with_slot(p, placement="tp=S0"), mesh=Mesh((Axis("tp", 2, "tensor"),))),
             "the shape of '0.weight' is (8, 4), expected (8, 4), the parameter's, of which it is the part tp=S0;",
+        ),
+        (
+            lambda p: with_chunk(p, reduced_over=("data",)),
+            "layout.chunks[0].reduced_over is ('data',), expected (): along these axes of the mesh processes have",
+        ),
+        (
+            lambda p: replace(p, mesh=Mesh((Axis("data", 2, "data"), Axis("tp", 2, "tensor")))),
+            "chunks[0].reduced_over is (), expected ('data',): along these axes of the mesh processes have '0.weight'",
         ),
         (lambda p: with_slot(p, offset=1), "the offset of '0.weight' is 1, expected a multiple of 64 (256 bytes)"),
         (

@@ -2,9 +2,10 @@
 
 import torch
 from geminifx.compiler.planner.packing import SMALLEST_CHUNK_BYTES, pack
-from geminifx.passes.program.program import Program
+from geminifx.passes.program.program import Program, annotate
 from geminifx.passes.program.types import TensorType
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.isa.precision import cast_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +83,17 @@ def test_frozen_and_trained_and_dtypes_do_not_mix() -> None:
     low = pack(program(parameters), parameters, (), dtypes(parameters, torch.bfloat16))
     computes = {slot.name: chunk.dtype for chunk in low.chunks for slot in chunk.slots}
     assert computes == dict.fromkeys(("a", "frozen", "half", "b"), torch.bfloat16) | {"double": torch.float64}
+
+
+def test_parameters_whose_gradients_are_summed_over_other_axes_do_not_mix() -> None:
+    mesh = Mesh((Axis("data", 2, "data"), Axis("experts", 4, "expert"), Axis("tp", 2, "tensor")))
+    parameters = {name: floats(1) for name in ("router", "up", "head", "down")}
+    made = program(parameters)
+    for name in ("up", "down"):
+        annotate(made.inputs("parameter")[name], placement="experts=S0")
+    layout = pack(made, parameters, (), dtypes(parameters), mesh)
+    found = {tuple(ns): chunk.reduced_over for ns, chunk in zip(names(layout), layout.chunks, strict=True)}
+    assert found == {("router", "head"): ("data", "experts"), ("up", "down"): ("data",)}
 
 
 def test_a_tied_parameter_lives_once_where_it_is_used_first() -> None:

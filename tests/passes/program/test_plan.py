@@ -9,6 +9,7 @@ from geminifx.passes.program.plan import MemoryEstimate, Plan
 from geminifx.runtime.isa.formats import TorchFormat
 from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.isa.units import format_bytes
 
 PLAN = Plan(
@@ -16,11 +17,22 @@ PLAN = Plan(
     budget_bytes=24_000_000_000,
     layout=Layout(
         (
-            ChunkLayout(0, 192, torch.bfloat16, torch.float32, True, (Slot("a", 0, (8, 8)), Slot("b", 128, ()))),
-            ChunkLayout(1, 64, torch.float32, torch.float32, False, (Slot("frozen", 0, (64,)),)),
+            ChunkLayout(
+                0,
+                192,
+                torch.bfloat16,
+                torch.float32,
+                True,
+                (Slot("a", 0, (8, 8)), Slot("b", 128, ())),
+                reduced_over=("data", "depth"),
+            ),
+            ChunkLayout(
+                1, 64, torch.float32, torch.float32, False, (Slot("frozen", 0, (64,)),), reduced_over=("data",)
+            ),
         ),
         (("head", "a"),),
     ),
+    mesh=Mesh((Axis("data", 2, "data"), Axis("depth", 2, "replica"), Axis("row", 2, "tensor"))),
     recompute=("layers.0", "layers.1"),
     prefetch=2,
     homes=(Home(resident=True), Home(Where.DEVICE, resident=True)),
@@ -78,6 +90,8 @@ def _with(**changes):
         (_with(homes=[{"where": "moon", "resident": False}]), "'moon' is not a valid Where @ plan.homes\\[0\\].where"),
         (_with(format={"kind": "mine"}), "'mine', expected a kind of training state: torch, own"),
         (_with(outputs="logits"), "'logits', expected one of loss, all @ plan.outputs"),
+        (_with(reduce_dtype="bf16"), "'bf16', expected one of fp32, compute @ plan.reduce_dtype"),
+        (PLAN.to_json().replace('"replica"', '"copies"'), "'copies', expected one of data, .* @ plan.mesh.axes"),
         (PLAN.to_json().replace("bfloat16", "float17"), "float17"),
         (PLAN.to_json().replace("bfloat16", "nn"), "nn"),
     ],

@@ -21,7 +21,7 @@ from sharding import declared, plan_for, whole_step
 from torch import Tensor
 from zoo import Case, opt
 
-AXES = (Axis("a", 2), Axis("b", 2), Axis("c", 2))
+AXES = (Axis("a", 2, "replica"), Axis("b", 2, "tensor"), Axis("c", 2, "tensor"))
 ROWS, RATE = 64, 0.3
 DROPOUTS = """
 def before(x: "f32[64, 64] | input:0"):

@@ -94,7 +94,7 @@ def rows_of(node: fx.Node, types: list[TensorType], results: list[TensorType | N
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if rule_for(call.target) is not None])
 def test_every_row_is_true(name: str, ranks: int) -> None:
-    call, axes = CALLS[name], (Axis("tp", ranks),)
+    call, axes = CALLS[name], (Axis("tp", ranks, "tensor"),)
     _, node = call.program()
     given = call.given()
     types = [TensorType.of(t) for t in given]
@@ -152,7 +152,7 @@ def test_a_dimension_that_stays_is_always_followed(view: tuple[tuple[int, ...], 
 
 # -- exchange ----------------------------------------------------------------------------------------------
 
-CUBE = (Axis("a", 2), Axis("b", 2), Axis("c", 2))
+CUBE = (Axis("a", 2, "replica"), Axis("b", 2, "tensor"), Axis("c", 2, "tensor"))
 CUBES_ROLES = {axis.name: Role("whole") for axis in CUBE}
 
 
@@ -182,11 +182,11 @@ def test_parts_are_moved_from_everywhere_to_everywhere(now: Placements, then: Pl
 # -- operators ---------------------------------------------------------------------------------------------
 
 MESHES = {
-    "1d": (MODES["1d"], (Axis("tp", 2),)),
-    "1d x 4": (MODES["1d"], (Axis("tp", 4),)),
-    "sequence": (SEQUENCE, (Axis("tp", 2),)),
-    "2d": (MODES["2d"], (Axis("row", 2), Axis("col", 2))),
-    "2.5d": (MODES["2.5d"], (Axis("depth", 2), Axis("row", 2), Axis("col", 2))),
+    "1d": (MODES["1d"], (Axis("tp", 2, "tensor"),)),
+    "1d x 4": (MODES["1d"], (Axis("tp", 4, "tensor"),)),
+    "sequence": (SEQUENCE, (Axis("tp", 2, "tensor"),)),
+    "2d": (MODES["2d"], (Axis("row", 2, "tensor"), Axis("col", 2, "tensor"))),
+    "2.5d": (MODES["2.5d"], (Axis("depth", 2, "replica"), Axis("row", 2, "tensor"), Axis("col", 2, "tensor"))),
     "3d": (MODES["3d"], CUBE),
 }
 

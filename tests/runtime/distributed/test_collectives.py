@@ -10,7 +10,7 @@ from geminifx.runtime.isa.errors import StateError
 from geminifx.runtime.isa.mesh import Axis, Mesh
 from torch import Tensor
 
-FIRST = Ranks(Mesh((Axis("tp", 2),)), 0, launched=False)
+FIRST = Ranks(Mesh((Axis("tp", 2, "tensor"),)), 0, launched=False)
 
 
 class Filling:

@@ -12,8 +12,8 @@ from geminifx.runtime.isa.mesh import Axis, Mesh, Replicate, Shard, placements_t
 from hypothesis import given
 from hypothesis import strategies as st
 
-AXES = (Axis("row", 2), Axis("col", 3))
-MESH = Mesh((Axis("data", 2), *AXES))
+AXES = (Axis("row", 2, "tensor"), Axis("col", 3, "tensor"))
+MESH = Mesh((Axis("data", 2, "data"), *AXES))
 PLACEMENTS = st.sampled_from([Replicate(), Shard(0), Shard(1), Shard(0, 3), Shard(1, 2)])
 
 

@@ -91,7 +91,7 @@ def test_of_divided_chunks_the_longest_shard_is_streamed_longest() -> None:
 class TwoRanks(Zero):
     """The second of two processes, of which the first holds sevens and has no gradients."""
 
-    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor) -> None:
+    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:
         mine = shard.clone()
 
         class Filling:
@@ -113,11 +113,11 @@ class Second:
 
     def __init__(self, where: str, **declared: Any) -> None:
         layout = ChunkLayout(
-            0, 256, torch.float32, torch.float32, True, (Slot("a", 0, (4,)), Slot("b", 64, (2, 64))), shards=2
+            0, 256, torch.float32, torch.float32, True, (Slot("a", 0, (4,)), Slot("b", 64, (2, 64))), 2, ("data",)
         )
         self.parameters = {"a": nn.Parameter(torch.zeros(4)), "b": nn.Parameter(torch.arange(128.0).view(2, 64))}
         self.tiers = Tier("device"), Tier("host")
-        ranks = Ranks(Mesh((Axis("data", 2),)), 1, launched=False)
+        ranks = Ranks(Mesh((Axis("data", 2, "data"),)), 1, launched=False)
         chunks, format = ChunkStore(Layout((layout,)), self.parameters), OwnFormat(moments=0, **declared)
         hardware = Hardware(torch.device("cpu"), *self.tiers)
         self.store = OwnStore(chunks, hardware, format, Stats(), TwoRanks(ranks, 3))
