@@ -1,13 +1,12 @@
 """Two real processes, each with half of the batch, train as one process with all of it."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import torchrun
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -22,18 +21,10 @@ MOMENT, LR = 2**-12, 1e-2
 PARAMETER = 2**-14 * LR * STEPS
 
 
-def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    done = launch(HERE / "worker.py", str(out))
+    done = torchrun(HERE / "worker.py", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -41,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found_by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    done = launch(HERE / "worker.py", str(out), *IN_FOURS, ranks=4)
+    done = torchrun(HERE / "worker.py", str(out), *IN_FOURS, ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -96,6 +87,16 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any]) ->
     assert 0 < plain["skipped"] == divided["skipped"] < STEPS
     for ours, loss in zip(divided["losses"], plain["losses"], strict=True):
         assert abs(ours - loss) <= 2**-9 * loss
+
+
+@pytest.mark.xfail(strict=True, reason="sums of bfloat16 gradients are rounded after every term")
+def test_a_mean_of_bfloat16_gradients_is_rounded_once(found_by_four: dict[str, Any]) -> None:
+    """Plain PyTorch adds float32 gradients under autocast; here the ranks' own are of bfloat16, and their mean need
+    not lose more than the rounding to it, half of a bit in the last of eight places."""
+    gradients, means = zip(*found_by_four["averaged"], strict=True)
+    exact = torch.stack(gradients).double().mean(0)
+    for mean in means:
+        assert ((mean.double() - exact).abs() <= 2**-9 * exact.abs()).all()
 
 
 # Bytes per float32 parameter: the weights that compute, AdamW's moments, and on the host what gradients land in.

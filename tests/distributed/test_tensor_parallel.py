@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from launching import torchrun
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from tensor_worker import CASES, Sharded, logits  # noqa: E402
-from test_data_parallel import check, launch  # noqa: E402
+from test_data_parallel import check  # noqa: E402
 from worker import Trained, train  # noqa: E402
 
 
 def found_by(ranks: int, folder: Path) -> dict[str, Any]:
     out = folder / "found.pt"
-    done = launch(HERE / "tensor_worker.py", str(out), ranks=ranks)
+    done = torchrun(HERE / "tensor_worker.py", str(out), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
