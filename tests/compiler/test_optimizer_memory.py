@@ -131,7 +131,7 @@ def test_tiers_with_just_what_is_planned_are_enough(
     assert model.stats.step.device_peak_bytes <= model.plan.peak_bytes < 1.6 * model.stats.step.device_peak_bytes
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     widths=st.lists(st.integers(1, 96), min_size=1, max_size=4),
     batch=st.integers(1, 64),

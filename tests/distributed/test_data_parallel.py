@@ -11,14 +11,8 @@ from launching import torchrun
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from nearness import check  # noqa: E402
 from worker import CASES, EXACT, IN_FOURS, ROWS, STEPS, Trained, train  # noqa: E402
-
-# The ranks add their halves of a gradient, one process adds all rows: another order of sums of some hundred terms,
-# 2^-24 each. AdamW divides by the root of its square, so that it moves parameters by what is rounding alone, by lr
-# (1e-2) a step at most, where a gradient is rounding alone; everywhere else by its relative error, in every step anew.
-LOSS = 2**-18
-MOMENT, LR = 2**-12, 1e-2
-PARAMETER = 2**-14 * LR * STEPS
 
 
 @pytest.fixture(scope="module")
@@ -50,31 +44,12 @@ def one_process(name: str) -> Trained:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process(found: dict[str, Any], name: str) -> None:
-    check(found[name], one_process(name))
+    check(found[name], one_process(name), CASES[name])
 
 
 @pytest.mark.parametrize("name", IN_FOURS)
 def test_four_ranks_train_as_one_process(found_by_four: dict[str, Any], name: str) -> None:
-    check(found_by_four[name], one_process(name))
-
-
-def check(found: dict[str, Any], expected: Trained) -> None:
-    for agrees, ranks_losses, _ in found["ranks"]:
-        assert agrees, "all ranks hold the same bits"
-        for ours, loss in zip(ranks_losses, expected.losses, strict=True):
-            assert abs(ours - loss) <= LOSS * loss
-    apart = [(found["state"][key] - value).abs() for key, value in expected.state.items()]
-    steps = len(expected.losses)
-    assert max(a.max().item() for a in apart) <= 2 * LR * steps
-    far = sum((a > PARAMETER).sum().item() for a in apart)
-    assert far <= 0.02 * sum(a.numel() for a in apart), "all but a few, whose gradients are rounding alone"
-    ours, theirs = found["optimizer"]["state"], expected.optimizer["state"]
-    assert ours.keys() == theirs.keys() and found["optimizer"]["param_groups"] == expected.optimizer["param_groups"]
-    for moment in ("exp_avg", "exp_avg_sq"):
-        largest = max(state[moment].abs().max().item() for state in theirs.values())
-        for number, state in theirs.items():
-            assert ours[number]["step"] == state["step"] and ours[number][moment].shape == state[moment].shape
-            assert (ours[number][moment] - state[moment]).abs().max() <= MOMENT * largest
+    check(found_by_four[name], one_process(name), CASES[name])
 
 
 @pytest.mark.parametrize("name", EXACT)

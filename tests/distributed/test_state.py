@@ -135,7 +135,7 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
-@pytest.mark.all
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CHAIN)), ids=list(CHAIN))
 def test_eight_ranks_go_on_from_another_mode(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], number: int
@@ -153,7 +153,7 @@ def test_eight_ranks_go_on_from_another_mode(
         close(rank, uninterrupted[number + 1])
 
 
-@pytest.mark.all
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
 def test_one_process_goes_on_from_eight_ranks(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], name: str

@@ -5,7 +5,7 @@ Rank 0 writes what it found to OUT; `test_data_parallel.py` compares that with o
 
 import os
 import sys
-import time
+import threading
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,13 +185,22 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
 
 
 def delay(machine: Any) -> None:
-    update = machine._update_on_host
+    """Let the worker update only while somebody waits for it."""
+    update, wait, waited_for = machine._update_on_host, machine.worker.wait, threading.Event()
+
+    def waiting(*args: Any) -> Any:
+        waited_for.set()
+        try:
+            return wait(*args)
+        finally:
+            waited_for.clear()
 
     def late(*args: Any) -> Any:
-        time.sleep(0.02)
+        if not waited_for.wait(60):
+            raise TimeoutError("nobody has waited for the update")
         return update(*args)
 
-    machine._update_on_host = late
+    machine.worker.wait, machine._update_on_host = waiting, late
 
 
 def state_bytes(model: geminifx.CompiledModule) -> int:

@@ -26,19 +26,63 @@ import torch
 from geminifx.runtime.isa.torch_private import unmetered
 from torch import Tensor
 
-Pairs = list[tuple[Tensor, Tensor]]
-Halves = tuple[Callable[[], None], Callable[[], None]]
 _LOCK = threading.RLock()
 """Held while copies run: several threads wait for them."""
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class Coming:
+    """A copy from the host, of pairs of target and source."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.read: Pairs = []
+        self.overwritten: list[str] = []
+
+    def on_device(self) -> None:
+        for target, source in self.pairs:
+            target.copy_(source)
+        self.read = [(source, source.clone()) for _, source in self.pairs]
+        self.pairs = []  # the device's memory is the program's again
+
+    def check(self) -> None:
+        for source, found in self.read:
+            if not torch.equal(source.view(torch.uint8), found.view(torch.uint8)):
+                self.overwritten.append(f"{tuple(source.shape)} {source.dtype} was overwritten while it was copied")
+
+    def read_again(self) -> None:
+        """What the device writes there afterwards is in order."""
+        self.read = [(source, source.clone()) for source, _ in self.read]
+
+    def on_host(self) -> None:
+        self.check()
+        self.read = []
+
+
+class Leaving:
+    """A copy to the host, of pairs of target and source."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.left: Pairs = []
+
+    def on_device(self) -> None:
+        self.left = [(target, source.clone()) for target, source in self.pairs]
+        self.pairs = []
+
+    def on_host(self) -> None:
+        for target, value in self.left:
+            target.copy_(value)
+        self.left = []
 
 
 @dataclass(eq=False)
 class Work:
-    """A copy, or a mark, and what it comes after. The device's half runs before the host knows that all is done."""
+    """A copy, or a mark, and what it comes after."""
 
     after: tuple["Work", ...]
-    device_half: Callable[[], None] = lambda: None
-    host_half: Callable[[], None] = lambda: None
+    copy: Coming | Leaving | None = None
     launched: bool = False
     ended: bool = False
 
@@ -46,34 +90,49 @@ class Work:
         """Whether the host may take it for done. Nobody is in a hurry: only if somebody has waited for it."""
         return self.ended
 
+    def launch(self) -> None:
+        """The device waits."""
+        with _LOCK, unmetered():
+            for work in self._all_before(lambda work: work.launched):
+                if isinstance(work.copy, Coming):
+                    work._let_arrive()
+                if work.copy is not None:
+                    work.copy.on_device()
+                work.launched = True
+
+    def _let_arrive(self) -> None:
+        """It reads the host's memory as the device's copies before it have left it, whether the host knows or not."""
+        before = [work.copy for work in self._all_before(lambda work: work.ended) if work is not self]
+        coming = [copy for copy in before if isinstance(copy, Coming)]
+        for copy in coming:
+            copy.check()
+        for copy in before:
+            if isinstance(copy, Leaving):
+                copy.on_host()
+        for copy in coming:
+            copy.read_again()
+
     def synchronize(self) -> None:
         """The host waits."""
         self.launch()
-        with _LOCK:
-            for work in self._pending(lambda work: work.ended):
-                work.host_half()
+        with _LOCK, unmetered():
+            for work in self._all_before(lambda work: work.ended):
+                if work.copy is not None:
+                    work.copy.on_host()
                 work.ended, work.after = True, ()
-                work.device_half = work.host_half = lambda: None
 
-    def launch(self) -> None:
-        """The device waits."""
-        with _LOCK:
-            for work in self._pending(lambda work: work.launched):
-                work.device_half()
-                work.launched = True
-
-    def _pending(self, is_done: Callable[["Work"], bool]) -> Iterator["Work"]:
-        """This and all that it comes after, each behind what it comes after itself."""
+    def _all_before(self, is_done: Callable[["Work"], bool]) -> list["Work"]:
+        """This and all that it comes after but what is done, each behind what it comes after itself."""
+        found: dict[Work, None] = {}
         stack = [(self, False)]
         while stack:
             work, comes_next = stack.pop()
-            if is_done(work):
-                continue
             if comes_next:
-                yield work
-            else:
+                found[work] = None
+            elif work not in found and not is_done(work):
                 stack.append((work, True))
                 stack.extend((before, False) for before in work.after)
+        return list(found)
 
 
 @dataclass
@@ -87,24 +146,44 @@ class Stream:
         return (*self.arrived, *((self.last,) if self.last is not None else ()))
 
 
+class Launches:
+    """The stream of each thread's launches: the device's own, which all threads and engines share, or another."""
+
+    def __init__(self) -> None:
+        self._shared, self._local = Stream(), threading.local()
+
+    @property
+    def stream(self) -> Stream:
+        return getattr(self._local, "stream", self._shared)
+
+    @contextmanager
+    def to(self, stream: Stream) -> Iterator[None]:
+        before, self._local.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self._local.stream = before
+
+
 class LateCopies:
-    """Each copy runs when somebody waits for it, behind those that its stream was given before. `violations` tells of
-    sources on the host that were overwritten while they were copied."""
+    """Each copy runs when somebody waits for it, behind those that its stream was given before. Engines of one device
+    share its `launches`."""
 
     opens = False
     """Whether `arrive` leaves the host's half of a copy to do."""
 
-    def __init__(self) -> None:
-        self.up, self.down = Stream(), Stream()
-        self.violations: list[str] = []
-        self.count = 0
-        self._compute, self._side, self._between = Stream(), Stream(), Stream()
-        self._current = threading.local()
+    def __init__(self, launches: Launches | None = None) -> None:
+        self.launches = launches or Launches()
+        self.up, self.down, self.side, self.between = Stream(), Stream(), Stream(), Stream()
+        self.coming: list[Coming] = []
 
-    # -- the protocol of copy engines ----------------------------------------------------------------------
+    @property
+    def violations(self) -> list[str]:
+        """Sources on the host that were overwritten while they were copied."""
+        return [told for copy in self.coming for told in copy.overwritten]
 
     def mark(self) -> Work | None:
-        stream = self._stream
+        stream = self.launches.stream
         with _LOCK:
             before = tuple(work for work in stream.before_next() if not work.ended)
             return self._put(stream, Work(before)) if before else None
@@ -116,33 +195,24 @@ class LateCopies:
         return self.all_to_host([(target, source)], *after)
 
     def all_to_device(self, pairs: Iterable[tuple[Tensor, Tensor]], *after: Work | None) -> Work:
-        return self._copy(self.up, self._coming, pairs, after)
+        copy = Coming(_detached(pairs))
+        self.coming.append(copy)
+        return self._copy(self.up, copy, after)
 
     def all_to_host(self, pairs: Iterable[tuple[Tensor, Tensor]], *after: Work | None) -> Work:
-        return self._copy(self.down, self._leaving, pairs, after)
+        return self._copy(self.down, Leaving(_detached(pairs)), after)
 
     def aside(self, *after: Work | None) -> AbstractContextManager[None]:
-        return self._on(self._side, after)
+        return self._on(self.side, after)
 
     def exchange(self, *after: Work | None) -> AbstractContextManager[None]:
-        return self._on(self._between, after)
-
-    @contextmanager
-    def _on(self, stream: Stream, after: tuple[Work | None, ...]) -> Iterator[None]:
-        before = self._stream
-        for work in after or (self.mark(),):
-            self._arrive_in(stream, work)
-        self._current.stream = stream
-        try:
-            yield
-        finally:
-            self._current.stream = before
+        return self._on(self.between, after)
 
     def arrive(self, arrival: Work | None) -> None:
-        self._arrive_in(self._stream, arrival)
+        self._arrive_in(self.launches.stream, arrival)
 
     def join(self) -> None:
-        for stream in (self.up, self.down, self._side, self._between):
+        for stream in (self.up, self.down, self.side, self.between):
             for work in stream.before_next():
                 self.arrive(work)
 
@@ -150,58 +220,22 @@ class LateCopies:
         if arrival is not None:
             arrival.synchronize()
 
-    # -- copies --------------------------------------------------------------------------------------------
+    @contextmanager
+    def _on(self, stream: Stream, after: tuple[Work | None, ...]) -> Iterator[None]:
+        for work in after or (self.mark(),):
+            self._arrive_in(stream, work)
+        with self.launches.to(stream):
+            yield
 
-    @property
-    def _stream(self) -> Stream:
-        """That of the calling thread's launches: threads share the device's default stream."""
-        return getattr(self._current, "stream", self._compute)
+    def _copy(self, stream: Stream, copy: Coming | Leaving, after: tuple[Work | None, ...]) -> Work:
+        waited_for = tuple(work for work in after or (self.mark(),) if work is not None)
+        with _LOCK:
+            return self._put(stream, Work((*stream.before_next(), *waited_for), copy))
 
     @staticmethod
     def _put(stream: Stream, work: Work) -> Work:
         stream.last, stream.arrived = work, []
         return work
-
-    def _copy(self, stream: Stream, halves: Callable[[Pairs], Halves], pairs: Iterable[tuple[Tensor, Tensor]],
-              after: tuple[Work | None, ...]) -> Work:  # fmt: skip
-        self.count += 1
-        found = [(target.detach(), source.detach()) for target, source in pairs]
-        waited_for = tuple(work for work in after or (self.mark(),) if work is not None)
-        with _LOCK:
-            return self._put(stream, Work((*stream.before_next(), *waited_for), *halves(found)))
-
-    def _coming(self, pairs: Pairs) -> Halves:
-        read: list[tuple[Tensor, Tensor]] = []
-
-        def device_half() -> None:
-            with unmetered():
-                for target, source in pairs:
-                    target.copy_(source)
-                read.extend((source, source.clone()) for _, source in pairs)
-            pairs.clear()  # the device's memory is the program's again
-
-        def host_half() -> None:
-            for source, found in read:
-                if not torch.equal(source.view(torch.uint8), found.view(torch.uint8)):
-                    self.violations.append(f"{tuple(source.shape)} {source.dtype} was overwritten while it was copied")
-
-        return device_half, host_half
-
-    @staticmethod
-    def _leaving(pairs: Pairs) -> Halves:
-        found: list[tuple[Tensor, Tensor]] = []
-
-        def device_half() -> None:
-            with unmetered():
-                found.extend((target, source.clone()) for target, source in pairs)
-            pairs.clear()
-
-        def host_half() -> None:
-            with unmetered():
-                for target, value in found:
-                    target.copy_(value)
-
-        return device_half, host_half
 
     def _arrive_in(self, stream: Stream, arrival: Work | None) -> None:
         if arrival is None:
@@ -211,12 +245,18 @@ class LateCopies:
             return
         arrival.launch()
         with _LOCK:
-            stream.arrived = [work for work in stream.arrived if not work.ended]
-            if not arrival.ended:
-                stream.arrived.append(arrival)
+            stream.arrived = [work for work in (*stream.arrived, arrival) if not work.ended]
 
 
 class OpenCopies(LateCopies):
     """As `LateCopies`, but a wait of the device tells the host nothing."""
 
     opens = True
+
+
+def _detached(pairs: Iterable[tuple[Tensor, Tensor]]) -> Pairs:
+    return [(target.detach(), source.detach()) for target, source in pairs]
+
+
+BY_NAME = {"late": LateCopies, "open": OpenCopies}
+ENGINES = ("immediate", *BY_NAME)

@@ -81,7 +81,7 @@ def test_pairs_refuse_other_dtypes():
 # -- one arithmetic ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     numel=st.integers(0, 200),
     seed=st.integers(0, 10_000),

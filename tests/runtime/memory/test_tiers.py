@@ -1,8 +1,8 @@
 """Tiers and the meter: every byte is counted once, for as long as it lives, and the limit is hard."""
 
 import signal
+import threading
 from collections.abc import Iterator
-from threading import Timer
 
 import pytest
 import torch
@@ -34,7 +34,16 @@ def test_a_charge_beyond_the_limit_books_nothing_and_says_why() -> None:
 def test_a_patient_tier_waits_for_what_another_thread_lets_go() -> None:
     tier = Tier("device", 100, patience_s=60.0)
     tier.charge(60, "a")
-    thread = Timer(0.05, tier.refund, (60,))
+    looked = threading.Event()
+    fits = tier._fits
+
+    def look(num_bytes: int) -> bool:
+        found = fits(num_bytes)
+        looked.set()
+        return found
+
+    tier._fits = look  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: looked.wait(10) and tier.refund(60))
     thread.start()
     tier.charge(60, "b")
     thread.join()

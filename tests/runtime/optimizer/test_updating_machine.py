@@ -16,7 +16,10 @@ from geminifx.runtime.memory.tiers import Tier
 from geminifx.runtime.optimizer.own_states import StatePlacing
 from geminifx.runtime.optimizer.slot_source import make_lazy
 from geminifx.runtime.optimizer.updating_machine import UpdatingMachine
+from late_copies import ENGINES
 from torch import Tensor, nn
+
+pytestmark = [pytest.mark.usefixtures("copies"), pytest.mark.parametrize("copies", ENGINES, indirect=True)]
 
 NONE: frozenset[int] = frozenset()
 BOTH = frozenset({0, 1})
