@@ -25,7 +25,9 @@ _IS_AVAILABLE = torch.cuda.is_available
 HAS_CUDA = torch.cuda.is_available()
 """Asked before the environment changes: the driver reads that once, when it is first asked."""
 
-hypothesis.settings.register_profile("tests", derandomize="CI" in os.environ)
+# No clock decides: neither how long an example takes, nor how long it takes to draw one.
+_NO_CLOCK = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("tests", **_NO_CLOCK, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("tests")
 
 
