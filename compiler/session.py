@@ -31,7 +31,6 @@ from ..runtime.memory.chunks import ChunkStore
 from ..runtime.memory.hardware import Hardware
 from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stats import Stats
-from ..runtime.memory.streams import copy_engine
 from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
@@ -84,7 +83,6 @@ class Session:
             self.device.torch_device,
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
             Tier("host", self.limits.host_bytes),
-            copy_engine,
         )
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.plan: Plan | None = None

@@ -1,6 +1,5 @@
 """The two sides of the machine: a device and the host, the accounts of their memory, and who copies between them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,14 +13,16 @@ from .tiers import Tier
 class Hardware:
     """What stores of training states keep these on.
 
-    `device` computes; "cpu" stands for a budgeted arena in RAM. `new_copies` makes a copy engine for it, with
-    streams of its own.
+    `device` computes; "cpu" stands for a budgeted arena in RAM.
     """
 
     device: torch.device
     device_tier: Tier = field(default_factory=lambda: Tier("device"))
     host_tier: Tier = field(default_factory=lambda: Tier("host"))
-    new_copies: Callable[[torch.device], CopyEngine] = copy_engine
+
+    def new_copies(self) -> CopyEngine:
+        """A copy engine with streams of its own."""
+        return copy_engine(self.device)
 
     @property
     def is_cuda(self) -> bool:

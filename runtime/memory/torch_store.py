@@ -36,7 +36,7 @@ class TorchStore:
         self.format = format
         self.stats = stats
         self.ranks = ranks
-        self.copies = hardware.new_copies(hardware.device)
+        self.copies = hardware.new_copies()
         self.homes: dict[int, Home] = {}
         self._charged: dict[int, tuple[int, int]] = {}
         self._arrivals: dict[int, Arrival] = {}

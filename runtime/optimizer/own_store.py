@@ -53,7 +53,7 @@ class OwnStore:
         self.format = format
         self.stats = stats
         self.zero = zero
-        self.copies = hardware.new_copies(hardware.device)
+        self.copies = hardware.new_copies()
         self.exchange = zero.ranks.collectives
         self.states = OwnStates(chunks, hardware, format, zero)
         self.worker = Worker()
@@ -134,10 +134,13 @@ class OwnStore:
         return whole
 
     def arrive(self, chunk: Chunk, weights: Tensor) -> None:
-        self.tickets.arrive(chunk.layout.index)
+        index = chunk.layout.index
+        updated = self.tickets.take(index)
+        if updated is not None:  # or a copy that the worker has started behind the update: `finish` waits for it, too
+            self._arrivals[index] = updated
         if self.exchange.is_under_way(weights):
             self.exchange.finish(weights)
-        self.copies.arrive(self._arrivals.get(chunk.layout.index))
+        self.copies.arrive(self._arrivals.get(index))
 
     def release(self, chunk: Chunk) -> None:
         self.updater.released[chunk.layout.index] = self.copies.mark()

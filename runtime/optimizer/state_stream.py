@@ -28,7 +28,7 @@ class StateStream:
     """
 
     def __init__(self, hardware: Hardware, like: ChunkState, *, with_gradients: bool) -> None:
-        self.copies = hardware.new_copies(hardware.device)
+        self.copies = hardware.new_copies()
         self.numel = min(STREAM_PIECE, like.layout.numel)
         self._device = hardware.device
         self._buffers = [self._new_buffer(like, with_gradients) for _ in range(STREAM_BUFFERS)]

@@ -196,7 +196,7 @@ def test_results_held_through_the_next_step_are_within_the_plan(training: bool) 
     assert 800_000 < model.stats.device_peak_bytes <= refused.value.smallest_bytes
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     widths=st.lists(st.integers(1, 96), min_size=1, max_size=5),
     batch=st.integers(1, 64),

@@ -18,7 +18,7 @@ from geminifx.runtime.isa.homes import Home, Where
 from torch import Tensor, nn
 from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_bytes, tokens
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.cuda
 
 PLACEMENTS = ("cpu", "cuda", "auto")
 BUDGET = "3GB"  # the driver's context takes a part of it, on every card

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import operator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,38 @@ def test_buffers_under_two_names() -> None:
 
     plain, x = Shared(), torch.ones(2, 4)
     assert torch.equal(geminifx.compile(copy.deepcopy(plain))(x), plain(x))
+
+
+REASSIGNED = pytest.mark.xfail(strict=True, reason="a buffer that the forward replaces keeps its old value")
+WRITES = {
+    "self.n.add_(1)": lambda model, x: model.n.add_(1),
+    "self.n[0] = ...": lambda model, x: model.n[:1].copy_(model.n[:1] + 1),
+    "self.n += 1": lambda model, x: model.__setattr__("n", operator.iadd(model.n, 1)),
+    "self.n = self.n + 1": lambda model, x: model.__setattr__("n", model.n + 1),
+    "self.n = mean": lambda model, x: model.__setattr__("n", 0.9 * model.n + 0.1 * x.detach().mean(0)),
+    "self.n.data = ...": lambda model, x: model.n.__setattr__("data", model.n + 1),
+    "self._buffers[...] = ...": lambda model, x: model._buffers.__setitem__("n", model.n + 1),
+}
+"""Ways to write to a buffer, of which the last four replace it."""
+
+
+@pytest.mark.parametrize("write", [*list(WRITES)[:3], *(pytest.param(w, marks=REASSIGNED) for w in list(WRITES)[3:])])
+def test_buffers_that_the_forward_writes_to_keep_their_values(write: str) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("n", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            WRITES[write](self, x)
+            return self.layer(x) + self.n
+
+    plain, x = Counts(), torch.ones(2, 4)
+    model = geminifx.compile(copy.deepcopy(plain))
+    for _ in range(3):
+        assert torch.equal(model(x), plain(x))
+    assert torch.equal(model.n, plain.n)
 
 
 # -- programs ----------------------------------------------------------------------------------------------

@@ -16,12 +16,19 @@ import torch
 from geminifx.runtime.isa.errors import BudgetError, StateError
 from geminifx.runtime.memory.lazy_parameter import LazyParameter
 from geminifx.runtime.optimizer.chunk_optimizer import GROWTH_STEPS, ChunkOptimizer
+from late_copies import BY_NAME
 from optimizing import ADAMW, KINDS, NET, Loop, held_gradients, last, placed, plain, same_moments, same_weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 from transformers import GPT2LMHeadModel
 from zoo import BLOCKS, GPT2, OPT, compiled, opt, tokens
+
+LATE = [pytest.param(engine, marks=pytest.mark.slow) for engine in BY_NAME]
+pytestmark = [
+    pytest.mark.usefixtures("copies"),
+    pytest.mark.parametrize("copies", ["immediate", *LATE], indirect=True),
+]
 
 
 def ours(where: str = "mixed", precision: str | None = None, **declared: Any) -> tuple[Any, ChunkOptimizer]:
@@ -554,7 +561,7 @@ def test_an_update_that_fails_on_the_host_ends_the_run(in_backward: bool) -> Non
                 act()
     with pytest.raises(StateError, match="on the host failed"):
         backward(model)
-    assert hosts() == threads, "the thread has ended, and holds nothing"
+    assert hosts() <= threads, "the thread has ended, and holds nothing"
 
 
 def test_the_thread_ends_with_the_model() -> None:

@@ -143,7 +143,7 @@ KINDS_OF_HOME = {
 }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     widths=st.lists(st.integers(1, 96), min_size=1, max_size=4),
     batch=st.integers(1, 64),

@@ -5,7 +5,6 @@ from typing import Any
 
 import geminifx
 import pytest
-import torch
 from geminifx.compiler.options import Options
 from zoo import MLP, OPT, compiled
 
@@ -58,7 +57,6 @@ def test_a_mistake_is_answered(options: dict[str, Any], answer: str) -> None:
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         geminifx.compile(MLP.seeded(), device="cuda")

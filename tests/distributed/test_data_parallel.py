@@ -1,39 +1,24 @@
 """Two real processes, each with half of the batch, train as one process with all of it."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import torchrun
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from nearness import check  # noqa: E402
 from worker import CASES, EXACT, IN_FOURS, ROWS, STEPS, Trained, train  # noqa: E402
-
-# The ranks add their halves of a gradient, one process adds all rows: another order of sums of some hundred terms,
-# 2^-24 each. AdamW divides by the root of its square, so that it moves parameters by what is rounding alone, by lr
-# (1e-2) a step at most, where a gradient is rounding alone; everywhere else by its relative error, in every step anew.
-LOSS = 2**-18
-MOMENT, LR = 2**-12, 1e-2
-PARAMETER = 2**-14 * LR * STEPS
-
-
-def launch(script: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    done = launch(HERE / "worker.py", str(out))
+    done = torchrun(HERE / "worker.py", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -41,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found_by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    done = launch(HERE / "worker.py", str(out), *IN_FOURS, ranks=4)
+    done = torchrun(HERE / "worker.py", str(out), *IN_FOURS, ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -59,31 +44,12 @@ def one_process(name: str) -> Trained:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one_process(found: dict[str, Any], name: str) -> None:
-    check(found[name], one_process(name))
+    check(found[name], one_process(name), CASES[name])
 
 
 @pytest.mark.parametrize("name", IN_FOURS)
 def test_four_ranks_train_as_one_process(found_by_four: dict[str, Any], name: str) -> None:
-    check(found_by_four[name], one_process(name))
-
-
-def check(found: dict[str, Any], expected: Trained) -> None:
-    for agrees, ranks_losses, _ in found["ranks"]:
-        assert agrees, "all ranks hold the same bits"
-        for ours, loss in zip(ranks_losses, expected.losses, strict=True):
-            assert abs(ours - loss) <= LOSS * loss
-    apart = [(found["state"][key] - value).abs() for key, value in expected.state.items()]
-    steps = len(expected.losses)
-    assert max(a.max().item() for a in apart) <= 2 * LR * steps
-    far = sum((a > PARAMETER).sum().item() for a in apart)
-    assert far <= 0.02 * sum(a.numel() for a in apart), "all but a few, whose gradients are rounding alone"
-    ours, theirs = found["optimizer"]["state"], expected.optimizer["state"]
-    assert ours.keys() == theirs.keys() and found["optimizer"]["param_groups"] == expected.optimizer["param_groups"]
-    for moment in ("exp_avg", "exp_avg_sq"):
-        largest = max(state[moment].abs().max().item() for state in theirs.values())
-        for number, state in theirs.items():
-            assert ours[number]["step"] == state["step"] and ours[number][moment].shape == state[moment].shape
-            assert (ours[number][moment] - state[moment]).abs().max() <= MOMENT * largest
+    check(found_by_four[name], one_process(name), CASES[name])
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -96,6 +62,16 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any]) ->
     assert 0 < plain["skipped"] == divided["skipped"] < STEPS
     for ours, loss in zip(divided["losses"], plain["losses"], strict=True):
         assert abs(ours - loss) <= 2**-9 * loss
+
+
+@pytest.mark.xfail(strict=True, reason="sums of bfloat16 gradients are rounded after every term")
+def test_a_mean_of_bfloat16_gradients_is_rounded_once(found_by_four: dict[str, Any]) -> None:
+    """Plain PyTorch adds float32 gradients under autocast; here the ranks' own are of bfloat16, and their mean need
+    not lose more than the rounding to it, half of a bit in the last of eight places."""
+    gradients, means = zip(*found_by_four["averaged"], strict=True)
+    exact = torch.stack(gradients).double().mean(0)
+    for mean in means:
+        assert ((mean.double() - exact).abs() <= 2**-9 * exact.abs()).all()
 
 
 # Bytes per float32 parameter: the weights that compute, AdamW's moments, and on the host what gradients land in.

@@ -1,38 +1,32 @@
 """What the ranks say when one of them goes wrong: each ends with an error that names the rank."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import geminifx
 import pytest
 import torch
 from geminifx.runtime.isa.errors import StateError
+from launching import ranks_of
 from torch import nn
 
 SCRIPT = Path(__file__).parent / "faults.py"
 
 
-@pytest.fixture(scope="module")
-def said() -> list[dict[str, tuple[str, str]]]:
+Said = dict[str, tuple[str, str]]
+
+
+def said_by(*arguments: str, codes: tuple[int, int]) -> list[Said]:
     """Per rank, fault -> (error, message)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):  # without torchrun, which would end rank 0 when rank 1 dies, before it has told why
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        ranks.append(
-            subprocess.Popen([sys.executable, str(SCRIPT)], env=environment, stdout=subprocess.PIPE, text=True)
-        )
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 7]
-    lines = [[json.loads(line) for line in output.splitlines() if line.startswith("[")] for output in outputs]
+    ended = ranks_of(SCRIPT, *arguments)
+    assert tuple(code for code, _ in ended) == codes
+    lines = [[json.loads(line) for line in output.splitlines() if line.startswith("[")] for _, output in ended]
     return [{fault: (error, message) for fault, error, message in rank} for rank in lines]
+
+
+@pytest.fixture(scope="module")
+def said() -> list[Said]:
+    return said_by(codes=(0, 7))
 
 
 def test_without_a_fault_nothing_is_raised(said) -> None:
@@ -52,6 +46,15 @@ def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
     for rank in said:
         found, text = rank[fault]
         assert found == error and message in text
+
+
+@pytest.mark.xfail(strict=True, reason="ranks compare their first batch alone; a later one of another shape hangs them")
+@pytest.mark.parametrize("when", ["examples", "steps"])
+def test_every_rank_is_told_of_a_later_batch_of_another_shape(when: str) -> None:
+    """A shorter last batch, as loaders without drop_last make it. Today ranks wait until the time-out."""
+    for rank in said_by(when, codes=(0, 0)):
+        error, text = rank["later batches"]
+        assert error == "StateError" and "rank(s) 1 differs from that of rank 0" in text
 
 
 def test_the_death_of_a_rank_ends_the_others(said) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from launching import torchrun
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from state_worker import CHAIN, CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
-from test_data_parallel import launch  # noqa: E402
 
 # Sums are taken in another order than in one process; in bfloat16 that moves weights by a rounding now and then.
 CLOSE = {"own": 2e-5, "torch's": 2e-5, "own, bf16": 1e-2}
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         alone[of, kind] = {"saved": saved, **train(model, optimizer, MODELS[of], STEPS), "state": values(model)}
     torch.save(alone, folder / "alone.pt")
     (folder / "file").write_text("not a directory")
-    done = launch(HERE / "state_worker.py", str(folder), ranks=4)
+    done = torchrun(HERE / "state_worker.py", str(folder), ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -113,7 +113,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, optimizer = make(MODELS["opt"], "own")
     train(model, optimizer, MODELS["opt"], 0)
     geminifx.save_checkpoint(model, optimizer, folder / "one")
-    done = launch(HERE / "state_worker.py", str(folder), ranks=8)
+    done = torchrun(HERE / "state_worker.py", str(folder), ranks=8)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -135,7 +135,7 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
-@pytest.mark.all
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CHAIN)), ids=list(CHAIN))
 def test_eight_ranks_go_on_from_another_mode(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], number: int
@@ -153,7 +153,7 @@ def test_eight_ranks_go_on_from_another_mode(
         close(rank, uninterrupted[number + 1])
 
 
-@pytest.mark.all
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
 def test_one_process_goes_on_from_eight_ranks(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], name: str

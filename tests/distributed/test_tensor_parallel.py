@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from launching import torchrun
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from nearness import check  # noqa: E402
 from tensor_worker import CASES, Sharded, logits  # noqa: E402
-from test_data_parallel import check, launch  # noqa: E402
 from worker import Trained, train  # noqa: E402
 
 
 def found_by(ranks: int, folder: Path) -> dict[str, Any]:
     out = folder / "found.pt"
-    done = launch(HERE / "tensor_worker.py", str(out), ranks=ranks)
+    done = torchrun(HERE / "tensor_worker.py", str(out), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -41,7 +42,7 @@ def one_process(training: str, ranks: int) -> Trained:
 
 @pytest.mark.parametrize("name", CASES[4])
 def test_four_ranks_train_as_one_process(by_four: dict[str, Any], name: str) -> None:
-    check(by_four[name], one_process(name, 4))
+    check(by_four[name], one_process(name, 4), CASES[4][name])
 
 
 def test_random_numbers_are_apart_and_generators_stay_in_step(by_four: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ def test_logits_that_are_asked_for_come_back_whole(by_four: dict[str, Any]) -> N
     torch.testing.assert_close(by_four["logits"], logits(), rtol=0, atol=2**-18)
 
 
-@pytest.mark.all
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES[8])
 def test_eight_ranks_train_as_one_process(by_eight: dict[str, Any], name: str) -> None:
-    check(by_eight[name], one_process(name, 8))
+    check(by_eight[name], one_process(name, 8), CASES[8][name])

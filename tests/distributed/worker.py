@@ -5,7 +5,7 @@ Rank 0 writes what it found to OUT; `test_data_parallel.py` compares that with o
 
 import os
 import sys
-import time
+import threading
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,13 +184,22 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
 
 
 def delay(updater: Any) -> None:
-    update = updater._update_on_host
+    """Let the worker update only while somebody waits for it."""
+    update, wait, waited_for = updater._update_on_host, updater.tickets.worker.wait, threading.Event()
+
+    def waiting(*args: Any) -> Any:
+        waited_for.set()
+        try:
+            return wait(*args)
+        finally:
+            waited_for.clear()
 
     def late(*args: Any) -> Any:
-        time.sleep(0.02)
+        if not waited_for.wait(60):
+            raise TimeoutError("nobody has waited for the update")
         return update(*args)
 
-    updater._update_on_host = late
+    updater.tickets.worker.wait, updater._update_on_host = waiting, late
 
 
 def state_bytes(model: geminifx.CompiledModule) -> int:
@@ -219,6 +228,14 @@ def same(one: Trained, other: Trained) -> bool:
     return one.losses == other.losses and equal_weights and equal_moments
 
 
+def averaged(rank: int) -> tuple[Tensor, Tensor]:
+    """A bfloat16 gradient as this rank has it, and the mean over the ranks that arrives in `.grad`."""
+    x = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    model = geminifx.compile(nn.Linear(x.numel(), 1, bias=False), precision="bf16", example_inputs=(x.float(),))
+    model(x.float()).sum().backward()
+    return x[0], next(model.parameters()).grad[0].clone()
+
+
 def main(out: Path, *names: str) -> None:
     found: dict[str, Any] = {}
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -231,6 +248,10 @@ def main(out: Path, *names: str) -> None:
     for name, training in ({} if names else EXACT).items():
         plain = train(replace(training, zero=0), rows)
         found[name] = same(train(training, rows, resume_at=2 if training.also else -1), plain)
+    if ranks > 2:
+        everyones: list[Any] = [None] * ranks
+        dist.all_gather_object(everyones, averaged(rank))
+        found["averaged"] = everyones
     if not names:
         found["overflow"] = [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
     if dist.get_rank() == 0:

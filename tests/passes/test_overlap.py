@@ -163,7 +163,7 @@ def program_of(steps: list[tuple[str, int]]) -> Program:
     return program
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([*OPERATIONS, "overwrite"]), st.integers(0, 15)), min_size=1, max_size=16))
 def test_any_program_computes_the_same_bits(steps: list[tuple[str, int]]) -> None:
     plan, before = plan_for(declared("2d", 4)), program_of(steps)

@@ -106,6 +106,7 @@ def same_moments(optimizer: Optimizer, other: Optimizer) -> bool:
 
 def held_gradients(model: geminifx.CompiledModule) -> dict[str, Tensor]:
     """The gradients as a backward left them, read without making sums of them as `.grad` does."""
+    model.session.machine.store.held.finish()
     states = [model.session.machine.store.state_of(name) for name, _ in model.named_parameters()]
     pairs = zip((name for name, _ in model.named_parameters()), states, strict=True)
     return {name: s.slice(s.held, slot).float() for name, (s, slot) in pairs if slot in s.present}

@@ -117,7 +117,7 @@ shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 parameter = st.tuples(shapes, st.sampled_from([torch.float32, torch.float16, torch.float64]), st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kinds=st.lists(parameter, min_size=1, max_size=20), low=st.booleans(), in_blocks=st.integers(1, 6))
 def test_every_parameter_has_exactly_one_place_aligned_and_alone(
     kinds: list[tuple[tuple[int, ...], torch.dtype, bool]], low: bool, in_blocks: int

@@ -33,7 +33,7 @@ def test_split_and_epochs() -> None:
     assert {int(x) for b in _blocks(40, seed=1).held_out_batches(2) for x in b["input_ids"][:, 0]} == held_out
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(2, 60),
     st.integers(1, 7),

@@ -125,7 +125,7 @@ def programs(draw):
     return program
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(program=programs())
 def test_random_programs_round_trip(program, same):
     assert_round_trip(program, same)

@@ -163,7 +163,7 @@ def placements_for(shape: tuple[int, ...], axes: tuple[Axis, ...], partial: bool
     return st.tuples(*[one] * len(axes)).filter(lambda found: divides(shape, found, axes))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(now=placements_for((16, 16), CUBE, True), then=placements_for((16, 16), CUBE, False))
 def test_parts_are_moved_from_everywhere_to_everywhere(now: Placements, then: Placements) -> None:
     whole = torch.arange(256.0).view(16, 16)
@@ -192,7 +192,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_however_the_arguments_lie_the_result_is_right(name: str, data: st.DataObject) -> None:
     call = CALLS[name]

@@ -196,7 +196,7 @@ def test_errors_name_what_is_wrong(change, words):
         attention(**arguments)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal, window", [(False, 0), (True, 0), (True, 20)])
 @pytest.mark.parametrize("kind", ["none", "left", "right", "whole row"])
@@ -219,7 +219,7 @@ def test_cuda_kernels_equal_the_reference(dtype, causal, window, kind, queries, 
             torch.testing.assert_close(a.cpu().double(), b, rtol=0.02, atol=0.05 if dtype.itemsize == 2 else 5e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("size", [64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("queries, keys, causal", [(128, 128, True), (333, 333, True), (200, 131, False)])
@@ -243,7 +243,7 @@ def test_cudnn_and_flash_compute_the_same(size, dtype, queries, keys, causal):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("size, masked", [(64, False), (64, True), (12, False)])
 def test_cuda_backward_repeats_the_dropout_of_forward(size, masked):
     """With values of one, an output is the sum of the kept weights; the gradient must see the same ones."""

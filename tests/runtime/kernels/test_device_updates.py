@@ -15,7 +15,6 @@ from torch import Tensor
 from updates import ADAMS, ADAMW, DTYPES, SGDS, Problem, any_bits, usual
 
 STEPS = 5
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 EVERY_RULE = pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_KIND = pytest.mark.parametrize("values", (usual, any_bits), ids=("usual", "any"))
@@ -161,7 +160,7 @@ def test_without_triton_torch_stands_in_after_one_warning(monkeypatch):
 # -- on a GPU ------------------------------------------------------------------------------------------------
 
 
-@on_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("variant", ("triton", "torch"))
 @EVERY_RULE
 @EVERY_DTYPE
@@ -170,7 +169,7 @@ def test_a_gpu_gives_the_host_kernels_bits(variant, hyper, dtype, values):
     check(DeviceKernel(variant), hyper, lambda: Problem(5 * 1024 + 7, 3, dtype, 128, values), "cuda")
 
 
-@on_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("numel", (0, 1, 16, 1023, 1024, 4096))
 @pytest.mark.parametrize("offset", (0, 1, 128))
 def test_a_gpu_updates_any_size_at_any_offset(numel, offset):
@@ -178,14 +177,14 @@ def test_a_gpu_updates_any_size_at_any_offset(numel, offset):
         check(DeviceKernel("triton"), hyper, lambda hyper=hyper: Problem(numel, 4, torch.bfloat16, offset), "cuda")
 
 
-@on_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("variant", ("triton", "torch"))
 @pytest.mark.parametrize("hyper", (ADAMW, SGDS[2]), ids=str)
 def test_a_gpu_reads_a_scale_that_is_there(variant, hyper):
     check(DeviceKernel(variant), hyper, lambda: with_scale_tensor(Problem(3000, 3, torch.float16, 128)), "cuda")
 
 
-@on_gpu
+@pytest.mark.cuda
 def test_triton_allocates_nothing_does_not_wait_and_keeps_to_its_stream():
     assert available_variants()[0] == "triton"
     kernel, stream = DeviceKernel(), torch.cuda.Stream()

@@ -13,7 +13,7 @@ from geminifx.runtime.kernels import reference_updates as host_reference
 from geminifx.runtime.kernels.host_updates import HostKernel, available_variants
 from geminifx.runtime.kernels.split_pairs import PIECE, SplitPair, join, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from updates import ADAMS, ADAMW, DTYPES, SGDS, SPECIAL, Problem, any_bits, floats, same, same_pair
@@ -81,7 +81,7 @@ def test_pairs_refuse_other_dtypes():
 # -- one arithmetic ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     numel=st.integers(0, 200),
     seed=st.integers(0, 10_000),

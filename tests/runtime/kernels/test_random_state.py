@@ -5,10 +5,7 @@ import torch
 from geminifx.runtime.kernels.random_state import fork, generator_of
 from torch import Tensor
 
-DEVICES = [
-    torch.device("cpu"),
-    pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
-]
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.cuda)]
 
 
 def drawn(state: Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
 """Tiers and the meter: every byte is counted once, for as long as it lives, and the limit is hard."""
 
-from threading import Timer
+import signal
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,7 +34,16 @@ def test_a_charge_beyond_the_limit_books_nothing_and_says_why() -> None:
 def test_a_patient_tier_waits_for_what_another_thread_lets_go() -> None:
     tier = Tier("device", 100, patience_s=60.0)
     tier.charge(60, "a")
-    thread = Timer(0.05, tier.refund, (60,))
+    looked = threading.Event()
+    fits = tier._fits
+
+    def look(num_bytes: int) -> bool:
+        found = fits(num_bytes)
+        looked.set()
+        return found
+
+    tier._fits = look  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: looked.wait(10) and tier.refund(60))
     thread.start()
     tier.charge(60, "b")
     thread.join()
@@ -159,3 +170,55 @@ def test_used_bytes_are_those_of_the_living_storages(actions: list[tuple[str, in
             assert meter.used_bytes == sum(storages.values())
         held.clear()
         assert meter.used_bytes == 0
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C falls into the first refund of a tier, as it falls into any line."""
+    refund, before = Tier.refund, signal.signal(signal.SIGINT, signal.default_int_handler)
+    left = [None]
+
+    def interrupted(tier: Tier, num_bytes: int) -> None:
+        if left:
+            left.pop()
+            signal.raise_signal(signal.SIGINT)
+        refund(tier, num_bytes)
+
+    monkeypatch.setattr(Tier, "refund", interrupted)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+SWALLOWED = pytest.mark.xfail(strict=True, reason="Python swallows what is raised in a weak reference's callback")
+
+
+@SWALLOWED
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_while_memory_is_given_back_is_heard(interrupting: None) -> None:
+    def work() -> None:
+        with MemoryMeter():
+            a = torch.ones(KILO)
+            del a
+            torch.ones(KILO)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
+@SWALLOWED
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_after_ctrl_c_no_bytes_stay_charged(interrupting: None) -> None:
+    meter = MemoryMeter()
+    for _ in range(3):
+        try:
+            with meter:
+                a = torch.ones(KILO)
+                del a
+        except KeyboardInterrupt:
+            pass
+    with meter:
+        kept = torch.ones(KILO)
+        assert meter.used_bytes == kept.nbytes

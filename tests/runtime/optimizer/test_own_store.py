@@ -18,7 +18,10 @@ from geminifx.runtime.memory.hardware import Hardware
 from geminifx.runtime.memory.stats import Stats
 from geminifx.runtime.memory.tiers import Tier
 from geminifx.runtime.optimizer.own_store import OwnStore
+from late_copies import ENGINES
 from torch import Tensor, nn
+
+pytestmark = [pytest.mark.usefixtures("copies"), pytest.mark.parametrize("copies", ENGINES, indirect=True)]
 
 PLACES = {
     "device": 2 * (Home(Where.DEVICE),),

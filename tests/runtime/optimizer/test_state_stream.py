@@ -15,9 +15,12 @@ from geminifx.runtime.optimizer import state_stream
 from geminifx.runtime.optimizer.state_stream import StateStream, StreamedUpdate
 from geminifx.runtime.optimizer.states import ChunkState, Stretch
 from geminifx.runtime.optimizer.updates import UpdateKernels
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from late_copies import ENGINES
 from torch import Tensor
+
+pytestmark = [pytest.mark.usefixtures("copies"), pytest.mark.parametrize("copies", ENGINES, indirect=True)]
 
 CPU = torch.device("cpu")
 HARDWARE = Hardware(CPU)
@@ -49,7 +52,7 @@ RULES = {"adam": (ADAM, 2), "sgd": (SgdHyper(lr=0.1), 0)}
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     piece=st.integers(16, 300),
     cuts=st.lists(st.integers(0, NUMEL), max_size=2),
@@ -74,6 +77,7 @@ def test_a_streamed_update_is_the_update(
         patch.setattr(state_stream, "STREAM_PIECE", piece)
         stream = StateStream(HARDWARE, state, with_gradients=with_gradients)
     stream.update(state, stretches, StreamedUpdate(gradient, kernels, stay))
+    stream.finish(0)
     for stretch in stretches:
         part = expected.part(stretch.start, stretch.end)
         values = Gradient(gradient.values[stretch.start : stretch.end], gradient.scale)

@@ -5,7 +5,6 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -224,22 +223,25 @@ def test_a_worker_that_nobody_used_has_no_thread() -> None:
 def test_python_exits_after_the_job_that_runs() -> None:
     """A thread that is ended by force in the middle of an operator aborts the process."""
     script = (
-        "import time, torch\n"
+        "import threading, torch\n"
         "from geminifx.runtime.optimizer.worker import Worker\n"
-        "worker, x = Worker(), torch.ones(400, 400)\n"
+        "worker, x, begun = Worker(), torch.ones(400, 400), threading.Event()\n"
         "def job():\n"
-        "    for _ in range(50):\n"
+        "    begun.set()\n"
+        "    for _ in range(500):\n"
         "        x @ x\n"
-        "        time.sleep(0.002)\n"
         "    print('done', flush=True)\n"
         "worker.submit(0, 'job', job)\n"
-        "time.sleep(0.02)\n"
+        "begun.wait(10)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
-def test_waiting_does_not_hold_the_job_up() -> None:
-    worker = Worker()
-    ticket = worker.submit(0, "slow", lambda: time.sleep(0.05) or arrival("late"))
+def test_waiting_does_not_hold_the_job_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job ends when whoever waits for it has looked in vain."""
+    monkeypatch.setattr(worker_module, "_POLL_S", 0.001)
+    worker, looked, check = Worker(), threading.Event(), Worker.check
+    monkeypatch.setattr(Worker, "check", lambda self, *name: looked.set() if name else check(self, *name))
+    ticket = worker.submit(0, "slow", lambda: arrival("late") if looked.wait(10) else arrival("never"))
     assert worker.wait(ticket, "slow") == "late"

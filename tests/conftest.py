@@ -1,0 +1,87 @@
+"""What every test stands on: one thread, and the arena in RAM for a device, unless the test says that it is of CUDA.
+
+Tests run on a CPU, also where there is a GPU: torch sees none, and processes that they start see none. Those marked
+`cuda` are of the GPU; without one they are skipped. All of them run in one worker, for they measure a GPU's memory.
+
+The number of threads is fixed, as kernels' sums depend on it, and several workers have one machine.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, and for processes that are started
+
+import hypothesis
+import pytest
+import torch
+from geminifx.runtime.kernels import device_updates
+from geminifx.runtime.memory import hardware
+from late_copies import BY_NAME, LateCopies, Launches
+
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+_IS_AVAILABLE = torch.cuda.is_available
+HAS_CUDA = torch.cuda.is_available()
+"""Asked before the environment changes: the driver reads that once, when it is first asked."""
+
+# No clock decides: neither how long an example takes, nor how long it takes to draw one.
+_NO_CLOCK = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("tests", **_NO_CLOCK, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("tests")
+
+
+def _see_cuda(seen: bool) -> None:
+    """Show or hide the GPU, to torch and to whoever has asked it before."""
+    torch.cuda.is_available = _IS_AVAILABLE if seen else lambda: False
+    if seen and _VISIBLE is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (_VISIBLE or "") if seen else ""
+    device_updates._compiles.cache_clear()
+
+
+_see_cuda(False)
+
+
+@contextmanager
+def _on_cuda() -> Iterator[None]:
+    _see_cuda(True)
+    try:
+        yield
+    finally:
+        torch.cuda.device_count()  # which torch keeps from here on, and would count anew in the other environment
+        _see_cuda(False)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """No fixture: those of modules and of the session are set up before a test's own."""
+    if HAS_CUDA and item.get_closest_marker("cuda"):
+        with _on_cuda():
+            return (yield)
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.xdist_group("cuda"))
+            if not HAS_CUDA:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The engine that copies between the tiers, by its name in `late_copies.ENGINES`: parametrize it, indirectly."""
+    made: list[LateCopies] = []
+    launches = Launches()
+
+    def engine(device: torch.device) -> LateCopies:
+        made.append(BY_NAME[request.param](launches))
+        return made[-1]
+
+    if request.param in BY_NAME:
+        monkeypatch.setattr(hardware, "copy_engine", engine)
+    yield request.param
+    assert [told for one in made for told in one.violations] == []
