@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.adapters import example_inputs
 from .module import CompiledModule
 from .options import Options
 
@@ -23,8 +22,9 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         options: fields of `Options`.
 
     Returns:
-        A module with the same call, outputs and parameter names. Hugging Face models, and any model with
-        `example_inputs=`, are captured and planned at once; others at their first call.
+        A module with the same call, outputs and parameter names. A model with `example_inputs=` is captured and planned
+        at once; any other at its first call, by what it is called with, or, a Hugging Face model, when its plan, graph
+        or state is asked for, by inputs made from its configuration.
 
     Raises:
         ValueError: an option is unknown or makes no sense.
@@ -37,9 +37,11 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         raise ValueError("the model is compiled already; compile the model it was made from with other options")
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
     compiled = CompiledModule(model, chosen)
-    examples = chosen.example_inputs if chosen.example_inputs is not None else example_inputs(model)
+    examples = chosen.example_inputs
     if examples is not None:
         args, kwargs = ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
         with torch.enable_grad():
             compiled.prepare(*args, **kwargs)
+    elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at
+        compiled.session.plan_by_guess()
     return compiled

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..runtime.distributed.local_shards import Region
-from ..runtime.isa.errors import CheckpointError, StateError
+from ..runtime.isa.errors import CheckpointError
 from ..runtime.memory.stored import Stored
 from ..runtime.state_io.sharded import load, save, stored_shapes, write
 from .capture.materialize import materialize
@@ -90,7 +90,7 @@ def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
     if state is not None:
         tensors |= state.begin_load(objects["optimizer"], shapes)
     load(directory, tensors, (), ranks)
-    session.placed_store().masters_written()
+    session.store().masters_written()
     if state is not None:
         state.end_load(objects["optimizer"])
     return objects.get("extra")
@@ -98,8 +98,7 @@ def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
 
 def _give_values(session: Session) -> None:
     """Memory for values that are on `meta`."""
-    if session.plan is None:
-        raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
+    session.demanded()
     source = session.source
     if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
         materialize(source, source.state_dict())
@@ -108,7 +107,7 @@ def _give_values(session: Session) -> None:
 
 def _model_tensors(session: Session, writing: bool) -> dict[str, Stored]:
     """Masters and the buffers that a state_dict holds; of these, which all have, rank 0 alone writes."""
-    store = session.placed_store()
+    store = session.store()
     store.finish()
     found = {f"model.{name}": store.stored_master(name) for name in store.chunks.layout.places}
     kept = session.source.state_dict().keys()

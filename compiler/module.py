@@ -24,7 +24,8 @@ from .capture.trace import rebuild_result
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .options import Options
-from .session import Compiled, Session
+from .programs import Compiled
+from .session import Session
 from .state_dict import parts_of, whole_state
 
 
@@ -127,7 +128,7 @@ class CompiledModule(nn.Module):
         declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate)
         declared.check(self.session.dtypes.values())
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
-        return ChunkOptimizer(declared, groups, self.session.use, self.session.names())
+        return ChunkOptimizer(declared, groups, self.session.use, self.session.demanded, self.session.names())
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ over all parameters, for torch's optimizers; returns the norm.
@@ -135,7 +136,7 @@ class CompiledModule(nn.Module):
         Where parameters are sharded over processes, that function would see this process's parts alone, and clip
         otherwise on each. For `model.optimizer(...)` its `max_grad_norm` needs less memory.
         """
-        return self.session.placed_store().clip_grad_norm(max_norm)
+        return self.session.store().clip_grad_norm(max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the source's own; with `model.optimizer(...)`, as that optimizer's."""
@@ -211,10 +212,8 @@ class CompiledModule(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """The plan in force. Raises StateError before there is one."""
-        if self.session.plan is None:
-            raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
-        return self.session.plan
+        """The plan in force. Raises StateError where there is none and nothing to make one by."""
+        return self.session.demanded().plan
 
     @property
     def ranks(self) -> Ranks:
@@ -224,6 +223,7 @@ class CompiledModule(nn.Module):
     @property
     def graph(self) -> dict[str, str]:
         """The text of the programs in use, by phase: "training" and "evaluation"."""
+        self.session.setup or self.session.plan_by_guess()
         return {name: print_program(compiled.program) for name, compiled in self.session.last.items()}
 
     @property

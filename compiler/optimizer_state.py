@@ -154,7 +154,7 @@ class _TorchState(OptimizerState):
         return {key: value for key, value in values.items() if not _lies_like(self.parameters[name], key, value)}
 
     def _stored(self, name: str, value: Tensor) -> Stored:
-        chunks = self.session.placed_store().chunks
+        chunks = self.session.store().chunks
         layout, number = chunks.layout.places[name]
         slot = layout.slots[number]
         if tuple(value.shape) != slot.shape:

@@ -1,6 +1,7 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,11 +9,9 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..models.adapters import blocks
+from ..models.adapters import blocks, example_inputs
 from ..passes.canonicalize import canonicalize
-from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..passes.program.text import print_program
@@ -25,7 +24,7 @@ from ..runtime.isa.errors import StateError
 from ..runtime.isa.formats import OwnFormat, TorchFormat
 from ..runtime.isa.homes import Homes
 from ..runtime.isa.instructions import AVERAGE, REDUCE
-from ..runtime.isa.precision import cast_dtype, parameter_dtypes
+from ..runtime.isa.precision import parameter_dtypes
 from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
 from ..runtime.memory.hardware import Hardware
@@ -34,7 +33,7 @@ from ..runtime.memory.stats import Stats
 from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
-from .capture.arguments import check_shared, leaf_key
+from .capture.arguments import check_shared
 from .capture.results import absent_outputs
 from .capture.trace import Captured, Request, capture
 from .device import Device
@@ -42,25 +41,27 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.communication import exchanges
 from .planner.problem import Planning
+from .planner.search import Solution
+from .programs import Call, Compiled, Key, Recent
+from .setup import Phase, Setup, move
+from .values import check_parameters, move_buffers, program_inputs, share_values
 
 PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One program: for one mode, one set of input shapes."""
+class _Declared:
+    """What `model.optimizer(...)` declared, and who is given the store of its states."""
 
-    captured: Captured
-    plan: Plan
-    flat: Program
-    program: Program
-    records: tuple[Record, ...]
-    executor: Executor
-    absent: frozenset[int]
+    format: OwnFormat
+    attach: Callable[[OwnStore], None]
 
 
 class Session:
-    """Programs of one model, made once each per mode and input shapes, over one set of chunks."""
+    """One model: its programs, made once each per mode and input shapes, over one setup.
+
+    A plan is made for the first call, or, where it is asked for before one, for a guess of what that will be.
+    """
 
     def __init__(self, source: nn.Module, options: Options) -> None:
         self.source = source
@@ -85,37 +86,43 @@ class Session:
             Tier("host", self.limits.host_bytes),
         )
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
-        self.plan: Plan | None = None
-        self.machine: Machine | None = None
-        self._own: OwnStore | None = None
-        self.format: OwnFormat | None = None
-        self.refusal: Exception | None = None
-        self.is_placed = self.are_shared = False
+        self.phase = Phase.NEW
+        self.setup: Setup | None = None
         self.last: dict[str, Compiled] = {}
-        self.trained = False
+        self._declared: _Declared | None = None
+        self._homes: Homes = ()  # in place
+        self._failure: Exception | None = None
+        self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
-        self._programs: dict[Any, Compiled] = {}
+        self._captured: Recent[Captured] = Recent()
+        self._programs: Recent[Compiled] = Recent()
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
     # -- programs ------------------------------------------------------------------------------------------
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         """The program for a call with these arguments; captured, planned and generated where it is new."""
-        self._check_parameters()
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        trained = tuple(parameter.requires_grad for parameter in self._parameters.values())
-        asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-        backward = torch.is_grad_enabled() and (asked or any(trained))
-        modes = tuple(module.training for module in self.source.modules())
-        key = (backward, trained, modes, spec, *map(leaf_key, leaves))
-        if key not in self._programs:
-            with torch.inference_mode(False), torch.set_grad_enabled(backward):
-                request = Request(self.dtype, self.options.outputs, backward, self.dtypes, self._shapes)
-                self._programs[key] = self._compile(self._shard(capture(self.source, args, kwargs, request)))
-        compiled = self._programs[key]
+        check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
+        call = Call.of(self.source, args, kwargs)
+        if call.key not in self._programs:
+            captured = self._capture(call)
+            if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
+                # Until the first step states may still move, so the first real batch is planned for from scratch.
+                self._set_up(call.key, captured)
+            else:
+                solution = self._further(captured, self.setup.plan)
+                self._programs[call.key] = self._generate(captured, solution, self.setup.machine)
+        compiled = self._programs[call.key]
         self.last[compiled.program.name] = compiled
         return compiled
+
+    def _capture(self, call: Call) -> Captured:
+        if call.key not in self._captured:
+            with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
+                request = Request(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes)
+                self._captured[call.key] = self._shard(capture(self.source, call.args, call.kwargs, request))
+        return self._captured[call.key]
 
     def _shard(self, captured: Captured) -> Captured:
         """The captured step of this process's parts, where tensors are sharded. Raises ShardingError."""
@@ -128,135 +135,157 @@ class Session:
         notes = (*captured.notes, *whole_parameters(canonical, plan))
         return replace(captured, program=program, notes=notes, records=tuple(records))
 
-    def _compile(self, captured: Captured) -> Compiled:
-        backward = captured.program.name == "training"
-        if backward and not self.trained:
-            # Until the first step masters may still move, so the first real batch is planned for from scratch.
-            self._programs.clear()
-        solution, refusal = self.planning.decide(captured, self.plan, bool(self._programs), self.format)
-        self.refusal = refusal or self.refusal
-        plan = replace(solution.plan, exchanges=exchanges(solution.program, solution.plan))
-        machine = self.machine = self.machine or self._make_machine(plan)
-        stale = self.plan is None or self.plan.format.beside != (self.format is not None)
-        self.plan = plan if backward or stale else self.plan
-        self.is_placed = False
+    def _further(self, captured: Captured, plan: Plan) -> Solution:
+        """A plan for another program beside those that there are: states stay where they are."""
+        solution, _ = self.planning.decide(captured, plan, True, self._format)
+        return solution
+
+    def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
+        flat = solution.program
+        plan = replace(solution.plan, exchanges=exchanges(flat, solution.plan))
         program, records = self.lowering.finish(captured.program, plan)
         if program.calls(REDUCE) or program.calls(AVERAGE):
             self.ranks.check_alike(f"the {program.name} program", _digest(program, plan))
         self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
-        flat = solution.program
         return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))
+
+    # -- the setup -----------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan | None:
+        return None if self.setup is None else self.setup.plan
+
+    @property
+    def machine(self) -> Machine | None:
+        return None if self.setup is None else self.setup.machine
+
+    @property
+    def _format(self) -> OwnFormat | None:
+        return None if self._declared is None else self._declared.format
+
+    @property
+    def is_placed(self) -> bool:
+        return self.phase in (Phase.PLACED, Phase.TRAINING)
+
+    def demanded(self) -> Setup:
+        """The setup, planned by a guess where no call has told yet. Raises StateError where nothing is known of the
+        model's inputs."""
+        setup = self.setup or self.plan_by_guess()
+        if setup is None:
+            raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
+        return setup
+
+    def plan_by_guess(self) -> Setup | None:
+        """Plan for inputs made from the model's configuration; None where it has none that tells."""
+        examples = example_inputs(self.source)
+        if examples is not None:
+            with torch.enable_grad():
+                self.program((), dict(examples))
+        return self.setup
+
+    def _set_up(self, key: Key, captured: Captured) -> None:
+        """Plan for this program before all others; those are made anew when they are called."""
+        before, programs = self.setup, Recent[Compiled]()
+        setup, solution = self._decided(captured, self._format)
+        programs[key] = self._generate(captured, solution, setup.machine)
+        setup = replace(setup, plan=programs[key].plan)
+        self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
+        self.last = {}
+        if before is None and self._declared is not None and setup.own is not None:
+            self._declared.attach(setup.own)
+
+    def _decided(self, captured: Captured, format: OwnFormat | None) -> tuple[Setup, Solution]:
+        """A setup whose states may move from where they are; chunks stay as they are cut."""
+        before = self.setup
+        solution, refusal = self.planning.decide(captured, self.plan, False, format)
+        if before is not None and (before.own is not None) == (format is not None):
+            return replace(before, plan=solution.plan, refusal=refusal), solution
+        chunks = ChunkStore(solution.plan.layout, self._parameters, self.parts)
+        if format is None:
+            torchs = TorchFormat(self.options.optimizer_state_bytes)
+            store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)
+            return Setup(solution.plan, Machine(store, self.ranks), None, refusal), solution
+        zero = Zero(self.ranks, solution.plan.zero)
+        own = OwnStore(chunks, self.hardware, format, self._stats, zero)
+        return Setup(solution.plan, Machine(own, self.ranks), own, refusal), solution
 
     def names(self) -> dict[int, str]:
         """The parameters' names, by their identity."""
         return {id(parameter): name for name, parameter in self._parameters.items()}
 
-    def use(self, format: OwnFormat) -> OwnStore:
-        """Plan anew, for our own optimizer; masters move to where it updates them.
+    def use(self, format: OwnFormat, attach: Callable[[OwnStore], None]) -> None:
+        """Plan for our own optimizer: now where there is a plan already, else with the first one. Its store is handed
+        to `attach` then.
 
-        Raises StateError before there is a plan or after an earlier call, and BudgetError where nothing fits.
+        Raises StateError after an earlier call, and BudgetError where nothing fits; then nothing has changed.
         """
-        if self.format is not None:
+        if self._declared is not None:
             raise StateError(
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        if self.plan is None:
-            raise StateError(
-                "model.optimizer(...) needs a plan: pass example_inputs= to compile, or call the model once"
-            )
-        previous, before = self._programs, (self.machine, self.format, self.refusal, self.plan)
-        self._programs, self.machine, self.format, self.refusal = {}, None, format, None
-        try:
-            for key, compiled in sorted(previous.items(), key=lambda item: item[1].program.name == "evaluation"):
-                self._programs[key] = self._compile(compiled.captured)
-        except BaseException:
-            self._programs, (self.machine, self.format, self.refusal, self.plan) = previous, before
-            raise
-        self.last = {compiled.program.name: compiled for compiled in self._programs.values()}
-        if before[0] is not None:
-            before[0].store.leave()
-        store = self._own
-        assert store is not None
+        if self.setup is not None:
+            self._replan(format, attach)
+        self._declared = _Declared(format, attach)
+
+    def _replan(self, format: OwnFormat, attach: Callable[[OwnStore], None]) -> None:
+        """Make all programs anew, for another format of training state, and move values to where it wants them."""
+        before, programs = self.setup, Recent[Compiled]()
+        (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
+        setup, solution = self._decided(first.captured, format)
+        programs[key] = self._generate(first.captured, solution, setup.machine)
+        for key, other in others:
+            further, _ = self.planning.decide(other.captured, solution.plan, True, format)
+            programs[key] = self._generate(other.captured, further, setup.machine)
+        setup = replace(setup, plan=next(iter(programs.items()))[1].plan)
+        assert before is not None and setup.own is not None
+        before.machine.store.leave()
+        self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
+        self.last = {compiled.program.name: compiled for _, compiled in programs.items()}
+        attach(setup.own)
         try:
             self.place()
         except Exception as error:
-            self.refusal = error  # some parameters have moved, others have found no room
+            self.phase, self._failure = move(self.phase, Phase.BROKEN), error
             raise
-        return store
 
     # -- memory --------------------------------------------------------------------------------------------
 
-    def _make_machine(self, plan: Plan) -> Machine:
-        chunks = ChunkStore(plan.layout, self._parameters, self.parts)
-        self._own = None
-        store: StateStore
-        if self.format is not None:
-            store = self._own = OwnStore(chunks, self.hardware, self.format, self._stats, Zero(self.ranks, plan.zero))
-        else:
-            torchs = TorchFormat(self.options.optimizer_state_bytes)
-            store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)
-        return Machine(store, self.ranks)
-
     def place(self) -> None:
         """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
-        machine, plan = self.machine, self.plan
-        if machine is None or plan is None or self.is_placed or self.refusal is not None:
+        setup = self.setup
+        if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        if plan.zero and not self.ranks.launched:  # nobody is there to have the other shards
+        if setup.plan.zero and not self.ranks.launched:  # nobody is there to have the other shards
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
-        homes = self._shared_homes(plan)
+        homes = self._shared_homes(setup.plan)
+        if self.is_placed and homes == self._homes:
+            return
         with torch.inference_mode(False), torch.no_grad():
-            self._move_buffers()
-            self._share_values()
-            machine.store.place(homes)
-        self.is_placed = True
+            if self.device.is_cuda:
+                move_buffers(self.source, self.device.torch_device)
+            if not self._are_shared:
+                share_values(self.source, self.ranks, self.device.torch_device)
+            self._are_shared = True
+            setup.machine.store.place(homes)
+        self._homes = homes
+        if self.phase is Phase.PLANNED:
+            self.phase = move(self.phase, Phase.PLACED)
 
     def _shared_homes(self, plan: Plan) -> Homes:
         """Weights stay on the device only where every program made so far has room for them."""
-        others = [compiled.plan.homes for compiled in self._programs.values()]
+        others = [compiled.plan.homes for _, compiled in self._programs.items()]
         return tuple(
             replace(home, resident=home.resident and all(other.resident for other in same))
             for home, *same in zip(plan.homes, *others, strict=True)
         )
 
-    def _share_values(self) -> None:
-        """Every rank starts from the values of rank 0."""
-        if not self.are_shared:
-            self.ranks.share_randomness()
-            for tensor in (*self._parameters.values(), *self.source.buffers()):
-                self.ranks.from_first_(tensor.detach(), self.device.torch_device)
-        self.are_shared = True
-
-    def _move_buffers(self) -> None:
-        if self.device.is_cuda:
-            for module in self.source.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = buffer.to(self.device.torch_device)
-
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        buffers, device = dict(self.source.named_buffers(remove_duplicate=False)), self.device.torch_device
-        inputs = []
-        for role in compiled.executor.code.inputs:
-            kind, _, name = role.partition(":")
-            if kind == "buffer":
-                inputs.append(buffers[name])
-            elif kind == "constant":
-                inputs.append(compiled.captured.program.constants[name].to(device))
-            else:
-                leaf = leaves[int(name)]
-                if leaf.is_meta:
-                    raise StateError(
-                        f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
-                        f"the CPU or on {device}"
-                    )
-                inputs.append(leaf.to(device, cast_dtype(leaf, self.dtype), non_blocking=True))
+        """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
+        inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
         if self.ranks.mesh.tensor_axes and compiled.executor not in self._met:
             self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
             check_shared(self.ranks, inputs)
@@ -265,7 +294,7 @@ class Session:
     def begin_step(self, training: bool) -> None:
         """From here on `stats.step` counts anew."""
         if training:
-            self.trained = True
+            self.phase = move(self.phase, Phase.TRAINING)
             self.ranks.clock.step += 1
             self.planning.forget()
         self._note_peaks()
@@ -288,12 +317,13 @@ class Session:
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""
-        if self.refusal is not None:
-            raise self.refusal
+        setup = self.demanded()
+        for refusal in (self._failure, setup.refusal):
+            if refusal is not None:
+                raise refusal
         self.ranks.check_launched()
         self.place()
-        assert self.machine is not None
-        store = self.machine.store
+        store = setup.machine.store
         if not self.is_placed:
             raise StateError(
                 "the model's weights are on 'meta': there are no values to compute with. Load some with "
@@ -307,29 +337,9 @@ class Session:
                 "work on .grad between backward() and optimizer.step() instead"
             )
 
-    def placed_store(self) -> StateStore:
-        """The store of the training state. Raises StateError before there is a plan."""
-        if self.machine is None:
-            raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
-        return self.machine.store
-
-    def _check_parameters(self) -> None:
-        """The chunks hold the parameters that the model was compiled with, and no others."""
-        now = dict(self.source.named_parameters())
-        if now.keys() != self._parameters.keys() or any(now[n] is not p for n, p in self._parameters.items()):
-            changed = next((n for n in {**now, **self._parameters} if now.get(n) is not self._parameters.get(n)), "")
-            raise StateError(
-                f"parameter {changed} was added, removed or replaced after the model was compiled; compile the changed "
-                "model anew, or assign values with load_state_dict() or parameter.data.copy_()"
-            )
-        layout = self.plan.layout if self.plan else None
-        for chunk in layout.chunks if layout else ():
-            thawed = next((s.name for s in chunk.slots if not chunk.trainable and now[s.name].requires_grad), None)
-            if thawed is not None:
-                raise StateError(
-                    f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "
-                    "gradient; compile with it trainable, and freeze it afterwards for as long as you like"
-                )
+    def store(self) -> StateStore:
+        """The store of the training state. Raises StateError where there is no plan and nothing to make one by."""
+        return self.demanded().machine.store
 
 
 def _digest(program: Program, plan: Plan) -> str:

@@ -50,6 +50,11 @@ class Captured:
     notes: tuple[str, ...]
     records: tuple[Record, ...] = ()
 
+    @property
+    def trains(self) -> bool:
+        """Whether it has a backward."""
+        return self.program.name == "training"
+
 
 @dataclass(frozen=True)
 class Request:

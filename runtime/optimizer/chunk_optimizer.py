@@ -86,6 +86,10 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         raise ValueError(f"model.optimizer({asked[0]}=True) is not supported; leave {asked[0]} out")
 
 
+Use = Callable[[OwnFormat, Callable[[OwnStore], None]], None]
+"""Declares of what states are to consist, and who is given the store of them once there is a plan."""
+
+
 class ChunkOptimizer(Optimizer):
     """AdamW, Adam or SGD over a compiled model's parameters, updated chunk by chunk where the plan says.
 
@@ -94,12 +98,12 @@ class ChunkOptimizer(Optimizer):
     next backward starts from none. With in_backward=True the updates are under way before `step()`, which then
     only ends the step. `grad_norm` is the norm of the last step's gradients where `max_grad_norm` is given,
     `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed. `store`
-    has the states.
+    has the states; there are none before the model has a plan.
     """
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, declared: Declared, groups: Any, use: Callable[[OwnFormat], OwnStore],
+    def __init__(self, declared: Declared, groups: Any, use: Use, demand: Callable[[], object],
                  names: dict[int, str]) -> None:  # fmt: skip
         model = declared.kind(groups, **declared.hyper)  # checks hyper-parameters, fills in the defaults
         self.declared = declared
@@ -107,13 +111,29 @@ class ChunkOptimizer(Optimizer):
         self.skipped_steps = 0
         self._names = names
         self._steps_since_overflow = 0
+        self._fp16 = False
+        self._store: OwnStore | None = None
+        self._demand = demand
         super().__init__(model.param_groups, model.defaults)
-        self.store = store = use(declared.format(self.param_groups))
+        self._format = declared.format(self.param_groups)
+        use(self._format, self._attach)
+
+    def _attach(self, store: OwnStore) -> None:
+        """There is a plan, and so there are states to update."""
+        self._store = store
         self._fp16 = any(chunk.dtype == torch.float16 for chunk in store.chunks.layout.chunks)
         store.updater.schedule = self._hyper
-        store.held.measures = declared.max_grad_norm is not None or self._fp16
+        store.held.measures = self.declared.max_grad_norm is not None or self._fp16
         if self._fp16:
             store.held.loss_scale = 2.0**16
+
+    @property
+    def store(self) -> OwnStore:
+        """The states. Raises StateError where there is no plan for them yet and nothing to make one by."""
+        if self._store is None:
+            self._demand()
+        assert self._store is not None
+        return self._store
 
     @property
     def loss_scale(self) -> float:
@@ -136,7 +156,7 @@ class ChunkOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Groups may be changed at any time, but not to what was not planned for."""
         check_groups([group])
-        if group.get("momentum") and not self.store.format.moments:
+        if group.get("momentum") and not self._format.moments:
             raise StateError(
                 f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
                 "its memory; make the optimizer with a momentum above 0, however small"
@@ -164,7 +184,9 @@ class ChunkOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        store = self.store
+        if self._store is None:
+            return loss  # the model was not called yet
+        store = self._store
         store.check()
         for group in self.param_groups:
             self._check_group(group)
@@ -208,7 +230,10 @@ class ChunkOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no step has used."""
-        self.store.zero_grad(set_to_none)
+        if self._store is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._store.zero_grad(set_to_none)
 
     # -- state ---------------------------------------------------------------------------------------------
 
@@ -218,7 +243,9 @@ class ChunkOptimizer(Optimizer):
         Of parameters that are sharded over processes, or lie in divided chunks, they are whole, and copies on the CPU,
         made by all processes together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
         """
-        self.store.finish()
+        if self._store is None:
+            return super().state_dict()
+        self._store.finish()
         for group in self.param_groups:
             for parameter in group["params"]:
                 found = self._state_of(parameter)

@@ -1,0 +1,89 @@
+"""Calls of a model, the programs that run them, and a cache of what was made for which call.
+
+Nothing here decides anything or changes what a model is set up with.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..passes.program.manager import Record
+from ..passes.program.plan import Plan
+from ..passes.program.program import Program
+from ..runtime.executor import Executor
+from .capture.arguments import leaf_key
+from .capture.trace import Captured
+
+MOST_PROGRAMS = 64
+"""Programs of one model that are kept. One that was called longest ago is made again when it is needed."""
+
+Key = tuple[Hashable, ...]
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program: for one mode, one set of input shapes. `flat` is what its memory was planned for."""
+
+    captured: Captured
+    plan: Plan
+    flat: Program
+    program: Program
+    records: tuple[Record, ...]
+    executor: Executor
+    absent: frozenset[int]
+
+    @property
+    def trains(self) -> bool:
+        return self.captured.trains
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the model: its arguments, whether a backward is wanted, and the `key` of the program for it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    backward: bool
+    key: Key
+
+    @classmethod
+    def of(cls, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        trained = tuple(parameter.requires_grad for parameter in source.parameters())
+        asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+        backward = torch.is_grad_enabled() and (asked or any(trained))
+        modes = tuple(module.training for module in source.modules())
+        return cls(args, kwargs, backward, (backward, trained, modes, spec, *map(leaf_key, leaves)))
+
+
+class Recent(Generic[_V]):
+    """By key, the values that were read or written last: at most `most` of them."""
+
+    def __init__(self, most: int = MOST_PROGRAMS) -> None:
+        self.most = most
+        self._values: OrderedDict[Key, _V] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: Key) -> _V:
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def __setitem__(self, key: Key, value: _V) -> None:
+        self._values[key] = value
+        if len(self._values) > self.most:
+            self._values.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def items(self) -> list[tuple[Key, _V]]:
+        """All of them, the one that was used longest ago first."""
+        return list(self._values.items())

@@ -1,0 +1,75 @@
+"""The values of a model: its parameters and buffers, and what a call brings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..runtime.distributed.ranks import Ranks
+from ..runtime.isa.errors import StateError
+from ..runtime.isa.layout import Layout
+from ..runtime.isa.precision import cast_dtype
+from .programs import Compiled
+
+
+def move_buffers(source: nn.Module, device: torch.device) -> None:
+    for module in source.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def share_values(source: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Every rank starts from the values of rank 0, and those that share a batch draw alike."""
+    ranks.share_randomness()
+    for tensor in (*source.parameters(), *source.buffers()):
+        ranks.from_first_(tensor.detach(), device)
+
+
+def program_inputs(
+    source: nn.Module, compiled: Compiled, arguments: Any, device: torch.device, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in.
+
+    Raises StateError for one that has no values.
+    """
+    leaves, buffers = pytree.tree_leaves(arguments), dict(source.named_buffers(remove_duplicate=False))
+    inputs = []
+    for role in compiled.executor.code.inputs:
+        kind, _, name = role.partition(":")
+        if kind == "buffer":
+            inputs.append(buffers[name])
+        elif kind == "constant":
+            inputs.append(compiled.captured.program.constants[name].to(device))
+        else:
+            leaf = leaves[int(name)]
+            if leaf.is_meta:
+                raise StateError(
+                    f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
+                    f"the CPU or on {device}"
+                )
+            inputs.append(leaf.to(device, cast_dtype(leaf, dtype), non_blocking=True))
+    return inputs
+
+
+def check_parameters(source: nn.Module, compiled: Mapping[str, nn.Parameter], layout: Layout | None) -> None:
+    """The chunks hold the parameters that the model was compiled with, and no others.
+
+    Raises StateError for one that was added, removed or replaced, and for one that is trained now and was not.
+    """
+    now = dict(source.named_parameters())
+    if now.keys() != compiled.keys() or any(now[n] is not p for n, p in compiled.items()):
+        changed = next((n for n in {**now, **compiled} if now.get(n) is not compiled.get(n)), "")
+        raise StateError(
+            f"parameter {changed} was added, removed or replaced after the model was compiled; compile the changed "
+            "model anew, or assign values with load_state_dict() or parameter.data.copy_()"
+        )
+    for chunk in layout.chunks if layout else ():
+        thawed = next((s.name for s in chunk.slots if not chunk.trainable and now[s.name].requires_grad), None)
+        if thawed is not None:
+            raise StateError(
+                f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "
+                "gradient; compile with it trainable, and freeze it afterwards for as long as you like"
+            )
