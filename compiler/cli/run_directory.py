@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from ...runtime.isa.errors import CheckpointError
-from ...runtime.state_io.metadata import METADATA
+from ...runtime.state_io.filesystem import METADATA
 from ...runtime.state_io.sharded import replacing
 from ..checkpoint import load_checkpoint, read_extra, write_checkpoint
 from ..module import CompiledModule

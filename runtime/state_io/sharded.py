@@ -38,7 +38,7 @@ from ..distributed.ranks import Ranks
 from ..isa.errors import CheckpointError
 from ..memory.stored import Stored
 from .atomic_directory import shared_directory
-from .metadata import METADATA, Reader, read_metadata
+from .filesystem import METADATA, Reader, Writer, read_metadata
 
 
 def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
@@ -71,7 +71,7 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
 def write(directory: Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
     """Write a checkpoint into a directory of one that is `replacing` another; all processes call it."""
     with _quiet():
-        dcp.save({}, checkpoint_id=directory, planner=_Saver(tensors, objects), no_dist=not ranks.together)
+        dcp.save({}, storage_writer=Writer(directory), planner=_Saver(tensors, objects), no_dist=not ranks.together)
 
 
 def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:

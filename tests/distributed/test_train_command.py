@@ -1,4 +1,4 @@
-"""`geminifx train` in two processes: Ctrl-C saves a checkpoint, with which one process goes on as if it were alone."""
+"""`geminifx train` in two processes: Ctrl-C saves a checkpoint, with which they, or one alone, go on."""
 
 import json
 import re
@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from geminifx.compiler.cli.main import app
 from trainable import SMALL_OPT
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 SETTINGS = ["small.json", "--data", "data.txt", "--steps", "60", "--batch-size", "4", "--seq-len", "16", "--lr", "0.01"]
@@ -19,19 +21,40 @@ def losses(shown: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+)/60  loss ([\d.]+)", shown)}
 
 
-def test_two_processes_stop_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("small.json").write_text(json.dumps({**SMALL_OPT, "dropout": 0.0}))
+def prepare(dropout: float) -> None:
+    Path("small.json").write_text(json.dumps({**SMALL_OPT, "dropout": dropout}))
     Path("data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
-    command = [sys.executable, "-m", "geminifx", "train", *SETTINGS, "--output", "parts", "--parallel", "data=2,zero=1"]
+
+
+def train_by_two(*words: str, stop: bool) -> str:
+    """What the command shows, which ends as it should; `stop` presses Ctrl-C."""
+    command = [sys.executable, "-m", "geminifx", "train", *SETTINGS, *words, "--parallel", "data=2,zero=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as two:
         shown = ""
         for line in two.stdout:
             shown += line
-            if line.startswith("step 12/"):
+            if stop and line.startswith("step 12/"):
                 two.send_signal(signal.SIGINT)
-    assert two.returncode == 130, shown
-    assert shown.count("stopped after step") == 1 and "--parallel data=2,zero=1 --resume" in shown
+    assert two.returncode == (130 if stop else 0), shown
+    assert shown.count("stopped after step") == stop
+    return shown
+
+
+def test_two_processes_stop_and_go_on_as_if_they_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(dropout=0.2)  # each process drops its own elements
+    train_by_two("--output", "whole", stop=False)
+    train_by_two("--output", "parts", stop=True)
+    train_by_two("--output", "parts", "--resume", stop=False)
+    whole, parts = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_stop_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare(dropout=0.0)
+    shown = train_by_two("--output", "parts", stop=True)
+    assert "--parallel data=2,zero=1 --resume" in shown
     before = losses(shown)
     one = CliRunner().invoke(app, ["train", *SETTINGS, "--output", "parts", "--resume"])
     assert one.exit_code == 0, one.output

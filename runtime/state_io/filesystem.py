@@ -1,4 +1,5 @@
-"""Reading the metadata of a checkpoint of torch.distributed.checkpoint, which is a pickle, without running code."""
+"""The files of torch.distributed.checkpoint: metadata, which is a pickle, is read without running code, and a failed
+write tells why."""
 
 import pickle
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ..isa.errors import CheckpointError
 
@@ -62,3 +66,18 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
+
+
+class Writer(dcp.FileSystemWriter):
+    """Raises OSError where a file cannot be written: torch then closes its own file in it with another error."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause = error.__context__
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from error
