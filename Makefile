@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A worker for each processor, of one thread each.
+PYTEST := $(BIN)/python -m pytest -n logical
 PACKAGES := geminifx.compiler geminifx.models geminifx.passes geminifx.runtime
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint golden clean
+.PHONY: help train test test-all campaigns lint golden clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,11 +22,14 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train a small OPT inside a budget its training state does not fit in
 	$(BIN)/geminifx train
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest tests
+test: $(READY)  ## run the tests, but for the slow ones
+	$(PYTEST) tests
 
-test-all: $(READY)  ## run the tests, those of eight processes too
-	$(BIN)/python -m pytest tests -m "all or not all"
+test-all: $(READY)  ## run the slow tests, and a twentieth of each campaign
+	$(PYTEST) tests -m "slow or campaign"
+
+campaigns: $(READY)  ## run the campaigns, thousands of random cases each, whole
+	$(PYTEST) tests/campaigns -m campaign --whole
 
 lint: $(READY)  ## formatting, lint rules, types
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ sys.path.insert(0, str(HERE))
 from nearness import check  # noqa: E402
 from worker import CASES, EXACT, IN_FOURS, ROWS, STEPS, Trained, train  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("data parallel")  # they share what the processes found
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 SCRIPT = Path(__file__).parent / "faults.py"
 
 
+TOGETHER = pytest.mark.xdist_group("faults")  # they share what the processes said
 Said = dict[str, tuple[str, str]]
 
 
@@ -29,10 +30,12 @@ def said() -> list[Said]:
     return said_by(codes=(0, 7))
 
 
+@TOGETHER
 def test_without_a_fault_nothing_is_raised(said) -> None:
     assert [rank["none"] for rank in said] == [("", "")] * 2
 
 
+@TOGETHER
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
@@ -57,6 +60,7 @@ def test_every_rank_is_told_of_a_later_batch_of_another_shape(when: str) -> None
         assert error == "StateError" and "rank(s) 1 differs from that of rank 0" in text
 
 
+@TOGETHER
 def test_the_death_of_a_rank_ends_the_others(said) -> None:
     assert "death" not in said[1]
     found, text = said[0]["death"]

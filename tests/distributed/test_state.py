@@ -15,6 +15,8 @@ sys.path.insert(0, str(HERE))
 
 from state_worker import CHAIN, CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("state")  # they share what the processes found
+
 # Sums are taken in another order than in one process; in bfloat16 that moves weights by a rounding now and then.
 CLOSE = {"own": 2e-5, "torch's": 2e-5, "own, bf16": 1e-2}
 

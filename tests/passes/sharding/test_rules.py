@@ -6,8 +6,8 @@ from math import prod
 
 import pytest
 import torch
-from all_ranks import assemble, run_parts, scatter
-from geminifx.passes.program.program import Program, annotate, note
+from all_ranks import run_parts, scatter
+from geminifx.passes.program.program import Program
 from geminifx.passes.program.types import TensorType, contiguous_stride
 from geminifx.passes.sharding.engine import Sharder, Value, divides
 from geminifx.passes.sharding.modes import MODES, SEQUENCE, Role
@@ -26,48 +26,9 @@ from geminifx.runtime.isa.mesh import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from one_call import CALLS, OneCall
-from torch import Tensor, fx
-
-
-class Lowered:
-    """One call on the parts of its arguments, its results put together again."""
-
-    def __init__(self, call: OneCall, inputs: list[Placements], axes: tuple[Axis, ...], roles: dict[str, Role]) -> None:
-        self.call, self.axes = call, axes
-        self.program, self.node = call.program()
-        self.sharder = Sharder(self.program, axes, roles)
-        self.parts: dict[str, list[Tensor]] = {}
-        for node, tensor, placements in zip(self.program.placeholders, call.tensors(), inputs, strict=True):
-            shape = local_shape(tuple(tensor.shape), placements, axes)
-            annotate(node, type=TensorType(tensor.dtype, shape, contiguous_stride(shape)))
-            self.sharder.values[node] = Value(node, placements)
-            self.parts[note(node).role] = [part.contiguous() for part in scatter(tensor, placements, axes)]
-
-    def check(self, special: bool = True) -> None:
-        """Lower, run on every rank, compare with the whole."""
-        old = [node for node in self.program.nodes if node.op == "call_function"]
-        for node in old:
-            self.sharder.at = node
-            lower = SPECIAL.get(node.target, Sharder.lower) if special else Sharder.lower
-            lower(self.sharder, node)
-        made = {role: self.sharder.values[node] for role, node in self.program.results.items()}
-        self.program.set_results({role: value.node for role, value in made.items()})
-        for node in reversed(old):
-            self.program.graph.erase_node(node)
-        self.program.eliminate_dead_code()
-        found = run_parts(self.program, Mesh(self.axes), self.parts)
-        for role, value in made.items():
-            expected = self.call.results()[int(role.removeprefix("output:"))]
-            assert expected is not None
-            if self.call.values:
-                whole = assemble(found[role], value.placements, self.axes)
-                torch.testing.assert_close(whole, expected)
-            else:
-                assert {part.shape for part in found[role]} == {
-                    local_shape(expected.shape, value.placements, self.axes)
-                }
-
+from lowering import Lowered
+from one_call import CALLS
+from torch import fx
 
 # -- rules -------------------------------------------------------------------------------------------------
 

@@ -4,47 +4,13 @@ import itertools
 
 import pytest
 import torch
+from attention_reference import TOLERANCE, errors, padding, reference, tensors
 from geminifx.runtime.isa.attention import attention, attention_flops
 from geminifx.runtime.kernels import attention_backends as attention_kernels
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 OP = torch.ops.geminifx.attention.default
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.1}
-
-
-def reference(query, key, value, key_mask, scale, causal, window):
-    """Every score, in the precision of the inputs; rows without keys give zeros and finite gradients."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    rows, columns = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
-    seen = torch.ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool)
-    if causal:
-        seen = seen & (columns <= rows)
-    if window:
-        seen = seen & (columns > rows - window)
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, None]
-    weights = torch.where(seen, query @ key.mT * scale, -1e300).softmax(-1)
-    return torch.where(seen, weights, 0.0) @ value
-
-
-def padding(kind, batch, length):
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    if kind == "none":
-        return None
-    if kind == "left":
-        mask[0, : length // 2] = False
-    elif kind == "right":
-        mask[0, length - length // 2 :] = False
-    else:
-        mask[1] = False
-    return mask
-
-
-def tensors(shape_q, shape_kv, dtype=torch.float32, grad=True):
-    made = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in (shape_q, shape_kv, shape_kv))
-    return tuple(t.requires_grad_(grad) for t in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -55,15 +21,8 @@ def test_forward_and_gradients_equal_a_float64_reference(dtype, causal, window, 
     lengths = [(37, 37), (5, 9), (9, 5), (1, 1), (1, 7)]
     for heads, (queries, keys), scale in itertools.product((4, 2, 1), lengths, (0.25, 1.3)):
         mine = tensors((2, 4, queries, 16), (2, heads, keys, 16), dtype)
-        mask = padding(kind, 2, keys)
-        out = attention(*mine, key_mask=mask, scale=scale, causal=causal, window=window)
-        grad = torch.randn_like(out)
-        exact = tuple(t.detach().double().requires_grad_() for t in mine)
-        expected = reference(*exact, mask, scale, causal, window)
-        found = (out, *torch.autograd.grad(out, mine, grad))
-        wanted = (expected, *torch.autograd.grad(expected, exact, grad.double()))
-        for name, a, b in zip(("out", "query", "key", "value"), found, wanted, strict=True):
-            error = ((a.double() - b).abs().max() / (1 + b.abs().max())).item()
+        problem = {"scale": scale, "causal": causal, "window": window}
+        for name, error in errors(mine, padding(kind, 2, keys), problem).items():
             assert error < TOLERANCE[dtype], (name, heads, queries, keys, scale, error)
 
 
