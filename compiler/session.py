@@ -225,13 +225,15 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        if self.setup is not None:
-            self._replan(format, attach)
-        self._declared = _Declared(format, attach)
+        declared = _Declared(format, attach)
+        if self.setup is None:
+            self._declared = declared
+        else:
+            self._replan(declared)
 
-    def _replan(self, format: OwnFormat, attach: Callable[[OwnStore], None]) -> None:
+    def _replan(self, declared: _Declared) -> None:
         """Make all programs anew, for another format of training state, and move values to where it wants them."""
-        before, programs = self.setup, Recent[Compiled]()
+        before, format, programs = self.setup, declared.format, Recent[Compiled]()
         (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
         setup, solution = self._decided(first.captured, format)
         programs[key] = self._generate(first.captured, solution, setup.machine)
@@ -243,7 +245,8 @@ class Session:
         before.machine.store.leave()
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
         self.last = {compiled.program.name: compiled for _, compiled in programs.items()}
-        attach(setup.own)
+        self._declared = declared
+        declared.attach(setup.own)
         try:
             self.place()
         except Exception as error:

@@ -209,7 +209,7 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
 
 def _source_line(error: BaseException) -> str:
     """Where in the model, not in torch or here, an error arose."""
-    root = Path(__file__).parent.parent  # of the package's rooms; examples may lie beside them
+    root = Path(__file__).parents[2]  # of the package's rooms; examples may lie beside them
     ours = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, *map(root.joinpath, _ROOMS)))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     if not frames:
