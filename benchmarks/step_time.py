@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --points llama-3b:8 --accumulate 8 --budget 24GiB --systems ours roundpipe
     python benchmarks/step_time.py --points 1.3b:8 gpt2-xl:1 --pad --dropout 0.1 --systems ours plain compile
     python benchmarks/step_time.py --points 1.3b:16 --budget none --nprocs 8 --systems ours fsdp2 --parallel zero=3
-    python benchmarks/step_time.py --points opt-175b:1 --plan-only --host-budget 4TB
+    python benchmarks/step_time.py --points opt-175b:1 --plan-only --recompute all --host-budget 4TB
     python benchmarks/step_time.py --plot step_time.json -o step_time.svg    # needs matplotlib
 
 A point is model:batch; models are OPT ("1.3b" is "opt-1.3b"), Llama, GPT-2, Qwen, Gemma, Mistral and ViT by name (see
