@@ -83,9 +83,10 @@ def measure(contestant: Contestant, steps: int, tokens: int, free_bytes: int) ->
             print(f"step {i}: {seconds[-1]:.3f} s, loss {losses[-1]:.4f}", flush=True)
     counted = seconds[min(WARM_UP, steps // 2) :]
     median = statistics.median(counted)
+    rate = tokens / median
     return {
         "step_s": round(median, 4), "steps": steps, "steps_counted": len(counted), "tokens": tokens,
-        "tokens_per_s": round(tokens / median), "all_steps_s": [round(s, 4) for s in seconds],
+        "tokens_per_s": round(rate) if rate >= 100 else round(rate, 2), "all_steps_s": [round(s, 4) for s in seconds],
         "losses": [round(loss, 4) for loss in losses], **usage, **contestant.final_facts(),
     }  # fmt: skip
 

@@ -172,9 +172,10 @@ def norm_weight(config: PreTrainedConfig) -> float:
     return 0.0 if config.model_type.startswith("gemma") else 1.0
 
 
-def fill(name: str, weight: Tensor, norm: float = 1.0) -> None:
+def fill(name: str, weight: Tensor, norm: float = 1.0, first: int = 0) -> None:
     """Give a contiguous tensor of any shape its values: N(0, 0.02), biases 0, norms' weights `norm`.
 
+    Of a weight in parts, the tensor is the one that begins with element number `first`.
     The values depend on the name alone and are exact in bfloat16: every system starts from the same ones,
     whether it keeps float32 or not. (The first steps therefore change little: what computes is the weight rounded
     back to bfloat16.) They repeat one small block, since drawing billions would take minutes.
@@ -185,7 +186,7 @@ def fill(name: str, weight: Tensor, norm: float = 1.0) -> None:
         weight.fill_(norm)
     else:
         block, flat = _block(weight.device), weight.view(-1)
-        done, start = 0, crc32(name.encode()) % BLOCK
+        done, start = 0, (crc32(name.encode()) + first) % BLOCK
         while done < flat.numel():
             length = min(BLOCK - start, flat.numel() - done)
             flat.narrow(0, done, length).copy_(block.narrow(0, start, length))

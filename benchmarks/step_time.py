@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --points llama-3b:8 --accumulate 8 --budget 24GiB --systems ours roundpipe
     python benchmarks/step_time.py --points 1.3b:8 gpt2-xl:1 --pad --dropout 0.1 --systems ours plain compile
     python benchmarks/step_time.py --points 1.3b:16 --budget none --nprocs 8 --systems ours fsdp2 --parallel zero=3
-    python benchmarks/step_time.py --points opt-175b:1 --plan-only --host-budget 4TB
+    python benchmarks/step_time.py --points opt-175b:1 --plan-only --recompute all --host-budget 4TB
     python benchmarks/step_time.py --plot step_time.json -o step_time.svg    # needs matplotlib
 
 A point is model:batch; models are OPT ("1.3b" is "opt-1.3b"), Llama, GPT-2, Qwen, Gemma, Mistral and ViT by name (see
@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", default="24GiB", help='of device memory, such as "24GiB", or "none"')
     made.add_argument("--steps", type=int, default=10)
     made.add_argument("--nprocs", type=int, default=1, help="processes, one for each GPU: ours and fsdp2 only")
-    made.add_argument("--timeout-s", type=float, default=600, help="for one system at one point, its start included")
+    made.add_argument("--timeout-s", type=float, default=None, help="for one system at one point, its start included; "
+                      "default: 600, with --plan-only 3600")  # fmt: skip
     made.add_argument("--plan-only", action="store_true", help="ours only: plan with weights on meta, run nothing")
     made.add_argument("--worker", action="store_true", help="measure the first system at the first point right here")
     step = made.add_argument_group("the step")
@@ -76,6 +77,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(words)
     args.systems = args.systems or (["ours"] if args.plan_only else ["ours", "fsdp2", "plain"])
+    args.timeout_s = args.timeout_s or (3600.0 if args.plan_only else 600.0)
     for name in ("steps", "seq", "accumulate", "nprocs"):
         if getattr(args, name) < 1:
             made.error(f"--{name} must be 1 or more")

@@ -93,7 +93,9 @@ def sharded(model: PreTrainedModel, device: torch.device, recompute: bool, offlo
         after.set_modules_to_backward_prefetch([before])
     model.to_empty(device="cpu" if offload else device)
     for name, parameter in model.named_parameters():
-        fill(plain_name(name), parameter.to_local().detach(), norm_weight(model.config))
+        rows_each = -(-len(parameter) // dist.get_world_size())  # which the last processes may have fewer of
+        first = rank() * rows_each * (parameter.numel() // len(parameter))
+        fill(plain_name(name), parameter.to_local().detach(), norm_weight(model.config), first)
     for name, buffer in buffers.items():
         holder, _, key = name.rpartition(".")
         setattr(_unwrapped(model, holder), key, buffer.to(device))

@@ -76,6 +76,9 @@ def test_the_values_depend_on_the_name_alone():
     for name, weight in (("layer.weight", a), ("layer.weight", b), ("layer2.weight", other)):
         fill(name, weight)
     assert torch.equal(a, b.float()) and not torch.equal(a, other)
+    second = torch.empty(24, 8)
+    fill("layer.weight", second, first=40 * 8)
+    assert torch.equal(second, a[40:])
 
 
 def test_dropout_is_of_the_kinds_that_the_model_trains_with():
