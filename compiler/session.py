@@ -40,7 +40,6 @@ from .capture.trace import Captured, Request, capture
 from .device import Device
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
-from .planner.communication import exchanges
 from .planner.problem import Planning
 
 PATIENCE_S = 1.0
@@ -135,7 +134,7 @@ class Session:
             self._programs.clear()
         solution, refusal = self.planning.decide(captured, self.plan, bool(self._programs), self.format)
         self.refusal = refusal or self.refusal
-        plan = replace(solution.plan, exchanges=exchanges(solution.program, solution.plan))
+        plan = solution.plan
         machine = self.machine = self.machine or self._make_machine(plan)
         stale = self.plan is None or self.plan.format.beside != (self.format is not None)
         self.plan = plan if backward or stale else self.plan
@@ -193,7 +192,9 @@ class Session:
         self._own = None
         store: StateStore
         if self.format is not None:
-            store = self._own = OwnStore(chunks, self.hardware, self.format, self._stats, Zero(self.ranks, plan.zero))
+            store = self._own = OwnStore(
+                chunks, self.hardware, self.format, self._stats, Zero(self.ranks, plan.request.zero)
+            )
         else:
             torchs = TorchFormat(self.options.optimizer_state_bytes)
             store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)
@@ -204,7 +205,7 @@ class Session:
         machine, plan = self.machine, self.plan
         if machine is None or plan is None or self.is_placed or self.refusal is not None:
             return
-        if plan.zero and not self.ranks.launched:  # nobody is there to have the other shards
+        if plan.request.zero and not self.ranks.launched:  # nobody is there to have the other shards
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
@@ -334,4 +335,5 @@ class Session:
 
 def _digest(program: Program, plan: Plan) -> str:
     """Of all that decides what the ranks exchange."""
-    return hashlib.sha256(f"{plan.zero} {plan.reduce_dtype} {print_program(program)}".encode()).hexdigest()
+    asked = plan.request
+    return hashlib.sha256(f"{asked.zero} {asked.reduce_dtype} {print_program(program)}".encode()).hexdigest()

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from ...models.adapters import capturable
 from ...passes.program.manager import Record
-from ...passes.program.plan import Outputs
 from ...passes.program.program import Note, Program, annotate, note, type_of
+from ...passes.program.request import Outputs
 from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
