@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..passes.program.manager import Pass
-from ..passes.program.plan import Outputs, Placement, Plan
+from ..passes.program.plan import Plan
+from ..passes.program.request import Outputs, Policy
 from ..runtime.isa.precision import ReduceDtype
 from .parallel import Parallel
 
@@ -51,7 +52,7 @@ class Options:
     host_budget: int | str | None = None
     world_size: int | None = None
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None
-    placement: Placement = "auto"
+    placement: Policy = "auto"
     parallel: Mapping[str, Any] | None = None
     precision: Precision | None = None
     reduce_dtype: ReduceDtype = "fp32"
@@ -105,7 +106,7 @@ class Options:
             raise ValueError(f"parallel={self.parallel!r}; expected degrees by name, such as parallel={{'data': 1}}")
 
     def _check(self) -> None:
-        _one_of("placement", self.placement, get_args(Placement))
+        _one_of("placement", self.placement, get_args(Policy))
         _one_of("outputs", self.outputs, get_args(Outputs))
         _one_of("precision", self.precision, (None, *DTYPES))
         _one_of("reduce_dtype", self.reduce_dtype, get_args(ReduceDtype))

@@ -35,11 +35,10 @@ from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
 from .capture.results import absent_outputs
-from .capture.trace import Captured, Request, capture
+from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
-from .planner.communication import exchanges
 from .planner.problem import Planning
 from .planner.search import Solution
 from .programs import Call, Compiled, Key, Recent
@@ -120,7 +119,7 @@ class Session:
     def _capture(self, call: Call) -> Captured:
         if call.key not in self._captured:
             with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-                request = Request(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes)
+                request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes)
                 self._captured[call.key] = self._shard(capture(self.source, call.args, call.kwargs, request))
         return self._captured[call.key]
 
@@ -142,7 +141,7 @@ class Session:
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         flat = solution.program
-        plan = replace(solution.plan, exchanges=exchanges(flat, solution.plan))
+        plan = solution.plan
         program, records = self.lowering.finish(captured.program, plan)
         if program.calls(REDUCE) or program.calls(AVERAGE):
             self.ranks.check_alike(f"the {program.name} program", _digest(program, plan))
@@ -206,7 +205,7 @@ class Session:
             torchs = TorchFormat(self.options.optimizer_state_bytes)
             store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)
             return Setup(solution.plan, Machine(store, self.ranks), None, refusal), solution
-        zero = Zero(self.ranks, solution.plan.zero)
+        zero = Zero(self.ranks, solution.plan.request.zero)
         own = OwnStore(chunks, self.hardware, format, self._stats, zero)
         return Setup(solution.plan, Machine(own, self.ranks), own, refusal), solution
 
@@ -260,7 +259,7 @@ class Session:
         setup = self.setup
         if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        if setup.plan.zero and not self.ranks.launched:  # nobody is there to have the other shards
+        if setup.plan.request.zero and not self.ranks.launched:  # nobody is there to have the other shards
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
@@ -347,4 +346,5 @@ class Session:
 
 def _digest(program: Program, plan: Plan) -> str:
     """Of all that decides what the ranks exchange."""
-    return hashlib.sha256(f"{plan.zero} {plan.reduce_dtype} {print_program(program)}".encode()).hexdigest()
+    asked = plan.request
+    return hashlib.sha256(f"{asked.zero} {asked.reduce_dtype} {print_program(program)}".encode()).hexdigest()

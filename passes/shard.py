@@ -146,7 +146,7 @@ def _result(sharder: Sharder, plan: Plan, role: str, node: fx.Node, found: dict[
     if kind == "gradient" and name in found:
         return _gradient(sharder, node, of_gradient(found[name], sharder.axes))
     tangents = sharder.program.inputs("tangent")
-    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents and plan.outputs == "loss"
+    beside_loss = kind == "output" and len(tangents) == 1 and name not in tangents and plan.request.outputs == "loss"
     sharded = sharder.placements(node) != sharder.everywhere
     sharder.at = sharder.program.output if node.op == "placeholder" else node
     if beside_loss and sharded:

@@ -64,7 +64,7 @@ class Ours(Contestant):
         self.optimizer = self.make_optimizer()
         compile_s, plan = time.perf_counter() - start, self.model.plan
         self.facts = {"compile_s": round(compile_s, 1), "planned_peak_bytes": plan.peak_bytes,
-                      "planned_host_bytes": plan.memory.host_bytes}  # fmt: skip
+                      "planned_host_bytes": plan.estimate.host_bytes}  # fmt: skip
         if rank() == 0:
             print(plan)
 

@@ -48,9 +48,9 @@ class AbsentOutput:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise AbsentOutputError(
             "this output of the model, the logits, was not computed, to save memory: its loss is computed in pieces "
-            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.mode). To have the "
-            "logits compile with fuse_loss=False, to train through them, or have them of a sharded model, with "
-            "outputs='all'; evaluation under torch.no_grad() returns them in any case."
+            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.request.mode). To "
+            "have the logits compile with fuse_loss=False, to train through them, or have them of a sharded model, "
+            "with outputs='all'; evaluation under torch.no_grad() returns them in any case."
         )
 
     def __repr__(self) -> str:

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from ...models.adapters import capturable
 from ...passes.program.manager import Record
-from ...passes.program.plan import Outputs
 from ...passes.program.program import Note, Program, annotate, note, type_of
+from ...passes.program.request import Outputs
 from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
@@ -57,7 +57,7 @@ class Captured:
 
 
 @dataclass(frozen=True)
-class Request:
+class CaptureRequest:
     """What to capture: `dtype` to compute in (None: as the model has it), outputs that take a gradient, and
     whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
     decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
@@ -70,7 +70,7 @@ class Request:
     shapes: Mapping[str, tuple[int, ...]] | None = None
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Captured:
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
     """Capture `model(*args, **kwargs)`, in the training mode that the model is in.
 
     Tensor inputs are known by their shapes and dtypes alone; everything else is baked into the program.

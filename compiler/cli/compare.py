@@ -80,9 +80,9 @@ def comparison_table(compared: list[Compared], world_size: int) -> Table:
             table.add_row(way.name, "-", "-", "-", way.refusal)
             continue
         received: dict[str, int] = {}
-        for exchange in way.plan.exchanges:
+        for exchange in way.plan.estimate.exchanges:
             received[exchange.axis] = received.get(exchange.axis, 0) + exchange.received_bytes
-        activations = dict(way.plan.memory.at_peak).get("activations", 0)
+        activations = dict(way.plan.estimate.at_peak).get("activations", 0)
         by_axis = ", ".join(f"{axis} {format_bytes(num_bytes)}" for axis, num_bytes in received.items())
         table.add_row(way.name, format_bytes(way.plan.peak_bytes), format_bytes(activations),
                       format_bytes(sum(received.values())), by_axis)  # fmt: skip

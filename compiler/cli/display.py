@@ -32,7 +32,7 @@ def error_panel(error: Exception) -> Panel:
 
 def memory_line(compiled: Measured) -> str:
     """Return device bytes of the budget and host bytes, at their peaks so far."""
-    used, budget = format_bytes(compiled.stats.device_peak_bytes), compiled.plan.budget_bytes
+    used, budget = format_bytes(compiled.stats.device_peak_bytes), compiled.plan.request.budget_bytes
     of_budget = "" if budget is None else f" / {format_bytes(budget)}"
     return f"device {used}{of_budget}  host {format_bytes(compiled.stats.host_peak_bytes)}"
 
@@ -80,7 +80,7 @@ def memory_table(compiled: Measured, plain_bytes: int | None) -> Table:
     table.add_column("")
     table.add_column("bytes", justify="right")
     table.add_column("of budget", justify="right")
-    budget = compiled.plan.budget_bytes
+    budget = compiled.plan.request.budget_bytes
     rows = {
         "device, budget": budget,
         "device, planned peak": compiled.plan.peak_bytes,

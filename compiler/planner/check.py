@@ -15,7 +15,7 @@ from ...runtime.isa.precision import master_dtype
 
 
 @dataclass(frozen=True)
-class _Offence:
+class Violation:
     """A field of a plan that does not fit: what was found there, what is expected."""
 
     field: str
@@ -30,16 +30,16 @@ def check_plan(
 
     `parameters` are the model's by their first names, `dtypes` what they compute in.
     """
-    offence = next(_offences(plan, parameters, blocks, dtypes), None)
-    if offence is not None:
+    violation = next(_violations(plan, parameters, blocks, dtypes), None)
+    if violation is not None:
         raise ValueError(
-            f"the plan does not fit this model: {offence.field} is {offence.found}, expected {offence.expected}; make "
-            "a plan for this model with geminifx.compile(...).plan.save(path)"
+            f"the plan does not fit this model: {violation.field} is {violation.found}, expected {violation.expected}; "
+            "make a plan for this model with geminifx.compile(...).plan.save(path)"
         )
 
 
-def _offences(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...],
-              dtypes: Mapping[str, torch.dtype]) -> Iterator[_Offence]:  # fmt: skip
+def _violations(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...],
+              dtypes: Mapping[str, torch.dtype]) -> Iterator[Violation]:  # fmt: skip
     yield from _in_shape(plan)
     for chunk in plan.layout.chunks:
         yield from _in_place(chunk)
@@ -53,57 +53,57 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _in_shape(plan: Plan) -> Iterator[_Offence]:
+def _in_shape(plan: Plan) -> Iterator[Violation]:
     """Numbers are numbers, and chunks are counted from 0: programs know them by number."""
     for i, chunk in enumerate(plan.layout.chunks):
         where = f"layout.chunks[{i}]"
         if chunk.index != i:
-            yield _Offence(f"{where}.index", repr(chunk.index), f"{i}: chunks are numbered from 0 in order")
+            yield Violation(f"{where}.index", repr(chunk.index), f"{i}: chunks are numbered from 0 in order")
         if not _is_count(chunk.numel):
-            yield _Offence(f"{where}.numel", repr(chunk.numel), "a number of elements")
+            yield Violation(f"{where}.numel", repr(chunk.numel), "a number of elements")
         for slot in chunk.slots:
             axes = plan.mesh.reduction_axes(slot.placement)
             if chunk.reduced_over != axes:
                 expected = f"{axes}: along these axes of the mesh processes have {slot.name!r} alike"
-                yield _Offence(f"{where}.reduced_over", repr(chunk.reduced_over), expected)
+                yield Violation(f"{where}.reduced_over", repr(chunk.reduced_over), expected)
         shards, alignment = plan.shards(chunk), ALIGNMENT_BYTES // chunk.dtype.itemsize
         if chunk.shards != shards:
-            yield _Offence(f"{where}.shards", repr(chunk.shards), f"{shards}, as parallel= says")
+            yield Violation(f"{where}.shards", repr(chunk.shards), f"{shards}, as parallel= says")
         elif shards > 1 and chunk.numel % (shards * alignment):
             expected = f"a multiple of {shards * alignment}: shards begin at multiples of {ALIGNMENT_BYTES} bytes"
-            yield _Offence(f"{where}.numel", repr(chunk.numel), expected)
+            yield Violation(f"{where}.numel", repr(chunk.numel), expected)
         for slot in chunk.slots:
             if not _is_count(slot.offset):
-                yield _Offence(f"{where}: the offset of {slot.name!r}", repr(slot.offset), "a number of elements")
+                yield Violation(f"{where}: the offset of {slot.name!r}", repr(slot.offset), "a number of elements")
             if not all(map(_is_count, slot.shape)):
-                yield _Offence(f"{where}: the shape of {slot.name!r}", repr(slot.shape), "sizes of 0 or more")
+                yield Violation(f"{where}: the shape of {slot.name!r}", repr(slot.shape), "sizes of 0 or more")
 
 
-def _in_place(chunk: ChunkLayout) -> Iterator[_Offence]:
+def _in_place(chunk: ChunkLayout) -> Iterator[Violation]:
     """Slots are aligned, follow one another without overlapping, and end inside of the chunk."""
     where, alignment = f"layout.chunks[{chunk.index}]", ALIGNMENT_BYTES // chunk.dtype.itemsize
     end, previous = 0, ""
     for slot in sorted(chunk.slots, key=lambda slot: (slot.offset, slot.numel)):
         field = f"{where}: the offset of {slot.name!r}"
         if slot.offset < end:
-            yield _Offence(field, slot.offset, f"{end} or more, behind {previous!r}, which it overlaps")
+            yield Violation(field, slot.offset, f"{end} or more, behind {previous!r}, which it overlaps")
         if slot.offset % alignment:
-            yield _Offence(field, slot.offset, f"a multiple of {alignment} ({ALIGNMENT_BYTES} bytes)")
+            yield Violation(field, slot.offset, f"a multiple of {alignment} ({ALIGNMENT_BYTES} bytes)")
         end, previous = slot.offset + slot.numel, slot.name
         if end > chunk.numel:
-            yield _Offence(f"{where}.numel", chunk.numel, f"{end} or more, where {slot.name!r} ends")
+            yield Violation(f"{where}.numel", chunk.numel, f"{end} or more, where {slot.name!r} ends")
 
 
-def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[_Offence]:
+def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[Violation]:
     """Each parameter has one slot of its shape, and nothing else has any."""
     slots = [slot for chunk in plan.layout.chunks for slot in chunk.slots]
     counts = Counter(slot.name for slot in slots)
     for name in parameters:
         if counts[name] != 1:
-            yield _Offence(f"layout: the number of slots of parameter {name!r}", counts[name], "1")
+            yield Violation(f"layout: the number of slots of parameter {name!r}", counts[name], "1")
     for slot in slots:
         if slot.name not in parameters:
-            yield _Offence("layout: the name of a slot", repr(slot.name), "a parameter of the model")
+            yield Violation("layout: the name of a slot", repr(slot.name), "a parameter of the model")
             continue
         try:
             whole = whole_shape(
@@ -112,41 +112,41 @@ def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator
         except (ValueError, IndexError):
             axes = ", ".join(axis.name for axis in plan.mesh.tensor_axes) or "none"
             hint = f"how it lies over the axes of this mesh, which are {axes}"
-            yield _Offence(f"layout: the placement of {slot.name!r}", repr(slot.placement), hint)
+            yield Violation(f"layout: the placement of {slot.name!r}", repr(slot.placement), hint)
             continue
         shape = tuple(parameters[slot.name].shape)
         if whole != shape:
             of = f"{shape}, the parameter's" + (f", of which it is the part {slot.placement}" if slot.placement else "")
-            yield _Offence(f"layout: the shape of {slot.name!r}", slot.shape, of)
+            yield Violation(f"layout: the shape of {slot.name!r}", slot.shape, of)
 
 
 def _of_dtype(
     chunk: ChunkLayout, parameters: dict[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
-) -> Iterator[_Offence]:
+) -> Iterator[Violation]:
     where = f"layout.chunks[{chunk.index}]"
     for name in (slot.name for slot in chunk.slots):
         master = master_dtype(parameters[name].dtype)
         if chunk.dtype != dtypes[name]:
             hint = f"{dtypes[name]}, in which {name!r} computes (precision= decides)"
-            yield _Offence(f"{where}.dtype", chunk.dtype, hint)
+            yield Violation(f"{where}.dtype", chunk.dtype, hint)
         if chunk.master_dtype != master:
-            yield _Offence(f"{where}.master_dtype", chunk.master_dtype, f"{master}, which the optimizer updates")
+            yield Violation(f"{where}.master_dtype", chunk.master_dtype, f"{master}, which the optimizer updates")
         if parameters[name].requires_grad != chunk.trainable:
             state = "trained" if parameters[name].requires_grad else "frozen"
             expected = f"{parameters[name].requires_grad}: {name!r} is {state}"
-            yield _Offence(f"{where}.trainable", chunk.trainable, expected)
+            yield Violation(f"{where}.trainable", chunk.trainable, expected)
 
 
-def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[_Offence]:
+def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[Violation]:
     count = len(plan.layout.chunks)
     if len(plan.homes) != count:
-        yield _Offence("homes", f"{len(plan.homes)} of them", f"{count}, one for each chunk")
+        yield Violation("homes", f"{len(plan.homes)} of them", f"{count}, one for each chunk")
     for index, home in enumerate(plan.homes[:count]):
         if home.streamed and not plan.layout.chunks[index].trainable:
             expected = "'host' or 'device': only what is trained is streamed"
-            yield _Offence(f"homes[{index}].where", repr(home.where.value), expected)
+            yield Violation(f"homes[{index}].where", repr(home.where.value), expected)
     if not _is_count(plan.prefetch):
-        yield _Offence("prefetch", repr(plan.prefetch), "0 or more chunks")
+        yield Violation("prefetch", repr(plan.prefetch), "0 or more chunks")
     for name in plan.recompute:
         if name not in blocks:
-            yield _Offence("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")
+            yield Violation("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ...passes.program.plan import Exchange, Plan
+from ...passes.program.estimate import Exchange
+from ...passes.program.plan import Plan
 from ...passes.program.program import Program, tensor_type
 from ...runtime.distributed.reduction import casts, piece_numel
 from ...runtime.isa.instructions import AVERAGE, FETCH, REDUCE, START_ALL_GATHER, START_ALL_REDUCE, START_REDUCE_SCATTER
@@ -31,14 +32,15 @@ def exchange_bytes(plan: Plan) -> int:
 
 
 def _temporary_bytes(chunk: ChunkLayout, plan: Plan) -> int:
-    if not casts(chunk, plan.reduce_dtype):
+    reduce_dtype = plan.request.reduce_dtype
+    if not casts(chunk, reduce_dtype):
         return 0
-    return piece_numel(chunk, scattered=_scatters(chunk, plan)) * sum_dtype(chunk.dtype, plan.reduce_dtype).itemsize
+    return piece_numel(chunk, scattered=_scatters(chunk, plan)) * sum_dtype(chunk.dtype, reduce_dtype).itemsize
 
 
 def _scatters(chunk: ChunkLayout, plan: Plan) -> bool:
     """Whether a process is left with its shard of a gradient alone."""
-    return plan.zero > 1 and chunk.shards > 1
+    return plan.request.zero > 1 and chunk.shards > 1
 
 
 def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
@@ -84,9 +86,10 @@ def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[Exch
 def _reduced(chunk: ChunkLayout, plan: Plan) -> Exchange:
     """What becomes of a chunk's gradient."""
     together, ranks = taken_together(chunk.reduced_over), plan.mesh.ranks_over(chunk.reduced_over)
-    num_bytes = chunk.numel * sum_dtype(chunk.dtype, plan.reduce_dtype).itemsize
+    reduce_dtype = plan.request.reduce_dtype
+    num_bytes = chunk.numel * sum_dtype(chunk.dtype, reduce_dtype).itemsize
     scatters = _scatters(chunk, plan)
-    pieces = -(-chunk.numel // piece_numel(chunk, scattered=scatters)) if casts(chunk, plan.reduce_dtype) else 1
+    pieces = -(-chunk.numel // piece_numel(chunk, scattered=scatters)) if casts(chunk, reduce_dtype) else 1
     if scatters:
         return Exchange(together, "reduce-scatter", pieces, num_bytes * (ranks - 1) // ranks)
     return Exchange(together, "all-reduce", pieces, _all_reduced(num_bytes, ranks))

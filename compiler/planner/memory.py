@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...passes.program.plan import MemoryEstimate, Plan
+from ...passes.program.estimate import Estimate
+from ...passes.program.plan import Plan
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.homes import Homes
 from .communication import exchange_bytes
@@ -29,7 +30,7 @@ class Limits:
 
     def allow(self, plan: Plan) -> bool:
         """Whether a plan fits both the device and the host."""
-        return self.allow_on_device(plan) and plan.memory.host_bytes <= self.host_bytes
+        return self.allow_on_device(plan) and plan.estimate.host_bytes <= self.host_bytes
 
     def allow_on_device(self, plan: Plan) -> bool:
         return self.device_bytes is None or plan.peak_bytes <= self.device_bytes
@@ -103,7 +104,8 @@ class Memory:
 
     # -- reports -------------------------------------------------------------------------------------------
 
-    def estimate(self, homes: Homes) -> MemoryEstimate:
+    def estimate(self, homes: Homes) -> Estimate:
+        """The bytes of it; time and exchanges are for others to say."""
         timeline = self.timeline(homes)
         at = int(timeline.argmax()) if len(timeline) else 0
         on_device = [(chunk, home) for chunk, home in self.plan.placed(homes) if home.on_device]
@@ -121,10 +123,10 @@ class Memory:
             **{name: int(array[at]) for name, array in self.liveness.values.items() if len(array)},
         }
         largest = sorted(((name, n) for name, n in parts.items() if n), key=lambda part: -part[1])
-        return MemoryEstimate(
+        return Estimate(
             static_bytes=self.static(homes),
             peak_bytes=self.peak(homes),
-            host_bytes=self.host(homes),
             reserve_bytes=self.limits.reserve_bytes,
             at_peak=tuple(largest),
+            host_bytes=self.host(homes),
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
+from ...passes.program.request import Policy, Request
 from ...runtime.isa.errors import BudgetError, StateError
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
@@ -59,15 +60,16 @@ class Planning:
     _lowered: dict[Any, tuple[Captured, Program]] = field(default_factory=dict)
 
     def shared(self) -> Plan:
-        """How processes share the work, and what of it they put together, which all plans of the model say alike."""
-        return self._as_declared(Plan())
+        """What was asked for and the processes that there are, which all plans of the model say alike."""
+        return Plan(self._request(self.options.placement), mesh=self.mesh)
 
-    def _as_declared(self, plan: Plan) -> Plan:
-        degrees = self.options.degrees
+    def _request(self, policy: Policy) -> Request:
+        options, degrees = self.options, self.options.degrees
         mode = degrees.mode if self.mesh.tensor_axes else None
-        return replace(plan, mesh=self.mesh, mode=mode or "", sequence=degrees.sequence, table=degrees.table,
-                       outputs=self.options.outputs, zero=degrees.zero,
-                       reduce_dtype=self.options.reduce_dtype)  # fmt: skip
+        return Request(
+            policy=policy, budget_bytes=self.limits.device_bytes, outputs=options.outputs, mode=mode or "",
+            sequence=degrees.sequence, table=degrees.table, zero=degrees.zero, reduce_dtype=options.reduce_dtype,
+        )  # fmt: skip
 
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
         """A plan, for our own optimizer's `format` of training state (None: for an optimizer of torch's).
@@ -78,7 +80,8 @@ class Planning:
         given, options, lower = self._given(), self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
-            given = self._as_declared(replace(given, notes=captured.notes))
+            request = self._request(given.request.policy)
+            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes)
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
             accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
@@ -89,10 +92,9 @@ class Planning:
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = logits_bytes(captured.program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = replace(self.shared(), placement=options.placement, budget_bytes=self.limits.device_bytes,
-                        layout=layout, notes=notes)  # fmt: skip
+        draft = replace(self.shared(), layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
-        constraints = Constraints(options.placement, self._recompute(), self.blocks, placed, fuse_loss, saves)
+        constraints = Constraints(self._recompute(), self.blocks, placed, fuse_loss, saves)
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
         return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
@@ -112,7 +114,7 @@ class Planning:
         are divided, whose training state is of no other kind."""
         declared, ours = formats.declared, formats.ours
         if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
-            return find(replace(plan, format=ours or OwnFormat())), StateError(NOT_DIVIDED.format(plan.zero))
+            return find(replace(plan, format=ours or OwnFormat())), StateError(NOT_DIVIDED.format(plan.request.zero))
         try:
             return find(replace(plan, format=declared or formats.torchs)), None
         except excused as refusal:

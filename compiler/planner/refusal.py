@@ -17,14 +17,14 @@ def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetEr
     """The error that tells why none of these plans can be run: of those on the host, or else of the nearest."""
     on_device = [plan for plan, _ in refused if limits.allow_on_device(plan)]
     if on_device:
-        return _host_refusal(min(plan.memory.host_bytes for plan in on_device), limits)
+        return _host_refusal(min(plan.estimate.host_bytes for plan in on_device), limits)
     best, program = min(refused, key=lambda tried: tried[0].peak_bytes)
     inputs = ", ".join(f"{node.name} {type_of(node)}" for node in program.inputs("input").values())
-    taking = ", ".join(f"{name} {format_bytes(n)}" for name, n in best.memory.at_peak[:4])
-    advice = "" if best.placement != "cuda" else " placement='auto' or 'cpu' keeps the training state on the host."
+    taking = ", ".join(f"{name} {format_bytes(n)}" for name, n in best.estimate.at_peak[:4])
+    advice = "" if best.request.policy != "cuda" else " placement='auto' or 'cpu' keeps the training state on the host."
     return BudgetError(
         f"a device budget of {limits.device_bytes:,} bytes ({format_bytes(limits.device_bytes or 0)}) is too small "
-        f"for placement='{best.placement}'; the smallest that works for these inputs "
+        f"for placement='{best.request.policy}'; the smallest that works for these inputs "
         f"({inputs}) is {best.peak_bytes:,} bytes "
         f"({format_bytes(best.peak_bytes)}), at whose peak are: {taking}.{advice} A smaller batch or sequence "
         "needs less; pass the batch you train on as example_inputs=",

@@ -18,9 +18,10 @@ Where nothing fits, the refusal names the smallest budget that would, and what t
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ...passes.program.plan import Placement, Plan
+from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...runtime.isa.homes import Home, Homes, Where, moved, resident
+from .communication import exchanges
 from .liveness import analyse
 from .memory import Limits, Memory
 from .refusal import refusal
@@ -41,11 +42,10 @@ Lower = Callable[[Plan], Program]
 
 @dataclass(frozen=True)
 class Constraints:
-    """What is decided already: the policy, the blocks to recompute (None: the planner's choice), whether the loss is
-    computed in pieces (likewise), and, for a further program of a model in training, where states are, which stay there
-    (`placed`). `logits_bytes` is what a fused loss would save, 0 where there is none."""
+    """What is decided already, besides a plan's request: the blocks to recompute (None: the planner's choice), whether
+    the loss is computed in pieces (likewise), and, for a further program of a model in training, where states are,
+    which stay there (`placed`). `logits_bytes` is what a fused loss would save, 0 where there is none."""
 
-    placement: Placement
     recompute: tuple[str, ...] | None
     blocks: tuple[str, ...]
     placed: Homes | None = None
@@ -55,15 +55,14 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Solution:
-    """A plan, the program it was made for, and the modelled seconds of a step."""
+    """A plan, and the program it was made for."""
 
     plan: Plan
     program: Program
-    step_s: float
 
 
 def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """Complete `draft` (layout, notes) so that it fits. Raises BudgetError where nothing does."""
+    """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does."""
     refused: list[Solution] = []
     for ahead in (1, 0):
         plan = replace(draft, prefetch=ahead)
@@ -72,7 +71,7 @@ def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solu
             found += _with_loss(replace(plan, recompute=recompute), lower, limits, given)
         fitting = [solution for solution in found if limits.allow(solution.plan)]
         if fitting:
-            best = min(fitting, key=lambda solution: solution.step_s)
+            best = min(fitting, key=_step_s)
             return best if given.recompute is not None else _refined(best, lower, limits, given)
         refused += found
     raise _refused(refused, limits)
@@ -98,7 +97,7 @@ def _refined(best: Solution, lower: Lower, limits: Limits, given: Constraints) -
             if 0 <= near <= len(given.blocks):
                 solution = _complete(replace(best.plan, recompute=given.blocks[:near]), lower, limits, given)
                 if limits.allow(solution.plan):
-                    best = min(best, solution, key=lambda found: found.step_s)
+                    best = min(best, solution, key=_step_s)
     return best
 
 
@@ -107,11 +106,21 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> S
     program = lower(plan)
     memory, time = Memory(plan, analyse(program), limits), StepTime.of(program, limits.rates)
     found: Iterable[Homes] = [_least(plan, given)]
-    if given.placement == "auto" and memory.fits(_least(plan, given)):
+    if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
     _, step_s, homes = min(timed, key=lambda candidate: candidate[:2])
-    return Solution(plan.with_homes(homes, memory.estimate(homes)), program, step_s)
+    return _solution(replace(plan, homes=homes), program, memory, step_s)
+
+
+def _step_s(solution: Solution) -> float:
+    return solution.plan.estimate.step_s
+
+
+def _solution(plan: Plan, program: Program, memory: Memory, step_s: float) -> Solution:
+    """A plan in which everything is decided, with all that it is expected to take."""
+    estimate = replace(memory.estimate(plan.homes), step_s=step_s, exchanges=exchanges(program, plan))
+    return Solution(replace(plan, estimate=estimate), program)
 
 
 def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -126,12 +135,11 @@ def _worth_a_look(unfused: Solution, limits: Limits, given: Constraints) -> bool
 
 
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
-    """Accept a plan that was made by hand or before. Raises BudgetError where it does not fit."""
+    """Accept a plan that was made by hand or before, estimated anew. Raises BudgetError where it does not fit."""
     program = lower(plan)
-    memory = Memory(plan, analyse(program), limits)
-    plan = plan.with_homes(plan.homes, memory.estimate(plan.homes))
-    solution = Solution(plan, program, StepTime.of(program, limits.rates).seconds(plan, plan.homes))
-    if not limits.allow(plan):
+    step_s = StepTime.of(program, limits.rates).seconds(plan, plan.homes)
+    solution = _solution(plan, program, Memory(plan, analyse(program), limits), step_s)
+    if not limits.allow(solution.plan):
         raise _refused([solution], limits)
     return solution
 
@@ -145,11 +153,11 @@ def _refused(solutions: list[Solution], limits: Limits) -> Exception:
 
 def _least(plan: Plan, given: Constraints) -> Homes:
     """What the policy puts on the device whatever the room."""
-    cuda = given.placement == "cuda"
+    cuda = plan.request.policy == "cuda"
     where = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks)
     if given.placed is not None:
         where = [home.where for home in given.placed]
-    stays = [cuda and chunk.shards > 1 and plan.zero != 3 for chunk in plan.layout.chunks]
+    stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
     return tuple(map(Home, where, stays))
 
 
@@ -172,7 +180,7 @@ def _candidates(plan: Plan, memory: Memory, given: Constraints) -> list[Homes]:
 def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Homes:
     """Keep more on the device, chunk by chunk, as long as it fits: first weights, then whole states."""
     for chunk in plan.layout.chunks:
-        if plan.zero == 3 and chunk.shards > 1:
+        if plan.request.zero == 3 and chunk.shards > 1:
             continue
         grown = resident(homes, chunk.index)
         homes = grown if memory.fits(grown) else homes

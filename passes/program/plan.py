@@ -1,99 +1,60 @@
-"""The Plan: every decision about one model, as frozen data. Passes act on it and never decide.
+"""The Plan: what was asked for, every decision about one model, and what that takes, as frozen data.
 
-Print it, save it as JSON, edit it, feed it back with `compile(..., plan="plan.json")`.
+Passes act on it and never decide. Print it, save it as JSON, edit it, and feed it back with
+`compile(..., plan="plan.json")`.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ...runtime.isa.formats import StateFormat, TorchFormat
 from ...runtime.isa.homes import Home, Homes, Where, numbers
 from ...runtime.isa.layout import ChunkLayout, Layout
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
-from ...runtime.isa.precision import ReduceDtype
-from ...runtime.isa.units import format_bytes
+from ...runtime.isa.units import format_bytes, format_seconds
+from .estimate import Estimate
 from .plan_json import read_json, write_json
+from .request import Request
 
-Placement = Literal["cuda", "cpu", "auto"]
-Outputs = Literal["loss", "all"]
+LARGEST = 6
+"""So many of the parts of the peak are printed."""
 
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What a plan is expected to take, in bytes.
-
-    `static_bytes` is on the device for good and `peak_bytes` the highest point of a step, to which belong the
-    `reserve_bytes` of the driver's context and libraries. `host_bytes` is what the host holds of the training
-    state (masters, gradients, optimizer state). `at_peak` names what the peak consists of, largest first.
-    """
-
-    static_bytes: int = 0
-    peak_bytes: int = 0
-    host_bytes: int = 0
-    reserve_bytes: int = 0
-    at_peak: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """What a process receives in one step by one kind of collective along one axis of the mesh."""
-
-    axis: str
-    collective: str
-    count: int
-    received_bytes: int
+Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions for one model.
+    """A request, the decisions that follow from it, and the estimate of what they take.
 
     Fields:
-        placement: the policy that was asked for.
-        budget_bytes: device memory the process may use, or None for all there is.
+        request: what the user asked for.
         layout: which parameter lives where in which chunk.
         mesh: the processes that train together.
-        mode: how they shard tensors, a key of `passes.modes.MODES`; "" where they do not.
-        sequence: whether the mode "1d" shards activations along the sequence.
-        table: placements of the user's own, from patterns of parameter names, such as ("lm_head.*", "col=S0").
-        outputs: which outputs of a training step whose tensors are sharded are put together: the "loss", where that is
-            the one with a gradient, or "all".
-        zero: what processes with the same weights hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
-        reduce_dtype: in what processes with the same weights add up gradients: "fp32", rounding their mean once, or
-            "compute", the dtype they are computed in.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
         homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
         format: of what that state consists: what `model.optimizer(...)` declared, or masters for torch's optimizers.
-        memory: the estimate for the program the plan was made for.
-        exchanges: what its processes exchange in a step.
+        estimate: what the program that the plan was made for is expected to take.
         notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
     """
 
-    placement: Placement = "auto"
-    budget_bytes: int | None = None
+    request: Request = field(default_factory=Request)
     layout: Layout = field(default_factory=lambda: Layout(()))
     mesh: Mesh = ONE_PROCESS
-    mode: str = ""
-    sequence: bool = False
-    table: tuple[tuple[str, str], ...] = ()
-    outputs: Outputs = "loss"
-    zero: int = 0
-    reduce_dtype: ReduceDtype = "fp32"
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
     homes: Homes = ()
     format: StateFormat = field(default_factory=TorchFormat)
-    memory: MemoryEstimate = MemoryEstimate()
-    exchanges: tuple[Exchange, ...] = ()
+    estimate: Estimate = field(default_factory=Estimate)
     notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
-        return self.memory.peak_bytes
+        """The planned peak of device memory."""
+        return self.estimate.peak_bytes
 
     @property
     def batches(self) -> int:
@@ -102,15 +63,13 @@ class Plan:
 
     def shards(self, chunk: ChunkLayout) -> int:
         """How many processes share out a chunk's training state."""
-        divided = self.zero == 3 or (self.zero > 0 and chunk.trainable)
+        zero = self.request.zero
+        divided = zero == 3 or (zero > 0 and chunk.trainable)
         return self.mesh.ranks_over(chunk.reduced_over) if divided else 1
 
     def placed(self, homes: Homes) -> list[tuple[ChunkLayout, Home]]:
         """The chunks with a home for each, the plan's own or others."""
         return list(zip(self.layout.chunks, homes, strict=True))
-
-    def with_homes(self, homes: Homes, memory: MemoryEstimate) -> "Plan":
-        return replace(self, homes=homes, memory=memory)
 
     # -- text ----------------------------------------------------------------------------------------------
 
@@ -130,53 +89,56 @@ class Plan:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
-        chunks, homes = self.layout.chunks, self.homes
-        there, streamed = numbers(homes, Where.DEVICE), numbers(homes, Where.STREAMED)
-        computing = {index for index in there if chunks[index].shards == 1}
-        staying = {index for index, home in enumerate(homes) if home.resident} - computing
         rows = [
-            ("placement", self.placement),
-            ("device budget", _amount(self.budget_bytes)),
-            *([("processes", str(self.mesh))] if self.mesh.size > 1 else []),
-            *(
-                [("tensor parallel", self.mode + (", along the sequence" if self.sequence else ""))]
-                if self.mode
-                else []
-            ),
-            *([("ZeRO", f"stage {self.zero}, over {_replicas(self.mesh)}")] if self.zero else []),
-            *([("gradients", _summed(self.reduce_dtype))] if self.mesh.replica_axes else []),
-            *(
-                (f"  received along {e.axis}", f"{_amount(e.received_bytes)} by {e.count} {e.collective}(s)")
-                for e in self.exchanges
-            ),
-            ("planned device peak", _amount(self.memory.peak_bytes)),
-            ("  of it always there", _amount(self.memory.static_bytes)),
-            *((f"  at the peak: {name}", _amount(amount)) for name, amount in self.memory.at_peak[:6]),
-            ("planned host memory", _amount(self.memory.host_bytes)),
-            (
-                "chunks",
-                f"{len(chunks)}, largest {_amount(max((c.compute_bytes for c in chunks), default=0))}",
-            ),
-            ("  training state on the device", f"{len(there)} of {len(chunks)}"),
-            ("  weights stay through a step", f"{len(staying)} of {len(chunks)}"),
-            *([("  updated on their way through", f"{len(streamed)} of {len(chunks)}")] if streamed else []),
-            ("optimizer", str(self.format)),
-            ("prefetch", f"{self.prefetch} chunk(s) ahead"),
-            ("recompute", f"{len(self.recompute)} block(s)"),
-            *([("loss", "in pieces, its logits are not computed")] if self.fuse_loss else []),
+            *self._requested(),
+            *self._estimated(),
+            *self._decided(),
             *(("note", text) for text in self.notes),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
+    def _requested(self) -> Iterator[Row]:
+        """With the mesh, which decides whether some of it means anything."""
+        asked = self.request
+        yield "placement", asked.policy
+        yield "device budget", "unlimited" if asked.budget_bytes is None else format_bytes(asked.budget_bytes)
+        if self.mesh.size > 1:
+            yield "processes", str(self.mesh)
+        if asked.mode:
+            yield "tensor parallel", asked.mode + (", along the sequence" if asked.sequence else "")
+        if asked.zero:
+            replicas = taken_together(names_of(self.mesh.replica_axes)) or "one process"
+            yield "ZeRO", f"stage {asked.zero}, over {replicas}"
+        if self.mesh.replica_axes:
+            how = "float32 and rounded once" if asked.reduce_dtype == "fp32" else "the dtype they are computed in"
+            yield "gradients", f"added up in {how}"
 
-def _replicas(mesh: Mesh) -> str:
-    return taken_together(names_of(mesh.replica_axes)) or "one process"
+    def _estimated(self) -> Iterator[Row]:
+        expected = self.estimate
+        uncounted = ", without what processes exchange" if expected.exchanges else ""
+        yield "modelled step", format_seconds(expected.step_s) + uncounted
+        for e in expected.exchanges:
+            yield f"  received along {e.axis}", f"{format_bytes(e.received_bytes)} by {e.count} {e.collective}(s)"
+        yield "planned device peak", format_bytes(expected.peak_bytes)
+        yield "  of it always there", format_bytes(expected.static_bytes)
+        for name, num_bytes in expected.at_peak[:LARGEST]:
+            yield f"  at the peak: {name}", format_bytes(num_bytes)
+        yield "planned host memory", format_bytes(expected.host_bytes)
 
-
-def _summed(reduce_dtype: ReduceDtype) -> str:
-    return f"added up in {'float32 and rounded once' if reduce_dtype == 'fp32' else 'the dtype they are computed in'}"
-
-
-def _amount(num_bytes: int | None) -> str:
-    return "unlimited" if num_bytes is None else format_bytes(num_bytes)
+    def _decided(self) -> Iterator[Row]:
+        chunks, homes = self.layout.chunks, self.homes
+        there, streamed = numbers(homes, Where.DEVICE), numbers(homes, Where.STREAMED)
+        computing = {index for index in there if chunks[index].shards == 1}
+        staying = {index for index, home in enumerate(homes) if home.resident} - computing
+        largest = max((chunk.compute_bytes for chunk in chunks), default=0)
+        yield "chunks", f"{len(chunks)}, largest {format_bytes(largest)}"
+        yield "  training state on the device", f"{len(there)} of {len(chunks)}"
+        yield "  weights stay through a step", f"{len(staying)} of {len(chunks)}"
+        if streamed:
+            yield "  updated on their way through", f"{len(streamed)} of {len(chunks)}"
+        yield "optimizer", str(self.format)
+        yield "prefetch", f"{self.prefetch} chunk(s) ahead"
+        yield "recompute", f"{len(self.recompute)} block(s)"
+        if self.fuse_loss:
+            yield "loss", "in pieces, its logits are not computed"

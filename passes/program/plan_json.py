@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import torch
 from cattrs import ClassValidationError, Converter, IterableValidationError, transform_error
@@ -11,7 +11,7 @@ from cattrs.v import format_exception
 
 from ...runtime.isa.formats import StateFormat, kinds_of_format
 
-VERSION = 2
+VERSION = 3
 """Of the text: it grows when a field's meaning changes, so that a plan of another version is not misread."""
 
 _T = TypeVar("_T")
@@ -29,23 +29,21 @@ def read_json(text: str, kind: type[_T]) -> _T:
         raise ValueError(f"not a geminifx plan: {error}; expected what Plan.to_json writes") from error
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != VERSION:
-        found = "has none" if version is None else f"is {version!r}"
+        found = "it has no version" if version is None else f"its version is {version!r}"
         raise ValueError(
-            f"not a geminifx plan of this version: its version {found}, expected {VERSION}; make it anew with "
+            f"not a geminifx plan of this version: {found}, expected {VERSION}; make it anew with "
             "geminifx.compile(...).plan.save(path)"
         )
-    missing = [field.name for field in fields(cast(Any, kind)) if field.name not in data]
-    if missing:
-        raise ValueError(f"not a geminifx plan: it has no {', '.join(missing)}; expected what Plan.to_json writes")
     try:
         return _converter().structure(data, kind)
-    except (ClassValidationError, IterableValidationError) as error:
+    except (ClassValidationError, IterableValidationError, ValueError) as error:
         faults = "; ".join(transform_error(error, "plan", format_exception=_tell))
         raise ValueError(f"not a geminifx plan: {faults}; expected what Plan.to_json writes") from error
 
 
 def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True)
+    converter.register_structure_hook_factory(is_dataclass, lambda kind: _whole(converter, kind))
     for scalar, what in ((int, "a whole number"), (bool, "true or false"), (str, "a text")):
         converter.register_structure_hook(scalar, _exactly(scalar, what))
     converter.register_structure_hook(float, _number)
@@ -60,6 +58,22 @@ def _converter() -> Converter:
         lambda found: {"kind": found.kind, **converter.unstructure_attrs_asdict(found)},
     )
     return converter
+
+
+def _whole(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
+    """Every field is written, so one that is absent is a mistake, and not to be replaced by a default in silence."""
+    structure = converter.gen_structure_attrs_fromdict(kind)
+    names = [field.name for field in fields(kind)]
+
+    def structure_whole(data: Any, _: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError(f"{data!r}, expected {kind.__name__} with {', '.join(names)}")
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return structure(data, kind)
+
+    return structure_whole
 
 
 def _exactly(scalar: type, what: str) -> Callable[[Any, Any], Any]:

@@ -52,4 +52,4 @@ SEQUENCE: dict[str, Role] = {"tp": Role("sequence", "sequence", weight="turns")}
 
 def roles_of(plan: Plan) -> dict[str, Role]:
     """The roles of a plan's tensor axes, by name."""
-    return SEQUENCE if plan.sequence else MODES[plan.mode]
+    return SEQUENCE if plan.request.sequence else MODES[plan.request.mode]

@@ -55,7 +55,7 @@ def place_parameters(program: Program, plan: Plan) -> Found:
 
     Raises ValueError for a pattern that no parameter matches, and for placements that do not divide a parameter.
     """
-    axes, roles, table = plan.mesh.tensor_axes, roles_of(plan), dict(plan.table)
+    axes, roles, table = plan.mesh.tensor_axes, roles_of(plan), dict(plan.request.table)
     uses, found = _uses(program), Found()
     for name, node in program.inputs("parameter").items():
         shape = _shape(node)

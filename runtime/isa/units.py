@@ -1,4 +1,4 @@
-"""Byte counts as people write them: `parse_bytes("24GB")` and `format_bytes(24_000_000_000)`."""
+"""Amounts as people write and read them: `parse_bytes("24GB")`, `format_bytes(24 * 10**9)`, `format_seconds(0.1)`."""
 
 from __future__ import annotations
 
@@ -60,12 +60,22 @@ def _share(percent: Fraction, of: int | None, text: str) -> int:
 
 def format_bytes(count: int) -> str:
     """Return `count` bytes for reading: three significant digits and a decimal unit, "1.32 GB"."""
-    size = float(abs(count))
     sign = "-" if count < 0 else ""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        digits = 0 if unit == "B" else max(0, 2 - int(math.log10(max(size, 1.0))))
+    return sign + _format(float(abs(count)), ("B", "kB", "MB", "GB", "TB"))
+
+
+def format_seconds(duration_s: float) -> str:
+    """Return a duration of 0 or more seconds for reading: three significant digits and a unit, "147 ms"."""
+    return _format(duration_s * 1e9, ("ns", "us", "ms", "s"))
+
+
+def _format(amount: float, units: tuple[str, ...]) -> str:
+    """Return `amount` of the first unit in the one of `units`, each a thousand of the last, that reads best. The
+    first has no fractions."""
+    for unit in units:
+        digits = 0 if unit == units[0] else max(0, 2 - int(math.log10(max(amount, 1.0))))
         # 999.6 would round to a fourth digit; it belongs to the next unit.
-        if round(size, digits) < 1000 or unit == "TB":
-            return f"{sign}{size:.{digits}f} {unit}"
-        size /= 1000
+        if round(amount, digits) < 1000 or unit == units[-1]:
+            return f"{amount:.{digits}f} {unit}"
+        amount /= 1000
     raise AssertionError("unreachable: the loop returns at its last unit")

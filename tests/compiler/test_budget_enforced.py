@@ -97,7 +97,7 @@ def test_the_hosts_account_holds_what_is_planned() -> None:
     train(MLP, model, steps=2)
     padded = sum(16 * chunk.numel for chunk in model.plan.layout.chunks)
     # Without an accelerator gradients need no staging, which the plan still counts.
-    assert model.stats.host_peak_bytes == padded <= model.plan.memory.host_bytes
+    assert model.stats.host_peak_bytes == padded <= model.plan.estimate.host_bytes
 
 
 def test_a_host_budget_that_is_too_small_is_refused_and_names_one_that_works() -> None:
@@ -112,10 +112,10 @@ def test_a_host_budget_that_is_too_small_is_refused_and_names_one_that_works() -
 
 
 def test_a_budget_as_text_and_as_a_share() -> None:
-    assert compiled(MLP, device_budget="1GiB").plan.budget_bytes == 2**30
-    half, whole = (compiled(MLP, device_budget=share).plan.budget_bytes for share in ("50%", "100%"))
+    assert compiled(MLP, device_budget="1GiB").plan.request.budget_bytes == 2**30
+    half, whole = (compiled(MLP, device_budget=share).plan.request.budget_bytes for share in ("50%", "100%"))
     assert half is not None and whole is not None and half == whole // 2
-    assert compiled(MLP).plan.budget_bytes is None
+    assert compiled(MLP).plan.request.budget_bytes is None
 
 
 def test_a_plan_too_optimistic_is_stopped_and_training_goes_on_afterwards() -> None:
@@ -224,13 +224,14 @@ def test_planned_is_never_below_measured(
 
 def test_a_plans_own_figures_are_checked_and_not_believed(tmp_path: Path) -> None:
     honest = compiled(MLP, placement="cpu").plan
-    lying = replace(honest, memory=replace(honest.memory, peak_bytes=1), budget_bytes=1)
+    estimate = replace(honest.estimate, peak_bytes=1, step_s=1e-9)
+    lying = replace(honest, estimate=estimate, request=replace(honest.request, budget_bytes=1))
     path = tmp_path / "plan.json"
     lying.save(path)
     with pytest.raises(BudgetError, match="too small"):
         compiled(MLP, plan=path, device_budget=honest.peak_bytes - 1)
     model = compiled(MLP, plan=Plan.load(path), device_budget=honest.peak_bytes)
-    assert model.plan.peak_bytes == honest.peak_bytes
+    assert model.plan.estimate == honest.estimate and model.plan.request.budget_bytes == honest.peak_bytes
 
 
 def test_a_batch_norms_statistics_are_planned_in_the_dtype_that_kernels_keep() -> None:

@@ -45,7 +45,7 @@ def test_it_is_planned_placed_and_updated_wherever_it_lies(where: str, precision
     moved = (plains[0] - plains[-1]).abs()
     assert all((a.float() - b).abs() <= 0.1 * moved for a, b in zip(losses, plains, strict=True)) and moved > 0
     assert model.stats.step.device_peak_bytes <= model.plan.peak_bytes
-    assert model.stats.step.host_peak_bytes <= model.plan.memory.host_bytes
+    assert model.stats.step.host_peak_bytes <= model.plan.estimate.host_bytes
     moments = {m.dtype for state in model.session.machine.store.states for m in state.moments}
     assert moments == {torch.bfloat16}
 

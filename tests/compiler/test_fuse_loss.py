@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from geminifx.compiler.capture.results import COPIES, AbsentOutput, logits_bytes
-from geminifx.compiler.capture.trace import Request, capture
+from geminifx.compiler.capture.trace import CaptureRequest, capture
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError, StateError
 from torch import Tensor, nn
@@ -208,9 +208,9 @@ def test_smaller_budgets_will_do() -> None:
 
 
 def test_what_would_be_saved_is_known_from_the_captured_step() -> None:
-    captured = capture(opt().train(), (), tokens(), Request())
+    captured = capture(opt().train(), (), tokens(), CaptureRequest())
     assert logits_bytes(captured.program) == COPIES * 4 * BATCH * LENGTH * VOCABULARY
-    evaluation = capture(opt().train(), (), tokens(), Request(backward=False))
+    evaluation = capture(opt().train(), (), tokens(), CaptureRequest(backward=False))
     assert logits_bytes(evaluation.program) == 0
 
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import operator
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from geminifx.passes.program.manager import Pass
 from geminifx.passes.program.program import Program, note
 from geminifx.passes.program.verify import released
 from geminifx.runtime.isa.errors import CaptureError, StateError, VerificationError
+from geminifx.runtime.isa.units import format_seconds
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -225,6 +227,19 @@ def test_a_plan_saved_and_fed_back_gives_the_same_program(tmp_path: Path) -> Non
     assert again.plan == model.plan == Plan.load(tmp_path / "plan.json")
     assert again.graph == model.graph
     assert "planned device peak" in str(again.plan)
+
+
+def test_a_plan_tells_the_modelled_seconds_of_a_step() -> None:
+    kept, recomputed = (compiled(OPT, placement="cpu", recompute=blocks).plan for blocks in ("none", "all"))
+    assert 0 < kept.estimate.step_s < recomputed.estimate.step_s
+    assert re.search(rf"^modelled step +{format_seconds(kept.estimate.step_s)}$", str(kept), re.MULTILINE)
+    assert compiled(OPT, placement="cpu", recompute="none").plan == kept, "the same each time"
+
+
+def test_what_is_asked_of_a_plan_that_is_fed_back_is_what_compile_is_told_now() -> None:
+    planned = compiled(OPT, device_budget="1MB", placement="cpu").plan
+    again = compiled(OPT, plan=planned, device_budget="2MB", outputs="all").plan
+    assert again.request == replace(planned.request, budget_bytes=2_000_000, outputs="all")
 
 
 def test_a_plan_edited_by_hand_is_followed() -> None:

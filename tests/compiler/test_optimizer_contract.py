@@ -590,7 +590,7 @@ def test_a_host_that_only_our_own_optimizer_fits_on() -> None:
         backward(model)
     model.load_state_dict(saved)
     optimizer = model.optimizer(AdamW, lr=1e-2)
-    assert model.session.hardware.tiers[1].used_bytes == model.plan.memory.host_bytes == 14 * padded
+    assert model.session.hardware.tiers[1].used_bytes == model.plan.estimate.host_bytes == 14 * padded
     other = placed(NET, "host", "bf16")
     Loop().run(NET, other, other.optimizer(AdamW, lr=1e-2))
     Loop().run(NET, model, optimizer)

@@ -46,12 +46,12 @@ def test_a_bf16_parameter_takes_12_bytes_and_its_gradient(
     model.optimizer(AdamW, **declared)
     numel, tiers = elements(model.plan), model.session.hardware.tiers
     assert [tier.used_bytes for tier in tiers] == [on_device * numel, 0]
-    state = dict(model.plan.memory.at_peak)["training state"]
-    assert (state, model.plan.memory.host_bytes) == ((on_device + held_on_device) * numel, 0)
+    state = dict(model.plan.estimate.at_peak)["training state"]
+    assert (state, model.plan.estimate.host_bytes) == ((on_device + held_on_device) * numel, 0)
     model = placed(NET, "host", "bf16")
     model.optimizer(AdamW, **declared)
     assert [tier.used_bytes for tier in model.session.hardware.tiers] == [0, on_host * numel]
-    assert model.plan.memory.host_bytes == on_host * numel
+    assert model.plan.estimate.host_bytes == on_host * numel
     model = placed(NET, "host, resident", "bf16")
     model.optimizer(AdamW, **declared)
     assert [tier.used_bytes for tier in model.session.hardware.tiers] == [2 * numel, on_host * numel]
@@ -62,7 +62,7 @@ def test_a_bf16_parameter_takes_12_bytes_and_its_gradient(
     assert model.session.hardware.tiers[0].used_bytes == STREAM_BUFFERS * longest * (12 + gradient)
     lands = declared != {"in_backward": True}
     assert model.session.hardware.host_tier.used_bytes == (on_host if lands else on_device) * numel
-    assert model.plan.memory.host_bytes == model.session.hardware.tiers[1].used_bytes
+    assert model.plan.estimate.host_bytes == model.session.hardware.tiers[1].used_bytes
 
 
 @pytest.mark.parametrize(("kind", "hyper", "per_weight"), [(SGD, {}, 4), (SGD, {"momentum": 0.9}, 8), (AdamW, {}, 12)])
@@ -126,7 +126,7 @@ def test_tiers_with_just_what_is_planned_are_enough(
     model = placed(NET, where, precision)
     optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward, accumulate=accumulate)
     for tier, limit in zip(
-        model.session.hardware.tiers, (model.plan.peak_bytes, model.plan.memory.host_bytes), strict=True
+        model.session.hardware.tiers, (model.plan.peak_bytes, model.plan.estimate.host_bytes), strict=True
     ):
         assert tier.used_bytes <= limit
         tier.limit_bytes = limit
@@ -170,7 +170,7 @@ def test_planned_is_never_below_measured(
         if not mode or model.session.machine.store.backwards == accumulate:
             optimizer.step()
     assert model.stats.step.device_peak_bytes <= model.plan.peak_bytes
-    assert model.stats.step.host_peak_bytes <= model.plan.memory.host_bytes
+    assert model.stats.step.host_peak_bytes <= model.plan.estimate.host_bytes
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -184,7 +184,7 @@ def test_under_any_budget_the_planner_keeps_to_it_and_the_numbers_stay(in_backwa
         model = compiled(NET, device_budget=budget)
         Loop().run(NET, model, model.optimizer(ADAMW[0], **ADAMW[1], in_backward=in_backward))
         assert model.stats.device_peak_bytes <= model.plan.peak_bytes <= budget
-        assert model.stats.step.host_peak_bytes <= model.plan.memory.host_bytes
+        assert model.stats.step.host_peak_bytes <= model.plan.estimate.host_bytes
         assert same_weights(model, reference)
         seen.add(model.plan.homes)
     assert len(seen) > 1
@@ -244,7 +244,7 @@ def test_frozen_chunks_are_not_streamed() -> None:
     chunks = model.plan.layout.chunks
     sizes = [chunk.numel * (14 if chunk.trainable else 4) for chunk in chunks]
     assert not all(chunk.trainable for chunk in chunks)
-    assert model.session.hardware.tiers[1].used_bytes == model.plan.memory.host_bytes == sum(sizes)
+    assert model.session.hardware.tiers[1].used_bytes == model.plan.estimate.host_bytes == sum(sizes)
 
 
 def test_a_saved_plan_that_only_our_optimizer_fits_is_taken(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_config_file_gives_options_and_arguments_take_precedence(tmp_path: Pat
     assert (options.device_budget, options.placement, options.precision) == ("1MB", "auto", "bf16")
     assert options.recompute == ("0", "1") and options.parallel == {"data": 1}
     model = compiled(MLP, config=path)
-    assert (model.plan.placement, model.plan.budget_bytes) == ("cpu", 10**6)
+    assert (model.plan.request.policy, model.plan.request.budget_bytes) == ("cpu", 10**6)
     assert model.plan.recompute == ("0", "1")
 
 

@@ -48,12 +48,12 @@ def test_every_rank_has_its_part(shape: OPTConfig, parallel: dict, world: int) -
     mine = sum(slot.numel for slot in slots)
     assert whole / ranks <= mine <= 1.01 * whole / ranks
     axes = {axis.name for axis in plan.mesh.axes}
-    assert {exchange.axis for exchange in plan.exchanges} == axes | {
+    assert {exchange.axis for exchange in plan.estimate.exchanges} == axes | {
         taken_together(names_of(plan.mesh.replica_axes))
     } - {""}
     for axis in plan.mesh.tensor_axes:
         assert f"'{axis.name}'" in text
-    if plan.zero:
+    if plan.request.zero:
         compiled.optimizer(torch.optim.AdamW, lr=1e-3)
     with pytest.raises(StateError, match=f"torchrun --nproc-per-node {world}"):
         compiled(input_ids=tokens, labels=tokens)
@@ -65,5 +65,5 @@ def test_sharded_outputs_beside_the_loss_are_put_together_where_all_are_asked_fo
     compiled = geminifx.compile(
         Detached(), world_size=2, parallel={"tensor": "1d:2"}, outputs=outputs, example_inputs=(ids,)
     )
-    assert compiled.plan.outputs == outputs
+    assert compiled.plan.request.outputs == outputs
     assert ("absent" in compiled.graph["training"]) == (outputs == "loss")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from geminifx.compiler.planner.packing import divide
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.errors import BudgetError, StateError
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
@@ -34,7 +35,7 @@ def test_divided_chunks_are_padded_to_equal_aligned_shards(numel: int, shards: i
 
 @pytest.mark.parametrize(("zero", "trained", "frozen"), [(0, 1, 1), (1, 4, 1), (2, 4, 1), (3, 4, 4)])
 def test_what_each_stage_divides(zero: int, trained: int, frozen: int) -> None:
-    plan = Plan(mesh=FOUR, zero=zero)
+    plan = Plan(Request(zero=zero), mesh=FOUR)
     chunks = [
         ChunkLayout(0, 4, torch.float32, torch.float32, trainable, (), reduced_over=("data",))
         for trainable in (True, False)
@@ -49,7 +50,7 @@ def test_plans_tell_the_stage_and_come_back_from_json(zero: int) -> None:
     assert f"stage {zero}" in str(plan) and {chunk.shards for chunk in plan.layout.chunks} == {4}
     assert Plan.from_json(plan.to_json()) == plan
     again = compiled(OPT, parallel={"data": 4, "zero": zero}, precision="bf16", plan=plan).plan
-    assert again.layout == plan.layout and again.memory == plan.memory
+    assert again.layout == plan.layout and again.estimate == plan.estimate
 
 
 @STAGES
@@ -58,10 +59,10 @@ def test_a_rank_holds_a_quarter_of_the_training_state(zero: int) -> None:
     alone, options = compiled(OPT, precision="bf16"), {"placement": "cpu"}
     alone.optimizer(AdamW)
     elements = sum(chunk.numel for chunk in alone.plan.layout.chunks)
-    on_host = planned(zero, **options).memory.host_bytes
+    on_host = planned(zero, **options).estimate.host_bytes
     assert on_host == pytest.approx(14 * elements / 4, rel=0.03), "masters, moments, and what gradients land in"
     on_device = planned(zero, placement="cuda")
-    kept = dict(on_device.memory.at_peak)
+    kept = dict(on_device.estimate.at_peak)
     assert kept["training state"] == pytest.approx(14 * elements / 4, rel=0.03)
     weights = kept.get("resident weights", 0)
     assert weights == (0 if zero == 3 else pytest.approx(2 * elements * 3 / 4, rel=0.03)), "beside the shard's own"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from geminifx.compiler.capture.trace import Request, capture
+from geminifx.compiler.capture.trace import CaptureRequest, capture
 from geminifx.compiler.planner.packing import pack
 from geminifx.models.adapters import blocks, example_inputs
 from geminifx.passes.program.manager import Pass
@@ -187,7 +187,7 @@ def _captured(name: str, training: bool) -> Example:
     model = _MODELS[name]().train(training)
     args = (torch.randn(_INPUTS[name]),) if name in _INPUTS else ()
     kwargs = example_inputs(model, 2, 8) or {}
-    program = capture(model, args, kwargs, Request(backward=training)).program
+    program = capture(model, args, kwargs, CaptureRequest(backward=training)).program
     names = blocks(model)
     packed = pack(program, dict(model.named_parameters()), names, parameter_dtypes(model, None))
     values = {f"parameter:{name}": p.detach() for name, p in model.named_parameters(remove_duplicate=False)}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from all_ranks import Values, placements_of, run_on_all, run_whole
-from geminifx.compiler.capture.trace import Request, capture
+from geminifx.compiler.capture.trace import CaptureRequest, capture
 from geminifx.compiler.parallel import Parallel
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.program.manager import run_passes
-from geminifx.passes.program.plan import Outputs, Plan
+from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program, type_of
+from geminifx.passes.program.request import Outputs, Request
 from geminifx.passes.shard import shard
 from geminifx.runtime.isa.linear_cross_entropy import ABSENT
 from geminifx.runtime.isa.mesh import Mesh, local_part
@@ -74,9 +75,10 @@ def declared(mode: str, size: int, **more: Any) -> dict[str, Any]:
     return {"tensor": {"mode": mode, "size": size, **more}}
 
 
-def plan_for(parallel: dict[str, Any]) -> Plan:
+def plan_for(parallel: dict[str, Any], outputs: Outputs = "loss") -> Plan:
     found = Parallel.of(parallel)
-    return Plan(mesh=found.mesh(None, 1), mode=found.mode or "", sequence=found.sequence, table=found.table)
+    request = Request(outputs=outputs, mode=found.mode or "", sequence=found.sequence, table=found.table)
+    return Plan(request, mesh=found.mesh(None, 1))
 
 
 def uneven(batch: Batch) -> Batch:
@@ -92,7 +94,7 @@ def whole_step(case: Case, training: bool = True, rows: int = 8) -> Whole:
     """A case's step with uneven labels. Shared: programs must be copied before they are changed."""
     model, batch = case.seeded().train(training), uneven(case.batch(batch=rows, seed=0))
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    program = capture(model, (), batch, Request(None, "loss", training, dtypes)).program
+    program = capture(model, (), batch, CaptureRequest(None, "loss", training, dtypes)).program
     run_passes(program, Plan(), (canonicalize,))
     values = {f"parameter:{name}": p.detach() for name, p in model.named_parameters()}
     values |= {f"buffer:{name}": buffer for name, buffer in model.named_buffers()}
@@ -122,7 +124,7 @@ def sharded_step(case: Case, parallel: dict[str, Any], training: bool = True, ro
 
 
 def sharded(whole: Whole, parallel: dict[str, Any], outputs: Outputs = "loss") -> Sharded:
-    plan = replace(plan_for(parallel), outputs=outputs)
+    plan = plan_for(parallel, outputs)
     program = whole.shard(plan)
     torch.manual_seed(0)
     found = found_by_all(program, plan.mesh, whole.values)

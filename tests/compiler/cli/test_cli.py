@@ -14,6 +14,9 @@ from geminifx.compiler.cli.baseline import plain_peak_bytes
 from geminifx.compiler.cli.job import TrainOptions
 from geminifx.compiler.cli.main import app
 from geminifx.models.presets import load_model
+from geminifx.passes.program.estimate import Estimate
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.request import Request
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.isa.errors import BudgetError
 from trainable import SMALL_OPT, ClippedAdamW, PlainCheckpoints
@@ -29,7 +32,7 @@ class Compiled(torch.nn.Module):
     def __init__(self, model: Any, options: dict[str, Any], interrupt_at: int | None) -> None:
         super().__init__()
         self.model, self.options, self.interrupt_at, self.calls = model, options, interrupt_at, 0
-        self.plan = SimpleNamespace(peak_bytes=900, budget_bytes=1000, placement=options["placement"])
+        self.plan = Plan(Request(options["placement"], 1000), estimate=Estimate(peak_bytes=900))
         self.stats = SimpleNamespace(
             device_peak_bytes=950, host_peak_bytes=4000, to_device_bytes=70_000, to_host_bytes=60_000
         )

@@ -9,8 +9,9 @@ from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.rates import ARENA
 from geminifx.compiler.planner.refusal import HostBudgetError
 from geminifx.compiler.planner.search import Constraints, Solution, check, solve
-from geminifx.passes.program.plan import Placement, Plan
+from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
+from geminifx.passes.program.request import Policy, Request
 from geminifx.passes.program.text import parse_program
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
@@ -56,19 +57,19 @@ AHEAD = INPUT + 2 * WEIGHTS  # while two chunks are there no activation is
 ALL = INPUT + ACTIVATION + CHUNKS * STATE
 
 
-def plan(budget: int | None, placement: Placement = "auto", masters: frozenset[int] | None = None,
+def plan(budget: int | None, policy: Policy = "auto", masters: frozenset[int] | None = None,
          host: int = 10**9, reserve: int = 0, **changes: object) -> Plan:  # fmt: skip
-    return solved(budget, placement, masters, host, reserve, **changes).plan
+    return solved(budget, policy, masters, host, reserve, **changes).plan
 
 
-def solved(budget: int | None, placement: Placement, masters: frozenset[int] | None, host: int, reserve: int,
+def solved(budget: int | None, policy: Policy, masters: frozenset[int] | None, host: int, reserve: int,
            **changes: object) -> Solution:  # fmt: skip
-    draft = replace(Plan(placement, budget, layout()), **changes)  # type: ignore[arg-type]
+    draft = replace(Plan(Request(policy, budget), layout()), **changes)  # type: ignore[arg-type]
     return solve(
         draft,
         lower,
         limits(budget, host, reserve),
-        Constraints(placement, (), (), None if masters is None else homes(CHUNKS, masters)),
+        Constraints((), (), None if masters is None else homes(CHUNKS, masters)),
     )
 
 
@@ -77,7 +78,7 @@ def limits(budget: int | None, host: int = 10**9, reserve: int = 0) -> Limits:
 
 
 @pytest.mark.parametrize(
-    "placement, budget, peak, prefetch",
+    "policy, budget, peak, prefetch",
     [
         ("cpu", None, AHEAD, 1),
         ("cpu", AHEAD, AHEAD, 1),
@@ -90,11 +91,11 @@ def limits(budget: int | None, host: int = 10**9, reserve: int = 0) -> Limits:
         ("auto", ON_DEMAND, ON_DEMAND, 0),
     ],
 )
-def test_peaks_by_hand(placement: Placement, budget: int | None, peak: int, prefetch: int) -> None:
-    found = plan(budget, placement)
+def test_peaks_by_hand(policy: Policy, budget: int | None, peak: int, prefetch: int) -> None:
+    found = plan(budget, policy)
     assert (found.peak_bytes, found.prefetch) == (peak, prefetch)
     assert (
-        found.homes == homes(CHUNKS, EVERYTHING, EVERYTHING if placement == "auto" else ())
+        found.homes == homes(CHUNKS, EVERYTHING, EVERYTHING if policy == "auto" else ())
         if peak == ALL
         else homes(CHUNKS)
     )
@@ -102,12 +103,12 @@ def test_peaks_by_hand(placement: Placement, budget: int | None, peak: int, pref
 
 def test_the_host_holds_the_state_of_what_is_not_on_the_device() -> None:
     staging = 2 * WEIGHTS
-    assert plan(None, "cpu").memory.host_bytes == CHUNKS * STATE + staging
-    assert plan(None, "cuda").memory.host_bytes == 0
+    assert plan(None, "cpu").estimate.host_bytes == CHUNKS * STATE + staging
+    assert plan(None, "cuda").estimate.host_bytes == 0
     low = plan(None, "cpu", layout=layout(dtype=torch.bfloat16))
-    assert low.memory.host_bytes == CHUNKS * (STATE + 2 * NUMEL) + 2 * 2 * NUMEL
+    assert low.estimate.host_bytes == CHUNKS * (STATE + 2 * NUMEL) + 2 * 2 * NUMEL
     frozen = plan(None, "cpu", layout=layout(trainable=False))
-    assert frozen.memory.host_bytes == CHUNKS * WEIGHTS
+    assert frozen.estimate.host_bytes == CHUNKS * WEIGHTS
     with pytest.raises(BudgetError, match="raise host_budget") as refused:
         plan(None, "cpu", host=CHUNKS * STATE + staging - 1)
     assert refused.value.smallest_bytes == CHUNKS * STATE + staging
@@ -153,17 +154,17 @@ def test_the_reserve_is_part_of_the_budget() -> None:
 
 
 def test_an_allocator_that_fragments_is_left_room_around_the_largest_storage() -> None:
-    draft, given = Plan("cpu", None, layout()), Constraints("cpu", (), ())
+    draft, given = Plan(Request("cpu"), layout()), Constraints((), ())
     huge = partial(lower, values=1000)  # activations of 4 kB beside chunks of 256 bytes
-    arena = solve(draft, huge, limits(None), given).plan.memory
+    arena = solve(draft, huge, limits(None), given).plan.estimate
     assert arena.peak_bytes == 4000 + 4000 + WEIGHTS and "holes in the allocator" not in dict(arena.at_peak)
 
     fragmenting = replace(limits(None), hole_share=0.5)
-    memory = solve(draft, huge, fragmenting, given).plan.memory
+    memory = solve(draft, huge, fragmenting, given).plan.estimate
     assert memory.peak_bytes == arena.peak_bytes + 2000
     assert dict(memory.at_peak)["holes in the allocator"] == 2000
     assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
-    small = solve(draft, lower, fragmenting, given).plan.memory
+    small = solve(draft, lower, fragmenting, given).plan.estimate
     assert dict(small.at_peak)["holes in the allocator"] == ACTIVATION // 2
 
     with pytest.raises(BudgetError, match=r"holes in the allocator 2\.00 kB") as refused:
@@ -187,11 +188,11 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
         seen.append(candidate.recompute)
         return lower(candidate)
 
-    draft = Plan("cpu", None, layout())
-    solve(draft, watched, limits(None), Constraints("cpu", ("b",), ("a", "b")))
+    draft = Plan(Request("cpu"), layout())
+    solve(draft, watched, limits(None), Constraints(("b",), ("a", "b")))
     assert set(seen) == {("b",)}
     seen.clear()
-    solution = solve(draft, watched, limits(None), Constraints("cpu", None, ("a", "b")))
+    solution = solve(draft, watched, limits(None), Constraints(None, ("a", "b")))
     assert set(seen) == {(), ("a",), ("a", "b")}
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
@@ -208,45 +209,45 @@ def recomputing(candidate: Plan, blocks: int) -> Program:
 
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 12, 16, 24, 30, 48])
 def test_the_planner_recomputes_the_fewest_blocks_that_do(number: int) -> None:
-    blocks, draft = tuple(f"b{i}" for i in range(number)), Plan("cpu", None, layout())
+    blocks, draft = tuple(f"b{i}" for i in range(number)), Plan(Request("cpu"), layout())
     lowered = partial(recomputing, blocks=number)
     for count in range(number + 1):
-        exact = solve(draft, lowered, limits(None), Constraints("cpu", blocks[:count], blocks)).plan
-        found = solve(draft, lowered, limits(exact.peak_bytes), Constraints("cpu", None, blocks)).plan
+        exact = solve(draft, lowered, limits(None), Constraints(blocks[:count], blocks)).plan
+        found = solve(draft, lowered, limits(exact.peak_bytes), Constraints(None, blocks)).plan
         assert found.recompute == blocks[:count]
 
 
 def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
     """The more blocks are recomputed, the more of the training state fits the device."""
-    blocks, draft = tuple(f"b{i}" for i in range(16)), Plan("auto", None, layout())
+    blocks, draft = tuple(f"b{i}" for i in range(16)), Plan(Request("auto"), layout())
 
     def solved_within(found: Limits) -> Plan:
-        return solve(draft, partial(recomputing, blocks=16), found, Constraints("auto", None, blocks)).plan
+        return solve(draft, partial(recomputing, blocks=16), found, Constraints(None, blocks)).plan
 
     everything = solved_within(limits(None))
     tight = limits(everything.peak_bytes - STATE)
     fastest = solved_within(tight)
-    assert fastest.recompute == () and fastest.memory.host_bytes > 0
-    small = replace(tight, host_bytes=fastest.memory.host_bytes - 1)
+    assert fastest.recompute == () and fastest.estimate.host_bytes > 0
+    small = replace(tight, host_bytes=fastest.estimate.host_bytes - 1)
     found = solved_within(small)
-    assert found.recompute and found.memory.host_bytes < fastest.memory.host_bytes
+    assert found.recompute and found.estimate.host_bytes < fastest.estimate.host_bytes
     with pytest.raises(HostBudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
         solved_within(replace(limits(ALL // 2), host_bytes=0))
     assert 0 < refused.value.smallest_bytes < CHUNKS * STATE
 
 
 def test_a_plan_made_elsewhere_is_estimated_anew_and_refused_where_it_does_not_fit() -> None:
-    given_plan = replace(plan(None, "cuda"), memory=plan(None, "cpu").memory)
-    assert check(given_plan, lower, limits(ALL)).plan.peak_bytes == ALL
+    given_plan = replace(plan(None, "cuda"), estimate=plan(None, "cpu").estimate)
+    assert given_plan.estimate.step_s > 0 and check(given_plan, lower, limits(ALL)).plan == plan(None, "cuda")
     with pytest.raises(BudgetError) as refused:
         check(given_plan, lower, limits(ALL - 1))
     assert refused.value.smallest_bytes == ALL
 
 
 def test_the_estimate_says_what_the_peak_consists_of() -> None:
-    memory = plan(None, "cpu").memory
+    memory = plan(None, "cpu").estimate
     assert memory.static_bytes == INPUT
     assert memory.at_peak == (("weights in flight", 2 * WEIGHTS), ("inputs and buffers", INPUT))
     assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
-    resident = dict(plan(None).memory.at_peak)
+    resident = dict(plan(None).estimate.at_peak)
     assert resident["training state"] == CHUNKS * STATE and "weights in flight" not in resident

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from all_ranks import run_whole
-from geminifx.compiler.capture.trace import Request, capture
+from geminifx.compiler.capture.trace import CaptureRequest, capture
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
@@ -82,7 +82,7 @@ def sharded(loss: Callable[[Small, Tensor, Tensor], Tensor], parallel: dict[str,
     model = Small(loss)
     batch = {**first, "ids": torch.randint(WORDS, (ROWS, LENGTH)), "labels": torch.randint(WORDS, (ROWS, LENGTH))}
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    program = capture(model, (), batch, Request(None, "loss", True, dtypes)).program
+    program = capture(model, (), batch, CaptureRequest(None, "loss", True, dtypes)).program
     run_passes(program, Plan(), (canonicalize,))
     values = {f"parameter:{name}": p.detach() for name, p in model.named_parameters()}
     values |= {f"constant:{name}": value for name, value in program.constants.items()}
@@ -131,7 +131,7 @@ def test_outputs_without_a_gradient_are_there_where_all_are_asked_for(outputs, a
     batch = {"ids": torch.randint(WORDS, (ROWS, LENGTH)), "labels": torch.randint(WORDS, (ROWS, LENGTH))}
     model = Several(usual)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    program = capture(model, (), batch, Request(None, outputs, True, dtypes)).program
+    program = capture(model, (), batch, CaptureRequest(None, outputs, True, dtypes)).program
     run_passes(program, plan_for(declared("1d", 2)), (canonicalize, shard))
     assert len(program.calls(ABSENT)) == absent
 

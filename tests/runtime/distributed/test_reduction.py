@@ -6,6 +6,7 @@ import pytest
 import torch
 from geminifx.compiler.planner.communication import HELD, exchange_bytes
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.request import Request
 from geminifx.runtime.distributed import reduction
 from geminifx.runtime.distributed.zero import Zero
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
@@ -138,7 +139,7 @@ def test_pieces_bring_the_same_bits_within_their_memory(
             Zero(replace(ranks, counted=ranks.counted), stage).reduce(mine, chunk)
         return meter.peak_bytes, len(ranks.counted)
 
-    plan = Plan(mesh=mesh, zero=stage, layout=Layout((chunk,)))
+    plan = Plan(Request(zero=stage), Layout((chunk,)), mesh)
     # The simulated sum itself is one more tensor, as long as the temporary.
     temporary = 4 * reduction.piece_numel(chunk, scattered=stage == 2)
     assert temporary <= 4 * min(piece, NUMEL)
@@ -155,7 +156,10 @@ def test_what_is_not_cast_needs_no_temporary() -> None:
     planned = Plan(mesh=mesh, layout=Layout((full,)))
     assert exchange_bytes(planned) == HELD * full.compute_bytes
     assert exchange_bytes(replace(planned, layout=Layout((low,)))) == (HELD + 1) * 4 * NUMEL
-    assert exchange_bytes(replace(planned, layout=Layout((low,)), reduce_dtype="compute")) == HELD * low.compute_bytes
+    assert (
+        exchange_bytes(replace(planned, layout=Layout((low,)), request=Request(reduce_dtype="compute")))
+        == HELD * low.compute_bytes
+    )
     assert exchange_bytes(Plan(layout=Layout((replace(low, reduced_over=()),)))) == 0, (
         "there is nobody to exchange with"
     )

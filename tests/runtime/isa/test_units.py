@@ -1,7 +1,7 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory and durations as people write and read them."""
 
 import pytest
-from geminifx.runtime.isa.units import format_bytes, parse_bytes
+from geminifx.runtime.isa.units import format_bytes, format_seconds, parse_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +82,24 @@ def test_refuses_more_than_everything() -> None:
 )
 def test_formats_for_reading(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "text"),
+    [
+        (0.0, "0 ns"),
+        (3e-9, "3 ns"),
+        (35.25e-6, "35.2 us"),
+        (0.1474, "147 ms"),
+        (0.99949, "999 ms"),
+        (0.9996, "1.00 s"),
+        (1.316, "1.32 s"),
+        (59.96, "60.0 s"),
+        (4321.0, "4321 s"),
+    ],
+)
+def test_formats_durations_for_reading(duration_s: float, text: str) -> None:
+    assert format_seconds(duration_s) == text
 
 
 @given(st.integers(min_value=1, max_value=10**15))
