@@ -20,7 +20,11 @@ from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_byte
 
 pytestmark = pytest.mark.cuda
 
-PLACEMENTS = ("cpu", "cuda", "auto")
+WAYS = pytest.mark.parametrize(
+    ("placement", "recompute"),
+    [("cuda", "none"), ("cpu", "all"), ("auto", "none"),
+     *(pytest.param(*way, marks=pytest.mark.slow) for way in [("cuda", "all"), ("cpu", "none"), ("auto", "all")])],
+)  # fmt: skip
 BUDGET = "3GB"  # the driver's context takes a part of it, on every card
 
 # fp32: 2^-24 a rounding, sums of up to some thousand terms, each of a few layers amplifying: 2^-12.
@@ -82,8 +86,7 @@ def assert_kept(model: geminifx.CompiledModule) -> None:
     assert model.stats.device_peak_bytes <= model.plan.peak_bytes <= 3 * 10**9
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@WAYS
 @pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, MLP, BLOCKS], ids=lambda case: case.name)
 def test_fp32(case: Case, placement: str, recompute: str) -> None:
     plain = case.seeded().cuda()
@@ -100,8 +103,7 @@ def test_fp32(case: Case, placement: str, recompute: str) -> None:
     assert_kept(model)
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@WAYS
 @pytest.mark.parametrize("case", [OPT, LLAMA, BLOCKS], ids=lambda case: case.name)
 def test_bf16(case: Case, placement: str, recompute: str) -> None:
     loss, gradients = low_precision(case)
