@@ -19,9 +19,6 @@ from ..runtime.executor import Executor
 from .capture.arguments import leaf_key
 from .capture.trace import Captured
 
-MOST_PROGRAMS = 64
-"""Programs of one model that are kept. One that was called longest ago is made again when it is needed."""
-
 Key = tuple[Hashable, ...]
 _V = TypeVar("_V")
 
@@ -63,10 +60,12 @@ class Call:
 
 
 class Recent(Generic[_V]):
-    """By key, the values that were read or written last: at most `most` of them."""
+    """By key, the values that were read or written last, at most `most` of them. What a model called longest ago is made
+    again when it is needed."""
 
-    def __init__(self, most: int = MOST_PROGRAMS) -> None:
-        self.most = most
+    most = 64
+
+    def __init__(self) -> None:
         self._values: OrderedDict[Key, _V] = OrderedDict()
 
     def __contains__(self, key: Key) -> bool:
