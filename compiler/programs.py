@@ -60,8 +60,7 @@ class Call:
 
 
 class Recent(Generic[_V]):
-    """By key, the values that were read or written last, at most `most` of them. What a model called longest ago is made
-    again when it is needed."""
+    """By key, the values that were read or written last, at most `most` of them."""
 
     most = 64
 
