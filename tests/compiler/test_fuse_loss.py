@@ -71,6 +71,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert, masked, with a bias": bert,
 }
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+QUICK = ("gpt2, tied", "gemma2, softcap")
+IN_BFLOAT16 = [pytest.param(m, marks=[] if name in QUICK else pytest.mark.slow) for name, m in MODELS.items()]
 
 
 def tokens(batch: int = BATCH, length: int = LENGTH, vocabulary: int = VOCABULARY) -> Batch:
@@ -123,7 +125,7 @@ def test_the_loss_has_the_bits_of_the_program_with_logits(build: Callable[[], nn
     assert_near(ours, theirs, 4e-6)
 
 
-@every_model
+@pytest.mark.parametrize("build", IN_BFLOAT16, ids=MODELS)
 def test_in_bfloat16_gradients_are_as_near_to_float32s(build: Callable[[], nn.Module]) -> None:
     _, exact = step(compiled(build, fuse_loss=False), tokens())
     _, ours = step(compiled(build, fuse_loss=True, precision="bf16"), tokens())

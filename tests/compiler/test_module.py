@@ -300,7 +300,9 @@ def test_dump_writes_the_program_after_every_pass_and_the_plan(tmp_path: Path) -
 # -- weights on meta ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, CNN], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [GPT2, CNN, *(pytest.param(c, marks=pytest.mark.slow) for c in (OPT, LLAMA))], ids=lambda case: case.name
+)
 def test_weights_on_meta_are_planned_refused_and_brought_to_life(case: Case) -> None:
     with geminifx.init_empty():
         empty = case.build()

@@ -25,8 +25,8 @@ def shape() -> OPTConfig:
     "parallel, world",
     [
         ({"tensor": {"mode": "2.5d", "size": 64, "depth": 1}}, 64),
-        ({"tensor": {"mode": "3d", "size": 64}}, 64),
-        ({"data": 16, "tensor": {"mode": "2.5d", "size": 64, "depth": 4}}, 1024),
+        pytest.param({"tensor": {"mode": "3d", "size": 64}}, 64, marks=pytest.mark.slow),
+        pytest.param({"data": 16, "tensor": {"mode": "2.5d", "size": 64, "depth": 4}}, 1024, marks=pytest.mark.slow),
         ({"data": 128, "tensor": {"mode": "1d", "size": 8}, "zero": 3}, 1024),
     ],
     ids=str,

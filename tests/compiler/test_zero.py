@@ -1,6 +1,7 @@
 """ZeRO as it is planned: chunks that divide evenly, a rank's share of memory, and what is refused."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ FOUR = Mesh((Axis("data", 4, "data"),))
 STAGES = pytest.mark.parametrize("zero", [1, 2, 3])
 
 
+@cache
 def planned(zero: int, **options: object) -> Plan:
     """The plan for one of four processes, of which no other is there."""
     return compiled(OPT, parallel={"data": 4, "zero": zero}, precision="bf16", **options).plan

@@ -1,6 +1,8 @@
 """Two real processes, each with half of the batch, train as one process with all of it."""
 
 import sys
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,39 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from nearness import check  # noqa: E402
-from worker import CASES, EXACT, IN_FOURS, ROWS, STEPS, Trained, train  # noqa: E402
+from worker import AVERAGED, CASES, EXACT, IN_FOURS, OVERFLOW, ROWS, STEPS, Trained, train  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("data parallel")  # they share what the processes found
+pytestmark = pytest.mark.xdist_group("data parallel")  # they share what the processes find
+QUICK = (
+    "torch's optimizer", "in the backward, fused loss", "zero 2, on the host, clipped",
+    "zero 3, two backwards a step, clipped", "zero 1, in the second backward, everywhere", "3, gradients halved",
+)  # fmt: skip
+"""Of these every stage, both optimizers, both tiers, accumulation and clipping; `make test` runs no others."""
+LAUNCHES = {2: (QUICK, tuple(name for name in (*CASES, *EXACT, OVERFLOW) if name not in QUICK)),
+            4: ((*IN_FOURS, AVERAGED),)}  # fmt: skip
+Finder = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    done = torchrun(HERE / "worker.py", str(out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+def found(tmp_path_factory: pytest.TempPathFactory) -> Finder:
+    """What two ranks, or four, found of a name."""
+
+    @cache
+    def launched(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("ranks") / "found.pt"
+        done = torchrun(HERE / "worker.py", str(out), *names, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(out)
+
+    def of(name: str, ranks: int = 2) -> Any:
+        (names,) = (names for names in LAUNCHES[ranks] if name in names)
+        return launched(names, ranks)[name]
+
+    return of
 
 
-@pytest.fixture(scope="module")
-def found_by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    done = torchrun(HERE / "worker.py", str(out), *IN_FOURS, ranks=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+def slow_but(names: Iterable[Any]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
 _alone: dict[str, Trained] = {}
@@ -44,33 +60,36 @@ def one_process(name: str) -> Trained:
     return _alone[repr(training)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_as_one_process(found: dict[str, Any], name: str) -> None:
-    check(found[name], one_process(name), CASES[name])
+@pytest.mark.parametrize("name", slow_but(CASES))
+def test_two_ranks_train_as_one_process(found: Finder, name: str) -> None:
+    check(found(name), one_process(name), CASES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_FOURS)
-def test_four_ranks_train_as_one_process(found_by_four: dict[str, Any], name: str) -> None:
-    check(found_by_four[name], one_process(name), CASES[name])
+def test_four_ranks_train_as_one_process(found: Finder, name: str) -> None:
+    check(found(name, 4), one_process(name), CASES[name])
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_with_zero_every_bit_is_that_without(found: dict[str, Any], name: str) -> None:
-    assert found[name]
+@pytest.mark.parametrize("name", slow_but(EXACT))
+def test_with_zero_every_bit_is_that_without(found: Finder, name: str) -> None:
+    assert found(name)
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_all(found: dict[str, Any]) -> None:
-    plain, divided = found["overflow"]
+@pytest.mark.slow
+def test_an_overflow_on_one_rank_skips_the_step_on_all(found: Finder) -> None:
+    plain, divided = found(OVERFLOW)
     assert 0 < plain["skipped"] == divided["skipped"] < STEPS
     for ours, loss in zip(divided["losses"], plain["losses"], strict=True):
         assert abs(ours - loss) <= 2**-9 * loss
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="sums of bfloat16 gradients are rounded after every term")
-def test_a_mean_of_bfloat16_gradients_is_rounded_once(found_by_four: dict[str, Any]) -> None:
+def test_a_mean_of_bfloat16_gradients_is_rounded_once(found: Finder) -> None:
     """Plain PyTorch adds float32 gradients under autocast; here the ranks' own are of bfloat16, and their mean need
     not lose more than the rounding to it, half of a bit in the last of eight places."""
-    gradients, means = zip(*found_by_four["averaged"], strict=True)
+    gradients, means = zip(*found(AVERAGED, 4), strict=True)
     exact = torch.stack(gradients).double().mean(0)
     for mean in means:
         assert ((mean.double() - exact).abs() <= 2**-9 * exact.abs()).all()
@@ -90,10 +109,9 @@ BYTES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "times"), BYTES)
-def test_a_rank_keeps_its_share_of_the_training_state(
-    found: dict[str, Any], found_by_four: dict[str, Any], name: str, times: int
-) -> None:
+def test_a_rank_keeps_its_share_of_the_training_state(found: Finder, name: str, times: int) -> None:
     parameters = sum(p.numel() for p in CASES[name].case.seeded().parameters())
-    for _, _, num_bytes in (found if times == 1 else found_by_four)[name]["ranks"]:
+    for _, _, num_bytes in found(name, 2 * times)["ranks"]:
         assert num_bytes == pytest.approx(BYTES[name, times] * parameters, rel=0.1), "but for padding"

@@ -1,4 +1,4 @@
-"""One rank of the data-parallel tests: `torchrun --nproc-per-node 2 worker.py OUT CASE...` trains these of `CASES`.
+"""One rank of the data-parallel tests: `torchrun --nproc-per-node 2 worker.py OUT NAME...` finds what these are of.
 
 Rank 0 writes what it found to OUT; `test_data_parallel.py` compares that with one process on the whole batches.
 """
@@ -137,6 +137,7 @@ EXACT = {
 """Where two processes add two numbers and masters are updated by our own kernels, every bit is that without ZeRO, also
 where all is saved and loaded on the way."""
 
+AVERAGED, OVERFLOW = "averaged", "overflow"
 OVERFLOWING = Training(OPT, Own(scale=2.0**17), {"precision": "fp16"}, zero=3)
 
 
@@ -236,24 +237,25 @@ def averaged(rank: int) -> tuple[Tensor, Tensor]:
     return x[0], next(model.parameters()).grad[0].clone()
 
 
-def main(out: Path, *names: str) -> None:
-    found: dict[str, Any] = {}
-    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+def find(name: str, ranks: int, rank: int) -> Any:
+    """What all ranks find of one of CASES, of EXACT, AVERAGED or OVERFLOW."""
     rows = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
-    for name in names or CASES:
+    everyones: list[Any] = [None] * ranks
+    if name in CASES:
         trained = train(CASES[name], rows)
-        agree: list[Any] = [None] * ranks
-        dist.all_gather_object(agree, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
-        found[name] = {"ranks": agree, "state": trained.state, "optimizer": trained.optimizer}
-    for name, training in ({} if names else EXACT).items():
-        plain = train(replace(training, zero=0), rows)
-        found[name] = same(train(training, rows, resume_at=2 if training.also else -1), plain)
-    if ranks > 2:
-        everyones: list[Any] = [None] * ranks
+        dist.all_gather_object(everyones, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
+        return {"ranks": everyones, "state": trained.state, "optimizer": trained.optimizer}
+    if name in EXACT:
+        plain = train(replace(EXACT[name], zero=0), rows)
+        return same(train(EXACT[name], rows, resume_at=2 if EXACT[name].also else -1), plain)
+    if name == AVERAGED:
         dist.all_gather_object(everyones, averaged(rank))
-        found["averaged"] = everyones
-    if not names:
-        found["overflow"] = [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
+        return everyones
+    return [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
+
+
+def main(out: Path, *names: str) -> None:
+    found = {name: find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) for name in names}
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.destroy_process_group()

@@ -35,6 +35,7 @@ def _bytes(shown: str, row: str) -> float:
     return float(found[1]) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[found[2]]
 
 
+@pytest.mark.slow
 def test_train_and_train_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["train", "--steps", "12"], terminal_width=120)
