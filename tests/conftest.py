@@ -19,7 +19,13 @@ from geminifx.runtime.kernels import device_updates
 from geminifx.runtime.memory import hardware
 from late_copies import BY_NAME, LateCopies, Launches
 
-_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+_VISIBLE = os.environ.setdefault("TESTS_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+"""What was visible when the tests were started: their workers inherit an environment without a GPU."""
+
+if _VISIBLE == "all":
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = _VISIBLE
 _IS_AVAILABLE = torch.cuda.is_available
 HAS_CUDA = torch.cuda.is_available()
 """Asked before the environment changes: the driver reads that once, when it is first asked."""
@@ -33,10 +39,10 @@ hypothesis.settings.load_profile("tests")
 def _see_cuda(seen: bool) -> None:
     """Show or hide the GPU, to torch and to whoever has asked it before."""
     torch.cuda.is_available = _IS_AVAILABLE if seen else lambda: False
-    if seen and _VISIBLE is None:
+    if seen and _VISIBLE == "all":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (_VISIBLE or "") if seen else ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = _VISIBLE if seen else ""
     device_updates._compiles.cache_clear()
 
 

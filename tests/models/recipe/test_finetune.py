@@ -195,7 +195,7 @@ class Second:
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh((Axis(self.axis, 2),))
+        return Mesh((Axis(self.axis, 2, "data"),))
 
     @property
     def data_rank(self) -> int:
