@@ -36,7 +36,7 @@ from .types import Type, infer, type_text
 
 
 @dataclass(frozen=True)
-class Offence:
+class Violation:
     """A node that breaks a rule: what was found, what is expected."""
 
     node: fx.Node
@@ -49,13 +49,13 @@ class Fact:
     """A named property of programs."""
 
     name: str
-    check: Callable[[Program, Plan], Offence | None]
+    check: Callable[[Program, Plan], Violation | None]
 
     def __str__(self) -> str:
         return self.name
 
 
-def fact(check: Callable[[Program, Plan], Offence | None]) -> Fact:
+def fact(check: Callable[[Program, Plan], Violation | None]) -> Fact:
     return Fact(check.__name__, check)
 
 
@@ -69,7 +69,7 @@ def verify(program: Program, plan: Plan, facts: tuple[Fact, ...], pass_name: str
         verify(function, plan, (), pass_name)
 
 
-def _message(program: Program, offence: Offence, pass_name: str, rule: str) -> str:
+def _message(program: Program, offence: Violation, pass_name: str, rule: str) -> str:
     nodes = program.nodes
     at = nodes.index(offence.node)
     window = [f"    {'>' if n is offence.node else ' '} {_line(n)}" for n in nodes[max(0, at - 1) : at + 2]]
@@ -93,24 +93,24 @@ def _line(node: fx.Node) -> str:
     return f"{node.name}: {type_text(type_of(node))} = {text}"[:160]
 
 
-def _well_formed(program: Program, plan: Plan) -> Offence | None:
+def _well_formed(program: Program, plan: Plan) -> Violation | None:
     seen: set[fx.Node] = set()
     for node in program.graph.nodes:
         if not is_noted(node):
             annotate(node)  # an empty note, so that the message can show the node
-            return Offence(node, "made without a type", "nodes made by Program.emit, which infers it")
+            return Violation(node, "made without a type", "nodes made by Program.emit, which infers it")
         for value in node.all_input_nodes:
             if value not in seen:
-                return Offence(node, f"reads {value.name}, which is made later", "a value made earlier")
+                return Violation(node, f"reads {value.name}, which is made later", "a value made earlier")
         seen.add(node)
     try:
         program.graph.lint()
     except RuntimeError as error:
-        return Offence(program.output, str(error).splitlines()[0], "a graph that torch.fx accepts")
+        return Violation(program.output, str(error).splitlines()[0], "a graph that torch.fx accepts")
     return None
 
 
-def _well_typed(program: Program, plan: Plan) -> Offence | None:
+def _well_typed(program: Program, plan: Plan) -> Violation | None:
     for node in program.graph.nodes:
         stated = type_of(node)
         inferred: Type
@@ -120,11 +120,11 @@ def _well_typed(program: Program, plan: Plan) -> Offence | None:
             try:
                 inferred = _element(node) if node.target is operator.getitem else _infer(node)
             except Exception as error:
-                return Offence(node, f"{type(error).__name__}: {error}"[:300], "arguments the operator takes")
+                return Violation(node, f"{type(error).__name__}: {error}"[:300], "arguments the operator takes")
         else:
             continue
         if stated != inferred:
-            return Offence(node, f"annotated {type_text(stated)}", f"{type_text(inferred)}, as inferred")
+            return Violation(node, f"annotated {type_text(stated)}", f"{type_text(inferred)}, as inferred")
     return None
 
 
@@ -145,18 +145,18 @@ NO_OPS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops
 
 
 @fact
-def canonical(program: Program, plan: Plan) -> Offence | None:
+def canonical(program: Program, plan: Plan) -> Violation | None:
     """No no-ops, and one input per parameter."""
     for node in program.graph.nodes:
         if node.target in NO_OPS:
-            return Offence(node, f"the no-op {node.target}", "its argument read directly")
+            return Violation(node, f"the no-op {node.target}", "its argument read directly")
         if node.op == "placeholder" and note(node).tied:
-            return Offence(node, f"a second input for {note(node).tied}", "one input per shared parameter")
+            return Violation(node, f"a second input for {note(node).tied}", "one input per shared parameter")
     return None
 
 
 @fact
-def sharded(program: Program, plan: Plan) -> Offence | None:
+def sharded(program: Program, plan: Plan) -> Violation | None:
     """Gradients lie on the mesh as their parameters do, as terms of a sum over the replicas, and everything else that
     leaves the program is whole."""
     parameters, axes = program.inputs("parameter"), plan.mesh.tensor_axes
@@ -167,74 +167,74 @@ def sharded(program: Program, plan: Plan) -> Offence | None:
             parameter = parse_placements(note(parameters[name]).placement or "R", axes)
             expected = placements_text(of_gradient(parameter, axes), axes)
         if axes and found != expected:
-            return Offence(node, f"{role}, which lies on {found}", f"the placement {expected}")
+            return Violation(node, f"{role}, which lies on {found}", f"the placement {expected}")
     return None
 
 
 @fact
-def turned(program: Program, plan: Plan) -> Offence | None:
+def turned(program: Program, plan: Plan) -> Violation | None:
     """All forward nodes, then the turn, then all backward nodes; evaluation has no backward at all."""
     turns = program.calls(TURN)
     if len(turns) > 1:
-        return Offence(turns[1], "a second turn", "one turn from forward to backward")
+        return Violation(turns[1], "a second turn", "one turn from forward to backward")
     past = not turns
     for node in program.computes:
         if node in turns:
             past = True
         elif note(node).phase == "backward" and (not past or not turns):
-            return Offence(node, "a backward node in front of the turn", "forward nodes only")
+            return Violation(node, "a backward node in front of the turn", "forward nodes only")
         elif note(node).phase == "forward" and past and turns:
-            return Offence(node, "a forward node behind the turn", "backward nodes only")
+            return Violation(node, "a forward node behind the turn", "backward nodes only")
     return None
 
 
 @fact
-def overlapped(program: Program, plan: Plan) -> Offence | None:
+def overlapped(program: Program, plan: Plan) -> Violation | None:
     """Every exchange starts and is waited for once, in one phase; what it fills, or sums, is nobody else's to read."""
     for node in program.computes:
         if node.target in EXCHANGES:
-            return Offence(node, "an exchange in one piece", "its start, and geminifx.finish_exchange")
+            return Violation(node, "an exchange in one piece", "its start, and geminifx.finish_exchange")
         if node.target is FINISH_EXCHANGE and getattr(node.args[0], "target", None) not in STARTS:
-            return Offence(node, f"waits for {node.args[0]}", "the start of an exchange")
+            return Violation(node, f"waits for {node.args[0]}", "the start of an exchange")
         offence = _exchanged(node) if node.target in STARTS else None
         if offence is not None:
             return offence
     return None
 
 
-def _exchanged(start: fx.Node) -> Offence | None:
+def _exchanged(start: fx.Node) -> Violation | None:
     part, overwrites = start.args[0], start.target is START_ALL_REDUCE
     finish, *others = start.users or [None]
     if finish is None or others or finish.target is not FINISH_EXCHANGE:
-        return Offence(start, f"read by {', '.join(user.name for user in start.users) or 'nobody'}",
+        return Violation(start, f"read by {', '.join(user.name for user in start.users) or 'nobody'}",
                        "one reader, its finish")  # fmt: skip
     if note(finish).phase != note(start).phase:
-        return Offence(finish, f"waits for {start.name} of the other phase", "the finish in front of the turn")
+        return Violation(finish, f"waits for {start.name} of the other phase", "the finish in front of the turn")
     kept, sent = list(finish.args[1:]), [] if overwrites else [part]
     if kept != sent:
         text = lambda values: f"keeps {', '.join(map(str, values)) or 'nothing'}"  # noqa: E731
-        return Offence(finish, text(kept), f"{text(sent)}: what is sent, unless it is what is filled")
+        return Violation(finish, text(kept), f"{text(sent)}: what is sent, unless it is what is filled")
     if overwrites and (part.op == "placeholder" or len(part.users) > 1):
-        return Offence(start, f"overwrites {part.name}, which others read", "a copy")
+        return Violation(start, f"overwrites {part.name}, which others read", "a copy")
     return None
 
 
 @fact
-def chunked(program: Program, plan: Plan) -> Offence | None:
+def chunked(program: Program, plan: Plan) -> Violation | None:
     """Parameters come out of chunks and gradients go into them."""
     for node in program.placeholders:
         if note(node).role.startswith("parameter:"):
-            return Offence(node, "a parameter as an input", "geminifx.fetch, wait and view")
+            return Violation(node, "a parameter as an input", "geminifx.fetch, wait and view")
     for node in program.calls(WAIT):
         if getattr(node.args[0], "target", None) is not FETCH or node.args[0].args[0] != node.args[1]:
-            return Offence(node, "a wait for something else than its chunk's fetch", "geminifx.wait(fetch, chunk)")
+            return Violation(node, "a wait for something else than its chunk's fetch", "geminifx.wait(fetch, chunk)")
     for fetch in program.calls(FETCH):
         if len(fetch.users) != 1 or next(iter(fetch.users)).target is not WAIT:
-            return Offence(fetch, f"{len(fetch.users)} readers", "one reader, its wait")
+            return Violation(fetch, f"{len(fetch.users)} readers", "one reader, its wait")
     return _gradient_chains(program)
 
 
-def _gradient_chains(program: Program) -> Offence | None:
+def _gradient_chains(program: Program) -> Violation | None:
     order = program.positions()
     for buffer in program.calls(GRADIENTS):
         steps = sorted(buffer.users, key=order.__getitem__)
@@ -242,12 +242,12 @@ def _gradient_chains(program: Program) -> Offence | None:
         kinds = [PUT if step.op == "call_module" else step.target for step in steps]
         if kinds[-2:] != [REDUCE, SETTLE] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
             text = ", ".join(map(target_text, kinds))
-            return Offence(buffer, f"gradients used by: {text}", "put..., reduce, settle")
+            return Violation(buffer, f"gradients used by: {text}", "put..., reduce, settle")
     return None
 
 
 @fact
-def released(program: Program, plan: Plan) -> Offence | None:
+def released(program: Program, plan: Plan) -> Violation | None:
     """Every waited-for chunk is released exactly once, after its last reader and before its reduce."""
     order = program.positions()
     reduces = {node.args[1]: order[node] for node in program.calls(REDUCE)}
@@ -255,13 +255,13 @@ def released(program: Program, plan: Plan) -> Offence | None:
         readers = chunk_readers(wait)
         releases = [node for node in readers if node.target is RELEASE]
         if len(releases) != 1:
-            return Offence(wait, f"{len(releases)} releases", "exactly one release of the chunk")
+            return Violation(wait, f"{len(releases)} releases", "exactly one release of the chunk")
         last = max(readers, key=order.__getitem__)
         if last is not releases[0]:
-            return Offence(last, f"reads {wait.name} after its release", "the release after the last reader")
+            return Violation(last, f"reads {wait.name} after its release", "the release after the last reader")
         chunk = wait.args[1]
         if note(wait).phase == "backward" and reduces.get(chunk, len(order)) < order[releases[0]]:
-            return Offence(releases[0], f"chunk {chunk} is reduced before its release", "release, then reduce")
+            return Violation(releases[0], f"chunk {chunk} is reduced before its release", "release, then reduce")
     return None
 
 

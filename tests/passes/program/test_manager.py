@@ -6,7 +6,7 @@ from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import Pass, assemble, graph_pass, run_passes
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.text import parse_program, print_program
-from geminifx.passes.program.verify import Offence, canonical, chunked, fact, turned
+from geminifx.passes.program.verify import Violation, canonical, chunked, fact, turned
 from geminifx.runtime.isa.errors import VerificationError
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def test_users_facts_are_checked_like_ours(program):
     @fact
     def no_sine(program, plan):
         found = program.calls(aten.sin.default)
-        return Offence(found[0], "a sine", "none") if found else None
+        return Violation(found[0], "a sine", "none") if found else None
 
     with pytest.raises(VerificationError, match=r"after pass 'claims'.*breaks 'no_sine' at 'y'"):
         run_passes(program, Plan(), [Pass("claims", lambda program, plan: None, gives=(no_sine,))])
