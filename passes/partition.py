@@ -24,7 +24,7 @@ from torch import fx
 from ..runtime.isa.instructions import TURN
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Note, Program, aliased_inputs, annotate, note
+from .program.program import Note, Program, aliased_inputs, annotate, note, type_of
 from .program.verify import canonical, turned
 
 
@@ -95,6 +95,9 @@ def _insert_turn(program: Program, boundary: fx.Node) -> None:
         index = differentiable.index(int(position))
         value = program.emit(operator.getitem, (turn, index), before=boundary, name=tangent.name)
         annotate(value, phase="backward", module="")
+        if type_of(value) != type_of(tangent):  # traced for a contiguous one, which torch 2.11 does
+            options = {"memory_format": torch.contiguous_format}
+            value = program.emit(torch.ops.aten.clone.default, (value,), options, before=boundary, like=note(value))
         program.replace(tangent, value)
     kept = {role: node for role, node in program.results.items() if not role.startswith("output:")}
     program.set_results(kept)

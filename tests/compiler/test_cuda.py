@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.homes import Home, Where
+from optimizing import MIXED
 from torch import Tensor, nn
 from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, Case, Trace, compiled, state_bytes, tokens
 
@@ -209,7 +210,7 @@ def placed(case: Case, where: str, **options: object) -> geminifx.CompiledModule
         "host, weights resident": tuple(Home(resident=True) for _ in every),
         "streamed": tuple(Home(Where.STREAMED) for _ in every),
         "streamed, weights resident": tuple(Home(Where.STREAMED, resident=True) for _ in every),
-        "everywhere": tuple(map(PLACES["mixed"], every)),
+        "everywhere": tuple(Home(MIXED[i % 3], resident=i % 2 == 0) for i in every),
     }[where]
     return compiled(case, device_budget=BUDGET, plan=replace(model.plan, homes=homes), **options)
 
