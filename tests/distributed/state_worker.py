@@ -1,11 +1,10 @@
-"""One rank of the tests of state: `torchrun --nproc-per-node N state_worker.py FOLDER`.
+"""One rank of the tests of state: `torchrun --nproc-per-node N state_worker.py FOLDER OUT MODE...`.
 
-FOLDER holds a checkpoint that one process wrote for each of MODELS. In every mode four ranks go on from it, save
-checkpoints of their own and what they found; eight ranks go on from it in one mode, and from that in the next.
+FOLDER holds a checkpoint that one process wrote for each of MODELS. In these modes four ranks go on from it, save
+checkpoints of their own, and to OUT what they found; eight ranks go on from it in one mode, and from that in the next.
 `test_state.py` compares that with the one process, and reads the checkpoints.
 """
 
-import os
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -115,10 +114,10 @@ def everyones(mine: dict[str, Any]) -> list[Any]:
     return everyone
 
 
-def by_four(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in MODES:
-        found[name] = everyones(go_on(name, folder))
+def by_four(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: everyones(go_on(name, folder)) for name in names}
+    if "1d" not in names:
+        return found
     # Written in one mode, read in another.
     model, optimizer = make(OPT, "own", parallel={"tensor": "2d:4"})
     geminifx.load_checkpoint(model, optimizer, folder / "1d")
@@ -128,12 +127,12 @@ def by_four(folder: Path) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, ranks: int) -> None:
-    found = by_four(folder) if ranks == 4 else chain(folder)
+def main(folder: Path, out: str, *names: str) -> None:
+    found = by_four(folder, names) if names else chain(folder)
     if dist.get_rank() == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(found, folder / out)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,4 +1,4 @@
-"""One rank of the tensor-parallel tests: `torchrun --nproc-per-node N tensor_worker.py OUT` trains those of N ranks.
+"""One rank of the tensor-parallel tests: `torchrun --nproc-per-node N tensor_worker.py OUT NAME...`.
 
 Rank 0 writes what it found to OUT; `test_tensor_parallel.py` compares that with one process on the whole batches.
 """
@@ -126,6 +126,8 @@ CASES: dict[int, dict[str, Sharded]] = {
 device and on the host."""
 
 
+DROPPED = {"dropout, recompute none": "none", "dropout, recompute all": "all"}
+LOGITS = "logits"
 DROPPING = Case("opt with dropout", lambda: opt(dropout=0.2, attention_dropout=0.2))
 
 
@@ -153,23 +155,26 @@ def logits(**options: Any) -> Tensor:
     return found
 
 
-def main(out: Path, ranks: int, rank: int) -> None:
-    found: dict[str, Any] = {}
-    for name, training in CASES[ranks].items():
-        trained: Trained = train(training, training.rows(rank))
-        seen: list[Any] = [None] * ranks
-        dist.all_gather_object(seen, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
-        found[name] = {"ranks": seen, "state": trained.state, "optimizer": trained.optimizer}
-    for recompute in ("none", "all") if ranks == 4 else ():
-        dropped: list[Any] = [None] * ranks
-        dist.all_gather_object(dropped, drop(recompute))
-        found[f"dropout, recompute {recompute}"] = dropped
-    if ranks == 4:
-        found["logits"] = logits(parallel=tensor("2d", 4))
-    if rank == 0:
+def find(name: str, ranks: int, rank: int) -> Any:
+    """What all ranks find of one of CASES, of DROPPED, or LOGITS."""
+    everyones: list[Any] = [None] * ranks
+    if name == LOGITS:
+        return logits(parallel=tensor("2d", 4))
+    if name in DROPPED:
+        dist.all_gather_object(everyones, drop(DROPPED[name]))
+        return everyones
+    training = CASES[ranks][name]
+    trained: Trained = train(training, training.rows(rank))
+    dist.all_gather_object(everyones, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
+    return {"ranks": everyones, "state": trained.state, "optimizer": trained.optimizer}
+
+
+def main(out: Path, *names: str) -> None:
+    found = {name: find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) for name in names}
+    if dist.get_rank() == 0:
         torch.save(found, out)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

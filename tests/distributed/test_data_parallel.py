@@ -85,14 +85,13 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(found: Finder) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="sums of bfloat16 gradients are rounded after every term")
 def test_a_mean_of_bfloat16_gradients_is_rounded_once(found: Finder) -> None:
     """Plain PyTorch adds float32 gradients under autocast; here the ranks' own are of bfloat16, and their mean need
-    not lose more than the rounding to it, half of a bit in the last of eight places."""
+    not lose more than the rounding to it, half of the last of its eight places."""
     gradients, means = zip(*found(AVERAGED, 4), strict=True)
     exact = torch.stack(gradients).double().mean(0)
     for mean in means:
-        assert ((mean.double() - exact).abs() <= 2**-9 * exact.abs()).all()
+        assert ((mean.double() - exact).abs() <= 2**-8 * exact.abs()).all()
 
 
 # Bytes per float32 parameter: the weights that compute, AdamW's moments, and on the host what gradients land in.

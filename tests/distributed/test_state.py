@@ -1,6 +1,8 @@
 """State of sharded models on four and eight processes: whole state_dicts, and checkpoints that any number reads."""
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +23,43 @@ pytestmark = pytest.mark.xdist_group("state")  # they share what the processes f
 CLOSE = {"own": 2e-5, "torch's": 2e-5, "own, bf16": 1e-2}
 
 
+QUICK = ("1d, zero, bf16", "2d")
+"""The modes that `make test` runs. In the others one checkpoint is read in another mode, too, and saving fails."""
+SLOW = tuple(name for name in MODES if name not in QUICK)
+EVERY_MODE = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+Finder = Callable[[str], Any]
+
+
+@cache
+def alone(of: str, kind: str, folder: Path) -> dict[str, Any]:
+    """What one process saved, and found on going on."""
+    model, optimizer = make(MODELS[of], kind)
+    train(model, optimizer, MODELS[of], 0)
+    geminifx.save_checkpoint(model, optimizer, folder / f"one, {of}, {kind}", extra={"step": STEPS})
+    saved = values(model)
+    return {"saved": saved, **train(model, optimizer, MODELS[of], STEPS), "state": values(model)}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process saved, found on going on, and what four ranks made of it."""
-    folder, alone = tmp_path_factory.mktemp("state"), {}
-    for of, kind in sorted({(of, kind) for of, kind, _ in MODES.values()}):
-        model, optimizer = make(MODELS[of], kind)
-        train(model, optimizer, MODELS[of], 0)
-        geminifx.save_checkpoint(model, optimizer, folder / f"one, {of}, {kind}", extra={"step": STEPS})
-        saved = values(model)
-        alone[of, kind] = {"saved": saved, **train(model, optimizer, MODELS[of], STEPS), "state": values(model)}
-    torch.save(alone, folder / "alone.pt")
+    folder = tmp_path_factory.mktemp("state")
     (folder / "file").write_text("not a directory")
-    done = torchrun(HERE / "state_worker.py", str(folder), ranks=4)
-    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "found.pt")
+def found(folder: Path) -> Finder:
+    """What four ranks made in a mode of what one process saved, or found besides."""
 
+    @cache
+    def launched(names: tuple[str, ...]) -> dict[str, Any]:
+        for name in names:
+            alone(*MODES[name][:2], folder)
+        done = torchrun(HERE / "state_worker.py", str(folder), f"{names[0]}.pt", *names, ranks=4)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(folder / f"{names[0]}.pt")
 
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "alone.pt")
+    return lambda name: launched(QUICK if name in QUICK else SLOW)[name]
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
@@ -57,50 +71,55 @@ def same_optimizer(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return ours["state"].keys() == theirs["state"].keys() and all(same(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_four_ranks_go_on_from_one_process(found: dict[str, Any], alone: dict[str, Any], name: str) -> None:
+@EVERY_MODE
+def test_four_ranks_go_on_from_one_process(folder: Path, found: Finder, name: str) -> None:
     of, kind, _ = MODES[name]
-    expected = alone[of, kind]
-    for rank in found[name]:
+    ranks, expected = found(name), alone(of, kind, folder)
+    for rank in ranks:
         assert rank["extra"] == {"step": STEPS}
         assert same(rank["loaded"], expected["saved"]), "masters are exact, whole, and in the model's names"
-        assert rank["losses"] == found[name][0]["losses"] and rank["norms"] == found[name][0]["norms"]
+        assert rank["losses"] == ranks[0]["losses"] and rank["norms"] == ranks[0]["norms"]
         assert rank["losses"] == pytest.approx(expected["losses"], rel=CLOSE[kind])
         assert rank["norms"] == pytest.approx(expected["norms"], rel=max(CLOSE[kind], 1e-4))
         assert min(rank["norms"]) > CLIP, "so that clipping matters"
-        assert same(rank["state"], found[name][0]["state"])
+        assert same(rank["state"], ranks[0]["state"])
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_one_process_goes_on_from_four_ranks(folder: Path, found: dict[str, Any], name: str) -> None:
-    of, kind, _ = MODES[name]
+@EVERY_MODE
+def test_one_process_goes_on_from_four_ranks(folder: Path, found: Finder, name: str) -> None:
+    (of, kind, _), (first, *_, last) = MODES[name], found(name)
     model, optimizer = make(MODELS[of], kind)
     assert geminifx.load_checkpoint(model, optimizer, folder / name) == name
-    assert same(values(model), found[name][0]["state"])
+    assert same(values(model), first["state"])
     if kind != "torch's":
-        assert same_optimizer(optimizer.state_dict(), found[name][0]["optimizer"])
-        assert same_optimizer(found[name][3]["optimizer"], found[name][0]["optimizer"])
+        assert same_optimizer(optimizer.state_dict(), first["optimizer"])
+        assert same_optimizer(last["optimizer"], first["optimizer"])
 
 
-@pytest.mark.parametrize("name", [name for name, (_, kind, _) in MODES.items() if kind != "torch's"])
-def test_whole_values_are_taken_in_parts(found: dict[str, Any], name: str) -> None:
-    for number, rank in enumerate(found[name]):
+@pytest.mark.parametrize(
+    "name", ["1d, zero, bf16", "2d", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1d", "zero"))]
+)
+def test_whole_values_are_taken_in_parts(found: Finder, name: str) -> None:
+    for number, rank in enumerate(found(name)):
         assert same(rank["loaded again"], rank["loaded"])
         assert all(rank["kept"]) if number == 0 else rank["kept"] == [0, 0]
 
 
-def test_a_checkpoint_is_read_in_another_mode(found: dict[str, Any]) -> None:
-    assert same(found["1d read in 2d"]["state"], found["1d"][0]["state"])
-    assert same_optimizer(found["1d read in 2d"]["optimizer"], found["1d"][0]["optimizer"])
+@pytest.mark.slow
+def test_a_checkpoint_is_read_in_another_mode(found: Finder) -> None:
+    assert same(found("1d read in 2d")["state"], found("1d")[0]["state"])
+    assert same_optimizer(found("1d read in 2d")["optimizer"], found("1d")[0]["optimizer"])
 
 
-def test_rank_0_writes_what_transformers_reads(folder: Path, found: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_rank_0_writes_what_transformers_reads(folder: Path, found: Finder) -> None:
     read = AutoModelForCausalLM.from_pretrained(folder / "pretrained", dtype=torch.float32).state_dict()
-    assert same(read, found["1d"][0]["state"])
+    assert same(read, found("1d")[0]["state"])
 
 
-def test_what_fails_on_rank_0_raises_on_all(found: dict[str, Any]) -> None:
-    first, *others = found["failures"]
+@pytest.mark.slow
+def test_what_fails_on_rank_0_raises_on_all(found: Finder) -> None:
+    first, *others = found("failures")
     assert first.startswith("NotADirectoryError:")
     assert all(told.startswith("StateError: rank 0 failed with NotADirectoryError") for told in others)
 
@@ -115,7 +134,7 @@ def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, optimizer = make(MODELS["opt"], "own")
     train(model, optimizer, MODELS["opt"], 0)
     geminifx.save_checkpoint(model, optimizer, folder / "one")
-    done = torchrun(HERE / "state_worker.py", str(folder), ranks=8)
+    done = torchrun(HERE / "state_worker.py", str(folder), "found.pt", ranks=8)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -132,7 +151,7 @@ def uninterrupted() -> list[dict[str, Any]]:
     return [train(model, optimizer, MODELS["opt"], STEPS * number) for number in range(len(CHAIN) + 2)]
 
 
-def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def close(found: Finder, expected: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=CLOSE["own"])
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 

@@ -40,6 +40,7 @@ def train_by_two(*words: str, stop: bool) -> str:
     return shown
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on_as_if_they_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(dropout=0.2)  # each process drops its own elements
