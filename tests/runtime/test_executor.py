@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 from geminifx.runtime.distributed.ranks import Ranks
-from geminifx.runtime.executor import Code, Executor, NoGradient, Step, TrainingRun
-from geminifx.runtime.isa.errors import BudgetError, IllegalTransition, StateError
+from geminifx.runtime.executor import Code, Executor, NoGradient, ProgramRun, Step, TrainingRun
+from geminifx.runtime.isa.errors import BudgetError, GeminiError, IllegalTransition, StateError
 from geminifx.runtime.isa.formats import TorchFormat
 from geminifx.runtime.isa.instructions import INSTRUCTIONS
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
@@ -253,6 +253,59 @@ def test_two_forwards_before_two_backwards() -> None:
         total += w.grad.float()  # type: ignore[union-attr]
         w.grad = None
     assert torch.equal(toy.w.grad, total)  # type: ignore[arg-type]
+
+
+TWO_TURNS = """
+def training(x):
+    c0 = geminifx.fetch(0, 64, torch.float32)
+    w0 = geminifx.wait(c0, 0)
+    h = aten.mm.default(x, geminifx.view(w0, 0, [4, 8]))
+    geminifx.release(w0, 0)
+    del c0, w0
+    turn = yield [h], [0]
+    h = aten.add.Tensor(h, turn[0])
+    c1 = geminifx.fetch(1, 64, torch.float32)
+    w1 = geminifx.wait(c1, 1)
+    y = aten.mm.default(h, geminifx.view(w1, 0, [8, 2]))
+{release}
+    del c1, w1
+    turn_1 = yield [y], [0]
+    return {{{{"last": aten.mul.Tensor(y, turn_1[0])}}}}
+"""
+
+
+def two_turns(release: str = "    geminifx.release(w1, 1)") -> Toy:
+    toy = Toy(source=TWO_TURNS.format(release=release), weights=frozenset({1}))
+    code = replace(toy.executor.code, turns=(((8, 1),), ((2, 1),)))
+    toy.executor = Executor(code, toy.machine, MemoryMeter(toy.tiers[0]))
+    return toy
+
+
+def test_a_program_turns_as_often_as_it_likes_and_several_runs_are_under_way() -> None:
+    """As of microbatches: each run's values are its own, and the chunks are all theirs."""
+    toy, inputs = two_turns(), [torch.randn(16, 4) for _ in range(3)]
+    runs = [ProgramRun(toy.executor, [x]) for x in inputs]
+    more, factors = [torch.randn(16, 8) for _ in runs], [torch.randn(16, 2) for _ in runs]
+    first = [run.advance()[0] for run in runs]
+    second = [run.advance([value])[0] for run, value in zip(reversed(runs), reversed(more), strict=True)][::-1]
+    assert toy.states() == [State.FREE, State.HOLD]
+    ends = [run.advance([factor]) for run, factor in zip(runs, factors, strict=True)]
+    w, v = (p.detach() for p in toy.plain)
+    for i, (x, run) in enumerate(zip(inputs, runs, strict=True)):
+        assert torch.equal(first[i], x @ w) and torch.equal(second[i], (x @ w + more[i]) @ v)
+        assert ends[i] == [] and torch.equal(run.results["last"], second[i] * factors[i])
+    assert toy.tiers[0].used_bytes > 256
+    del runs, run, first, second
+    assert toy.tiers[0].used_bytes == 256, "of the weights that stay"
+
+
+def test_a_program_that_turns_while_it_reads_a_chunk_is_refused() -> None:
+    toy = two_turns(release="    pass")
+    run = ProgramRun(toy.executor, [toy.x])
+    run.advance()
+    with pytest.raises(GeminiError, match="came to a turn while it reads chunk 1; a program releases all chunks"):
+        run.advance([torch.zeros(16, 8)])
+    assert toy.states() == [State.FREE, State.FREE]
 
 
 def test_a_second_backward_and_a_changed_parameter_are_refused() -> None:
