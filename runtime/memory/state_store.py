@@ -30,11 +30,7 @@ class Run:
 
 
 class StateStore(Protocol):
-    """The training state of a model's chunks.
-
-    `copies` is the engine of the program's own copies. `gathers`: whether collectives of the store are under way beside
-    the program's.
-    """
+    """The training state of a model's chunks. `copies` is the engine of the program's own copies."""
 
     @property
     def chunks(self) -> ChunkStore: ...
