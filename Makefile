@@ -28,8 +28,8 @@ test: $(READY)  ## run the tests, but for the slow ones
 test-all: $(READY)  ## run the slow tests, and a twentieth of each campaign
 	$(PYTEST) tests -m "slow or campaign"
 
-campaigns: $(READY)  ## run the campaigns, thousands of random cases each, whole
-	$(PYTEST) tests/campaigns -m campaign --whole
+campaigns: $(READY)  ## run the campaigns whole: thousands of random cases each, and every mode on eight ranks
+	$(PYTEST) tests -m campaign --whole
 
 lint: $(READY)  ## formatting, lint rules, types
 	$(BIN)/ruff format --check .

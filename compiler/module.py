@@ -26,7 +26,7 @@ from .inspect.profile import Profile, profile
 from .options import Options
 from .programs import Compiled
 from .session import Session
-from .state_dict import parts_of, whole_state
+from .state_dict import local_shards_of, whole_state
 
 
 class CompiledModule(nn.Module):
@@ -172,7 +172,7 @@ class CompiledModule(nn.Module):
             return loaded
         machine = self.session.machine
         with nullcontext() if machine is None else machine.store.writable():
-            return self.source.load_state_dict(parts_of(self.session, state_dict), strict=strict)
+            return self.source.load_state_dict(local_shards_of(self.session, state_dict), strict=strict)
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
         """Save in Hugging Face's format (for other models, the weights as safetensors).

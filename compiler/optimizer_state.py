@@ -165,7 +165,7 @@ class _TorchState(OptimizerState):
         if not value.is_contiguous():
             raise CheckpointError(f"the optimizer's state of {name} is not contiguous; only contiguous state is saved")
         alone = replace(slot, offset=0)
-        return Stored.of(value, chunks.parts.whole_shape(slot), chunks.parts.regions(alone))
+        return Stored.of(value, chunks.local_shards.whole_shape(slot), chunks.local_shards.regions(alone))
 
     def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
         found: dict[str, Stored] = {}

@@ -16,7 +16,7 @@ from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..passes.program.text import print_program
 from ..passes.sharding.parameters import whole_parameters
-from ..runtime.distributed.local_shards import Parts
+from ..runtime.distributed.local_shards import LocalShards
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor
@@ -68,7 +68,7 @@ class Session:
         self.device = Device.choose(options)
         mesh_of = partial(options.degrees.mesh, options.world_size)
         self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype)
-        self.parts = Parts(self.ranks)
+        self.local_shards = LocalShards(self.ranks)
         self.limits = self.device.limits(options).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         default = "bf16" if self.device.is_cuda else None
@@ -200,7 +200,7 @@ class Session:
         solution, refusal = self.planning.decide(captured, self.plan, False, format)
         if before is not None and (before.own is not None) == (format is not None):
             return replace(before, plan=solution.plan, refusal=refusal), solution
-        chunks = ChunkStore(solution.plan.layout, self._parameters, self.parts)
+        chunks = ChunkStore(solution.plan.layout, self._parameters, self.local_shards)
         if format is None:
             torchs = TorchFormat(self.options.optimizer_state_bytes)
             store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)

@@ -1,4 +1,4 @@
-"""A state_dict of whole tensors from processes that each have a part of some parameters, and back."""
+"""A state_dict of whole tensors from processes that each have a shard of some parameters, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def _slots(session: Session) -> dict[str, Slot]:
 
 
 def sharded_slots(session: Session) -> dict[str, Slot]:
-    """Of which parameters this process has a part, by all of their names, and where that lies."""
+    """Of which parameters this process has a shard, by all of their names, and where that lies."""
     return {name: slot for name, slot in _slots(session).items() if slot.placement}
 
 
@@ -41,34 +41,34 @@ def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
         if owner is None:
             continue
         if owner not in built:
-            part = value.source.read() if isinstance(value, LazyParameter) else value.detach()
+            shard = value.source.read() if isinstance(value, LazyParameter) else value.detach()
             if own in slots:
-                part = session.parts.join(part, slots[own], session.device.torch_device)
-            built[owner] = part if keep else torch.empty(0)
+                shard = session.local_shards.join(shard, slots[own], session.device.torch_device)
+            built[owner] = shard if keep else torch.empty(0)
         found[name] = built[owner]
     if not keep:
         found.clear()
     return found
 
 
-def parts_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """This process's parts of whole values.
+def local_shards_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """This process's shards of whole values.
 
     Raises ValueError where one has another shape than the parameter.
     """
     slots = sharded_slots(session)
     if not slots:
         return state_dict
-    take = session.parts.take
-    parts = {name: take(value, slots[name]) if name in slots else value for name, value in state_dict.items()}
-    return _with_metadata(parts, state_dict)
+    take = session.local_shards.take
+    shards = {name: take(value, slots[name]) if name in slots else value for name, value in state_dict.items()}
+    return _with_metadata(shards, state_dict)
 
 
-def _with_metadata(parts: dict[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def _with_metadata(shards: dict[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Modules read the versions of their own formats there."""
     if not hasattr(state_dict, "_metadata"):
-        return parts
+        return shards
     found = nn.Module().state_dict()
-    found.update(parts)
+    found.update(shards)
     found._metadata = state_dict._metadata
     return found

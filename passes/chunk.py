@@ -10,7 +10,7 @@
         return {"gradient:w": dw}               gradients = geminifx.gradients(64, torch.float32)
                                                 geminifx.put(gradients, 0, dw)
                                                 geminifx.reduce(gradients, 0, [0])
-                                                geminifx.settle(gradients, 0, [0])
+                                                geminifx.accumulate_grad(gradients, 0, [0])
                                                 return {}
 
 Each phase fetches a chunk once, in front of its first reader. A chunk's gradients are complete with the
@@ -21,7 +21,7 @@ from collections import defaultdict
 
 from torch import fx
 
-from ..runtime.isa.instructions import FETCH, GRADIENTS, PUT, REDUCE, SETTLE, VIEW, WAIT
+from ..runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, GRADIENTS, PUT, REDUCE, VIEW, WAIT
 from ..runtime.isa.layout import ChunkLayout
 from .program.manager import graph_pass
 from .program.plan import Plan
@@ -98,5 +98,5 @@ def _emit_gradients(program: Program, layout: ChunkLayout, gradients: dict[int, 
     while end.next.target is PUT and end.next.args[0] is buffer:  # one gradient may serve several slots
         end = end.next
     slots = sorted(gradients)
-    settle = program.emit(SETTLE, (buffer, layout.index, slots), before=end.next, like=note(last))
-    program.emit(REDUCE, (buffer, layout.index, slots), before=settle, like=note(last))
+    accumulate = program.emit(ACCUMULATE_GRAD, (buffer, layout.index, slots), before=end.next, like=note(last))
+    program.emit(REDUCE, (buffer, layout.index, slots), before=accumulate, like=note(last))

@@ -1,4 +1,4 @@
-"""Make functions of the compute between chunk instructions; equal stretches share one.
+"""Make functions of the compute between chunk instructions; equal segments share one.
 
     before                                       after
     w0 = geminifx.wait(c0, 0)                    def layers_forward(x, w): ...
@@ -10,7 +10,7 @@
     y_1 = aten.mm.default(y, q_1)                geminifx.release(w0, 0)
     geminifx.release(w1, 1)                      ... the same with w1 ...
 
-A model of many equal layers then reads as one function per kind of stretch and a short main program.
+A model of many equal layers then reads as one function per kind of segment and a short main program.
 Operators keep their order, and a value inside a function dies where it died before.
 """
 
@@ -30,24 +30,24 @@ from .program.types import freeze
 from .program.verify import overlapped, released
 
 SHORTEST = 4
-"""Stretches with fewer operators stay where they are: a call would be harder to read than they are."""
+"""Segments with fewer operators stay where they are: a call would be harder to read than they are."""
 
 
-@graph_pass(requires=(released,), breaks=(overlapped,))  # an exchange may start in one function and end in another
+@graph_pass(requires=(released,), breaks=(overlapped,))  # a collective may start in one function and end in another
 def cluster(program: Program, plan: Plan) -> None:
-    kinds: dict[Any, list[_Stretch]] = defaultdict(list)
-    for stretch in _stretches(program):
-        kinds[stretch.structure].append(stretch)
-    for stretches in kinds.values():
-        if len(stretches) > 1:
-            name = _function_name(program, stretches)
-            program.functions[name] = _function(program, name, stretches[0])
-            for stretch in stretches:
-                _call(program, name, stretch)
+    kinds: dict[Any, list[_Segment]] = defaultdict(list)
+    for segment in _segments(program):
+        kinds[segment.structure].append(segment)
+    for segments in kinds.values():
+        if len(segments) > 1:
+            name = _function_name(program, segments)
+            program.functions[name] = _function(program, name, segments[0])
+            for segment in segments:
+                _call(program, name, segment)
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class _Segment:
     """Consecutive operators that name no chunk."""
 
     nodes: tuple[fx.Node, ...]
@@ -66,7 +66,7 @@ class _Stretch:
 
     @property
     def structure(self) -> Any:
-        """Equal for stretches that one function can serve: operators, arguments, types and results."""
+        """Equal for segments that one function can serve: operators, arguments, types and results."""
         numbers: dict[fx.Node, int] = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
         rows = tuple(
             (node.target, freeze((node.args, node.kwargs), numbers.__getitem__), type_of(node), note(node).phase,
@@ -76,14 +76,14 @@ class _Stretch:
         return tuple(map(type_of, self.inputs)), rows, tuple(map(numbers.__getitem__, self.outputs))
 
 
-def _stretches(program: Program) -> list[_Stretch]:
+def _segments(program: Program) -> list[_Segment]:
     found, current = [], []
     for node in [*program.computes, None]:
         if node is not None and node.op == "call_function" and node.target not in PER_CHUNK and not _at_turn(node):
             current.append(node)
             continue
         if len(current) >= SHORTEST:
-            found.append(_Stretch(tuple(current)))
+            found.append(_Segment(tuple(current)))
         current = []
     return found
 
@@ -92,47 +92,47 @@ def _at_turn(node: fx.Node) -> bool:
     return node.target is TURN or (node.target is operator.getitem and node.args[0].target is TURN)
 
 
-def _function(program: Program, name: str, stretch: _Stretch) -> Program:
+def _function(program: Program, name: str, segment: _Segment) -> Program:
     function = Program(name)
     function.set_results([])
-    home = _home(stretch)
+    home = _home(segment)
     values: dict[fx.Node, fx.Node] = {}
-    for value in stretch.inputs:
+    for value in segment.inputs:
         values[value] = function.add_input(value.name, type_of(value), "")
-    for node in stretch.nodes:
+    for node in segment.nodes:
         values[node] = function.copy_node(node, values.__getitem__, before=function.output)
         annotate(values[node], module=_relative(note(node).module, home))
-    function.set_results([values[node] for node in stretch.outputs])
-    within = {note(node).module for node in stretch.nodes} & program.sources.keys()
+    function.set_results([values[node] for node in segment.outputs])
+    within = {note(node).module for node in segment.nodes} & program.sources.keys()
     function.sources = {_relative(module, home): program.sources[module] for module in within}
     return function
 
 
-def _call(program: Program, name: str, stretch: _Stretch) -> None:
-    first, last = stretch.nodes[0], stretch.nodes[-1]
+def _call(program: Program, name: str, segment: _Segment) -> None:
+    first, last = segment.nodes[0], segment.nodes[-1]
     with program.graph.inserting_after(last):
-        call = program.graph.create_node("call_module", name, stretch.inputs, {}, name="results")
-    types = tuple(type_of(node) for node in stretch.outputs)
-    origin, inside = note(first), set(stretch.nodes)
-    annotate(call, type=types, phase=origin.phase, module=_home(stretch), recomputed=origin.recomputed)
+        call = program.graph.create_node("call_module", name, segment.inputs, {}, name="results")
+    types = tuple(type_of(node) for node in segment.outputs)
+    origin, inside = note(first), set(segment.nodes)
+    annotate(call, type=types, phase=origin.phase, module=_home(segment), recomputed=origin.recomputed)
     elements: dict[fx.Node, fx.Node] = {}
-    for i, node in reversed(list(enumerate(stretch.outputs))):
+    for i, node in reversed(list(enumerate(segment.outputs))):
         with program.graph.inserting_after(call):
             element = program.graph.create_node("call_function", operator.getitem, (call, i), {})
         element.meta.update(node.meta)
-        annotate(element, module=_home(stretch), recomputed=origin.recomputed)
+        annotate(element, module=_home(segment), recomputed=origin.recomputed)
         for user in [user for user in node.users if user not in inside]:
             user.replace_input_with(node, element)
         elements[element] = node
-    for node in reversed(stretch.nodes):
+    for node in reversed(segment.nodes):
         program.graph.erase_node(node)
     for element, node in elements.items():
         element.name = node.name  # free now, and the name that readers know from the earlier texts
 
 
-def _home(stretch: _Stretch) -> str:
-    """The module that most of the stretch belongs to: the longest path that holds all of it."""
-    paths = [note(node).module.split(".") for node in stretch.nodes if note(node).module]
+def _home(segment: _Segment) -> str:
+    """The module that most of the segment belongs to: the longest path that holds all of it."""
+    paths = [note(node).module.split(".") for node in segment.nodes if note(node).module]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return ".".join(parts[0] for parts in shared)
 
@@ -141,9 +141,9 @@ def _relative(module: str, home: str) -> str:
     return module.removeprefix(home).removeprefix(".")
 
 
-def _function_name(program: Program, stretches: list[_Stretch]) -> str:
-    origin: Note = note(stretches[0].nodes[0])
-    parts = [part for part in _home(stretches[0]).split(".") if part and not part.isdigit()]
+def _function_name(program: Program, segments: list[_Segment]) -> str:
+    origin: Note = note(segments[0].nodes[0])
+    parts = [part for part in _home(segments[0]).split(".") if part and not part.isdigit()]
     phase = "recompute" if origin.recomputed else origin.phase
     base = "_".join([*parts[-1:], phase]) if parts else f"shared_{phase}"
     taken = [name for name in program.functions if name == base or name.rsplit("_", 1)[0] == base]

@@ -23,7 +23,7 @@ PIPELINE = (
     shard,  #        tensors are divided over the processes, which exchange what they lack
     recompute,  #    blocks that the plan names are computed again in the backward
     partition,  #    forward | turn | backward; only activations cross the turn
-    overlap,  #      exchanges start early and are waited for late, small sums are taken together
+    overlap,  #      collectives start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
     fuse_gradients,  # a weight's gradient is multiplied right into its chunk
     release,  #      a chunk is let go after its last reader

@@ -7,12 +7,12 @@
     c1 = geminifx.fetch(1, ...)              y = aten.mm.default(x, ...)
     w1 = geminifx.wait(c1, 1)                   w1 = geminifx.wait(c1, 1)
 
-In the other direction a chunk's gradients settle when the next chunk's are complete, so that they travel
+In the other direction a chunk's gradients are accumulated when the next chunk's are complete, so that they travel
 while the next ones are computed. Copies never cross the turn: a step that is never run backward
 must not leave a copy behind.
 """
 
-from ..runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
+from ..runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Program, note
@@ -30,5 +30,5 @@ def prefetch(program: Program, plan: Plan) -> None:
             at = max(0, number - plan.prefetch)
             points[at].append(fetch)
             points[at] = fetch  # copies that start at one point start in the order of their use
-    for settle, following in zip(program.calls(SETTLE), program.calls(REDUCE)[1:], strict=False):
-        following.prepend(settle)
+    for accumulate, following in zip(program.calls(ACCUMULATE_GRAD), program.calls(REDUCE)[1:], strict=False):
+        following.prepend(accumulate)

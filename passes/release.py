@@ -15,7 +15,7 @@ after that reader: its states then pass in order, COMPUTE, HOLD_AFTER_BACKWARD, 
 
 from torch import fx
 
-from ..runtime.isa.instructions import PER_CHUNK, REDUCE, RELEASE, SETTLE, TURN, WAIT
+from ..runtime.isa.instructions import ACCUMULATE_GRAD, PER_CHUNK, REDUCE, RELEASE, TURN, WAIT
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Program, note
@@ -29,7 +29,7 @@ NEAR = 8
 def release(program: Program, plan: Plan) -> None:
     order = program.positions()
     reduces = {node.args[1]: node for node in program.calls(REDUCE)}
-    settles = {node.args[1]: node for node in program.calls(SETTLE)}
+    accumulates = {node.args[1]: node for node in program.calls(ACCUMULATE_GRAD)}
     for wait in program.calls(WAIT):
         last = max(chunk_readers(wait), key=order.__getitem__)
         chunk = wait.args[1]
@@ -37,8 +37,8 @@ def release(program: Program, plan: Plan) -> None:
         reduce = reduces.get(chunk)
         if note(wait).phase == "backward" and reduce is not None and order[reduce] < order[last]:
             node.append(reduce)
-            if order[settles[chunk]] < order[last]:
-                reduce.append(settles[chunk])
+            if order[accumulates[chunk]] < order[last]:
+                reduce.append(accumulates[chunk])
 
 
 def _next_instruction(last: fx.Node) -> fx.Node:

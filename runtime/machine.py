@@ -24,10 +24,12 @@ class Machine:
     def __init__(self, store: StateStore, ranks: Ranks = ALONE) -> None:
         self.store = store
         self.ranks = ranks
-        self.exchange = exchange = ranks.collectives
-        self.start_all_gather, self.start_reduce_scatter = exchange.start_all_gather, exchange.start_reduce_scatter
-        self.start_all_reduce, self.finish_exchange = exchange.start_all_reduce, exchange.finish_exchange
-        self.local, self.offset = exchange.local, exchange.offset
+        self.collectives = collectives = ranks.collectives
+        self.start_all_gather = collectives.start_all_gather
+        self.start_reduce_scatter = collectives.start_reduce_scatter
+        self.start_all_reduce = collectives.start_all_reduce
+        self.finish_collective = collectives.finish_collective
+        self.local, self.offset = collectives.local, collectives.offset
         self.chunks = store.chunks.chunks
         self.device = store.hardware.device
         self.run = Run()
@@ -85,9 +87,9 @@ class Machine:
         chunk.move(State.READY_FOR_REDUCE)
         self.store.reduce(chunk, gradients, slots)
 
-    def settle(self, gradients: Tensor, index: int, slots: list[int]) -> None:
+    def accumulate_grad(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """The gradients have landed, and are used up by the program."""
-        self.store.settle(self.chunks[index], gradients, slots)
+        self.store.accumulate_grad(self.chunks[index], gradients, slots)
         self._hold(self.chunks[index])
 
     # -- ranks ---------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class Machine:
 
     def abort(self) -> str:
         """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
-        self.exchange.abandon()
+        self.collectives.abandon()
         self.store.copies.join()  # copies under way still write to what the program's death has freed
         left = self.store.abort(self.run)
         for chunk in self.chunks:

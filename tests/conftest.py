@@ -68,13 +68,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return (yield)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run campaigns whole, not a twentieth of each")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if _is_left_out(item, config)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.xdist_group("cuda"))
             if not HAS_CUDA:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    """Whether a test is of a campaign that is not run whole, and not of the part that is run then."""
+    campaign = item.get_closest_marker("campaign")
+    return campaign is not None and campaign.kwargs.get("whole", False) and not config.getoption("--whole")
 
 
 @pytest.fixture

@@ -80,8 +80,8 @@ def comparison_table(compared: list[Compared], world_size: int) -> Table:
             table.add_row(way.name, "-", "-", "-", way.refusal)
             continue
         received: dict[str, int] = {}
-        for exchange in way.plan.estimate.exchanges:
-            received[exchange.axis] = received.get(exchange.axis, 0) + exchange.received_bytes
+        for collective in way.plan.estimate.collectives:
+            received[collective.axis] = received.get(collective.axis, 0) + collective.received_bytes
         activations = dict(way.plan.estimate.at_peak).get("activations", 0)
         by_axis = ", ".join(f"{axis} {format_bytes(num_bytes)}" for axis, num_bytes in received.items())
         table.add_row(way.name, format_bytes(way.plan.peak_bytes), format_bytes(activations),

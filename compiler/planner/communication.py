@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ...passes.program.estimate import Exchange
+from ...passes.program.estimate import CollectiveTraffic
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program, tensor_type
 from ...runtime.distributed.reduction import casts, piece_numel
@@ -18,7 +18,7 @@ HELD = 2
 """Tensors that torch.distributed may still hold when they are exchanged: one per thread of gloo's."""
 
 
-def exchange_bytes(plan: Plan) -> int:
+def collective_bytes(plan: Plan) -> int:
     """Device bytes that exchanging chunks takes beside what the program holds: of tensors that were exchanged and are
     not let go of yet, and of the temporary that a gradient of 16 bits is added up in."""
     held, temporaries = [0], [0]
@@ -43,7 +43,7 @@ def _scatters(chunk: ChunkLayout, plan: Plan) -> bool:
     return plan.request.zero > 1 and chunk.shards > 1
 
 
-def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
+def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
     """Bytes that each process receives, by axis and collective, with the algorithms that move least: rings. Gradients
     count in the dtype that they are added up in, which for those of 16 bits is twice as long unless the plan says
     otherwise."""
@@ -60,30 +60,30 @@ def exchanges(program: Program, plan: Plan) -> tuple[Exchange, ...]:
     # Several axes taken together come first: they are the replicas', over which gradients are summed.
     order = {name: i for i, name in enumerate(names_of(plan.mesh.axes))}
     keys = sorted(counts, key=lambda key: (order.get(key[0], -1), key))
-    return tuple(Exchange(*key, counts[key], received[key]) for key in keys)
+    return tuple(CollectiveTraffic(*key, counts[key], received[key]) for key in keys)
 
 
-def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[Exchange]:
+def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[CollectiveTraffic]:
     """What one instruction exchanges."""
     if node.target is START_ALL_GATHER:
-        yield Exchange(node.args[1], "all-gather", 1, (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes)
+        yield CollectiveTraffic(node.args[1], "all-gather", 1, (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes)
     elif node.target is START_REDUCE_SCATTER:
-        yield Exchange(node.args[1], "reduce-scatter", 1, (node.args[2] - 1) * tensor_type(node).num_bytes)
+        yield CollectiveTraffic(node.args[1], "reduce-scatter", 1, (node.args[2] - 1) * tensor_type(node).num_bytes)
     elif node.target is START_ALL_REDUCE:
         num_bytes = _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
-        yield Exchange(node.args[1], "all-reduce", 1, num_bytes)
+        yield CollectiveTraffic(node.args[1], "all-reduce", 1, num_bytes)
     elif plan.batches > 1 and node.target is AVERAGE:
         together = taken_together(names_of(plan.mesh.batch_axes))
-        yield Exchange(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
+        yield CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
     elif node.target is REDUCE and plan.layout.chunks[node.args[1]].reduced_over:
         yield _reduced(plan.layout.chunks[node.args[1]], plan)
     elif node.target is FETCH and plan.layout.chunks[node.args[0]].shards > 1:
         chunk = plan.layout.chunks[node.args[0]]
         received_bytes = chunk.compute_bytes - chunk.shard_bytes
-        yield Exchange(taken_together(chunk.reduced_over), "all-gather", 1, received_bytes)
+        yield CollectiveTraffic(taken_together(chunk.reduced_over), "all-gather", 1, received_bytes)
 
 
-def _reduced(chunk: ChunkLayout, plan: Plan) -> Exchange:
+def _reduced(chunk: ChunkLayout, plan: Plan) -> CollectiveTraffic:
     """What becomes of a chunk's gradient."""
     together, ranks = taken_together(chunk.reduced_over), plan.mesh.ranks_over(chunk.reduced_over)
     reduce_dtype = plan.request.reduce_dtype
@@ -91,8 +91,8 @@ def _reduced(chunk: ChunkLayout, plan: Plan) -> Exchange:
     scatters = _scatters(chunk, plan)
     pieces = -(-chunk.numel // piece_numel(chunk, scattered=scatters)) if casts(chunk, reduce_dtype) else 1
     if scatters:
-        return Exchange(together, "reduce-scatter", pieces, num_bytes * (ranks - 1) // ranks)
-    return Exchange(together, "all-reduce", pieces, _all_reduced(num_bytes, ranks))
+        return CollectiveTraffic(together, "reduce-scatter", pieces, num_bytes * (ranks - 1) // ranks)
+    return CollectiveTraffic(together, "all-reduce", pieces, _all_reduced(num_bytes, ranks))
 
 
 def _all_reduced(num_bytes: int, ranks: int) -> int:

@@ -8,7 +8,7 @@ from ...passes.program.estimate import Estimate
 from ...passes.program.plan import Plan
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.homes import Homes
-from .communication import exchange_bytes
+from .communication import collective_bytes
 from .liveness import Liveness
 from .rates import Rates
 
@@ -73,7 +73,7 @@ class Memory:
             self.format.device_bytes(chunk, home) + self.format.held_bytes(chunk, home)
             for chunk, home in self.plan.placed(homes)
         )
-        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + exchange_bytes(self.plan)
+        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + collective_bytes(self.plan)
 
     def streaming(self, homes: Homes) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
@@ -105,7 +105,7 @@ class Memory:
     # -- reports -------------------------------------------------------------------------------------------
 
     def estimate(self, homes: Homes) -> Estimate:
-        """The bytes of it; time and exchanges are for others to say."""
+        """The bytes of it; time and collectives are for others to say."""
         timeline = self.timeline(homes)
         at = int(timeline.argmax()) if len(timeline) else 0
         on_device = [(chunk, home) for chunk, home in self.plan.placed(homes) if home.on_device]
@@ -114,7 +114,7 @@ class Memory:
         parts = {
             "training state": state + sum(self.format.held_bytes(*one) for one in on_device),
             "resident weights": there - state,
-            "being exchanged": exchange_bytes(self.plan),
+            "being exchanged": collective_bytes(self.plan),
             "states on their way": self.streaming(homes),
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(homes)[at]) if len(timeline) else 0,

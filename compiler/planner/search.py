@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...runtime.isa.homes import Home, Homes, Where, moved, resident
-from .communication import exchanges
+from .communication import collectives
 from .liveness import analyse
 from .memory import Limits, Memory
 from .refusal import refusal
@@ -119,7 +119,7 @@ def _step_s(solution: Solution) -> float:
 
 def _solution(plan: Plan, program: Program, memory: Memory, step_s: float) -> Solution:
     """A plan in which everything is decided, with all that it is expected to take."""
-    estimate = replace(memory.estimate(plan.homes), step_s=step_s, exchanges=exchanges(program, plan))
+    estimate = replace(memory.estimate(plan.homes), step_s=step_s, collectives=collectives(program, plan))
     return Solution(replace(plan, estimate=estimate), program)
 
 

@@ -15,14 +15,14 @@ from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...runtime.isa.formats import STREAMED_GRADIENTS
 from ...runtime.isa.homes import Homes
-from ...runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
+from ...runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
 from ...runtime.isa.layout import ChunkLayout
 from .rates import LAUNCH_S, Rates, flops
 
 STEPS = 3
 """Steps on the clock. The last counts: what one leaves to be done delays the next."""
 
-CHUNK_ARGUMENT = {FETCH: 0, WAIT: 1, REDUCE: 1, SETTLE: 1}
+CHUNK_ARGUMENT = {FETCH: 0, WAIT: 1, REDUCE: 1, ACCUMULATE_GRAD: 1}
 
 Instruction = tuple[float, fx.node.Target, int]
 """Seconds of compute from the program's beginning up to it, the operator, and the number of its chunk."""
@@ -86,7 +86,7 @@ class _Clock:
                 elif target is REDUCE:
                     self._reduce(self.chunks[index], last=run == self.runs)
                 else:
-                    self._settle(index)
+                    self._accumulate_grad(index)
             self.now_s += compute_s - passed_s
         self._end()
         return self.now_s
@@ -119,7 +119,7 @@ class _Clock:
             elif last:
                 self.complete.append(chunk.index)
 
-    def _settle(self, index: int) -> None:
+    def _accumulate_grad(self, index: int) -> None:
         """The gradient's memory is free again."""
         if self._waits_for_its_state(index):
             while len(self.reading) > STREAMED_GRADIENTS:

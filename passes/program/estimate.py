@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Exchange:
+class CollectiveTraffic:
     """What a process receives in one step by one kind of collective along one axis of the mesh."""
 
     axis: str
@@ -25,7 +25,7 @@ class Estimate:
         reserve_bytes: what of it the driver's context and libraries take.
         at_peak: what the peak consists of, by name, largest first.
         host_bytes: what the host holds of the training state: masters, gradients, optimizer state.
-        exchanges: what each process receives from the others in a step.
+        collectives: what each process receives from the others in a step.
     """
 
     step_s: float = 0.0
@@ -34,4 +34,4 @@ class Estimate:
     reserve_bytes: int = 0
     at_peak: tuple[tuple[str, int], ...] = ()
     host_bytes: int = 0
-    exchanges: tuple[Exchange, ...] = ()
+    collectives: tuple[CollectiveTraffic, ...] = ()

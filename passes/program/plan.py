@@ -116,9 +116,9 @@ class Plan:
 
     def _estimated(self) -> Iterator[Row]:
         expected = self.estimate
-        uncounted = ", without what processes exchange" if expected.exchanges else ""
+        uncounted = ", without what processes exchange" if expected.collectives else ""
         yield "modelled step", format_seconds(expected.step_s) + uncounted
-        for e in expected.exchanges:
+        for e in expected.collectives:
             yield f"  received along {e.axis}", f"{format_bytes(e.received_bytes)} by {e.count} {e.collective}(s)"
         yield "planned device peak", format_bytes(expected.peak_bytes)
         yield "  of it always there", format_bytes(expected.static_bytes)

@@ -14,15 +14,15 @@ from torch import fx
 
 from ...runtime.isa.errors import VerificationError
 from ...runtime.isa.instructions import (
-    EXCHANGES,
+    ACCUMULATE_GRAD,
+    COLLECTIVES,
     FETCH,
-    FINISH_EXCHANGE,
+    FINISH_COLLECTIVE,
     GRADIENTS,
     PUT,
     PUTS,
     REDUCE,
     RELEASE,
-    SETTLE,
     START_ALL_REDUCE,
     STARTS,
     TURN,
@@ -190,12 +190,12 @@ def turned(program: Program, plan: Plan) -> Violation | None:
 
 @fact
 def overlapped(program: Program, plan: Plan) -> Violation | None:
-    """Every exchange starts and is waited for once, in one phase; what it fills, or sums, is nobody else's to read."""
+    """Every collective starts and is waited for once, in one phase; what it fills, or sums, nobody else reads."""
     for node in program.computes:
-        if node.target in EXCHANGES:
-            return Violation(node, "an exchange in one piece", "its start, and geminifx.finish_exchange")
-        if node.target is FINISH_EXCHANGE and getattr(node.args[0], "target", None) not in STARTS:
-            return Violation(node, f"waits for {node.args[0]}", "the start of an exchange")
+        if node.target in COLLECTIVES:
+            return Violation(node, "a collective in one piece", "its start, and geminifx.finish_collective")
+        if node.target is FINISH_COLLECTIVE and getattr(node.args[0], "target", None) not in STARTS:
+            return Violation(node, f"waits for {node.args[0]}", "the start of a collective")
         offence = _exchanged(node) if node.target in STARTS else None
         if offence is not None:
             return offence
@@ -205,7 +205,7 @@ def overlapped(program: Program, plan: Plan) -> Violation | None:
 def _exchanged(start: fx.Node) -> Violation | None:
     part, overwrites = start.args[0], start.target is START_ALL_REDUCE
     finish, *others = start.users or [None]
-    if finish is None or others or finish.target is not FINISH_EXCHANGE:
+    if finish is None or others or finish.target is not FINISH_COLLECTIVE:
         return Violation(start, f"read by {', '.join(user.name for user in start.users) or 'nobody'}",
                        "one reader, its finish")  # fmt: skip
     if note(finish).phase != note(start).phase:
@@ -240,9 +240,9 @@ def _gradient_chains(program: Program) -> Violation | None:
         steps = sorted(buffer.users, key=order.__getitem__)
         # A function puts, in whichever way.
         kinds = [PUT if step.op == "call_module" else step.target for step in steps]
-        if kinds[-2:] != [REDUCE, SETTLE] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
+        if kinds[-2:] != [REDUCE, ACCUMULATE_GRAD] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
             text = ", ".join(map(target_text, kinds))
-            return Violation(buffer, f"gradients used by: {text}", "put..., reduce, settle")
+            return Violation(buffer, f"gradients used by: {text}", "put..., reduce, accumulate_grad")
     return None
 
 

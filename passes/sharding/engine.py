@@ -1,4 +1,4 @@
-"""Lowers a program of whole tensors to one of local parts, operator by operator: the engine of the shard pass."""
+"""Lowers a program of whole tensors to one of local shards, operator by operator: the engine of the shard pass."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -29,20 +29,20 @@ SOURCE_SHAPED = (aten.slice_backward.default, aten.select_backward.default)
 """Backwards that name the shape of the forward's argument, which is their result's."""
 
 SQUEEZES = dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), aten.squeeze.dims)
-"""Of a part they take away the dimensions that they do of the whole, and not others that are of size 1 in parts."""
+"""Of a shard they take away the dimensions that they do of the whole, and not others that are of size 1 in shards."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What stands in the new program for one of the old: this rank's part, and how all parts lie."""
+    """What stands in the new program for one of the old: this rank's shard, and how all shards lie."""
 
     node: fx.Node
     placements: Placements
 
 
 def divides(shape: tuple[int, ...], placements: Sequence[Placement], axes: tuple[Axis, ...]) -> bool:
-    """Whether every rank has an equal part, by placements on the first axes. Parts of a dimension nest in the order of
-    the axes: an axis cuts each of its sections of what those before it left."""
+    """Whether every rank has an equal shard, by placements on the first axes. Shards of a dimension nest in the order
+    of the axes: an axis cuts each of its sections of what those before it left."""
     sizes = list(shape)
     for placement, axis in zip(placements, axes, strict=False):
         if isinstance(placement, Shard):
@@ -59,14 +59,14 @@ class Sharder:
         self.program = program
         self.axes = axes
         self.roles = tuple(roles[axis.name] for axis in axes)
-        # Taken now: annotations of parameters are overwritten by those of their parts.
+        # Taken now: annotations of parameters are overwritten by those of their shards.
         self.types: dict[fx.Node, Type] = {node: type_of(node) for node in program.nodes}
         self.values: dict[fx.Node, Value] = {}
         self.elements: dict[fx.Node, tuple[Value, ...]] = {}  # of operators with several results
         self.weights: set[fx.Node] = set()  # parameters, and what is made of them alone
         self.wanted: dict[fx.Node, Placements] = {}  # how what becomes a gradient should lie
         self.everywhere = (REPLICATE,) * len(axes)
-        # Exchanges by phase: what the forward gathered would live until the backward if that read it again.
+        # Collectives by phase: what the forward gathered would live until the backward if that read it again.
         self._moved: dict[tuple[fx.Node, Placements, str], fx.Node] = {}
         self.at: fx.Node  # the old operator that is being lowered
 
@@ -81,7 +81,7 @@ class Sharder:
         return self.values[node].placements
 
     def local(self, node: fx.Node, placements: Placements) -> fx.Node:
-        """This rank's part of an old value, lying by `placements`: exchanged where it lies otherwise."""
+        """This rank's shard of an old value, lying by `placements`: exchanged where it lies otherwise."""
         value = self.values[node]
         if value.placements == placements:
             return value.node
@@ -111,10 +111,10 @@ class Sharder:
         annotate(made, placement=placements_text(placements, self.axes))
         return Value(made, placements)
 
-    def all_reduce(self, part: fx.Node, axes: list[Axis], reduction: str = "sum") -> fx.Node:
+    def all_reduce(self, local: fx.Node, axes: list[Axis], reduction: str = "sum") -> fx.Node:
         for axis in axes:
-            part = self.emit(ALL_REDUCE, part, axis.name, reduction)
-        return part
+            local = self.emit(ALL_REDUCE, local, axis.name, reduction)
+        return local
 
     def sharding_axes(self, placements: Placements, dim: int) -> list[Axis]:
         """The axes along which a dimension is sharded."""
@@ -135,32 +135,32 @@ class Sharder:
                     found[i] = REPLICATE
         return tuple(found)
 
-    # -- exchange ------------------------------------------------------------------------------------------
+    # -- collective ------------------------------------------------------------------------------------------
 
     def _move(self, value: Value, target: Placements) -> fx.Node:
-        """Exchange axis by axis. Parts of a dimension nest in the order of the axes, so that an axis is gathered after
-        those behind it that share its dimension, and sharded before them. What only sums comes last: by then parts are
+        """Exchange axis by axis. Shards of a dimension nest in the order of the axes, so that an axis is gathered after
+        those behind it that share its dimension, and sharded before them. What only sums comes last: by then shards are
         smallest."""
-        part, now = value.node, list(value.placements)
+        local, now = value.node, list(value.placements)
         shares = [self._conflicts(now, target, i) for i in range(len(now))]
         for i in reversed(range(len(now))):
             if isinstance(now[i], Shard) and (now[i] != target[i] or shares[i]):
-                part, now[i] = self._gather(part, now[i], self.axes[i]), REPLICATE  # type: ignore[arg-type]
-                annotate(part, placement=placements_text(tuple(now), self.axes))
+                local, now[i] = self._gather(local, now[i], self.axes[i]), REPLICATE  # type: ignore[arg-type]
+                annotate(local, placement=placements_text(tuple(now), self.axes))
         for i in sorted(range(len(now)), key=lambda i: now[i] == PARTIAL and not isinstance(target[i], Shard)):
             wanted, axis = target[i], self.axes[i]
             if now[i] == wanted:
                 continue
             if now[i] == PARTIAL and isinstance(wanted, Shard) and wanted.sections == 1:
-                part = self.emit(REDUCE_SCATTER, part, wanted.dim, axis.name, axis.size)
+                local = self.emit(REDUCE_SCATTER, local, wanted.dim, axis.name, axis.size)
             elif now[i] == PARTIAL:
-                part = self.emit(ALL_REDUCE, part, axis.name, "sum")
-                part = self._take(part, wanted, axis)
+                local = self.emit(ALL_REDUCE, local, axis.name, "sum")
+                local = self._take(local, wanted, axis)
             else:
-                part = self._take(part, wanted, axis)
+                local = self._take(local, wanted, axis)
             now[i] = wanted
-            annotate(part, placement=placements_text(tuple(now), self.axes))
-        return part
+            annotate(local, placement=placements_text(tuple(now), self.axes))
+        return local
 
     def _conflicts(self, now: list[Placement], target: Placements, place: int) -> bool:
         """Whether an axis must let go of a dimension because one before it, which shares it, changes."""
@@ -174,23 +174,23 @@ class Sharder:
                 return True
         return False
 
-    def _gather(self, part: fx.Node, shard: Shard, axis: Axis) -> fx.Node:
+    def _gather(self, local: fx.Node, shard: Shard, axis: Axis) -> fx.Node:
         gather = lambda piece: self.emit(ALL_GATHER, piece, shard.dim, axis.name, axis.size)  # noqa: E731
-        return self._by_section(part, shard, gather)
+        return self._by_section(local, shard, gather)
 
-    def _take(self, part: fx.Node, wanted: Placement, axis: Axis) -> fx.Node:
+    def _take(self, local: fx.Node, wanted: Placement, axis: Axis) -> fx.Node:
         if not isinstance(wanted, Shard):
-            return part
+            return local
         take = lambda piece: self.emit(LOCAL, piece, wanted.dim, axis.name, axis.size)  # noqa: E731
-        return self._by_section(part, wanted, take)
+        return self._by_section(local, wanted, take)
 
-    def _by_section(self, part: fx.Node, shard: Shard, action: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    def _by_section(self, local: fx.Node, shard: Shard, action: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """What `action` makes of each of the sections, one behind the other."""
         if shard.sections == 1:
-            return action(part)
-        size = type_of(part).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
+            return action(local)
+        size = type_of(local).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
         bounds = ((i * size, (i + 1) * size) for i in range(shard.sections))
-        pieces = [self.emit(aten.slice.Tensor, part, shard.dim, *bound) for bound in bounds]
+        pieces = [self.emit(aten.slice.Tensor, local, shard.dim, *bound) for bound in bounds]
         return self.emit(aten.cat.default, [action(piece) for piece in pieces], shard.dim)
 
     # -- choosing ------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Sharder:
             call = Call(node, tuple(map(self.type, operands)), types, found)  # type: ignore[arg-type]
             rule = rule_for(target or node.target)
             legal = [row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows)]
-            # The first of those that cost the same, and `whole` stands first: taking a part of what all ranks have is
+            # The first of those that cost the same, and `whole` stands first: taking a shard of what all ranks have is
             # free, but getting it back is not.
             best = min(legal, key=lambda row: self._cost(call, operands, row, i))
             self._check_heads(call, best, i)
@@ -229,7 +229,7 @@ class Sharder:
         """Elements that a row moves along an axis; infinite where the axis' role does not allow it."""
         role, axis = self.roles[place], self.axes[place]
         # What a ring brings to each rank: of n elements that are gathered, or summed and scattered, all but its own
-        # part; an all-reduce is both, one behind the other, and counts twice in `_moves`.
+        # shard; an all-reduce is both, one behind the other, and counts twice in `_moves`.
         ranks = (axis.size - 1) / axis.size
         cost = 0.0
         for operand, type, wanted in zip(operands, call.operands, row.inputs, strict=True):
@@ -267,7 +267,7 @@ class Sharder:
             return 0.0
         if wanted == PARTIAL:  # nothing that is whole is taken apart into terms
             return inf
-        if found == REPLICATE:  # a part of it is there already
+        if found == REPLICATE:  # a shard of it is there already
             return 0.0
         if found == PARTIAL:  # scattered only into what `resolved` makes of it, which other readers find then
             return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
@@ -295,10 +295,10 @@ class Sharder:
             return
         operands = tensors(node)
         inputs, results = self.choose(node, operands)
-        parts = iter([self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)])
-        args = list(fx.map_arg(node.args, lambda _: next(parts)))
-        kwargs = fx.map_arg(node.kwargs, lambda _: next(parts))
-        # Arguments that name sizes of the whole name those of the part from here on.
+        shards = iter([self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)])
+        args = list(fx.map_arg(node.args, lambda _: next(shards)))
+        kwargs = fx.map_arg(node.kwargs, lambda _: next(shards))
+        # Arguments that name sizes of the whole name those of the shard from here on.
         if node.target in SHAPED:
             args[SHAPED[node.target]] = list(local_shape(self.type(node).shape, results[0], self.axes))
         elif node.target in SOURCE_SHAPED:
@@ -308,7 +308,7 @@ class Sharder:
         elif node.target in SQUEEZES:
             args = [args[0], squeezed_dims(node, self.type(operands[0]).shape)]
         apart = [axis.name for axis, p in zip(self.axes, results[0], strict=True) if isinstance(p, Shard)]
-        # Ranks with other parts must draw other numbers, those with the same part the same.
+        # Ranks with other shards must draw other numbers, those with the same shard the same.
         fork = self._fork(args, apart) if apart and is_random(node) else None
         made = self._emit_view(SQUEEZES.get(node.target, node.target), args, kwargs)
         if fork is not None:
@@ -317,7 +317,7 @@ class Sharder:
         self.finish(node, made, results)
 
     def _fork(self, args: list[Any], axes: list[str]) -> fx.Node:
-        """Let ranks draw other numbers where they have other parts along these axes, and the same where they have the
+        """Let ranks draw other numbers where they have other shards along these axes, and the same where they have the
         same. The state that is to be swapped back behind what draws."""
         fork = self.emit(FORK_RNG, next(arg for arg in args if isinstance(arg, fx.Node)), axes)
         self.emit(SWAP_RNG, fork)
@@ -341,7 +341,7 @@ class Sharder:
         self.elements[node] = tuple(elements)
 
     def _emit_view(self, target: Any, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
-        """The operator on local parts; a view of parts that do not lie one behind the other needs a copy."""
+        """The operator on local shards; a view of shards that do not lie one behind the other needs a copy."""
         try:
             return self.emit(target, *args, **kwargs)
         except (RuntimeError, ValueError):
@@ -367,4 +367,4 @@ class Sharder:
 
 
 Lowering = Callable[[Sharder, fx.Node], None]
-"""Lowers one operator by hand: where local parts need another computation than the whole."""
+"""Lowers one operator by hand: where local shards need another computation than the whole."""

@@ -1,7 +1,7 @@
-"""Operators whose local parts need another computation than the whole: what DTensor would gather for.
+"""Operators whose local shards need another computation than the whole: what DTensor would gather for.
 
 Embeddings and losses over a vocabulary that is sharded, and layer norms over a hidden dimension that is: each rank
-computes with its part, and small sums are exchanged. Vocabulary-parallel losses are Megatron-LM's.
+computes with its shard, and small sums are exchanged. Vocabulary-parallel losses are Megatron-LM's.
 """
 
 from math import prod
@@ -29,21 +29,21 @@ def addmm(s: Sharder, node: fx.Node) -> None:
         s.lower(node)
         return
     inputs, (result,) = s.choose(node, [x, weight], aten.mm.default)
-    x_part, weight_part = s.local(x, inputs[0]), s.local(weight, inputs[1])
+    x_shard, weight_shard = s.local(x, inputs[0]), s.local(weight, inputs[1])
     late = [role.partial == "sequence" and p == PARTIAL for role, p in zip(s.roles, result, strict=True)]
     settled = tuple(p if waits else r for waits, p, r in
                     zip(late, result, s.resolved(result, s.type(node).shape), strict=True))  # fmt: skip
     along = tuple(Shard(0, p.sections) if isinstance(p, Shard) and p.dim == 1 else REPLICATE for p in settled)
-    bias_part = s.local(bias, along)
+    bias_shard = s.local(bias, along)
     ranks = prod(axis.size for axis, waits in zip(s.axes, late, strict=True) if waits)
     if ranks > 1:  # the sum is taken where it can be sharded along the sequence, and the bias with it
-        bias_part = s.emit(aten.div.Scalar, bias_part, ranks)
+        bias_shard = s.emit(aten.div.Scalar, bias_shard, ranks)
     if settled == result:
-        s.set(node, s.emit(aten.addmm.default, bias_part, x_part, weight_part), result)
+        s.set(node, s.emit(aten.addmm.default, bias_shard, x_shard, weight_shard), result)
         return
-    product = s.emit(aten.mm.default, x_part, weight_part)
+    product = s.emit(aten.mm.default, x_shard, weight_shard)
     s.values[node] = s.value(product, result)
-    s.set(node, s.emit(aten.add.Tensor, s.local(node, settled), bias_part), settled)
+    s.set(node, s.emit(aten.add.Tensor, s.local(node, settled), bias_shard), settled)
 
 
 def embedding(s: Sharder, node: fx.Node) -> None:
@@ -63,11 +63,11 @@ def embedding(s: Sharder, node: fx.Node) -> None:
         else:
             result.append(indices[i])
     vocabulary = s.sharding_axes(tuple(weights), 0)
-    rows, ids_part = s.local(weight, tuple(weights)), s.local(ids, tuple(indices))
+    rows, ids_shard = s.local(weight, tuple(weights)), s.local(ids, tuple(indices))
     if not vocabulary:
-        s.set(node, s.emit(aten.embedding.default, rows, ids_part, *node.args[2:]), tuple(result))
+        s.set(node, s.emit(aten.embedding.default, rows, ids_shard, *node.args[2:]), tuple(result))
         return
-    place, foreign = _own(s, ids_part, vocabulary, s.type(weight).shape[0])
+    place, foreign = _own(s, ids_shard, vocabulary, s.type(weight).shape[0])
     found = s.emit(aten.embedding.default, rows, place)
     outside = s.emit(aten.unsqueeze.default, foreign, -1)
     s.set(node, s.emit(aten.masked_fill.Scalar, found, outside, 0.0), tuple(result))
@@ -96,14 +96,14 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
             indices.append(batch)
             result.append(PARTIAL if isinstance(batch, Shard) else REPLICATE)
     vocabulary = s.sharding_axes(tuple(result), 0)
-    part, ids_part = s.local(gradient, tuple(gradients)), s.local(ids, tuple(indices))
+    shard, ids_shard = s.local(gradient, tuple(gradients)), s.local(ids, tuple(indices))
     if vocabulary:
-        place, foreign = _own(s, ids_part, vocabulary, count)
+        place, foreign = _own(s, ids_shard, vocabulary, count)
         if padding >= 0:
-            foreign = s.emit(aten.logical_or.default, foreign, s.emit(aten.eq.Scalar, ids_part, padding))
-        part = s.emit(aten.masked_fill.Scalar, part, s.emit(aten.unsqueeze.default, foreign, -1), 0.0)
-        count, padding, ids_part = count // prod(axis.size for axis in vocabulary), -1, place
-    s.set(node, s.emit(aten.embedding_dense_backward.default, part, ids_part, count, padding, False),
+            foreign = s.emit(aten.logical_or.default, foreign, s.emit(aten.eq.Scalar, ids_shard, padding))
+        shard = s.emit(aten.masked_fill.Scalar, shard, s.emit(aten.unsqueeze.default, foreign, -1), 0.0)
+        count, padding, ids_shard = count // prod(axis.size for axis in vocabulary), -1, place
+    s.set(node, s.emit(aten.embedding_dense_backward.default, shard, ids_shard, count, padding, False),
           tuple(result))  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def _without_last(s: Sharder, placements: Placements, ndim: int) -> Placements:
 
 
 def _settle(s: Sharder, *values: fx.Node) -> None:
-    """Take the sums of values that are partial. Parts become consecutive: what has sections is gathered."""
+    """Take the sums of values that are partial. Shards become consecutive: what has sections is gathered."""
     for value in values:
         placements = _consecutive(s.settled(value))
         s.values[value] = Value(s.local(value, placements), placements)
@@ -273,11 +273,11 @@ def nll_loss(s: Sharder, node: fx.Node) -> None:
         s.lower(node)
         return
     vocabulary, tokens = s.sharding_axes(placements, 1), s.sharding_axes(placements, 0)
-    part, labels_part = s.local(logs, placements), s.local(labels, _token_placements(placements))
-    counted = s.emit(aten.ne.Scalar, labels_part, ignored)
-    place, foreign = _own(s, labels_part, vocabulary, s.type(logs).shape[1])
+    shard, labels_shard = s.local(logs, placements), s.local(labels, _token_placements(placements))
+    counted = s.emit(aten.ne.Scalar, labels_shard, ignored)
+    place, foreign = _own(s, labels_shard, vocabulary, s.type(logs).shape[1])
     left_out = s.emit(aten.logical_or.default, foreign, s.emit(aten.logical_not.default, counted))
-    picked = s.emit(aten.gather.default, part, 1, s.emit(aten.unsqueeze.default, place, 1))
+    picked = s.emit(aten.gather.default, shard, 1, s.emit(aten.unsqueeze.default, place, 1))
     picked = s.emit(aten.masked_fill.Scalar, s.emit(aten.squeeze.dim, picked, 1), left_out, 0.0)
     if reduction == EACH:
         loss, lie = s.all_reduce(s.emit(aten.neg.default, picked), vocabulary), _token_placements(placements)
@@ -299,17 +299,17 @@ def nll_loss_gradient(s: Sharder, node: fx.Node) -> None:
     if weight is not None or not vocabulary:
         s.lower(node)
         return
-    part, labels_part = s.local(logs, placements), s.local(labels, _token_placements(placements))
-    place, foreign = _own(s, labels_part, vocabulary, s.type(logs).shape[1])
-    left_out = s.emit(aten.logical_or.default, foreign, s.emit(aten.eq.Scalar, labels_part, ignored))
+    shard, labels_shard = s.local(logs, placements), s.local(labels, _token_placements(placements))
+    place, foreign = _own(s, labels_shard, vocabulary, s.type(logs).shape[1])
+    left_out = s.emit(aten.logical_or.default, foreign, s.emit(aten.eq.Scalar, labels_shard, ignored))
     given = _token_placements(placements) if reduction == EACH else s.everywhere
     each = s.emit(aten.neg.default, s.local(gradient, given))
     if reduction == MEAN:
         each = s.emit(aten.div.Tensor, each, s.local(count, s.everywhere))
-    tokens = type_of(labels_part).shape  # type: ignore[union-attr]
+    tokens = type_of(labels_shard).shape  # type: ignore[union-attr]
     each = s.emit(aten.masked_fill.Scalar, s.emit(aten.expand.default, each, list(tokens)), left_out, 0.0)
     place, each = (s.emit(aten.unsqueeze.default, value, 1) for value in (place, each))
-    s.set(node, s.emit(aten.scatter.src, s.emit(aten.zeros_like.default, part), 1, place, each), placements)
+    s.set(node, s.emit(aten.scatter.src, s.emit(aten.zeros_like.default, shard), 1, place, each), placements)
 
 
 SPECIAL: dict[Any, Lowering] = {

@@ -60,31 +60,31 @@ class Collectives:
 
     # -- instructions --------------------------------------------------------------------------------------
 
-    def start_all_gather(self, part: Tensor, axis: str, size: int) -> Tensor:
-        """Start to join all processes' parts, one behind the other."""
-        whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        return self.start(whole, all_gather_single, whole, part, group=self.groups[axis,])
+    def start_all_gather(self, shard: Tensor, axis: str, size: int) -> Tensor:
+        """Start to join all processes' shards, one behind the other."""
+        whole = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
+        return self.start(whole, all_gather_single, whole, shard, group=self.groups[axis,])
 
-    def start_reduce_scatter(self, part: Tensor, axis: str, size: int) -> Tensor:
-        """Start to make this process's part of the sum."""
-        mine = part.new_empty((part.shape[0] // size, *part.shape[1:]))
-        return self.start(mine, reduce_scatter_single, mine, part, group=self.groups[axis,])
+    def start_reduce_scatter(self, partial: Tensor, axis: str, size: int) -> Tensor:
+        """Start to make this process's shard of the sum."""
+        mine = partial.new_empty((partial.shape[0] // size, *partial.shape[1:]))
+        return self.start(mine, reduce_scatter_single, mine, partial, group=self.groups[axis,])
 
-    def start_all_reduce(self, part: Tensor, axis: str, reduction: str) -> Tensor:
+    def start_all_reduce(self, partial: Tensor, axis: str, reduction: str) -> Tensor:
         """Start to replace every element by the sum, or the largest, of all processes'."""
-        return self.start(part, dist.all_reduce, part, op=REDUCTIONS[reduction], group=self.groups[axis,])
+        return self.start(partial, dist.all_reduce, partial, op=REDUCTIONS[reduction], group=self.groups[axis,])
 
-    def finish_exchange(self, pending: Tensor, part: Tensor | None = None) -> Tensor:
-        """From here on the tensor that was being filled is read; `part`, what it was filled from, may be freed."""
+    def finish_collective(self, pending: Tensor, shard: Tensor | None = None) -> Tensor:
+        """From here on the tensor that was being filled is read; `shard`, what it was filled from, may be freed."""
         self.finish(pending)
         return pending
 
     def local(self, whole: Tensor, dim: int, axis: str, size: int) -> Tensor:
-        """This process's part, along `dim`, of a tensor that all have: a copy, for kernels that need it contiguous."""
+        """This process's shard, along `dim`, of a tensor that all have: a copy, for kernels that need it contiguous."""
         length = whole.shape[dim] // size
-        part = whole.narrow(dim, self.mesh.coordinate(self.rank, axis) * length, length)
-        return part.clone(memory_format=torch.contiguous_format)
+        shard = whole.narrow(dim, self.mesh.coordinate(self.rank, axis) * length, length)
+        return shard.clone(memory_format=torch.contiguous_format)
 
     def offset(self, like: Tensor, axis: str, extent: int) -> Tensor:
-        """Where this process's part begins, of parts of `extent`: an int64 scalar."""
+        """Where this process's shard begins, of shards of `extent`: an int64 scalar."""
         return torch.full((), self.mesh.coordinate(self.rank, axis) * extent, dtype=torch.int64, device=like.device)

@@ -1,4 +1,4 @@
-"""What a process has of parameters that lie on the mesh: from the whole to its part and back."""
+"""What a process has of parameters that lie on the mesh: from the whole to its shard and back."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..isa.layout import Slot
-from ..isa.mesh import Axis, Placements, Shard, join_parts, local_part, parse_placements, take_part, whole_shape
+from ..isa.mesh import Axis, Placements, Shard, join_shards, local_shard, parse_placements, take_shard, whole_shape
 from .collectives import all_gather_single
 from .ranks import Ranks
 
 PIECE = 4 * 2**20
-"""Elements of a part that are gathered at a time: what that takes on the device beside the model stays small."""
+"""Elements of a shard that are gathered at a time: what that takes on the device beside the model stays small."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Cuts parameters into the parts of the processes of `ranks`, and joins them."""
+class LocalShards:
+    """Cuts parameters into the shards of the processes of `ranks`, and joins them."""
 
     ranks: Ranks
 
@@ -44,16 +44,16 @@ class Parts:
         return parse_placements(slot.placement, self._axes)
 
     def whole_shape(self, slot: Slot) -> tuple[int, ...]:
-        """The parameter's own shape, of which the slot has a part."""
+        """The parameter's own shape, of which the slot has a shard."""
         return whole_shape(slot.shape, self.placements(slot), self._axes)
 
     def replicas(self, slot: Slot) -> int:
-        """How many of the processes along the axes that weights are sharded over have the same part."""
+        """How many of the processes along the axes that weights are sharded over have the same shard."""
         placed = dict(zip(self._axes, self.placements(slot), strict=True))
         return prod(axis.size for axis in self.ranks.mesh.weight_axes if not isinstance(placed[axis], Shard))
 
     def take(self, whole: Tensor, slot: Slot) -> Tensor:
-        """This process's part; a view where the part is one rectangle.
+        """This process's shard; a view where the shard is one rectangle.
 
         Raises ValueError where `whole` has another shape than the parameter.
         """
@@ -62,29 +62,29 @@ class Parts:
         expected = self.whole_shape(slot)
         if tuple(whole.shape) != expected:
             raise ValueError(f"parameter {slot.name} has shape {expected}, the value {tuple(whole.shape)}")
-        return local_part(whole, self.placements(slot), self.ranks.mesh, self.ranks.rank)
+        return local_shard(whole, self.placements(slot), self.ranks.mesh, self.ranks.rank)
 
-    def join(self, part: Tensor, slot: Slot, device: torch.device) -> Tensor:
-        """The whole, on the CPU where it is more than this part. All processes call it, one part after the other;
+    def join(self, shard: Tensor, slot: Slot, device: torch.device) -> Tensor:
+        """The whole, on the CPU where it is more than this shard. All processes call it, one shard after the other;
         they exchange by way of `device`."""
         placed = list(zip(self.placements(slot), self._axes, strict=True))
         for placement, axis in reversed(placed):
             if isinstance(placement, Shard):
-                part = join_parts(self._gather(part, axis, device), placement)
-        return part
+                shard = join_shards(self._gather(shard, axis, device), placement)
+        return shard
 
-    def _gather(self, part: Tensor, axis: Axis, device: torch.device) -> list[Tensor]:
-        flat = part.detach().reshape(-1)
+    def _gather(self, shard: Tensor, axis: Axis, device: torch.device) -> list[Tensor]:
+        flat = shard.detach().reshape(-1)
         found = torch.empty(axis.size, flat.numel(), dtype=flat.dtype)
         for start in range(0, flat.numel(), PIECE):
             mine = flat[start : start + PIECE].to(device)
             every = mine.new_empty(axis.size * mine.numel())
             self.ranks.call(all_gather_single, every, mine, group=self.ranks.groups[axis.name,])
             found[:, start : start + mine.numel()] = every.view(axis.size, -1)
-        return [row.view(part.shape) for row in found]
+        return [row.view(shard.shape) for row in found]
 
     def norm(self, norm: Tensor) -> Tensor:
-        """The norm of whole tensors, of each process's `norm` of its parts, in which one that several have is divided
+        """The norm of whole tensors, of each process's `norm` of its shards, in which one that several have is divided
         by the root of `replicas`."""
         axes = self.ranks.mesh.weight_axes
         if not (axes and self.ranks.together):
@@ -121,7 +121,7 @@ class Parts:
         sharded = [(p, axis) for p, axis in zip(self.placements(slot), self._axes, strict=True) if _shards(p, dim)]
         if not sharded:
             return [_Run(0, 0, whole)]
-        cut = lambda at, placed: take_part(  # noqa: E731
+        cut = lambda at, placed: take_shard(  # noqa: E731
             at, Shard(0, placed[0].sections), mesh.coordinate(self.ranks.rank, placed[1].name), placed[1].size
         )
         indices = reduce(cut, sharded, torch.arange(whole))
@@ -133,12 +133,12 @@ class Parts:
         return self.ranks.mesh.tensor_axes
 
 
-ALONE = Parts(Ranks())
+ALONE = LocalShards(Ranks())
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Indices of one dimension: from where in the whole, from where in the part, how many."""
+    """Indices of one dimension: from where in the whole, from where in the shard, how many."""
 
     whole: int
     local: int
@@ -150,7 +150,7 @@ def _shards(placement: object, dim: int) -> bool:
 
 
 def _within(runs: Iterable[_Run], start: int, end: int) -> Iterator[_Run]:
-    """What of `runs` lies between two indices of the part."""
+    """What of `runs` lies between two indices of the shard."""
     for run in runs:
         lo, hi = max(run.local, start), min(run.local + run.length, end)
         if lo < hi:

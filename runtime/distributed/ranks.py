@@ -1,5 +1,6 @@
 """The processes that train one model together, by `torch.distributed`."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Ranks:
             on_cuda = device.type == "cuda"
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
                                     device_id=device if on_cuda else None)  # fmt: skip
+            if not on_cuda:
+                atexit.register(_leave)
         made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names_of(mesh.axes))
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names_of(mesh.axes)}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype)
@@ -186,3 +189,9 @@ def _group(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:
 
 ALONE = Ranks()
 """This process and no others."""
+
+
+def _leave() -> None:
+    """Join gloo's threads: the C++ runtime aborts a process that ends while they run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

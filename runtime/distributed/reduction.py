@@ -55,12 +55,12 @@ def reduce_scatter_(gradients: Tensor, mine: Tensor, layout: ChunkLayout, ranks:
     length = piece_numel(layout, scattered=True)
     number = ranks.mesh.number(ranks.rank, layout.reduced_over)
     wide = torch.empty(length, dtype=sum_dtype(layout.dtype, ranks.reduce_dtype), device=gradients.device)
-    # A piece is the same stretch of every shard, so that each process has its part of it.
-    stretches = gradients.view(layout.shards, -1).split(length // layout.shards, dim=1)
-    for stretch, part in zip(stretches, mine.split(length // layout.shards), strict=True):
-        terms = wide[: stretch.numel()].view(stretch.shape).copy_(stretch)
+    # A piece is the same range of every shard, so that each process has its shard of it.
+    ranges = gradients.view(layout.shards, -1).split(length // layout.shards, dim=1)
+    for elements, shard in zip(ranges, mine.split(length // layout.shards), strict=True):
+        terms = wide[: elements.numel()].view(elements.shape).copy_(elements)
         ranks.call(reduce_scatter_single, terms[number], terms.view(-1), group=group)
-        part.copy_(_divided(terms[number], batches))
+        shard.copy_(_divided(terms[number], batches))
 
 
 def casts(layout: ChunkLayout, reduce_dtype: ReduceDtype) -> bool:
@@ -71,8 +71,8 @@ def casts(layout: ChunkLayout, reduce_dtype: ReduceDtype) -> bool:
 def piece_numel(layout: ChunkLayout, *, scattered: bool = False) -> int:
     """How many elements of a chunk are cast and summed at a time: about `STREAM_PIECE` at most, as many of every shard
     where sums are scattered."""
-    parts = layout.shards if scattered else 1
-    return parts * max(min(STREAM_PIECE, layout.numel) // parts, 1)
+    shards = layout.shards if scattered else 1
+    return shards * max(min(STREAM_PIECE, layout.numel) // shards, 1)
 
 
 def _divided(total: Tensor, batches: int) -> Tensor:

@@ -9,7 +9,7 @@ The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose wei
 
 Gradients of 16 bits are exchanged as float32, twice that, unless the plan says otherwise: see `reduction`.
 
-Chunks are divided, not parameters: a shard is a stretch of a chunk, as long on every process. Collectives are
+Chunks are divided, not parameters: a shard is a range of a chunk, as long on every process. Collectives are
 issued by the launching thread alone, in the program's order, which is the same everywhere.
 """
 
@@ -53,9 +53,9 @@ class Zero:
         reduce_scatter_(gradients, mine, layout, self.ranks)
         return mine
 
-    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:
+    def gather(self, collectives: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:
         """Start to fill `whole` with all processes' shards. `shard` may be this one's view of `whole`."""
-        exchange.start(whole, all_gather_single, whole, shard, group=self._group(layout))
+        collectives.start(whole, all_gather_single, whole, shard, group=self._group(layout))
 
     def norm(self, norm: Tensor, axes: tuple[str, ...]) -> Tensor:
         """The norm of all shards of chunks that are reduced over these axes, of that of each process's."""

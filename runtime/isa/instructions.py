@@ -19,37 +19,37 @@ and its gradients'::
     geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
     geminifx.put_mm(g3, 2176, dy, x)               # another's is this product, computed right in its place
     geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
-    geminifx.settle(g3, 3, [0, 1])                 # and is done: accumulated beside the master
+    geminifx.accumulate_grad(g3, 3, [0, 1])                 # and is done: accumulated beside the master
 
 Among several ranks gradients are summed over the replicas on that way, and losses are averaged::
 
     n = geminifx.average(count)                    # the mean over the ranks
-    part = geminifx.share(loss, count, n)          # this rank's part in the mean over all tokens
+    mine = geminifx.share(loss, count, n)          # this rank's part in the mean over all tokens
 
 A sharded program exchanges along the axes of the mesh::
 
     whole = geminifx.all_gather(x, 1, "col", 2)    # what is sharded along dimension 1 over the 2 ranks of axis col
-    x = geminifx.reduce_scatter(p, 1, "col", 2)    # a part of the sum of what is partial
+    x = geminifx.reduce_scatter(p, 1, "col", 2)    # a shard of the sum of what is partial
     y = geminifx.all_reduce(p, "row", "sum")       # all of it
-    x = geminifx.local(whole, 1, "col", 2)         # a part of what every rank has
+    x = geminifx.local(whole, 1, "col", 2)         # a shard of what every rank has
     first = geminifx.offset(x, "col", 16)          # where this rank's part of 16 begins
 
-What is random is drawn by numbers that ranks have apart where its parts are::
+What is random is drawn by numbers that ranks have apart where its shards are::
 
     rng = geminifx.fork_rng(x, ["row", "col"])     # a generator state for each place on these axes
     geminifx.swap_rng(rng)                         # the generator's, and what was the generator's is kept
     y = aten.native_dropout.default(x, 0.1, True)
     geminifx.swap_rng(rng)                         # all ranks' generators are in one state again
 
-No machine carries out the first three: `overlap` writes each as an exchange that starts, along the first dimension of
+No machine carries out the first three: `overlap` writes each as a collective that starts, along the first dimension of
 a contiguous tensor, and one that is waited for. In between nobody reads what is being filled, nor writes `x`::
 
     p = geminifx.start_all_gather(x, "col", 2)
-    whole = geminifx.finish_exchange(p, x)         # the same tensor; `x` lives until here
+    whole = geminifx.finish_collective(p, x)         # the same tensor; `x` lives until here
     p = geminifx.start_reduce_scatter(x, "col", 2)
-    mine = geminifx.finish_exchange(p, x)
+    mine = geminifx.finish_collective(p, x)
     p = geminifx.start_all_reduce(x, "row", "sum") # overwrites `x`
-    y = geminifx.finish_exchange(p)
+    y = geminifx.finish_collective(p)
 """
 
 from collections.abc import Callable, Sequence
@@ -71,17 +71,17 @@ SCHEMAS = {
     "put": "(Tensor(a!) gradients, int offset, Tensor gradient) -> ()",
     "put_mm": "(Tensor(a!) gradients, int offset, Tensor left, Tensor right) -> ()",
     "reduce": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
-    "settle": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
+    "accumulate_grad": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
     "average": "(Tensor value) -> Tensor",
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
-    "all_gather": "(Tensor part, int dim, str axis, int size) -> Tensor",
-    "reduce_scatter": "(Tensor part, int dim, str axis, int size) -> Tensor",
-    "all_reduce": "(Tensor part, str axis, str reduction) -> Tensor",
-    "start_all_gather": "(Tensor part, str axis, int size) -> Tensor",
-    "start_reduce_scatter": "(Tensor part, str axis, int size) -> Tensor",
-    "start_all_reduce": "(Tensor(a!) part, str axis, str reduction) -> Tensor(a!)",
-    "finish_exchange": "(Tensor(a) pending, Tensor? part=None) -> Tensor(a)",
+    "all_gather": "(Tensor shard, int dim, str axis, int size) -> Tensor",
+    "reduce_scatter": "(Tensor partial, int dim, str axis, int size) -> Tensor",
+    "all_reduce": "(Tensor partial, str axis, str reduction) -> Tensor",
+    "start_all_gather": "(Tensor shard, str axis, int size) -> Tensor",
+    "start_reduce_scatter": "(Tensor partial, str axis, int size) -> Tensor",
+    "start_all_reduce": "(Tensor(a!) partial, str axis, str reduction) -> Tensor(a!)",
+    "finish_collective": "(Tensor(a) pending, Tensor? shard=None) -> Tensor(a)",
     "local": "(Tensor whole, int dim, str axis, int size) -> Tensor",
     "offset": "(Tensor like, str axis, int extent) -> Tensor",
     "save_rng": "(Tensor like) -> Tensor",
@@ -112,7 +112,7 @@ def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.new_empty([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
 
 
-def _part(tensor: Tensor, dim: int, axis: str, size: int) -> Tensor:
+def _local(tensor: Tensor, dim: int, axis: str, size: int) -> Tensor:
     if tensor.shape[dim] % size:
         raise ValueError(f"dimension {dim} of {list(tensor.shape)} does not divide by the {size} ranks of axis {axis}")
     return _resized(tensor, dim, tensor.shape[dim] // size)
@@ -131,18 +131,18 @@ FAKES: dict[str, Callable[..., object]] = {
     "put": _no_result,
     "put_mm": put_product,
     "reduce": _no_result,
-    "settle": _no_result,
+    "accumulate_grad": _no_result,
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
     "average": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
-    "all_gather": lambda part, dim, axis, size: _resized(part, dim, part.shape[dim] * size),
-    "reduce_scatter": _part,
-    "all_reduce": lambda part, axis, reduction: torch.empty_like(part, memory_format=torch.contiguous_format),
-    "start_all_gather": lambda part, axis, size: _resized(part, 0, part.shape[0] * size),
-    "start_reduce_scatter": lambda part, axis, size: _part(part, 0, axis, size),
-    "start_all_reduce": lambda part, axis, reduction: part.view(part.shape),
-    "finish_exchange": lambda pending, part=None: pending.view(pending.shape),
-    "local": _part,
+    "all_gather": lambda shard, dim, axis, size: _resized(shard, dim, shard.shape[dim] * size),
+    "reduce_scatter": _local,
+    "all_reduce": lambda partial, axis, reduction: torch.empty_like(partial, memory_format=torch.contiguous_format),
+    "start_all_gather": lambda shard, axis, size: _resized(shard, 0, shard.shape[0] * size),
+    "start_reduce_scatter": lambda partial, axis, size: _local(partial, 0, axis, size),
+    "start_all_reduce": lambda partial, axis, reduction: partial.view(partial.shape),
+    "finish_collective": lambda pending, shard=None: pending.view(pending.shape),
+    "local": _local,
     "offset": lambda like, axis, extent: torch.empty((), dtype=torch.int64),
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
     "swap_rng": _no_result,
@@ -163,7 +163,7 @@ GRADIENTS = _ops.gradients.default
 PUT = _ops.put.default
 PUT_MM = _ops.put_mm.default
 REDUCE = _ops.reduce.default
-SETTLE = _ops.settle.default
+ACCUMULATE_GRAD = _ops.accumulate_grad.default
 TURN = _ops.turn.default
 AVERAGE = _ops.average.default
 SHARE = _ops.share.default
@@ -173,24 +173,24 @@ ALL_REDUCE = _ops.all_reduce.default
 START_ALL_GATHER = _ops.start_all_gather.default
 START_REDUCE_SCATTER = _ops.start_reduce_scatter.default
 START_ALL_REDUCE = _ops.start_all_reduce.default
-FINISH_EXCHANGE = _ops.finish_exchange.default
+FINISH_COLLECTIVE = _ops.finish_collective.default
 LOCAL = _ops.local.default
 OFFSET = _ops.offset.default
 SAVE_RNG = _ops.save_rng.default
 SWAP_RNG = _ops.swap_rng.default
 FORK_RNG = _ops.fork_rng.default
 
-EXCHANGES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
+COLLECTIVES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
 """What `shard` writes, and `overlap` replaces."""
 
-INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", *(op._schema.name.split("::")[1] for op in EXCHANGES)}
+INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", *(op._schema.name.split("::")[1] for op in COLLECTIVES)}
 """The names that a machine implements: a turn is Python's `yield`, and what `shard` writes is replaced."""
 
 PUTS = frozenset({PUT, PUT_MM})
 
 STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 
-PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, SETTLE})
+PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, ACCUMULATE_GRAD})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""
 
 

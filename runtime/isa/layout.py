@@ -34,7 +34,7 @@ class ChunkLayout:
 
     `dtype` is what the program computes with, `master_dtype` what the optimizer updates. Along the mesh's axes
     `reduced_over`, in their order there, processes have the same weights, and gradients are summed. Of the training
-    state each of `shards` of those processes keeps one of as many stretches of equal length, its shard.
+    state each of `shards` of those processes keeps one of as many ranges of equal length, its shard.
     """
 
     index: int

@@ -34,7 +34,7 @@ ONE_BATCH_IN_PARTS: frozenset[AxisKind] = frozenset({"tensor", "replica"})
 class Shard:
     """One of equal parts along dimension `dim`.
 
-    Of a fused projection, such as one that makes query, key and value in one, every process has its part of each
+    Of a fused projection, such as one that makes query, key and value in one, every process has its shard of each
     of the `sections`, which lie one behind the other.
     """
 
@@ -173,7 +173,7 @@ def of_gradient(parameter: Placements, axes: tuple[Axis, ...]) -> Placements:
 
 
 def local_shape(shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> tuple[int, ...]:
-    """The shape of one process's part."""
+    """The shape of one process's shard."""
     found = list(shape)
     for placement, axis in zip(placements, axes, strict=True):
         if isinstance(placement, Shard):
@@ -181,35 +181,35 @@ def local_shape(shape: tuple[int, ...], placements: Placements, axes: tuple[Axis
     return tuple(found)
 
 
-def whole_shape(part: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+def whole_shape(shard: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> tuple[int, ...]:
     """The inverse of `local_shape`."""
-    found = list(part)
+    found = list(shard)
     for placement, axis in zip(placements, axes, strict=True):
         if isinstance(placement, Shard):
             found[placement.dim] *= axis.size
     return tuple(found)
 
 
-def take_part(whole: Tensor, placement: Placement, coordinate: int, size: int) -> Tensor:
-    """One process's part of a tensor on one axis. A view, unless there are several sections."""
+def take_shard(whole: Tensor, placement: Placement, coordinate: int, size: int) -> Tensor:
+    """One process's shard of a tensor on one axis. A view, unless there are several sections."""
     if not isinstance(placement, Shard):
         return whole
     sections = [section.chunk(size, placement.dim)[coordinate] for section in _sections(whole, placement)]
     return sections[0] if len(sections) == 1 else torch.cat(sections, placement.dim)
 
 
-def join_parts(parts: list[Tensor], placement: Placement) -> Tensor:
-    """The tensor of all processes' parts on one axis: the inverse of `take_part`."""
+def join_shards(shards: list[Tensor], placement: Placement) -> Tensor:
+    """The tensor of all processes' shards on one axis: the inverse of `take_shard`."""
     if not isinstance(placement, Shard):
-        return parts[0]
-    by_section = zip(*(_sections(part, placement) for part in parts), strict=True)
+        return shards[0]
+    by_section = zip(*(_sections(shard, placement) for shard in shards), strict=True)
     return torch.cat([piece for section in by_section for piece in section], placement.dim)
 
 
-def local_part(whole: Tensor, placements: Placements, mesh: Mesh, rank: int) -> Tensor:
-    """One process's part of a tensor that lies on the mesh by `placements`."""
+def local_shard(whole: Tensor, placements: Placements, mesh: Mesh, rank: int) -> Tensor:
+    """One process's shard of a tensor that lies on the mesh by `placements`."""
     for placement, axis in zip(placements, mesh.tensor_axes, strict=True):
-        whole = take_part(whole, placement, mesh.coordinate(rank, axis.name), axis.size)
+        whole = take_shard(whole, placement, mesh.coordinate(rank, axis.name), axis.size)
     return whole
 
 

@@ -16,7 +16,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from ..distributed.local_shards import ALONE, Parts
+from ..distributed.local_shards import ALONE, LocalShards
 from ..isa.errors import IllegalTransition, StateError
 from ..isa.layout import ChunkLayout, Layout, Slot
 from ..isa.torch_private import num_references
@@ -126,12 +126,12 @@ class ChunkStore:
 
     Parameter objects keep their identity, so that an optimizer made before or after compilation holds the
     same ones. Building the store moves each parameter into its chunk and frees its old storage at once; of one
-    that is sharded the parameter is from then on this process's part.
+    that is sharded the parameter is from then on this process's local shard.
     """
 
-    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter], parts: Parts = ALONE) -> None:
+    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter], local_shards: LocalShards = ALONE) -> None:
         self.layout = layout
-        self.parts = parts
+        self.local_shards = local_shards
         self.chunks = [Chunk(chunk) for chunk in layout.chunks]
         for chunk in self.chunks:
             chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
@@ -145,16 +145,16 @@ class ChunkStore:
         for slot, parameter in enumerate(chunk.parameters):
             view = chunk.slice(master, slot)
             if not parameter.is_meta:
-                view.copy_(self.part(chunk.layout.slots[slot], parameter.detach()))
+                view.copy_(self.local_shard(chunk.layout.slots[slot], parameter.detach()))
             grad, parameter.grad = parameter.grad, None
             parameter.data = view
             if grad is not None:
-                parameter.grad = self.part(chunk.layout.slots[slot], grad).to(view.device, view.dtype)
+                parameter.grad = self.local_shard(chunk.layout.slots[slot], grad).to(view.device, view.dtype)
         chunk.master = master
 
-    def part(self, slot: Slot, value: Tensor) -> Tensor:
-        """This process's part of a parameter's value, which may be that part already."""
-        return value if tuple(value.shape) == slot.shape else self.parts.take(value, slot)
+    def local_shard(self, slot: Slot, value: Tensor) -> Tensor:
+        """This process's shard of a parameter's value, which may be that shard already."""
+        return value if tuple(value.shape) == slot.shape else self.local_shards.take(value, slot)
 
     def adopt(self) -> None:
         """Take over parameters whose `.data` was replaced since the last step.

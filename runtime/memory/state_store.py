@@ -76,7 +76,7 @@ class StateStore(Protocol):
     def reduce(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
         """A chunk's gradients are complete: start to move them to where its master is."""
 
-    def settle(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
+    def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
         """The gradients are used up by the program: it frees them behind this."""
 
     # -- steps ---------------------------------------------------------------------------------------------

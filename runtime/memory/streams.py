@@ -44,7 +44,7 @@ class CopyEngine(Protocol):
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         """A context whose launches run beside the program's, from `after` on; `mark` in it is of them."""
 
-    def exchange(self, *after: Arrival) -> AbstractContextManager[None]:
+    def collective(self, *after: Arrival) -> AbstractContextManager[None]:
         """A context whose collectives run beside the program's launches and the copies, from `after` on."""
 
     def arrive(self, arrival: Arrival) -> None:
@@ -81,7 +81,7 @@ class ImmediateCopies:
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         return nullcontext()
 
-    exchange = aside
+    collective = aside
 
     def arrive(self, arrival: Arrival) -> None:
         return None
@@ -130,7 +130,7 @@ class CudaCopies:
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         return self._on(self.side, after)
 
-    def exchange(self, *after: Arrival) -> AbstractContextManager[None]:
+    def collective(self, *after: Arrival) -> AbstractContextManager[None]:
         return self._on(self.between, after)
 
     @contextmanager

@@ -21,7 +21,7 @@ class Tier:
     """An account of bytes with a hard limit (None: unlimited).
 
     Among several processes it waits up to `patience_s` for room: gloo's threads hold what they have exchanged a moment
-    longer than the exchange takes.
+    longer than the collective takes.
     """
 
     def __init__(self, name: str, limit_bytes: int | None = None, patience_s: float = 0.0) -> None:

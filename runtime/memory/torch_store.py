@@ -151,7 +151,7 @@ class TorchStore:
             arrival = self.copies.to_host(staging[: gradients.numel()], gradients)
             self._staged[chunk.layout.index] = staging, arrival
 
-    def settle(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
+    def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
         """The gradients have landed: add them to the parameters' `.grad`."""
         if chunk.layout.index in self._staged:
             staging, arrival = self._staged.pop(chunk.layout.index)
@@ -212,12 +212,12 @@ class TorchStore:
                 parameter.grad.requires_grad_(False).zero_()
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        norms, parts = [torch.zeros((), device=self.hardware.device)], self.chunks.parts
+        norms, local_shards = [torch.zeros((), device=self.hardware.device)], self.chunks.local_shards
         for slot, parameter in self._parameters():
             if parameter.grad is not None:
                 norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
-                norms.append(norm.to(self.hardware.device) / math.sqrt(parts.replicas(slot)))
-        total = parts.norm(torch.linalg.vector_norm(torch.stack(norms)))
+                norms.append(norm.to(self.hardware.device) / math.sqrt(local_shards.replicas(slot)))
+        total = local_shards.norm(torch.linalg.vector_norm(torch.stack(norms)))
         nn.utils.clip_grads_with_norm_([p for _, p in self._parameters()], max_norm, total)
         return total
 
@@ -225,7 +225,7 @@ class TorchStore:
         layout, number = self.chunks.layout.places[parameter]
         slot, master = layout.slots[number], self.chunks.chunks[layout.index].master
         assert master is not None
-        return Stored.of(master, self.chunks.parts.whole_shape(slot), self.chunks.parts.regions(slot))
+        return Stored.of(master, self.chunks.local_shards.whole_shape(slot), self.chunks.local_shards.regions(slot))
 
     def masters_written(self) -> None:
         """Programs copy from the masters in every run."""

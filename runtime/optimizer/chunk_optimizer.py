@@ -265,20 +265,22 @@ class ChunkOptimizer(Optimizer):
         return {"loss_scale": {"scale": self.loss_scale, "steps_since_overflow": self._steps_since_overflow}}
 
     def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
-        """A state_dict of this process's parts with whole tensors instead, made one by one."""
-        parts, kept = self.store.chunks.parts, not first_only or self.store.zero.ranks.rank == 0
+        """A state_dict of this process's shards with whole tensors instead, made one by one."""
+        local_shards, kept = self.store.chunks.local_shards, not first_only or self.store.zero.ranks.rank == 0
         order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
         for number, values in saved["state"].items():
             chunk, slot = self.store.place_of(order[number])
             place = chunk.slots[slot]
             shared_out = place.placement or chunk.shards > 1
             for name in (name for name in MOMENTS[self.declared.kind] if shared_out and name in values):
-                whole = parts.join(self.store.join(values[name], order[number]), place, self.store.hardware.device)
+                whole = local_shards.join(
+                    self.store.join(values[name], order[number]), place, self.store.hardware.device
+                )
                 values[name] = whole if kept else None
         return saved if kept else {}
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """This process's part of a parameter's state, in torch's names."""
+        """This process's shard of a parameter's state, in torch's names."""
         state, slot = self.store.state_of(self._names[id(parameter)])
         if not state.steps[slot]:
             return None
@@ -316,7 +318,7 @@ class ChunkOptimizer(Optimizer):
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
         (state, slot), (chunk, _) = self.store.state_of(parameter), self.store.place_of(parameter)
-        shape = self.store.chunks.parts.whole_shape(chunk.slots[slot])
+        shape = self.store.chunks.local_shards.whole_shape(chunk.slots[slot])
         names = MOMENTS[self.declared.kind]
         for name in names[: len(state.moments)] if saved else ():
             found = saved.get(name)
@@ -332,12 +334,12 @@ class ChunkOptimizer(Optimizer):
                 )
 
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
-        store, parts = self.store, self.store.chunks.parts
+        store, local_shards = self.store, self.store.chunks.local_shards
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
         for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
             target = state.slice(moment, slot)
             if saved:
-                target.copy_(store.take(parts.take(saved[name], chunk.slots[slot]), parameter))
+                target.copy_(store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter))
             else:
                 target.zero_()
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one

@@ -104,7 +104,7 @@ class HeldGradients:
 
     def norm(self) -> Tensor:
         """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
-        parts, zero, by_axes = self.states.chunks.parts, self.states.zero, dict[tuple[str, ...], list[Tensor]]()
+        parts, zero, by_axes = self.states.chunks.local_shards, self.states.zero, dict[tuple[str, ...], list[Tensor]]()
         for index, state in enumerate(self.states):
             # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
             zeros = torch.zeros((), device=self.states.hardware.device)

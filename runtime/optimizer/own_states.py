@@ -128,8 +128,8 @@ class OwnStates:
     def _take_parameters(self, state: ChunkState, chunk: Chunk) -> None:
         """Take over values, and free the storages that held them as far as nobody else reads these."""
         for slot, parameter in enumerate(chunk.parameters):
-            part = self.chunks.part(chunk.layout.slots[slot], parameter.detach())
-            state.write(slot, self.zero.take(part, chunk.layout, slot))
+            shard = self.chunks.local_shard(chunk.layout.slots[slot], parameter.detach())
+            state.write(slot, self.zero.take(shard, chunk.layout, slot))
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         chunk.master = chunk.gradient = chunk.cast = None

@@ -54,7 +54,7 @@ class OwnStore:
         self.stats = stats
         self.zero = zero
         self.copies = hardware.new_copies()
-        self.exchange = zero.ranks.collectives
+        self.collectives = zero.ranks.collectives
         self.states = OwnStates(chunks, hardware, format, zero)
         self.worker = Worker()
         self.tickets = Tickets(self.worker, self.copies, lambda index: self.states[index].name)
@@ -128,8 +128,8 @@ class OwnStore:
                 ready = (self.copies.to_device(own, state.weights, *ready),)
                 self._arrivals[index] = ready[0]
                 self.stats.moved(to_device=own.nbytes)
-        with self.copies.exchange(*ready):
-            self.zero.gather(self.exchange, whole, own, chunk.layout)
+        with self.copies.collective(*ready):
+            self.zero.gather(self.collectives, whole, own, chunk.layout)
         chunk.gathered = state.version
         return whole
 
@@ -138,8 +138,8 @@ class OwnStore:
         updated = self.tickets.take(index)
         if updated is not None:  # or a copy that the worker has started behind the update: `finish` waits for it, too
             self._arrivals[index] = updated
-        if self.exchange.is_under_way(weights):
-            self.exchange.finish(weights)
+        if self.collectives.is_under_way(weights):
+            self.collectives.finish(weights)
         self.copies.arrive(self._arrivals.get(index))
 
     def release(self, chunk: Chunk) -> None:
@@ -171,7 +171,7 @@ class OwnStore:
             if self.format.in_backward and last:
                 self.updater.update(state)
 
-    def settle(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
+    def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
         """The gradients may be freed from here on: whoever still reads them is waited for by the device."""
         self.copies.arrive(self.held.landed(chunk.layout.index))
         self.updater.free_gradients()
@@ -212,7 +212,7 @@ class OwnStore:
             raise StateError(self._broken)
 
     def abort(self, run: Run) -> str:
-        self.exchange.abandon()
+        self.collectives.abandon()
         if self.format.in_backward and run.backward and self.backwards == self.format.accumulate:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."
@@ -292,7 +292,7 @@ class OwnStore:
         if layout.shards > 1:
             first = self.zero.number(layout) * layout.shard_numel
             held = first, first + layout.shard_numel
-        return self.chunks.parts.whole_shape(slot), self.chunks.parts.regions(slot, held)
+        return self.chunks.local_shards.whole_shape(slot), self.chunks.local_shards.regions(slot, held)
 
     def masters_written(self) -> None:
         for chunk, state in zip(self.chunks.chunks, self.states, strict=True):

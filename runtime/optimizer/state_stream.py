@@ -9,13 +9,13 @@ from ..isa.formats import STREAM_BUFFERS, STREAM_PIECE
 from ..kernels.update_rules import Gradient
 from ..memory.hardware import Hardware
 from ..memory.streams import Arrival
-from .states import ChunkState, Part, Stretch
+from .states import ChunkState, Range, StateSlice
 from .updates import UpdateKernels
 
 
 @dataclass
 class _Buffer:
-    part: Part
+    part: StateSlice
     gradient: Tensor | None
     free: Arrival = None
 
@@ -40,15 +40,15 @@ class StateStream:
     def _new_buffer(self, like: ChunkState, with_gradient: bool) -> _Buffer:
         new = lambda tensor: torch.empty(self.numel, dtype=tensor.dtype, device=self._device)  # noqa: E731
         rest = None if like.rest is None else new(like.rest)
-        part = Part(new(like.weights), rest, tuple(map(new, like.moments)))
+        part = StateSlice(new(like.weights), rest, tuple(map(new, like.moments)))
         return _Buffer(part, new(like.weights if like.total is None else like.total) if with_gradient else None)
 
-    def update(self, state: ChunkState, stretches: list[Stretch], job: "StreamedUpdate") -> Arrival:
-        """Start to update `stretches`. Returns what tells that weights are updated and the gradient is read."""
+    def update(self, state: ChunkState, ranges: list[Range], job: "StreamedUpdate") -> Arrival:
+        """Start to update `ranges`. Returns what tells that weights are updated and the gradient is read."""
         launched = done = self.copies.mark()
         before = (self._settled.get(state.layout.index), *job.after)
-        for stretch in stretches:
-            for piece in stretch.pieces(self._piece(job.gradient)):
+        for elements in ranges:
+            for piece in elements.pieces(self._piece(job.gradient)):
                 buffer = self._buffers[self._turn % STREAM_BUFFERS]
                 self._turn += 1
                 done = self._update_piece(state, piece, job, buffer, launched, before)
@@ -64,7 +64,7 @@ class StateStream:
         """Block until the chunk's state on the host is whole."""
         self.copies.finish(self._settled.get(index))
 
-    def _update_piece(self, state: ChunkState, piece: Stretch, job: "StreamedUpdate", buffer: _Buffer,
+    def _update_piece(self, state: ChunkState, piece: Range, job: "StreamedUpdate", buffer: _Buffer,
                       launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
         """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
         home, numel = state.part(piece.start, piece.end), piece.end - piece.start

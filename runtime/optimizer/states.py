@@ -26,8 +26,8 @@ Schedule = Callable[[str, int], Hyper | None]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A contiguous stretch of a training state, 1-D: one part of the parameters that are updated alike."""
+class StateSlice:
+    """A contiguous slice of a training state, 1-D: one part of the parameters that are updated alike."""
 
     weights: Tensor
     rest: Tensor | None
@@ -38,24 +38,24 @@ class Part:
         """All of it, the weights first."""
         return [self.weights, *([] if self.rest is None else [self.rest]), *self.moments]
 
-    def cut(self, cut: slice) -> "Part":
+    def cut(self, cut: slice) -> "StateSlice":
         """Some of its elements."""
         rest = None if self.rest is None else self.rest[cut]
-        return Part(self.weights[cut], rest, tuple(moment[cut] for moment in self.moments))
+        return StateSlice(self.weights[cut], rest, tuple(moment[cut] for moment in self.moments))
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Range:
     """Elements `start` to `end` of a chunk, all of whose parameters are updated by `hyper`."""
 
     start: int
     end: int
     hyper: Hyper
 
-    def pieces(self, numel: int) -> Iterator["Stretch"]:
-        """The stretch in pieces of at most `numel` elements."""
+    def pieces(self, numel: int) -> Iterator["Range"]:
+        """The range in pieces of at most `numel` elements."""
         for start in range(self.start, self.end, numel):
-            yield Stretch(start, min(start + numel, self.end), self.hyper)
+            yield Range(start, min(start + numel, self.end), self.hyper)
 
 
 @dataclass
@@ -160,8 +160,8 @@ class ChunkState:
     def _beside_weights(self) -> tuple[Tensor, ...]:
         return self.moments if self.rest is None else (self.rest, *self.moments)
 
-    def part(self, start: int, end: int) -> Part:
-        return Part(self.weights, self.rest, self.moments).cut(slice(start, end))
+    def part(self, start: int, end: int) -> StateSlice:
+        return StateSlice(self.weights, self.rest, self.moments).cut(slice(start, end))
 
     @property
     def gradient(self) -> Tensor:
@@ -170,9 +170,9 @@ class ChunkState:
         assert found is not None
         return found
 
-    def stretches(self, schedule: Schedule) -> list[Stretch]:
+    def ranges(self, schedule: Schedule) -> list[Range]:
         """What to update, as few and as long as parameters that are updated alike allow; counts the steps."""
-        found: list[Stretch] = []
+        found: list[Range] = []
         joins = False
         for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
             hyper = schedule(place.name, self.steps[slot] + 1) if slot in self.present else None
@@ -184,9 +184,9 @@ class ChunkState:
                 continue
             end = place.offset + place.numel
             if joins and found[-1].hyper == hyper:
-                found[-1] = Stretch(found[-1].start, end, hyper)
+                found[-1] = Range(found[-1].start, end, hyper)
             else:
-                found.append(Stretch(place.offset, end, hyper))
+                found.append(Range(place.offset, end, hyper))
             joins = True
         return found
 

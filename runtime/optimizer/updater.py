@@ -20,7 +20,7 @@ from ..memory.streams import Arrival
 from .gradients import HeldGradients
 from .own_states import OwnStates
 from .state_stream import StateStream, StreamedUpdate
-from .states import ChunkState, Schedule, Stretch
+from .states import ChunkState, Range, Schedule
 from .updates import UpdateKernels
 from .worker import Tickets
 
@@ -91,49 +91,49 @@ class Updater:
 
     def update(self, state: ChunkState, factor: Factor = UNSCALED) -> None:
         """Start to update one chunk by the gradient that it has, which is used up."""
-        index, stretches = state.layout.index, state.stretches(self.schedule)
+        index, ranges = state.layout.index, state.ranges(self.schedule)
         gradient = Gradient(state.gradient, factor.on_host if state.where is Where.HOST else factor.on_device)
         state.version += 1
         if state.where is Where.DEVICE:
-            for stretch in stretches:
-                self._update_stretch(state, stretch, gradient)
+            for elements in ranges:
+                self._update_range(state, elements, gradient)
         elif state.where is Where.HOST:
             resident = self.states.chunks.chunks[index].resident
             self.stats.moved(to_device=0 if resident is None else state.weights.nbytes)
             # Its gradient must be here, and nobody may still read the weights that it makes new.
             after = (self.held.landed(index), self.released.get(index), factor.arrival)
-            self.tickets.submit(index, partial(self._update_on_host, index, stretches, gradient), *after)
+            self.tickets.submit(index, partial(self._update_on_host, index, ranges, gradient), *after)
         else:
-            self._update_on_the_way(state, stretches, gradient)
+            self._update_on_the_way(state, ranges, gradient)
         state.forget_gradient()
 
-    def _update_stretch(self, state: ChunkState, stretch: Stretch, gradient: Gradient) -> None:
-        values = gradient.values[stretch.start : stretch.end]
-        part = state.part(stretch.start, stretch.end)
-        self.kernels.update(state.layout, part, Gradient(values, gradient.scale), stretch)
+    def _update_range(self, state: ChunkState, elements: Range, gradient: Gradient) -> None:
+        values = gradient.values[elements.start : elements.end]
+        part = state.part(elements.start, elements.end)
+        self.kernels.update(state.layout, part, Gradient(values, gradient.scale), elements)
 
-    def _update_on_host(self, index: int, stretches: list[Stretch], gradient: Gradient) -> Arrival:
+    def _update_on_host(self, index: int, ranges: list[Range], gradient: Gradient) -> Arrival:
         """The worker's job, once the gradient is here and nobody reads the old weights any more."""
         state, chunk = self.states[index], self.states.chunks.chunks[index]
         began_s = time.perf_counter()
         with torch.no_grad():
-            for stretch in stretches:
-                self._update_stretch(state, stretch, gradient)
+            for elements in ranges:
+                self._update_range(state, elements, gradient)
             self.host_update_s += time.perf_counter() - began_s
             if chunk.resident is None:
                 return None
             own = self.states.zero.own(chunk.resident, chunk.layout)
             return self.copies.to_device(own, state.weights, None)
 
-    def _update_on_the_way(self, state: ChunkState, stretches: list[Stretch], gradient: Gradient) -> None:
+    def _update_on_the_way(self, state: ChunkState, ranges: list[Range], gradient: Gradient) -> None:
         index, at_once = state.layout.index, self.states.format.at_once
         if state.added:  # the worker may still add to the sum
             self.tickets.take(index)
         after = () if at_once else (self.held.landed(index),)
         job = StreamedUpdate(gradient, self.kernels, state.home.weights_on_device, after)
-        done = self.streams[_kind(state.layout)].update(state, stretches, job)
+        done = self.streams[_kind(state.layout)].update(state, ranges, job)
         self.tickets.put(index, done)
-        if at_once:  # the gradient is the program's own: `settle` keeps few of them waiting
+        if at_once:  # the gradient is the program's own: `accumulate_grad` keeps few of them waiting
             self._streamed.append((done, gradient.values))
             state.held = None
         _, travels = self.states.format.travelling_bytes(state.layout, state.home)

@@ -1,4 +1,4 @@
-"""One update of one stretch of training state, on whichever side it lies, by the fastest kernel there is."""
+"""One update of one range of training state, on whichever side it lies, by the fastest kernel there is."""
 
 import os
 from dataclasses import replace
@@ -13,7 +13,7 @@ from ..kernels.device_updates import DeviceKernel
 from ..kernels.host_updates import HostKernel
 from ..kernels.split_pairs import SplitPair
 from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
-from .states import Hyper, Part, Stretch
+from .states import Hyper, Range, StateSlice
 
 NARROW_PIECE = 2**20
 """Elements whose moments are widened at a time where they are kept in another dtype than the master's."""
@@ -41,24 +41,24 @@ class UpdateKernels:
         self._host = HostKernel()
         self._device = DeviceKernel() if device.type == "cuda" else None
 
-    def update(self, layout: ChunkLayout, part: Part, gradient: Gradient, stretch: Stretch) -> None:
-        """Update `part`, which is that stretch of a chunk, in place; on CUDA on the current stream, without waiting
+    def update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range) -> None:
+        """Update `part`, which is that range of a chunk, in place; on CUDA on the current stream, without waiting
         for anything."""
         if all(moment.dtype == layout.master_dtype for moment in part.moments):
-            self._update(layout, part, gradient, stretch)
+            self._update(layout, part, gradient, elements)
             return
-        for piece in stretch.pieces(NARROW_PIECE):
-            cut = slice(piece.start - stretch.start, piece.end - stretch.start)
+        for piece in elements.pieces(NARROW_PIECE):
+            cut = slice(piece.start - elements.start, piece.end - elements.start)
             narrow = part.cut(cut)
             wide = replace(narrow, moments=tuple(moment.to(layout.master_dtype) for moment in narrow.moments))
             self._update(layout, wide, replace(gradient, values=gradient.values[cut]), piece)
             for kept, updated in zip(narrow.moments, wide.moments, strict=True):
                 kept.copy_(updated)
 
-    def _update(self, layout: ChunkLayout, part: Part, gradient: Gradient, stretch: Stretch) -> None:
-        hyper = stretch.hyper
+    def _update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range) -> None:
+        hyper = elements.hyper
         if not layout.splits:
-            _update_master(part, gradient, hyper, _parameters(layout, stretch))
+            _update_master(part, gradient, hyper, _parameters(layout, elements))
             return
         assert part.rest is not None
         pair = SplitPair(part.weights, part.rest)
@@ -73,15 +73,17 @@ class UpdateKernels:
             self._host.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper, self.threads)
 
 
-def _parameters(layout: ChunkLayout, stretch: Stretch) -> list[slice]:
-    """Where the parameters of a stretch lie in it. torch's kernels on the host round the last few elements of a
+def _parameters(layout: ChunkLayout, elements: Range) -> list[slice]:
+    """Where the parameters of a range lie in it. torch's kernels on the host round the last few elements of a
     tensor in another way than the others, so that only parameters of their own get the bits that they get there."""
     bounds = ((slot.offset, slot.offset + slot.numel) for slot in layout.slots)
-    cut = ((max(start, stretch.start) - stretch.start, min(end, stretch.end) - stretch.start) for start, end in bounds)
+    cut = (
+        (max(start, elements.start) - elements.start, min(end, elements.end) - elements.start) for start, end in bounds
+    )
     return [slice(start, end) for start, end in cut if start < end]
 
 
-def _update_master(part: Part, gradient: Gradient, hyper: Hyper, parameters: list[slice]) -> None:
+def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameters: list[slice]) -> None:
     master = part.weights if part.rest is None else part.rest
     grad = gradient.values.to(master.dtype)
     if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:

@@ -161,6 +161,7 @@ def test_the_table_tells_points_apart():
     )
 
 
+@pytest.mark.slow
 def test_a_call_measures_and_writes_down(tmp_path):
     """The whole command, for a system that runs at once and one that is refused."""
     file = tmp_path / "results.csv"

@@ -11,13 +11,9 @@ import pytest
 PARTS = 20
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="run campaigns whole, not a twentieth of each")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "part" in metafunc.fixturenames:
-        whole = metafunc.config.getoption("--whole", default=False)
+        whole = metafunc.config.getoption("--whole")
         metafunc.parametrize("part", range(PARTS) if whole else [0])
 
 

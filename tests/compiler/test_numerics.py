@@ -6,6 +6,7 @@ for grouped heads, the bound is stated with `close`.
 """
 
 from collections.abc import Callable
+from itertools import product
 
 import geminifx
 import pytest
@@ -37,6 +38,8 @@ from zoo import (
 
 PLACEMENTS = ("cpu", "cuda", "auto")
 RECOMPUTE = ("none", "all")
+QUICK = (("auto", "none"), ("cpu", "all"))
+"""What `make test` runs of these."""
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 everywhere = pytest.mark.parametrize("placement", PLACEMENTS)
@@ -78,8 +81,12 @@ def assert_same_state(case: Case, found: nn.Module, expected: nn.Module, path: f
 # -- every model, policy and recompute choice --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@everywhere
+EVERY_WAY = [
+    pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow) for way in product(PLACEMENTS, RECOMPUTE)
+]
+
+
+@pytest.mark.parametrize(("placement", "recompute"), EVERY_WAY)
 @by_name
 def test_five_steps_of_every_optimizer(case: Case, placement: str, recompute: str) -> None:
     plain = case.seeded()

@@ -48,7 +48,7 @@ def test_every_rank_has_its_part(shape: OPTConfig, parallel: dict, world: int) -
     mine = sum(slot.numel for slot in slots)
     assert whole / ranks <= mine <= 1.01 * whole / ranks
     axes = {axis.name for axis in plan.mesh.axes}
-    assert {exchange.axis for exchange in plan.estimate.exchanges} == axes | {
+    assert {collective.axis for collective in plan.estimate.collectives} == axes | {
         taken_together(names_of(plan.mesh.replica_axes))
     } - {""}
     for axis in plan.mesh.tensor_axes:

@@ -53,9 +53,9 @@ def reduced(ranks: Ranks, layout: ChunkLayout, stage: int, given: Tensor) -> Ten
     zero, whole = Zero(ranks, stage), given[ranks.rank].clone()
     mine = zero.reduce(whole, layout)
     if layout.shards > 1:
-        exchange = ranks.collectives
-        zero.gather(exchange, whole, mine.clone(), layout)
-        exchange.finish(whole)
+        collectives = ranks.collectives
+        zero.gather(collectives, whole, mine.clone(), layout)
+        collectives.finish(whole)
         assert torch.equal(zero.join(zero.take(whole, layout, 0), layout, 0, CPU), whole), "joined as it was taken"
     return whole
 

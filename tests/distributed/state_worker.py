@@ -1,8 +1,8 @@
-"""One rank of the tests of state: `torchrun --nproc-per-node N state_worker.py FOLDER OUT MODE...`.
+"""One rank of the tests of state: `torchrun --nproc-per-node N state_worker.py OUT MODE...`.
 
-FOLDER holds a checkpoint that one process wrote for each of MODELS. In these modes four ranks go on from it, save
-checkpoints of their own, and to OUT what they found; eight ranks go on from it in one mode, and from that in the next.
-`test_state.py` compares that with the one process, and reads the checkpoints.
+The folder of OUT holds a checkpoint that one process wrote for each of MODELS. In these modes four ranks go on from
+it, save checkpoints of their own, and to OUT what they found; eight ranks go on from it in one mode, and from that in
+the next. `test_state.py` compares that with the one process, and reads the checkpoints.
 """
 
 import sys
@@ -127,10 +127,11 @@ def by_four(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: str, *names: str) -> None:
-    found = by_four(folder, names) if names else chain(folder)
+def main(out: Path, *names: str) -> None:
+    """Checkpoints are read from the folder of OUT, and written there."""
+    found = by_four(out.parent, names) if names else chain(out.parent)
     if dist.get_rank() == 0:
-        torch.save(found, folder / out)
+        torch.save(found, out)
     dist.destroy_process_group()
 
 

@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import torchrun
+from launching import finder
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -24,25 +23,12 @@ QUICK = (
 """Of these every stage, both optimizers, both tiers, accumulation and clipping; `make test` runs no others."""
 LAUNCHES = {2: (QUICK, tuple(name for name in (*CASES, *EXACT, OVERFLOW) if name not in QUICK)),
             4: ((*IN_FOURS, AVERAGED),)}  # fmt: skip
-Finder = Callable[..., Any]
+Finder = Callable[[str, int], Any]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Finder:
-    """What two ranks, or four, found of a name."""
-
-    @cache
-    def launched(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("ranks") / "found.pt"
-        done = torchrun(HERE / "worker.py", str(out), *names, ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(out)
-
-    def of(name: str, ranks: int = 2) -> Any:
-        (names,) = (names for names in LAUNCHES[ranks] if name in names)
-        return launched(names, ranks)[name]
-
-    return of
+    return finder(HERE / "worker.py", tmp_path_factory.mktemp("ranks"), LAUNCHES)
 
 
 def slow_but(names: Iterable[Any]) -> list[Any]:
@@ -62,7 +48,7 @@ def one_process(name: str) -> Trained:
 
 @pytest.mark.parametrize("name", slow_but(CASES))
 def test_two_ranks_train_as_one_process(found: Finder, name: str) -> None:
-    check(found(name), one_process(name), CASES[name])
+    check(found(name, 2), one_process(name), CASES[name])
 
 
 @pytest.mark.slow
@@ -73,12 +59,12 @@ def test_four_ranks_train_as_one_process(found: Finder, name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(EXACT))
 def test_with_zero_every_bit_is_that_without(found: Finder, name: str) -> None:
-    assert found(name)
+    assert found(name, 2)
 
 
 @pytest.mark.slow
 def test_an_overflow_on_one_rank_skips_the_step_on_all(found: Finder) -> None:
-    plain, divided = found(OVERFLOW)
+    plain, divided = found(OVERFLOW, 2)
     assert 0 < plain["skipped"] == divided["skipped"] < STEPS
     for ours, loss in zip(divided["losses"], plain["losses"], strict=True):
         assert abs(ours - loss) <= 2**-9 * loss

@@ -9,7 +9,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from launching import torchrun
+from launching import launched
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
@@ -17,16 +17,12 @@ sys.path.insert(0, str(HERE))
 
 from state_worker import CHAIN, CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("state")  # they share what the processes found
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("state")]  # they share what the processes found
 
 # Sums are taken in another order than in one process; in bfloat16 that moves weights by a rounding now and then.
 CLOSE = {"own": 2e-5, "torch's": 2e-5, "own, bf16": 1e-2}
 
-
-QUICK = ("1d, zero, bf16", "2d")
-"""The modes that `make test` runs. In the others one checkpoint is read in another mode, too, and saving fails."""
-SLOW = tuple(name for name in MODES if name not in QUICK)
-EVERY_MODE = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+EVERY_MODE = pytest.mark.parametrize("name", MODES)
 Finder = Callable[[str], Any]
 
 
@@ -51,15 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> Finder:
     """What four ranks made in a mode of what one process saved, or found besides."""
 
-    @cache
-    def launched(names: tuple[str, ...]) -> dict[str, Any]:
-        for name in names:
-            alone(*MODES[name][:2], folder)
-        done = torchrun(HERE / "state_worker.py", str(folder), f"{names[0]}.pt", *names, ranks=4)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(folder / f"{names[0]}.pt")
+    def of(name: str) -> Any:
+        for of, kind, _ in MODES.values():
+            alone(of, kind, folder)
+        return launched(HERE / "state_worker.py", folder / "found.pt", *MODES, ranks=4)[name]
 
-    return lambda name: launched(QUICK if name in QUICK else SLOW)[name]
+    return of
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
@@ -96,28 +89,23 @@ def test_one_process_goes_on_from_four_ranks(folder: Path, found: Finder, name: 
         assert same_optimizer(last["optimizer"], first["optimizer"])
 
 
-@pytest.mark.parametrize(
-    "name", ["1d, zero, bf16", "2d", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1d", "zero"))]
-)
+@pytest.mark.parametrize("name", ["1d, zero, bf16", "2d", "1d", "zero"])
 def test_whole_values_are_taken_in_parts(found: Finder, name: str) -> None:
     for number, rank in enumerate(found(name)):
         assert same(rank["loaded again"], rank["loaded"])
         assert all(rank["kept"]) if number == 0 else rank["kept"] == [0, 0]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_read_in_another_mode(found: Finder) -> None:
     assert same(found("1d read in 2d")["state"], found("1d")[0]["state"])
     assert same_optimizer(found("1d read in 2d")["optimizer"], found("1d")[0]["optimizer"])
 
 
-@pytest.mark.slow
 def test_rank_0_writes_what_transformers_reads(folder: Path, found: Finder) -> None:
     read = AutoModelForCausalLM.from_pretrained(folder / "pretrained", dtype=torch.float32).state_dict()
     assert same(read, found("1d")[0]["state"])
 
 
-@pytest.mark.slow
 def test_what_fails_on_rank_0_raises_on_all(found: Finder) -> None:
     first, *others = found("failures")
     assert first.startswith("NotADirectoryError:")
@@ -129,19 +117,18 @@ def test_what_fails_on_rank_0_raises_on_all(found: Finder) -> None:
 
 @pytest.fixture(scope="module")
 def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process saved, and what eight ranks made of it in each mode of CHAIN."""
+    """Where one process has saved, from which eight ranks go on in each mode of CHAIN."""
     folder = tmp_path_factory.mktemp("chain")
     model, optimizer = make(MODELS["opt"], "own")
     train(model, optimizer, MODELS["opt"], 0)
     geminifx.save_checkpoint(model, optimizer, folder / "one")
-    done = torchrun(HERE / "state_worker.py", str(folder), "found.pt", ranks=8)
-    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
 @pytest.fixture(scope="module")
 def by_eight(chained: Path) -> dict[str, Any]:
-    return torch.load(chained / "found.pt")
+    """What eight ranks found in each mode of CHAIN, on going on from the one before."""
+    return launched(HERE / "state_worker.py", chained / "found.pt", ranks=8)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +143,6 @@ def close(found: Finder, expected: dict[str, Any]) -> None:
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CHAIN)), ids=list(CHAIN))
 def test_eight_ranks_go_on_from_another_mode(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], number: int
@@ -174,7 +160,6 @@ def test_eight_ranks_go_on_from_another_mode(
         close(rank, uninterrupted[number + 1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
 def test_one_process_goes_on_from_eight_ranks(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], name: str

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import torchrun
+from launching import finder
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -18,31 +18,23 @@ from tensor_worker import CASES, DROPPED, LOGITS, Sharded, logits  # noqa: E402
 from worker import Trained, train  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("tensor parallel")  # they share what the processes find
-QUICK = (
-    "1d x 2, data 2, clipped, within the least", "2d, clipped, on the host, within the least",
-    "2.5d of two layers, data 2, zero 3 over both, clipped, on the host", *DROPPED,
+SLOW, WHOLE = pytest.mark.slow, pytest.mark.campaign(whole=True)
+
+EIGHT = (
+    "data 8, zero 3, on the host, within the least", "1d x 8, sequence, on the host, within the least", "2d, data 2",
+    "2.5d, zero 1, in the backward", "3d, zero 2, clipped, on the host, within the least",
 )  # fmt: skip
-"""What `make test` runs: a mode each, ZeRO, both tiers, and random numbers."""
-LAUNCHES = {4: (QUICK, tuple(name for name in (*CASES[4], LOGITS) if name not in QUICK)), 8: (tuple(CASES[8]),)}
-Finder = Callable[..., Any]
+"""What `make test-all` runs on eight ranks; `make campaigns` runs the others."""
+LAUNCHES = {
+    4: ((*CASES[4], *DROPPED, LOGITS),),
+    8: (EIGHT, tuple(name for name in CASES[8] if name not in EIGHT)),
+}
+Finder = Callable[[str, int], Any]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Finder:
-    """What four ranks, or eight, found of a name."""
-
-    @cache
-    def launched(names: tuple[str, ...], ranks: int) -> dict[str, Any]:
-        out = tmp_path_factory.mktemp("ranks") / "found.pt"
-        done = torchrun(HERE / "tensor_worker.py", str(out), *names, ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return torch.load(out)
-
-    def of(name: str, ranks: int = 4) -> Any:
-        (names,) = (names for names in LAUNCHES[ranks] if name in names)
-        return launched(names, ranks)[name]
-
-    return of
+    return finder(HERE / "tensor_worker.py", tmp_path_factory.mktemp("ranks"), LAUNCHES)
 
 
 @cache
@@ -51,13 +43,15 @@ def one_process(training: str, ranks: int) -> Trained:
     return train(alone, alone.rows(0))
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES[4]])
+@SLOW
+@pytest.mark.parametrize("name", CASES[4])
 def test_four_ranks_train_as_one_process(found: Finder, name: str) -> None:
-    check(found(name), one_process(name, 4), CASES[4][name])
+    check(found(name, 4), one_process(name, 4), CASES[4][name])
 
 
+@SLOW
 def test_random_numbers_are_apart_and_generators_stay_in_step(found: Finder) -> None:
-    dropped = found("dropout, recompute none")
+    dropped = found("dropout, recompute none", 4)
     for rank in dropped:
         assert rank["agree"]
         for other in dropped:
@@ -66,18 +60,18 @@ def test_random_numbers_are_apart_and_generators_stay_in_step(found: Finder) -> 
             assert torch.equal(rank["forked"], other["forked"]) == alike
 
 
+@SLOW
 def test_what_is_computed_again_drops_the_same(found: Finder) -> None:
-    for kept, again in zip(*map(found, DROPPED), strict=True):
+    for kept, again in zip(*(found(name, 4) for name in DROPPED), strict=True):
         assert again["losses"] == kept["losses"] and torch.equal(again["generator"], kept["generator"])
         assert all(torch.equal(again["state"][name], value) for name, value in kept["state"].items())
 
 
-@pytest.mark.slow
+@SLOW
 def test_logits_that_are_asked_for_come_back_whole(found: Finder) -> None:
-    torch.testing.assert_close(found(LOGITS), logits(), rtol=0, atol=2**-18)
+    torch.testing.assert_close(found(LOGITS, 4), logits(), rtol=0, atol=2**-18)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES[8])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if n in EIGHT else WHOLE) for n in CASES[8]])
 def test_eight_ranks_train_as_one_process(found: Finder, name: str) -> None:
     check(found(name, 8), one_process(name, 8), CASES[8][name])

@@ -47,5 +47,5 @@ def after(
     da: "f32[4, 4]" = aten.mm.default(dh, h)
     geminifx.put(gradients, 0, da)
     geminifx.reduce(gradients, 0, [0, 1])
-    geminifx.settle(gradients, 0, [0, 1])
+    geminifx.accumulate_grad(gradients, 0, [0, 1])
     return {"gradient:input:0": dh}

@@ -37,7 +37,7 @@ def after(
     gradients_1: "f32[64] | chunk=1" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients_1, 0, db)
     geminifx.reduce(gradients_1, 1, [0])
-    geminifx.settle(gradients_1, 1, [0])
+    geminifx.accumulate_grad(gradients_1, 1, [0])
     fetch_2: "f32[64] | chunk=1" = geminifx.fetch(1, 64, torch.float32)
     wait_2: "f32[64] | chunk=1" = geminifx.wait(fetch_2, 1)
     b_2: "f32[4, 4] | chunk=1" = geminifx.view(wait_2, 0, [4, 4])
@@ -46,5 +46,5 @@ def after(
     gradients: "f32[64] | chunk=0" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients, 0, da)
     geminifx.reduce(gradients, 0, [0])
-    geminifx.settle(gradients, 0, [0])
+    geminifx.accumulate_grad(gradients, 0, [0])
     return {}

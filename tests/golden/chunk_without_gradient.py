@@ -40,5 +40,5 @@ def after(
     geminifx.put(gradients, 192, tangent)
     geminifx.put(gradients, 64, tangent)
     geminifx.reduce(gradients, 0, [1, 3])
-    geminifx.settle(gradients, 0, [1, 3])
+    geminifx.accumulate_grad(gradients, 0, [1, 3])
     return {}

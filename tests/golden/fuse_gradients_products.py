@@ -18,7 +18,7 @@ def before(
     dv: "f32[4, 4]" = aten.mm.default(t, h)
     geminifx.put(gradients, 128, dv)
     geminifx.reduce(gradients, 0, [0, 1, 2])
-    geminifx.settle(gradients, 0, [0, 1, 2])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2])
     return {}
 
 
@@ -37,5 +37,5 @@ def after(
     geminifx.put(gradients, 64, db)
     geminifx.put_mm(gradients, 128, t, h)
     geminifx.reduce(gradients, 0, [0, 1, 2])
-    geminifx.settle(gradients, 0, [0, 1, 2])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2])
     return {}

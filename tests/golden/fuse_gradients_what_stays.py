@@ -22,7 +22,7 @@ def before(
     other: "bf16[4, 4]" = aten.mm.default(low, low)
     geminifx.put(gradients, 256, other)
     geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4])
-    geminifx.settle(gradients, 0, [0, 1, 2, 3, 4])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4])
     return {"gradient:input:0": returned}
 
 
@@ -47,5 +47,5 @@ def after(
     other: "bf16[4, 4]" = aten.mm.default(low, low)
     geminifx.put(gradients, 256, other)
     geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4])
-    geminifx.settle(gradients, 0, [0, 1, 2, 3, 4])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4])
     return {"gradient:input:0": returned}

@@ -36,12 +36,12 @@ def after(
     # forward: fc2
     start_all_gather_1: "f32[8, 2]" = geminifx.start_all_gather(w2, 'tp', 2)
     # forward: fc1
-    finish_exchange: "f32[4, 4] | on R" = geminifx.finish_exchange(start_all_gather, w1)
-    t: "f32[4, 4]{1, 4}" = aten.t.default(finish_exchange)
+    finish_collective: "f32[4, 4] | on R" = geminifx.finish_collective(start_all_gather, w1)
+    t: "f32[4, 4]{1, 4}" = aten.t.default(finish_collective)
     y: "f32[8, 4]" = aten.mm.default(x, t)
     # forward: fc2
-    finish_exchange_1: "f32[8, 2]" = geminifx.finish_exchange(start_all_gather_1, w2)
-    view: "f32[2, 4, 2]" = aten.view.default(finish_exchange_1, [2, 4, 2])
+    finish_collective_1: "f32[8, 2]" = geminifx.finish_collective(start_all_gather_1, w2)
+    view: "f32[2, 4, 2]" = aten.view.default(finish_collective_1, [2, 4, 2])
     permute: "f32[4, 2, 2]{2, 8, 1}" = aten.permute.default(view, [1, 0, 2])
     clone: "f32[4, 2, 2]" = aten.clone.default(permute, memory_format=torch.contiguous_format)
     view_1: "f32[4, 4] | on R" = aten.view.default(clone, [4, 4])
@@ -55,13 +55,13 @@ def after(
     # backward: fc1
     start_all_gather_3: "f32[4, 4]" = geminifx.start_all_gather(w1, 'tp', 2)
     # backward: fc2
-    finish_exchange_2: "f32[8, 2]" = geminifx.finish_exchange(start_all_gather_2, w2)
-    view_2: "f32[2, 4, 2]" = aten.view.default(finish_exchange_2, [2, 4, 2])
+    finish_collective_2: "f32[8, 2]" = geminifx.finish_collective(start_all_gather_2, w2)
+    view_2: "f32[2, 4, 2]" = aten.view.default(finish_collective_2, [2, 4, 2])
     permute_1: "f32[4, 2, 2]{2, 8, 1}" = aten.permute.default(view_2, [1, 0, 2])
     clone_1: "f32[4, 2, 2]" = aten.clone.default(permute_1, memory_format=torch.contiguous_format)
     view_3: "f32[4, 4] | on R" = aten.view.default(clone_1, [4, 4])
     dy: "f32[8, 4]" = aten.mm.default(tangent, view_3)
     # backward: fc1
-    finish_exchange_3: "f32[4, 4] | on R" = geminifx.finish_exchange(start_all_gather_3, w1)
-    dx: "f32[8, 4]" = aten.mm.default(dy, finish_exchange_3)
+    finish_collective_3: "f32[4, 4] | on R" = geminifx.finish_collective(start_all_gather_3, w1)
+    dx: "f32[8, 4]" = aten.mm.default(dy, finish_collective_3)
     return {"gradient:input:0": dx}

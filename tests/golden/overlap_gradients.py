@@ -1,5 +1,5 @@
 """A gradient's terms are summed while the next products run, and waited for where they are read, at the end or when
-the fifth exchange starts. A sum overwrites its terms where nobody else reads them."""
+the fifth collective starts. A sum overwrites its terms where nobody else reads them."""
 
 
 def before(
@@ -40,8 +40,8 @@ def after(
     clone: "f32[2, 4, 2]" = aten.clone.default(permute, memory_format=torch.contiguous_format)
     view_1: "f32[8, 2]" = aten.view.default(clone, [8, 2])
     start_reduce_scatter: "f32[4, 2]" = geminifx.start_reduce_scatter(view_1, 'tp', 2)
-    finish_exchange: "f32[8, 4] | on R" = geminifx.finish_exchange(start_all_reduce)
-    d1: "f32[8, 4]" = aten.relu.default(finish_exchange)
+    finish_collective: "f32[8, 4] | on R" = geminifx.finish_collective(start_all_reduce)
+    d1: "f32[8, 4]" = aten.relu.default(finish_collective)
     start_reduce_scatter_1: "f32[4, 4]" = geminifx.start_reduce_scatter(d1, 'tp', 2)
     d2: "f32[8, 4]" = aten.exp.default(d1)
     start_reduce_scatter_2: "f32[4, 4]" = geminifx.start_reduce_scatter(d2, 'tp', 2)
@@ -49,11 +49,11 @@ def after(
     clone_1: "f32[8, 4]" = aten.clone.default(d3, memory_format=torch.contiguous_format)
     start_all_reduce_1: "f32[8, 4]" = geminifx.start_all_reduce(clone_1, 'tp', 'max')
     d4: "f32[8, 4]" = aten.exp.default(d3)
-    finish_exchange_1: "f32[4, 2] | on tp=S1" = geminifx.finish_exchange(start_reduce_scatter, view_1)
+    finish_collective_1: "f32[4, 2] | on tp=S1" = geminifx.finish_collective(start_reduce_scatter, view_1)
     start_reduce_scatter_3: "f32[4, 4]" = geminifx.start_reduce_scatter(d4, 'tp', 2)
     d5: "f32[8, 4]" = aten.exp.default(d4)
-    finish_exchange_2: "f32[4, 4]" = geminifx.finish_exchange(start_reduce_scatter_1, d1)
-    finish_exchange_3: "f32[4, 4]" = geminifx.finish_exchange(start_reduce_scatter_2, d2)
-    finish_exchange_4: "f32[8, 4]" = geminifx.finish_exchange(start_all_reduce_1)
-    finish_exchange_5: "f32[4, 4]" = geminifx.finish_exchange(start_reduce_scatter_3, d4)
-    return {"output:0": finish_exchange_1, "output:1": finish_exchange_2, "output:2": finish_exchange_3, "output:3": finish_exchange_4, "output:4": finish_exchange_5, "output:5": d5}
+    finish_collective_2: "f32[4, 4]" = geminifx.finish_collective(start_reduce_scatter_1, d1)
+    finish_collective_3: "f32[4, 4]" = geminifx.finish_collective(start_reduce_scatter_2, d2)
+    finish_collective_4: "f32[8, 4]" = geminifx.finish_collective(start_all_reduce_1)
+    finish_collective_5: "f32[4, 4]" = geminifx.finish_collective(start_reduce_scatter_3, d4)
+    return {"output:0": finish_collective_1, "output:1": finish_collective_2, "output:2": finish_collective_3, "output:3": finish_collective_4, "output:4": finish_collective_5, "output:5": d5}

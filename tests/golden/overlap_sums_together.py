@@ -26,8 +26,8 @@ def after(
     sum_1: "f32[4] | on tp=P" = aten.sum.dim_IntList(dy, [0])
     amax: "f32[8, 1] | on tp=P" = aten.amax.default(dy, [-1], True)
     start_all_reduce: "f32[8, 1]" = geminifx.start_all_reduce(amax, 'tp', 'max')
-    finish_exchange: "f32[8, 1] | on R" = geminifx.finish_exchange(start_all_reduce)
-    sub: "f32[8, 4]" = aten.sub.Tensor(g, finish_exchange)
+    finish_collective: "f32[8, 1] | on R" = geminifx.finish_collective(start_all_reduce)
+    sub: "f32[8, 4]" = aten.sub.Tensor(g, finish_collective)
     # forward: layers.0.fc
     sum_2: "f32[1, 4] | on tp=P" = aten.sum.dim_IntList(sub, [0], True)
     # forward: layers.0.norm
@@ -37,8 +37,8 @@ def after(
     # forward: layers.0.fc
     relu: "f32[8, 4]" = aten.relu.default(sub)
     # forward: layers.0.norm
-    finish_exchange_1: "f32[8]" = geminifx.finish_exchange(start_all_reduce_1)
-    slice_1: "f32[4] | on R" = aten.slice.Tensor(finish_exchange_1, 0, 0, 4)
-    slice_2: "f32[4]" = aten.slice.Tensor(finish_exchange_1, 0, 4, 8)
+    finish_collective_1: "f32[8]" = geminifx.finish_collective(start_all_reduce_1)
+    slice_1: "f32[4] | on R" = aten.slice.Tensor(finish_collective_1, 0, 0, 4)
+    slice_2: "f32[4]" = aten.slice.Tensor(finish_collective_1, 0, 4, 8)
     view_1: "f32[1, 4] | on R" = aten.view.default(slice_2, [1, 4])
     return {"output:0": slice_1, "output:1": view_1, "output:2": relu}

@@ -1,4 +1,4 @@
-"""The gradient is complete before the weight's last reader: reduce and settle move behind the release."""
+"""The gradient is complete before the weight's last reader: reduce and accumulate_grad move behind the release."""
 
 
 def before(
@@ -15,7 +15,7 @@ def before(
     gradients: "f32[64] | chunk=0" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients, 0, dw)
     geminifx.reduce(gradients, 0, [0])
-    geminifx.settle(gradients, 0, [0])
+    geminifx.accumulate_grad(gradients, 0, [0])
     w: "f32[4, 4] | chunk=0" = geminifx.view(wait, 0, [4, 4])
     dx: "f32[4, 4]" = aten.mm.default(tangent, w)
     out: "f32[4, 4]" = aten.mul.Tensor(dx, dx)
@@ -40,5 +40,5 @@ def after(
     out: "f32[4, 4]" = aten.mul.Tensor(dx, dx)
     geminifx.release(wait, 0)
     geminifx.reduce(gradients, 0, [0])
-    geminifx.settle(gradients, 0, [0])
+    geminifx.accumulate_grad(gradients, 0, [0])
     return {"gradient:input:0": out}

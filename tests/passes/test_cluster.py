@@ -1,4 +1,4 @@
-"""cluster: equal stretches of compute share a function, and nothing else changes."""
+"""cluster: equal segments of compute share a function, and nothing else changes."""
 
 import pytest
 from geminifx.passes.cluster import SHORTEST, cluster
@@ -9,7 +9,7 @@ from geminifx.passes.program.program import note
 from geminifx.runtime.isa.instructions import PER_CHUNK
 
 
-@pytest.mark.parametrize("case", ["equal_stretches", "unequal_stretches"])
+@pytest.mark.parametrize("case", ["equal_segments", "unequal_segments"])
 def test_before_and_after(golden, case):
     golden(case, cluster, Plan())
 

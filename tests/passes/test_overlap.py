@@ -1,4 +1,4 @@
-"""overlap: exchanges run while something computes, small sums are taken together, and all numbers stay the same."""
+"""overlap: collectives run while something computes, small sums are taken together, and all numbers stay the same."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,8 +19,8 @@ from geminifx.passes.recompute import recompute
 from geminifx.runtime.isa.instructions import (
     ALL_GATHER,
     ALL_REDUCE,
-    EXCHANGES,
-    FINISH_EXCHANGE,
+    COLLECTIVES,
+    FINISH_COLLECTIVE,
     REDUCE_SCATTER,
     START_ALL_GATHER,
     STARTS,
@@ -61,11 +61,11 @@ def both(case: Case, parallel: dict[str, Any], blocks: tuple[str, ...] = ()) -> 
     before = whole_step(case).shard(plan)
     run_passes(before, plan, (canonicalize, recompute, partition))
     after = before.copy()
-    exchange_early(after, plan)
+    start_collectives_early(after, plan)
     return before, after, plan
 
 
-def exchange_early(program: Program, plan: Plan) -> None:
+def start_collectives_early(program: Program, plan: Plan) -> None:
     overlap.rewrite(program, plan)
     verify(program, plan, (turned, overlapped), "overlap")
 
@@ -73,7 +73,7 @@ def exchange_early(program: Program, plan: Plan) -> None:
 def most_under_way(program: Program) -> int:
     most = count = 0
     for node in program.computes:
-        count += (node.target in STARTS) - (node.target is FINISH_EXCHANGE)
+        count += (node.target in STARTS) - (node.target is FINISH_COLLECTIVE)
         most = max(most, count)
     assert count == 0
     return most
@@ -106,7 +106,7 @@ def test_models_compute_the_same_bits(case: Case, mode: str, recomputed: bool) -
 
 
 def exchanged(program: Program) -> int:
-    return sum(node.target in STARTS | EXCHANGES for node in program.computes)
+    return sum(node.target in STARTS | COLLECTIVES for node in program.computes)
 
 
 @pytest.mark.parametrize("mode", ["2d", "2.5d"])
@@ -117,7 +117,7 @@ def test_products_run_beside_the_gathers_of_weights(mode: str) -> None:
     for start in program.calls(START_ALL_GATHER):
         if start.args[0] in parameters:
             node, beside = start.next, []
-            while node.target is not FINISH_EXCHANGE or node.args[0] is not start:
+            while node.target is not FINISH_COLLECTIVE or node.args[0] is not start:
                 beside.append(node.target)
                 node = node.next
             hidden.append(not {aten.mm.default, aten.addmm.default}.isdisjoint(beside))
@@ -168,7 +168,7 @@ def program_of(steps: list[tuple[str, int]]) -> Program:
 def test_any_program_computes_the_same_bits(steps: list[tuple[str, int]]) -> None:
     plan, before = plan_for(declared("2d", 4)), program_of(steps)
     after = before.copy()
-    exchange_early(after, plan)
+    start_collectives_early(after, plan)
     assert most_under_way(after) <= IN_FLIGHT
     parts = {role: list(torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)).unbind())
              for i, role in enumerate(("input:0", "buffer:b"))}  # fmt: skip

@@ -10,7 +10,7 @@ from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.program import note
 from geminifx.passes.program.text import print_program
 from geminifx.passes.program.verify import chunk_readers
-from geminifx.runtime.isa.instructions import FETCH, REDUCE, RELEASE, SETTLE, TURN, WAIT, parameter_view
+from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, RELEASE, TURN, WAIT, parameter_view
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES
 
 
@@ -68,7 +68,7 @@ def test_at_most_the_planned_number_of_copies_is_under_way(captured):
     under_way, settling = 0, 0
     for node in program.computes:
         under_way += (node.target is FETCH) - (node.target is WAIT)
-        settling += (node.target is REDUCE) - (node.target is SETTLE)
+        settling += (node.target is REDUCE) - (node.target is ACCUMULATE_GRAD)
         assert 0 <= under_way <= max(plan.prefetch, 1) and 0 <= settling <= 1
     assert under_way == settling == 0
 
@@ -144,7 +144,7 @@ class _Machine:
             assert name not in self.gradients_of
             self.gradients_of[name] = parameter_view(gradients, slot.offset, slot.shape).clone()
 
-    def settle(self, gradients, chunk, slots):
+    def accumulate_grad(self, gradients, chunk, slots):
         gradients.fill_(float("nan"))
 
     def save_rng(self, like):

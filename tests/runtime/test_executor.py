@@ -55,13 +55,13 @@ def training(x):
     g1 = geminifx.gradients(64, {dtype})
     geminifx.put(g1, 0, aten.mm.default(aten.t.default(h), dy))
     geminifx.reduce(g1, 1, [0])
-    geminifx.settle(g1, 1, [0])
+    geminifx.accumulate_grad(g1, 1, [0])
     del g1
     dh = aten.threshold_backward.default(dh, h, 0)
     g0 = geminifx.gradients(64, {dtype})
     geminifx.put(g0, 0, aten.mm.default(aten.t.default(x), dh))
     geminifx.reduce(g0, 0, [0])
-    geminifx.settle(g0, 0, [0])
+    geminifx.accumulate_grad(g0, 0, [0])
     return {{}}
 """
 BOTH = frozenset({0, 1})

@@ -10,8 +10,8 @@ from geminifx.passes.program.program import Program, note
 from geminifx.runtime.isa.instructions import (
     ALL_GATHER,
     ALL_REDUCE,
-    EXCHANGES,
-    FINISH_EXCHANGE,
+    COLLECTIVES,
+    FINISH_COLLECTIVE,
     FORK_RNG,
     LOCAL,
     OFFSET,
@@ -29,10 +29,10 @@ from geminifx.runtime.isa.mesh import (
     Axis,
     Mesh,
     Placements,
-    join_parts,
-    local_part,
+    join_shards,
+    local_shard,
     parse_placements,
-    take_part,
+    take_shard,
 )
 from geminifx.runtime.kernels.random_state import fork
 from torch import Tensor, fx
@@ -49,7 +49,7 @@ def run_on_all(program: Program, mesh: Mesh, values: Values) -> dict[str, list[T
     """Results by role, of all ranks, for whole inputs by role."""
     parts = {
         note(node).role: [
-            local_part(values[note(node).role], placements_of(node, mesh), mesh, rank).clone()
+            local_shard(values[note(node).role], placements_of(node, mesh), mesh, rank).clone()
             for rank in range(mesh.size)
         ]
         for node in program.placeholders
@@ -88,7 +88,7 @@ def scatter(whole: Tensor, placements: Placements, axes: tuple[Axis, ...]) -> li
         terms = [torch.full_like(whole, 1 + place) for place in range(size - 1)]
         mine = [*terms, whole - sum(terms)]
     else:
-        mine = [take_part(whole, placement, place, size) for place in range(size)]
+        mine = [take_shard(whole, placement, place, size) for place in range(size)]
     return [part for one in mine for part in scatter(one, placements[1:], axes[1:])]
 
 
@@ -104,7 +104,7 @@ def assemble(parts: list[Tensor], placements: Placements, axes: tuple[Axis, ...]
     if placements[0] == REPLICATE:
         for other in mine[1:]:
             assert torch.equal(other, mine[0]), "replicas differ"
-    return join_parts(mine, placements[0])
+    return join_shards(mine, placements[0])
 
 
 def placements_of(node: fx.Node, mesh: Mesh) -> Placements:
@@ -112,11 +112,11 @@ def placements_of(node: fx.Node, mesh: Mesh) -> Placements:
 
 
 def _run(target: Any, args: list[Any], kwargs: list[Any], mesh: Mesh, generators: list[Tensor]) -> list[Any]:
-    if target in EXCHANGES:
-        return _exchange(target, args, mesh)
+    if target in COLLECTIVES:
+        return _collective(target, args, mesh)
     if target in STARTS:
         return _start(target, args, mesh)
-    if target is FINISH_EXCHANGE:
+    if target is FINISH_COLLECTIVE:
         return [_finish(*a) for a in args]
     if target is LOCAL:
         return [_part(a[0], a[1], mesh.coordinate(rank, a[2]), a[3]) for rank, a in enumerate(args)]
@@ -148,7 +148,7 @@ CALLED: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Pending:
-    """What an exchange under way fills: no tensor, so that whoever reads it fails."""
+    """What a collective under way fills: no tensor, so that whoever reads it fails."""
 
     filled: Tensor
     value: Tensor
@@ -159,11 +159,11 @@ def _start(target: Any, args: list[Any], mesh: Mesh) -> list[Pending]:
     """What a sum overwrites is made unreadable, too; what is sent must stay as it is."""
     assert all(part.is_contiguous() for part, *_ in args)
     if target is START_ALL_REDUCE:
-        values = _exchange(ALL_REDUCE, args, mesh)
+        values = _collective(ALL_REDUCE, args, mesh)
         filled = [part.fill_(float("nan") if part.is_floating_point() else -1) for part, *_ in args]
     else:
         whole = ALL_GATHER if target is START_ALL_GATHER else REDUCE_SCATTER
-        values = _exchange(whole, [(part, 0, *rest) for part, *rest in args], mesh)
+        values = _collective(whole, [(part, 0, *rest) for part, *rest in args], mesh)
         filled = [torch.empty_like(value) for value in values]
     sent = (part.clone() for part, *_ in args)
     return [Pending(*found) for found in zip(filled, values, sent, strict=True)]
@@ -174,7 +174,7 @@ def _finish(pending: Pending, part: Tensor | None = None) -> Tensor:
     return pending.filled.copy_(pending.value)
 
 
-def _exchange(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:
+def _collective(target: Any, args: list[Any], mesh: Mesh) -> list[Tensor]:
     axis = args[0][1] if target is ALL_REDUCE else args[0][2]
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank in range(mesh.size):

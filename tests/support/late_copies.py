@@ -13,7 +13,7 @@ Compute stays what it is on a CPU: an operator has run when its call returns. Tw
   come, and what is being read from the host must stay as it is. A source that has changed by then is a `violation`.
 
 A mark is done when everything launched before it is: also the copies that its stream has waited for. Streams of the
-device other than the copies' (`aside`, `exchange`) run what is launched in them at once, for want of an asynchronous
+device other than the copies' (`aside`, `collective`) run what is launched in them at once, for want of an asynchronous
 CPU, and wait for no more than they say.
 """
 
@@ -205,7 +205,7 @@ class LateCopies:
     def aside(self, *after: Work | None) -> AbstractContextManager[None]:
         return self._on(self.side, after)
 
-    def exchange(self, *after: Work | None) -> AbstractContextManager[None]:
+    def collective(self, *after: Work | None) -> AbstractContextManager[None]:
         return self._on(self.between, after)
 
     def arrive(self, arrival: Work | None) -> None:

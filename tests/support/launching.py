@@ -3,20 +3,59 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import distributed as dist
 
 THREADS = {"OMP_NUM_THREADS": "1"}
+TIMEOUT_S = 1200
+"""What several processes need, on a few busy cores."""
 
 
 def torchrun(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
-    """Run a script as users do. `--standalone` lets torchrun's own store take any port that is free."""
+    """Run a script as users do. `--standalone` lets torchrun's own store take any port that is free.
+
+    Raises TimeoutExpired where it is not done in time.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, **THREADS}
     return subprocess.run(
-        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+        [*command, str(script), *arguments],
+        env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+
+
+def launched(script: Path, out: Path, *names: str, ranks: int) -> dict[str, Any]:
+    """What the ranks that run `script OUT NAME...` wrote to OUT.
+
+    They run once, also where they fail: every test that asks for it then fails at once, with what they printed.
+    """
+    found = _launched(script, out, *names, ranks=ranks)
+    assert not isinstance(found, str), found
+    return found
+
+
+@cache
+def _launched(script: Path, out: Path, *names: str, ranks: int) -> dict[str, Any] | str:
+    try:
+        done = torchrun(script, str(out), *names, ranks=ranks)
+    except subprocess.TimeoutExpired as late:
+        return str(late)
+    return torch.load(out) if done.returncode == 0 else done.stderr[-3000:]
+
+
+def finder(script: Path, folder: Path, launches: Mapping[int, Sequence[tuple[str, ...]]]) -> Callable[[str, int], Any]:
+    """A function that tells what so many ranks found of a name; `launches` has those that are found together."""
+
+    def found(name: str, ranks: int) -> Any:
+        ((number, names),) = ((i, names) for i, names in enumerate(launches[ranks]) if name in names)
+        return launched(script, folder / f"{ranks} ranks, {number}.pt", *names, ranks=ranks)[name]
+
+    return found
 
 
 def ranks_of(script: Path, *arguments: str, ranks: int = 2, timeout_s: float = 300) -> list[tuple[int, str]]:

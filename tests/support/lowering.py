@@ -21,12 +21,12 @@ class Lowered:
         self.call, self.axes = call, axes
         self.program, self.node = call.program()
         self.sharder = Sharder(self.program, axes, roles)
-        self.parts: dict[str, list[Tensor]] = {}
+        self.local_shards: dict[str, list[Tensor]] = {}
         for node, tensor, placements in zip(self.program.placeholders, call.tensors(), inputs, strict=True):
             shape = local_shape(tuple(tensor.shape), placements, axes)
             annotate(node, type=TensorType(tensor.dtype, shape, contiguous_stride(shape)))
             self.sharder.values[node] = Value(node, placements)
-            self.parts[note(node).role] = [part.contiguous() for part in scatter(tensor, placements, axes)]
+            self.local_shards[note(node).role] = [part.contiguous() for part in scatter(tensor, placements, axes)]
 
     def check(self, special: bool = True) -> None:
         """Lower, run on every rank, compare with the whole."""
@@ -40,7 +40,7 @@ class Lowered:
         for node in reversed(old):
             self.program.graph.erase_node(node)
         self.program.eliminate_dead_code()
-        found = run_parts(self.program, Mesh(self.axes), self.parts)
+        found = run_parts(self.program, Mesh(self.axes), self.local_shards)
         for role, value in made.items():
             expected = self.call.results()[int(role.removeprefix("output:"))]
             assert expected is not None

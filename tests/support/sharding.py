@@ -17,7 +17,7 @@ from geminifx.passes.program.program import Program, type_of
 from geminifx.passes.program.request import Outputs, Request
 from geminifx.passes.shard import shard
 from geminifx.runtime.isa.linear_cross_entropy import ABSENT
-from geminifx.runtime.isa.mesh import Mesh, local_part
+from geminifx.runtime.isa.mesh import Mesh, local_shard
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from zoo import Batch, Case
@@ -60,7 +60,7 @@ class Sharded:
         parameters = self.program.inputs("parameter")
         if kind != "gradient" or name not in parameters:
             return self.expected[role]
-        return local_part(self.expected[role], placements_of(parameters[name], self.mesh), self.mesh, rank)
+        return local_shard(self.expected[role], placements_of(parameters[name], self.mesh), self.mesh, rank)
 
     def error(self, role: str) -> float:
         """The largest difference on any rank. Parts of another shape are infinitely far."""

@@ -22,19 +22,20 @@ def test_ways_to_divide_the_work(world: int, modes: list[str]) -> None:
     assert list(ways(world)) == modes
 
 
+@pytest.mark.slow
 def test_every_way_is_planned_or_says_why_not() -> None:
     found = {way.name: way for way in compare_ways(opt(), 8, tokens(batch=8), recompute="none")}
     planned = {name: way.plan for name, way in found.items() if way.plan is not None}
     assert set(found) - set(planned) == {"1d", "1d, sequence"}, "four heads do not divide by eight"
     assert "heads do not divide by 8" in found["1d"].refusal
     assert planned["data"].peak_bytes > planned["data, ZeRO 3"].peak_bytes
-    assert {exchange.axis for exchange in planned["2.5d, depth 2"].estimate.exchanges} == {"depth", "row", "col"}
+    assert {collective.axis for collective in planned["2.5d, depth 2"].estimate.collectives} == {"depth", "row", "col"}
 
 
 def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
     plan = geminifx.compile(opt(), world_size=4, example_inputs=tokens(batch=2)).plan
     gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks)
-    reduced = max(plan.estimate.exchanges, key=lambda exchange: exchange.received_bytes)
+    reduced = max(plan.estimate.collectives, key=lambda collective: collective.received_bytes)
     assert reduced.axis == "data" and reduced.collective == "all-reduce"
     assert 0 <= reduced.received_bytes - 2 * gradients * 3 // 4 <= 64, "the loss and the number of tokens besides"
 
@@ -49,7 +50,9 @@ def test_gradients_of_16_bits_are_exchanged_as_float32_unless_that_is_not_wanted
         compiled.optimizer(torch.optim.AdamW, lr=1e-3)
         plan = compiled.plan
         gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks) * (1 if asked else 2)
-        found = max((e for e in plan.estimate.exchanges if e.collective == collective), key=lambda e: e.received_bytes)
+        found = max(
+            (e for e in plan.estimate.collectives if e.collective == collective), key=lambda e: e.received_bytes
+        )
         assert 0 <= found.received_bytes - often * gradients * 3 // 4 <= 64
         assert ("added up in the dtype they are computed in" if asked else "added up in float32") in str(plan)
         assert geminifx.Plan.from_json(plan.to_json()) == plan
@@ -62,7 +65,7 @@ def test_over_the_depth_every_gradient_is_exchanged_twice_too() -> None:
     plan = geminifx.compile(opt(), parallel=parallel, world_size=8, example_inputs=tokens(batch=4)).plan
     gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks)
     reduced = max(
-        (e for e in plan.estimate.exchanges if e.axis == "depth"), key=lambda exchange: exchange.received_bytes
+        (e for e in plan.estimate.collectives if e.axis == "depth"), key=lambda collective: collective.received_bytes
     )
     assert reduced.collective == "all-reduce"
     assert 0 <= reduced.received_bytes - 2 * gradients * 1 // 2 <= 64, "the loss and the number of tokens besides"
@@ -75,10 +78,11 @@ def test_depth_and_data_are_one_where_weights_are_shared_out() -> None:
     plan = compiled.plan
     assert {chunk.shards for chunk in plan.layout.chunks} == {4} and "ZeRO" in str(plan)
     assert "stage 3, over data x depth" in str(plan)
-    found = {e.collective for e in plan.estimate.exchanges if e.axis == "data x depth"}
+    found = {e.collective for e in plan.estimate.collectives if e.axis == "data x depth"}
     assert found == {"all-gather", "reduce-scatter"}
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_table() -> None:
     arguments = ["compare", "opt-mini", "--world-size", "4", "--batch-size", "4", "--seq-len", "16"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})

@@ -26,7 +26,7 @@ def training(
     gradients: "f32[64] | chunk=0" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients, 0, mm_1)
     geminifx.reduce(gradients, 0, [0])
-    geminifx.settle(gradients, 0, [0])
+    geminifx.accumulate_grad(gradients, 0, [0])
     return {}
 """
 
@@ -53,7 +53,7 @@ def test_one_training_step() -> None:
     assert live.values[OUTPUTS].tolist() == expected(16, (128, at["mm"], end), (128, 0, at["turn"]))
     # The tangent dies with its view's last reader, the weight's gradient with `put`.
     assert live.values[ACTIVATIONS].tolist() == expected(16, (128, at["turn"], at["mm_1"]), (64, at["mm_1"], at["put"]))
-    assert live.values[GRADIENT_BUFFERS].tolist() == expected(16, (256, at["gradients"], at["settle"]))
+    assert live.values[GRADIENT_BUFFERS].tolist() == expected(16, (256, at["gradients"], at["accumulate_grad"]))
     assert live.total().tolist() == sum(np.array(array) for array in live.values.values()).tolist()
 
 
@@ -64,7 +64,7 @@ def test_a_product_that_is_computed_in_its_place_takes_no_memory_of_its_own() ->
     at = {node.name: i for i, node in enumerate(program.nodes)}
     live = analyse(program)
     assert live.values[ACTIVATIONS].tolist() == expected(15, (128, at["turn"], at["put_mm"]))
-    assert live.values[GRADIENT_BUFFERS].tolist() == expected(15, (256, at["gradients"], at["settle"]))
+    assert live.values[GRADIENT_BUFFERS].tolist() == expected(15, (256, at["gradients"], at["accumulate_grad"]))
 
 
 def activations(body: str, results: str) -> list[int]:
@@ -133,15 +133,15 @@ def test_an_evaluations_results_are_held_through_the_next_one() -> None:
     assert analyse(parse_program(header + body)).values[OUTPUTS].tolist() == [64, 128, 128]
 
 
-def test_what_an_exchange_fills_and_sends_lives_until_it_is_waited_for() -> None:
+def test_what_a_collective_fills_and_sends_lives_until_it_is_waited_for() -> None:
     body = (
         '    exp: "f32[4, 4]" = aten.exp.default(x)\n'
         "    start: \"f32[8, 4]\" = geminifx.start_all_gather(exp, 'tp', 2)\n"
         '    cos: "f32[4, 4]" = aten.cos.default(x)\n'
-        '    whole: "f32[8, 4]" = geminifx.finish_exchange(start, exp)\n'
+        '    whole: "f32[8, 4]" = geminifx.finish_collective(start, exp)\n'
         "    sums: \"f32[4, 4]\" = geminifx.start_all_reduce(cos, 'tp', 'sum')\n"
         '    tan: "f32[8, 4]" = aten.tan.default(whole)\n'
-        '    summed: "f32[4, 4]" = geminifx.finish_exchange(sums)\n'
+        '    summed: "f32[4, 4]" = geminifx.finish_collective(sums)\n'
     )
     # exp (64), what it is gathered into (128), cos (64), which its sum overwrites, tan (128).
     live = [0, 64, 64 + 128, 64 + 128 + 64, 64 + 128 + 64, 128 + 64, 128 + 64 + 128, 64, 0]

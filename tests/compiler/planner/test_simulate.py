@@ -10,7 +10,7 @@ from geminifx.compiler.planner.simulate import Instruction, StepTime
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Homes
-from geminifx.runtime.isa.instructions import FETCH, REDUCE, SETTLE, WAIT
+from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
 from homes import homes
 from hypothesis import given, settings
@@ -24,8 +24,8 @@ RATES = Rates(1.0, bus_bytes_per_s=100, host_params_per_s=25, passing_params_per
               device_params_per_s=100, overlaps=True)  # fmt: skip
 TWO: list[Instruction] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
-    (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, SETTLE, 1), (6, REDUCE, 0),
-    (6, SETTLE, 0),
+    (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, ACCUMULATE_GRAD, 1), (6, REDUCE, 0),
+    (6, ACCUMULATE_GRAD, 0),
 ]  # fmt: skip
 """Two chunks, each of which computes one second in the forward and two in the backward."""
 BOTH = frozenset({0, 1})
@@ -102,7 +102,7 @@ def test_a_state_that_travels_costs_its_launches() -> None:
 
 def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_not() -> None:
     chunks = range(4)
-    program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, SETTLE)]
+    program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, ACCUMULATE_GRAD)]
     placed = homes(4, resident=chunks, streamed=chunks)
     found = StepTime(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
     assert found == pytest.approx(24 + 100, abs=5 * LAUNCH_S)
@@ -158,9 +158,9 @@ def one_ahead() -> list[Instruction]:
         if following is not None:
             found.append((at, FETCH, following))
         if at >= 8:
-            found += [(at + 2, SETTLE, chunk + 1)] if chunk < 7 else []
+            found += [(at + 2, ACCUMULATE_GRAD, chunk + 1)] if chunk < 7 else []
             found.append((at + 2, REDUCE, chunk))
-    return [*found, (24, SETTLE, 0)]
+    return [*found, (24, ACCUMULATE_GRAD, 0)]
 
 
 STEP = one_ahead()

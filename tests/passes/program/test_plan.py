@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from geminifx.passes.program.estimate import Estimate, Exchange
+from geminifx.passes.program.estimate import CollectiveTraffic, Estimate
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.formats import TorchFormat
@@ -45,7 +45,7 @@ PLAN = Plan(
         reserve_bytes=4,
         at_peak=(("activations", 1500), ("chunk 0", 384)),
         host_bytes=3000,
-        exchanges=(Exchange("data x depth", "all-reduce", 3, 4096),),
+        collectives=(CollectiveTraffic("data x depth", "all-reduce", 3, 4096),),
     ),
     notes=("a note",),
 )
@@ -80,7 +80,7 @@ def test_json_has_the_request_the_decisions_and_the_estimate():
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
     assert data["recompute"] == ["layers.0", "layers.1"] and data["homes"][1] == {"where": "device", "resident": True}
     assert set(data["estimate"]) == {field.name for field in fields(Estimate)}
-    assert data["estimate"]["step_s"] == 0.1474 and data["estimate"]["exchanges"][0]["axis"] == "data x depth"
+    assert data["estimate"]["step_s"] == 0.1474 and data["estimate"]["collectives"][0]["axis"] == "data x depth"
 
 
 def _without(field, part=None):
@@ -102,7 +102,12 @@ def _of_version_2():
     """As it was written before requests and estimates were parts of their own."""
     data = json.loads(PLAN.to_json())
     request, estimate = data.pop("request"), data.pop("estimate")
-    flat = {"placement": request.pop("policy"), **request, "exchanges": estimate.pop("exchanges"), "memory": estimate}
+    flat = {
+        "placement": request.pop("policy"),
+        **request,
+        "collectives": estimate.pop("collectives"),
+        "memory": estimate,
+    }
     del estimate["step_s"]
     return json.dumps({**data, **flat, "version": 2})
 

@@ -14,6 +14,7 @@ from geminifx.runtime.isa.errors import VerificationError
 
 aten = torch.ops.aten
 FACTS = (canonical, turned, chunked, released)
+END = "reduce, accumulate_grad"
 
 GOOD = """
 def training(x: "f32[4, 4] | input:0"):
@@ -36,7 +37,7 @@ def training(x: "f32[4, 4] | input:0"):
     gradients: "f32[64] | chunk=0" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients, 0, dw)
     geminifx.reduce(gradients, 0, [0])
-    geminifx.settle(gradients, 0, [0])
+    geminifx.accumulate_grad(gradients, 0, [0])
     return {"gradient:input:0": dx}
 """
 
@@ -113,22 +114,22 @@ DAMAGES = {
     ),
     "there are two turns": (_emit(ops.TURN, [], [], before="dw"), "turn_1", "a second turn", "one turn"),
     "a gradient is never reduced": (
-        _erase("reduce"), "gradients", "used by: geminifx.put, geminifx.settle$", "put.*, reduce, settle",
+        _erase("reduce"), "gradients", "used by: geminifx.put, geminifx.accumulate_grad$", f"put.*, {END}",
     ),
-    "a gradient never settles": (_erase("settle"), "gradients", "gradients used by: .*", "reduce, settle"),
+    "a gradient is never accumulated": (_erase("accumulate_grad"), "gradients", "gradients used by: .*", END),
     "nothing is put into gradients": (_erase("put"), "gradients", "gradients used by: .*", "put"),
     "a value is put after the reduce": (
-        _move("put", after="reduce"), "gradients", "used by: geminifx.reduce.*put.*settle", "put.*, reduce, settle",
+        _move("put", after="reduce"), "gradients", "used by: geminifx.reduce.*put.*accumulate_grad", f"put.*, {END}",
     ),
     "a product is put after the reduce": (
-        _emit(ops.PUT_MM, "gradients", 0, "tangent", "x", before="settle"),
-        "gradients", "used by: .*reduce, geminifx.put_mm, geminifx.settle$", "put.*, reduce, settle",
+        _emit(ops.PUT_MM, "gradients", 0, "tangent", "x", before="accumulate_grad"),
+        "gradients", "used by: .*reduce, geminifx.put_mm, geminifx.accumulate_grad$", f"put.*, {END}",
     ),
     "a product is put where there is no room for it": (
         _outside, "put_mm", r"start \(64\) \+ length \(16\) exceeds", "arguments the operator takes",
     ),
     "a chunk is reduced before its release": (
-        lambda program, node: node["settle"].append(node["release_1"]),
+        lambda program, node: node["accumulate_grad"].append(node["release_1"]),
         "release_1", "chunk 0 is reduced before its release", "release, then reduce",
     ),
     "a parameter is an input": (_input("parameter:fc.w"), "w_0", "a parameter as an input", "geminifx.fetch"),
@@ -156,11 +157,11 @@ def training(x: "f32[4, 4] | input:0", w: "f32[2, 4] | parameter:fc.weight"):
     # forward: fc
     start: "f32[4, 4]" = geminifx.start_all_gather(w, 'tp', 2)
     relu: "f32[4, 4]" = aten.relu.default(x)
-    whole: "f32[4, 4]" = geminifx.finish_exchange(start, w)
+    whole: "f32[4, 4]" = geminifx.finish_collective(start, w)
     y: "f32[4, 4]" = aten.mm.default(relu, whole)
     start_1: "f32[4, 4]" = geminifx.start_all_reduce(y, 'tp', 'sum')
     exp: "f32[4, 4]" = aten.exp.default(relu)
-    summed: "f32[4, 4]" = geminifx.finish_exchange(start_1)
+    summed: "f32[4, 4]" = geminifx.finish_collective(start_1)
     z: "f32[4, 4]" = aten.add.Tensor(exp, summed)
     turn: "(f32[4, 4])" = yield [z], [0]
     # backward: fc
@@ -169,27 +170,29 @@ def training(x: "f32[4, 4] | input:0", w: "f32[2, 4] | parameter:fc.weight"):
     return {"gradient:input:0": dx}
 """
 
-EXCHANGE_DAMAGES = {
-    "an exchange is left in one piece": (
-        _emit(ops.ALL_REDUCE, "exp", "tp", "sum", before="z"), "all_reduce", "an exchange in one piece", "its start",
+COLLECTIVE_DAMAGES = {
+    "a collective is left in one piece": (
+        _emit(ops.ALL_REDUCE, "exp", "tp", "sum", before="z"), "all_reduce", "a collective in one piece", "its start",
     ),
-    "an exchange is never waited for": (
+    "a collective is never waited for": (
         _emit(ops.START_REDUCE_SCATTER, "exp", "tp", 2, before="z"), "start_reduce_scatter", "read by nobody",
         "one reader, its finish",
     ),
-    "an exchange is waited for twice": (
-        _emit(ops.FINISH_EXCHANGE, "start", "w", before="y"), "start", "read by whole, finish_exchange", "one reader",
+    "a collective is waited for twice": (
+        _emit(ops.FINISH_COLLECTIVE, "start", "w", before="y"),
+        "start", "read by whole, finish_collective", "one reader",
     ),
-    "what an exchange fills is read too early": (
+    "what a collective fills is read too early": (
         _emit(aten.relu.default, "start", before="whole"), "start", "read by whole, relu_1", "one reader, its finish",
     ),
-    "an exchange is waited for before it starts": (
+    "a collective is waited for before it starts": (
         _move("start", after="whole"), "whole", "reads start, which is made later", "made earlier",
     ),
     "something else is waited for": (
-        _emit(ops.FINISH_EXCHANGE, "exp", before="z"), "finish_exchange", "waits for exp", "the start of an exchange",
+        _emit(ops.FINISH_COLLECTIVE, "exp", before="z"),
+        "finish_collective", "waits for exp", "the start of a collective",
     ),
-    "an exchange crosses the turn": (
+    "a collective crosses the turn": (
         _note("summed", phase="backward"), "summed", "waits for start_1 of the other phase", "in front of the turn",
     ),
     "what is sent may be freed on its way": (_arguments("whole", "start"), "whole", "keeps nothing", "keeps w"),
@@ -207,7 +210,7 @@ def _nodes(program):
     return {node.name: node for node in program.nodes}
 
 
-@pytest.mark.parametrize("text, facts", [(GOOD, FACTS), (EXCHANGING, (overlapped,))], ids=["chunks", "exchanges"])
+@pytest.mark.parametrize("text, facts", [(GOOD, FACTS), (EXCHANGING, (overlapped,))], ids=["chunks", "collectives"])
 def test_the_good_program_is_good(text, facts):
     verify(parse_program(text), Plan(), facts, "none")
 
@@ -217,7 +220,7 @@ def test_damage_is_found_and_named(damage, name, found, expected):
     _check_damage(GOOD, FACTS, damage, name, found, expected)
 
 
-@pytest.mark.parametrize("damage, name, found, expected", EXCHANGE_DAMAGES.values(), ids=EXCHANGE_DAMAGES)
+@pytest.mark.parametrize("damage, name, found, expected", COLLECTIVE_DAMAGES.values(), ids=COLLECTIVE_DAMAGES)
 def test_damage_to_exchanges_is_found_and_named(damage, name, found, expected):
     _check_damage(EXCHANGING, (overlapped,), damage, name, found, expected)
 

@@ -40,7 +40,7 @@ def training(
 
 
 def received(node: fx.Node, sizes: dict[str, int]) -> int:
-    """Elements that a rank has from others once it has taken part in an exchange along a ring."""
+    """Elements that a rank has from others once it has taken part in a collective along a ring."""
     ranks = sizes[node.args[1] if node.target is ALL_REDUCE else node.args[2]]
     part, result = prod(type_of(node.args[0]).shape), prod(type_of(node).shape)
     if node.target is ALL_GATHER:

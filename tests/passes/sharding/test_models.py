@@ -54,8 +54,8 @@ def test_evaluation_gives_whole_logits(name: str, mode: str) -> None:
 def test_nothing_as_large_as_the_logits_is_put_together_in_training(mode: str) -> None:
     found = sharded_step(OPT, MODES[mode])
     assert found.program.results["output:1"].target is ABSENT
-    for exchange in (*found.program.calls(ALL_GATHER), *found.program.calls(ALL_REDUCE)):
-        assert prod(type_of(exchange).shape) < found.expected["output:1"].numel()
+    for collective in (*found.program.calls(ALL_GATHER), *found.program.calls(ALL_REDUCE)):
+        assert prod(type_of(collective).shape) < found.expected["output:1"].numel()
 
 
 @pytest.mark.parametrize("mode", ["1d x 2", "2d x 4", "3d x 8"])

@@ -111,7 +111,7 @@ def test_a_dimension_that_stays_is_always_followed(view: tuple[tuple[int, ...], 
                 assert view_dim(source, target, dim) == along
 
 
-# -- exchange ----------------------------------------------------------------------------------------------
+# -- collective ----------------------------------------------------------------------------------------------
 
 CUBE = (Axis("a", 2, "replica"), Axis("b", 2, "tensor"), Axis("c", 2, "tensor"))
 CUBES_ROLES = {axis.name: Role("whole") for axis in CUBE}

@@ -14,7 +14,7 @@ FIRST = Ranks(Mesh((Axis("tp", 2, "tensor"),)), 0, launched=False)
 
 
 class Filling:
-    """A collective that has filled its tensor when it has been waited for, unless the other process is lost."""
+    """A collectives that has filled its tensor when it has been waited for, unless the other process is lost."""
 
     def __init__(self, filled: Tensor, lost: bool) -> None:
         self.filled, self.lost = filled, lost
@@ -31,27 +31,27 @@ def all_gather(filled: Tensor, lost: bool = False, **options: Any) -> Filling:
 
 
 @pytest.fixture
-def exchange() -> Collectives:
+def collectives() -> Collectives:
     return FIRST.collectives
 
 
-def test_what_is_filled_is_there_once_it_has_been_waited_for(exchange: Collectives) -> None:
-    pending, other = (exchange.start(tensor, all_gather, tensor) for tensor in (torch.zeros(2), torch.zeros(2)))
-    assert exchange.is_under_way(pending) and pending.tolist() == [0.0, 0.0]
-    assert exchange.finish_exchange(pending, torch.zeros(1)) is pending
-    assert pending.tolist() == [1.0, 1.0] and not exchange.is_under_way(pending)
-    assert exchange.is_under_way(other) and other.tolist() == [0.0, 0.0]
+def test_what_is_filled_is_there_once_it_has_been_waited_for(collectives: Collectives) -> None:
+    pending, other = (collectives.start(tensor, all_gather, tensor) for tensor in (torch.zeros(2), torch.zeros(2)))
+    assert collectives.is_under_way(pending) and pending.tolist() == [0.0, 0.0]
+    assert collectives.finish_collective(pending, torch.zeros(1)) is pending
+    assert pending.tolist() == [1.0, 1.0] and not collectives.is_under_way(pending)
+    assert collectives.is_under_way(other) and other.tolist() == [0.0, 0.0]
 
 
-def test_the_loss_of_another_process_is_told_with_the_collective(exchange: Collectives) -> None:
-    pending = exchange.start(torch.zeros(2), all_gather, torch.zeros(2), lost=True)
+def test_the_loss_of_another_process_is_told_with_the_collective(collectives: Collectives) -> None:
+    pending = collectives.start(torch.zeros(2), all_gather, torch.zeros(2), lost=True)
     with pytest.raises(StateError, match=r"rank 0 of 2 lost the others in all_gather, in step 0.*Connection closed"):
-        exchange.finish_exchange(pending)
+        collectives.finish_collective(pending)
 
 
-def test_a_step_that_failed_leaves_nothing_under_way(exchange: Collectives) -> None:
+def test_a_step_that_failed_leaves_nothing_under_way(collectives: Collectives) -> None:
     lost, kept = torch.zeros(2), torch.zeros(2)
-    exchange.start(lost, all_gather, lost, lost=True)
-    exchange.start(kept, all_gather, kept)
-    exchange.abandon()
-    assert not exchange.is_under_way(lost) and not exchange.is_under_way(kept) and kept.tolist() == [1.0, 1.0]
+    collectives.start(lost, all_gather, lost, lost=True)
+    collectives.start(kept, all_gather, kept)
+    collectives.abandon()
+    assert not collectives.is_under_way(lost) and not collectives.is_under_way(kept) and kept.tolist() == [1.0, 1.0]

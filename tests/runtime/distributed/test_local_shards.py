@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 import torch
-from geminifx.runtime.distributed.local_shards import Parts
+from geminifx.runtime.distributed.local_shards import LocalShards
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.isa.layout import Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh, Replicate, Shard, placements_text
@@ -29,7 +29,7 @@ def test_regions_of_all_processes_are_the_whole(first, second, cuts: list[int]) 
     slot, found = slot_of(whole, (first, second)), torch.full_like(whole, -1.0)
     bounds = [0, *sorted(min(cut, 64 + slot.numel) for cut in cuts), 64 + slot.numel]
     for rank in range(MESH.size):
-        parts = Parts(Ranks(MESH, rank, launched=False))
+        parts = LocalShards(Ranks(MESH, rank, launched=False))
         assert parts.whole_shape(slot) == (36, 12)
         chunk = torch.zeros(64 + slot.numel)
         chunk[64:] = parts.take(whole, slot).flatten()
@@ -44,7 +44,7 @@ def test_regions_of_all_processes_are_the_whole(first, second, cuts: list[int]) 
 
 
 def test_a_whole_parameter_is_one_region() -> None:
-    parts = Parts(Ranks(MESH, 4, launched=False))
+    parts = LocalShards(Ranks(MESH, 4, launched=False))
     (region,) = parts.regions(Slot("w", 8, (3, 4)))
     assert (region.offsets, region.sizes, region.start) == ((0, 0), (3, 4), 8)
     (scalar,) = parts.regions(Slot("s", 8, ()))
@@ -53,11 +53,11 @@ def test_a_whole_parameter_is_one_region() -> None:
 
 
 def test_replicas_are_counted_over_the_axes_that_share_a_batch() -> None:
-    parts = Parts(Ranks(MESH, 0, launched=False))
+    parts = LocalShards(Ranks(MESH, 0, launched=False))
     assert [parts.replicas(Slot("w", 0, (4,), text)) for text in ("", "row=S0", "row=S0 col=S0")] == [6, 3, 1]
 
 
 def test_another_shape_than_the_parameters_is_refused() -> None:
-    parts = Parts(Ranks(MESH, 0, launched=False))
+    parts = LocalShards(Ranks(MESH, 0, launched=False))
     with pytest.raises(ValueError, match=r"parameter w has shape \(4, 3\), the value \(2, 3\)"):
         parts.take(torch.zeros(2, 3), Slot("w", 0, (2, 3), "row=S0"))

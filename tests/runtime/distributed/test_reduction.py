@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from geminifx.compiler.planner.communication import HELD, exchange_bytes
+from geminifx.compiler.planner.communication import HELD, collective_bytes
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.request import Request
 from geminifx.runtime.distributed import reduction
@@ -147,19 +147,19 @@ def test_pieces_bring_the_same_bits_within_their_memory(
         assert temporary <= peak_bytes <= 2 * temporary
         assert count == -(-NUMEL * 4 // temporary)
     divided_bytes = chunk.compute_bytes if stage else 0
-    assert exchange_bytes(plan) == HELD * max(temporary, divided_bytes) + temporary
+    assert collective_bytes(plan) == HELD * max(temporary, divided_bytes) + temporary
 
 
 def test_what_is_not_cast_needs_no_temporary() -> None:
     mesh = data(2)
     full, low = layout(torch.float32, 0, mesh), layout(torch.bfloat16, 0, mesh)
     planned = Plan(mesh=mesh, layout=Layout((full,)))
-    assert exchange_bytes(planned) == HELD * full.compute_bytes
-    assert exchange_bytes(replace(planned, layout=Layout((low,)))) == (HELD + 1) * 4 * NUMEL
+    assert collective_bytes(planned) == HELD * full.compute_bytes
+    assert collective_bytes(replace(planned, layout=Layout((low,)))) == (HELD + 1) * 4 * NUMEL
     assert (
-        exchange_bytes(replace(planned, layout=Layout((low,)), request=Request(reduce_dtype="compute")))
+        collective_bytes(replace(planned, layout=Layout((low,)), request=Request(reduce_dtype="compute")))
         == HELD * low.compute_bytes
     )
-    assert exchange_bytes(Plan(layout=Layout((replace(low, reduced_over=()),)))) == 0, (
+    assert collective_bytes(Plan(layout=Layout((replace(low, reduced_over=()),)))) == 0, (
         "there is nobody to exchange with"
     )

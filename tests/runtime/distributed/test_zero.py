@@ -91,7 +91,7 @@ def test_of_divided_chunks_the_longest_shard_is_streamed_longest() -> None:
 class TwoRanks(Zero):
     """The second of two processes, of which the first holds sevens and has no gradients."""
 
-    def gather(self, exchange: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:
+    def gather(self, collectives: Collectives, whole: Tensor, shard: Tensor, layout: ChunkLayout) -> None:
         mine = shard.clone()
 
         class Filling:
@@ -102,7 +102,7 @@ class TwoRanks(Zero):
         def all_gather(async_op: bool) -> Filling:
             return Filling()
 
-        exchange.start(whole, all_gather)
+        collectives.start(whole, all_gather)
 
     def reduce(self, gradients: Tensor, layout: ChunkLayout) -> Tensor:
         return self.own(gradients, layout)
@@ -131,7 +131,7 @@ class Second:
         self.machine.put(gradients, 0, torch.ones(4))
         self.machine.put(gradients, 64, torch.ones(2, 64))
         self.machine.reduce(gradients, 0, [0, 1])
-        self.machine.settle(gradients, 0, [0, 1])
+        self.machine.accumulate_grad(gradients, 0, [0, 1])
 
     def weights(self) -> Tensor:
         weights = self.machine.wait(self.machine.fetch(0, 256, torch.float32), 0).clone()

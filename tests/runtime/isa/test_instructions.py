@@ -15,8 +15,8 @@ VECTOR = TensorType(F32, (64,), (1,))
 
 
 def test_the_machine_implements_every_instruction_that_code_has() -> None:
-    # At the turn the generated program itself yields; whole exchanges are written out in two. What processes exchange,
-    # the machine has of their collectives.
+    # At the turn the generated program itself yields; whole collectives are written out in two. The machine has those
+    # of the processes' collectives.
     missing = {name for name in ops.SCHEMAS if name not in {**vars(Machine), **vars(Collectives)}}
     assert missing == {"turn", "all_gather", "reduce_scatter", "all_reduce"}
 
@@ -29,15 +29,15 @@ def test_schemas_admit_every_write(name: str) -> None:
         "put": ["gradients"],
         "put_mm": ["gradients"],
         "reduce": ["gradients"],
-        "settle": ["gradients"],
+        "accumulate_grad": ["gradients"],
         "turn": ["outputs"],
-        "start_all_reduce": ["part"],
+        "start_all_reduce": ["partial"],
         "swap_rng": ["state"],
     }
     assert written == expected.get(name, [])
 
 
-@pytest.mark.parametrize("name", ["wait", "view", "finish_exchange"])
+@pytest.mark.parametrize("name", ["wait", "view", "finish_collective"])
 def test_results_that_share_their_arguments_storage_say_so(name: str) -> None:
     schema = OPERATORS[name]._schema
     assert schema.returns[0].alias_info is not None and not schema.is_mutable
@@ -51,7 +51,7 @@ FAKE_RESULTS = {
     "start_all_gather": (lambda: ops.START_ALL_GATHER(torch.empty(2, 3), "tp", 4), F32, (8, 3)),
     "start_reduce_scatter": (lambda: ops.START_REDUCE_SCATTER(torch.empty(8, 3), "tp", 4), F32, (2, 3)),
     "start_all_reduce": (lambda: ops.START_ALL_REDUCE(torch.empty(2, 3), "tp", "sum"), F32, (2, 3)),
-    "finish_exchange": (lambda: ops.FINISH_EXCHANGE(torch.empty(2, 3)), F32, (2, 3)),
+    "finish_collective": (lambda: ops.FINISH_COLLECTIVE(torch.empty(2, 3)), F32, (2, 3)),
     "save_rng": (lambda: ops.SAVE_RNG(torch.empty(2)), torch.uint8, (torch.get_rng_state().numel(),)),
     "fork_rng": (lambda: ops.FORK_RNG(torch.empty(2), ["a"]), torch.uint8, (torch.get_rng_state().numel(),)),
 }
@@ -71,7 +71,7 @@ def test_instructions_without_results_give_none() -> None:
         assert ops.RELEASE(flat, 0) is None
         assert ops.PUT(flat, 0, torch.empty(2, 3)) is None
         assert ops.PUT_MM(flat, 0, torch.empty(2, 3), torch.empty(3, 4)) is None
-        assert ops.REDUCE(flat, 0, [0]) is None and ops.SETTLE(flat, 0, [0]) is None
+        assert ops.REDUCE(flat, 0, [0]) is None and ops.ACCUMULATE_GRAD(flat, 0, [0]) is None
         assert ops.SWAP_RNG(torch.empty(16, dtype=torch.uint8)) is None
         tangents = ops.TURN([torch.empty(2), torch.empty(3), torch.empty(4)], [0, 2])
     assert [tuple(t.shape) for t in tangents] == [(2,), (4,)]
@@ -86,12 +86,12 @@ def test_dead_code_elimination_keeps_what_writes_and_drops_what_only_reads() -> 
         (ops.VIEW, (x, 0, [8])),
         (ops.PUT, (x, 0, x)),
         (ops.RELEASE, (x, 0)),
-        (ops.SETTLE, (x, 0, [0])),
+        (ops.ACCUMULATE_GRAD, (x, 0, [0])),
         (ops.SAVE_RNG, (x,)),
     ):
         program.emit(target, args, before=program.output)
     program.eliminate_dead_code()
-    assert [node.target for node in program.computes] == [ops.PUT, ops.RELEASE, ops.SETTLE]
+    assert [node.target for node in program.computes] == [ops.PUT, ops.RELEASE, ops.ACCUMULATE_GRAD]
     assert all(map(writes, program.computes))
 
 

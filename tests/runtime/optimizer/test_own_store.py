@@ -58,7 +58,7 @@ class Two:
             for slot in slots:
                 self.machine.put(gradients, 64 * slot, torch.full((4,), value))
             self.machine.reduce(gradients, index, list(slots))
-            self.machine.settle(gradients, index, list(slots))
+            self.machine.accumulate_grad(gradients, index, list(slots))
 
     def weights(self, index: int) -> Tensor:
         """The chunk as a program sees it."""

@@ -13,7 +13,7 @@ from geminifx.runtime.memory.hardware import Hardware
 from geminifx.runtime.memory.streams import ImmediateCopies
 from geminifx.runtime.optimizer import state_stream
 from geminifx.runtime.optimizer.state_stream import StateStream, StreamedUpdate
-from geminifx.runtime.optimizer.states import ChunkState, Stretch
+from geminifx.runtime.optimizer.states import ChunkState, Range
 from geminifx.runtime.optimizer.updates import UpdateKernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -63,25 +63,25 @@ RULES = {"adam": (ADAM, 2), "sgd": (SgdHyper(lr=0.1), 0)}
 def test_a_streamed_update_is_the_update(
     kind: str, rule: str, piece: int, cuts: list[int], with_gradients: bool, stay: bool, total: bool
 ) -> None:
-    """Whatever the pieces, the stretches, and whether the gradient travels: in the compute dtype, or as a sum in
+    """Whatever the pieces, the ranges, and whether the gradient travels: in the compute dtype, or as a sum in
     float32 that is longer than the room that was made for it."""
     hyper, moments = RULES[rule]
     state, expected = (random_state(KINDS[kind], moments) for _ in range(2))
     gradient = Gradient(torch.randn(NUMEL).to(torch.float32 if total else KINDS[kind]), 0.5)
     bounds = sorted({0, *cuts, NUMEL})
-    stretches = [Stretch(a, b, hyper) for a, b in pairwise(bounds)]
-    if len(stretches) == 3:
-        del stretches[1]  # a parameter without a gradient in between
+    ranges = [Range(a, b, hyper) for a, b in pairwise(bounds)]
+    if len(ranges) == 3:
+        del ranges[1]  # a parameter without a gradient in between
     kernels = UpdateKernels(CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state_stream, "STREAM_PIECE", piece)
         stream = StateStream(HARDWARE, state, with_gradients=with_gradients)
-    stream.update(state, stretches, StreamedUpdate(gradient, kernels, stay))
+    stream.update(state, ranges, StreamedUpdate(gradient, kernels, stay))
     stream.finish(0)
-    for stretch in stretches:
-        part = expected.part(stretch.start, stretch.end)
-        values = Gradient(gradient.values[stretch.start : stretch.end], gradient.scale)
-        kernels.update(expected.layout, part, values, stretch)
+    for elements in ranges:
+        part = expected.part(elements.start, elements.end)
+        values = Gradient(gradient.values[elements.start : elements.end], gradient.scale)
+        kernels.update(expected.layout, part, values, elements)
     found, wanted = everything(state), everything(expected)
     if kind == "split":
         assert all(map(torch.equal, found, wanted))
@@ -89,7 +89,7 @@ def test_a_streamed_update_is_the_update(
         assert all(
             torch.allclose(a.float(), b.float(), rtol=2**-10, atol=1e-6) for a, b in zip(found, wanted, strict=True)
         )
-    assert not torch.equal(found[0], random_state(KINDS[kind], moments).read(0)) or not stretches
+    assert not torch.equal(found[0], random_state(KINDS[kind], moments).read(0)) or not ranges
 
 
 class Counted(ImmediateCopies):
@@ -116,7 +116,7 @@ def test_only_what_is_not_there_travels(stay: bool, with_gradients: bool, up: in
     stream = StateStream(HARDWARE, state, with_gradients=with_gradients)
     copies = stream.copies = Counted()
     gradient = Gradient(torch.randn(NUMEL).bfloat16())
-    stream.update(state, [Stretch(0, NUMEL, ADAM)], StreamedUpdate(gradient, UpdateKernels(CPU), stay))
+    stream.update(state, [Range(0, NUMEL, ADAM)], StreamedUpdate(gradient, UpdateKernels(CPU), stay))
     assert (copies.up, copies.down) == (up * NUMEL, down * NUMEL)
 
 

@@ -9,7 +9,7 @@ from geminifx.runtime.isa.formats import OwnFormat, longest_of_each_kind
 from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.layout import ChunkLayout, Slot
 from geminifx.runtime.kernels.update_rules import SgdHyper
-from geminifx.runtime.optimizer.states import ChunkState, Stretch
+from geminifx.runtime.optimizer.states import ChunkState, Range
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -104,7 +104,7 @@ def test_another_tiers_state_becomes_a_copy(kind: str, gradient: str) -> None:
     ),
     backwards=st.booleans(),
 )
-def test_every_gradient_is_in_one_stretch_and_no_other_parameter_in_any(
+def test_every_gradient_is_in_one_range_and_no_other_parameter_in_any(
     slots: list[tuple[int, bool, SgdHyper | None]], backwards: bool
 ) -> None:
     """A slot is (elements, whether it has a gradient, how it is updated or None)."""
@@ -115,11 +115,11 @@ def test_every_gradient_is_in_one_stretch_and_no_other_parameter_in_any(
     state = state_of(layout)
     state.present = {number for number, (_, present, _) in enumerate(slots) if present}
     hypers = {place.name: hyper for place, (_, _, hyper) in zip(layout.slots, slots, strict=True)}
-    found = state.stretches(lambda name, step: hypers[name])
+    found = state.ranges(lambda name, step: hypers[name])
     assert all(a.end <= b.start for a, b in pairwise(found)), "in order, without overlaps"
     covered = [0] * layout.numel
-    for stretch in found:
-        for element in range(stretch.start, stretch.end):
+    for elements in found:
+        for element in range(elements.start, elements.end):
             covered[element] += 1
     updated = 0
     for number, (place, (size, present, hyper)) in enumerate(zip(layout.slots, slots, strict=True)):
@@ -145,13 +145,13 @@ def test_updates_are_counted_per_parameter_from_one() -> None:
 
     for present in ({0, 1}, {1}, {0, 1}):
         state.present = present
-        state.stretches(schedule)
+        state.ranges(schedule)
     assert asked == [("p0", 1), ("p1", 1), ("p1", 2), ("p0", 2), ("p1", 3)]
 
 
 @given(start=st.integers(0, 50), length=st.integers(0, 500), piece=st.integers(1, 200))
-def test_pieces_are_the_stretch(start: int, length: int, piece: int) -> None:
-    pieces = list(Stretch(start, start + length, FAST).pieces(piece))
+def test_pieces_are_the_range(start: int, length: int, piece: int) -> None:
+    pieces = list(Range(start, start + length, FAST).pieces(piece))
     assert [element for p in pieces for element in range(p.start, p.end)] == list(range(start, start + length))
     assert all(p.end - p.start <= piece and p.hyper == FAST for p in pieces)
     assert len(pieces) == math.ceil(length / piece)

@@ -1,6 +1,6 @@
-"""Where an exchange may stand, and how it is written out in two: its start, and what waits for it.
+"""Where a collective may stand, and how it is written out in two: its start, and what waits for it.
 
-Processes exchange consecutive memory, part behind part. What is exchanged along another dimension than the first, or
+Processes exchange consecutive memory, shard behind shard. What is exchanged along another dimension than the first, or
 together with others, is laid out anew by operators of the program, so that its memory is planned like any other's.
 """
 
@@ -14,8 +14,8 @@ from torch import fx
 from ...runtime.isa.instructions import (
     ALL_GATHER,
     ALL_REDUCE,
-    EXCHANGES,
-    FINISH_EXCHANGE,
+    COLLECTIVES,
+    FINISH_COLLECTIVE,
     START_ALL_GATHER,
     START_ALL_REDUCE,
     START_REDUCE_SCATTER,
@@ -27,8 +27,8 @@ from ..program.types import contiguous_stride
 aten = torch.ops.aten
 
 
-def stretches_of(program: Program) -> dict[fx.Node, int]:
-    """Numbers the stretches in which nothing is overwritten: there is nothing there that exchanges must not pass."""
+def write_epochs(program: Program) -> dict[fx.Node, int]:
+    """How many writes stand in front of each node: within one such epoch collectives may move freely."""
     found, number = {}, 0
     for node in program.graph.nodes:
         number += node.op != "placeholder" and writes(node) and node.target is not SWAP_RNG
@@ -37,11 +37,11 @@ def stretches_of(program: Program) -> dict[fx.Node, int]:
 
 
 def first_readers(program: Program) -> dict[fx.Node, int]:
-    """The place where each value is first read, by more than a view or another exchange."""
+    """The place where each value is first read, by more than a view or another collective."""
     order, found = program.positions(), dict[fx.Node, int]()
     for node in reversed(order):
         for user in node.users:
-            passes_on = user.target in EXCHANGES or node in aliased_inputs(user)
+            passes_on = user.target in COLLECTIVES or node in aliased_inputs(user)
             place = found[user] if passes_on else order[user]
             found[node] = min(place, found.get(node, place))
         found.setdefault(node, order[node])
@@ -57,26 +57,26 @@ class Writer:
         self.origin = note(at)
 
     def start(self, members: list[fx.Node]) -> fx.Node:
-        """The start of an exchange, or of several sums at once. What it fills is read by `finish` alone."""
+        """The start of a collective, or of several sums at once. What it fills is read by `finish` alone."""
         first = members[0]
         self.origin = note(first)
         if first.target is ALL_REDUCE:
-            part = self._own(first) if len(members) == 1 else self._joined(members)
-            return self._emit(START_ALL_REDUCE, part, *first.args[1:])
-        part, dim, axis, size = first.args
+            shard = self._own(first) if len(members) == 1 else self._joined(members)
+            return self._emit(START_ALL_REDUCE, shard, *first.args[1:])
+        shard, dim, axis, size = first.args
         if first.target is ALL_GATHER:
-            return self._emit(START_ALL_GATHER, self._contiguous(part), axis, size)
-        return self._emit(START_REDUCE_SCATTER, self._by_part(part, dim, size), axis, size)
+            return self._emit(START_ALL_GATHER, self._contiguous(shard), axis, size)
+        return self._emit(START_REDUCE_SCATTER, self._by_shard(shard, dim, size), axis, size)
 
     def finish(self, started: fx.Node, members: list[fx.Node]) -> list[fx.Node]:
-        """What stands for each of the exchanges from here on."""
+        """What stands for each of the collectives from here on."""
         first = members[0]
         self.origin = note(first)
         if first.target is ALL_REDUCE:
-            whole = self._emit(FINISH_EXCHANGE, started)
+            whole = self._emit(FINISH_COLLECTIVE, started)
             values = [whole] if len(members) == 1 else self._apart(whole, members)
         else:
-            values = [self._emit(FINISH_EXCHANGE, started, started.args[0])]
+            values = [self._emit(FINISH_COLLECTIVE, started, started.args[0])]
         if first.target is ALL_GATHER:
             values = [self._along(values[0], *first.args)]
         for member, value in zip(members, values, strict=True):
@@ -88,45 +88,45 @@ class Writer:
 
     # -- gathers and scattered sums ------------------------------------------------------------------------
 
-    def _contiguous(self, part: fx.Node) -> fx.Node:
-        return part if is_contiguous(part) else self._copy(part)
+    def _contiguous(self, shard: fx.Node) -> fx.Node:
+        return shard if is_contiguous(shard) else self._copy(shard)
 
-    def _copy(self, part: fx.Node) -> fx.Node:
-        return self._emit(aten.clone.default, part, memory_format=torch.contiguous_format)
+    def _copy(self, shard: fx.Node) -> fx.Node:
+        return self._emit(aten.clone.default, shard, memory_format=torch.contiguous_format)
 
-    def _by_part(self, part: fx.Node, dim: int, size: int) -> fx.Node:
-        """Every process's part of a tensor behind the other, along the first dimension."""
+    def _by_shard(self, shard: fx.Node, dim: int, size: int) -> fx.Node:
+        """Every process's shard of a tensor behind the other, along the first dimension."""
         if dim == 0:
-            return self._contiguous(part)
-        shape = list(tensor_type(part).shape)
+            return self._contiguous(shard)
+        shape = list(tensor_type(shard).shape)
         shape[dim] //= size
-        split = self._emit(aten.view.default, part, [*shape[:dim], size, *shape[dim:]])
+        split = self._emit(aten.view.default, shard, [*shape[:dim], size, *shape[dim:]])
         order = [dim, *(i for i in range(len(shape) + 1) if i != dim)]
-        parts = self._contiguous(self._emit(aten.permute.default, split, order))
-        return self._emit(aten.view.default, parts, [size * shape[0], *shape[1:]])
+        shards = self._contiguous(self._emit(aten.permute.default, split, order))
+        return self._emit(aten.view.default, shards, [size * shape[0], *shape[1:]])
 
-    def _along(self, whole: fx.Node, part: fx.Node, dim: int, axis: str, size: int) -> fx.Node:
-        """The inverse: of parts along the first dimension the whole along `dim`."""
+    def _along(self, whole: fx.Node, shard: fx.Node, dim: int, axis: str, size: int) -> fx.Node:
+        """The inverse: of shards along the first dimension the whole along `dim`."""
         if dim == 0:
             return whole
-        shape = list(tensor_type(part).shape)
-        parts = self._emit(aten.view.default, whole, [size, *shape])
+        shape = list(tensor_type(shard).shape)
+        shards = self._emit(aten.view.default, whole, [size, *shape])
         order = [*range(1, dim + 1), 0, *range(dim + 1, len(shape) + 1)]
-        laid_out = self._contiguous(self._emit(aten.permute.default, parts, order))
+        laid_out = self._contiguous(self._emit(aten.permute.default, shards, order))
         shape[dim] *= size
         return self._emit(aten.view.default, laid_out, shape)
 
     # -- sums ----------------------------------------------------------------------------------------------
 
-    def _own(self, exchange: fx.Node) -> fx.Node:
+    def _own(self, collective: fx.Node) -> fx.Node:
         """The terms of a sum, in memory that it may overwrite."""
-        part = exchange.args[0]
-        return part if is_contiguous(part) and is_own(part, exchange) else self._copy(part)
+        shard = collective.args[0]
+        return shard if is_contiguous(shard) and is_own(shard, collective) else self._copy(shard)
 
     def _joined(self, members: list[fx.Node]) -> fx.Node:
         """Terms of several sums as one flat tensor."""
-        parts = [self._contiguous(member.args[0]) for member in members]
-        return self._emit(aten.cat.default, [self._view(part, [prod(tensor_type(part).shape)]) for part in parts])
+        shards = [self._contiguous(member.args[0]) for member in members]
+        return self._emit(aten.cat.default, [self._view(shard, [prod(tensor_type(shard).shape)]) for shard in shards])
 
     def _apart(self, whole: fx.Node, members: list[fx.Node]) -> list[fx.Node]:
         """The inverse."""
@@ -144,7 +144,7 @@ def is_contiguous(node: fx.Node) -> bool:
     return found.stride == contiguous_stride(found.shape)
 
 
-def is_own(part: fx.Node, reader: fx.Node) -> bool:
+def is_own(shard: fx.Node, reader: fx.Node) -> bool:
     """Whether nobody but `reader` ever reads a value's storage."""
-    fresh = part.op == "call_function" and part.target is not operator.getitem and list(part.users) == [reader]
-    return fresh and all(is_own(source, part) for source in aliased_inputs(part))
+    fresh = shard.op == "call_function" and shard.target is not operator.getitem and list(shard.users) == [reader]
+    return fresh and all(is_own(source, shard) for source in aliased_inputs(shard))

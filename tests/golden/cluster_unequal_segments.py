@@ -1,4 +1,4 @@
-"""Stretches differ by an argument (0.0 and 0), or by what is read of them: each stays as it is."""
+"""Segments differ by an argument (0.0 and 0), or by what is read of them: each stays as it is."""
 
 
 def before(

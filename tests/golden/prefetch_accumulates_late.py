@@ -1,4 +1,4 @@
-"""A chunk's gradients settle in front of the next chunk's reduce: they travel while the next are computed."""
+"""A chunk's gradients are accumulated in front of the next chunk's reduce: they travel while the next are computed."""
 
 
 def before(
@@ -13,13 +13,13 @@ def before(
     gradients: "f32[64] | chunk=1" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients, 0, da)
     geminifx.reduce(gradients, 1, [0])
-    geminifx.settle(gradients, 1, [0])
+    geminifx.accumulate_grad(gradients, 1, [0])
     h: "f32[4, 4]" = aten.sin.default(da)
     db: "f32[4, 4]" = aten.mm.default(h, tangent)
     gradients_1: "f32[64] | chunk=0" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients_1, 0, db)
     geminifx.reduce(gradients_1, 0, [0])
-    geminifx.settle(gradients_1, 0, [0])
+    geminifx.accumulate_grad(gradients_1, 0, [0])
     return {}
 
 
@@ -39,7 +39,7 @@ def after(
     db: "f32[4, 4]" = aten.mm.default(h, tangent)
     gradients_1: "f32[64] | chunk=0" = geminifx.gradients(64, torch.float32)
     geminifx.put(gradients_1, 0, db)
-    geminifx.settle(gradients, 1, [0])
+    geminifx.accumulate_grad(gradients, 1, [0])
     geminifx.reduce(gradients_1, 0, [0])
-    geminifx.settle(gradients_1, 0, [0])
+    geminifx.accumulate_grad(gradients_1, 0, [0])
     return {}
