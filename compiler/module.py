@@ -13,7 +13,7 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.executor import NoGradient, Step, TrainingRun
+from ..runtime.executor import NoGradient, Outlets, Step, TrainingRun
 from ..runtime.isa.errors import StateError
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
@@ -91,9 +91,10 @@ class CompiledModule(nn.Module):
         code, captured = compiled.executor.code, compiled.captured
         by_role = dict(zip(code.inputs, inputs, strict=True))
         tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]
-        run = TrainingRun(compiled.executor, inputs)
+        outlets = Outlets(captured.differentiable, compiled.saved, captured.sources)
+        run = TrainingRun(compiled.executor, inputs, outlets)
         inputs.clear()
-        outputs: list[Any] = list(Step.apply(run, captured.differentiable, self._anchor, *tracked))
+        outputs: list[Any] = list(Step.apply(run, self._anchor, *tracked))
         for i in captured.detached:
             outputs[i] = NoGradient.apply(self._anchor, outputs[i])
         for i in compiled.absent:

@@ -25,7 +25,8 @@ _V = TypeVar("_V")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One program: for one mode, one set of input shapes. `flat` is what its memory was planned for."""
+    """One program: for one mode, one set of input shapes. `flat` is what its memory was planned for; `absent` are the
+    outputs that it does not compute, `saved` those that its backward reads."""
 
     captured: Captured
     plan: Plan
@@ -34,6 +35,7 @@ class Compiled:
     records: tuple[Record, ...]
     executor: Executor
     absent: frozenset[int]
+    saved: frozenset[int]
 
     @property
     def trains(self) -> bool:
@@ -50,13 +52,14 @@ class Call:
     key: Key
 
     @classmethod
-    def of(cls, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+    def of(cls, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], switches: int) -> "Call":
+        """`switches` stands for all that the model's modules hold besides tensors."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         trained = tuple(parameter.requires_grad for parameter in source.parameters())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
         backward = torch.is_grad_enabled() and (asked or any(trained))
         modes = tuple(module.training for module in source.modules())
-        return cls(args, kwargs, backward, (backward, trained, modes, spec, *map(leaf_key, leaves)))
+        return cls(args, kwargs, backward, (backward, trained, modes, switches, spec, *map(leaf_key, leaves)))
 
 
 class Recent(Generic[_V]):

@@ -34,7 +34,9 @@ from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
-from .capture.results import absent_outputs
+from .capture.attributes import Switches
+from .capture.refusals import refuse
+from .capture.results import absent_outputs, saved_outputs
 from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
 from .lowering import Lowering, generate
@@ -43,7 +45,7 @@ from .planner.problem import Planning
 from .planner.search import Solution
 from .programs import Call, Compiled, Key, Recent
 from .setup import Phase, Setup, move
-from .values import check_parameters, move_buffers, program_inputs, share_values
+from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
 PATIENCE_S = 1.0
 
@@ -63,6 +65,8 @@ class Session:
     """
 
     def __init__(self, source: nn.Module, options: Options) -> None:
+        refuse(source)
+        check_memory(source)
         self.source = source
         self.options = options
         self.device = Device.choose(options)
@@ -94,6 +98,7 @@ class Session:
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
+        self._switches = Switches(source)
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -103,7 +108,7 @@ class Session:
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         """The program for a call with these arguments; captured, planned and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
-        call = Call.of(self.source, args, kwargs)
+        call = Call.of(self.source, args, kwargs, self._switches.number())
         if call.key not in self._programs:
             captured = self._capture(call)
             if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
@@ -147,7 +152,8 @@ class Session:
             self.ranks.check_alike(f"the {program.name} program", _digest(program, plan))
         self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
-        return Compiled(captured, plan, flat, program, (*captured.records, *records), executor, absent_outputs(flat))
+        return Compiled(captured, plan, flat, program, (*captured.records, *records), executor,
+                        absent_outputs(flat), saved_outputs(flat))  # fmt: skip
 
     # -- the setup -----------------------------------------------------------------------------------------
 
@@ -272,7 +278,8 @@ class Session:
             if not self._are_shared:
                 share_values(self.source, self.ranks, self.device.torch_device)
             self._are_shared = True
-            setup.machine.store.place(homes)
+            with without_weak_references(self.source):
+                setup.machine.store.place(homes)
         self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)

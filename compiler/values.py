@@ -1,6 +1,11 @@
 """The values of a model: its parameters and buffers, and what a call brings."""
 
-from collections.abc import Mapping
+import gc
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +24,21 @@ def move_buffers(source: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
+def without_weak_references(source: nn.Module) -> Iterator[None]:
+    """While parameters become others under the same objects: torch's recurrent modules refer to theirs weakly."""
+    modules = [module for module in source.modules() if isinstance(module, nn.RNNBase)]
+    for module in modules:
+        module._flat_weight_refs = []
+    if modules:
+        gc.collect()  # of copies that were traced: they share these references
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._flat_weight_refs = [weakref.ref(w) if w is not None else None for w in module._flat_weights]
 
 
 def share_values(source: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -52,6 +72,27 @@ def program_inputs(
                 )
             inputs.append(leaf.to(device, cast_dtype(leaf, dtype), non_blocking=True))
     return inputs
+
+
+def check_memory(source: nn.Module) -> None:
+    """Raises ValueError where a parameter that is trained shares memory with another tensor of the model: chunks give
+    each a place of its own, and the two would part."""
+    parameters, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+    held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in {**parameters, **buffers}.items():
+        if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
+            start = tensor.storage_offset()
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            held[tensor.untyped_storage()._cdata].append((start, start + extent, name))
+    for places in held.values():
+        for (_, end, first), (start, _, second) in pairwise(sorted(places)):
+            trained = any(n in parameters and parameters[n].requires_grad for n in (first, second))
+            if start < end and trained:
+                raise ValueError(
+                    f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
+                    "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
+                    "and transpose it where it is used"
+                )
 
 
 def check_parameters(source: nn.Module, compiled: Mapping[str, nn.Parameter], layout: Layout | None) -> None:

@@ -34,6 +34,22 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
+def _read_by(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations that a model and its layers read. Layers keep those that they were made with, and a model that
+    holds others, such as an encoder and a decoder, gives these new ones."""
+    found = {id(part): part for part in _with_parts(model.config)}
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        for child in waiting.pop().children():
+            if isinstance(child, PreTrainedModel):
+                continue
+            config = getattr(child, "config", None)
+            if isinstance(config, PreTrainedConfig):
+                found |= {id(part): part for part in _with_parts(config)}
+            waiting.append(child)
+    return list(found.values())
+
+
 @contextmanager
 def _restored(configs: list[PreTrainedConfig]) -> Iterator[None]:
     """Undo every change to the configurations' attributes on leaving, also those that a forward makes."""
@@ -59,7 +75,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             kind._can_set_attn_implementation(),
             kind._can_set_experts_implementation(),
         )
-        for config in _with_parts(module.config):
+        for config in _read_by(module):
             config.use_cache = False
             if takes_experts:
                 config._experts_implementation_internal = "batched_mm"

@@ -54,10 +54,12 @@ def _merge_tied(program: Program) -> None:
 
 
 def _merge_repeated(program: Program) -> None:
-    """Common subexpressions, per phase: merging across phases would keep activations alive."""
+    """Common subexpressions, per phase: merging across phases would keep activations alive. What is handed out stays
+    apart: two outputs would be one memory, and who changes an output would change what the backward reads."""
     seen: dict[Any, fx.Node] = {}
+    handed_out = {value for role, value in program.results.items() if not role.startswith("gradient:")}
     for node in program.computes:
-        if node.op != "call_function" or writes(node) or is_random(node):
+        if node.op != "call_function" or writes(node) or is_random(node) or node in handed_out:
             continue
         arguments = freeze((node.args, node.kwargs), node=lambda value: value)
         key = (node.target, arguments, note(node).phase)

@@ -8,16 +8,15 @@ needs, and they die as it goes, or with the graph when no backward comes.
 import linecache
 import math
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .isa.errors import BudgetError, GeminiError, StateError
 from .isa.instructions import INSTRUCTIONS
@@ -151,22 +150,42 @@ class ProgramRun:
         return outputs
 
 
+@dataclass(frozen=True)
+class Outlets:
+    """What autograd sees of a training program's outputs, by their positions.
+
+    `differentiable` take a gradient; `saved` are read by the backward. `sources` tells by a gradient's role, such as
+    gradient:fc.weight, which of them it comes from.
+    """
+
+    differentiable: tuple[int, ...]
+    saved: frozenset[int] = frozenset()
+    sources: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+
 class TrainingRun(ProgramRun):
     """One step of a training program: `forward` up to the turn, `backward` from there to the end."""
 
-    def __init__(self, executor: Executor, inputs: list[Tensor]) -> None:
+    def __init__(self, executor: Executor, inputs: list[Tensor], outlets: Outlets) -> None:
         super().__init__(executor, inputs)
+        self.outlets = outlets
+        self.likes: list[Tensor] = []  # of the outputs that take a gradient, without memory
         self.versions = executor.machine.store.versions()
         self.inputs = [(weakref.ref(t), t._version) for t in inputs]
+        self.saved: list[tuple[Tensor, int]] = []
 
     def forward(self) -> list[Tensor]:
         outputs = self.advance()
+        self.likes = [torch.empty_like(outputs[i], device="meta") for i in self.outlets.differentiable]
+        self.saved = [(_counter(outputs[i]), outputs[i]._version) for i in self.outlets.saved]
         # The forward itself writes buffers; whoever writes after it changes what the backward reads.
         self.inputs = [(ref, t._version) for ref, _ in self.inputs if (t := ref()) is not None]
         return outputs
 
-    def backward(self, tangents: list[Tensor]) -> dict[str, Tensor]:
-        """Returns the gradients of inputs; those of parameters are in `.grad`. Raises StateError twice."""
+    def backward(self, tangents: list[Tensor | None]) -> dict[str, Tensor]:
+        """Returns the gradients of inputs; those of parameters are in `.grad`. `tangents` are the outputs', None where
+        nothing read one: what only such outputs reach gets no gradient. Raises StateError twice.
+        """
         if self.generator is None:
             raise StateError(
                 "backward() ran a second time through the same step, whose activations are freed as they are "
@@ -175,12 +194,29 @@ class TrainingRun(ProgramRun):
             )
         self._check_unchanged()
         self.run.backward = True
+        unreached = self._unreached(tangents)
+        device = self.executor.machine.device
+        received = [torch.zeros_like(like, device=device) if t is None else t
+                    for like, t in zip(self.likes, tangents, strict=True)]  # fmt: skip
         scale = self.executor.machine.store.begin_backward()
-        self.advance([tangent * scale for tangent in tangents] if scale != 1.0 else tangents)
+        self.advance([tangent * scale for tangent in received] if scale != 1.0 else received)
         if self.generator is not None:
             raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
         results, self.results = self.results, {}
-        return {role: t / scale if scale != 1.0 else t for role, t in results.items()}
+        return {role: t / scale if scale != 1.0 else t for role, t in results.items() if role not in unreached}
+
+    def _unreached(self, tangents: list[Tensor | None]) -> set[str]:
+        """The gradients that come from no output that was used on any rank; the machine is told of parameters'."""
+        if len(tangents) == 1:
+            return set()
+        machine = self.executor.machine
+        used = machine.ranks.on_any([tangent is not None for tangent in tangents], machine.device)
+        positions = {i for i, is_used in zip(self.outlets.differentiable, used, strict=True) if is_used}
+        unreached = {role for role, sources in self.outlets.sources.items() if not sources & positions}
+        places = machine.store.chunks.layout.places
+        names = (role.removeprefix("gradient:") for role in unreached)
+        self.run.absent = frozenset((places[n][0].index, places[n][1]) for n in names if n in places)
+        return unreached
 
     def _check_unchanged(self) -> None:
         """Weights are read again in the backward: others than the forward's would give wrong gradients."""
@@ -196,6 +232,11 @@ class TrainingRun(ProgramRun):
                 "an input or a buffer was changed in place between the call of the model and its backward(), which "
                 "reads it; change a copy instead, or call the model again"
             )
+        if any(counter._version != version for counter, version in self.saved):
+            raise StateError(
+                "an output of the model was changed in place before its backward(), which reads it; change a copy "
+                "instead, as y = y * 2 does for y *= 2"
+            )
 
 
 def _laid_out(tangent: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -205,24 +246,36 @@ def _laid_out(tangent: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tangent.shape, stride, dtype=tangent.dtype, device=tangent.device).copy_(tangent)
 
 
+def _counter(tensor: Tensor) -> Tensor:
+    """An empty tensor that counts the writes to another one, and does not keep it alive."""
+    counter = tensor.detach()
+    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return counter
+
+
 class Step(torch.autograd.Function):
     """One training step as one node of the autograd graph."""
 
     @staticmethod
-    def forward(ctx: Any, run: TrainingRun, differentiable: tuple[int, ...], anchor: Tensor, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, run: TrainingRun, anchor: Tensor, *inputs: Tensor) -> Any:
         # The program sleeps with its own outputs in hand: handed out themselves, they would hold it and it them,
         # and a loss that is dropped without a backward would keep its activations.
         outputs = [output.detach() for output in run.forward()]
-        ctx.run, ctx.differentiable = run, differentiable
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiable))
+        ctx.run = run
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in run.outlets.differentiable))
+        ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient, which is not a zero
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *tangents: Tensor) -> Any:
-        results = ctx.run.backward([tangents[i] for i in ctx.differentiable])
+    def backward(ctx: Any, *tangents: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # what this returned would pass for a constant
+            raise StateError(
+                "a gradient of a gradient was asked for (create_graph=True, as gradient penalties do), and a compiled "
+                "step is differentiated once. Leave create_graph out, or train this model without geminifx"
+            )
+        results = ctx.run.backward([tangents[i] for i in ctx.run.outlets.differentiable])
         gradients = (results.get(role) for role in ctx.run.executor.code.input_gradients)
-        return (None, None, None, *gradients)
+        return (None, None, *gradients)
 
 
 class NoGradient(torch.autograd.Function):

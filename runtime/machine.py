@@ -85,11 +85,13 @@ class Machine:
             chunk.move(State.COMPUTE)
             chunk.move(State.HOLD_AFTER_BACKWARD)
         chunk.move(State.READY_FOR_REDUCE)
-        self.store.reduce(chunk, gradients, slots)
+        if reached := self.run.reached(index, slots):
+            self.store.reduce(chunk, gradients, reached)
 
     def accumulate_grad(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """The gradients have landed, and are used up by the program."""
-        self.store.accumulate_grad(self.chunks[index], gradients, slots)
+        if reached := self.run.reached(index, slots):
+            self.store.accumulate_grad(self.chunks[index], gradients, reached)
         self._hold(self.chunks[index])
 
     # -- ranks ---------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ A compiled step may never compute its logits. The model's result then has an `Ab
 
 from typing import Any, NoReturn
 
+from torch import fx
+
 from ...passes.canonicalize import canonicalize
 from ...passes.patterns.cross_entropy import find_losses
 from ...passes.program.plan import Plan
-from ...passes.program.program import Program, type_of
+from ...passes.program.program import Program, aliased_inputs, type_of
 from ...passes.program.types import TensorType
 from ...runtime.isa.errors import StateError
 from ...runtime.isa.instructions import TURN
@@ -30,6 +32,20 @@ def absent_outputs(program: Program) -> frozenset[int]:
     """Positions of outputs that a lowered training program does not compute."""
     outputs = (node for turn in program.calls(TURN) for node in turn.args[0])
     return frozenset(i for i, node in enumerate(outputs) if node.target is ABSENT)
+
+
+def saved_outputs(program: Program) -> frozenset[int]:
+    """Positions of outputs whose memory the backward of a lowered training program reads."""
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    read, turned = set[fx.Node](), False
+    for node in program.graph.nodes:
+        sources = list(aliased_inputs(node))
+        roots[node] = frozenset[fx.Node]().union(*(roots[source] for source in sources)) or frozenset({node})
+        if turned:
+            read.update(*(roots[value] for value in node.all_input_nodes))
+        turned = turned or node.target is TURN
+    outputs = (node for turn in program.calls(TURN) for node in turn.args[0])
+    return frozenset(i for i, node in enumerate(outputs) if roots[node] & read)
 
 
 class AbsentOutputError(StateError, AttributeError):

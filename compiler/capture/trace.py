@@ -10,7 +10,7 @@ import inspect
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
+from .assignments import followed_assignments
 
 _PREFIX = "model."
 _ROOMS = ("compiler", "models", "passes", "runtime")
@@ -38,8 +39,9 @@ class Captured:
 
     `results` rebuilds what the model returned: a pytree spec and its leaves, an int being the position of a
     program output, anything else a constant. `differentiable` are the positions that take a gradient,
-    `detached` those that would, had the loss not been chosen to be the only one. `records` are of the passes that made
-    it one process's, where tensors are sharded.
+    `detached` those that would, had the loss not been chosen to be the only one. `sources` tells of every gradient of
+    a parameter or input, by its role, the positions of the outputs that it comes from. `records` are of the passes
+    that made it one process's, where tensors are sharded.
     """
 
     program: Program
@@ -48,6 +50,7 @@ class Captured:
     differentiable: tuple[int, ...]
     detached: frozenset[int]
     notes: tuple[str, ...]
+    sources: Mapping[str, frozenset[int]]
     records: tuple[Record, ...] = ()
 
     @property
@@ -81,7 +84,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     mode = private.FakeTensorMode(allow_non_fake_inputs=True)
     fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
-    fake_model = _fake_copy(model, mode, dtypes, request.shapes or {})
+    fake_model, originals = _fake_copy(model, mode, dtypes, request.shapes or {})
     step = _Step(fake_model, leaves, spec, tuple(fakes), request.outputs)
     private.annotate_modules(step)
     with ExitStack() as stack:
@@ -91,12 +94,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
         graph_module = _trace(stack, step, tuple(fakes.values()))
         names = {id(value): name for name, value in named.items() if isinstance(value, Tensor)}
         names_by_leaf = [names.get(id(leaves[i]), f"input_{i}") for i in fakes]
-        program = _to_program(graph_module, model, names_by_leaf, list(fakes))
+        program = _to_program(graph_module, model, names_by_leaf, list(fakes), originals)
+    if request.backward and not step.differentiable:  # nothing takes a gradient: what is left is an evaluation
+        return capture(model, args, kwargs, replace(request, backward=False))
     program.name = "training" if request.backward else "evaluation"
     program.sources = {name: _forward_line(module) for name, module in model.named_modules()}
     _check_dtypes(program)
     assert step.result_spec is not None
-    return Captured(program, step.result_spec, step.result_leaves, step.differentiable, step.detached, tuple(notes))
+    return Captured(program, step.result_spec, step.result_leaves, step.differentiable, step.detached, tuple(notes),
+                    gradient_sources(program))  # fmt: skip
 
 
 class _Step(nn.Module):
@@ -117,7 +123,8 @@ class _Step(nn.Module):
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        result = self.model(*args, **kwargs)
+        with followed_assignments(self.model):
+            result = self.model(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)
         only_loss = self.outputs == "loss" and loss is not None
@@ -180,14 +187,19 @@ def _fake(mode: private.FakeTensorMode, tensor: Tensor, dtype: torch.dtype | Non
 
 
 def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[str, torch.dtype],
-               shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:  # fmt: skip
+               shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
+    """A copy whose parameters and buffers are fake, and by their copies' identity the tensors that it holds besides."""
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         with mode:  # chunks hold parameters contiguously
             fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
         memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
     memo |= {id(buffer): _fake(mode, buffer.detach(), None) for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
+    fake_model = copy.deepcopy(model, memo)
+    copied = memo.get(id(memo), ())  # where deepcopy keeps alive what it has copied
+    return fake_model, {
+        id(memo[id(value)]): value for value in copied if isinstance(value, Tensor) and id(value) in memo
+    }
 
 
 # -- tracing -----------------------------------------------------------------------------------------------
@@ -203,6 +215,11 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
             "configuration alone: use torch.where or a mask there, or pass the value as a Python argument."
         ) from error
     except RuntimeError as error:
+        if "use_reentrant=True" in str(error):
+            raise CaptureError(
+                f"{_source_line(error)}: checkpoint(use_reentrant=True) cannot be captured; use use_reentrant=False, "
+                "or leave the checkpoint out: compile(recompute=) decides what is computed again"
+            ) from error
         error.add_note(f"while geminifx captured the model, at {_source_line(error)}")
         raise
 
@@ -254,7 +271,9 @@ def _check_dtypes(program: Program) -> None:
 # -- from torch's graph to ours ----------------------------------------------------------------------------
 
 
-def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str], leaves: list[int]) -> Program:
+def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str], leaves: list[int],
+                originals: Mapping[int, Tensor]) -> Program:  # fmt: skip
+    """`originals`: by the identity of a copy that was traced, the model's own tensor."""
     program = Program("captured")
     program.set_results({})
     values: dict[fx.Node, fx.Node] = {}
@@ -266,7 +285,7 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
             values[node] = program.add_input(_identifier(name), type_of_value(node.meta["val"]), role,
                                              tied.get(role.removeprefix("parameter:"), ""))  # fmt: skip
         elif node.op == "get_attr":
-            values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)))
+            values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)), originals)
     for node in nodes:
         if node.op == "call_function":
             values[node] = _add_call(program, node, values)
@@ -292,11 +311,17 @@ def _add_call(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -
     return program.emit(node.target, args, kwargs, before=program.output, like=origin, name=node.name)
 
 
-def _add_constant(program: Program, node: fx.Node, value: Any) -> fx.Node:
+def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mapping[int, Tensor]) -> fx.Node:
+    if isinstance(value, nn.Parameter):
+        raise CaptureError(
+            f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that is "
+            "not among model.parameters(): its module stands in a plain list, dict or tuple. Expected nn.ModuleList, "
+            "nn.ModuleDict, nn.ParameterList or an attribute, so that it is trained and saved"
+        )
     if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
         raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
     name = _identifier(str(node.target).lstrip("_"))
-    program.constants[name] = value
+    program.constants[name] = originals.get(id(value), value)
     placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
     annotate(placeholder, module=_without_prefix(private.module_of(node)))
     return placeholder
@@ -318,6 +343,8 @@ def _input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[
             return f"input:{leaves[i]}", names[i]
         case private.TangentAOTInput(output=private.PlainAOTOutput(idx=i)):
             return f"tangent:{i}", f"tangent_{i}"
+        case private.TangentAOTInput(output=private.InputMutationAOTOutput(mutated_input=written)):
+            raise _written(written, names, leaves)
     raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
 
 
@@ -332,9 +359,33 @@ def _result_role(description: Any, names: list[str], leaves: list[int]) -> str:
         case private.InputMutationAOTOutput(mutated_input=private.BufferAOTInput(target=target)):
             return f"mutation:{_without_prefix(target)}"
         case private.InputMutationAOTOutput(mutated_input=written):
-            _, name = _input_role(written, names, leaves)
-            raise CaptureError(f"the model writes to {name} in its forward; expected writes to buffers alone")
+            raise _written(written, names, leaves)
     raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
+
+
+def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureError:
+    _, name = _input_role(description, names, leaves)
+    return CaptureError(
+        f"the model writes to {name} in its forward; expected writes to buffers alone. What is averaged or counted "
+        "there can be a buffer, or be written outside of the forward, by parameter.data.copy_()"
+    )
+
+
+def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
+    """The positions of the outputs that each gradient comes from; a shared parameter has one, under its first name."""
+    reached: dict[fx.Node, frozenset[int]] = {}
+    for node in program.graph.nodes:
+        kind, _, position = note(node).role.partition(":")
+        own = [frozenset({int(position)})] if kind == "tangent" else []
+        reached[node] = frozenset().union(*own, *(reached[value] for value in node.all_input_nodes))
+    tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
+    found: dict[str, frozenset[int]] = {}
+    for role, value in program.results.items():
+        if role.startswith("gradient:"):
+            name = role.removeprefix("gradient:")
+            role = f"gradient:{tied.get(name, name)}"
+            found[role] = found.get(role, frozenset()) | reached[value]
+    return found
 
 
 def _without_prefix(name: str) -> str:

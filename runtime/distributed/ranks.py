@@ -111,6 +111,14 @@ class Ranks:
             self.call(dist.broadcast, there, src=0)
             tensor.copy_(there)
 
+    def on_any(self, flags: list[bool], device: torch.device) -> list[bool]:
+        """Which of them are set on any rank."""
+        if not self.together:
+            return flags
+        found = torch.tensor(flags, dtype=torch.int32, device=device)
+        self.call(dist.all_reduce, found, op=dist.ReduceOp.MAX)
+        return [flag != 0 for flag in found.tolist()]
+
     def gather(self, value: Any) -> list[Any]:
         """What every rank has for `value`."""
         found: list[Any] = [value] * self.size

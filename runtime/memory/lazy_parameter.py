@@ -100,6 +100,22 @@ class LazyParameter(nn.Parameter):
         return memo.setdefault(id(self), nn.Parameter(self.source.read(), self.requires_grad))
 
 
+class Gradient(Tensor):
+    """A gradient that may be changed in place; assigning its `.data` writes to it, as there is nothing else to keep
+    the assigned tensor. Operators on it return plain tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(value)
+
+
 class _View(Tensor):
     """A copy, or a view of one: whoever wrote to it would write to a copy, and so it raises what `refusal` makes."""
 
@@ -110,6 +126,14 @@ class _View(Tensor):
         view = wrapper_parameter(cls, tuple(values.shape), values.stride(), values.dtype, False)
         view.values, view.refusal = values, refusal
         return view
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise self.refusal("its .data")
 
     def numpy(self, *, force: bool = False) -> Any:
         return _array(self.values, self.requires_grad, force)

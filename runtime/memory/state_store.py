@@ -22,11 +22,20 @@ from .streams import CopyEngine
 
 @dataclass
 class Run:
-    """One run of a program under way: the chunks its backward reduces, and those it has copied from their masters."""
+    """One run of a program under way: the chunks its backward reduces, and those it has copied from their masters.
+
+    `absent` are the parameters that get no gradient from its backward, by chunk and slot: no output that they reach
+    was used.
+    """
 
     reduces: frozenset[int] = frozenset()
     backward: bool = False
+    absent: frozenset[tuple[int, int]] = frozenset()
     refreshed: set[int] = field(default_factory=set)
+
+    def reached(self, chunk: int, slots: list[int]) -> list[int]:
+        """Those of a chunk's slots that get a gradient."""
+        return [slot for slot in slots if (chunk, slot) not in self.absent] if self.absent else slots
 
 
 class StateStore(Protocol):

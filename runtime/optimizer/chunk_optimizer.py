@@ -195,6 +195,7 @@ class ChunkOptimizer(Optimizer):
                 f"step() came after {store.backwards} of accumulate={self.declared.accumulate} backwards; with "
                 "in_backward=True the last of them is what updates"
             )
+        store.zeroed.step(lambda place: store.chunks.layout.chunks[place[0]].slots[place[1]].name)
         if not store.held.measures:
             # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
             store.update_all(1.0)

@@ -29,6 +29,7 @@ from .slot_source import make_lazy
 from .states import ChunkState
 from .updater import Updater
 from .worker import Tickets, Worker
+from .zeroed import ZeroedGradients
 
 HALF_UPDATED = (
     "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
@@ -60,6 +61,7 @@ class OwnStore:
         self.tickets = Tickets(self.worker, self.copies, lambda index: self.states[index].name)
         self.held = HeldGradients(self.states, self.tickets, stats)
         self.updater = Updater(self.states, self.tickets, self.held, stats, zero.ranks.on_this_host)
+        self.zeroed = ZeroedGradients()
         self.backwards = 0
         self.is_writable = False
         self._broken = ""
@@ -159,6 +161,7 @@ class OwnStore:
         index, state = chunk.layout.index, self.states[chunk.layout.index]
         gradients = self.zero.reduce(gradients, chunk.layout)
         self.tickets.arrive(index)
+        self.zeroed.brought(index, slots)
         last = self.backwards == self.format.accumulate
         adds = state.present or self.format.accumulate > 1
         if chunk.layout.shards > 1 and not adds and self.held.keeps(state):
@@ -254,12 +257,16 @@ class OwnStore:
             self.is_writable = False
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Drop what gradients there are. Raises StateError where they are used up already, but not by a step."""
+        """Drop what gradients there are; those that are set to zero must be brought anew before the next step.
+
+        Raises StateError where they are used up already, but not by a step.
+        """
         if self.format.in_backward and self.backwards == self.format.accumulate:
             raise StateError(
                 "zero_grad() came between the last backward() of a step and optimizer.step(), but with "
                 "in_backward=True the parameters are updated already; call zero_grad() after step(), or leave it out"
             )
+        self.zeroed.drop() if set_to_none else self.zeroed.zero()
         self.held.forget_all()
         self.backwards = 0
 

@@ -10,10 +10,11 @@ from ..distributed.zero import Zero
 from ..isa.errors import StateError
 from ..isa.formats import OwnFormat
 from ..memory.chunks import ChunkStore
-from ..memory.lazy_parameter import LazyParameter, gathered_gradient, refuse_gradient
+from ..memory.lazy_parameter import Gradient, LazyParameter, gathered_gradient, refuse_gradient
 from .gradients import HeldGradients
 from .own_states import OwnStates
 from .states import ChunkState
+from .zeroed import ZeroedGradients
 
 
 class Slots(Protocol):
@@ -29,6 +30,8 @@ class Slots(Protocol):
     def held(self) -> HeldGradients: ...
     @property
     def states(self) -> OwnStates: ...
+    @property
+    def zeroed(self) -> ZeroedGradients: ...
     @property
     def is_writable(self) -> bool: ...
     def state_of(self, parameter: str) -> tuple[ChunkState, int]: ...
@@ -80,7 +83,7 @@ class SlotSource:
         self.store.finish(state.layout.index)
         held = state.slice(self.store.held.total(state), slot)
         divided = self.store.chunks.chunks[state.layout.index].layout.shards > 1
-        return gathered_gradient(self.store.join(held, self.name), self.name) if divided else held
+        return gathered_gradient(self.store.join(held, self.name), self.name) if divided else held.as_subclass(Gradient)
 
     def set_gradient(self, value: Tensor | None) -> None:
         if value is None:
@@ -91,6 +94,7 @@ class SlotSource:
         self.store.finish(state.layout.index)
         state.slice(self.store.held.total(state), slot).copy_(self.store.take(value, self.name))
         state.present.add(slot)
+        self.store.zeroed.brought(state.layout.index, [slot])
 
     def _state(self) -> tuple[ChunkState, int]:
         return self.store.state_of(self.name)
@@ -117,6 +121,8 @@ def make_lazy(store: Slots) -> None:
 
 def _make_lazy(parameter: nn.Parameter, source: SlotSource) -> None:
     trained = parameter.requires_grad
-    torch.utils.swap_tensors(parameter, LazyParameter(source, True))
-    parameter.register_hook(refuse_gradient)
+    takes_gradients = source.dtype.is_floating_point
+    torch.utils.swap_tensors(parameter, LazyParameter(source, takes_gradients))
+    if takes_gradients:
+        parameter.register_hook(refuse_gradient)
     parameter.requires_grad_(trained)

@@ -46,6 +46,7 @@ def large(tiny):
     return [contestant.step().item() for _ in range(3)]
 
 
+@pytest.mark.slow
 @ALONE
 @pytest.mark.parametrize("system", [Ours, OursDefault, OursTorch])
 def test_ours_adds_up_to_one_large_batch(system, tiny, large):

@@ -72,7 +72,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 QUICK = ("gpt2, tied", "gemma2, softcap")
-IN_BFLOAT16 = [pytest.param(m, marks=[] if name in QUICK else pytest.mark.slow) for name, m in MODELS.items()]
+IN_BFLOAT16 = list(MODELS.values())
 
 
 def tokens(batch: int = BATCH, length: int = LENGTH, vocabulary: int = VOCABULARY) -> Batch:
@@ -115,6 +115,7 @@ def test_loss_and_gradients_are_plain_pytorchs(build: Callable[[], nn.Module]) -
     assert_near(ours, theirs, 1e-5)
 
 
+@pytest.mark.slow
 @every_model
 def test_the_loss_has_the_bits_of_the_program_with_logits(build: Callable[[], nn.Module]) -> None:
     fused, whole = compiled(build, fuse_loss=True), compiled(build, fuse_loss=False)
@@ -125,6 +126,7 @@ def test_the_loss_has_the_bits_of_the_program_with_logits(build: Callable[[], nn
     assert_near(ours, theirs, 4e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", IN_BFLOAT16, ids=MODELS)
 def test_in_bfloat16_gradients_are_as_near_to_float32s(build: Callable[[], nn.Module]) -> None:
     _, exact = step(compiled(build, fuse_loss=False), tokens())

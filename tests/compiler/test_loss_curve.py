@@ -44,6 +44,7 @@ def fsdp2(dtype: torch.dtype) -> list[float]:
     return curve(model, torch.optim.AdamW(model.parameters(), **ADAMW))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_the_curve_is_fsdp2s_within_twice_what_its_precision_moves_it(alone: None, in_backward: bool) -> None:
     exact, low = fsdp2(torch.float32), fsdp2(torch.bfloat16)

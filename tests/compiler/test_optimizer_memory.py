@@ -143,6 +143,7 @@ KINDS_OF_HOME = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     widths=st.lists(st.integers(1, 96), min_size=1, max_size=4),

@@ -21,6 +21,7 @@ def shape() -> OPTConfig:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel, world",
     [

@@ -46,6 +46,7 @@ def test_what_each_stage_divides(zero: int, trained: int, frozen: int) -> None:
     assert plan.shards(replace(chunks[0], reduced_over=())) == 1, "there is nobody to share with"
 
 
+@pytest.mark.slow
 @STAGES
 def test_plans_tell_the_stage_and_come_back_from_json(zero: int) -> None:
     plan = planned(zero)
@@ -55,6 +56,7 @@ def test_plans_tell_the_stage_and_come_back_from_json(zero: int) -> None:
     assert again.layout == plan.layout and again.estimate == plan.estimate
 
 
+@pytest.mark.slow
 @STAGES
 def test_a_rank_holds_a_quarter_of_the_training_state(zero: int) -> None:
     """On the host all of it; on the device but for the weights that programs compute with, below stage 3."""

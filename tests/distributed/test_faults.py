@@ -30,11 +30,13 @@ def said() -> list[Said]:
     return said_by(codes=(0, 7))
 
 
+@pytest.mark.slow
 @TOGETHER
 def test_without_a_fault_nothing_is_raised(said) -> None:
     assert [rank["none"] for rank in said] == [("", "")] * 2
 
 
+@pytest.mark.slow
 @TOGETHER
 @pytest.mark.parametrize(
     ("fault", "error", "message"),

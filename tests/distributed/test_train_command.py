@@ -51,6 +51,7 @@ def test_two_processes_stop_and_go_on_as_if_they_had_not(tmp_path: Path, monkeyp
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(dropout=0.0)

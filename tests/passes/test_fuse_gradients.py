@@ -82,6 +82,7 @@ def with_and_without(monkeypatch: pytest.MonkeyPatch, build: Callable[[], Compil
     return [model, other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", [OPT, GPT2, LLAMA], ids=lambda case: case.name)
 def test_models_find_the_same_bits(monkeypatch: pytest.MonkeyPatch, case: Case, precision: str) -> None:

@@ -94,6 +94,7 @@ def check_same(before: Program, after: Program, plan: Plan, values: dict[str, to
 LAYER = {"opt": "model.decoder.layers.0", "llama": "model.layers.0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", [OPT, LLAMA_OF_FOUR], ids=list(LAYER))

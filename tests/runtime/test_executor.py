@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from geminifx.runtime.distributed.ranks import Ranks
-from geminifx.runtime.executor import Code, Executor, NoGradient, ProgramRun, Step, TrainingRun
+from geminifx.runtime.executor import Code, Executor, NoGradient, Outlets, ProgramRun, Step, TrainingRun
 from geminifx.runtime.isa.errors import BudgetError, GeminiError, IllegalTransition, StateError
 from geminifx.runtime.isa.formats import TorchFormat
 from geminifx.runtime.isa.instructions import INSTRUCTIONS
@@ -93,7 +93,7 @@ class Toy:
     def step(self) -> torch.Tensor:
         """One training step with the loss sum(y^2); returns y."""
         anchor = torch.zeros((), requires_grad=True)
-        (y,) = Step.apply(TrainingRun(self.executor, [self.x]), (0,), anchor)
+        (y,) = Step.apply(TrainingRun(self.executor, [self.x], Outlets((0,))), anchor)
         y.square().sum().backward()
         return y.detach()
 
@@ -232,7 +232,7 @@ def test_a_device_without_room_stops_the_step_and_nothing_is_lost() -> None:
 
 def test_an_abandoned_forward_frees_its_activations() -> None:
     toy = Toy()
-    run = TrainingRun(toy.executor, [toy.x])
+    run = TrainingRun(toy.executor, [toy.x], Outlets((0,)))
     outputs = run.forward()
     assert toy.tiers[0].used_bytes == (16 * 8 + 16 * 2) * 4  # h and y
     del run, outputs
@@ -242,7 +242,10 @@ def test_an_abandoned_forward_frees_its_activations() -> None:
 
 def test_two_forwards_before_two_backwards() -> None:
     toy = Toy(torch.bfloat16, weights=frozenset({1}))
-    first, second = TrainingRun(toy.executor, [toy.x]), TrainingRun(toy.executor, [2 * toy.x])
+    first, second = (
+        TrainingRun(toy.executor, [toy.x], Outlets((0,))),
+        TrainingRun(toy.executor, [2 * toy.x], Outlets((0,))),
+    )
     y1, y2 = first.forward()[0], second.forward()[0]
     first.backward([torch.ones_like(y1)])
     second.backward([torch.ones_like(y2)])
@@ -310,12 +313,12 @@ def test_a_program_that_turns_while_it_reads_a_chunk_is_refused() -> None:
 
 def test_a_second_backward_and_a_changed_parameter_are_refused() -> None:
     toy = Toy()
-    run = TrainingRun(toy.executor, [toy.x])
+    run = TrainingRun(toy.executor, [toy.x], Outlets((0,)))
     tangent = torch.ones_like(run.forward()[0])
     run.backward([tangent])
     with pytest.raises(StateError, match="a second time"):
         run.backward([tangent])
-    run = TrainingRun(toy.executor, [toy.x])
+    run = TrainingRun(toy.executor, [toy.x], Outlets((0,)))
     run.forward()
     with torch.no_grad():
         toy.v.mul_(2)

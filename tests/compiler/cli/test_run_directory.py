@@ -111,6 +111,7 @@ def test_a_checkpoint_runs_no_code(run: Recipe, tokenizer: PreTrainedTokenizerBa
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "tokenizer", "state"])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_save_leaves_the_old_checkpoint(

@@ -52,6 +52,7 @@ def assert_round_trip(program, same):
 # -- captured programs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_captured_programs_round_trip_before_and_after_every_pass(captured, same):
     program, plan = captured
     assert_round_trip(program, same)

@@ -35,6 +35,7 @@ def test_grouped_heads_are_shared_by_as_many_ranks_as_there_are(mode: str) -> No
     check(sharded_step(LLAMA, MODES[mode]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["1d x 2", pytest.param("2.5d x 4, depth 1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", MORE, ids=[case.name for case in MORE])
 def test_other_families_too(case: Case, mode: str) -> None:

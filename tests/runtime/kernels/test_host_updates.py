@@ -98,6 +98,7 @@ def test_variants_agree(numel, seed, dtype, hyper, offset):
         assert found.equals(expected), variant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
 def test_threads_pieces_and_bulk_agree(hyper):
     expected = Problem(PIECE + 77, 5, torch.bfloat16)

@@ -220,6 +220,7 @@ def test_a_worker_that_nobody_used_has_no_thread() -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_python_exits_after_the_job_that_runs() -> None:
     """A thread that is ended by force in the middle of an operator aborts the process."""
     script = (

@@ -1,0 +1,119 @@
+"""State that a model's forward assigns. A buffer that it replaces becomes one that it writes to:
+
+    self.n = self.n + 1                            self.n.copy_(self.n + 1)
+    self.average.data = value                      self.average.copy_(value)
+
+A program computes tensors and leaves a module's other attributes alone: assigning those is refused where the program
+may have read a tensor that was there, and told where it may not matter, as with a cache.
+"""
+
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...runtime.isa.errors import CaptureError
+from .attributes import attributes_of
+
+_set_data = torch.Tensor.data.__set__
+
+
+class _DataIsWritten(TorchFunctionMode):
+    """`tensor.data = value` writes to the tensor: traced ones are known by their identity."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func != _set_data:  # a wrapper is made in every access
+            return func(*args, **kwargs or {})
+        tensor, value = args
+        _check_like(value, tensor, "a tensor's .data")
+        with torch.no_grad():
+            return tensor.copy_(value)
+
+
+@contextmanager
+def followed_assignments(model: nn.Module) -> Iterator[None]:
+    """While it is open `model`, a copy that is traced, runs its forward; on leaving all is as it was, but for buffers.
+
+    Warns of attributes that are assigned in vain. Raises CaptureError on leaving where a parameter was assigned, or a
+    tensor whose old value the program may have read, or a buffer was replaced by one of another kind.
+    """
+    before = [(path, module, _State.of(module)) for path, module in model.named_modules()]
+    with _DataIsWritten():
+        yield
+    for path, module, state in before:
+        state.restore(module, f"{path}." if path else "")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a module held before its forward."""
+
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
+    values: dict[str, Any]
+    keys: dict[str, Hashable]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_State":
+        return cls(dict(module._parameters), dict(module._buffers), dict(vars(module)), attributes_of(module))
+
+    def restore(self, module: nn.Module, prefix: str) -> None:
+        now = module._parameters
+        changed = [name for name in {**self.parameters, **now} if now.get(name) is not self.parameters.get(name)]
+        if changed:
+            raise CaptureError(
+                f"the forward assigns the parameter {prefix}{changed[0]}; expected it to compute with the parameters "
+                "that it has, and to write to buffers alone"
+            )
+        for name, buffer in self.buffers.items():
+            if buffer is not None:
+                _write_back(module, name, buffer, prefix + name)
+        if not type(module).__module__.startswith("torch.nn."):  # what torch's own modules keep is for themselves
+            self._tell(module, prefix)
+        vars(module).clear()
+        vars(module).update(self.values)
+        for name in module._buffers.keys() - self.buffers.keys():
+            del module._buffers[name]
+
+    def _tell(self, module: nn.Module, prefix: str) -> None:
+        for name, old in self.values.items():
+            if isinstance(old, Tensor) and vars(module).get(name) is not old:
+                raise CaptureError(
+                    f"the forward assigns the tensor {prefix}{name}, which a compiled program cannot follow from call "
+                    f'to call; register it: self.register_buffer("{name}", ..., persistent=False)'
+                )
+        keys, now, before = attributes_of(module), {**vars(module), **module._buffers}, {**self.values, **self.buffers}
+        new = {n for n, value in now.items() if isinstance(value, Tensor) and not isinstance(before.get(n), Tensor)}
+        told = sorted({name for name in {**keys, **self.keys} if keys.get(name) != self.keys.get(name)} | new)
+        if told:
+            warnings.warn(
+                f"the forward assigns {', '.join(prefix + name for name in told)}, and compiled steps leave that as it "
+                "is: they compute tensors and write to buffers. Return what is to be read from outside, and register "
+                "as a buffer what the next call reads",
+                stacklevel=2,
+            )
+
+
+def _write_back(module: nn.Module, name: str, buffer: Tensor, path: str) -> None:
+    now = module._buffers.get(name)
+    if now is buffer:
+        return
+    if now is None:
+        raise CaptureError(f"the forward removes the buffer {path}; expected it to stay, and to be written to")
+    _check_like(now, buffer, f"buffer {path}")
+    with torch.no_grad():
+        buffer.copy_(now)
+    module._buffers[name] = buffer
+
+
+def _check_like(value: Tensor, tensor: Tensor, what: str) -> None:
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise CaptureError(
+            f"the forward replaces {what} of {tensor.dtype} {list(tensor.shape)} by one of {value.dtype} "
+            f"{list(value.shape)}; a program's buffers keep their kind: make it as large as it gets beforehand"
+        )

@@ -1,0 +1,45 @@
+"""Gradients that were set to zero, and not to None: torch's optimizers update by a zero, which decays and moves on."""
+
+from collections.abc import Callable, Iterable
+
+from ..isa.errors import StateError
+
+Place = tuple[int, int]
+"""A parameter, by chunk and slot."""
+
+
+class ZeroedGradients:
+    """Gradients are gone once a step has used them up, so that zeros have no memory to stand in. Where every one of
+    them is brought anew before the step, as in most loops, that makes no difference; where not, the step is refused.
+    """
+
+    def __init__(self) -> None:
+        self._brought: set[Place] = set()  # since the last step
+        self._before: set[Place] = set()  # in earlier steps, and not dropped
+        self._zeroed: set[Place] = set()
+
+    def brought(self, index: int, slots: Iterable[int]) -> None:
+        self._brought.update((index, slot) for slot in slots)
+
+    def drop(self) -> None:
+        """zero_grad(set_to_none=True)."""
+        self._brought.clear()
+        self._before.clear()
+        self._zeroed.clear()
+
+    def zero(self) -> None:
+        """zero_grad(set_to_none=False)."""
+        self._zeroed |= self._brought | self._before
+        self._brought.clear()
+
+    def step(self, name: Callable[[Place], str]) -> None:
+        """Raises StateError where a gradient that was set to zero is still one."""
+        lacking = self._zeroed - self._brought
+        if lacking:
+            raise StateError(
+                f"zero_grad(set_to_none=False) set the gradient of {name(min(lacking))} to zero, and no backward has "
+                "brought another: torch's optimizers would update it by a zero, as weight decay does, and "
+                "model.optimizer(...) keeps no zeros. Call zero_grad(), which leaves such parameters alone"
+            )
+        self._before |= self._brought
+        self._brought.clear()
