@@ -1,6 +1,7 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -57,6 +58,13 @@ class CompiledModule(nn.Module):
         self.__signature__ = inspect.signature(source.forward)
         forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
         self.forward = forward
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The source's, for `isinstance` and for loops that go by a model's class, its name and its signature; the
+        object is a CompiledModule all the same."""
+        source = self.__dict__.get("source")
+        return CompiledModule if source is None else type(source)
 
     @property
     def training(self) -> bool:  # what the source's own forward reads
@@ -204,10 +212,26 @@ class CompiledModule(nn.Module):
         raise StateError("a compiled module cannot be pickled; save its state_dict(), or use save_pretrained()")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompiledModule":
-        raise StateError(
-            ".to(), .cuda(), .cpu(), .half() and .float() would move parameters out of their chunks; where they "
-            "live is the plan's choice: compile with placement=, precision= or device_budget= instead"
-        )
+        """`.to(device)`, `.cuda()` and `.cpu()` change nothing: where parameters live is the plan's choice, and inputs
+        are brought to where programs run. Training loops call them as a matter of course.
+
+        Raises StateError for what would change parameters in another way, such as `.half()`.
+        """
+        device = self.session.device.torch_device
+        probe = torch.zeros(1, device=device)
+        found = fn(probe)
+        if found.dtype != probe.dtype or found.is_shared() != probe.is_shared() or found.is_meta:
+            raise StateError(
+                "this would take parameters out of their chunks or change their dtype (.half(), .to(dtype), "
+                ".share_memory()); masters stay float32, and what is computed in is chosen by compile(precision=)"
+            )
+        if found.device.type != device.type:
+            warnings.warn(
+                f".to({found.device}) leaves a compiled model where it is: its plan decides what lies on {device} and "
+                "what on the host; compile(device=) chooses the device",
+                stacklevel=3,
+            )
+        return self
 
     # -- inspection ----------------------------------------------------------------------------------------
 
