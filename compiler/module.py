@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ class CompiledModule(nn.Module):
         forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
         self.forward = forward
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """The source's, for `isinstance` and for loops that go by a model's class, its name and its signature; the
         object is a CompiledModule all the same."""
         source = self.__dict__.get("source")
@@ -83,7 +84,11 @@ class CompiledModule(nn.Module):
     # -- the call ------------------------------------------------------------------------------------------
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        compiled = self.session.program(args, kwargs)
+        lent = vars(self.source).pop("forward", None) if self._is_lent else None
+        try:
+            compiled = self.session.program(args, kwargs)
+        finally:
+            vars(self.source).update({} if lent is None else {"forward": lent})
         backward = compiled.program.name == "training"
         self.session.ready(backward)
         inputs = self.session.inputs(compiled, args, kwargs)
@@ -94,6 +99,11 @@ class CompiledModule(nn.Module):
             results = compiled.executor.evaluate(inputs)
             outputs = [results[f"output:{i}"] for i in range(len(results))]
         return rebuild_result(compiled.captured, outputs)
+
+    @property
+    def _is_lent(self) -> bool:
+        """Whether the source has the compiled forward just now, while a method of it runs."""
+        return vars(self.source).get("forward") is self.forward
 
     def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
         code, captured = compiled.executor.code, compiled.captured
@@ -137,7 +147,7 @@ class CompiledModule(nn.Module):
         declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate)
         declared.check(self.session.dtypes.values())
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
-        return ChunkOptimizer(declared, groups, self.session.use, self.session.demanded, self.session.names())
+        return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names())
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ over all parameters, for torch's optimizers; returns the norm.
@@ -203,7 +213,37 @@ class CompiledModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["source"], name)
+            found = getattr(self.__dict__["source"], name)
+        return self._lent(found) if inspect.ismethod(found) else found
+
+    def _lent(self, method: Any) -> Any:
+        """A method of the source. Where it calls the model, as a `training_step` does, the compiled step runs, and it
+        may write to parameters, as one does that merges adapters."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            setup, source = self.session.setup, vars(self.source)
+            lends = "forward" not in source and not self._runs_plain(method.__name__)
+            with nullcontext() if setup is None else setup.machine.store.writable():
+                source |= {"forward": self.forward} if lends else {}
+                try:
+                    return method(*args, **kwargs)
+                finally:
+                    if lends:
+                        source.pop("forward", None)
+
+        return call
+
+    @staticmethod
+    def _runs_plain(name: str) -> bool:
+        """Whether a method runs the source's own forward: every token of `generate` would be a program of its own."""
+        if name == "generate":
+            warnings.warn(
+                "generate() runs the source model as it is, in the masters' dtype and outside of plan and budget; for "
+                "much of it load what was saved into a model of its own",
+                stacklevel=4,
+            )
+        return name == "generate"
 
     def __deepcopy__(self, memo: Any) -> "CompiledModule":
         raise StateError("a compiled module cannot be copied: its chunks are its own. Copy the model, then compile.")

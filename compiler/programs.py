@@ -3,7 +3,8 @@
 Nothing here decides anything or changes what a model is set up with.
 """
 
-from collections import OrderedDict
+import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,8 @@ from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..runtime.executor import Executor
 from .capture.arguments import leaf_key
+from .capture.attributes import Switches
+from .capture.refusals import hooks_of
 from .capture.trace import Captured
 
 Key = tuple[Hashable, ...]
@@ -58,8 +61,41 @@ class Call:
         trained = tuple(parameter.requires_grad for parameter in source.parameters())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
         backward = torch.is_grad_enabled() and (asked or any(trained))
-        modes = tuple(module.training for module in source.modules())
-        return cls(args, kwargs, backward, (backward, trained, modes, switches, spec, *map(leaf_key, leaves)))
+        modules = list(source.modules())
+        modes = tuple(module.training for module in modules)
+        key = backward, trained, modes, hooks_of(modules), switches, spec, *map(leaf_key, leaves)
+        return cls(args, kwargs, backward, key)
+
+
+class Recaptures:
+    """Warns of what makes one program after the other: an argument, or what a model's modules hold."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._values: dict[str, set[Hashable]] = defaultdict(set)
+        self._attributes: dict[str, Hashable] = {}
+        self._states: set[int] = set()
+
+    def note(self, call: Call, switches: Switches) -> None:
+        """Take note of a call that is captured."""
+        for path, leaf in pytree.tree_leaves_with_path((call.args, call.kwargs)):
+            if not isinstance(leaf, Tensor):
+                values = self._values[pytree.keystr(path[1:])]
+                values.add(leaf_key(leaf))
+                if len(values) == self.MOST:
+                    self._warn(f"the argument {pytree.keystr(path[1:])} came with a {self.MOST}th value, {leaf!r}")
+        before, self._attributes = self._attributes, switches.named()
+        self._states.add(switches.number())
+        if len(self._states) == self.MOST:
+            changed = ", ".join(switches.changed(before)[:3])
+            self._warn(f"the model was changed for the {self.MOST}th time since it was compiled, last in {changed}")
+            self._states.add(-1)  # once
+
+    @staticmethod
+    def _warn(what: str) -> None:
+        warnings.warn(f"{what}, and for each the model is captured anew; a number that changes from step to step can "
+                      "be a tensor of no dimensions, among the arguments or the buffers", stacklevel=4)  # fmt: skip
 
 
 class Recent(Generic[_V]):

@@ -43,7 +43,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, Key, Recent
+from .programs import Call, Compiled, Key, Recaptures, Recent
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -99,6 +99,7 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._switches = Switches(source)
+        self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -123,6 +124,7 @@ class Session:
 
     def _capture(self, call: Call) -> Captured:
         if call.key not in self._captured:
+            self._recaptures.note(call, self._switches)
             with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
                 request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes)
                 self._captured[call.key] = self._shard(capture(self.source, call.args, call.kwargs, request))
@@ -172,6 +174,11 @@ class Session:
     @property
     def is_placed(self) -> bool:
         return self.phase in (Phase.PLACED, Phase.TRAINING)
+
+    def placed(self) -> None:
+        """Let there be training states, as far as there are values."""
+        self.demanded()
+        self.place()
 
     def demanded(self) -> Setup:
         """The setup, planned by a guess where no call has told yet. Raises StateError where nothing is known of the

@@ -15,6 +15,7 @@ from ..runtime.isa.errors import CaptureError
 from .attention import NAME, hugging_face_attention
 from .examples import example_inputs
 from .functional import functional_attention
+from .value_checks import checks_pass
 
 __all__ = ["blocks", "capturable", "example_inputs"]
 
@@ -138,8 +139,9 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, exceptions included.
 
     Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, and no branch
-    on random layer skipping; direct calls of torch's attention are routed for any module. Parameters are
-    untouched. Not reentrant across threads: torch functions are replaced while it is open.
+    on random layer skipping; checks of tensors' values pass; direct calls of torch's attention are routed for
+    any module. Parameters are untouched. Not reentrant across threads: torch functions are replaced while it
+    is open.
 
     With `position_ids` among the inputs the rows count as packed sequences, as transformers has it without a
     cache. Yields notes in plain words on what stays eager; the list is complete on leaving.
@@ -153,6 +155,7 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     with ExitStack() as stack:
         stack.enter_context(_restored(_configs(model)))
         stack.enter_context(_layers_never_dropped())
+        stack.enter_context(checks_pass())
         notes = stack.enter_context(hugging_face_attention(given))
         stack.enter_context(functional_attention(notes))
         _choose_implementations(model, notes)

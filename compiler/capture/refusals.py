@@ -1,11 +1,14 @@
 """Models that cannot be captured, told before anything is done to them, with the way that works instead."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
+
+from ...runtime.isa.errors import CaptureError
 
 
 def refuse(model: nn.Module) -> None:
@@ -15,12 +18,41 @@ def refuse(model: nn.Module) -> None:
             name = f"{type(module).__name__} {path}".rstrip()
             raise ValueError(f"{name} {reason}")
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"parameter {name} has no shape yet; call the lazy module once before it is compiled")
         if parameter.is_complex() and parameter.requires_grad:
             raise ValueError(
                 f"parameter {name} is complex, and training state is of real numbers; keep its real and imaginary "
                 "parts as two parameters and join them by torch.complex() where they are used"
+            )
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, ...], ...]:
+    """Which modules have hooks, by their place, and which these are."""
+    return tuple(
+        (place, *m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
+        for place, m in enumerate(modules)
+        if m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
+    )
+
+
+def tell_of_hooks(model: nn.Module) -> None:
+    """Warns of forward hooks, which run while the model is captured and not in steps.
+
+    Raises CaptureError for backward hooks, which would not run at all.
+    """
+    for path, module in model.named_modules():
+        name = f"{type(module).__name__} {path}".rstrip()
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(
+                f"{name} has a backward hook, which a compiled step would not call; remove it, and work on .grad "
+                "between backward() and optimizer.step(), or register a hook on a tensor of the loss"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            warnings.warn(
+                f"{name} has a forward hook: what it computes of tensors becomes part of the program, and its Python "
+                "runs while the model is captured, not in every step",
+                stacklevel=2,
             )
 
 

@@ -28,6 +28,7 @@ from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
 from .assignments import followed_assignments
+from .refusals import tell_of_hooks
 
 _PREFIX = "model."
 _ROOMS = ("compiler", "models", "passes", "runtime")
@@ -79,6 +80,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     Tensor inputs are known by their shapes and dtypes alone; everything else is baked into the program.
     Raises CaptureError where Python depends on the values of tensors, naming the model's source line.
     """
+    tell_of_hooks(model)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     named = _named_arguments(model, args, kwargs)
     mode = private.FakeTensorMode(allow_non_fake_inputs=True)
@@ -158,9 +160,10 @@ def _checked(value: Any) -> Any:
     """A part of the result that is no tensor, if it cannot hold one."""
     if value is None or isinstance(value, (str, bytes, int, float, complex, Enum, torch.dtype, torch.device)):
         return value
+    advice = "; call it with use_cache=False" if "Cache" in type(value).__name__ else ""
     raise CaptureError(
         f"the model returned a {type(value).__name__}, which may hold tensors that nobody would fill in; expected "
-        "tensors in tuples, lists, dicts or classes registered with torch.utils._pytree.register_pytree_node"
+        f"tensors in tuples, lists, dicts or classes registered with torch.utils._pytree.register_pytree_node{advice}"
     )
 
 

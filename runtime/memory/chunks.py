@@ -15,6 +15,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from ..distributed.local_shards import ALONE, LocalShards
 from ..isa.errors import IllegalTransition, StateError
@@ -121,6 +122,12 @@ class Chunk:
         return grad is not None and grad.data_ptr() == self.gradient.data_ptr() + offset
 
 
+def with_own_storage(view: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage is no larger than itself. Of a view the whole chunk would be saved, and
+    whoever asks which tensors share memory would take all parameters of a chunk for one."""
+    return view if view.is_meta or not view.numel() else from_dlpack(view)
+
+
 class ChunkStore:
     """All chunks of a model, and the model's parameters as views of their masters.
 
@@ -147,7 +154,7 @@ class ChunkStore:
             if not parameter.is_meta:
                 view.copy_(self.local_shard(chunk.layout.slots[slot], parameter.detach()))
             grad, parameter.grad = parameter.grad, None
-            parameter.data = view
+            parameter.data = with_own_storage(view)
             if grad is not None:
                 parameter.grad = self.local_shard(chunk.layout.slots[slot], grad).to(view.device, view.dtype)
         chunk.master = master
@@ -174,7 +181,7 @@ class ChunkStore:
                     )
                 view = chunk.slice(chunk.master, chunk.layout.slots.index(slot))
                 view.copy_(parameter.detach())
-                parameter.data = view
+                parameter.data = with_own_storage(view)
 
     def versions(self) -> dict[str, int]:
         """How often each parameter was written in place, by name."""

@@ -29,6 +29,10 @@ class Source(Protocol):
     def read(self) -> Tensor:
         """The master, in a tensor of its own."""
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether it may be written just now."""
+
     def write(self, value: Tensor) -> None:
         """Set the master. Raises StateError where it may not be written."""
 
@@ -43,8 +47,9 @@ class LazyParameter(nn.Parameter):
     """A parameter of a compiled model that `model.optimizer(...)` trains.
 
     Reading it builds its float32 master anew; writing to it or to a view of it raises StateError, and so does
-    stepping another optimizer over it. `load_state_dict` of the compiled model is what sets it. It reports the
-    CPU as its device, wherever its master lies, because that is where it is read to.
+    stepping another optimizer over it. `load_state_dict` of the compiled model is what sets it, and operators that
+    write to it in place do while its source is writable. It reports the CPU as its device, wherever its master lies,
+    because that is where it is read to.
     """
 
     source: Source
@@ -61,7 +66,11 @@ class LazyParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise _refusal(self.source.name, "its .data")
+        if isinstance(value, LazyParameter) and value.source is self.source:  # as `p.data += x` ends
+            return
+        if not self.source.is_writable:
+            raise _refusal(self.source.name, "its .data")
+        self.source.write(_built(value))
 
     @property
     def grad(self) -> Tensor | None:
@@ -85,9 +94,12 @@ class LazyParameter(nn.Parameter):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return LazyParameter(args[0].source, False)
-        if func is torch.ops.aten.copy_.default and isinstance(args[0], LazyParameter):
-            args[0].source.write(_built(args[1]))
-            return args[0]
+        first = args[0] if args else None
+        if isinstance(first, LazyParameter) and _writes_to_first_alone(func) and first.source.is_writable:
+            value = first.source.read()
+            func(value, *pytree.tree_map(_built, args[1:]), **pytree.tree_map(_built, kwargs or {}))
+            first.source.write(value)
+            return first
         return _run(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -104,7 +116,7 @@ class Gradient(Tensor):
     """A gradient that may be changed in place; assigning its `.data` writes to it, as there is nothing else to keep
     the assigned tensor. Operators on it return plain tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
     def data(self) -> Tensor:
@@ -114,6 +126,24 @@ class Gradient(Tensor):
     def data(self, value: Tensor) -> None:
         with torch.no_grad():
             self.copy_(value)
+
+
+class UsedUpGradient(Tensor):
+    """In the place of a gradient that an update has used up already: it is not None, and any use of it raises."""
+
+    error: StateError
+
+    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, error: StateError) -> "UsedUpGradient":
+        gradient = wrapper_parameter(cls, shape, torch.empty(shape, device="meta").stride(), dtype, False)
+        gradient.error = error
+        return gradient
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise next(leaf.error for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, UsedUpGradient))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return "<gradient, used up in the backward>"
 
 
 class _View(Tensor):
@@ -178,6 +208,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if not func.is_view:
         return result
     return pytree.tree_map_only(Tensor, lambda tensor: _View(tensor, refusal), result)
+
+
+def _writes_to_first_alone(func: Any) -> bool:
+    written = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return written == [0]
 
 
 def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:

@@ -297,6 +297,11 @@ class ChunkOptimizer(Optimizer):
 
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
+        if self._store is None and not state_dict["state"]:  # as wrappers of optimizers do before the first step
+            super().load_state_dict(state_dict)
+            check_groups(self.param_groups)
+            self._take_groups()
+            return
         self.store.finish()
         before = self.param_groups
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})

@@ -250,11 +250,11 @@ class OwnStore:
 
     @contextmanager
     def writable(self) -> Iterator[None]:
-        self.is_writable = True
+        before, self.is_writable = self.is_writable, True
         try:
             yield
         finally:
-            self.is_writable = False
+            self.is_writable = before
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Drop what gradients there are; those that are set to zero must be brought anew before the next step.

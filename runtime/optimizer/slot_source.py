@@ -10,7 +10,7 @@ from ..distributed.zero import Zero
 from ..isa.errors import StateError
 from ..isa.formats import OwnFormat
 from ..memory.chunks import ChunkStore
-from ..memory.lazy_parameter import Gradient, LazyParameter, gathered_gradient, refuse_gradient
+from ..memory.lazy_parameter import Gradient, LazyParameter, UsedUpGradient, gathered_gradient, refuse_gradient
 from .gradients import HeldGradients
 from .own_states import OwnStates
 from .states import ChunkState
@@ -58,6 +58,10 @@ class SlotSource:
         self.store.finish(state.layout.index)
         return self.store.join(state.read(slot), self.name).cpu()
 
+    @property
+    def is_writable(self) -> bool:
+        return self.store.is_writable
+
     def write(self, value: Tensor) -> None:
         if not self.store.is_writable:
             raise StateError(
@@ -76,8 +80,10 @@ class SlotSource:
 
     def gradient(self) -> Tensor | None:
         """The gradient itself, or, where its chunk is divided, a copy that refuses to be written to."""
-        self._refuse_in_backward("read")
         state, slot = self._state()
+        if self.store.format.in_backward:
+            had = self.store.zeroed.has(state.layout.index, slot)
+            return UsedUpGradient(self.shape, self.dtype, self._used_up("read")) if had else None
         if slot not in state.present:
             return None
         self.store.finish(state.layout.index)
@@ -89,7 +95,8 @@ class SlotSource:
         if value is None:
             self.store.forget_gradient(self.name)
             return
-        self._refuse_in_backward("set")
+        if self.store.format.in_backward:
+            raise self._used_up("set")
         state, slot = self._state()
         self.store.finish(state.layout.index)
         state.slice(self.store.held.total(state), slot).copy_(self.store.take(value, self.name))
@@ -99,12 +106,11 @@ class SlotSource:
     def _state(self) -> tuple[ChunkState, int]:
         return self.store.state_of(self.name)
 
-    def _refuse_in_backward(self, done: str) -> None:
-        if self.store.format.in_backward:
-            raise StateError(
-                f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the "
-                "backward itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
-            )
+    def _used_up(self, done: str) -> StateError:
+        return StateError(
+            f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the "
+            "backward itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
+        )
 
 
 def make_lazy(store: Slots) -> None:

@@ -21,6 +21,10 @@ class ZeroedGradients:
     def brought(self, index: int, slots: Iterable[int]) -> None:
         self._brought.update((index, slot) for slot in slots)
 
+    def has(self, index: int, slot: int) -> bool:
+        """Whether a parameter has a gradient, for all that its user knows."""
+        return (index, slot) in self._brought or (index, slot) in self._before
+
     def drop(self) -> None:
         """zero_grad(set_to_none=True)."""
         self._brought.clear()
