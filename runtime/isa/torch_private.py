@@ -63,7 +63,7 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "export_joint",
-    "module_of", "num_references", "plain_dispatch",
+    "module_of", "num_references", "plain_dispatch", "plain_results",
     "unmetered", "use_expandable_segments", "wrapper_parameter",
 ]  # fmt: skip
 
@@ -104,6 +104,10 @@ def plain_dispatch() -> Iterator[None]:
             yield
         finally:
             torch._C._set_mkldnn_enabled(enabled)
+
+
+plain_results = torch._C._disabled_torch_function_impl
+"""A `__torch_function__` of tensor classes whose operators return plain tensors."""
 
 
 def num_references(tensor: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..isa.errors import StateError
-from ..isa.torch_private import wrapper_parameter
+from ..isa.torch_private import plain_results, wrapper_parameter
 
 
 class Source(Protocol):
@@ -116,7 +116,7 @@ class Gradient(Tensor):
     """A gradient that may be changed in place; assigning its `.data` writes to it, as there is nothing else to keep
     the assigned tensor. Operators on it return plain tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = plain_results
 
     @property
     def data(self) -> Tensor:

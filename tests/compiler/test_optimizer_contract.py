@@ -165,13 +165,16 @@ def test_gradients_that_are_used_up_are_neither_read_nor_set() -> None:
     model, optimizer = ours(in_backward=True)
     backward(model)
     parameter = next(model.parameters())
+    assert parameter.grad is not None, "as wrappers of loops ask"
     with pytest.raises(StateError, match=r"gradient of 0.0.weight was to be read.*pass max_grad_norm="):
-        _ = parameter.grad
+        parameter.grad.norm()
     with pytest.raises(StateError, match="was to be set"):
         parameter.grad = torch.zeros(48, 48)
     with pytest.raises(StateError, match="was to be read"):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    optimizer.zero_grad()
+    assert parameter.grad is None
 
 
 def test_a_backward_that_fails_half_way_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,9 @@ def test_an_optimizer_made_before_the_first_call_updates_from_it_on() -> None:
     assert optimizer.step() is None and optimizer.state_dict() == {**expected.state_dict(), "state": {}} | {
         "param_groups": optimizer.state_dict()["param_groups"]
     }
+    optimizer.load_state_dict(expected.state_dict())  # there is none yet
     with pytest.raises(StateError, match="there is no plan yet"):
-        optimizer.load_state_dict(expected.state_dict())
+        optimizer.load_state_dict({**expected.state_dict(), "state": {0: {"step": torch.tensor(1.0)}}})
     with pytest.raises(StateError, match="was called before"):
         model.optimizer(AdamW)
     Loop().run(NET, reference, expected)
