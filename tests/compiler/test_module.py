@@ -74,6 +74,18 @@ def test_save_pretrained_loads_with_transformers(case: Case, tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.xfail(strict=True, reason="None replaces the compiled model's own state, and the source's cannot be saved")
+@pytest.mark.parametrize("case", [OPT, GPT2], ids=lambda case: case.name)
+def test_save_pretrained_with_no_state_saves_its_own(case: Case, tmp_path: Path) -> None:
+    """As training loops call it, and with the optimizer that keeps masters elsewhere."""
+    model = compiled(case, placement="cpu")
+    optimizer = model.optimizer(torch.optim.AdamW)
+    case.loss(model, case.batch()).backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path, state_dict=None)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
 def test_other_models_save_as_safetensors(tmp_path: Path) -> None:
     model, other = compiled(BLOCKS), Blocks()
     train(BLOCKS, model, steps=1)
@@ -144,7 +156,6 @@ def test_buffers_under_two_names() -> None:
     assert torch.equal(geminifx.compile(copy.deepcopy(plain))(x), plain(x))
 
 
-REASSIGNED = pytest.mark.xfail(strict=True, reason="a buffer that the forward replaces keeps its old value")
 WRITES = {
     "self.n.add_(1)": lambda model, x: model.n.add_(1),
     "self.n[0] = ...": lambda model, x: model.n[:1].copy_(model.n[:1] + 1),
@@ -157,7 +168,7 @@ WRITES = {
 """Ways to write to a buffer, of which the last four replace it."""
 
 
-@pytest.mark.parametrize("write", [*list(WRITES)[:3], *(pytest.param(w, marks=REASSIGNED) for w in list(WRITES)[3:])])
+@pytest.mark.parametrize("write", WRITES)
 def test_buffers_that_the_forward_writes_to_keep_their_values(write: str) -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -352,12 +363,63 @@ def test_before_the_first_call_weights_on_meta_load_too() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act", [lambda m: m.to("cpu"), lambda m: m.half(), lambda m: m.cuda(), lambda m: m.double()])
-def test_moving_and_casting_are_refused(act: Any) -> None:
+MOVES = {
+    "cpu()": lambda model: model.cpu(),
+    "to(cpu)": lambda model: model.to("cpu"),
+    "to(cpu, float32)": lambda model: model.to("cpu", torch.float32),
+    "float()": lambda model: model.float(),
+    "within another module": lambda model: nn.ModuleList([model]).to("cpu"),
+}
+CASTS = {
+    "half()": lambda model: model.half(),
+    "double()": lambda model: model.double(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "meta": lambda model: model.to("meta"),
+    "within another module": lambda model: nn.ModuleList([model]).half(),
+    "share_memory()": lambda model: model.share_memory(),
+}
+NOT_SEEN = pytest.mark.xfail(strict=True, reason="share_memory_ works in place, on the probe that is compared with")
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our own"])
+def test_moving_to_where_a_model_is_changes_nothing(move: str, ours: bool, recwarn: pytest.WarningsRecorder) -> None:
+    """Training loops move models as a matter of course."""
+    model, plain = compiled(MLP, placement="cpu"), MLP.seeded()
+    optimizer = model.optimizer(torch.optim.AdamW) if ours else torch.optim.AdamW(model.parameters(), fused=True)
+    expected = torch.optim.AdamW(plain.parameters(), fused=True)
+    parameters, plan = list(model.parameters()), model.plan
+    for _ in range(2):
+        MOVES[move](model)
+        assert [id(p) for p in model.parameters()] == [id(p) for p in parameters] and model.plan == plan
+        for each, optim in ((model, optimizer), (plain, expected)):
+            MLP.loss(each, MLP.batch()).backward()
+            optim.step()
+            optim.zero_grad()
+    assert same(model, plain)
+    assert [str(told.message) for told in recwarn] == []
+
+
+@pytest.mark.parametrize("cast", [pytest.param(c, marks=NOT_SEEN) if c == "share_memory()" else c for c in CASTS])
+def test_casting_is_refused(cast: str) -> None:
     model = compiled(MLP)
     with pytest.raises(StateError, match="out of their chunks"):
-        act(model)
+        CASTS[cast](model)
+    assert not any(p.is_meta or p.dtype != torch.float32 for p in model.parameters())
     train(MLP, model, steps=1)
+
+
+def test_a_compiled_model_passes_for_its_source() -> None:
+    """Loops go by a model's class, its name and its signature."""
+    source = GPT2.seeded()
+    model = geminifx.compile(source)
+    assert isinstance(model, type(source)) and isinstance(model, geminifx.CompiledModule)
+    assert isinstance(model, nn.Module) and not isinstance(model, nn.Linear)
+    assert model.__class__ is type(source) and model.__class__.__name__ == "GPT2LMHeadModel"
+    assert inspect.signature(model.__class__.forward) == inspect.signature(type(source).forward)
+    assert inspect.signature(model.forward) == inspect.signature(source.forward)
+    assert type(model) is geminifx.CompiledModule
+    assert not isinstance(source, geminifx.CompiledModule)
 
 
 def test_copying_and_compiling_twice_are_refused() -> None:

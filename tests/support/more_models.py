@@ -9,6 +9,9 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -46,6 +49,19 @@ def bert(dropout: float = 0.0) -> nn.Module:
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     sizes = {"vocab_size": VOCAB, "intermediate_size": 64, "max_position_embeddings": 32}
     return BertForMaskedLM(BertConfig(**SIZES, **sizes, **rates)).train()
+
+
+def encoder_decoder() -> nn.Module:
+    """BERT twice, each with a configuration of its own, which the model exchanges for copies. Its weights are large, so
+    that what is seen and what is masked makes a difference; the same ones each time."""
+    torch.manual_seed(0)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.5}
+    first, second = (
+        BertConfig(**DECODER, **rates, is_decoder=decodes, add_cross_attention=decodes) for decodes in (False, True)
+    )
+    model = EncoderDecoderModel(encoder=BertModel(first), decoder=BertLMHeadModel(second))
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    return model.train()
 
 
 def t5() -> nn.Module:
