@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture.refusals import refuse
 from .module import CompiledModule
 from .options import Options
 
@@ -27,7 +28,7 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         or state is asked for, by inputs made from its configuration.
 
     Raises:
-        ValueError: an option is unknown or makes no sense.
+        ValueError: an option is unknown or makes no sense, or the model is of a kind that cannot be captured.
         BudgetError: nothing fits the budget; names the smallest that would and what takes the space.
         CaptureError: the model's Python depends on the values of tensors.
     """
@@ -35,6 +36,7 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         raise ValueError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, CompiledModule):
         raise ValueError("the model is compiled already; compile the model it was made from with other options")
+    refuse(model)
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
     compiled = CompiledModule(model, chosen)
     examples = chosen.example_inputs

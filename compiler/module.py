@@ -76,6 +76,14 @@ class CompiledModule(nn.Module):
         if "source" in self.__dict__:
             self.__dict__["source"].training = mode
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the source has is the source's to keep: its forward reads it there."""
+        source = self.__dict__.get("source")
+        if source is None or name in self.__dict__ or name not in vars(source) or hasattr(CompiledModule, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(source, name, value)
+
     def train(self, mode: bool = True) -> "CompiledModule":
         """As the source's own `train`, which may keep some modules in evaluation."""
         self.source.train(mode)
@@ -204,7 +212,8 @@ class CompiledModule(nn.Module):
             if self.session.ranks.rank != 0:
                 return
             if hasattr(self.source, "save_pretrained"):
-                self.source.save_pretrained(temporary, **{"state_dict": weights, **options})
+                given = options.pop("state_dict", None)
+                self.source.save_pretrained(temporary, state_dict=weights if given is None else given, **options)
             else:
                 save_weights(weights, temporary)
             carry_over(Path(directory), temporary)
@@ -259,8 +268,9 @@ class CompiledModule(nn.Module):
         """
         device = self.session.device.torch_device
         probe = torch.zeros(1, device=device)
+        dtype, is_shared = probe.dtype, probe.is_shared()
         found = fn(probe)
-        if found.dtype != probe.dtype or found.is_shared() != probe.is_shared() or found.is_meta:
+        if found.dtype != dtype or found.is_meta or (found.is_shared() != is_shared and found.device == device):
             raise StateError(
                 "this would take parameters out of their chunks or change their dtype (.half(), .to(dtype), "
                 ".share_memory()); masters stay float32, and what is computed in is chosen by compile(precision=)"

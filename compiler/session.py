@@ -35,7 +35,6 @@ from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
 from .capture.attributes import Switches
-from .capture.refusals import refuse
 from .capture.results import absent_outputs, saved_outputs
 from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
@@ -65,7 +64,6 @@ class Session:
     """
 
     def __init__(self, source: nn.Module, options: Options) -> None:
-        refuse(source)
         check_memory(source)
         self.source = source
         self.options = options

@@ -5,7 +5,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,14 +84,18 @@ def check_memory(source: nn.Module) -> None:
             extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             held[tensor.untyped_storage()._cdata].append((start, start + extent, name))
     for places in held.values():
-        for (_, end, first), (start, _, second) in pairwise(sorted(places)):
-            trained = any(n in parameters and parameters[n].requires_grad for n in (first, second))
-            if start < end and trained:
+        begun: list[tuple[int, str]] = []
+        for start, end, second in sorted(places):
+            begun = [(other, name) for other, name in begun if other > start]
+            for _, first in begun:
+                if not any(n in parameters and parameters[n].requires_grad for n in (first, second)):
+                    continue
                 raise ValueError(
                     f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
                     "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
                     "and transpose it where it is used"
                 )
+            begun.append((end, second))
 
 
 def check_parameters(source: nn.Module, compiled: Mapping[str, nn.Parameter], layout: Layout | None) -> None:

@@ -36,17 +36,36 @@ class _DataIsWritten(TorchFunctionMode):
 
 
 @contextmanager
-def followed_assignments(model: nn.Module) -> Iterator[None]:
+def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]:
     """While it is open `model`, a copy that is traced, runs its forward; on leaving all is as it was, but for buffers.
+
+    A forward is traced twice. `replaced` is kept from one time to the other: it gains the buffers that are replaced,
+    and the next time the forward reads copies of those, since a backward may still read what is then written to.
 
     Warns of attributes that are assigned in vain. Raises CaptureError on leaving where a parameter was assigned, or a
     tensor whose old value the program may have read, or a buffer was replaced by one of another kind.
     """
     before = [(path, module, _State.of(module)) for path, module in model.named_modules()]
+    for path, module, _ in before:
+        for name, buffer in module._buffers.items():
+            if _joined(path, name) in replaced:
+                module._buffers[name] = buffer.clone()
     with _DataIsWritten():
         yield
+    # All values are read before one is written: they may be of other buffers.
+    values = [(path, name, buffer, module._buffers.get(name)) for path, module, state in before
+              for name, buffer in state.buffers.items() if buffer is not None]  # fmt: skip
+    written = [(_joined(path, name), buffer, now) for path, name, buffer, now in values if now is not buffer]
+    replaced |= {path for path, _, _ in written}
+    news = [None if now is None else now.clone() for _, _, now in written]
+    for (path, buffer, _), new in zip(written, news, strict=True):
+        _write_back(buffer, new, path)
     for path, module, state in before:
-        state.restore(module, f"{path}." if path else "")
+        state.restore(module, path)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 @dataclass(frozen=True)
@@ -56,13 +75,18 @@ class _State:
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, Tensor | None]
     values: dict[str, Any]
+    hooks: dict[str, dict[Any, Any]]
     keys: dict[str, Hashable]
 
     @classmethod
     def of(cls, module: nn.Module) -> "_State":
-        return cls(dict(module._parameters), dict(module._buffers), dict(vars(module)), attributes_of(module))
+        hooks = {
+            name: dict(hooks) for name, hooks in vars(module).items() if "_hooks" in name and isinstance(hooks, dict)
+        }
+        return cls(dict(module._parameters), dict(module._buffers), dict(vars(module)), hooks, attributes_of(module))
 
-    def restore(self, module: nn.Module, prefix: str) -> None:
+    def restore(self, module: nn.Module, path: str) -> None:
+        prefix = _joined(path, "")
         now = module._parameters
         changed = [name for name in {**self.parameters, **now} if now.get(name) is not self.parameters.get(name)]
         if changed:
@@ -70,15 +94,15 @@ class _State:
                 f"the forward assigns the parameter {prefix}{changed[0]}; expected it to compute with the parameters "
                 "that it has, and to write to buffers alone"
             )
-        for name, buffer in self.buffers.items():
-            if buffer is not None:
-                _write_back(module, name, buffer, prefix + name)
-        if not type(module).__module__.startswith("torch.nn."):  # what torch's own modules keep is for themselves
+        if not type(module).__module__.startswith(("torch.nn.", "transformers.")):  # what these keep is for themselves
             self._tell(module, prefix)
         vars(module).clear()
         vars(module).update(self.values)
-        for name in module._buffers.keys() - self.buffers.keys():
-            del module._buffers[name]
+        module._buffers.clear()
+        module._buffers.update(self.buffers)
+        for name, hooks in self.hooks.items():
+            vars(module)[name].clear()
+            vars(module)[name].update(hooks)
 
     def _tell(self, module: nn.Module, prefix: str) -> None:
         for name, old in self.values.items():
@@ -99,16 +123,12 @@ class _State:
             )
 
 
-def _write_back(module: nn.Module, name: str, buffer: Tensor, path: str) -> None:
-    now = module._buffers.get(name)
-    if now is buffer:
-        return
+def _write_back(buffer: Tensor, now: Tensor | None, path: str) -> None:
     if now is None:
         raise CaptureError(f"the forward removes the buffer {path}; expected it to stay, and to be written to")
     _check_like(now, buffer, f"buffer {path}")
     with torch.no_grad():
         buffer.copy_(now)
-    module._buffers[name] = buffer
 
 
 def _check_like(value: Tensor, tensor: Tensor, what: str) -> None:

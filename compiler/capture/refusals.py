@@ -7,8 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ...runtime.isa.errors import CaptureError
+
+_OLD_HOOKS = (WeightNorm, SpectralNorm)
 
 
 def refuse(model: nn.Module) -> None:
@@ -57,10 +61,11 @@ def tell_of_hooks(model: nn.Module) -> None:
 
 
 def _reasons(module: nn.Module) -> Iterator[str]:
-    if hasattr(module, "_orig_mod"):
-        yield "was made by torch.compile; compile the module that it was made from, ._orig_mod"
     if isinstance(module, torch.jit.ScriptModule):
         yield "is scripted, and cannot be traced further; compile the module that it was made from"
+        return
+    if hasattr(module, "_orig_mod"):
+        yield "was made by torch.compile; compile the module that it was made from, ._orig_mod"
     if isinstance(module, (DataParallel, DistributedDataParallel)):
         yield 'divides the batch itself; compile its .module, with parallel={"data": N} for N processes'
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -72,6 +77,7 @@ def _reasons(module: nn.Module) -> Iterator[str]:
                 "optimizer.step() where they need it"
             )
     derived = [name for name, value in vars(module).items() if isinstance(value, Tensor) and not value.is_leaf]
+    derived += [hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, _OLD_HOOKS)]
     if derived:
         yield (
             f"has {derived[0]} computed by a hook from parameters of its own, as the old weight_norm, spectral_norm "

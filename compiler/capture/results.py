@@ -3,6 +3,7 @@
 A compiled step may never compute its logits. The model's result then has an `AbsentOutput` there.
 """
 
+import operator
 from typing import Any, NoReturn
 
 from torch import fx
@@ -37,10 +38,13 @@ def absent_outputs(program: Program) -> frozenset[int]:
 def saved_outputs(program: Program) -> frozenset[int]:
     """Positions of outputs whose memory the backward of a lowered training program reads."""
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    elements: dict[tuple[fx.Node, int], fx.Node] = {}
     read, turned = set[fx.Node](), False
     for node in program.graph.nodes:
-        sources = list(aliased_inputs(node))
-        roots[node] = frozenset[fx.Node]().union(*(roots[source] for source in sources)) or frozenset({node})
+        own, sources = node, list(aliased_inputs(node))
+        if node.target is operator.getitem:  # each of an operator's results has its own memory, unless they are views
+            own, sources = elements.setdefault(node.args, node), list(aliased_inputs(node.args[0]))
+        roots[node] = frozenset[fx.Node]().union(*(roots[source] for source in sources)) or frozenset({own})
         if turned:
             read.update(*(roots[value] for value in node.all_input_nodes))
         turned = turned or node.target is TURN

@@ -119,13 +119,14 @@ class _Step(nn.Module):
         self.result_leaves: tuple[Any, ...] = ()
         self.differentiable: tuple[int, ...] = ()
         self.detached: frozenset[int] = frozenset()
+        self.replaced: set[str] = set()  # buffers
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.leaves)
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with followed_assignments(self.model):
+        with followed_assignments(self.model, self.replaced):
             result = self.model(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)

@@ -199,12 +199,7 @@ TOLD: dict[str, tuple[Callable[[Assigns, Tensor], Any], str]] = {
 }
 
 
-LAZY = pytest.mark.xfail(
-    strict=True, reason="a buffer that was None stays what it became in the first trace: not restored for the second"
-)
-
-
-@pytest.mark.parametrize("how", [pytest.param(how, marks=LAZY) if "buffer" in how else how for how in TOLD])
+@pytest.mark.parametrize("how", TOLD)
 def test_an_attribute_that_the_forward_assigns_is_told(how: str) -> None:
     """A step computes tensors alone. It may be a cache that nobody reads, and so it is no error."""
     assign, names = TOLD[how]
@@ -319,10 +314,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return made
 
 
-UNSEEN = pytest.mark.xfail(strict=True, reason="functions are no switches: the program of the old one goes on, unseen")
-
-
-@pytest.mark.parametrize("change", [pytest.param(c, marks=UNSEEN) if "function" in c else c for c in CHANGES])
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_attribute_that_is_changed_is_read_anew(change: str, captures: list[bool]) -> None:
     """By another program, and the one before is found again when the attribute changes back."""
     plain, model = Reads(), geminifx.compile(Reads())
@@ -340,9 +332,6 @@ def test_an_attribute_that_is_changed_is_read_anew(change: str, captures: list[b
     assert torch.equal(results[0], results[3]) and torch.equal(results[1], results[4])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the compiled module keeps what is set on it for itself: its source never sees it"
-)
 def test_an_attribute_that_is_set_through_the_compiled_model_is_followed() -> None:
     plain, model = Reads(), geminifx.compile(Reads())
     model(batch())
@@ -381,9 +370,6 @@ def test_a_configuration_that_is_changed_is_followed(captures: list[bool]) -> No
         assert len(captures) == expected
 
 
-@pytest.mark.xfail(
-    strict=True, reason="hooks that the first trace sets stay, and what tells that they are there does not"
-)
 @pytest.mark.parametrize("asked", ["argument", "configuration"])
 @pytest.mark.parametrize("case", [GPT2, LLAMA], ids=lambda case: case.name)
 def test_hidden_states_are_collected(case: Case, asked: str) -> None:
@@ -442,7 +428,6 @@ def test_a_plain_tensor_that_is_changed_in_place_is_seen(captures: list[bool]) -
     assert len(captures) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="programs keep the tensor that was there when they were captured")
 def test_a_plain_tensor_that_is_replaced_is_seen() -> None:
     plain, model = Reads(), geminifx.compile(Reads())
     for value in (1.0, 2.0, 0.5):

@@ -74,7 +74,6 @@ def test_save_pretrained_loads_with_transformers(case: Case, tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="None replaces the compiled model's own state, and the source's cannot be saved")
 @pytest.mark.parametrize("case", [OPT, GPT2], ids=lambda case: case.name)
 def test_save_pretrained_with_no_state_saves_its_own(case: Case, tmp_path: Path) -> None:
     """As training loops call it, and with the optimizer that keeps masters elsewhere."""
@@ -378,7 +377,6 @@ CASTS = {
     "within another module": lambda model: nn.ModuleList([model]).half(),
     "share_memory()": lambda model: model.share_memory(),
 }
-NOT_SEEN = pytest.mark.xfail(strict=True, reason="share_memory_ works in place, on the probe that is compared with")
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -400,7 +398,7 @@ def test_moving_to_where_a_model_is_changes_nothing(move: str, ours: bool, recwa
     assert [str(told.message) for told in recwarn] == []
 
 
-@pytest.mark.parametrize("cast", [pytest.param(c, marks=NOT_SEEN) if c == "share_memory()" else c for c in CASTS])
+@pytest.mark.parametrize("cast", CASTS)
 def test_casting_is_refused(cast: str) -> None:
     model = compiled(MLP)
     with pytest.raises(StateError, match="out of their chunks"):

@@ -87,10 +87,9 @@ SHARED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "two in a frozen one": (lambda m: within(m, True), "0.weight and 1.bias"),
 }
-NESTED = pytest.mark.xfail(strict=True, reason="only neighbours are compared: what lies between two of them hides it")
 
 
-@pytest.mark.parametrize("how", [pytest.param(how, marks=NESTED) if "two in" in how else how for how in SHARED])
+@pytest.mark.parametrize("how", SHARED)
 def test_weights_that_are_tied_by_their_memory_are_refused(how: str) -> None:
     tie, names = SHARED[how]
     model = pair()
@@ -238,11 +237,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-TRACED = pytest.mark.xfail(strict=True, raises=KeyError, reason="its __dict__ is read before it is looked at")
-
-
 @pytest.mark.filterwarnings("ignore")  # of functions that torch has given up
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=TRACED) if kind == "traced" else kind for kind in REFUSED])
+@pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_captured_is_told_at_once(kind: str) -> None:
     build, message = REFUSED[kind]
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -449,7 +449,6 @@ SEVERAL_RESULTS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="results of one operator count as one memory: what is read is its other result")
 @pytest.mark.parametrize("kind", SEVERAL_RESULTS)
 def test_an_output_beside_which_the_backward_reads_another_result_may_be_changed(kind: str) -> None:
     """A mean, an index or a mask, of the operator that made the output. Hugging Face's Trainer scales losses so."""

@@ -89,20 +89,13 @@ def test_our_own_optimizer_in_a_loop_of_accelerate(declared: dict[str, Any]) -> 
     assert all(map(torch.equal, found, expected)) and same(model, plain)
 
 
-IN_CHUNKS = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="safetensors loads no parameters that are parts of a larger memory, as those in chunks are",
-)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "ours"),
     [
-        pytest.param(GPT2, False, marks=IN_CHUNKS),
+        (GPT2, False),
         (GPT2, True),
-        pytest.param(LLAMA, False, marks=IN_CHUNKS),
+        (LLAMA, False),
         (LLAMA, True),
     ],
     ids=["tied, torch's optimizer", "tied, our own", "torch's optimizer", "our own"],
