@@ -420,6 +420,15 @@ def test_a_compiled_model_passes_for_its_source() -> None:
     assert not isinstance(source, geminifx.CompiledModule)
 
 
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="Python looks up len(), iteration and [] in the object's type")
+def test_a_compiled_sequence_is_one() -> None:
+    """It passes for an nn.Sequential, and who asks that goes on to iterate."""
+    source = MLP.seeded()
+    model = geminifx.compile(source)
+    assert isinstance(model, nn.Sequential)
+    assert len(model) == len(source) and list(model) == list(source) and model[-1] is source[-1]
+
+
 def test_copying_and_compiling_twice_are_refused() -> None:
     model = compiled(MLP)
     with pytest.raises(StateError, match="cannot be copied"):

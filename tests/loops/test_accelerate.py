@@ -25,6 +25,7 @@ def reset() -> None:
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
+    reset()
     yield
     reset()
 

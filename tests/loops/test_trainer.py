@@ -107,7 +107,8 @@ def names(directory: Path) -> set[str]:
         return set(file.keys())
 
 
-@pytest.mark.parametrize("case", [pytest.param(GPT2, id="gpt2, tied"), SLOW_LLAMA])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [GPT2, LLAMA], ids=lambda case: case.name)
 def test_a_saved_model_loads_with_transformers(case: Case, tmp_path: Path) -> None:
     plain, found = both(case, tmp_path, max_steps=1)
     for each, name in ((plain, "plain"), (found, "compiled")):
