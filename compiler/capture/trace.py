@@ -26,6 +26,7 @@ from ...passes.program.request import Outputs
 from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
+from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
 from .assignments import followed_assignments
 
@@ -81,7 +82,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     named = _named_arguments(model, args, kwargs)
-    mode = private.FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FaithfulFakeMode(allow_non_fake_inputs=True)
     fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
     fake_model, originals = _fake_copy(model, mode, dtypes, request.shapes or {})
@@ -180,13 +181,13 @@ def rebuild_result(captured: Captured, outputs: list[Tensor]) -> Any:
 # -- fakes -------------------------------------------------------------------------------------------------
 
 
-def _fake(mode: private.FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast_dtype(tensor, dtype))
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[str, torch.dtype],
+def _fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, torch.dtype],
                shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
     """A copy whose parameters and buffers are fake, and by their copies' identity the tensors that it holds besides."""
     memo: dict[int, Any] = {}
