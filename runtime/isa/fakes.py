@@ -5,8 +5,9 @@ their results out as those would: elu's backward as torch.where of a condition, 
 kernel looks at the gradient first. Traced on such strides, a program takes views that real tensors do not allow, and
 copies where plain PyTorch takes views.
 
-Here stands what those operators' kernels do. All follow one of two rules: they are contiguous, or laid out as pointwise
-kernels are, which go by the strides of their operands, the first operand's first.
+Here stands what those operators' kernels do. All follow one of three rules: they are contiguous, contiguous or
+channels last as an argument is, or laid out as pointwise kernels are, which go by the strides of their operands, the
+first operand's first.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_private import FakeTensorMode, unmetered
+from .torch_private import FakeTensorMode, suggest_memory_format, unmetered
 
 _aten = torch.ops.aten
 _Rule = Callable[[Tensor, Mapping[str, Any]], tuple[int, ...]]
@@ -28,7 +29,7 @@ class FaithfulFakeMode(FakeTensorMode):
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().dispatch(func, types, args, kwargs)
         rule = LAYOUTS.get(func)
-        if rule is None:
+        if rule is None or (func in OF_CPUS and torch.cuda.is_available()):
             return result
         named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **(kwargs or {})}
         if isinstance(result, tuple):
@@ -49,6 +50,18 @@ def _contiguous(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
     return torch.empty(fake.shape, device="meta").stride()
 
 
+def _channels_last_as(name: str) -> _Rule:
+    """Contiguous, or channels last if the argument of this name is laid out in that way rather than in the other."""
+
+    def rule(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        if fake.dim() != arguments[name].dim():  # of statistics and weights
+            return _contiguous(fake, arguments)
+        memory_format = suggest_memory_format(arguments[name])
+        return torch.empty(fake.shape, device="meta", memory_format=memory_format).stride()
+
+    return rule
+
+
 def _like(*names: str) -> _Rule:
     """As pointwise kernels do it whose operands are the arguments of these names, in this order.
 
@@ -65,18 +78,24 @@ def _like(*names: str) -> _Rule:
     return rule
 
 
+def _clamp(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    return _like("self", *(name for name in ("min", "max") if arguments.get(name) is not None))(fake, arguments)
+
+
 def _rrelu_backward(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
     random = arguments["training"] and arguments["upper"] - arguments["lower"] > 1e-6
     return _like(*(("grad_output", "noise") if random else ("self", "grad_output")))(fake, arguments)
 
 
 LAYOUTS: Mapping[Any, _Rule] = {
-    # Pointwise, and what is called so in backwards.
+    # Pointwise, and the backwards of such.
     _aten._prelu_kernel_backward.default: _like("self", "weight", "grad_output"),
     _aten.binary_cross_entropy.default: _like("self"),
     _aten.binary_cross_entropy_backward.default: _like("self"),
+    _aten.clamp.Tensor: _clamp,
     _aten.complex.default: _like("real", "imag"),
     _aten.copysign.Tensor: _like("self", "other"),
+    _aten.div.Tensor_mode: _like("self", "other"),
     _aten.elu_backward.default: _like("grad_output", "self_or_result"),
     _aten.floor_divide.default: _like("self", "other"),
     _aten.hardsigmoid_backward.default: _like("grad_output", "self"),
@@ -101,18 +120,44 @@ LAYOUTS: Mapping[Any, _Rule] = {
     _aten.threshold_backward.default: _like("self", "grad_output"),
     _aten.xlogy.Tensor: _like("self", "other"),
     # Contiguous, whatever they are given.
+    _aten._log_softmax_backward_data.default: _contiguous,
     _aten._standard_gamma.default: _contiguous,
+    _aten.glu_backward.default: _contiguous,
     _aten.huber_loss_backward.default: _contiguous,
-    _aten.isin.Tensor_Tensor: _contiguous,
     _aten.isin.Tensor_Scalar: _contiguous,
+    _aten.isin.Tensor_Tensor: _contiguous,
     _aten.log_sigmoid_forward.default: _contiguous,
     _aten.mse_loss_backward.default: _contiguous,
     _aten.native_layer_norm_backward.default: _contiguous,
+    _aten.nll_loss2d_forward.default: _contiguous,
     _aten.normal.Tensor_Tensor: _contiguous,
     _aten.normal.Tensor_float: _contiguous,
     _aten.normal.float_Tensor: _contiguous,
     _aten.poisson.default: _contiguous,
     _aten.pow.Scalar: _contiguous,
     _aten.smooth_l1_loss_backward.default: _contiguous,
+    # Contiguous or channels last.
+    _aten._native_batch_norm_legit_functional.default: _channels_last_as("input"),
+    _aten._native_batch_norm_legit_no_training.default: _channels_last_as("input"),
+    _aten.native_batch_norm.default: _channels_last_as("input"),
+    _aten.native_batch_norm_backward.default: _channels_last_as("input"),
+    _aten.native_group_norm_backward.default: _channels_last_as("input"),
+    _aten.reflection_pad2d_backward.default: _channels_last_as("self"),
+    _aten.replication_pad2d_backward.default: _channels_last_as("self"),
+    _aten.roll.default: _channels_last_as("self"),
 }
 """By operator, how its kernel lays out each of its results, where torch's fake kernel tells another layout."""
+
+OF_CPUS = frozenset({
+    _aten._native_batch_norm_legit_functional.default,
+    _aten._native_batch_norm_legit_no_training.default,
+    _aten.log_sigmoid_forward.default,
+    _aten.native_batch_norm.default,
+    _aten.native_batch_norm_backward.default,
+    _aten.native_dropout_backward.default,
+    _aten.native_group_norm_backward.default,
+    _aten.reflection_pad2d_backward.default,
+    _aten.replication_pad2d_backward.default,
+    _aten.roll.default,
+})  # fmt: skip
+"""Those that a GPU has other kernels for, whose layouts were not looked at: there torch's fakes are believed."""
