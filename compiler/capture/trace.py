@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ...models.adapters import capturable
 from ...passes.program.manager import Record
+from ...passes.program.names import identifier
 from ...passes.program.program import Note, Program, annotate, note, type_of
 from ...passes.program.request import Outputs
 from ...passes.program.types import TensorType, type_of_value
@@ -283,7 +284,7 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
     for node in nodes:
         if node.op == "placeholder":
             role, name = _input_role(node.meta["desc"], names, leaves)
-            values[node] = program.add_input(_identifier(name), type_of_value(node.meta["val"]), role,
+            values[node] = program.add_input(name, type_of_value(node.meta["val"]), role,
                                              tied.get(role.removeprefix("parameter:"), ""))  # fmt: skip
         elif node.op == "get_attr":
             values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)), originals)
@@ -321,7 +322,7 @@ def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mappin
         )
     if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
         raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
-    name = _identifier(str(node.target).lstrip("_"))
+    name = identifier(str(node.target).lstrip("_"))
     program.constants[name] = originals.get(id(value), value)
     placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
     annotate(placeholder, module=_without_prefix(private.module_of(node)))
@@ -391,7 +392,3 @@ def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
 
 def _without_prefix(name: str) -> str:
     return "" if name == "model" else name.removeprefix(_PREFIX)
-
-
-def _identifier(name: str) -> str:
-    return "".join(char if char.isalnum() else "_" for char in name)

@@ -67,10 +67,10 @@ def _like(*names: str) -> _Rule:
 
     Operators of one, two and three operands whose fakes are laid out rightly tell how.
     """
-    pointwise: Callable[..., Tensor] = {1: torch.neg, 2: torch.add, 3: torch.addcmul}[len(names)]
 
     def rule(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        operands = [arguments[name] for name in names]
+        operands = [arguments[name] for name in names if isinstance(arguments[name], Tensor)]  # not a number
+        pointwise: Callable[..., Tensor] = (torch.neg, torch.add, torch.addcmul)[len(operands) - 1]
         with unmetered():
             like = pointwise(*(torch.empty_strided(t.shape, t.stride(), device="meta") for t in operands))
         return like.stride() if like.shape == fake.shape else fake.stride()  # a mean is none of theirs
