@@ -17,7 +17,7 @@ Operators keep their order, and a value inside a function dies where it died bef
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from typing import Any
 
 from torch import fx
@@ -147,5 +147,5 @@ def _function_name(program: Program, segments: list[_Segment]) -> str:
     parts = [part for part in _home(segments[0]).split(".") if part and not part.isdigit()]
     phase = "recompute" if origin.recomputed else origin.phase
     base = identifier("_".join([*parts[-1:], phase]) if parts else f"shared_{phase}")
-    taken = [name for name in program.functions if name == base or name.rsplit("_", 1)[0] == base]
-    return base if not taken else f"{base}_{len(taken) + 1}"
+    taken = {*program.functions, *(node.name for node in program.nodes)}
+    return next(name for name in chain([base], (f"{base}_{i}" for i in count(2))) if name not in taken)
