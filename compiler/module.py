@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -253,6 +253,20 @@ class CompiledModule(nn.Module):
                 stacklevel=4,
             )
         return name == "generate"
+
+    # Python looks these up in the class, where __getattr__ has no say.
+
+    def __bool__(self) -> bool:
+        return bool(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.source[index]
 
     def __deepcopy__(self, memo: Any) -> "CompiledModule":
         raise StateError("a compiled module cannot be copied: its chunks are its own. Copy the model, then compile.")

@@ -17,13 +17,14 @@ Operators keep their order, and a value inside a function dies where it died bef
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from typing import Any
 
 from torch import fx
 
 from ..runtime.isa.instructions import PER_CHUNK, TURN
 from .program.manager import graph_pass
+from .program.names import identifier
 from .program.plan import Plan
 from .program.program import Note, Program, annotate, note, type_of
 from .program.types import freeze
@@ -145,6 +146,6 @@ def _function_name(program: Program, segments: list[_Segment]) -> str:
     origin: Note = note(segments[0].nodes[0])
     parts = [part for part in _home(segments[0]).split(".") if part and not part.isdigit()]
     phase = "recompute" if origin.recomputed else origin.phase
-    base = "_".join([*parts[-1:], phase]) if parts else f"shared_{phase}"
-    taken = [name for name in program.functions if name == base or name.rsplit("_", 1)[0] == base]
-    return base if not taken else f"{base}_{len(taken) + 1}"
+    base = identifier("_".join([*parts[-1:], phase]) if parts else f"shared_{phase}")
+    taken = {*program.functions, *(node.name for node in program.nodes)}
+    return next(name for name in chain([base], (f"{base}_{i}" for i in count(2))) if name not in taken)

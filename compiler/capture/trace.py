@@ -21,11 +21,13 @@ from torch.utils import _pytree as pytree
 
 from ...models.adapters import capturable
 from ...passes.program.manager import Record
+from ...passes.program.names import identifier
 from ...passes.program.program import Note, Program, annotate, note, type_of
 from ...passes.program.request import Outputs
 from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
+from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
 from .assignments import followed_assignments
 from .refusals import tell_of_hooks
@@ -83,7 +85,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     tell_of_hooks(model)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     named = _named_arguments(model, args, kwargs)
-    mode = private.FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FaithfulFakeMode(allow_non_fake_inputs=True)
     fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
     fake_model, originals = _fake_copy(model, mode, dtypes, request.shapes or {})
@@ -184,13 +186,13 @@ def rebuild_result(captured: Captured, outputs: list[Tensor]) -> Any:
 # -- fakes -------------------------------------------------------------------------------------------------
 
 
-def _fake(mode: private.FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast_dtype(tensor, dtype))
     return fake.requires_grad_(tensor.requires_grad)
 
 
-def _fake_copy(model: nn.Module, mode: private.FakeTensorMode, dtypes: Mapping[str, torch.dtype],
+def _fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, torch.dtype],
                shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
     """A copy whose parameters and buffers are fake, and by their copies' identity the tensors that it holds besides."""
     memo: dict[int, Any] = {}
@@ -286,7 +288,7 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
     for node in nodes:
         if node.op == "placeholder":
             role, name = _input_role(node.meta["desc"], names, leaves)
-            values[node] = program.add_input(_identifier(name), type_of_value(node.meta["val"]), role,
+            values[node] = program.add_input(name, type_of_value(node.meta["val"]), role,
                                              tied.get(role.removeprefix("parameter:"), ""))  # fmt: skip
         elif node.op == "get_attr":
             values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)), originals)
@@ -324,7 +326,7 @@ def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mappin
         )
     if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
         raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
-    name = _identifier(str(node.target).lstrip("_"))
+    name = identifier(str(node.target).lstrip("_"))
     program.constants[name] = originals.get(id(value), value)
     placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
     annotate(placeholder, module=_without_prefix(private.module_of(node)))
@@ -394,7 +396,3 @@ def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
 
 def _without_prefix(name: str) -> str:
     return "" if name == "model" else name.removeprefix(_PREFIX)
-
-
-def _identifier(name: str) -> str:
-    return "".join(char if char.isalnum() else "_" for char in name)

@@ -17,12 +17,11 @@ import torch
 from torch import fx
 
 from ...runtime.isa.instructions import PER_CHUNK
+from .names import identifier
 from .types import TensorType, Type, infer
 
 Phase = Literal["forward", "backward"]
 _KEY = "geminifx"
-_RESERVED = frozenset({"aten", "geminifx", "box", "DEVICE"})
-"""Names that the text of every program uses for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ class Program:
         schema = getattr(target, "_schema", None)
         name = name or (schema.name.split("::")[-1] if schema is not None else target.__name__)
         with self.graph.inserting_before(before):
-            node = self.graph.create_node("call_function", target, args, kwargs, name=_free(name))
+            node = self.graph.create_node("call_function", target, args, kwargs, name=identifier(name))
         if target in PER_CHUNK:  # of the plan's making, not of any module's
             origin = Note(phase=origin.phase)
         node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None,
@@ -153,7 +152,7 @@ class Program:
         last = self.placeholders
         point = self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before(self._first())
         with point:
-            node = self.graph.create_node("placeholder", name, (), {}, name=_free(name))
+            node = self.graph.create_node("placeholder", name, (), {}, name=identifier(name))
         node.target = node.name
         node.meta[_KEY] = Note(type=type, role=role, tied=tied)
         return node
@@ -188,10 +187,6 @@ class Program:
             values[node].name = node.name
         functions = {name: function.copy() for name, function in self.functions.items()}
         return Program(self.name, graph, dict(self.constants), functions, dict(self.sources))
-
-
-def _free(name: str) -> str:
-    return f"{name}_" if name in _RESERVED else name
 
 
 def writes(node: fx.Node) -> bool:

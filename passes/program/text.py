@@ -26,11 +26,13 @@ import torch
 from torch import fx
 
 from ...runtime.isa.instructions import NAMESPACE, PER_CHUNK, TURN
+from .names import escaped, quoted, unescaped
 from .program import Note, Program, annotate, note, type_of
 from .types import Type, parse_type, type_text
 
 _WORLD = {"inf": math.inf, "nan": math.nan, "DEVICE": torch.device("cpu")}
 """Names a program may use besides torch's and its own. DEVICE is wherever the program will run."""
+_BETWEEN_FIELDS = "|"
 
 
 # -- printing ----------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ class _Printer:
             ]
         if not inputs:
             return [f"def {self.program.name}():"]
-        typed = [f'    {node.name}: "{_annotation(node)}",' for node in inputs]
+        typed = [f"    {node.name}: {_annotation(node)}," for node in inputs]
         return [f"def {self.program.name}(", *typed, "):"]
 
     def _lines(self) -> list[str]:
@@ -89,7 +91,7 @@ class _Printer:
         if node.op == "output":
             return [f"return {_value(node.args[0])}"]
         dying = [value for value in node.all_input_nodes if self.last_reader.get(value) is node]
-        binding = f'{node.name}: "{_annotation(node)}" = '
+        binding = f"{node.name}: {_annotation(node)} = "
         if node.op == "call_module":
             lines = [f"box = {_value(list(node.args))}", *self._delete(dying)]
             return [*lines, f"{binding}{node.target}(box)", *self._unread(node)]
@@ -117,16 +119,16 @@ def _last_readers(program: Program) -> dict[fx.Node, fx.Node]:
 
 def _context(origin: Note) -> str:
     phase = "recompute" if origin.recomputed else origin.phase
-    return f"{phase}: {origin.module}" if origin.module else phase
+    return f"{phase}: {escaped(origin.module)}" if origin.module else phase
 
 
 def _annotation(node: fx.Node) -> str:
     origin = note(node)
-    fields = [type_text(origin.type), origin.role]
-    fields += [f"tied={origin.tied}"] if origin.tied else []
+    fields = [type_text(origin.type), escaped(origin.role, _BETWEEN_FIELDS)]
+    fields += [f"tied={escaped(origin.tied, _BETWEEN_FIELDS)}"] if origin.tied else []
     fields += [f"chunk={origin.chunk}"] if origin.chunk is not None else []
     fields += [f"on {origin.placement}"] if origin.placement else []
-    return " | ".join(text for text in fields if text)
+    return quoted(f" {_BETWEEN_FIELDS} ".join(text for text in fields if text))
 
 
 def call_text(node: fx.Node) -> str:
@@ -150,7 +152,7 @@ def _value(value: Any) -> str:
         case fx.Node():
             return value.name
         case dict():
-            return "{" + ", ".join(f'"{key}": {_value(item)}' for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{quoted(key)}: {_value(item)}" for key, item in value.items()) + "}"
         case list():
             return f"[{', '.join(map(_value, value))}]"
         case tuple():
@@ -279,7 +281,7 @@ class _Parser:
         if match:
             recomputed = match[1] == "recompute"
             phase = "backward" if recomputed else match[1]
-            self.origin = Note(phase=phase, module=match[2] or "", recomputed=recomputed)  # type: ignore[arg-type]
+            self.origin = Note(phase=phase, module=unescaped(match[2] or ""), recomputed=recomputed)  # type: ignore[arg-type]
 
     def _value(self, value: ast.expr) -> Any:
         match value:
@@ -309,8 +311,8 @@ class _Parser:
 def _read_annotation(annotation: ast.expr | None) -> tuple[Type, list[str]]:
     if not isinstance(annotation, ast.Constant) or not isinstance(annotation.value, str):
         raise ValueError('every name needs an annotation such as "f32[8, 4]"')
-    first, *fields = annotation.value.split(" | ")
-    return parse_type(first), fields
+    first, *fields = annotation.value.split(f" {_BETWEEN_FIELDS} ")
+    return parse_type(first), [unescaped(field) for field in fields]
 
 
 def _placement(fields: list[str]) -> str:

@@ -1,8 +1,8 @@
 """Types of program values, their text form, and the type rule of every operator.
 
-The rule of an operator is its fake kernel, run on the argument types alone. Models repeat their layers, so
-that a graph of thousands of nodes has under a hundred distinct (operator, argument types): results are
-remembered and re-checking a whole program after each pass costs milliseconds.
+The rule of an operator is its fake kernel, run on the argument types alone, with the strides of real tensors.
+Models repeat their layers, so that a graph of thousands of nodes has under a hundred distinct (operator, argument
+types): results are remembered and re-checking a whole program after each pass costs milliseconds.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...runtime.isa.torch_private import FakeTensorMode
+from ...runtime.isa.fakes import FaithfulFakeMode
 
 DTYPE_TEXT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -185,7 +185,7 @@ _STATISTICS = {
 
 @lru_cache(maxsize=16384)
 def _infer(target: Callable[..., Any], args: Any, kwargs: Any) -> Type:
-    with FakeTensorMode(), torch.no_grad():
+    with FaithfulFakeMode(), torch.no_grad():
         result = type_of_value(target(*_thaw(args), **_thaw(kwargs)))
     if target not in _STATISTICS or not isinstance(result, tuple):
         return result

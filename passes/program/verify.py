@@ -29,6 +29,7 @@ from ...runtime.isa.instructions import (
     WAIT,
 )
 from ...runtime.isa.mesh import of_gradient, parse_placements, placements_text
+from .names import is_identifier
 from .plan import Plan
 from .program import Program, aliased_inputs, annotate, is_noted, note, type_of
 from .text import _context, call_text, target_text
@@ -95,7 +96,14 @@ def _line(node: fx.Node) -> str:
 
 def _well_formed(program: Program, plan: Plan) -> Violation | None:
     seen: set[fx.Node] = set()
+    for name in (program.name, *program.functions):  # the text is run: a name that is none would be code
+        if not is_identifier(name):
+            return Violation(program.output, f"a function called {name!r}", "a name by program.names.identifier")
     for node in program.graph.nodes:
+        if not is_identifier(node.name) or node.name in program.functions:
+            if not is_noted(node):
+                annotate(node)
+            return Violation(node, f"called {node.name!r}", "a name by program.names.identifier, of no function")
         if not is_noted(node):
             annotate(node)  # an empty note, so that the message can show the node
             return Violation(node, "made without a type", "nodes made by Program.emit, which infers it")

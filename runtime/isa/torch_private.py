@@ -42,6 +42,7 @@ try:
         TangentAOTInput,
     )
     from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+    from torch._prims_common import suggest_memory_format
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -64,7 +65,7 @@ __all__ = [
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "export_joint",
     "module_of", "num_references", "plain_dispatch", "plain_results",
-    "unmetered", "use_expandable_segments", "wrapper_parameter",
+    "suggest_memory_format", "unmetered", "use_expandable_segments", "wrapper_parameter",
 ]  # fmt: skip
 
 

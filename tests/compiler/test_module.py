@@ -420,7 +420,6 @@ def test_a_compiled_model_passes_for_its_source() -> None:
     assert not isinstance(source, geminifx.CompiledModule)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="Python looks up len(), iteration and [] in the object's type")
 def test_a_compiled_sequence_is_one() -> None:
     """It passes for an nn.Sequential, and who asks that goes on to iterate."""
     source = MLP.seeded()

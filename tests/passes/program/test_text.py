@@ -8,6 +8,7 @@ import pytest
 import torch
 from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import Pass, run_passes
+from geminifx.passes.program.names import escaped, identifier, is_identifier, quoted, unescaped
 from geminifx.passes.program.program import Program, annotate, type_of
 from geminifx.passes.program.text import parse_program, print_program
 from geminifx.passes.program.types import parse_type
@@ -79,6 +80,12 @@ def test_a_copy_is_the_same_and_independent(captured, same):
 SQUARE = "f32[4, 4]"
 NAMES = ["x", "x_1", "box", "aten", "inf", "lambda", "slice", "mul_01", "_private", "Upper", "results", "0_weight"]
 MODULES = ["", "fc", "layers.0.attn", "layers.10"]
+HOSTILE = [
+    *("en-de", "3x3", "class", "a\nimport os", "a\rb", "\x0b\x0c\x1c\u2028", 'say "hi"', "it's", "#", "\\", "\\n", " "),
+    *('x"\n    raise SystemExit  #', "a | tied=b", " | chunk=3", "on x", "größe", "重み", "\u202e", "\ud800", "\0"),
+]
+TEXTS = st.sampled_from(HOSTILE) | st.text(st.characters(exclude_characters="."), min_size=1, max_size=12)
+"""Names that a model may give to its modules, parameters and buffers."""
 UNARY = [
     lambda draw, x: (aten.relu.default, (x,)),
     lambda draw, x: (aten.t.default, (x,)),
@@ -97,12 +104,13 @@ def programs(draw):
     values = []
     for i in range(draw(st.integers(1, 3))):
         role = draw(st.sampled_from(["input:", "parameter:layers.0.w", "buffer:b", "tangent:", "constant:c"])) + str(i)
-        tied = draw(st.sampled_from(["", "first.w"]))
-        values.append(program.add_input(draw(st.sampled_from(NAMES)), parse_type(SQUARE), role, tied))
+        role = draw(st.just(role) | TEXTS.map("parameter:{}".format))
+        tied = draw(st.sampled_from(["", "first.w"]) | TEXTS)
+        values.append(program.add_input(draw(st.sampled_from(NAMES) | TEXTS), parse_type(SQUARE), role, tied))
     for _ in range(draw(st.integers(0, 8))):
         x, y = draw(st.sampled_from(values)), draw(st.sampled_from(values))
         emit = lambda target, args, **kwargs: program.emit(  # noqa: E731
-            target, args, kwargs, before=program.output, name=draw(st.none() | st.sampled_from(NAMES))
+            target, args, kwargs, before=program.output, name=draw(st.none() | st.sampled_from(NAMES) | TEXTS)
         )
         kind = draw(st.sampled_from(["unary", "binary", "tuple", "write"]))
         if kind == "unary":
@@ -118,10 +126,11 @@ def programs(draw):
             emit(torch.ops.geminifx.put.default, (x, 0, y))
             continue
         phase, recomputed = draw(st.sampled_from([("forward", False), ("backward", False), ("backward", True)]))
-        annotate(node, phase=phase, recomputed=recomputed, module=draw(st.sampled_from(MODULES)))
+        annotate(node, phase=phase, recomputed=recomputed, module=draw(st.sampled_from(MODULES) | TEXTS))
         annotate(node, chunk=draw(st.none() | st.integers(0, 12)))
         values.append(node)
-    roles = draw(st.lists(st.sampled_from(["output:0", "gradient:layers.0.w", "mutation:b"]), unique=True))
+    role = st.sampled_from(["output:0", "gradient:layers.0.w", "mutation:b"]) | TEXTS.map("gradient:{}".format)
+    roles = draw(st.lists(role, unique=True, max_size=4))
     program.set_results({role: draw(st.sampled_from(values)) for role in roles})
     return program
 
@@ -130,6 +139,45 @@ def programs(draw):
 @given(program=programs())
 def test_random_programs_round_trip(program, same):
     assert_round_trip(program, same)
+
+
+# -- names -------------------------------------------------------------------------------------------------
+
+
+@given(text=st.sampled_from(NAMES + HOSTILE) | st.text())
+def test_every_text_makes_a_name_and_names_stay(text):
+    name = identifier(text)
+    assert is_identifier(name) and identifier(name) == name
+    exec(f"def {name}({name}): return {name}", world := {})
+    assert world[name](1) == 1
+
+
+@given(text=TEXTS, special=st.sampled_from(["", "|"]))
+def test_escaped_texts_stand_on_one_line_and_are_read_back(text, special):
+    line = escaped(text, special)
+    assert line.isprintable() and not set(special) & set(line)
+    assert unescaped(line) == text
+    assert unescaped(ast.literal_eval(quoted(line))) == text
+
+
+@settings(max_examples=40)
+@given(names=st.lists(TEXTS, min_size=3, max_size=3, unique=True))
+def test_a_program_of_any_names_runs_and_nothing_of_them_does(names):
+    """Two inputs and a module: their names are told in the annotations, in the comment and in the results."""
+    program = Program("evaluation")
+    program.set_results({})
+    x, y = (program.add_input(name, parse_type("f32[2]"), f"parameter:{name}") for name in names[:2])
+    total = program.emit(aten.add.Tensor, (x, y), before=program.output, name=names[2])
+    annotate(total, module=names[2])
+    program.set_results({f"gradient:{name}": total for name in names})
+    tree = ast.parse(print_program(program, executable=True))
+    statements = [type(statement) for statement in tree.body[0].body]
+    assert len(tree.body) == 1 and statements == [ast.AnnAssign, ast.Delete, ast.Return]
+    world = {"torch": torch, "aten": aten}
+    exec(print_program(program, executable=True), world)
+    results = world["evaluation"](torch.ones(2), torch.ones(2))
+    assert list(results) == [f"gradient:{name}" for name in names]
+    assert all(torch.equal(value, torch.full((2,), 2.0)) for value in results.values())
 
 
 # -- arguments ---------------------------------------------------------------------------------------------

@@ -73,6 +73,13 @@ def _input(role="", tied=""):
     return lambda program, node: program.add_input("w_0", parse_type("f32[4, 4]"), role, tied)
 
 
+def _named(name, new):
+    def damage(program, node):
+        node[name].name = new
+
+    return damage
+
+
 def _untyped(program, node):
     with program.graph.inserting_before(node["y"]):
         program.graph.call_function(aten.relu.default, (node["x"],))
@@ -105,6 +112,11 @@ DAMAGES = {
     "an operator gets arguments that it does not take": (
         _arguments("y", "x", "wait"), "y", "Error: .*", "arguments the operator takes",
     ),
+    "a value is called by a keyword": (_named("y", "class"), "class", "called 'class'", "a name by"),
+    "a value is called by what is code": (
+        _named("y", "y: int = exit()"), "y: int = exit()", r"called 'y: int = exit\(\)'", "a name by",
+    ),
+    "a value hides a name of the text": (_named("y", "aten"), "aten", "called 'aten'", "a name by"),
     "a node is made past emit": (_untyped, "relu_default", "made without a type", "nodes made by Program.emit"),
     "a backward node stands before the turn": (
         _note("t", phase="backward"), "t", "a backward node in front of the turn", "forward nodes only",
@@ -285,6 +297,23 @@ def evaluation(x: "f32[4] | input:0"):
     y: "f32[4]" = results[0]
     return {"output:0": y}
 """
+
+
+@pytest.mark.parametrize("name", ["3x3_forward", "def", "f(): pass\nimport os\ndef g", "größe"])
+def test_a_function_whose_name_is_no_name_is_found(name):
+    program = parse_program(SHARED)
+    program.functions = {name: program.functions["block"]}
+    next(node for node in program.nodes if node.op == "call_module").target = name
+    with pytest.raises(VerificationError, match="'evaluation' breaks 'well_formed'") as raised:
+        verify(program, Plan(), (), "clumsy")
+    assert f"a function called {name!r}" in str(raised.value)
+
+
+def test_a_value_that_hides_a_function_is_found():
+    program = parse_program(SHARED)
+    _nodes(program)["y"].name = "block"
+    with pytest.raises(VerificationError, match="'evaluation' breaks 'well_formed' at 'block'"):
+        verify(program, Plan(), (), "clumsy")
 
 
 def test_shared_segments_are_verified_too():
