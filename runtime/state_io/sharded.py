@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from torch import Size, Tensor
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.utils import _pytree as pytree
 
 from ..distributed.local_shards import Region
 from ..distributed.ranks import Ranks
@@ -146,11 +148,26 @@ class _Saver(dcp.DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
-            data = io.BytesIO()
-            torch.save(self.objects[write_item.index.fqn], data)
-            return data
+            return _packed(write_item.index.fqn, self.objects[write_item.index.fqn])
         stored, region = self.regions[write_item.index]
         return stored.read(region).detach()
+
+
+def _packed(name: str, value: Any) -> io.BytesIO:
+    """An object as it is written. Raises CheckpointError where it could not be read again, which is too late to
+    learn."""
+    value = pytree.tree_map_only(numpy.generic, lambda number: number.item(), value)  # as learning rates are
+    data = io.BytesIO()
+    torch.save(value, data)
+    data.seek(0)
+    try:
+        torch.load(data, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{name!r} holds something of a type that does not load without running code; expected numbers, strings, "
+            f"tensors, and lists, tuples and dicts of them: {str(error).splitlines()[0]}"
+        ) from error
+    return data
 
 
 class _Loader(dcp.DefaultLoadPlanner):

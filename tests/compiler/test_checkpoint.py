@@ -5,10 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import geminifx
+import numpy as np
 import pytest
 import torch
+from geminifx.runtime.isa.errors import CheckpointError
 from torch import nn
 
 OPTIMIZERS: dict[str, Callable[[geminifx.CompiledModule], torch.optim.Optimizer]] = {
@@ -147,3 +150,27 @@ def test_a_process_that_is_killed_while_it_saves_leaves_a_checkpoint(tmp_path: P
     assert done.returncode in (0, -signal.SIGKILL)
     model = geminifx.compile(nn.Linear(6, 3), example_inputs=(torch.ones(8, 6),))
     assert geminifx.load_checkpoint(model, None, tmp_path / "saved") in (1, 2)
+
+
+def test_numbers_of_numpy_come_back_as_numbers(tmp_path: Path) -> None:
+    """Learning rates often are: the optimizer's groups are saved with them."""
+    model = compiled()
+    optimizer = model.optimizer(torch.optim.AdamW, lr=np.float64(0.125))
+    train(model, optimizer)
+    extra = {"best": np.float32(0.5), "seen": [np.int64(3), (True, "x")], "running": torch.arange(2)}
+    geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", extra=extra)
+    found = geminifx.load_checkpoint(model, optimizer, tmp_path / "saved")
+    assert found == {"best": 0.5, "seen": [3, (True, "x")], "running": found["running"]}
+    assert found["running"].tolist() == [0, 1] and type(found["best"]) is float
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+@pytest.mark.parametrize(
+    "extra", [np.ones(3), Path("x"), {"step": [object()]}], ids=["an array", "a path", "an object"]
+)
+def test_what_would_not_load_is_told_when_it_is_saved(tmp_path: Path, extra: Any) -> None:
+    model = compiled()
+    geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=1)
+    with pytest.raises(CheckpointError, match="'extra' holds something of a type that does not load without running"):
+        geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=extra)
+    assert geminifx.load_checkpoint(model, None, tmp_path / "saved") == 1
