@@ -310,6 +310,7 @@ def test_what_is_told_is_left_as_it_was() -> None:
     assert model.source.calls == 0 and model.source.log == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_modules_of_torch_and_hugging_face_are_not_told_of() -> None:
     class Recurrent(nn.Module):

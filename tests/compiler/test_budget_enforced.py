@@ -12,12 +12,15 @@ from geminifx.runtime.isa.homes import Home, Where, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from zoo import BLOCKS, CASES, CNN, MLP, OPT, Case, compiled, smallest_budget, state_bytes, tokens, train
+from zoo import BLOCKS, CASES, CNN, LLAMA, MLP, OPT, Case, compiled, smallest_budget, state_bytes, tokens, train
 
 PLACEMENTS = ("cpu", "cuda", "auto")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+ONE_OF_EACH = [c if c in (LLAMA, CNN, MLP) else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.name)
 def test_the_smallest_budget_named_works_and_one_byte_less_does_not(case: Case) -> None:
     least = smallest_budget(case)
     model = compiled(case, device_budget=least)
@@ -29,6 +32,7 @@ def test_the_smallest_budget_named_works_and_one_byte_less_does_not(case: Case) 
     assert "at whose peak are: " in str(refused.value)
 
 
+@pytest.mark.slow
 def test_cuda_keeps_everything_there_or_refuses_and_names_auto() -> None:
     least = smallest_budget(OPT, placement="cuda")
     model = compiled(OPT, device_budget=least, placement="cuda")
@@ -41,6 +45,7 @@ def test_cuda_keeps_everything_there_or_refuses_and_names_auto() -> None:
     assert smallest_budget(OPT) < least
 
 
+@pytest.mark.slow
 def test_auto_uses_what_it_is_given_and_no_more() -> None:
     kept = {"recompute": "none"}
     least, most = smallest_budget(OPT, **kept), smallest_budget(OPT, placement="cuda", **kept)

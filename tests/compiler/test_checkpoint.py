@@ -143,6 +143,7 @@ geminifx.save_checkpoint(model, None, sys.argv[1], extra=2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="the old checkpoint is moved away before the new one takes its place")
 def test_a_process_that_is_killed_while_it_saves_leaves_a_checkpoint(tmp_path: Path) -> None:
     """Killed when it has just moved the old one away, if that is how it saves. What is found is one or the other."""

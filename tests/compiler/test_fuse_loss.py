@@ -105,6 +105,7 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 # -- numbers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_model
 def test_loss_and_gradients_are_plain_pytorchs(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)

@@ -402,6 +402,7 @@ def recurrent_loss(model: nn.Module, step: int) -> Tensor:
     return model(sequences(step)).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_backward", [False, True], ids=["default", "in_backward"])
 def test_recurrent_modules_train_by_our_optimizer(recurrent: Any, in_backward: bool) -> None:
     """Torch's own refer to their parameters weakly, and those become others under the same objects."""

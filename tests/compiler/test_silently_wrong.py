@@ -484,6 +484,7 @@ def test_an_output_that_the_next_layer_reads_may_not_be_changed() -> None:
 # -- an encoder and a decoder with a configuration each ----------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [0, 3])
 def test_padding_is_masked_in_an_encoder_that_has_a_configuration_of_its_own(padded: int) -> None:
     plain = encoder_decoder()

@@ -84,6 +84,7 @@ def test_stage_3_keeps_no_whole_weights_whatever_the_room() -> None:
     assert all(home.resident for home in planned(2).homes)
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_least_is_refused_with_the_least_named() -> None:
     least = smallest_budget.__wrapped__(OPT, parallel={"data": 4, "zero": 3}, precision="bf16")
     assert planned(3, device_budget=least).peak_bytes <= least

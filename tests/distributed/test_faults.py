@@ -63,6 +63,7 @@ def test_every_rank_is_told_of_a_later_batch_of_another_shape(when: str) -> None
         assert error == "StateError" and "rank(s) 1 differs from that of rank 0" in text
 
 
+@pytest.mark.slow
 @TOGETHER
 def test_the_death_of_a_rank_ends_the_others(said) -> None:
     assert "death" not in said[1]

@@ -40,6 +40,7 @@ def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
     assert 0 <= reduced.received_bytes - 2 * gradients * 3 // 4 <= 64, "the loss and the number of tokens besides"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero", "collective", "often"), [(0, "all-reduce", 2), (2, "reduce-scatter", 1)])
 def test_gradients_of_16_bits_are_exchanged_as_float32_unless_that_is_not_wanted(
     zero: int, collective: str, often: int

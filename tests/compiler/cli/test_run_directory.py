@@ -79,6 +79,7 @@ def test_it_holds_a_model_for_others_and_a_checkpoint_of_ours(run: Recipe) -> No
     assert all(state["step"] == 2 and state["exp_avg"].any() for state in optimizer.state_dict()["state"].values())
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_damaged_is_named(run: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     metadata, data = run.output / STATE / ".metadata", next((run.output / STATE).glob("*.distcp"))
     for file, content, says in (

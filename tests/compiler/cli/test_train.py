@@ -65,6 +65,7 @@ def test_train_and_train_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "opt-mini-tuned" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_is_located_within_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_loss_that_is_not_a_number_is_located_within_the_budget(
     assert not (tmp_path / "runs" / "opt-mini").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("small.json").write_text(json.dumps(SMALL))

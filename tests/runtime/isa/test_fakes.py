@@ -159,6 +159,7 @@ def fake_of(call: Callable[..., object], *args: object, **kwargs: object) -> lis
         return described(call(*tree_map(fake, args), **tree_map(fake, kwargs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", pointwise(), ids=str)
 def test_pointwise_operators_have_the_strides_of_real_tensors(op):
     generator = random.Random(str(op))
@@ -225,6 +226,7 @@ class Activation(nn.Module):
         ).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_at_a_transpose_trains_as_plain_pytorch_does(name, before):
