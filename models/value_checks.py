@@ -21,8 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _TORCH = f"{Path(torch.__file__).parent}/"
-Range = tuple[tuple[int, int], tuple[int, int]]
-"""Of source text: the lines and columns where it begins and ends."""
+_TORCHS_CHECKS = ("_check_tensor_all", "_check_tensor_all_with", "_assert_async")
 
 
 class _ChecksPass(TorchFunctionMode):
@@ -46,55 +45,82 @@ def _passing_value(frame: FrameType | None) -> bool | None:
         frame = frame.f_back
     if frame is None:
         return None
-    instructions = _instructions(frame.f_code)
-    asks = instructions[frame.f_lasti]
-    if asks.opname == "TO_BOOL":  # which Python 3.13 puts in front of the jump
-        asks = instructions[min(offset for offset in instructions if offset > frame.f_lasti)]
+    code = _Code(frame.f_code)
+    at = code.place[frame.f_lasti]
+    if code.instructions[at].opname == "TO_BOOL":  # which Python 3.13 puts in front of the jump
+        at += 1
+    asks = code.instructions[at]
     jumps_if = {"TRUE": True, "FALSE": False}.get(asks.opname.rpartition("_IF_")[2])
-    check = next((check for check in _checks(frame.f_code.co_filename) if _lies_in(asks, check)), None)
-    if jumps_if is None or check is None:
+    line = asks.positions.lineno if asks.positions is not None else None
+    lines = next((lines for lines in _checks(frame.f_code.co_filename) if line in lines), None)
+    if jumps_if is None or lines is None:
         return None
-    # Out of the statement is past it; to anywhere else in it is to where it raises.
-    passes = not _lies_in(instructions[asks.argval], check)
-    return jumps_if if passes else not jumps_if
+    # `a or b` asks for b where a is false, and may raise then: of two ways that can raise, the one that need not.
+    for raises in (code.can_raise, code.must_raise):
+        there, behind = raises(code.place[asks.argval], lines), raises(at + 1, lines)
+        if there != behind:
+            return jumps_if if behind else not jumps_if
+    return None
+
+
+class _Code:
+    """Where the ways through a function's instructions lead."""
+
+    def __init__(self, code: CodeType) -> None:
+        self.instructions = list(dis.get_instructions(code))
+        self.place = {instruction.offset: i for i, instruction in enumerate(self.instructions)}
+
+    def can_raise(self, start: int, lines: range) -> bool:
+        """Whether a statement on these lines, entered at an instruction, raises in one of its ways."""
+        return self._follow(start, lines, any)
+
+    def must_raise(self, start: int, lines: range) -> bool:
+        return self._follow(start, lines, all)
+
+    def _follow(self, at: int, lines: range, together: Callable[[list[bool]], bool]) -> bool:
+        while at < len(self.instructions):
+            step = self.instructions[at]
+            name, line = step.opname, step.positions.lineno if step.positions is not None else None
+            if name == "RAISE_VARARGS":
+                return True
+            # A loop's way back and a function's end have no line of their own: they count to the statement before.
+            if name.startswith("RETURN") or "BACKWARD" in name or name == "FOR_ITER" or line not in lines:
+                return False
+            if "JUMP" in name and "_IF_" in name:
+                ways = (self.place[step.argval], at + 1)
+                return together([self._follow(way, lines, together) for way in ways])
+            at = self.place[step.argval] if name.startswith("JUMP") else at + 1
+        return False
 
 
 @cache
-def _instructions(code: CodeType) -> dict[int, dis.Instruction]:
-    """By their offsets."""
-    return {instruction.offset: instruction for instruction in dis.get_instructions(code)}
-
-
-@cache
-def _checks(filename: str) -> tuple[Range, ...]:
-    """Where the statements of a file stand that do nothing but raise where a condition does, or does not, hold."""
+def _checks(filename: str) -> tuple[range, ...]:
+    """The lines of the statements of a file that do nothing but raise where a condition does, or does not, hold, and
+    whose exception nobody catches there."""
     try:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
         return ()
+    caught = {node for each in ast.walk(tree) if isinstance(each, ast.Try) and each.handlers
+              for statement in each.body for node in ast.walk(statement)}  # fmt: skip
     return tuple(
-        ((node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0))
+        range(node.lineno, (node.end_lineno or node.lineno) + 1)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assert)
-        or (isinstance(node, ast.If) and not node.orelse and all(isinstance(s, ast.Raise) for s in node.body))
+        if node not in caught and (isinstance(node, ast.Assert) or _only_raises(node))
     )
 
 
-def _lies_in(instruction: dis.Instruction, place: Range) -> bool:
-    at = instruction.positions
-    if at is None or at.lineno is None or at.col_offset is None:
-        return False
-    return place[0] <= (at.lineno, at.col_offset) < place[1]
-
-
-_TORCHS_CHECKS = ("_check_tensor_all", "_check_tensor_all_with", "_assert_async")
+def _only_raises(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and not node.orelse and all(isinstance(s, ast.Raise) for s in node.body)
 
 
 @contextmanager
 def checks_pass() -> Iterator[None]:
     """Within, checks of values pass unseen: Python's, and torch's that hold for tensors of conditions."""
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    linecache.checkcache()  # sources may have been edited
     with ExitStack() as stack:
+        stack.callback(_checks.cache_clear)
         for name in _TORCHS_CHECKS:
             if hasattr(torch, name):
                 stack.enter_context(mock.patch.object(torch, name, nothing))
