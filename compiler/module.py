@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,11 @@ class CompiledModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What the source has is the source's to keep: its forward reads it there."""
         source = self.__dict__.get("source")
-        if source is None or name in self.__dict__ or name not in vars(source) or hasattr(CompiledModule, name):
-            super().__setattr__(name, value)
-        else:
+        own = source is None or name in self.__dict__ or hasattr(CompiledModule, name)
+        if not own and (name in vars(source) or hasattr(type(source), name)):
             setattr(source, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "CompiledModule":
         """As the source's own `train`, which may keep some modules in evaluation."""
@@ -92,6 +93,7 @@ class CompiledModule(nn.Module):
     # -- the call ------------------------------------------------------------------------------------------
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What is captured is the source's own forward.
         lent = vars(self.source).pop("forward", None) if self._is_lent else None
         try:
             compiled = self.session.program(args, kwargs)
@@ -229,19 +231,27 @@ class CompiledModule(nn.Module):
         """A method of the source. Where it calls the model, as a `training_step` does, the compiled step runs, and it
         may write to parameters, as one does that merges adapters."""
 
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        @contextmanager
+        def lending() -> Iterator[None]:
             setup, source = self.session.setup, vars(self.source)
             lends = "forward" not in source and not self._runs_plain(method.__name__)
             with nullcontext() if setup is None else setup.machine.store.writable():
                 source |= {"forward": self.forward} if lends else {}
                 try:
-                    return method(*args, **kwargs)
+                    yield
                 finally:
                     if lends:
                         source.pop("forward", None)
 
-        return call
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with lending():
+                return method(*args, **kwargs)
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with lending():
+                return (yield from method(*args, **kwargs))
+
+        return wraps(method)(generate if inspect.isgeneratorfunction(method) else call)
 
     @staticmethod
     def _runs_plain(name: str) -> bool:

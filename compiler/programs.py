@@ -4,7 +4,7 @@ Nothing here decides anything or changes what a model is set up with.
 """
 
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -18,11 +18,10 @@ from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..runtime.executor import Executor
 from .capture.arguments import leaf_key
-from .capture.attributes import Switches
+from .capture.guards import Key
 from .capture.refusals import hooks_of
 from .capture.trace import Captured
 
-Key = tuple[Hashable, ...]
 _V = TypeVar("_V")
 
 
@@ -47,7 +46,8 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the model: its arguments, whether a backward is wanted, and the `key` of the program for it."""
+    """A call of the model: its arguments, whether a backward is wanted, and the `key` of programs for it, of which
+    guards tell which one can be used."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -55,47 +55,46 @@ class Call:
     key: Key
 
     @classmethod
-    def of(cls, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], switches: int) -> "Call":
-        """`switches` stands for all that the model's modules hold besides tensors."""
+    def of(cls, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
         leaves, spec = pytree.tree_flatten((args, kwargs))
         trained = tuple(parameter.requires_grad for parameter in source.parameters())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
         backward = torch.is_grad_enabled() and (asked or any(trained))
         modules = list(source.modules())
         modes = tuple(module.training for module in modules)
-        key = backward, trained, modes, hooks_of(modules), switches, spec, *map(leaf_key, leaves)
+        identities = tuple(map(id, modules))
+        key = backward, trained, modes, identities, hooks_of(modules), spec, *map(leaf_key, leaves)
         return cls(args, kwargs, backward, key)
 
 
 class Recaptures:
-    """Warns of what makes one program after the other: an argument, or what a model's modules hold."""
+    """Warns of what makes one program after the other: an argument, or an attribute of the model."""
 
     MOST = 4
 
     def __init__(self) -> None:
         self._values: dict[str, set[Hashable]] = defaultdict(set)
-        self._attributes: dict[str, Hashable] = {}
-        self._states: set[int] = set()
+        self._changes: Counter[str] = Counter()
 
-    def note(self, call: Call, switches: Switches) -> None:
-        """Take note of a call that is captured."""
+    def note(self, call: Call, changed: str) -> None:
+        """Take note of a call that is captured; `changed` is the attribute that is not as it was, or ""."""
         for path, leaf in pytree.tree_leaves_with_path((call.args, call.kwargs)):
-            if not isinstance(leaf, Tensor):
-                values = self._values[pytree.keystr(path[1:])]
+            values = self._values[pytree.keystr(path[1:])]
+            if not isinstance(leaf, Tensor) and len(values) < self.MOST and leaf_key(leaf) not in values:
                 values.add(leaf_key(leaf))
                 if len(values) == self.MOST:
                     self._warn(f"the argument {pytree.keystr(path[1:])} came with a {self.MOST}th value, {leaf!r}")
-        before, self._attributes = self._attributes, switches.named()
-        self._states.add(switches.number())
-        if len(self._states) == self.MOST:
-            changed = ", ".join(switches.changed(before)[:3])
-            self._warn(f"the model was changed for the {self.MOST}th time since it was compiled, last in {changed}")
-            self._states.add(-1)  # once
+        self._changes[changed] += 1
+        if changed and self._changes[changed] == self.MOST - 1:
+            self._warn(f"{changed} of the model has a {self.MOST}th value")
 
     @staticmethod
     def _warn(what: str) -> None:
-        warnings.warn(f"{what}, and for each the model is captured anew; a number that changes from step to step can "
-                      "be a tensor of no dimensions, among the arguments or the buffers", stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"{what}, and for each the model is captured anew; a number that changes from step to step can be a tensor "
+            "of no dimensions, among the arguments or the buffers",
+            stacklevel=2,
+        )
 
 
 class Recent(Generic[_V]):

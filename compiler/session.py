@@ -34,7 +34,7 @@ from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
-from .capture.attributes import Switches
+from .capture.guards import GuardedKeys, Key
 from .capture.results import absent_outputs, saved_outputs
 from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
@@ -42,7 +42,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, Key, Recaptures, Recent
+from .programs import Call, Compiled, Recaptures, Recent
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -96,7 +96,7 @@ class Session:
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
-        self._switches = Switches(source)
+        self._guarded = GuardedKeys(Recent.most)
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
@@ -107,26 +107,32 @@ class Session:
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         """The program for a call with these arguments; captured, planned and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
-        call = Call.of(self.source, args, kwargs, self._switches.number())
-        if call.key not in self._programs:
-            captured = self._capture(call)
+        call = Call.of(self.source, args, kwargs)
+        key = self._guarded.key(call.key)
+        if key not in self._programs:
+            key, captured = self._capture(call)
             if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
                 # Until the first step states may still move, so the first real batch is planned for from scratch.
-                self._set_up(call.key, captured)
+                self._set_up(key, captured)
             else:
                 solution = self._further(captured, self.setup.plan)
-                self._programs[call.key] = self._generate(captured, solution, self.setup.machine)
-        compiled = self._programs[call.key]
+                self._programs[key] = self._generate(captured, solution, self.setup.machine)
+        compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
         return compiled
 
-    def _capture(self, call: Call) -> Captured:
-        if call.key not in self._captured:
-            self._recaptures.note(call, self._switches)
+    def _capture(self, call: Call) -> tuple[Key, Captured]:
+        """The captured step for a call, and the key of its program."""
+        key = self._guarded.key(call.key)
+        if key not in self._captured:
+            self._recaptures.note(call, self._guarded.changed(call.key))
             with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
                 request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes)
-                self._captured[call.key] = self._shard(capture(self.source, call.args, call.kwargs, request))
-        return self._captured[call.key]
+                captured = self._shard(capture(self.source, call.args, call.kwargs, request))
+            self._guarded.add(call.key, captured.guards, self.source.modules())
+            key = self._guarded.key(call.key)
+            self._captured[key] = captured
+        return key, self._captured[key]
 
     def _shard(self, captured: Captured) -> Captured:
         """The captured step of this process's parts, where tensors are sharded. Raises ShardingError."""

@@ -106,12 +106,12 @@ def _checks(filename: str) -> tuple[range, ...]:
     return tuple(
         range(node.lineno, (node.end_lineno or node.lineno) + 1)
         for node in ast.walk(tree)
-        if node not in caught and (isinstance(node, ast.Assert) or _only_raises(node))
+        if isinstance(node, (ast.Assert, ast.If)) and node not in caught and _only_raises(node)
     )
 
 
-def _only_raises(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and not node.orelse and all(isinstance(s, ast.Raise) for s in node.body)
+def _only_raises(node: ast.Assert | ast.If) -> bool:
+    return isinstance(node, ast.Assert) or (not node.orelse and all(isinstance(s, ast.Raise) for s in node.body))
 
 
 @contextmanager

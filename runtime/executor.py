@@ -207,8 +207,8 @@ class TrainingRun(ProgramRun):
 
     def _unreached(self, tangents: list[Tensor | None]) -> set[str]:
         """The gradients that come from no output that was used on any rank; the machine is told of parameters'."""
-        if len(tangents) == 1:
-            return set()
+        if len(tangents) == 1 and (tangents[0] is not None or self.executor.machine.ranks.together):
+            return set()  # among ranks an only output is taken to be used: asking would cost every step
         machine = self.executor.machine
         used = machine.ranks.on_any([tangent is not None for tangent in tangents], machine.device)
         positions = {i for i, is_used in zip(self.outlets.differentiable, used, strict=True) if is_used}

@@ -85,7 +85,11 @@ class Machine:
             chunk.move(State.COMPUTE)
             chunk.move(State.HOLD_AFTER_BACKWARD)
         chunk.move(State.READY_FOR_REDUCE)
-        if reached := self.run.reached(index, slots):
+        reached = self.run.reached(index, slots)
+        for slot in set(slots).difference(reached):  # of zeros, infinities make what would spoil norms and sums
+            place = chunk.layout.slots[slot]
+            gradients.narrow(0, place.offset, place.numel).zero_()
+        if reached:
             self.store.reduce(chunk, gradients, reached)
 
     def accumulate_grad(self, gradients: Tensor, index: int, slots: list[int]) -> None:

@@ -1,6 +1,5 @@
 """What a program depends on in the arguments of a call."""
 
-import enum
 import hashlib
 from typing import Any
 
@@ -8,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.distributed.ranks import Ranks
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+from .guards import PLAIN
 
 
 def leaf_key(leaf: Any) -> Any:
@@ -19,7 +17,7 @@ def leaf_key(leaf: Any) -> Any:
     """
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
-    if isinstance(leaf, _PLAIN):
+    if isinstance(leaf, PLAIN):
         return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
     raise ValueError(
         f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "

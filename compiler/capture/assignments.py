@@ -1,10 +1,11 @@
-"""State that a model's forward assigns. A buffer that it replaces becomes one that it writes to:
+"""State that a model's forward assigns. A program computes tensors and writes to buffers, so that a buffer that the
+forward replaces becomes one that it writes to:
 
     self.n = self.n + 1                            self.n.copy_(self.n + 1)
     self.average.data = value                      self.average.copy_(value)
 
-A program computes tensors and leaves a module's other attributes alone: assigning those is refused where the program
-may have read a tensor that was there, and told where it may not matter, as with a cache.
+A module's other attributes are left alone: assigning those is refused where the program may have read a tensor that
+was there, and told where it may not matter, as with a cache.
 """
 
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...runtime.isa.errors import CaptureError
-from .attributes import attributes_of
+from .guards import attributes_of
 
 _set_data = torch.Tensor.data.__set__
 
@@ -57,6 +58,12 @@ def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]
               for name, buffer in state.buffers.items() if buffer is not None]  # fmt: skip
     written = [(_joined(path, name), buffer, now) for path, name, buffer, now in values if now is not buffer]
     replaced |= {path for path, _, _ in written}
+    shared = next((path for path, buffer, _ in written if sum(b is buffer for _, _, b, _ in values) > 1), None)
+    if shared is not None:
+        raise CaptureError(
+            f"the forward replaces the buffer {shared}, which another module holds, too: the other's would follow, and "
+            "stays in plain PyTorch. Register a copy there, or write to it in place"
+        )
     news = [None if now is None else now.clone() for _, _, now in written]
     for (path, buffer, _), new in zip(written, news, strict=True):
         _write_back(buffer, new, path)

@@ -4,15 +4,16 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ...runtime.isa.errors import CaptureError
 
-_OLD_HOOKS = (WeightNorm, SpectralNorm)
+_OLD_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def refuse(model: nn.Module) -> None:
@@ -76,10 +77,8 @@ def _reasons(module: nn.Module) -> Iterator[str]:
                 "writes to its weight in the forward, for max_norm=; leave that out, and rescale rows behind "
                 "optimizer.step() where they need it"
             )
-    derived = [name for name, value in vars(module).items() if isinstance(value, Tensor) and not value.is_leaf]
-    derived += [hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, _OLD_HOOKS)]
-    if derived:
+    if any(isinstance(hook, _OLD_HOOKS) for hook in module._forward_pre_hooks.values()):
         yield (
-            f"has {derived[0]} computed by a hook from parameters of its own, as the old weight_norm, spectral_norm "
+            "has a weight computed by a hook from parameters of its own, as the old weight_norm, spectral_norm "
             "and prune do; use torch.nn.utils.parametrizations, or make pruning permanent by prune.remove()"
         )

@@ -1,4 +1,5 @@
-"""What a captured step returns besides its loss: what its logits would take, and what stands in their place.
+"""What a captured step returns besides its loss: what its logits would take, and what stands in their place; what
+gradients come from, and what the backward reads.
 
 A compiled step may never compute its logits. The model's result then has an `AbsentOutput` there.
 """
@@ -11,7 +12,7 @@ from torch import fx
 from ...passes.canonicalize import canonicalize
 from ...passes.patterns.cross_entropy import find_losses
 from ...passes.program.plan import Plan
-from ...passes.program.program import Program, aliased_inputs, type_of
+from ...passes.program.program import Program, aliased_inputs, note, type_of
 from ...passes.program.types import TensorType
 from ...runtime.isa.errors import StateError
 from ...runtime.isa.instructions import TURN
@@ -33,6 +34,23 @@ def absent_outputs(program: Program) -> frozenset[int]:
     """Positions of outputs that a lowered training program does not compute."""
     outputs = (node for turn in program.calls(TURN) for node in turn.args[0])
     return frozenset(i for i, node in enumerate(outputs) if node.target is ABSENT)
+
+
+def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
+    """The positions of the outputs that each gradient comes from; a shared parameter has one, under its first name."""
+    reached: dict[fx.Node, frozenset[int]] = {}
+    for node in program.graph.nodes:
+        kind, _, position = note(node).role.partition(":")
+        own = [frozenset({int(position)})] if kind == "tangent" else []
+        reached[node] = frozenset().union(*own, *(reached[value] for value in node.all_input_nodes))
+    tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
+    found: dict[str, frozenset[int]] = {}
+    for role, value in program.results.items():
+        if role.startswith("gradient:"):
+            name = role.removeprefix("gradient:")
+            role = f"gradient:{tied.get(name, name)}"
+            found[role] = found.get(role, frozenset()) | reached[value]
+    return found
 
 
 def saved_outputs(program: Program) -> frozenset[int]:

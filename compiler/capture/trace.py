@@ -30,7 +30,9 @@ from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
 from .assignments import followed_assignments
+from .guards import Guard, recorded
 from .refusals import tell_of_hooks
+from .results import gradient_sources
 
 _PREFIX = "model."
 _ROOMS = ("compiler", "models", "passes", "runtime")
@@ -43,7 +45,8 @@ class Captured:
     `results` rebuilds what the model returned: a pytree spec and its leaves, an int being the position of a
     program output, anything else a constant. `differentiable` are the positions that take a gradient,
     `detached` those that would, had the loss not been chosen to be the only one. `sources` tells of every gradient of
-    a parameter or input, by its role, the positions of the outputs that it comes from. `records` are of the passes
+    a parameter or input, by its role, the positions of the outputs that it comes from. `guards` are of what was read
+    of the model's modules: it is another step's where one does not hold. `records` are of the passes
     that made it one process's, where tensors are sharded.
     """
 
@@ -54,6 +57,7 @@ class Captured:
     detached: frozenset[int]
     notes: tuple[str, ...]
     sources: Mapping[str, frozenset[int]]
+    guards: tuple[Guard, ...]
     records: tuple[Record, ...] = ()
 
     @property
@@ -95,7 +99,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
         notes = stack.enter_context(capturable(step.model, named))
         stack.enter_context(private.plain_dispatch())
         stack.enter_context(nullcontext() if request.backward else torch.no_grad())
-        graph_module = _trace(stack, step, tuple(fakes.values()))
+        with recorded(step.model, model) as guards:
+            graph_module = _trace(stack, step, tuple(fakes.values()))
         names = {id(value): name for name, value in named.items() if isinstance(value, Tensor)}
         names_by_leaf = [names.get(id(leaves[i]), f"input_{i}") for i in fakes]
         program = _to_program(graph_module, model, names_by_leaf, list(fakes), originals)
@@ -106,7 +111,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     _check_dtypes(program)
     assert step.result_spec is not None
     return Captured(program, step.result_spec, step.result_leaves, step.differentiable, step.detached, tuple(notes),
-                    gradient_sources(program))  # fmt: skip
+                    gradient_sources(program), tuple(guards))  # fmt: skip
 
 
 class _Step(nn.Module):
@@ -201,6 +206,8 @@ def _fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, to
             fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
         memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
     memo |= {id(buffer): _fake(mode, buffer.detach(), None) for buffer in model.buffers()}
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo |= {id(value): value.detach() for value in kept if not value.is_leaf}  # of an earlier forward
     fake_model = copy.deepcopy(model, memo)
     copied = memo.get(id(memo), ())  # where deepcopy keeps alive what it has copied
     return fake_model, {
@@ -375,23 +382,6 @@ def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureEr
         f"the model writes to {name} in its forward; expected writes to buffers alone. What is averaged or counted "
         "there can be a buffer, or be written outside of the forward, by parameter.data.copy_()"
     )
-
-
-def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
-    """The positions of the outputs that each gradient comes from; a shared parameter has one, under its first name."""
-    reached: dict[fx.Node, frozenset[int]] = {}
-    for node in program.graph.nodes:
-        kind, _, position = note(node).role.partition(":")
-        own = [frozenset({int(position)})] if kind == "tangent" else []
-        reached[node] = frozenset().union(*own, *(reached[value] for value in node.all_input_nodes))
-    tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
-    found: dict[str, frozenset[int]] = {}
-    for role, value in program.results.items():
-        if role.startswith("gradient:"):
-            name = role.removeprefix("gradient:")
-            role = f"gradient:{tied.get(name, name)}"
-            found[role] = found.get(role, frozenset()) | reached[value]
-    return found
 
 
 def _without_prefix(name: str) -> str:

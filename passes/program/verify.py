@@ -204,13 +204,13 @@ def overlapped(program: Program, plan: Plan) -> Violation | None:
             return Violation(node, "a collective in one piece", "its start, and geminifx.finish_collective")
         if node.target is FINISH_COLLECTIVE and getattr(node.args[0], "target", None) not in STARTS:
             return Violation(node, f"waits for {node.args[0]}", "the start of a collective")
-        offence = _exchanged(node) if node.target in STARTS else None
+        offence = _collective(node) if node.target in STARTS else None
         if offence is not None:
             return offence
     return None
 
 
-def _exchanged(start: fx.Node) -> Violation | None:
+def _collective(start: fx.Node) -> Violation | None:
     part, overwrites = start.args[0], start.target is START_ALL_REDUCE
     finish, *others = start.users or [None]
     if finish is None or others or finish.target is not FINISH_COLLECTIVE:

@@ -11,6 +11,7 @@ all its tensors:
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from enum import Enum
 
 import torch
@@ -125,7 +126,10 @@ class Chunk:
 def with_own_storage(view: Tensor) -> Tensor:
     """The same memory as a tensor whose storage is no larger than itself. Of a view the whole chunk would be saved, and
     whoever asks which tensors share memory would take all parameters of a chunk for one."""
-    return view if view.is_meta or not view.numel() else from_dlpack(view)
+    if view.is_meta or not view.numel():
+        return view
+    with torch.cuda.device(view.device) if view.is_cuda else nullcontext():  # DLPack refuses those of another device
+        return from_dlpack(view)
 
 
 class ChunkStore:

@@ -195,7 +195,7 @@ class ChunkOptimizer(Optimizer):
                 f"step() came after {store.backwards} of accumulate={self.declared.accumulate} backwards; with "
                 "in_backward=True the last of them is what updates"
             )
-        store.zeroed.step(lambda place: store.chunks.layout.chunks[place[0]].slots[place[1]].name)
+        self._check_zeroed(store)
         if not store.held.measures:
             # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
             store.update_all(1.0)
@@ -203,6 +203,15 @@ class ChunkOptimizer(Optimizer):
             self._measured_step(store.held.norm())
         store.backwards = 0
         return loss
+
+    def _check_zeroed(self, store: OwnStore) -> None:
+        try:
+            store.zeroed.step(lambda place: store.chunks.layout.chunks[place[0]].slots[place[1]].name)
+        except StateError:
+            if self.declared.in_backward:  # the others are updated, and that cannot be undone: the next step may come
+                store.backwards = 0
+                store.zeroed.drop()
+            raise
 
     def _measured_step(self, norm: Tensor) -> None:
         """Update by gradients that are clipped to a norm, or not at all where one of float16 overflowed."""

@@ -104,7 +104,11 @@ class HeldGradients:
 
     def norm(self) -> Tensor:
         """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
-        parts, zero, by_axes = self.states.chunks.local_shards, self.states.zero, dict[tuple[str, ...], list[Tensor]]()
+        local_shards, zero, by_axes = (
+            self.states.chunks.local_shards,
+            self.states.zero,
+            dict[tuple[str, ...], list[Tensor]](),
+        )
         for index, state in enumerate(self.states):
             # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
             zeros = torch.zeros((), device=self.states.hardware.device)
@@ -114,9 +118,10 @@ class HeldGradients:
             elif state.present:
                 norms.append(self._norm_of_slots(state))
             if state.present:  # the slots of a chunk are sharded alike
-                norms[-1] = norms[-1] / math.sqrt(parts.replicas(state.layout.slots[0]))
+                norms[-1] = norms[-1] / math.sqrt(local_shards.replicas(state.layout.slots[0]))
         found = [
-            zero.norm(parts.norm(torch.linalg.vector_norm(torch.stack(norms))), axes) for axes, norms in by_axes.items()
+            zero.norm(local_shards.norm(torch.linalg.vector_norm(torch.stack(norms))), axes)
+            for axes, norms in by_axes.items()
         ]
         return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found))
 

@@ -273,6 +273,7 @@ class OwnStore:
     def forget_gradient(self, parameter: str) -> None:
         """Drop one parameter's gradient."""
         state, slot = self.state_of(parameter)
+        self.zeroed.forget(state.layout.index, slot)
         if slot in state.present:
             self.finish(state.layout.index)
             self.held.forget(state, slot)

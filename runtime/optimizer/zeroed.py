@@ -1,4 +1,4 @@
-"""Gradients that were set to zero, and not to None: torch's optimizers update by a zero, which decays and moves on."""
+"""Which parameters have a gradient, and of which it was set to zero: torch's optimizers update by a zero, too."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,9 +9,8 @@ Place = tuple[int, int]
 
 
 class ZeroedGradients:
-    """Gradients are gone once a step has used them up, so that zeros have no memory to stand in. Where every one of
-    them is brought anew before the step, as in most loops, that makes no difference; where not, the step is refused.
-    """
+    """A step frees gradients, so there is no memory to hold zeros. Where every one of them is brought anew before the
+    next step, as in most loops, that makes no difference; where not, that step is refused."""
 
     def __init__(self) -> None:
         self._brought: set[Place] = set()  # since the last step
@@ -24,6 +23,11 @@ class ZeroedGradients:
     def has(self, index: int, slot: int) -> bool:
         """Whether a parameter has a gradient, for all that its user knows."""
         return (index, slot) in self._brought or (index, slot) in self._before
+
+    def forget(self, index: int, slot: int) -> None:
+        """One parameter's gradient is None from here on."""
+        for places in (self._brought, self._before, self._zeroed):
+            places.discard((index, slot))
 
     def drop(self) -> None:
         """zero_grad(set_to_none=True)."""

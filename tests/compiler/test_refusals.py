@@ -229,7 +229,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sparse": (lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)), "Embedding 0 makes sparse gradients"),
     "sparse bags": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "EmbeddingBag makes sparse gradients"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "writes to its weight in the forward, for max_norm="),
-    "old weight_norm": (lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))), "Linear 0 has weight computed by a hook"),
+    "old weight_norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),
+        "Linear 0 has a weight computed by a hook",
+    ),
     "old spectral_norm, called": (called_spectral_norm, "use torch.nn.utils.parametrizations"),
     "pruned": (pruned, "make pruning permanent by prune.remove()"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "parameter 0.weight has no shape yet; call the lazy module once"),

@@ -1,7 +1,7 @@
 """Gradients are plain PyTorch's where a loop asks for something unusual, or there is an error that tells."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import geminifx
@@ -498,3 +498,86 @@ def test_padding_is_masked_in_an_encoder_that_has_a_configuration_of_its_own(pad
         assert torch.allclose(found, expected, rtol=1e-6, atol=0)
         with torch.no_grad():
             assert torch.allclose(model(**call).logits, plain(**call).logits, rtol=1e-4, atol=1e-5)
+
+
+class Roots(nn.Module):
+    """The second output's gradient is 0 times infinity where nothing reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x * self.a).sum(), (self.b.sqrt() * x).sum()
+
+
+def test_what_is_no_gradient_spoils_no_norm() -> None:
+    model = geminifx.compile(Roots(), example_inputs=(torch.ones(4),))
+    optimizer = model.optimizer(torch.optim.SGD, lr=0.1, max_grad_norm=1.0)
+    model(torch.ones(4))[0].backward()
+    optimizer.step()
+    assert optimizer.grad_norm.item() == 2.0
+    assert torch.allclose(model.state_dict()["a"], torch.full((4,), 0.95)) and not model.state_dict()["b"].any()
+
+
+def test_what_is_no_gradient_spoils_no_sum() -> None:
+    model = geminifx.compile(Roots(), example_inputs=(torch.ones(4),))
+    with torch.no_grad():
+        model.source.b.fill_(0.0)
+    optimizer = model.optimizer(torch.optim.SGD, lr=0.1, accumulate=2)
+    model(torch.ones(4))[0].backward()
+    model.load_state_dict({"a": torch.ones(4), "b": torch.ones(4)})
+    model(torch.ones(4))[1].backward()
+    optimizer.step()
+    assert torch.equal(model.state_dict()["b"], torch.full((4,), 1 - 0.1 * 0.5))
+
+
+def test_a_gradient_that_is_set_to_none_is_none() -> None:
+    model = geminifx.compile(Roots(), example_inputs=(torch.ones(4),))
+    optimizer = model.optimizer(torch.optim.AdamW, in_backward=True)
+    model(torch.ones(4))[0].backward()
+    optimizer.step()
+    parameter = dict(model.named_parameters())["a"]
+    assert parameter.grad is not None
+    parameter.grad = None
+    assert parameter.grad is None
+
+
+def test_updates_in_the_backward_go_on_after_a_zero_that_was_refused() -> None:
+    model = geminifx.compile(Roots(), example_inputs=(torch.ones(4),))
+    model.load_state_dict({"a": torch.ones(4), "b": torch.ones(4)})
+    optimizer = model.optimizer(torch.optim.AdamW, in_backward=True)
+    sum(model(torch.ones(4))).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    model(torch.ones(4))[0].backward()
+    with pytest.raises(StateError, match="set the gradient of b to zero"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model(torch.ones(4))[1].backward()
+    optimizer.step()
+
+
+def test_a_generator_of_the_model_runs_compiled_steps() -> None:
+    class Streams(nn.Linear):
+        def steps(self, batches: list[Tensor]) -> Iterator[Tensor]:
+            for x in batches:
+                yield self(x)
+
+    model = geminifx.compile(Streams(8, 4))
+    assert len(list(model.steps([batch(), batch()]))) == 2 == model.stats.steps
+
+
+def test_an_only_output_without_a_gradient_gives_none() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    model = geminifx.compile(nn.Linear(8, 4))
+    Nothing.apply(model(batch())).sum().backward()
+    assert model.source.weight.grad is None

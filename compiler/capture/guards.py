@@ -1,0 +1,185 @@
+"""What a program was captured from besides parameters, buffers and arguments: numbers, switches, functions, tensors.
+
+A forward reads them from its modules and their configurations, and what it finds is baked into the program. Every
+attribute that is read while a model is traced becomes a guard, and a program is used as long as its guards hold: the
+idea is torch.compile's. What nothing reads, such as a history that a training loop keeps on the model, guards nothing.
+"""
+
+import enum
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_INTERNAL = frozenset(vars(nn.Module()))
+_ABSENT = object()
+_LONGEST, _DEEPEST = 64, 4
+"""Containers with more elements, and what lies deeper in objects of objects, are known by their identity."""
+_MOST_STATES = 8
+
+
+class _Same:
+    """Equal to what holds the very same object, which it keeps alive: an identity is given anew to others."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def known_by(value: Any, depth: int = 0) -> Hashable:
+    """What is equal for values that a program may take for each other."""
+    if isinstance(value, PLAIN):
+        return type(value), repr(value)  # 1, 1.0 and True differ, and NaN equals itself
+    if isinstance(value, numpy.generic):
+        return type(value), repr(value.item())
+    if isinstance(value, MethodType):
+        return MethodType, _Same(value.__func__), _Same(value.__self__)
+    if depth < _DEEPEST:
+        inside = functools.partial(known_by, depth=depth + 1)
+        if isinstance(value, _CONTAINERS) and len(value) <= _LONGEST:
+            elements = [each for pair in value.items() for each in pair] if isinstance(value, dict) else value
+            return type(value), tuple(map(inside, elements))
+        if isinstance(value, functools.partial):
+            return functools.partial, inside(value.func), inside(value.args), inside(value.keywords)
+        if _is_settings(value):
+            return type(value), inside(vars(value))
+    return _Same(value)
+
+
+def _is_settings(value: Any) -> bool:
+    """Whether an object is known by its attributes, such as a namespace or an instance of a class of the user's."""
+    if callable(value) or isinstance(value, (Tensor, nn.Module, PreTrainedConfig)):
+        return False
+    return hasattr(value, "__dict__") and not inspect.ismodule(value)
+
+
+def attributes_of(module: nn.Module) -> dict[str, Hashable]:
+    """What a module's attributes are known by, but for what nn.Module keeps."""
+    return {name: known_by(value) for name, value in vars(module).items() if name not in _INTERNAL}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """An attribute, `label` by its full name, and what it was."""
+
+    owner: Any
+    name: str
+    label: str
+    value: Any
+    known: Hashable
+
+    @classmethod
+    def of(cls, owner: Any, name: str, path: str) -> "Guard":
+        value = vars(owner).get(name, _ABSENT)
+        return cls(owner, name, f"{path}.{name}" if path else name, value, known_by(value))
+
+    def holds(self) -> bool:
+        now = vars(self.owner).get(self.name, _ABSENT)
+        if now is self.value and not (isinstance(now, _CONTAINERS) or _is_settings(now)):
+            return True
+        return known_by(now) == self.known
+
+
+@contextmanager
+def recorded(copies: nn.Module, originals: nn.Module) -> Iterator[list[Guard]]:
+    """While it is open, what is read of `copies`, which is traced, is recorded; on leaving the list has a guard for
+    each, of `originals`."""
+    owners: dict[int, tuple[Any, str]] = {}
+    for (path, copied), original in zip(copies.named_modules(), originals.modules(), strict=True):
+        owners[id(copied)] = original, path
+        _add_configs(owners, vars(copied).get("config"), vars(original).get("config"), path)
+    reads: dict[tuple[int, str], None] = {}
+    guards: list[Guard] = []
+
+    def recording(cls: type) -> Any:
+        plain: Any = cls.__getattribute__
+
+        def read(self: Any, name: str) -> Any:
+            if name not in _INTERNAL and id(self) in owners and not _is_private(self, name):
+                reads[id(self), name] = None
+            return plain(self, name)
+
+        return mock.patch.object(cls, "__getattribute__", read)
+
+    with recording(nn.Module), recording(PreTrainedConfig):
+        yield guards
+    for identity, name in reads:
+        owner, path = owners[identity]
+        name = getattr(type(owner), "attribute_map", {}).get(name, name)
+        if name in vars(owner) or _is_missing(owner, name):
+            guards.append(Guard.of(owner, name, path))
+
+
+def _is_private(owner: Any, name: str) -> bool:
+    """Whether an attribute is Python's own, or of torch's modules: these follow from what they were made with."""
+    return name.startswith("__") or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
+
+
+def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any, path: str) -> None:
+    if isinstance(copied, PreTrainedConfig) and id(copied) not in owners:
+        path = f"{path}.config" if path else "config"
+        owners[id(copied)] = original, path
+        for name, part in list(vars(copied).items()):
+            _add_configs(owners, part, vars(original).get(name), path)
+
+
+def _is_missing(owner: Any, name: str) -> bool:
+    """Whether an attribute that was asked for is neither there nor made by the class: it may be set one day."""
+    if isinstance(owner, nn.Module) and any(
+        name in held for held in (owner._parameters, owner._buffers, owner._modules)
+    ):
+        return False
+    found = inspect.getattr_static(type(owner), name, _ABSENT)
+    return not callable(found) and not hasattr(found, "__get__")
+
+
+Key = tuple[Hashable, ...]
+
+
+class GuardedKeys:
+    """By the key of a call, the states of the model that programs were captured in for it, the last one first."""
+
+    def __init__(self, most: int) -> None:
+        self._states: OrderedDict[Key, list[tuple[int, list[Guard], list[nn.Module]]]] = OrderedDict()
+        self._most, self._count = most, 0
+
+    def key(self, call: Key) -> Key:
+        """The key of the program for a call with the model as it is; for a program that there is not yet, of none."""
+        found = (number for number, guards, _ in self._states.get(call, []) if all(guard.holds() for guard in guards))
+        return call, next(found, None)
+
+    def add(self, call: Key, guards: Iterable[Guard], modules: Iterable[nn.Module]) -> None:
+        """Take note of what a capture for this call has read. `modules` are kept with it: their identities are part of
+        the call's key."""
+        if self.key(call)[1] is None:
+            self._count += 1
+            states = self._states.setdefault(call, [])
+            states.insert(0, (self._count, list(guards), list(modules)))
+            del states[_MOST_STATES:]
+        self._states.move_to_end(call)
+        if len(self._states) > self._most:
+            self._states.popitem(last=False)
+
+    def changed(self, call: Key) -> str:
+        """What is not as it was when a program was captured last for this call; "" where there was none."""
+        _, guards, _ = next(iter(self._states.get(call, [])), (0, [], []))
+        return next((guard.label for guard in guards if not guard.holds()), "")
