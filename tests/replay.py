@@ -45,7 +45,7 @@ def texts_of(tree: Path, folder: Path, names: list[str]) -> dict[str, str]:
 
 def renamed(text: str, renames: list[tuple[str, str]]) -> str:
     for old, new in renames:
-        text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", new, text)
+        text = re.sub(rf"(?<!\w){re.escape(old)}(?=(_\d+)?(?!\w))", new, text)  # values are numbered by operator
     return text
 
 

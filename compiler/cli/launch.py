@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import tempfile
 from types import FrameType
+from typing import NoReturn
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
@@ -24,6 +26,16 @@ def is_launched() -> bool:
 def rank() -> int:
     """Return which of the processes this is."""
     return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def end(code: int) -> NoReturn:
+    """End this process of several at once, when all that runs at exit has run. What Python tears down after that are
+    objects of C++ whose threads may still run, and then the process is aborted, which its launcher takes for a failure.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launch(words: list[str], nprocs: int) -> int:
