@@ -94,11 +94,15 @@ class CompiledModule(nn.Module):
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What is captured is the source's own forward.
-        lent = vars(self.source).pop("forward", None) if self._is_lent else None
+        source = vars(self.source)
+        is_lent = source.get("forward") is self.forward
+        if is_lent:
+            del source["forward"]
         try:
             compiled = self.session.program(args, kwargs)
         finally:
-            vars(self.source).update({} if lent is None else {"forward": lent})
+            if is_lent:
+                source["forward"] = self.forward
         backward = compiled.program.name == "training"
         self.session.ready(backward)
         inputs = self.session.inputs(compiled, args, kwargs)
@@ -109,11 +113,6 @@ class CompiledModule(nn.Module):
             results = compiled.executor.evaluate(inputs)
             outputs = [results[f"output:{i}"] for i in range(len(results))]
         return rebuild_result(compiled.captured, outputs)
-
-    @property
-    def _is_lent(self) -> bool:
-        """Whether the source has the compiled forward just now, while a method of it runs."""
-        return vars(self.source).get("forward") is self.forward
 
     def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
         code, captured = compiled.executor.code, compiled.captured
@@ -234,7 +233,7 @@ class CompiledModule(nn.Module):
         @contextmanager
         def lending() -> Iterator[None]:
             setup, source = self.session.setup, vars(self.source)
-            lends = "forward" not in source and not self._runs_plain(method.__name__)
+            lends = "forward" not in source and method.__name__ != "generate"
             with nullcontext() if setup is None else setup.machine.store.writable():
                 source |= {"forward": self.forward} if lends else {}
                 try:
@@ -244,25 +243,20 @@ class CompiledModule(nn.Module):
                         source.pop("forward", None)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if method.__name__ == "generate":  # every token would be a program of its own
+                warnings.warn(
+                    "generate() runs the source model as it is, in the masters' dtype and outside of plan and budget; "
+                    "for much of it load what was saved into a model of its own",
+                    stacklevel=2,
+                )
             with lending():
                 return method(*args, **kwargs)
 
-        def generate(*args: Any, **kwargs: Any) -> Any:
+        def iterate(*args: Any, **kwargs: Any) -> Any:
             with lending():
                 return (yield from method(*args, **kwargs))
 
-        return wraps(method)(generate if inspect.isgeneratorfunction(method) else call)
-
-    @staticmethod
-    def _runs_plain(name: str) -> bool:
-        """Whether a method runs the source's own forward: every token of `generate` would be a program of its own."""
-        if name == "generate":
-            warnings.warn(
-                "generate() runs the source model as it is, in the masters' dtype and outside of plan and budget; for "
-                "much of it load what was saved into a model of its own",
-                stacklevel=4,
-            )
-        return name == "generate"
+        return wraps(method)(iterate if inspect.isgeneratorfunction(method) else call)
 
     # Python looks these up in the class, where __getattr__ has no say.
 
