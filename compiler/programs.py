@@ -5,7 +5,7 @@ Nothing here decides anything or changes what a model is set up with.
 
 import warnings
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,10 +18,11 @@ from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..runtime.executor import Executor
 from .capture.arguments import leaf_key
-from .capture.guards import Key
+from .capture.guards import Guard
 from .capture.refusals import hooks_of
 from .capture.trace import Captured
 
+Key = tuple[Hashable, ...]
 _V = TypeVar("_V")
 
 
@@ -112,6 +113,11 @@ class Recent(Generic[_V]):
         self._values.move_to_end(key)
         return self._values[key]
 
+    def get(self, key: Key, default: _V) -> _V:
+        if key not in self:
+            return default
+        return self[key]
+
     def __setitem__(self, key: Key, value: _V) -> None:
         self._values[key] = value
         if len(self._values) > self.most:
@@ -123,3 +129,30 @@ class Recent(Generic[_V]):
     def items(self) -> list[tuple[Key, _V]]:
         """All of them, the one that was used longest ago first."""
         return list(self._values.items())
+
+
+class GuardedKeys:
+    """By the key of a call, the states of the model that programs were captured in for it, the last one first."""
+
+    most = 8
+
+    def __init__(self) -> None:
+        self._states: Recent[list[tuple[int, tuple[Guard, ...], list[nn.Module]]]] = Recent()
+        self._count = 0
+
+    def key(self, call: Key) -> Key:
+        """The key of the program for a call with the model as it is; for a program that there is not yet, of none."""
+        found = (number for number, guards, _ in self._states.get(call, []) if all(guard.holds() for guard in guards))
+        return call, next(found, None)
+
+    def add(self, call: Key, guards: tuple[Guard, ...], modules: Iterable[nn.Module]) -> None:
+        """Take note of what a capture for this call has read. `modules` are kept with it: their identities are part of
+        the call's key."""
+        if self.key(call)[1] is None:
+            self._count += 1
+            self._states[call] = [(self._count, guards, list(modules)), *self._states.get(call, [])][: self.most]
+
+    def changed(self, call: Key) -> str:
+        """What is not as it was when a program was captured last for this call; "" where there was none."""
+        last = (guard for _, guards, _ in self._states.get(call, [])[:1] for guard in guards)
+        return next((guard.label for guard in last if not guard.holds()), "")

@@ -34,7 +34,6 @@ from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
-from .capture.guards import GuardedKeys, Key
 from .capture.results import absent_outputs, saved_outputs
 from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
@@ -42,7 +41,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, Recaptures, Recent
+from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -96,7 +95,7 @@ class Session:
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
-        self._guarded = GuardedKeys(Recent.most)
+        self._guarded = GuardedKeys()
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()

@@ -1,1 +1,1 @@
-"""From a module and a call to a program: tracing, arguments, results, values for models on `meta`."""
+"""From a module and a call to a program: tracing, guards, refusals, arguments, results, values for models on `meta`."""

@@ -8,8 +8,7 @@ idea is torch.compile's. What nothing reads, such as a history that a training l
 import enum
 import functools
 import inspect
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
+"""Values that hold no tensors and do not change."""
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 _INTERNAL = frozenset(vars(nn.Module()))
 _ABSENT = object()
 _LONGEST, _DEEPEST = 64, 4
 """Containers with more elements, and what lies deeper in objects of objects, are known by their identity."""
-_MOST_STATES = 8
 
 
 class _Same:
@@ -150,36 +149,3 @@ def _is_missing(owner: Any, name: str) -> bool:
         return False
     found = inspect.getattr_static(type(owner), name, _ABSENT)
     return not callable(found) and not hasattr(found, "__get__")
-
-
-Key = tuple[Hashable, ...]
-
-
-class GuardedKeys:
-    """By the key of a call, the states of the model that programs were captured in for it, the last one first."""
-
-    def __init__(self, most: int) -> None:
-        self._states: OrderedDict[Key, list[tuple[int, list[Guard], list[nn.Module]]]] = OrderedDict()
-        self._most, self._count = most, 0
-
-    def key(self, call: Key) -> Key:
-        """The key of the program for a call with the model as it is; for a program that there is not yet, of none."""
-        found = (number for number, guards, _ in self._states.get(call, []) if all(guard.holds() for guard in guards))
-        return call, next(found, None)
-
-    def add(self, call: Key, guards: Iterable[Guard], modules: Iterable[nn.Module]) -> None:
-        """Take note of what a capture for this call has read. `modules` are kept with it: their identities are part of
-        the call's key."""
-        if self.key(call)[1] is None:
-            self._count += 1
-            states = self._states.setdefault(call, [])
-            states.insert(0, (self._count, list(guards), list(modules)))
-            del states[_MOST_STATES:]
-        self._states.move_to_end(call)
-        if len(self._states) > self._most:
-            self._states.popitem(last=False)
-
-    def changed(self, call: Key) -> str:
-        """What is not as it was when a program was captured last for this call; "" where there was none."""
-        _, guards, _ = next(iter(self._states.get(call, [])), (0, [], []))
-        return next((guard.label for guard in guards if not guard.holds()), "")

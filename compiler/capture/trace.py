@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
 from .assignments import followed_assignments
-from .guards import Guard, recorded
+from .guards import PLAIN, Guard, recorded
 from .refusals import tell_of_hooks
 from .results import gradient_sources
 
@@ -166,7 +165,7 @@ class _Step(nn.Module):
 
 def _checked(value: Any) -> Any:
     """A part of the result that is no tensor, if it cannot hold one."""
-    if value is None or isinstance(value, (str, bytes, int, float, complex, Enum, torch.dtype, torch.device)):
+    if isinstance(value, PLAIN):
         return value
     advice = "; call it with use_cache=False" if "Cache" in type(value).__name__ else ""
     raise CaptureError(

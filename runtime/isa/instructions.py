@@ -19,7 +19,7 @@ and its gradients'::
     geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
     geminifx.put_mm(g3, 2176, dy, x)               # another's is this product, computed right in its place
     geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
-    geminifx.accumulate_grad(g3, 3, [0, 1])                 # and is done: accumulated beside the master
+    geminifx.accumulate_grad(g3, 3, [0, 1])        # and is done: accumulated beside the master
 
 Among several ranks gradients are summed over the replicas on that way, and losses are averaged::
 
@@ -45,7 +45,7 @@ No machine carries out the first three: `overlap` writes each as a collective th
 a contiguous tensor, and one that is waited for. In between nobody reads what is being filled, nor writes `x`::
 
     p = geminifx.start_all_gather(x, "col", 2)
-    whole = geminifx.finish_collective(p, x)         # the same tensor; `x` lives until here
+    whole = geminifx.finish_collective(p, x)       # the same tensor; `x` lives until here
     p = geminifx.start_reduce_scatter(x, "col", 2)
     mine = geminifx.finish_collective(p, x)
     p = geminifx.start_all_reduce(x, "row", "sum") # overwrites `x`

@@ -147,10 +147,6 @@ class ChunkStore:
         for chunk in self.chunks:
             chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
 
-    @property
-    def is_meta(self) -> bool:
-        return any(p.is_meta for chunk in self.chunks for p in chunk.parameters)
-
     def place(self, chunk: Chunk, master: Tensor) -> None:
         """Make `master` the chunk's master: values move over, parameters become views of it."""
         for slot, parameter in enumerate(chunk.parameters):

@@ -11,7 +11,6 @@ import geminifx
 import pytest
 import torch
 import torch.nn.functional as F
-from geminifx.compiler import session
 from geminifx.runtime.isa.errors import CaptureError
 from more_models import DECODER
 from torch import Tensor, nn
@@ -383,20 +382,6 @@ CHANGES: dict[str, tuple[Callable[[Reads], Any], Callable[[Reads], Any]]] = {
     "a function": (lambda m: setattr(m, "activation", F.relu), lambda m: setattr(m, "activation", None)),
     "another function": (lambda m: setattr(m, "gate", torch.sigmoid), lambda m: setattr(m, "gate", torch.tanh)),
 }
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One element for each model that was captured: whether it was for a backward."""
-    made: list[bool] = []
-    original = session.capture
-
-    def counting(model: Any, args: Any, kwargs: Any, request: Any) -> Any:
-        made.append(request.backward)
-        return original(model, args, kwargs, request)
-
-    monkeypatch.setattr(session, "capture", counting)
-    return made
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -14,21 +14,7 @@ from torch.optim import AdamW
 from zoo import OPT, compiled
 
 
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """One for each time that a model is captured."""
-    seen: list[object] = []
-    capture = session.capture
-
-    def counted(*args: object) -> object:
-        seen.append(args)
-        return capture(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(session, "capture", counted)
-    return seen
-
-
-def test_a_hugging_face_model_is_captured_once_for_the_batch_that_comes(captures: list[object]) -> None:
+def test_a_hugging_face_model_is_captured_once_for_the_batch_that_comes(captures: list[bool]) -> None:
     """Not for a guess first: with the model's own optimizer, made before the batch, too."""
     for optimizer in (None, AdamW):
         captures.clear()
@@ -42,7 +28,7 @@ def test_a_hugging_face_model_is_captured_once_for_the_batch_that_comes(captures
         assert len(captures) == 1 and model.plan.format.beside is (optimizer is not None)
 
 
-def test_its_plan_is_made_by_a_guess_where_somebody_asks(captures: list[object]) -> None:
+def test_its_plan_is_made_by_a_guess_where_somebody_asks(captures: list[bool]) -> None:
     model = geminifx.compile(OPT.seeded())
     assert model.plan.layout.chunks and "training" in model.graph and len(captures) == 1
     with pytest.raises(BudgetError, match="too small"):
@@ -102,7 +88,7 @@ def test_a_plan_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_programs_that_were_called_long_ago_are_made_again(
-    monkeypatch: pytest.MonkeyPatch, captures: list[object]
+    monkeypatch: pytest.MonkeyPatch, captures: list[bool]
 ) -> None:
     monkeypatch.setattr(Recent, "most", 2)
     model = geminifx.compile(NET.seeded())
