@@ -97,6 +97,7 @@ class _Code:
 def _checks(filename: str) -> tuple[range, ...]:
     """The lines of the statements of a file that do nothing but raise where a condition does, or does not, hold, and
     whose exception nobody catches there."""
+    linecache.checkcache(filename)  # the source may have been edited
     try:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
@@ -118,7 +119,6 @@ def _only_raises(node: ast.Assert | ast.If) -> bool:
 def checks_pass() -> Iterator[None]:
     """Within, checks of values pass unseen: Python's, and torch's that hold for tensors of conditions."""
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-    linecache.checkcache()  # sources may have been edited
     with ExitStack() as stack:
         stack.callback(_checks.cache_clear)
         for name in _TORCHS_CHECKS:
