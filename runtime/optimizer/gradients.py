@@ -91,16 +91,30 @@ class HeldGradients:
 
     def total(self, state: ChunkState) -> Tensor:
         """The sum of the gradients so far, in the master's dtype: from here on they are added up in it."""
-        total = self.states.make_total(state)
-        if not state.added:
+        if state.added:
+            assert state.total is not None
+            return state.total
+        if state.total is None and state.held is not None and self._is_sum(state):
+            total = state.total = state.held
+        else:
+            total = self.states.make_total(state)
             total.zero_()
             if state.present and state.held is not None:
                 self.copies.finish(self.landed(state.layout.index))
                 _accumulate(total, state.held, 1.0 / self.loss_scale, first=True)
-            if state.where is Where.DEVICE:
-                state.held = None
-            state.added = True
+        if state.clipped is not None:
+            total.mul_(state.clipped.to(total.device))
+            state.clipped = None
+        if state.where is Where.DEVICE:
+            state.held = None
+        state.added = True
         return total
+
+    @staticmethod
+    def _is_sum(state: ChunkState) -> bool:
+        """Whether the held gradient can be added to as it is: buffers on the host have the next one land in them."""
+        assert state.held is not None
+        return state.where is Where.DEVICE and state.held.dtype == state.layout.master_dtype
 
     def norm(self) -> Tensor:
         """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
@@ -109,16 +123,12 @@ class HeldGradients:
             self.states.zero,
             dict[tuple[str, ...], list[Tensor]](),
         )
-        for index, state in enumerate(self.states):
+        for state in self.states:
             # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
             zeros = torch.zeros((), device=self.states.hardware.device)
             norms = by_axes.setdefault(state.layout.reduced_over, [zeros])
-            if state.present and state.present == state.measured and not state.added:
-                norms.append(self.norms[index] / self.loss_scale)
-            elif state.present:
-                norms.append(self._norm_of_slots(state))
             if state.present:  # the slots of a chunk are sharded alike
-                norms[-1] = norms[-1] / math.sqrt(local_shards.replicas(state.layout.slots[0]))
+                norms.append(self._norm_of(state) / math.sqrt(local_shards.replicas(state.layout.slots[0])))
         found = [
             zero.norm(local_shards.norm(torch.linalg.vector_norm(torch.stack(norms))), axes)
             for axes, norms in by_axes.items()
@@ -135,23 +145,36 @@ class HeldGradients:
         norm = self.norm()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for state in self.states:
-            if state.present:
+            if state.present and state.added:
                 self.tickets.arrive(state.layout.index)
                 total = self.total(state)
                 total.mul_(factor.to(total.device))
+            elif state.present:  # float32 sums would take twice the memory of what is held
+                state.clipped = factor if state.clipped is None else state.clipped * factor
         return norm
+
+    def _norm_of(self, state: ChunkState) -> Tensor:
+        """The norm of a chunk's gradient, on the device."""
+        if state.present == state.measured and not state.added:
+            norm = self.norms[state.layout.index]
+        else:
+            norm = self._norm_of_slots(state).to(self.states.hardware.device, non_blocking=True)
+        if state.added:
+            return norm
+        norm = norm / self.loss_scale
+        return norm if state.clipped is None else norm * state.clipped
 
     def _norm_of_slots(self, state: ChunkState) -> Tensor:
         self.tickets.arrive(state.layout.index)
-        total = self.total(state)
-        norms = [torch.linalg.vector_norm(state.slice(total, slot), dtype=torch.float32) for slot in state.present]
-        return torch.linalg.vector_norm(torch.stack(norms)).to(self.states.hardware.device, non_blocking=True)
+        self.copies.finish(self.landed(state.layout.index))
+        slices = (state.slice(state.gradient, slot) for slot in state.present)
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(s, dtype=torch.float32) for s in slices]))
 
     def forget(self, state: ChunkState, slot: int) -> None:
         """Drop one parameter's gradient. The chunk's state is at rest."""
         state.present.discard(slot)
         if not state.present:
-            state.forget_gradient()
+            self.states.forget_gradient(state)
             return
         # Gradients that are added later must not find this one.
         self.copies.finish(self.landed(state.layout.index))
@@ -161,12 +184,12 @@ class HeldGradients:
         for state in self.states:
             if state.present:
                 self.tickets.arrive(state.layout.index)
-                state.forget_gradient()
+                self.states.forget_gradient(state)
 
 
 def _accumulate(total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
     if not first:
-        total.add_(gradients, alpha=factor)
+        total.add_(gradients.to(total.device), alpha=factor)  # a device without room has its sum on the host
         return
     total.copy_(gradients)
     if factor != 1.0:

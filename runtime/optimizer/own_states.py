@@ -71,16 +71,35 @@ class OwnStates:
         chunk.gathered = -1
 
     def make_total(self, state: ChunkState) -> Tensor:
-        """The sum of gradients, made now where it was not planned for. Raises BudgetError on a full tier."""
-        if state.total is None:
-            layout, on_device = state.layout, state.where is Where.DEVICE
-            purpose = f"float32 gradients of chunk {layout.index} (accumulate= plans for them)"
-            self.hardware.tier(on_device).charge(layout.master_bytes, purpose)
-            device, host = self._charged[layout.index]
-            more = layout.master_bytes
-            self._charged[layout.index] = device + on_device * more, host + (not on_device) * more
-            state.total = self._zeros(layout.numel, layout.master_dtype, on_device)
+        """The sum of gradients, made now where it was not planned for: beside the state, or, where a device has no
+        room, on the host. Raises BudgetError where that is full, too."""
+        if state.total is None and state.where is Where.DEVICE:
+            try:
+                state.total = self._unplanned_total(state, True)
+            except (BudgetError, torch.cuda.OutOfMemoryError):
+                state.total = self._unplanned_total(state, False)
+        elif state.total is None:
+            state.total = self._unplanned_total(state, False)
         return state.total
+
+    def _unplanned_total(self, state: ChunkState, on_device: bool) -> Tensor:
+        layout, (device, host) = state.layout, self._charged[state.layout.index]
+        total, more = self._zeros(layout.numel, layout.master_dtype, on_device), layout.master_bytes
+        purpose = (
+            f"float32 gradients of chunk {layout.index} (accumulate= plans for them, and clipping by max_grad_norm= or "
+            "model.clip_grad_norm_() needs none)"
+        )
+        self.hardware.tier(on_device).charge(more, purpose)
+        self._charged[layout.index] = device + on_device * more, host + (not on_device) * more
+        return total
+
+    def forget_gradient(self, state: ChunkState) -> None:
+        """Drop a chunk's gradient. The device has room for an unplanned sum between backward and update alone."""
+        state.forget_gradient()
+        layout = self.chunks.chunks[state.layout.index].layout
+        if state.where is Where.DEVICE and not self.format.keeps_sum(layout) and state.total is not None:
+            state.total = None
+            self._charge(layout, state.home, unplanned_total=False)
 
     def _charge(self, layout: ChunkLayout, home: Home, unplanned_total: bool) -> None:
         """Exchange the chunk's charges on both tiers, or, where one is full, on neither.

@@ -62,8 +62,8 @@ class Range:
 class ChunkState:
     """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that.
 
-    `held` is a gradient in the compute dtype, times the loss scale; `total` is one in the master's dtype, to
-    which several are added. `present` are the slots that either has a gradient for.
+    `held` is a gradient in the compute dtype, times the loss scale, and still to be multiplied by `clipped`; `total` is
+    one in the master's dtype, to which several are added. `present` are the slots that either has a gradient for.
     """
 
     layout: ChunkLayout
@@ -75,6 +75,7 @@ class ChunkState:
     held: Tensor | None = None
     total: Tensor | None = None
     added: bool = False
+    clipped: Tensor | None = None
     present: set[int] = field(default_factory=set)
     measured: set[int] = field(default_factory=set)
     version: int = 0
@@ -151,6 +152,7 @@ class ChunkState:
             target.copy_(source)
         self.steps, self.version = other.steps, other.version
         self.present, self.measured, self.added = other.present, other.measured, other.added
+        self.clipped = other.clipped
         if self.added:
             assert self.total is not None and other.total is not None
             self.total.copy_(other.total)
@@ -192,6 +194,6 @@ class ChunkState:
 
     def forget_gradient(self) -> None:
         self.present.clear()
-        self.added = False
+        self.added, self.clipped = False, None
         if self.where is Where.DEVICE:
             self.held = None

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..isa.formats import STREAMED_GRADIENTS, longest_of_each_kind
+from ..isa.formats import STREAM_PIECE, STREAMED_GRADIENTS, longest_of_each_kind
 from ..isa.homes import Where
 from ..isa.layout import ChunkLayout
 from ..kernels.update_rules import Gradient
@@ -52,7 +52,7 @@ class Updater:
         self.released: dict[int, Arrival] = {}
         self.host_update_s = 0.0
         self._streamed: list[tuple[Arrival, Tensor]] = []
-        self._factors: dict[bool, Factor] = {}
+        self._factors: dict[tuple[bool, int], Factor] = {}
         self._stream_bytes = 0
 
     def make_streams(self) -> None:
@@ -77,10 +77,18 @@ class Updater:
         if not waiting:
             return  # in_backward: what the host still updates runs beside the next forward
         self.tickets.arrive_all()  # whoever reads the factors of the step before is done with them
-        unscaled = scale / self.held.loss_scale
-        self._factors = {added: self._factor(scale if added else unscaled) for added in (False, True)}
+        self._factors = {}
         for state in waiting:
-            self.update(state, self._factors[state.added])
+            key = state.added, id(state.clipped)
+            if key not in self._factors:
+                self._factors[key] = self._factor(self._scale_of(state, scale))
+            self.update(state, self._factors[key])
+
+    def _scale_of(self, state: ChunkState, scale: float | Tensor) -> float | Tensor:
+        """What a chunk's gradient is multiplied by; sums are without loss scale and clipped already."""
+        if not state.added and self.held.loss_scale != 1.0:
+            scale = scale / self.held.loss_scale
+        return scale if state.clipped is None else scale * state.clipped
 
     def _factor(self, scale: float | Tensor) -> Factor:
         """A factor that the device computes comes to the host without anybody waiting for it yet."""
@@ -105,12 +113,15 @@ class Updater:
             self.tickets.submit(index, partial(self._update_on_host, index, ranges, gradient), *after)
         else:
             self._update_on_the_way(state, ranges, gradient)
-        state.forget_gradient()
+        self.states.forget_gradient(state)
 
     def _update_range(self, state: ChunkState, elements: Range, gradient: Gradient) -> None:
-        values = gradient.values[elements.start : elements.end]
-        part = state.part(elements.start, elements.end)
-        self.kernels.update(state.layout, part, Gradient(values, gradient.scale), elements)
+        # A sum that found no room on the device comes in pieces.
+        pieces = [elements] if gradient.values.device == state.weights.device else elements.pieces(STREAM_PIECE)
+        for piece in pieces:
+            part, values = state.part(piece.start, piece.end), gradient.values[piece.start : piece.end]
+            values = values.to(state.weights.device)
+            self.kernels.update(state.layout, part, Gradient(values, gradient.scale), piece)
 
     def _update_on_host(self, index: int, ranges: list[Range], gradient: Gradient) -> Arrival:
         """The worker's job, once the gradient is here and nobody reads the old weights any more."""

@@ -186,7 +186,7 @@ def test_states_move_between_any_two_places(where: str, to: str) -> None:
         two.store.update_all(1.0)
         assert torch.equal(two.parameters["a"], torch.arange(4.0) - 2 - backwards)
         assert torch.equal(two.parameters["d"], torch.arange(4.0) + 30 - 2)
-        sums = 2 * 128 * 4  # there since the second backward, and kept
+        sums = 2 * 128 * 4 * (to != "device")  # there since the second backward, and kept, but on a device
         assert sum(tier.used_bytes for tier in two.tiers) == sum(fresh) + sums
 
 
