@@ -15,7 +15,7 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.executor import NoGradient, Outlets, Step, TrainingRun
+from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
@@ -118,8 +118,7 @@ class CompiledModule(nn.Module):
         code, captured = compiled.executor.code, compiled.captured
         by_role = dict(zip(code.inputs, inputs, strict=True))
         tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]
-        outlets = Outlets(captured.differentiable, compiled.saved, captured.sources)
-        run = TrainingRun(compiled.executor, inputs, outlets)
+        run = TrainingRun(compiled.executor, inputs, compiled.outlets)
         inputs.clear()
         outputs: list[Any] = list(Step.apply(run, self._anchor, *tracked))
         for i in captured.detached:

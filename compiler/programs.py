@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.program import Program
-from ..runtime.executor import Executor
+from ..runtime.executor import Executor, Outlets
 from .capture.arguments import leaf_key
 from .capture.guards import Guard
 from .capture.refusals import hooks_of
@@ -29,7 +29,7 @@ _V = TypeVar("_V")
 @dataclass(frozen=True)
 class Compiled:
     """One program: for one mode, one set of input shapes. `flat` is what its memory was planned for; `absent` are the
-    outputs that it does not compute, `saved` those that its backward reads."""
+    outputs that it does not compute, `outlets` what autograd sees of the others."""
 
     captured: Captured
     plan: Plan
@@ -38,7 +38,7 @@ class Compiled:
     records: tuple[Record, ...]
     executor: Executor
     absent: frozenset[int]
-    saved: frozenset[int]
+    outlets: Outlets
 
     @property
     def trains(self) -> bool:

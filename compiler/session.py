@@ -19,7 +19,7 @@ from ..passes.sharding.parameters import whole_parameters
 from ..runtime.distributed.local_shards import LocalShards
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
-from ..runtime.executor import Executor
+from ..runtime.executor import Executor, Outlets
 from ..runtime.isa.errors import StateError
 from ..runtime.isa.formats import OwnFormat, TorchFormat
 from ..runtime.isa.homes import Homes
@@ -34,7 +34,7 @@ from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
-from .capture.results import absent_outputs, saved_outputs
+from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
 from .lowering import Lowering, generate
@@ -157,8 +157,9 @@ class Session:
             self.ranks.check_alike(f"the {program.name} program", _digest(program, plan))
         self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
-        return Compiled(captured, plan, flat, program, (*captured.records, *records), executor,
-                        absent_outputs(flat), saved_outputs(flat))  # fmt: skip
+        outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
+        history = (*captured.records, *records)
+        return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
 
     # -- the setup -----------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .isa.errors import BudgetError, GeminiError, StateError
 from .isa.instructions import INSTRUCTIONS
 from .isa.operators import OPERATORS
+from .isa.torch_private import will_accumulate
 from .machine import Machine
 from .memory.state_store import Run
 from .memory.tiers import MemoryMeter
@@ -152,14 +153,15 @@ class ProgramRun:
 
 @dataclass(frozen=True)
 class Outlets:
-    """What autograd sees of a training program's outputs, by their positions.
+    """What autograd sees of a training program's inputs and outputs, by their positions.
 
-    `differentiable` take a gradient; `saved` are read by the backward. `sources` tells by a gradient's role, such as
-    gradient:fc.weight, which of them it comes from.
+    `differentiable` outputs take a gradient; `saved_inputs` and `saved_outputs` are read by the backward. `sources`
+    tells by a gradient's role, such as gradient:fc.weight, which outputs it comes from.
     """
 
     differentiable: tuple[int, ...]
-    saved: frozenset[int] = frozenset()
+    saved_inputs: frozenset[int] = frozenset()
+    saved_outputs: frozenset[int] = frozenset()
     sources: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
@@ -171,20 +173,21 @@ class TrainingRun(ProgramRun):
         self.outlets = outlets
         self.likes: list[Tensor] = []  # of the outputs that take a gradient, without memory
         self.versions = executor.machine.store.versions()
-        self.inputs = [(weakref.ref(t), t._version) for t in inputs]
+        self.inputs = [(weakref.ref(inputs[i]), inputs[i]._version) for i in outlets.saved_inputs]
         self.saved: list[tuple[Tensor, int]] = []
 
     def forward(self) -> list[Tensor]:
         outputs = self.advance()
         self.likes = [torch.empty_like(outputs[i], device="meta") for i in self.outlets.differentiable]
-        self.saved = [(_counter(outputs[i]), outputs[i]._version) for i in self.outlets.saved]
+        self.saved = [(_counter(outputs[i]), outputs[i]._version) for i in self.outlets.saved_outputs]
         # The forward itself writes buffers; whoever writes after it changes what the backward reads.
         self.inputs = [(ref, t._version) for ref, _ in self.inputs if (t := ref()) is not None]
         return outputs
 
-    def backward(self, tangents: list[Tensor | None]) -> dict[str, Tensor]:
-        """Returns the gradients of inputs; those of parameters are in `.grad`. `tangents` are the outputs', None where
-        nothing read one: what only such outputs reach gets no gradient. Raises StateError twice.
+    def backward(self, tangents: list[Tensor | None], of_parameters: bool = True) -> dict[str, Tensor]:
+        """Returns the gradients of inputs; those of parameters are in `.grad`, unless none are wanted. `tangents` are
+        the outputs', None where nothing read one: what only such outputs reach gets no gradient. Raises StateError
+        twice.
         """
         if self.generator is None:
             raise StateError(
@@ -198,7 +201,10 @@ class TrainingRun(ProgramRun):
         device = self.executor.machine.device
         received = [torch.zeros_like(like, device=device) if t is None else t
                     for like, t in zip(self.likes, tangents, strict=True)]  # fmt: skip
-        scale = self.executor.machine.store.begin_backward()
+        if of_parameters:
+            scale = self.executor.machine.store.begin_backward()
+        else:
+            scale, self.run.absent = 1.0, self._all_parameters()
         self.advance([tangent * scale for tangent in received] if scale != 1.0 else received)
         if self.generator is not None:
             raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
@@ -217,6 +223,10 @@ class TrainingRun(ProgramRun):
         names = (role.removeprefix("gradient:") for role in unreached)
         self.run.absent = frozenset((places[n][0].index, places[n][1]) for n in names if n in places)
         return unreached
+
+    def _all_parameters(self) -> frozenset[tuple[int, int]]:
+        chunks = self.executor.machine.store.chunks.layout.chunks
+        return frozenset((chunk.index, slot) for chunk in chunks for slot in range(len(chunk.slots)))
 
     def _check_unchanged(self) -> None:
         """Weights are read again in the backward: others than the forward's would give wrong gradients."""
@@ -261,7 +271,7 @@ class Step(torch.autograd.Function):
         # The program sleeps with its own outputs in hand: handed out themselves, they would hold it and it them,
         # and a loss that is dropped without a backward would keep its activations.
         outputs = [output.detach() for output in run.forward()]
-        ctx.run = run
+        ctx.run, ctx.anchor = run, anchor
         ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in run.outlets.differentiable))
         ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient, which is not a zero
         return tuple(outputs)
@@ -273,7 +283,9 @@ class Step(torch.autograd.Function):
                 "a gradient of a gradient was asked for (create_graph=True, as gradient penalties do), and a compiled "
                 "step is differentiated once. Leave create_graph out, or train this model without geminifx"
             )
-        results = ctx.run.backward([tangents[i] for i in ctx.run.outlets.differentiable])
+        # torch.autograd.grad(loss, inputs) leaves parameters' gradients alone, and the anchor's, too.
+        of_parameters = will_accumulate(ctx.anchor)
+        results = ctx.run.backward([tangents[i] for i in ctx.run.outlets.differentiable], of_parameters)
         gradients = (results.get(role) for role in ctx.run.executor.code.input_gradients)
         return (None, None, *gradients)
 

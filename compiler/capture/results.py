@@ -53,8 +53,8 @@ def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
     return found
 
 
-def saved_outputs(program: Program) -> frozenset[int]:
-    """Positions of outputs whose memory the backward of a lowered training program reads."""
+def saved(program: Program) -> tuple[frozenset[int], frozenset[int]]:
+    """Positions of the inputs and of the outputs whose memory the backward of a lowered training program reads."""
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
     elements: dict[tuple[fx.Node, int], fx.Node] = {}
     read, turned = set[fx.Node](), False
@@ -66,8 +66,8 @@ def saved_outputs(program: Program) -> frozenset[int]:
         if turned:
             read.update(*(roots[value] for value in node.all_input_nodes))
         turned = turned or node.target is TURN
-    outputs = (node for turn in program.calls(TURN) for node in turn.args[0])
-    return frozenset(i for i, node in enumerate(outputs) if roots[node] & read)
+    both = program.placeholders, [node for turn in program.calls(TURN) for node in turn.args[0]]
+    return tuple(frozenset(i for i, node in enumerate(nodes) if roots[node] & read) for nodes in both)
 
 
 class AbsentOutputError(StateError, AttributeError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 CHECKED = ((2, 11), (2, 13))
 """The oldest and the newest release whose private interfaces were checked."""
@@ -65,7 +66,7 @@ __all__ = [
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "export_joint",
     "module_of", "num_references", "plain_dispatch", "plain_results",
-    "suggest_memory_format", "unmetered", "use_expandable_segments", "wrapper_parameter",
+    "suggest_memory_format", "unmetered", "use_expandable_segments", "will_accumulate", "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -136,3 +137,9 @@ def use_expandable_segments() -> None:
     """Let the CUDA caching allocator grow its segments, which keeps fragmentation small."""
     with contextlib.suppress(AttributeError, RuntimeError):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def will_accumulate(leaf: torch.Tensor) -> bool:
+    """In a node's backward: whether this run of autograd brings gradients to `leaf`, which the node reads, as
+    `loss.backward()` does and `torch.autograd.grad(loss, others)` does not."""
+    return torch._C._will_engine_execute_node(get_gradient_edge(leaf).node)

@@ -97,10 +97,51 @@ def test_without_a_graph_of_it_a_gradient_is_plain_pytorchs() -> None:
         for each, x in ((model, batch().requires_grad_()), (plain, batch().requires_grad_()))
     )
     assert torch.equal(found, expected) and not found.requires_grad
-    model.zero_grad(), plain.zero_grad()  # plain autograd.grad leaves parameters alone
-    for each in (model, plain):
-        each(batch()).square().sum().backward()
-    assert same_gradients(model, plain)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("declared", [None, {}, {"in_backward": True}, {"max_grad_norm": 0.1}])
+def test_a_gradient_of_inputs_alone_leaves_those_of_parameters_alone(declared: dict[str, Any] | None) -> None:
+    """As adversarial training asks for it, in front of each step."""
+    plain, model = critic(), geminifx.compile(critic(), example_inputs=(batch(),))
+    expected = SGD(plain.parameters(), lr=0.1)
+    ours = SGD(model.parameters(), lr=0.1) if declared is None else model.optimizer(SGD, lr=0.1, **declared)
+    for step in range(3):
+        for each, optimizer in ((plain, expected), (model, ours)):
+            x = batch(step).requires_grad_()
+            (slope,) = torch.autograd.grad(each(x).square().sum(), x)
+            each(x.detach() + 0.1 * slope.sign()).square().sum().backward()
+            each(x).square().sum().backward(inputs=[x])
+            if each is plain and declared == {"max_grad_norm": 0.1}:
+                nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    for found, parameter in zip(model.state_dict().values(), plain.parameters(), strict=True):
+        # Norms are sums in another order.
+        torch.testing.assert_close(
+            found, parameter.detach(), rtol=0, atol=1e-6 if declared == {"max_grad_norm": 0.1} else 0
+        )
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_two_calls_may_come_before_one_backward_of_both(ours: bool) -> None:
+    """As contrastive losses do; batch norms are written by the second before the first one's backward."""
+
+    def normed() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+
+    plain, model = normed(), geminifx.compile(normed(), example_inputs=(batch(),))
+    expected = SGD(plain.parameters(), lr=0.1)
+    optimizer = model.optimizer(SGD, lr=0.1) if ours else SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        for each in (plain, model):
+            (each(batch(step)) - each(batch(step + 1))).square().sum().backward()
+        for each in (expected, optimizer):
+            each.step()
+            each.zero_grad()
+    for (name, found), value in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6, msg=name)  # two gradients are added in turn
 
 
 def test_a_penalty_on_what_stands_before_the_model_works() -> None:
