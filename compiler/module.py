@@ -1,10 +1,8 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,21 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
 from ..runtime.state_io.atomic_directory import carry_over, save_weights, shared_directory
+from .calls import Calls
 from .capture.materialize import materialize
-from .capture.results import AbsentOutput
-from .capture.trace import rebuild_result
+from .facade import Facade
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .options import Options
-from .programs import Compiled
 from .session import Session
 from .state_dict import local_shards_of, whole_state
 
 
-class CompiledModule(nn.Module):
+class CompiledModule(Facade):
     """A drop-in for the model it was compiled from.
 
     Same call, same outputs, same parameter names; `parameters()` are the float32 masters, each on the device
@@ -44,88 +40,11 @@ class CompiledModule(nn.Module):
     """
 
     def __init__(self, source: nn.Module, options: Options) -> None:
-        super().__init__()
-        # The very dictionaries of the source: every name and traversal is then the source's own.
-        for shared in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[shared] = source.__dict__[shared]
-        self.__dict__["source"] = source
-        self.session = Session(source, options)
-        self._anchor = torch.zeros((), requires_grad=True)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._step(args, kwargs)
-
-        # Training loops read the signature to learn which columns of a batch the model takes.
-        self.__signature__ = inspect.signature(source.forward)
-        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
-        self.forward = forward
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The source's, for `isinstance` and for loops that go by a model's class, its name and its signature; the
-        object is a CompiledModule all the same."""
-        source = self.__dict__.get("source")
-        return CompiledModule if source is None else type(source)
-
-    @property
-    def training(self) -> bool:  # what the source's own forward reads
-        return self.__dict__["source"].training if "source" in self.__dict__ else True
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "source" in self.__dict__:
-            self.__dict__["source"].training = mode
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What the source has is the source's to keep: its forward reads it there."""
-        source = self.__dict__.get("source")
-        own = source is None or name in self.__dict__ or hasattr(CompiledModule, name)
-        if not own and (name in vars(source) or hasattr(type(source), name)):
-            setattr(source, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> "CompiledModule":
-        """As the source's own `train`, which may keep some modules in evaluation."""
-        self.source.train(mode)
-        return self
+        session = Session(source, options)
+        super().__init__(source, Calls(session))
+        self.session = session
 
     # -- the call ------------------------------------------------------------------------------------------
-
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # What is captured is the source's own forward.
-        source = vars(self.source)
-        is_lent = source.get("forward") is self.forward
-        if is_lent:
-            del source["forward"]
-        try:
-            compiled = self.session.program(args, kwargs)
-        finally:
-            if is_lent:
-                source["forward"] = self.forward
-        backward = compiled.program.name == "training"
-        self.session.ready(backward)
-        inputs = self.session.inputs(compiled, args, kwargs)
-        self.session.begin_step(backward)
-        if backward:
-            outputs = self._train(compiled, inputs)
-        else:
-            results = compiled.executor.evaluate(inputs)
-            outputs = [results[f"output:{i}"] for i in range(len(results))]
-        return rebuild_result(compiled.captured, outputs)
-
-    def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
-        code, captured = compiled.executor.code, compiled.captured
-        by_role = dict(zip(code.inputs, inputs, strict=True))
-        tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]
-        run = TrainingRun(compiled.executor, inputs, compiled.outlets)
-        inputs.clear()
-        outputs: list[Any] = list(Step.apply(run, self._anchor, *tracked))
-        for i in captured.detached:
-            outputs[i] = NoGradient.apply(self._anchor, outputs[i])
-        for i in compiled.absent:
-            outputs[i] = AbsentOutput()
-        return outputs
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture, plan and generate the program for a call with these arguments, without running it."""
@@ -218,64 +137,7 @@ class CompiledModule(nn.Module):
                 save_weights(weights, temporary)
             carry_over(Path(directory), temporary)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.__dict__["source"], name)
-        return self._lent(found) if inspect.ismethod(found) else found
-
-    def _lent(self, method: Any) -> Any:
-        """A method of the source. Where it calls the model, as a `training_step` does, the compiled step runs, and it
-        may write to parameters, as one does that merges adapters."""
-
-        @contextmanager
-        def lending() -> Iterator[None]:
-            setup, source = self.session.setup, vars(self.source)
-            lends = "forward" not in source and method.__name__ != "generate"
-            with nullcontext() if setup is None else setup.machine.store.writable():
-                source |= {"forward": self.forward} if lends else {}
-                try:
-                    yield
-                finally:
-                    if lends:
-                        source.pop("forward", None)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if method.__name__ == "generate":  # every token would be a program of its own
-                warnings.warn(
-                    "generate() runs the source model as it is, in the masters' dtype and outside of plan and budget; "
-                    "for much of it load what was saved into a model of its own",
-                    stacklevel=2,
-                )
-            with lending():
-                return method(*args, **kwargs)
-
-        def iterate(*args: Any, **kwargs: Any) -> Any:
-            with lending():
-                return (yield from method(*args, **kwargs))
-
-        return wraps(method)(iterate if inspect.isgeneratorfunction(method) else call)
-
-    # Python looks these up in the class, where __getattr__ has no say.
-
-    def __bool__(self) -> bool:
-        return bool(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source[index]
-
-    def __deepcopy__(self, memo: Any) -> "CompiledModule":
-        raise StateError("a compiled module cannot be copied: its chunks are its own. Copy the model, then compile.")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise StateError("a compiled module cannot be pickled; save its state_dict(), or use save_pretrained()")
+    # -- as a module ---------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompiledModule":
         """`.to(device)`, `.cuda()` and `.cpu()` change nothing: where parameters live is the plan's choice, and inputs

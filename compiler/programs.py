@@ -47,16 +47,17 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the model: its arguments, whether a backward is wanted, and the `key` of programs for it, of which
-    guards tell which one can be used."""
+    """A call of the model, or of its submodule `entry` alone: the arguments, whether a backward is wanted, and the
+    `key` of programs for it, of which guards tell which one can be used."""
 
+    entry: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     backward: bool
     key: Key
 
     @classmethod
-    def of(cls, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+    def of(cls, source: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
         leaves, spec = pytree.tree_flatten((args, kwargs))
         trained = tuple(parameter.requires_grad for parameter in source.parameters())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
@@ -64,8 +65,8 @@ class Call:
         modules = list(source.modules())
         modes = tuple(module.training for module in modules)
         identities = tuple(map(id, modules))
-        key = backward, trained, modes, identities, hooks_of(modules), spec, *map(leaf_key, leaves)
-        return cls(args, kwargs, backward, key)
+        key = entry, backward, trained, modes, identities, hooks_of(modules), spec, *map(leaf_key, leaves)
+        return cls(entry, args, kwargs, backward, key)
 
 
 class Recaptures:

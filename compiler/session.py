@@ -23,7 +23,7 @@ from ..runtime.executor import Executor, Outlets
 from ..runtime.isa.errors import StateError
 from ..runtime.isa.formats import OwnFormat, TorchFormat
 from ..runtime.isa.homes import Homes
-from ..runtime.isa.instructions import AVERAGE, REDUCE
+from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
 from ..runtime.isa.precision import parameter_dtypes
 from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
@@ -95,6 +95,7 @@ class Session:
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
+        self._agreed = {""}  # on what is exchanged, with the other ranks
         self._guarded = GuardedKeys()
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
@@ -103,10 +104,11 @@ class Session:
 
     # -- programs ------------------------------------------------------------------------------------------
 
-    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        """The program for a call with these arguments; captured, planned and generated where it is new."""
+    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = "") -> Compiled:
+        """The program for a call with these arguments, of the submodule `entry` where there is one; captured, planned
+        and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
-        call = Call.of(self.source, args, kwargs)
+        call = Call.of(self.source, entry, args, kwargs)
         key = self._guarded.key(call.key)
         if key not in self._programs:
             key, captured = self._capture(call)
@@ -126,7 +128,8 @@ class Session:
         if key not in self._captured:
             self._recaptures.note(call, self._guarded.changed(call.key))
             with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-                request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes)
+                request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes,
+                                         call.entry)  # fmt: skip
                 captured = self._shard(capture(self.source, call.args, call.kwargs, request))
             self._guarded.add(call.key, captured.guards, self.source.modules())
             key = self._guarded.key(call.key)
@@ -153,8 +156,10 @@ class Session:
         flat = solution.program
         plan = solution.plan
         program, records = self.lowering.finish(captured.program, plan)
-        if program.calls(REDUCE) or program.calls(AVERAGE):
-            self.ranks.check_alike(f"the {program.name} program", _digest(program, plan))
+        exchanged = _exchanged(program, plan)
+        if exchanged not in self._agreed:
+            self.ranks.check_alike(f"the {program.name} program", exchanged)
+            self._agreed.add(exchanged)
         self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
@@ -362,7 +367,19 @@ class Session:
         return self.demanded().machine.store
 
 
-def _digest(program: Program, plan: Plan) -> str:
-    """Of all that decides what the ranks exchange."""
-    asked = plan.request
-    return hashlib.sha256(f"{asked.zero} {asked.reduce_dtype} {print_program(program)}".encode()).hexdigest()
+def _exchanged(program: Program, plan: Plan) -> str:
+    """A digest of all that decides what a process exchanges with others by a program; "" for nothing.
+
+    Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
+    batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
+    """
+    asked, layout = plan.request, plan.layout
+    divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
+    exchanged = [
+        (str(node.target), node.args[0 if node.target is FETCH else 1 :])
+        for node in program.computes
+        if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
+    ]
+    text = print_program(program) if plan.mesh.tensor_axes else f"{layout} {exchanged}"
+    told = f"{asked.zero} {asked.reduce_dtype} {text}"
+    return hashlib.sha256(told.encode()).hexdigest() if exchanged or plan.mesh.tensor_axes else ""

@@ -17,7 +17,7 @@ from .examples import example_inputs
 from .functional import functional_attention
 from .value_checks import checks_pass
 
-__all__ = ["blocks", "capturable", "example_inputs"]
+__all__ = ["blocks", "capturable", "example_inputs", "exchanges_modules"]
 
 
 def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -187,3 +187,8 @@ def blocks(model: nn.Module) -> tuple[str, ...]:
 
     visit(model, "")
     return tuple(names.values())
+
+
+def exchanges_modules(module: nn.Module) -> bool:
+    """Whether methods of a module put others in the place of modules, as PEFT's do that add, merge and unload."""
+    return type(module).__module__.partition(".")[0] == "peft"

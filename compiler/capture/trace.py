@@ -70,13 +70,14 @@ class CaptureRequest:
     """What to capture: `dtype` to compute in (None: as the model has it), outputs that take a gradient, and
     whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
     decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
-    only its parts by now."""
+    only its parts by now. `entry` names the submodule that is called; by default the model itself is."""
 
     dtype: torch.dtype | None = None
     outputs: Outputs = "loss"
     backward: bool = True
     dtypes: Mapping[str, torch.dtype] | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    entry: str = ""
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
@@ -87,12 +88,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     """
     tell_of_hooks(model)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    named = _named_arguments(model, args, kwargs)
+    named = _named_arguments(model.get_submodule(request.entry), args, kwargs)
     mode = FaithfulFakeMode(allow_non_fake_inputs=True)
     fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
     fake_model, originals = _fake_copy(model, mode, dtypes, request.shapes or {})
-    step = _Step(fake_model, leaves, spec, tuple(fakes), request.outputs)
+    step = _Step(fake_model, leaves, spec, tuple(fakes), request)
     private.annotate_modules(step)
     with ExitStack() as stack:
         notes = stack.enter_context(capturable(step.model, named))
@@ -117,10 +118,10 @@ class _Step(nn.Module):
     """The model as a function of flat tensors to flat tensors."""
 
     def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, tensors: tuple[int, ...],
-                 outputs: Outputs) -> None:  # fmt: skip
+                 request: CaptureRequest) -> None:  # fmt: skip
         super().__init__()
         self.model = model
-        self.leaves, self.spec, self.tensors, self.outputs = leaves, spec, tensors, outputs
+        self.leaves, self.spec, self.tensors, self.request = leaves, spec, tensors, request
         self.result_spec: pytree.TreeSpec | None = None
         self.result_leaves: tuple[Any, ...] = ()
         self.differentiable: tuple[int, ...] = ()
@@ -133,10 +134,10 @@ class _Step(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with followed_assignments(self.model, self.replaced):
-            result = self.model(*args, **kwargs)
+            result = self.model.get_submodule(self.request.entry)(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)
-        only_loss = self.outputs == "loss" and loss is not None
+        only_loss = self.request.outputs == "loss" and loss is not None
         outputs: list[Tensor] = []
         detached: set[int] = set()
         described: list[_Constant | int] = []

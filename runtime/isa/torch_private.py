@@ -123,9 +123,9 @@ def unmetered() -> contextlib.AbstractContextManager[Any]:
 
 
 def wrapper_parameter(cls: type, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
-                      requires_grad: bool) -> Any:  # fmt: skip
-    """A tensor of class `cls` on the CPU that has a type but no memory; `cls` answers every operator itself."""
-    options = {"dtype": dtype, "device": "cpu", "requires_grad": requires_grad}
+                      requires_grad: bool, device: torch.device | str = "cpu") -> Any:  # fmt: skip
+    """A tensor of class `cls` that has a type but no memory; `cls` answers every operator itself."""
+    options = {"dtype": dtype, "device": device, "requires_grad": requires_grad}
     return torch.Tensor._make_wrapper_subclass(cls, shape, strides, **options)
 
 

@@ -88,9 +88,13 @@ class MemoryMeter(TorchDispatchMode):
                 self._charge(tensor.untyped_storage(), str(func))
         return result
 
-    def _charge(self, storage: torch.UntypedStorage, purpose: str) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._live or num_bytes == 0:
+    def count(self, tensor: torch.Tensor, is_charged: bool) -> None:
+        """Take note of a tensor that was made unseen; nothing is booked for one that is charged to the tier already."""
+        self._charge(tensor.untyped_storage(), "a fetched chunk", 0 if is_charged else None)
+
+    def _charge(self, storage: torch.UntypedStorage, purpose: str, num_bytes: int | None = None) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes() if num_bytes is None else num_bytes
+        if key in self._live or storage.nbytes() == 0:
             return
         self.tier.charge(num_bytes, purpose)
 

@@ -1,8 +1,7 @@
 """One rank that meets faults: other models, other batches, and in the end the death of rank 1.
 
-It prints a line of JSON for each fault: what was raised, and what it said. `faults.py examples` and
-`faults.py steps` meet one alone, a batch of another shape when there are programs already, and wait for the other
-rank for a few seconds.
+It prints a line of JSON for each fault: what was raised, and what it said. What is none, a batch of another shape on
+one rank, tells the gradient that comes of it.
 """
 
 import json
@@ -10,12 +9,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
-from geminifx.runtime.distributed import ranks
 from torch import nn
 
 RANK = int(os.environ["RANK"])
@@ -33,12 +32,19 @@ def train(width: int = 8, rows: int = 2, steps: int = 1, dies_at: int = -1) -> N
         optimizer.zero_grad()
 
 
-def later_batches(examples: bool) -> None:
-    """The second batch of rank 1 is a row shorter; of a model with example inputs the first is."""
+def shorter(examples: bool = False, before: int = 0, **options: Any) -> float:
+    """A batch of rank 1 is a row shorter, at once or after some others; among them an evaluation of its own."""
     inputs = {"example_inputs": (torch.ones(2, 4),)} if examples else {}
-    model = geminifx.compile(nn.Linear(4, 1), **inputs)
-    for rows in [2] * (not examples) + [2 - RANK]:
+    model = geminifx.compile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), **inputs, **options)
+    optimizer = model.optimizer(torch.optim.SGD, lr=0.0) if examples else torch.optim.SGD(model.parameters(), lr=0.0)
+    for rows in [2] * before + [2 - RANK]:
         model(torch.ones(rows, 4)).sum().backward()
+        if RANK and not options:  # what is divided is brought together by all
+            with torch.no_grad():
+                model(torch.ones(7, 4))
+    gradient = model.get_parameter("1.bias").grad.item()
+    optimizer.step()
+    return gradient
 
 
 def share() -> None:
@@ -47,27 +53,26 @@ def share() -> None:
     model(torch.full((2, 4), float(RANK)))
 
 
-def meet(fault: str, action: Callable[[], None]) -> None:
+def meet(fault: str, action: Callable[[], float | None]) -> None:
     try:
-        action()
-        found = ["", ""]
+        told = action()
+        found = ["", "" if told is None else str(told)]
     except Exception as error:
         found = [type(error).__name__, str(error)]
     print(json.dumps([fault, *found]), flush=True)
 
 
-def main(*which: str) -> None:
-    if which:
-        ranks.TIMEOUT_S = 10.0
-        meet("later batches", lambda: later_batches(examples=which == ("examples",)))
-        return
+def main() -> None:
     meet("none", train)
     meet("world", lambda: geminifx.compile(nn.Linear(2, 2), world_size=3))
     meet("models", lambda: train(width=8 + RANK))
-    meet("batches", lambda: train(rows=2 + RANK))
+    meet("shorter at once", shorter)
+    meet("shorter later", lambda: shorter(before=1))
+    meet("shorter than examples", lambda: shorter(examples=True))
+    meet("shorter, zero 2", lambda: shorter(examples=True, before=1, parallel={"data": 2, "zero": 2}))
     meet("shared", share)
     meet("death", lambda: train(steps=3, dies_at=1))
 
 
-main(*sys.argv[1:])
+main()
 os._exit(0)  # gloo's threads may abort a process that ends in order after it has lost a peer

@@ -17,9 +17,9 @@ TOGETHER = pytest.mark.xdist_group("faults")  # they share what the processes sa
 Said = dict[str, tuple[str, str]]
 
 
-def said_by(*arguments: str, codes: tuple[int, int]) -> list[Said]:
+def said_by(codes: tuple[int, int]) -> list[Said]:
     """Per rank, fault -> (error, message)."""
-    ended = ranks_of(SCRIPT, *arguments)
+    ended = ranks_of(SCRIPT)
     assert tuple(code for code, _ in ended) == codes
     lines = [[json.loads(line) for line in output.splitlines() if line.startswith("[")] for _, output in ended]
     return [{fault: (error, message) for fault, error, message in rank} for rank in lines]
@@ -43,7 +43,6 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
     [
         ("world", "ValueError", "world_size=3, but 2 processes were launched"),
         ("models", "StateError", "rank(s) 1 differs from that of rank 0"),
-        ("batches", "StateError", "rank(s) 1 differs from that of rank 0"),
         ("shared", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
     ],
 )
@@ -54,13 +53,15 @@ def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="ranks compare their first batch alone; a later one of another shape hangs them")
-@pytest.mark.parametrize("when", ["examples", "steps"])
-def test_every_rank_is_told_of_a_later_batch_of_another_shape(when: str) -> None:
-    """A shorter last batch, as loaders without drop_last make it. Today ranks wait until the time-out."""
-    for rank in said_by(when, codes=(0, 0)):
-        error, text = rank["later batches"]
-        assert error == "StateError" and "rank(s) 1 differs from that of rank 0" in text
+@TOGETHER
+@pytest.mark.parametrize(
+    ("when", "gradient"),
+    [("at once", 1.5), ("later", 2 + 1.5), ("than examples", 1.5), (", zero 2", 2 + 1.5)],
+)
+def test_ranks_with_data_of_their_own_may_have_batches_of_any_shape(said, when: str, gradient: float) -> None:
+    """A shorter last batch, as loaders without drop_last make it: gradients are the mean of the ranks'."""
+    for rank in said:
+        assert rank[f"shorter{when}" if when[0] == "," else f"shorter {when}"] == ("", str(gradient))
 
 
 @pytest.mark.slow

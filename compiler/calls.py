@@ -1,0 +1,84 @@
+"""Calls of a compiled model and of its parts: each is a step of a program, but for what cannot be one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..runtime.executor import NoGradient, Step, TrainingRun
+from ..runtime.isa.errors import StateError
+from .capture.results import AbsentOutput
+from .capture.trace import rebuild_result
+from .facade import Facade
+from .programs import Compiled
+from .session import Session
+from .streamed_weights import streamed_weights
+
+
+class Calls:
+    """What facades of one model's modules do. They hold this, and it holds none of them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._facades: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+    def facade(self, module: nn.Module) -> nn.Module:
+        """The facade of a module; what is none of the model's is returned as it is."""
+        found = self._facades.get(id(module))
+        if found is None and any(each is module for each in self.session.source.modules()):
+            found = self._facades[id(module)] = Facade(module, self)
+        return module if found is None else found
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the model, or of one of its modules alone, in a compiled step."""
+        session = self.session
+        compiled = session.program(args, kwargs, self._name_of(module))
+        backward = compiled.program.name == "training"
+        session.ready(backward)
+        inputs = session.inputs(compiled, args, kwargs)
+        session.begin_step(backward)
+        if backward:
+            outputs = self._train(compiled, inputs)
+        else:
+            results = compiled.executor.evaluate(inputs)
+            outputs = [results[f"output:{i}"] for i in range(len(results))]
+        return rebuild_result(compiled.captured, outputs)
+
+    def _name_of(self, module: nn.Module) -> str:
+        """Raises StateError for what is no part of the model any more."""
+        for name, found in self.session.source.named_modules():
+            if found is module:
+                return name
+        raise StateError(f"{type(module).__name__} was called, which is no part of the compiled model any more")
+
+    def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
+        code, captured = compiled.executor.code, compiled.captured
+        by_role = dict(zip(code.inputs, inputs, strict=True))
+        tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]
+        run = TrainingRun(compiled.executor, inputs, compiled.outlets)
+        inputs.clear()
+        outputs: list[Any] = list(Step.apply(run, self._anchor, *tracked))
+        for i in captured.detached:
+            outputs[i] = NoGradient.apply(self._anchor, outputs[i])
+        for i in compiled.absent:
+            outputs[i] = AbsentOutput()
+        return outputs
+
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        """While this is open, methods may write to parameters, as one does that merges adapters."""
+        setup = self.session.setup
+        with nullcontext() if setup is None else setup.machine.store.writable():
+            yield
+
+    def generate(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the `generate` of one of the model's modules: every token would be a program of its own."""
+        device = self.session.device.torch_device
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+        with streamed_weights(self.session):
+            return method(*args, **kwargs)

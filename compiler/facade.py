@@ -1,0 +1,154 @@
+"""What looks like a module that was compiled: the model itself, and parts of it that are called alone."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import wraps
+from types import MethodType
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..models.adapters import exchanges_modules
+from ..runtime.isa.errors import StateError
+
+
+class _Calls(Protocol):
+    """See `calls.Calls`."""
+
+    def facade(self, module: nn.Module) -> nn.Module: ...
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def lending(self) -> AbstractContextManager[None]: ...
+    def generate(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+class Facade(nn.Module):
+    """An object with the attributes, methods and modules of `source`, but for its forward: `calls` runs that.
+
+    Called alone, a part runs a program of its own, within the model's plan. Methods run with the facade as their
+    `self`, so that what they call are compiled steps; what they find of modules are facades, too. PEFT's alone run on
+    the modules themselves, which they exchange for others.
+    """
+
+    def __init__(self, source: nn.Module, calls: _Calls) -> None:
+        super().__init__()
+        # The very dictionaries of the source: every name and traversal is then the source's own.
+        for shared in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[shared] = source.__dict__[shared]
+        # Training loops read the signature to learn which columns of a batch the model takes.
+        signature = inspect.signature(source.forward)
+        self.__dict__ |= {"source": source, "_calls": calls, "__signature__": signature}
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The compiled step; what wraps it, as mixed precision does, may be set instead."""
+        if "_wrapped" in self.__dict__:
+            return self.__dict__["_wrapped"]
+        calls, source = self._calls, self.source
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return calls.run(source, args, kwargs)
+
+        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
+        return forward
+
+    @forward.setter
+    def forward(self, wrapped: Callable[..., Any]) -> None:
+        self.__dict__["_wrapped"] = wrapped
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The source's, for `isinstance` and for loops that go by a model's class, its name and its signature; the
+        object is a facade all the same."""
+        source = self.__dict__.get("source")
+        return Facade if source is None else type(source)
+
+    @property
+    def training(self) -> bool:  # what the source's own forward reads
+        return self.__dict__["source"].training if "source" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "source" in self.__dict__:
+            self.__dict__["source"].training = mode
+
+    def train(self, mode: bool = True) -> "Facade":
+        """As the source's own `train`, which may keep some modules in evaluation."""
+        self.source.train(mode)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the source has is the source's to keep: its forward reads it there."""
+        source = self.__dict__.get("source")
+        own = source is None or name in self.__dict__ or hasattr(type(self), name)
+        if type(value) is Facade:  # a part that is given another name
+            value = value.source
+        if not own and (name in vars(source) or hasattr(type(source), name)):
+            setattr(source, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.source, name)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            found = super().__getattr__(name)
+        except AttributeError:
+            found = getattr(self.__dict__["source"], name)
+        return self._given(found)
+
+    def _given(self, found: Any) -> Any:
+        """What is handed out for something that was found in the source."""
+        if isinstance(found, nn.Module):
+            return self._facade(found)
+        if not (inspect.ismethod(found) and isinstance(found.__self__, nn.Module)):
+            return found
+        calls, method = self._calls, found
+        if not exchanges_modules(found.__self__):
+            method = MethodType(found.__func__, self._facade(found.__self__))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if found.__name__ == "generate":
+                return calls.generate(found, args, kwargs)
+            with calls.lending():
+                return method(*args, **kwargs)
+
+        def iterate(*args: Any, **kwargs: Any) -> Any:
+            with calls.lending():
+                return (yield from method(*args, **kwargs))
+
+        return wraps(found)(iterate if inspect.isgeneratorfunction(found) else call)
+
+    def _facade(self, module: nn.Module) -> nn.Module:
+        return self if module is self.source else self._calls.facade(module)
+
+    # Python looks these up in the class, where __getattr__ has no say.
+
+    def __bool__(self) -> bool:
+        return bool(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._given, iter(self.source))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._given(self.source[index])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.source[index] = value
+
+    def __delitem__(self, index: Any) -> None:
+        del self.source[index]
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As nn.Module's; what it returns can be called alone."""
+        return self._facade(self.source.get_submodule(target))
+
+    def __deepcopy__(self, memo: Any) -> "Facade":
+        raise StateError("a compiled module cannot be copied: its chunks are its own. Copy the model, then compile.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError("a compiled module cannot be pickled; save its state_dict(), or use save_pretrained()")

@@ -1,0 +1,193 @@
+"""What is called past the compiled module's own forward: submodules, methods that call them, and generation."""
+
+import copy
+import inspect
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+from geminifx.runtime.isa.errors import BudgetError, StateError
+from more_models import t5
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from zoo import LLAMA, OPT, VOCAB, llama, opt, smallest_budget, tokens
+
+ROUTES = pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our optimizer"])
+PLACEMENTS = pytest.mark.parametrize("placement", ["cpu", "cuda"])
+
+
+class Pair(nn.Module):
+    """An encoder and heads that a loop calls one by one, as contrastive and multi-task training do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh())
+        self.heads = nn.ModuleDict({"first": nn.Linear(16, 4), "second": nn.Linear(16, 2)})
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads["first"](self.encoder(x))
+
+    def training_step(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        hidden = self.encoder(x)
+        return self.heads["first"](hidden).square().sum() + self.heads["second"](hidden).sum()
+
+
+def batch(step: int = 0) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+
+
+def optimizer_of(model: nn.Module, ours: bool, kind: Any = SGD) -> Optimizer:
+    return model.optimizer(kind, lr=0.05) if ours else kind(model.parameters(), lr=0.05)
+
+
+def equal(model: nn.Module, plain: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+# -- parts -------------------------------------------------------------------------------------------------
+
+
+@ROUTES
+@PLACEMENTS
+def test_submodules_that_are_called_alone_run_programs_of_their_own(placement: Any, ours: bool) -> None:
+    plain, model = Pair(), geminifx.compile(Pair(), placement=placement, example_inputs=(batch(),))
+    expected, optimizer = SGD(plain.parameters(), lr=0.05), optimizer_of(model, ours)
+    for step in range(3):
+        found = []
+        for each, its in ((plain, expected), (model, optimizer)):
+            hidden = each.encoder(batch(step))
+            loss = each.heads["first"](hidden).square().sum()
+            loss.backward()
+            found.append((loss.detach(), hidden.detach(), each.heads["second"].weight.grad))
+            its.step()
+            its.zero_grad()
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        assert found[0][2] is found[1][2] is None, "nothing read the second head"
+    assert equal(model, plain)
+    assert model.stats.steps == 6, "both parts are steps of the runtime"
+
+
+@ROUTES
+def test_methods_that_call_submodules_run_them_compiled(ours: bool) -> None:
+    plain, model = Pair(), geminifx.compile(Pair(), example_inputs=(batch(),))
+    expected, optimizer = SGD(plain.parameters(), lr=0.05), optimizer_of(model, ours)
+    for step in range(3):
+        for each, its in ((plain, expected), (model, optimizer)):
+            each.training_step(batch(step)).backward()
+            its.step()
+            its.zero_grad()
+    # The gradient of what both heads read is the sum of two, as in plain PyTorch.
+    assert equal(model, plain)
+    assert model.seen == model.source.seen == 3 and model.stats.steps == 9
+
+
+def test_a_part_looks_like_its_module() -> None:
+    model = geminifx.compile(Pair(), example_inputs=(batch(),))
+    encoder, source = model.encoder, model.source
+    assert isinstance(encoder, nn.Sequential) and encoder is model.encoder is model.get_submodule("encoder")
+    assert isinstance(model.heads["first"], nn.Linear) and model.heads["first"].in_features == 16
+    assert inspect.signature(encoder.forward) == inspect.signature(source.encoder.forward)
+    assert [type(part.source) for part in encoder] == [nn.Linear, nn.BatchNorm1d, nn.Tanh] and len(encoder) == 3
+    assert list(encoder.state_dict()) == list(source.encoder.state_dict())
+    encoder.eval()
+    assert not source.encoder.training and not source.encoder[1].training and source.training
+    encoder[1].momentum = 0.5
+    assert source.encoder[1].momentum == 0.5
+    assert torch.equal(encoder[0](batch()), source.encoder[0](batch()))
+    with pytest.raises(StateError, match="cannot be copied"):
+        copy.deepcopy(encoder)
+
+
+def test_a_part_that_was_taken_out_of_the_model_is_refused() -> None:
+    model = geminifx.compile(Pair(), example_inputs=(batch(),))
+    tanh = model.encoder[2]
+    model.source.encoder[2] = nn.ReLU()
+    with pytest.raises(StateError, match="Tanh was called, which is no part of the compiled model any more"):
+        tanh(batch())
+
+
+@ROUTES
+def test_a_part_is_evaluated_as_it_is_after_training(ours: bool) -> None:
+    plain, model = opt(), geminifx.compile(opt(), example_inputs=tokens())
+    model.load_state_dict(plain.state_dict())
+    optimizer, expected = optimizer_of(model, ours, AdamW), AdamW(plain.parameters(), lr=0.05)
+    for each, its in ((plain, expected), (model, optimizer)):
+        each(**tokens()).loss.backward()
+        its.step()
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        found, wanted = (each.get_decoder()(input_ids=tokens()["input_ids"])[0] for each in (model, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert model.get_decoder() is model.model.decoder
+
+
+# -- generation --------------------------------------------------------------------------------------------
+
+PROMPT = {"input_ids": tokens(length=5)["input_ids"] % (VOCAB - 8) + 4, "attention_mask": torch.ones(2, 5).long()}
+GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 1}
+
+
+@ROUTES
+@PLACEMENTS
+@pytest.mark.parametrize("build", [opt, llama, t5])
+def test_what_is_generated_is_plain_pytorchs_and_captures_nothing(
+    build: Any, placement: Any, ours: bool, captures: list[bool]
+) -> None:
+    torch.manual_seed(0)
+    source = build()
+    plain, model = copy.deepcopy(source), geminifx.compile(source, placement=placement, example_inputs=tokens())
+    optimizer, expected = optimizer_of(model, ours, AdamW), AdamW(plain.parameters(), lr=0.05)
+    for seed in range(2):
+        for each, its in ((plain, expected), (model, optimizer)):
+            each.train()(**tokens(seed=seed)).loss.backward()
+            its.step()
+            its.zero_grad()
+        captured, before = len(captures), copy.deepcopy(model.state_dict())
+        found, wanted = (each.eval().generate(**PROMPT, **GREEDY) for each in (model, plain))
+        assert torch.equal(found, wanted) and len(captures) == captured
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@ROUTES
+def test_generation_computes_in_the_compute_dtype(ours: bool) -> None:
+    torch.manual_seed(0)
+    source = llama()
+    plain = copy.deepcopy(source)
+    for parameter in plain.parameters():  # and no buffers, such as those of rotary positions
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model = geminifx.compile(source, precision="bf16", example_inputs=tokens())
+    optimizer_of(model, ours)
+    scores = {"output_scores": True, "return_dict_in_generate": True}
+    found, wanted = (each.eval().generate(**PROMPT, **GREEDY, **scores) for each in (model, plain))
+    assert found.scores[0].dtype == wanted.scores[0].dtype and torch.equal(found.sequences, wanted.sequences)
+    assert all(map(torch.equal, found.scores, wanted.scores))
+
+
+@ROUTES
+def test_generation_keeps_to_the_budget_and_training_goes_on(ours: bool) -> None:
+    budget = smallest_budget(OPT)
+    plain, model = OPT.build(), geminifx.compile(OPT.build(), device_budget=budget, example_inputs=tokens())
+    plain.load_state_dict(model.state_dict())
+    optimizer, expected = optimizer_of(model, ours), SGD(plain.parameters(), lr=0.05)
+    model.eval().generate(**PROMPT, max_new_tokens=2, do_sample=False, pad_token_id=1)
+    device, _ = model.session.hardware.tiers
+    assert 0 < device.peak_bytes <= budget
+    used = device.used_bytes
+    wide = {name: value.repeat(400, 1) for name, value in PROMPT.items()}
+    with pytest.raises(BudgetError, match="the device tier is full"):
+        model.generate(**wide, **GREEDY)
+    assert device.used_bytes == used and device.peak_bytes <= budget
+    for each, its in ((plain, expected), (model, optimizer)):
+        each.train()(**tokens()).loss.backward()
+        its.step()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_generation_of_divided_parameters_is_refused() -> None:
+    model = geminifx.compile(LLAMA.build(), parallel={"tensor": "1d:2"}, example_inputs=tokens())
+    with pytest.raises(StateError, match="torchrun --nproc-per-node 2"):
+        model.generate(**PROMPT, **GREEDY)
