@@ -20,7 +20,7 @@ from ...models.recipe.recipe import Recipe, Report
 from ...models.recipe.records import Chat, Fields, Record, Text, plain_texts, read_records, summary
 from ...models.recipe.text import embedded_texts, train_tokenizer
 from ...runtime.isa.mesh import Mesh
-from ...runtime.isa.units import format_bytes, parse_bytes
+from ...runtime.isa.units import format_bytes
 from ..api import compile
 from ..options import Options
 from ..parallel import Parallel, parse_parallel
@@ -122,7 +122,6 @@ def prepare(options: TrainOptions) -> Job:
     Raises:
         GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
     """
-    _check_budgets(options)
     Options.of(_settings(options))
     if options.steps is not None and options.epochs is not None:
         raise ValueError("--steps and --epochs both say how long to train; leave one of them out")
@@ -291,13 +290,3 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelLoadError(f"{source} brings no tokenizer; {advice}")
     return tokenizer
-
-
-def _check_budgets(options: TrainOptions) -> None:
-    """Refuse budgets that cannot be read before any work is done; compile knows what percentages are of."""
-    for name, budget in (("--device-budget", options.device_budget), ("--host-budget", options.host_budget)):
-        if budget is not None:
-            try:
-                parse_bytes(budget, of=10**12)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None

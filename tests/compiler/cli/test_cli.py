@@ -150,11 +150,11 @@ def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["tiny.json", "--device-budget", "24 potatoes"], "--device-budget: unknown unit 'potatoes'"),
+        (["tiny.json", "--device-budget", "24 potatoes"], "device_budget: unknown unit 'potatoes'"),
         (["tiny.json", "--device-budget", "0"], "at least one byte"),
-        (["tiny.json", "--host-budget", "-1GB"], "--host-budget: a memory budget must be at least one byte"),
-        (["tiny.json", "--placement", "gpu"], "placement='gpu' is unknown; expected one of 'cuda', 'cpu', 'auto'"),
-        (["tiny.json", "--precision", "int4"], "precision='int4' is unknown"),
+        (["tiny.json", "--host-budget", "-1GB"], "host_budget: a memory budget must be at least one byte"),
+        (["tiny.json", "--placement", "gpu"], "placement='gpu'; expected one of 'cuda', 'cpu', 'auto'"),
+        (["tiny.json", "--precision", "int4"], "precision='int4'; expected one of None, 'fp32', 'bf16', 'fp16'"),
         (["tiny.json", "--lr", "nan"], "lr must be a positive number"),
         (["tiny.json", "--data", "none.txt"], "there is no data at none.txt"),
         (["tiny.json", "--data", "bad.txt"], "bad.txt is not UTF-8: byte 0xff at offset 3 (line 1)"),
