@@ -283,7 +283,7 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     advice = "a trained model needs its own: save it in the same directory with tokenizer.save_pretrained"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers tells of files that it cannot read by a bare Exception
         reason = str(error).partition("\n")[0][:200]
         raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
     # Where there are no files, transformers makes a tokenizer that knows its special tokens and no text.

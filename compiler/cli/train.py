@@ -41,7 +41,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only the last.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
