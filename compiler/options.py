@@ -148,7 +148,7 @@ class Options:
             try:
                 Path(self.dump).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.dump).close()
-            except (OSError, ValueError) as error:  # a NUL in a path is a ValueError
+            except OSError as error:
                 raise ArgumentError(f"dump={str(self.dump)!r} cannot be written to: {error}") from error
 
     @property
@@ -198,6 +198,6 @@ def _read_config(path: Any) -> dict[str, Any]:
         raise ArgumentError(f"config={str(path)!r}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArgumentError(f"config={str(path)!r} is not TOML: {error}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ArgumentError(f"config={str(path)!r} cannot be read: {error}") from error
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -92,12 +92,16 @@ class Parallel:
         if self.mode == "3d":
             side = round(self.size ** (1 / 3))
             if side**3 != self.size:
-                raise ArgumentError(f"3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none")
+                raise ArgumentError(
+                    f"parallel: 3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none"
+                )
             return dict.fromkeys(("a", "b", "c"), side)
         side = isqrt(self.size // self.depth)
         if side * side * self.depth != self.size:
             layers = f"{self.depth} square(s)" if self.mode == "2.5d" else "a square"
-            raise ArgumentError(f"{self.mode} shards over {layers} of processes; size={self.size} is not {layers}")
+            raise ArgumentError(
+                f"parallel: {self.mode} shards over {layers} of processes; size={self.size} is not {layers}"
+            )
         return ({"depth": self.depth} if self.mode == "2.5d" else {}) | {"row": side, "col": side}
 
     def mesh(self, world_size: int | None, launched: int) -> Mesh:

@@ -78,7 +78,8 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, st
 def _check_trace(trace: str | Path) -> None:
     """What is wrong with the place torch would tell on the error output alone."""
     check_path("trace", trace, "a file for the trace")
-    if Path(trace).is_dir() or not os.access(Path(trace).absolute().parent, os.W_OK):
+    parent = Path(trace).absolute().parent
+    if Path(trace).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise wrong_argument("trace", str(trace), "a file in a directory that can be written to")
 
 

@@ -222,8 +222,8 @@ def check_output(output: Path) -> None:
             raise ValueError(f"{output} holds files but no checkpoint, and saving replaces it; choose a new --output")
     elif output.exists():
         raise ValueError(f"{output} is a file; expected a directory for --output")
+    there = next(parent for parent in output.absolute().parents if parent.exists())
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=output.parent).cleanup()
+        tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written to ({error}); choose another --output") from error

@@ -60,5 +60,5 @@ def wrong_argument(name: str, value: Any, expected: str) -> ArgumentError:
 def check_path(name: str, value: Any, expected: str) -> None:
     """Raises ArgumentError where an argument is no path. An empty one would be the directory that one happens to be
     in."""
-    if not isinstance(value, str | PathLike) or str(value) == "":
+    if not isinstance(value, str | PathLike) or str(value) == "" or "\0" in str(value):
         raise wrong_argument(name, value, expected)

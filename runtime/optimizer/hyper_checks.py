@@ -17,6 +17,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_norm(name: str, norm: Any) -> None:
+    """Raises ArgumentError for anything but a norm to clip to; an infinite one only measures."""
+    if not (is_number(norm) and norm >= 0):
+        raise wrong_argument(name, norm, "a number, 0 or more")
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raises ArgumentError for options that are no numbers, or out of range, or ask for what no update here does."""
     asked = next((name for name in UNSUPPORTED if group.get(name)), None)
