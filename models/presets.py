@@ -91,7 +91,9 @@ def load_model(name: str, *, seed: int = 0) -> PreTrainedModel:
         return _random_model(config, name, seed)
     with _load_errors(name):
         # float32: anything less loses small updates.
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelLoadError(
@@ -109,8 +111,8 @@ def empty_model(name: str) -> PreTrainedModel:
     """
     config = _written_config(name)
     with _load_errors(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name) if config is None else config
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False) if config is None else config
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
 
 
 def _written_config(name: str) -> PretrainedConfig | None:
@@ -155,7 +157,7 @@ def _random_model(config: PretrainedConfig, name: str, seed: int) -> PreTrainedM
     """Return a model of `config` with weights drawn from `seed`; the global random state stays as it was."""
     with torch.random.fork_rng(), _load_errors(name):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
 
 
 @contextmanager

@@ -282,7 +282,7 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer that came with the model."""
     advice = "a trained model needs its own: save it in the same directory with tokenizer.save_pretrained"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers tells of files that it cannot read by a bare Exception
         reason = str(error).partition("\n")[0][:200]
         raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
