@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.isa.errors import ArgumentError, wrong_argument
+from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
 from .module import CompiledModule
 from .options import Options
@@ -28,22 +30,35 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         or state is asked for, by inputs made from its configuration.
 
     Raises:
-        ValueError: an option is unknown or makes no sense, or the model is of a kind that cannot be captured.
+        ArgumentError: an option is unknown or makes no sense; it is a ValueError, too.
+        ValueError: the model is of a kind that cannot be captured.
         BudgetError: nothing fits the budget; names the smallest that would and what takes the space.
         CaptureError: the model's Python depends on the values of tensors.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+        raise wrong_argument("model", model, "a torch.nn.Module")
     if isinstance(model, CompiledModule):
-        raise ValueError("the model is compiled already; compile the model it was made from with other options")
+        raise ArgumentError("model: it is compiled already; compile the model it was made from with other options")
     refuse(model)
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
     compiled = CompiledModule(model, chosen)
-    examples = chosen.example_inputs
-    if examples is not None:
-        args, kwargs = ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
-        with torch.enable_grad():
-            compiled.prepare(*args, **kwargs)
+    if chosen.example_inputs is not None:
+        _prepare(compiled, chosen.example_inputs)
     elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at
         compiled.session.plan_by_guess()
     return compiled
+
+
+def _prepare(compiled: CompiledModule, examples: Mapping[str, Any] | tuple[Any, ...]) -> None:
+    """Capture and plan by example inputs. Raises ArgumentError where the model does not take them."""
+    source = compiled.session.source
+    args, kwargs = ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
+    check_call(source, args, kwargs)
+    try:
+        with torch.enable_grad():
+            compiled.prepare(*args, **kwargs)
+    except Exception as error:
+        failure = forward_failure(error, source)
+        if failure is None:
+            raise
+        raise failure from error

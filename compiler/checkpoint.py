@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..runtime.distributed.local_shards import Region
-from ..runtime.isa.errors import CheckpointError
+from ..runtime.isa.errors import CheckpointError, check_path
 from ..runtime.memory.stored import Stored
 from ..runtime.state_io.sharded import load, save, stored_shapes, write
+from .arguments import check_compiled, check_optimizer
 from .capture.materialize import materialize
 from .module import CompiledModule
 from .optimizer_state import OptimizerState
@@ -34,9 +35,11 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
             is saved.
 
     Raises:
+        ArgumentError: the model is not compiled, or the optimizer not of its parameters.
         CheckpointError: it cannot be written; a checkpoint that was there is intact.
         StateError: the model has no values yet.
     """
+    _check(model, optimizer, directory)
     save(directory, *_contents(model, optimizer, extra), model.ranks)
 
 
@@ -74,10 +77,12 @@ def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
     All processes call it. The optimizer's groups must be of the parameters of which they were when it was saved.
 
     Raises:
+        ArgumentError: the model is not compiled, or the optimizer not of its parameters.
         CheckpointError: there is none, or it is of another model or optimizer; then nothing is changed. Where it
             cannot be read to its end, some values are.
         StateError: there is no plan yet.
     """
+    _check(model, optimizer, directory)
     session, ranks = model.session, model.session.ranks
     shapes = stored_shapes(directory)
     objects = load(directory, {}, ("extra", "optimizer"), ranks)
@@ -94,6 +99,12 @@ def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
     if state is not None:
         state.end_load(objects["optimizer"])
     return objects.get("extra")
+
+
+def _check(model: Any, optimizer: Any, directory: Any) -> None:
+    check_compiled(model)
+    check_optimizer(model, optimizer)
+    check_path("directory", directory, "the path of a directory")
 
 
 def _give_values(session: Session) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from ..runtime.isa.errors import ArgumentError, wrong_argument
+from .arguments import check_compiled
 from .module import CompiledModule
 
 
@@ -13,14 +15,18 @@ def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoad
     The parts are equally long: where the data does not divide, some examples come twice. A loader that shuffles is
     shuffled anew in each epoch for which `sharded.sampler.set_epoch(epoch)` is called.
 
-    Raises ValueError for iterable datasets and samplers of the user's own, whose parts are theirs to make.
+    Raises ArgumentError for what is no loader or no compiled model, and for iterable datasets and samplers of the
+    user's own, whose parts are theirs to make.
     """
+    if not isinstance(loader, DataLoader):
+        raise wrong_argument("loader", loader, "a torch.utils.data.DataLoader")
+    check_compiled(model)
     ranks = model.session.ranks
     if ranks.mesh.data_size == 1:
         return loader
     own = _decides_itself(loader)
     if own is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"the loader's {type(own).__name__} decides itself what comes next; let it give each rank its own part "
             f"(part {ranks.data_rank} of {ranks.mesh.data_size} here), and do not shard the loader"
         )

@@ -13,9 +13,10 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.isa.errors import StateError
+from ..runtime.isa.errors import StateError, check_path
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
+from ..runtime.optimizer.hyper_checks import check_norm
 from ..runtime.state_io.atomic_directory import carry_over, save_weights, shared_directory
 from .calls import Calls
 from .capture.materialize import materialize
@@ -82,6 +83,7 @@ class CompiledModule(Facade):
         Where parameters are sharded over processes, that function would see this process's parts alone, and clip
         otherwise on each. For `model.optimizer(...)` its `max_grad_norm` needs less memory.
         """
+        check_norm("max_norm", max_norm)
         return self.session.store().clip_grad_norm(max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -126,6 +128,7 @@ class CompiledModule(Facade):
         What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay. Of
         several processes all call it, and rank 0 writes; what fails there raises on all of them.
         """
+        check_path("directory", directory, "the path of a directory")
         with shared_directory(directory, self.session.ranks) as temporary:
             weights = self.state_dict(first_only=True)
             if self.session.ranks.rank != 0:

@@ -1,9 +1,11 @@
 """Everything `geminifx.compile` can be told, as one frozen dataclass with the checks for each field."""
 
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +14,9 @@ import torch
 from ..passes.program.manager import Pass
 from ..passes.program.plan import Plan
 from ..passes.program.request import Outputs, Policy
+from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
+from ..runtime.isa.units import parse_bytes
 from .parallel import Parallel
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -40,7 +44,7 @@ class Options:
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
         outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
             outputs beside the loss, such as logits, are put together under "all" alone.
-        plan: a Plan, or the path of one saved as JSON, to use instead of planning.
+        plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.
         passes: further passes, each placed behind the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
         device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
@@ -59,7 +63,7 @@ class Options:
     recompute: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
     outputs: Outputs = "loss"
-    plan: Plan | str | Path | None = None
+    plan: Plan | None = None
     passes: tuple[Pass, ...] = ()
     optimizer_state_bytes: int = 8
     device: str | None = None
@@ -68,44 +72,56 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Options":
-        """Raises ValueError for an unknown option, with the nearest one, and for values that make no sense."""
+        """Raises ArgumentError for an unknown option, with the nearest one, and for values that make no sense."""
         values = {**_read_config(given.get("config")), **{k: v for k, v in given.items() if v is not None}}
         names = [field.name for field in fields(cls)]
         for name in values:
             if name not in names:
                 near = get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(names)}"
-                raise ValueError(f"geminifx.compile has no option {name!r}; {hint}")
-        given_passes = values.get("passes", ())
-        values["passes"] = (given_passes,) if isinstance(given_passes, Pass) else tuple(given_passes)
+                raise ArgumentError(f"geminifx.compile has no option {name!r}; {hint}")
+        values["passes"] = _passes(values.get("passes", ()))
+        if isinstance(values.get("plan"), str | PathLike):
+            values["plan"] = Plan.load(values["plan"])
         for name in ("recompute", "example_inputs"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         options = cls(**values)
         options._check_kinds()
-        options._check()
+        options._check_values()
+        options._check_parallel()
+        options._check_machine()
         return options
 
     def _check_kinds(self) -> None:
+        for name in ("device_budget", "host_budget"):
+            _check_budget(name, getattr(self, name))
         inputs = self.example_inputs
         if inputs is not None and not isinstance(inputs, Mapping | tuple):
-            raise ValueError(
-                f"example_inputs is a {type(inputs).__name__}; expected the model's arguments: a dict of keyword ones, "
-                "or a tuple of positional ones, such as example_inputs=(x,)"
+            raise wrong_argument(
+                "example_inputs",
+                inputs,
+                "the model's arguments: a dict of keyword ones, or a tuple of positional ones, such as "
+                "example_inputs=(x,)",
             )
         if not isinstance(self.recompute, str | tuple):
-            raise ValueError(
-                f"recompute={self.recompute!r} is unknown; expected 'auto', 'none', 'all' or names of blocks"
-            )
+            raise wrong_argument("recompute", self.recompute, "'auto', 'none', 'all' or names of blocks")
+        if not isinstance(self.plan, Plan | None):
+            raise wrong_argument("plan", self.plan, "a geminifx.Plan, or the path of one that plan.save wrote")
         if type(self.optimizer_state_bytes) is not int or self.optimizer_state_bytes < 0:
-            raise ValueError(
-                f"optimizer_state_bytes={self.optimizer_state_bytes!r}; expected a whole number of bytes per "
-                "parameter, 0 or more (AdamW: 8, SGD with momentum: 4)"
+            raise wrong_argument(
+                "optimizer_state_bytes",
+                self.optimizer_state_bytes,
+                "a whole number of bytes per parameter, 0 or more (AdamW: 8, SGD with momentum: 4)",
             )
         if self.parallel is not None and not isinstance(self.parallel, Mapping):
-            raise ValueError(f"parallel={self.parallel!r}; expected degrees by name, such as parallel={{'data': 1}}")
+            raise wrong_argument("parallel", self.parallel, "degrees by name, such as parallel={'data': 1}")
+        if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
+            raise wrong_argument("world_size", self.world_size, "a number of processes, 1 or more")
+        if self.dump is not None:
+            check_path("dump", self.dump, "a directory for programs")
 
-    def _check(self) -> None:
+    def _check_values(self) -> None:
         _one_of("placement", self.placement, get_args(Policy))
         _one_of("outputs", self.outputs, get_args(Outputs))
         _one_of("precision", self.precision, (None, *DTYPES))
@@ -114,20 +130,26 @@ class Options:
         if isinstance(self.recompute, str):
             _one_of("recompute", self.recompute, ("auto", "none", "all"))
         if not isinstance(self.fuse_loss, bool) and self.fuse_loss != "auto":
-            raise ValueError(f"fuse_loss={self.fuse_loss!r} is unknown; expected 'auto', True or False")
+            raise wrong_argument("fuse_loss", self.fuse_loss, "'auto', True or False")
         if self.fuse_loss is True and self.outputs == "all":
-            raise ValueError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
-        self._check_parallel()
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
+            raise ArgumentError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
 
     def _check_parallel(self) -> None:
-        if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
-            raise ValueError(f"world_size={self.world_size!r}; expected a number of processes, 1 or more")
         if self.fuse_loss is True and self.degrees.mode is not None:
-            raise ValueError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
+            raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
         if self.world_size is not None:
             self.degrees.mesh(self.world_size, 1)
+
+    def _check_machine(self) -> None:
+        """What this machine has no room for; last, since the directory that is asked for is made."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ArgumentError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
+        if self.dump is not None:
+            try:
+                Path(self.dump).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.dump).close()
+            except OSError as error:
+                raise ArgumentError(f"dump={str(self.dump)!r} cannot be written to: {error}") from error
 
     @property
     def degrees(self) -> Parallel:
@@ -140,20 +162,42 @@ _ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": [
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
-    if value in valid:
-        return
-    near = _ALIASES.get(str(value), get_close_matches(str(value), [v for v in valid if v], 1))
+    if value is None or isinstance(value, str):
+        if value in valid:
+            return
+        near = _ALIASES.get(str(value), get_close_matches(str(value), [v for v in valid if v], 1))
+    else:
+        near = []
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, valid))}{hint}")
+    raise wrong_argument(name, value, f"one of {', '.join(map(repr, valid))}{hint}")
 
 
-def _read_config(path: str | Path | None) -> dict[str, Any]:
+def _check_budget(name: str, budget: Any) -> None:
+    """Whether it can be read; of what a percentage is the device knows."""
+    if budget is not None:
+        try:
+            parse_bytes(budget, of=10**12)
+        except ValueError as error:
+            raise ArgumentError(f"{name}: {error}") from None
+
+
+def _passes(given: Any) -> tuple[Pass, ...]:
+    passes = (given,) if isinstance(given, Pass) else given
+    if not isinstance(passes, tuple | list) or not all(isinstance(each, Pass) for each in passes):
+        raise wrong_argument("passes", given, "functions decorated with @geminifx.graph_pass(after='chunk')")
+    return tuple(passes)
+
+
+def _read_config(path: Any) -> dict[str, Any]:
     if path is None:
         return {}
+    check_path("config", path, "the path of a TOML file")
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"config={str(path)!r}: there is no such file") from None
+        raise ArgumentError(f"config={str(path)!r}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config={str(path)!r} is not TOML: {error}") from error
+        raise ArgumentError(f"config={str(path)!r} is not TOML: {error}") from error
+    except OSError as error:
+        raise ArgumentError(f"config={str(path)!r} cannot be read: {error}") from error
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,5 +1,6 @@
 """What `parallel=` declares: degrees of parallelism by name, and the mesh of processes they make."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -7,6 +8,7 @@ from math import isqrt
 from typing import Any
 
 from ..passes.sharding.modes import MODES
+from ..runtime.isa.errors import ArgumentError, wrong_argument
 from ..runtime.isa.mesh import Axis, Mesh
 
 GRAMMAR = (
@@ -42,13 +44,12 @@ class Parallel:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Parallel":
-        """Raises ValueError for names and degrees that make no sense."""
+        """Raises ArgumentError for names and degrees that make no sense."""
         values = dict(given or {})
         _known(values, ("data", "zero", "tensor"), "parallel")
         tensor = _tensor(values.pop("tensor", None))
         _known(tensor, ("mode", "size", "depth", "sequence", "table"), "parallel['tensor']")
-        table = tuple(dict(tensor.pop("table", {})).items())
-        found = cls(**values, **tensor, table=table)
+        found = cls(**values, **tensor | {"table": _table(tensor.get("table", {}))})
         found._check(given)
         return found
 
@@ -59,22 +60,24 @@ class Parallel:
             ("depth", self.depth),
         ):
             if type(degree) is not int or degree < 1:
-                raise ValueError(f"parallel={given}: {name} is {degree!r}; expected a whole number of processes")
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"parallel={given}: zero is {self.zero!r}; expected 0, 1, 2 or 3")
+                raise ArgumentError(f"parallel={given}: {name} is {degree!r}; expected a whole number of processes")
+        if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
+            raise ArgumentError(f"parallel={given}: zero is {self.zero!r}; expected 0, 1, 2 or 3")
         if self.mode is None and self.size > 1:
-            raise ValueError(f"parallel={given}: tensor has no mode; expected one of {', '.join(MODES)}, {EXPECTED}")
-        if self.mode is not None and self.mode not in MODES:
+            raise ArgumentError(f"parallel={given}: tensor has no mode; expected one of {', '.join(MODES)}, {EXPECTED}")
+        if type(self.sequence) is not bool:
+            raise ArgumentError(f"parallel={given}: sequence is {self.sequence!r}; expected True or False")
+        if self.mode is not None and (not isinstance(self.mode, str) or self.mode not in MODES):
             near = get_close_matches(str(self.mode), MODES, 1) or list(MODES)
-            raise ValueError(f"parallel={given}: the mode {self.mode!r} is unknown; expected {' or '.join(near)}")
+            raise ArgumentError(f"parallel={given}: the mode {self.mode!r} is unknown; expected {' or '.join(near)}")
         if self.depth > 1 and self.mode != "2.5d":
-            raise ValueError(f"parallel={given}: only the mode '2.5d' has a depth")
+            raise ArgumentError(f"parallel={given}: only the mode '2.5d' has a depth")
         if self.sequence and self.mode != "1d":
-            raise ValueError(f"parallel={given}: only the mode '1d' shards along the sequence")
+            raise ArgumentError(f"parallel={given}: only the mode '1d' shards along the sequence")
         self.tensor_axes()
 
     def tensor_axes(self) -> tuple[Axis, ...]:
-        """The mode's axes. Raises ValueError where `size` processes do not make such a mesh."""
+        """The mode's axes. Raises ArgumentError where `size` processes do not make such a mesh."""
         if self.mode is None or self.size == 1:
             return ()
         roles = MODES[self.mode]
@@ -89,23 +92,27 @@ class Parallel:
         if self.mode == "3d":
             side = round(self.size ** (1 / 3))
             if side**3 != self.size:
-                raise ValueError(f"3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none")
+                raise ArgumentError(
+                    f"parallel: 3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none"
+                )
             return dict.fromkeys(("a", "b", "c"), side)
         side = isqrt(self.size // self.depth)
         if side * side * self.depth != self.size:
             layers = f"{self.depth} square(s)" if self.mode == "2.5d" else "a square"
-            raise ValueError(f"{self.mode} shards over {layers} of processes; size={self.size} is not {layers}")
+            raise ArgumentError(
+                f"parallel: {self.mode} shards over {layers} of processes; size={self.size} is not {layers}"
+            )
         return ({"depth": self.depth} if self.mode == "2.5d" else {}) | {"row": side, "col": side}
 
     def mesh(self, world_size: int | None, launched: int) -> Mesh:
         """The mesh for a world of so many processes, or of those that were launched.
 
-        Raises ValueError where the degrees do not multiply to the world.
+        Raises ArgumentError where the degrees do not multiply to the world.
         """
         world = world_size or (launched if launched > 1 else (self.data or 1) * self.size)
         data = self.data or max(world // self.size, 1)
         if data * self.size != world:
-            raise ValueError(
+            raise ArgumentError(
                 f"data={data} times tensor={self.size} is {data * self.size} processes, but the world has {world}; the "
                 "degrees must multiply to the world: change parallel=, world_size=, or how many torchrun launches"
             )
@@ -113,16 +120,37 @@ class Parallel:
 
 
 def _tensor(given: Any) -> dict[str, Any]:
-    """What `tensor` declares: a dict, or "mode:size" or "mode:size:depth" in short. Raises ValueError for anything
+    """What `tensor` declares: a dict, or "mode:size" or "mode:size:depth" in short. Raises ArgumentError for anything
     else."""
     if isinstance(given, str):
         mode, *numbers = given.split(":")
         if len(numbers) not in (1, 2):
-            raise ValueError(f"tensor={given!r} has {len(numbers)} numbers; expected a size, and for 2.5d a depth")
+            raise ArgumentError(
+                f"parallel: tensor={given!r} has {len(numbers)} numbers; expected a size, and for 2.5d a depth"
+            )
         given = {"mode": mode} | {name: _number(text) for name, text in zip(("size", "depth"), numbers, strict=False)}
     if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"tensor={given!r}; expected a mode and a size, \"1d:4\" or {{'mode': '1d', 'size': 4}}")
+        raise ArgumentError(
+            f"parallel: tensor={given!r}; expected a mode and a size, \"1d:4\" or {{'mode': '1d', 'size': 4}}"
+        )
     return dict(given or {})
+
+
+def _table(given: Any) -> tuple[tuple[str, str], ...]:
+    """What `table` declares: placements by regular expressions of names. Raises ArgumentError for anything else."""
+    expected = 'placements by regular expressions of names, such as {"lm_head.weight": "tp=S0"}'
+    if not isinstance(given, Mapping):
+        raise wrong_argument("parallel['tensor']['table']", given, expected)
+    for pattern, placement in given.items():
+        if not isinstance(pattern, str) or not isinstance(placement, str):
+            raise wrong_argument("parallel['tensor']['table']", given, expected)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ArgumentError(
+                f"parallel['tensor']['table'] has {pattern!r}, no regular expression: {error}"
+            ) from None
+    return tuple(given.items())
 
 
 def _number(text: str) -> int | str:
@@ -130,19 +158,19 @@ def _number(text: str) -> int | str:
 
 
 def parse_parallel(text: str) -> dict[str, Any]:
-    """What the command line's --parallel means for `parallel=`. Raises ValueError, naming the grammar."""
+    """What the command line's --parallel means for `parallel=`. Raises ArgumentError, naming the grammar."""
     found: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         name, _, value = item.partition("=")
         if name in found or (name == "sequence") != (value == "") or name not in ("data", "tensor", "zero", "sequence"):
-            raise ValueError(f"--parallel {text!r}: {item!r} is not understood; expected {GRAMMAR}")
+            raise ArgumentError(f"--parallel {text!r}: {item!r} is not understood; expected {GRAMMAR}")
         found[name] = value if name == "tensor" else _number(value)
     if found.pop("sequence", None) is not None:
         found["tensor"] = {**_tensor(found.get("tensor")), "sequence": True}
     try:
         Parallel.of(found)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--parallel {text!r}: {error}. The whole is {GRAMMAR}") from error
+    except ArgumentError as error:
+        raise ArgumentError(f"--parallel {text!r}: {error}. The whole is {GRAMMAR}") from error
     return found
 
 
@@ -151,4 +179,4 @@ def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> Non
     if unknown is not None:
         near = get_close_matches(str(unknown), names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}, {EXPECTED}"
-        raise ValueError(f"{where} has {unknown!r}; {hint}")
+        raise ArgumentError(f"{where} has {unknown!r}; {hint}")

@@ -20,7 +20,7 @@ from ..runtime.distributed.local_shards import LocalShards
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor, Outlets
-from ..runtime.isa.errors import StateError
+from ..runtime.isa.errors import BudgetError, StateError
 from ..runtime.isa.formats import OwnFormat, TorchFormat
 from ..runtime.isa.homes import Homes
 from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
@@ -201,8 +201,12 @@ class Session:
         """Plan for inputs made from the model's configuration; None where it has none that tells."""
         examples = example_inputs(self.source)
         if examples is not None:
-            with torch.enable_grad():
-                self.program((), dict(examples))
+            try:
+                with torch.enable_grad():
+                    self.program((), dict(examples))
+            except BudgetError as error:
+                error.args = (f"{error}; these are a guess: pass the batch you train on as example_inputs=",)
+                raise
         return self.setup
 
     def _set_up(self, key: Key, captured: Captured) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,15 +86,48 @@ def load_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     Raises:
         ModelLoadError: `name` is none of these, or what it names cannot be loaded.
     """
+    config = _written_config(name)
+    if config is not None:
+        return _random_model(config, name, seed)
+    with _load_errors(name):
+        # float32: anything less loses small updates.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"{name} holds no {missing[0]}, one of {len(missing)} parameters that its config.json speaks of; expected "
+            "all of a model's, as save_pretrained writes them"
+        )
+    return model.train()
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """Return the same model on `meta`: no weight is read or made.
+
+    Raises:
+        ModelLoadError: likewise.
+    """
+    config = _written_config(name)
+    with _load_errors(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False) if config is None else config
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
+
+
+def _written_config(name: str) -> PretrainedConfig | None:
+    """Return the configuration of a preset or a config file; None for a directory or a name on the Hub."""
     if name in PRESETS:
-        return _random_model(PRESETS[name].config(), name, seed)
+        return PRESETS[name].config()
     if name.endswith(".json"):
-        return _random_model(_read_config(Path(name)), name, seed)
+        return _read_config(Path(name))
     if Path(name).is_dir() and not is_checkpoint(name):
         raise ModelLoadError(f"the directory {name} has no config.json; expected one written by save_pretrained")
     if not Path(name).exists() and _HUB_NAME.fullmatch(name) is None:
         raise ModelLoadError(f"there is nothing at {name}; {_expected()}")
-    return _pretrained(name).train()
+    if Path(name).is_file():
+        raise ModelLoadError(f"{name} is a file; {_expected()}")
+    return None
 
 
 def _expected() -> str:
@@ -114,28 +149,22 @@ def _read_config(file: Path) -> PretrainedConfig:
     kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
     if kind is None:
         raise ModelLoadError(f"the config file {file} has no 'model_type', such as \"opt\"")
-    try:
+    with _load_errors(f"the config file {file}"):
         return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError) as error:
-        raise ModelLoadError(f"transformers does not take the config file {file}: {error}") from error
 
 
 def _random_model(config: PretrainedConfig, name: str, seed: int) -> PreTrainedModel:
     """Return a model of `config` with weights drawn from `seed`; the global random state stays as it was."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _load_errors(name):
         torch.manual_seed(seed)
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-        except ValueError as error:
-            raise ModelLoadError(f"{name} is not a causal language model: {_first_line(error)}") from error
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
 
 
-def _pretrained(name: str) -> PreTrainedModel:
-    """Return the model in a directory or on the Hub, as float32: anything less loses small updates."""
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Whatever transformers does not like about files that people wrote, of whichever kind, is told by their name."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except ValueError as error:
-        raise ModelLoadError(f"{name} is not a causal language model: {_first_line(error)}") from error
+        yield
     except OSError as error:
         if Path(name).exists():
             raise ModelLoadError(f"cannot load the model in {name}: {_first_line(error)}") from error
@@ -143,6 +172,10 @@ def _pretrained(name: str) -> PreTrainedModel:
             f"{name} is no preset and no directory, and the Hugging Face Hub did not give it "
             f"({_first_line(error)}). Without a connection, download it elsewhere and give its directory; "
             f"{_expected()}"
+        ) from error
+    except Exception as error:
+        raise ModelLoadError(
+            f"transformers makes no causal language model of {name}: {type(error).__name__}: {_first_line(error)}"
         ) from error
 
 

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.errors import ArgumentError
 from .guards import PLAIN
 
 
 def leaf_key(leaf: Any) -> Any:
     """What a program depends on in one argument: a tensor's kind, anything else's value.
 
-    Raises ValueError for objects whose contents cannot be told: they would be baked in as they are now.
+    Raises ArgumentError for objects whose contents cannot be told: they would be baked in as they are now.
     """
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
     if isinstance(leaf, PLAIN):
         return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
-    raise ValueError(
+    raise ArgumentError(
         f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "
         "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "
         "(torch.from_numpy makes a tensor of an array)"

@@ -12,17 +12,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...models.adapters import example_inputs
-from ...models.presets import load_model
+from ...models.presets import empty_model
 from ...passes.program.plan import Plan
-from ...runtime.isa.errors import GeminiError
+from ...runtime.isa.errors import BudgetError, CaptureError, ShardingError
 from ...runtime.isa.units import format_bytes
 from ..api import compile
 from .errors import shown_errors
 
 ANY_HOST_BYTES = 2**60
 """The host of the machines that a comparison is about is not this one's."""
+
+MOST_PROCESSES, MOST_EXAMPLES = 2**14, 2**24
+"""Beyond any machine, and within what sizes can be computed of."""
 
 commands = typer.Typer()
 
@@ -65,7 +69,7 @@ def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **
         try:
             compiled = compile(model, world_size=world_size, parallel=parallel, example_inputs=mine, **options)
             found.append(Compared(name, compiled.plan))
-        except GeminiError as refusal:
+        except (BudgetError, CaptureError, ShardingError) as refusal:
             found.append(Compared(name, None, str(refusal).partition(";")[0]))
     return found
 
@@ -89,11 +93,29 @@ def comparison_table(compared: list[Compared], world_size: int) -> Table:
     return table
 
 
+def _batch(model: PreTrainedModel, batch_size: int, seq_len: int | None) -> dict[str, torch.Tensor]:
+    """A step's inputs by their shapes: plans read nothing else, and a batch of all processes may be large.
+
+    Raises:
+        ValueError: nothing is known of the model's inputs, or the sequence is longer than it takes.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if seq_len is not None and longest is not None and seq_len > longest:
+        raise ValueError(f"--seq-len {seq_len} is longer than the {longest} positions of the model")
+    examples = example_inputs(model, 1, seq_len)
+    if examples is None:
+        raise ValueError(f"{type(model).__name__} reads something else than tokens; expected a language model")
+    sizes = {name: (batch_size, *example.shape[1:]) for name, example in examples.items()}
+    return {name: torch.empty(sizes[name], dtype=examples[name].dtype, device="meta") for name in sizes}
+
+
 @commands.command()
 def compare(
     model: Annotated[str, typer.Argument(help="Hub name, directory, config file (.json) or preset.")] = "opt-1.3b",
-    world_size: Annotated[int, typer.Option(min=2, help="Processes that share the work.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step, of all processes together.")] = 16,
+    world_size: Annotated[int, typer.Option(min=2, max=MOST_PROCESSES, help="Processes that share the work.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples in a step, of all processes.")
+    ] = 16,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
@@ -104,9 +126,8 @@ def compare(
     """
     transformers.utils.logging.set_verbosity_error()
     with shown_errors():
-        with torch.device("meta"):
-            loaded = load_model(model)
-        batch = example_inputs(loaded, batch_size, seq_len) or {}
+        loaded = empty_model(model)
+        batch = _batch(loaded, batch_size, seq_len)
         settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget}
         compared = compare_ways(loaded, world_size, batch, host_budget=ANY_HOST_BYTES, **settings)
     Console().print(comparison_table(compared, world_size))

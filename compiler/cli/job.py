@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.presets import MINI, ModelLoadError, brings_tokenizer, load_model
 from ...models.recipe.blocks import Part, TokenBlocks
+from ...models.recipe.examples import encode, marks_turns
 from ...models.recipe.finetune import check_output, finetune
 from ...models.recipe.recipe import Recipe, Report
-from ...models.recipe.text import embedded_texts, read_texts, train_tokenizer
+from ...models.recipe.records import Chat, Fields, Record, Text, plain_texts, read_records, summary
+from ...models.recipe.text import embedded_texts, train_tokenizer
 from ...runtime.isa.mesh import Mesh
-from ...runtime.isa.units import format_bytes, parse_bytes
+from ...runtime.isa.units import format_bytes
 from ..api import compile
 from ..options import Options
 from ..parallel import Parallel, parse_parallel
@@ -41,6 +43,7 @@ class TrainOptions:
 
     model: str | None = None
     data: Path | None = None
+    fields: str | None = None
     device_budget: str | None = None
     host_budget: str | None = None
     device: str | None = None
@@ -48,6 +51,7 @@ class TrainOptions:
     precision: str | None = None
     recompute: str = "auto"
     steps: int | None = None
+    epochs: int | None = None
     batch_size: int | None = None
     seq_len: int | None = None
     lr: float | None = None
@@ -107,6 +111,7 @@ class Job:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    records: list[Record]
     blocks: TokenBlocks
     recipe: Recipe
 
@@ -117,39 +122,79 @@ def prepare(options: TrainOptions) -> Job:
     Raises:
         GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
     """
-    _check_budgets(options)
     Options.of(_settings(options))
+    if options.steps is not None and options.epochs is not None:
+        raise ValueError("--steps and --epochs both say how long to train; leave one of them out")
     check_output(options.directory)
-    texts = embedded_texts() if options.data is None else read_texts(options.data)
+    records = _records(options)
     # Absolute, so that a directory named like a preset is still a directory.
     source = str(options.directory.absolute()) if options.resume else options.model or MINI
     if options.resume and not options.directory.is_dir():
         raise ValueError(f"there is no checkpoint to resume in {options.directory}; start the run without --resume")
     model = load_model(source, seed=options.seed)
+    tokenizer = _tokenizer(source, records, model.config.vocab_size)
+    blocks = _blocks(options, source, records, tokenizer, model.config)
+    recipe = _recipe(options, blocks)
+    _part(options).rows(recipe.batch_size)
+    return Job(model, tokenizer, records, blocks, recipe)
+
+
+def _records(options: TrainOptions) -> list[Record]:
+    """Return what there is to learn."""
+    fields = None if options.fields is None else Fields.parse(options.fields)
+    if options.data is not None:
+        return read_records(options.data, fields)
+    if fields is not None:
+        raise ValueError("--fields is about the records of --data; give both, or neither")
+    return [Text("the Python language reference", text) for text in embedded_texts()]
+
+
+def _tokenizer(source: str, records: list[Record], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that came with the weights, or, for random ones, one made of the data."""
     own = brings_tokenizer(source)
-    tokenizer = _load_tokenizer(source) if own else train_tokenizer(texts, model.config.vocab_size)
-    small = options.model is None
-    longest = getattr(model.config, "max_position_embeddings", None) or _SEQ_LEN
-    seq_len = options.seq_len or (_MINI_SEQ_LEN if small else min(_SEQ_LEN, longest))
+    return _load_tokenizer(source) if own else train_tokenizer(plain_texts(records), vocab_size)
+
+
+def _blocks(
+    options: TrainOptions,
+    source: str,
+    records: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> TokenBlocks:
+    """Return the records as blocks of as many tokens as were asked for, or as the model takes."""
+    longest = getattr(config, "max_position_embeddings", None) or _SEQ_LEN
+    seq_len = options.seq_len or (_MINI_SEQ_LEN if options.model is None else min(_SEQ_LEN, longest))
     if seq_len > longest:
         raise ValueError(f"--seq-len {seq_len} is longer than the {longest} positions of {source}")
-    blocks = TokenBlocks.from_texts(texts, tokenizer, seq_len, seed=options.seed)
-    if blocks.largest_token >= model.config.vocab_size:
+    blocks = TokenBlocks.of(encode(records, tokenizer), tokenizer, seq_len, seed=options.seed)
+    if blocks.largest_token >= config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source} makes token {blocks.largest_token}, but the model has only "
-            f"{model.config.vocab_size}; the two do not belong together"
+            f"{config.vocab_size}; the two do not belong together"
         )
+    return blocks
+
+
+def _recipe(options: TrainOptions, blocks: TokenBlocks) -> Recipe:
+    """Return how to train, with defaults that depend on what there is."""
+    small = options.model is None
     lr = _MINI_LR if options.model is None else _LR if brings_tokenizer(options.model) else _RANDOM_LR
-    recipe = Recipe(
+    batch_size = options.batch_size or (_MINI_BATCH if small else _BATCH)
+    if batch_size > len(blocks):
+        raise ValueError(
+            f"a batch of {batch_size:,} blocks is more than the {len(blocks):,} that there are to train on; choose a "
+            "smaller --batch-size or --seq-len, or give more data"
+        )
+    steps = options.steps if options.epochs is None else blocks.steps(options.epochs, batch_size)
+    return Recipe(
         output=options.directory,
-        steps=options.steps or (_MINI_STEPS if small else _STEPS),
-        batch_size=options.batch_size or (_MINI_BATCH if small else _BATCH),
+        steps=steps or (_MINI_STEPS if small else _STEPS),
+        batch_size=batch_size,
         lr=lr if options.lr is None else options.lr,
         seed=options.seed,
         save_every=options.save_every,
     )
-    _part(options).rows(recipe.batch_size)
-    return Job(model, tokenizer, blocks, recipe)
 
 
 def run(options: TrainOptions, console: Console) -> Report:
@@ -217,37 +262,31 @@ def _part(options: TrainOptions) -> Part:
 def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
     """Say what is about to be trained on what."""
     count = sum(parameter.numel() for parameter in job.model.parameters())
-    name = options.model or MINI
-    text = "the Python language reference" if options.data is None else str(options.data)
-    console.print(
-        f"{name}: {count / 1e6:,.1f} M parameters\n"
-        f"{text}: {len(job.blocks):,} blocks of {job.blocks.seq_len} tokens to train on, "
-        f"{job.blocks.held_out_count:,} held out",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    data = "the Python language reference" if options.data is None else str(options.data)
+    blocks = job.blocks
+    lines = [
+        f"{options.model or MINI}: {count / 1e6:,.1f} M parameters",
+        f"{data}: {summary(job.records)}; {len(blocks):,} blocks of {blocks.seq_len} tokens to train on, "
+        f"{blocks.held_out_count:,} held out",
+    ]
+    if options.epochs is not None:
+        lines.append(f"{options.epochs} epoch(s) are {job.recipe.steps:,} steps of {job.recipe.batch_size} blocks")
+    if any(isinstance(record, Chat) for record in job.records) and not marks_turns(job.tokenizer):
+        lines.append(
+            "the chat template does not mark the assistant's turns ({% generation %}): all of the chats is learned"
+        )
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer that came with the model."""
     advice = "a trained model needs its own: save it in the same directory with tokenizer.save_pretrained"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # tokenizers tells of files that it cannot read by a bare Exception
         reason = str(error).partition("\n")[0][:200]
         raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
     # Where there are no files, transformers makes a tokenizer that knows its special tokens and no text.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelLoadError(f"{source} brings no tokenizer; {advice}")
     return tokenizer
-
-
-def _check_budgets(options: TrainOptions) -> None:
-    """Refuse budgets that cannot be read before any work is done; compile knows what percentages are of."""
-    for name, budget in (("--device-budget", options.device_budget), ("--host-budget", options.host_budget)):
-        if budget is not None:
-            try:
-                parse_bytes(budget, of=10**12)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None

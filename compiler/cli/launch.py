@@ -16,6 +16,8 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 HERE = "127.0.0.1"
+MOST_PROCESSES = 256
+"""More are not for one machine."""
 
 
 def is_launched() -> bool:
@@ -42,7 +44,15 @@ def launch(words: list[str], nprocs: int) -> int:
     """Run `geminifx` with these words in `nprocs` processes; return the exit code of rank 0, or of one that failed.
 
     Ctrl-C goes to all of them, which save and end by themselves. Where one fails the others are ended.
+
+    Raises:
+        ValueError: they are too many for this machine.
     """
+    if nprocs > MOST_PROCESSES:
+        raise ValueError(
+            f"{nprocs:,} processes are too many to start on one machine, at most {MOST_PROCESSES}; choose smaller "
+            "degrees of --parallel or --nprocs, or launch them on several machines by torchrun"
+        )
     # It names processes that failed by number; what failed they tell themselves.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # The system chooses the port, and it is listened on from then on: no other program can get it.

@@ -9,6 +9,7 @@ import transformers
 import typer
 from rich.console import Console
 
+from ...models.recipe.records import GRAMMAR as GRAMMAR_OF_FIELDS
 from ..parallel import GRAMMAR
 from .errors import shown_errors
 from .job import TrainOptions, run
@@ -25,18 +26,22 @@ def train(
         str | None,
         typer.Argument(help="Hub name, directory, config file (.json) or preset (opt-125m ... opt-66b)."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A .txt or .jsonl file or a folder of them.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A file of text (.txt, .md) or records (.jsonl, .json, .csv), or a folder.")
+    ] = None,
+    fields: Annotated[str | None, typer.Option(help=f"Fields of records to learn from: {GRAMMAR_OF_FIELDS}.")] = None,
     device_budget: Annotated[str | None, typer.Option(help='Such as "24GB", "24GiB" or "80%".')] = None,
     host_budget: Annotated[str | None, typer.Option(help="Like --device-budget.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, or cpu for a budgeted arena in RAM.")] = None,
     placement: Annotated[str, typer.Option(help="Where parameters live: auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; the device's own by default.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the device's own by default.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
     steps: Annotated[int | None, typer.Option(min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Times through the data, instead of --steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only the last.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
@@ -56,6 +61,7 @@ def train(
     options = TrainOptions(
         model=model,
         data=data,
+        fields=fields,
         device_budget=device_budget,
         host_budget=host_budget,
         device=device,
@@ -63,6 +69,7 @@ def train(
         precision=precision,
         recompute=recompute,
         steps=steps,
+        epochs=epochs,
         batch_size=batch_size,
         seq_len=seq_len,
         lr=lr,

@@ -1,5 +1,6 @@
 """Where a step's time goes: what the device computes, what it copies, what the host updates, and who waits."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from ...runtime.isa.errors import check_path, wrong_argument
 from ...runtime.memory.state_store import StateStore
 
 
@@ -44,10 +46,14 @@ class Profile:
 def profile(step: Callable[[], object], steps: int, trace: str | Path | None, store: StateStore | None) -> Profile:
     """Run `step` so many times under torch's profiler; with `trace`, write a Chrome trace there.
 
-    Raises ValueError where there is no step to run.
+    Raises ArgumentError where there is no step to run, or no such place for a trace.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}; expected how many steps to profile, 1 or more")
+    if not callable(step):
+        raise wrong_argument("step", step, "a function that does one step of the loop")
+    if type(steps) is not int or steps < 1:
+        raise wrong_argument("steps", steps, "how many steps to profile, 1 or more")
+    if trace is not None:
+        _check_trace(trace)
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     _finish(store)
@@ -67,6 +73,14 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, st
     update_s = store.host_update_s - before_s if store is not None else 0.0
     seconds = (step_s, *map(_covered_s, (computes, copies["HtoD"], copies["DtoH"])), update_s)
     return Profile(*(value / steps for value in seconds))
+
+
+def _check_trace(trace: str | Path) -> None:
+    """What is wrong with the place torch would tell on the error output alone."""
+    check_path("trace", trace, "a file for the trace")
+    parent = Path(trace).absolute().parent
+    if Path(trace).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise wrong_argument("trace", str(trace), "a file in a directory that can be written to")
 
 
 def _finish(store: StateStore | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...passes.program.plan import Plan
+from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout
 from ...runtime.isa.mesh import parse_placements, whole_shape
 from ...runtime.isa.precision import master_dtype
@@ -26,13 +27,13 @@ class Violation:
 def check_plan(
     plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Raises ValueError naming the field, what was found and what was expected.
+    """Raises ArgumentError naming the field, what was found and what was expected.
 
     `parameters` are the model's by their first names, `dtypes` what they compute in.
     """
     violation = next(_violations(plan, parameters, blocks, dtypes), None)
     if violation is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"the plan does not fit this model: {violation.field} is {violation.found}, expected {violation.expected}; "
             "make a plan for this model with geminifx.compile(...).plan.save(path)"
         )

@@ -11,7 +11,7 @@ from torch import nn
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...passes.program.request import Policy, Request
-from ...runtime.isa.errors import BudgetError, StateError
+from ...runtime.isa.errors import ArgumentError, BudgetError, StateError
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
@@ -77,7 +77,7 @@ class Planning:
         `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
         Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model.
         """
-        given, options, lower = self._given(), self.options, partial(self._lower, captured)
+        given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             request = self._request(given.request.policy)
@@ -132,10 +132,6 @@ class Planning:
             self._lowered[key] = captured, self.lowering.flat(captured.program, plan, verified=not self._lowered)
         return self._lowered[key][1]
 
-    def _given(self) -> Plan | None:
-        given = self.options.plan
-        return given if given is None or isinstance(given, Plan) else Plan.load(given)
-
     def _recompute(self) -> tuple[str, ...] | None:
         chosen = self.options.recompute
         if isinstance(chosen, str):
@@ -143,5 +139,5 @@ class Planning:
         unknown = [name for name in chosen if name not in self.blocks]
         if unknown:
             blocks = ", ".join(self.blocks)
-            raise ValueError(f"recompute names {unknown[0]!r}, which is no block; the blocks are {blocks}")
+            raise ArgumentError(f"recompute names {unknown[0]!r}, which is no block; the blocks are {blocks}")
         return chosen

@@ -27,7 +27,7 @@ def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetEr
         f"for placement='{best.request.policy}'; the smallest that works for these inputs "
         f"({inputs}) is {best.peak_bytes:,} bytes "
         f"({format_bytes(best.peak_bytes)}), at whose peak are: {taking}.{advice} A smaller batch or sequence "
-        "needs less; pass the batch you train on as example_inputs=",
+        "needs less",
         smallest_bytes=best.peak_bytes,
     )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import ceil
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from .examples import NOT_LEARNED, Example, pack
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,17 @@ class TokenBlocks:
     Which blocks are held out does not depend on the seed, so a further run judges itself on the same text.
     """
 
-    def __init__(self, tokens: Sequence[int] | np.ndarray, seq_len: int, *, held_out: float = 0.05, seed: int = 0):
-        """Take `tokens` [any length]; what does not fill a last block is dropped.
+    def __init__(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        seq_len: int,
+        *,
+        labels: np.ndarray | None = None,
+        held_out: float = 0.05,
+        seed: int = 0,
+    ):
+        """Take `tokens` [any length] and their labels, by default themselves; what does not fill a last block is
+        dropped, and so are blocks with nothing to learn.
 
         Raises:
             ValueError: not two blocks long, or `seq_len` or `held_out` out of range.
@@ -53,28 +64,34 @@ class TokenBlocks:
             raise ValueError(f"blocks of {seq_len} tokens hold nothing to predict; expected seq_len of at least 2")
         if not 0 < held_out <= 0.5:
             raise ValueError(f"a held-out share of {held_out} is out of range; expected above 0, at most 0.5")
-        count = len(tokens) // seq_len
+        blocks, taught = (_cut(each, seq_len) for each in (tokens, tokens if labels is None else labels))
+        teaches = (taught[:, 1:] != NOT_LEARNED).any(axis=1)  # what is first in a block is predicted by nothing
+        blocks, taught, count = blocks[teaches], taught[teaches], int(teaches.sum())
         if count < 2:
             raise ValueError(
                 f"{len(tokens)} tokens are too few: one block of {seq_len} to train on and one to hold out "
                 "are the least; give more text or a smaller seq_len"
             )
-        blocks = np.asarray(tokens, dtype=np.int64)[: count * seq_len].reshape(count, seq_len)
         every = min(round(1 / held_out), count)
         is_held_out = np.arange(count) % every == every - 1
         self.seq_len, self.seed = seq_len, seed
         self._train, self._held_out = blocks[~is_held_out], blocks[is_held_out]
+        self._train_labels, self._held_out_labels = taught[~is_held_out], taught[is_held_out]
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     @classmethod
-    def from_texts(
-        cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, seed: int = 0
+    def of(
+        cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, seed: int = 0
     ) -> TokenBlocks:
-        """Encode `texts`, each closed by the end token where the tokenizer has one."""
-        encoded: Any = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return cls(np.concatenate([np.asarray(ids + end, dtype=np.int64) for ids in encoded]), seq_len, seed=seed)
+        """Return the blocks that `examples`, which `tokenizer` encoded, are packed into.
+
+        Raises:
+            ValueError: they are too few, or one does not fit into a block and must not be cut.
+        """
+        filler = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        tokens, labels = pack(examples, seq_len, filler)
+        return cls(tokens, seq_len, labels=labels, seed=seed)
 
     def __len__(self) -> int:
         """Number of training blocks."""
@@ -90,10 +107,22 @@ class TokenBlocks:
         """The largest token id, which must be below the model's vocabulary size."""
         return int(max(self._train.max(), self._held_out.max()))
 
+    def steps(self, epochs: int, batch_size: int) -> int:
+        """Return the steps in which every training block comes `epochs` times; where the last batch is not full by
+        then, some come once more.
+
+        Raises:
+            ValueError: not even one epoch.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, but is {epochs}")
+        return ceil(epochs * len(self) / batch_size)
+
     def fingerprint(self) -> str:
         """Return a digest of the data, its split and its order: equal when every batch is equal."""
         digest = hashlib.sha256(f"{self._train.shape} {self._held_out.shape} {self.seed}".encode())
-        digest.update(np.ascontiguousarray(self._train).tobytes())
+        for blocks in (self._train, self._train_labels):
+            digest.update(np.ascontiguousarray(blocks).tobytes())
         return digest.hexdigest()
 
     def batch(self, step: int, batch_size: int, part: Part = WHOLE) -> dict[str, torch.Tensor]:
@@ -103,12 +132,14 @@ class TokenBlocks:
         """
         rows = part.rows(batch_size)
         positions = range(step * batch_size + rows.start, step * batch_size + rows.stop)
-        return _as_batch(self._train[[self._block_at(position) for position in positions]])
+        chosen = [self._block_at(position) for position in positions]
+        return _as_batch(self._train[chosen], self._train_labels[chosen])
 
     def held_out_batches(
         self, batch_size: int, limit: int | None = None, part: Part = WHOLE
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the held-out blocks as equal batches, at most `limit`, of each its `part`.
+    ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+        """Yield the held-out blocks as equal batches, at most `limit`: of each its `part`, and how many tokens the
+        whole of it teaches.
 
         A last incomplete batch is left out unless it is the only one: a compiled model then sees one shape.
 
@@ -123,7 +154,8 @@ class TokenBlocks:
             )
         count, rows = len(self._held_out) // size, part.rows(size)
         for i in range(count if limit is None else min(count, limit)):
-            yield _as_batch(self._held_out[i * size + rows.start : i * size + rows.stop])
+            blocks, labels = (each[i * size : (i + 1) * size] for each in (self._held_out, self._held_out_labels))
+            yield _as_batch(blocks[rows], labels[rows]), int((labels[:, 1:] != NOT_LEARNED).sum())
 
     def _block_at(self, position: int) -> int:
         """Return the training block at `position` of the endless shuffled order."""
@@ -134,6 +166,12 @@ class TokenBlocks:
         return int(self._order[index])
 
 
-def _as_batch(blocks: np.ndarray) -> dict[str, torch.Tensor]:
+def _cut(tokens: Sequence[int] | np.ndarray, seq_len: int) -> np.ndarray:
+    """Return `tokens` as int64 [blocks, seq_len]."""
+    count = len(tokens) // seq_len
+    return np.asarray(tokens, dtype=np.int64)[: count * seq_len].reshape(count, seq_len)
+
+
+def _as_batch(blocks: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
     """Return `blocks` [batch, seq_len] as what a causal language model takes; it shifts the labels itself."""
-    return {"input_ids": torch.from_numpy(blocks.copy()), "labels": torch.from_numpy(blocks.copy())}
+    return {"input_ids": torch.from_numpy(blocks.copy()), "labels": torch.from_numpy(labels.copy())}

@@ -142,13 +142,13 @@ def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
 
 
 def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
-    """Return the perplexity on held-out blocks, in evaluation mode; the model is left in training mode."""
+    """Return the perplexity on what held-out blocks teach, in evaluation mode; the model is left in training mode."""
     model.train(False)
     with torch.no_grad():
         batches = blocks.held_out_batches(recipe.batch_size, recipe.held_out_batches, _part(model))
-        losses = [float(model(**batch).loss) for batch in batches]
+        losses = [(float(model(**batch).loss), learned) for batch, learned in batches]
     model.train()
-    mean = sum(losses) / len(losses)
+    mean = sum(loss * learned for loss, learned in losses) / sum(learned for _, learned in losses)
     return math.exp(mean) if mean < 700 else mean * math.inf
 
 
@@ -222,8 +222,8 @@ def check_output(output: Path) -> None:
             raise ValueError(f"{output} holds files but no checkpoint, and saving replaces it; choose a new --output")
     elif output.exists():
         raise ValueError(f"{output} is a file; expected a directory for --output")
+    there = next(parent for parent in output.absolute().parents if parent.exists())
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=output.parent).cleanup()
+        tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written to ({error}); choose another --output") from error

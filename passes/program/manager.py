@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from ...runtime.isa.errors import VerificationError
+from ...runtime.isa.errors import ArgumentError, VerificationError, wrong_argument
 from .plan import Plan
 from .program import Program
 from .text import print_program, target_text
@@ -38,8 +38,16 @@ class Pass:
 
 def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (), breaks: tuple[Fact, ...] = (),
                after: str = "") -> Callable[[Rewrite], Pass]:  # fmt: skip
-    """Declare a pass; its name is the function's."""
-    return lambda rewrite: Pass(rewrite.__name__, rewrite, requires, gives, breaks, after)
+    """Declare a pass; its name is the function's. Raises ArgumentError for what is no function, or no pass's name."""
+    if not isinstance(after, str):
+        raise wrong_argument("after", after, "the name of the pass that it comes behind, such as 'chunk'")
+
+    def declare(rewrite: Rewrite) -> Pass:
+        if not callable(rewrite) or not hasattr(rewrite, "__name__"):
+            raise wrong_argument("graph_pass", rewrite, "a function of a program and its plan")
+        return Pass(rewrite.__name__, rewrite, requires, gives, breaks, after)
+
+    return declare
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,14 @@ class Record:
 def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass, ...]:
     """The pipeline with the user's passes put behind the passes they name.
 
-    Raises ValueError where `extra` holds something else than passes, or names a pass that does not exist.
+    Raises ArgumentError where `extra` names a pass that does not exist.
     """
     passes, placed = list(pipeline), list[Pass]()
     for added in extra:
-        if not isinstance(added, Pass):
-            raise ValueError(f"{added!r} is not a pass; decorate it with @geminifx.graph_pass(after='chunk')")
         names = [p.name for p in passes]
         if added.after not in names:
             near = get_close_matches(added.after, names, 1) or names
-            raise ValueError(f"pass {added.name!r}: after={added.after!r} names no pass; try {near[0]!r}")
+            raise ArgumentError(f"passes: pass {added.name!r}: after={added.after!r} names no pass; try {near[0]!r}")
         place = names.index(added.after) + 1
         while place < len(passes) and passes[place] in placed and passes[place].after == added.after:
             place += 1  # behind the user's earlier passes that go to the same place

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...runtime.isa.errors import ArgumentError, check_path
 from ...runtime.isa.formats import StateFormat, TorchFormat
 from ...runtime.isa.homes import Home, Homes, Where, numbers
 from ...runtime.isa.layout import ChunkLayout, Layout
@@ -77,16 +78,22 @@ class Plan:
         return write_json(self)
 
     def save(self, path: str | Path) -> None:
+        check_path("path", path, "a file for the plan")
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Raises ValueError naming the fields where the text is not a plan."""
+        """Raises ArgumentError naming the fields where the text is not a plan."""
         return read_json(text, cls)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Raises ArgumentError where there is no plan."""
+        check_path("plan", path, "a geminifx.Plan, or the path of one that plan.save wrote")
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"plan={str(path)!r} cannot be read: {error}") from error
 
     def __str__(self) -> str:
         rows = [

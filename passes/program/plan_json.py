@@ -9,6 +9,7 @@ import torch
 from cattrs import ClassValidationError, Converter, IterableValidationError, transform_error
 from cattrs.v import format_exception
 
+from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.formats import StateFormat, kinds_of_format
 
 VERSION = 3
@@ -22,15 +23,15 @@ def write_json(plan: object) -> str:
 
 
 def read_json(text: str, kind: type[_T]) -> _T:
-    """The inverse. Raises ValueError, naming every field that is wrong, what was found and what is expected."""
+    """The inverse. Raises ArgumentError, naming every field that is wrong, what was found and what is expected."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not a geminifx plan: {error}; expected what Plan.to_json writes") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"not a geminifx plan: {error}; expected what Plan.to_json writes") from error
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != VERSION:
         found = "it has no version" if version is None else f"its version is {version!r}"
-        raise ValueError(
+        raise ArgumentError(
             f"not a geminifx plan of this version: {found}, expected {VERSION}; make it anew with "
             "geminifx.compile(...).plan.save(path)"
         )
@@ -38,7 +39,7 @@ def read_json(text: str, kind: type[_T]) -> _T:
         return _converter().structure(data, kind)
     except (ClassValidationError, IterableValidationError, ValueError) as error:
         faults = "; ".join(transform_error(error, "plan", format_exception=_tell))
-        raise ValueError(f"not a geminifx plan: {faults}; expected what Plan.to_json writes") from error
+        raise ArgumentError(f"not a geminifx plan: {faults}; expected what Plan.to_json writes") from error
 
 
 def _converter() -> Converter:

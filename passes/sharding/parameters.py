@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from ...runtime.isa.errors import ShardingError
 from ...runtime.isa.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
 from ..program.plan import Plan
 from ..program.program import Program, note, type_of
@@ -53,7 +54,7 @@ def whole_parameters(program: Program, plan: Plan) -> tuple[str, ...]:
 def place_parameters(program: Program, plan: Plan) -> Found:
     """Placements of the parameters by name; those that a pattern of the plan's table matches are taken from there.
 
-    Raises ValueError for a pattern that no parameter matches, and for placements that do not divide a parameter.
+    Raises ShardingError for a pattern that no parameter matches, and for placements that do not divide a parameter.
     """
     axes, roles, table = plan.mesh.tensor_axes, roles_of(plan), dict(plan.request.table)
     uses, found = _uses(program), Found()
@@ -61,7 +62,7 @@ def place_parameters(program: Program, plan: Plan) -> Found:
         shape = _shape(node)
         pattern = next((p for p in table if re.fullmatch(p, name)), None)
         if pattern is not None:
-            found.placements[name] = parse_placements(table[pattern], axes)
+            found.placements[name] = _parsed(table[pattern], axes)
             _check_replicated(name, found.placements[name], axes)
             _check_divides(name, shape, found.placements[name], axes)
             continue
@@ -80,8 +81,20 @@ def place_parameters(program: Program, plan: Plan) -> Found:
         found.placements[name] = tuple(placements)
     unused = next((p for p in table if not any(re.fullmatch(p, name) for name in found.placements)), None)
     if unused is not None:
-        raise ValueError(f"the table's pattern {unused!r} matches no parameter, such as {next(iter(found.placements))}")
+        such = next(iter(found.placements))
+        raise ShardingError(f"parallel: the table's pattern {unused!r} matches no parameter, such as {such}")
     return found
+
+
+def _parsed(text: str, axes: tuple[Axis, ...]) -> Placements:
+    try:
+        return parse_placements(text, axes)
+    except ValueError as error:
+        names = ", ".join(axis.name for axis in axes)
+        raise ShardingError(
+            f"parallel: the table has the placement {text!r}, which is not understood ({error}); expected R, or an "
+            f"axis ({names}) and a dimension, such as {axes[0].name}=S0"
+        ) from error
 
 
 def _sharded_dim(use: Use, role: Role) -> int | None:
@@ -100,25 +113,33 @@ def is_hidden_sharded(role: Role, turned: bool) -> bool:
 def _check_replicated(name: str, placements: Placements, axes: tuple[Axis, ...]) -> None:
     for placement, axis in zip(placements, axes, strict=True):
         if axis.kind == "replica" and placement != REPLICATE:
-            raise ValueError(f"the table has {placement} for {name} on {axis.name}, along which all processes have the "
-                             "same weights; leave that axis out (zero=3 divides weights over it)")  # fmt: skip
+            raise ShardingError(
+                f"parallel: the table has {placement} for {name} on {axis.name}, along which all processes have the "
+                "same weights; leave that axis out (zero=3 divides weights over it)"
+            )
 
 
 def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> None:
     if PARTIAL in placements:
-        raise ValueError(f"the table has P for {name}: a parameter is no sum; expected R, or S and a dimension")
+        raise ShardingError(
+            f"parallel: the table has P for {name}: a parameter is no sum; expected R, or S and a dimension"
+        )
     taken = [1] * len(shape)
     for placement, axis in zip(placements, axes, strict=True):
         if not isinstance(placement, Shard):
             continue
         dim, sections = placement.dim, placement.sections
         if dim >= len(shape):
-            raise ValueError(f"the table has {placement} for {name} {list(shape)}, which has no dimension {dim}")
+            raise ShardingError(
+                f"parallel: the table has {placement} for {name} {list(shape)}, which has no dimension {dim}"
+            )
         taken[dim] *= axis.size
         if sections < 1 or shape[dim] % (sections * taken[dim]):
             within = "" if sections == 1 else f" in {sections} sections"
-            raise ValueError(f"the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}"
-                             ", by which it does not divide")  # fmt: skip
+            raise ShardingError(
+                f"parallel: the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}, "
+                "by which it does not divide"
+            )
 
 
 def _uses(program: Program) -> dict[fx.Node, Use]:

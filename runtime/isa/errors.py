@@ -1,8 +1,17 @@
 """Errors a user may meet: each says what happened, what was expected and how to go on."""
 
+from os import PathLike
+from typing import Any
+
+_SHOWN_CHARACTERS = 80
+
 
 class GeminiError(RuntimeError):
     """Base of every error raised on purpose; its message is ready to be shown to a user."""
+
+
+class ArgumentError(GeminiError, ValueError):
+    """An argument makes no sense: names it, what was given and what was expected."""
 
 
 class CaptureError(GeminiError):
@@ -39,3 +48,17 @@ class CheckpointError(GeminiError):
 
 class ShardingError(GeminiError, ValueError):
     """A model cannot be sharded as `parallel=` declares."""
+
+
+def wrong_argument(name: str, value: Any, expected: str) -> ArgumentError:
+    """The error of an argument that was given `value`, of which the beginning is shown."""
+    shown = " ".join(repr(value).split())
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+    return ArgumentError(f"{name}={shown}; expected {expected}")
+
+
+def check_path(name: str, value: Any, expected: str) -> None:
+    """Raises ArgumentError where an argument is no path. An empty one would be the directory that one happens to be
+    in."""
+    if not isinstance(value, str | PathLike) or str(value) == "" or "\0" in str(value):
+        raise wrong_argument(name, value, expected)

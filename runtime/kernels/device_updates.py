@@ -140,7 +140,7 @@ def _halves(pair: SplitPair) -> tuple[Tensor, Tensor]:
 
 def _scale(gradient: Gradient) -> float | Tensor:
     """Return what the kernel takes: a number, which Triton rounds to float32, or the tensor to read it from."""
-    return gradient.scale if isinstance(gradient.scale, Tensor) else float(gradient.scale)
+    return gradient.scale.float() if isinstance(gradient.scale, Tensor) else float(gradient.scale)
 
 
 def _grid(pair: SplitPair) -> tuple[int]:

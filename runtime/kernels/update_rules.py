@@ -8,25 +8,26 @@ from torch import Tensor
 from .split_pairs import SplitPair
 
 GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SCALE_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """A gradient in bfloat16, float16 or float32 and the factor it is multiplied by in float32.
+    """A gradient and the factor it is multiplied by, in float32 unless both and the master are float64.
 
-    The factor clips, unscales, averages or, being negative, maximizes; 1.0 changes no bit. As a float32 tensor without
-    dimensions it is read when the update runs: by the device kernel without waiting for the device, by the host kernel
-    as a number, which waits for a tensor that is on a device.
+    The factor clips, unscales, averages or, being negative, maximizes; 1.0 changes no bit. As a tensor without
+    dimensions, float32 or, where any master is, float64, it is read when the update runs: by the device kernel without
+    waiting for the device, by the host kernel as a number, which waits for a tensor that is on a device.
     """
 
     values: Tensor
     scale: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, Tensor) and (self.scale.dtype != torch.float32 or self.scale.dim()):
+        if isinstance(self.scale, Tensor) and (self.scale.dtype not in SCALE_DTYPES or self.scale.dim()):
             raise ValueError(
-                f"a gradient's scale is a number or a float32 tensor without dimensions, not {self.scale.dtype} "
-                f"{tuple(self.scale.shape)}"
+                "a gradient's scale is a number or a float32 or float64 tensor without dimensions, not "
+                f"{self.scale.dtype} {tuple(self.scale.shape)}"
             )
 
 

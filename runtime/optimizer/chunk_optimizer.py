@@ -1,7 +1,7 @@
 """`model.optimizer(...)`: torch.optim's interface to updates that run beside the program."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..isa.errors import StateError
+from ..isa.errors import ArgumentError, StateError, wrong_argument
 from ..isa.formats import OwnFormat
 from ..kernels.update_rules import AdamHyper, SgdHyper
+from .hyper_checks import check_group, check_state_dict, is_number
 from .own_store import OwnStore
 from .states import Hyper
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
 """The optimizers there are, and what torch calls their state."""
 
-UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 GROWTH_STEPS = 2000
 """Steps without an overflow after which the loss scale doubles, as in torch.amp."""
 
@@ -42,34 +42,52 @@ class Declared:
     accumulate: int = 1
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Raises ValueError for what is not there or does not go together."""
+        """Raises ArgumentError for what is not there or does not go together."""
         if isinstance(self.kind, Optimizer):
             name = type(self.kind).__name__
-            raise ValueError(f"model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
-        if self.kind not in MOMENTS:
+            raise ArgumentError(f"kind: model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
+        if not isinstance(self.kind, type) or self.kind not in MOMENTS:
             names = ", ".join(f"torch.optim.{kind.__name__}" for kind in MOMENTS)
-            raise ValueError(
-                f"model.optimizer({getattr(self.kind, '__name__', self.kind)}) is not there; expected one of {names}. "
-                "Any other element-wise optimizer works over model.parameters() instead"
+            raise wrong_argument(
+                "kind",
+                self.kind,
+                f"one of {names}. Any other element-wise optimizer works over model.parameters() instead",
             )
-        check_groups([self.hyper])
+        check_group(self.hyper)
         if type(self.accumulate) is not int or self.accumulate < 1:
-            raise ValueError(f"accumulate={self.accumulate!r}; expected how many backwards make one step, 1 or more")
+            raise wrong_argument("accumulate", self.accumulate, "how many backwards make one step, 1 or more")
+        if type(self.in_backward) is not bool:
+            raise wrong_argument("in_backward", self.in_backward, "True or False")
         norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
-            raise ValueError(f"max_grad_norm={norm!r}; expected a positive number, or None")
-        if not self.in_backward:
-            return
+        if norm is not None and not (is_number(norm) and 0 < norm < math.inf):
+            raise wrong_argument("max_grad_norm", norm, "a positive number, or None")
+        if self.in_backward:
+            self._check_in_backward(dtypes)
+
+    def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:
         if self.max_grad_norm is not None:
-            raise ValueError(
+            raise ArgumentError(
                 "in_backward=True updates before the norm of all gradients is known, so that max_grad_norm cannot be "
                 "kept to; leave one of the two out"
             )
         if torch.float16 in dtypes:
-            raise ValueError(
+            raise ArgumentError(
                 "in_backward=True updates before it is known whether a float16 gradient overflowed; leave it out, or "
                 "compile with precision='bf16'"
             )
+
+    def of_torch(self, groups: Any) -> Optimizer:
+        """The optimizer of torch's that fills in the defaults. Raises ArgumentError for what it does not take."""
+        try:
+            made = self.kind(groups, **self.hyper)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ArgumentError(
+                f"torch.optim.{self.kind.__name__} does not take these params and options: {error}; expected "
+                "parameters of the model, or groups of them, and options that it has"
+            ) from error
+        for group in made.param_groups:
+            check_group(group)
+        return made
 
     def format(self, groups: list[dict[str, Any]]) -> OwnFormat:
         """What memory is planned for, with these groups of parameters."""
@@ -77,13 +95,6 @@ class Declared:
         if self.kind is SGD and not any(group["momentum"] for group in groups):
             moments = 0
         return OwnFormat(moments, self.in_backward, self.accumulate)
-
-
-def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raises ValueError where options ask for what no update here does."""
-    asked = [name for group in groups for name in UNSUPPORTED if group.get(name)]
-    if asked:
-        raise ValueError(f"model.optimizer({asked[0]}=True) is not supported; leave {asked[0]} out")
 
 
 Use = Callable[[OwnFormat, Callable[[OwnStore], None]], None]
@@ -105,7 +116,7 @@ class ChunkOptimizer(Optimizer):
 
     def __init__(self, declared: Declared, groups: Any, use: Use, demand: Callable[[], object],
                  names: dict[int, str]) -> None:  # fmt: skip
-        model = declared.kind(groups, **declared.hyper)  # checks hyper-parameters, fills in the defaults
+        model = declared.of_torch(groups)
         self.declared = declared
         self.grad_norm: Tensor | None = None
         self.skipped_steps = 0
@@ -123,6 +134,7 @@ class ChunkOptimizer(Optimizer):
         self._store = store
         self._fp16 = any(chunk.dtype == torch.float16 for chunk in store.chunks.layout.chunks)
         store.updater.schedule = self._hyper
+        store.check_groups = self._check_groups
         store.held.measures = self.declared.max_grad_norm is not None or self._fp16
         if self._fp16:
             store.held.loss_scale = 2.0**16
@@ -140,13 +152,13 @@ class ChunkOptimizer(Optimizer):
         return self.store.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's. Raises ValueError for parameters of another model."""
+        """As torch.optim's. Raises ArgumentError for parameters of another model."""
         super().add_param_group(param_group)
         unknown = [p for p in self.param_groups[-1]["params"] if id(p) not in self._names]
         if unknown:
             del self.param_groups[-1]
-            raise ValueError(
-                f"a parameter of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
+            raise ArgumentError(
+                f"params: one of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
             )
         self._take_groups()
 
@@ -154,20 +166,23 @@ class ChunkOptimizer(Optimizer):
         self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Groups may be changed at any time, but not to what was not planned for."""
-        check_groups([group])
+        """Groups may be changed at any time, but not to what makes no sense or was not planned for."""
+        check_group(group)
         if group.get("momentum") and not self._format.moments:
             raise StateError(
                 f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
                 "its memory; make the optimizer with a momentum above 0, however small"
             )
 
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            self._check_group(group)
+
     def _hyper(self, name: str, number: int) -> Hyper | None:
         """How update `number` of a parameter goes, by its group as it is now."""
         group = self._groups.get(name)
         if group is None:
             return None
-        self._check_group(group)
         lr = float(group["lr"])
         if "betas" not in group:
             momentum = float(group["momentum"])
@@ -188,8 +203,7 @@ class ChunkOptimizer(Optimizer):
             return loss  # the model was not called yet
         store = self._store
         store.check()
-        for group in self.param_groups:
-            self._check_group(group)
+        self._check_groups()
         if self.declared.in_backward and 0 < store.backwards < self.declared.accumulate:
             raise StateError(
                 f"step() came after {store.backwards} of accumulate={self.declared.accumulate} backwards; with "
@@ -306,16 +320,15 @@ class ChunkOptimizer(Optimizer):
 
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
+        check_state_dict(state_dict)
         if self._store is None and not state_dict["state"]:  # as wrappers of optimizers do before the first step
             super().load_state_dict(state_dict)
-            check_groups(self.param_groups)
             self._take_groups()
             return
         self.store.finish()
         before = self.param_groups
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         try:
-            check_groups(self.param_groups)
             named = [(self._names[id(p)], self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
             for name, saved in named:
                 self._check_state(name, saved)

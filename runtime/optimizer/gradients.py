@@ -33,8 +33,9 @@ class HeldGradients:
         self.stats = stats
         self.measures = False
         self.loss_scale = 1.0
-        count = len(states.chunks.chunks)
-        self.norms = torch.zeros(count, dtype=torch.float32, device=states.hardware.device)
+        masters = {chunk.layout.master_dtype for chunk in states.chunks.chunks}
+        self._norm_dtype = torch.float64 if torch.float64 in masters else torch.float32
+        self.norms = self._zeros(len(states.chunks.chunks))
         self._landed: dict[int, Arrival] = {}
 
     def hold(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
@@ -43,7 +44,7 @@ class HeldGradients:
         state.present.update(slots)
         if self.measures:
             state.measured = set(slots)
-            torch.linalg.vector_norm(gradients, dtype=torch.float32, out=self.norms[index])
+            torch.linalg.vector_norm(gradients, dtype=self._norm_dtype, out=self.norms[index])
         if not self.states.format.lands(state.layout, state.home):
             state.held = gradients
             return
@@ -125,8 +126,7 @@ class HeldGradients:
         )
         for state in self.states:
             # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
-            zeros = torch.zeros((), device=self.states.hardware.device)
-            norms = by_axes.setdefault(state.layout.reduced_over, [zeros])
+            norms = by_axes.setdefault(state.layout.reduced_over, [self._zeros()])
             if state.present:  # the slots of a chunk are sharded alike
                 norms.append(self._norm_of(state) / math.sqrt(local_shards.replicas(state.layout.slots[0])))
         found = [
@@ -168,7 +168,11 @@ class HeldGradients:
         self.tickets.arrive(state.layout.index)
         self.copies.finish(self.landed(state.layout.index))
         slices = (state.slice(state.gradient, slot) for slot in state.present)
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(s, dtype=torch.float32) for s in slices]))
+        norms = [torch.linalg.vector_norm(gradient, dtype=self._norm_dtype) for gradient in slices]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._norm_dtype, device=self.states.hardware.device)
 
     def forget(self, state: ChunkState, slot: int) -> None:
         """Drop one parameter's gradient. The chunk's state is at rest."""

@@ -4,7 +4,7 @@ A chunk's gradient goes where its training state is updated. What a program read
 alone; see `updater`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,6 +45,7 @@ class OwnStore:
     """Training states, their gradients, and the updates that are under way.
 
     `backwards` counts those since the last step. `is_writable`: whether parameters may be copied to just now.
+    `check_groups` raises where updates cannot go by the optimizer's groups as they are.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, stats: Stats,
@@ -64,7 +65,9 @@ class OwnStore:
         self.zeroed = ZeroedGradients()
         self.backwards = 0
         self.is_writable = False
+        self.check_groups: Callable[[], None] = lambda: None
         self._broken = ""
+        self._has_updated = False  # in this backward
         self._arrivals: dict[int, Arrival] = {}
 
     @property
@@ -172,6 +175,7 @@ class OwnStore:
             else:
                 self.held.hold(state, gradients, slots)
             if self.format.in_backward and last:
+                self._has_updated = True
                 self.updater.update(state)
 
     def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
@@ -189,7 +193,10 @@ class OwnStore:
                 "in_backward=True the parameters are updated already. Call step() after every "
                 f"{self.format.accumulate} backward(s), or declare how many come with model.optimizer(accumulate=)"
             )
+        if self.format.in_backward:
+            self.check_groups()  # what fails in the middle of the updates cannot be undone
         self.backwards += 1
+        self._has_updated = False
         return self.held.loss_scale
 
     def update_all(self, scale: float | Tensor) -> None:
@@ -216,9 +223,11 @@ class OwnStore:
 
     def abort(self, run: Run) -> str:
         self.collectives.abandon()
-        if self.format.in_backward and run.backward and self.backwards == self.format.accumulate:
+        if self._has_updated and run.backward:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."
+        if self.format.in_backward and run.backward:
+            self.backwards -= 1  # nothing is updated yet, so that it may come again
         return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."
 
     # -- parameters ----------------------------------------------------------------------------------------
@@ -261,6 +270,7 @@ class OwnStore:
 
         Raises StateError where they are used up already, but not by a step.
         """
+        self.check()
         if self.format.in_backward and self.backwards == self.format.accumulate:
             raise StateError(
                 "zero_grad() came between the last backward() of a step and optimizer.step(), but with "

@@ -94,7 +94,7 @@ class Updater:
         """A factor that the device computes comes to the host without anybody waiting for it yet."""
         if not isinstance(scale, Tensor) or scale.device.type == "cpu":
             return Factor(scale, scale, None)
-        on_host = torch.empty((), dtype=torch.float32, pin_memory=True)
+        on_host = torch.empty((), dtype=scale.dtype, pin_memory=True)
         return Factor(scale, on_host, self.copies.to_host(on_host, scale))
 
     def update(self, state: ChunkState, factor: Factor = UNSCALED) -> None:

@@ -1,12 +1,16 @@
 """Options: every mistake is answered before anything is captured, with what would have been right."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import geminifx
 import pytest
+import torch
 from geminifx.compiler.options import Options
-from zoo import MLP, OPT, compiled
+from geminifx.runtime.isa.errors import ArgumentError
+from torch import nn
+from zoo import MLP, OPT, compiled, opt, tokens
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device_budget": "24 potatoes"}, "unknown unit 'potatoes'"),
@@ -19,18 +23,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device_budget": float("inf")}, "cannot be inf"),
     ({"device_budget": True}, "means nothing"),
     ({"host_budget": "3 bananas"}, "unknown unit 'bananas'"),
-    ({"placement": "gpu"}, "placement='gpu' is unknown; expected one of 'cuda', 'cpu', 'auto'"),
+    ({"placement": "gpu"}, "placement='gpu'; expected one of 'cuda', 'cpu', 'auto'"),
     ({"placement": "atuo"}, "did you mean 'auto'"),
     ({"precision": "bf-16"}, "did you mean 'bf16'"),
     ({"precision": "int4"}, "expected one of"),
     ({"outputs": "losses"}, "did you mean 'loss'"),
     ({"recompute": "al"}, "did you mean 'all'"),
-    ({"device": "tpu"}, "device='tpu' is unknown"),
+    ({"device": "tpu"}, "device='tpu'; expected one of"),
     ({"placment": "cpu"}, "no option 'placment'; did you mean 'placement'"),
     ({"zzz": 1}, "no option 'zzz'; the options are device_budget"),
     ({"world_size": 0}, "expected a number of processes, 1 or more"),
     ({"parallel": {"date": 2}}, "parallel has 'date'; did you mean 'data'"),
-    ({"reduce_dtype": "bf16"}, "reduce_dtype='bf16' is unknown; expected one of 'fp32', 'compute'"),
+    ({"reduce_dtype": "bf16"}, "reduce_dtype='bf16'; expected one of 'fp32', 'compute'"),
     ({"reduce_dtype": "float32"}, "did you mean 'fp32'"),
     ({"parallel": {"data": 0}}, "data is 0; expected a whole number of processes"),
     ({"parallel": {"data": 2, "zero": 4}}, "zero is 4; expected 0, 1, 2 or 3"),
@@ -42,7 +46,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"tensor": {"mode": "2d", "size": 4, "depth": 2}}}, "only the mode '2.5d' has a depth"),
     ({"parallel": {"tensor": {"mode": "2d", "size": 4, "sequence": True}}}, "only the mode '1d'"),
     ({"world_size": 8, "parallel": {"data": 3, "tensor": "1d:2"}}, "is 6 processes, but the world has 8"),
-    ({"passes": (print,)}, "is not a pass"),
+    (
+        {"passes": (print,)},
+        "passes=(<built-in function print>,); expected functions decorated with @geminifx.graph_pass",
+    ),
     ({"config": "no/such/file.toml"}, "there is no such file"),
 ]
 
@@ -109,3 +116,29 @@ def test_a_config_file_that_is_not_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not TOML"):
         geminifx.compile(MLP.seeded(), config=path)
+
+
+@pytest.mark.parametrize(
+    ("examples", "says"),
+    [
+        ((), "example_inputs: missing a required argument: 'input'; expected the arguments of Linear.forward"),
+        ({"nope": torch.ones(2, 4)}, "example_inputs: missing a required argument: 'input'"),
+        ((torch.ones(2, 5),), "example_inputs: Linear.forward raised RuntimeError with them: "),
+        (("x",), "example_inputs: Linear.forward raised TypeError with them: "),
+        (torch.ones(2, 4), "example_inputs=tensor(.*; expected the model's arguments"),
+    ],
+)
+def test_example_inputs_that_the_model_does_not_take(examples: Any, says: str) -> None:
+    model = nn.Linear(4, 2)
+    with pytest.raises(ArgumentError, match=re.escape(says).replace(re.escape(".*"), ".*")) as told:
+        geminifx.compile(model, example_inputs=examples)
+    assert (told.value.__cause__ is not None) == ("raised" in says)
+    geminifx.compile(model, example_inputs=(torch.ones(2, 4),))(torch.ones(2, 4)).sum().backward()
+
+
+def test_only_who_gave_no_batch_is_told_to_give_one() -> None:
+    for options in ({}, {"example_inputs": tokens()}):
+        with pytest.raises(geminifx.BudgetError, match=r"too small.*A smaller batch or sequence needs less") as told:
+            geminifx.compile(opt(), device_budget=1000, **options).plan  # noqa: B018
+        assert told.value.smallest_bytes is not None
+        assert ("these are a guess: pass the batch you train on" in str(told.value)) == (not options)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from geminifx.models.presets import PRESETS, ModelLoadError, brings_tokenizer, load_model
+from geminifx.models.presets import PRESETS, ModelLoadError, brings_tokenizer, empty_model, load_model
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 # What the published checkpoints hold, in millions of parameters.
@@ -68,8 +68,8 @@ def test_trained_weights_need_their_own_tokenizer() -> None:
         ("{", "cannot read the config file"),
         ("{}", "has no 'model_type'"),
         ("[]", "has no 'model_type'"),
-        ('{"model_type": "no-such-model"}', "does not take"),
-        ('{"model_type": "vit"}', "not a causal language model"),
+        ('{"model_type": "no-such-model"}', "makes no causal language model"),
+        ('{"model_type": "vit"}', "makes no causal language model"),
     ],
 )
 def test_says_what_is_wrong_with_a_config_file(tmp_path: Path, content: str, says: str) -> None:
@@ -91,6 +91,19 @@ def test_a_checkpoint_without_weights(tmp_path: Path) -> None:
     PRESETS["opt-mini"].config().save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match="cannot load the model in"):
         load_model(str(tmp_path))
+
+
+def test_a_checkpoint_that_lacks_a_weight_or_holds_junk(tmp_path: Path) -> None:
+    model = load_model("opt-mini")
+    weights = model.state_dict()
+    del weights["model.decoder.layers.0.fc1.weight"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ModelLoadError, match=r"holds no model\.decoder\.layers\.0\.fc1\.weight, one of 1 parameters"):
+        load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"junk" * 100)
+    with pytest.raises(ModelLoadError, match="makes no causal language model of"):
+        load_model(str(tmp_path))
+    assert empty_model(str(tmp_path)).model.decoder.layers[0].fc1.weight.is_meta
 
 
 def test_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:

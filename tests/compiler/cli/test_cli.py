@@ -150,15 +150,21 @@ def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["tiny.json", "--device-budget", "24 potatoes"], "--device-budget: unknown unit 'potatoes'"),
+        (["tiny.json", "--device-budget", "24 potatoes"], "device_budget: unknown unit 'potatoes'"),
         (["tiny.json", "--device-budget", "0"], "at least one byte"),
-        (["tiny.json", "--host-budget", "-1GB"], "--host-budget: a memory budget must be at least one byte"),
-        (["tiny.json", "--placement", "gpu"], "placement='gpu' is unknown; expected one of 'cuda', 'cpu', 'auto'"),
-        (["tiny.json", "--precision", "int4"], "precision='int4' is unknown"),
+        (["tiny.json", "--host-budget", "-1GB"], "host_budget: a memory budget must be at least one byte"),
+        (["tiny.json", "--placement", "gpu"], "placement='gpu'; expected one of 'cuda', 'cpu', 'auto'"),
+        (["tiny.json", "--precision", "int4"], "precision='int4'; expected one of None, 'fp32', 'bf16', 'fp16'"),
         (["tiny.json", "--lr", "nan"], "lr must be a positive number"),
         (["tiny.json", "--data", "none.txt"], "there is no data at none.txt"),
         (["tiny.json", "--data", "bad.txt"], "bad.txt is not UTF-8: byte 0xff at offset 3 (line 1)"),
         (["tiny.json", "--data", "empty.txt"], "empty.txt holds no text"),
+        (["tiny.json", "--data", "bad.csv"], "bad.csv line 2 has 1 field(s); expected the 2 of line 1 (text, n)"),
+        (["tiny.json", "--data", "chat.jsonl"], "chat.jsonl line 1 is a chat, and a model with random weights has no"),
+        (["tiny.json", "--data", "chat.jsonl", "--fields", "body"], "--fields 'body': 'body' is not understood"),
+        (["tiny.json", "--fields", "text=body"], "data.txt is text, which has no fields; leave --fields out"),
+        (["tiny.json", "--steps", "3", "--epochs", "2"], "--steps and --epochs both say how long to train"),
+        (["tiny.json", "--batch-size", "1000000000"], "a batch of 1,000,000,000 blocks is more than the"),
         (["tiny.json", "--seq-len", "65"], "--seq-len 65 is longer than the 64 positions"),
         (["tiny.json", "--resume"], "there is no checkpoint to resume in runs/tiny"),
         (["tiny.json", "--output", "data.txt"], "data.txt is a file"),
@@ -169,11 +175,51 @@ def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
 def test_errors_are_one_panel_and_no_traceback(bench: Bench, words: list[str], says: str) -> None:
     (bench.directory / "bad.txt").write_bytes(b"abc\xff")
     (bench.directory / "empty.txt").write_text("")
-    fixed = ["--steps", "1"] + ([] if "--data" in words else ["--data", "data.txt"])
+    (bench.directory / "bad.csv").write_text("text,n\none")
+    (bench.directory / "chat.jsonl").write_text('{"messages": [{"role": "assistant", "content": "hi"}]}')
+    fixed = ([] if "--steps" in words else ["--steps", "1"]) + ([] if "--data" in words else ["--data", "data.txt"])
     fixed += [] if "--seq-len" in words else ["--seq-len", "16"]
     result = CliRunner().invoke(app, ["train", *words, *fixed], terminal_width=200)
     assert result.exit_code == 2, result.output
     assert says in _says(result) and "Traceback" not in result.output
+
+
+def test_epochs_are_counted_in_steps_and_resumed_exactly(bench: Bench) -> None:
+    words = ["train", "tiny.json", "--data", "data.txt", "--epochs", "2", "--batch-size", "4", "--seq-len", "64"]
+    whole = CliRunner().invoke(app, [*words, "--output", "whole"])
+    assert whole.exit_code == 0, whole.output
+    blocks = int(re.search(r"(\d+) blocks of 64 tokens to train on", _says(whole))[1])
+    steps = -(-2 * blocks // 4)
+    assert f"2 epoch(s) are {steps} steps of 4 blocks" in _says(whole) and bench.calls[0].calls == steps
+    bench.interrupt_at = steps // 2
+    stopped = CliRunner().invoke(app, [*words, "--output", "parts"])
+    assert stopped.exit_code == 130 and "--epochs 2 " in _says(stopped)
+    bench.interrupt_at = None
+    resumed = CliRunner().invoke(app, [*words, "--output", "parts", "--resume"])
+    assert resumed.exit_code == 0 and bench.calls[2].calls == steps - steps // 2
+    whole, parts = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_chats_are_learned_where_the_tokenizer_has_a_template(bench: Bench) -> None:
+    assert bench.train("tiny.json").exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained("runs/tiny")
+    turns = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}]
+    Path("chat.jsonl").write_text("\n".join([json.dumps({"talk": turns})] * 12))
+    words = ["train", "runs/tiny", "--data", "chat.jsonl", "--steps", "2", "--batch-size", "2", "--seq-len", "64"]
+    words += ["--fields", "messages=talk"]
+    assert "chat.jsonl line 1 is a chat, but the tokenizer has no chat template" in _says(
+        CliRunner().invoke(app, words)
+    )
+    for says, content in ((True, "{{ m.content }}"), (False, "{% generation %}{{ m.content }}{% endgeneration %}")):
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"
+        tokenizer.save_pretrained("runs/tiny")
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert "chat.jsonl: 12 chats; " in _says(result)
+        assert ("does not mark the assistant's turns" in _says(result)) == says
+        labels = bench.calls[-1].options["example_inputs"]["labels"]
+        assert (labels == -100).any() and (labels != -100).any()
 
 
 def test_a_compiler_error_is_shown_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

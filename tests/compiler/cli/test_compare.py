@@ -1,10 +1,13 @@
 """compare: every mode that a world has a mesh for, planned on one process."""
 
+from pathlib import Path
+
 import geminifx
 import pytest
 import torch
 from geminifx.compiler.cli.compare import compare_ways, ways
 from geminifx.compiler.cli.main import app
+from geminifx.models.presets import load_model
 from typer.testing import CliRunner
 from zoo import opt, tokens
 
@@ -89,3 +92,29 @@ def test_the_command_shows_a_table() -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     assert "4 processes" in result.output and "row " in result.output and "2d" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["empty"], "the directory empty has no config.json"),
+        (["opt-mini", "--seq-len", "100000"], "--seq-len 100000 is longer than the 256 positions of the model"),
+        (["opt-mini", "--recompute", "some"], "recompute='some'; expected one of 'auto', 'none', 'all'"),
+        (["opt-mini", "--device-budget", "x"], "device_budget: cannot read 'x'"),
+    ],
+)
+def test_errors_are_one_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    result = CliRunner().invoke(app, ["compare", *words], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and says in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_a_directory_is_compared_without_its_weights_and_for_any_batch(tmp_path: Path) -> None:
+    load_model("opt-mini").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    words = ["compare", str(tmp_path), "--world-size", "2", "--seq-len", "16", "--recompute", "none"]
+    small, large = (CliRunner().invoke(app, [*words, "--batch-size", size]) for size in ("2", "2000000"))
+    assert small.exit_code == large.exit_code == 0, large.output
+    assert "MB" in small.output and "GB" in large.output

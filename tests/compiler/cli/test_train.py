@@ -79,7 +79,10 @@ def test_a_loss_that_is_not_a_number_is_located_within_the_budget(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("small.json").write_text(json.dumps(SMALL))
     Path("data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
@@ -106,6 +109,8 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, mo
             "16",
             "--lr",
             "0.01",
+            "--precision",
+            precision,
         ]
         result: Any = CliRunner().invoke(app, ["train", "small.json", *settings, *words])
         return result.exit_code, list(losses)

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 import torch
 from geminifx.models.recipe.blocks import TokenBlocks
-from geminifx.models.recipe.text import train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-
-def test_texts_are_closed_by_the_end_token() -> None:
-    tokenizer = train_tokenizer(["aaaa bbbb"], 300)
-    blocks = TokenBlocks.from_texts(["aaaa " * 20, "bbbb " * 20], tokenizer, 4)
-    everything = np.concatenate([blocks._train, blocks._held_out]).flatten()
-    assert (everything == tokenizer.eos_token_id).sum() >= 1
 
 
 def _blocks(count: int, seed: int = 0) -> TokenBlocks:
@@ -23,14 +15,14 @@ def _blocks(count: int, seed: int = 0) -> TokenBlocks:
 
 def test_split_and_epochs() -> None:
     blocks = _blocks(40)
-    held_out = {int(x) for batch in blocks.held_out_batches(2) for x in batch["input_ids"][:, 0]}
+    held_out = {int(x) for batch, _ in blocks.held_out_batches(2) for x in batch["input_ids"][:, 0]}
     assert held_out == {9, 19, 29, 39}
     first, second = (
         [int(x) for step in range(e * 9, e * 9 + 9) for x in blocks.batch(step, 4)["input_ids"][:, 0]] for e in (0, 1)
     )
     assert sorted(first) == sorted(second) == sorted(set(range(40)) - held_out)
     assert first != second != sorted(second)
-    assert {int(x) for b in _blocks(40, seed=1).held_out_batches(2) for x in b["input_ids"][:, 0]} == held_out
+    assert {int(x) for b, _ in _blocks(40, seed=1).held_out_batches(2) for x in b["input_ids"][:, 0]} == held_out
 
 
 @settings(max_examples=50)
@@ -51,8 +43,8 @@ def test_a_batch_depends_on_seed_and_step_alone(count: int, batch_size: int, see
 
 
 def test_held_out_batches_have_one_shape() -> None:
-    assert [len(b["labels"]) for b in _blocks(50).held_out_batches(2)] == [2, 2]
-    assert [len(b["labels"]) for b in _blocks(50).held_out_batches(8)] == [5]
+    assert [len(b["labels"]) for b, _ in _blocks(50).held_out_batches(2)] == [2, 2]
+    assert [len(b["labels"]) for b, _ in _blocks(50).held_out_batches(8)] == [5]
     assert len(list(_blocks(50).held_out_batches(1, limit=3))) == 3
     assert _blocks(50).held_out_count + len(_blocks(50)) == 50
 
@@ -61,6 +53,18 @@ def test_fingerprint_follows_data_and_order() -> None:
     assert _blocks(20).fingerprint() == _blocks(20).fingerprint()
     assert len({_blocks(20).fingerprint(), _blocks(21).fingerprint(), _blocks(20, seed=1).fingerprint()}) == 3
     assert _blocks(20).largest_token == 19
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 60), st.integers(1, 7), st.integers(1, 4))
+def test_epochs_are_the_fewest_steps_that_bring_every_block_so_often(count: int, batch_size: int, epochs: int) -> None:
+    blocks = _blocks(count)
+    steps = blocks.steps(epochs, batch_size)
+    seen = [int(x) for step in range(steps) for x in blocks.batch(step, batch_size)["input_ids"][:, 0]]
+    assert min(seen.count(block) for block in set(seen)) >= epochs and len(set(seen)) == len(blocks)
+    assert len(seen) - batch_size < epochs * len(blocks) <= len(seen)
+    with pytest.raises(ValueError, match="epochs must be at least 1, but is 0"):
+        blocks.steps(0, batch_size)
 
 
 @pytest.mark.parametrize(

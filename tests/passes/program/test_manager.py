@@ -7,7 +7,7 @@ from geminifx.passes.program.manager import Pass, assemble, graph_pass, run_pass
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.text import parse_program, print_program
 from geminifx.passes.program.verify import Violation, canonical, chunked, fact, turned
-from geminifx.runtime.isa.errors import VerificationError
+from geminifx.runtime.isa.errors import ArgumentError, VerificationError
 
 aten = torch.ops.aten
 
@@ -83,8 +83,10 @@ def test_an_unknown_place_gets_the_nearest_name():
 
 
 def test_what_is_no_pass_is_refused():
-    with pytest.raises(ValueError, match=r"is not a pass; decorate it with @geminifx\.graph_pass"):
-        assemble(PIPELINE, [lambda program, plan: None])
+    with pytest.raises(ArgumentError, match="after=3; expected the name of the pass that it comes behind"):
+        graph_pass(after=3)
+    with pytest.raises(ArgumentError, match="graph_pass=3; expected a function of a program and its plan"):
+        graph_pass(after="chunk")(3)
 
 
 def test_records_tell_the_difference_in_operators(program):

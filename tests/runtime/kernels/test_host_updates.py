@@ -124,13 +124,16 @@ def test_the_fallback_needs_no_fused_torch(hyper, monkeypatch):
 def test_a_scale_may_be_a_tensor(variant, hyper):
     expected, found = Problem(100, 2, torch.bfloat16), Problem(100, 2, torch.bfloat16)
     expected.update(HostKernel(variant), hyper)
-    found.gradient = Gradient(found.gradient.values, torch.tensor(found.gradient.scale))
-    found.update(HostKernel(variant), hyper)
-    assert found.equals(expected)
+    scale = found.gradient.scale
+    for dtype in (torch.float32, torch.float64):
+        found = Problem(100, 2, torch.bfloat16)
+        found.gradient = Gradient(found.gradient.values, torch.tensor(scale, dtype=dtype))
+        found.update(HostKernel(variant), hyper)
+        assert found.equals(expected)
     with pytest.raises(ValueError, match="without dimensions"):
         Gradient(found.gradient.values, torch.ones(1))
-    with pytest.raises(ValueError, match="float64"):
-        Gradient(found.gradient.values, torch.tensor(1.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match="float16"):
+        Gradient(found.gradient.values, torch.tensor(1.0, dtype=torch.float16))
 
 
 def test_fused_multiply_add_rounds_once():

@@ -1,0 +1,63 @@
+"""What the functions of the package are given: that it is of the kind they take, before they do anything with it."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..runtime.isa.errors import ArgumentError, GeminiError, wrong_argument
+from .module import CompiledModule
+
+
+def check_compiled(model: Any) -> None:
+    """Raises ArgumentError for anything but a compiled model."""
+    if not isinstance(model, CompiledModule):
+        raise wrong_argument("model", model, "what geminifx.compile returned")
+
+
+def check_optimizer(model: CompiledModule, optimizer: Any) -> None:
+    """Raises ArgumentError for anything but an optimizer over parameters of the model."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise wrong_argument("optimizer", optimizer, "what model.optimizer(...) returned, a torch optimizer, or None")
+    known = set(model.session.names())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in known:
+                raise ArgumentError(
+                    f"optimizer: its parameter of shape {tuple(parameter.shape)} is not the model's; expected what "
+                    "model.optimizer(...) returned, or a torch optimizer over model.parameters()"
+                )
+
+
+def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> None:
+    """Raises ArgumentError for example inputs that the model's forward has no place for."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"example_inputs: {error}; expected the arguments of {type(model).__name__}.forward{signature}"
+        ) from None
+
+
+def forward_failure(error: Exception, model: nn.Module) -> ArgumentError | None:
+    """What to say of an error that the model's forward raised when it was captured with example inputs; None for
+    an error of ours, or from elsewhere."""
+    forward = getattr(inspect.unwrap(model.forward), "__code__", None)
+    if isinstance(error, GeminiError) or all(code is not forward for code in _codes(error.__traceback__)):
+        return None
+    return ArgumentError(
+        f"example_inputs: {type(model).__name__}.forward raised {type(error).__name__} with them: {error}; expected "
+        "the arguments of a training step"
+    )
+
+
+def _codes(traceback: TracebackType | None) -> Iterator[Any]:
+    while traceback is not None:
+        yield traceback.tb_frame.f_code
+        traceback = traceback.tb_next

@@ -1,0 +1,57 @@
+"""What the options of a group of parameters may be: all that updates here can do, told before any of them runs."""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from ..isa.errors import ArgumentError, wrong_argument
+
+UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
+NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_norm(name: str, norm: Any) -> None:
+    """Raises ArgumentError for anything but a norm to clip to; an infinite one only measures."""
+    if not (is_number(norm) and norm >= 0):
+        raise wrong_argument(name, norm, "a number, 0 or more")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for options that are no numbers, or out of range, or ask for what no update here does."""
+    asked = next((name for name in UNSUPPORTED if group.get(name)), None)
+    if asked is not None:
+        raise ArgumentError(f"model.optimizer({asked}=True) is not supported; leave {asked} out")
+    for name in NOT_NEGATIVE:
+        if name in group and not 0 <= _number(group[name]) < math.inf:
+            raise wrong_argument(name, group[name], "a number, 0 or more")
+    if "dampening" in group and not math.isfinite(_number(group["dampening"])):
+        raise wrong_argument("dampening", group["dampening"], "a number")
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= _number(beta) < 1 for beta in betas):
+            raise wrong_argument("betas", betas, "two numbers, 0 or more and below 1, such as (0.9, 0.999)")
+
+
+def check_state_dict(given: Any) -> None:
+    """Raises ArgumentError for anything but an optimizer's state_dict whose groups have options that make sense."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("state"), Mapping):
+        raise wrong_argument("state_dict", given, "what an optimizer's state_dict() returned")
+    groups = given.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise wrong_argument("state_dict['param_groups']", groups, "what an optimizer's state_dict() has")
+    for group in groups:
+        check_group(group)
+
+
+def _number(value: Any) -> float:
+    """A number, or the one in a tensor, as schedulers may keep it; NaN for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if is_number(value) else math.nan
