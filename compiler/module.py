@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -52,8 +53,13 @@ class CompiledModule(nn.Module):
         self.session = Session(source, options)
         self._anchor = torch.zeros((), requires_grad=True)
 
+        alive = weakref.ref(self)  # a module that held itself would keep its memory until garbage is collected
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._step(args, kwargs)
+            module = alive()
+            if module is None:
+                raise StateError("the compiled model is gone; keep it as long as its forward is called")
+            return module._step(args, kwargs)
 
         # Training loops read the signature to learn which columns of a batch the model takes.
         self.__signature__ = inspect.signature(source.forward)
