@@ -22,6 +22,7 @@ class _Watched(weakref.ref[torch.UntypedStorage]):
     """A storage that is booked as long as it lives."""
 
     __slots__ = ("num_bytes",)
+    num_bytes: int
 
 
 _num_bytes = attrgetter("num_bytes")
