@@ -52,17 +52,26 @@ def called_by_programs(machine: Machine) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(machine, name) for name in INSTRUCTIONS}, **OPERATORS)
 
 
-def load(code: Code, called: SimpleNamespace, device: torch.device) -> Callable[..., Any]:
-    """Python's function for a program; tracebacks through it show the program's lines."""
-    filename = f"<geminifx {code.name} {next(_numbers)}>"
-    linecache.cache[filename] = (len(code.source), None, code.source.splitlines(keepends=True), filename)
-    world: dict[str, Any] = {
-        "torch": torch, "inf": math.inf, "nan": math.nan, "DEVICE": device,
-        **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": called,
-    }  # fmt: skip
-    exec(compile(code.source, filename, "exec"), world)
-    weakref.finalize(world[code.name], linecache.cache.pop, filename, None)
-    return world[code.name]
+class Loaded:
+    """Python's function for a program; tracebacks through it show the program's lines.
+
+    The function's globals hold it and those that it calls, each of which holds the globals: here they are let go.
+    """
+
+    def __init__(self, code: Code, called: SimpleNamespace, device: torch.device) -> None:
+        self.filename = f"<geminifx {code.name} {next(_numbers)}>"
+        self.world: dict[str, Any] = {
+            "torch": torch, "inf": math.inf, "nan": math.nan, "DEVICE": device,
+            **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": called,
+        }  # fmt: skip
+        lines = code.source.splitlines(keepends=True)
+        linecache.cache[self.filename] = (len(code.source), None, lines, self.filename)
+        exec(compile(code.source, self.filename, "exec"), self.world)
+        self.function: Callable[..., Any] = self.world[code.name]
+
+    def __del__(self) -> None:
+        linecache.cache.pop(self.filename, None)
+        self.world.clear()
 
 
 class Executor:
@@ -73,12 +82,12 @@ class Executor:
         self.machine = machine
         self.meter = meter
         self.called = called_by_programs(machine)
-        self.function = load(code, self.called, machine.device)
+        self.loaded = Loaded(code, self.called, machine.device)
 
     def evaluate(self, inputs: list[Tensor]) -> dict[str, Tensor]:
         """Run a program without a backward; returns its results by role."""
         with self.resume(Run(), sum(t.nbytes for t in inputs)):
-            return self.function(*inputs)
+            return self.loaded.function(*inputs)
 
     def resume(self, run: Run, input_bytes: int) -> "_Resumed":
         return _Resumed(self, run, input_bytes)
@@ -127,7 +136,7 @@ class ProgramRun:
         self.executor = executor
         self.run = Run(executor.code.reduces)
         self.input_bytes = sum(t.nbytes for t in inputs)
-        self.generator: Generator[Any, Any, dict[str, Tensor]] | None = executor.function(*inputs)
+        self.generator: Generator[Any, Any, dict[str, Tensor]] | None = executor.loaded.function(*inputs)
         self.results: dict[str, Tensor] = {}
         self.turns = 0
 

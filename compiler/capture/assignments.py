@@ -71,6 +71,17 @@ def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]
         state.restore(module, path)
 
 
+_Buffers = dict[str, Tensor | None]
+
+
+def shared_buffers(model: nn.Module) -> list[tuple[_Buffers, str, _Buffers, str]]:
+    """Where a module holds a buffer that another holds, under another name or not, which is then the first to do so."""
+    first: dict[int, tuple[_Buffers, str]] = {}
+    places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+    held = [(buffers, name, *first.setdefault(id(buffers[name]), (buffers, name))) for buffers, name in places]
+    return [place for place in held if place[0][place[1]] is not None and place[:2] != place[2:]]
+
+
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 

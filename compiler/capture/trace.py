@@ -8,7 +8,7 @@ The model is not touched: a copy is traced whose tensors are fake.
 import copy
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,8 @@ from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import cast_dtype, parameter_dtypes
-from .assignments import followed_assignments
+from .assignments import followed_assignments, shared_buffers
+from .draws import SameDraws
 from .guards import PLAIN, Guard, recorded
 from .refusals import tell_of_hooks
 from .results import gradient_sources
@@ -127,13 +128,21 @@ class _Step(nn.Module):
         self.differentiable: tuple[int, ...] = ()
         self.detached: frozenset[int] = frozenset()
         self.replaced: set[str] = set()  # buffers
+        self.shared = shared_buffers(model)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True,
+                      remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+        """Each by its first name alone: torch miscounts the outputs where one is written to that has another, too."""
+        return super().named_buffers(prefix, recurse)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.leaves)
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with followed_assignments(self.model, self.replaced):
+        for buffers, name, first, first_name in self.shared:
+            buffers[name] = first[first_name]
+        with followed_assignments(self.model, self.replaced), SameDraws():
             result = self.model.get_submodule(self.request.entry)(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)

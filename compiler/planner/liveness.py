@@ -14,9 +14,9 @@ import numpy as np
 from torch import fx
 
 from ...passes.program.program import Program, aliased_inputs, note, tensor_type, type_of
-from ...passes.program.types import TensorType, Type
 from ...runtime.isa.instructions import FETCH, GRADIENTS, TURN
 from ...runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, backward_workspace_bytes, forward_workspace_bytes
+from .storages import storage_bytes, tensors_of
 
 ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS = "activations", "gradients on their way", "outputs"
 
@@ -104,7 +104,7 @@ class _Storages:
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.static_bytes += sum(t.num_bytes for t in _tensors(type_of(node)))
+            self.static_bytes += self._bytes_of(node)
         elif node.op == "output" or node.target is TURN:
             self.handed_out.update(s for value in node.all_input_nodes for s in self.held[value])
         if node.op != "call_function":
@@ -119,9 +119,14 @@ class _Storages:
         elif sources:
             self.held[node] = [s for source in sources for s in self.held[source]]
         else:
-            for i, tensor in enumerate(_tensors(type_of(node))):
+            for i, num_bytes in enumerate(storage_bytes(node, self._bytes_of)):
                 self.held[node].append((node, i))
-                self.sizes[node, i], self.origin[node, i] = tensor.num_bytes, node
+                self.sizes[node, i], self.origin[node, i] = num_bytes, node
+
+    def _bytes_of(self, node: fx.Node) -> int:
+        """Of the storages behind a value; of an input all that is known is itself."""
+        held = self.held[node]
+        return sum(self.sizes[s] for s in held) if held else sum(t.num_bytes for t in tensors_of(type_of(node)))
 
     def spans(self, nodes: list[fx.Node]) -> dict[Hashable, tuple[int, int]]:
         order = {node: i for i, node in enumerate(nodes)}
@@ -133,9 +138,3 @@ class _Storages:
                 last = len(nodes) - 1 if storage in self.handed_out else max(last, end)
                 spans[storage] = (start, last)
         return spans
-
-
-def _tensors(value: Type) -> list[TensorType]:
-    if isinstance(value, tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [] if value is None else [value]

@@ -206,6 +206,13 @@ def is_random(node: fx.Node) -> bool:
     return not any(rates.get(name) == 0.0 for name in ("dropout", "dropout_p", "p") if name in rates)
 
 
+UNADMITTED_VIEWS = frozenset({
+    torch.ops.aten._unsafe_view.default, torch.ops.aten.unsafe_chunk.default, torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
+})  # fmt: skip
+"""Operators whose results are views of their first argument, which their schemas do not say."""
+
+
 def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
     """The argument nodes whose storage a node's result may share."""
     if node.op != "call_function":
@@ -214,7 +221,7 @@ def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
     if schema is None:  # operator.getitem: an element of the tuple it reads
         yield from node.all_input_nodes
         return
-    if node.target is torch.ops.aten._unsafe_view.default:  # a view that its schema does not admit
+    if node.target in UNADMITTED_VIEWS:
         yield node.args[0]
         return
     if not any(result.alias_info for result in schema.returns):

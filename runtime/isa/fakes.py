@@ -83,8 +83,7 @@ def _clamp(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _rrelu_backward(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    random = arguments["training"] and arguments["upper"] - arguments["lower"] > 1e-6
-    return _like(*(("grad_output", "noise") if random else ("self", "grad_output")))(fake, arguments)
+    return _like("noise" if arguments["training"] else "self", "grad_output")(fake, arguments)
 
 
 LAYOUTS: Mapping[Any, _Rule] = {

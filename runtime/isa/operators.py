@@ -2,11 +2,11 @@
 
 import torch
 
-from . import attention, linear_cross_entropy
+from . import attention, draws, linear_cross_entropy
 
 OPERATORS = {
     name: getattr(torch.ops.geminifx, name).default
-    for module in (attention, linear_cross_entropy)
+    for module in (attention, draws, linear_cross_entropy)
     for name in module.OPERATORS
 }
 """By name."""

@@ -8,6 +8,7 @@ enforced, by the same code on a laptop.
 
 import time
 import weakref
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,20 +18,38 @@ from ..isa.errors import BudgetError
 from ..isa.torch_private import TorchDispatchMode
 
 
+class _Watched(weakref.ref[torch.UntypedStorage]):
+    """A storage that is booked as long as it lives."""
+
+    __slots__ = ("num_bytes",)
+    num_bytes: int
+
+
+_num_bytes = attrgetter("num_bytes")
+
+
 class Tier:
     """An account of bytes with a hard limit (None: unlimited).
 
     Among several processes it waits up to `patience_s` for room: gloo's threads hold what they have exchanged a moment
     longer than the collective takes.
+
+    What is watched is counted anew from what lives. The callback of a storage's death is written in C, so that Ctrl-C
+    cannot fall into it: Python would swallow that, and the bytes would stay booked.
     """
 
     def __init__(self, name: str, limit_bytes: int | None = None, patience_s: float = 0.0) -> None:
         self.name = name
         self.limit_bytes = limit_bytes
         self.patience_s = patience_s
-        self.used_bytes = 0
         self.peak_bytes = 0
         self.step_peak_bytes = 0
+        self._charged_bytes = 0
+        self._watched: set[_Watched] = set()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._charged_bytes + sum(map(_num_bytes, self._watched.copy()))
 
     def begin_step(self) -> None:
         """From here on `step_peak_bytes` counts anew."""
@@ -38,38 +57,50 @@ class Tier:
 
     def charge(self, num_bytes: int, purpose: str) -> None:
         """Book `num_bytes`. Raises BudgetError, and books nothing, where the limit would be exceeded."""
-        deadline = time.monotonic() + self.patience_s
-        while not self._fits(num_bytes) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        used = self.used_bytes + num_bytes
-        if not self._fits(num_bytes):
-            raise BudgetError(
-                f"the {self.name} tier is full: {purpose} needs {num_bytes:,} bytes, {self.used_bytes:,} of "
-                f"{self.limit_bytes:,} are in use; raise the {self.name} budget or make the batch smaller",
-                smallest_bytes=used,
-            )
-        self.used_bytes = used
-        self.peak_bytes = max(self.peak_bytes, used)
-        self.step_peak_bytes = max(self.step_peak_bytes, used)
-
-    def _fits(self, num_bytes: int) -> bool:
-        return self.limit_bytes is None or self.used_bytes + num_bytes <= self.limit_bytes
+        self._make_sure(num_bytes, purpose)
+        self._charged_bytes += num_bytes
 
     def refund(self, num_bytes: int) -> None:
-        self.used_bytes -= num_bytes
+        self._charged_bytes -= num_bytes
+
+    def watch(self, storage: torch.UntypedStorage, purpose: str, is_charged: bool = False) -> None:
+        """Book a storage until it dies, once, and not at all if it is charged already. Raises BudgetError as `charge`
+        does."""
+        watched = _Watched(storage, self._watched.discard)
+        watched.num_bytes = 0 if is_charged else storage.nbytes()
+        if storage.nbytes() and watched not in self._watched:
+            self._make_sure(watched.num_bytes, purpose)
+            self._watched.add(watched)
+
+    def _make_sure(self, num_bytes: int, purpose: str) -> None:
+        """Let there be room for `num_bytes`, which are about to be used."""
+        used_bytes, deadline = self.used_bytes, time.monotonic() + self.patience_s
+        while not self._fits(used_bytes + num_bytes) and time.monotonic() < deadline:
+            time.sleep(0.001)
+            used_bytes = self.used_bytes
+        if not self._fits(used_bytes + num_bytes):
+            raise BudgetError(
+                f"the {self.name} tier is full: {purpose} needs {num_bytes:,} bytes, {used_bytes:,} of "
+                f"{self.limit_bytes:,} are in use; raise the {self.name} budget or make the batch smaller",
+                smallest_bytes=used_bytes + num_bytes,
+            )
+        self.peak_bytes = max(self.peak_bytes, used_bytes + num_bytes)
+        self.step_peak_bytes = max(self.step_peak_bytes, used_bytes + num_bytes)
+
+    def _fits(self, used_bytes: int) -> bool:
+        return self.limit_bytes is None or used_bytes <= self.limit_bytes
 
 
 class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of CPU tensors that operators make inside it, while their storages live.
 
-    With a tier, bytes are charged to it and a charge that exceeds the limit raises BudgetError out of the
-    operator; without one they are only counted. Memory inside an operator's kernel is not seen.
+    With a tier, it watches them and a storage that exceeds the limit raises BudgetError out of the operator; without
+    one they are only counted. Memory inside an operator's kernel is not seen.
     """
 
     def __init__(self, tier: Tier | None = None) -> None:
         super().__init__()
         self.tier = tier or Tier("metered")
-        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @property
     def used_bytes(self) -> int:
@@ -85,24 +116,12 @@ class MemoryMeter(TorchDispatchMode):
         before = {storage._cdata for storage in known}
         for tensor in pytree.tree_leaves(result):
             if _counts(tensor) and tensor.untyped_storage()._cdata not in before:
-                self._charge(tensor.untyped_storage(), str(func))
+                self.tier.watch(tensor.untyped_storage(), str(func))
         return result
 
-    def count(self, tensor: torch.Tensor, is_charged: bool) -> None:
+    def watch(self, tensor: torch.Tensor, is_charged: bool) -> None:
         """Take note of a tensor that was made unseen; nothing is booked for one that is charged to the tier already."""
-        self._charge(tensor.untyped_storage(), "a fetched chunk", 0 if is_charged else None)
-
-    def _charge(self, storage: torch.UntypedStorage, purpose: str, num_bytes: int | None = None) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes() if num_bytes is None else num_bytes
-        if key in self._live or storage.nbytes() == 0:
-            return
-        self.tier.charge(num_bytes, purpose)
-
-        def died(_: object) -> None:
-            del self._live[key]
-            self.tier.refund(num_bytes)
-
-        self._live[key] = weakref.ref(storage, died)
+        self.tier.watch(tensor.untyped_storage(), "a fetched chunk", is_charged)
 
 
 def _counts(value: Any) -> bool:

@@ -534,3 +534,57 @@ def test_a_plain_tensor_that_is_replaced_is_seen() -> None:
         for each in (plain, model.source):
             each.mask = torch.full((4,), value)
         assert torch.equal(model(batch()), plain(batch()))
+
+
+# -- buffers of several modules ----------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A norm under two names, which updates its statistics through both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.again = self.norm
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.again(torch.tanh(self.layer(self.norm(x))))
+        return y, torch.tanh(y), y.detach()
+
+
+class Lent(nn.Module):
+    """A buffer of one module that another holds under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first.register_buffer("mean", torch.zeros(4))
+        self.second.register_buffer("also", self.first.mean)
+        self.second.register_buffer("none", None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.first.mean += 1
+        y = self.second(x) * self.second.also.clone()
+        self.second.also *= 2
+        return self.first(y) + self.first.mean.clone(), torch.tanh(y), self.second.also * x
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our own"])
+@pytest.mark.parametrize("kind", [Twice, Lent])
+def test_a_buffer_of_two_modules_is_updated_once_for_both(kind: type[nn.Module], ours: bool) -> None:
+    torch.manual_seed(0)
+    plain, x = kind(), batch(3)
+    model = geminifx.compile(copy.deepcopy(plain), example_inputs=(x,))
+    optimizers = (
+        model.optimizer(torch.optim.SGD, lr=0.1) if ours else torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
+        torch.optim.SGD(plain.parameters(), lr=0.1, fused=True),
+    )
+    for _ in range(3):
+        outputs = [each(x) for each in (model, plain)]
+        assert all(map(torch.equal, *outputs))
+        for (y, z, _), optimizer in zip(outputs, optimizers, strict=True):
+            (y.square().sum() + z.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found, expected = model.state_dict(), plain.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())

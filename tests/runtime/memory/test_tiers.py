@@ -1,12 +1,15 @@
 """Tiers and the meter: every byte is counted once, for as long as it lives, and the limit is hard."""
 
-import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from geminifx.runtime.isa.errors import BudgetError
+from geminifx.runtime.memory import tiers
 from geminifx.runtime.memory.tiers import MemoryMeter, Tier
 from hypothesis import given
 from hypothesis import strategies as st
@@ -175,50 +178,46 @@ def test_used_bytes_are_those_of_the_living_storages(actions: list[tuple[str, in
 # -- Ctrl-C ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ctrl-C falls into the first refund of a tier, as it falls into any line."""
-    refund, before = Tier.refund, signal.signal(signal.SIGINT, signal.default_int_handler)
-    left = [None]
+def lines_of_tiers(work: Callable[[], object], interrupted: int | None = None) -> int:
+    """How many lines of the module `work` runs; Ctrl-C falls into the one with this number, as it falls into any."""
+    count = 0
 
-    def interrupted(tier: Tier, num_bytes: int) -> None:
-        if left:
-            left.pop()
-            signal.raise_signal(signal.SIGINT)
-        refund(tier, num_bytes)
+    def traced(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != tiers.__file__:
+            return None
+        if event == "line":
+            count += 1
+            if count - 1 == interrupted:
+                raise KeyboardInterrupt
+        return traced
 
-    monkeypatch.setattr(Tier, "refund", interrupted)
-    yield
-    signal.signal(signal.SIGINT, before)
+    sys.settrace(traced)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return count
 
 
-SWALLOWED = pytest.mark.xfail(strict=True, reason="Python swallows what is raised in a weak reference's callback")
+def test_ctrl_c_is_heard_and_no_bytes_stay_charged() -> None:
+    """Python swallows what is raised in a weak reference's callback."""
 
-
-@SWALLOWED
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_while_memory_is_given_back_is_heard(interrupting: None) -> None:
     def work() -> None:
-        with MemoryMeter():
+        with meter:
             a = torch.ones(KILO)
+            b = a + 1
             del a
             torch.ones(KILO)
+            del b
 
-    with pytest.raises(KeyboardInterrupt):
-        work()
-
-
-@SWALLOWED
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_after_ctrl_c_no_bytes_stay_charged(interrupting: None) -> None:
     meter = MemoryMeter()
-    for _ in range(3):
-        try:
-            with meter:
-                a = torch.ones(KILO)
-                del a
-        except KeyboardInterrupt:
-            pass
+    number = lines_of_tiers(work)
+    assert number > 20
+    for line in range(number):
+        with pytest.raises(KeyboardInterrupt):
+            lines_of_tiers(work, line)
+        assert meter.used_bytes == 0, f"after line {line}"
     with meter:
         kept = torch.ones(KILO)
         assert meter.used_bytes == kept.nbytes

@@ -1,0 +1,59 @@
+"""How large the storages behind an operator's results are.
+
+A kernel may leave more behind a result than the result shows: a loss its values before they were averaged, a write to
+a part of a view a copy of all that the view is of.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...passes.program.program import type_of
+from ...passes.program.types import TensorType, Type
+
+_aten = torch.ops.aten
+
+
+def storage_bytes(node: fx.Node, behind: Callable[[fx.Node], int]) -> list[int]:
+    """Bytes of the storage of each of a node's results, none of which is a view; `behind` tells them of arguments."""
+    own = [t.num_bytes for t in tensors_of(type_of(node))]
+    if node.target in _COPY_STORAGES:
+        return [max(num_bytes, behind(node.args[0])) for num_bytes in own]
+    more = _MORE.get(node.target)
+    return own if more is None else [max(num_bytes, more(node)) for num_bytes in own]
+
+
+def tensors_of(value: Type) -> list[TensorType]:
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return [] if value is None else [value]
+
+
+def _unreduced_bytes(node: fx.Node) -> int:
+    """Losses are computed element by element in the storage in which their mean then lies."""
+    types = [type_of(value) for value in node.args[:2]]
+    shapes = [t.shape for t in types if isinstance(t, TensorType)]
+    return torch.broadcast_shapes(*shapes).numel() * tensors_of(type_of(node))[0].dtype.itemsize
+
+
+def _offsets_bytes(node: fx.Node) -> int:
+    """The bag that each index is in, and one element more."""
+    indices = tensors_of(type_of(node.args[1]))[0]
+    return indices.num_bytes + indices.dtype.itemsize
+
+
+_MORE: Mapping[Any, Callable[[fx.Node], int]] = {
+    _aten._embedding_bag.default: _offsets_bytes,
+    _aten.binary_cross_entropy.default: _unreduced_bytes,
+    _aten.mse_loss.default: _unreduced_bytes,
+    _aten.smooth_l1_loss.default: _unreduced_bytes,
+    _aten.soft_margin_loss.default: _unreduced_bytes,
+}
+
+_COPY_STORAGES = frozenset({
+    _aten.as_strided_scatter.default, _aten.copy.default, _aten.diagonal_scatter.default, _aten.resize.default,
+    _aten.select_scatter.default, _aten.slice_scatter.default,
+})  # fmt: skip
+"""Operators that copy the whole storage of their first argument, of which that may be a small part."""

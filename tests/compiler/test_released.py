@@ -1,0 +1,108 @@
+"""What a compiled model held is free when it is gone, and nothing grows from shape to shape."""
+
+import gc
+import linecache
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+from geminifx.compiler.programs import Recent
+from geminifx.runtime.isa.errors import StateError
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+
+@pytest.fixture
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def network() -> nn.Module:
+    layers = (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.1)) for _ in range(3))
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def batch(rows: int) -> Tensor:
+    return torch.ones(rows, 8)
+
+
+def texts() -> set[str]:
+    return {name for name in linecache.cache if name.startswith("<geminifx ")}
+
+
+def trained(model: geminifx.CompiledModule, optimizer: torch.optim.Optimizer, rows: int) -> None:
+    model(batch(rows)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model(batch(rows))
+
+
+def watched(model: geminifx.CompiledModule) -> list[weakref.ref[Any]]:
+    """What holds memory: the storages of chunks, programs, and who has them."""
+    session = model.session
+    tensors = [getattr(c, name) for c in session.machine.chunks for name in ("master", "gradient", "cast", "resident")]
+    programs = [program.executor for _, program in session._programs.items()]
+    held = [session, session.machine, session.machine.store, *programs]
+    return [weakref.ref(one) for one in (*held, *(t.untyped_storage() for t in tensors if t is not None))]
+
+
+@pytest.mark.parametrize("placement", ["cpu", "cuda"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_and_torchs_optimizer_are_freed_at_once(
+    placement: Any, steps: int, without_garbage_collection: None
+) -> None:
+    before = texts()
+    model = geminifx.compile(network(), placement=placement, example_inputs=(batch(4),))
+    optimizer = AdamW(model.parameters())
+    model.prepare(batch(4))
+    for rows in range(4, 4 + steps):
+        trained(model, optimizer, rows)
+    held = watched(model)
+    assert all(one() is not None for one in held) and texts() - before
+    del model, optimizer
+    assert [type(one()) for one in held if one() is not None] == [] and texts() == before
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["default", "in_backward"])
+def test_a_model_and_its_own_optimizer_are_freed_when_garbage_is_collected(in_backward: bool) -> None:
+    """Its parameters read from the store, which has them."""
+    before = texts()
+    model = geminifx.compile(network(), example_inputs=(batch(4),))
+    optimizer = model.optimizer(AdamW, lr=0.1, in_backward=in_backward)
+    trained(model, optimizer, 4)
+    held = watched(model)
+    del model, optimizer
+    gc.collect()
+    assert [type(one()) for one in held if one() is not None] == [] and not texts() - before
+
+
+def test_programs_of_many_shapes_are_freed_when_others_are_used(
+    monkeypatch: pytest.MonkeyPatch, without_garbage_collection: None
+) -> None:
+    monkeypatch.setattr(Recent, "most", 3)
+    before, programs = texts(), set[weakref.ref[Any]]()
+    model = geminifx.compile(network(), example_inputs=(batch(4),))
+    optimizer = AdamW(model.parameters())
+    for rows in range(4, 10):
+        trained(model, optimizer, rows)
+        programs |= {weakref.ref(program.executor) for _, program in model.session._programs.items()}
+    alive = [one for one in programs if one() is not None]
+    assert len(programs) == 12 and len(alive) == len(texts() - before)
+    # Three, and those that were last used in training and in evaluation, which the graph shows.
+    assert len(model.session._programs) == 3 <= len(alive) <= 5
+    assert len(model.session._captured) == 3
+
+
+def test_a_forward_is_of_a_model_that_is_there() -> None:
+    model = geminifx.compile(network())
+    forward = model.forward
+    del model
+    with pytest.raises(StateError, match="the compiled model is gone"):
+        forward(batch(2))
