@@ -23,6 +23,7 @@ from ..runtime.state_io.atomic_directory import carry_over, save_weights, shared
 from .capture.materialize import materialize
 from .capture.results import AbsentOutput
 from .capture.trace import rebuild_result
+from .forward import Forward, held
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .options import Options
@@ -51,14 +52,9 @@ class CompiledModule(nn.Module):
         self.__dict__["source"] = source
         self.session = Session(source, options)
         self._anchor = torch.zeros((), requires_grad=True)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._step(args, kwargs)
-
+        self.forward = self.__dict__["_compiled"] = Forward(source, self._step)
         # Training loops read the signature to learn which columns of a batch the model takes.
-        self.__signature__ = inspect.signature(source.forward)
-        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
-        self.forward = forward
+        self.__signature__ = self.forward.__signature__
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -77,8 +73,11 @@ class CompiledModule(nn.Module):
             self.__dict__["source"].training = mode
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What the source has is the source's to keep: its forward reads it there."""
+        """What the source has is the source's to keep: its forward reads it there. A method for the forward is one to
+        compile."""
         source = self.__dict__.get("source")
+        if name == "forward" and inspect.ismethod(value) and value.__self__ in (self, source):
+            value = self.__dict__["_compiled"] = self.__dict__["_compiled"].replaced_by(value)
         own = source is None or name in self.__dict__ or hasattr(CompiledModule, name)
         if not own and (name in vars(source) or hasattr(type(source), name)):
             setattr(source, name, value)
@@ -92,17 +91,9 @@ class CompiledModule(nn.Module):
 
     # -- the call ------------------------------------------------------------------------------------------
 
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # What is captured is the source's own forward.
-        source = vars(self.source)
-        is_lent = source.get("forward") is self.forward
-        if is_lent:
-            del source["forward"]
-        try:
+    def _step(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with forward.in_source():
             compiled = self.session.program(args, kwargs)
-        finally:
-            if is_lent:
-                source["forward"] = self.forward
         backward = compiled.program.name == "training"
         self.session.ready(backward)
         inputs = self.session.inputs(compiled, args, kwargs)
@@ -232,15 +223,10 @@ class CompiledModule(nn.Module):
 
         @contextmanager
         def lending() -> Iterator[None]:
-            setup, source = self.session.setup, vars(self.source)
-            lends = "forward" not in source and method.__name__ != "generate"
-            with nullcontext() if setup is None else setup.machine.store.writable():
-                source |= {"forward": self.forward} if lends else {}
-                try:
-                    yield
-                finally:
-                    if lends:
-                        source.pop("forward", None)
+            setup = self.session.setup
+            lent = self._compiled.in_source() if method.__name__ == "generate" else held(self.source, self.forward)
+            with nullcontext() if setup is None else setup.machine.store.writable(), lent:
+                yield
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if method.__name__ == "generate":  # every token would be a program of its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -135,11 +136,31 @@ def _layers_never_dropped() -> Iterator[None]:
 
 
 @contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Hugging Face's gradient checkpointing off, where it was asked for: what is computed again is the plan's choice."""
+    asked = [module for module in model.modules()
+             if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")]  # fmt: skip
+    if asked:
+        warnings.warn(
+            "gradient checkpointing is on, and compiled steps leave it out: compile(recompute=) says what is computed "
+            "again, by default as much as the budget asks for",
+            stacklevel=2,
+        )
+    for module in asked:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in asked:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
 def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
     """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, exceptions included.
 
-    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, and no branch
-    on random layer skipping; checks of tensors' values pass; direct calls of torch's attention are routed for
+    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, no gradient checkpointing,
+    and no branch on random layer skipping; checks of tensors' values pass; direct calls of torch's attention are routed for
     any module. Parameters are untouched. Not reentrant across threads: torch functions are replaced while it
     is open.
 
@@ -155,6 +176,7 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     with ExitStack() as stack:
         stack.enter_context(_restored(_configs(model)))
         stack.enter_context(_layers_never_dropped())
+        stack.enter_context(_without_checkpointing(model))
         stack.enter_context(checks_pass())
         notes = stack.enter_context(hugging_face_attention(given))
         stack.enter_context(functional_attention(notes))

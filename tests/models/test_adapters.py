@@ -95,6 +95,15 @@ def test_eager_is_respected_and_models_without_an_interface_are_noted():
     assert any("no attention interface" in note for note in notes)
 
 
+def test_gradient_checkpointing_is_left_to_the_plan():
+    model = opt()
+    model.gradient_checkpointing_enable()
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    with pytest.warns(UserWarning, match=r"compiled steps leave it out: compile\(recompute=\)"), capturable(model, IDS):
+        assert on and not any(module.gradient_checkpointing for module in on)
+    assert all(module.gradient_checkpointing for module in on)
+
+
 def test_experts_are_batched():
     config = MixtralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=4)
     model = MixtralForCausalLM(config)
