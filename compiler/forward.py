@@ -20,8 +20,8 @@ Step = Callable[["Forward", tuple[Any, ...], dict[str, Any]], Any]
 class Forward:
     """A call makes a compiled step of a forward of the source's.
 
-    A new forward may have kept the old one, to call it: while it runs, on the source or on a copy that is captured, such
-    a call is one of that very model's.
+    A new forward may have kept the old one, to call it: while it runs, on the source or on a copy that is captured,
+    such a call is one of that very model's.
     """
 
     def __init__(self, source: nn.Module, step: Step) -> None:

@@ -137,9 +137,9 @@ def _layers_never_dropped() -> Iterator[None]:
 
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Hugging Face's gradient checkpointing off, where it was asked for: what is computed again is the plan's choice."""
-    asked = [module for module in model.modules()
-             if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")]  # fmt: skip
+    """Hugging Face's gradient checkpointing is off, where it was asked for: what is computed again the plan decides."""
+    switched = (module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func"))
+    asked = [module for module in switched if module.gradient_checkpointing]
     if asked:
         warnings.warn(
             "gradient checkpointing is on, and compiled steps leave it out: compile(recompute=) says what is computed "
@@ -159,10 +159,10 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
     """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, exceptions included.
 
-    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, no gradient checkpointing,
-    and no branch on random layer skipping; checks of tensors' values pass; direct calls of torch's attention are routed for
-    any module. Parameters are untouched. Not reentrant across threads: torch functions are replaced while it
-    is open.
+    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, no gradient
+    checkpointing, and no branch on random layer skipping; checks of tensors' values pass; direct calls of torch's
+    attention are routed for any module. Parameters are untouched. Not reentrant across threads: torch functions are
+    replaced while it is open.
 
     With `position_ids` among the inputs the rows count as packed sequences, as transformers has it without a
     cache. Yields notes in plain words on what stays eager; the list is complete on leaving.
