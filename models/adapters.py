@@ -16,6 +16,7 @@ from ..runtime.isa.errors import CaptureError
 from .attention import NAME, hugging_face_attention
 from .examples import example_inputs
 from .functional import functional_attention
+from .mask_readers import mask_readers
 from .value_checks import checks_pass
 
 __all__ = ["blocks", "capturable", "example_inputs"]
@@ -72,7 +73,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
-        kind = type(module)
+        kind, readers = type(module), mask_readers(module)
         takes_attention, takes_experts = (
             kind._can_set_attn_implementation(),
             kind._can_set_experts_implementation(),
@@ -84,10 +85,11 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             if config._attn_implementation == "eager" and takes_attention:
                 text = f"{kind.__name__}: attention stays eager, as its configuration asks"
                 notes.extend([text] if text not in notes else [])
-            elif takes_attention:
+            elif takes_attention and not readers:
                 config._attn_implementation_internal = NAME
-        if not takes_attention:
-            text = f"{kind.__name__}: attention stays as it is, the model has no attention interface"
+        if not takes_attention or readers:
+            why = f"{readers[0]} reads its mask" if readers else "the model has no attention interface"
+            text = f"{kind.__name__}: attention stays as it is, {why}"
             notes.extend([text] if text not in notes else [])
 
 
