@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOOPS := $(VENV)/.loops
 # A worker for each processor, of one thread each.
 PYTEST := $(BIN)/python -m pytest -n logical
 PACKAGES := geminifx.compiler geminifx.models geminifx.passes geminifx.runtime
@@ -19,6 +20,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(LOOPS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,loops]'
+	touch $@
+
 train: $(READY)  ## train a small OPT inside a budget its training state does not fit in
 	$(BIN)/geminifx train
 
@@ -28,7 +33,7 @@ test: $(READY)  ## run the tests, but for the slow ones
 test-all: $(READY)  ## run the slow tests, and a twentieth of each campaign
 	$(PYTEST) tests -m "slow or campaign"
 
-test-loops: $(READY)  ## run the tests of Trainer, accelerate and PEFT, the slow ones too
+test-loops: $(LOOPS)  ## run the tests of Trainer, accelerate, PEFT, TRL and Lightning, the slow ones too
 	$(PYTEST) tests/loops -m "slow or not slow"
 
 campaigns: $(READY)  ## run the campaigns whole: thousands of random cases each, and every mode on eight ranks

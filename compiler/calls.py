@@ -14,6 +14,7 @@ from ..runtime.isa.errors import StateError
 from .capture.results import AbsentOutput
 from .capture.trace import rebuild_result
 from .facade import Facade
+from .forward import Forward
 from .programs import Compiled
 from .session import Session
 from .streamed_weights import streamed_weights
@@ -34,10 +35,11 @@ class Calls:
             found = self._facades[id(module)] = Facade(module, self)
         return module if found is None else found
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of the model, or of one of its modules alone, in a compiled step."""
+    def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward of the model, or of one of its modules alone, in a compiled step."""
         session = self.session
-        compiled = session.program(args, kwargs, self._name_of(module))
+        with forward.in_source():
+            compiled = session.program(args, kwargs, self._name_of(module))
         backward = compiled.program.name == "training"
         session.ready(backward)
         inputs = session.inputs(compiled, args, kwargs)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Protocol
 
@@ -11,13 +11,14 @@ from torch import nn
 
 from ..models.adapters import exchanges_modules
 from ..runtime.isa.errors import StateError
+from .forward import Forward
 
 
 class _Calls(Protocol):
     """See `calls.Calls`."""
 
     def facade(self, module: nn.Module) -> nn.Module: ...
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def lending(self) -> AbstractContextManager[None]: ...
     def generate(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -35,26 +36,10 @@ class Facade(nn.Module):
         # The very dictionaries of the source: every name and traversal is then the source's own.
         for shared in ("_parameters", "_buffers", "_modules"):
             self.__dict__[shared] = source.__dict__[shared]
+        forward = Forward(source, partial(calls.run, source))
         # Training loops read the signature to learn which columns of a batch the model takes.
-        signature = inspect.signature(source.forward)
-        self.__dict__ |= {"source": source, "_calls": calls, "__signature__": signature}
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """The compiled step; what wraps it, as mixed precision does, may be set instead."""
-        if "_wrapped" in self.__dict__:
-            return self.__dict__["_wrapped"]
-        calls, source = self._calls, self.source
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return calls.run(source, args, kwargs)
-
-        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
-        return forward
-
-    @forward.setter
-    def forward(self, wrapped: Callable[..., Any]) -> None:
-        self.__dict__["_wrapped"] = wrapped
+        self.__dict__ |= {"source": source, "_calls": calls, "__signature__": forward.__signature__}
+        self.__dict__ |= {"forward": forward, "_compiled": forward}
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -78,8 +63,11 @@ class Facade(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What the source has is the source's to keep: its forward reads it there."""
+        """What the source has is the source's to keep: its forward reads it there. A method for the forward is one to
+        compile."""
         source = self.__dict__.get("source")
+        if name == "forward" and inspect.ismethod(value) and value.__self__ in (self, source):
+            value = self.__dict__["_compiled"] = self.__dict__["_compiled"].replaced_by(value)
         own = source is None or name in self.__dict__ or hasattr(type(self), name)
         if type(value) is Facade:  # a part that is given another name
             value = value.source
@@ -104,13 +92,14 @@ class Facade(nn.Module):
             return self._facade(found)
         if not (inspect.ismethod(found) and isinstance(found.__self__, nn.Module)):
             return found
-        calls, method = self._calls, found
+        calls, compiled, method = self._calls, self._compiled, found
         if not exchanges_modules(found.__self__):
             method = MethodType(found.__func__, self._facade(found.__self__))
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if found.__name__ == "generate":
-                return calls.generate(found, args, kwargs)
+                with compiled.in_source():
+                    return calls.generate(found, args, kwargs)
             with calls.lending():
                 return method(*args, **kwargs)
 

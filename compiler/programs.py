@@ -18,7 +18,7 @@ from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..runtime.executor import Executor, Outlets
 from .capture.arguments import leaf_key
-from .capture.guards import Guard
+from .capture.guards import Guard, forwards_of
 from .capture.refusals import hooks_of
 from .capture.trace import Captured
 
@@ -65,7 +65,8 @@ class Call:
         modules = list(source.modules())
         modes = tuple(module.training for module in modules)
         identities = tuple(map(id, modules))
-        key = entry, backward, trained, modes, identities, hooks_of(modules), spec, *map(leaf_key, leaves)
+        own = hooks_of(modules), forwards_of(modules)
+        key = entry, backward, trained, modes, identities, own, spec, *map(leaf_key, leaves)
         return cls(entry, args, kwargs, backward, key)
 
 

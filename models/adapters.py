@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ..runtime.isa.errors import CaptureError
 from .attention import NAME, hugging_face_attention
 from .examples import example_inputs
 from .functional import functional_attention
+from .mask_readers import mask_readers
 from .value_checks import checks_pass
 
 __all__ = ["blocks", "capturable", "example_inputs", "exchanges_modules"]
@@ -71,7 +73,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
-        kind = type(module)
+        kind, readers = type(module), mask_readers(module)
         takes_attention, takes_experts = (
             kind._can_set_attn_implementation(),
             kind._can_set_experts_implementation(),
@@ -83,10 +85,11 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             if config._attn_implementation == "eager" and takes_attention:
                 text = f"{kind.__name__}: attention stays eager, as its configuration asks"
                 notes.extend([text] if text not in notes else [])
-            elif takes_attention:
+            elif takes_attention and not readers:
                 config._attn_implementation_internal = NAME
-        if not takes_attention:
-            text = f"{kind.__name__}: attention stays as it is, the model has no attention interface"
+        if not takes_attention or readers:
+            why = f"{readers[0]} reads its mask" if readers else "the model has no attention interface"
+            text = f"{kind.__name__}: attention stays as it is, {why}"
             notes.extend([text] if text not in notes else [])
 
 
@@ -135,13 +138,33 @@ def _layers_never_dropped() -> Iterator[None]:
 
 
 @contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Hugging Face's gradient checkpointing is off, where it was asked for: what is computed again the plan decides."""
+    switched = (module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func"))
+    asked = [module for module in switched if module.gradient_checkpointing]
+    if asked:
+        warnings.warn(
+            "gradient checkpointing is on, and compiled steps leave it out: compile(recompute=) says what is computed "
+            "again, by default as much as the budget asks for",
+            stacklevel=2,
+        )
+    for module in asked:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in asked:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
 def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
     """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, exceptions included.
 
-    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, and no branch
-    on random layer skipping; checks of tensors' values pass; direct calls of torch's attention are routed for
-    any module. Parameters are untouched. Not reentrant across threads: torch functions are replaced while it
-    is open.
+    Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, no gradient
+    checkpointing, and no branch on random layer skipping; checks of tensors' values pass; direct calls of torch's
+    attention are routed for any module. Parameters are untouched. Not reentrant across threads: torch functions are
+    replaced while it is open.
 
     With `position_ids` among the inputs the rows count as packed sequences, as transformers has it without a
     cache. Yields notes in plain words on what stays eager; the list is complete on leaving.
@@ -155,6 +178,7 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     with ExitStack() as stack:
         stack.enter_context(_restored(_configs(model)))
         stack.enter_context(_layers_never_dropped())
+        stack.enter_context(_without_checkpointing(model))
         stack.enter_context(checks_pass())
         notes = stack.enter_context(hugging_face_attention(given))
         stack.enter_context(functional_attention(notes))

@@ -17,7 +17,7 @@ _DEFAULT_IMAGE = 224
 def _longest(model: PreTrainedModel) -> int:
     """The most positions that the model's tables hold; models without tables take any length."""
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+    longest = max(getattr(config, "max_position_embeddings", None) or 0, 0) or _DEFAULT_LENGTH  # XLNet's is -1
     for module in model.modules():
         table = getattr(module, "position_embeddings", None)
         # RoBERTa counts positions from its padding index onwards.
@@ -106,7 +106,7 @@ def example_inputs(model: torch.nn.Module, batch_size: int = 1, seq_len: int | N
     if not suffix or (suffix == "ForConditionalGeneration" and not model.config.is_encoder_decoder):
         return None
     reads, make = _TASKS[suffix]
-    if model.main_input_name != reads:
+    if model.main_input_name != reads or (reads == "pixel_values" and not hasattr(model.config, "num_channels")):
         return None
     longest = _longest(model) if reads == "input_ids" else _DEFAULT_LENGTH
     length = min(_DEFAULT_LENGTH, longest) if seq_len is None else seq_len

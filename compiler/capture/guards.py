@@ -8,7 +8,7 @@ idea is torch.compile's. What nothing reads, such as a history that a training l
 import enum
 import functools
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -69,6 +69,11 @@ def _is_settings(value: Any) -> bool:
     if callable(value) or isinstance(value, (Tensor, nn.Module, PreTrainedConfig)):
         return False
     return hasattr(value, "__dict__") and not inspect.ismodule(value)
+
+
+def forwards_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, Hashable], ...]:
+    """Which modules have a forward of their own instead of their class's, by their place, and which these are."""
+    return tuple((place, known_by(vars(m)["forward"])) for place, m in enumerate(modules) if "forward" in vars(m))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Hashable]:

@@ -244,6 +244,12 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
             ) from error
         error.add_note(f"while geminifx captured the model, at {_source_line(error)}")
         raise
+    except (AttributeError, IndexError, TypeError) as error:
+        error.add_note(
+            f"while geminifx captured the model, at {_source_line(error)}; where plain PyTorch runs this call, the "
+            "model may read a mask that is not there: load it with attn_implementation='eager'"
+        )
+        raise
 
 
 def _source_line(error: BaseException) -> str:

@@ -148,3 +148,13 @@ def test_a_model_without_a_configuration() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert same(model, plain)
+
+
+@pytest.mark.slow
+def test_a_model_is_unwrapped_of_what_converts_its_outputs() -> None:
+    model = geminifx.compile(GPT2.seeded())
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = accelerator.prepare(model)
+    found = wrapped(**GPT2.batch()).loss
+    back = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    assert back is model and torch.equal(back(**GPT2.batch()).loss, found) and model.stats.steps == 2

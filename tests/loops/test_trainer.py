@@ -266,6 +266,19 @@ def test_dropout_and_a_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [GPT2, LLAMA], ids=lambda case: case.name)
+def test_gradient_checkpointing_is_left_to_the_plan(case: Case, tmp_path: Path) -> None:
+    """The numbers are the same with it and without, and a warning tells."""
+    plain = trainer(case.seeded(), tmp_path / "plain")
+    found = trainer(geminifx.compile(case.seeded(), recompute="none"), tmp_path, gradient_checkpointing=True)
+    plain.train()
+    with pytest.warns(UserWarning, match="gradient checkpointing is on, and compiled steps leave it out"):
+        found.train()
+    assert losses(found) == pytest.approx(losses(plain), rel=0 if case.exact else 1e-4)
+    assert not found.model.plan.recompute and "recompute:" not in found.model.graph["training"]
+
+
+@pytest.mark.slow
 def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
     """The Trainer reads the signature of the model's forward."""
     plain, found = (

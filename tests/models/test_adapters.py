@@ -95,6 +95,15 @@ def test_eager_is_respected_and_models_without_an_interface_are_noted():
     assert any("no attention interface" in note for note in notes)
 
 
+def test_gradient_checkpointing_is_left_to_the_plan():
+    model = opt()
+    model.gradient_checkpointing_enable()
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    with pytest.warns(UserWarning, match=r"compiled steps leave it out: compile\(recompute=\)"), capturable(model, IDS):
+        assert on and not any(module.gradient_checkpointing for module in on)
+    assert all(module.gradient_checkpointing for module in on)
+
+
 def test_experts_are_batched():
     config = MixtralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=4)
     model = MixtralForCausalLM(config)
@@ -174,6 +183,11 @@ def test_example_inputs_train_the_model(make, shapes):
 def test_example_inputs_know_their_limits():
     assert example_inputs(nn.Linear(2, 2)) is None
     assert example_inputs(transformers.OPTModel(opt().config)) is None
+    vision = {**SMALL, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(vision_config=vision, text_config={**SMALL, "intermediate_size": 48})
+    assert example_inputs(transformers.CLIPForImageClassification(config)) is None, "sizes are its vision part's"
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    assert example_inputs(transformers.XLNetLMHeadModel(config))["input_ids"].shape == (1, 512), "of any length"
     assert example_inputs(opt(), 1, 8)["input_ids"].shape == (1, 8)
     with pytest.raises(ValueError, match="exceeds the 32 positions"):
         example_inputs(opt(), 1, 33)

@@ -54,7 +54,7 @@ BOTH: tuple[Callable[[nn.Module], nn.Module], ...] = (as_they_are, geminifx.comp
 
 def trainer(model: nn.Module, directory: Path, **changes: Any) -> Trainer:
     """Its arguments are as small as they go; `changes` are TrainingArguments, but for those that Trainer takes."""
-    own = {"train_dataset", "eval_dataset", "compute_metrics", "optimizers", "callbacks"}
+    own = {"train_dataset", "eval_dataset", "data_collator", "compute_metrics", "optimizers", "callbacks"}
     arguments = {
         "output_dir": str(directory), "use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 4,
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "save_strategy": "no", "logging_steps": 1,

@@ -1,0 +1,84 @@
+"""The forward of a compiled module, and what tools put in its place.
+
+A method that is assigned, as one that computes a loss from hidden states, is the model's new forward: it is captured. A
+function that is assigned, as accelerate's that converts outputs, runs around the compiled forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+Step = Callable[["Forward", tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Forward:
+    """A call makes a compiled step of a forward of the source's.
+
+    A new forward may have kept the old one, to call it: while it runs, on the source or on a copy that is captured,
+    such a call is one of that very model's.
+    """
+
+    def __init__(self, source: nn.Module, step: Step) -> None:
+        self._source, self._step = source, step
+        self._method = vars(source).get("forward")  # None: the class's
+        self._running: list[nn.Module] = []
+        self.__signature__ = inspect.signature(source.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._running:
+            return self._step(self, args, kwargs)
+        model, method = self._running[-1], self._method
+        if isinstance(method, MethodType):
+            return method.__func__(model, *args, **kwargs)
+        return type(model).forward(model, *args, **kwargs) if method is None else method(*args, **kwargs)
+
+    def replaced_by(self, method: MethodType) -> Forward:
+        """The compiled forward of a method of the compiled module."""
+        function = method.__func__
+        if isinstance(function, Forward):  # accelerate binds what it finds when it unwraps
+            return function
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self._running.append(model)
+            try:
+                return function(model, *args, **kwargs)
+            finally:
+                self._running.pop()
+
+        new = Forward(self._source, self._step)
+        new._running = self._running
+        # What wraps the forward of the compiled module's class, which is nn.Module's, takes what the source's takes.
+        of_class = getattr(function, "__wrapped__", None) is nn.Module.forward
+        new.__signature__ = self.__signature__ if of_class else inspect.signature(method)
+        parameters = [
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY),
+            *new.__signature__.parameters.values(),
+        ]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        new._method = MethodType(forward, self._source)
+        return new
+
+    @contextmanager
+    def in_source(self) -> Iterator[None]:
+        """Within, the source's own forward is this one, uncompiled."""
+        with held(self._source, self._method):
+            yield
+
+
+@contextmanager
+def held(source: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Within, the source has this forward of its own; None: the class's."""
+    attributes = vars(source)
+    before = attributes.pop("forward", None)
+    attributes |= {} if forward is None else {"forward": forward}
+    try:
+        yield
+    finally:
+        attributes.pop("forward", None)
+        attributes |= {} if before is None else {"forward": before}
