@@ -13,6 +13,7 @@ from ..isa.errors import StateError
 from ..isa.formats import OwnFormat
 from ..kernels.update_rules import AdamHyper, SgdHyper
 from .own_store import OwnStore
+from .saved_groups import check_rule
 from .states import Hyper
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
@@ -306,16 +307,15 @@ class ChunkOptimizer(Optimizer):
 
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
+        self.check_saved(state_dict["param_groups"])
         if self._store is None and not state_dict["state"]:  # as wrappers of optimizers do before the first step
             super().load_state_dict(state_dict)
-            check_groups(self.param_groups)
             self._take_groups()
             return
         self.store.finish()
         before = self.param_groups
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         try:
-            check_groups(self.param_groups)
             named = [(self._names[id(p)], self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
             for name, saved in named:
                 self._check_state(name, saved)
@@ -330,6 +330,13 @@ class ChunkOptimizer(Optimizer):
         scale = state_dict.get("loss_scale")
         if scale is not None and self._fp16:
             self.store.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
+
+    def check_saved(self, groups: list[dict[str, Any]]) -> None:
+        """Raises ValueError where saved groups are of another optimizer, and StateError where no memory was planned for
+        what they ask for."""
+        check_rule(self.declared.kind.__name__, self.defaults, self.param_groups, groups)
+        for group in groups:
+            self._check_group(group)
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
         (state, slot), (chunk, _) = self.store.state_of(parameter), self.store.place_of(parameter)
