@@ -199,9 +199,10 @@ def _resume(model: Trainable, optimizer: Any, recipe: Recipe, checkpoints: Check
         ValueError: settings or data are not those of the run that was saved; then nothing has been loaded.
     """
     ranks = model.ranks
-    state = RunState.of(checkpoints.extra(recipe.output), recipe.output)
+    saved = checkpoints.open(recipe.output)
+    state = RunState.of(saved.extra, recipe.output)
     state.check(recipe, data)
-    checkpoints.load(recipe.output, optimizer)
+    saved.load(optimizer)
     if state.mesh == str(ranks.mesh):
         restore_random_states(state.random[ranks.rank])
     else:

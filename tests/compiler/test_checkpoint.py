@@ -92,15 +92,11 @@ def test_another_model_changes_nothing(tmp_path: Path) -> None:
     assert same(values(other), before)
 
 
-def test_other_groups_and_other_optimizers_are_refused(tmp_path: Path) -> None:
+def test_other_groups_are_refused(tmp_path: Path) -> None:
     model = compiled()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer)
     geminifx.save_checkpoint(model, optimizer, tmp_path / "saved")
-    other = compiled()
-    own = other.optimizer(torch.optim.AdamW, lr=1e-3)
-    with pytest.raises(geminifx.CheckpointError, match=r"momentum_buffer of the optimizer, expected exp_avg"):
-        geminifx.load_checkpoint(other, own, tmp_path / "saved")
     part = torch.optim.SGD([next(model.parameters())], lr=0.1)
     with pytest.raises(geminifx.CheckpointError, match=r"1 group\(s\) of 1 parameters, .* 1 of 6"):
         geminifx.load_checkpoint(model, part, tmp_path / "saved")
@@ -144,7 +140,6 @@ geminifx.save_checkpoint(model, None, sys.argv[1], extra=2)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the old checkpoint is moved away before the new one takes its place")
 def test_a_process_that_is_killed_while_it_saves_leaves_a_checkpoint(tmp_path: Path) -> None:
     """Killed when it has just moved the old one away, if that is how it saves. What is found is one or the other."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "saved")], timeout=120, check=False)

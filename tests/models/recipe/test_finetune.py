@@ -83,7 +83,7 @@ def _finetune(model: Plain, blocks: TokenBlocks, recipe: Recipe, **options: Any)
 
 
 def _step_saved(recipe: Recipe) -> int | None:
-    return PlainCheckpoints(_model()).extra(recipe.output)["step"] if recipe.output.exists() else None
+    return PlainCheckpoints(_model()).open(recipe.output).extra["step"] if recipe.output.exists() else None
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -225,7 +225,7 @@ def test_each_process_goes_on_with_its_own_randomness(tmp_path: Path) -> None:
 def test_on_another_mesh_randomness_is_new_and_always_the_same(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     _finetune(_as_second("data"), _blocks(), recipe, on_step=_ctrl_c_at(2))
-    kept = PlainCheckpoints(_model()).extra(recipe.output)["random"]
+    kept = PlainCheckpoints(_model()).open(recipe.output).extra["random"]
     begun: list[list[torch.Tensor]] = []
     for axis in ("row", "row", "data"):
         model = _as_second(axis)
