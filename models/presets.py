@@ -116,7 +116,7 @@ def _read_config(file: Path) -> PretrainedConfig:
         raise ModelLoadError(f"the config file {file} has no 'model_type', such as \"opt\"")
     try:
         return AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError) as error:
+    except Exception as error:
         raise ModelLoadError(f"transformers does not take the config file {file}: {error}") from error
 
 
@@ -125,18 +125,23 @@ def _random_model(config: PretrainedConfig, name: str, seed: int) -> PreTrainedM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except ValueError as error:
             raise ModelLoadError(f"{name} is not a causal language model: {_first_line(error)}") from error
+        # Fields are taken as they are: one of another type may fail anywhere.
+        except Exception as error:
+            raise ModelLoadError(f"no model can be made of {name}: {_first_line(error)}") from error
+    return model.train()
 
 
 def _pretrained(name: str) -> PreTrainedModel:
     """Return the model in a directory or on the Hub, as float32: anything less loses small updates."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise ModelLoadError(f"{name} is not a causal language model: {_first_line(error)}") from error
-    except OSError as error:
+    # Damaged files make the libraries that read them raise errors of any kind.
+    except Exception as error:
         if Path(name).exists():
             raise ModelLoadError(f"cannot load the model in {name}: {_first_line(error)}") from error
         raise ModelLoadError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from ...models.recipe.finetune import check_output, finetune
 from ...models.recipe.recipe import Recipe, Report
 from ...models.recipe.text import embedded_texts, read_texts, train_tokenizer
 from ...runtime.isa.mesh import Mesh
-from ...runtime.isa.units import format_bytes, parse_bytes
+from ...runtime.isa.units import format_bytes, parse_bytes, parse_seconds
+from ...runtime.state_io.checksums import is_sealed, verify
+from ...runtime.state_io.leftovers import put_back
 from ..api import compile
 from ..options import Options
 from ..parallel import Parallel, parse_parallel
 from .baseline import plain_peak_bytes
 from .display import StepProgress, memory_table, perplexity_line
 from .launch import is_launched, rank
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, advised
 
 # Halves the perplexity of the small model three times over, within minutes on two cores.
 # Small batches, so that the training state alone, not the activations, is more than the budget.
@@ -52,7 +56,7 @@ class TrainOptions:
     seq_len: int | None = None
     lr: float | None = None
     seed: int = 0
-    save_every: int = 0
+    save_every: str = "0"
     output: Path | None = None
     resume: bool = False
     dump: Path | None = None
@@ -122,12 +126,11 @@ def prepare(options: TrainOptions) -> Job:
     check_output(options.directory)
     texts = embedded_texts() if options.data is None else read_texts(options.data)
     # Absolute, so that a directory named like a preset is still a directory.
-    source = str(options.directory.absolute()) if options.resume else options.model or MINI
-    if options.resume and not options.directory.is_dir():
+    source = str(put_back(options.directory)) if options.resume else options.model or MINI
+    if options.resume and not Path(source).is_dir():
         raise ValueError(f"there is no checkpoint to resume in {options.directory}; start the run without --resume")
-    model = load_model(source, seed=options.seed)
-    own = brings_tokenizer(source)
-    tokenizer = _load_tokenizer(source) if own else train_tokenizer(texts, model.config.vocab_size)
+    with advised() if options.resume else nullcontext():
+        model, tokenizer = _load(source, texts, options.seed)
     small = options.model is None
     longest = getattr(model.config, "max_position_embeddings", None) or _SEQ_LEN
     seq_len = options.seq_len or (_MINI_SEQ_LEN if small else min(_SEQ_LEN, longest))
@@ -146,7 +149,7 @@ def prepare(options: TrainOptions) -> Job:
         batch_size=options.batch_size or (_MINI_BATCH if small else _BATCH),
         lr=lr if options.lr is None else options.lr,
         seed=options.seed,
-        save_every=options.save_every,
+        **_saves(options.save_every),
     )
     _part(options).rows(recipe.batch_size)
     return Job(model, tokenizer, blocks, recipe)
@@ -208,6 +211,14 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"dump": dump, "parallel": parallel}
 
 
+def _saves(every: str) -> dict[str, Any]:
+    """Return what a recipe is told of when to save: after so many steps, or after so much time."""
+    try:
+        return {"save_every": int(every)} if every.isdecimal() else {"save_every_s": parse_seconds(every)}
+    except ValueError as error:
+        raise ValueError(f"--save-every: {error}, or a number of steps") from None
+
+
 def _part(options: TrainOptions) -> Part:
     """Return which part of every batch is this process's."""
     mesh = options.mesh()
@@ -229,12 +240,27 @@ def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
     )
 
 
+def _load(source: str, texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model by its name, and its tokenizer, or, for one with random weights, a tokenizer of these texts.
+
+    Raises:
+        CheckpointError: it is one that a run has saved, and damaged.
+        ModelLoadError: it cannot be loaded.
+    """
+    is_trained = brings_tokenizer(source)
+    if is_trained and is_sealed(Path(source)):
+        verify(Path(source), deep=False)
+    model = load_model(source, seed=seed)
+    return model, _load_tokenizer(source) if is_trained else train_tokenizer(texts, model.config.vocab_size)
+
+
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer that came with the model."""
     advice = "a trained model needs its own: save it in the same directory with tokenizer.save_pretrained"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # tokenizers tells of damaged files by a bare Exception.
+    except Exception as error:
         reason = str(error).partition("\n")[0][:200]
         raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
     # Where there are no files, transformers makes a tokenizer that knows its special tokens and no text.

@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from ...models.presets import ModelLoadError
 from ...runtime.isa.errors import CheckpointError
 from ...runtime.state_io.leftovers import put_back
 from ...runtime.state_io.sharded import replacing
@@ -21,16 +22,13 @@ STATE = "state"
 """The folder of --output with a checkpoint such as `geminifx.save_checkpoint` makes; model and tokenizer lie beside."""
 
 
-ADVICE = "start the run without --resume"
-
-
 @contextmanager
 def advised() -> Iterator[None]:
     """Say what is left to do where a run cannot go on."""
     try:
         yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {ADVICE}") from error
+    except (CheckpointError, ModelLoadError) as error:
+        raise CheckpointError(f"{error}; start the run without --resume") from error
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,11 @@ class RunDirectory:
         Raises:
             CheckpointError: there is no state in `directory`, or it is damaged.
         """
-        place = put_back(directory)
-        if not (place / STATE).is_dir():
-            raise CheckpointError(f"there is nothing to resume in {directory}: no {STATE}; {ADVICE}")
+        state = put_back(directory) / STATE
         with advised():
-            return SavedRun(open_checkpoint(self.model, place / STATE))
+            if not state.is_dir():
+                raise CheckpointError(f"there is nothing to resume in {directory}: no {STATE}")
+            return SavedRun(open_checkpoint(self.model, state))
 
     def _save_tokenizer(self, directory: Path) -> None:
         """Of several processes rank 0 writes it; what fails there raises on all of them."""
