@@ -6,7 +6,6 @@ listed by it alone. What is added to a directory later is not listed, and nobody
 
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -53,18 +52,14 @@ def seal(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
         json.dump(listed, stream, indent=1)
 
 
-def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> None:
-    """Read what a directory lists, each rank a part of it; what directories below list, too, if `deep`.
+def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> bool:
+    """Read what a directory lists, each rank a part of it; what directories below list, too, if `deep`. False where it
+    is not sealed, as older versions left it.
 
-    Raises CheckpointError on all ranks where a file is not as it was saved, and tells which are. A directory that is
-    not sealed, as older versions left them, is taken as it is, with a warning.
+    Raises CheckpointError on all ranks where a file is not as it was saved, and tells which are.
     """
-    if not is_sealed(directory):
-        warnings.warn(
-            f"{directory} has no {CHECKSUMS}, so that damage in it may go unnoticed; save it anew to have one",
-            stacklevel=3,
-        )
-        return
+    if not ranks.gather(is_sealed(directory))[0]:
+        return False
     parts = ranks.size if ranks.together else 1
     told = ranks.gather(_verdicts(directory, deep, ranks.rank if ranks.together else 0, parts))
     verdicts = {name: verdict for each in told for name, verdict in each.items()}
@@ -76,6 +71,7 @@ def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> None:
             f"loaded: restore what is damaged from a copy, or take another checkpoint. Who has changed a file on "
             f"purpose removes {CHECKSUMS}"
         )
+    return True
 
 
 def _verdicts(directory: Path, deep: bool, part: int, parts: int) -> dict[str, str]:

@@ -41,7 +41,7 @@ from ..distributed.ranks import Ranks
 from ..isa.errors import CheckpointError
 from ..memory.stored import Stored
 from .atomic_directory import shared_directory
-from .checksums import is_sealed, seal, verify
+from .checksums import CHECKSUMS, seal, verify
 from .filesystem import METADATA, Reader, Writer, read_metadata
 from .leftovers import put_back
 
@@ -97,10 +97,20 @@ class Saved:
 
         Raises CheckpointError where there is none, or it is damaged; then the error tells what of it is.
         """
-        directory = put_back(path)
-        if is_sealed(directory) or (directory / METADATA).exists():
-            verify(directory, ranks)
-        return cls(directory, read_metadata(directory), ranks)
+        directory = ranks.gather(put_back(path) if ranks.rank == 0 else None)[0]
+        sealed, metadata, error = verify(directory, ranks), None, None
+        try:
+            metadata = read_metadata(directory)
+        except CheckpointError as caught:
+            error = caught
+        ranks.raise_alike(error)
+        if not sealed:
+            warnings.warn(
+                f"{directory} has no {CHECKSUMS}, so that damage in it may go unnoticed; save it anew to have one",
+                stacklevel=4,
+            )
+        assert metadata is not None
+        return cls(directory, metadata, ranks)
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
