@@ -11,6 +11,7 @@ import geminifx
 import numpy as np
 import pytest
 import torch
+from geminifx.compiler.cli.job import TrainOptions, prepare
 from geminifx.compiler.cli.run_directory import STATE, RunDirectory
 from geminifx.models.recipe.blocks import TokenBlocks
 from geminifx.models.recipe.finetune import finetune, make_optimizer
@@ -95,6 +96,30 @@ def test_what_is_missing_or_damaged_is_named(run: Recipe, tokenizer: PreTrainedT
     shutil.rmtree(run.output / STATE)
     with pytest.raises(CheckpointError, match=r"nothing to resume in .*run: no state; start the run"):
         _train(tokenizer, run, resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_what_others_read_is_verified_before_it_is_read(run: Recipe, name: str) -> None:
+    """When the run is resumed, and when another one starts from it."""
+    (run.output.parent / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    resumed = TrainOptions(data=run.output.parent / "data.txt", seq_len=16, output=run.output, resume=True)
+    further = TrainOptions(str(run.output), run.output.parent / "data.txt", seq_len=16)
+    prepare(resumed)
+    content = bytearray((run.output / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (run.output / name).write_bytes(content)
+    for options, advice in ((resumed, "; start the run without --resume$"), (further, "")):
+        with pytest.raises(CheckpointError, match=f"damaged: {name} has other bytes than were saved.*{advice}"):
+            prepare(options)
+
+
+def test_a_run_that_a_killed_save_left_beside_its_place_goes_on(
+    run: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    run.output.rename(run.output.parent / ".run.old-0123abcd")
+    with pytest.warns(UserWarning, match="a save was killed"):
+        assert _step_saved(tokenizer, run) == 2
+    assert [path.name for path in run.output.parent.iterdir()] == ["run"]
 
 
 @pytest.mark.slow
