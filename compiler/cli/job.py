@@ -19,9 +19,10 @@ from ...models.recipe.blocks import Part, TokenBlocks
 from ...models.recipe.finetune import check_output, finetune
 from ...models.recipe.recipe import Recipe, Report
 from ...models.recipe.text import embedded_texts, read_texts, train_tokenizer
+from ...runtime.isa.errors import CheckpointError
 from ...runtime.isa.mesh import Mesh
 from ...runtime.isa.units import format_bytes, parse_bytes, parse_seconds
-from ...runtime.state_io.checksums import is_sealed, verify
+from ...runtime.state_io.checksums import verify
 from ...runtime.state_io.leftovers import put_back
 from ..api import compile
 from ..options import Options
@@ -123,13 +124,12 @@ def prepare(options: TrainOptions) -> Job:
     """
     _check_budgets(options)
     Options.of(_settings(options))
+    advising = advised if options.resume else nullcontext
+    with advising():
+        source = _source(options)
     check_output(options.directory)
     texts = embedded_texts() if options.data is None else read_texts(options.data)
-    # Absolute, so that a directory named like a preset is still a directory.
-    source = str(put_back(options.directory)) if options.resume else options.model or MINI
-    if options.resume and not Path(source).is_dir():
-        raise ValueError(f"there is no checkpoint to resume in {options.directory}; start the run without --resume")
-    with advised() if options.resume else nullcontext():
+    with advising():
         model, tokenizer = _load(source, texts, options.seed)
     small = options.model is None
     longest = getattr(model.config, "max_position_embeddings", None) or _SEQ_LEN
@@ -240,17 +240,29 @@ def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
     )
 
 
+def _source(options: TrainOptions) -> str:
+    """Return the name of the model to start from, or the directory of the run to go on with.
+
+    Raises:
+        CheckpointError: it is a directory that a run has saved, and damaged, or there is none to go on with.
+    """
+    # Absolute, so that a directory named like a preset is still a directory.
+    source = str(put_back(options.directory)) if options.resume else options.model or MINI
+    if options.resume and not Path(source).is_dir():
+        raise CheckpointError(f"there is no checkpoint to resume in {options.directory}")
+    if brings_tokenizer(source):
+        verify(Path(source), deep=False)
+    return source
+
+
 def _load(source: str, texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a model by its name, and its tokenizer, or, for one with random weights, a tokenizer of these texts.
 
     Raises:
-        CheckpointError: it is one that a run has saved, and damaged.
         ModelLoadError: it cannot be loaded.
     """
-    is_trained = brings_tokenizer(source)
-    if is_trained and is_sealed(Path(source)):
-        verify(Path(source), deep=False)
     model = load_model(source, seed=seed)
+    is_trained = brings_tokenizer(source)
     return model, _load_tokenizer(source) if is_trained else train_tokenizer(texts, model.config.vocab_size)
 
 

@@ -111,6 +111,9 @@ def test_what_others_read_is_verified_before_it_is_read(run: Recipe, name: str) 
     for options, advice in ((resumed, "; start the run without --resume$"), (further, "")):
         with pytest.raises(CheckpointError, match=f"damaged: {name} has other bytes than were saved.*{advice}"):
             prepare(options)
+    (run.output / name).unlink()
+    with pytest.raises(CheckpointError, match=f"damaged: {name} is missing"):
+        prepare(resumed)
 
 
 def test_a_run_that_a_killed_save_left_beside_its_place_goes_on(
