@@ -1,6 +1,7 @@
 """`geminifx.save_checkpoint` and `load_checkpoint`: a run's state, written by all processes and read by any number."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch.optim import Optimizer
 from ..runtime.distributed.local_shards import Region
 from ..runtime.isa.errors import CheckpointError, check_path
 from ..runtime.memory.stored import Stored
-from ..runtime.state_io.sharded import load, save, stored_shapes, write
+from ..runtime.state_io.sharded import Saved, save, write
 from .arguments import check_compiled, check_optimizer
 from .capture.materialize import materialize
 from .module import CompiledModule
-from .optimizer_state import OptimizerState
+from .optimizer_state import OptimizerState, Tensors, is_exact
 from .session import Session
 
 
@@ -30,7 +31,7 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
     Args:
         optimizer: what `model.optimizer(...)` returned, or a torch optimizer over the model's parameters; None: only
             the model is saved.
-        directory: replaced as a whole when the new checkpoint is complete.
+        directory: replaced as a whole, in one step, when the new checkpoint is complete, with its files' checksums.
         extra: what else to keep, such as the step: numbers, strings, tensors, and lists and dicts of them. Rank 0's
             is saved.
 
@@ -62,43 +63,65 @@ def _contents(
     return tensors, objects
 
 
-def read_extra(model: CompiledModule, directory: str | Path) -> Any:
-    """The `extra` of a checkpoint, alone: nothing is loaded. All processes call it.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it cannot be read.
-    """
-    return load(directory, {}, ("extra",), model.ranks).get("extra")
-
-
 def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path) -> Any:
     """Go on from what `save_checkpoint` saved; weights on `meta` come to life. Returns the `extra` that was saved.
 
-    All processes call it. The optimizer's groups must be of the parameters of which they were when it was saved.
+    All processes call it. The optimizer must be of the kind of which it was when it was saved, and its groups of the
+    same parameters. All files are read through before anything is changed.
 
     Raises:
         ArgumentError: the model is not compiled, or the optimizer not of its parameters.
-        CheckpointError: there is none, or it is of another model or optimizer; then nothing is changed. Where it
-            cannot be read to its end, some values are.
+        CheckpointError: there is none, it is damaged, or it is of another model or optimizer; then nothing is changed.
+            Where it cannot be read to its end nevertheless, the model refuses all further steps until another load
+            succeeds.
         StateError: there is no plan yet.
     """
     _check(model, optimizer, directory)
-    session, ranks = model.session, model.session.ranks
-    shapes = stored_shapes(directory)
-    objects = load(directory, {}, ("extra", "optimizer"), ranks)
-    state = None if optimizer is None else OptimizerState.of(session, optimizer)
-    if state is not None:
-        state.check(objects.get("optimizer"), shapes)
-    _give_values(session)
-    tensors = _model_tensors(session, writing=False)
-    _check_shapes(tensors, shapes)
-    if state is not None:
-        tensors |= state.begin_load(objects["optimizer"], shapes)
-    load(directory, tensors, (), ranks)
-    session.store().masters_written()
-    if state is not None:
-        state.end_load(objects["optimizer"])
-    return objects.get("extra")
+    opened = open_checkpoint(model, directory)
+    opened.load(optimizer)
+    return opened.extra
+
+
+def open_checkpoint(model: CompiledModule, directory: str | Path) -> "OpenCheckpoint":
+    """A checkpoint for `model` that was read through, of which nothing is loaded yet. All processes call it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    saved = Saved.found(directory, model.ranks)
+    return OpenCheckpoint(model, saved, saved.read({}, ("extra", "optimizer")))
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """See `open_checkpoint`; `objects` are what it holds beside tensors."""
+
+    model: CompiledModule
+    saved: Saved
+    objects: dict[str, Any]
+
+    @property
+    def extra(self) -> Any:
+        return self.objects.get("extra")
+
+    def load(self, optimizer: Optimizer | None) -> None:
+        """Put model and optimizer back. All processes call it; for errors see `load_checkpoint`."""
+        session, found = self.model.session, self.saved.tensors
+        state = None if optimizer is None else OptimizerState.of(session, optimizer)
+        if state is not None:
+            state.check(self.objects.get("optimizer"), found)
+        _give_values(session)
+        tensors = _model_tensors(session, writing=False)
+        _check_tensors(tensors, found)
+        parts = {"model"} if state is None else {"model", "optimizer"}
+        session.half_loaded |= parts
+        if state is not None:
+            tensors |= state.begin_load(self.objects["optimizer"], found)
+        self.saved.read(tensors)
+        session.store().masters_written()
+        if state is not None:
+            state.end_load(self.objects["optimizer"])
+        session.half_loaded -= parts
 
 
 def _check(model: Any, optimizer: Any, directory: Any) -> None:
@@ -108,12 +131,13 @@ def _check(model: Any, optimizer: Any, directory: Any) -> None:
 
 
 def _give_values(session: Session) -> None:
-    """Memory for values that are on `meta`."""
+    """Memory for values that are on `meta`, where there are none until they are read."""
     session.demanded()
     source = session.source
     if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
+        session.half_loaded.add("model")
         materialize(source, source.state_dict())
-    session.ready(backward=False)
+    session.settle(backward=False)
 
 
 def _model_tensors(session: Session, writing: bool) -> dict[str, Stored]:
@@ -134,9 +158,26 @@ def _everywhere(tensor: Tensor) -> Region:
     return Region((0,) * tensor.ndim, tuple(tensor.shape), 0, tensor.stride())
 
 
-def _check_shapes(tensors: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(tensors: Mapping[str, Stored], found: Tensors) -> None:
+    """Raises CheckpointError where the checkpoint is of another model, or has values that would not stay the same."""
     for name, stored in tensors.items():
-        found = shapes.get(name)
-        if found != stored.shape and 0 not in stored.shape:
-            what = "lacks it" if found is None else f"has shape {found}"
-            raise CheckpointError(f"nothing was loaded: {name} has shape {stored.shape}, the checkpoint {what}")
+        if 0 in stored.shape:
+            continue
+        if name not in found:
+            raise CheckpointError(f"nothing was loaded: {name} has shape {stored.shape}, the checkpoint lacks it")
+        shape, dtype = found[name]
+        if shape != stored.shape:
+            raise CheckpointError(
+                f"nothing was loaded: {name} has shape {stored.shape}, the checkpoint has shape {shape}"
+            )
+        if not is_exact(dtype, stored.dtype):
+            raise CheckpointError(
+                f"nothing was loaded: {name} is {stored.dtype}, the checkpoint has {dtype}, which that does not hold "
+                "exactly; compile the model as it was when it was saved"
+            )
+    others = [name for name in found if name.startswith("model.") and name not in tensors]
+    if others:
+        raise CheckpointError(
+            f"nothing was loaded: the checkpoint has {', '.join(others[:3])}{', ...' * (len(others) > 3)}, which the "
+            "model lacks; it is of another model"
+        )

@@ -17,7 +17,9 @@ from ..runtime.isa.errors import StateError, check_path
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
 from ..runtime.optimizer.hyper_checks import check_norm
-from ..runtime.state_io.atomic_directory import carry_over, save_weights, shared_directory
+from ..runtime.state_io.atomic_directory import shared_directory
+from ..runtime.state_io.checksums import seal
+from ..runtime.state_io.pretrained import carry_over, save_weights
 from .calls import Calls
 from .capture.materialize import materialize
 from .facade import Facade
@@ -120,7 +122,10 @@ class CompiledModule(Facade):
             return loaded
         machine = self.session.machine
         with nullcontext() if machine is None else machine.store.writable():
-            return self.source.load_state_dict(local_shards_of(self.session, state_dict), strict=strict)
+            loaded = self.source.load_state_dict(local_shards_of(self.session, state_dict), strict=strict)
+        if strict:
+            self.session.half_loaded.discard("model")
+        return loaded
 
     def save_pretrained(self, directory: str | Path, **options: Any) -> None:
         """Save in Hugging Face's format (for other models, the weights as safetensors).
@@ -130,15 +135,22 @@ class CompiledModule(Facade):
         """
         check_path("directory", directory, "the path of a directory")
         with shared_directory(directory, self.session.ranks) as temporary:
-            weights = self.state_dict(first_only=True)
-            if self.session.ranks.rank != 0:
-                return
-            if hasattr(self.source, "save_pretrained"):
-                given = options.pop("state_dict", None)
-                self.source.save_pretrained(temporary, state_dict=weights if given is None else given, **options)
-            else:
-                save_weights(weights, temporary)
-            carry_over(Path(directory), temporary)
+            self.write_pretrained(temporary, **options)
+            if self.session.ranks.rank == 0:
+                seal(temporary)
+                carry_over(Path(directory), temporary)
+
+    def write_pretrained(self, directory: Path, **options: Any) -> None:
+        """What `save_pretrained` saves, into a directory of one that is replaced as a whole."""
+        self.session.check_loaded()
+        weights = self.state_dict(first_only=True)
+        if self.session.ranks.rank != 0:
+            return
+        if hasattr(self.source, "save_pretrained"):
+            given = options.pop("state_dict", None)
+            self.source.save_pretrained(directory, state_dict=weights if given is None else given, **options)
+        else:
+            save_weights(weights, directory)
 
     # -- as a module ---------------------------------------------------------------------------------------
 

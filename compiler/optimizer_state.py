@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..runtime.isa.errors import CheckpointError
+from ..runtime.isa.errors import CheckpointError, StateError
 from ..runtime.memory.stored import Stored
 from ..runtime.optimizer.chunk_optimizer import MOMENTS, ChunkOptimizer
+from ..runtime.optimizer.saved_groups import check_rule
 from .session import Session
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Name -> shape of the tensors in a checkpoint."""
+Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name -> shape and dtype of the tensors in a checkpoint."""
 
 
 class OptimizerState(ABC):
@@ -44,7 +45,13 @@ class OptimizerState(ABC):
         """Everything else, with names for parameters."""
         own = self.optimizer.param_groups
         groups = [{**group, "params": [self.names[id(p)] for p in group["params"]]} for group in own]
-        return {"param_groups": groups, "numbers": {n: found for n in self.parameters if (found := self._numbers(n))}}
+        numbers = {name: found for name in self.parameters if (found := self._numbers(name))}
+        return {"kind": self.kind, "param_groups": groups, "numbers": numbers}
+
+    @property
+    def kind(self) -> str:
+        """The name of the class of torch.optim whose rule it follows."""
+        return type(self.optimizer).__name__
 
     @abstractmethod
     def _tensors(self, name: str) -> dict[str, Stored]: ...
@@ -54,11 +61,25 @@ class OptimizerState(ABC):
 
     # -- loading -------------------------------------------------------------------------------------------
 
-    def check(self, saved: Any, shapes: Shapes) -> None:
+    def check(self, saved: Any, found: Tensors) -> None:
         """Raises CheckpointError where the checkpoint is of another optimizer."""
         if saved is None:
             raise CheckpointError("the checkpoint holds no optimizer's state; load it with optimizer=None")
-        before = [set(group["params"]) for group in saved["param_groups"]]
+        if not isinstance(saved, dict) or not {"param_groups", "numbers"} <= saved.keys():
+            raise CheckpointError("what the checkpoint holds of an optimizer was not saved by save_checkpoint")
+        kind = saved.get("kind", self.kind)  # older checkpoints do not tell
+        if kind != self.kind:
+            raise CheckpointError(
+                f"the checkpoint is of {kind}, the optimizer is {self.kind}; make one of that kind, or load the model "
+                "alone with optimizer=None"
+            )
+        self._check_groups(saved["param_groups"])
+        for name, parameter in self.parameters.items():
+            self._check_tensors(name, parameter, found)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raises CheckpointError where they are of other parameters, or have other options than this kind."""
+        before = [set(group["params"]) for group in groups]
         now = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
         if before != now:
             raise CheckpointError(
@@ -66,9 +87,27 @@ class OptimizerState(ABC):
                 f"checkpoint {len(before)} of {', '.join(str(len(g)) for g in before)}, or others in them; make the "
                 "same groups"
             )
+        try:
+            self._check_rule(groups)
+        except (ValueError, StateError) as error:
+            raise CheckpointError(f"nothing was loaded: {error}") from error
+
+    def _check_rule(self, groups: list[dict[str, Any]]) -> None:
+        """Raises ValueError or StateError where another rule was followed."""
+        check_rule(self.kind, self.optimizer.defaults, self.optimizer.param_groups, groups)
+
+    def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
+        """Raises CheckpointError where a parameter's state would not stay the same."""
+        for key in self._saved_keys(name, found):
+            shape, dtype = found[f"optimizer.{key}.{name}"]
+            expected, _ = found.get(f"model.{name}", (shape, dtype))
+            if shape != expected:
+                raise CheckpointError(f"the checkpoint has {key} of shape {shape} for {name}, which has {expected}")
+            if not is_exact(dtype, parameter.dtype):
+                raise CheckpointError(f"the checkpoint has {key} of {name} as {dtype}, expected {parameter.dtype}")
 
     @abstractmethod
-    def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
+    def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         """What is to be read into."""
 
     @abstractmethod
@@ -85,10 +124,10 @@ class OptimizerState(ABC):
         scale = {key: saved[key] for key in ("loss_scale",) if key in saved}
         self.optimizer.load_state_dict({"state": by_number, "param_groups": groups, **scale})
 
-    def _saved_keys(self, name: str, shapes: Shapes) -> list[str]:
+    def _saved_keys(self, name: str, found: Tensors) -> list[str]:
         """What a checkpoint has of the optimizer's state for a parameter."""
-        keys = sorted({name.split(".")[1] for name in shapes if name.startswith("optimizer.")})
-        return [key for key in keys if f"optimizer.{key}.{name}" in shapes]
+        keys = sorted({name.split(".")[1] for name in found if name.startswith("optimizer.")})
+        return [key for key in keys if f"optimizer.{key}.{name}" in found]
 
 
 class _OwnState(OptimizerState):
@@ -97,6 +136,7 @@ class _OwnState(OptimizerState):
     def __init__(self, session: Session, optimizer: ChunkOptimizer) -> None:
         super().__init__(session, optimizer)
         self.store = optimizer.store
+        self.own = optimizer
         self.moments = MOMENTS[optimizer.declared.kind]
         self.scaling = optimizer.scaling
 
@@ -112,26 +152,33 @@ class _OwnState(OptimizerState):
         counts = state.steps[slot] and len(self.moments) > 1  # SGD does not count its steps
         return {"step": torch.tensor(float(state.steps[slot]))} if counts else {}
 
-    def check(self, saved: Any, shapes: Shapes) -> None:
-        super().check(saved, shapes)
-        kinds = {key for name in self.parameters for key in self._saved_keys(name, shapes)}
-        if kinds and not set(self.moments) <= kinds:
+    @property
+    def kind(self) -> str:
+        return self.own.declared.kind.__name__
+
+    def _check_rule(self, groups: list[dict[str, Any]]) -> None:
+        self.own.check_saved(groups)
+
+    def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
+        super()._check_tensors(name, parameter, found)
+        keys = self._saved_keys(name, found)
+        if keys and set(keys) != set(self.moments):
             raise CheckpointError(
-                f"the checkpoint has {', '.join(sorted(kinds))} of the optimizer, expected "
-                f"{', '.join(self.moments)}; it is of another optimizer"
+                f"the checkpoint has {', '.join(keys)} of the optimizer, expected {', '.join(self.moments)}; it is of "
+                "another optimizer"
             )
 
-    def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
+    def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         self._load_numbers(saved, {})
-        found: dict[str, Stored] = {}
+        read: dict[str, Stored] = {}
         for name in self.parameters:
-            keys = self._saved_keys(name, shapes)
+            keys = self._saved_keys(name, found)
             state, slot = self.store.state_of(name)
             state.steps[slot] = int(saved["numbers"].get(name, {}).get("step", 1 if keys else 0))
             if keys:
                 pairs = zip(self.moments, self.store.stored_moments(name), strict=False)
-                found |= {f"optimizer.{key}.{name}": stored for key, stored in pairs}
-        return found
+                read |= {f"optimizer.{key}.{name}": stored for key, stored in pairs}
+        return read
 
     def end_load(self, saved: dict[str, Any]) -> None:
         """It was read in place."""
@@ -167,12 +214,12 @@ class _TorchState(OptimizerState):
         alone = replace(slot, offset=0)
         return Stored.of(value, chunks.local_shards.whole_shape(slot), chunks.local_shards.regions(alone))
 
-    def begin_load(self, saved: dict[str, Any], shapes: Shapes) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
+    def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
+        read: dict[str, Stored] = {}
         for name, parameter in self.parameters.items():
-            self.loading[name] = {key: torch.zeros_like(parameter) for key in self._saved_keys(name, shapes)}
-            found |= {f"optimizer.{key}.{name}": self._stored(name, v) for key, v in self.loading[name].items()}
-        return found
+            self.loading[name] = {key: torch.zeros_like(parameter) for key in self._saved_keys(name, found)}
+            read |= {f"optimizer.{key}.{name}": self._stored(name, v) for key, v in self.loading[name].items()}
+        return read
 
     def end_load(self, saved: dict[str, Any]) -> None:
         """The optimizer takes over what was read."""
@@ -183,3 +230,9 @@ class _TorchState(OptimizerState):
 def _lies_like(parameter: nn.Parameter, key: str, value: Any) -> bool:
     """Whether an optimizer's state is a tensor that lies as the parameter does, and not a number in a tensor."""
     return isinstance(value, Tensor) and (value.ndim > 0 or (parameter.ndim == 0 and key != "step"))
+
+
+def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
+    """Whether values of one dtype are the same in the other."""
+    is_floating = saved.is_floating_point and kept.is_floating_point
+    return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)

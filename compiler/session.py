@@ -60,6 +60,7 @@ class Session:
     """One model: its programs, made once each per mode and input shapes, over one setup.
 
     A plan is made for the first call, or, where it is asked for before one, for a guess of what that will be.
+    `half_loaded` are the parts of the state, "model" and "optimizer", that a load has begun to write and not ended.
     """
 
     def __init__(self, source: nn.Module, options: Options) -> None:
@@ -92,6 +93,7 @@ class Session:
         self._declared: _Declared | None = None
         self._homes: Homes = ()  # in place
         self._failure: Exception | None = None
+        self.half_loaded: set[str] = set()
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
@@ -346,6 +348,19 @@ class Session:
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""
+        self.check_loaded()
+        self.settle(backward)
+
+    def check_loaded(self) -> None:
+        """Raises StateError where a load has failed half way."""
+        if self.half_loaded:
+            raise StateError(
+                f"a checkpoint could not be read to its end, and the {' and the '.join(sorted(self.half_loaded))} "
+                "have values of it beside older ones; load_checkpoint(...) what is whole before going on"
+            )
+
+    def settle(self, backward: bool) -> None:
+        """As `ready`, for whoever brings the values."""
         setup = self.demanded()
         for refusal in (self._failure, setup.refusal):
             if refusal is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,18 @@ from ...models.recipe.finetune import check_output, finetune
 from ...models.recipe.recipe import Recipe, Report
 from ...models.recipe.records import Chat, Fields, Record, Text, plain_texts, read_records, summary
 from ...models.recipe.text import embedded_texts, train_tokenizer
+from ...runtime.isa.errors import CheckpointError
 from ...runtime.isa.mesh import Mesh
-from ...runtime.isa.units import format_bytes
+from ...runtime.isa.units import format_bytes, parse_seconds
+from ...runtime.state_io.checksums import verify
+from ...runtime.state_io.leftovers import put_back
 from ..api import compile
 from ..options import Options
 from ..parallel import Parallel, parse_parallel
 from .baseline import plain_peak_bytes
 from .display import StepProgress, memory_table, perplexity_line
 from .launch import is_launched, rank
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, advised
 
 # Halves the perplexity of the small model three times over, within minutes on two cores.
 # Small batches, so that the training state alone, not the activations, is more than the budget.
@@ -56,7 +61,7 @@ class TrainOptions:
     seq_len: int | None = None
     lr: float | None = None
     seed: int = 0
-    save_every: int = 0
+    save_every: str = "0"
     output: Path | None = None
     resume: bool = False
     dump: Path | None = None
@@ -125,14 +130,14 @@ def prepare(options: TrainOptions) -> Job:
     Options.of(_settings(options))
     if options.steps is not None and options.epochs is not None:
         raise ValueError("--steps and --epochs both say how long to train; leave one of them out")
+    advising = advised if options.resume else nullcontext
+    with advising():
+        source = _source(options)
     check_output(options.directory)
     records = _records(options)
-    # Absolute, so that a directory named like a preset is still a directory.
-    source = str(options.directory.absolute()) if options.resume else options.model or MINI
-    if options.resume and not options.directory.is_dir():
-        raise ValueError(f"there is no checkpoint to resume in {options.directory}; start the run without --resume")
-    model = load_model(source, seed=options.seed)
-    tokenizer = _tokenizer(source, records, model.config.vocab_size)
+    with advising():
+        model = load_model(source, seed=options.seed)
+        tokenizer = _tokenizer(source, records, model.config.vocab_size)
     blocks = _blocks(options, source, records, tokenizer, model.config)
     recipe = _recipe(options, blocks)
     _part(options).rows(recipe.batch_size)
@@ -193,7 +198,7 @@ def _recipe(options: TrainOptions, blocks: TokenBlocks) -> Recipe:
         batch_size=batch_size,
         lr=lr if options.lr is None else options.lr,
         seed=options.seed,
-        save_every=options.save_every,
+        **_saves(options.save_every),
     )
 
 
@@ -253,6 +258,14 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {"dump": dump, "parallel": parallel}
 
 
+def _saves(every: str) -> dict[str, Any]:
+    """Return what a recipe is told of when to save: after so many steps, or after so much time."""
+    try:
+        return {"save_every": int(every)} if every.isdecimal() else {"save_every_s": parse_seconds(every)}
+    except ValueError as error:
+        raise ValueError(f"--save-every: {error}, or a number of steps") from None
+
+
 def _part(options: TrainOptions) -> Part:
     """Return which part of every batch is this process's."""
     mesh = options.mesh()
@@ -276,6 +289,21 @@ def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
             "the chat template does not mark the assistant's turns ({% generation %}): all of the chats is learned"
         )
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _source(options: TrainOptions) -> str:
+    """Return the name of the model to start from, or the directory of the run to go on with.
+
+    Raises:
+        CheckpointError: it is a directory that a run has saved, and damaged, or there is none to go on with.
+    """
+    # Absolute, so that a directory named like a preset is still a directory.
+    source = str(put_back(options.directory)) if options.resume else options.model or MINI
+    if options.resume and not Path(source).is_dir():
+        raise CheckpointError(f"there is no checkpoint to resume in {options.directory}")
+    if brings_tokenizer(source):
+        verify(Path(source), deep=False)
+    return source
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -15,6 +15,8 @@ from typing import NoReturn
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from ...models.recipe.finetune import STOPS
+
 HERE = "127.0.0.1"
 MOST_PROCESSES = 256
 """More are not for one machine."""
@@ -43,7 +45,7 @@ def end(code: int) -> NoReturn:
 def launch(words: list[str], nprocs: int) -> int:
     """Run `geminifx` with these words in `nprocs` processes; return the exit code of rank 0, or of one that failed.
 
-    Ctrl-C goes to all of them, which save and end by themselves. Where one fails the others are ended.
+    Ctrl-C and SIGTERM go to all of them, which save and end by themselves. Where one fails the others are ended.
 
     Raises:
         ValueError: they are too many for this machine.
@@ -76,12 +78,13 @@ def launch(words: list[str], nprocs: int) -> int:
                 with contextlib.suppress(ProcessLookupError):  # it may have ended
                     os.kill(pid, number)
 
-        previous = signal.signal(signal.SIGINT, interrupt)
+        previous = {number: signal.signal(number, interrupt) for number in STOPS}
         try:
             done = processes.wait(period=0.2)
         finally:
             processes.close()
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     failures = {} if done is None else done.failures
     first = failures.get(0) or min(failures.values(), key=lambda failure: failure.timestamp, default=None)
     return 0 if first is None else first.exitcode

@@ -11,14 +11,45 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from ...models.presets import ModelLoadError
 from ...runtime.isa.errors import CheckpointError
-from ...runtime.state_io.filesystem import METADATA
+from ...runtime.state_io.leftovers import put_back
 from ...runtime.state_io.sharded import replacing
-from ..checkpoint import load_checkpoint, read_extra, write_checkpoint
+from ..checkpoint import OpenCheckpoint, open_checkpoint, write_checkpoint
 from ..module import CompiledModule
 
 STATE = "state"
 """The folder of --output with a checkpoint such as `geminifx.save_checkpoint` makes; model and tokenizer lie beside."""
+
+
+@contextmanager
+def advised() -> Iterator[None]:
+    """Say what is left to do where a run cannot go on."""
+    try:
+        yield
+    except (CheckpointError, ModelLoadError) as error:
+        raise CheckpointError(f"{error}; start the run without --resume") from error
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run to go on from."""
+
+    opened: OpenCheckpoint
+
+    @property
+    def extra(self) -> Any:
+        """The `extra` that was saved."""
+        return self.opened.extra
+
+    def load(self, optimizer: Optimizer) -> None:
+        """Put model and optimizer back to what was saved.
+
+        Raises:
+            CheckpointError: it is of another model or optimizer, or cannot be read.
+        """
+        with advised():
+            self.opened.load(optimizer)
 
 
 @dataclass(frozen=True)
@@ -35,31 +66,21 @@ class RunDirectory:
             CheckpointError: it cannot be written; a checkpoint that was there is intact.
         """
         with replacing(directory, self.model.ranks) as temporary:
-            self.model.save_pretrained(temporary)
+            self.model.write_pretrained(temporary)
             self._save_tokenizer(temporary)
             write_checkpoint(self.model, optimizer, temporary / STATE, extra)
 
-    def extra(self, directory: Path) -> Any:
-        """Return the `extra` that was saved.
+    def open(self, directory: Path) -> SavedRun:
+        """Return what was saved, read through, and not loaded yet.
 
         Raises:
-            CheckpointError: there is no state in `directory`, or it cannot be read.
+            CheckpointError: there is no state in `directory`, or it is damaged.
         """
-        if not (directory / STATE / METADATA).is_file():
-            raise CheckpointError(
-                f"there is nothing to resume in {directory}: no {STATE}/{METADATA}; start the run without --resume"
-            )
-        with _advice():
-            return read_extra(self.model, directory / STATE)
-
-    def load(self, directory: Path, optimizer: Optimizer) -> None:
-        """Put model and optimizer back to what was saved.
-
-        Raises:
-            CheckpointError: it cannot be read, or is of another model.
-        """
-        with _advice():
-            load_checkpoint(self.model, optimizer, directory / STATE)
+        state = put_back(directory) / STATE
+        with advised():
+            if not state.is_dir():
+                raise CheckpointError(f"there is nothing to resume in {directory}: no {STATE}")
+            return SavedRun(open_checkpoint(self.model, state))
 
     def _save_tokenizer(self, directory: Path) -> None:
         """Of several processes rank 0 writes it; what fails there raises on all of them."""
@@ -72,12 +93,3 @@ class RunDirectory:
             error = OSError(f"the tokenizer: {caught}")
             error.__cause__ = caught
         ranks.raise_alike(error)
-
-
-@contextmanager
-def _advice() -> Iterator[None]:
-    """Say what is left to do where a run cannot go on."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; start the run without --resume") from error

@@ -42,7 +42,9 @@ def train(
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: only the last.")] = 0,
+    save_every: Annotated[
+        str, typer.Option(help='Between checkpoints: steps, or time such as "10min"; 0: only the last.')
+    ] = "0",
     output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write the program after every pass here.")] = None,
@@ -55,7 +57,7 @@ def train(
     """Fine-tune MODEL within a memory budget.
 
     Without MODEL: a small OPT with random weights, under half of the memory that plain PyTorch needs for it.
-    Without --data: the language reference that each Python carries. Ctrl-C saves a checkpoint to go on from.
+    Without --data: the language reference that each Python carries. Ctrl-C and SIGTERM save a checkpoint to go on from.
     Of several processes each computes with its part of every batch of --batch-size; torchrun may start them, too.
     """
     options = TrainOptions(

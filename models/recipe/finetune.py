@@ -21,7 +21,10 @@ from ...runtime.isa.errors import BudgetError, CheckpointError, GeminiError
 from .blocks import Part, TokenBlocks
 from .recipe import Recipe, Report, StepInfo
 from .run_state import RunState, random_states, restore_random_states, seed_generators
-from .trainable import Checkpoints, Trainable
+from .trainable import Checkpoints, Processes, Trainable
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that end a run when the step is done and saved."""
 
 
 class NonFiniteLoss(GeminiError):  # noqa: N818
@@ -29,24 +32,25 @@ class NonFiniteLoss(GeminiError):  # noqa: N818
 
 
 class _Interrupt:
-    """Between enter and exit, the first Ctrl-C only asks to stop after the step, a second stops at once."""
+    """Between enter and exit, Ctrl-C or SIGTERM only asks to stop after the step; a second Ctrl-C stops at once. A
+    second SIGTERM does not: schedulers send several."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupt:
         # Python lets only the main thread receive signals.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            self._previous = {number: signal.signal(number, self._request) for number in STOPS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _request(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.requested:
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 
@@ -63,7 +67,7 @@ def finetune(
     """Train `model` on `blocks`; save it, its optimizer and the run's own state by `checkpoints` to `recipe.output`.
 
     With `resume`, go on from what `recipe.output` holds: losses are then those of a run that never stopped. The
-    first Ctrl-C finishes the step and saves.
+    first Ctrl-C, or SIGTERM, finishes the step and saves.
 
     Several processes that train one model all call it; each computes with its part of every batch, and all have the
     same losses. A run may be resumed by another number of them; then dropout, if there is any, falls otherwise.
@@ -88,17 +92,19 @@ def finetune(
         _save(state, optimizer, recipe.output, checkpoints)
 
     losses: list[float] = []
-    began_s = time.perf_counter()
+    began_s = saved_s = time.perf_counter()
     with _Interrupt() as interrupt:
         for step in range(first, recipe.steps):
-            if any(ranks.gather(interrupt.requested)):
+            stops, is_due = _asked(ranks, interrupt.requested, recipe.is_due(step, time.perf_counter() - saved_s))
+            if stops:
                 break
+            if is_due and losses:
+                save(step)
+                saved_s = time.perf_counter()
             info = _step(model, optimizer, blocks.batch(step, recipe.batch_size, part), step, recipe)
             losses.append(info.loss)
             if on_step is not None:
                 on_step(info)
-            if recipe.save_every and info.step % recipe.save_every == 0 and info.step < recipe.steps:
-                save(info.step)
         train_s = time.perf_counter() - began_s
         done = first + len(losses)
         if losses or not resume:
@@ -106,6 +112,11 @@ def finetune(
         after = perplexity(model, blocks, recipe) if done == recipe.steps else None
     tokens = len(losses) * recipe.batch_size * blocks.seq_len
     return Report(first, tuple(losses), tokens / max(train_s, 1e-9), before, after)
+
+
+def _asked(ranks: Processes, *wishes: bool) -> list[bool]:
+    """Return which of the wishes any process has: clocks and signals differ between them."""
+    return [any(theirs) for theirs in zip(*ranks.gather(wishes), strict=True)]
 
 
 def _part(model: Trainable) -> Part:
@@ -199,9 +210,10 @@ def _resume(model: Trainable, optimizer: Any, recipe: Recipe, checkpoints: Check
         ValueError: settings or data are not those of the run that was saved; then nothing has been loaded.
     """
     ranks = model.ranks
-    state = RunState.of(checkpoints.extra(recipe.output), recipe.output)
+    saved = checkpoints.open(recipe.output)
+    state = RunState.of(saved.extra, recipe.output)
     state.check(recipe, data)
-    checkpoints.load(recipe.output, optimizer)
+    saved.load(optimizer)
     if state.mesh == str(ranks.mesh):
         restore_random_states(state.random[ranks.rank])
     else:

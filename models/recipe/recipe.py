@@ -15,6 +15,7 @@ class Recipe:
     Attributes:
         warmup: steps over which the learning rate rises; it then falls to zero at `steps`.
         save_every: steps between checkpoints; 0 saves only the last.
+        save_every_s: seconds between them, which the end of a step is waited for after.
         held_out_batches: how many held-out batches are judged at most.
     """
 
@@ -27,6 +28,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     seed: int = 0
     save_every: int = field(default=0, metadata={"curve": False})
+    save_every_s: float = field(default=0.0, metadata={"curve": False})
     held_out_batches: int = field(default=32, metadata={"curve": False})
 
     def __post_init__(self) -> None:
@@ -34,7 +36,7 @@ class Recipe:
         for name in ("steps", "batch_size", "held_out_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        for name in ("warmup", "save_every", "weight_decay", "seed"):
+        for name in ("warmup", "save_every", "save_every_s", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         for name in ("lr", "max_grad_norm"):
@@ -44,6 +46,10 @@ class Recipe:
     def curve(self) -> dict[str, Any]:
         """Return the fields that the loss curve depends on."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("curve", True)}
+
+    def is_due(self, step: int, since_s: float) -> bool:
+        """Return whether a checkpoint is to be made when `step` steps are done, `since_s` after the last."""
+        return bool(self.save_every and step % self.save_every == 0) or 0 < self.save_every_s <= since_s
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of `step`, counted from 0."""
@@ -68,7 +74,7 @@ class StepInfo:
 class Report:
     """What a call of `finetune` did; `losses` are those of its own steps, the first of them `first_step` + 1.
 
-    `perplexity_after` is None where Ctrl-C ended the run early: it is then to be resumed.
+    `perplexity_after` is None where a signal ended the run early: it is then to be resumed.
     """
 
     first_step: int

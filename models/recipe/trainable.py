@@ -44,6 +44,23 @@ class Trainable(Protocol):
     def first_nonfinite(self, **batch: torch.Tensor) -> str | None: ...
 
 
+class SavedRun(Protocol):
+    """A checkpoint that was opened. All processes call every method."""
+
+    @property
+    def extra(self) -> Any:
+        """The `extra` that was saved."""
+        ...
+
+    def load(self, optimizer: Any) -> None:
+        """Put the model and its optimizer back to what was saved.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or is of another model.
+        """
+        ...
+
+
 class Checkpoints(Protocol):
     """Checkpoints of a model and of what goes with it. All processes call every method."""
 
@@ -55,18 +72,10 @@ class Checkpoints(Protocol):
         """
         ...
 
-    def extra(self, directory: Path) -> Any:
-        """Return the `extra` in `directory`; nothing else is loaded.
+    def open(self, directory: Path) -> SavedRun:
+        """Return the checkpoint in `directory`, of which nothing is loaded yet.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it cannot be read.
-        """
-        ...
-
-    def load(self, directory: Path, optimizer: Any) -> None:
-        """Put the model and its optimizer back to what was saved.
-
-        Raises:
-            CheckpointError: the checkpoint cannot be read, or is of another model.
+            CheckpointError: there is no checkpoint, or it is damaged.
         """
         ...

@@ -1,4 +1,5 @@
-"""Amounts as people write and read them: `parse_bytes("24GB")`, `format_bytes(24 * 10**9)`, `format_seconds(0.1)`."""
+"""Amounts as people write and read them: `parse_bytes("24GB")`, `format_bytes(24 * 10**9)`, `parse_seconds("10min")`,
+`format_seconds(0.1)`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ _DECIMAL = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNIT_BYTES = _DECIMAL | _BINARY
 _AMOUNT = re.compile(r"\s*([+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+))\s*([a-zA-Z]*|%)\s*", re.ASCII)
+_UNIT_S = {"s": 1, "min": 60, "h": 3600}
 _EXPECTED = 'a number of bytes or text such as "24GB" (10^9), "24GiB" (2^30), "512MB" or "80%"'
 
 
@@ -56,6 +58,18 @@ def _share(percent: Fraction, of: int | None, text: str) -> int:
     if percent > 100:
         raise ValueError(f"{text!r} is more than all the memory there is; a share is at most 100%")
     return math.floor(percent * of / 100)
+
+
+def parse_seconds(text: str) -> float:
+    """Return a duration such as "90s", "10min" or "1.5h" in seconds.
+
+    Raises:
+        ValueError: it is not understood, or not above zero.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None or match[2].lower() not in _UNIT_S or Fraction(match[1].replace("_", "")) <= 0:
+        raise ValueError(f'cannot read {text!r} as a duration; expected such as "90s", "10min" or "1.5h"')
+    return float(Fraction(match[1].replace("_", "")) * _UNIT_S[match[2].lower()])
 
 
 def format_bytes(count: int) -> str:

@@ -1,17 +1,23 @@
 """Building a C++ source of this package on first use and keeping the library in the user's cache.
 
 The file's name holds a hash of everything the library depends on: source, flags, compiler and CPU. It is written
-beside its place and renamed, so processes that build at once each end with a whole library.
+beside its place and renamed, so processes that build at once each end with a whole library; where the file system has
+locks, one of them builds and the others wait. What is loaded runs with all that this user may do: a cache that somebody
+else could write to is not used.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..isa.errors import GeminiError
@@ -29,8 +35,8 @@ class KernelBuildError(GeminiError):
 def load(source: Path) -> ctypes.CDLL:
     """Return the library built from `source`, from the cache where it is there already.
 
-    Compilers are tried in turn: CXX, g++, clang++. Where the cache cannot be written, the library is built for
-    this process alone.
+    Compilers are tried in turn: CXX, g++, clang++. Where the cache cannot be written, or others can write to it, the
+    library is built for this process alone.
 
     Raises:
         KernelBuildError: no compiler was found, or none built a library that loads.
@@ -69,19 +75,48 @@ def _load_with(command: list[str], source: Path) -> ctypes.CDLL:
     directory = cache_directory()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        writable = os.access(directory, os.W_OK)
+        usable = os.access(directory, os.W_OK) and _is_private(directory)
     except OSError:
-        writable = False
-    if not writable:
+        usable = False
+    if not usable:
         with tempfile.TemporaryDirectory() as private:  # once loaded, the library needs its file no more
             return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
     target = directory / name
-    if target.exists():
-        try:
-            return ctypes.CDLL(str(target))
-        except OSError:  # damaged, for example by a full disk: build it again
-            target.unlink(missing_ok=True)
-    return ctypes.CDLL(str(_build(command, source, target)))
+    library = _cached(target)
+    if library is not None:
+        return library
+    with _building(directory):
+        return _cached(target) or ctypes.CDLL(str(_build(command, source, target)))
+
+
+def _cached(target: Path) -> ctypes.CDLL | None:
+    """Return the library at `target`, if there is one that loads and that nobody else can have written."""
+    try:
+        return ctypes.CDLL(str(target)) if _is_private(target) else None
+    except OSError:  # not there, or damaged, for example by a full disk: build it again
+        return None
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether only this user, or root, can write to `path`, or put another in its place."""
+    own = path.stat()
+    if own.st_uid != os.geteuid() or own.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    above = [parent.stat().st_mode for each in (path.absolute(), path.resolve()) for parent in each.parents]
+    # A group may be the user's own. In a directory with the sticky bit others cannot rename what is not theirs.
+    return not any(mode & stat.S_IWOTH and not mode & stat.S_ISVTX for mode in above)
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
+    """Let others wait while this is open, where there are locks."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _build(command: list[str], source: Path, target: Path) -> Path:
@@ -90,6 +125,7 @@ def _build(command: list[str], source: Path, target: Path) -> Path:
     os.close(handle)
     try:
         _run([*command, *FLAGS, str(source), "-o", unfinished])
+        os.chmod(unfinished, 0o700)
         os.replace(unfinished, target)
     finally:
         Path(unfinished).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from ..isa.formats import OwnFormat
 from ..kernels.update_rules import AdamHyper, SgdHyper
 from .hyper_checks import check_group, check_state_dict, is_number
 from .own_store import OwnStore
+from .saved_groups import check_rule
 from .states import Hyper
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
@@ -321,6 +322,7 @@ class ChunkOptimizer(Optimizer):
         Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
         """
         check_state_dict(state_dict)
+        self.check_saved(state_dict["param_groups"])
         if self._store is None and not state_dict["state"]:  # as wrappers of optimizers do before the first step
             super().load_state_dict(state_dict)
             self._take_groups()
@@ -343,6 +345,13 @@ class ChunkOptimizer(Optimizer):
         scale = state_dict.get("loss_scale")
         if scale is not None and self._fp16:
             self.store.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
+
+    def check_saved(self, groups: list[dict[str, Any]]) -> None:
+        """Raises ValueError where saved groups are of another optimizer, and StateError where no memory was planned for
+        what they ask for."""
+        check_rule(self.declared.kind.__name__, self.defaults, self.param_groups, groups)
+        for group in groups:
+            self._check_group(group)
 
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
         (state, slot), (chunk, _) = self.store.state_of(parameter), self.store.place_of(parameter)

@@ -1,39 +1,37 @@
 """Checkpoints that are either the old one or the new one, never half of each."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from ..distributed.ranks import Ranks
+from .checksums import is_sealed, seal
+from .exchange import install
+from .leftovers import fresh, put_back, sweep
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success it takes the place of `path`, files in `path`
-    that it lacks included, on failure it is removed and `path` is as before. A link to a directory stays one.
+    """Yield a temporary directory beside `path`; on success it takes the place of `path`, sealed and with the same
+    access, files in `path` that it lacks included; on failure it is removed and `path` is as before. A link to a
+    directory stays one.
 
     Raises whatever the body raises, and OSError where the disk is full, the place cannot be written, or `path`
     is a file.
     """
-    target = Path(path).resolve()
+    target = put_back(path)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{path} is a file, which a checkpoint would replace; expected a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with fresh(target) as temporary:
         yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        _exchange(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not is_sealed(temporary):
+            seal(temporary)
+        _flush(temporary)
+        install(temporary, target)
+        _flush_one(target.parent)
+    sweep(target)
 
 
 @contextmanager
@@ -63,55 +61,20 @@ def shared_directory(path: str | Path, ranks: Ranks) -> Iterator[Path]:
         ranks.raise_alike(error)
 
 
-def _flush(file: Path) -> None:
+def _flush(directory: Path) -> None:
     """Errors of the disk must arise before the old checkpoint is touched."""
-    if file.is_file():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            file = Path(folder, name)
+            if not file.is_symlink():
+                _flush_one(file)
+        _flush_one(Path(folder))
 
 
-def _exchange(temporary: Path, target: Path) -> None:
-    """Renames only, so that nothing can fail for lack of space; the old one goes last."""
-    os.chmod(temporary, 0o755)
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+def _flush_one(path: Path) -> None:
+    """Wait for a file's bytes, or for the names in a directory, to be on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.rename(target, old / target.name)
-        os.rename(temporary, target)
-    except BaseException:  # an interruption between the two, too
-        if not target.exists():
-            os.rename(old / target.name, target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-"""How files end that hold weights: old ones beside new ones would be another model's."""
-
-
-def carry_over(old: Path, new: Path) -> None:
-    """Give `new` the files of `old` that it lacks, such as a tokenizer, but no weights."""
-    for file in old.rglob("*") if old.is_dir() else ():
-        copy = new / file.relative_to(old)
-        if file.is_file() and not copy.exists() and not file.name.endswith(WEIGHTS):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, copy)
-
-
-def save_weights(named: dict[str, Tensor], directory: Path) -> None:
-    """The state_dict of a model that is not Hugging Face's, as model.safetensors.
-
-    A tensor with several names is stored under the first: `safetensors.torch.load_model` finds the others.
-    """
-    kept: dict[tuple[int, torch.Size], str] = {}
-    # Names of one tensor share address and shape; parameters of one chunk share no more than its storage.
-    weights = {name: t for name, t in named.items() if kept.setdefault((t.data_ptr(), t.shape), name) == name}
-    aliases = {name: kept[t.data_ptr(), t.shape] for name, t in named.items() if name not in weights}
-    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
-    save_file(tensors, str(directory / "model.safetensors"), metadata={**aliases, "format": "pt"})
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,18 +1,25 @@
-"""The files of torch.distributed.checkpoint: metadata, which is a pickle, is read without running code, and a failed
-write tells why."""
+"""The files of torch.distributed.checkpoint: metadata, which is a pickle, is read without running code, what is written
+is summed up on the way, and a failed write tells why."""
 
+import io
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ..isa.errors import CheckpointError
+from .checksums import Checksum
 
 METADATA = ".metadata"
 """The file that tells a checkpoint of torch.distributed.checkpoint."""
@@ -47,14 +54,31 @@ def read_metadata(directory: str | Path) -> Metadata:
     try:
         with file.open("rb") as stream:
             found = _Unpickler(stream).load()
+        _check(found)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"there is no checkpoint in {directory}: no {METADATA}") from error
     # Whatever the bytes of a damaged pickle stand for is called with whatever they give it.
     except Exception as error:
         raise CheckpointError(f"cannot read {file}: {error or type(error).__name__}") from error
+    return cast(Metadata, found)
+
+
+def _check(found: Any) -> None:
+    """Raises ValueError, or whatever odd values raise, for what is no metadata or would leave something unread."""
     if not isinstance(found, Metadata):
-        raise CheckpointError(f"cannot read {file}: it holds no metadata, but {type(found).__name__}")
-    return found
+        raise ValueError(f"it holds no metadata, but {type(found).__name__}")
+    for name, entry in found.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            indices = [MetadataIndex(name)]
+        elif isinstance(entry, TensorStorageMetadata):
+            indices = [MetadataIndex(name, chunk.offsets, i) for i, chunk in enumerate(entry.chunks)]
+            if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
+                raise ValueError(f"the parts of {name} are not the whole")
+        else:
+            raise ValueError(f"it holds {type(entry).__name__} for {name}")
+        for place in (found.storage_data[index] for index in indices):
+            if Path(place.relative_path).name != place.relative_path:
+                raise ValueError(f"{name} is to be read from {place.relative_path}, outside of the checkpoint")
 
 
 class Reader(dcp.FileSystemReader):
@@ -68,8 +92,43 @@ class Reader(dcp.FileSystemReader):
         return self.metadata
 
 
+class _Summed(io.BufferedWriter):
+    """A file that is written from its beginning to its end, and the checksum of what is."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("wb", buffering=0))
+        self.checksum = Checksum()
+
+    def write(self, data: Any, /) -> int:
+        self.checksum = self.checksum.then(data)
+        return super().write(data)
+
+
+class _Summing(FileSystem):
+    """Keeps the checksums of files that it writes, by their names."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, Checksum] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        with _Summed(Path(path)) as stream:
+            yield stream
+        self.checksums[Path(path).name] = stream.checksum
+
+
 class Writer(dcp.FileSystemWriter):
-    """Raises OSError where a file cannot be written: torch then closes its own file in it with another error."""
+    """Raises OSError where a file cannot be written: torch then closes its own file in it with another error.
+    `checksums` are those of the files that this process wrote, by name."""
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__(directory)
+        self.fs = _Summing()
+
+    @property
+    def checksums(self) -> dict[str, Checksum]:
+        return self.fs.checksums
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:

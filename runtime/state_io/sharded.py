@@ -5,10 +5,10 @@ many processes wrote them, and how tensors lay on these, does not matter to thos
 """
 
 import io
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Size, Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -40,7 +41,9 @@ from ..distributed.ranks import Ranks
 from ..isa.errors import CheckpointError
 from ..memory.stored import Stored
 from .atomic_directory import shared_directory
+from .checksums import CHECKSUMS, seal, verify
 from .filesystem import METADATA, Reader, Writer, read_metadata
+from .leftovers import put_back
 
 
 def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
@@ -49,7 +52,7 @@ def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[
     `objects` are rank 0's, of types that load without code. Raises CheckpointError where it cannot be written; what
     was saved before is intact.
     """
-    target = Path(directory)
+    target = put_back(directory)
     if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
         raise CheckpointError(f"{directory} holds files but no such checkpoint, and saving replaces it; choose another")
     with replacing(directory, ranks) as temporary:
@@ -72,31 +75,65 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
 
 def write(directory: Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
     """Write a checkpoint into a directory of one that is `replacing` another; all processes call it."""
+    writer = Writer(directory)
     with _quiet():
-        dcp.save({}, storage_writer=Writer(directory), planner=_Saver(tensors, objects), no_dist=not ranks.together)
+        dcp.save({}, storage_writer=writer, planner=_Saver(tensors, objects), no_dist=not ranks.together)
+    checksums = ranks.gather(writer.checksums)
+    if ranks.rank == 0:
+        seal(directory, {name: checksum for each in checksums for name, checksum in each.items()})
 
 
-def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in a checkpoint. Raises CheckpointError where there is none."""
-    found = read_metadata(directory).state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read through: its files are as they were saved."""
 
+    directory: Path
+    metadata: Metadata
+    ranks: Ranks
 
-def load(
-    directory: str | Path, tensors: Mapping[str, Stored], objects: tuple[str, ...], ranks: Ranks
-) -> dict[str, Any]:
-    """Read `tensors` in place, and return the objects of these names. All processes call it.
+    @classmethod
+    def found(cls, path: str | Path, ranks: Ranks) -> "Saved":
+        """The checkpoint at `path`, or the one that a killed save left beside it. All processes call it.
 
-    Raises CheckpointError: where the checkpoint lacks one, or has it in another shape, nothing is changed; where it
-    cannot be read to its end, some tensors are.
-    """
-    loader, reader = _Loader(tensors, objects), Reader(directory, read_metadata(directory))
-    try:
-        with _quiet():
-            dcp.load({}, storage_reader=reader, planner=loader, no_dist=not ranks.together)
-    except (dcp.CheckpointException, OSError) as error:
-        raise CheckpointError(f"could not load {directory}: {_told(error)}") from error
-    return loader.found
+        Raises CheckpointError where there is none, or it is damaged; then the error tells what of it is.
+        """
+        directory = ranks.gather(put_back(path) if ranks.rank == 0 else None)[0]
+        sealed, metadata, error = verify(directory, ranks), None, None
+        try:
+            metadata = read_metadata(directory)
+        except CheckpointError as caught:
+            error = caught
+        ranks.raise_alike(error)
+        if not sealed:
+            warnings.warn(
+                f"{directory} has no {CHECKSUMS}, so that damage in it may go unnoticed; save it anew to have one",
+                stacklevel=4,
+            )
+        assert metadata is not None
+        return cls(directory, metadata, ranks)
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shapes and dtypes of the tensors in it."""
+        found = self.metadata.state_dict_metadata.items()
+        tensors = {name: entry for name, entry in found if isinstance(entry, TensorStorageMetadata)}
+        return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()}
+
+    def read(self, tensors: Mapping[str, Stored], objects: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Read `tensors` in place, and return the objects of these names. All processes call it.
+
+        Raises CheckpointError: where the checkpoint lacks one, or has it in another shape, nothing is changed; where
+        it cannot be read to its end, some tensors are.
+        """
+        loader, reader = _Loader(tensors, objects), Reader(self.directory, self.metadata)
+        try:
+            with _quiet():
+                dcp.load({}, storage_reader=reader, planner=loader, no_dist=not self.ranks.together)
+        except (dcp.CheckpointException, OSError) as error:
+            if _is_interruption(error):
+                raise KeyboardInterrupt from error
+            raise CheckpointError(f"could not load {self.directory}: {_told(error)}") from error
+        return loader.found
 
 
 @contextmanager
@@ -158,14 +195,15 @@ def _packed(name: str, value: Any) -> io.BytesIO:
     learn."""
     value = pytree.tree_map_only(numpy.generic, lambda number: number.item(), value)  # as learning rates are
     data = io.BytesIO()
-    torch.save(value, data)
-    data.seek(0)
     try:
+        torch.save(value, data)
+        data.seek(0)
         torch.load(data, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    # An object that is not picklable may raise anything when it is asked what it consists of.
+    except Exception as error:
         raise CheckpointError(
             f"{name!r} holds something of a type that does not load without running code; expected numbers, strings, "
-            f"tensors, and lists, tuples and dicts of them: {str(error).splitlines()[0]}"
+            f"tensors, and lists, tuples and dicts of them: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     return data
 
@@ -208,7 +246,8 @@ class _Loader(dcp.DefaultLoadPlanner):
         name = read_item.dest_index.fqn
         try:
             self.found[name] = torch.load(value, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # Whatever the bytes of a damaged pickle stand for is called with whatever they give it.
+        except Exception as error:
             raise CheckpointError(f"{name!r} is damaged, or of a type that does not load without code") from error
 
 

@@ -26,27 +26,30 @@ def prepare(dropout: float) -> None:
     Path("data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
 
 
-def train_by_two(*words: str, stop: bool) -> str:
-    """What the command shows, which ends as it should; `stop` presses Ctrl-C."""
+def train_by_two(*words: str, stop: int | None) -> str:
+    """What the command shows, which ends as it should; `stop` is a signal that it gets in step 12."""
     command = [sys.executable, "-m", "geminifx", "train", *SETTINGS, *words, "--parallel", "data=2,zero=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as two:
         shown = ""
         for line in two.stdout:
             shown += line
-            if stop and line.startswith("step 12/"):
-                two.send_signal(signal.SIGINT)
-    assert two.returncode == (130 if stop else 0), shown
-    assert shown.count("stopped after step") == stop
+            if stop is not None and line.startswith("step 12/"):
+                two.send_signal(stop)
+    assert two.returncode == (0 if stop is None else 130), shown
+    assert shown.count("stopped after step") == (stop is not None)
     return shown
 
 
 @pytest.mark.slow
-def test_two_processes_stop_and_go_on_as_if_they_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_stop_and_go_on_as_if_they_had_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(dropout=0.2)  # each process drops its own elements
-    train_by_two("--output", "whole", stop=False)
-    train_by_two("--output", "parts", stop=True)
-    train_by_two("--output", "parts", "--resume", stop=False)
+    train_by_two("--output", "whole", stop=None)
+    train_by_two("--output", "parts", stop=number)
+    train_by_two("--output", "parts", "--resume", stop=None)
     whole, parts = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -55,7 +58,7 @@ def test_two_processes_stop_and_go_on_as_if_they_had_not(tmp_path: Path, monkeyp
 def test_two_processes_stop_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepare(dropout=0.0)
-    shown = train_by_two("--output", "parts", stop=True)
+    shown = train_by_two("--output", "parts", stop=signal.SIGINT)
     assert "--parallel data=2,zero=1 --resume" in shown
     before = losses(shown)
     one = CliRunner().invoke(app, ["train", *SETTINGS, "--output", "parts", "--resume"])

@@ -1,5 +1,6 @@
 """What fine-tuning asks of a model and its checkpoints, for models that are not compiled."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,22 @@ class PlainCheckpoints:
             self.tokenizer.save_pretrained(directory)
         torch.save({"optimizer": optimizer.state_dict(), "extra": extra}, directory / "rest.pt")
 
-    def extra(self, directory: Path) -> Any:
+    def open(self, directory: Path) -> "PlainRun":
         if not (directory / "rest.pt").is_file():
             raise CheckpointError(f"there is nothing to resume in {directory}")
-        return torch.load(directory / "rest.pt", weights_only=True)["extra"]
+        return PlainRun(self.model, directory, **torch.load(directory / "rest.pt", weights_only=True))
 
-    def load(self, directory: Path, optimizer: Any) -> None:
-        saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+@dataclass
+class PlainRun:
+    """What `PlainCheckpoints` has opened; `optimizer` is that one's state_dict."""
+
+    model: Any
+    directory: Path
+    optimizer: Any
+    extra: Any
+
+    def load(self, optimizer: Any) -> None:
+        saved = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
         self.model.load_state_dict(saved.state_dict())
-        optimizer.load_state_dict(torch.load(directory / "rest.pt", weights_only=True)["optimizer"])
+        optimizer.load_state_dict(self.optimizer)

@@ -25,13 +25,13 @@ from typer.testing import CliRunner, Result
 
 
 class Compiled(torch.nn.Module):
-    """Runs the model as it is and claims a plan and statistics; Ctrl-C comes in call `interrupt_at`."""
+    """Runs the model as it is and claims a plan and statistics; a signal comes in call `interrupt_at`."""
 
     ranks = Ranks()
 
-    def __init__(self, model: Any, options: dict[str, Any], interrupt_at: int | None) -> None:
+    def __init__(self, model: Any, options: dict[str, Any], interrupt_at: int | None, by: int) -> None:
         super().__init__()
-        self.model, self.options, self.interrupt_at, self.calls = model, options, interrupt_at, 0
+        self.model, self.options, self.interrupt_at, self.by, self.calls = model, options, interrupt_at, by, 0
         self.plan = Plan(Request(options["placement"], 1000), estimate=Estimate(peak_bytes=900))
         self.stats = SimpleNamespace(
             device_peak_bytes=950, host_peak_bytes=4000, to_device_bytes=70_000, to_host_bytes=60_000
@@ -40,7 +40,7 @@ class Compiled(torch.nn.Module):
     def forward(self, **batch: torch.Tensor) -> Any:
         self.calls += self.training
         if self.calls == self.interrupt_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.by)
         return self.model(**batch)
 
     def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
@@ -57,11 +57,12 @@ class Bench:
         self.directory = directory
         self.calls: list[Compiled] = []
         self.interrupt_at: int | None = None
+        self.interrupt_by: int = signal.SIGINT
         (directory / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
         (directory / "tiny.json").write_text(json.dumps(SMALL_OPT))
 
     def compile(self, model: Any, **options: Any) -> Compiled:
-        self.calls.append(Compiled(model, options, self.interrupt_at))
+        self.calls.append(Compiled(model, options, self.interrupt_at, self.interrupt_by))
         return self.calls[-1]
 
     def train(self, *words: str) -> Result:
@@ -132,13 +133,14 @@ def test_measuring_plain_pytorch_leaves_the_model_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_shown_command_resumes(bench: Bench, number: int) -> None:
     assert bench.train("tiny.json", "--output", "whole").exit_code == 0
-    bench.interrupt_at = 2
-    stopped = bench.train("tiny.json", "--output", "my run")
+    bench.interrupt_at, bench.interrupt_by = 2, number
+    stopped = bench.train("tiny.json", "--output", "my run", "--save-every", "10min")
     assert stopped.exit_code == 130
     assert "stopped after step 2 and saved" in _says(stopped)
-    settings = "--data data.txt --steps 4 --batch-size 2 --seq-len 16 --output 'my run'"
+    settings = "--data data.txt --steps 4 --batch-size 2 --seq-len 16 --save-every 10min --output 'my run'"
     assert f"geminifx train tiny.json {settings} --resume" in _says(stopped)
     bench.interrupt_at = None
     resumed = bench.train("tiny.json", "--output", "my run", "--resume")
@@ -165,6 +167,8 @@ def test_ctrl_c_saves_and_the_shown_command_resumes(bench: Bench) -> None:
         (["tiny.json", "--fields", "text=body"], "data.txt is text, which has no fields; leave --fields out"),
         (["tiny.json", "--steps", "3", "--epochs", "2"], "--steps and --epochs both say how long to train"),
         (["tiny.json", "--batch-size", "1000000000"], "a batch of 1,000,000,000 blocks is more than the"),
+        (["tiny.json", "--save-every", "often"], "--save-every: cannot read 'often' as a duration"),
+        (["tiny.json", "--save-every", "-1"], "--save-every: cannot read '-1' as a duration"),
         (["tiny.json", "--seq-len", "65"], "--seq-len 65 is longer than the 64 positions"),
         (["tiny.json", "--resume"], "there is no checkpoint to resume in runs/tiny"),
         (["tiny.json", "--output", "data.txt"], "data.txt is a file"),

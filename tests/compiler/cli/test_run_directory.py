@@ -1,10 +1,8 @@
 """What `geminifx train` leaves in its directory: a model for others and a state to go on from, both or neither."""
 
-import os
-import pickle
 import resource
+import shutil
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,14 @@ import geminifx
 import numpy as np
 import pytest
 import torch
+from geminifx.compiler.cli.job import TrainOptions, prepare
 from geminifx.compiler.cli.run_directory import STATE, RunDirectory
 from geminifx.models.recipe.blocks import TokenBlocks
 from geminifx.models.recipe.finetune import finetune, make_optimizer
 from geminifx.models.recipe.recipe import Recipe, Report, StepInfo
 from geminifx.models.recipe.text import train_tokenizer
 from geminifx.runtime.isa.errors import CheckpointError
+from geminifx.runtime.state_io.checksums import CHECKSUMS
 from trainable import SMALL_OPT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -57,7 +57,7 @@ def _weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _step_saved(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> int:
-    return RunDirectory(_model(), tokenizer).extra(recipe.output)["step"]
+    return RunDirectory(_model(), tokenizer).open(recipe.output).extra["step"]
 
 
 @pytest.fixture
@@ -83,33 +83,46 @@ def test_it_holds_a_model_for_others_and_a_checkpoint_of_ours(run: Recipe) -> No
 def test_what_is_missing_or_damaged_is_named(run: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     metadata, data = run.output / STATE / ".metadata", next((run.output / STATE).glob("*.distcp"))
     for file, content, says in (
-        (metadata, metadata.read_bytes()[:1000], r"cannot read .*\.metadata"),
-        (metadata, b"", r"cannot read .*\.metadata"),
-        (metadata, b"nothing of ours", r"cannot read .*\.metadata"),
-        (data, data.read_bytes()[:3000], "could not load .*run/state: rank 0 failed"),
-        (data, b"nothing of ours", "could not load .*run/state: rank 0 failed"),
+        (metadata, metadata.read_bytes()[:1000], r"run/state is damaged: \.metadata has 1000 bytes instead of"),
+        (data, data.read_bytes()[:3000], r"run/state is damaged: __0_0\.distcp has 3000 bytes instead of"),
+        (data, bytes(data.stat().st_size), r"run/state is damaged: __0_0\.distcp has other bytes than were saved"),
+        (run.output / STATE / CHECKSUMS, b"", r"run/state is damaged: checksums\.json cannot be read"),
     ):
         whole = file.read_bytes()
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=f"{says}.*; start the run without --resume"):
             _train(tokenizer, run, resume=True)
         file.write_bytes(whole)
-    metadata.unlink()
-    with pytest.raises(CheckpointError, match=r"nothing to resume in .*run: no state/\.metadata; start the run"):
+    shutil.rmtree(run.output / STATE)
+    with pytest.raises(CheckpointError, match=r"nothing to resume in .*run: no state; start the run"):
         _train(tokenizer, run, resume=True)
 
 
-def test_a_checkpoint_runs_no_code(run: Recipe, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    class Evil:
-        """Makes a folder when it is unpickled."""
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_what_others_read_is_verified_before_it_is_read(run: Recipe, name: str) -> None:
+    """When the run is resumed, and when another one starts from it."""
+    (run.output.parent / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    resumed = TrainOptions(data=run.output.parent / "data.txt", seq_len=16, output=run.output, resume=True)
+    further = TrainOptions(str(run.output), run.output.parent / "data.txt", seq_len=16)
+    prepare(resumed)
+    content = bytearray((run.output / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (run.output / name).write_bytes(content)
+    for options, advice in ((resumed, "; start the run without --resume$"), (further, "")):
+        with pytest.raises(CheckpointError, match=f"damaged: {name} has other bytes than were saved.*{advice}"):
+            prepare(options)
+    (run.output / name).unlink()
+    with pytest.raises(CheckpointError, match=f"damaged: {name} is missing"):
+        prepare(resumed)
 
-        def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-            return os.mkdir, (str(tmp_path / "ran"),)
 
-    (run.output / STATE / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match=r"it names .*\.mkdir, which is no part of a checkpoint's metadata"):
-        _train(tokenizer, run, resume=True)
-    assert not (tmp_path / "ran").exists()
+def test_a_run_that_a_killed_save_left_beside_its_place_goes_on(
+    run: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    run.output.rename(run.output.parent / ".run.old-0123abcd")
+    with pytest.warns(UserWarning, match="a save was killed"):
+        assert _step_saved(tokenizer, run) == 2
+    assert [path.name for path in run.output.parent.iterdir()] == ["run"]
 
 
 @pytest.mark.slow

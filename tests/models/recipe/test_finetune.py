@@ -83,19 +83,24 @@ def _finetune(model: Plain, blocks: TokenBlocks, recipe: Recipe, **options: Any)
 
 
 def _step_saved(recipe: Recipe) -> int | None:
-    return PlainCheckpoints(_model()).extra(recipe.output)["step"] if recipe.output.exists() else None
+    return PlainCheckpoints(_model()).open(recipe.output).extra["step"] if recipe.output.exists() else None
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
 
 
-def _ctrl_c_at(step: int) -> Callable[[StepInfo], None]:
+def _signal_at(step: int, *numbers: int) -> Callable[[StepInfo], None]:
     def on_step(info: StepInfo) -> None:
         if info.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in numbers:
+                os.kill(os.getpid(), number)
 
     return on_step
+
+
+def _ctrl_c_at(step: int) -> Callable[[StepInfo], None]:
+    return _signal_at(step, signal.SIGINT)
 
 
 def test_learns_and_saves_a_loadable_checkpoint(tmp_path: Path) -> None:
@@ -130,15 +135,20 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) ->
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_ctrl_c_twice_stops_at_once_and_once_leaves_the_handler_as_it_was(tmp_path: Path) -> None:
-    def twice(info: StepInfo) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGINT)
+
+def test_ctrl_c_twice_stops_at_once_and_handlers_are_left_as_they_were(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in STOPS]
     with pytest.raises(KeyboardInterrupt):
-        _finetune(_model(), _blocks(), _recipe(tmp_path), on_step=twice)
-    assert signal.getsignal(signal.SIGINT) == before
+        _finetune(_model(), _blocks(), _recipe(tmp_path), on_step=_signal_at(1, signal.SIGINT, signal.SIGINT))
+    assert [signal.getsignal(number) for number in STOPS] == before
+
+
+def test_a_scheduler_that_ends_the_run_may_say_so_twice(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    report = _finetune(_model(), _blocks(), recipe, on_step=_signal_at(2, signal.SIGTERM, signal.SIGTERM))
+    assert report.interrupted and len(report.losses) == 2 and _step_saved(recipe) == 2
 
 
 def test_saves_every_few_steps(tmp_path: Path) -> None:
@@ -146,6 +156,28 @@ def test_saves_every_few_steps(tmp_path: Path) -> None:
     saved: list[int | None] = []
     _finetune(_model(), _blocks(), recipe, on_step=lambda info: saved.append(_step_saved(recipe)))
     assert saved == [None, None, 2, 2, 4, 4] and _step_saved(recipe) == 6
+
+
+def test_saves_when_so_much_time_has_passed(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, steps=3, save_every_s=1e-9)
+    saved: list[int | None] = []
+    _finetune(_model(), _blocks(), recipe, on_step=lambda info: saved.append(_step_saved(recipe)))
+    assert saved == [None, 1, 2] and _step_saved(recipe) == 3
+    assert recipe.is_due(1, since_s=1e-9) and not recipe.is_due(1, since_s=1e-10)
+
+
+def test_one_process_whose_clock_is_early_makes_all_save(tmp_path: Path) -> None:
+    """All take part in saving: none may go by its own clock."""
+
+    class Early(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, (False, True)] if isinstance(value, tuple) else [value]
+
+    model, recipe = _model(), _recipe(tmp_path, steps=3, save_every_s=1e9)
+    model.ranks = Early()
+    saved: list[int | None] = []
+    _finetune(model, _blocks(), recipe, on_step=lambda info: saved.append(_step_saved(recipe)))
+    assert saved == [None, 1, 2]
 
 
 def test_resuming_a_finished_run_only_judges_it(tmp_path: Path) -> None:
@@ -225,7 +257,7 @@ def test_each_process_goes_on_with_its_own_randomness(tmp_path: Path) -> None:
 def test_on_another_mesh_randomness_is_new_and_always_the_same(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     _finetune(_as_second("data"), _blocks(), recipe, on_step=_ctrl_c_at(2))
-    kept = PlainCheckpoints(_model()).extra(recipe.output)["random"]
+    kept = PlainCheckpoints(_model()).open(recipe.output).extra["random"]
     begun: list[list[torch.Tensor]] = []
     for axis in ("row", "row", "data"):
         model = _as_second(axis)

@@ -1,7 +1,7 @@
 """Amounts of memory and durations as people write and read them."""
 
 import pytest
-from geminifx.runtime.isa.units import format_bytes, format_seconds, parse_bytes
+from geminifx.runtime.isa.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,3 +113,14 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         assert parse_bytes(text, of=10**9) >= 1
     except ValueError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(("text", "duration_s"), [("90s", 90), ("10min", 600), ("1.5 h", 5400), (".5S", 0.5)])
+def test_reads_durations(text: str, duration_s: float) -> None:
+    assert parse_seconds(text) == duration_s
+
+
+@pytest.mark.parametrize("text", ["", "10", "10m", "0min", "-1h", "h", "1d", "nan s"])
+def test_what_is_no_duration_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match=r'as a duration; expected such as "90s", "10min"'):
+        parse_seconds(text)

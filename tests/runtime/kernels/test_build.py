@@ -81,6 +81,77 @@ def test_without_a_cache_the_library_is_private(tmp_path, source, monkeypatch):
     assert load(source).answer() == 42
 
 
+def count_builds(monkeypatch) -> list[Path]:
+    """The places of libraries that are built from here on."""
+    built, build = [], host_build._build
+
+    def counted(command, source, target):
+        built.append(target)
+        return build(command, source, target)
+
+    monkeypatch.setattr(host_build, "_build", counted)
+    return built
+
+
+def spoil(cache: Path) -> None:
+    """Put another library in the place of the one that is cached."""
+    (library,) = cache.glob("*.so")
+    library.unlink()
+    library.write_bytes(b"not what was built")
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_a_cache_that_others_can_write_to_is_not_used(cache, source, monkeypatch, mode):
+    load(source)
+    cache.chmod(mode)
+    spoil(cache)
+    built = count_builds(monkeypatch)
+    assert load(source).answer() == 42
+    assert len(built) == 1 and cache not in built[0].parents
+
+
+def test_nor_is_one_in_a_directory_whose_names_others_can_change(cache, source, monkeypatch):
+    load(source)
+    built = count_builds(monkeypatch)
+    for mode, builds in ((0o775, 0), (0o1777, 0), (0o777, 1)):
+        cache.parent.chmod(mode)
+        assert load(source).answer() == 42
+        assert len(built) == builds, f"{mode:o}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("part", ["the directory", "the library"])
+def test_what_another_user_owns_is_not_loaded(cache, source, monkeypatch, part):
+    load(source)
+    spoil(cache)
+    os.chown(cache if part == "the directory" else next(cache.glob("*.so")), 12345, -1)
+    built = count_builds(monkeypatch)
+    assert load(source).answer() == 42
+    assert len(built) == 1 and (cache in built[0].parents) == (part == "the library")
+
+
+def test_a_library_that_others_can_write_to_is_built_anew(cache, source, monkeypatch):
+    before = os.umask(0o002)
+    try:
+        load(source)
+        built = count_builds(monkeypatch)
+        load(source)
+        assert built == [], "not even those that this umask would let write"
+        next(cache.glob("*.so")).chmod(0o770)
+        assert load(source).answer() == 42 and len(built) == 1
+    finally:
+        os.umask(before)
+
+
+def test_one_process_builds_while_others_wait(cache, source, tmp_path, monkeypatch):
+    compiler = compilers()[0][0]
+    count = f'[ "$1" = --version ] || echo built >> {tmp_path}/count; exec {compiler} "$@"'
+    monkeypatch.setenv("CXX", script(tmp_path / "counted", count))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(_load_in_child, [source] * 4, chunksize=1) == [42] * 4
+    assert (tmp_path / "count").read_text().split() == ["built"]
+
+
 def test_no_compiler(cache, source, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(KernelBuildError, match=r"none found.*install g\+\+ or clang\+\+.*CXX"):

@@ -2,16 +2,14 @@
 
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from geminifx.runtime.state_io import atomic_directory as checkpoint
-from geminifx.runtime.state_io.atomic_directory import atomic_directory, carry_over, save_weights
-from safetensors.torch import load_file, load_model
-from torch import nn
+from geminifx.runtime.state_io import exchange
+from geminifx.runtime.state_io.atomic_directory import atomic_directory
+from geminifx.runtime.state_io.checksums import CHECKSUMS
 
 
 def write(directory: Path, text: str = "new") -> None:
@@ -21,12 +19,21 @@ def write(directory: Path, text: str = "new") -> None:
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Every file below `directory` with its text, hidden ones and leftovers included."""
-    return {str(f.relative_to(directory)): f.read_text() for f in directory.rglob("*") if f.is_file()}
+    """Every file below `directory` with its text, hidden ones and leftovers included, but for checksums."""
+    files = [f for f in directory.rglob("*") if f.is_file() and f.name != CHECKSUMS]
+    return {str(f.relative_to(directory)): f.read_text() for f in files}
 
 
 NEW = {"ck/weights": "new", "ck/sub/more": "new"}
 OLD = {"ck/weights": "old", "ck/only": "old"}
+
+
+@pytest.fixture(params=["in one step", "in two steps"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How directories change places: as this system can, and as one can that cannot do it at once."""
+    if request.param == "in two steps":
+        monkeypatch.setattr(exchange, "exchange", lambda one, other: False)
+    return request.param
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def test_a_new_directory_appears_whole_with_its_parents(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o755
 
 
-def test_an_existing_directory_is_replaced(old: Path) -> None:
+def test_an_existing_directory_is_replaced(old: Path, way: str) -> None:
     with atomic_directory(str(old)) as temporary:
         write(temporary)
         assert contents(old.parent).items() >= OLD.items()
@@ -55,7 +62,7 @@ def test_an_existing_directory_is_replaced(old: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("in the body"), KeyboardInterrupt(), SystemExit(1)])
-def test_a_failing_body_changes_nothing(old: Path, error: BaseException) -> None:
+def test_a_failing_body_changes_nothing(old: Path, way: str, error: BaseException) -> None:
     with pytest.raises(type(error)), atomic_directory(old) as temporary:
         write(temporary)
         raise error
@@ -112,59 +119,60 @@ def test_whichever_rename_fails_the_old_checkpoint_is_at_its_place(
             raise error
         original(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", rename)
+    monkeypatch.setattr(exchange, "exchange", lambda one, other: False)
+    monkeypatch.setattr(exchange.os, "rename", rename)
     with pytest.raises(type(error)), atomic_directory(old) as temporary:
         write(temporary)
     assert contents(old.parent) == OLD and os.listdir(old.parent) == ["ck"]
 
 
 def test_an_interruption_while_the_old_one_is_removed_leaves_the_new_one(
-    old: Path, monkeypatch: pytest.MonkeyPatch
+    old: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = shutil.rmtree
-
     def rmtree(path: Any, **options: Any) -> None:
-        if ".old." in str(path):
-            raise KeyboardInterrupt
-        original(path, **options)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
-    with pytest.raises(KeyboardInterrupt), atomic_directory(old) as temporary:
-        write(temporary)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt), atomic_directory(old) as temporary:
+            write(temporary)
     assert {f"ck/{name}": text for name, text in contents(old).items()} == NEW
+    with atomic_directory(old) as temporary:
+        (temporary / "weights").write_text("newer")
+    assert contents(old.parent) == {"ck/weights": "newer"}, "and the next save removes what is left of the old one"
 
 
-def test_carry_over_keeps_other_files_but_no_weights(tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    for directory, names in ((a, ("tokenizer.json", "config.json", "model-2.safetensors", "x.bin")), (b, ())):
-        directory.mkdir()
-        for name in names:
-            (directory / name).write_text("old")
-    (a / "sub").mkdir()
-    (a / "sub" / "notes").write_text("old")
-    (b / "config.json").write_text("new")
-    carry_over(a, b)
-    assert contents(b) == {"config.json": "new", "tokenizer.json": "old", "sub/notes": "old"}
-    carry_over(tmp_path / "nothing", b)
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o2770, 0o777])
+def test_access_stays_as_it_is(old: Path, way: str, mode: int) -> None:
+    old.chmod(mode)
+    with atomic_directory(old) as temporary:
+        assert temporary.stat().st_mode & 0o777 == mode & 0o777, "nobody else looks at what is being written"
+        (temporary / "sub").mkdir()
+    assert old.stat().st_mode & 0o7777 == mode
+    assert (old / "sub").stat().st_mode & 0o2000 == mode & 0o2000
 
 
-class Tied(nn.Module):
-    """Two names for one weight; `packed` as in a chunk, where it lies in a larger storage."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to groups that it is not in")
+@pytest.mark.parametrize("may", [True, False])
+def test_a_group_stays_or_gets_nothing(old: Path, monkeypatch: pytest.MonkeyPatch, may: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
 
-    def __init__(self, packed: bool) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
-        self.b.weight = self.a.weight
-        if packed:
-            storage = torch.randn(64)
-            self.a.weight.data = storage[:9].view(3, 3)
-            self.b.bias.data = storage[32:35]
+    os.chown(old, -1, 12345)
+    old.chmod(0o2770)
+    if not may:
+        monkeypatch.setattr("os.chown", refuse)
+    with atomic_directory(old) as temporary:
+        write(temporary)
+    found = old.stat()
+    assert (found.st_gid, found.st_mode & 0o7777) == ((12345, 0o2770) if may else (os.getegid(), 0o700))
 
 
-def test_tied_weights_are_saved_once_and_load_under_every_name(tmp_path: Path) -> None:
-    model, other = Tied(packed=True), Tied(packed=False)
-    save_weights(model.state_dict(), tmp_path)
-    file = tmp_path / "model.safetensors"
-    assert {name: t.numel() for name, t in load_file(file).items()} == {"a.weight": 9, "b.bias": 3}
-    load_model(other, file)
-    assert torch.equal(other.b.weight, model.a.weight) and torch.equal(other.b.bias, model.b.bias)
+def test_a_new_directory_has_the_access_of_any_other(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "ck") as temporary:
+            write(temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "ck").stat().st_mode & 0o777 == 0o750

@@ -1,0 +1,131 @@
+"""Checksums of what is saved: `checksums.json` beside the files has the size and the CRC-32 of each.
+
+A directory is sealed when that file is there, which is written last. Directories below that have one of their own are
+listed by it alone. What is added to a directory later is not listed, and nobody minds it.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from ..distributed.ranks import ALONE, Ranks
+from ..isa.errors import CheckpointError
+
+CHECKSUMS = "checksums.json"
+_VERSION = 1
+_PIECE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Of the bytes so far."""
+
+    size_bytes: int = 0
+    crc32: int = 0
+
+    def then(self, piece: bytes | bytearray | memoryview) -> "Checksum":
+        return Checksum(self.size_bytes + memoryview(piece).nbytes, zlib.crc32(piece, self.crc32))
+
+    @classmethod
+    def of(cls, file: Path) -> "Checksum":
+        found, buffer = cls(), memoryview(bytearray(_PIECE_BYTES))
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                found = found.then(buffer[:count])
+        return found
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether it was written to its end."""
+    return (directory / CHECKSUMS).is_file()
+
+
+def seal(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
+    """List all files of a directory that is complete; of those that are `known`, by name, nothing is read."""
+    known = known or {}
+    found = {name: known.get(name) or Checksum.of(directory / name) for name in sorted(_files(directory))}
+    listed = {"version": _VERSION, "files": {name: asdict(checksum) for name, checksum in found.items()}}
+    with (directory / CHECKSUMS).open("x", encoding="utf-8") as stream:
+        json.dump(listed, stream, indent=1)
+
+
+def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> bool:
+    """Read what a directory lists, each rank a part of it; what directories below list, too, if `deep`. False where it
+    is not sealed, as older versions left it.
+
+    Raises CheckpointError on all ranks where a file is not as it was saved, and tells which are.
+    """
+    if not ranks.gather(is_sealed(directory))[0]:
+        return False
+    parts = ranks.size if ranks.together else 1
+    told = ranks.gather(_verdicts(directory, deep, ranks.rank if ranks.together else 0, parts))
+    verdicts = {name: verdict for each in told for name, verdict in each.items()}
+    damaged = [f"{name} {verdict}" for name, verdict in verdicts.items() if verdict]
+    if damaged:
+        intact = [name for name, verdict in verdicts.items() if not verdict]
+        raise CheckpointError(
+            f"{directory} is damaged: {'; '.join(damaged)}. Intact: {', '.join(intact) or 'nothing'}. Nothing was "
+            f"loaded: restore what is damaged from a copy, or take another checkpoint. Who has changed a file on "
+            f"purpose removes {CHECKSUMS}"
+        )
+    return True
+
+
+def _verdicts(directory: Path, deep: bool, part: int, parts: int) -> dict[str, str]:
+    """What is wrong with every file of one part of them, by name; nothing for those that are as they were saved."""
+    try:
+        listed = sorted(_listed(directory, deep).items())
+    except CheckpointError as error:
+        return {CHECKSUMS: str(error)}
+    return {name: _verdict(directory / name, checksum) for name, checksum in listed[part::parts]}
+
+
+def _verdict(file: Path, expected: Checksum) -> str:
+    try:
+        size_bytes = file.stat().st_size
+        if size_bytes != expected.size_bytes:
+            return f"has {size_bytes} bytes instead of {expected.size_bytes}"
+        return "" if Checksum.of(file) == expected else "has other bytes than were saved"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _listed(directory: Path, deep: bool) -> dict[str, Checksum]:
+    """What a directory lists. Raises CheckpointError where the list itself is damaged."""
+    try:
+        data = json.loads((directory / CHECKSUMS).read_bytes())
+        if data["version"] != _VERSION:
+            raise CheckpointError(f"is of version {data['version']}, and this is a program for version {_VERSION}")
+        found = {_inside(name): Checksum(**checksum) for name, checksum in data["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot be read ({type(error).__name__}: {error})") from error
+    for name in [name for name in found if deep and PurePosixPath(name).name == CHECKSUMS]:
+        below = PurePosixPath(name).parent
+        found |= {str(below / inner): checksum for inner, checksum in _listed(directory / below, deep).items()}
+    return found
+
+
+def _inside(name: str) -> str:
+    """The name of a file in the directory. Raises ValueError for another."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"it lists {name}, which is not in the directory")
+    return name
+
+
+def _files(directory: Path, below: str = "") -> Iterator[str]:
+    """The names of files, those of directories below included that are not sealed themselves."""
+    with os.scandir(directory / below) as entries:
+        for entry in entries:
+            name = f"{below}{entry.name}"
+            if not entry.is_dir(follow_symlinks=False):
+                yield name
+            elif is_sealed(Path(entry.path)):
+                yield f"{name}/{CHECKSUMS}"
+            else:
+                yield from _files(directory, f"{name}/")

@@ -1,0 +1,45 @@
+"""What other programs read: weights as safetensors, beside files that are not ours."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+"""How files end that hold weights: old ones beside new ones would be another model's."""
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Give `new` the files of `old` that it lacks, such as a tokenizer, but no weights. Links stay links: what they
+    point to is not looked at."""
+    for name in _files(old):
+        copy = new / name
+        if not os.path.lexists(copy) and not copy.name.endswith(WEIGHTS):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(old / name, copy, follow_symlinks=False)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """The names of all files and links below, none of them by way of a link."""
+    for folder, below, names in os.walk(directory):
+        links = [name for name in below if Path(folder, name).is_symlink()]
+        for path in (Path(folder, name) for name in (*names, *links)):
+            if path.is_symlink() or path.is_file():  # a socket or a pipe is of a process
+                yield path.relative_to(directory)
+
+
+def save_weights(named: dict[str, Tensor], directory: Path) -> None:
+    """The state_dict of a model that is not Hugging Face's, as model.safetensors.
+
+    A tensor with several names is stored under the first: `safetensors.torch.load_model` finds the others.
+    """
+    kept: dict[tuple[int, torch.Size], str] = {}
+    # Names of one tensor share address and shape; parameters of one chunk share no more than its storage.
+    weights = {name: t for name, t in named.items() if kept.setdefault((t.data_ptr(), t.shape), name) == name}
+    aliases = {name: kept[t.data_ptr(), t.shape] for name, t in named.items() if name not in weights}
+    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
+    save_file(tensors, str(directory / "model.safetensors"), metadata={**aliases, "format": "pt"})
