@@ -3,6 +3,7 @@
 Nothing here decides anything or changes what a model is set up with.
 """
 
+import hashlib
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable
@@ -16,7 +17,9 @@ from torch.utils import _pytree as pytree
 from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.program import Program
+from ..passes.program.text import print_program
 from ..runtime.executor import Executor, Outlets
+from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
 from .capture.arguments import leaf_key
 from .capture.guards import Guard, forwards_of
 from .capture.refusals import hooks_of
@@ -68,6 +71,24 @@ class Call:
         own = hooks_of(modules), forwards_of(modules)
         key = entry, backward, trained, modes, identities, own, spec, *map(leaf_key, leaves)
         return cls(entry, args, kwargs, backward, key)
+
+
+def exchanged(program: Program, plan: Plan) -> str:
+    """A digest of all that decides what a process exchanges with others by a program; "" for nothing.
+
+    Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
+    batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
+    """
+    asked, layout = plan.request, plan.layout
+    divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
+    order = [
+        (str(node.target), node.args[0 if node.target is FETCH else 1 :])
+        for node in program.computes
+        if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
+    ]
+    text = print_program(program) if plan.mesh.tensor_axes else f"{layout} {order}"
+    told = f"{asked.zero} {asked.reduce_dtype} {text}"
+    return hashlib.sha256(told.encode()).hexdigest() if order or plan.mesh.tensor_axes else ""
 
 
 class Recaptures:

@@ -1,6 +1,5 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 from ..models.adapters import blocks, example_inputs
 from ..passes.canonicalize import canonicalize
 from ..passes.program.plan import Plan
-from ..passes.program.program import Program
-from ..passes.program.text import print_program
 from ..passes.sharding.parameters import whole_parameters
 from ..runtime.distributed.local_shards import LocalShards
 from ..runtime.distributed.ranks import Ranks
@@ -23,7 +20,6 @@ from ..runtime.executor import Executor, Outlets
 from ..runtime.isa.errors import BudgetError, StateError
 from ..runtime.isa.formats import OwnFormat, TorchFormat
 from ..runtime.isa.homes import Homes
-from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
 from ..runtime.isa.precision import parameter_dtypes
 from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
@@ -41,7 +37,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent
+from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, exchanged
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -158,10 +154,10 @@ class Session:
         flat = solution.program
         plan = solution.plan
         program, records = self.lowering.finish(captured.program, plan)
-        exchanged = _exchanged(program, plan)
-        if exchanged not in self._agreed:
-            self.ranks.check_alike(f"the {program.name} program", exchanged)
-            self._agreed.add(exchanged)
+        digest = exchanged(program, plan)
+        if digest not in self._agreed:
+            self.ranks.check_alike(f"the {program.name} program", digest)
+            self._agreed.add(digest)
         self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
         executor = Executor(generate(program), machine, self.meter)
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
@@ -384,21 +380,3 @@ class Session:
     def store(self) -> StateStore:
         """The store of the training state. Raises StateError where there is no plan and nothing to make one by."""
         return self.demanded().machine.store
-
-
-def _exchanged(program: Program, plan: Plan) -> str:
-    """A digest of all that decides what a process exchanges with others by a program; "" for nothing.
-
-    Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
-    batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
-    """
-    asked, layout = plan.request, plan.layout
-    divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
-    exchanged = [
-        (str(node.target), node.args[0 if node.target is FETCH else 1 :])
-        for node in program.computes
-        if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
-    ]
-    text = print_program(program) if plan.mesh.tensor_axes else f"{layout} {exchanged}"
-    told = f"{asked.zero} {asked.reduce_dtype} {text}"
-    return hashlib.sha256(told.encode()).hexdigest() if exchanged or plan.mesh.tensor_axes else ""

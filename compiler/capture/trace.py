@@ -5,7 +5,6 @@ tensors: nothing is allocated and no weight is read, so that a model on `meta` i
 The model is not touched: a copy is traced whose tensors are fake.
 """
 
-import copy
 import inspect
 import traceback
 from collections.abc import Iterator, Mapping
@@ -27,9 +26,10 @@ from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.fakes import FaithfulFakeMode
-from ...runtime.isa.precision import cast_dtype, parameter_dtypes
+from ...runtime.isa.precision import parameter_dtypes
 from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
+from .fake_model import fake, fake_copy
 from .guards import PLAIN, Guard, recorded
 from .refusals import tell_of_hooks
 from .results import gradient_sources
@@ -91,9 +91,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     leaves, spec = pytree.tree_flatten((args, kwargs))
     named = _named_arguments(model.get_submodule(request.entry), args, kwargs)
     mode = FaithfulFakeMode(allow_non_fake_inputs=True)
-    fakes = {i: _fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    fakes = {i: fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
-    fake_model, originals = _fake_copy(model, mode, dtypes, request.shapes or {})
+    fake_model, originals = fake_copy(model, mode, dtypes, request.shapes or {})
     step = _Step(fake_model, leaves, spec, tuple(fakes), request)
     private.annotate_modules(step)
     with ExitStack() as stack:
@@ -195,33 +195,6 @@ def rebuild_result(captured: Captured, outputs: list[Tensor]) -> Any:
     """The model's own kind of result, such as a ModelOutput, around `outputs`."""
     leaves = [leaf.value if isinstance(leaf, _Constant) else outputs[leaf] for leaf in captured.result_leaves]
     return pytree.tree_unflatten(leaves, captured.result_spec)
-
-
-# -- fakes -------------------------------------------------------------------------------------------------
-
-
-def _fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast_dtype(tensor, dtype))
-    return fake.requires_grad_(tensor.requires_grad)
-
-
-def _fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, torch.dtype],
-               shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
-    """A copy whose parameters and buffers are fake, and by their copies' identity the tensors that it holds besides."""
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters():
-        with mode:  # chunks hold parameters contiguously
-            fake = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
-        memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-    memo |= {id(buffer): _fake(mode, buffer.detach(), None) for buffer in model.buffers()}
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo |= {id(value): value.detach() for value in kept if not value.is_leaf}  # of an earlier forward
-    fake_model = copy.deepcopy(model, memo)
-    copied = memo.get(id(memo), ())  # where deepcopy keeps alive what it has copied
-    return fake_model, {
-        id(memo[id(value)]): value for value in copied if isinstance(value, Tensor) and id(value) in memo
-    }
 
 
 # -- tracing -----------------------------------------------------------------------------------------------

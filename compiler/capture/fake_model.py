@@ -1,0 +1,36 @@
+"""Fake tensors in the place of a model's and a call's: types without memory, which is all that tracing needs."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.isa.fakes import FaithfulFakeMode
+from ...runtime.isa.precision import cast_dtype
+
+
+def fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A fake of a tensor as programs take it, cast to `dtype` where it is of another float dtype."""
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast_dtype(tensor, dtype))
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, torch.dtype],
+               shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
+    """A copy whose parameters and buffers are fake, and by their copies' identity the tensors that it holds besides."""
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        with mode:  # chunks hold parameters contiguously
+            made = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
+        memo[id(parameter)] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+    memo |= {id(buffer): fake(mode, buffer.detach(), None) for buffer in model.buffers()}
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo |= {id(value): value.detach() for value in kept if not value.is_leaf}  # of an earlier forward
+    fake_model = copy.deepcopy(model, memo)
+    copied = memo.get(id(memo), ())  # where deepcopy keeps alive what it has copied
+    return fake_model, {
+        id(memo[id(value)]): value for value in copied if isinstance(value, Tensor) and id(value) in memo
+    }
