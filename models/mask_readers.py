@@ -6,8 +6,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -16,12 +17,12 @@ _INTERFACES, _MASK = "ALL_ATTENTION_FUNCTIONS", "attention_mask"
 
 def mask_readers(model: nn.Module) -> list[str]:
     """Names of the classes of modules that take an attention function by name and read its mask besides."""
-    return sorted({kind.__name__ for kind in {type(module) for module in model.modules()} if _reads_mask(kind)})
+    kinds = {type(module) for module in model.modules()}
+    return sorted({kind.__name__ for kind in kinds if _reads_mask(inspect.unwrap(kind.forward))})
 
 
 @cache
-def _reads_mask(kind: type[nn.Module]) -> bool:
-    forward = inspect.unwrap(kind.forward)
+def _reads_mask(forward: Callable[..., Any]) -> bool:
     if _INTERFACES not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return False
     try:
