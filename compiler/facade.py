@@ -36,10 +36,10 @@ class Facade(nn.Module):
         # The very dictionaries of the source: every name and traversal is then the source's own.
         for shared in ("_parameters", "_buffers", "_modules"):
             self.__dict__[shared] = source.__dict__[shared]
-        forward = Forward(source, partial(calls.run, source))
+        self.__dict__ |= {"source": source, "_calls": calls}
+        forward = self._forward_of_source()
         # Training loops read the signature to learn which columns of a batch the model takes.
-        self.__dict__ |= {"source": source, "_calls": calls, "__signature__": forward.__signature__}
-        self.__dict__ |= {"forward": forward, "_compiled": forward}
+        self.__dict__ |= {"forward": forward, "_compiled": forward, "__signature__": forward.__signature__}
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -63,11 +63,10 @@ class Facade(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What the source has is the source's to keep: its forward reads it there. A method for the forward is one to
-        compile."""
+        """What the source has is the source's to keep: its forward reads it there."""
         source = self.__dict__.get("source")
-        if name == "forward" and inspect.ismethod(value) and value.__self__ in (self, source):
-            value = self.__dict__["_compiled"] = self.__dict__["_compiled"].replaced_by(value)
+        if name == "forward":
+            value = self._new_forward(value)
         own = source is None or name in self.__dict__ or hasattr(type(self), name)
         if type(value) is Facade:  # a part that is given another name
             value = value.source
@@ -76,8 +75,32 @@ class Facade(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _new_forward(self, value: Callable[..., Any]) -> Callable[..., Any]:
+        """A method for the forward is one to compile, a function runs around what is compiled. A part is patched for
+        the whole model, too."""
+        is_part, before = type(self) is Facade, self._compiled
+        if isinstance(value, Forward):
+            new = value
+        elif inspect.ismethod(value) and value.__self__ in (self, self.source):
+            new = before.replaced_by(value)
+        elif is_part:
+            new = before.replaced_by(MethodType(lambda _, *args, **kwargs: value(*args, **kwargs), self))
+        else:
+            return value
+        self.__dict__["_compiled"] = new
+        if is_part and new.method is not None:
+            vars(self.source)["forward"] = new.method
+        elif is_part:
+            vars(self.source).pop("forward", None)
+        return new
+
     def __delattr__(self, name: str) -> None:
         delattr(self.source, name)
+        if name == "forward":
+            self.__dict__["forward"] = self.__dict__["_compiled"] = self._forward_of_source()
+
+    def _forward_of_source(self) -> Forward:
+        return Forward(self.source, partial(self._calls.run, self.source))
 
     def __getattr__(self, name: str) -> Any:
         try:

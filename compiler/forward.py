@@ -21,19 +21,19 @@ class Forward:
     """A call makes a compiled step of a forward of the source's.
 
     A new forward may have kept the old one, to call it: while it runs, on the source or on a copy that is captured,
-    such a call is one of that very model's.
+    such a call is one of that very model's. `method` is what the source has of its own for it; None: its class's.
     """
 
     def __init__(self, source: nn.Module, step: Step) -> None:
         self._source, self._step = source, step
-        self._method = vars(source).get("forward")  # None: the class's
+        self.method = vars(source).get("forward")
         self._running: list[nn.Module] = []
         self.__signature__ = inspect.signature(source.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._running:
             return self._step(self, args, kwargs)
-        model, method = self._running[-1], self._method
+        model, method = self._running[-1], self.method
         if isinstance(method, MethodType):
             return method.__func__(model, *args, **kwargs)
         return type(model).forward(model, *args, **kwargs) if method is None else method(*args, **kwargs)
@@ -61,13 +61,13 @@ class Forward:
             *new.__signature__.parameters.values(),
         ]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        new._method = MethodType(forward, self._source)
+        new.method = MethodType(forward, self._source)
         return new
 
     @contextmanager
     def in_source(self) -> Iterator[None]:
         """Within, the source's own forward is this one, uncompiled."""
-        with held(self._source, self._method):
+        with held(self._source, self.method):
             yield
 
 

@@ -111,3 +111,18 @@ def test_a_module_whose_forward_is_replaced_is_compiled_anew() -> None:
     for each in (plain, model):
         del each.transformer.h[0].mlp.forward
     check_equal(model, plain)
+
+
+def test_a_part_whose_forward_is_wrapped_is_compiled_with_what_wraps_it() -> None:
+    """By a function around the forward that it finds, as hooks of tools are."""
+    plain, model = GPT2.seeded(), compiled(GPT2)
+    for each in (plain, model):
+        layer = each.transformer.h[0].mlp
+        old = layer.forward
+        layer.forward = lambda x, old=old: 2 * old(x)
+    check_equal(model, plain)
+    hidden = torch.ones(1, 1, 32)
+    assert torch.equal(model.transformer.h[0].mlp(hidden), plain.transformer.h[0].mlp(hidden))
+    for each in (plain, model):
+        del each.transformer.h[0].mlp.forward
+    check_equal(model, plain)
