@@ -221,7 +221,7 @@ def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
     if schema is None:  # operator.getitem: an element of the tuple it reads
         yield from node.all_input_nodes
         return
-    if node.target in UNADMITTED_VIEWS:
+    if node.target in UNADMITTED_VIEWS or _is_conjugate_of_real(node):
         yield node.args[0]
         return
     if not any(result.alias_info for result in schema.returns):
@@ -229,3 +229,9 @@ def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
     for argument, value in zip(schema.arguments, node.args, strict=False):
         if argument.alias_info is not None and isinstance(value, fx.Node):
             yield value
+
+
+def _is_conjugate_of_real(node: fx.Node) -> bool:
+    """Whether it returns what it is given."""
+    conjugates = node.target is torch.ops.aten.conj_physical.default
+    return conjugates and not tensor_type(node.args[0]).dtype.is_complex
