@@ -46,7 +46,7 @@ def _passing_value(frame: FrameType | None) -> bool | None:
     if frame is None:
         return None
     code = _Code(frame.f_code)
-    at = code.place[frame.f_lasti]
+    at = code.at(frame.f_lasti)
     if code.instructions[at].opname == "TO_BOOL":  # which Python 3.13 puts in front of the jump
         at += 1
     asks = code.instructions[at]
@@ -69,6 +69,10 @@ class _Code:
     def __init__(self, code: CodeType) -> None:
         self.instructions = list(dis.get_instructions(code))
         self.place = {instruction.offset: i for i, instruction in enumerate(self.instructions)}
+
+    def at(self, offset: int) -> int:
+        """The place of the instruction that is being executed, where the offset may be within its inline caches."""
+        return max(i for i, instruction in enumerate(self.instructions) if instruction.offset <= offset)
 
     def can_raise(self, start: int, lines: range) -> bool:
         """Whether a statement on these lines, entered at an instruction, raises in one of its ways."""

@@ -30,3 +30,20 @@ def test_a_check_that_only_raises_is_taken_to_pass(check: str) -> None:
 def test_what_a_model_goes_by_is_refused_with_its_line(check: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"checked_values\.py:\d+ .*depends on the values of tensors"):
         geminifx.compile(Checked(check))(torch.ones(2, 4))
+
+
+class FromTensor(nn.Module):
+    """A shape that is computed, and read in the arguments of a method's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = torch.ones(2, dtype=torch.int64) * x.shape[0]
+        return self.linear(x).clone().view(shape.tolist()).to(x.dtype)
+
+
+def test_values_that_are_read_in_the_arguments_of_a_call_are_refused_with_the_line() -> None:
+    with pytest.raises(CaptureError, match=r"view\(shape.tolist\(\)\).*depends on the values of tensors"):
+        geminifx.compile(FromTensor())(torch.ones(4, 4))
