@@ -1,5 +1,6 @@
 """Everything `geminifx.compile` can be told, as one frozen dataclass with the checks for each field."""
 
+import math
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -48,6 +49,8 @@ class Options:
         passes: further passes, each placed behind the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
         device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
+        timeout_s: seconds that a process waits for the others before it takes them for dead, where compile() is what
+            starts torch.distributed.
         dump: a directory for the program after every pass.
         config: a TOML file with any of these options; arguments take precedence.
     """
@@ -67,6 +70,7 @@ class Options:
     passes: tuple[Pass, ...] = ()
     optimizer_state_bytes: int = 8
     device: str | None = None
+    timeout_s: float = 300.0
     dump: str | Path | None = None
     config: str | Path | None = None
 
@@ -118,6 +122,8 @@ class Options:
             raise wrong_argument("parallel", self.parallel, "degrees by name, such as parallel={'data': 1}")
         if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
             raise wrong_argument("world_size", self.world_size, "a number of processes, 1 or more")
+        if not isinstance(self.timeout_s, int | float) or not 0 < self.timeout_s < math.inf:
+            raise wrong_argument("timeout_s", self.timeout_s, "a positive number of seconds")
         if self.dump is not None:
             check_path("dump", self.dump, "a directory for programs")
 

@@ -59,6 +59,13 @@ class Call:
     backward: bool
     key: Key
 
+    def __str__(self) -> str:
+        """What ranks that share it have alike."""
+        leaves = pytree.tree_leaves_with_path((self.args, self.kwargs))
+        told = (f"{pytree.keystr(path[1:])} {_told(leaf)}" for path, leaf in leaves)
+        kind = "a training step" if self.backward else "an evaluation"
+        return f"{kind} of {self.entry or 'the model'} ({', '.join(told)})"
+
     @classmethod
     def of(cls, source: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -89,6 +96,10 @@ def exchanged(program: Program, plan: Plan) -> str:
     text = print_program(program) if plan.mesh.tensor_axes else f"{layout} {order}"
     told = f"{asked.zero} {asked.reduce_dtype} {text}"
     return hashlib.sha256(told.encode()).hexdigest() if order or plan.mesh.tensor_axes else ""
+
+
+def _told(leaf: Any) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
 class Recaptures:

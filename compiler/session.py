@@ -65,7 +65,7 @@ class Session:
         self.options = options
         self.device = Device.choose(options)
         mesh_of = partial(options.degrees.mesh, options.world_size)
-        self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype)
+        self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype, options.timeout_s)
         self.local_shards = LocalShards(self.ranks)
         self.limits = self.device.limits(options).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
@@ -107,6 +107,7 @@ class Session:
         and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
         call = Call.of(self.source, entry, args, kwargs)
+        self.ranks.check_call(str(call))
         key = self._guarded.key(call.key)
         if key not in self._programs:
             key, captured = self._capture(call)

@@ -7,8 +7,10 @@ The number of threads is fixed, as kernels' sums depend on it, and several worke
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, and for processes that are started
 
@@ -88,6 +90,21 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     """Whether a test is of a campaign that is not run whole, and not of the part that is run then."""
     campaign = item.get_closest_marker("campaign")
     return campaign is not None and campaign.kwargs.get("whole", False) and not config.getoption("--whole")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Of campaigns that were run whole, the rows for campaigns/COUNTS.md."""
+    cases, failed = Counter[str](), Counter[str]()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            campaign, told = Path(report.nodeid.partition("::")[0]).stem, dict(report.user_properties)
+            cases[campaign] += told.get("cases", 0)
+            failed[campaign] += outcome == "failed" and "cases" in told
+    if config.getoption("--whole"):
+        for campaign in sorted(cases):
+            if cases[campaign]:
+                parts = f"a case in {failed[campaign]} of 20 parts" if failed[campaign] else "0"
+                terminalreporter.write_line(f"| {campaign} | {cases[campaign]:,} | {parts} |")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,9 +18,6 @@ from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
 
-TIMEOUT_S = 1800.0
-"""Seconds that a rank waits for the others before it takes them for dead."""
-
 
 @dataclass
 class Clock:
@@ -32,7 +30,8 @@ class Clock:
 class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
     more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
-    that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in."""
+    that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in. `sharing` is the
+    group, on the host, of those that share this one's batch and tensors."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -40,11 +39,14 @@ class Ranks:
     groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     reduce_dtype: ReduceDtype = "fp32"
+    sharing: Any = None
 
     @classmethod
-    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32") -> "Ranks":
+    def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
+           timeout_s: float = 300.0) -> "Ranks":  # fmt: skip
         """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
-        launched ones, and raises ValueError where there is none."""
+        launched ones, and raises ValueError where there is none. After `timeout_s` in a collective the others are
+        taken for dead."""
         launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         mesh = mesh_of(launched)
         if launched == 1:
@@ -56,13 +58,14 @@ class Ranks:
             )
         if not dist.is_initialized():
             on_cuda = device.type == "cuda"
-            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
                                     device_id=device if on_cuda else None)  # fmt: skip
             if not on_cuda:
                 atexit.register(_leave)
         made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names_of(mesh.axes))
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names_of(mesh.axes)}
-        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype)
+        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype,
+                    sharing=_sharing(mesh, timedelta(seconds=timeout_s)))  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
@@ -146,6 +149,24 @@ class Ranks:
                 "the same model, with the same options, and call it with batches of one shape"
             )
 
+    def check_call(self, call: str) -> None:
+        """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
+        wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
+        if self.sharing is None:
+            return
+        members = dist.get_process_group_ranks(self.sharing)
+        own = torch.tensor(zlib.crc32(call.encode()))
+        found = [torch.empty_like(own) for _ in members]
+        self.call(dist.all_gather, found, own, group=self.sharing)
+        if any(one != own for one in found):
+            told: list[Any] = [None for _ in members]
+            self.call(dist.all_gather_object, told, call, group=self.sharing)
+            others = [f"rank {rank} with {text}" for rank, text in zip(members, told, strict=True) if text != call]
+            raise StateError(
+                f"ranks that shard tensors together were called in different ways: rank {self.rank} with {call}, "
+                f"{', '.join(others)}; give all of them the same batches, and let all of them evaluate"
+            )
+
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
         first: dict[int, str] = {}
@@ -182,6 +203,17 @@ class Ranks:
                 "one of them has died, see its own error, or does something else, such as a call with a batch of "
                 f"another shape or a step that the others do not take ({error}). Restart all from the last checkpoint"
             ) from error
+
+
+def _sharing(mesh: Mesh, timeout: timedelta) -> Any:
+    """The group of those that share this process's batch; None where tensors are whole."""
+    if not mesh.tensor_axes:
+        return None
+    by_batch: dict[int, list[int]] = {}
+    for rank in range(mesh.size):
+        by_batch.setdefault(mesh.data_rank(rank), []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(list(by_batch.values()), timeout=timeout, backend="gloo")
+    return group
 
 
 def _group(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:

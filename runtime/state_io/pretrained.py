@@ -14,13 +14,22 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def carry_over(old: Path, new: Path) -> None:
-    """Give `new` the files of `old` that it lacks, such as a tokenizer, but no weights. Links stay links: what they
-    point to is not looked at."""
+    """Give `new` the files of `old` that it lacks, such as a tokenizer, but not the weights that it replaces. Folders
+    are kept whole. Links stay links: what they point to is not looked at."""
     for name in _files(old):
         copy = new / name
-        if not os.path.lexists(copy) and not copy.name.endswith(WEIGHTS):
+        is_replaced = len(name.parts) == 1 and name.name.endswith(WEIGHTS)
+        if not os.path.lexists(copy) and not is_replaced:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(old / name, copy, follow_symlinks=False)
+            _keep(old / name, copy)
+
+
+def _keep(file: Path, copy: Path) -> None:
+    """The very file under another name, which costs nothing, or a copy where the file system has no such links."""
+    try:
+        os.link(file, copy, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, copy, follow_symlinks=False)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -22,4 +22,6 @@ def cases(request: pytest.FixtureRequest, part: int) -> Iterator[int]:
     """The numbers of a part's cases, of `SIZE` in the test's module."""
     numbers = list(range(request.module.SIZE))
     random.Random(0).shuffle(numbers)
-    return iter(numbers[part::PARTS])
+    mine = numbers[part::PARTS]
+    request.node.user_properties.append(("cases", len(mine)))
+    return iter(mine)

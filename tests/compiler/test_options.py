@@ -34,6 +34,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"zzz": 1}, "no option 'zzz'; the options are device_budget"),
     ({"world_size": 0}, "expected a number of processes, 1 or more"),
     ({"parallel": {"date": 2}}, "parallel has 'date'; did you mean 'data'"),
+    ({"timeout_s": 0}, "timeout_s=0; expected a positive number of seconds"),
     ({"reduce_dtype": "bf16"}, "reduce_dtype='bf16'; expected one of 'fp32', 'compute'"),
     ({"reduce_dtype": "float32"}, "did you mean 'fp32'"),
     ({"parallel": {"data": 0}}, "data is 0; expected a whole number of processes"),

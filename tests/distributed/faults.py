@@ -53,6 +53,14 @@ def share() -> None:
     model(torch.full((2, 4), float(RANK)))
 
 
+def sharded(rows: int = 2, evaluates: bool = False) -> None:
+    """A step of two ranks that shard tensors, and one in which rank 1 has so many rows, or evaluates."""
+    model = geminifx.compile(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), parallel={"tensor": "1d:2"})
+    model(torch.ones(2, 4)).sum().backward()
+    with torch.set_grad_enabled(not (evaluates and RANK)):
+        model(torch.ones(rows if RANK else 2, 4))
+
+
 def meet(fault: str, action: Callable[[], float | None]) -> None:
     try:
         told = action()
@@ -71,6 +79,8 @@ def main() -> None:
     meet("shorter than examples", lambda: shorter(examples=True))
     meet("shorter, zero 2", lambda: shorter(examples=True, before=1, parallel={"data": 2, "zero": 2}))
     meet("shared", share)
+    meet("sharded", lambda: sharded(rows=3))
+    meet("evaluates alone", lambda: sharded(evaluates=True))
     meet("death", lambda: train(steps=3, dies_at=1))
 
 
