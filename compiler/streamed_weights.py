@@ -118,6 +118,7 @@ def streamed_weights(session: Session) -> Iterator[None]:
         with torch.no_grad(), session.meter or nullcontext():
             yield
         chunks.release_all()
+        setup.machine.store.rest()
     except BaseException as error:
         chunks.weights.clear()
         setup.machine.abort()

@@ -5,6 +5,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,8 +70,27 @@ def program_inputs(
                     f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
                     f"the CPU or on {device}"
                 )
-            inputs.append(leaf.to(device, cast_dtype(leaf, dtype), non_blocking=True))
+            inputs.append(_on_device(leaf, device, cast_dtype(leaf, dtype)))
     return inputs
+
+
+def _on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """An input where programs run. Page-locked memory is copied from while the caller goes on, and he may fill it anew:
+    such a copy is waited for, on a stream of its own, which waits for nothing that computes."""
+    if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.is_pinned():
+        return tensor.to(device, dtype, non_blocking=True)
+    current, beside = torch.cuda.current_stream(device), _copy_stream(device)
+    with torch.cuda.stream(beside):
+        moved = tensor.to(device, dtype, non_blocking=True)
+    current.wait_stream(beside)
+    moved.record_stream(current)
+    beside.synchronize()
+    return moved
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def check_memory(source: nn.Module) -> None:

@@ -117,6 +117,7 @@ class _Resumed:
         if self.executor.meter is not None:
             self.executor.meter.tier.refund(self.input_bytes)
         if error is None or isinstance(error, StopIteration):
+            self.executor.machine.store.rest()
             return
         left = self.executor.machine.abort()
         if isinstance(error, torch.cuda.OutOfMemoryError):

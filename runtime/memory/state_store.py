@@ -93,6 +93,9 @@ class StateStore(Protocol):
     def begin_backward(self) -> float:
         """Called before the instructions of a backward; returns what to multiply its gradients by."""
 
+    def rest(self) -> None:
+        """A program sleeps or ends here: from now on anybody may write to what parameters are on the host."""
+
     def finish(self) -> None:
         """Block until updates under way are done and all state is at rest."""
 

@@ -182,6 +182,12 @@ class TorchStore:
                 chunk.prepare_gradient()
         return 1.0
 
+    def rest(self) -> None:
+        """Masters that are copied from as they are may not change before they have left."""
+        for chunk in self.chunks.chunks:
+            if not chunk.layout.casts:
+                self.copies.finish(self._arrivals.pop(chunk.layout.index, None))
+
     def finish(self) -> None:
         """A torch optimizer's updates are done when its `step()` returns."""
 

@@ -208,6 +208,9 @@ class OwnStore:
             self._broken = HALF_UPDATED.format("optimizer.step()")
             raise
 
+    def rest(self) -> None:
+        """Whoever writes to states waits for them in `finish`."""
+
     def finish(self, index: int | None = None) -> None:
         """Block until updates under way are done and the states on the host are whole."""
         self.check()

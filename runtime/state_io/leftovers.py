@@ -58,7 +58,9 @@ def put_back(path: str | Path) -> Path:
         try:
             os.rename(found, target)
         except OSError:
-            return target if target.exists() else found  # another process was quicker, or it may not be moved
+            if not target.exists() and found.exists():
+                return found  # it may not be moved
+        # Or another process was quicker.
         return target
     return target
 
@@ -77,15 +79,13 @@ def _name(target: Path, kind: str) -> Path:
 
 def _made(target: Path) -> tuple[Path, int] | None:
     """A new directory and its lock; None where a save that sweeps took it for a leftover in between."""
-    path = _name(target, _NEW)
-    try:
+    path, replaced = _name(target, _NEW), None
+    with suppress(FileNotFoundError):
         replaced = target.stat()
-    except FileNotFoundError:
-        os.mkdir(path)
-    else:
-        os.mkdir(path, 0o700)
-        _share_like(replaced, path)
+    os.mkdir(path, 0o777 if replaced is None else 0o700)
     try:
+        if replaced is not None:
+            _share_like(replaced, path)
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None

@@ -251,3 +251,20 @@ def test_our_optimizer_is_torchs_in_fp32(in_backward: bool) -> None:
         moved = (p.detach().cpu() - start[name]).norm()
         assert (found[name] - p.detach().cpu()).norm() <= RELATIVE["fp32"] * moved + 1e-6, name
     assert_kept(model)
+
+
+def test_a_batch_in_page_locked_memory_may_be_filled_anew_at_once() -> None:
+    """As loops do that have one buffer; the device is still at work when the call returns."""
+    model, plain = (
+        geminifx.compile(nn.Linear(4096, 4096, bias=False), precision="fp32"),
+        nn.Linear(4096, 4096, bias=False),
+    )
+    plain.load_state_dict(model.state_dict())
+    plain.cuda()
+    buffer, found = torch.empty(4096, 4096).pin_memory(), []
+    with torch.no_grad():
+        for step in range(8):
+            buffer.fill_(float(step))
+            found.append(model(buffer)[0, 0])
+        expected = [plain(torch.full((1, 4096), float(step)).cuda())[0, 0] for step in range(8)]
+    assert [one.item() for one in found] == pytest.approx([one.item() for one in expected], rel=1e-3)

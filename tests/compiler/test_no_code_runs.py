@@ -17,7 +17,8 @@ import torch
 from geminifx.compiler.cli.job import TrainOptions, prepare
 from geminifx.compiler.cli.run_directory import STATE, RunDirectory
 from geminifx.models.presets import load_model
-from geminifx.models.recipe.text import read_texts, train_tokenizer
+from geminifx.models.recipe.records import read_records
+from geminifx.models.recipe.text import train_tokenizer
 from geminifx.runtime.state_io.checksums import CHECKSUMS, seal
 from saving import OPTIMIZERS, compiled, train
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -233,7 +234,7 @@ def test_data(tmp_path: Path, ran: Path, run: Path, name: str, payload: Callable
     shutil.copy(run / name, tmp_path / name)
     plant(tmp_path / name, payload(ran), ran)
     with suppress(ValueError):
-        read_texts(tmp_path / name)
+        read_records(tmp_path / name)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

@@ -8,10 +8,12 @@ from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.memory.chunks import ChunkStore
 from geminifx.runtime.memory.hardware import Hardware
+from geminifx.runtime.memory.state_store import Run
 from geminifx.runtime.memory.stats import Stats
 from geminifx.runtime.memory.tiers import Tier
 from geminifx.runtime.memory.torch_store import TorchStore
 from homes import homes
+from late_copies import BY_NAME
 from torch import nn
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -132,3 +134,23 @@ def test_a_full_host_raises_and_leaves_parameters_readable() -> None:
         placed.place(homes(3, NONE, NONE))
     assert placed.hardware.host_tier.used_bytes == sum(HOST_BYTES[:2])
     assert all(map(torch.equal, before, values(placed)))
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("copies", ["immediate", *BY_NAME], indirect=True)
+def test_masters_that_were_copied_from_may_be_written_when_a_program_rests(copies: str) -> None:
+    """As by an optimizer's step, or by values that are loaded, behind an evaluation."""
+    placed = store()
+    placed.place(homes(3, NONE, NONE))
+    run, kept = Run(), values(placed)
+    weights = [placed.fetch(chunk, run) for chunk in placed.chunks.chunks]
+    for chunk, fetched in zip(placed.chunks.chunks, weights, strict=True):
+        placed.arrive(chunk, fetched)
+    placed.rest()
+    with torch.no_grad():
+        for chunk in placed.chunks.chunks:
+            chunk.parameters[0].zero_()
+    assert all(torch.equal(found[: v.numel()], v.to(found.dtype)) for found, v in zip(weights, kept, strict=True))
+    placed.fetch(placed.chunks.chunks[1], Run())  # its copy starts from a cast, which waits by itself
+    for arrival in list(placed._arrivals.values()):
+        placed.copies.finish(arrival)
