@@ -8,6 +8,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import geminifx
 import pytest
@@ -268,3 +269,40 @@ def test_a_batch_in_page_locked_memory_may_be_filled_anew_at_once() -> None:
             found.append(model(buffer)[0, 0])
         expected = [plain(torch.full((1, 4096), float(step)).cuda())[0, 0] for step in range(8)]
     assert [one.item() for one in found] == pytest.approx([one.item() for one in expected], rel=1e-3)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("placement", ["cpu", "cuda"])
+def test_what_is_generated_is_plain_pytorchs(placement: Any, ours: bool) -> None:
+    """In bfloat16, from prompts that lie on the host, between two steps."""
+    torch.manual_seed(0)
+    source = LLAMA.build()
+    plain = copy.deepcopy(source).cuda()
+    for parameter in plain.parameters():  # and no buffers, such as those of rotary positions
+        parameter.data = parameter.data.bfloat16()
+    model = geminifx.compile(source, placement=placement, device_budget=BUDGET, example_inputs=tokens())
+    optimizer = model.optimizer(torch.optim.SGD, lr=0.0) if ours else torch.optim.SGD(model.parameters(), lr=0.0)
+    prompt = tokens(length=6)["input_ids"]
+    given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
+    expected = plain.eval().generate(prompt.cuda(), **{**given, "attention_mask": torch.ones_like(prompt).cuda()})
+    for _ in range(2):
+        assert torch.equal(model.eval().generate(prompt, **given), expected)
+        model.train()(**on_device(tokens())).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("placement", ["cpu", "cuda"])
+def test_a_part_that_is_called_alone_and_gradients_that_are_clipped(placement: Any) -> None:
+    model = geminifx.compile(LLAMA.build(), placement=placement, device_budget=BUDGET, example_inputs=tokens())
+    optimizer = model.optimizer(torch.optim.AdamW, lr=1e-3)
+    hidden = model.model(input_ids=tokens()["input_ids"].cuda())[0]
+    assert hidden.is_cuda and hidden.dtype == torch.bfloat16
+    hidden.float().square().mean().backward()
+    norm = model.clip_grad_norm_(1e-3)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    clipped = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()).cpu() for g in gradients]))
+    assert norm.item() > 1e-3 and clipped.item() == pytest.approx(1e-3, rel=1e-2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer.step()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

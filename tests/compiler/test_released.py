@@ -100,7 +100,7 @@ def test_programs_of_many_shapes_are_freed_when_others_are_used(
 
 
 def test_a_forward_that_is_kept_keeps_what_it_needs() -> None:
-    model = geminifx.compile(network())
+    model = geminifx.compile(network()).eval()
     forward, expected = model.forward, model(batch(2))
     del model
     assert torch.equal(forward(batch(2)), expected)
