@@ -206,6 +206,11 @@ class Session:
             except BudgetError as error:
                 error.args = (f"{error}; these are a guess: pass the batch you train on as example_inputs=",)
                 raise
+            except Exception as error:
+                error.add_note(
+                    "in a batch that was guessed from the model's configuration; example_inputs= has another"
+                )
+                raise
         return self.setup
 
     def _set_up(self, key: Key, captured: Captured) -> None:

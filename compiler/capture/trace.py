@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ...models.adapters import capturable
 from ...passes.program.manager import Record
 from ...passes.program.names import identifier
-from ...passes.program.program import Note, Program, annotate, note, type_of
+from ...passes.program.program import Note, Phase, Program, annotate, note, type_of
 from ...passes.program.request import Outputs
 from ...passes.program.types import TensorType, type_of_value
 from ...runtime.isa import torch_private as private
@@ -287,9 +287,12 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
                                              tied.get(role.removeprefix("parameter:"), ""))  # fmt: skip
         elif node.op == "get_attr":
             values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)), originals)
-    for node in nodes:
-        if node.op == "call_function":
-            values[node] = _add_call(program, node, values)
+    calls, backward = [node for node in nodes if node.op == "call_function"], set[fx.Node]()
+    for node in calls:
+        if "backward" in str(node.meta.get("partitioner_tag", "")) or not backward.isdisjoint(node.all_input_nodes):
+            backward.add(node)
+    for node in sorted(calls, key=backward.__contains__):  # views that are handed out are made behind it all
+        values[node] = _add_call(program, node, "backward" if node in backward else "forward", values)
     output = next(node for node in nodes if node.op == "output")
     program.set_results({
         _result_role(description, names, leaves): values[value]
@@ -299,14 +302,13 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
     return program
 
 
-def _add_call(program: Program, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+def _add_call(program: Program, node: fx.Node, phase: Phase, values: dict[fx.Node, fx.Node]) -> fx.Node:
     if not hasattr(node.target, "_schema") and getattr(node.target, "__module__", "") != "_operator":
         raise CaptureError(
             f"{private.module_of(node) or 'the model'}: {node.target} has no schema, so its effects are unknown; "
             "expected operators that torch or torch.library defines"
         )
-    phase = "backward" if "backward" in str(node.meta.get("partitioner_tag", "")) else "forward"
-    origin = Note(phase=phase, module=_without_prefix(private.module_of(node)))  # type: ignore[arg-type]
+    origin = Note(phase=phase, module=_without_prefix(private.module_of(node)))
     args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     return program.emit(node.target, args, kwargs, before=program.output, like=origin, name=node.name)

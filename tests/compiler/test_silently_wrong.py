@@ -622,3 +622,29 @@ def test_an_only_output_without_a_gradient_gives_none() -> None:
     model = geminifx.compile(nn.Linear(8, 4))
     Nothing.apply(model(batch())).sum().backward()
     assert model.source.weight.grad is None
+
+
+class CatHead(nn.Module):
+    """As MobileBERT's, whose logits are written in place: autograd makes them anew as views, behind the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.extra = nn.Embedding(12, 6), nn.Linear(12, 2, bias=False)
+        self.bias = nn.Parameter(torch.randn(12))
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        hidden = torch.cat([self.embed(ids), self.embed(ids)[..., :2]], -1)
+        logits = hidden.matmul(torch.cat([self.embed.weight.t(), self.extra.weight], 0))
+        logits += self.bias
+        return {"loss": F.cross_entropy(logits.view(-1, 12), ids.view(-1)), "logits": logits}
+
+
+def test_outputs_that_are_views_come_in_front_of_the_backward() -> None:
+    plain, model, ids = CatHead(), geminifx.compile(CatHead()), torch.arange(8).view(2, 4)
+    found, expected = model(ids), plain(ids)
+    for each in (found, expected):
+        each["loss"].backward()
+    assert torch.equal(found["loss"], expected["loss"]) and torch.equal(found["logits"], expected["logits"])
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)  # the order of three terms

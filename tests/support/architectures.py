@@ -192,7 +192,8 @@ def _check_evaluation(make: Callable[[], nn.Module]) -> None:
 
 
 def _check_generate(make: Callable[[], nn.Module]) -> None:
-    plain, model = make().eval(), geminifx.compile(make().eval())
+    plain = make().eval()
+    model = geminifx.compile(make().eval(), example_inputs=batches(plain)[0])
     given = {"inputs": batches(plain)[0]["input_ids"], "max_new_tokens": 3, "do_sample": False}
     if not torch.equal(model.generate(**given), plain.generate(**given)):
         raise DiffersError("other tokens are generated")
