@@ -133,7 +133,7 @@ GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 1}
 
 @ROUTES
 @PLACEMENTS
-@pytest.mark.parametrize("build", [opt, llama, t5])
+@pytest.mark.parametrize("build", [opt, llama, pytest.param(t5, marks=pytest.mark.slow)])
 def test_what_is_generated_is_plain_pytorchs_and_captures_nothing(
     build: Any, placement: Any, ours: bool, captures: list[bool]
 ) -> None:

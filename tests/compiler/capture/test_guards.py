@@ -75,6 +75,7 @@ def test_what_the_forward_reads_is_followed(change: str, through: bool) -> None:
     assert torch.equal(model(X), plain(X)) and not torch.equal(plain(X), X)
 
 
+@pytest.mark.slow
 def test_a_function_that_gets_the_place_of_another_in_memory_is_no_other(captures: list[bool]) -> None:
     """Identities are given anew: what guards go by is kept."""
     model = geminifx.compile(Reads())
