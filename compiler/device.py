@@ -3,11 +3,12 @@
 import os
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from ..runtime.isa.errors import StateError
 from ..runtime.isa.torch_private import use_expandable_segments
 from ..runtime.isa.units import parse_bytes
+from .host_memory import host_memory
 from .options import Options
 from .planner.memory import Limits
 from .planner.rates import ARENA, CUDA
@@ -34,6 +35,19 @@ HOST_SHARE = 0.9
 """The share of free host memory that is used where no host_budget is given."""
 
 
+def _own_device() -> int:
+    """Raises StateError where there are fewer devices than processes."""
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count == 1:  # launchers may show each process its own alone
+        return 0
+    if local >= count:
+        raise StateError(
+            f"LOCAL_RANK is {local}, but {count} devices are visible; launch as many processes on a machine as it has "
+            "devices, or show each process one by CUDA_VISIBLE_DEVICES"
+        )
+    return local
+
+
 @dataclass(frozen=True)
 class Device:
     """`torch_device` computes; on "cpu" it stands for a budgeted arena in RAM."""
@@ -44,7 +58,7 @@ class Device:
     def choose(cls, options: Options) -> "Device":
         name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.current_device() == 0:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each of torchrun's processes has a device
+            torch.cuda.set_device(_own_device())  # each of torchrun's processes has one
         index = torch.cuda.current_device() if name == "cuda" else None
         return cls(torch.device(name, index))
 
@@ -55,16 +69,16 @@ class Device:
     def total_bytes(self) -> int:
         if self.is_cuda:
             return torch.cuda.get_device_properties(self.torch_device).total_memory
-        return psutil.virtual_memory().total
+        return host_memory()[0]
 
     def limits(self, options: Options) -> Limits:
         """Budgets in bytes. On CUDA the allocator is capped so that the whole process keeps to the budget.
 
         Raises ValueError for a budget that makes no sense.
         """
-        free = psutil.virtual_memory().available
+        total, free = host_memory()
         wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
-        host_bytes = parse_bytes(wanted, of=psutil.virtual_memory().total)
+        host_bytes = parse_bytes(wanted, of=total)
         device_bytes = None
         if options.device_budget is not None:
             device_bytes = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
