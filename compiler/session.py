@@ -1,5 +1,6 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
+from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest, capture
 from .device import Device
@@ -126,10 +128,12 @@ class Session:
         key = self._guarded.key(call.key)
         if key not in self._captured:
             self._recaptures.note(call, self._guarded.changed(call.key))
+            began_s = time.perf_counter()
             with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
                 request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes,
                                          call.entry)  # fmt: skip
                 captured = self._shard(capture(self.source, call.args, call.kwargs, request))
+            tell_of_slowness(time.perf_counter() - began_s, captured.program)
             self._guarded.add(call.key, captured.guards, self.source.modules())
             key = self._guarded.key(call.key)
             self._captured[key] = captured

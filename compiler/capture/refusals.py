@@ -1,6 +1,7 @@
 """Models that cannot be captured, told before anything is done to them, with the way that works instead."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,7 +12,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ...passes.program.program import Program, note
 from ...runtime.isa.errors import CaptureError
+
+SLOW_S = 30.0
+"""From here on a capture is told of."""
 
 _OLD_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -82,3 +87,17 @@ def _reasons(module: nn.Module) -> Iterator[str]:
             "has a weight computed by a hook from parameters of its own, as the old weight_norm, spectral_norm "
             "and prune do; use torch.nn.utils.parametrizations, or make pruning permanent by prune.remove()"
         )
+
+
+def tell_of_slowness(captured_in_s: float, program: Program) -> None:
+    """Warn of a capture that took long, with what it consists of: Python's loops are unrolled."""
+    if captured_in_s < SLOW_S:
+        return
+    counts = Counter(note(node).module for node in program.computes)
+    (module, most), count = counts.most_common(1)[0], counts.total()
+    where = f"{module} ({program.sources[module]})" if program.sources.get(module) else module or "the model itself"
+    warnings.warn(
+        f"capturing the model took {captured_in_s:.0f} s: its Python ran {count:,} operators, {most:,} of them in "
+        f"{where}. Loops are unrolled: fewer turns, or an operator that stands for the loop, are captured faster",
+        stacklevel=2,
+    )

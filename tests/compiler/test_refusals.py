@@ -9,6 +9,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.compiler.capture import refusals
 from geminifx.runtime.isa.errors import CaptureError, StateError
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
@@ -470,3 +471,19 @@ def test_frozen_integers_beside_what_our_optimizer_trains(dtype: torch.dtype, in
     assert torch.equal(fixed.detach(), Quantized(dtype).fixed)
     with pytest.raises(StateError, match="parameter fixed was to be written"), torch.no_grad():
         fixed.zero_()
+
+
+def test_a_capture_that_takes_long_says_what_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(20):
+                x = self.cell(x).tanh()
+            return x
+
+    monkeypatch.setattr(refusals, "SLOW_S", 0.0)
+    with pytest.warns(UserWarning, match=r"its Python ran \d+ operators, \d+ of them in cell \(linear.py:\d+\)"):
+        geminifx.compile(Loop())(torch.ones(2, 4))
