@@ -134,7 +134,7 @@ class CompiledModule(Facade):
         several processes all call it, and rank 0 writes; what fails there raises on all of them.
         """
         check_path("directory", directory, "the path of a directory")
-        with shared_directory(directory, self.session.ranks) as temporary:
+        with shared_directory(directory, self.session.ranks, stays_sealed=False) as temporary:
             self.write_pretrained(temporary, **options)
             if self.session.ranks.rank == 0:
                 seal(temporary)

@@ -2,20 +2,21 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..distributed.ranks import Ranks
-from .checksums import is_sealed, seal
+from .checksums import CHECKSUMS, is_sealed, seal
 from .exchange import install
 from .leftovers import fresh, put_back, sweep
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, stays_sealed: bool = True) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success it takes the place of `path`, sealed and with the same
-    access, files in `path` that it lacks included; on failure it is removed and `path` is as before. A link to a
-    directory stays one.
+    access; on failure it is removed and `path` is as before. A link to a directory stays one. With `stays_sealed`
+    False the seal, which tells that a directory is whole, is taken off again at its place: other programs may write
+    there.
 
     Raises whatever the body raises, and OSError where the disk is full, the place cannot be written, or `path`
     is a file.
@@ -30,12 +31,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             seal(temporary)
         _flush(temporary)
         install(temporary, target)
+        if not stays_sealed:
+            with suppress(FileNotFoundError):  # another save was quicker
+                (target / CHECKSUMS).unlink()
         _flush_one(target.parent)
     sweep(target)
 
 
 @contextmanager
-def shared_directory(path: str | Path, ranks: Ranks) -> Iterator[Path]:
+def shared_directory(path: str | Path, ranks: Ranks, stays_sealed: bool = True) -> Iterator[Path]:
     """As `atomic_directory`, for all ranks together: they yield the same directory, on a file system that all share,
     and leave when `path` is the new one on all of them.
 
@@ -44,7 +48,7 @@ def shared_directory(path: str | Path, ranks: Ranks) -> Iterator[Path]:
     with ExitStack() as stack:
         made, error = None, None
         try:
-            made = stack.enter_context(atomic_directory(path)) if ranks.rank == 0 else None
+            made = stack.enter_context(atomic_directory(path, stays_sealed)) if ranks.rank == 0 else None
         except Exception as caught:
             error = caught
         ranks.raise_alike(error)
