@@ -1,5 +1,6 @@
 """Calls of a compiled model and of its parts: each is a step of a program, but for what cannot be one."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
+from ..runtime.isa.precision import cast_dtype
 from .capture.results import AbsentOutput
 from .capture.trace import rebuild_result
 from .facade import Facade
@@ -71,6 +73,24 @@ class Calls:
             outputs[i] = AbsentOutput()
         return outputs
 
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Warn of a move to another device than programs run on. Raises StateError for what does not only move."""
+        device = self.session.device.torch_device
+        probe = torch.zeros(1, device=device)
+        dtype, is_shared = probe.dtype, probe.is_shared()
+        found = fn(probe)
+        if found.dtype != dtype or found.is_meta or (found.is_shared() != is_shared and found.device == device):
+            raise StateError(
+                "this would take parameters out of their chunks or change their dtype (.half(), .to(dtype), "
+                ".share_memory()); masters stay float32, and what is computed in is chosen by compile(precision=)"
+            )
+        if found.device.type != device.type:
+            warnings.warn(
+                f".to({found.device}) leaves a compiled model where it is: its plan decides what lies on {device} and "
+                "what on the host; compile(device=) chooses the device",
+                stacklevel=5,
+            )
+
     @contextmanager
     def lending(self) -> Iterator[None]:
         """While this is open, methods may write to parameters, as one does that merges adapters."""
@@ -80,7 +100,8 @@ class Calls:
 
     def generate(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the `generate` of one of the model's modules: every token would be a program of its own."""
-        device = self.session.device.torch_device
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+        device, dtype = self.session.device.torch_device, self.session.dtype
+        moved = lambda tensor: tensor.to(device, cast_dtype(tensor, dtype))  # noqa: E731
+        args, kwargs = pytree.tree_map_only(Tensor, moved, (args, kwargs))
         with streamed_weights(self.session):
             return method(*args, **kwargs)

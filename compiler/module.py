@@ -1,8 +1,6 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.isa.errors import StateError, check_path
+from ..runtime.isa.errors import check_path
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
 from ..runtime.optimizer.hyper_checks import check_norm
@@ -45,9 +43,14 @@ class CompiledModule(Facade):
     def __init__(self, source: nn.Module, options: Options) -> None:
         session = Session(source, options)
         super().__init__(source, Calls(session))
-        self.session = session
+        self.__dict__["session"] = session
 
-    # -- the call ------------------------------------------------------------------------------------------
+    @property
+    def source(self) -> nn.Module:
+        """The model that it was compiled from."""
+        return self._facade_source
+
+    # -- training ------------------------------------------------------------------------------------------
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture, plan and generate the program for a call with these arguments, without running it."""
@@ -119,10 +122,9 @@ class CompiledModule(Facade):
             materialize(self.source, state_dict)
             loaded = self.source.load_state_dict(state_dict, strict=strict)
             self.session.place()
-            return loaded
-        machine = self.session.machine
-        with nullcontext() if machine is None else machine.store.writable():
-            loaded = self.source.load_state_dict(local_shards_of(self.session, state_dict), strict=strict)
+        else:
+            with self._facade_calls.lending():
+                loaded = self.source.load_state_dict(local_shards_of(self.session, state_dict), strict=strict)
         if strict:
             self.session.half_loaded.discard("model")
         return loaded
@@ -151,31 +153,6 @@ class CompiledModule(Facade):
             self.source.save_pretrained(directory, state_dict=weights if given is None else given, **options)
         else:
             save_weights(weights, directory)
-
-    # -- as a module ---------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "CompiledModule":
-        """`.to(device)`, `.cuda()` and `.cpu()` change nothing: where parameters live is the plan's choice, and inputs
-        are brought to where programs run. Training loops call them as a matter of course.
-
-        Raises StateError for what would change parameters in another way, such as `.half()`.
-        """
-        device = self.session.device.torch_device
-        probe = torch.zeros(1, device=device)
-        dtype, is_shared = probe.dtype, probe.is_shared()
-        found = fn(probe)
-        if found.dtype != dtype or found.is_meta or (found.is_shared() != is_shared and found.device == device):
-            raise StateError(
-                "this would take parameters out of their chunks or change their dtype (.half(), .to(dtype), "
-                ".share_memory()); masters stay float32, and what is computed in is chosen by compile(precision=)"
-            )
-        if found.device.type != device.type:
-            warnings.warn(
-                f".to({found.device}) leaves a compiled model where it is: its plan decides what lies on {device} and "
-                "what on the host; compile(device=) chooses the device",
-                stacklevel=3,
-            )
-        return self
 
     # -- inspection ----------------------------------------------------------------------------------------
 

@@ -51,12 +51,13 @@ class Compiled:
 @dataclass(frozen=True)
 class Call:
     """A call of the model, or of its submodule `entry` alone: the arguments, whether a backward is wanted, and the
-    `key` of programs for it, of which guards tell which one can be used."""
+    `key` of programs for it, of which guards tell which one can be used. `state` tells of the model's modes."""
 
     entry: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     backward: bool
+    state: str
     key: Key
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class Call:
         leaves = pytree.tree_leaves_with_path((self.args, self.kwargs))
         told = (f"{pytree.keystr(path[1:])} {_told(leaf)}" for path, leaf in leaves)
         kind = "a training step" if self.backward else "an evaluation"
-        return f"{kind} of {self.entry or 'the model'} ({', '.join(told)})"
+        return f"{kind} of {self.entry or 'the model'} ({', '.join(told)}; {self.state})"
 
     @classmethod
     def of(cls, source: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
@@ -77,7 +78,8 @@ class Call:
         identities = tuple(map(id, modules))
         own = hooks_of(modules), forwards_of(modules)
         key = entry, backward, trained, modes, identities, own, spec, *map(leaf_key, leaves)
-        return cls(entry, args, kwargs, backward, key)
+        state = f"{sum(modes)} of {len(modes)} modules in training, {sum(trained)} parameters trained"
+        return cls(entry, args, kwargs, backward, state, key)
 
 
 def exchanged(program: Program, plan: Plan) -> str:

@@ -362,7 +362,7 @@ class Session:
         if self.half_loaded:
             raise StateError(
                 f"a checkpoint could not be read to its end, and the {' and the '.join(sorted(self.half_loaded))} "
-                "have values of it beside older ones; load_checkpoint(...) what is whole before going on"
+                "now mixes its values with older ones; load_checkpoint(...) what is whole before going on"
             )
 
     def settle(self, backward: bool) -> None:

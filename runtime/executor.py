@@ -213,6 +213,7 @@ class TrainingRun(ProgramRun):
                     for like, t in zip(self.likes, tangents, strict=True)]  # fmt: skip
         if of_parameters:
             scale = self.executor.machine.store.begin_backward()
+            self.run.counts = True
         else:
             scale, self.run.absent = 1.0, self._all_parameters()
         self.advance([tangent * scale for tangent in received] if scale != 1.0 else received)
@@ -245,7 +246,7 @@ class TrainingRun(ProgramRun):
         if changed is not None:
             raise StateError(
                 f"parameter {changed} was changed in place between the call of the model and its backward(), as "
-                "by optimizer.step(); call backward() first, or call the model again"
+                f"by optimizer.step(). {self.executor.machine.store.stale()}"
             )
         if any(t is not None and t._version != version for t, version in ((ref(), v) for ref, v in self.inputs)):
             raise StateError(

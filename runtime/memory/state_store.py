@@ -24,12 +24,13 @@ from .streams import CopyEngine
 class Run:
     """One run of a program under way: the chunks its backward reduces, and those it has copied from their masters.
 
-    `absent` are the parameters that get no gradient from its backward, by chunk and slot: no output that they reach
-    was used.
+    `counts`: whether its backward is one of the step's, which brings parameters' gradients. `absent` are the parameters
+    that get none from it, by chunk and slot: no output that they reach was used.
     """
 
     reduces: frozenset[int] = frozenset()
     backward: bool = False
+    counts: bool = False
     absent: frozenset[tuple[int, int]] = frozenset()
     refreshed: set[int] = field(default_factory=set)
 
@@ -101,6 +102,9 @@ class StateStore(Protocol):
 
     def abort(self, run: Run) -> str:
         """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
+
+    def stale(self) -> str:
+        """A backward was refused, for parameters have changed since its forward. Returns what to tell the user."""
 
     # -- parameters ----------------------------------------------------------------------------------------
 

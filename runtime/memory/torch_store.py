@@ -199,6 +199,9 @@ class TorchStore:
         self._staged.clear()
         return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."
 
+    def stale(self) -> str:
+        return "Call backward() first, or call the model again"
+
     # -- parameters ----------------------------------------------------------------------------------------
 
     def versions(self) -> dict[str, int]:

@@ -97,6 +97,8 @@ class HeldGradients:
             return state.total
         if state.total is None and state.held is not None and self._is_sum(state):
             total = state.total = state.held
+            if self.loss_scale != 1.0:
+                total.mul_(1.0 / self.loss_scale)
         else:
             total = self.states.make_total(state)
             total.zero_()

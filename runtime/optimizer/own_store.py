@@ -44,8 +44,8 @@ NO_STATES = (
 class OwnStore:
     """Training states, their gradients, and the updates that are under way.
 
-    `backwards` counts those since the last step. `is_writable`: whether parameters may be copied to just now.
-    `check_groups` raises where updates cannot go by the optimizer's groups as they are.
+    `backwards` counts those since the last step. `check_groups` raises where updates cannot go by the optimizer's
+    groups as they are.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, stats: Stats,
@@ -64,11 +64,16 @@ class OwnStore:
         self.updater = Updater(self.states, self.tickets, self.held, stats, zero.ranks.on_this_host)
         self.zeroed = ZeroedGradients()
         self.backwards = 0
-        self.is_writable = False
+        self._writers = 0
         self.check_groups: Callable[[], None] = lambda: None
         self._broken = ""
         self._has_updated = False  # in this backward
         self._arrivals: dict[int, Arrival] = {}
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether parameters may be copied to just now."""
+        return self._writers > 0
 
     @property
     def host_update_s(self) -> float:
@@ -226,12 +231,18 @@ class OwnStore:
 
     def abort(self, run: Run) -> str:
         self.collectives.abandon()
-        if self._has_updated and run.backward:
+        if self._has_updated and run.counts:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."
-        if self.format.in_backward and run.backward:
+        if self.format.in_backward and run.counts:
             self.backwards -= 1  # nothing is updated yet, so that it may come again
         return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."
+
+    def stale(self) -> str:
+        if self.format.in_backward and self.backwards == self.format.accumulate:
+            self._broken = HALF_UPDATED.format("A step of several calls before one backward(), with in_backward=True,")
+            return f"{self._broken}; declare how many calls a step has, by model.optimizer(accumulate=)"
+        return "Call backward() first, or call the model again"
 
     # -- parameters ----------------------------------------------------------------------------------------
 
@@ -262,11 +273,11 @@ class OwnStore:
 
     @contextmanager
     def writable(self) -> Iterator[None]:
-        before, self.is_writable = self.is_writable, True
+        self._writers += 1
         try:
             yield
         finally:
-            self.is_writable = before
+            self._writers -= 1
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Drop what gradients there are; those that are set to zero must be brought anew before the next step.

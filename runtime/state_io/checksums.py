@@ -104,7 +104,7 @@ def _listed(directory: Path, deep: bool) -> dict[str, Checksum]:
         found = {_inside(name): Checksum(**checksum) for name, checksum in data["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot be read ({type(error).__name__}: {error})") from error
-    for name in [name for name in found if deep and PurePosixPath(name).name == CHECKSUMS]:
+    for name in [name for name in found if deep and PurePosixPath(name).name == CHECKSUMS and name != CHECKSUMS]:
         below = PurePosixPath(name).parent
         found |= {str(below / inner): checksum for inner, checksum in _listed(directory / below, deep).items()}
     return found

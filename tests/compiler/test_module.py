@@ -425,8 +425,8 @@ def test_a_compiled_sequence_is_one() -> None:
     source = MLP.seeded()
     model = geminifx.compile(source)
     assert isinstance(model, nn.Sequential)
-    assert len(model) == len(source) and [part.source for part in model] == list(source)
-    assert model[-1].source is source[-1]
+    assert len(model) == len(source) and [part._facade_source for part in model] == list(source)
+    assert model[-1]._facade_source is source[-1]
 
 
 def test_copying_and_compiling_twice_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import geminifx
 import pytest
 import torch
 import zoo
@@ -364,3 +365,24 @@ def test_a_chunk_that_the_last_backward_has_no_part_in_is_updated_by_step() -> N
             NET.loss(each, NET.batch()).backward()
         optim.step()
     assert same_weights(model, reference)
+
+
+def test_gradients_of_float32_chunks_beside_float16_are_read_without_the_loss_scale() -> None:
+    """Batch norms keep their dtype."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    expected = model()
+    expected(x).square().mean().backward()
+    found = geminifx.compile(model(), precision="fp16", placement="cuda", example_inputs=(x,))
+    optimizer = found.optimizer(SGD, lr=0.1)
+    for count in (1, 2):
+        found(x).square().mean().backward()
+        # 2^-11 a rounding to float16, of some tens of terms.
+        torch.testing.assert_close(found[1].weight.grad, count * expected[1].weight.grad, rtol=2e-2, atol=1e-3)
+    optimizer.step()
+    moved = found.state_dict()["1.weight"] - 1
+    torch.testing.assert_close(moved, -0.2 * expected[1].weight.grad, rtol=2e-2, atol=1e-3)

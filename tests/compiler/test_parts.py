@@ -91,7 +91,7 @@ def test_a_part_looks_like_its_module() -> None:
     assert isinstance(encoder, nn.Sequential) and encoder is model.encoder is model.get_submodule("encoder")
     assert isinstance(model.heads["first"], nn.Linear) and model.heads["first"].in_features == 16
     assert inspect.signature(encoder.forward) == inspect.signature(source.encoder.forward)
-    assert [type(part.source) for part in encoder] == [nn.Linear, nn.BatchNorm1d, nn.Tanh] and len(encoder) == 3
+    assert [type(part._facade_source) for part in encoder] == [nn.Linear, nn.BatchNorm1d, nn.Tanh] and len(encoder) == 3
     assert list(encoder.state_dict()) == list(source.encoder.state_dict())
     encoder.eval()
     assert not source.encoder.training and not source.encoder[1].training and source.training
@@ -123,6 +123,88 @@ def test_a_part_is_evaluated_as_it_is_after_training(ours: bool) -> None:
         found, wanted = (each.get_decoder()(input_ids=tokens()["input_ids"])[0] for each in (model, plain))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert model.get_decoder() is model.model.decoder
+
+
+class Stateful(nn.Module):
+    """Names that the compiled model has too, and state that methods make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.stats = nn.Linear(8, 8), 7
+        self.inner = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.source(x)) * getattr(self, "scale", 1.0)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.source(x)
+
+    def rescale(self, scale: float) -> int:
+        self.scale = scale
+        self.history = [scale]
+        return self.stats
+
+    def parts(self, x: Tensor) -> Any:
+        for layer in (self.source, self.inner):
+            x = layer(x)
+            yield x
+
+
+def test_methods_see_the_models_names_and_what_they_set_stays() -> None:
+    plain, model = Stateful(), geminifx.compile(Stateful(), example_inputs=(batch(),))
+    assert torch.equal(model.encode(batch()), plain.encode(batch()))
+    assert torch.equal(model(batch()), plain(batch()))
+    assert model.rescale(3.0) == plain.rescale(3.0) == 7
+    assert torch.equal(model(batch()), plain(batch())) and model.scale == 3.0 and model.source.history == [3.0]
+    model.inner.mark = 5
+    assert model.inner.mark == 5
+    del model.inner.mark
+    assert not hasattr(model.inner, "mark")
+    assert all(map(torch.equal, model.parts(batch()), plain.parts(batch())))
+
+
+def test_a_wrapper_of_the_whole_forward_may_be_taken_off() -> None:
+    model = geminifx.compile(Stateful(), example_inputs=(batch(),))
+    expected, forward = model(batch()), model.forward
+    model.forward = lambda x: -forward(x)
+    assert torch.equal(model(batch()), -expected)
+    del model.forward
+    assert torch.equal(model(batch()), expected)
+
+
+def test_a_part_may_not_change_its_dtype_either() -> None:
+    model = geminifx.compile(Pair(), example_inputs=(batch(),))
+    assert model.encoder.to("cpu") is model.encoder
+    with pytest.raises(StateError, match="change their dtype"):
+        model.encoder.half()
+
+
+def test_a_hook_on_a_part_is_its_modules() -> None:
+    model = geminifx.compile(Pair(), example_inputs=(batch(),))
+    before, handle = model(batch()), model.encoder.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.warns(UserWarning, match="has a forward hook"):
+        assert not torch.equal(model(batch()), before)
+    handle.remove()
+    model.eval()
+    assert torch.equal(model(batch()), model.source(batch()))
+
+
+def test_several_parts_before_one_backward_that_updates_are_refused_and_told() -> None:
+    model = geminifx.compile(Pair(), example_inputs=(batch(),), placement="cpu")
+    optimizer = model.optimizer(SGD, lr=0.1, in_backward=True)
+    with pytest.raises(StateError, match="several calls before one backward"):
+        model.training_step(batch()).backward()
+    with pytest.raises(StateError, match="load the last checkpoint"):
+        optimizer.step()
+
+
+def test_values_of_a_part_may_be_loaded() -> None:
+    plain, model = Pair(), geminifx.compile(Pair(), example_inputs=(batch(),))
+    model.optimizer(SGD, lr=0.1)
+    nn.init.ones_(plain.encoder[0].weight)
+    model.encoder.load_state_dict(plain.encoder.state_dict())
+    assert equal(model, plain)
 
 
 # -- generation --------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("world", "ValueError", "world_size=3, but 2 processes were launched"),
         ("models", "StateError", "rank(s) 1 differs from that of rank 0"),
         ("shared", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
-        ("sharded", "StateError", "a training step of the model ([0] float32[3, 4])"),
-        ("evaluates alone", "StateError", "an evaluation of the model ([0] float32[2, 4])"),
+        ("sharded", "StateError", "a training step of the model ([0] float32[3, 4]; "),
+        ("evaluates alone", "StateError", "an evaluation of the model ([0] float32[2, 4]; "),
     ],
 )
 def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
