@@ -361,8 +361,9 @@ class Session:
         """Raises StateError where a load has failed half way."""
         if self.half_loaded:
             raise StateError(
-                f"a checkpoint could not be read to its end, and the {' and the '.join(sorted(self.half_loaded))} "
-                "now mixes its values with older ones; load_checkpoint(...) what is whole before going on"
+                "a checkpoint could not be read to its end: some values of the "
+                f"{' and the '.join(sorted(self.half_loaded))} are of it, others are older; "
+                "load_checkpoint(...) what is whole before going on"
             )
 
     def settle(self, backward: bool) -> None:

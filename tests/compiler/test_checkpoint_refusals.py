@@ -242,7 +242,7 @@ def test_after_half_a_load_every_step_is_refused_until_a_whole_one(
         patched.setattr("torch.distributed.checkpoint.filesystem.narrow_tensor_by_index", fails_late)
         with pytest.raises(CheckpointError, match=r"could not load .*Input/output error"):
             geminifx.load_checkpoint(other, second, tmp_path / "saved")
-    half = "a checkpoint could not be read to its end, and the model and the optimizer have values of it"
+    half = "a checkpoint could not be read to its end: some values of the model and the optimizer are of it"
     for refused in (
         lambda: other(torch.ones(8, 6)),
         lambda: geminifx.save_checkpoint(other, second, tmp_path / "half"),
