@@ -109,7 +109,8 @@ class Session:
         and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
         call = Call.of(self.source, entry, args, kwargs)
-        self.ranks.check_call(str(call))
+        if self.ranks.sharing is not None:
+            self.ranks.check_call(str(call))
         key = self._guarded.key(call.key)
         if key not in self._programs:
             key, captured = self._capture(call)

@@ -152,8 +152,6 @@ class Ranks:
     def check_call(self, call: str) -> None:
         """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
         wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
-        if self.sharing is None:
-            return
         members = dist.get_process_group_ranks(self.sharing)
         own = torch.tensor(zlib.crc32(call.encode()))
         found = [torch.empty_like(own) for _ in members]
