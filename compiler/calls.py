@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
-from ..runtime.isa.precision import cast_dtype
 from .capture.results import AbsentOutput
 from .capture.trace import rebuild_result
 from .facade import Facade
@@ -20,6 +19,7 @@ from .forward import Forward
 from .programs import Compiled
 from .session import Session
 from .streamed_weights import streamed_weights
+from .values import on_device
 
 
 class Calls:
@@ -101,7 +101,6 @@ class Calls:
     def generate(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the `generate` of one of the model's modules: every token would be a program of its own."""
         device, dtype = self.session.device.torch_device, self.session.dtype
-        moved = lambda tensor: tensor.to(device, cast_dtype(tensor, dtype))  # noqa: E731
-        args, kwargs = pytree.tree_map_only(Tensor, moved, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: on_device(tensor, device, dtype), (args, kwargs))
         with streamed_weights(self.session):
             return method(*args, **kwargs)

@@ -67,18 +67,11 @@ class Forward:
     @contextmanager
     def in_source(self) -> Iterator[None]:
         """Within, the source's own forward is this one, uncompiled."""
-        with held(self._source, self.method):
+        attributes = vars(self._source)
+        before = attributes.pop("forward", None)
+        attributes |= {} if self.method is None else {"forward": self.method}
+        try:
             yield
-
-
-@contextmanager
-def held(source: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Within, the source has this forward of its own; None: the class's."""
-    attributes = vars(source)
-    before = attributes.pop("forward", None)
-    attributes |= {} if forward is None else {"forward": forward}
-    try:
-        yield
-    finally:
-        attributes.pop("forward", None)
-        attributes |= {} if before is None else {"forward": before}
+        finally:
+            attributes.pop("forward", None)
+            attributes |= {} if before is None else {"forward": before}

@@ -70,13 +70,17 @@ def program_inputs(
                     f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
                     f"the CPU or on {device}"
                 )
-            inputs.append(_on_device(leaf, device, cast_dtype(leaf, dtype)))
+            inputs.append(on_device(leaf, device, dtype))
     return inputs
 
 
-def _on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """An input where programs run. Page-locked memory is copied from while the caller goes on, and he may fill it anew:
-    such a copy is waited for, on a stream of its own, which waits for nothing that computes."""
+def on_device(tensor: Tensor, device: torch.device, compute_dtype: torch.dtype | None) -> Tensor:
+    """An input where programs run, as they take it.
+
+    Page-locked memory is copied from while the caller goes on, and he may fill it anew: such a copy is waited for, on a
+    stream of its own, which waits for nothing that computes.
+    """
+    dtype = cast_dtype(tensor, compute_dtype)
     if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.is_pinned():
         return tensor.to(device, dtype, non_blocking=True)
     current, beside = torch.cuda.current_stream(device), _copy_stream(device)
