@@ -93,18 +93,18 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Of campaigns that were run whole, the rows for campaigns/COUNTS.md."""
-    cases, failed = Counter[str](), Counter[str]()
+    """Of campaigns that were run whole, the rows for campaigns/COUNTS.md. Tests of one file share its cases."""
+    cases, failed = dict[str, Counter[str]](), Counter[str]()
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
-            campaign, told = Path(report.nodeid.partition("::")[0]).stem, dict(report.user_properties)
-            cases[campaign] += told.get("cases", 0)
-            failed[campaign] += outcome == "failed" and "cases" in told
-    if config.getoption("--whole"):
-        for campaign in sorted(cases):
-            if cases[campaign]:
-                parts = f"a case in {failed[campaign]} of 20 parts" if failed[campaign] else "0"
-                terminalreporter.write_line(f"| {campaign} | {cases[campaign]:,} | {parts} |")
+            file, _, test = report.nodeid.partition("[")[0].partition("::")
+            told = dict(report.user_properties)
+            if "cases" in told:
+                cases.setdefault(Path(file).stem, Counter())[test] += told["cases"]
+                failed[Path(file).stem] += outcome == "failed"
+    for campaign in sorted(cases) if config.getoption("--whole") else ():
+        parts = f"a case in {failed[campaign]} of 20 parts" if failed[campaign] else "0"
+        terminalreporter.write_line(f"| {campaign} | {max(cases[campaign].values()):,} | {parts} |")
 
 
 @pytest.fixture
