@@ -16,7 +16,8 @@ class Rates:
     `host_params_per_s` is how fast the host updates parameters whose state it holds, by our kernel while copies
     run; `passing_params_per_s` how fast others pass through its memory to be updated on the device, which slows the
     host's updates; `torch_params_per_s` how fast a torch optimizer updates on the host, gradients and casts included;
-    `device_params_per_s` how fast the device updates what it holds. Where `overlaps`, copies and our updates run beside
+    `device_params_per_s` how fast the device updates what it holds; `host_sums_per_s` and `device_sums_per_s` how many
+    elements of gradients either adds to others. Where `overlaps`, copies and our updates run beside
     compute.
     """
 
@@ -26,12 +27,14 @@ class Rates:
     passing_params_per_s: float
     torch_params_per_s: float
     device_params_per_s: float
+    host_sums_per_s: float
+    device_sums_per_s: float
     overlaps: bool
 
 
 CUDA = Rates(
     flops_per_s=520e12, bus_bytes_per_s=28e9, host_params_per_s=5e9, passing_params_per_s=12e9,
-    torch_params_per_s=3e9, device_params_per_s=100e9, overlaps=True,
+    torch_params_per_s=3e9, device_params_per_s=100e9, host_sums_per_s=12e9, device_sums_per_s=300e9, overlaps=True,
 )  # fmt: skip
 """Measured on H100 and H200 with PCIe 5 and 16 cores, both directions of the bus and the host's updates busy.
 
@@ -46,7 +49,8 @@ LAUNCH_S = 1.5e-3
 _INFINITE = float("inf")
 ARENA = Rates(
     flops_per_s=50e9, bus_bytes_per_s=8e9, host_params_per_s=_INFINITE, passing_params_per_s=_INFINITE,
-    torch_params_per_s=_INFINITE, device_params_per_s=_INFINITE, overlaps=False,
+    torch_params_per_s=_INFINITE, device_params_per_s=_INFINITE, host_sums_per_s=_INFINITE,
+    device_sums_per_s=_INFINITE, overlaps=False,
 )  # fmt: skip
 """One CPU: both tiers are the same memory and the same cores update on either side."""
 

@@ -27,6 +27,9 @@ CHUNK_ARGUMENT = {FETCH: 0, WAIT: 1, REDUCE: 1, ACCUMULATE_GRAD: 1}
 Instruction = tuple[float, fx.node.Target, int]
 """Seconds of compute from the program's beginning up to it, the operator, and the number of its chunk."""
 
+_Job = tuple[int, bool, float]
+"""The host worker's: the number of a chunk, whether its update is done then, and seconds."""
+
 
 class StepTime:
     """Modelled seconds of one training step, by where chunks live: `compute_s` of compute, and instructions between."""
@@ -66,8 +69,8 @@ class _Clock:
         self.fetched_s, self.fresh_s, self.landed_s = ([0.0] * len(self.chunks) for _ in range(3))
         self.copied: set[int] = set()  # in this run, for a torch optimizer, of the weights that stay
         self.complete: list[int] = []  # chunks for step() to update
-        self.coming: list[tuple[float, int]] = []  # the worker's next ones, and from when on; a heap
-        self.come: list[int] = []  # those of them that it may begin with; a heap
+        self.coming: list[tuple[float, _Job]] = []  # the worker's next ones, and from when on; a heap
+        self.come: list[_Job] = []  # those of them that it may begin with; a heap
         self.pending: set[int] = set()  # chunks that the worker is to update
         self.reading: list[int] = []  # chunks whose gradients wait on the device for their states to come by
 
@@ -108,12 +111,15 @@ class _Clock:
     def _reduce(self, chunk: ChunkLayout, *, last: bool) -> None:
         """A gradient is complete. `last`: it is not only added to those of runs to come."""
         if self.homes[chunk.index].on_device:
+            self.now_s += self._adds * chunk.shard_numel / self.rates.device_sums_per_s
             self.now_s += last * chunk.shard_numel / self.rates.device_params_per_s
         elif self._waits_for_its_state(chunk.index):
             self._stream(chunk, self.now_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]
         else:
             self.landed_s[chunk.index] = self._copied(chunk.shard_bytes, self.now_s)
+            if self._adds:
+                self._put(chunk, self.landed_s[chunk.index], self.rates.host_sums_per_s)
             if last and self.format.in_backward:
                 self._update(chunk, self.landed_s[chunk.index])
             elif last:
@@ -142,11 +148,20 @@ class _Clock:
     def _waits_for_its_state(self, index: int) -> bool:
         return self.format.at_once and self.homes[index].streamed
 
+    @property
+    def _adds(self) -> bool:
+        """Whether each gradient is added to the others of its step."""
+        return self.format.beside and self.runs > 1
+
+    def _put(self, chunk: ChunkLayout, after_s: float, elements_per_s: float, updates: bool = False) -> None:
+        """Give the worker something to do with a chunk."""
+        heapq.heappush(self.coming, (after_s, (chunk.index, updates, chunk.shard_numel / elements_per_s)))
+
     def _update(self, chunk: ChunkLayout, after_s: float) -> None:
         if self.homes[chunk.index].streamed:
             self._stream(chunk, after_s)
         else:
-            heapq.heappush(self.coming, (after_s, chunk.index))
+            self._put(chunk, after_s, self.rates.host_params_per_s, updates=True)
             self.pending.add(chunk.index)
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
@@ -154,7 +169,7 @@ class _Clock:
         state, _ = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += LAUNCH_S
         self.travel_s = self.fresh_s[chunk.index] = self._copied(state, after_s, self.travel_s)
-        heapq.heappush(self.coming, (after_s, chunk.index))
+        self._put(chunk, after_s, self.rates.passing_params_per_s)
 
     def _work_until_updated(self, index: int) -> None:
         """Let the worker go on, always with the first chunk of those that it may begin with."""
@@ -163,12 +178,10 @@ class _Clock:
                 self.host_s = max(self.host_s, self.coming[0][0])
             while self.coming and self.coming[0][0] <= self.host_s:
                 heapq.heappush(self.come, heapq.heappop(self.coming)[1])
-            chunk = self.chunks[heapq.heappop(self.come)]
-            if chunk.index in self.pending:
-                self.host_s += chunk.shard_numel / self.rates.host_params_per_s
-                self._update_on_host(chunk)
-            else:
-                self.host_s += chunk.shard_numel / self.rates.passing_params_per_s
+            number, updates, seconds = heapq.heappop(self.come)
+            self.host_s += seconds
+            if updates:
+                self._update_on_host(self.chunks[number])
 
     def _update_on_host(self, chunk: ChunkLayout) -> None:
         self.pending.remove(chunk.index)

@@ -1,4 +1,4 @@
-// AdamW, Adam and SGD over split pairs, at the speed of the host's memory.
+// AdamW, Adam and SGD over split pairs, and sums of gradients, at the speed of the host's memory.
 //
 // A split pair is the float32 master w kept as `hi`, the bfloat16 weight that computes, and `lo`, a signed 16-bit
 // remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again.
@@ -55,7 +55,19 @@ struct Update {
   int32_t nesterov;  // SGD
 };
 
-using Range = void (*)(const Update&, int64_t, int64_t);  // elements from the second on, up to the third
+// total += scale * gradient, of n elements; the first of several overwrites what is there.
+struct Sum {
+  int64_t n;
+  float* total;
+  const void* gradient;
+  int32_t kind;  // of the gradient
+  int32_t threads;
+  float scale;
+  int32_t fresh;  // the total holds nothing yet
+};
+
+template <class Job>
+using Range = void (*)(const Job&, int64_t, int64_t);  // elements from the second on, up to the third
 
 INLINE float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 INLINE uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
@@ -238,14 +250,15 @@ struct DefaultRounding {
 };
 
 // Runs `range` over blocks shared out evenly; threads meet only on block boundaries.
-void run(Range range, const Update& u) {
-  const int64_t blocks = (u.n + kBlock - 1) / kBlock, useful = (u.n + kFewest - 1) / kFewest;
-  const int64_t threads = useful < u.threads ? (useful > 0 ? useful : 1) : u.threads;
+template <class Job>
+void run(Range<Job> range, const Job& job) {
+  const int64_t blocks = (job.n + kBlock - 1) / kBlock, useful = (job.n + kFewest - 1) / kFewest;
+  const int64_t threads = useful < job.threads ? (useful > 0 ? useful : 1) : job.threads;
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads))
   for (int64_t t = 0; t < threads; t++) {
     const DefaultRounding rounding;
     const int64_t begin = blocks * t / threads * kBlock, end = blocks * (t + 1) / threads * kBlock;
-    range(u, begin, end < u.n ? end : u.n);
+    range(job, begin, end < job.n ? end : job.n);
   }
 }
 
@@ -266,12 +279,24 @@ extern "C" int geminifx_supported(int variant) { return supported(variant); }
 // Returns 0, or 1 where this CPU lacks the variant or the update names no rule or kind that exists.
 extern "C" int geminifx_update(const Update* u, int variant) {
   if (!supported(variant) || u->rule < 0 || u->rule > kSgd || u->kind < 0 || u->kind > kFloat32) return 1;
-  Range range = plain::kRanges[u->rule][u->kind];
+  Range<Update> range = plain::kRanges[u->rule][u->kind];
 #if defined(__x86_64__)
   if (variant == kAvx2) range = avx2::kRanges[u->rule][u->kind];
   if (variant == kAvx512) range = avx512::kRanges[u->rule][u->kind];
 #endif
   run(range, *u);
+  return 0;
+}
+
+// Returns 0, or 1 where this CPU lacks the variant or the sum names no kind that exists.
+extern "C" int geminifx_add(const Sum* s, int variant) {
+  if (!supported(variant) || s->kind < 0 || s->kind > kFloat32) return 1;
+  Range<Sum> range = plain::kSums[s->kind];
+#if defined(__x86_64__)
+  if (variant == kAvx2) range = avx2::kSums[s->kind];
+  if (variant == kAvx512) range = avx512::kSums[s->kind];
+#endif
+  run(range, *s);
   return 0;
 }
 
@@ -371,7 +396,39 @@ TARGET void range(const Update& u, int64_t begin, int64_t end) {
   if (s.second) std::memcpy(s.second + i, second, n * 4);
 }
 
-constexpr Range kRanges[][3] = {
+template <int kKind>
+TARGET FORCED void add_block(float* total, const void* gradient, F scale, bool fresh, int64_t i) {
+  for (int64_t j = i; j < i + kBlock; j += kLanes) {
+    const F g = load_gradient<kKind>(gradient, j);
+    store(total + j, fresh ? g * scale : fma(scale, g, load(total + j)));
+  }
+}
+
+template <int kKind>
+TARGET void add(const Sum& s, int64_t begin, int64_t end) {
+  constexpr int64_t kBytes = kKind == kFloat32 ? 4 : 2;
+  const F scale = splat(s.scale);
+  const bool fresh = s.fresh != 0;
+  const char* g = static_cast<const char*>(s.gradient);
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    ahead(g + i * kBytes, 0), ahead(s.total + i, 0), ahead(s.total + i, 1);
+    if (kBytes == 4) ahead(g + i * kBytes, 1);
+    add_block<kKind>(s.total, g, scale, fresh, i);
+  }
+  if (i >= end) return;
+  float total[kBlock] = {};
+  char gradient[kBlock * kBytes] = {};
+  const size_t n = static_cast<size_t>(end - i);
+  std::memcpy(total, s.total + i, n * 4);
+  std::memcpy(gradient, g + i * kBytes, n * kBytes);
+  add_block<kKind>(total, gradient, scale, fresh, 0);
+  std::memcpy(s.total + i, total, n * 4);
+}
+
+constexpr Range<Sum> kSums[3] = {add<kBfloat16>, add<kFloat16>, add<kFloat32>};
+
+constexpr Range<Update> kRanges[][3] = {
     {range<Adam<kBfloat16>>, range<Adam<kFloat16>>, range<Adam<kFloat32>>},
     {range<Sgd<kBfloat16>>, range<Sgd<kFloat16>>, range<Sgd<kFloat32>>},
 };

@@ -1,4 +1,4 @@
-"""Optimizer updates on the host over split pairs, at the speed of its memory.
+"""Optimizer updates over split pairs, and sums of gradients, on the host, at the speed of its memory.
 
 One C++ source, built on first use, holds a variant for each instruction set; plain torch stands in where it
 cannot be built. All give the same bits, whatever the number of threads: those of `torch.optim.SGD(foreach=False)`
@@ -26,6 +26,7 @@ from .update_rules import (
     Scalars,
     SgdHyper,
     check_momentum,
+    check_sum,
     check_update,
     choose_variant,
 )
@@ -49,6 +50,20 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("rule", "kind", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps")),
         *((name, ctypes.c_int32) for name in ("fresh", "nesterov")),
+    )
+
+
+class _Sum(ctypes.Structure):
+    """`Sum` of the C++ source, field by field."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("total", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("kind", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("fresh", ctypes.c_int32),
     )
 
 
@@ -111,6 +126,24 @@ class HostKernel:
         update.fresh, update.nesterov = hyper.first, hyper.nesterov
         self._run(update, threads)
 
+    def add(self, total: Tensor, gradient: Gradient, threads: int, *, fresh: bool) -> None:
+        """Add a gradient times its scale to the float32 `total`, in place, on `threads` threads; where `fresh`, total
+        becomes that product. Both are contiguous and on the host, and have as many elements.
+
+        Raises:
+            ValueError: a tensor of another kind, on a device, or of another length, or no thread.
+        """
+        check_sum(total, gradient, threads)
+        if self.variant == TORCH:
+            host_reference.add(total.view(-1), _flat_gradient(gradient), fresh)
+            return
+        values = gradient.values
+        job = _Sum(n=total.numel(), total=total.data_ptr(), gradient=values.data_ptr(), kind=_KINDS[values.dtype],
+                   threads=threads, scale=float(gradient.scale), fresh=fresh)  # fmt: skip
+        library = _library()
+        if library is None or library.geminifx_add(ctypes.byref(job), _COMPILED[self.variant]):
+            raise RuntimeError(f"the host kernel's variant {self.variant} refused a sum; please report this")
+
     def _run(self, update: _Update, threads: int) -> None:
         """Call the library, which is loaded by now."""
         library = _library()
@@ -138,6 +171,7 @@ def _load_once() -> ctypes.CDLL | None:
         return None
     library.geminifx_supported.argtypes = [ctypes.c_int]
     library.geminifx_update.argtypes = [ctypes.POINTER(_Update), ctypes.c_int]
+    library.geminifx_add.argtypes = [ctypes.POINTER(_Sum), ctypes.c_int]
     return library
 
 

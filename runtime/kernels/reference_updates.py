@@ -53,6 +53,13 @@ def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHy
         split(_add_scaled(weight, grad, k.step), part)
 
 
+def add(total: Tensor, gradient: Gradient, fresh: bool) -> None:
+    """Add a scaled gradient to flat `total` in place; where `fresh`, total becomes it."""
+    for piece in pieces(total, _ON_DEVICE):
+        part, grad = total[piece], gradient.values[piece].float()
+        part.copy_(grad * gradient.scale if fresh else _add_scaled(part, grad, float(gradient.scale)))
+
+
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a * b + c of float32 tensors, rounded once.
 

@@ -143,6 +143,26 @@ def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...],
             )
 
 
+def check_sum(total: Tensor, gradient: Gradient, threads: int) -> None:
+    """Refuse what the host's kernel would read out of bounds or misunderstand.
+
+    Raises:
+        ValueError: as said.
+    """
+    values = gradient.values
+    if threads < 1:
+        raise ValueError(f"a sum needs at least one thread, not {threads}")
+    if total.dtype != torch.float32 or values.dtype not in GRADIENT_DTYPES:
+        raise ValueError(f"bfloat16, float16 or float32 is added to float32, not {values.dtype} to {total.dtype}")
+    if total.numel() != values.numel() or not all(
+        t.is_contiguous() and t.device.type == "cpu" for t in (total, values)
+    ):
+        raise ValueError(
+            f"a sum needs contiguous tensors of one size on the host, not {tuple(total.shape)} with strides "
+            f"{total.stride()} on {total.device} and {tuple(values.shape)} with {values.stride()} on {values.device}"
+        )
+
+
 def check_momentum(buffer: Tensor | None, hyper: SgdHyper) -> None:
     """Refuse momentum without a buffer, or a buffer without momentum.
 

@@ -5,6 +5,7 @@ up there, in the master's dtype.
 """
 
 import math
+import time
 from functools import partial
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from ..isa.errors import StateError
 from ..isa.homes import Where
+from ..kernels.update_rules import Gradient
 from ..memory.stats import Stats
 from ..memory.streams import Arrival
 from .own_states import OwnStates
 from .states import ChunkState
+from .updates import UpdateKernels
 from .worker import Tickets
 
 
@@ -26,8 +29,9 @@ class HeldGradients:
     `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
     """
 
-    def __init__(self, states: OwnStates, tickets: Tickets, stats: Stats) -> None:
+    def __init__(self, states: OwnStates, tickets: Tickets, kernels: UpdateKernels, stats: Stats) -> None:
         self.states = states
+        self.kernels = kernels
         self.tickets = tickets
         self.copies = tickets.copies
         self.stats = stats
@@ -36,6 +40,7 @@ class HeldGradients:
         masters = {chunk.layout.master_dtype for chunk in states.chunks.chunks}
         self._norm_dtype = torch.float64 if torch.float64 in masters else torch.float32
         self.norms = self._zeros(len(states.chunks.chunks))
+        self.host_sum_s = 0.0
         self._landed: dict[int, Arrival] = {}
 
     def hold(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
@@ -65,7 +70,7 @@ class HeldGradients:
         state.added = True
         state.present.update(slots)
         if state.where is Where.DEVICE:
-            _accumulate(total, gradients, factor, first)
+            self._accumulate(total, gradients, factor, first)
             return
         assert state.held is not None
         landed = self._landed[index] = self._to_host(state.held, gradients)
@@ -74,8 +79,13 @@ class HeldGradients:
     def _add_on_host(self, state: ChunkState, factor: float, first: bool) -> Arrival:
         """The worker's job, once the gradient has come."""
         assert state.total is not None and state.held is not None
-        _accumulate(state.total, state.held, factor, first)
+        began_s = time.perf_counter()
+        self._accumulate(state.total, state.held, factor, first)
+        self.host_sum_s += time.perf_counter() - began_s
         return None
+
+    def _accumulate(self, total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
+        self.kernels.add(total, Gradient(gradients, factor), fresh=first)
 
     def _to_host(self, target: Tensor, gradients: Tensor) -> Arrival:
         self.stats.moved(to_host=gradients.nbytes)
@@ -104,7 +114,7 @@ class HeldGradients:
             total.zero_()
             if state.present and state.held is not None:
                 self.copies.finish(self.landed(state.layout.index))
-                _accumulate(total, state.held, 1.0 / self.loss_scale, first=True)
+                self._accumulate(total, state.held, 1.0 / self.loss_scale, first=True)
         if state.clipped is not None:
             total.mul_(state.clipped.to(total.device))
             state.clipped = None
@@ -191,12 +201,3 @@ class HeldGradients:
             if state.present:
                 self.tickets.arrive(state.layout.index)
                 self.states.forget_gradient(state)
-
-
-def _accumulate(total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
-    if not first:
-        total.add_(gradients.to(total.device), alpha=factor)  # a device without room has its sum on the host
-        return
-    total.copy_(gradients)
-    if factor != 1.0:
-        total.mul_(factor)

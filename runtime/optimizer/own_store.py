@@ -28,6 +28,7 @@ from .own_states import OwnStates
 from .slot_source import make_lazy
 from .states import ChunkState
 from .updater import Updater
+from .updates import UpdateKernels
 from .worker import Tickets, Worker
 from .zeroed import ZeroedGradients
 
@@ -60,8 +61,9 @@ class OwnStore:
         self.states = OwnStates(chunks, hardware, format, zero)
         self.worker = Worker()
         self.tickets = Tickets(self.worker, self.copies, lambda index: self.states[index].name)
-        self.held = HeldGradients(self.states, self.tickets, stats)
-        self.updater = Updater(self.states, self.tickets, self.held, stats, zero.ranks.on_this_host)
+        kernels = UpdateKernels(hardware.device, zero.ranks.on_this_host)
+        self.held = HeldGradients(self.states, self.tickets, kernels, stats)
+        self.updater = Updater(self.states, self.tickets, self.held, kernels, stats)
         self.zeroed = ZeroedGradients()
         self.backwards = 0
         self._writers = 0
@@ -77,7 +79,7 @@ class OwnStore:
 
     @property
     def host_update_s(self) -> float:
-        return self.updater.host_update_s
+        return self.updater.host_update_s + self.held.host_sum_s
 
     # -- where it lies -------------------------------------------------------------------------------------
 

@@ -38,15 +38,16 @@ UNSCALED = Factor(1.0, 1.0, None)
 
 
 class Updater:
-    """Updates the states by what `schedule` says of each parameter; `sharing` processes share this machine."""
+    """Updates the states by what `schedule` says of each parameter."""
 
-    def __init__(self, states: OwnStates, tickets: Tickets, held: HeldGradients, stats: Stats, sharing: int) -> None:
+    def __init__(self, states: OwnStates, tickets: Tickets, held: HeldGradients, kernels: UpdateKernels,
+                 stats: Stats) -> None:  # fmt: skip
         self.states = states
         self.tickets = tickets
         self.copies = tickets.copies
         self.held = held
         self.stats = stats
-        self.kernels = UpdateKernels(states.hardware.device, sharing)
+        self.kernels = kernels
         self.schedule: Schedule = lambda name, number: None
         self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
         self.released: dict[int, Arrival] = {}

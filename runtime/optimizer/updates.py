@@ -55,6 +55,15 @@ class UpdateKernels:
             for kept, updated in zip(narrow.moments, wide.moments, strict=True):
                 kept.copy_(updated)
 
+    def add(self, total: Tensor, gradient: Gradient, *, fresh: bool) -> None:
+        """Add a gradient times its scale to `total`, on the side where that lies; where `fresh`, total becomes it."""
+        if total.device.type == "cpu" and total.dtype == torch.float32:
+            self._host.add(total, gradient, self.threads, fresh=fresh)
+        elif fresh:
+            total.copy_(gradient.values).mul_(gradient.scale)
+        else:
+            total.add_(gradient.values.to(total.device), alpha=gradient.scale)
+
     def _update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range) -> None:
         hyper = elements.hyper
         if not layout.splits:

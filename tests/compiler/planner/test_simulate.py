@@ -21,7 +21,8 @@ from zoo import compiled
 # Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1, passing 1. A state
 # takes 10 on its way where its weights stay.
 RATES = Rates(1.0, bus_bytes_per_s=100, host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10,
-              device_params_per_s=100, overlaps=True)  # fmt: skip
+              device_params_per_s=100, host_sums_per_s=float("inf"), device_sums_per_s=float("inf"),
+              overlaps=True)  # fmt: skip
 TWO: list[Instruction] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
     (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, ACCUMULATE_GRAD, 1), (6, REDUCE, 0),
@@ -48,6 +49,16 @@ def test_everything_on_the_device(format: StateFormat) -> None:
 
 def test_gradients_that_are_added_up_are_updated_with_once() -> None:
     assert two(OwnFormat(accumulate=2), homes(2, BOTH)) == 2 * 6 + 2
+
+
+def test_sums_take_time_where_they_are_made() -> None:
+    rates = replace(RATES, host_sums_per_s=50, device_sums_per_s=200)
+    twice = OwnFormat(accumulate=2)
+    assert two(twice, homes(2, BOTH), rates) == 2 * (6 + 2 * 0.5) + 2, "of each chunk half a second, on the device"
+    # The first chunk's gradient lands at 16, the end of the second run, and is added by 18; its weights are new at 22
+    # and on the device at 24, the second chunk's at 28 instead of at 25.
+    late = replace(twice, in_backward=True)
+    assert two(late, homes(2, resident=BOTH), rates) == 16 + 8 + 3
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,49 @@ def test_a_callers_floating_point_mode_does_not_matter():
     assert found.equals(expected)
 
 
+@settings(max_examples=60)
+@given(
+    numel=st.integers(0, 200),
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from((1.0, 2.0**-10, 0.3)),
+    fresh=st.booleans(),
+    offset=st.integers(0, 3),
+)
+def test_sums_agree(numel, seed, dtype, scale, fresh, offset):
+    start, values = any_bits(numel + offset, seed)[offset:], any_bits(numel + offset, seed + 1).to(dtype)[offset:]
+    found = {}
+    for variant in available_variants():
+        found[variant] = start.clone()
+        HostKernel(variant).add(found[variant], Gradient(values, scale), 2, fresh=fresh)
+    expected = values.float() * scale if fresh else host_reference._add_exactly(start, values.float(), scale)
+    for variant, total in found.items():
+        assert same(total, expected), variant
+
+
+@pytest.mark.parametrize("variant", ("avx512", "avx2", "plain", "torch"))
+def test_sums_are_torch_s(variant):
+    values, total = gradients(1), gradients(2).float()
+    expected = total.add(values, alpha=0.3) if host_reference.torch_fuses() else None
+    kernel_or_skip(variant).add(total, Gradient(values, 0.3), 5, fresh=False)
+    assert expected is None or torch.equal(total, expected)
+
+
+@pytest.mark.parametrize(
+    "total, values, threads, message",
+    [
+        (torch.zeros(4), torch.zeros(3), 1, "of one size"),
+        (torch.zeros(8)[::2], torch.zeros(4), 1, "contiguous"),
+        (torch.zeros(4, dtype=torch.float64), torch.zeros(4), 1, "to torch.float64"),
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int64), 1, "not torch.int64"),
+        (torch.zeros(4), torch.zeros(4), 0, "at least one thread"),
+    ],
+)
+def test_sums_that_would_be_read_wrong_are_refused(total, values, threads, message):
+    with pytest.raises(ValueError, match=message):
+        HostKernel().add(total, Gradient(values), threads, fresh=False)
+
+
 # -- torch.optim ---------------------------------------------------------------------------------------------
 
 STEPS, NUMEL = 50, 4096 + 13
