@@ -31,6 +31,7 @@ else:
 _IS_AVAILABLE = torch.cuda.is_available
 HAS_CUDA = torch.cuda.is_available()
 """Asked before the environment changes: the driver reads that once, when it is first asked."""
+os.environ["TESTS_GPUS"] = str(torch.cuda.device_count())
 
 # No clock decides: neither how long an example takes, nor how long it takes to draw one.
 _NO_CLOCK = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}

@@ -58,6 +58,9 @@ class Ranks:
             )
         if not dist.is_initialized():
             on_cuda = device.type == "cuda"
+            # Kernels of several communicators that wait for each other on the same device may lock each other out,
+            # unless NCCL runs them one behind the other, in the order in which they were started: the program's.
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
             dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
                                     device_id=device if on_cuda else None)  # fmt: skip
             if not on_cuda:
