@@ -17,7 +17,7 @@ import torch
 from tensor_worker import Sharded, tensor
 from torch import distributed as dist
 from worker import Own, replicas_agree, train
-from zoo import LLAMA, OPT
+from zoo import LLAMA, OPT, Case, llama
 
 MODES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -46,6 +46,9 @@ MODES: dict[int, dict[str, dict[str, Any]]] = {
 }
 """By how many GPUs there are."""
 
+LLAMA_OF_FOUR = Case("llama of four key heads", lambda: llama(key_heads=4), exact=False)
+"""So many as can be divided over four."""
+
 OPTIMIZERS = {"auto": Own(max_grad_norm=0.5), "cpu": Own(in_backward=True)}
 EXACT: dict[str, Any] = {"precision": "fp32", "device": "cuda"}
 SAVED = "saved and loaded"
@@ -56,7 +59,7 @@ def cases(ranks: int) -> dict[str, Sharded]:
     return {
         f"{case.name}, {mode}, placement {placement}":
             Sharded(case, optimizer, {**EXACT, "placement": placement}, parallel=parallel)
-        for case in (OPT, LLAMA) for mode, parallel in MODES[ranks].items()
+        for case in (OPT, LLAMA_OF_FOUR) for mode, parallel in MODES[ranks].items()
         for placement, optimizer in OPTIMIZERS.items()
     }  # fmt: skip
 

@@ -39,10 +39,10 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes, **rates)).train()
 
 
-def llama() -> nn.Module:
+def llama(key_heads: int = 2) -> nn.Module:
     """Grouped key and value heads, rotary positions, RMS norm."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": key_heads}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes, **heads)).train()
 
 
