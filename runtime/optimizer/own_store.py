@@ -59,7 +59,7 @@ class OwnStore:
         self.collectives = zero.ranks.collectives
         self.states = OwnStates(chunks, hardware, format, zero)
         self.worker = Worker()
-        self.tickets = Tickets(self.worker, self.copies, lambda index: self.states[index].name)
+        self.tickets = Tickets(self.worker, self.copies, self.states.name_of)
         self.held = HeldGradients(self.states, self.tickets, stats)
         self.updater = Updater(self.states, self.tickets, self.held, stats, zero.ranks.on_this_host)
         self.zeroed = ZeroedGradients()
