@@ -6,13 +6,30 @@ function that is assigned, as accelerate's that converts outputs, runs around th
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+
+class OwnForward:
+    """A function as the forward of one module, which may have it for an attribute: as a method that keeps nothing alive
+    of whom it belongs to."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, signature: inspect.Signature) -> None:
+        self.function, self._module, self.__signature__ = function, weakref.ref(module), signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self._module(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
+        return OwnForward(self.function, copy.deepcopy(self._module(), memo), self.__signature__)
+
 
 Step = Callable[["Forward", tuple[Any, ...], dict[str, Any]], Any]
 
@@ -34,8 +51,9 @@ class Forward:
         if not self._running:
             return self._step(self, args, kwargs)
         model, method = self._running[-1], self.method
-        if isinstance(method, MethodType):
-            return method.__func__(model, *args, **kwargs)
+        if isinstance(method, MethodType | OwnForward):
+            function = method.__func__ if isinstance(method, MethodType) else method.function
+            return function(model, *args, **kwargs)
         return type(model).forward(model, *args, **kwargs) if method is None else method(*args, **kwargs)
 
     def replaced_by(self, method: MethodType) -> Forward:
@@ -44,24 +62,21 @@ class Forward:
         if isinstance(function, Forward):  # accelerate binds what it finds when it unwraps
             return function
 
+        running = self._running
+
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self._running.append(model)
+            running.append(model)
             try:
                 return function(model, *args, **kwargs)
             finally:
-                self._running.pop()
+                running.pop()
 
         new = Forward(self._source, self._step)
-        new._running = self._running
+        new._running = running
         # What wraps the forward of the compiled module's class, which is nn.Module's, takes what the source's takes.
         of_class = getattr(function, "__wrapped__", None) is nn.Module.forward
         new.__signature__ = self.__signature__ if of_class else inspect.signature(method)
-        parameters = [
-            inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY),
-            *new.__signature__.parameters.values(),
-        ]
-        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        new.method = MethodType(forward, self._source)
+        new.method = OwnForward(forward, self._source, new.__signature__)
         return new
 
     @contextmanager

@@ -25,6 +25,7 @@ from ..runtime.isa.precision import parameter_dtypes
 from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
 from ..runtime.memory.hardware import Hardware
+from ..runtime.memory.lazy_parameter import hooked
 from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stats import Stats
 from ..runtime.memory.tiers import MemoryMeter, Tier
@@ -224,10 +225,10 @@ class Session:
         setup, solution = self._decided(captured, self._format)
         programs[key] = self._generate(captured, solution, setup.machine)
         setup = replace(setup, plan=programs[key].plan)
-        self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
-        self.last = {}
         if before is None and self._declared is not None and setup.own is not None:
             self._declared.attach(setup.own)
+        self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
+        self.last = {}
 
     def _decided(self, captured: Captured, format: OwnFormat | None) -> tuple[Setup, Solution]:
         """A setup whose states may move from where they are; chunks stay as they are cut."""
@@ -382,10 +383,10 @@ class Session:
                 "load_state_dict(...), which puts them where the plan wants them, and call again."
             )
         store.adopt()
-        hooked = next(iter(store.chunks.hooks()), None) if backward else None
-        if hooked is not None:
+        name = next(hooked(self._parameters), None) if backward else None
+        if name is not None:
             raise StateError(
-                f"parameter {hooked} has an autograd hook, which a compiled step would not call; remove it, and "
+                f"parameter {name} has an autograd hook, which a compiled step would not call; remove it, and "
                 "work on .grad between backward() and optimizer.step() instead"
             )
 

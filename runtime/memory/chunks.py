@@ -10,7 +10,6 @@ all its tensors:
     READY_FOR_REDUCE       its gradients are complete and on their way to the master
 """
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from enum import Enum
 
@@ -22,7 +21,6 @@ from ..distributed.local_shards import ALONE, LocalShards
 from ..isa.errors import IllegalTransition, StateError
 from ..isa.layout import ChunkLayout, Layout, Slot
 from ..isa.torch_private import num_references
-from .lazy_parameter import refuse_gradient
 
 
 class State(Enum):
@@ -137,7 +135,8 @@ class ChunkStore:
 
     Parameter objects keep their identity, so that an optimizer made before or after compilation holds the
     same ones. Building the store moves each parameter into its chunk and frees its old storage at once; of one
-    that is sharded the parameter is from then on this process's local shard.
+    that is sharded the parameter is from then on this process's local shard. Those that come to be read from training
+    states are let go: they refer to the states' store, and it does not refer to them.
     """
 
     def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter], local_shards: LocalShards = ALONE) -> None:
@@ -190,11 +189,3 @@ class ChunkStore:
             for chunk in self.chunks
             for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True)
         }
-
-    def hooks(self) -> Iterable[str]:
-        """Names of parameters that carry autograd hooks, which a compiled step does not call."""
-        for chunk in self.chunks:
-            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
-                hooks = {**(parameter._backward_hooks or {}), **(parameter._post_accumulate_grad_hooks or {})}
-                if any(hook is not refuse_gradient for hook in hooks.values()):
-                    yield slot.name

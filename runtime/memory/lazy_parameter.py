@@ -1,6 +1,6 @@
 """Parameters whose masters lie in training states: they look like float32 tensors and are built when read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -189,6 +189,14 @@ def refuse_gradient(gradient: Tensor) -> None:
         "model.optimizer(...) would not see it. Compute such a loss inside of the model's forward, or detach the "
         "parameter"
     )
+
+
+def hooked(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
+    """Names of parameters that carry autograd hooks, which a compiled step does not call."""
+    for name, parameter in parameters.items():
+        hooks = {**(parameter._backward_hooks or {}), **(parameter._post_accumulate_grad_hooks or {})}
+        if any(hook is not refuse_gradient for hook in hooks.values()):
+            yield name
 
 
 def gathered_gradient(values: Tensor, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from .hyper_checks import check_group, check_state_dict, is_number
 from .own_store import OwnStore
 from .saved_groups import check_rule
 from .states import Hyper
+from .weak_method import weak_method
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
 """The optimizers there are, and what torch calls their state."""
@@ -128,14 +129,14 @@ class ChunkOptimizer(Optimizer):
         self._demand = demand
         super().__init__(model.param_groups, model.defaults)
         self._format = declared.format(self.param_groups)
-        use(self._format, self._attach)
+        use(self._format, weak_method(self._attach))
 
     def _attach(self, store: OwnStore) -> None:
         """There is a plan, and so there are states to update."""
         self._store = store
         self._fp16 = any(chunk.dtype == torch.float16 for chunk in store.chunks.layout.chunks)
-        store.updater.schedule = self._hyper
-        store.check_groups = self._check_groups
+        store.updater.schedule = weak_method(self._hyper)
+        store.check_groups = weak_method(self._check_groups)
         store.held.measures = self.declared.max_grad_norm is not None or self._fp16
         if self._fp16:
             store.held.loss_scale = 2.0**16

@@ -43,6 +43,10 @@ class OwnStates:
     def __len__(self) -> int:
         return len(self._states)
 
+    def name_of(self, index: int) -> str:
+        """A chunk by its parameters, for messages."""
+        return self._states[index].name
+
     def place(self, homes: Homes) -> None:
         """Make or move the states; values, gradients included, stay. Raises BudgetError on a full tier."""
         for chunk, home in zip(self.chunks.chunks, homes, strict=True):

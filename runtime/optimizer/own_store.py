@@ -60,7 +60,7 @@ class OwnStore:
         self.collectives = zero.ranks.collectives
         self.states = OwnStates(chunks, hardware, format, zero)
         self.worker = Worker()
-        self.tickets = Tickets(self.worker, self.copies, lambda index: self.states[index].name)
+        self.tickets = Tickets(self.worker, self.copies, self.states.name_of)
         kernels = UpdateKernels(hardware.device, zero.ranks.on_this_host)
         self.held = HeldGradients(self.states, self.tickets, kernels, stats)
         self.updater = Updater(self.states, self.tickets, self.held, kernels, stats)

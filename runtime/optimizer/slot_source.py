@@ -114,15 +114,17 @@ class SlotSource:
 
 
 def make_lazy(store: Slots) -> None:
-    """Let the parameters of all chunks be read from their training states; the objects stay the same.
+    """Let the parameters of all chunks be read from their training states; the objects stay the same, and their model
+    is all that keeps them.
 
     Where some chunks found no room, theirs stay as they are.
     """
     for chunk, _ in zip(store.chunks.chunks, store.states, strict=False):
-        for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True):
+        for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):
             if not isinstance(parameter, LazyParameter):
                 source = SlotSource(store, slot.name, slot.shape, chunk.layout.master_dtype)
                 _make_lazy(parameter, source)
+        chunk.parameters = []
 
 
 def _make_lazy(parameter: nn.Parameter, source: SlotSource) -> None:

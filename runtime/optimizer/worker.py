@@ -39,7 +39,8 @@ class Ticket:
 
     def complete(self, arrival: Arrival) -> None:
         with self._lock:
-            self.arrival = arrival if self._next is None else self._next(arrival)
+            action, self._next = self._next, None  # which holds the store of the tickets
+            self.arrival = arrival if action is None else action(arrival)
             self._done.set()
 
     def give_up(self) -> None:

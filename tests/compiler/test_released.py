@@ -4,12 +4,15 @@ import gc
 import linecache
 import weakref
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import geminifx
 import pytest
 import torch
 from geminifx.compiler.programs import Recent
+from geminifx.runtime.isa.errors import StateError
+from optimizing import NET, Loop, placed
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -45,10 +48,12 @@ def trained(model: geminifx.CompiledModule, optimizer: torch.optim.Optimizer, ro
 
 def watched(model: geminifx.CompiledModule) -> list[weakref.ref[Any]]:
     """What holds memory: the storages of chunks, programs, and who has them."""
-    session = model.session
+    session, store = model.session, model.session.machine.store
     tensors = [getattr(c, name) for c in session.machine.chunks for name in ("master", "gradient", "cast", "resident")]
+    if session.setup.own is not None:
+        tensors += [tensor for state in store.states for tensor in (*state.part(0, None).tensors, state.total)]
     programs = [program.executor for _, program in session._programs.items()]
-    held = [session, session.machine, session.machine.store, *programs]
+    held = [session, session.machine, store, *programs]
     return [weakref.ref(one) for one in (*held, *(t.untyped_storage() for t in tensors if t is not None))]
 
 
@@ -69,17 +74,71 @@ def test_a_model_and_torchs_optimizer_are_freed_at_once(
     assert [type(one()) for one in held if one() is not None] == [] and texts() == before
 
 
+@pytest.mark.usefixtures("without_garbage_collection")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("where", ["device", "host", "streamed, resident"])
 @pytest.mark.parametrize("in_backward", [False, True], ids=["default", "in_backward"])
-def test_a_model_and_its_own_optimizer_are_freed_when_garbage_is_collected(in_backward: bool) -> None:
-    """Its parameters read from the store, which has them."""
+def test_a_model_and_its_own_optimizer_are_freed_at_once(in_backward: bool, where: str, accumulate: int) -> None:
+    """Its parameters read from the store, the store updates by the optimizer, which asks the model for a plan."""
     before = texts()
+    model = placed(NET, where)
+    optimizer = model.optimizer(AdamW, lr=0.1, in_backward=in_backward, accumulate=accumulate)
+    Loop(steps=2, micro=accumulate).run(NET, model, optimizer)
+    optimizer.state_dict(), model.state_dict()
+    held = watched(model)
+    assert all(one() is not None for one in held)
+    del model, optimizer
+    assert [type(one()) for one in held if one() is not None] == [] and not texts() - before
+
+
+@pytest.mark.usefixtures("without_garbage_collection")
+def test_a_model_that_was_never_planned_is_freed_at_once() -> None:
+    model = geminifx.compile(network())
+    optimizer = model.optimizer(AdamW, lr=0.1)
+    held = [weakref.ref(one) for one in (model.session, *(p.untyped_storage() for p in model.parameters()))]
+    del model, optimizer
+    assert [type(one()) for one in held if one() is not None] == []
+
+
+@pytest.mark.usefixtures("without_garbage_collection")
+@pytest.mark.parametrize("patched", [None, "function", "method"])
+def test_a_part_that_was_called_or_patched_keeps_nothing(patched: str | None) -> None:
     model = geminifx.compile(network(), example_inputs=(batch(4),))
-    optimizer = model.optimizer(AdamW, lr=0.1, in_backward=in_backward)
+    optimizer = model.optimizer(AdamW, lr=0.1)
+    if patched == "function":
+        model[0].forward = nn.Identity()
+    elif patched == "method":
+        part = model[0]
+        part.forward = MethodType(lambda self, x: self[0](x) + 1, part)
+        del part
+    with torch.no_grad():
+        model[0](batch(4))
     trained(model, optimizer, 4)
     held = watched(model)
     del model, optimizer
-    gc.collect()
-    assert [type(one()) for one in held if one() is not None] == [] and not texts() - before
+    assert [type(one()) for one in held if one() is not None] == []
+
+
+def test_a_model_whose_optimizer_is_gone_says_so() -> None:
+    model = geminifx.compile(network(), example_inputs=(batch(4),))
+    model.optimizer(AdamW, lr=0.1, in_backward=True)
+    with pytest.raises(StateError, match=r"returned is gone.* keep it"):
+        model(batch(4)).sum().backward()
+    model = geminifx.compile(network())
+    model.optimizer(AdamW, lr=0.1)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"returned is gone.* keep it"):
+            model(batch(4))
+
+
+def test_parameters_outlive_the_compiled_model() -> None:
+    source = network()
+    model = geminifx.compile(source, example_inputs=(batch(4),))
+    optimizer = model.optimizer(AdamW, lr=0.1)
+    trained(model, optimizer, 4)
+    expected = model.state_dict()
+    del model, optimizer
+    assert all(torch.equal(value, expected[name]) for name, value in source.state_dict().items())
 
 
 def test_programs_of_many_shapes_are_freed_when_others_are_used(
