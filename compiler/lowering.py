@@ -54,6 +54,7 @@ class Lowering:
         return program
 
     def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
+        """The program that runs, verified after every pass and written to `dump`, and what each pass did."""
         program = captured.copy()
         folder = None if self.dump is None else self.dump / program.name
         records = run_passes(program, plan, self._rest(plan, self.passes), folder)

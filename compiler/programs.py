@@ -69,6 +69,7 @@ class Call:
 
     @classmethod
     def of(cls, source: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        """A call in the modes that the model is in. Raises ArgumentError for an argument that no program can follow."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         trained = tuple(parameter.requires_grad for parameter in source.parameters())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)

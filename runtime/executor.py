@@ -90,6 +90,7 @@ class Executor:
             return self.loaded.function(*inputs)
 
     def resume(self, run: Run, input_bytes: int) -> "_Resumed":
+        """A context in which a run goes on; its inputs are charged to the device for that long."""
         return _Resumed(self, run, input_bytes)
 
 
@@ -187,6 +188,7 @@ class TrainingRun(ProgramRun):
         self.saved: list[tuple[Tensor, int]] = []
 
     def forward(self) -> list[Tensor]:
+        """Run up to the turn, and take note of what the backward will read. Returns the outputs."""
         outputs = self.advance()
         self.likes = [torch.empty_like(outputs[i], device="meta") for i in self.outlets.differentiable]
         self.saved = [(_counter(outputs[i]), outputs[i]._version) for i in self.outlets.saved_outputs]
@@ -216,6 +218,7 @@ class TrainingRun(ProgramRun):
             self.run.counts = True
         else:
             scale, self.run.absent = 1.0, self._all_parameters()
+        # A loss scale goes through the backward: the store takes it out of parameters' gradients, and this of inputs'.
         self.advance([tangent * scale for tangent in received] if scale != 1.0 else received)
         if self.generator is not None:
             raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")

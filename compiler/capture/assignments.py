@@ -104,6 +104,7 @@ class _State:
         return cls(dict(module._parameters), dict(module._buffers), dict(vars(module)), hooks, attributes_of(module))
 
     def restore(self, module: nn.Module, path: str) -> None:
+        """Take back what the forward has assigned. Warns of it, or raises CaptureError, where that may be missed."""
         prefix = _joined(path, "")
         now = module._parameters
         changed = [name for name in {**self.parameters, **now} if now.get(name) is not self.parameters.get(name)]

@@ -131,6 +131,7 @@ def mapped(call: Call, along: Callable[[int], int | None]) -> list[Row]:
 
 
 def reshaped(call: Call) -> list[Row]:
+    """Shards as `view_dim` follows them; those of a dimension in sections only where it keeps its size."""
     source, target = call.operands[0].shape, call.results[0].shape  # type: ignore[union-attr]
     rows = mapped(call, lambda dim: view_dim(source, target, dim))
     sectioned = [row for row in rows if isinstance(row.inputs[0], Shard) and row.inputs[0].sections > 1]
@@ -155,6 +156,7 @@ def view_dim(source: tuple[int, ...], target: tuple[int, ...], dim: int) -> int 
 
 
 def transposed(call: Call) -> list[Row]:
+    """Shards move with their dimension."""
     ndim = len(call.operands[0].shape)
     if call.node.target is aten.t.default:
         return mapped(call, lambda dim: ndim - 1 - dim)
@@ -166,6 +168,7 @@ def transposed(call: Call) -> list[Row]:
 
 
 def expanded(call: Call) -> list[Row]:
+    """Dimensions that stay as they are; what is repeated is whole on every rank."""
     source, target = call.operands[0].shape, call.results[0].shape  # type: ignore[union-attr]
     added = len(target) - len(source)
     return mapped(call, lambda dim: dim + added if source[dim] == target[dim + added] else None)
@@ -272,6 +275,7 @@ def largest(call: Call) -> list[Row]:
 
 
 def matrix_product(call: Call) -> list[Row]:
+    """[m, k] x [k, n]: rows of the one, columns of the other, or on both sides k, along which ranks have terms."""
     sections = {s.sections for _, s in call.found_shards()} | {1}
     rows = [
         Row((Shard(0), REPLICATE), (Shard(0),)),
@@ -283,6 +287,7 @@ def matrix_product(call: Call) -> list[Row]:
 
 
 def batched_product(call: Call) -> list[Row]:
+    """[b, m, k] x [b, k, n]: batches, or within each of them as in `matrix_product`."""
     return [
         Row((Shard(0), Shard(0)), (Shard(0),)),
         Row((Shard(1), REPLICATE), (Shard(1),)),

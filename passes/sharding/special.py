@@ -159,6 +159,8 @@ def layer_norm(s: Sharder, node: fx.Node) -> None:
 
 
 def layer_norm_gradient(s: Sharder, node: fx.Node) -> None:
+    """With n = (x - mean) * rstd and g the gradient times the weight, that of x is
+    rstd * (g - mean(g) - n * mean(g * n)). Both means are over all ranks, and exchanged as one tensor."""
     gradient, x, shape, mean, rstd, weight, _, mask = node.args
     _settle(s, x)
     placements = s.placements(x) if len(shape) == 1 else s.everywhere
@@ -242,6 +244,7 @@ def log_softmax(s: Sharder, node: fx.Node) -> None:
 
 
 def log_softmax_gradient(s: Sharder, node: fx.Node) -> None:
+    """That of x is g - softmax(x) * sum(g): the sum is exchanged, a number per token."""
     gradient, result, dim, dtype = node.args
     _settle(s, result)
     dim %= len(s.type(result).shape)
@@ -292,6 +295,7 @@ def nll_loss(s: Sharder, node: fx.Node) -> None:
 
 
 def nll_loss_gradient(s: Sharder, node: fx.Node) -> None:
+    """A token's gradient stands at its label, on the rank that has this part of the vocabulary; all others are zero."""
     gradient, logs, labels, weight, reduction, ignored, count = node.args
     _settle(s, logs)
     placements = s.placements(logs)

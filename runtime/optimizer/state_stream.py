@@ -52,6 +52,7 @@ class StateStream:
                 buffer = self._buffers[self._turn % STREAM_BUFFERS]
                 self._turn += 1
                 done = self._update_piece(state, piece, job, buffer, launched, before)
+                # Copies to the host end in their order: the last one tells of all.
                 self._settled[state.layout.index] = buffer.free
         return done if job.weights_stay else self._settled.get(state.layout.index)
 

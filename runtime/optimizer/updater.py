@@ -80,6 +80,7 @@ class Updater:
         self.tickets.arrive_all()  # whoever reads the factors of the step before is done with them
         self._factors = {}
         for state in waiting:
+            # Chunks that are scaled alike share a factor, which is copied to the host once.
             key = state.added, id(state.clipped)
             if key not in self._factors:
                 self._factors[key] = self._factor(self._scale_of(state, scale))
@@ -102,7 +103,7 @@ class Updater:
         """Start to update one chunk by the gradient that it has, which is used up."""
         index, ranges = state.layout.index, state.ranges(self.schedule)
         gradient = Gradient(state.gradient, factor.on_host if state.where is Where.HOST else factor.on_device)
-        state.version += 1
+        state.version += 1  # copies that were gathered, and backwards of earlier forwards, are out of date
         if state.where is Where.DEVICE:
             for elements in ranges:
                 self._update_range(state, elements, gradient)
@@ -160,7 +161,7 @@ class Updater:
 
     def finish(self, index: int) -> None:
         """Block until the chunk's update is done and its state is whole."""
-        self.tickets.finish(index)
+        self.tickets.finish(index)  # it may be of the weights alone, while other states are on their way back
         for stream in self.streams.values():
             stream.finish(index)
 

@@ -100,6 +100,7 @@ def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameter
     cuts = [slice(None)] if master.is_cuda else parameters
     masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
     if isinstance(hyper, AdamHyper):
+        # What torch counts: it adds one before it updates.
         done = [torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device) for _ in cuts]
         adam(
             masters, grads, *moments, [], done, fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
