@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from .homes import Home
+from .homes import Home, Where
 from .layout import ChunkLayout
 
 STREAM_PIECE = 16 * 2**20
@@ -197,7 +197,12 @@ class OwnFormat(StateFormat):
 
     def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
         landing = chunk.shard_bytes * self.lands(chunk, home)
-        return 0 if home.on_device else self.state_bytes(chunk) + landing
+        spare = (chunk.shard_bytes + self._beside_weights_bytes(chunk)) * self.has_spare(chunk, home)
+        return 0 if home.on_device else self.state_bytes(chunk) + landing + spare
+
+    def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
+        """Whether there is a second place for the state: of what the host updates when `step()` has said so."""
+        return home.spare and home.where is Where.HOST and chunk.trainable and not self.in_backward
 
     def keeps_whole(self, chunk: ChunkLayout, home: Home) -> bool:
         """Whether the device keeps all of the weights, apart from, or around, those of this process's state."""

@@ -25,10 +25,12 @@ class Where(Enum):
 @dataclass(frozen=True)
 class Home:
     """One chunk's. `resident`: the weights that programs compute with stay on the device between their uses, and are
-    not copied there, or gathered from the processes that share the chunk out, for each."""
+    not copied there, or gathered from the processes that share the chunk out, for each. `spare`: the host has a second
+    place for the state, where the next update is made beside the backward, before `step()` says that it counts."""
 
     where: Where = Where.HOST
     resident: bool = False
+    spare: bool = False
 
     @property
     def on_device(self) -> bool:
@@ -48,7 +50,7 @@ class Home:
 
     @property
     def text(self) -> str:
-        return self.where.value + (", weights stay" if self.resident else "")
+        return self.where.value + ", weights stay" * self.resident + ", with a spare" * self.spare
 
 
 Homes = tuple[Home, ...]

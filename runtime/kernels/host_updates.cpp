@@ -39,6 +39,10 @@ struct Update {
   const void* gradient;
   float* first;   // Adam: running mean; SGD: momentum buffer, or null
   float* second;  // Adam: running mean of squares
+  uint16_t* new_hi;  // where each is written: the same places, or others apart from all that is read
+  int16_t* new_lo;
+  float* new_first;
+  float* new_second;
   int32_t rule;
   int32_t kind;  // of the gradient
   int32_t threads;
@@ -85,6 +89,8 @@ struct Quotient { F d; };
 INLINE F splat(float x) { return x; }
 INLINE F load(const float* p) { return *p; }
 INLINE void store(float* p, F x) { *p = x; }
+INLINE void stream(float* p, F x) { *p = x; }
+INLINE void streamed() {}
 INLINE F root(F a) { return std::sqrt(a); }
 INLINE Quotient quotient(float d) { return {d}; }
 INLINE F over(F x, const Quotient& q) { return x / q.d; }
@@ -124,6 +130,7 @@ INLINE F load_pair(const uint16_t* hi, const int16_t* lo) {
   return from_bits((static_cast<uint32_t>(*hi) << 16) + static_cast<uint32_t>(static_cast<int32_t>(*lo)));
 }
 
+template <bool kApart>
 INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   const uint32_t bits = w != w ? static_cast<uint32_t>(kNan) : to_bits(w);
   *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
@@ -146,6 +153,8 @@ struct Quotient { F d, r, inf; };
 TARGET INLINE F splat(float x) { return _mm256_set1_ps(x); }
 TARGET INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 TARGET INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+TARGET INLINE void stream(float* p, F x) { _mm256_stream_ps(p, x); }
+TARGET INLINE void streamed() { _mm_sfence(); }
 TARGET INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET INLINE F root(F a) { return _mm256_sqrt_ps(a); }
 TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
@@ -175,14 +184,16 @@ TARGET INLINE F load_pair(const uint16_t* hi, const int16_t* lo) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(words(hi), 16), l));
 }
 
+template <bool kApart>
 TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(kNan));
   const __m256i bits = _mm256_castps_si256(_mm256_blendv_ps(w, nan, _mm256_cmp_ps(w, w, _CMP_UNORD_Q)));
   const __m256i h = _mm256_srai_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), 16);
   const __m256i l = _mm256_sub_epi32(bits, _mm256_slli_epi32(h, 16));
   const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(h, l), 0xd8);  // packing goes by 128-bit halves
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(hi), _mm256_castsi256_si128(both));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(lo), _mm256_extracti128_si256(both, 1));
+  const __m128i halves[2] = {_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)};
+  __m128i* places[2] = {reinterpret_cast<__m128i*>(hi), reinterpret_cast<__m128i*>(lo)};
+  for (int k = 0; k < 2; k++) kApart ? _mm_stream_si128(places[k], halves[k]) : _mm_storeu_si128(places[k], halves[k]);
 }
 #define ALGORITHMS
 #include "host_updates.cpp"
@@ -200,6 +211,8 @@ struct Quotient { F d, r, inf; };
 TARGET INLINE F splat(float x) { return _mm512_set1_ps(x); }
 TARGET INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 TARGET INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+TARGET INLINE void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+TARGET INLINE void streamed() { _mm_sfence(); }
 TARGET INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET INLINE F root(F a) { return _mm512_sqrt_ps(a); }
 TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
@@ -226,12 +239,15 @@ TARGET INLINE F load_pair(const uint16_t* hi, const int16_t* lo) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(words(hi), 16), l));
 }
 
+template <bool kApart>
 TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   const __mmask16 nan = _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q);
   const __m512i bits = _mm512_mask_set1_epi32(_mm512_castps_si512(w), nan, kNan);
   const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(hi), _mm512_cvtepi32_epi16(h));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lo), _mm512_cvtepi32_epi16(bits));
+  const __m256i halves[2] = {_mm512_cvtepi32_epi16(h), _mm512_cvtepi32_epi16(bits)};
+  __m256i* places[2] = {reinterpret_cast<__m256i*>(hi), reinterpret_cast<__m256i*>(lo)};
+  for (int k = 0; k < 2; k++)
+    kApart ? _mm256_stream_si256(places[k], halves[k]) : _mm256_storeu_si256(places[k], halves[k]);
 }
 #define ALGORITHMS
 #include "host_updates.cpp"
@@ -307,7 +323,16 @@ struct Streams {
   int16_t* lo;
   const void* gradient;
   float *first, *second;
+  uint16_t* new_hi;
+  int16_t* new_lo;
+  float *new_first, *new_second;
 };
+
+// What is written apart from what is read goes past the caches: nobody reads it soon, and no line is read first.
+template <bool kApart>
+TARGET FORCED void put(float* p, F x) {
+  kApart ? stream(p, x) : store(p, x);
+}
 
 // torch.optim.adam._single_tensor_adam on one vector.
 template <int kKind>
@@ -322,6 +347,7 @@ struct Adam {
         lerp(splat(u.lerp < 0.5f ? u.lerp : u.lerp - 1.0f)), keep(splat(u.keep)), add(splat(u.add)),
         eps(splat(u.eps)), correction(quotient(u.root)), coupled(u.l2 != 0.0f), near(u.lerp < 0.5f) {}
 
+  template <bool kApart>
   TARGET FORCED void at(const Streams& s, int64_t i) const {
     F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
     F m = load(s.first + i), v = load(s.second + i);
@@ -329,9 +355,9 @@ struct Adam {
     m = fma(lerp, g - m, near ? m : g);
     v = fma(add * g, g, v * keep);
     w = w * decay + step * m / (over(root(v), correction) + eps);
-    store(s.first + i, m);
-    store(s.second + i, v);
-    store_pair(s.hi + i, s.lo + i, w);
+    put<kApart>(s.new_first + i, m);
+    put<kApart>(s.new_second + i, v);
+    store_pair<kApart>(s.new_hi + i, s.new_lo + i, w);
   }
 };
 
@@ -346,37 +372,56 @@ struct Sgd {
       : scale(splat(u.scale)), l2(splat(u.l2)), step(splat(u.step)), keep(splat(u.keep)), add(splat(u.add)),
         coupled(u.l2 != 0.0f), momentum(u.first != nullptr), fresh(u.fresh != 0), nesterov(u.nesterov != 0) {}
 
+  template <bool kApart>
   TARGET FORCED void at(const Streams& s, int64_t i) const {
     F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
     if (coupled) g = fma(l2, w, g);
     if (momentum) {
       const F buffer = fresh ? g : fma(add, g, load(s.first + i) * keep);
-      store(s.first + i, buffer);
+      put<kApart>(s.new_first + i, buffer);
       g = nesterov ? fma(keep, buffer, g) : buffer;
     }
-    store_pair(s.hi + i, s.lo + i, fma(step, g, w));
+    store_pair<kApart>(s.new_hi + i, s.new_lo + i, fma(step, g, w));
   }
 };
 
-template <class Step>
+template <bool kApart, class Step>
 TARGET FORCED void block(const Step& rule, const Streams& s, int64_t i) {
-  for (int64_t j = 0; j < kBlock; j += kLanes) rule.at(s, i + j);
+  for (int64_t j = 0; j < kBlock; j += kLanes) rule.template at<kApart>(s, i + j);
+}
+
+template <bool kApart, class Step>
+TARGET FORCED void blocks(const Step& rule, const Streams& s, int64_t begin, int64_t end) {
+  constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
+  const char* g = static_cast<const char*>(s.gradient);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    ahead(s.hi + i, 0), ahead(s.lo + i, 0), ahead(g + i * kBytes, 0);
+    if (kBytes == 4) ahead(g + i * kBytes, 1);
+    if (s.first) ahead(s.first + i, 0), ahead(s.first + i, 1);
+    if (s.second) ahead(s.second + i, 0), ahead(s.second + i, 1);
+    block<kApart>(rule, s, i);
+  }
+  if (kApart) streamed();
+}
+
+// Whether all that is written lies apart, at whole cache lines.
+INLINE bool is_apart(const Streams& s, int64_t i) {
+  const void* places[] = {s.new_hi + i, s.new_lo + i, s.first ? s.new_first + i : nullptr,
+                          s.second ? s.new_second + i : nullptr};
+  for (const void* place : places)
+    if (reinterpret_cast<uintptr_t>(place) % 64) return false;
+  return s.new_hi != s.hi;
 }
 
 template <class Step>
 TARGET void range(const Update& u, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
   const Step rule(u);
-  const Streams s = {u.hi, u.lo, u.gradient, u.first, u.second};
+  const Streams s = {u.hi,     u.lo,     u.gradient,  u.first,     u.second,
+                     u.new_hi, u.new_lo, u.new_first, u.new_second};
   const char* g = static_cast<const char*>(u.gradient);
-  int64_t i = begin;
-  for (; i + kBlock <= end; i += kBlock) {
-    ahead(s.hi + i, 0), ahead(s.lo + i, 0), ahead(g + i * kBytes, 0);
-    if (kBytes == 4) ahead(g + i * kBytes, 1);
-    if (s.first) ahead(s.first + i, 0), ahead(s.first + i, 1);
-    if (s.second) ahead(s.second + i, 0), ahead(s.second + i, 1);
-    block(rule, s, i);
-  }
+  const int64_t i = begin + (end - begin) / kBlock * kBlock;
+  is_apart(s, begin) ? blocks<true>(rule, s, begin, i) : blocks<false>(rule, s, begin, i);
   if (i >= end) return;
   // The tail runs as a whole block beside the arrays: the same code, so the same bits.
   uint16_t hi[kBlock] = {};
@@ -389,11 +434,11 @@ TARGET void range(const Update& u, int64_t begin, int64_t end) {
   std::memcpy(gradient, g + i * kBytes, n * kBytes);
   if (s.first) std::memcpy(first, s.first + i, n * 4);
   if (s.second) std::memcpy(second, s.second + i, n * 4);
-  block(rule, {hi, lo, gradient, s.first ? first : nullptr, second}, 0);
-  std::memcpy(s.hi + i, hi, n * 2);
-  std::memcpy(s.lo + i, lo, n * 2);
-  if (s.first) std::memcpy(s.first + i, first, n * 4);
-  if (s.second) std::memcpy(s.second + i, second, n * 4);
+  block<false>(rule, {hi, lo, gradient, s.first ? first : nullptr, second, hi, lo, first, second}, 0);
+  std::memcpy(s.new_hi + i, hi, n * 2);
+  std::memcpy(s.new_lo + i, lo, n * 2);
+  if (s.first) std::memcpy(s.new_first + i, first, n * 4);
+  if (s.second) std::memcpy(s.new_second + i, second, n * 4);
 }
 
 template <int kKind>

@@ -38,6 +38,7 @@ TORCH = "torch"
 _COMPILED = {"avx512": 2, "avx2": 1, "plain": 0}
 _ADAM, _SGD = 0, 1
 _KINDS = {dtype: number for number, dtype in enumerate(GRADIENT_DTYPES)}
+_WRITTEN = ("new_hi", "new_lo", "new_first", "new_second")
 _loading = threading.Lock()
 
 
@@ -46,7 +47,7 @@ class _Update(ctypes.Structure):
 
     _fields_ = (
         ("n", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("hi", "lo", "gradient", "first", "second")),
+        *((name, ctypes.c_void_p) for name in ("hi", "lo", "gradient", "first", "second", *_WRITTEN)),
         *((name, ctypes.c_int32) for name in ("rule", "kind", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps")),
         *((name, ctypes.c_int32) for name in ("fresh", "nesterov")),
@@ -78,6 +79,10 @@ def available_variants() -> tuple[str, ...]:
     return (*(name for name, number in _COMPILED.items() if library.geminifx_supported(number)), TORCH)
 
 
+Pieces = tuple[SplitPair, tuple[Tensor, ...]]
+"""A pair and its moments: where to write them."""
+
+
 class HostKernel:
     """One variant of the updates.
 
@@ -91,8 +96,10 @@ class HostKernel:
     def __init__(self, variant: str | None = None) -> None:
         self.variant = choose_variant(variant, available_variants())
 
-    def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper, threads: int) -> None:
-        """Update `pair` and `moments` in place by AdamW or Adam on `threads` threads.
+    def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper, threads: int,
+             into: Pieces | None = None) -> None:  # fmt: skip
+        """Update `pair` and `moments` by AdamW or Adam on `threads` threads: in place, or, where `into` has other
+        places for the pair and each moment, there, and what is read stays as it is.
 
         Tensors are contiguous, of equal size and on the host, at any alignment, and do not overlap.
 
@@ -100,15 +107,17 @@ class HostKernel:
             ValueError: a tensor has another size, dtype, device or layout, or there is no thread to run on.
         """
         state = (moments.mean, moments.square)
-        _check(pair, gradient, state, threads)
+        _check(pair, gradient, state, threads, into)
         if self.variant == TORCH:
+            pair, state = _copied(pair, state, into)
             flat = AdamMoments(*(moment.view(-1) for moment in state))
             host_reference.adam(_flat(pair), _flat_gradient(gradient), flat, hyper)
         else:
-            self._run(_update(_ADAM, pair, gradient, state, hyper.scalars()), threads)
+            self._run(_update(_ADAM, pair, gradient, state, hyper.scalars(), into), threads)
 
-    def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper, threads: int) -> None:
-        """Update `pair` and the momentum `buffer` in place by SGD on `threads` threads.
+    def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper, threads: int,
+            into: Pieces | None = None) -> None:  # fmt: skip
+        """Update `pair` and the momentum `buffer` by SGD on `threads` threads, in place or `into` other places.
 
         `buffer` is None exactly where `hyper.momentum` is 0. Tensors are as for `adam`.
 
@@ -117,12 +126,12 @@ class HostKernel:
         """
         check_momentum(buffer, hyper)
         state = () if buffer is None else (buffer,)
-        _check(pair, gradient, state, threads)
+        _check(pair, gradient, state, threads, into)
         if self.variant == TORCH:
-            flat = None if buffer is None else buffer.view(-1)
-            host_reference.sgd(_flat(pair), _flat_gradient(gradient), flat, hyper)
+            pair, state = _copied(pair, state, into)
+            host_reference.sgd(_flat(pair), _flat_gradient(gradient), state[0].view(-1) if state else None, hyper)
             return
-        update = _update(_SGD, pair, gradient, state, hyper.scalars())
+        update = _update(_SGD, pair, gradient, state, hyper.scalars(), into)
         update.fresh, update.nesterov = hyper.first, hyper.nesterov
         self._run(update, threads)
 
@@ -175,23 +184,41 @@ def _load_once() -> ctypes.CDLL | None:
     return library
 
 
-def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], scalars: Scalars) -> _Update:
+def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], scalars: Scalars,
+            into: Pieces | None) -> _Update:  # fmt: skip
     """Return the arguments of one call; factors are rounded to float32 on the way in."""
     update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=float(gradient.scale))
     update.hi, update.lo = pair.hi.data_ptr(), pair.lo.data_ptr()
     update.gradient = gradient.values.data_ptr()
     for name, moment in zip(("first", "second"), state, strict=False):
         setattr(update, name, moment.data_ptr())
+    new_pair, new_state = (pair, state) if into is None else into
+    for name, written in zip(_WRITTEN, (new_pair.hi, new_pair.lo, *new_state), strict=False):
+        setattr(update, name, written.data_ptr())
     for name, value in vars(scalars).items():
         setattr(update, name, value)
     return update
 
 
-def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threads: int) -> None:
-    """Refuse what the library would read out of bounds or misunderstand."""
+def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threads: int,
+           into: Pieces | None) -> None:  # fmt: skip
+    """Refuse what the library would read, or write, out of bounds or misunderstand."""
     if threads < 1:
         raise ValueError(f"an update needs at least one thread, not {threads}")
     check_update(pair, gradient, state, torch.device("cpu"))
+    if into is not None:
+        if len(into[1]) != len(state) or into[0].hi.numel() != pair.hi.numel():
+            raise ValueError(f"an update of {pair.hi.numel()} weights and {len(state)} moments is written to as many")
+        check_update(into[0], gradient, into[1], torch.device("cpu"))
+
+
+def _copied(pair: SplitPair, state: tuple[Tensor, ...], into: Pieces | None) -> Pieces:
+    """What to update in place: the state, or a copy of it."""
+    if into is None:
+        return pair, state
+    for target, source in zip((into[0].hi, into[0].lo, *into[1]), (pair.hi, pair.lo, *state), strict=True):
+        target.copy_(source)
+    return into
 
 
 def _flat(pair: SplitPair) -> SplitPair:

@@ -45,6 +45,7 @@ class HeldGradients:
 
     def hold(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
         """Keep the gradient of one backward."""
+        state.call_off()
         index = state.layout.index
         state.present.update(slots)
         if self.measures:
@@ -67,6 +68,7 @@ class HeldGradients:
         index, factor = state.layout.index, 1.0 / self.loss_scale
         first = not state.present
         total = self.states.make_total(state) if first else self.total(state)
+        state.call_off()
         state.added = True
         state.present.update(slots)
         if state.where is Where.DEVICE:
@@ -101,7 +103,9 @@ class HeldGradients:
             self.copies.finish(arrival)
 
     def total(self, state: ChunkState) -> Tensor:
-        """The sum of the gradients so far, in the master's dtype: from here on they are added up in it."""
+        """The sum of the gradients so far, in the master's dtype: from here on they are added up in it, and whoever
+        has it may write to it."""
+        state.call_off()
         if state.added:
             assert state.total is not None
             return state.total
@@ -189,6 +193,7 @@ class HeldGradients:
     def forget(self, state: ChunkState, slot: int) -> None:
         """Drop one parameter's gradient. The chunk's state is at rest."""
         state.present.discard(slot)
+        state.call_off()
         if not state.present:
             self.states.forget_gradient(state)
             return

@@ -12,7 +12,7 @@ from ..isa.homes import Home, Homes, Where
 from ..isa.layout import ChunkLayout
 from ..memory.chunks import Chunk, ChunkStore
 from ..memory.hardware import Hardware
-from .states import ChunkState
+from .states import ChunkState, StateSlice
 
 
 class OwnStates:
@@ -142,6 +142,10 @@ class OwnStates:
             moments=tuple(map(new, self.format.moment_dtypes(layout))),
             steps=[0] * len(layout.slots),
         )  # fmt: skip
+        if self.format.has_spare(layout, home):
+            spare_weights = self._zeros(layout.numel, layout.dtype, False, pinned=True)
+            spare_rest = None if rest is None else new(rest)
+            state.spare = StateSlice(spare_weights, spare_rest, tuple(map(new, self.format.moment_dtypes(layout))))
         if self.format.keeps_sum(layout):
             state.total = new(layout.master_dtype)
         if self.format.lands(layout, home):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..distributed.local_shards import Region
 from ..distributed.zero import ALONE, Zero
-from ..isa.errors import StateError
+from ..isa.errors import GeminiError, StateError
 from ..isa.formats import OwnFormat
 from ..isa.homes import Homes
 from ..isa.layout import ChunkLayout
@@ -70,6 +70,7 @@ class OwnStore:
         self.check_groups: Callable[[], None] = lambda: None
         self._broken = ""
         self._has_updated = False  # in this backward
+        self._begins = False  # with updates, in this backward
         self._arrivals: dict[int, Arrival] = {}
 
     @property
@@ -184,6 +185,8 @@ class OwnStore:
             if self.format.in_backward and last:
                 self._has_updated = True
                 self.updater.update(state)
+            elif self._begins:
+                self.updater.begin(state)
 
     def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
         """The gradients may be freed from here on: whoever still reads them is waited for by the device."""
@@ -204,7 +207,22 @@ class OwnStore:
             self.check_groups()  # what fails in the middle of the updates cannot be undone
         self.backwards += 1
         self._has_updated = False
+        self._begins = self._may_begin()
         return self.held.loss_scale
+
+    def _may_begin(self) -> bool:
+        """Whether updates may begin in this backward, before `step()`. Norms of sums are taken on the host, which has
+        to have time for that."""
+        format, held = self.format, self.held
+        if format.in_backward or self.backwards != format.accumulate or held.loss_scale != 1.0:
+            return False
+        if (held.measures and format.accumulate > 1) or not self.updater.bets.are_on():
+            return False
+        try:
+            self.check_groups()
+        except GeminiError:
+            return False  # step() tells it, if the groups are still so
+        return True
 
     def update_all(self, scale: float | Tensor) -> None:
         """Start to update every chunk that has a gradient. Where that fails half way no further step is taken: some
@@ -222,6 +240,7 @@ class OwnStore:
         """Block until updates under way are done and the states on the host are whole."""
         self.check()
         for number in range(len(self.states)) if index is None else [index]:
+            self.states[number].call_off()  # whoever waits may write to it
             self.updater.finish(number)
             self.copies.finish(self._arrivals.get(number))
 

@@ -59,11 +59,21 @@ class Range:
 
 
 @dataclass
+class Early:
+    """An update that was begun before the step that may ask for it."""
+
+    ranges: list[Range]
+    is_wanted: bool = True
+
+
+@dataclass
 class ChunkState:
     """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that.
 
     `held` is a gradient in the compute dtype, times the loss scale, and still to be multiplied by `clipped`; `total` is
     one in the master's dtype, to which several are added. `present` are the slots that either has a gradient for.
+    `spare` is a second place for all of it, where `early` is being written: the update by this gradient, before the
+    step that asks for it.
     """
 
     layout: ChunkLayout
@@ -79,6 +89,8 @@ class ChunkState:
     present: set[int] = field(default_factory=set)
     measured: set[int] = field(default_factory=set)
     version: int = 0
+    spare: StateSlice | None = None
+    early: Early | None = None
 
     @property
     def where(self) -> Where:
@@ -153,6 +165,7 @@ class ChunkState:
         self.steps, self.version = other.steps, other.version
         self.present, self.measured, self.added = other.present, other.measured, other.added
         self.clipped = other.clipped
+        other.call_off()
         if self.added:
             assert self.total is not None and other.total is not None
             self.total.copy_(other.total)
@@ -172,8 +185,9 @@ class ChunkState:
         assert found is not None
         return found
 
-    def ranges(self, schedule: Schedule) -> list[Range]:
-        """What to update, as few and as long as parameters that are updated alike allow; counts the steps."""
+    def ranges(self, schedule: Schedule, *, counts: bool = True) -> list[Range]:
+        """What to update, as few and as long as parameters that are updated alike allow; where it `counts`, as one more
+        step of each."""
         found: list[Range] = []
         joins = False
         for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
@@ -181,7 +195,7 @@ class ChunkState:
             if hyper is None:
                 joins = False
                 continue
-            self.steps[slot] += 1  # of every parameter on every process, whoever holds it
+            self.steps[slot] += counts  # of every parameter on every process, whoever holds it
             if place.numel == 0:
                 continue
             end = place.offset + place.numel
@@ -192,8 +206,22 @@ class ChunkState:
             joins = True
         return found
 
+    def call_off(self) -> None:
+        """The update that was begun before the step is not the one that this will ask for."""
+        if self.early is not None:
+            self.early.is_wanted = False
+            self.early = None
+
+    def exchange(self) -> None:
+        """Let the spare be the state, and the state the spare."""
+        assert self.spare is not None
+        before = StateSlice(self.weights, self.rest, self.moments)
+        self.weights, self.rest, self.moments = self.spare.weights, self.spare.rest, self.spare.moments
+        self.spare = before
+
     def forget_gradient(self) -> None:
         self.present.clear()
         self.added, self.clipped = False, None
+        self.call_off()
         if self.where is Where.DEVICE:
             self.held = None

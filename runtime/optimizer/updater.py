@@ -20,7 +20,7 @@ from ..memory.streams import Arrival
 from .gradients import HeldGradients
 from .own_states import OwnStates
 from .state_stream import StateStream, StreamedUpdate
-from .states import ChunkState, Range, Schedule
+from .states import ChunkState, Early, Range, Schedule
 from .updates import UpdateKernels
 from .worker import Tickets
 
@@ -35,6 +35,32 @@ class Factor:
 
 
 UNSCALED = Factor(1.0, 1.0, None)
+
+
+class Bets:
+    """Whether to begin with updates before `step()` asks for them. After each step that asked for others twice as many
+    steps pass without, so that a loop that always clips, or always writes to gradients, loses next to nothing."""
+
+    most = 64
+
+    def __init__(self) -> None:
+        self._bet = self._missed = False
+        self._pause, self._next = 0, 1
+
+    def miss(self) -> None:
+        """A step asked for another update than was begun with."""
+        self._missed = True
+
+    def are_on(self) -> bool:
+        """Asked once a step."""
+        if self._missed:
+            self._missed, self._pause = False, self._next
+            self._next = min(2 * self._next, self.most)
+        elif self._bet:
+            self._next = 1
+        self._bet = self._pause == 0
+        self._pause = max(0, self._pause - 1)
+        return self._bet
 
 
 class Updater:
@@ -55,6 +81,8 @@ class Updater:
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[tuple[bool, int], Factor] = {}
         self._stream_bytes = 0
+        self.bets = Bets()
+        self._begun: set[int] = set()
 
     def make_streams(self) -> None:
         """Buffers for the states that travel, as they are placed now. Raises BudgetError on a full tier."""
@@ -77,7 +105,9 @@ class Updater:
         waiting = [state for state in self.states if state.present]
         if not waiting:
             return  # in_backward: what the host still updates runs beside the next forward
-        self.tickets.arrive_all()  # whoever reads the factors of the step before is done with them
+        for state in self.states:  # whoever reads the factors of the step before is done with them
+            if state.early is None:
+                self.tickets.arrive(state.layout.index)
         self._factors = {}
         for state in waiting:
             # Chunks that are scaled alike share a factor, which is copied to the host once.
@@ -102,6 +132,12 @@ class Updater:
     def update(self, state: ChunkState, factor: Factor = UNSCALED) -> None:
         """Start to update one chunk by the gradient that it has, which is used up."""
         index, ranges = state.layout.index, state.ranges(self.schedule)
+        is_early = state.early is not None and state.early.ranges == ranges
+        if is_early:
+            state.early = None  # what was begun is asked for
+        elif index in self._begun:
+            self.bets.miss()
+        self._begun.discard(index)
         gradient = Gradient(state.gradient, factor.on_host if state.where is Where.HOST else factor.on_device)
         state.version += 1  # copies that were gathered, and backwards of earlier forwards, are out of date
         if state.where is Where.DEVICE:
@@ -112,10 +148,38 @@ class Updater:
             self.stats.moved(to_device=0 if resident is None else state.weights.nbytes)
             # Its gradient must be here, and nobody may still read the weights that it makes new.
             after = (self.held.landed(index), self.released.get(index), factor.arrival)
-            self.tickets.submit(index, partial(self._update_on_host, index, ranges, gradient), *after)
+            self.tickets.submit(index, partial(self._update_on_host, index, ranges, gradient, is_early), *after)
         else:
             self._update_on_the_way(state, ranges, gradient)
         self.states.forget_gradient(state)
+
+    def begin(self, state: ChunkState) -> None:
+        """Make the update already that `step()` will ask for if nobody changes the gradient, clips it or sets another
+        rate until then: in the chunk's spare, so that its state stays as it is."""
+        index, slots = state.layout.index, state.layout.slots
+        # What is not updated would have to be copied.
+        whole = len(state.present) == len(slots) and all(self.schedule(slot.name, 1) is not None for slot in slots)
+        if state.spare is None or not whole:
+            return
+        state.early = early = Early(state.ranges(self.schedule, counts=False))
+        self._begun.add(index)
+        after = self.held.landed(index), self.released.get(index)
+        self.tickets.submit(index, partial(self._write_spare, index, early, Gradient(state.gradient)), *after)
+
+    def _write_spare(self, index: int, early: Early, gradient: Gradient) -> Arrival:
+        """The worker's job, once the gradient is here and nobody reads any more what the spare held as the state."""
+        state = self.states[index]
+        if early.is_wanted:
+            assert state.spare is not None
+            began_s = time.perf_counter()
+            with torch.no_grad():
+                for elements in early.ranges:
+                    cut = slice(elements.start, elements.end)
+                    scaled = Gradient(gradient.values[cut], gradient.scale)
+                    part = state.part(elements.start, elements.end)
+                    self.kernels.update(state.layout, part, scaled, elements, state.spare.cut(cut))
+            self.host_update_s += time.perf_counter() - began_s
+        return None
 
     def _update_range(self, state: ChunkState, elements: Range, gradient: Gradient) -> None:
         # A sum that found no room on the device comes in pieces.
@@ -125,13 +189,19 @@ class Updater:
             values = values.to(state.weights.device)
             self.kernels.update(state.layout, part, Gradient(values, gradient.scale), piece)
 
-    def _update_on_host(self, index: int, ranges: list[Range], gradient: Gradient) -> Arrival:
-        """The worker's job, once the gradient is here and nobody reads the old weights any more."""
+    def _update_on_host(self, index: int, ranges: list[Range], gradient: Gradient, is_early: bool) -> Arrival:
+        """The worker's job, once the gradient is here and nobody reads the old weights any more. `is_early`: the spare
+        has the update by the gradient as it is, which only its factor may still call off."""
         state, chunk = self.states[index], self.states.chunks.chunks[index]
         began_s = time.perf_counter()
         with torch.no_grad():
-            for elements in ranges:
-                self._update_range(state, elements, gradient)
+            if is_early and float(gradient.scale) == 1.0:
+                state.exchange()
+            else:
+                if is_early:
+                    self.bets.miss()
+                for elements in ranges:
+                    self._update_range(state, elements, gradient)
             self.host_update_s += time.perf_counter() - began_s
             if chunk.resident is None:
                 return None

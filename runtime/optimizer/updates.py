@@ -10,7 +10,7 @@ from torch.optim.sgd import sgd
 
 from ..isa.layout import ChunkLayout
 from ..kernels.device_updates import DeviceKernel
-from ..kernels.host_updates import HostKernel
+from ..kernels.host_updates import HostKernel, Pieces
 from ..kernels.split_pairs import SplitPair
 from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
 from .states import Hyper, Range, StateSlice
@@ -41,18 +41,24 @@ class UpdateKernels:
         self._host = HostKernel()
         self._device = DeviceKernel() if device.type == "cuda" else None
 
-    def update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range) -> None:
-        """Update `part`, which is that range of a chunk, in place; on CUDA on the current stream, without waiting
-        for anything."""
-        if all(moment.dtype == layout.master_dtype for moment in part.moments):
-            self._update(layout, part, gradient, elements)
+    def update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range,
+               into: StateSlice | None = None) -> None:  # fmt: skip
+        """Update `part`, which is that range of a chunk: in place, or `into` another place, as of a chunk's spare; on
+        CUDA on the current stream, without waiting for anything."""
+        narrow = any(moment.dtype != layout.master_dtype for moment in part.moments)
+        if into is not None and (narrow or not layout.splits):
+            for target, source in zip(into.tensors, part.tensors, strict=True):
+                target.copy_(source)
+            part, into = into, None
+        if not narrow:
+            self._update(layout, part, gradient, elements, into)
             return
         for piece in elements.pieces(NARROW_PIECE):
             cut = slice(piece.start - elements.start, piece.end - elements.start)
-            narrow = part.cut(cut)
-            wide = replace(narrow, moments=tuple(moment.to(layout.master_dtype) for moment in narrow.moments))
-            self._update(layout, wide, replace(gradient, values=gradient.values[cut]), piece)
-            for kept, updated in zip(narrow.moments, wide.moments, strict=True):
+            few = part.cut(cut)
+            wide = replace(few, moments=tuple(moment.to(layout.master_dtype) for moment in few.moments))
+            self._update(layout, wide, replace(gradient, values=gradient.values[cut]), piece, None)
+            for kept, updated in zip(few.moments, wide.moments, strict=True):
                 kept.copy_(updated)
 
     def add(self, total: Tensor, gradient: Gradient, *, fresh: bool) -> None:
@@ -64,7 +70,8 @@ class UpdateKernels:
         else:
             total.add_(gradient.values.to(total.device), alpha=gradient.scale)
 
-    def _update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range) -> None:
+    def _update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range,
+                into: StateSlice | None) -> None:  # fmt: skip
         hyper = elements.hyper
         if not layout.splits:
             _update_master(part, gradient, hyper, _parameters(layout, elements))
@@ -77,9 +84,18 @@ class UpdateKernels:
             else:
                 self._device.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper)
         elif isinstance(hyper, AdamHyper):
-            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads)
+            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads, _pieces(into, 2))
         else:
-            self._host.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper, self.threads)
+            buffer = part.moments[0] if hyper.momentum else None
+            self._host.sgd(pair, gradient, buffer, hyper, self.threads, _pieces(into, int(buffer is not None)))
+
+
+def _pieces(into: StateSlice | None, moments: int) -> Pieces | None:
+    """Where a kernel of that many moments is to write to."""
+    if into is None:
+        return None
+    assert into.rest is not None
+    return SplitPair(into.weights, into.rest), into.moments[:moments]
 
 
 def _parameters(layout: ChunkLayout, elements: Range) -> list[slice]:

@@ -39,6 +39,7 @@ PLACES: dict[str, Callable[[int], Home]] = {
     "device": lambda index: Home(Where.DEVICE),
     "host": lambda index: Home(),
     "host, resident": lambda index: Home(resident=True),
+    "host, spare": lambda index: Home(resident=index % 2 == 0, spare=True),
     "streamed": lambda index: Home(Where.STREAMED),
     "streamed, resident": lambda index: Home(Where.STREAMED, resident=True),
     "mixed": lambda index: Home(MIXED[index % 3], resident=index % 2 == 0),

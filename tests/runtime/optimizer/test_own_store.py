@@ -27,6 +27,7 @@ PLACES = {
     "device": 2 * (Home(Where.DEVICE),),
     "host": 2 * (Home(),),
     "host, resident": 2 * (Home(resident=True),),
+    "host, spare": (Home(spare=True), Home(resident=True, spare=True)),
     "streamed": 2 * (Home(Where.STREAMED),),
     "streamed, resident": 2 * (Home(Where.STREAMED, resident=True),),
 }
@@ -60,6 +61,11 @@ class Two:
             self.machine.reduce(gradients, index, list(slots))
             self.machine.accumulate_grad(gradients, index, list(slots))
 
+    def step(self, scale: float | Tensor = 1.0) -> None:
+        """What the optimizer does."""
+        self.store.update_all(scale)
+        self.store.backwards = 0
+
     def weights(self, index: int) -> Tensor:
         """The chunk as a program sees it."""
         weights = self.machine.wait(self.machine.fetch(index, 128, torch.float32), index).clone()
@@ -78,8 +84,8 @@ def test_a_program_sees_weights_after_their_update_and_padding_stays_zero(where:
             assert torch.equal(weights[:4], torch.arange(4.0) + 20 * index - step)
             assert not weights[4:64].any() and not weights[68:].any()
     assert torch.equal(two.parameters["d"], torch.arange(4.0) + 30 - 3)
-    resting = State.FREE if where in ("host", "streamed") else State.HOLD
-    assert [chunk.state for chunk in two.machine.chunks] == [resting, resting]
+    resting = [State.HOLD if home.resident or home.on_device else State.FREE for home in PLACES[where]]
+    assert [chunk.state for chunk in two.machine.chunks] == resting
 
 
 def test_a_fetch_during_an_update_brings_what_the_update_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +111,80 @@ def test_a_fetch_during_an_update_brings_what_the_update_made(monkeypatch: pytes
     weights = two.machine.wait(fetched, 0)
     assert weights is fetched and torch.equal(weights[:4], torch.arange(4.0) - 1)
     waiting[1]()
+
+
+def updates_of(two: Two, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Filled with one value per update of a chunk, as they are made: whether it was made in the spare."""
+    made: list[bool] = []
+    update = two.store.updater.kernels.update
+
+    def noted(layout: Any, part: Any, gradient: Any, elements: Any, into: Any = None) -> None:
+        made.append(into is not None)
+        update(layout, part, gradient, elements, into)
+
+    monkeypatch.setattr(two.store.updater.kernels, "update", noted)
+    return made
+
+
+def chunks_are(two: Two, values: list[float]) -> None:
+    assert [two.weights(index)[0].item() for index in (0, 1)] == values
+
+
+def test_an_update_that_the_backward_began_is_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Two("host, spare")
+    made = updates_of(two, monkeypatch)
+    for step in range(1, 4):
+        two.backward(1.0)
+        chunks_are(two, [1.0 - step, 21.0 - step])  # until step() says so
+        two.step(1.0)
+        chunks_are(two, [0.0 - step, 20.0 - step])
+        assert made == [True, True] * step
+
+
+@pytest.mark.parametrize("change", ["clipped", "gradient", "rate", "weights", "another backward", "dropped"])
+def test_an_update_that_the_backward_began_is_made_anew_where_the_step_is_another(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Two("host, spare")
+    made = updates_of(two, monkeypatch)
+    two.backward(1.0)
+    scale, expected = torch.tensor(1.0), [-1.0, 19.0]
+    if change == "clipped":
+        scale, expected = torch.tensor(0.5), [-0.5, 19.5]
+    elif change == "gradient":
+        for parameter in two.parameters.values():
+            parameter.grad *= 2
+        expected = [-2.0, 18.0]
+    elif change == "rate":
+        two.store.updater.schedule = lambda name, number: SgdHyper(lr=3.0)
+        expected = [-3.0, 17.0]
+    elif change == "weights":
+        with two.store.writable(), torch.no_grad():
+            two.parameters["a"].copy_(torch.full((4,), 7.0))
+        expected = [6.0, 19.0]
+    elif change == "another backward":
+        two.backward(1.0)
+        expected = [-2.0, 18.0]
+    else:
+        two.store.zero_grad(set_to_none=True)
+        two.backward(3.0)
+        expected = [-3.0, 17.0]
+    two.step(scale)
+    chunks_are(two, expected)
+    assert change != "clipped" or sorted(made) == [False, False, True, True]
+
+
+def test_a_loop_that_always_clips_soon_has_no_updates_begun_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Two("host, spare")
+    made, begun = updates_of(two, monkeypatch), []
+    for step in range(12):
+        del made[:]
+        two.backward(1.0)
+        two.step(torch.tensor(0.5 if step < 10 else 1.0))
+        two.store.finish()
+        begun.append(any(made))
+    assert [step for step, early in enumerate(begun) if early] == [0, 2, 5, 10, 11]
+    chunks_are(two, [-7.0, 13.0])
 
 
 def test_the_end_of_a_step_does_not_wait_for_updates_that_the_backward_began() -> None:
