@@ -193,7 +193,7 @@ class ChunkState:
         return found
 
     def forget_gradient(self) -> None:
-        self.present.clear()
         self.added, self.clipped = False, None
         if self.where is Where.DEVICE:
             self.held = None
+        self.present.clear()
