@@ -1,20 +1,20 @@
 """The device a model is compiled for, and the memory that can be had on either side."""
 
 import os
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ..runtime.isa.errors import StateError
 from ..runtime.isa.torch_private import use_expandable_segments
 from ..runtime.isa.units import parse_bytes
+from .device_memory import DeviceMemory
 from .host_memory import host_memory
 from .options import Options
 from .planner.memory import Limits
 from .planner.rates import ARENA, CUDA
-
-HEADROOM_BYTES = 192 * 2**20
-"""What CUDA's context may still grow by while training, as kernels and library handles are loaded."""
 
 WORKSPACE_BYTES = 96 * 2**20
 """What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
@@ -66,6 +66,11 @@ class Device:
     def is_cuda(self) -> bool:
         return self.torch_device.type == "cuda"
 
+    @cached_property
+    def memory(self) -> DeviceMemory:
+        """A GPU's, measured when it is first asked for."""
+        return DeviceMemory.measured(self.torch_device)
+
     def total_bytes(self) -> int:
         if self.is_cuda:
             return torch.cuda.get_device_properties(self.torch_device).total_memory
@@ -79,28 +84,31 @@ class Device:
         total, free = host_memory()
         wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
         host_bytes = parse_bytes(wanted, of=total)
-        device_bytes = None
+        given = None
         if options.device_budget is not None:
-            device_bytes = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
+            given = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
         if not self.is_cuda:
-            return Limits(device_bytes, 0, host_bytes, ARENA)
-        device_bytes = device_bytes or self.total_bytes()
-        reserve = self.outside_bytes(warm_up=True) + HEADROOM_BYTES
-        share = max(0.0, min(1.0, (device_bytes - reserve) / self.total_bytes()))
+            return Limits(given, 0, host_bytes, ARENA)
+        device_bytes = self._device_bytes(given)
+        share = max(0.0, min(1.0, (device_bytes - self.memory.reserve_bytes) / self.total_bytes()))
         use_expandable_segments()
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-        planned = reserve + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
+        planned = self.memory.reserve_bytes + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
         return Limits(device_bytes, planned, host_bytes, CUDA, HOLE_SHARE)
 
-    def outside_bytes(self, warm_up: bool = False) -> int:
-        """Device memory in use that torch's allocator does not know: driver context, libraries, others."""
-        if not self.is_cuda:
-            return 0
-        if warm_up:
-            self._load_libraries()
-        free, total = torch.cuda.mem_get_info(self.torch_device)
-        return total - free - torch.cuda.memory_reserved(self.torch_device)
+    def _device_bytes(self, given: int | None) -> int:
+        """The budget: as it is given, or all that other processes leave."""
+        if given is None:
+            return self.memory.available_bytes
+        if given > self.memory.available_bytes:
+            warnings.warn(
+                f"device_budget is {given:,} bytes, but other processes hold {self.memory.others_bytes:,} of the "
+                f"{self.memory.total_bytes:,} of {self.torch_device}: unless they give some back, a step that needs "
+                f"more than {self.memory.available_bytes:,} runs out of memory",
+                stacklevel=2,
+            )
+        return given
 
     def begin_step(self) -> None:
         """From here on `step_peak_bytes` counts anew; torch's own peak statistics are reset for it."""
@@ -108,13 +116,5 @@ class Device:
             torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def step_peak_bytes(self) -> int:
-        """The process's highest device memory in this step, as the driver would report it."""
-        return torch.cuda.max_memory_reserved(self.torch_device) + self.outside_bytes()
-
-    def _load_libraries(self) -> None:
-        """Make the libraries that every model uses take their device memory now, where it is measured."""
-        for dtype in (torch.bfloat16, torch.float32):
-            a = torch.ones(256, 256, dtype=dtype, device=self.torch_device)
-            (a @ a).sum().item()
-        del a
-        torch.cuda.empty_cache()
+        """The process's highest device memory in this step, as the driver would report it of this process."""
+        return self.memory.peak_bytes()

@@ -83,10 +83,17 @@ class Forward:
     def in_source(self) -> Iterator[None]:
         """Within, the source's own forward is this one, uncompiled."""
         attributes = vars(self._source)
-        before = attributes.pop("forward", None)
-        attributes |= {} if self.method is None else {"forward": self.method}
+        before = attributes.get("forward")
         try:
+            _set_forward(attributes, self.method)
             yield
         finally:
-            attributes.pop("forward", None)
-            attributes |= {} if before is None else {"forward": before}
+            _set_forward(attributes, before)
+
+
+def _set_forward(attributes: dict[str, Any], forward: Any) -> None:
+    """None: the class's own."""
+    if forward is None:
+        attributes.pop("forward", None)
+    else:
+        attributes["forward"] = forward

@@ -1,7 +1,6 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stats import Stats
 from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
+from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
@@ -49,10 +49,15 @@ PATIENCE_S = 1.0
 
 @dataclass(frozen=True)
 class _Declared:
-    """What `model.optimizer(...)` declared, and who is given the store of its states."""
+    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
 
     format: OwnFormat
-    attach: Callable[[OwnStore], None]
+    optimizer: Attach
+
+    def attach(self, store: OwnStore) -> None:
+        attach = self.optimizer()
+        if attach is not None:
+            attach(store)
 
 
 class Session:
@@ -225,10 +230,10 @@ class Session:
         setup, solution = self._decided(captured, self._format)
         programs[key] = self._generate(captured, solution, setup.machine)
         setup = replace(setup, plan=programs[key].plan)
-        if before is None and self._declared is not None and setup.own is not None:
-            self._declared.attach(setup.own)
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
         self.last = {}
+        if before is None and self._declared is not None and setup.own is not None:
+            self._declared.attach(setup.own)
 
     def _decided(self, captured: Captured, format: OwnFormat | None) -> tuple[Setup, Solution]:
         """A setup whose states may move from where they are; chunks stay as they are cut."""
@@ -249,9 +254,9 @@ class Session:
         """The parameters' names, by their identity."""
         return {id(parameter): name for name, parameter in self._parameters.items()}
 
-    def use(self, format: OwnFormat, attach: Callable[[OwnStore], None]) -> None:
-        """Plan for our own optimizer: now where there is a plan already, else with the first one. Its store is handed
-        to `attach` then.
+    def use(self, format: OwnFormat, optimizer: Attach) -> None:
+        """Plan for our own optimizer: now where there is a plan already, else with the first one. It is given its store
+        then.
 
         Raises StateError after an earlier call, and BudgetError where nothing fits; then nothing has changed.
         """
@@ -260,7 +265,7 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        declared = _Declared(format, attach)
+        declared = _Declared(format, optimizer)
         if self.setup is None:
             self._declared = declared
         else:

@@ -52,7 +52,7 @@ class _Chunks:
         try:
             fetched = self.machine.fetch(layout.index, layout.numel, layout.dtype)
             if self.meter is not None:  # which sees results of operators alone
-                self.meter.watch(fetched, is_charged=self.machine.store.stays(chunk))
+                self.meter.watch(fetched, is_booked=self.machine.store.stays(chunk))
             return self.machine.wait(fetched, layout.index)
         except BaseException:
             chunk.rest()

@@ -8,8 +8,8 @@ needs, and they die as it goes, or with the graph when no backward comes.
 import linecache
 import math
 import weakref
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from types import SimpleNamespace
@@ -89,43 +89,35 @@ class Executor:
         with self.resume(Run(), sum(t.nbytes for t in inputs)):
             return self.loaded.function(*inputs)
 
-    def resume(self, run: Run, input_bytes: int) -> "_Resumed":
-        """A context in which a run goes on; its inputs are charged to the device for that long."""
-        return _Resumed(self, run, input_bytes)
+    @contextmanager
+    def resume(self, run: Run, input_bytes: int) -> Iterator[None]:
+        """While a program runs: no autograd and no autocast, its run is the machine's, its tensors are metered."""
+        machine = self.machine
+        try:
+            with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
+                machine.run = run
+                yield
+            machine.store.rest()
+        except BaseException as error:
+            left = machine.abort()
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise BudgetError(
+                    f"the device budget ran out while '{self.code.name}' ran: {error}. {left} Make the batch smaller, "
+                    "raise device_budget, or use placement='cpu'."
+                ) from error
+            raise
 
-
-class _Resumed:
-    """While a program runs: no autograd and no autocast, its run is the machine's, its tensors are metered."""
-
-    def __init__(self, executor: Executor, run: Run, input_bytes: int) -> None:
-        self.executor, self.run, self.input_bytes = executor, run, input_bytes
-        self.contexts: tuple[AbstractContextManager[Any], ...] = (
-            torch.no_grad(),
-            torch.autocast(executor.machine.device.type, enabled=False),
-            executor.meter or nullcontext(),
-        )
-
-    def __enter__(self) -> None:
-        if self.executor.meter is not None:
-            self.executor.meter.tier.charge(self.input_bytes, "the step's inputs")
-        self.executor.machine.run = self.run
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(None, None, None)
-        if self.executor.meter is not None:
-            self.executor.meter.tier.refund(self.input_bytes)
-        if error is None or isinstance(error, StopIteration):
-            self.executor.machine.store.rest()
+    @contextmanager
+    def _metered(self, input_bytes: int) -> Iterator[None]:
+        if self.meter is None:
+            yield
             return
-        left = self.executor.machine.abort()
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise BudgetError(
-                f"the device budget ran out while '{self.executor.code.name}' ran: {error}. {left} Make the batch "
-                "smaller, raise device_budget, or use placement='cpu'."
-            ) from error
+        try:
+            self.meter.tier.book("the step's inputs", input_bytes)
+            with self.meter:
+                yield
+        finally:
+            self.meter.tier.book("the step's inputs", 0)
 
 
 class ProgramRun:
@@ -223,7 +215,10 @@ class TrainingRun(ProgramRun):
         if self.generator is not None:
             raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
         results, self.results = self.results, {}
-        return {role: t / scale if scale != 1.0 else t for role, t in results.items() if role not in unreached}
+        found = {role: t / scale if scale != 1.0 else t for role, t in results.items() if role not in unreached}
+        if of_parameters:
+            self.executor.machine.store.end_backward()
+        return found
 
     def _unreached(self, tangents: list[Tensor | None]) -> set[str]:
         """The gradients that come from no output that was used on any rank; the machine is told of parameters'."""

@@ -33,7 +33,7 @@ class Machine:
         self.chunks = store.chunks.chunks
         self.device = store.hardware.device
         self.run = Run()
-        self._apart: Tensor | None = None  # what was the generator's state, while it has another
+        self._apart: list[tuple[Tensor, Tensor]] = []  # what the generator's state is exchanged with, and what it was
 
     # -- weights -------------------------------------------------------------------------------------------
 
@@ -117,13 +117,19 @@ class Machine:
 
     def swap_rng(self, state: Tensor) -> None:
         """Exchange the generator's state with `state`."""
-        self._apart = None if self._apart is state else state
-        current = self.save_rng(state)
+        current, comes_back = self.save_rng(state), bool(self._apart) and self._apart[-1][0] is state
+        if not comes_back:
+            self._apart.append((state, current))
+        self._set_rng(state)
+        state.copy_(current)
+        if comes_back:
+            self._apart.pop()
+
+    def _set_rng(self, state: Tensor) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state, self.device)
         else:
             torch.set_rng_state(state)
-        state.copy_(current)
 
     def fork_rng(self, like: Tensor, axes: list[str]) -> Tensor:
         """A state of the generator for each place on these axes of the mesh."""
@@ -147,7 +153,8 @@ class Machine:
         left = self.store.abort(self.run)
         for chunk in self.chunks:
             chunk.rest()
-        if self._apart is not None:  # ranks would draw apart from here on
-            self.swap_rng(self._apart)
+        if self._apart:  # ranks would draw apart from here on
+            self._set_rng(self._apart[0][1])
+            self._apart.clear()
         self.run = Run()
         return left

@@ -47,6 +47,11 @@ class ChunkLayout:
     reduced_over: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """For accounts and messages."""
+        return f"chunk {self.index}"
+
+    @property
     def shard_numel(self) -> int:
         return self.numel // self.shards
 

@@ -71,6 +71,16 @@ class Chunk:
         self.gradient = torch.zeros_like(self.master)
         self._own_references = num_references(self.gradient)
 
+    @property
+    def gradient_version(self) -> int:
+        """How often `gradient` was written."""
+        return -1 if self.gradient is None else self.gradient._version
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a parameter's `.grad` is of `gradient`."""
+        return self.gradient is not None and any(map(self._owns_grad, range(len(self.parameters))))
+
     def move(self, state: State) -> None:
         """Raises IllegalTransition where the state machine has no such edge."""
         if state not in LEGAL[self.state]:

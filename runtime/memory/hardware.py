@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..isa.errors import BudgetError
 from .streams import CopyEngine, copy_engine, host_buffer
 from .tiers import Tier
 
@@ -35,6 +36,17 @@ class Hardware:
 
     def tier(self, on_device: bool) -> Tier:
         return self.device_tier if on_device else self.host_tier
+
+    def book(self, name: str, device_bytes: int, host_bytes: int, purpose: str) -> None:
+        """Book bytes under a name on both tiers, instead of what was, or, where one is full, on neither. Raises
+        BudgetError."""
+        before = self.device_tier.booked(name)
+        self.device_tier.book(name, device_bytes, purpose)
+        try:
+            self.host_tier.book(name, host_bytes, purpose)
+        except BudgetError:
+            self.device_tier.book(name, before)
+            raise
 
     def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
         """A flat tensor of zeros on either side; `pinned`: one that copies between the sides start from or end in."""

@@ -19,6 +19,11 @@ from .hardware import Hardware
 from .stored import Stored
 from .streams import CopyEngine
 
+PARTIAL = (
+    "a backward(), or what else changes gradients, ended half way, so that they are of a part of it; call zero_grad(), "
+    "and begin the step anew with the first of its batches"
+)
+
 
 @dataclass
 class Run:
@@ -93,6 +98,9 @@ class StateStore(Protocol):
 
     def begin_backward(self) -> float:
         """Called before the instructions of a backward; returns what to multiply its gradients by."""
+
+    def end_backward(self) -> None:
+        """All of a backward is done. Where one ends without this, its gradients are of a part of it."""
 
     def rest(self) -> None:
         """A program sleeps or ends here: from now on anybody may write to what parameters are on the host."""

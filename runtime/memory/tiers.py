@@ -2,7 +2,7 @@
 
 On CUDA the device tier's limit is the caching allocator's own. On a machine without an accelerator the
 device tier is a budgeted arena in RAM: while a program runs, a meter sees every tensor that any operator
-makes and charges it to the tier until its storage dies, so that every policy runs, and every budget is
+makes and books it on the tier until its storage dies, so that every policy runs, and every budget is
 enforced, by the same code on a laptop.
 """
 
@@ -34,8 +34,9 @@ class Tier:
     Among several processes it waits up to `patience_s` for room: gloo's threads hold what they have exchanged a moment
     longer than the collective takes.
 
-    What is watched is counted anew from what lives. The callback of a storage's death is written in C, so that Ctrl-C
-    cannot fall into it: Python would swallow that, and the bytes would stay booked.
+    Wherever Ctrl-C falls, no bytes stay booked for good. What is booked has a name, and whoever books under it again
+    replaces it, as he does when he is called again. What is watched is counted anew from what lives; the callback of a
+    storage's death is written in C, so that Ctrl-C cannot fall into it, which Python would swallow.
     """
 
     def __init__(self, name: str, limit_bytes: int | None = None, patience_s: float = 0.0) -> None:
@@ -44,30 +45,34 @@ class Tier:
         self.patience_s = patience_s
         self.peak_bytes = 0
         self.step_peak_bytes = 0
-        self._charged_bytes = 0
+        self._booked: dict[str, int] = {}
         self._watched: set[_Watched] = set()
 
     @property
     def used_bytes(self) -> int:
-        return self._charged_bytes + sum(map(_num_bytes, self._watched.copy()))
+        return sum(self._booked.values()) + sum(map(_num_bytes, self._watched.copy()))
 
     def begin_step(self) -> None:
         """From here on `step_peak_bytes` counts anew."""
         self.step_peak_bytes = self.used_bytes
 
-    def charge(self, num_bytes: int, purpose: str) -> None:
-        """Book `num_bytes`. Raises BudgetError, and books nothing, where the limit would be exceeded."""
-        self._make_sure(num_bytes, purpose)
-        self._charged_bytes += num_bytes
+    def booked(self, name: str) -> int:
+        """What is booked under a name."""
+        return self._booked.get(name, 0)
 
-    def refund(self, num_bytes: int) -> None:
-        self._charged_bytes -= num_bytes
+    def book(self, name: str, num_bytes: int, purpose: str = "") -> None:
+        """Book `num_bytes` under `name`, instead of what was. Raises BudgetError, and changes nothing, where the limit
+        would be exceeded; `purpose` is for its message, by default the name."""
+        more = num_bytes - self.booked(name)
+        if more > 0:
+            self._make_sure(more, purpose or name)
+        self._booked[name] = num_bytes
 
-    def watch(self, storage: torch.UntypedStorage, purpose: str, is_charged: bool = False) -> None:
-        """Book a storage until it dies, once, and not at all if it is charged already. Raises BudgetError as `charge`
+    def watch(self, storage: torch.UntypedStorage, purpose: str, is_booked: bool = False) -> None:
+        """Book a storage until it dies, once, and not at all if it is booked already. Raises BudgetError as `book`
         does."""
         watched = _Watched(storage, self._watched.discard)
-        watched.num_bytes = 0 if is_charged else storage.nbytes()
+        watched.num_bytes = 0 if is_booked else storage.nbytes()
         if storage.nbytes() and watched not in self._watched:
             self._make_sure(watched.num_bytes, purpose)
             self._watched.add(watched)
@@ -119,9 +124,9 @@ class MemoryMeter(TorchDispatchMode):
                 self.tier.watch(tensor.untyped_storage(), str(func))
         return result
 
-    def watch(self, tensor: torch.Tensor, is_charged: bool) -> None:
-        """Take note of a tensor that was made unseen; nothing is booked for one that is charged to the tier already."""
-        self.tier.watch(tensor.untyped_storage(), "a fetched chunk", is_charged)
+    def watch(self, tensor: torch.Tensor, is_booked: bool) -> None:
+        """Take note of a tensor that was made unseen; nothing is booked for one that the tier has booked already."""
+        self.tier.watch(tensor.untyped_storage(), "a fetched chunk", is_booked)
 
 
 def _counts(value: Any) -> bool:

@@ -3,18 +3,20 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed.ranks import ALONE, Ranks
 from ..distributed.reduction import all_reduce_
+from ..isa.errors import StateError
 from ..isa.formats import TorchFormat
 from ..isa.homes import Home, Homes
 from ..isa.layout import Slot
 from .chunks import Chunk, ChunkStore
 from .hardware import Hardware
-from .state_store import Run
+from .state_store import PARTIAL, Run
 from .stats import Stats
 from .stored import Stored
 from .streams import Arrival
@@ -23,7 +25,7 @@ from .streams import Arrival
 class TorchStore:
     """The training state is the masters, their gradients, and what the optimizer keeps.
 
-    The latter is the optimizer's to allocate, beside each master; it is charged here, with the chunk, so that no tier
+    The latter is the optimizer's to allocate, beside each master; it is booked here, with the chunk, so that no tier
     promises memory that the first optimizer step would take.
     """
 
@@ -38,10 +40,10 @@ class TorchStore:
         self.ranks = ranks
         self.copies = hardware.new_copies()
         self.homes: dict[int, Home] = {}
-        self._charged: dict[int, tuple[int, int]] = {}
         self._arrivals: dict[int, Arrival] = {}
         self._staged: dict[int, tuple[Tensor, Arrival]] = {}
         self._staging: dict[torch.dtype, list[Tensor]] = {}
+        self._added: dict[int, int | None] = {}  # by a backward under way: chunks, and the versions of their gradients
 
     # -- where it lies -------------------------------------------------------------------------------------
 
@@ -51,51 +53,44 @@ class TorchStore:
         for chunk, home in pairs:  # first make room
             if chunk.resident is not None and not self.format.keeps_copy(chunk.layout, home):
                 chunk.resident = None
-                self._charge(chunk, Home(self.homes[chunk.layout.index].where))
+                self._book(chunk, Home(self.homes[chunk.layout.index].where))
         for chunk, home in pairs:
             before = self.homes.get(chunk.layout.index)
             if before is None or before.on_device != home.on_device:
                 self._place_master(chunk, Home(home.where, chunk.resident is not None))
         for chunk, home in pairs:
+            self._book(chunk, home, purpose="the weights")
             if chunk.resident is None and self.format.keeps_copy(chunk.layout, home):
-                self._charge(chunk, home, purpose="the weights")
                 chunk.resident = torch.empty(chunk.layout.numel, dtype=chunk.layout.dtype, device=self.hardware.device)
             self.homes[chunk.layout.index] = home
 
     def leave(self) -> None:
-        for free in self._staging.values():
-            self.hardware.host_tier.refund(sum(buffer.nbytes for buffer in free))
         self._staging.clear()
+        self._book_staging()
         for chunk in self.chunks.chunks:
-            device, host = self._charged.pop(chunk.layout.index, (0, 0))
-            self.hardware.device_tier.refund(device)
-            self.hardware.host_tier.refund(host)
+            self.hardware.book(chunk.layout.name, 0, 0, "")
             chunk.master = chunk.gradient = chunk.cast = chunk.resident = None
         self.homes.clear()
 
     def _place_master(self, chunk: Chunk, home: Home) -> None:
         layout, hardware = chunk.layout, self.hardware
-        before = self._charged.get(layout.index, (0, 0))
-        self._charge(chunk, home, before)  # both places are taken while values move from one to the other
+        before = self.homes.get(layout.index)
+        # Both places are taken while values move from one to the other.
+        self._book(chunk, home, None if before is None else Home(before.where))
         streams = not home.on_device
         master = hardware.zeros(layout.numel, layout.master_dtype, home.on_device, streams and not layout.casts)
         self.chunks.place(chunk, master)
         chunk.gradient = None
         chunk.cast = hardware.zeros(layout.numel, layout.dtype, False, True) if layout.casts and streams else None
-        self._charge(chunk, home)
+        self._book(chunk, home)
         self.homes[layout.index] = home
 
-    def _charge(self, chunk: Chunk, home: Home, besides: tuple[int, int] = (0, 0),
-                purpose: str = "the training state") -> None:  # fmt: skip
-        """Account for a chunk that is at `home`, and `besides`, instead of what was charged for it before."""
-        layout, purpose = chunk.layout, f"{purpose} of chunk {chunk.layout.index}"
-        device = self.format.device_bytes(layout, home) + besides[0]
-        host = self.format.host_bytes(layout, home) + besides[1]
-        device_before, host_before = self._charged.get(layout.index, (0, 0))
-        self.hardware.device_tier.charge(device - device_before, purpose)
-        self._charged[layout.index] = device, host_before
-        self.hardware.host_tier.charge(host - host_before, purpose)
-        self._charged[layout.index] = device, host
+    def _book(self, chunk: Chunk, home: Home, besides: Home | None = None, purpose: str = "the training state") -> None:
+        """Account for a chunk that is at `home`, and as yet `besides`, instead of where it was before."""
+        layout, homes = chunk.layout, [home] if besides is None else [home, besides]
+        device = sum(self.format.device_bytes(layout, each) for each in homes)
+        host = sum(self.format.host_bytes(layout, each) for each in homes)
+        self.hardware.book(layout.name, device, host, f"{purpose} of {layout.name}")
 
     # -- weights -------------------------------------------------------------------------------------------
 
@@ -153,13 +148,15 @@ class TorchStore:
 
     def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
         """The gradients have landed: add them to the parameters' `.grad`."""
+        self._added[chunk.layout.index] = None
         if chunk.layout.index in self._staged:
-            staging, arrival = self._staged.pop(chunk.layout.index)
+            staging, arrival = self._staged[chunk.layout.index]
             self.copies.finish(arrival)
             chunk.accumulate(staging[: gradients.numel()], slots)
-            self._staging[gradients.dtype].append(staging)
+            self._free_staging(chunk.layout.index)
         else:
             chunk.accumulate(gradients, slots)
+        self._added[chunk.layout.index] = chunk.gradient_version
         if not self.homes[chunk.layout.index].on_device:
             self.stats.moved(to_host=gradients.nbytes)
 
@@ -167,20 +164,40 @@ class TorchStore:
         free = self._staging.setdefault(gradients.dtype, [])
         fitting = [buffer for buffer in free if buffer.numel() >= gradients.numel()]
         if not fitting:
-            self.hardware.host_tier.charge(gradients.nbytes, "staging for gradients")
+            self._book_staging(gradients.nbytes)
             return self.hardware.zeros(gradients.numel(), gradients.dtype, False, True)
         smallest = min(fitting, key=Tensor.numel)
         free[:] = [buffer for buffer in free if buffer is not smallest]
         return smallest
 
+    def _free_staging(self, index: int) -> None:
+        staging, _ = self._staged.pop(index)
+        self._staging[staging.dtype].append(staging)
+
+    def _book_staging(self, more: int = 0) -> None:
+        """Account for the buffers that there are, and `more` bytes."""
+        buffers = [*chain(*self._staging.values()), *(staging for staging, _ in self._staged.values())]
+        self.hardware.host_tier.book("staging for gradients", sum(buffer.nbytes for buffer in buffers) + more)
+
     # -- steps ---------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> float:
-        """Gradient buffers lie beside the masters; they were charged when the chunk was placed."""
+        """Gradient buffers lie beside the masters; they were booked when the chunk was placed.
+
+        Raises StateError where `.grad` is still of a part of a backward.
+        """
+        for index, version in self._added.items():
+            chunk = self.chunks.chunks[index]
+            if chunk.gradient_version == version and chunk.has_gradients:
+                raise StateError(PARTIAL)
+        self._added.clear()
         for chunk in self.chunks.chunks:
             if chunk.layout.trainable:
                 chunk.prepare_gradient()
         return 1.0
+
+    def end_backward(self) -> None:
+        self._added.clear()
 
     def rest(self) -> None:
         """Masters that are copied from as they are may not change before they have left."""
@@ -193,10 +210,11 @@ class TorchStore:
 
     def abort(self, run: Run) -> str:
         """Masters are as before the run; gradients may be of a part of it."""
-        for staging, arrival in self._staged.values():
+        for index, (_, arrival) in list(self._staged.items()):
             self.copies.finish(arrival)
-            self._staging[staging.dtype].append(staging)
-        self._staged.clear()
+            self._free_staging(index)
+        self._book_staging()
+        self._added = {index: self.chunks.chunks[index].gradient_version for index in self._added}
         return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."
 
     def stale(self) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,10 @@ class Declared:
         return OwnFormat(moments, self.in_backward, self.accumulate)
 
 
-Use = Callable[[OwnFormat, Callable[[OwnStore], None]], None]
+Attach = WeakMethod[Callable[[OwnStore], None]]
+"""Who is given the store of the states, if he is still there."""
+
+Use = Callable[[OwnFormat, Attach], None]
 """Declares of what states are to consist, and who is given the store of them once there is a plan."""
 
 
@@ -129,7 +133,7 @@ class ChunkOptimizer(Optimizer):
         self._demand = demand
         super().__init__(model.param_groups, model.defaults)
         self._format = declared.format(self.param_groups)
-        use(self._format, weak_method(self._attach))
+        use(self._format, WeakMethod(self._attach))
 
     def _attach(self, store: OwnStore) -> None:
         """There is a plan, and so there are states to update."""
@@ -204,7 +208,7 @@ class ChunkOptimizer(Optimizer):
         if self._store is None:
             return loss  # the model was not called yet
         store = self._store
-        store.check()
+        store.check_gradients()
         self._check_groups()
         if self.declared.in_backward and 0 < store.backwards < self.declared.accumulate:
             raise StateError(
@@ -217,7 +221,6 @@ class ChunkOptimizer(Optimizer):
             store.update_all(1.0)
         else:
             self._measured_step(store.held.norm())
-        store.backwards = 0
         return loss
 
     def _check_zeroed(self, store: OwnStore) -> None:

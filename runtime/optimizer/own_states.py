@@ -32,7 +32,6 @@ class OwnStates:
         self.format = format
         self.zero = zero
         self._states: list[ChunkState] = []
-        self._charged: dict[int, tuple[int, int]] = {}
 
     def __getitem__(self, index: int) -> ChunkState:
         return self._states[index]
@@ -58,14 +57,13 @@ class OwnStates:
         index, layout = chunk.layout.index, chunk.layout
         previous = self._states[index] if index < len(self._states) else None
         unplanned = previous is not None and previous.total is not None and not self.format.keeps_sum(layout)
-        self._charge(layout, home, unplanned)
+        self._book(layout, home, home.on_device if unplanned else None)
         weights, whole = self._weights(layout, home)
         state = self._allocate(layout.shard(self.zero.number(layout)), home, weights)
         if unplanned:
             state.total = self._zeros(state.layout.numel, layout.master_dtype, home.on_device)
         if previous is None:
             self._take_parameters(state, chunk)
-            self._states.append(state)
         else:
             state.take(previous)
             self._states[index] = state
@@ -87,41 +85,31 @@ class OwnStates:
         return state.total
 
     def _unplanned_total(self, state: ChunkState, on_device: bool) -> Tensor:
-        layout, (device, host) = state.layout, self._charged[state.layout.index]
-        total, more = self._zeros(layout.numel, layout.master_dtype, on_device), layout.master_bytes
+        layout = self.chunks.chunks[state.layout.index].layout
         purpose = (
-            f"float32 gradients of chunk {layout.index} (accumulate= plans for them, and clipping by max_grad_norm= or "
+            f"float32 gradients of {layout.name} (accumulate= plans for them, and clipping by max_grad_norm= or "
             "model.clip_grad_norm_() needs none)"
         )
-        self.hardware.tier(on_device).charge(more, purpose)
-        self._charged[layout.index] = device + on_device * more, host + (not on_device) * more
-        return total
+        self._book(layout, state.home, on_device, purpose)
+        return self._zeros(state.layout.numel, layout.master_dtype, on_device)
 
     def forget_gradient(self, state: ChunkState) -> None:
         """Drop a chunk's gradient. The device has room for an unplanned sum between backward and update alone."""
-        state.forget_gradient()
         layout = self.chunks.chunks[state.layout.index].layout
-        if state.where is Where.DEVICE and not self.format.keeps_sum(layout) and state.total is not None:
+        if state.where is Where.DEVICE and not self.format.keeps_sum(layout):
             state.total = None
-            self._charge(layout, state.home, unplanned_total=False)
+            self._book(layout, state.home)
+        state.forget_gradient()
 
-    def _charge(self, layout: ChunkLayout, home: Home, unplanned_total: bool) -> None:
-        """Exchange the chunk's charges on both tiers, or, where one is full, on neither.
+    def _book(self, layout: ChunkLayout, home: Home, total_on_device: bool | None = None, purpose: str = "") -> None:
+        """Account for a chunk's state, and for an unplanned sum of gradients where there is one: on the device or not.
 
         A gradient that is held on the device is a program's own tensor, and counted with the program's.
         """
-        total = layout.master_bytes if unplanned_total else 0
-        device = self.format.device_bytes(layout, home) + total * home.on_device
-        host = self.format.host_bytes(layout, home) + total * (not home.on_device)
-        device_before, host_before = self._charged.get(layout.index, (0, 0))
-        purpose = f"the training state of chunk {layout.index}"
-        self.hardware.device_tier.charge(device - device_before, purpose)
-        try:
-            self.hardware.host_tier.charge(host - host_before, purpose)
-        except BudgetError:
-            self.hardware.device_tier.refund(device - device_before)
-            raise
-        self._charged[layout.index] = device, host
+        device, host = self.format.device_bytes(layout, home), self.format.host_bytes(layout, home)
+        device += layout.master_bytes * (total_on_device is True)
+        host += layout.master_bytes * (total_on_device is False)
+        self.hardware.book(layout.name, device, host, purpose or f"the training state of {layout.name}")
 
     def _weights(self, layout: ChunkLayout, home: Home) -> tuple[Tensor, Tensor | None]:
         """The weights of this process's shard, and all of a resident chunk's, of which they are a view unless they
@@ -157,6 +145,8 @@ class OwnStates:
         for slot, parameter in enumerate(chunk.parameters):
             shard = self.chunks.local_shard(chunk.layout.slots[slot], parameter.detach())
             state.write(slot, self.zero.take(shard, chunk.layout, slot))
+        self._states.append(state)  # from here on values are read there
+        for parameter in chunk.parameters:
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         chunk.master = chunk.gradient = chunk.cast = None

@@ -19,7 +19,7 @@ from ..isa.layout import ChunkLayout
 from ..isa.torch_private import unmetered
 from ..memory.chunks import Chunk, ChunkStore
 from ..memory.hardware import Hardware
-from ..memory.state_store import Run
+from ..memory.state_store import PARTIAL, Run
 from ..memory.stats import Stats
 from ..memory.stored import Stored
 from ..memory.streams import Arrival
@@ -29,6 +29,7 @@ from .slot_source import make_lazy
 from .states import ChunkState
 from .updater import Updater
 from .updates import UpdateKernels
+from .weak_method import optimizer_is_gone
 from .worker import Tickets, Worker
 from .zeroed import ZeroedGradients
 
@@ -45,8 +46,8 @@ NO_STATES = (
 class OwnStore:
     """Training states, their gradients, and the updates that are under way.
 
-    `backwards` counts those since the last step. `check_groups` raises where updates cannot go by the optimizer's
-    groups as they are.
+    `backwards` counts those since the last step that came to their end. `check_groups` raises where updates cannot go
+    by the optimizer's groups as they are, or it is gone.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, stats: Stats,
@@ -67,10 +68,11 @@ class OwnStore:
         self.zeroed = ZeroedGradients()
         self.backwards = 0
         self._writers = 0
-        self.check_groups: Callable[[], None] = lambda: None
+        self.check_groups: Callable[[], None] = optimizer_is_gone
         self._broken = ""
         self._has_updated = False  # in this backward
         self._begins = False  # with updates, in this backward
+        self._is_partial = False  # whether gradients are of a part of one
         self._arrivals: dict[int, Arrival] = {}
 
     @property
@@ -172,8 +174,9 @@ class OwnStore:
         index, state = chunk.layout.index, self.states[chunk.layout.index]
         gradients = self.zero.reduce(gradients, chunk.layout)
         self.tickets.arrive(index)
+        self._is_partial = True
         self.zeroed.brought(index, slots)
-        last = self.backwards == self.format.accumulate
+        last = self.backwards + 1 == self.format.accumulate
         adds = state.present or self.format.accumulate > 1
         if chunk.layout.shards > 1 and not adds and self.held.keeps(state):
             gradients = gradients.clone()  # or it would keep the program's whole buffer
@@ -196,7 +199,7 @@ class OwnStore:
     # -- steps ---------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> float:
-        self.check()
+        self.check_gradients()
         if self.format.in_backward and self.backwards == self.format.accumulate:
             raise StateError(
                 f"a backward() more than accumulate={self.format.accumulate} came before optimizer.step(): with "
@@ -205,7 +208,6 @@ class OwnStore:
             )
         if self.format.in_backward:
             self.check_groups()  # what fails in the middle of the updates cannot be undone
-        self.backwards += 1
         self._has_updated = False
         self._begins = self._may_begin()
         return self.held.loss_scale
@@ -214,7 +216,7 @@ class OwnStore:
         """Whether updates may begin in this backward, before `step()`. Norms of sums are taken on the host, which has
         to have time for that."""
         format, held = self.format, self.held
-        if format.in_backward or self.backwards != format.accumulate or held.loss_scale != 1.0:
+        if format.in_backward or self.backwards + 1 != format.accumulate or held.loss_scale != 1.0:
             return False
         if (held.measures and format.accumulate > 1) or not self.updater.bets.are_on():
             return False
@@ -224,14 +226,17 @@ class OwnStore:
             return False  # step() tells it, if the groups are still so
         return True
 
+    def end_backward(self) -> None:
+        self.backwards += 1
+        self._is_partial = False
+
     def update_all(self, scale: float | Tensor) -> None:
-        """Start to update every chunk that has a gradient. Where that fails half way no further step is taken: some
-        parameters are of this step, others are not."""
-        try:
-            self.updater.update_all(scale)
-        except BaseException:
-            self._broken = HALF_UPDATED.format("optimizer.step()")
-            raise
+        """Start to update every chunk that has a gradient: the step is over. Where that fails half way no further one
+        is taken: some parameters are of this step, others are not."""
+        self._broken = HALF_UPDATED.format("optimizer.step()")
+        self.updater.update_all(scale)
+        self.backwards = 0
+        self._broken = ""
 
     def rest(self) -> None:
         """Whoever writes to states waits for them in `finish`."""
@@ -250,13 +255,20 @@ class OwnStore:
         if self._broken:
             raise StateError(self._broken)
 
+    def check_gradients(self) -> None:
+        """Raises StateError where gradients are of a part of a backward."""
+        self.check()
+        if self._is_partial and self._has_updated:
+            self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
+            self.check()
+        if self._is_partial:
+            raise StateError(PARTIAL)
+
     def abort(self, run: Run) -> str:
         self.collectives.abandon()
         if self._has_updated and run.counts:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."
-        if self.format.in_backward and run.counts:
-            self.backwards -= 1  # nothing is updated yet, so that it may come again
         return "Parameters and optimizer state are as before the step; call zero_grad() before the next one."
 
     def stale(self) -> str:
@@ -311,9 +323,11 @@ class OwnStore:
                 "zero_grad() came between the last backward() of a step and optimizer.step(), but with "
                 "in_backward=True the parameters are updated already; call zero_grad() after step(), or leave it out"
             )
+        self._is_partial = True
         self.zeroed.drop() if set_to_none else self.zeroed.zero()
         self.held.forget_all()
         self.backwards = 0
+        self._is_partial = False
 
     def forget_gradient(self, parameter: str) -> None:
         """Drop one parameter's gradient."""
@@ -324,7 +338,11 @@ class OwnStore:
             self.held.forget(state, slot)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        return self.held.clip(max_norm)
+        self.check_gradients()
+        self._is_partial = not self.format.in_backward
+        norm = self.held.clip(max_norm)
+        self._is_partial = False
+        return norm
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

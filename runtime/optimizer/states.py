@@ -220,8 +220,8 @@ class ChunkState:
         self.spare = before
 
     def forget_gradient(self) -> None:
-        self.present.clear()
         self.added, self.clipped = False, None
         self.call_off()
         if self.where is Where.DEVICE:
             self.held = None
+        self.present.clear()

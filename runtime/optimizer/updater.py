@@ -92,11 +92,11 @@ class Updater:
         if num_bytes == self._stream_bytes:
             return
         self.streams = {}
-        hardware.device_tier.charge(num_bytes - self._stream_bytes, "states on their way through the device")
-        self._stream_bytes = num_bytes
+        hardware.device_tier.book("states on their way through the device", num_bytes)
         for layout in longest_of_each_kind(placed):
             stream = StateStream(hardware, states[layout.index], with_gradients=not format.at_once)
             self.streams[_kind(layout)] = stream
+        self._stream_bytes = num_bytes
 
     # -- starting ------------------------------------------------------------------------------------------
 

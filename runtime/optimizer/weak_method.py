@@ -1,13 +1,20 @@
-"""What an optimizer leaves with the model and with the store of its states, both of which it holds.
+"""What an optimizer leaves with the store of its states, which it holds.
 
-They do not hold it, so that all are freed when their user drops them.
+The store does not hold it, so that both are freed when their user drops them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakMethod
 
 from ..isa.errors import StateError
+
+
+def optimizer_is_gone() -> NoReturn:
+    raise StateError(
+        "what model.optimizer(...) returned is gone, and with it how parameters are updated; keep it for as long as "
+        "the model trains. This model has no other optimizer: compile it anew"
+    )
 
 
 def weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,11 +23,6 @@ def weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         found = held()
-        if found is None:
-            raise StateError(
-                "what model.optimizer(...) returned is gone, and with it how parameters are updated; keep it for as "
-                "long as the model trains. This model has no other optimizer: compile it anew"
-            )
-        return found(*args)
+        return optimizer_is_gone() if found is None else found(*args)
 
     return call

@@ -114,6 +114,41 @@ def test_a_backward_that_fails_before_its_first_update_may_come_again(
     assert all(map(torch.equal, weights(model), weights(other)))
 
 
+@pytest.mark.parametrize("route", ["torch's", "ours", "in backward"])
+def test_gradients_of_a_part_of_a_backward_are_not_added_to(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is taken again behind a failure would count twice: steps go on from zero_grad()."""
+    model, other = (compiled(placement="cpu") for _ in range(2))
+
+    def optimizer_of(trained: geminifx.CompiledModule) -> torch.optim.Optimizer:
+        if route == "torch's":
+            return torch.optim.AdamW(trained.parameters(), lr=0.1, fused=True)
+        return trained.optimizer(torch.optim.AdamW, lr=0.1, in_backward=route == "in backward", accumulate=3)
+
+    ours, theirs = map(optimizer_of, (model, other))
+    backward = lambda trained, number: trained(batch(number)).square().sum().backward()  # noqa: E731
+    backward(model, 0)
+    called = model.session.last["training"].executor.called
+    with monkeypatch.context() as patch:
+        done = called.accumulate_grad
+
+        def interrupted(*args: Any) -> None:
+            done(*args)
+            raise KeyboardInterrupt
+
+        patch.setattr(called, "accumulate_grad", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backward(model, 1)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"call zero_grad\(\), and begin the step anew"):
+            backward(model, 1)
+    ours.zero_grad(set_to_none=route != "torch's")
+    for trained, optimizer in ((model, ours), (other, theirs)):
+        for number in range(3):
+            backward(trained, number)
+        optimizer.step()
+    assert all(map(torch.equal, weights(model), weights(other)))
+
+
 def test_a_backward_that_fails_in_the_middle_of_its_updates_is_told_by_all_that_follows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -123,6 +123,7 @@ class Second:
         self.store = OwnStore(chunks, hardware, format, Stats(), TwoRanks(ranks, 3))
         self.machine = Machine(self.store, ranks)
         self.store.updater.schedule = lambda name, number: SgdHyper(lr=1.0)
+        self.store.check_groups = lambda: None
         self.store.place((PLACES[where],))
 
     def backward(self) -> None:
@@ -132,6 +133,7 @@ class Second:
         self.machine.put(gradients, 64, torch.ones(2, 64))
         self.machine.reduce(gradients, 0, [0, 1])
         self.machine.accumulate_grad(gradients, 0, [0, 1])
+        self.store.end_backward()
 
     def weights(self) -> Tensor:
         weights = self.machine.wait(self.machine.fetch(0, 256, torch.float32), 0).clone()
@@ -158,14 +160,14 @@ def test_programs_see_the_whole_after_an_update_of_the_shard(where: str, declare
 
 
 @EVERYWHERE
-def test_what_lies_where_is_what_is_charged(where: str) -> None:
+def test_what_lies_where_is_what_is_booked(where: str) -> None:
     second = Second(where)
     (state,), resident = second.store.states, second.machine.chunks[0].resident
     assert (resident is not None) == ("resident" in where)
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (state.weights, resident, state.held)
             if t is not None}  # fmt: skip
     buffers = OwnFormat(moments=0).stream_bytes([(state.layout, state.home)])
-    # Of a streamed state the host is charged for weights, too, where they stay on the device.
+    # Of a streamed state weights are booked on the host, too, where they stay on the device.
     stays = state.weights.nbytes if where == "streamed, resident" else 0
     assert sum(tier.used_bytes for tier in second.tiers) == sum(held.values()) + buffers + stays
     if resident is not None and state.where is not Where.HOST:

@@ -1,10 +1,7 @@
 """Tiers and the meter: every byte is counted once, for as long as it lives, and the limit is hard."""
 
-import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -13,30 +10,34 @@ from geminifx.runtime.memory import tiers
 from geminifx.runtime.memory.tiers import MemoryMeter, Tier
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupts import Failure, in_lines
 
 
-def test_charges_refunds_and_the_peak() -> None:
+def test_what_is_booked_is_exchanged_and_counts_at_the_peak() -> None:
     tier = Tier("device", 100)
-    tier.charge(60, "a")
-    tier.charge(40, "b")
-    tier.refund(60)
-    tier.charge(10, "c")
-    assert (tier.used_bytes, tier.peak_bytes) == (50, 100)
+    tier.book("a", 60)
+    tier.book("b", 40)
+    tier.book("a", 0)
+    tier.book("b", 30)
+    tier.book("c", 10)
+    assert (tier.used_bytes, tier.peak_bytes) == (40, 100) and tier.booked("b") == 30
 
 
-def test_a_charge_beyond_the_limit_books_nothing_and_says_why() -> None:
+def test_more_than_the_limit_changes_nothing_and_says_why() -> None:
     tier = Tier("host", 100)
-    tier.charge(60, "a")
+    tier.book("a", 60)
     with pytest.raises(BudgetError, match="host tier is full: the cake needs 41 bytes, 60 of 100") as caught:
-        tier.charge(41, "the cake")
+        tier.book("b", 41, "the cake")
     assert caught.value.smallest_bytes == 101
+    with pytest.raises(BudgetError, match="host tier is full: a needs 41 bytes, 60 of 100"):
+        tier.book("a", 101)
     assert (tier.used_bytes, tier.peak_bytes) == (60, 60)
-    tier.charge(40, "what just fits")
+    tier.book("what just fits", 40)
 
 
 def test_a_patient_tier_waits_for_what_another_thread_lets_go() -> None:
     tier = Tier("device", 100, patience_s=60.0)
-    tier.charge(60, "a")
+    tier.book("a", 60)
     looked = threading.Event()
     fits = tier._fits
 
@@ -46,25 +47,25 @@ def test_a_patient_tier_waits_for_what_another_thread_lets_go() -> None:
         return found
 
     tier._fits = look  # type: ignore[method-assign]
-    thread = threading.Thread(target=lambda: looked.wait(10) and tier.refund(60))
+    thread = threading.Thread(target=lambda: looked.wait(10) and tier.book("a", 0))
     thread.start()
-    tier.charge(60, "b")
+    tier.book("b", 60)
     thread.join()
     assert (tier.used_bytes, tier.peak_bytes) == (60, 60)
 
 
 def test_no_limit_is_no_limit() -> None:
     tier = Tier("host")
-    tier.charge(10**18, "everything")
+    tier.book("everything", 10**18)
     assert tier.peak_bytes == 10**18
 
 
 @given(st.lists(st.integers(1, 50), max_size=30))
 def test_a_tier_never_holds_more_than_its_limit(amounts: list[int]) -> None:
     tier, held = Tier("device", 100), 0
-    for amount in amounts:
+    for i, amount in enumerate(amounts):
         try:
-            tier.charge(amount, "x")
+            tier.book(str(i), amount)
             held += amount
         except BudgetError:
             assert held + amount > 100
@@ -145,7 +146,7 @@ def test_autograds_saved_tensors_count_until_the_backward_frees_them() -> None:
         assert meter.used_bytes == 4 * KILO, "the gradient"
 
 
-def test_a_charge_beyond_the_limit_raises_out_of_the_operator() -> None:
+def test_a_storage_beyond_the_limit_raises_out_of_the_operator() -> None:
     tier = Tier("device", 10 * KILO)
     with MemoryMeter(tier) as meter:
         a = torch.ones(KILO)
@@ -180,27 +181,13 @@ def test_used_bytes_are_those_of_the_living_storages(actions: list[tuple[str, in
 
 def lines_of_tiers(work: Callable[[], object], interrupted: int | None = None) -> int:
     """How many lines of the module `work` runs; Ctrl-C falls into the one with this number, as it falls into any."""
-    count = 0
-
-    def traced(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename != tiers.__file__:
-            return None
-        if event == "line":
-            count += 1
-            if count - 1 == interrupted:
-                raise KeyboardInterrupt
-        return traced
-
-    sys.settrace(traced)
-    try:
+    failure = Failure()
+    with failure.armed(interrupted), in_lines({tiers.__file__}, failure.pass_by):
         work()
-    finally:
-        sys.settrace(None)
-    return count
+    return failure.count
 
 
-def test_ctrl_c_is_heard_and_no_bytes_stay_charged() -> None:
+def test_ctrl_c_is_heard_and_no_bytes_stay_booked() -> None:
     """Python swallows what is raised in a weak reference's callback."""
 
     def work() -> None:
