@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..runtime import chosen_gradients
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
 from .capture.results import AbsentOutput
@@ -29,13 +30,20 @@ class Calls:
         self.session = session
         self._anchor = torch.zeros((), requires_grad=True)
         self._facades: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+        chosen_gradients.refuse_them()
 
     def facade(self, module: nn.Module) -> nn.Module:
         """The facade of a module; what is none of the model's is returned as it is."""
+        if id(module) in self._facades or any(each is module for each in self.session.source.modules()):
+            return self.part(module)
+        return module
+
+    def part(self, module: nn.Module) -> nn.Module:
+        """The facade of one of the model's modules."""
         found = self._facades.get(id(module))
-        if found is None and any(each is module for each in self.session.source.modules()):
+        if found is None:
             found = self._facades[id(module)] = Facade(module, self)
-        return module if found is None else found
+        return found
 
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the model, or of one of its modules alone, in a compiled step."""
@@ -60,7 +68,7 @@ class Calls:
                 return name
         raise StateError(f"{type(module).__name__} was called, which is no part of the compiled model any more")
 
-    def _train(self, compiled: Compiled, inputs: list[Tensor]) -> list[Any]:
+    def _train(self, compiled: Compiled, inputs: list[Any]) -> list[Any]:
         code, captured = compiled.executor.code, compiled.captured
         by_role = dict(zip(code.inputs, inputs, strict=True))
         tracked = [by_role[role.removeprefix("gradient:")] for role in code.input_gradients]

@@ -1,7 +1,7 @@
 """What looks like a module that was compiled: the model itself, and parts of it that are called alone."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from types import MethodType
@@ -18,6 +18,7 @@ class _Calls(Protocol):
     """See `calls.Calls`."""
 
     def facade(self, module: nn.Module) -> nn.Module: ...
+    def part(self, module: nn.Module) -> nn.Module: ...
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def lending(self) -> AbstractContextManager[None]: ...
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None: ...
@@ -134,7 +135,7 @@ class Facade(nn.Module):
                 with compiled.in_source():
                     return calls.generate(found, args, kwargs)
             with calls.lending():
-                return method(*args, **kwargs)
+                return self._facade_view(method(*args, **kwargs))
 
         def iterate(*args: Any, **kwargs: Any) -> Any:
             steps = method(*args, **kwargs)
@@ -147,6 +148,14 @@ class Facade(nn.Module):
                 yield value
 
         return wraps(found)(iterate if inspect.isgeneratorfunction(found) else call)
+
+    def _facade_view(self, result: Any) -> Any:
+        """A dictionary's view of modules, such as a ModuleDict's `items()`, as one of what is handed out for them."""
+        if isinstance(result, ItemsView):
+            return {name: self._facade_given(value) for name, value in result}.items()
+        if isinstance(result, ValuesView):
+            return dict(enumerate(map(self._facade_given, result))).values()
+        return result
 
     # -- what nn.Module does with itself -------------------------------------------------------------------
 
@@ -167,6 +176,23 @@ class Facade(nn.Module):
         """As nn.Module's; what it returns can be called alone."""
         return self._facade_given(self._facade_source.get_submodule(target))
 
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "",
+                      remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:  # fmt: skip
+        """As nn.Module's; what it tells of can be called alone. A module around a compiled one, which has a `memo`, is
+        told of the source's own: it asks for all of them whenever it looks for parameters."""
+        found = self._facade_source.named_modules(memo, prefix, remove_duplicate)
+        return found if memo is not None else ((name, self._facade_part(module)) for name, module in found)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        return ((name, self._facade_part(module)) for name, module in self._facade_source.named_children())
+
+    def _named_members(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """Parameters and buffers, for which no facades are needed."""
+        return self._facade_source._named_members(*args, **kwargs)
+
+    def _facade_part(self, module: nn.Module) -> nn.Module:
+        return self if module is self._facade_source else self._facade_calls.part(module)
+
     # Python looks these up in the class, where __getattr__ has no say.
 
     def __bool__(self) -> bool:
@@ -179,7 +205,12 @@ class Facade(nn.Module):
         return map(self._facade_given, iter(self._facade_source))
 
     def __getitem__(self, index: Any) -> Any:
-        return self._facade_given(self._facade_source[index])
+        found = self._facade_source[index]
+        if isinstance(index, slice) and isinstance(
+            found, (nn.Sequential, nn.ModuleList)
+        ):  # a new one, of the same modules
+            found._modules = {name: self._facade_given(module) for name, module in found._modules.items()}
+        return self._facade_given(found)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._facade_source[index] = value

@@ -7,7 +7,8 @@ import hashlib
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from ..runtime.executor import Executor, Outlets
 from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
 from .capture.arguments import leaf_key
 from .capture.guards import Guard, forwards_of
+from .capture.numbers import can_be_input
 from .capture.refusals import hooks_of
 from .capture.trace import Captured
 
@@ -51,14 +53,35 @@ class Compiled:
 @dataclass(frozen=True)
 class Call:
     """A call of the model, or of its submodule `entry` alone: the arguments, whether a backward is wanted, and the
-    `key` of programs for it, of which guards tell which one can be used. `state` tells of the model's modes."""
+    `key` of programs for it, of which guards tell which one can be used. `setting` is all that is part of it beside the
+    arguments, and `state` tells of the model's. `inputs` are the positions of numbers that are inputs of programs."""
 
     entry: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     backward: bool
     state: str
-    key: Key
+    setting: Key
+    leaves: list[Any]
+    inputs: frozenset[int] = frozenset()
+
+    @cached_property
+    def key(self) -> Key:
+        return *self.setting, *(leaf_key(leaf, i in self.inputs) for i, leaf in enumerate(self.leaves))
+
+    @cached_property
+    def kind(self) -> Key:
+        """The key of all calls that differ in numbers alone."""
+        return self.taking(frozenset(self.numbers)).key
+
+    @cached_property
+    def numbers(self) -> dict[int, float]:
+        """The numbers among the arguments, by position."""
+        return {i: leaf for i, leaf in enumerate(self.leaves) if can_be_input(leaf)}
+
+    def taking(self, inputs: frozenset[int]) -> "Call":
+        """The call, with numbers as inputs."""
+        return self if inputs == self.inputs else replace(self, inputs=inputs)
 
     def __str__(self) -> str:
         """What ranks that share it have alike."""
@@ -78,9 +101,9 @@ class Call:
         modes = tuple(module.training for module in modules)
         identities = tuple(map(id, modules))
         own = hooks_of(modules), forwards_of(modules)
-        key = entry, backward, trained, modes, identities, own, spec, *map(leaf_key, leaves)
         state = f"{sum(modes)} of {len(modes)} modules in training, {sum(trained)} parameters trained"
-        return cls(entry, args, kwargs, backward, state, key)
+        setting = entry, backward, trained, modes, identities, own, spec
+        return cls(entry, args, kwargs, backward, state, setting, leaves)
 
 
 def exchanged(program: Program, plan: Plan) -> str:
@@ -116,9 +139,10 @@ class Recaptures:
 
     def note(self, call: Call, changed: str) -> None:
         """Take note of a call that is captured; `changed` is the attribute that is not as it was, or ""."""
-        for path, leaf in pytree.tree_leaves_with_path((call.args, call.kwargs)):
+        for i, (path, leaf) in enumerate(pytree.tree_leaves_with_path((call.args, call.kwargs))):
             values = self._values[pytree.keystr(path[1:])]
-            if not isinstance(leaf, Tensor) and len(values) < self.MOST and leaf_key(leaf) not in values:
+            is_constant = not isinstance(leaf, Tensor) and i not in call.inputs
+            if is_constant and len(values) < self.MOST and leaf_key(leaf) not in values:
                 values.add(leaf_key(leaf))
                 if len(values) == self.MOST:
                     self._warn(f"the argument {pytree.keystr(path[1:])} came with a {self.MOST}th value, {leaf!r}")
@@ -130,7 +154,7 @@ class Recaptures:
     def _warn(what: str) -> None:
         warnings.warn(
             f"{what}, and for each the model is captured anew; a number that changes from step to step can be a tensor "
-            "of no dimensions, among the arguments or the buffers",
+            "of no dimensions, among the arguments or the buffers, or an argument that is only computed with",
             stacklevel=2,
         )
 
@@ -150,9 +174,9 @@ class Recent(Generic[_V]):
         self._values.move_to_end(key)
         return self._values[key]
 
-    def get(self, key: Key, default: _V) -> _V:
+    def get(self, key: Key) -> _V | None:
         if key not in self:
-            return default
+            return None
         return self[key]
 
     def __setitem__(self, key: Key, value: _V) -> None:
@@ -179,7 +203,7 @@ class GuardedKeys:
 
     def key(self, call: Key) -> Key:
         """The key of the program for a call with the model as it is; for a program that there is not yet, of none."""
-        found = (number for number, guards, _ in self._states.get(call, []) if all(guard.holds() for guard in guards))
+        found = (number for number, guards, _ in self._states.get(call) or () if all(guard.holds() for guard in guards))
         return call, next(found, None)
 
     def add(self, call: Key, guards: tuple[Guard, ...], modules: Iterable[nn.Module]) -> None:
@@ -187,9 +211,9 @@ class GuardedKeys:
         the call's key."""
         if self.key(call)[1] is None:
             self._count += 1
-            self._states[call] = [(self._count, guards, list(modules)), *self._states.get(call, [])][: self.most]
+            self._states[call] = [(self._count, guards, list(modules)), *(self._states.get(call) or ())][: self.most]
 
     def changed(self, call: Key) -> str:
         """What is not as it was when a program was captured last for this call; "" where there was none."""
-        last = (guard for _, guards, _ in self._states.get(call, [])[:1] for guard in guards)
+        last = (guard for _, guards, _ in (self._states.get(call) or ())[:1] for guard in guards)
         return next((guard.label for guard in last if not guard.holds()), "")

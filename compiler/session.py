@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.adapters import blocks, example_inputs
 from ..passes.canonicalize import canonicalize
@@ -35,6 +35,7 @@ from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest, capture
+from .changing_numbers import ChangingNumbers
 from .device import Device
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
@@ -103,6 +104,7 @@ class Session:
         self._met: WeakSet[Executor] = WeakSet()
         self._agreed = {""}  # on what is exchanged, with the other ranks
         self._guarded = GuardedKeys()
+        self._numbers = ChangingNumbers(not self.ranks.mesh.tensor_axes)
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
@@ -114,7 +116,7 @@ class Session:
         """The program for a call with these arguments, of the submodule `entry` where there is one; captured, planned
         and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
-        call = Call.of(self.source, entry, args, kwargs)
+        call = self._numbers.taken(Call.of(self.source, entry, args, kwargs))
         if self.ranks.sharing is not None:
             self.ranks.check_call(str(call))
         key = self._guarded.key(call.key)
@@ -134,17 +136,21 @@ class Session:
         """The captured step for a call, and the key of its program."""
         key = self._guarded.key(call.key)
         if key not in self._captured:
-            self._recaptures.note(call, self._guarded.changed(call.key))
-            began_s = time.perf_counter()
-            with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-                request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes,
-                                         call.entry)  # fmt: skip
-                captured = self._shard(capture(self.source, call.args, call.kwargs, request))
-            tell_of_slowness(time.perf_counter() - began_s, captured.program)
+            call, captured = self._numbers.captured(call, self._captured_anew)
             self._guarded.add(call.key, captured.guards, self.source.modules())
             key = self._guarded.key(call.key)
             self._captured[key] = captured
         return key, self._captured[key]
+
+    def _captured_anew(self, call: Call) -> Captured:
+        self._recaptures.note(call, self._guarded.changed(call.key))
+        began_s = time.perf_counter()
+        with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
+            request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes,
+                                     call.entry, call.inputs)  # fmt: skip
+            captured = self._shard(capture(self.source, call.args, call.kwargs, request))
+        tell_of_slowness(time.perf_counter() - began_s, captured.program)
+        return captured
 
     def _shard(self, captured: Captured) -> Captured:
         """The captured step of this process's parts, where tensors are sharded. Raises ShardingError."""
@@ -327,7 +333,7 @@ class Session:
             for home, *same in zip(plan.homes, *others, strict=True)
         )
 
-    def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
         inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
         if self.ranks.mesh.tensor_axes and compiled.executor not in self._met:

@@ -50,8 +50,8 @@ def share_values(source: nn.Module, ranks: Ranks, device: torch.device) -> None:
 
 def program_inputs(
     source: nn.Module, compiled: Compiled, arguments: Any, device: torch.device, dtype: torch.dtype | None
-) -> list[Tensor]:
-    """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in.
+) -> list[Any]:
+    """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in; numbers are told.
 
     Raises StateError for one that has no values.
     """
@@ -63,6 +63,8 @@ def program_inputs(
             inputs.append(buffers[name])
         elif kind == "constant":
             inputs.append(compiled.captured.program.constants[name].to(device))
+        elif kind == "number":
+            inputs.append(leaves[int(name)])
         else:
             leaf = leaves[int(name)]
             if leaf.is_meta:

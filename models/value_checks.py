@@ -21,38 +21,82 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _TORCH = f"{Path(torch.__file__).parent}/"
+_TAKES = {"LOAD_ATTR": 1, "LOAD_METHOD": 1, "BINARY_SUBSCR": 2, "BINARY_OP": 2}
+"""How much Python's instructions take off its stack, of those that read what a comparison is with."""
 _TORCHS_CHECKS = ("_check_tensor_all", "_check_tensor_all_with", "_assert_async")
 
 
 class _ChecksPass(TorchFunctionMode):
-    """Answers `bool(tensor)` where nothing but a check asks."""
+    """Answers `bool(tensor)` and `tensor.item()` where nothing but a check asks."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.Tensor.__bool__, torch.Tensor.item):  # the latter is what functional tensors ask themselves
-            passes = _passing_value(sys._getframe(1))
+            frame = _asking(sys._getframe(1))
+            passes = None if frame is None else _passing_value(frame)
             if passes is not None:
                 return passes
+            if frame is not None and _compares_in_a_check(frame):
+                return _Compared(args[0])
         return func(*args, **(kwargs or {}))
 
 
-def _passing_value(frame: FrameType | None) -> bool | None:
-    """What a tensor's truth has to be for the check that asks for it to pass; None where the model goes by it."""
+class _Compared:
+    """In the place of a number that a check compares: the comparison comes out as the check would have it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __bool__(self) -> bool:
+        passes = _passing_value(sys._getframe(1))
+        return bool(self._tensor) if passes is None else passes
+
+    def _other(self, _: object) -> _Compared:
+        return self
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _other  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _asking(frame: FrameType | None) -> FrameType | None:
+    """The frame outside of torch that asks for a tensor's value."""
     while frame is not None and (
         frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name == "__torch_function__"
     ):
         frame = frame.f_back
-    if frame is None:
-        return None
+    return frame
+
+
+def _compares_in_a_check(frame: FrameType) -> bool:
+    """Whether a check goes on to compare what it was given by the call that it has made."""
+    code = _Code(frame.f_code)
+    above = 0  # of that on Python's stack
+    for step in code.instructions[code.at(frame.f_lasti) + 1 :]:
+        if step.opname == "COMPARE_OP":
+            return above < 2 and _lines_of_check(frame, step) is not None
+        takes = _TAKES.get(step.opname, 0 if step.opname.startswith("LOAD_") else above + 1)
+        if above < takes:
+            return False
+        above += dis.stack_effect(step.opcode, step.arg)
+    return False
+
+
+def _lines_of_check(frame: FrameType, step: dis.Instruction) -> range | None:
+    """The lines of the check that an instruction is of; None for one that is of no check."""
+    line = step.positions.lineno if step.positions is not None else None
+    return next((lines for lines in _checks(frame.f_code.co_filename) if line in lines), None)
+
+
+def _passing_value(frame: FrameType) -> bool | None:
+    """What a tensor's truth has to be for the check that asks for it to pass; None where the model goes by it."""
     code = _Code(frame.f_code)
     at = code.at(frame.f_lasti)
-    if code.instructions[at].opname == "TO_BOOL":  # which Python 3.13 puts in front of the jump
+    if code.instructions[at].opname in ("TO_BOOL", "COMPARE_OP"):  # which Python 3.13 has in front of the jump
         at += 1
     asks = code.instructions[at]
     jumps_if = {"TRUE": True, "FALSE": False}.get(asks.opname.rpartition("_IF_")[2])
-    line = asks.positions.lineno if asks.positions is not None else None
-    lines = next((lines for lines in _checks(frame.f_code.co_filename) if line in lines), None)
+    lines = _lines_of_check(frame, asks)
     if jumps_if is None or lines is None:
         return None
     # `a or b` asks for b where a is false, and may raise then: of two ways that can raise, the one that need not.

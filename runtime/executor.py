@@ -7,6 +7,7 @@ needs, and they die as it goes, or with the graph when no backward comes.
 
 import linecache
 import math
+import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class Loaded:
     def __init__(self, code: Code, called: SimpleNamespace, device: torch.device) -> None:
         self.filename = f"<geminifx {code.name} {next(_numbers)}>"
         self.world: dict[str, Any] = {
-            "torch": torch, "inf": math.inf, "nan": math.nan, "DEVICE": device,
+            "torch": torch, "operator": operator, "inf": math.inf, "nan": math.nan, "DEVICE": device,
             **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": called,
         }  # fmt: skip
         lines = code.source.splitlines(keepends=True)
@@ -84,9 +85,9 @@ class Executor:
         self.called = called_by_programs(machine)
         self.loaded = Loaded(code, self.called, machine.device)
 
-    def evaluate(self, inputs: list[Tensor]) -> dict[str, Tensor]:
-        """Run a program without a backward; returns its results by role."""
-        with self.resume(Run(), sum(t.nbytes for t in inputs)):
+    def evaluate(self, inputs: list[Any]) -> dict[str, Tensor]:
+        """Run a program without a backward; returns its results by role. Inputs are tensors and numbers."""
+        with self.resume(Run(), _bytes_of(inputs)):
             return self.loaded.function(*inputs)
 
     @contextmanager
@@ -120,16 +121,20 @@ class Executor:
             self.meter.tier.book("the step's inputs", 0)
 
 
+def _bytes_of(inputs: list[Any]) -> int:
+    return sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+
+
 class ProgramRun:
     """One run of a program: a generator that sleeps at each of its turns.
 
     A machine may have any number of them under way, since nothing is read from chunks while a program sleeps.
     """
 
-    def __init__(self, executor: Executor, inputs: list[Tensor]) -> None:
+    def __init__(self, executor: Executor, inputs: list[Any]) -> None:
         self.executor = executor
         self.run = Run(executor.code.reduces)
-        self.input_bytes = sum(t.nbytes for t in inputs)
+        self.input_bytes = _bytes_of(inputs)
         self.generator: Generator[Any, Any, dict[str, Tensor]] | None = executor.loaded.function(*inputs)
         self.results: dict[str, Tensor] = {}
         self.turns = 0
@@ -171,7 +176,7 @@ class Outlets:
 class TrainingRun(ProgramRun):
     """One step of a training program: `forward` up to the turn, `backward` from there to the end."""
 
-    def __init__(self, executor: Executor, inputs: list[Tensor], outlets: Outlets) -> None:
+    def __init__(self, executor: Executor, inputs: list[Any], outlets: Outlets) -> None:
         super().__init__(executor, inputs)
         self.outlets = outlets
         self.likes: list[Tensor] = []  # of the outputs that take a gradient, without memory

@@ -11,13 +11,15 @@ from ...runtime.isa.errors import ArgumentError
 from .guards import PLAIN
 
 
-def leaf_key(leaf: Any) -> Any:
-    """What a program depends on in one argument: a tensor's kind, anything else's value.
+def leaf_key(leaf: Any, is_input: bool = False) -> Any:
+    """What a program depends on in one argument: a tensor's kind, a number's that is an input, anything else's value.
 
     Raises ArgumentError for objects whose contents cannot be told: they would be baked in as they are now.
     """
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
+    if is_input:
+        return type(leaf), "an input"
     if isinstance(leaf, PLAIN):
         return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
     raise ArgumentError(

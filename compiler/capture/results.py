@@ -67,7 +67,10 @@ def saved(program: Program) -> tuple[frozenset[int], frozenset[int]]:
             read.update(*(roots[value] for value in node.all_input_nodes))
         turned = turned or node.target is TURN
     both = program.placeholders, [node for turn in program.calls(TURN) for node in turn.args[0]]
-    inputs, results = (frozenset(i for i, node in enumerate(nodes) if roots[node] & read) for nodes in both)
+    inputs, results = (
+        frozenset(i for i, node in enumerate(nodes) if roots[node] & read and isinstance(type_of(node), TensorType))
+        for nodes in both
+    )
     return inputs, results
 
 

@@ -22,7 +22,7 @@ from ...passes.program.manager import Record
 from ...passes.program.names import identifier
 from ...passes.program.program import Note, Phase, Program, annotate, note, type_of
 from ...passes.program.request import Outputs
-from ...passes.program.types import TensorType, type_of_value
+from ...passes.program.types import NumberType, TensorType, type_of_value
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.fakes import FaithfulFakeMode
@@ -31,6 +31,7 @@ from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
 from .fake_model import fake, fake_copy
 from .guards import PLAIN, Guard, recorded
+from .numbers import check_only_computed, is_taken_out, no_types_asked, number_type, standing_for, taken_out
 from .refusals import tell_of_hooks
 from .results import gradient_sources
 
@@ -71,7 +72,8 @@ class CaptureRequest:
     """What to capture: `dtype` to compute in (None: as the model has it), outputs that take a gradient, and
     whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
     decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
-    only its parts by now. `entry` names the submodule that is called; by default the model itself is."""
+    only its parts by now. `entry` names the submodule that is called; by default the model itself is. `numbers` are the
+    positions of the arguments that are numbers, and inputs of the program."""
 
     dtype: torch.dtype | None = None
     outputs: Outputs = "loss"
@@ -79,19 +81,24 @@ class CaptureRequest:
     dtypes: Mapping[str, torch.dtype] | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     entry: str = ""
+    numbers: frozenset[int] = frozenset()
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
     """Capture `model(*args, **kwargs)`, in the training mode that the model is in.
 
-    Tensor inputs are known by their shapes and dtypes alone; everything else is baked into the program.
-    Raises CaptureError where Python depends on the values of tensors, naming the model's source line.
+    Tensor inputs are known by their shapes and dtypes alone; everything else is baked into the program, but for the
+    numbers that `request` tells. Raises CaptureError where Python depends on the values of tensors, naming the model's
+    source line, and some error where it depends on those of such numbers.
     """
     tell_of_hooks(model)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     named = _named_arguments(model.get_submodule(request.entry), args, kwargs)
-    mode = FaithfulFakeMode(allow_non_fake_inputs=True)
-    fakes = {i: fake(mode, leaf, request.dtype) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    numbers = {i: number_type(leaves[i]) for i in request.numbers}
+    mode = FaithfulFakeMode(allow_non_fake_inputs=True, shape_env=private.ShapeEnv() if numbers else None)
+    tensors = {i: standing_for(leaf) if i in numbers else leaf for i, leaf in enumerate(leaves)}
+    fakes = {i: fake(mode, leaf, None if i in numbers else request.dtype) for i, leaf in tensors.items()
+             if isinstance(leaf, Tensor)}  # fmt: skip
     dtypes = request.dtypes or parameter_dtypes(model, request.dtype)
     fake_model, originals = fake_copy(model, mode, dtypes, request.shapes or {})
     step = _Step(fake_model, leaves, spec, tuple(fakes), request)
@@ -100,11 +107,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
         notes = stack.enter_context(capturable(step.model, named))
         stack.enter_context(private.plain_dispatch())
         stack.enter_context(nullcontext() if request.backward else torch.no_grad())
-        with recorded(step.model, model) as guards:
+        with recorded(step.model, model) as guards, no_types_asked(model) if numbers else nullcontext():
             graph_module = _trace(stack, step, tuple(fakes.values()))
-        names = {id(value): name for name, value in named.items() if isinstance(value, Tensor)}
+        if mode.shape_env is not None:
+            check_only_computed(graph_module.graph, mode.shape_env)
+        names = {id(value): name for name, value in named.items()}
         names_by_leaf = [names.get(id(leaves[i]), f"input_{i}") for i in fakes]
-        program = _to_program(graph_module, model, names_by_leaf, list(fakes), originals)
+        program = _to_program(graph_module, model, names_by_leaf, list(fakes), originals, numbers)
     if request.backward and not step.differentiable:  # nothing takes a gradient: what is left is an evaluation
         return capture(model, args, kwargs, replace(request, backward=False))
     program.name = "training" if request.backward else "evaluation"
@@ -121,6 +130,7 @@ class _Step(nn.Module):
     def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, tensors: tuple[int, ...],
                  request: CaptureRequest) -> None:  # fmt: skip
         super().__init__()
+        self.is_assigned = "forward" in vars(model.get_submodule(request.entry))  # and not its class's
         self.model = model
         self.leaves, self.spec, self.tensors, self.request = leaves, spec, tensors, request
         self.result_spec: pytree.TreeSpec | None = None
@@ -138,7 +148,7 @@ class _Step(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.leaves)
         for position, tensor in zip(self.tensors, inputs, strict=True):
-            leaves[position] = tensor
+            leaves[position] = taken_out(tensor) if position in self.request.numbers else tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         for buffers, name, first, first_name in self.shared:
             buffers[name] = first[first_name]
@@ -146,7 +156,7 @@ class _Step(nn.Module):
             result = self.model.get_submodule(self.request.entry)(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)
-        only_loss = self.request.outputs == "loss" and loss is not None
+        only_loss = self.request.outputs == "loss" and loss is not None and not self._is_for_a_loss_outside(result)
         outputs: list[Tensor] = []
         detached: set[int] = set()
         described: list[_Constant | int] = []
@@ -172,10 +182,15 @@ class _Step(nn.Module):
         self.differentiable = tuple(i for i, t in enumerate(outputs) if t.requires_grad)
         return tuple(outputs)
 
+    def _is_for_a_loss_outside(self, result: Any) -> bool:
+        """Whether a tool has put in its own forward, as TRL does, and leaves out the logits: it has no use for the loss
+        alone."""
+        return self.is_assigned and "logits" not in result
+
 
 def _checked(value: Any) -> Any:
     """A part of the result that is no tensor, if it cannot hold one."""
-    if isinstance(value, PLAIN):
+    if isinstance(value, PLAIN) and not isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
     advice = "; call it with use_cache=False" if "Cache" in type(value).__name__ else ""
     raise CaptureError(
@@ -273,8 +288,8 @@ def _check_dtypes(program: Program) -> None:
 
 
 def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str], leaves: list[int],
-                originals: Mapping[int, Tensor]) -> Program:  # fmt: skip
-    """`originals`: by the identity of a copy that was traced, the model's own tensor."""
+                originals: Mapping[int, Tensor], numbers: Mapping[int, NumberType]) -> Program:  # fmt: skip
+    """`originals`: by the identity of a copy that was traced, the model's own tensor. `numbers`: by their positions."""
     program = Program("captured")
     program.set_results({})
     values: dict[fx.Node, fx.Node] = {}
@@ -283,8 +298,11 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
     for node in nodes:
         if node.op == "placeholder":
             role, name = _input_role(node.meta["desc"], names, leaves)
-            values[node] = program.add_input(name, type_of_value(node.meta["val"]), role,
-                                             tied.get(role.removeprefix("parameter:"), ""))  # fmt: skip
+            type = type_of_value(node.meta["val"])
+            kind, _, position = role.partition(":")
+            if kind == "input" and int(position) in numbers:
+                role, type = f"number:{position}", numbers[int(position)]
+            values[node] = program.add_input(name, type, role, tied.get(role.removeprefix("parameter:"), ""))
         elif node.op == "get_attr":
             values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)), originals)
     calls, backward = [node for node in nodes if node.op == "call_function"], set[fx.Node]()
@@ -292,7 +310,10 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
         if "backward" in str(node.meta.get("partitioner_tag", "")) or not backward.isdisjoint(node.all_input_nodes):
             backward.add(node)
     for node in sorted(calls, key=backward.__contains__):  # views that are handed out are made behind it all
-        values[node] = _add_call(program, node, "backward" if node in backward else "forward", values)
+        if is_taken_out(node):
+            values[node] = values[node.args[0]]
+        else:
+            values[node] = _add_call(program, node, "backward" if node in backward else "forward", values)
     output = next(node for node in nodes if node.op == "output")
     program.set_results({
         _result_role(description, names, leaves): values[value]

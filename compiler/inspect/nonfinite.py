@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +14,7 @@ from ...runtime.isa.instructions import NAMESPACE, TURN, VIEW
 from ...runtime.memory.state_store import Run
 
 
-def first_nonfinite(program: Program, executor: Executor, inputs: list[Tensor]) -> str | None:
+def first_nonfinite(program: Program, executor: Executor, inputs: list[Any]) -> str | None:
     """Run the forward of a lowered program node by node, looking at each value.
 
     Returns "module (operator)" for the first operator that makes an infinite or NaN value, "input <name>" or
@@ -24,7 +25,7 @@ def first_nonfinite(program: Program, executor: Executor, inputs: list[Tensor]) 
     Raises BudgetError where the device has less left.
     """
     pairs = zip(executor.code.inputs, inputs, strict=True)
-    read_only = sum(tensor.nbytes for role, tensor in pairs if not _is_buffer(role))
+    read_only = sum(value.nbytes for role, value in pairs if isinstance(value, Tensor) and not _is_buffer(role))
     with executor.resume(Run(), read_only), torch.random.fork_rng():
         try:
             return _search(program, executor, iter(inputs))
@@ -32,7 +33,7 @@ def first_nonfinite(program: Program, executor: Executor, inputs: list[Tensor]) 
             executor.machine.abort()  # the search ends in the middle of the program
 
 
-def _search(program: Program, executor: Executor, arguments: Iterator[Tensor]) -> str | None:
+def _search(program: Program, executor: Executor, arguments: Iterator[Any]) -> str | None:
     values: dict[fx.Node, object] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -83,6 +84,8 @@ def _from_finite(node: fx.Node, values: dict[fx.Node, object]) -> bool:
 def _finite(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_finite, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return True
     # One number, where torch.isfinite would make three tensors of the value's size beside a step that fills the

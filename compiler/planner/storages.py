@@ -28,7 +28,7 @@ def storage_bytes(node: fx.Node, behind: Callable[[fx.Node], int]) -> list[int]:
 def tensors_of(value: Type) -> list[TensorType]:
     if isinstance(value, tuple):
         return [tensor for item in value for tensor in tensors_of(item)]
-    return [] if value is None else [value]
+    return [value] if isinstance(value, TensorType) else []
 
 
 def _unreduced_bytes(node: fx.Node) -> int:

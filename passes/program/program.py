@@ -2,7 +2,7 @@
 
 A program's inputs and results have *roles* instead of positions::
 
-    parameter:<name>  buffer:<name>  input:<i>  constant:<name>  tangent:<i>         inputs
+    parameter:<name>  buffer:<name>  input:<i>  number:<i>  constant:<name>  tangent:<i>         inputs
     output:<i>  gradient:<name or input:i>  mutation:<buffer>                        results
 
 Every node carries one frozen `Note`. Nodes are created by `Program.emit` alone, which infers their type, so

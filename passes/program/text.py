@@ -143,6 +143,8 @@ def call_text(node: fx.Node) -> str:
 
 
 def target_text(target: Any) -> str:
+    if getattr(target, "__module__", "") == "_operator":  # arithmetic on numbers
+        return f"operator.{target.__name__}"
     name = str(target)
     return name.removesuffix(".default") if name.startswith(NAMESPACE + ".") else name
 
@@ -321,6 +323,8 @@ def _placement(fields: list[str]) -> str:
 
 def _resolve(function: ast.expr) -> Any:
     path = ast.unparse(function).split(".")
+    if path[0] == "operator":
+        return getattr(operator, path[1])
     if path[0] == NAMESPACE:
         path.append("default")
     target: Any = torch.ops

@@ -61,8 +61,21 @@ class TensorType:
         return f"{text}{{{', '.join(map(str, self.stride))}}}"
 
 
-Type = TensorType | tuple["Type", ...] | None
-"""A tensor, a tuple of types (operators with several results), or None (an absent or no result)."""
+@dataclass(frozen=True, slots=True)
+class NumberType:
+    """A number of Python's, `kind` "float" or "int"."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+NUMBERS = {"float": 0.7390851332151607, "int": 7}
+"""By the kinds of numbers, one that stands for all where types are inferred."""
+
+Type = TensorType | NumberType | tuple["Type", ...] | None
+"""A tensor, a number, a tuple of types (operators with several results), or None (an absent or no result)."""
 
 
 def type_text(value: Type) -> str:
@@ -79,11 +92,13 @@ def parse_type(text: str) -> Type:
     text = text.strip()
     if text == "none":
         return None
+    if text in NUMBERS:
+        return NumberType(text)
     if text.startswith("(") and text.endswith(")"):
         return tuple(parse_type(item) for item in _split_top_level(text[1:-1]))
     match = _TENSOR.match(text)
     if match is None or match[1] not in TEXT_DTYPE:
-        raise ValueError(f"not a type: {text!r}; expected e.g. 'f32[8, 64]', 'f32[8, 64]{{1, 8}}', 'none'")
+        raise ValueError(f"not a type: {text!r}; expected e.g. 'f32[8, 64]', 'f32[8, 64]{{1, 8}}', 'float', 'none'")
     shape = tuple(int(size) for size in match[2].split(",") if size.strip())
     stride = contiguous_stride(shape)
     if match[3] is not None:
@@ -105,14 +120,16 @@ def _split_top_level(text: str) -> list[str]:
 
 
 def type_of_value(value: Any) -> Type:
-    """The type of a (fake) tensor, of a tuple or list of them, or of None."""
+    """The type of a (fake) tensor, of a number, of a tuple or list of them, or of None."""
     if isinstance(value, torch.Tensor):
         return TensorType.of(value)
+    if type(value) in (float, int):
+        return NumberType(type(value).__name__)
     if isinstance(value, list | tuple):
         return tuple(type_of_value(item) for item in value)
     if value is None:
         return None
-    raise ValueError(f"a program value must be a tensor, a tuple of tensors or None, not {value!r}")
+    raise ValueError(f"a program value must be a tensor, a number, a tuple of them or None, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +189,8 @@ def _thaw(value: Any) -> Any:
 def _fake(value: Type) -> Any:
     if isinstance(value, tuple):
         return tuple(_fake(item) for item in value)
+    if isinstance(value, NumberType):
+        return NUMBERS[value.kind]
     return None if value is None else torch.empty_strided(value.shape, value.stride, dtype=value.dtype)
 
 

@@ -6,7 +6,7 @@ the versions below; on any other the import says so instead of failing somewhere
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -51,6 +51,7 @@ try:
         FakeTensorMode,
         UnsupportedFakeTensorException,
     )
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 except ImportError as error:
     raise ImportError(
@@ -63,10 +64,11 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Uns
 
 __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
-    "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "TangentAOTInput", "TorchDispatchMode",
+    "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "export_joint",
     "module_of", "num_references", "plain_dispatch", "plain_results",
-    "suggest_memory_format", "unmetered", "use_expandable_segments", "will_accumulate", "wrapper_parameter",
+    "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs", "will_accumulate",
+    "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -137,6 +139,20 @@ def use_expandable_segments() -> None:
     """Let the CUDA caching allocator grow its segments, which keeps fragmentation small."""
     with contextlib.suppress(AttributeError, RuntimeError):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def watch_chosen_inputs(check: Callable[[Sequence[Any], Sequence[Any]], None]) -> None:
+    """From here on autograd calls `check`, with outputs and inputs, before it runs for the gradients of chosen inputs
+    alone. That is all that can be known of inputs which the outputs' graph does not reach."""
+    plain = torch.autograd._engine_run_backward
+
+    def run(outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = args[3]
+        if inputs:
+            check(outputs, inputs)
+        return plain(outputs, *args, **kwargs)
+
+    torch.autograd._engine_run_backward = run
 
 
 def will_accumulate(leaf: torch.Tensor) -> bool:

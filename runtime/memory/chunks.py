@@ -192,6 +192,14 @@ class ChunkStore:
                 view.copy_(parameter.detach())
                 parameter.data = with_own_storage(view)
 
+    def names(self) -> dict[int, str]:
+        """The parameters' names, by their identity."""
+        return {
+            id(parameter): slot.name
+            for chunk in self.chunks
+            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True)
+        }
+
     def versions(self) -> dict[str, int]:
         """How often each parameter was written in place, by name."""
         return {

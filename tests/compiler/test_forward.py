@@ -1,13 +1,16 @@
 """A forward that is put in the model's place: a method is compiled, a function runs around what is compiled."""
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
 from typing import Any
 
 import geminifx
+import pytest
 import torch
+from geminifx.runtime.isa.errors import StateError
 from torch import Tensor, nn
 from zoo import GPT2, VOCAB, compiled, tokens
 
@@ -58,6 +61,29 @@ def test_what_a_method_takes_is_its_own_where_it_says_so() -> None:
     ids = tokens()["input_ids"]
     assert torch.equal(model(ids, scale=2.0), plain(ids, scale=2.0)) and model.stats.steps == 1
     assert list(inspect.signature(model.forward).parameters) == ["ids", "scale"]
+
+
+def telling(model: nn.Module, name: str) -> None:
+    """A new forward that tells, besides the loss, what a loss of the caller's is made of."""
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.lm_head(self.transformer(input_ids).last_hidden_state)
+        chosen = logits.log_softmax(-1).gather(-1, labels[..., None])
+        return {"loss": -chosen.mean(), name: chosen}
+
+    model.forward = MethodType(forward, model)
+
+
+def test_outputs_of_a_method_that_returns_no_logits_all_have_gradients() -> None:
+    plain, model = GPT2.seeded(), compiled(GPT2)
+    for each in (plain, model):
+        telling(each, "log_probs")
+        each(**tokens())["log_probs"].square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+    telling(model, "logits")
+    with pytest.raises(StateError, match=re.escape("outputs='all'")):
+        model(**tokens())["logits"].sum().backward()
 
 
 def test_generation_runs_the_new_forward() -> None:

@@ -102,6 +102,48 @@ def test_a_part_looks_like_its_module() -> None:
         copy.deepcopy(encoder)
 
 
+WAYS = {
+    "items": lambda model: dict(model.heads.items())["first"](model.encoder(batch())),
+    "values": lambda model: [*model.heads.values()][1](model.encoder(batch())),
+    "children": lambda model: next(iter(model.children()))(batch()),
+    "named_children": lambda model: dict(model.named_children())["encoder"](batch()),
+    "modules": lambda model: next(m for m in model.modules() if isinstance(m, nn.Linear))(batch()),
+    "named_modules": lambda model: dict(model.named_modules())["encoder.0"](batch()),
+    "of a part": lambda model: dict(model.encoder.named_modules())["0"](batch()),
+    "a slice": lambda model: model.encoder[:2](batch()),
+    "backwards": lambda model: list(reversed(model.encoder))[-1](batch()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_run_compiled_however_they_are_found(way: str) -> None:
+    plain, model = Pair(), geminifx.compile(Pair(), example_inputs=(batch(),), placement="cpu")
+    for _ in range(2):
+        results = [WAYS[way](each) for each in (plain, model)]
+        assert torch.equal(*results)
+        for result in results:
+            result.square().sum().backward()
+    assert model.stats.steps >= 2
+    for (name, right), found in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert (right.grad is None) == (found.grad is None), name
+        assert right.grad is None or torch.equal(right.grad, found.grad)
+
+
+def test_traversals_tell_of_the_source_and_of_the_same_parts_each_time() -> None:
+    model, source = geminifx.compile(Pair(), example_inputs=(batch(),)), Pair()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in source.named_modules()]
+    assert next(iter(model.modules())) is model
+    held = list(model.modules())
+    assert all(a is b for a, b in zip(held, model.modules(), strict=True)) and held[1] is model.encoder
+    assert list(map(type, model.modules())) != list(map(type, source.modules()))
+    assert [each.__class__ for each in model.encoder[1:]] == [nn.BatchNorm1d, nn.Tanh]
+    assert list(model.heads.keys()) == ["first", "second"] and len(model.heads.values()) == 2
+    model.apply(lambda module: setattr(module, "mark", 1))
+    assert all(module.mark == 1 for module in model.source.modules())
+    around = nn.ModuleDict({"inner": model})
+    assert [n for n, _ in around.named_parameters()] == [f"inner.{n}" for n, _ in source.named_parameters()]
+
+
 def test_a_part_that_was_taken_out_of_the_model_is_refused() -> None:
     model = geminifx.compile(Pair(), example_inputs=(batch(),))
     tanh = model.encoder[2]

@@ -1,6 +1,7 @@
 """Gradients are plain PyTorch's where a loop asks for something unusual, or there is an error that tells."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,42 @@ def test_without_a_graph_of_it_a_gradient_is_plain_pytorchs() -> None:
     )
     assert torch.equal(found, expected) and not found.requires_grad
     assert all(p.grad is None for p in model.parameters())
+
+
+ASKING = {
+    "grad": lambda loss, parameters: torch.autograd.grad(loss, parameters),
+    "grad, unused allowed": lambda loss, parameters: torch.autograd.grad(loss, parameters, allow_unused=True),
+    "backward": lambda loss, parameters: loss.backward(inputs=parameters),
+    "of a sum": lambda loss, parameters: (loss + parameters[0].sum()).backward(inputs=parameters),
+}
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our optimizer"])
+@pytest.mark.parametrize("way", ASKING)
+def test_gradients_of_chosen_parameters_are_refused_with_the_way_to_have_them(way: str, ours: bool) -> None:
+    plain, model = critic(), geminifx.compile(critic(), example_inputs=(batch(),))
+    if ours:
+        model.optimizer(SGD, lr=0.1)
+    (name, _), *_ = plain.named_parameters()
+    loss = model(batch()).square().sum()
+    with pytest.raises(StateError, match=re.escape(f"the gradient of parameter {name} was asked for")):
+        ASKING[way](loss, list(model.parameters())[:1])
+    loss.backward()
+    plain(batch()).square().sum().backward()
+    for found, right in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found.grad, right.grad)
+
+
+def test_gradients_of_parameters_by_what_is_computed_outside_are_autograds() -> None:
+    model = geminifx.compile(critic(), example_inputs=(batch(),))
+    weight = next(model.parameters())
+    (slope,) = torch.autograd.grad(weight.square().sum(), weight)
+    assert torch.equal(slope, 2 * weight)
+    other = nn.Linear(8, 1)
+    x = batch().requires_grad_()
+    model(x).sum().backward(inputs=[x])
+    (other(batch()).sum() + model(batch()).sum()).backward(inputs=list(other.parameters()))
+    assert other.weight.grad is not None and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("declared", [None, {}, {"in_backward": True}, {"max_grad_norm": 0.1}])

@@ -1,10 +1,8 @@
 """TRL's trainers log of a compiled model what they do of a plain one.
 
-They put a forward of their own in the model's place, which computes the loss from log-probabilities: it needs
-outputs="all".
+They put a forward of their own in the model's place, and compute the loss from the log-probabilities that it returns.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,8 @@ trl = pytest.importorskip("trl", reason="trl comes with the extra `loops`: make 
 import geminifx  # noqa: E402
 import peft  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from geminifx.runtime.isa.errors import StateError  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from trainers import as_they_are, difference, logged, losses  # noqa: E402
+from trainers import BOTH, difference, logged, losses  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -32,8 +29,6 @@ from transformers import (  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 
-compiled = partial(geminifx.compile, outputs="all")
-BOTH = (as_they_are, compiled)
 LENGTHS = [8, 5, 7, 6] * 4
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 WORDS = [f"w{i}" for i in range(VOCAB - len(SPECIAL))]
@@ -145,15 +140,9 @@ def test_evaluation_between(tmp_path: Path) -> None:
 
 def test_dropout_is_disabled_in_the_source(tmp_path: Path) -> None:
     """TRL sets each dropout's rate to 0."""
-    model = geminifx.compile(GPT2.build(dropout=0.5), outputs="all")
+    model = geminifx.compile(GPT2.build(dropout=0.5))
     trl.trainer.utils.disable_dropout_in_model(model)
     assert torch.equal(model(**GPT2.batch()).loss, model(**GPT2.batch()).loss)
-
-
-def test_with_the_loss_alone_differentiable_a_step_is_refused(tmp_path: Path) -> None:
-    model = geminifx.compile(saved(LLAMA, tmp_path))
-    with pytest.raises(StateError, match=re.escape("outputs='all'")):
-        trainer(trl.SFTTrainer, trl.SFTConfig, model, tmp_path, TEXTS).train()
 
 
 def test_adapters(tmp_path: Path) -> None:

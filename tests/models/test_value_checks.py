@@ -5,7 +5,14 @@ from collections.abc import Callable
 import geminifx
 import pytest
 import torch
-from checked_values import PASSING, decides, is_caught, raises_or_goes_on
+from checked_values import (
+    PASSING,
+    computes_with_what_it_checks,
+    decides,
+    decides_by_a_number,
+    is_caught,
+    raises_or_goes_on,
+)
 from geminifx.runtime.isa.errors import CaptureError
 from torch import Tensor, nn
 
@@ -26,7 +33,10 @@ def test_a_check_that_only_raises_is_taken_to_pass(check: str) -> None:
     assert torch.equal(model(x), plain(x))
 
 
-@pytest.mark.parametrize("check", [decides, is_caught, raises_or_goes_on])
+DECIDING = [decides, decides_by_a_number, computes_with_what_it_checks, is_caught, raises_or_goes_on]
+
+
+@pytest.mark.parametrize("check", DECIDING)
 def test_what_a_model_goes_by_is_refused_with_its_line(check: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"checked_values\.py:\d+ .*depends on the values of tensors"):
         geminifx.compile(Checked(check))(torch.ones(2, 4))

@@ -49,7 +49,18 @@ def joined(x: Tensor) -> Tensor:
     return x
 
 
+def of_a_number(x: Tensor) -> Tensor:
+    lowest = -3
+    assert x.max().item() <= x.shape[0]
+    assert lowest < x.min().item(), f"{x.min().item()} is too small"
+    assert x.max().item() < x.shape[0] * 2 + 1
+    if x.sum().item() > 100.0 or not x.shape[0] >= x.min().item():
+        raise ValueError("too large")
+    return x
+
+
 PASSING = {
+    "of a number": of_a_number,
     "in a loop": in_a_loop,
     "the last of a function": by_a_helper(last),
     "in another if": by_a_helper(nested),
@@ -62,6 +73,17 @@ def decides(x: Tensor) -> Tensor:
     if x.sum() > 0:
         x = x * 2
     return x
+
+
+def decides_by_a_number(x: Tensor) -> Tensor:
+    if x.sum().item() > 0:
+        x = x * 2
+    return x
+
+
+def computes_with_what_it_checks(x: Tensor) -> Tensor:
+    assert x.max().item() * 2 < 6
+    return x * x.max().item()
 
 
 def is_caught(x: Tensor) -> Tensor:

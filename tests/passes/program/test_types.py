@@ -74,10 +74,11 @@ def test_bytes_are_those_of_the_storage_spanned(tensor, num_bytes):
     assert TensorType.of(tensor).num_bytes == num_bytes
 
 
-def test_only_tensors_tuples_and_none_have_types():
+def test_only_tensors_numbers_tuples_and_none_have_types():
     assert type_of_value([torch.empty(2), None]) == (TensorType(torch.float32, (2,), (1,)), None)
-    with pytest.raises(ValueError, match="not 3"):
-        type_of_value(3)
+    assert (type_of_value(3), type_of_value(0.5)) == (parse_type("int"), parse_type("float"))
+    with pytest.raises(ValueError, match="not True"):
+        type_of_value(True)
 
 
 # -- the type rule -----------------------------------------------------------------------------------------
