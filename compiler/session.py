@@ -30,6 +30,7 @@ from ..runtime.memory.stats import Stats
 from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.own_store import OwnStore
+from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
@@ -84,6 +85,7 @@ class Session:
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
             Tier("host", self.limits.host_bytes),
         )
+        self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.phase = Phase.NEW
         self.setup: Setup | None = None

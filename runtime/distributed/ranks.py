@@ -4,7 +4,7 @@ import atexit
 import os
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -31,7 +31,9 @@ class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
     more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
     that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in. `sharing` is the
-    group, on the host, of those that share this one's batch and tensors."""
+    group, on the host, of those that share this one's batch and tensors; `apart_group` the one of all, for what they
+    tell each other, where that is not torch.distributed's own. In an exchange they wait for each other for
+    `timeout_s`."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -40,6 +42,8 @@ class Ranks:
     clock: Clock = field(default_factory=Clock)
     reduce_dtype: ReduceDtype = "fp32"
     sharing: Any = None
+    timeout_s: float = 300.0
+    apart_group: Any = None
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
@@ -64,7 +68,7 @@ class Ranks:
                 atexit.register(_leave)
         made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names_of(mesh.axes))
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names_of(mesh.axes)}
-        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype,
+        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, timeout_s=timeout_s,
                     sharing=_sharing(mesh, timedelta(seconds=timeout_s)))  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
@@ -75,6 +79,14 @@ class Ranks:
         for names in sorted(set(several) - {()}):
             if self.together and names not in self.groups:
                 self.groups[names] = _group(self.mesh, names, device)
+
+    def apart(self) -> "Ranks":
+        """The same processes, which tell each other what they do over a group of its own, on the host: a thread may,
+        whatever its process exchanges meanwhile. All ranks call it."""
+        if not self.together:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        return replace(self, clock=replace(self.clock), apart_group=group)
 
     @property
     def size(self) -> int:
@@ -127,7 +139,7 @@ class Ranks:
         """What every rank has for `value`."""
         found: list[Any] = [value] * self.size
         if self.together:
-            self.call(dist.all_gather_object, found, value)
+            self.call(dist.all_gather_object, found, value, group=self.apart_group)
         return found
 
     def raise_alike(self, error: Exception | None) -> None:
