@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.ranks import NOTHING, Exchanges
 from .isa.errors import BudgetError, GeminiError, StateError
 from .isa.instructions import INSTRUCTIONS
 from .isa.operators import OPERATORS
@@ -75,10 +76,12 @@ class Loaded:
 
 
 class Executor:
-    """Runs one program on a machine."""
+    """Runs one program on a machine; `exchanges` is what that exchanges with other processes."""
 
-    def __init__(self, code: Code, machine: Machine, meter: MemoryMeter | None) -> None:
+    def __init__(self, code: Code, machine: Machine, meter: MemoryMeter | None,
+                 exchanges: Exchanges = NOTHING) -> None:  # fmt: skip
         self.code = code
+        self.exchanges = exchanges
         self.machine = machine
         self.meter = meter
         self.called = called_by_programs(machine)
@@ -104,10 +107,18 @@ class _Resumed:
             executor.meter or nullcontext(),
         )
 
+    def _told(self) -> str:
+        """What this process does, for others."""
+        if self.executor.code.name != "training":
+            return f"an {self.executor.code.name}"
+        half = "backward" if self.run.backward else "forward"
+        return f"the {half} of a training step behind {self.run.updates} update(s)"
+
     def __enter__(self) -> None:
         if self.executor.meter is not None:
             self.executor.meter.tier.charge(self.input_bytes, "the step's inputs")
         self.executor.machine.run = self.run
+        self.executor.machine.ranks.begin(self._told(), self.executor.exchanges)
         for context in self.contexts:
             context.__enter__()
 
@@ -116,6 +127,7 @@ class _Resumed:
             context.__exit__(None, None, None)
         if self.executor.meter is not None:
             self.executor.meter.tier.refund(self.input_bytes)
+        self.executor.machine.ranks.end()
         if error is None or isinstance(error, StopIteration):
             self.executor.machine.store.rest()
             return
@@ -183,6 +195,7 @@ class TrainingRun(ProgramRun):
         self.outlets = outlets
         self.likes: list[Tensor] = []  # of the outputs that take a gradient, without memory
         self.versions = executor.machine.store.versions()
+        self.run.updates = executor.machine.updates(self.versions)
         self.inputs = [(weakref.ref(inputs[i]), inputs[i]._version) for i in outlets.saved_inputs]
         self.saved: list[tuple[Tensor, int]] = []
 
