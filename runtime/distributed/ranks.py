@@ -103,6 +103,7 @@ class Ranks:
         whatever its process exchanges meanwhile. All ranks call it."""
         if not self.together:
             return self
+        self.meet("the first save in the background")
         with _meeting():
             group = _host_group(self.timeout)
         return replace(self, clock=Clock(self.clock.step), everyone=None, apart_group=group)
@@ -185,6 +186,7 @@ class Ranks:
     def check_call(self, call: str) -> None:
         """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
         wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
+        self.clock.doing = "a call of the model"
         told = self._unlike(self.sharing, call, call)
         if told:
             others = [f"rank {rank} with {text}" for rank, text in told.items() if text != call]
@@ -204,7 +206,7 @@ class Ranks:
 
     def meet(self, what: str) -> None:
         """Raises StateError, on all ranks, where one of them is about to exchange something else than this."""
-        self.begin(what, Exchanges(between=what))
+        self.begin(what, Exchanges(inside=what if self.sharing is not None else "", between=what))
         self._agree()
 
     def _agree(self) -> None:
