@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.optim import Optimizer
 from ..runtime.distributed.local_shards import Region
 from ..runtime.isa.errors import CheckpointError, check_path
 from ..runtime.memory.stored import Stored
-from ..runtime.state_io.sharded import Saved, save, write
+from ..runtime.state_io.background import Saving
+from ..runtime.state_io.sharded import Contents, Saved, save
 from .arguments import check_compiled, check_optimizer
 from .capture.materialize import materialize
 from .module import CompiledModule
@@ -20,7 +22,7 @@ from .session import Session
 
 
 def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path,
-                    extra: Any = None) -> None:  # fmt: skip
+                    extra: Any = None, *, background: bool = False) -> Saving:  # fmt: skip
     """Save masters, buffers and the optimizer's state, exactly; each process writes its own parts.
 
     All processes call it, on a file system that they share. What comes out is a checkpoint of
@@ -34,25 +36,30 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
         directory: replaced as a whole, in one step, when the new checkpoint is complete, with its files' checksums.
         extra: what else to keep, such as the step: numbers, strings, tensors, and lists and dicts of them. Rank 0's
             is saved.
+        background: return as soon as all is copied, for which the host's budget must have room, and training may go
+            on; a thread writes. The next save, a load and the end of the process wait for it.
+
+    Returns:
+        The save, which is done unless it is in the background; its `result()` waits until it is.
 
     Raises:
         ArgumentError: the model is not compiled, or the optimizer not of its parameters.
-        CheckpointError: it cannot be written; a checkpoint that was there is intact.
+        CheckpointError: it cannot be written; a checkpoint that was there is intact. Or the one before, in the
+            background, could not, and its `result()` has told nobody.
         StateError: the model has no values yet.
     """
     _check(model, optimizer, directory)
-    save(directory, *_contents(model, optimizer, extra), model.ranks)
+    saves = model.session.saves
+    saves.finish()
+    contents = checkpoint_contents(model, optimizer, extra)
+    if background:
+        return saves.start(partial(save, directory, contents, saves.ranks))
+    save(directory, contents, model.ranks)
+    return Saving.finished()
 
 
-def write_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: Path, extra: Any = None) -> None:
-    """What `save_checkpoint` saves, into a directory of one that is replaced as a whole, by `sharded.replacing`."""
-    write(directory, *_contents(model, optimizer, extra), model.ranks)
-
-
-def _contents(
-    model: CompiledModule, optimizer: Optimizer | None, extra: Any
-) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The tensors and objects of a checkpoint."""
+def checkpoint_contents(model: CompiledModule, optimizer: Optimizer | None, extra: Any) -> Contents:
+    """What `save_checkpoint` saves: the state as it is, of which nothing is copied."""
     session = model.session
     session.ready(backward=False)
     tensors, objects = _model_tensors(session, writing=True), {"extra": extra}
@@ -60,7 +67,7 @@ def _contents(
         state = OptimizerState.of(session, optimizer)
         tensors |= state.tensors()
         objects["optimizer"] = state.numbers()
-    return tensors, objects
+    return Contents(tensors, objects)
 
 
 def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path) -> Any:
@@ -71,7 +78,8 @@ def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
 
     Raises:
         ArgumentError: the model is not compiled, or the optimizer not of its parameters.
-        CheckpointError: there is none, it is damaged, or it is of another model or optimizer; then nothing is changed.
+        CheckpointError: there is none, it is damaged, or it is of another model or optimizer, or a save in the
+            background has failed, and nobody was told; then nothing is changed.
             Where it cannot be read to its end nevertheless, the model refuses all further steps until another load
             succeeds.
         StateError: there is no plan yet.
@@ -88,6 +96,7 @@ def open_checkpoint(model: CompiledModule, directory: str | Path) -> "OpenCheckp
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    model.session.saves.finish()
     saved = Saved.found(directory, model.ranks)
     return OpenCheckpoint(model, saved, saved.read({}, ("extra", "optimizer")))
 

@@ -19,6 +19,7 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.program import Program
 from ..passes.program.text import print_program
+from ..runtime.distributed.ranks import Exchanges
 from ..runtime.executor import Executor, Outlets
 from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
 from .capture.arguments import leaf_key
@@ -106,22 +107,32 @@ class Call:
         return cls(entry, args, kwargs, backward, state, setting, leaves)
 
 
-def exchanged(program: Program, plan: Plan) -> str:
-    """A digest of all that decides what a process exchanges with others by a program; "" for nothing.
+def exchanged(program: Program, plan: Plan) -> Exchanges:
+    """All that decides what a process exchanges with others by a program.
 
     Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
     batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
     """
-    asked, layout = plan.request, plan.layout
+    layout = plan.layout
     divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
     order = [
         (str(node.target), node.args[0 if node.target is FETCH else 1 :])
         for node in program.computes
         if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
     ]
-    text = print_program(program) if plan.mesh.tensor_axes else f"{layout} {order}"
-    told = f"{asked.zero} {asked.reduce_dtype} {text}"
-    return hashlib.sha256(told.encode()).hexdigest() if order or plan.mesh.tensor_axes else ""
+    return Exchanges(
+        inside=_digest(print_program(program)) if plan.mesh.tensor_axes else "",
+        between=_digest(f"{chunks_alike(plan)} {order}") if order and plan.mesh.data_size > 1 else "",
+    )
+
+
+def chunks_alike(plan: Plan) -> str:
+    """A digest of what all ranks must have alike before any program runs."""
+    return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _told(leaf: Any) -> str:

@@ -31,6 +31,7 @@ from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
+from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
@@ -41,7 +42,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, exchanged
+from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -91,6 +92,7 @@ class Session:
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
             Tier("host", self.limits.host_bytes),
         )
+        self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.phase = Phase.NEW
         self.setup: Setup | None = None
@@ -102,7 +104,6 @@ class Session:
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
-        self._agreed = {""}  # on what is exchanged, with the other ranks
         self._guarded = GuardedKeys()
         self._numbers = ChangingNumbers(not self.ranks.mesh.tensor_axes)
         self._recaptures = Recaptures()
@@ -172,12 +173,7 @@ class Session:
         flat = solution.program
         plan = solution.plan
         program, records = self.lowering.finish(captured.program, plan)
-        digest = exchanged(program, plan)
-        if digest not in self._agreed:
-            self.ranks.check_alike(f"the {program.name} program", digest)
-            self._agreed.add(digest)
-        self.ranks.join_axes((chunk.reduced_over for chunk in plan.layout.chunks), self.device.torch_device)
-        executor = Executor(generate(program), machine, self.meter)
+        executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
         history = (*captured.records, *records)
         return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
@@ -316,7 +312,9 @@ class Session:
         with torch.inference_mode(False), torch.no_grad():
             if self.device.is_cuda:
                 move_buffers(self.source, self.device.torch_device)
+            self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
             if not self._are_shared:
+                self.ranks.check_alike("the model", chunks_alike(setup.plan))
                 share_values(self.source, self.ranks, self.device.torch_device)
             self._are_shared = True
             with without_weak_references(self.source):

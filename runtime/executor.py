@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.ranks import NOTHING, Exchanges
 from .isa.errors import BudgetError, GeminiError, StateError
 from .isa.instructions import INSTRUCTIONS
 from .isa.operators import OPERATORS
@@ -76,10 +77,12 @@ class Loaded:
 
 
 class Executor:
-    """Runs one program on a machine."""
+    """Runs one program on a machine; `exchanges` is what that exchanges with other processes."""
 
-    def __init__(self, code: Code, machine: Machine, meter: MemoryMeter | None) -> None:
+    def __init__(self, code: Code, machine: Machine, meter: MemoryMeter | None,
+                 exchanges: Exchanges = NOTHING) -> None:  # fmt: skip
         self.code = code
+        self.exchanges = exchanges
         self.machine = machine
         self.meter = meter
         self.called = called_by_programs(machine)
@@ -97,7 +100,11 @@ class Executor:
         try:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
-                yield
+                machine.ranks.begin(self._told(run), self.exchanges)
+                try:
+                    yield
+                finally:
+                    machine.ranks.end()
             machine.store.rest()
         except BaseException as error:
             left = machine.abort()
@@ -107,6 +114,13 @@ class Executor:
                     "raise device_budget, or use placement='cpu'."
                 ) from error
             raise
+
+    def _told(self, run: Run) -> str:
+        """What this process does, for others."""
+        if self.code.name != "training":
+            return f"an {self.code.name}"
+        half = "backward" if run.backward else "forward"
+        return f"the {half} of a training step behind {run.updates} update(s)"
 
     @contextmanager
     def _metered(self, input_bytes: int) -> Iterator[None]:
@@ -181,6 +195,7 @@ class TrainingRun(ProgramRun):
         self.outlets = outlets
         self.likes: list[Tensor] = []  # of the outputs that take a gradient, without memory
         self.versions = executor.machine.store.versions()
+        self.run.updates = executor.machine.updates(self.versions)
         self.inputs = [(weakref.ref(inputs[i]), inputs[i]._version) for i in outlets.saved_inputs]
         self.saved: list[tuple[Tensor, int]] = []
 

@@ -33,6 +33,8 @@ class Machine:
         self.chunks = store.chunks.chunks
         self.device = store.hardware.device
         self.run = Run()
+        self._versions: list[dict[str, int]] = []  # the last that a training step has met
+        self._updates = 0
         self._apart: list[tuple[Tensor, Tensor]] = []  # what the generator's state is exchanged with, and what it was
 
     # -- weights -------------------------------------------------------------------------------------------
@@ -136,6 +138,13 @@ class Machine:
         return fork(self.device, tuple(self.ranks.mesh.coordinate(self.ranks.rank, axis) for axis in axes))
 
     # -- runs ------------------------------------------------------------------------------------------
+
+    def updates(self, versions: dict[str, int]) -> int:
+        """Behind how many updates a training step is that meets parameters of these versions. How often one was written
+        does not count: that may differ between ranks that hold the same values."""
+        self._updates += self._versions not in ([], [versions])
+        self._versions = [versions]
+        return self._updates
 
     def check_at_rest(self, program: str) -> None:
         """Raises GeminiError where a program that is about to sleep still reads a chunk: other runs may use it next."""

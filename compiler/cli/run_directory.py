@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ...models.presets import ModelLoadError
 from ...runtime.isa.errors import CheckpointError
+from ...runtime.state_io.background import Copying, Saving
 from ...runtime.state_io.leftovers import put_back
-from ...runtime.state_io.sharded import replacing
-from ..checkpoint import OpenCheckpoint, open_checkpoint, write_checkpoint
+from ...runtime.state_io.sharded import replacing, write
+from ..checkpoint import OpenCheckpoint, checkpoint_contents, open_checkpoint
 from ..module import CompiledModule
 
 STATE = "state"
@@ -29,6 +30,11 @@ def advised() -> Iterator[None]:
         yield
     except (CheckpointError, ModelLoadError) as error:
         raise CheckpointError(f"{error}; start the run without --resume") from error
+
+
+def holds_run(directory: Path) -> bool:
+    """Return whether there is a run in `directory` to go on with, whole or damaged."""
+    return (put_back(directory) / STATE).is_dir()
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,33 @@ class RunDirectory:
     model: CompiledModule
     tokenizer: PreTrainedTokenizerBase
 
-    def save(self, directory: Path, optimizer: Optimizer, extra: dict[str, Any]) -> None:
+    def save(self, directory: Path, optimizer: Optimizer, extra: dict[str, Any], *,
+             background: bool = False) -> Saving:  # fmt: skip
         """Replace `directory` by a model that `from_pretrained` loads and the state of the run: by both or not at all.
 
+        In the background the state is written, which is most of it, where the host has room for a copy.
+
         Raises:
-            CheckpointError: it cannot be written; a checkpoint that was there is intact.
+            CheckpointError: it cannot be written, or the one before could not; a checkpoint that was there is intact.
         """
-        with replacing(directory, self.model.ranks) as temporary:
+        saves = self.model.session.saves
+        saves.finish()
+        ranks = saves.ranks if background else self.model.ranks
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(directory, ranks))
             self.model.write_pretrained(temporary)
             self._save_tokenizer(temporary)
-            write_checkpoint(self.model, optimizer, temporary / STATE, extra)
+            contents = checkpoint_contents(self.model, optimizer, extra)
+            if not background:
+                write(temporary / STATE, contents, ranks)
+                return Saving.finished()
+            rest = stack.pop_all()
+
+        def go_on(copying: Copying) -> None:
+            with rest:
+                write(temporary / STATE, contents, ranks, copying)
+
+        return saves.start(go_on, may_wait=True)
 
     def open(self, directory: Path) -> SavedRun:
         """Return what was saved, read through, and not loaded yet.

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from ...models.recipe.records import GRAMMAR as GRAMMAR_OF_FIELDS
 from ..parallel import GRAMMAR
 from .errors import shown_errors
 from .job import TrainOptions, run
 from .launch import is_launched, launch, rank
+from .run_directory import holds_run
 
 INTERRUPTED = 130
 
 commands = typer.Typer()
 
 
-@commands.command()
+class Resume(StrEnum):
+    """Whether a run goes on from what is in --output: never, always, or where there is something."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+    AUTO = "auto"
+
+
+class _Command(TyperCommand):
+    """One whose --resume may stand alone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(self._with_value(args)))
+
+    @staticmethod
+    def _with_value(args: list[str]) -> Iterator[str]:
+        for word, following in pairwise([*args, ""]):
+            is_alone = word == "--resume" and following not in list(Resume)
+            yield f"--resume={Resume.ALWAYS}" if is_alone else word
+
+
+@commands.command(cls=_Command)
 def train(
     model: Annotated[
         str | None,
@@ -46,7 +73,9 @@ def train(
         str, typer.Option(help='Between checkpoints: steps, or time such as "10min"; 0: only the last.')
     ] = "0",
     output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
+    resume: Annotated[
+        Resume, typer.Option(help="Go on from the checkpoint in --output; auto: if there is one. Alone: always.")
+    ] = Resume.NEVER,
     dump: Annotated[Path | None, typer.Option(help="Write the program after every pass here.")] = None,
     parallel: Annotated[str | None, typer.Option(help=f"How processes share the work: {GRAMMAR}.")] = None,
     nprocs: Annotated[
@@ -58,6 +87,7 @@ def train(
 
     Without MODEL: a small OPT with random weights, under half of the memory that plain PyTorch needs for it.
     Without --data: the language reference that each Python carries. Ctrl-C and SIGTERM save a checkpoint to go on from.
+    With --resume auto the same command begins a run and goes on with it, as torchrun's --max-restarts asks for.
     Of several processes each computes with its part of every batch of --batch-size; torchrun may start them, too.
     """
     options = TrainOptions(
@@ -78,7 +108,7 @@ def train(
         seed=seed,
         save_every=save_every,
         output=output,
-        resume=resume,
+        resume=resume is Resume.ALWAYS,
         dump=dump,
         parallel=parallel,
         nprocs=nprocs,
@@ -87,6 +117,8 @@ def train(
     transformers.utils.logging.disable_progress_bar()
     console = Console(quiet=rank() > 0)
     with shown_errors():
+        if resume is Resume.AUTO:
+            options = replace(options, resume=holds_run(options.directory))
         world = options.mesh().size
         if world > 1 and not is_launched():
             raise typer.Exit(launch(options.words(), world))

@@ -10,7 +10,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from ...runtime.isa.errors import BudgetError, CheckpointError, GeminiError
 from .blocks import Part, TokenBlocks
 from .recipe import Recipe, Report, StepInfo
 from .run_state import RunState, random_states, restore_random_states, seed_generators
-from .trainable import Checkpoints, Processes, Trainable
+from .trainable import Checkpoints, Processes, Saving, Trainable
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """Signals that end a run when the step is done and saved."""
@@ -55,6 +56,58 @@ class _Interrupt:
         self.requested = True
 
 
+class _Saves:
+    """The checkpoints of a run, one at a time; `write` starts the one of a step, in the background or not."""
+
+    def __init__(self, recipe: Recipe, write: Callable[[int, bool], Saving]) -> None:
+        self._recipe, self._write = recipe, write
+        self._step, self._began_s = 0, time.perf_counter()
+        self._under_way: Saving | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Return whether it is time for one when `step` steps are done."""
+        return self._recipe.is_due(step, time.perf_counter() - self._began_s)
+
+    def is_done(self) -> bool:
+        """Return whether there is one of which it is known how it went, and nobody has asked."""
+        return self._under_way is not None and self._under_way.done()
+
+    def save(self, step: int, *, background: bool) -> None:
+        """Save when the one before is done; what cannot be written says which step is lost and how to go on.
+
+        Raises:
+            CheckpointError: likewise; where the one before was not written, this one is all the same.
+        """
+        try:
+            self.finish()
+        finally:
+            self._step = step
+            with self._telling():
+                self._under_way = self._write(step, background)
+            self._began_s = time.perf_counter()
+
+    def finish(self) -> None:
+        """Wait for the one under way.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            with self._telling():
+                under_way.result()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"step {self._step} is not saved: {error}; free some space (or choose another --output) and go on from "
+                "the last checkpoint with --resume"
+            ) from error
+
+
 def finetune(
     model: Trainable,
     blocks: TokenBlocks,
@@ -67,7 +120,7 @@ def finetune(
     """Train `model` on `blocks`; save it, its optimizer and the run's own state by `checkpoints` to `recipe.output`.
 
     With `resume`, go on from what `recipe.output` holds: losses are then those of a run that never stopped. The
-    first Ctrl-C, or SIGTERM, finishes the step and saves.
+    first Ctrl-C, or SIGTERM, finishes the step and saves. What is saved on the way is written in the background.
 
     Several processes that train one model all call it; each computes with its part of every batch, and all have the
     same losses. A run may be resumed by another number of them; then dropout, if there is any, falls otherwise.
@@ -80,6 +133,7 @@ def finetune(
     check_output(recipe.output)
     ranks, part, data = model.ranks, _part(model), blocks.fingerprint()
     ranks.check_alike("the data", data)
+    ranks.check_alike("where to begin, at a checkpoint or anew,", str(resume))
     optimizer = make_optimizer(model, recipe)
     if resume:
         first, before = _resume(model, optimizer, recipe, checkpoints, data)
@@ -87,20 +141,22 @@ def finetune(
         seed_generators(recipe.seed + part.number)
         first, before = 0, perplexity(model, blocks, recipe)
 
-    def save(step: int) -> None:
+    def write(step: int, background: bool) -> Saving:
         state = RunState(step, recipe.curve(), data, before, str(ranks.mesh), ranks.gather(random_states()))
-        _save(state, optimizer, recipe.output, checkpoints)
+        return checkpoints.save(recipe.output, optimizer, state.extra(), background=background)
 
+    saves = _Saves(recipe, write)
     losses: list[float] = []
-    began_s = saved_s = time.perf_counter()
+    began_s = time.perf_counter()
     with _Interrupt() as interrupt:
         for step in range(first, recipe.steps):
-            stops, is_due = _asked(ranks, interrupt.requested, recipe.is_due(step, time.perf_counter() - saved_s))
+            stops, is_due, is_saved = _asked(ranks, interrupt.requested, saves.is_due(step), saves.is_done())
             if stops:
                 break
+            if is_saved:
+                saves.finish()
             if is_due and losses:
-                save(step)
-                saved_s = time.perf_counter()
+                saves.save(step, background=True)
             info = _step(model, optimizer, blocks.batch(step, recipe.batch_size, part), step, recipe)
             losses.append(info.loss)
             if on_step is not None:
@@ -108,7 +164,7 @@ def finetune(
         train_s = time.perf_counter() - began_s
         done = first + len(losses)
         if losses or not resume:
-            save(done)
+            saves.save(done, background=False)
         after = perplexity(model, blocks, recipe) if done == recipe.steps else None
     tokens = len(losses) * recipe.batch_size * blocks.seq_len
     return Report(first, tuple(losses), tokens / max(train_s, 1e-9), before, after)
@@ -122,21 +178,6 @@ def _asked(ranks: Processes, *wishes: bool) -> list[bool]:
 def _part(model: Trainable) -> Part:
     """Return which part of every batch is this process's."""
     return Part(model.ranks.data_rank, model.ranks.mesh.data_size)
-
-
-def _save(state: RunState, optimizer: Any, output: Path, checkpoints: Checkpoints) -> None:
-    """Save; what cannot be written says which step is lost and how to go on.
-
-    Raises:
-        CheckpointError: likewise.
-    """
-    try:
-        checkpoints.save(output, optimizer, state.extra())
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"step {state.step} is not saved: {error}; free some space (or choose another --output) and go on from "
-            "it with --resume"
-        ) from error
 
 
 def make_optimizer(model: Trainable, recipe: Recipe) -> Any:

@@ -61,11 +61,28 @@ class SavedRun(Protocol):
         ...
 
 
+class Saving(Protocol):
+    """A checkpoint that may still be being written."""
+
+    def done(self) -> bool:
+        """Return whether it is written, or failed."""
+        ...
+
+    def result(self) -> None:
+        """Block until it is written.
+
+        Raises:
+            CheckpointError: it could not be; a checkpoint that was there is intact.
+        """
+        ...
+
+
 class Checkpoints(Protocol):
     """Checkpoints of a model and of what goes with it. All processes call every method."""
 
-    def save(self, directory: Path, optimizer: Any, extra: dict[str, Any]) -> None:
+    def save(self, directory: Path, optimizer: Any, extra: dict[str, Any], *, background: bool = False) -> Saving:
         """Replace `directory` by a checkpoint of the model, its optimizer and rank 0's `extra`: all of it or nothing.
+        In the background the run may go on when this returns.
 
         Raises:
             CheckpointError: it cannot be written; a checkpoint that was there is intact.

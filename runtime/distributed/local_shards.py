@@ -68,6 +68,8 @@ class LocalShards:
         """The whole, on the CPU where it is more than this shard. All processes call it, one shard after the other;
         they exchange by way of `device`."""
         placed = list(zip(self.placements(slot), self._axes, strict=True))
+        if placed:
+            self.ranks.meet("putting tensors together, as state_dict() does")
         for placement, axis in reversed(placed):
             if isinstance(placement, Shard):
                 shard = join_shards(self._gather(shard, axis, device), placement)
@@ -89,6 +91,7 @@ class LocalShards:
         axes = self.ranks.mesh.weight_axes
         if not (axes and self.ranks.together):
             return norm
+        self.ranks.meet("the norm of gradients")
         squares = norm.square()
         for axis in axes:
             self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name,])

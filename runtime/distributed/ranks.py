@@ -3,8 +3,9 @@
 import atexit
 import os
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,11 +20,26 @@ from ..isa.precision import ReduceDtype
 from .collectives import Collectives
 
 
+@dataclass(frozen=True)
+class Exchanges:
+    """Digests of all that decides what is exchanged: `inside` with those that share this process's tensors, `between`
+    with all; "" for nothing."""
+
+    inside: str = ""
+    between: str = ""
+
+
+NOTHING = Exchanges()
+
+
 @dataclass
 class Clock:
-    """Counts training steps, for messages."""
+    """Counts training steps, and has what this process is `doing`, for messages. `due` is what that exchanges, as long
+    as the ranks have not agreed on it."""
 
     step: int = 0
+    doing: str = "beginning"
+    due: Exchanges = NOTHING
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,9 @@ class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
     more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
     that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in. `sharing` is the
-    group, on the host, of those that share this one's batch and tensors."""
+    group, on the host, of those that share this one's batch and tensors, `everyone` the one of all, in which they agree
+    on what they are about to exchange. `apart_group` is the one for what they tell each other, where that is not
+    torch.distributed's own. In an exchange they wait for each other for `timeout`."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -40,13 +58,16 @@ class Ranks:
     clock: Clock = field(default_factory=Clock)
     reduce_dtype: ReduceDtype = "fp32"
     sharing: Any = None
+    everyone: Any = None
+    timeout: timedelta = timedelta(seconds=300)
+    apart_group: Any = None
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
            timeout_s: float = 300.0) -> "Ranks":  # fmt: skip
         """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
         launched ones, and raises ValueError where there is none. After `timeout_s` in a collective the others are
-        taken for dead."""
+        taken for dead. Raises StateError where they do not come."""
         launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         mesh = mesh_of(launched)
         if launched == 1:
@@ -56,19 +77,16 @@ class Ranks:
                 f"world_size={mesh.size}, but {launched} processes were launched; leave world_size out, or launch "
                 f"with torchrun --nproc-per-node {mesh.size}"
             )
-        if not dist.is_initialized():
-            on_cuda = device.type == "cuda"
-            # Kernels of several communicators that wait for each other on the same device may lock each other out,
-            # unless NCCL runs them one behind the other, in the order in which they were started: the program's.
-            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s),
-                                    device_id=device if on_cuda else None)  # fmt: skip
-            if not on_cuda:
-                atexit.register(_leave)
-        made = init_device_mesh(device.type, tuple(axis.size for axis in mesh.axes), mesh_dim_names=names_of(mesh.axes))
-        groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names_of(mesh.axes)}
-        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype,
-                    sharing=_sharing(mesh, timedelta(seconds=timeout_s)))  # fmt: skip
+        timeout = timedelta(seconds=timeout_s)
+        with _meeting():
+            if not dist.is_initialized():
+                _enter(device, timeout)
+            sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
+            made = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+            sharing, everyone = _sharing(mesh, timeout), _host_group(timeout)
+        groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
+        ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
+                    everyone=everyone, timeout=timeout)  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
@@ -77,7 +95,18 @@ class Ranks:
         the same ones, whose groups are made in one order everywhere."""
         for names in sorted(set(several) - {()}):
             if self.together and names not in self.groups:
-                self.groups[names] = _group(self.mesh, names, device)
+                with _meeting():
+                    self.groups[names] = _group(self.mesh, names, device)
+
+    def apart(self) -> "Ranks":
+        """The same processes, which tell each other what they do over a group of its own, on the host: a thread may,
+        whatever its process exchanges meanwhile. All ranks call it."""
+        if not self.together:
+            return self
+        self.meet("the first save in the background")
+        with _meeting():
+            group = _host_group(self.timeout)
+        return replace(self, clock=Clock(self.clock.step), everyone=None, apart_group=group)
 
     @property
     def size(self) -> int:
@@ -121,6 +150,7 @@ class Ranks:
         """Which of them are set on any rank."""
         if not self.together:
             return flags
+        self.meet("a backward of several outputs")
         found = torch.tensor(flags, dtype=torch.int32, device=device)
         self.call(dist.all_reduce, found, op=dist.ReduceOp.MAX)
         # Whoever knows the answer already does not wait for the device.
@@ -130,7 +160,8 @@ class Ranks:
         """What every rank has for `value`."""
         found: list[Any] = [value] * self.size
         if self.together:
-            self.call(dist.all_gather_object, found, value)
+            self.meet("an exchange of objects, as compiling, saving and loading make")
+            self.call(dist.all_gather_object, found, value, group=self.apart_group)
         return found
 
     def raise_alike(self, error: Exception | None) -> None:
@@ -155,24 +186,67 @@ class Ranks:
     def check_call(self, call: str) -> None:
         """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
         wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
-        members = dist.get_process_group_ranks(self.sharing)
-        own = torch.tensor(zlib.crc32(call.encode()))
-        found = [torch.empty_like(own) for _ in members]
-        self.call(dist.all_gather, found, own, group=self.sharing)
-        if any(one != own for one in found):
-            told: list[Any] = [None for _ in members]
-            self.call(dist.all_gather_object, told, call, group=self.sharing)
-            others = [f"rank {rank} with {text}" for rank, text in zip(members, told, strict=True) if text != call]
+        self.clock.doing = "a call of the model"
+        told = self._unlike(self.sharing, call, call)
+        if told:
+            others = [f"rank {rank} with {text}" for rank, text in told.items() if text != call]
             raise StateError(
                 f"ranks that shard tensors together were called in different ways: rank {self.rank} with {call}, "
                 f"{', '.join(others)}; give all of them the same batches, and let all of them evaluate"
             )
 
+    def begin(self, what: str, exchanges: Exchanges) -> None:
+        """A program starts to run, or goes on: before its first collective the ranks are to agree on it. One that comes
+        to none may be run by some of them."""
+        self.clock.doing, self.clock.due = what, NOTHING if self.everyone is None else exchanges
+
+    def end(self) -> None:
+        """It sleeps or has ended."""
+        self.clock.due = NOTHING
+
+    def meet(self, what: str) -> None:
+        """Raises StateError, on all ranks, where one of them is about to exchange something else than this."""
+        self.begin(what, Exchanges(inside=what if self.sharing is not None else "", between=what))
+        self._agree()
+
+    def _agree(self) -> None:
+        """Raises StateError, on all ranks that exchange, where they do not do the same: a collective would wait for
+        others that never come to it, or meet another one."""
+        what, exchanges, self.clock.due = self.clock.doing, self.clock.due, NOTHING
+        for group, digest in ((self.sharing, exchanges.inside), (self.everyone, exchanges.between)):
+            told = self._unlike(group, what, f"{what} {digest}") if digest else {}
+            if len(set(told.values())) > 1:
+                doing = "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
+                raise StateError(
+                    f"ranks came to exchange different things. {doing}. All of them must make the same calls in "
+                    "the same order: training steps, saves, loads, and evaluations that return a loss, which is the "
+                    "mean over all (one without labels may be made by some)"
+                )
+            if told:
+                raise StateError(
+                    f"ranks {', '.join(map(str, told))} run different programs: in {what} they would not exchange the "
+                    "same; every rank must build the same model, with the same options, and change it alike"
+                )
+
+    def _unlike(self, group: Any, told: str, digest: str) -> dict[int, str]:
+        """What each member of a group tells, where their digests are not all alike."""
+        members = dist.get_process_group_ranks(group)
+        own = torch.tensor(zlib.crc32(digest.encode()))
+        found = [torch.empty_like(own) for _ in members]
+        self._run(dist.all_gather, found, own, group=group)
+        return {} if all(one == own for one in found) else dict(zip(members, self._tell(group, told), strict=True))
+
+    def _tell(self, group: Any, value: Any) -> list[Any]:
+        """What every member of a group has for `value`."""
+        found: list[Any] = [None] * dist.get_world_size(group)
+        self._run(dist.all_gather_object, found, value, group=group)
+        return found
+
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
-        first: dict[int, str] = {}
-        found = enumerate(self.gather((self.data_rank, digest)))
-        others = [rank for rank, (batch, theirs) in found if first.setdefault(batch, theirs) != theirs]
+        found = dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, digest), strict=True))
+        first = next(iter(found.values()))
+        others = [rank for rank, theirs in found.items() if theirs != first]
         if others:
             own = taken_together(names_of(self.mesh.batch_axes))
             raise StateError(
@@ -195,14 +269,19 @@ class Ranks:
             )
 
     def call(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a collective of torch.distributed. Raises StateError where another process is lost."""
+        """Run a collective of torch.distributed. Raises StateError where another process is lost, or does something
+        else."""
+        self._agree()
+        return self._run(collective, *args, **kwargs)
+
+    def _run(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__}, in step {self.clock.step}: "
-                "one of them has died, see its own error, or does something else, such as a call with a batch of "
-                f"another shape or a step that the others do not take ({error}). Restart all from the last checkpoint"
+                f"rank {self.rank} of {self.size} lost the others in {collective.__name__} ({self.clock.doing}), in "
+                f"step {self.clock.step}: one of them has died, see its own error, or does something else, such as a "
+                f"step that the others do not take ({error}). Restart all from the last checkpoint"
             ) from error
 
 
@@ -215,6 +294,35 @@ def _sharing(mesh: Mesh, timeout: timedelta) -> Any:
         by_batch.setdefault(mesh.data_rank(rank), []).append(rank)
     group, _ = dist.new_subgroups_by_enumeration(list(by_batch.values()), timeout=timeout, backend="gloo")
     return group
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """While process groups are made. Raises StateError where another process does not come to that."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StateError(
+            "the processes did not meet: one of them has ended, see its own error, or came too late for timeout_s "
+            f"({error}). Start all of them again"
+        ) from error
+
+
+def _enter(device: torch.device, timeout: timedelta) -> None:
+    """Meet the others that were launched."""
+    if device.type == "cuda":
+        # Kernels of several communicators that wait for each other on the same device may lock each other out, unless
+        # NCCL runs them one behind the other, in the order in which they were started: the program's.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+        atexit.register(_leave)
+
+
+def _host_group(timeout: timedelta) -> Any:
+    """A group of all processes that exchanges on the host."""
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _group(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:

@@ -30,7 +30,7 @@ class Run:
     """One run of a program under way: the chunks its backward reduces, and those it has copied from their masters.
 
     `counts`: whether its backward is one of the step's, which brings parameters' gradients. `absent` are the parameters
-    that get none from it, by chunk and slot: no output that they reach was used.
+    that get none from it, by chunk and slot: no output that they reach was used. `updates` are those before it.
     """
 
     reduces: frozenset[int] = frozenset()
@@ -38,6 +38,7 @@ class Run:
     counts: bool = False
     absent: frozenset[tuple[int, int]] = frozenset()
     refreshed: set[int] = field(default_factory=set)
+    updates: int = 0
 
     def reached(self, chunk: int, slots: list[int]) -> list[int]:
         """Those of a chunk's slots that get a gradient."""

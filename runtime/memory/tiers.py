@@ -52,6 +52,11 @@ class Tier:
     def used_bytes(self) -> int:
         return sum(self._booked.values()) + sum(map(_num_bytes, self._watched.copy()))
 
+    @property
+    def free_bytes(self) -> int | None:
+        """What can still be used; None where nothing limits it."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.used_bytes
+
     def begin_step(self) -> None:
         """From here on `step_peak_bytes` counts anew."""
         self.step_peak_bytes = self.used_bytes

@@ -4,6 +4,7 @@ is summed up on the way, and a failed write tells why."""
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -90,6 +91,14 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One process needs no others, and no warning that there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _Summed(io.BufferedWriter):

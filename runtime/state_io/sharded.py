@@ -7,7 +7,7 @@ many processes wrote them, and how tensors lay on these, does not matter to thos
 import io
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,22 +41,31 @@ from ..distributed.ranks import Ranks
 from ..isa.errors import CheckpointError
 from ..memory.stored import Stored
 from .atomic_directory import shared_directory
+from .background import Copies, Copying
 from .checksums import CHECKSUMS, seal, verify
-from .filesystem import METADATA, Reader, Writer, read_metadata
+from .filesystem import METADATA, Reader, Writer, quiet, read_metadata
 from .leftovers import put_back
 
 
-def save(directory: str | Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
-    """Replace `directory` by a checkpoint; all processes call it with tensors of the same names.
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint is to hold: tensors, of the same names on all processes, and rank 0's objects, of types that
+    load without code."""
 
-    `objects` are rank 0's, of types that load without code. Raises CheckpointError where it cannot be written; what
-    was saved before is intact.
+    tensors: Mapping[str, Stored]
+    objects: Mapping[str, Any]
+
+
+def save(directory: str | Path, contents: Contents, ranks: Ranks, copying: Copying | None = None) -> None:
+    """Replace `directory` by a checkpoint; all processes call it, or a thread of each, which writes `copying`'s copies.
+
+    Raises CheckpointError where it cannot be written; what was saved before is intact.
     """
     target = put_back(directory)
     if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
         raise CheckpointError(f"{directory} holds files but no such checkpoint, and saving replaces it; choose another")
     with replacing(directory, ranks) as temporary:
-        write(temporary, tensors, objects, ranks)
+        write(temporary, contents, ranks, copying)
 
 
 @contextmanager
@@ -73,11 +82,15 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
         ) from error
 
 
-def write(directory: Path, tensors: Mapping[str, Stored], objects: Mapping[str, Any], ranks: Ranks) -> None:
+def write(directory: Path, contents: Contents, ranks: Ranks, copying: Copying | None = None) -> None:
     """Write a checkpoint into a directory of one that is `replacing` another; all processes call it."""
-    writer = Writer(directory)
-    with _quiet():
-        dcp.save({}, storage_writer=writer, planner=_Saver(tensors, objects), no_dist=not ranks.together)
+    writer, saver = Writer(directory), _Saver(contents, copying)
+    try:
+        with nullcontext() if copying else quiet():
+            dcp.save({}, storage_writer=writer, planner=saver, process_group=ranks.apart_group,
+                     no_dist=not ranks.together)  # fmt: skip
+    finally:  # of a failure the traceback has the saver
+        saver.copies = None
     checksums = ranks.gather(writer.checksums)
     if ranks.rank == 0:
         seal(directory, {name: checksum for each in checksums for name, checksum in each.items()})
@@ -127,21 +140,13 @@ class Saved:
         """
         loader, reader = _Loader(tensors, objects), Reader(self.directory, self.metadata)
         try:
-            with _quiet():
+            with quiet():
                 dcp.load({}, storage_reader=reader, planner=loader, no_dist=not self.ranks.together)
         except (dcp.CheckpointException, OSError) as error:
             if _is_interruption(error):
                 raise KeyboardInterrupt from error
             raise CheckpointError(f"could not load {self.directory}: {_told(error)}") from error
         return loader.found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """One process needs no others, and no warning that there are none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _is_interruption(error: BaseException) -> bool:
@@ -165,10 +170,11 @@ def _chunk(region: Region) -> ChunkStorageMetadata:
 class _Saver(dcp.DefaultSavePlanner):
     """Writes what `Stored` tensors say; what several processes have, one of them writes."""
 
-    def __init__(self, tensors: Mapping[str, Stored], objects: Mapping[str, Any]) -> None:
+    def __init__(self, contents: Contents, copying: Copying | None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.tensors, self.objects = tensors, objects
+        self.tensors, self.objects, self.copying = contents.tensors, contents.objects, copying
         self.regions: dict[MetadataIndex, tuple[Stored, Region]] = {}
+        self.copies: Copies | None = None
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -183,7 +189,17 @@ class _Saver(dcp.DefaultSavePlanner):
         self.plan = SavePlan(items)
         return self.plan
 
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        if self.copying is not None:
+            self.copies = self.copying.copies(plan.items, self._read)
+        return plan
+
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        # A copy that is written is given up.
+        return self._read(write_item) if self.copies is None else self.copies.pop(write_item.index)
+
+    def _read(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             return _packed(write_item.index.fqn, self.objects[write_item.index.fqn])
         stored, region = self.regions[write_item.index]

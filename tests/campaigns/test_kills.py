@@ -32,7 +32,7 @@ from saving import OPTIMIZERS, compiled, train, values
 from trainable import SMALL_OPT
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZE = 1200
+SIZE = 1500
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.chown", "shutil.copyfile"}
 """Python tells of them before they happen."""
 WRITES = 16
@@ -75,6 +75,10 @@ def reader() -> tuple[geminifx.CompiledModule, torch.optim.Optimizer]:
 
 def save_checkpoint(folder: Path, new: bool) -> None:
     geminifx.save_checkpoint(*trained(new), folder, extra=float(new))
+
+
+def save_in_background(folder: Path, new: bool) -> None:
+    geminifx.save_checkpoint(*trained(new), folder, extra=float(new), background=True).result()
 
 
 def find_checkpoint(folder: Path) -> State:
@@ -134,6 +138,7 @@ def find_weights(folder: Path) -> State:
 
 KINDS = {
     "a checkpoint": Kind(save_checkpoint, find_checkpoint),
+    "in the background": Kind(save_in_background, find_checkpoint),
     "the first checkpoint": Kind(save_checkpoint, find_checkpoint, old=False),
     "a run": Kind(save_run, find_run),
     "weights": Kind(save_weights, find_weights),

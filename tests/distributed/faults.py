@@ -61,6 +61,31 @@ def sharded(rows: int = 2, evaluates: bool = False) -> None:
         model(torch.ones(rows if RANK else 2, 4))
 
 
+class WithLoss(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square().mean()
+
+
+def judged(by: int | None) -> None:
+    """A step of two ranks with batches of their own, and one before which rank `by` evaluates a loss, or all do."""
+    model = geminifx.compile(WithLoss(4, 4))
+    model(torch.ones(2, 4)).backward()
+    if by in (RANK, None):
+        with torch.no_grad():
+            assert model(torch.full((2, 4), float(RANK))).item() > 0
+    model(torch.ones(2, 4)).backward()
+
+
+def one_update_less() -> None:
+    """Rank 1 takes two backwards together where rank 0 updates after each."""
+    model = geminifx.compile(WithLoss(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        model(torch.ones(2, 4)).backward()
+        if step or not RANK:
+            optimizer.step()
+
+
 def meet(fault: str, action: Callable[[], float | None]) -> None:
     try:
         told = action()
@@ -81,6 +106,9 @@ def main() -> None:
     meet("shared", share)
     meet("sharded", lambda: sharded(rows=3))
     meet("evaluates alone", lambda: sharded(evaluates=True))
+    meet("all judge", lambda: judged(by=None))
+    meet("judges alone", lambda: judged(by=1))
+    meet("an update less", one_update_less)
     meet("death", lambda: train(steps=3, dies_at=1))
 
 

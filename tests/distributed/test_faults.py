@@ -33,7 +33,7 @@ def said() -> list[Said]:
 @pytest.mark.slow
 @TOGETHER
 def test_without_a_fault_nothing_is_raised(said) -> None:
-    assert [rank["none"] for rank in said] == [("", "")] * 2
+    assert [rank[name] for rank in said for name in ("none", "all judge")] == [("", "")] * 4
 
 
 @pytest.mark.slow
@@ -46,6 +46,12 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("shared", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
         ("sharded", "StateError", "a training step of the model ([0] float32[3, 4]; "),
         ("evaluates alone", "StateError", "an evaluation of the model ([0] float32[2, 4]; "),
+        (
+            "judges alone",
+            "StateError",
+            "rank 0: the forward of a training step behind 0 update(s); rank 1: an evaluation.",
+        ),
+        ("an update less", "StateError", "rank 1: the forward of a training step behind 0 update(s). All of them must"),
     ],
 )
 def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
@@ -73,7 +79,8 @@ def test_the_death_of_a_rank_ends_the_others(said) -> None:
     found, text = said[0]["death"]
     assert (
         found == "StateError"
-        and "rank 0 of 2 lost the others in all_reduce, in step 2" in text
+        and "rank 0 of 2 lost the others in all_gather (the backward of a training step behind 1 update(s)), in step 2"
+        in text
         and "last checkpoint" in text
     )
 

@@ -16,15 +16,17 @@ TIMEOUT_S = 1200
 """What several processes need, on a few busy cores."""
 
 
-def torchrun(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
-    """Run a script as users do. `--standalone` lets torchrun's own store take any port that is free.
+def torchrun(
+    script: Path, *arguments: str, ranks: int = 2, options: Sequence[str] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script as users do, with `options` for torchrun. `--standalone` lets its own store take any free port.
 
     Raises TimeoutExpired where it is not done in time.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, **THREADS}
     return subprocess.run(
-        [*command, str(script), *arguments],
+        [*command, *options, str(script), *arguments],
         env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from geminifx.runtime.isa.errors import CheckpointError
+from geminifx.runtime.state_io.background import Saving
 from transformers import AutoModelForCausalLM
 
 SMALL_OPT = {
@@ -49,11 +50,12 @@ class PlainCheckpoints:
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model.model, tokenizer
 
-    def save(self, directory: Path, optimizer: Any, extra: dict[str, Any]) -> None:
+    def save(self, directory: Path, optimizer: Any, extra: dict[str, Any], *, background: bool = False) -> Saving:
         self.model.save_pretrained(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
         torch.save({"optimizer": optimizer.state_dict(), "extra": extra}, directory / "rest.pt")
+        return Saving.finished()
 
     def open(self, directory: Path) -> "PlainRun":
         if not (directory / "rest.pt").is_file():

@@ -1,8 +1,10 @@
 """What `geminifx train` leaves in its directory: a model for others and a state to go on from, both or neither."""
 
+import os
 import resource
 import shutil
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
             "state": "torch.distributed.checkpoint.filesystem._write_item",
         }
         if info.step == 3:
+            _wait_for_save(tmp_path)
             monkeypatch.setattr(targets[part], fail)
 
     recipe = _recipe(tmp_path, steps=4, save_every=2)
@@ -151,6 +154,12 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
         _train(tokenizer, recipe, on_step=on_step)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert _step_saved(tokenizer, recipe) == 2 and _weights(recipe.output)
+
+
+def _wait_for_save(folder: Path) -> None:
+    """Until the checkpoint that is written in the background is at its place, and nothing else there."""
+    while os.listdir(folder) != ["run"]:
+        time.sleep(0.01)
 
 
 def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(
@@ -163,6 +172,7 @@ def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(
     def fill_disk(info: StepInfo, limit_bytes: int) -> None:
         # A limit on the size of files makes real writes fail, in the libraries' own code.
         if info.step == 3:
+            _wait_for_save(tmp_path)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
 
     says = r"step 4 is not saved: could not save to .*File too large.* is intact; free some"
@@ -177,3 +187,27 @@ def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_save_in_the_background_is_of_its_moment(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, has_room: bool
+) -> None:
+    """Where the host has no room for a copy, it is written at once."""
+    recipe = _recipe(tmp_path, steps=2)
+    model = _model()
+    optimizer = make_optimizer(model, recipe)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    tier = model.session.hardware.host_tier
+    tier.limit_bytes = None if has_room else tier.used_bytes
+    saving = RunDirectory(model, tokenizer).save(recipe.output, optimizer, {"step": 0}, background=True)
+    assert has_room or saving.done()
+    batch = _blocks().batch(0, BATCH)
+    model(**batch).loss.backward()
+    optimizer.step()
+    saving.result()
+    published = _weights(recipe.output)
+    assert all(torch.equal(published[name], weights[name]) for name in published)
+    RunDirectory(model, tokenizer).open(recipe.output).load(optimizer)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert os.listdir(tmp_path) == ["run"]

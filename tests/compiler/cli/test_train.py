@@ -119,9 +119,11 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     code, whole = train("--output", "whole")
     assert code == 0 and len(whole) == 6
     stop_after.append(3)
-    code, first = train("--output", "parts")
+    code, first = train("--output", "parts", "--resume", "auto")  # there is nothing yet
     assert code == 130 and len(first) == 3
     code, second = train("--output", "parts", "--resume")
     assert code == 0 and first + second == whole
+    code, third = train("--output", "parts", "--resume", "auto")
+    assert code == 0 and third == []  # it was done
     ours, theirs = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -22,6 +22,7 @@ from geminifx.models.recipe.trainable import Processes
 from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.isa.errors import BudgetError, CheckpointError
 from geminifx.runtime.isa.mesh import Axis, Mesh
+from geminifx.runtime.state_io.background import Saving
 from trainable import ClippedAdamW, PlainCheckpoints
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -171,7 +172,7 @@ def test_one_process_whose_clock_is_early_makes_all_save(tmp_path: Path) -> None
 
     class Early(Ranks):
         def gather(self, value: Any) -> list[Any]:
-            return [value, (False, True)] if isinstance(value, tuple) else [value]
+            return [value, (False, True, False)] if isinstance(value, tuple) else [value]
 
     model, recipe = _model(), _recipe(tmp_path, steps=3, save_every_s=1e9)
     model.ranks = Early()
@@ -317,10 +318,10 @@ def test_an_infinite_gradient_is_stopped_before_the_update(tmp_path: Path) -> No
 
 def test_a_step_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
     class Full(PlainCheckpoints):
-        def save(self, directory: Path, optimizer: Any, extra: dict[str, Any]) -> None:
+        def save(self, directory: Path, optimizer: Any, extra: dict[str, Any], **how: bool) -> Saving:
             if extra["step"] == 4:
                 raise CheckpointError("the disk is full")
-            super().save(directory, optimizer, extra)
+            return super().save(directory, optimizer, extra, **how)
 
     model, recipe = _model(), _recipe(tmp_path, save_every=2)
     with pytest.raises(CheckpointError, match=r"step 4 is not saved: the disk is full; free some space .*--resume"):

@@ -1,0 +1,197 @@
+"""save_checkpoint(background=True): what it saves is of the moment of the call, whole or not at all, and no failure is
+lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+from geminifx.runtime.isa.errors import CheckpointError
+from geminifx.runtime.state_io import background
+from geminifx.runtime.state_io.filesystem import Writer
+from saving import OPTIMIZERS, compiled, same, train, values
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written until it is set."""
+    opened, write_data = threading.Event(), Writer.write_data
+
+    def held(*arguments: Any) -> Any:
+        assert opened.wait(60)
+        return write_data(*arguments)
+
+    monkeypatch.setattr(Writer, "write_data", held)
+    return opened
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_is_saved_is_of_the_moment_of_the_call(
+    tmp_path: Path, gate: threading.Event, precision: str, kind: str
+) -> None:
+    model = compiled(precision=precision)
+    optimizer = OPTIMIZERS[kind](model)
+    train(model, optimizer)
+    extra = {"steps": [3]}
+    saving = geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", extra, background=True)
+    expected, losses = values(model), train(model, optimizer)
+    extra["steps"].append(6)
+    assert not saving.done() and not (tmp_path / "saved").exists()
+    gate.set()
+    saving.result()
+    other = compiled(seed=1, precision=precision)
+    other_optimizer = OPTIMIZERS[kind](other)
+    assert geminifx.load_checkpoint(other, other_optimizer, tmp_path / "saved") == {"steps": [3]}
+    assert same(values(other), expected)
+    assert train(other, other_optimizer) == losses
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_it_has_the_files_of_another_save(tmp_path: Path) -> None:
+    model = compiled()
+    optimizer = OPTIMIZERS["own"](model)
+    train(model, optimizer)
+    geminifx.save_checkpoint(model, optimizer, tmp_path / "one")
+    geminifx.save_checkpoint(model, optimizer, tmp_path / "other", background=True).result()
+    for file in (tmp_path / "one").iterdir():
+        if file.name != ".metadata":  # which has a number of its own
+            same_size = file.stat().st_size == (tmp_path / "other" / file.name).stat().st_size
+            assert same_size if file.name == "checksums.json" else _bytes_alike(file, tmp_path / "other" / file.name)
+
+
+def _bytes_alike(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def test_the_next_save_and_a_load_wait(tmp_path: Path, gate: threading.Event) -> None:
+    model = compiled()
+    first = geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=1, background=True)
+    threading.Timer(0.2, gate.set).start()
+    second = geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=2, background=True)
+    assert first.done()
+    assert geminifx.load_checkpoint(model, None, tmp_path / "saved") == 2
+    assert second.done()
+
+
+def test_a_save_that_is_not_in_the_background_is_done(tmp_path: Path) -> None:
+    saving = geminifx.save_checkpoint(compiled(), None, tmp_path / "saved")
+    assert saving.done()
+    saving.result()
+
+
+# -- failures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["result", "save", "load"])
+def test_a_failure_of_the_thread_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    model, folder = compiled(), tmp_path / "saved"
+    geminifx.save_checkpoint(model, None, folder, extra=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+        saving = geminifx.save_checkpoint(model, None, folder, extra=2, background=True)
+        ask = {
+            "result": saving.result,
+            "save": lambda: geminifx.save_checkpoint(model, None, folder, extra=3),
+            "load": lambda: geminifx.load_checkpoint(model, None, folder),
+        }[by]
+        with pytest.raises(CheckpointError, match=r"No space left .* saved there before is intact"):
+            ask()
+    assert os.listdir(tmp_path) == ["saved"]
+    assert geminifx.load_checkpoint(model, None, folder) == 1
+    geminifx.save_checkpoint(model, None, folder, extra=4, background=True).result()
+    assert geminifx.load_checkpoint(model, None, folder) == 4
+
+
+def test_what_fails_before_all_is_copied_is_raised_by_the_call(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("...")
+    model = compiled()
+    with pytest.raises(CheckpointError, match="holds files but no such checkpoint"):
+        geminifx.save_checkpoint(model, None, tmp_path, background=True)
+    with pytest.raises(CheckpointError, match="does not load without running code"):
+        geminifx.save_checkpoint(model, None, tmp_path / "saved", extra={"f": full}, background=True)
+    geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True).result()
+
+
+def test_a_copy_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = compiled()
+    optimizer = OPTIMIZERS["own"](model)
+    train(model, optimizer)
+    tier = model.session.hardware.host_tier
+    needed = sum(t.nbytes for t in model.state_dict().values()) + 2 * 4 * sum(p.numel() for p in model.parameters())
+    tier.limit_bytes = tier.used_bytes + needed - 1
+    with pytest.raises(
+        CheckpointError, match=rf"takes {needed:,} bytes, .* room for {needed - 1:,}; raise host_budget"
+    ):
+        geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", background=True)
+    assert os.listdir(tmp_path) == []
+    tier.limit_bytes += 1
+    before = tier.used_bytes
+    geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", background=True).result()
+    assert tier.used_bytes == before
+
+
+def test_ctrl_c_while_it_copies_leaves_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state may change from then on."""
+    model = compiled()
+    geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=1)
+    interrupted, copy = threading.Event(), background.Copying._copy
+
+    def slow(*arguments: Any) -> Any:
+        if not interrupted.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupted.wait(60)
+        return copy(*arguments)
+
+    monkeypatch.setattr(background.Copying, "_copy", slow)
+    with pytest.raises(KeyboardInterrupt):
+        geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=2, background=True)
+    interrupted.set()
+    assert geminifx.load_checkpoint(model, None, tmp_path / "saved") == 1
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+# -- the end of the process --------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, time
+import geminifx, torch
+from geminifx.runtime.state_io.filesystem import Writer
+folder, way = sys.argv[1:]
+model = geminifx.compile(torch.nn.Linear(6, 3), example_inputs=(torch.ones(8, 6),))
+geminifx.save_checkpoint(model, None, folder, extra="old")
+write_data = Writer.write_data
+def slow(*arguments):
+    time.sleep(0.5)
+    if way == "fails":
+        raise OSError(28, "No space left on device")
+    written = write_data(*arguments)
+    if way == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+Writer.write_data = slow
+geminifx.save_checkpoint(model, None, folder, extra="new", background=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "code", "left"), [("ends", 0, "new"), ("fails", 0, "old"), ("killed", -signal.SIGKILL, "old")]
+)
+def test_the_end_of_the_process_waits(tmp_path: Path, way: str, code: int, left: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), way]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert ("CheckpointError: could not save to" in ended.stderr) == (way == "fails"), ended.stderr
+    model = geminifx.compile(torch.nn.Linear(6, 3), example_inputs=(torch.ones(8, 6),))
+    assert geminifx.load_checkpoint(model, None, tmp_path / "saved") == left
