@@ -6,6 +6,7 @@ Tests run on a CPU, also where there is a GPU: torch sees none, and processes th
 The number of threads is fixed, as kernels' sums depend on it, and several workers have one machine.
 """
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -84,6 +85,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("cuda"))
             if not HAS_CUDA:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections of garbage need not go through it again and again."""
+    gc.freeze()
 
 
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:

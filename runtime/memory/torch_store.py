@@ -170,7 +170,7 @@ class TorchStore:
             self.hardware.host_tier.charge(gradients.nbytes, "staging for gradients")
             return self.hardware.zeros(gradients.numel(), gradients.dtype, False, True)
         smallest = min(fitting, key=Tensor.numel)
-        free[:] = [buffer for buffer in free if buffer is not smallest]
+        free[:] = [buffer for buffer in free if buffer is not smallest]  # remove() would compare elements
         return smallest
 
     # -- steps ---------------------------------------------------------------------------------------------
