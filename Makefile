@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 LOOPS := $(VENV)/.loops
 # A worker for each processor, of one thread each.
 PYTEST := $(BIN)/python -m pytest -n logical
+# Each worker, and each process that a test starts, would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 PACKAGES := geminifx.compiler geminifx.models geminifx.passes geminifx.runtime
 
 .DEFAULT_GOAL := help

@@ -32,6 +32,7 @@ def recompute(program: Program, plan: Plan) -> None:
     for block in plan.recompute:
         inside = {node for node in program.computes if _belongs(note(node).module, block)}
         forward = {node for node in inside if note(node).phase == "forward"}
+        # What is read outside of the block stays in any case, so that copies can read it, too.
         kept = {node for node in forward if any(_reads_outside(user, forward) for user in node.users)}
         # States saved for another block's draws are of the forward's generator: they are never taken again.
         states = set(program.calls(SAVE_RNG))
@@ -71,6 +72,7 @@ class _Recompute:
             reader.kwargs = fx.map_arg(reader.kwargs, self._value)
 
     def _needed(self, readers: list[fx.Node]) -> set[fx.Node]:
+        """What the readers take of the block, and what that is made of, as far as it is not kept."""
         needed: set[fx.Node] = set()
         frontier = [value for reader in readers for value in reader.all_input_nodes]
         while frontier:

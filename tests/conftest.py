@@ -6,6 +6,7 @@ Tests run on a CPU, also where there is a GPU: torch sees none, and processes th
 The number of threads is fixed, as kernels' sums depend on it, and several workers have one machine.
 """
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -85,6 +86,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("cuda"))
             if not HAS_CUDA:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What the tests import stays: collections of garbage need not go through it, neither meanwhile nor afterwards."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:

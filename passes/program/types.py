@@ -154,22 +154,22 @@ def freeze(value: Any, node: Callable[[fx.Node], Any]) -> Any:
 
     Stand-ins are equal exactly where the arguments are the same: 0.0 and -0.0 differ, as do 1, 1.0 and True.
     """
-    match value:
+    match value:  # this runs for every node after every pass: what comes most often stands first
         case fx.Node():
             return node(value)
-        case list():
-            return (list, *(freeze(item, node) for item in value))
+        case int():
+            return (type(value), value)
         case tuple():
-            return (tuple, *(freeze(item, node) for item in value))
+            return (tuple, *[freeze(item, node) for item in value])
+        case list():
+            return (list, *[freeze(item, node) for item in value])
         case dict():
-            return (dict, *((key, freeze(item, node)) for key, item in value.items()))
+            return (dict, *[(key, freeze(item, node)) for key, item in value.items()])
         case slice():  # cannot be hashed before Python 3.12
-            return (slice, *(freeze(item, node) for item in (value.start, value.stop, value.step)))
+            return (slice, *[freeze(item, node) for item in (value.start, value.stop, value.step)])
         case float() | complex():  # as text, in which nan equals nan and zeros have signs
             kind = float if isinstance(value, float) else complex
             return (kind, kind.__repr__(value))
-        case bool() | int():
-            return (type(value), value)
     return value
 
 

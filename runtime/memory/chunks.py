@@ -105,6 +105,7 @@ class Chunk:
         assert self.gradient is not None
         fresh = [i for i in slots if self.parameters[i].grad is None]
         whole = len(slots) == len(self.parameters)
+        # One kernel for the chunk where all its gradients are new, or all lie there already; else one for each.
         if whole and len(fresh) == len(slots):
             self.gradient.copy_(source)
         elif whole and not fresh and all(self._owns_grad(i) for i in slots):

@@ -167,7 +167,7 @@ class TorchStore:
             self._book_staging(gradients.nbytes)
             return self.hardware.zeros(gradients.numel(), gradients.dtype, False, True)
         smallest = min(fitting, key=Tensor.numel)
-        free[:] = [buffer for buffer in free if buffer is not smallest]
+        free[:] = [buffer for buffer in free if buffer is not smallest]  # remove() would compare elements
         return smallest
 
     def _free_staging(self, index: int) -> None:

@@ -6,6 +6,7 @@ import geminifx
 import pytest
 import torch
 from geminifx.runtime.isa.errors import ArgumentError, StateError
+from shared_captures import shared_captures
 from torch import Tensor, nn
 
 KINDS: list[tuple[Any, dict[str, Any]]] = [
@@ -24,7 +25,8 @@ def batch(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def compiled(dtype: torch.dtype = torch.float32, **options: Any) -> geminifx.CompiledModule:
-    return geminifx.compile(net(dtype), example_inputs=(batch(0, dtype),), **options)
+    with shared_captures(("a small net", dtype)):
+        return geminifx.compile(net(dtype), example_inputs=(batch(0, dtype),), **options)
 
 
 def weights(model: nn.Module) -> list[Tensor]:

@@ -118,7 +118,7 @@ def test_gradients_may_be_looked_at_where_a_device_is_full(look: str, precision:
         device, host = model.session.hardware.tiers
         before = host.used_bytes
         for step in range(3):
-            NET.loss(model, NET.batch(step)).backward()
+            NET.loss(model, NET.batch(seed=step)).backward()
             device.limit_bytes = device.used_bytes  # not a byte more
             LOOKS[look](model)
             device.limit_bytes = None

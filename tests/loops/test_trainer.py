@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from shared_captures import shared_captures
 from torch import nn
 from zoo import GPT2, LLAMA, Case, compiled
 
@@ -24,8 +25,9 @@ SLOW_LLAMA = pytest.param(LLAMA, marks=pytest.mark.slow, id="llama")
 def both(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, Trainer]:
     """The plain model's and the compiled model's, trained."""
     made = [trainer(act(case.seeded()), directory / act.__name__, **changes) for act in BOTH]
-    for each in made:
-        each.train()
+    with shared_captures(case):
+        for each in made:
+            each.train()
     return made[0], made[1]
 
 

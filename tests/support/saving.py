@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import geminifx
 import torch
+from shared_captures import shared_captures
 from torch import nn
 
 OPTIMIZERS: dict[str, Callable[[geminifx.CompiledModule], torch.optim.Optimizer]] = {
@@ -11,6 +12,7 @@ OPTIMIZERS: dict[str, Callable[[geminifx.CompiledModule], torch.optim.Optimizer]
     "torch's": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
     "NAdam": lambda model: torch.optim.NAdam(model.parameters(), lr=1e-2),
 }
+INPUTS = (torch.ones(8, 6),)
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -19,8 +21,10 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def compiled(seed: int = 0, precision: str | None = None, source: nn.Module | None = None) -> geminifx.CompiledModule:
-    model = source or network(seed)
-    return geminifx.compile(model, example_inputs=(torch.ones(8, 6),), precision=precision)
+    if source is not None:
+        return geminifx.compile(source, example_inputs=INPUTS, precision=precision)
+    with shared_captures("a small model that is saved"):
+        return geminifx.compile(network(seed), example_inputs=INPUTS, precision=precision)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ class Whole:
 
     program: Program
     values: Values
+
+    @cached_property
+    def results(self) -> Values:
+        """What one process computes, by role."""
+        torch.manual_seed(0)
+        return run_whole(self.program, self.values)
 
     def shard(self, plan: Plan) -> Program:
         """One rank's program, checked."""
@@ -128,8 +134,7 @@ def sharded(whole: Whole, parallel: dict[str, Any], outputs: Outputs = "loss") -
     program = whole.shard(plan)
     torch.manual_seed(0)
     found = found_by_all(program, plan.mesh, whole.values)
-    torch.manual_seed(0)
-    return Sharded(plan.mesh, whole.program, program, run_whole(whole.program, whole.values), found)
+    return Sharded(plan.mesh, whole.program, program, whole.results, found)
 
 
 def check(found: Sharded) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from geminifx.runtime.isa.errors import BudgetError
+from shared_captures import shared_captures
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -141,7 +142,8 @@ CASES = (OPT, GPT2, LLAMA, CNN, MLP)
 
 
 def compiled(case: Case, **options: Any) -> geminifx.CompiledModule:
-    return geminifx.compile(case.seeded(), **{**case.examples(), **options})
+    with shared_captures(case):
+        return geminifx.compile(case.seeded(), **{**case.examples(), **options})
 
 
 @cache

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from geminifx.runtime.isa.errors import CaptureError
+from shared_captures import shared_captures
 from torch import Tensor, nn
 
 
@@ -72,7 +73,8 @@ class Draws(nn.Module):
 def test_draws_are_plain_pytorchs(name: str, recompute: Any) -> None:
     torch.manual_seed(0)
     plain, x = Draws(name), torch.randn(3, 5, 4)
-    model = geminifx.compile(copy.deepcopy(plain), recompute=recompute, example_inputs=(x,))
+    with shared_captures(("draws", name)):
+        model = geminifx.compile(copy.deepcopy(plain), recompute=recompute, example_inputs=(x,))
     for seed in range(2):
         found = []
         for each in (model, plain):

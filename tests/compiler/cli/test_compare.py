@@ -9,7 +9,7 @@ from geminifx.compiler.cli.compare import compare_ways, ways
 from geminifx.compiler.cli.main import app
 from geminifx.models.presets import load_model
 from typer.testing import CliRunner
-from zoo import opt, tokens
+from zoo import OPT, compiled, opt, tokens
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_every_way_is_planned_or_says_why_not() -> None:
 
 
 def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
-    plan = geminifx.compile(opt(), world_size=4, example_inputs=tokens(batch=2)).plan
+    plan = compiled(OPT, world_size=4).plan
     gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks)
     reduced = max(plan.estimate.collectives, key=lambda collective: collective.received_bytes)
     assert reduced.axis == "data" and reduced.collective == "all-reduce"
@@ -50,9 +50,9 @@ def test_gradients_of_16_bits_are_exchanged_as_float32_unless_that_is_not_wanted
 ) -> None:
     received, options = [], {"world_size": 4, "parallel": {"zero": zero}, "precision": "bf16"}
     for asked in ({}, {"reduce_dtype": "compute"}):
-        compiled = geminifx.compile(opt(), example_inputs=tokens(batch=2), **options, **asked)
-        compiled.optimizer(torch.optim.AdamW, lr=1e-3)
-        plan = compiled.plan
+        model = compiled(OPT, **options, **asked)
+        model.optimizer(torch.optim.AdamW, lr=1e-3)
+        plan = model.plan
         gradients = sum(chunk.compute_bytes for chunk in plan.layout.chunks) * (1 if asked else 2)
         found = max(
             (e for e in plan.estimate.collectives if e.collective == collective), key=lambda e: e.received_bytes
@@ -77,9 +77,9 @@ def test_over_the_depth_every_gradient_is_exchanged_twice_too() -> None:
 
 def test_depth_and_data_are_one_where_weights_are_shared_out() -> None:
     parallel = {"data": 2, "zero": 3, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}
-    compiled = geminifx.compile(opt(), parallel=parallel, world_size=16, example_inputs=tokens(batch=4))
-    compiled.optimizer(torch.optim.AdamW, lr=1e-3)
-    plan = compiled.plan
+    model = geminifx.compile(opt(), parallel=parallel, world_size=16, example_inputs=tokens(batch=4))
+    model.optimizer(torch.optim.AdamW, lr=1e-3)
+    plan = model.plan
     assert {chunk.shards for chunk in plan.layout.chunks} == {4} and "ZeRO" in str(plan)
     assert "stage 3, over data x depth" in str(plan)
     found = {e.collective for e in plan.estimate.collectives if e.axis == "data x depth"}

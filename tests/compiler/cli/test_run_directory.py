@@ -21,6 +21,7 @@ from geminifx.models.recipe.recipe import Recipe, Report, StepInfo
 from geminifx.models.recipe.text import train_tokenizer
 from geminifx.runtime.isa.errors import CheckpointError
 from geminifx.runtime.state_io.checksums import CHECKSUMS
+from shared_captures import shared_captures
 from trainable import SMALL_OPT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -41,7 +42,8 @@ def _model() -> geminifx.CompiledModule:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-    return geminifx.compile(model, device="cpu", example_inputs=_blocks().batch(0, BATCH))
+    with shared_captures("a small OPT of a run"):
+        return geminifx.compile(model, device="cpu", example_inputs=_blocks().batch(0, BATCH))
 
 
 @pytest.fixture(scope="module")
