@@ -11,7 +11,7 @@ from torch import nn
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...passes.program.request import Policy, Request
-from ...runtime.isa.errors import ArgumentError, BudgetError, StateError
+from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError, StateError
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
@@ -21,6 +21,7 @@ from ..lowering import Lowering
 from ..options import Options
 from .check import check_plan
 from .memory import Limits
+from .microbatches import Decision, fewest
 from .packing import divide, pack
 from .refusal import HostBudgetError
 from .search import Constraints, Solution, check, solve
@@ -31,9 +32,6 @@ NOT_DIVIDED = (
     "lr=...) before the first step and step that, or leave zero out of parallel="
 )
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
-
-Decision = tuple[Solution, Exception | None]
-"""What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,40 @@ class Planning:
             sequence=degrees.sequence, table=degrees.table, zero=degrees.zero, reduce_dtype=options.reduce_dtype,
         )  # fmt: skip
 
+    @property
+    def asked(self) -> int | None:
+        """Into how many microbatches a training step's batch is to be divided; None: as it fits."""
+        if self.options.plan is not None:
+            return self.options.plan.microbatches
+        return None if self.options.microbatches == "auto" else self.options.microbatches
+
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
         """A plan, for our own optimizer's `format` of training state (None: for an optimizer of torch's).
 
         `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
-        Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model.
+        Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
+        where its batch cannot be run as so many microbatches as were asked for.
         """
-        given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
+        find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
+        if self.asked is None or not captured.trains:
+            return fewest(find, captured.examples)
+        try:
+            captured.by(self.asked)
+        except SplitError as error:
+            raise SplitError(f"microbatches={self.asked}: {error}; or leave microbatches out") from error
+        return find(self.asked)
+
+    def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
+                format: OwnFormat | None) -> Decision:  # fmt: skip
+        """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
+        runs = {"microbatches": microbatches, "blocks": self.blocks if microbatches > 1 else ()}
+        part = captured.by(microbatches)
+        given, options, lower = self.options.plan, self.options, partial(self._lower, part)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             request = self._request(given.request.policy)
-            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes)
+            runs = runs if given.microbatches != microbatches else {}
+            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes, **runs)
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
             accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
@@ -90,9 +111,9 @@ class Planning:
         layout = before.layout if before else self._layout(captured.program)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
-        saves = logits_bytes(captured.program) if fusible else 0
+        saves = microbatches * logits_bytes(part.program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = replace(self.shared(), layout=layout, notes=notes)
+        draft = replace(self.shared(), layout=layout, notes=notes, **runs)
         placed = before.homes if before and fixed else None
         constraints = Constraints(self._recompute(), self.blocks, placed, fuse_loss, saves)
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
