@@ -12,10 +12,10 @@
                                                       cat = aten.cat.default([y, y_1])
     # backward: layers.1                              # backward: layers.1
     dv = aten.mm.default(ht, dy)                      dv = aten.mm.default(ht, dy)
-                                                      sum_v = aten._to_copy.default(dv, dtype=torch.float32)
+                                                      total = aten._to_copy.default(dv, dtype=torch.float32)
                                                       dv_1 = aten.mm.default(ht_1, dy_1)
-                                                      sum_v_1 = aten.add_.Tensor(sum_v, dv_1)
-    return {"output:0": y, "gradient:v": dv}          return {"output:0": cat, "gradient:v": sum_v_1}
+                                                      total_1 = aten.add_.Tensor(total, dv_1)
+    return {"output:0": y, "gradient:v": dv}          return {"output:0": cat, "gradient:v": total_1}
 
 So weights cross the bus once for all microbatches, and what a block computes again, or for its gradients, is there for
 one microbatch at a time. What no example goes into is computed once. Gradients are added up in float32, in the order
@@ -32,6 +32,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -68,7 +69,7 @@ class _Split:
         self.copies: list[dict[fx.Node, fx.Node]] = [{} for _ in range(self.count)]
         self.own = _of_microbatches(program)
         self.gradients: dict[str, _Total] = {}  # by their roles
-        self.totals: dict[fx.Node, list[_Total]] = defaultdict(list)  # by their terms
+        self.totals = defaultdict[fx.Node, list[_Total]](list)  # by their terms
         self._find_totals()
         self.states: list[fx.Node] = []
 
@@ -97,8 +98,8 @@ class _Split:
 
     # -- writing -------------------------------------------------------------------------------------------
 
-    def _emit(self, target: object, *args: object, like: Note, **kwargs: object) -> fx.Node:
-        return self.program.emit(target, args, kwargs, before=self.program.output, like=like)  # type: ignore[arg-type]
+    def _emit(self, target: Any, *args: Any, like: Note, name: str | None = None, **kwargs: Any) -> fx.Node:
+        return self.program.emit(target, args, kwargs, before=self.program.output, like=like, name=name)
 
     def _run(self, run: list[fx.Node]) -> None:
         """All microbatches, one after the other, through one run; what joins them cuts it."""
@@ -172,17 +173,18 @@ class _Split:
 
     def _add_up(self, term: fx.Node, value: fx.Node) -> None:
         """A gradient, or a term of one, is there, for one microbatch or for all of them."""
+        if self.totals[term] and term not in self.own:
+            value = self._emit(aten.mul.Tensor, value, self.count, like=note(term))
         for total in self.totals[term]:
-            if term not in self.own:
-                value = self._emit(aten.mul.Tensor, value, self.count, like=note(term))
             if total.value is None:
                 wide = accumulate_dtype(total.dtype)
-                total.value = self._emit(aten._to_copy.default, value, dtype=wide, like=note(term))
+                total.value = self._emit(aten._to_copy.default, value, dtype=wide, like=note(term), name="total")
             else:
-                total.value = self._emit(aten.add_.Tensor, total.value, value, like=note(term))
+                total.value = self._emit(aten.add_.Tensor, total.value, value, like=note(term), name="total")
             total.missing -= 1 if term in self.own else self.count
             if not total.missing and tensor_type(total.value).dtype != total.dtype:
-                total.value = self._emit(aten._to_copy.default, total.value, dtype=total.dtype, like=note(term))
+                rounded = {"dtype": total.dtype, "name": "rounded"}
+                total.value = self._emit(aten._to_copy.default, total.value, like=note(term), **rounded)
 
     # -- random numbers --------------------------------------------------------------------------------------
 
