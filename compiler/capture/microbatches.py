@@ -2,7 +2,8 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,7 +62,8 @@ class Microbatches:
                 f"{size} examples do not divide into {count} parts; expected a multiple of {count} of them"
             )
         part = pytree.tree_map_only(Tensor, lambda tensor: _first(tensor, size, count), self.arguments)
-        with warnings.catch_warnings(action="ignore"):  # what is to be told was told of the whole batch
+        # What is to be told was told of the whole batch.
+        with warnings.catch_warnings(action="ignore"), _known_derivatives():
             try:
                 captured = self.recapture(part)
             except SplitError:
@@ -70,6 +72,29 @@ class Microbatches:
                 raise SplitError(f"the model cannot be captured with a part of the batch: {error}") from error
         program = microbatched(_canonical(self.whole), _canonical(captured), count)
         return replace(self.whole, program=program, divide=None)
+
+
+@contextmanager
+def _known_derivatives() -> Iterator[None]:
+    """Within, a forward is captured whose backward is its derivative. Raises SplitError for one with a part that the
+    model's author wrote: what that makes of several examples nobody knows."""
+    apply, register = vars(torch.autograd.Function)["apply"], Tensor.register_hook
+
+    def known(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise SplitError(f"{cls.__name__} has a backward of its own, which may mix examples")
+        return apply.__func__(cls, *args, **kwargs)
+
+    def hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+        raise SplitError("the forward registers a hook for a gradient, which may mix examples")
+
+    torch.autograd.Function.apply = classmethod(known)  # type: ignore[assignment]
+    Tensor.register_hook = hooked  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+        Tensor.register_hook = register  # type: ignore[method-assign]
 
 
 def _first(tensor: Tensor, size: int, count: int) -> Tensor:

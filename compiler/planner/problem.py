@@ -87,17 +87,15 @@ class Planning:
         if self.asked is None or not captured.trains:
             return fewest(find, captured.examples)
         try:
-            captured.by(self.asked)
+            return find(self.asked)
         except SplitError as error:
             raise SplitError(f"microbatches={self.asked}: {error}; or leave microbatches out") from error
-        return find(self.asked)
 
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
                 format: OwnFormat | None) -> Decision:  # fmt: skip
         """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
         runs = {"microbatches": microbatches, "blocks": self.blocks if microbatches > 1 else ()}
-        part = captured.by(microbatches)
-        given, options, lower = self.options.plan, self.options, partial(self._lower, part)
+        given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             request = self._request(given.request.policy)
@@ -111,7 +109,7 @@ class Planning:
         layout = before.layout if before else self._layout(captured.program)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
-        saves = microbatches * logits_bytes(part.program) if fusible else 0
+        saves = microbatches * logits_bytes(captured.by(microbatches).program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(self.shared(), layout=layout, notes=notes, **runs)
         placed = before.homes if before and fixed else None
@@ -148,10 +146,13 @@ class Planning:
 
         The first one is verified, for a fault in a pass to be told as such.
         """
-        key = id(captured), plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
+        key = id(captured), plan.microbatches, plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
-            self._lowered[key] = captured, self.lowering.flat(captured.program, plan, verified=not self._lowered)
+            self._lowered[key] = captured, self._flat(captured, plan)
         return self._lowered[key][1]
+
+    def _flat(self, captured: Captured, plan: Plan) -> Program:
+        return self.lowering.flat(captured.by(plan.microbatches).program, plan, verified=not self._lowered)
 
     def _recompute(self) -> tuple[str, ...] | None:
         chosen = self.options.recompute

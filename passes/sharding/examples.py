@@ -200,6 +200,8 @@ EXAMPLES |= dict.fromkeys(
      aten.rrelu_with_noise.default, torch.ops.geminifx.bernoulli_like.default), elementwise
 )  # fmt: skip
 
+SHIFTS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar})
+
 MEANS = frozenset({aten.mean.dim, aten.mean.default})
 """Sums of `rules.py` that are divided by how many terms they have."""
 
@@ -210,6 +212,8 @@ def legal(call: Call) -> list[Row]:
     rows = rule(call) if rule else []
     if call.node.target in MEANS:
         rows = [Row(row.inputs, (MEAN,)) if _reduces(row) else row for row in rows]
+    if call.node.target in SHIFTS and call.found == (MEAN,):  # by a number, which `linear` has no row for
+        rows = [Row((PARTIAL,), (MEAN,))]
     return rows
 
 

@@ -81,7 +81,9 @@ def _share(program: Program, tangent: fx.Node, count: int) -> None:
     """Let what is handed back to a mean be divided among its terms."""
     dtype = tensor_type(tangent).dtype
     if dtype.itemsize < 4 and count & (count - 1):
-        raise SplitError(f"a loss in {dtype} has no exact {count}th part; expected a power of 2, or a loss in float32")
+        raise SplitError(
+            f"a loss in {dtype} is not divided by {count} exactly; expected a power of 2, or a loss in float32"
+        )
     share = program.emit(aten.div.Tensor, (tangent, count), before=_first_reader(program, tangent),
                          like=_origin(tangent))  # fmt: skip
     tangent.replace_all_uses_with(share, lambda user: user is not share)
