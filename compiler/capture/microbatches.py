@@ -88,13 +88,13 @@ def _known_derivatives() -> Iterator[None]:
     def hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:
         raise SplitError("the forward registers a hook for a gradient, which may mix examples")
 
-    torch.autograd.Function.apply = classmethod(known)  # type: ignore[assignment]
-    Tensor.register_hook = hooked  # type: ignore[assignment, method-assign]
+    torch.autograd.Function.apply = classmethod(known)
+    Tensor.register_hook = hooked
     try:
         yield
     finally:
         torch.autograd.Function.apply = apply
-        Tensor.register_hook = register  # type: ignore[method-assign]
+        Tensor.register_hook = register
 
 
 def _first(tensor: Tensor, size: int, count: int) -> Tensor:

@@ -94,13 +94,14 @@ class Planning:
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
                 format: OwnFormat | None) -> Decision:  # fmt: skip
         """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
-        runs = {"microbatches": microbatches, "blocks": self.blocks if microbatches > 1 else ()}
+        runs = self.blocks if microbatches > 1 else ()
         given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             request = self._request(given.request.policy)
-            runs = runs if given.microbatches != microbatches else {}
-            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes, **runs)
+            if given.microbatches != microbatches:
+                given = replace(given, microbatches=microbatches, blocks=runs)
+            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes)
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
             accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
@@ -111,7 +112,7 @@ class Planning:
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = microbatches * logits_bytes(captured.by(microbatches).program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = replace(self.shared(), layout=layout, notes=notes, **runs)
+        draft = replace(self.shared(), layout=layout, notes=notes, microbatches=microbatches, blocks=runs)
         placed = before.homes if before and fixed else None
         constraints = Constraints(self._recompute(), self.blocks, placed, fuse_loss, saves)
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None

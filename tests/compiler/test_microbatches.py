@@ -1,9 +1,9 @@
 """A batch that runs as microbatches trains as plain PyTorch does with all of it, and as calls with its parts do.
 
 Sums over examples are taken in another order than by plain PyTorch: part by part, and the parts one after the other.
-The bound of `test_numerics.close` holds for any order. Where plain PyTorch takes the parts one after the other as well,
-and every part has as many tokens, each bit is the same, but for tied weights: the gradients of each of their readers are
-added up by themselves.
+The bound of `close` holds for any order. Where plain PyTorch takes the parts one after the other as well, and every
+part has as many tokens, each bit is the same, but for tied weights: the gradients of each of their readers are added up
+by themselves.
 """
 
 from collections.abc import Callable
