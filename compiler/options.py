@@ -40,6 +40,8 @@ class Options:
             otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
         reduce_dtype: in what processes add up their gradients: "fp32" rounds their mean to the compute dtype once;
             "compute" adds in that dtype, with errors that grow with the number of processes, for half of the bytes.
+        microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
+            next block; "auto" divides it where it does not fit whole.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
@@ -63,6 +65,7 @@ class Options:
     parallel: Mapping[str, Any] | None = None
     precision: Precision | None = None
     reduce_dtype: ReduceDtype = "fp32"
+    microbatches: int | Literal["auto"] = "auto"
     recompute: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
     outputs: Outputs = "loss"
@@ -108,6 +111,10 @@ class Options:
                 "the model's arguments: a dict of keyword ones, or a tuple of positional ones, such as "
                 "example_inputs=(x,)",
             )
+        if self.microbatches != "auto" and (type(self.microbatches) is not int or self.microbatches < 1):
+            raise wrong_argument(
+                "microbatches", self.microbatches, "'auto', or a number of parts of a batch, 1 or more"
+            )
         if not isinstance(self.recompute, str | tuple):
             raise wrong_argument("recompute", self.recompute, "'auto', 'none', 'all' or names of blocks")
         if not isinstance(self.plan, Plan | None):
@@ -141,6 +148,11 @@ class Options:
             raise ArgumentError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
 
     def _check_parallel(self) -> None:
+        if self.microbatches not in ("auto", 1) and self.degrees.mode is not None:
+            raise ArgumentError(
+                f"microbatches={self.microbatches} is for models on one process each, not for sharded ones, whose "
+                "processes divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"
+            )
         if self.fuse_loss is True and self.degrees.mode is not None:
             raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
         if self.world_size is not None:

@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from ..models.adapters import blocks, example_inputs
-from ..passes.canonicalize import canonicalize
 from ..passes.program.plan import Plan
-from ..passes.sharding.parameters import whole_parameters
 from ..runtime.distributed.local_shards import LocalShards
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
@@ -35,7 +33,8 @@ from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
-from .capture.trace import Captured, CaptureRequest, capture
+from .capture.trace import Captured, CaptureRequest
+from .captures import Captures
 from .changing_numbers import ChangingNumbers
 from .device import Device
 from .lowering import Lowering, generate
@@ -86,6 +85,9 @@ class Session:
         self.planning = Planning(
             options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source)
         )
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
+        self.captures = Captures(source, request, self.lowering, self.planning.shared())
         device_limit = None if self.device.is_cuda else self.limits.device_bytes
         self.hardware = Hardware(
             self.device.torch_device,
@@ -109,7 +111,6 @@ class Session:
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 
     # -- programs ------------------------------------------------------------------------------------------
 
@@ -146,23 +147,9 @@ class Session:
     def _captured_anew(self, call: Call) -> Captured:
         self._recaptures.note(call, self._guarded.changed(call.key))
         began_s = time.perf_counter()
-        with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-            request = CaptureRequest(self.dtype, self.options.outputs, call.backward, self.dtypes, self._shapes,
-                                     call.entry, call.inputs)  # fmt: skip
-            captured = self._shard(capture(self.source, call.args, call.kwargs, request))
+        captured = self.captures.of(call)
         tell_of_slowness(time.perf_counter() - began_s, captured.program)
         return captured
-
-    def _shard(self, captured: Captured) -> Captured:
-        """The captured step of this process's parts, where tensors are sharded. Raises ShardingError."""
-        plan = self.planning.shared()
-        if not plan.mesh.tensor_axes:
-            return captured
-        program, records = self.lowering.shard(captured.program, plan)
-        canonical = captured.program.copy()
-        canonicalize.rewrite(canonical, plan)
-        notes = (*captured.notes, *whole_parameters(canonical, plan))
-        return replace(captured, program=program, notes=notes, records=tuple(records))
 
     def _further(self, captured: Captured, plan: Plan) -> Solution:
         """A plan for another program beside those that there are: states stay where they are."""
@@ -172,7 +159,7 @@ class Session:
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         flat = solution.program
         plan = solution.plan
-        program, records = self.lowering.finish(captured.program, plan)
+        program, records = self.lowering.finish(captured.by(plan.microbatches).program, plan)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
         history = (*captured.records, *records)
@@ -211,11 +198,11 @@ class Session:
 
     def plan_by_guess(self) -> Setup | None:
         """Plan for inputs made from the model's configuration; None where it has none that tells."""
-        examples = example_inputs(self.source)
-        if examples is not None:
+        guess = example_inputs(self.source, self.planning.asked or 1)
+        if guess is not None:
             try:
                 with torch.enable_grad():
-                    self.program((), dict(examples))
+                    self.program((), dict(guess))
             except BudgetError as error:
                 error.args = (f"{error}; these are a guess: pass the batch you train on as example_inputs=",)
                 raise

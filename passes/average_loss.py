@@ -1,4 +1,4 @@
-"""Let the loss be the mean over all ranks' tokens, however many of them each rank has.
+"""Let the loss be the mean over all tokens, however many of them each rank or microbatch has.
 
     before                                                  after (two ranks)
     nll = aten.nll_loss_forward.default(p, labels, ...)     nll = aten.nll_loss_forward.default(p, labels, ...)
@@ -13,6 +13,9 @@
 A rank with few tokens weighs little: its mean is multiplied by its tokens over the average number of them, so that
 the mean of those over the ranks is the mean over all tokens, and gradients that are averaged are its gradients.
 Every scalar that the model returns is averaged: all ranks see the same loss.
+
+Microbatches are averaged over like ranks, by `split_batch`. How many tokens there are is told for all of a rank's
+microbatches together, since ranks may have another number of them each.
 """
 
 import operator
@@ -28,20 +31,22 @@ from .program.program import Program, note, tensor_type, type_of
 from .program.types import TensorType
 from .program.verify import canonical
 
-REDUCTION = {torch.ops.aten.nll_loss_forward.default: 3, FORWARD: 7}
+MUL, DIV = torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor
+
+REDUCTION = {torch.ops.aten.nll_loss_forward.default: 3, torch.ops.aten.nll_loss2d_forward.default: 3, FORWARD: 7}
 """Operators that take a mean over tokens, and the place of `reduction` among their arguments."""
 
-COUNT = {torch.ops.aten.nll_loss_backward.default: 6, BACKWARD: 5}
+COUNT = {torch.ops.aten.nll_loss_backward.default: 6, torch.ops.aten.nll_loss2d_backward.default: 6, BACKWARD: 5}
 """Their backwards, and the place of the number of tokens."""
 
 
 @graph_pass(requires=(canonical,))
 def average_loss(program: Program, plan: Plan) -> None:
-    if plan.batches == 1:
+    if plan.batches == plan.microbatches == 1:
         return
     for node in program.computes:
         if node.target in REDUCTION and node.args[REDUCTION[node.target]] == MEAN:
-            _weigh(program, node)
+            _weigh(program, node, plan.microbatches)
     results = dict(program.results)
     for role, value in program.results_of("output").items():
         if _is_scalar(value):
@@ -50,10 +55,10 @@ def average_loss(program: Program, plan: Plan) -> None:
     program.set_results(results)
 
 
-def _weigh(program: Program, losses: fx.Node) -> None:
+def _weigh(program: Program, losses: fx.Node, microbatches: int) -> None:
     loss, count = (_element(program, losses, i) for i in range(2))
     behind = max(loss, count, key=program.positions().__getitem__).next
-    mean_count = program.emit(AVERAGE, (count,), before=behind, like=note(losses))
+    mean_count = _mean_count(program, count, microbatches, behind)
     share = program.emit(SHARE, (loss, count, mean_count), before=behind, like=note(losses))
     for user in list(loss.users):
         if user is not share:
@@ -62,6 +67,15 @@ def _weigh(program: Program, losses: fx.Node) -> None:
         place = COUNT.get(user.target)
         if place is not None and user.args[place] is count:
             user.update_arg(place, mean_count)
+
+
+def _mean_count(program: Program, count: fx.Node, microbatches: int, behind: fx.Node) -> fx.Node:
+    """Tokens of a microbatch on average, over all ranks."""
+    if microbatches == 1:
+        return program.emit(AVERAGE, (count,), before=behind, like=note(count))
+    of_all = program.emit(MUL, (count, microbatches), before=behind, like=note(count))
+    mean = program.emit(AVERAGE, (of_all,), before=behind, like=note(count))
+    return program.emit(DIV, (mean, microbatches), before=behind, like=note(count))
 
 
 def _element(program: Program, results: fx.Node, place: int) -> fx.Node:

@@ -15,13 +15,15 @@ from .prefetch import prefetch
 from .recompute import recompute
 from .release import release
 from .shard import shard
+from .split_batch import split_batch
 
 PIPELINE = (
     canonicalize,  # no no-ops, no repetitions, one input per shared parameter
     fuse_loss,  #    the loss over the vocabulary in pieces, without its logits
-    average_loss,  # the loss is the mean over all ranks' tokens
+    average_loss,  # the loss is the mean over all tokens, of ranks and microbatches
     shard,  #        tensors are divided over the processes, which exchange what they lack
     recompute,  #    blocks that the plan names are computed again in the backward
+    split_batch,  #  a batch runs as microbatches, each block for all of them before the next
     partition,  #    forward | turn | backward; only activations cross the turn
     overlap,  #      collectives start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks

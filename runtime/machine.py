@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .distributed.ranks import ALONE, Ranks
 from .isa.errors import GeminiError
-from .isa.instructions import parameter_view, put_product
+from .isa.instructions import microbatch, parameter_view, put_product
 from .kernels.random_state import fork
 from .memory.chunks import Chunk, State
 from .memory.state_store import Run, StateStore
@@ -100,6 +100,10 @@ class Machine:
             self.store.accumulate_grad(self.chunks[index], gradients, reached)
         self._hold(self.chunks[index])
 
+    # -- batches -------------------------------------------------------------------------------------------
+
+    microbatch = staticmethod(microbatch)
+
     # -- ranks ---------------------------------------------------------------------------------------------
 
     def average(self, value: Tensor) -> Tensor:
@@ -112,6 +116,10 @@ class Machine:
         return torch.where(count == 0, torch.zeros_like(loss), loss * (count / average).to(loss.dtype))
 
     # -- random numbers ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def drawn(state: Tensor, value: Tensor) -> None:
+        """A value was drawn for the generator to be where it is now."""
 
     def save_rng(self, like: Tensor) -> Tensor:
         """The state of the generator that the next random operator draws from."""

@@ -7,7 +7,7 @@ The model is not touched: a copy is traced whose tensors are fake.
 
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ...passes.program.program import Note, Phase, Program, annotate, note, type
 from ...passes.program.request import Outputs
 from ...passes.program.types import NumberType, TensorType, type_of_value
 from ...runtime.isa import torch_private as private
-from ...runtime.isa.errors import CaptureError
+from ...runtime.isa.errors import CaptureError, SplitError
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import parameter_dtypes
 from .assignments import followed_assignments, shared_buffers
@@ -48,7 +48,8 @@ class Captured:
     `detached` those that would, had the loss not been chosen to be the only one. `sources` tells of every gradient of
     a parameter or input, by its role, the positions of the outputs that it comes from. `guards` are of what was read
     of the model's modules: it is another step's where one does not hold. `records` are of the passes
-    that made it one process's, where tensors are sharded.
+    that made it one process's, where tensors are sharded. `examples` are how many a call brings; `divide` makes the
+    step that runs them as so many microbatches.
     """
 
     program: Program
@@ -60,6 +61,16 @@ class Captured:
     sources: Mapping[str, frozenset[int]]
     guards: tuple[Guard, ...]
     records: tuple[Record, ...] = ()
+    examples: int = 0
+    divide: Callable[[int], "Captured"] | None = None
+
+    def by(self, microbatches: int) -> "Captured":
+        """The step that runs its batch as so many microbatches. Raises SplitError where there is none."""
+        if microbatches == 1:
+            return self
+        if self.divide is None:
+            raise SplitError("tensors are sharded over processes, among which parallel= divides the batch")
+        return self.divide(microbatches)
 
     @property
     def trains(self) -> bool:

@@ -54,6 +54,7 @@ class TrainOptions:
     placement: str = "auto"
     precision: str | None = None
     recompute: str = "auto"
+    microbatches: str = "auto"
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -254,7 +255,10 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
     names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute")
     dump = None if options.dump is None or rank() > 0 else str(options.dump)
     parallel = parse_parallel(options.parallel or "") or None
-    return {name: getattr(options, name) for name in names} | {"dump": dump, "parallel": parallel}
+    asked = options.microbatches
+    microbatches = int(asked) if asked.isdecimal() else asked
+    rest = {"dump": dump, "parallel": parallel, "microbatches": microbatches}
+    return {name: getattr(options, name) for name in names} | rest
 
 
 def _saves(every: str) -> dict[str, Any]:

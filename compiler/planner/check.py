@@ -146,8 +146,11 @@ def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[Violation]:
         if home.streamed and not plan.layout.chunks[index].trainable:
             expected = "'host' or 'device': only what is trained is streamed"
             yield Violation(f"homes[{index}].where", repr(home.where.value), expected)
+    if not _is_count(plan.microbatches) or plan.microbatches < 1:
+        yield Violation("microbatches", repr(plan.microbatches), "1 or more")
     if not _is_count(plan.prefetch):
         yield Violation("prefetch", repr(plan.prefetch), "0 or more chunks")
-    for name in plan.recompute:
-        if name not in blocks:
-            yield Violation("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")
+    for field, names in (("recompute", plan.recompute), ("blocks", plan.blocks)):
+        for name in names:
+            if name not in blocks:
+                yield Violation(field, f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")

@@ -11,7 +11,7 @@ from torch import nn
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...passes.program.request import Policy, Request
-from ...runtime.isa.errors import ArgumentError, BudgetError, StateError
+from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError, StateError
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
@@ -21,6 +21,7 @@ from ..lowering import Lowering
 from ..options import Options
 from .check import check_plan
 from .memory import Limits
+from .microbatches import Decision, fewest
 from .packing import divide, pack
 from .refusal import HostBudgetError
 from .search import Constraints, Solution, check, solve
@@ -31,9 +32,6 @@ NOT_DIVIDED = (
     "lr=...) before the first step and step that, or leave zero out of parallel="
 )
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
-
-Decision = tuple[Solution, Exception | None]
-"""What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,38 @@ class Planning:
             sequence=degrees.sequence, table=degrees.table, zero=degrees.zero, reduce_dtype=options.reduce_dtype,
         )  # fmt: skip
 
+    @property
+    def asked(self) -> int | None:
+        """Into how many microbatches a training step's batch is to be divided; None: as it fits."""
+        if self.options.plan is not None:
+            return self.options.plan.microbatches
+        return None if self.options.microbatches == "auto" else self.options.microbatches
+
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
         """A plan, for our own optimizer's `format` of training state (None: for an optimizer of torch's).
 
         `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
-        Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model.
+        Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
+        where its batch cannot be run as so many microbatches as were asked for.
         """
+        find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
+        if self.asked is None or not captured.trains:
+            return fewest(find, captured.examples)
+        try:
+            return find(self.asked)
+        except SplitError as error:
+            raise SplitError(f"microbatches={self.asked}: {error}; or leave microbatches out") from error
+
+    def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
+                format: OwnFormat | None) -> Decision:  # fmt: skip
+        """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
+        runs = self.blocks if microbatches > 1 else ()
         given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             request = self._request(given.request.policy)
+            if given.microbatches != microbatches:
+                given = replace(given, microbatches=microbatches, blocks=runs)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes)
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
@@ -90,9 +110,9 @@ class Planning:
         layout = before.layout if before else self._layout(captured.program)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
-        saves = logits_bytes(captured.program) if fusible else 0
+        saves = microbatches * logits_bytes(captured.by(microbatches).program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = replace(self.shared(), layout=layout, notes=notes)
+        draft = replace(self.shared(), layout=layout, notes=notes, microbatches=microbatches, blocks=runs)
         placed = before.homes if before and fixed else None
         constraints = Constraints(self._recompute(), self.blocks, placed, fuse_loss, saves)
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
@@ -127,10 +147,13 @@ class Planning:
 
         The first one is verified, for a fault in a pass to be told as such.
         """
-        key = id(captured), plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
+        key = id(captured), plan.microbatches, plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
-            self._lowered[key] = captured, self.lowering.flat(captured.program, plan, verified=not self._lowered)
+            self._lowered[key] = captured, self._flat(captured, plan)
         return self._lowered[key][1]
+
+    def _flat(self, captured: Captured, plan: Plan) -> Program:
+        return self.lowering.flat(captured.by(plan.microbatches).program, plan, verified=not self._lowered)
 
     def _recompute(self) -> tuple[str, ...] | None:
         chosen = self.options.recompute

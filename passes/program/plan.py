@@ -32,6 +32,8 @@ class Plan:
         request: what the user asked for.
         layout: which parameter lives where in which chunk.
         mesh: the processes that train together.
+        microbatches: in how many parts a program runs a batch.
+        blocks: names of the blocks that each run for all microbatches before the next one does.
         recompute: names of the blocks whose activations are computed again in the backward.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
@@ -44,6 +46,8 @@ class Plan:
     request: Request = field(default_factory=Request)
     layout: Layout = field(default_factory=lambda: Layout(()))
     mesh: Mesh = ONE_PROCESS
+    microbatches: int = 1
+    blocks: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
@@ -145,6 +149,9 @@ class Plan:
         if streamed:
             yield "  updated on their way through", f"{len(streamed)} of {len(chunks)}"
         yield "optimizer", str(self.format)
+        if self.microbatches > 1:
+            runs = f"{len(self.blocks)} block(s), each for all of them" if self.blocks else "no blocks"
+            yield "microbatches", f"{self.microbatches}, through {runs}"
         yield "prefetch", f"{self.prefetch} chunk(s) ahead"
         yield "recompute", f"{len(self.recompute)} block(s)"
         if self.fuse_loss:

@@ -147,6 +147,11 @@ class Program:
         annotate(copy, placement=note(node).placement)
         return copy
 
+    def repeat_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
+        """`node` once more in front of `before`, on values of the same types: all that is known of it stays."""
+        with self.graph.inserting_before(before):
+            return self.graph.node_copy(node, value)
+
     def add_input(self, name: str, type: Type, role: str, tied: str = "") -> fx.Node:
         """Append an input; inputs stand in front of everything else."""
         last = self.placeholders

@@ -50,6 +50,10 @@ class ShardingError(GeminiError, ValueError):
     """A model cannot be sharded as `parallel=` declares."""
 
 
+class SplitError(ArgumentError):
+    """A batch cannot be run as microbatches: names what stands in the way."""
+
+
 def wrong_argument(name: str, value: Any, expected: str) -> ArgumentError:
     """The error of an argument that was given `value`, of which the beginning is shown."""
     shown = " ".join(repr(value).split())

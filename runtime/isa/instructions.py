@@ -34,6 +34,11 @@ A sharded program exchanges along the axes of the mesh::
     x = geminifx.local(whole, 1, "col", 2)         # a shard of what every rank has
     first = geminifx.offset(x, "col", 16)          # where this rank's part of 16 begins
 
+A batch that one program runs in parts is read part by part::
+
+    x1 = geminifx.microbatch(x, 1, 4)              # the second of four equal parts of its examples
+    geminifx.drawn(rng, y)                         # y was drawn to lead the generator on from the state rng, no more
+
 What is random is drawn by numbers that ranks have apart where its shards are::
 
     rng = geminifx.fork_rng(x, ["row", "col"])     # a generator state for each place on these axes
@@ -75,6 +80,7 @@ SCHEMAS = {
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
     "average": "(Tensor value) -> Tensor",
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
+    "microbatch": "(Tensor(a) batch, int index, int count) -> Tensor(a)",
     "all_gather": "(Tensor shard, int dim, str axis, int size) -> Tensor",
     "reduce_scatter": "(Tensor partial, int dim, str axis, int size) -> Tensor",
     "all_reduce": "(Tensor partial, str axis, str reduction) -> Tensor",
@@ -84,6 +90,7 @@ SCHEMAS = {
     "finish_collective": "(Tensor(a) pending, Tensor? shard=None) -> Tensor(a)",
     "local": "(Tensor whole, int dim, str axis, int size) -> Tensor",
     "offset": "(Tensor like, str axis, int extent) -> Tensor",
+    "drawn": "(Tensor(a!) state, Tensor value) -> ()",
     "save_rng": "(Tensor like) -> Tensor",
     "swap_rng": "(Tensor(a!) state) -> ()",
     "fork_rng": "(Tensor like, str[] axes) -> Tensor",
@@ -101,6 +108,14 @@ def _flat(numel: int, dtype: torch.dtype) -> Tensor:
 def parameter_view(weights: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     """One parameter of a flat chunk; `offset` counts elements."""
     return weights.narrow(0, offset, prod(shape)).view(shape)
+
+
+def microbatch(batch: Tensor, index: int, count: int) -> Tensor:
+    """One of `count` equal parts of a batch, along its first dimension. Raises ValueError where there are none."""
+    examples, rest = divmod(batch.shape[0], count)
+    if rest or not 0 <= index < count:
+        raise ValueError(f"there is no microbatch {index} of {count} of {list(batch.shape)}")
+    return batch.narrow(0, index * examples, examples)
 
 
 def put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> None:
@@ -135,6 +150,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
     "average": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
+    "microbatch": microbatch,
     "all_gather": lambda shard, dim, axis, size: _resized(shard, dim, shard.shape[dim] * size),
     "reduce_scatter": _local,
     "all_reduce": lambda partial, axis, reduction: torch.empty_like(partial, memory_format=torch.contiguous_format),
@@ -144,6 +160,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "finish_collective": lambda pending, shard=None: pending.view(pending.shape),
     "local": _local,
     "offset": lambda like, axis, extent: torch.empty((), dtype=torch.int64),
+    "drawn": _no_result,
     "save_rng": lambda like: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
     "swap_rng": _no_result,
     "fork_rng": lambda like, axes: torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8),
@@ -167,6 +184,7 @@ ACCUMULATE_GRAD = _ops.accumulate_grad.default
 TURN = _ops.turn.default
 AVERAGE = _ops.average.default
 SHARE = _ops.share.default
+MICROBATCH = _ops.microbatch.default
 ALL_GATHER = _ops.all_gather.default
 REDUCE_SCATTER = _ops.reduce_scatter.default
 ALL_REDUCE = _ops.all_reduce.default
@@ -176,6 +194,7 @@ START_ALL_REDUCE = _ops.start_all_reduce.default
 FINISH_COLLECTIVE = _ops.finish_collective.default
 LOCAL = _ops.local.default
 OFFSET = _ops.offset.default
+DRAWN = _ops.drawn.default
 SAVE_RNG = _ops.save_rng.default
 SWAP_RNG = _ops.swap_rng.default
 FORK_RNG = _ops.fork_rng.default

@@ -106,6 +106,10 @@ CASES = {
     "our optimizer": Training(GPT2, Own()),
     "our optimizer, clipped": Training(OPT, Own(max_grad_norm=0.5), {"placement": "cpu"}),
     "in the backward, fused loss": Training(OPT, Own(in_backward=True), {"fuse_loss": True, "placement": "cpu"}),
+    "microbatches, clipped": Training(OPT, Own(max_grad_norm=0.5), {"microbatches": 2, "recompute": "all"}),
+    "microbatches, zero 2, tied weights, in the backward": Training(
+        GPT2, Own(in_backward=True), {"microbatches": 2, "placement": "cpu"}, zero=2
+    ),
     "zero 1": Training(OPT, Own(), {"placement": "cuda"}, zero=1),
     "zero 2, tied weights": Training(GPT2, Own(), zero=2),
     "zero 3": Training(LLAMA, Own(), {"placement": "cuda"}, zero=3),

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from geminifx.compiler import session
+from geminifx.compiler import captures
 from geminifx.compiler.capture.arguments import leaf_key
 from geminifx.compiler.capture.guards import PLAIN, Guard
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
@@ -23,7 +23,7 @@ _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
 def shared_captures(of: Hashable) -> Iterator[None]:
     """Within, models that are built alike for the same `of` are captured once for each kind of call, whatever their
     weights. Numbers and switches of their modules and configurations may be changed."""
-    capture = session.capture
+    capture = captures.capture
 
     def once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -38,7 +38,7 @@ def shared_captures(of: Hashable) -> Iterator[None]:
         guards = (Guard.of(attrgetter(path)(model) if path else model, name, path) for path, name in guarded)
         return replace(found, guards=tuple(guards))
 
-    with mock.patch.object(session, "capture", once):
+    with mock.patch.object(captures, "capture", once):
         yield
 
 

@@ -32,12 +32,13 @@ def test_schemas_admit_every_write(name: str) -> None:
         "accumulate_grad": ["gradients"],
         "turn": ["outputs"],
         "start_all_reduce": ["partial"],
+        "drawn": ["state"],
         "swap_rng": ["state"],
     }
     assert written == expected.get(name, [])
 
 
-@pytest.mark.parametrize("name", ["wait", "view", "finish_collective"])
+@pytest.mark.parametrize("name", ["wait", "view", "finish_collective", "microbatch"])
 def test_results_that_share_their_arguments_storage_say_so(name: str) -> None:
     schema = OPERATORS[name]._schema
     assert schema.returns[0].alias_info is not None and not schema.is_mutable
@@ -52,6 +53,7 @@ FAKE_RESULTS = {
     "start_reduce_scatter": (lambda: ops.START_REDUCE_SCATTER(torch.empty(8, 3), "tp", 4), F32, (2, 3)),
     "start_all_reduce": (lambda: ops.START_ALL_REDUCE(torch.empty(2, 3), "tp", "sum"), F32, (2, 3)),
     "finish_collective": (lambda: ops.FINISH_COLLECTIVE(torch.empty(2, 3)), F32, (2, 3)),
+    "microbatch": (lambda: ops.MICROBATCH(torch.empty(6, 2), 2, 3), F32, (2, 2)),
     "save_rng": (lambda: ops.SAVE_RNG(torch.empty(2)), torch.uint8, (torch.get_rng_state().numel(),)),
     "fork_rng": (lambda: ops.FORK_RNG(torch.empty(2), ["a"]), torch.uint8, (torch.get_rng_state().numel(),)),
 }

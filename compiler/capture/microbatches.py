@@ -1,0 +1,109 @@
+"""A captured step by microbatches: captured anew with a part of the batch, and proven to make the whole of it."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ...passes.canonicalize import canonicalize
+from ...passes.program.plan import Plan
+from ...passes.program.program import Program
+from ...passes.sharding.microbatches import microbatched
+from ...runtime.isa.errors import SplitError
+from .trace import Captured
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def typed(arguments: Arguments) -> Arguments:
+    """Arguments without values: tensors on `meta`."""
+    return pytree.tree_map_only(Tensor, _typed, arguments)
+
+
+def _typed(tensor: Tensor) -> Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def examples(arguments: Arguments) -> int:
+    """How many examples a call brings: the first size that most of its tensors have; 0 where none has one."""
+    tensors = (leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
+    counts = Counter(tensor.shape[0] for tensor in tensors)
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+@dataclass
+class Microbatches:
+    """Makes the program of so many microbatches of a captured step. `recapture` captures it with other arguments."""
+
+    whole: Captured
+    arguments: Arguments
+    recapture: Callable[[Arguments], Captured]
+    _made: dict[int, Captured] = field(default_factory=dict)
+
+    def __call__(self, count: int) -> Captured:
+        """Raises SplitError where the batch cannot be divided so."""
+        if count not in self._made:
+            self._made[count] = self._make(count)
+        return self._made[count]
+
+    def _make(self, count: int) -> Captured:
+        size = examples(self.arguments)
+        if not size:
+            raise SplitError("no argument is a tensor with examples along its first dimension")
+        if size % count:
+            raise SplitError(
+                f"{size} examples do not divide into {count} parts; expected a multiple of {count} of them"
+            )
+        part = pytree.tree_map_only(Tensor, lambda tensor: _first(tensor, size, count), self.arguments)
+        # What is to be told was told of the whole batch.
+        with warnings.catch_warnings(action="ignore"), _known_derivatives():
+            try:
+                captured = self.recapture(part)
+            except SplitError:
+                raise
+            except Exception as error:
+                raise SplitError(f"the model cannot be captured with a part of the batch: {error}") from error
+        program = microbatched(_canonical(self.whole), _canonical(captured), count)
+        return replace(self.whole, program=program, divide=None)
+
+
+@contextmanager
+def _known_derivatives() -> Iterator[None]:
+    """Within, a forward is captured whose backward is its derivative. Raises SplitError for one with a part that the
+    model's author wrote: what that makes of several examples nobody knows."""
+    apply, register = vars(torch.autograd.Function)["apply"], Tensor.register_hook
+
+    def known(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise SplitError(f"{cls.__name__} has a backward of its own, which may mix examples")
+        return apply.__func__(cls, *args, **kwargs)
+
+    def hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+        raise SplitError("the forward registers a hook for a gradient, which may mix examples")
+
+    torch.autograd.Function.apply = classmethod(known)
+    Tensor.register_hook = hooked
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
+        Tensor.register_hook = register
+
+
+def _first(tensor: Tensor, size: int, count: int) -> Tensor:
+    if not tensor.dim() or tensor.shape[0] != size:
+        return tensor
+    return tensor.detach().narrow(0, 0, size // count).requires_grad_(tensor.requires_grad)
+
+
+def _canonical(captured: Captured) -> Program:
+    program = captured.program.copy()
+    canonicalize.rewrite(program, Plan())
+    return program

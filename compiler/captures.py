@@ -1,0 +1,56 @@
+"""From a call of the model to its captured step: of the whole batch, of a part of it, of this process's parts."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..passes.canonicalize import canonicalize
+from ..passes.program.plan import Plan
+from ..passes.sharding.parameters import whole_parameters
+from ..runtime.isa.errors import SplitError
+from .capture.microbatches import Arguments, Microbatches, examples, typed
+from .capture.trace import Captured, CaptureRequest, capture
+from .lowering import Lowering
+from .programs import Call
+
+
+@dataclass(frozen=True)
+class Captures:
+    """Captures one model's steps. `request` is what they have in common, and `shared` what all plans say alike."""
+
+    source: nn.Module
+    request: CaptureRequest
+    lowering: Lowering
+    shared: Plan
+
+    def of(self, call: Call) -> Captured:
+        """The captured step of a call; of this process's parts, where tensors are sharded. Raises ShardingError."""
+        captured = self._trace(call, (call.args, call.kwargs))
+        return self._shard(captured) if self.shared.mesh.tensor_axes else self._divisible(call, captured)
+
+    def _trace(self, call: Call, arguments: Arguments) -> Captured:
+        request = replace(self.request, backward=call.backward, entry=call.entry, numbers=call.inputs)
+        with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
+            return capture(self.source, *arguments, request)
+
+    def _shard(self, captured: Captured) -> Captured:
+        program, records = self.lowering.shard(captured.program, self.shared)
+        canonical = captured.program.copy()
+        canonicalize.rewrite(canonical, self.shared)
+        notes = (*captured.notes, *whole_parameters(canonical, self.shared))
+        return replace(captured, program=program, notes=notes, records=tuple(records))
+
+    def _divisible(self, call: Call, captured: Captured) -> Captured:
+        """A captured step that can be made of a part of the batch, as long as the model is as it was."""
+        arguments = typed((call.args, call.kwargs))
+        key, asked = call.key, replace(call, args=(), kwargs={}, leaves=[])  # whose values are not kept
+
+        def recapture(part: Arguments) -> Captured:
+            with torch.set_grad_enabled(asked.backward):
+                now = Call.of(self.source, asked.entry, *arguments).taking(asked.inputs)
+            if now.key != key or not all(guard.holds() for guard in captured.guards):
+                raise SplitError("the model is not as it was when it was called; call it again")
+            return self._trace(asked, part)
+
+        return replace(captured, examples=examples(arguments), divide=Microbatches(captured, arguments, recapture))

@@ -1,0 +1,51 @@
+"""How many microbatches a batch is run as where the user does not say: as few as fit, or more where that is faster."""
+
+from collections.abc import Callable, Iterator
+
+from ...runtime.isa.errors import BudgetError, SplitError
+from .refusal import HostBudgetError
+from .search import Solution
+
+Decision = tuple[Solution, Exception | None]
+"""What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
+
+GAIN = 0.03
+"""Twice as many microbatches are worth it where the modelled step is shorter by this share of it."""
+
+
+def fewest(find: Callable[[int], Decision], examples: int) -> Decision:
+    """The decision for the whole batch where that fits; else for 2, 4, 8, ... parts of it. Raises BudgetError where
+    nothing fits."""
+    refused: list[BudgetError] = []
+    for count in _counts(examples):
+        try:
+            return _faster(find, count, find(count), examples)
+        except HostBudgetError:
+            raise
+        except BudgetError as refusal:
+            refused.append(refusal)
+        except SplitError as error:
+            refused[0].args = (f"{refused[0]}. The batch is not run as microbatches: {error}",)
+            break
+    raise min(refused, key=lambda refusal: refusal.smallest_bytes or 0)
+
+
+def _counts(examples: int) -> Iterator[int]:
+    """1, 2, 4, ... as long as the examples divide by it."""
+    yield 1
+    count = 2
+    while examples and examples % count == 0:
+        yield count
+        count *= 2
+
+
+def _faster(find: Callable[[int], Decision], count: int, decision: Decision, examples: int) -> Decision:
+    """A decision, or that for twice as many microbatches."""
+    if count == 1 or examples % (2 * count):
+        return decision
+    try:
+        other = find(2 * count)
+    except (BudgetError, SplitError):
+        return decision
+    step_s, other_s = (solution.plan.estimate.step_s for solution, _ in (decision, other))
+    return other if other_s < (1 - GAIN) * step_s else decision

@@ -1,0 +1,425 @@
+"""A batch that runs as microbatches trains as plain PyTorch does with all of it, and as calls with its parts do.
+
+Sums over examples are taken in another order than by plain PyTorch: part by part, and the parts one after the other.
+The bound of `close` holds for any order. Where plain PyTorch takes the parts one after the other as well, and every
+part has as many tokens, each bit is the same, but for tied weights: the gradients of each of their readers are added up
+by themselves.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+import torch.nn.functional as F
+from geminifx.passes.program.plan import Plan
+from geminifx.runtime.isa.errors import ArgumentError, BudgetError, SplitError
+from more_models import t5
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, VOCAB, Batch, Case, Trace, cnn, compiled, cross_entropy, next_token, opt
+
+ROWS = 4
+STEPS = 3
+
+
+def padded(batch: int = ROWS, seed: int = 0) -> Batch:
+    """Rows of 8, 7, 3 and 1 tokens, on the right and on the left."""
+    ids = torch.randint(1, VOCAB, (batch, 8), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1, 7:], mask[2, :5], mask[3, 1:] = 0, 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def pixels(batch: int = ROWS, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input": torch.randn(batch, 3, 8, 8, generator=generator), "target": torch.arange(batch) % 3}
+
+
+def convolutions() -> nn.Module:
+    stages = (nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2))
+    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(16, 3))
+
+
+def whole(case: Case) -> Case:
+    return replace(case, batch=lambda batch=ROWS, seed=0: case.batch(batch=batch, seed=seed))
+
+
+UNTIED = replace(whole(OPT), build=lambda: opt(tie_word_embeddings=False))
+T5 = Case("t5", t5, padded, exact=False)
+CASES = {
+    "opt": whole(OPT),
+    "opt, padded": replace(OPT, batch=padded),
+    "gpt2, tied, padded": replace(GPT2, batch=padded),
+    "llama": whole(LLAMA),
+    "t5, padded": T5,
+    "convolutions": Case("convolutions", convolutions, pixels, cross_entropy),
+    "loss outside": whole(MLP),
+    "no gradient for some": whole(BLOCKS),
+}
+QUICK = ("opt, padded", "gpt2, tied, padded", "convolutions", "no gradient for some")
+
+
+def slow_but(quick: tuple[str, ...], names: Any) -> list[Any]:
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+def train(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1,
+          clip: Callable[[], Any] | None = None) -> Trace:  # fmt: skip
+    trace = Trace()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            loss = case.loss(model, case.batch(seed=10 * step + part)) / accumulate
+            loss.backward()
+        trace.record(model, loss)
+        if clip is not None:
+            clip()
+        optimizer.step()
+    return trace
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def close(found: Tensor, expected: Tensor, scale: float) -> bool:
+    """As `test_numerics.close`: two sums of the same terms, here below 2^9 of them, in any order."""
+    return (found - expected).abs().max().item() <= scale * 2**-15
+
+
+def assert_near(found: Trace, expected: Trace) -> None:
+    for a, b in zip(found.losses, expected.losses, strict=True):
+        assert close(a, b, b.item())
+    for a, b in zip(found.gradients, expected.gradients, strict=True):
+        scale = max(gradient.abs().max().item() for gradient in b.values() if gradient is not None)
+        for name in b:
+            assert (a[name] is None) == (b[name] is None), name
+            assert a[name] is None or close(a[name], b[name], scale), f"{name}: {(a[name] - b[name]).abs().max()}"
+
+
+def assert_near_state(found: nn.Module, expected: nn.Module) -> None:
+    for name, value in expected.state_dict().items():
+        assert close(found.state_dict()[name], value, max(1.0, value.abs().max().item())), name
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
+def test_training_is_plain_pytorchs_with_the_whole_batch(name: str, count: int) -> None:
+    case = CASES[name]
+    plain, model = case.seeded(), compiled(case, microbatches=count)
+    assert model.plan.microbatches == count
+    assert_near(train(case, model, sgd(model)), train(case, plain, sgd(plain)))
+    assert_near_state(model, plain)
+
+
+def parts(batch: Batch, count: int) -> list[Batch]:
+    pieces = {name: value.chunk(count) for name, value in batch.items()}
+    return [{name: value[i] for name, value in pieces.items()} for i in range(count)]
+
+
+@pytest.mark.parametrize("options", [{"recompute": "none"}, {"recompute": "all", "placement": "cpu"}], ids=str)
+def test_every_bit_is_that_of_calls_with_the_parts(options: dict[str, str]) -> None:
+    case, count = UNTIED, 4
+    plain, model = case.seeded(), compiled(case, microbatches=count, **options)
+    for part in parts(case.batch(), count):
+        (case.loss(plain, part) / count).backward()
+    case.loss(model, case.batch()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
+
+
+def dropping() -> nn.Module:
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32, **rates))
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_random_numbers_are_those_of_calls_with_the_parts(recompute: str) -> None:
+    case, count = replace(whole(OPT), build=dropping), 4
+    options = {"microbatches": count, "fuse_loss": False, "recompute": recompute}
+    plain, model = case.seeded(), compiled(case, **options)
+    torch.manual_seed(7)
+    results = [plain(**part) for part in parts(case.batch(), count)]
+    (sum(result.loss for result in results) / count).backward()
+    left = torch.get_rng_state()
+    torch.manual_seed(7)
+    result = model(**case.batch())
+    assert torch.equal(torch.get_rng_state(), left)
+    assert torch.equal(result.logits, torch.cat([result.logits for result in results]))
+    torch.manual_seed(1)  # what is recomputed draws the forward's numbers
+    result.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert close(parameter.grad, plain.get_parameter(name).grad, 1.0), name
+
+
+PLACES: dict[str, dict[str, Any]] = {"device": {"placement": "cuda"}, "host": {"placement": "cpu"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("route", ["torch", "own", "in backward"])
+def test_with_all_that_training_has(accumulate: int, clip: bool, recompute: str, place: str, route: str) -> None:
+    if route == "in backward" and clip:
+        pytest.skip("clipping needs all gradients before the first update")
+    case = CASES["opt, padded"]
+    plain, model = case.seeded(), compiled(case, microbatches=2, recompute=recompute, **PLACES[place])
+    limit = 0.05 if clip else None
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    clip_plain = lambda: nn.utils.clip_grad_norm_(plain.parameters(), 0.05)  # noqa: E731
+    expected = train(case, plain, reference, accumulate, clip_plain if clip else None)
+    if route == "torch":
+        optimizer: torch.optim.Optimizer = sgd(model)
+        clip_ours = (lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.05)) if clip else None
+    else:
+        backward = {"in_backward": True} if route == "in backward" else {"max_grad_norm": limit}
+        optimizer = model.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, accumulate=accumulate, **backward)
+        clip_ours = None
+    found = Trace()
+    if route == "in backward":
+        for step in range(STEPS):
+            for part in range(accumulate):
+                loss = case.loss(model, case.batch(seed=10 * step + part)) / accumulate
+                loss.backward()
+            found.losses.append(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        expected.gradients = []
+    else:
+        found = train(case, model, optimizer, accumulate, clip_ours)
+    assert_near(found, expected)
+    assert_near_state(model, plain)
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_low_precision_gradients_are_added_up_in_float32(precision: str) -> None:
+    """What calls with the parts add up in `.grad` is rounded here, to half of the last place of the precision."""
+    case, count = UNTIED, 4
+    places = 2**-8 if precision == "bf16" else 2**-11
+    one, model = (compiled(case, microbatches=n, precision=precision, recompute="none") for n in (1, count))
+    for part in parts(case.batch(), count):
+        (case.loss(one, part) / count).backward()  # `.grad` is the float32 sum of what is rounded once each
+    case.loss(model, case.batch()).backward()
+    for name, parameter in model.named_parameters():
+        expected = one.get_parameter(name).grad
+        assert ((parameter.grad - expected).abs() <= places * expected.abs() + 2**-24).all(), name
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+def test_less_memory_is_used_than_by_the_whole_batch() -> None:
+    case = replace(whole(OPT), batch=lambda batch=16, seed=0: OPT.batch(batch=batch, length=32, seed=seed))
+    peaks = {}
+    for count in (1, 8):
+        model = compiled(case, microbatches=count, recompute="all", fuse_loss=True, placement="cpu")
+        case.loss(model, case.batch()).backward()
+        peaks[count] = model.stats.device_peak_bytes
+        assert peaks[count] <= model.plan.peak_bytes
+    assert peaks[8] < 0.6 * peaks[1]
+
+
+def least(**options: Any) -> int:
+    with pytest.raises(BudgetError) as refused:
+        compiled(whole(OPT), device_budget=1, recompute="all", **options)
+    assert refused.value.smallest_bytes is not None
+    return refused.value.smallest_bytes
+
+
+def test_what_does_not_fit_is_run_as_microbatches() -> None:
+    case, needed = whole(OPT), (least(microbatches=1), least())
+    assert needed[1] < needed[0]
+    model = compiled(case, device_budget=needed[1], recompute="all")
+    assert model.plan.microbatches > 1 and f"{model.plan.microbatches}, through 2 block(s)" in str(model.plan)
+    assert compiled(case, device_budget=needed[0], recompute="all").plan.microbatches == 1
+    plain = case.seeded()
+    assert_near(train(case, model, sgd(model)), train(case, plain, sgd(plain)))
+    assert model.stats.device_peak_bytes <= needed[1]
+    with pytest.raises(BudgetError):
+        compiled(case, device_budget=needed[1] - 1, recompute="all")
+
+
+def test_a_plan_says_how_many_and_is_fed_back() -> None:
+    case = whole(OPT)
+    plan = Plan.from_json(compiled(case, microbatches=2).plan.to_json())
+    assert plan.microbatches == 2 and plan.blocks == ("model.decoder.layers.0", "model.decoder.layers.1")
+    again = compiled(case, plan=plan)
+    assert again.plan.microbatches == 2 and "geminifx.microbatch(input_ids, 1, 2)" in again.graph["training"]
+    with pytest.raises(ArgumentError, match="microbatches is 0, expected 1 or more"):
+        compiled(case, plan=replace(plan, microbatches=0))
+    with pytest.raises(ArgumentError, match="blocks is 'h' among others"):
+        compiled(case, plan=replace(plan, blocks=("h",)))
+
+
+# -- what goes in and out ----------------------------------------------------------------------------------
+
+
+def test_an_evaluation_takes_any_batch() -> None:
+    model, plain = compiled(whole(OPT), microbatches=4), OPT.seeded()
+    with torch.no_grad():
+        for rows in (4, 3):
+            batch = OPT.batch(rows)
+            assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+def test_every_output_and_input_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    plain = opt()
+    model = geminifx.compile(opt(), microbatches=2, outputs="all")
+    model.load_state_dict(plain.state_dict())
+    gradients = []
+    for each in (plain, model):
+        inputs = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        result = each(inputs_embeds=inputs, labels=OPT.batch(4)["labels"])
+        (result.loss + result.logits[1:3].square().mean()).backward()
+        gradients.append([inputs.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
+    for found, expected in zip(*reversed(gradients), strict=True):
+        assert close(found, expected, max(1.0, expected.abs().max().item()))
+
+
+def test_frozen_parameters_have_no_gradient() -> None:
+    case = replace(whole(OPT), build=half_frozen)
+    plain, model = case.seeded(), compiled(case, microbatches=2)
+    assert_near(train(case, model, sgd(model)), train(case, plain, sgd(plain)))
+
+
+def half_frozen() -> nn.Module:
+    model = opt()
+    model.model.decoder.layers[0].requires_grad_(False)
+    return model
+
+
+class Loss(nn.Module):
+    """A linear layer under a loss."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.of = nn.Linear(4, 3), of
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.of(self.layer(x), y)}
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": F.mse_loss,
+    "sum": lambda a, b: (a - b).square().sum(),
+    "sum over the number of examples": lambda a, b: (a - b).square().sum() / a.shape[0],
+    "two means": lambda a, b: F.mse_loss(a, b) + 0.1 * F.cross_entropy(a, b.argmax(-1)),
+    "weighted classes": lambda a, b: F.cross_entropy(a, b.argmax(-1), weight=torch.tensor([1.0, 2.0, 5.0])),
+    "a mean and a penalty": lambda a, b: F.mse_loss(a, b) + 0.5,
+    "segments": lambda a, b: F.cross_entropy(a.view(-1, 3, 1), b.argmax(-1, keepdim=True), ignore_index=0),
+}
+
+
+def both() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_loss_is_that_of_all_examples(name: str, count: int) -> None:
+    plain = Loss(LOSSES[name])
+    model = geminifx.compile(Loss(LOSSES[name]), microbatches=count, example_inputs=both())
+    model.load_state_dict(plain.state_dict())
+    expected, found = plain(*both())["loss"], model(*both())["loss"]
+    (expected * 3).backward()
+    (found * 3).backward()
+    assert close(found, expected, expected.item())
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert close(parameter.grad, other.grad, other.grad.abs().max().item())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / gradient.shape[0]
+
+
+def hooked(a: Tensor, b: Tensor) -> Tensor:
+    a.register_hook(lambda gradient: gradient - gradient.mean(0))
+    return F.mse_loss(a, b)
+
+
+MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "every pair": (lambda a, b: F.cross_entropy(a @ b.t(), torch.arange(len(a))), r"aten\.mm\.default mixes examples"),
+    "softmax over examples": (lambda a, b: (a.softmax(0) * b).sum(), r"_softmax\.default mixes examples"),
+    "a product of sums": (lambda a, b: a.sum() * b.sum(), r"aten\.mul\.Tensor mixes examples"),
+    "a root of a mean": (lambda a, b: F.mse_loss(a, b).sqrt(), r"aten\.sqrt\.default mixes examples"),
+    "a scale of its own": (lambda a, b: ((a - b).square() / a.shape[0]).sum(), "another argument for fewer examples"),
+    "own numbers": (lambda a, b: (a.sum(1) * torch.arange(len(a))).sum(), "mixes examples|another argument"),
+    "a backward of its own": (lambda a, b: F.mse_loss(Halved.apply(a), b), "Halved has a backward of its own"),
+    "a hook": (hooked, "registers a hook"),
+    "another branch": (lambda a, b: F.mse_loss(a, b) if len(a) > 3 else F.l1_loss(a, b), "in a microbatch's program"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_loss_that_mixes_examples_is_refused(name: str) -> None:
+    loss, why = MIXING[name]
+    with pytest.raises(SplitError, match=f"microbatches=2: .*({why})"):
+        geminifx.compile(Loss(loss), microbatches=2, example_inputs=both())
+
+
+def test_batch_norm_is_refused_where_it_learns_and_runs_where_not() -> None:
+    x = pixels()["input"][..., :4, :4]
+    with pytest.raises(SplitError, match=r"microbatches=2: 0\.0\.1 \(batchnorm\.py:\d+\): .* mixes examples"):
+        geminifx.compile(cnn(), microbatches=2, example_inputs=(x,))
+    fixed, plain = cnn().eval(), cnn().eval()
+    model = geminifx.compile(fixed, microbatches=2, example_inputs=(x,))
+    model.load_state_dict(plain.state_dict())
+    assert model.plan.microbatches == 2
+    assert close(model(x), plain(x), 1.0)
+
+
+def test_a_model_that_mixes_examples_is_told_of_where_it_does_not_fit() -> None:
+    with pytest.raises(BudgetError, match=r"not run as microbatches: 0\.0\.1 .*batch_norm.* mixes examples"):
+        geminifx.compile(cnn(), device_budget=1, example_inputs=(pixels()["input"][..., :4, :4],))
+
+
+def test_arguments_that_make_no_sense() -> None:
+    with pytest.raises(ArgumentError, match="microbatches=0; expected 'auto', or a number"):
+        compiled(OPT, microbatches=0)
+    with pytest.raises(ArgumentError, match=r"microbatches=2 is for models on one process each"):
+        compiled(OPT, microbatches=2, world_size=2, parallel={"tensor": {"mode": "1d", "size": 2}})
+    with pytest.raises(
+        SplitError, match="microbatches=3: 4 examples do not divide into 3 parts; expected a multiple of 3"
+    ):
+        compiled(whole(OPT), microbatches=3)
+    with pytest.raises(SplitError, match=r"microbatches=2: no argument is a tensor with examples"):
+        geminifx.compile(nn.PReLU(), microbatches=2, example_inputs=(torch.tensor(1.0),))
+
+
+def test_a_batch_that_does_not_divide_leaves_the_model_as_it_was() -> None:
+    case = whole(OPT)
+    model = compiled(case, microbatches=2)
+    with pytest.raises(SplitError, match="3 examples do not divide"):
+        model(**OPT.batch(3))
+    plain = case.seeded()
+    assert_near(train(case, model, sgd(model)), train(case, plain, sgd(plain)))
+
+
+def test_a_half_precision_loss_is_divided_by_powers_of_two_alone() -> None:
+    example = {"precision": "bf16", "example_inputs": both()}
+    with pytest.raises(SplitError, match=r"microbatches=3: a loss in torch\.bfloat16 is not divided by 3"):
+        geminifx.compile(Loss(F.mse_loss), microbatches=3, **example)
+    assert geminifx.compile(Loss(F.mse_loss), microbatches=2, **example).plan.microbatches == 2
+
+
+def test_next_tokens_outside() -> None:
+    """Nothing is known of a loss that the loop computes, and nothing needs to be: outputs are put together."""
+    case = replace(whole(BLOCKS), loss=next_token)
+    plain, model = case.seeded(), compiled(case, microbatches=4, recompute="all")
+    assert_near(train(case, model, sgd(model)), train(case, plain, sgd(plain)))
