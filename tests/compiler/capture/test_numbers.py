@@ -9,7 +9,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.compiler import session as sessions
+from geminifx.compiler import captures as captured_calls
 from geminifx.passes.program.text import parse_program, print_program
 from torch import Tensor, nn
 
@@ -32,13 +32,13 @@ class Scaled(nn.Module):
 @pytest.fixture
 def captures(monkeypatch) -> list[Any]:
     """The requests of all captures."""
-    made, plain = [], sessions.capture
+    made, plain = [], captured_calls.capture
 
     def counted(*args: Any) -> Any:
         made.append(args[-1])
         return plain(*args)
 
-    monkeypatch.setattr(sessions, "capture", counted)
+    monkeypatch.setattr(captured_calls, "capture", counted)
     return made
 
 

@@ -130,7 +130,7 @@ def _of_version_2():
         (_asking(budget_bytes="24GB"), r"'24GB', expected a whole number @ plan\.request\.budget_bytes"),
         (_asking(placement="cpu"), r"placement.* @ plan\.request"),
         (_with(prefetch=1.5), "1.5, expected a whole number @ plan.prefetch"),
-        (_with(homes=[{"where": "moon", "resident": False}]), "'moon' is not a valid Where @ plan.homes\\[0\\].where"),
+        (_with(homes=[{"where": "moon", "resident": False, "spare": False}]), "'moon' is not a valid Where @ plan.homes\\[0\\].where"),
         (_with(format={"kind": "mine"}), "'mine', expected a kind of training state: torch, own"),
         (_asking(outputs="logits"), r"'logits', expected one of loss, all @ plan\.request\.outputs"),
         (_asking(reduce_dtype="bf16"), r"'bf16', expected one of fp32, compute @ plan\.request\.reduce_dtype"),
