@@ -148,6 +148,7 @@ def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[Violation]:
             yield Violation(f"homes[{index}].where", repr(home.where.value), expected)
     if not _is_count(plan.prefetch):
         yield Violation("prefetch", repr(plan.prefetch), "0 or more chunks")
-    for name in plan.recompute:
-        if name not in blocks:
-            yield Violation("recompute", f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")
+    for field, names in (("recompute", plan.recompute), ("offload", plan.offload)):
+        for name in names:
+            if name not in blocks:
+                yield Violation(field, f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")

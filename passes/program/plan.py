@@ -33,6 +33,8 @@ class Plan:
         layout: which parameter lives where in which chunk.
         mesh: the processes that train together.
         recompute: names of the blocks whose activations are computed again in the backward.
+        offload: names of the blocks whose activations wait for the backward on the host: of a block that is recomputed
+            where it begins, of another all that its backward reads.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
         homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
@@ -45,6 +47,7 @@ class Plan:
     layout: Layout = field(default_factory=lambda: Layout(()))
     mesh: Mesh = ONE_PROCESS
     recompute: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
     homes: Homes = ()
@@ -132,6 +135,8 @@ class Plan:
         for name, num_bytes in expected.at_peak[:LARGEST]:
             yield f"  at the peak: {name}", format_bytes(num_bytes)
         yield "planned host memory", format_bytes(expected.host_bytes)
+        if expected.offloaded_bytes:
+            yield "  of it activations", format_bytes(expected.offloaded_bytes)
 
     def _decided(self) -> Iterator[Row]:
         chunks, homes = self.layout.chunks, self.homes
@@ -147,5 +152,7 @@ class Plan:
         yield "optimizer", str(self.format)
         yield "prefetch", f"{self.prefetch} chunk(s) ahead"
         yield "recompute", f"{len(self.recompute)} block(s)"
+        if self.offload:
+            yield "offload", f"activations of {len(self.offload)} block(s)"
         if self.fuse_loss:
             yield "loss", "in pieces, its logits are not computed"

@@ -12,7 +12,7 @@ from cattrs.v import format_exception
 from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.formats import StateFormat, kinds_of_format
 
-VERSION = 3
+VERSION = 4
 """Of the text: it grows when a field's meaning changes, so that a plan of another version is not misread."""
 
 _T = TypeVar("_T")

@@ -35,6 +35,7 @@ PLAN = Plan(
     ),
     mesh=Mesh((Axis("data", 2, "data"), Axis("depth", 2, "replica"), Axis("row", 2, "tensor"))),
     recompute=("layers.0", "layers.1"),
+    offload=("layers.1",),
     prefetch=2,
     homes=(Home(resident=True), Home(Where.DEVICE, resident=True)),
     format=TorchFormat(4),
@@ -75,7 +76,7 @@ def test_json_can_be_edited_by_hand():
 
 def test_json_has_the_request_the_decisions_and_the_estimate():
     data = json.loads(PLAN.to_json())
-    assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 3
+    assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 4
     assert set(data["request"]) == {field.name for field in fields(Request)}
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
     assert data["recompute"] == ["layers.0", "layers.1"] and data["homes"][1] == {"where": "device", "resident": True}
@@ -115,8 +116,8 @@ def _of_version_2():
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("{}", "it has no version, expected 3; make it anew"),
-        (_of_version_2(), r"its version is 2, expected 3; make it anew with geminifx\.compile"),
+        ("{}", "it has no version, expected 4; make it anew"),
+        (_of_version_2(), r"its version is 2, expected 4; make it anew with geminifx\.compile"),
         (_without("layout"), "layout"),
         ("[1, 2]", "not a geminifx plan"),
         ("null", "not a geminifx plan"),
