@@ -132,12 +132,13 @@ def _offloaded_instead(best: Solution, lower: Lower, limits: Limits, given: Cons
     recomputed = best.plan.recompute
     if recomputed:
         best = _faster(best, replace(best.plan, offload=recomputed), lower, limits, given)
+    begins = best.plan.offload
     for share in KEPT_SHARES if given.recompute is None else ():
         kept = tuple(block for i, block in enumerate(recomputed) if _every(i, share))
         if not kept:
             continue
         again = tuple(block for block in recomputed if block not in kept)
-        plan = replace(best.plan, recompute=again, offload=best.plan.offload or kept)
+        plan = replace(best.plan, recompute=again, offload=begins or kept)
         better = _faster(best, plan, lower, limits, given)
         if better is best:
             break
