@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     only = made.add_argument_group("for ours only")
     only.add_argument("--plan", default=None, help="a plan saved as JSON")
     only.add_argument("--recompute", default="auto", help="auto, none, all, or how many of the first layers")
+    only.add_argument("--offload", default="auto", help="auto, none, all, or of how many of the first layers "
+                      "activations go to the host")  # fmt: skip
     only.add_argument("--parallel", nargs="+", default=[None], help="each to be measured, such as data=2,tensor=1d:4")
     only.add_argument("--host-budget", default=None, help='of host memory, such as "100GiB"')
     only.add_argument("--profile", type=Path, default=None, help="trace one step more to this file; several runs: "
@@ -115,7 +117,7 @@ def task_of(args: argparse.Namespace, model: str, batch: int, parallel: str | No
     return Task(
         model, batch, args.seq, args.accumulate, args.microbatches, args.dropout, args.pad,
         None if args.budget == "none" else args.budget, args.nprocs,
-        Declared(args.host_budget, args.plan, args.recompute, parallel),
+        Declared(args.host_budget, args.plan, args.recompute, parallel, args.offload),
     )  # fmt: skip
 
 

@@ -43,6 +43,9 @@ class Options:
         microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
             next block; "auto" divides it where it does not fit whole.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
+        offload: "auto", "none", "all", or names of the blocks whose activations wait for the backward on the host: of a
+            block that is recomputed where it begins, of another all that its backward reads. "auto" does so where
+            that makes the step faster or lets it fit.
         fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
         outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
@@ -67,6 +70,7 @@ class Options:
     reduce_dtype: ReduceDtype = "fp32"
     microbatches: int | Literal["auto"] = "auto"
     recompute: str | tuple[str, ...] = "auto"
+    offload: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
     outputs: Outputs = "loss"
     plan: Plan | None = None
@@ -90,7 +94,7 @@ class Options:
         values["passes"] = _passes(values.get("passes", ()))
         if isinstance(values.get("plan"), str | PathLike):
             values["plan"] = Plan.load(values["plan"])
-        for name in ("recompute", "example_inputs"):
+        for name in ("recompute", "offload", "example_inputs"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         options = cls(**values)
@@ -115,8 +119,9 @@ class Options:
             raise wrong_argument(
                 "microbatches", self.microbatches, "'auto', or a number of parts of a batch, 1 or more"
             )
-        if not isinstance(self.recompute, str | tuple):
-            raise wrong_argument("recompute", self.recompute, "'auto', 'none', 'all' or names of blocks")
+        for name in ("recompute", "offload"):
+            if not isinstance(getattr(self, name), str | tuple):
+                raise wrong_argument(name, getattr(self, name), "'auto', 'none', 'all' or names of blocks")
         if not isinstance(self.plan, Plan | None):
             raise wrong_argument("plan", self.plan, "a geminifx.Plan, or the path of one that plan.save wrote")
         if type(self.optimizer_state_bytes) is not int or self.optimizer_state_bytes < 0:
@@ -140,8 +145,9 @@ class Options:
         _one_of("precision", self.precision, (None, *DTYPES))
         _one_of("reduce_dtype", self.reduce_dtype, get_args(ReduceDtype))
         _one_of("device", self.device, (None, "cpu", "cuda"))
-        if isinstance(self.recompute, str):
-            _one_of("recompute", self.recompute, ("auto", "none", "all"))
+        for name in ("recompute", "offload"):
+            if isinstance(getattr(self, name), str):
+                _one_of(name, getattr(self, name), ("auto", "none", "all"))
         if not isinstance(self.fuse_loss, bool) and self.fuse_loss != "auto":
             raise wrong_argument("fuse_loss", self.fuse_loss, "'auto', True or False")
         if self.fuse_loss is True and self.outputs == "all":

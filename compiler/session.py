@@ -271,7 +271,7 @@ class Session:
             programs[key] = self._generate(other.captured, further, setup.machine)
         setup = replace(setup, plan=next(iter(programs.items()))[1].plan)
         assert before is not None and setup.own is not None
-        before.machine.store.leave()
+        before.machine.leave()
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
         self.last = {compiled.program.name: compiled for _, compiled in programs.items()}
         self._declared = declared

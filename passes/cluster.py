@@ -22,19 +22,19 @@ from typing import Any
 
 from torch import fx
 
-from ..runtime.isa.instructions import PER_CHUNK, TURN
+from ..runtime.isa.instructions import PLACED, TURN
 from .program.manager import graph_pass
 from .program.names import identifier
 from .program.plan import Plan
 from .program.program import Note, Program, annotate, note, type_of
 from .program.types import freeze
-from .program.verify import overlapped, released
+from .program.verify import offloaded, overlapped, released
 
 SHORTEST = 4
 """Segments with fewer operators stay where they are: a call would be harder to read than they are."""
 
 
-@graph_pass(requires=(released,), breaks=(overlapped,))  # a collective may start in one function and end in another
+@graph_pass(requires=(released,), breaks=(overlapped, offloaded))  # what starts in one function may end in another
 def cluster(program: Program, plan: Plan) -> None:
     kinds: dict[Any, list[_Segment]] = defaultdict(list)
     for segment in _segments(program):
@@ -49,7 +49,7 @@ def cluster(program: Program, plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Consecutive operators that name no chunk."""
+    """Consecutive operators that the plan does not place."""
 
     nodes: tuple[fx.Node, ...]
 
@@ -80,7 +80,7 @@ class _Segment:
 def _segments(program: Program) -> list[_Segment]:
     found, current = [], []
     for node in [*program.computes, None]:
-        if node is not None and node.op == "call_function" and node.target not in PER_CHUNK and not _at_turn(node):
+        if node is not None and node.op == "call_function" and node.target not in PLACED and not _at_turn(node):
             current.append(node)
             continue
         if len(current) >= SHORTEST:

@@ -109,15 +109,4 @@ def _remake_parameter_views(program: Program) -> None:
         copies: dict[fx.Node, fx.Node] = {}
         for value in reader.all_input_nodes:
             if value in views:
-                reader.replace_input_with(value, _remake(program, value, views, reader, copies))
-
-
-def _remake(program: Program, view: fx.Node, views: set[fx.Node], reader: fx.Node,
-            copies: dict[fx.Node, fx.Node]) -> fx.Node:  # fmt: skip
-    if view not in views:
-        return view
-    if view not in copies:
-        value = lambda node: _remake(program, node, views, reader, copies)  # noqa: E731
-        copies[view] = program.copy_node(view, value, before=reader)
-        annotate(copies[view], phase="backward", recomputed=note(reader).recomputed)
-    return copies[view]
+                reader.replace_input_with(value, program.view_again(value, views, copies, before=reader))

@@ -9,6 +9,7 @@ from .chunk import chunk
 from .cluster import cluster
 from .fuse_gradients import fuse_gradients
 from .fuse_loss import fuse_loss
+from .offload import offload
 from .overlap import overlap
 from .partition import partition
 from .prefetch import prefetch
@@ -28,6 +29,7 @@ PIPELINE = (
     overlap,  #      collectives start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
     fuse_gradients,  # a weight's gradient is multiplied right into its chunk
+    offload,  #      activations of chosen blocks wait for their backward on the host
     release,  #      a chunk is let go after its last reader
     prefetch,  #     copies start early and are waited for late
     cluster,  #      compute between instructions becomes functions, equal layers share one

@@ -22,7 +22,7 @@ from torch import fx
 from ..runtime.isa.instructions import SAVE_RNG, SWAP_RNG
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Program, annotate, is_random, note
+from .program.program import Program, annotate, belongs, is_random, note
 from .program.verify import canonical
 
 
@@ -30,17 +30,13 @@ from .program.verify import canonical
 def recompute(program: Program, plan: Plan) -> None:
     # Operators that draw are few; who they are must not change while copies of them appear.
     for block in plan.recompute:
-        inside = {node for node in program.computes if _belongs(note(node).module, block)}
+        inside = {node for node in program.computes if belongs(node, block)}
         forward = {node for node in inside if note(node).phase == "forward"}
         # What is read outside of the block stays in any case, so that copies can read it, too.
         kept = {node for node in forward if any(_reads_outside(user, forward) for user in node.users)}
         # States saved for another block's draws are of the forward's generator: they are never taken again.
         states = set(program.calls(SAVE_RNG))
         _Recompute(program, forward - kept - states).run()
-
-
-def _belongs(module: str, block: str) -> bool:
-    return module == block or module.startswith(block + ".")
 
 
 def _reads_outside(user: fx.Node, forward: set[fx.Node]) -> bool:

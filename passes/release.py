@@ -15,11 +15,11 @@ after that reader: its states then pass in order, COMPUTE, HOLD_AFTER_BACKWARD, 
 
 from torch import fx
 
-from ..runtime.isa.instructions import ACCUMULATE_GRAD, PER_CHUNK, REDUCE, RELEASE, TURN, WAIT
+from ..runtime.isa.instructions import ACCUMULATE_GRAD, PLACED, REDUCE, RELEASE, TURN, WAIT
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Program, note
-from .program.verify import chunk_readers, chunked, released
+from .program.verify import all_readers, chunked, released
 
 NEAR = 8
 """How many operators a chunk may outlive its last reader by: a residual addition, a dropout, some views."""
@@ -31,7 +31,7 @@ def release(program: Program, plan: Plan) -> None:
     reduces = {node.args[1]: node for node in program.calls(REDUCE)}
     accumulates = {node.args[1]: node for node in program.calls(ACCUMULATE_GRAD)}
     for wait in program.calls(WAIT):
-        last = max(chunk_readers(wait), key=order.__getitem__)
+        last = max(all_readers(wait), key=order.__getitem__)
         chunk = wait.args[1]
         node = program.emit(RELEASE, (wait, chunk), before=_next_instruction(last), like=note(last))
         reduce = reduces.get(chunk)
@@ -42,10 +42,10 @@ def release(program: Program, plan: Plan) -> None:
 
 
 def _next_instruction(last: fx.Node) -> fx.Node:
-    """The node to release in front of: the next chunk instruction if it is near, else what follows `last`."""
+    """The node to release in front of: the next instruction if it is near, else what follows `last`."""
     node = last.next
     for _ in range(NEAR):
-        if node.op != "call_function" or node.target in PER_CHUNK or node.target is TURN:
+        if node.op != "call_function" or node.target in PLACED or node.target is TURN:
             return node
         node = node.next
     return last.next

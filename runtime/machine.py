@@ -12,6 +12,7 @@ from .isa.errors import GeminiError
 from .isa.instructions import microbatch, parameter_view, put_product
 from .kernels.random_state import fork
 from .memory.chunks import Chunk, State
+from .memory.offloads import Offloads
 from .memory.state_store import Run, StateStore
 
 
@@ -30,6 +31,9 @@ class Machine:
         self.start_all_reduce = collectives.start_all_reduce
         self.finish_collective = collectives.finish_collective
         self.local, self.offset = collectives.local, collectives.offset
+        self.offloads = offloads = Offloads(store.hardware, store.copies, store.stats)
+        self.offload, self.depart = offloads.offload, offloads.depart
+        self.reload, self.arrive = offloads.reload, offloads.arrive
         self.chunks = store.chunks.chunks
         self.device = store.hardware.device
         self.run = Run()
@@ -162,6 +166,11 @@ class Machine:
                 f"'{program}' came to a turn while it reads chunk {reading.layout.index}; a program releases all "
                 "chunks before a turn, and fetches them again behind it"
             )
+
+    def leave(self) -> None:
+        """Give all memory back to the tiers: another machine takes over."""
+        self.store.leave()
+        self.offloads.drop()
 
     def abort(self) -> str:
         """Forget a run that failed half way. Returns what to tell the user of the state that is left."""

@@ -58,7 +58,8 @@ class Ours(Contestant):
         start = time.perf_counter()
         self.model = geminifx.compile(
             source, device_budget=task.budget, host_budget=declared.host_budget, plan=declared.plan,
-            recompute=blocks_recomputed(source, declared.recompute), parallel=declared.degrees,
+            recompute=first_blocks(source, "recompute", declared.recompute),
+            offload=first_blocks(source, "offload", declared.offload), parallel=declared.degrees,
             example_inputs=self.backwards[0].inputs, **options,
         )  # fmt: skip
         self.optimizer = self.make_optimizer()
@@ -104,16 +105,16 @@ class OursTorch(Ours):
         return torch.optim.AdamW(self.model.parameters(), **ADAMW, fused=True)
 
 
-def blocks_recomputed(model: nn.Module, recompute: str) -> str | tuple[str, ...]:
-    """Return `recompute` for compile: a number stands for so many of the first blocks.
+def first_blocks(model: nn.Module, option: str, value: str) -> str | tuple[str, ...]:
+    """Return an option for compile: a number stands for so many of the first blocks.
 
     Raises ValueError where there are fewer.
     """
-    if not recompute.isdigit():
-        return recompute
-    found, count = blocks(model), int(recompute)
+    if not value.isdigit():
+        return value
+    found, count = blocks(model), int(value)
     if count > len(found):
-        raise ValueError(f"--recompute {count}, but the model has {len(found)} blocks")
+        raise ValueError(f"--{option} {count}, but the model has {len(found)} blocks")
     return found[:count]
 
 

@@ -55,6 +55,7 @@ class TrainOptions:
     precision: str | None = None
     recompute: str = "auto"
     microbatches: str = "auto"
+    offload: str = "auto"
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -252,7 +253,7 @@ def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, tor
 
 def _settings(options: TrainOptions) -> dict[str, Any]:
     """Return what `compile` is told, but for the batch."""
-    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute")
+    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute", "offload")
     dump = None if options.dump is None or rank() > 0 else str(options.dump)
     parallel = parse_parallel(options.parallel or "") or None
     asked = options.microbatches

@@ -10,8 +10,11 @@ from torch import Tensor, fx
 
 from ...passes.program.program import Program, note
 from ...runtime.executor import Executor
-from ...runtime.isa.instructions import NAMESPACE, TURN, VIEW
+from ...runtime.isa.instructions import NAMESPACE, OFFLOAD, STARTS, TURN, VIEW
 from ...runtime.memory.state_store import Run
+
+_UNDER_WAY = STARTS | {OFFLOAD}
+"""Operators whose results have not come when they return."""
 
 
 def first_nonfinite(program: Program, executor: Executor, inputs: list[Any]) -> str | None:
@@ -48,7 +51,8 @@ def _search(program: Program, executor: Executor, arguments: Iterator[Any]) -> s
         values[node] = _run(node, values, executor)
         if node.target is VIEW and not _finite(values[node]):
             return f"parameter {_parameter(node, executor)}"
-        if node.all_input_nodes and not _finite(values[node]) and _from_finite(node, values):
+        has_come = node.all_input_nodes and node.target not in _UNDER_WAY
+        if has_come and not _finite(values[node]) and _from_finite(node, values):
             operation = str(node.target).removesuffix(".default")
             return f"{note(node).module or 'the model'} ({operation})"
         _forget(node, values)

@@ -150,7 +150,7 @@ def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[Violation]:
         yield Violation("microbatches", repr(plan.microbatches), "1 or more")
     if not _is_count(plan.prefetch):
         yield Violation("prefetch", repr(plan.prefetch), "0 or more chunks")
-    for field, names in (("recompute", plan.recompute), ("blocks", plan.blocks)):
+    for field, names in (("recompute", plan.recompute), ("offload", plan.offload), ("blocks", plan.blocks)):
         for name in names:
             if name not in blocks:
                 yield Violation(field, f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")

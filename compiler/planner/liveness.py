@@ -1,4 +1,4 @@
-"""How many bytes of what are on the device at every point of a program, by exact liveness.
+"""How many bytes of what are on the device at every point of a program, by exact liveness, and the most on the host.
 
 A value's storage lives from the operator that makes it to the last reader of any name for it; views share
 their storage. What a program hands to the caller at its turn is taken to live to the end, and on until the
@@ -14,7 +14,7 @@ import numpy as np
 from torch import fx
 
 from ...passes.program.program import Program, aliased_inputs, note, tensor_type, type_of
-from ...runtime.isa.instructions import FETCH, GRADIENTS, TURN
+from ...runtime.isa.instructions import FETCH, GRADIENTS, OFFLOAD, TURN
 from ...runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, backward_workspace_bytes, forward_workspace_bytes
 from .storages import storage_bytes, tensors_of
 
@@ -38,6 +38,7 @@ class Liveness:
     residency and are told as `fetches`; `static_bytes` are inputs, buffers and constants. `largest_bytes` is the
     largest single storage among the values: what an allocator must find in one piece. (Memory inside operators is
     left out, which they take in small pieces, and so are weights: a chunk fits where another has been.)
+    `offloaded_bytes` is the most that activations take on the host.
     """
 
     values: dict[str, np.ndarray]
@@ -45,6 +46,7 @@ class Liveness:
     static_bytes: int
     length: int
     largest_bytes: int
+    offloaded_bytes: int = 0
 
     def total(self) -> np.ndarray:
         return sum(self.values.values(), np.zeros(self.length, dtype=np.int64))
@@ -56,11 +58,15 @@ def analyse(program: Program) -> Liveness:
     storages = _Storages(program)
     spans = storages.spans(nodes)
     values = {name: np.zeros(len(nodes) + 1, dtype=np.int64) for name in (ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS)}
-    fetches, largest_bytes = [], 0
+    fetches, largest_bytes, on_host = [], 0, np.zeros(len(nodes) + 1, dtype=np.int64)
     for storage, (start, end) in spans.items():
         origin = storages.origin[storage]
         if origin.op == "call_function" and origin.target is FETCH:
             fetches.append(Interval(int(origin.args[0]), start, end))
+            continue
+        if origin.target is OFFLOAD:
+            on_host[start] += storages.sizes[storage]
+            on_host[end + 1] -= storages.sizes[storage]
             continue
         largest_bytes = max(largest_bytes, storages.sizes[storage])
         category = GRADIENT_BUFFERS if origin.target is GRADIENTS else ACTIVATIONS
@@ -75,7 +81,8 @@ def analyse(program: Program) -> Liveness:
     values[OUTPUTS][0] += held
     values[OUTPUTS][turn + 1] -= held
     cumulated = {name: changes.cumsum()[:-1] for name, changes in values.items()}
-    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest_bytes)
+    offloaded_bytes = int(on_host.cumsum().max(initial=0))
+    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest_bytes, offloaded_bytes)
 
 
 def _workspace_bytes(node: fx.Node) -> int:

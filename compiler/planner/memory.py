@@ -96,7 +96,8 @@ class Memory:
 
     def host(self, homes: Homes) -> int:
         placed = self.plan.placed(homes)
-        return sum(self.format.host_bytes(*one) for one in placed) + self.format.staging_bytes(placed)
+        state = sum(self.format.host_bytes(*one) for one in placed) + self.format.staging_bytes(placed)
+        return state + self.liveness.offloaded_bytes
 
     def beyond_host(self, homes: Homes) -> int:
         """Bytes that the host lacks."""
@@ -129,4 +130,5 @@ class Memory:
             reserve_bytes=self.limits.reserve_bytes,
             at_peak=tuple(largest),
             host_bytes=self.host(homes),
+            offloaded_bytes=self.liveness.offloaded_bytes,
         )

@@ -114,7 +114,8 @@ class Planning:
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(self.shared(), layout=layout, notes=notes, microbatches=microbatches, blocks=runs)
         placed = before.homes if before and fixed else None
-        constraints = Constraints(self._recompute(), self.blocks, placed, fuse_loss, saves)
+        recompute, offload = (self._blocks(name, getattr(options, name)) for name in ("recompute", "offload"))
+        constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
         return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
@@ -147,7 +148,9 @@ class Planning:
 
         The first one is verified, for a fault in a pass to be told as such.
         """
-        key = id(captured), plan.microbatches, plan.layout, plan.recompute, plan.prefetch, plan.fuse_loss
+        key = (
+            id(captured), plan.microbatches, plan.layout, plan.recompute, plan.offload, plan.prefetch, plan.fuse_loss,
+        )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
             self._lowered[key] = captured, self._flat(captured, plan)
         return self._lowered[key][1]
@@ -155,12 +158,12 @@ class Planning:
     def _flat(self, captured: Captured, plan: Plan) -> Program:
         return self.lowering.flat(captured.by(plan.microbatches).program, plan, verified=not self._lowered)
 
-    def _recompute(self) -> tuple[str, ...] | None:
-        chosen = self.options.recompute
+    def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
+        """The blocks that an option names; None leaves them to the planner."""
         if isinstance(chosen, str):
             return {"auto": None, "none": (), "all": self.blocks}[chosen]
         unknown = [name for name in chosen if name not in self.blocks]
         if unknown:
             blocks = ", ".join(self.blocks)
-            raise ArgumentError(f"recompute names {unknown[0]!r}, which is no block; the blocks are {blocks}")
+            raise ArgumentError(f"{option} names {unknown[0]!r}, which is no block; the blocks are {blocks}")
         return chosen

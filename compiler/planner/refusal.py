@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ...passes.program.estimate import Estimate
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program, type_of
 from ...runtime.isa.errors import BudgetError
@@ -10,14 +11,14 @@ from .memory import Limits
 
 
 class HostBudgetError(BudgetError):
-    """The training state does not fit the host."""
+    """The training state, or what is offloaded beside it, does not fit the host."""
 
 
 def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetError:
     """The error that tells why none of these plans can be run: of those on the host, or else of the nearest."""
     on_device = [plan for plan, _ in refused if limits.allow_on_device(plan)]
     if on_device:
-        return _host_refusal(min(plan.estimate.host_bytes for plan in on_device), limits)
+        return _host_refusal(min((plan.estimate for plan in on_device), key=lambda e: e.host_bytes), limits)
     best, program = min(refused, key=lambda tried: tried[0].peak_bytes)
     inputs = ", ".join(f"{node.name} {type_of(node)}" for node in program.inputs("input").values())
     taking = ", ".join(f"{name} {format_bytes(n)}" for name, n in best.estimate.at_peak[:4])
@@ -32,9 +33,13 @@ def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetEr
     )
 
 
-def _host_refusal(host_bytes: int, limits: Limits) -> HostBudgetError:
+def _host_refusal(expected: Estimate, limits: Limits) -> HostBudgetError:
+    needs, less = f"the training state needs {format_bytes(expected.host_bytes)} of host memory", ""
+    if expected.offloaded_bytes:
+        needs += f", with {format_bytes(expected.offloaded_bytes)} of offloaded activations"
+        less = ", offload fewer blocks (offload=)"
     return HostBudgetError(
-        f"the training state needs {format_bytes(host_bytes)} of host memory, {format_bytes(limits.host_bytes)} may be "
-        "used; free host memory, raise host_budget, or raise device_budget so that more of it lies on the device",
-        smallest_bytes=host_bytes,
+        f"{needs}, {format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget{less}, or raise "
+        "device_budget so that more of it lies on the device",
+        smallest_bytes=expected.host_bytes,
     )

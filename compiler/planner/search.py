@@ -8,7 +8,10 @@ Combinations of these choices are completed, and the one that fits with the shor
 3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
    that compute, which saves two copies a step for two bytes each, then whole training states. With our own
    optimizer, a share of those that remain on the host may travel through the device to be updated there;
-4. compute the loss over the vocabulary in pieces, unless the user says whether. That is tried where the logits
+4. offload activations to the host, unless the user says which. Where nothing fits, that is tried of all blocks as they
+   are recomputed, and, where all are more than it takes, of fewer. Where recomputing is best, so is offloading where
+   the recomputed blocks begin, and a share of them kept on the host instead;
+5. compute the loss over the vocabulary in pieces, unless the user says whether. That is tried where the logits
    are more than a tenth of the peak with them, or nothing fits with them. It computes the logits twice, so it
    is taken where the memory saved makes up for that, or nothing else fits.
 
@@ -33,6 +36,9 @@ LOGITS_SHARE = 0.1
 SHARES = 4
 """Into so many shares blocks are divided for a first look at how many to recompute."""
 
+KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
+
 STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares of the chunks that may be updated on the device although their states lie on the host."""
 
@@ -42,15 +48,17 @@ Lower = Callable[[Plan], Program]
 
 @dataclass(frozen=True)
 class Constraints:
-    """What is decided already, besides a plan's request: the blocks to recompute (None: the planner's choice), whether
-    the loss is computed in pieces (likewise), and, for a further program of a model in training, where states are,
-    which stay there (`placed`). `logits_bytes` is what a fused loss would save, 0 where there is none."""
+    """What is decided already, besides a plan's request: the blocks to recompute and those to offload (None: the
+    planner's choice), whether the loss is computed in pieces (likewise), and, for a further program of a model in
+    training, where states are, which stay there (`placed`). `logits_bytes` is what a fused loss would save, 0 where
+    there is none."""
 
     recompute: tuple[str, ...] | None
     blocks: tuple[str, ...]
     placed: Homes | None = None
     fuse_loss: bool | None = None
     logits_bytes: int = 0
+    offload: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True)
@@ -65,16 +73,25 @@ def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solu
     """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does."""
     refused: list[Solution] = []
     for ahead in (1, 0):
-        plan = replace(draft, prefetch=ahead)
+        plan = replace(draft, prefetch=ahead, offload=given.offload or ())
         found: list[Solution] = []
         for recompute in [given.recompute] if given.recompute is not None else _shares(given.blocks):
             found += _with_loss(replace(plan, recompute=recompute), lower, limits, given)
-        fitting = [solution for solution in found if limits.allow(solution.plan)]
-        if fitting:
-            best = min(fitting, key=_step_s)
-            return best if given.recompute is not None else _refined(best, lower, limits, given)
+        best = _best(found, limits)
+        if best is not None:
+            best = best if given.recompute is not None else _refined(best, lower, limits, given)
+            return best if given.offload is not None else _offloaded_instead(best, lower, limits, given)
+        if given.offload is None:
+            found += _offloaded_beside(found[-1].plan, lower, limits, given)
+        best = _best(found, limits)
+        if best is not None:
+            return best
         refused += found
     raise _refused(refused, limits)
+
+
+def _best(found: list[Solution], limits: Limits) -> Solution | None:
+    return min((solution for solution in found if limits.allow(solution.plan)), key=_step_s, default=None)
 
 
 def _with_loss(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> list[Solution]:
@@ -95,10 +112,44 @@ def _refined(best: Solution, lower: Lower, limits: Limits, given: Constraints) -
         count = len(best.plan.recompute)
         for near in (count - apart, count + apart):
             if 0 <= near <= len(given.blocks):
-                solution = _complete(replace(best.plan, recompute=given.blocks[:near]), lower, limits, given)
-                if limits.allow(solution.plan):
-                    best = min(best, solution, key=_step_s)
+                best = _faster(best, replace(best.plan, recompute=given.blocks[:near]), lower, limits, given)
     return best
+
+
+def _offloaded_beside(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> list[Solution]:
+    """A plan that does not fit, with activations offloaded: of all blocks, and then, as long as it fits, of fewer."""
+    found = []
+    for offload in reversed(_shares(given.blocks)[1:]):
+        found.append(_complete(replace(plan, offload=offload), lower, limits, given))
+        if not limits.allow(found[-1].plan):
+            break
+    return found
+
+
+def _offloaded_instead(best: Solution, lower: Lower, limits: Limits, given: Constraints) -> Solution:
+    """Where blocks are recomputed, offload where they begin if that is faster, and then, evenly spread over them, keep
+    a share on the host instead."""
+    recomputed = best.plan.recompute
+    if recomputed:
+        best = _faster(best, replace(best.plan, offload=recomputed), lower, limits, given)
+    begins = best.plan.offload
+    for share in KEPT_SHARES if given.recompute is None else ():
+        kept = tuple(block for i, block in enumerate(recomputed) if _every(i, share))
+        if not kept:
+            continue
+        again = tuple(block for block in recomputed if block not in kept)
+        plan = replace(best.plan, recompute=again, offload=begins or kept)
+        better = _faster(best, plan, lower, limits, given)
+        if better is best:
+            break
+        best = better
+    return best
+
+
+def _faster(best: Solution, plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
+    """The best so far, or what another plan is completed to where that fits and is faster."""
+    solution = _complete(plan, lower, limits, given)
+    return min(best, solution, key=_step_s) if limits.allow(solution.plan) else best
 
 
 def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from torch import fx
 
 from ...passes.program.plan import Plan
-from ...passes.program.program import Program
+from ...passes.program.program import Program, tensor_type
 from ...runtime.isa.formats import STREAMED_GRADIENTS
 from ...runtime.isa.homes import Homes
-from ...runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
+from ...runtime.isa.instructions import ACCUMULATE_GRAD, ARRIVE, DEPART, FETCH, OFFLOAD, REDUCE, RELOAD, WAIT
 from ...runtime.isa.layout import ChunkLayout
 from .rates import LAUNCH_S, Rates, flops
 
@@ -24,33 +24,44 @@ STEPS = 3
 
 CHUNK_ARGUMENT = {FETCH: 0, WAIT: 1, REDUCE: 1, ACCUMULATE_GRAD: 1}
 
+HOST_ARGUMENT = {DEPART: 1, RELOAD: 0, ARRIVE: 1}
+
 Instruction = tuple[float, fx.node.Target, int]
-"""Seconds of compute from the program's beginning up to it, the operator, and the number of its chunk."""
+"""Seconds of compute from the program's beginning up to it, the operator, and the number of its chunk, or of the
+activation that goes to the host and back."""
 
 _Job = tuple[int, bool, float]
 """The host worker's: the number of a chunk, whether its update is done then, and seconds."""
 
 
 class StepTime:
-    """Modelled seconds of one training step, by where chunks live: `compute_s` of compute, and instructions between."""
+    """Modelled seconds of one training step, by where chunks live: `compute_s` of compute, and instructions between.
+    `offloaded` are the bytes of each activation that goes to the host."""
 
-    def __init__(self, instructions: Sequence[Instruction], compute_s: float, rates: Rates) -> None:
+    def __init__(self, instructions: Sequence[Instruction], compute_s: float, rates: Rates,
+                 offloaded: Sequence[int] = ()) -> None:  # fmt: skip
         self.instructions = instructions
         self.compute_s = compute_s
         self.rates = rates
+        self.offloaded = offloaded
 
     @classmethod
     def of(cls, program: Program, rates: Rates) -> "StepTime":
         compute_s, instructions = 0.0, list[Instruction]()
+        offloads = {node: number for number, node in enumerate(program.calls(OFFLOAD))}
         for node in program.computes:
             if node.target in CHUNK_ARGUMENT:
                 instructions.append((compute_s, node.target, int(node.args[CHUNK_ARGUMENT[node.target]])))
+            elif node.target in HOST_ARGUMENT:
+                instructions.append((compute_s, node.target, offloads[node.args[HOST_ARGUMENT[node.target]]]))
+            elif node in offloads:
+                instructions.append((compute_s, OFFLOAD, offloads[node]))
             compute_s += flops(node) / rates.flops_per_s
-        return cls(instructions, compute_s, rates)
+        return cls(instructions, compute_s, rates, [tensor_type(node).num_bytes for node in offloads])
 
     def seconds(self, plan: Plan, homes: Homes) -> float:
         """From the end of one step to the end of the next: as many runs of the program as gradients are added of."""
-        clock = _Clock(plan, homes, self.rates)
+        clock = _Clock(plan, homes, self.rates, self.offloaded)
         ends_s = [clock.step(self.instructions, self.compute_s) for _ in range(STEPS)]
         return ends_s[-1] - ends_s[-2]
 
@@ -58,13 +69,16 @@ class StepTime:
 class _Clock:
     """Whoever has something to do in a step, and when each will be done."""
 
-    def __init__(self, plan: Plan, homes: Homes, rates: Rates) -> None:
+    def __init__(self, plan: Plan, homes: Homes, rates: Rates, offloaded: Sequence[int] = ()) -> None:
         self.chunks, self.format, self.homes, self.rates = plan.layout.chunks, plan.format, homes, rates
         self.runs = plan.format.accumulate
         self.streamed = [index for index, home in enumerate(homes) if home.streamed]
-        # With all that there is to do so far are done: compute, copies of weights to the device, states on their
-        # way through the device, the host's worker. Gradients on their way to the host are never more than one.
-        self.now_s = self.up_s = self.travel_s = self.host_s = 0.0
+        self.offloaded = offloaded
+        # With all that there is to do so far are done: compute, copies of weights and activations to the device, those
+        # of activations to the host, states on their way through the device, the host's worker. Gradients on their way
+        # to the host are never more than one.
+        self.now_s = self.up_s = self.down_s = self.travel_s = self.host_s = 0.0
+        self.moved_s = [0.0] * len(offloaded)  # by activation: when it is where it was copied to last
         # By chunk: when its fetch was reached, its weights are new where they are read, its gradient is on the host.
         self.fetched_s, self.fresh_s, self.landed_s = ([0.0] * len(self.chunks) for _ in range(3))
         self.copied: set[int] = set()  # in this run, for a torch optimizer, of the weights that stay
@@ -88,6 +102,12 @@ class _Clock:
                     self._wait(self.chunks[index])
                 elif target is REDUCE:
                     self._reduce(self.chunks[index], last=run == self.runs)
+                elif target is OFFLOAD:
+                    self.moved_s[index] = self.down_s = self._copy(self.offloaded[index], self.now_s, self.down_s)
+                elif target is RELOAD:
+                    self.moved_s[index] = self.up_s = self._copy(self.offloaded[index], self.now_s, self.up_s)
+                elif target in (DEPART, ARRIVE):
+                    self.now_s = max(self.now_s, self.moved_s[index])
                 else:
                     self._accumulate_grad(index)
             self.now_s += compute_s - passed_s
@@ -189,14 +209,19 @@ class _Clock:
         self.fresh_s[chunk.index] = self._copy_up(chunk, self.host_s) if resident else self.host_s
 
     def _copy_up(self, chunk: ChunkLayout, after_s: float) -> float:
-        """Weights come to the device. States that travel have what is left of the bus."""
-        self.up_s = self._copied(chunk.shard_bytes, after_s, self.up_s)
-        copy_s = chunk.shard_bytes / self.rates.bus_bytes_per_s
-        begin_s = self.up_s - copy_s
+        """Weights come to the device."""
+        self.up_s = self._copy(chunk.shard_bytes, after_s, self.up_s)
+        return self.up_s
+
+    def _copy(self, num_bytes: int, *after_s: float) -> float:
+        """When weights or activations are copied. States that travel have what is left of the bus."""
+        end_s = self._copied(num_bytes, *after_s)
+        copy_s = num_bytes / self.rates.bus_bytes_per_s
+        begin_s = end_s - copy_s
         self.travel_s += copy_s * (self.travel_s > begin_s)
         for index in self.streamed:
             self.fresh_s[index] += copy_s * (self.fresh_s[index] > begin_s)
-        return self.up_s
+        return end_s
 
     def _copied(self, num_bytes: int, *after_s: float) -> float:
         """When a copy is done. Compute waits for it where nothing overlaps."""

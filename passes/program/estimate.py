@@ -24,7 +24,8 @@ class Estimate:
         peak_bytes: the device's highest point in a step.
         reserve_bytes: what of it the driver's context and libraries take.
         at_peak: what the peak consists of, by name, largest first.
-        host_bytes: what the host holds of the training state: masters, gradients, optimizer state.
+        host_bytes: what the host holds: masters, gradients, optimizer state, and activations that are offloaded.
+        offloaded_bytes: what of it are activations.
         collectives: what each process receives from the others in a step.
     """
 
@@ -34,4 +35,5 @@ class Estimate:
     reserve_bytes: int = 0
     at_peak: tuple[tuple[str, int], ...] = ()
     host_bytes: int = 0
+    offloaded_bytes: int = 0
     collectives: tuple[CollectiveTraffic, ...] = ()

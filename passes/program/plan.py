@@ -35,6 +35,8 @@ class Plan:
         microbatches: in how many parts a program runs a batch.
         blocks: names of the blocks that each run for all microbatches before the next one does.
         recompute: names of the blocks whose activations are computed again in the backward.
+        offload: names of the blocks whose activations wait for the backward on the host: of a block that is recomputed
+            where it begins, of another all that its backward reads.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
         homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
@@ -49,6 +51,7 @@ class Plan:
     microbatches: int = 1
     blocks: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
     homes: Homes = ()
@@ -136,6 +139,8 @@ class Plan:
         for name, num_bytes in expected.at_peak[:LARGEST]:
             yield f"  at the peak: {name}", format_bytes(num_bytes)
         yield "planned host memory", format_bytes(expected.host_bytes)
+        if expected.offloaded_bytes:
+            yield "  of it activations", format_bytes(expected.offloaded_bytes)
 
     def _decided(self) -> Iterator[Row]:
         chunks, homes = self.layout.chunks, self.homes
@@ -154,5 +159,7 @@ class Plan:
             yield "microbatches", f"{self.microbatches}, through {runs}"
         yield "prefetch", f"{self.prefetch} chunk(s) ahead"
         yield "recompute", f"{len(self.recompute)} block(s)"
+        if self.offload:
+            yield "offload", f"activations of {len(self.offload)} block(s)"
         if self.fuse_loss:
             yield "loss", "in pieces, its logits are not computed"

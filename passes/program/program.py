@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ...runtime.isa.instructions import PER_CHUNK
+from ...runtime.isa.instructions import PLACED
 from .names import identifier
 from .types import TensorType, Type, infer
 
@@ -133,7 +133,7 @@ class Program:
         name = name or (schema.name.split("::")[-1] if schema is not None else target.__name__)
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args, kwargs, name=identifier(name))
-        if target in PER_CHUNK:  # of the plan's making, not of any module's
+        if target in PLACED:
             origin = Note(phase=origin.phase)
         node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None,
                                   placement="")  # fmt: skip
@@ -151,6 +151,16 @@ class Program:
         """`node` once more in front of `before`, on values of the same types: all that is known of it stays."""
         with self.graph.inserting_before(before):
             return self.graph.node_copy(node, value)
+
+    def view_again(self, view: fx.Node, views: set[fx.Node], copies: dict[fx.Node, fx.Node],
+                   before: fx.Node) -> fx.Node:  # fmt: skip
+        """Emit one of the forward's `views` once more for its reader in the backward. `copies` is what there is already
+        in place of what nodes; what is neither there nor a view is read as it is."""
+        if view not in copies and view in views:
+            value = lambda node: self.view_again(node, views, copies, before)  # noqa: E731
+            copies[view] = self.copy_node(view, value, before=before)
+            annotate(copies[view], phase="backward", recomputed=note(before).recomputed)
+        return copies.get(view, view)
 
     def add_input(self, name: str, type: Type, role: str, tied: str = "") -> fx.Node:
         """Append an input; inputs stand in front of everything else."""
@@ -200,6 +210,22 @@ def writes(node: fx.Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def overwritten_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """The argument nodes whose storage a node writes to."""
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(() if schema is None else schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            yield from (item for item in (value if isinstance(value, list | tuple) else [value])
+                        if isinstance(item, fx.Node))  # fmt: skip
+
+
+def belongs(node: fx.Node, block: str) -> bool:
+    """Whether a node comes from a block, or from a module inside of it."""
+    module = note(node).module
+    return module == block or module.startswith(block + ".")
 
 
 def is_random(node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...runtime.isa.instructions import NAMESPACE, PER_CHUNK, TURN
+from ...runtime.isa.instructions import NAMESPACE, PLACED, TURN
 from .names import escaped, quoted, unescaped
 from .program import Note, Program, annotate, note, type_of
 from .types import Type, parse_type, type_text
@@ -80,9 +80,9 @@ class _Printer:
         return lines
 
     def _context_line(self, node: fx.Node) -> list[str]:
-        """Where a node comes from, if that changes here. Chunk instructions come from nowhere in the model."""
+        """Where a node comes from, if that changes here. What the plan places comes from nowhere in the model."""
         before, origin = self.origin, note(node)
-        if node.op == "output" or (before and node.target in PER_CHUNK and before.phase == origin.phase):
+        if node.op == "output" or (before and node.target in PLACED and before.phase == origin.phase):
             return []
         self.origin = origin
         return [f"    # {_context(origin)}"] if before is None or _context(before) != _context(origin) else []

@@ -15,14 +15,18 @@ from torch import fx
 from ...runtime.isa.errors import VerificationError
 from ...runtime.isa.instructions import (
     ACCUMULATE_GRAD,
+    ARRIVE,
     COLLECTIVES,
+    DEPART,
     FETCH,
     FINISH_COLLECTIVE,
     GRADIENTS,
+    OFFLOAD,
     PUT,
     PUTS,
     REDUCE,
     RELEASE,
+    RELOAD,
     START_ALL_REDUCE,
     STARTS,
     TURN,
@@ -31,7 +35,7 @@ from ...runtime.isa.instructions import (
 from ...runtime.isa.mesh import of_gradient, parse_placements, placements_text
 from .names import is_identifier
 from .plan import Plan
-from .program import Program, aliased_inputs, annotate, is_noted, note, type_of
+from .program import Program, aliased_inputs, annotate, is_noted, note, overwritten_inputs, type_of
 from .text import _context, call_text, target_text
 from .types import Type, infer, type_text
 
@@ -260,7 +264,7 @@ def released(program: Program, plan: Plan) -> Violation | None:
     order = program.positions()
     reduces = {node.args[1]: order[node] for node in program.calls(REDUCE)}
     for wait in program.calls(WAIT):
-        readers = chunk_readers(wait)
+        readers = all_readers(wait)
         releases = [node for node in readers if node.target is RELEASE]
         if len(releases) != 1:
             return Violation(wait, f"{len(releases)} releases", "exactly one release of the chunk")
@@ -273,10 +277,61 @@ def released(program: Program, plan: Plan) -> Violation | None:
     return None
 
 
-def chunk_readers(wait: fx.Node) -> set[fx.Node]:
-    """All nodes that read a waited-for chunk, directly or through views of it."""
+@fact
+def offloaded(program: Program, plan: Plan) -> Violation | None:
+    """What goes to the host goes once, stays as it is until it has left, is read by nobody afterwards, and comes back
+    once."""
+    came_from = {DEPART: (1, OFFLOAD), RELOAD: (0, OFFLOAD), ARRIVE: (0, RELOAD)}
+    for node in program.computes:
+        position, expected = came_from.get(node.target, (0, None))
+        if expected is not None and getattr(node.args[position], "target", None) is not expected:
+            return Violation(node, f"reads {node.args[position]}", f"what {target_text(expected)} returned")
+    order, gone = program.positions(), dict[fx.Node, fx.Node]()
+    for node in program.calls(OFFLOAD):
+        value = node.args[0]
+        if value in gone:
+            return Violation(node, f"offloads {value.name} again, as {gone[value].name} does", "one offload of a value")
+        gone[value] = node
+        offence = _round_trip(node, order) or _left_alone(node, order)
+        if offence is not None:
+            return offence
+    return None
+
+
+def _round_trip(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None:
+    steps = sorted(offload.users, key=order.__getitem__)
+    if [step.target for step in steps] != [DEPART, RELOAD, ARRIVE]:
+        text = ", ".join(target_text(step.target) for step in steps) or "nobody"
+        return Violation(offload, f"used by: {text}", "depart, reload, arrive")
+    depart, reload, arrive = steps
+    if depart.args[0] is not offload.args[0]:
+        return Violation(depart, f"lets {depart.args[0]} depart", f"{offload.args[0]}, which is offloaded")
+    if list(reload.users) != [arrive]:
+        readers = ", ".join(user.name for user in reload.users) or "nobody"
+        return Violation(reload, f"read by {readers}", "one reader, its arrive")
+    if (note(depart).phase, note(reload).phase) != ("forward", "backward"):
+        return Violation(reload, "on one side of the turn with its depart", "the turn between them")
+    return None
+
+
+def _left_alone(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None:
+    value, readers = offload.args[0], all_readers(offload.args[0])
+    depart = next(user for user in offload.users if user.target is DEPART)
+    for reader in sorted(readers, key=order.__getitem__):
+        if order[reader] > order[depart]:
+            return Violation(
+                reader, f"reads {value.name}, which has left for the host", "what geminifx.arrive returned"
+            )
+        overwrites = any(item is value or item in readers for item in overwritten_inputs(reader))
+        if order[reader] > order[offload] and reader is not depart and overwrites:
+            return Violation(reader, f"overwrites {value.name} on its way to the host", "geminifx.depart before that")
+    return None
+
+
+def all_readers(value: fx.Node) -> set[fx.Node]:
+    """All nodes that read a value, such as a waited-for chunk, directly or through views of it."""
     readers: set[fx.Node] = set()
-    frontier = [wait]
+    frontier = [value]
     while frontier:
         value = frontier.pop()
         for user in value.users:

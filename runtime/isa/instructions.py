@@ -21,6 +21,13 @@ and its gradients'::
     geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
     geminifx.accumulate_grad(g3, 3, [0, 1])        # and is done: accumulated beside the master
 
+An activation that waits for its backward on the host::
+
+    host = geminifx.offload(x)                     # the copy to the host starts
+    geminifx.depart(x, host)                       # and is done: the memory of `x` is free
+    back = geminifx.reload(host)                   # the copy to the device starts
+    x = geminifx.arrive(back, host)                # and has arrived; `host` is free
+
 Among several ranks gradients are summed over the replicas on that way, and losses are averaged::
 
     n = geminifx.average(count)                    # the mean over the ranks
@@ -77,6 +84,10 @@ SCHEMAS = {
     "put_mm": "(Tensor(a!) gradients, int offset, Tensor left, Tensor right) -> ()",
     "reduce": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "accumulate_grad": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
+    "offload": "(Tensor value) -> Tensor",
+    "depart": "(Tensor value, Tensor(a!) host) -> ()",
+    "reload": "(Tensor host) -> Tensor",
+    "arrive": "(Tensor(a) reloaded, Tensor host) -> Tensor(a)",
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
     "average": "(Tensor value) -> Tensor",
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
@@ -123,6 +134,11 @@ def put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> 
     torch.mm(left, right, out=parameter_view(gradients, offset, (left.shape[0], right.shape[1])))
 
 
+def _alike(tensor: Tensor) -> Tensor:
+    """Of the same type, dense as it is."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
 def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.new_empty([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
 
@@ -147,6 +163,10 @@ FAKES: dict[str, Callable[..., object]] = {
     "put_mm": put_product,
     "reduce": _no_result,
     "accumulate_grad": _no_result,
+    "offload": _alike,
+    "depart": _no_result,
+    "reload": _alike,
+    "arrive": lambda reloaded, host: reloaded.view(reloaded.shape),
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
     "average": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
@@ -181,6 +201,10 @@ PUT = _ops.put.default
 PUT_MM = _ops.put_mm.default
 REDUCE = _ops.reduce.default
 ACCUMULATE_GRAD = _ops.accumulate_grad.default
+OFFLOAD = _ops.offload.default
+DEPART = _ops.depart.default
+RELOAD = _ops.reload.default
+ARRIVE = _ops.arrive.default
 TURN = _ops.turn.default
 AVERAGE = _ops.average.default
 SHARE = _ops.share.default
@@ -211,6 +235,9 @@ STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, ACCUMULATE_GRAD})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""
+
+PLACED = PER_CHUNK | {DEPART, RELOAD}
+"""Instructions that the plan puts wherever copies have time to run, which come from no module."""
 
 
 @register_flop_formula(torch.ops.geminifx.put_mm)

@@ -16,6 +16,7 @@ from ..isa.formats import StateFormat
 from ..isa.homes import Homes
 from .chunks import Chunk, ChunkStore
 from .hardware import Hardware
+from .stats import Stats
 from .stored import Stored
 from .streams import CopyEngine
 
@@ -59,6 +60,9 @@ class StateStore(Protocol):
 
     @property
     def copies(self) -> CopyEngine: ...
+
+    @property
+    def stats(self) -> Stats: ...
 
     @property
     def host_update_s(self) -> float:

@@ -51,14 +51,14 @@ def test_what_makes_no_sense_is_refused(words, says, capsys):
 
 def test_options_make_the_task():
     words = (
-        "--points llama-3b:8 --accumulate 8 --dropout 0.1 --pad --budget 24GiB --host-budget 100GiB --recompute 6 "
-        "--parallel zero=3 data=2 --systems ours plain"
+        "--points llama-3b:8 --accumulate 8 --dropout 0.1 --pad --budget 24GiB --host-budget 100GiB "
+        "--recompute 6 --offload 4 --parallel zero=3 data=2 --systems ours plain"
     )
     args = parse_args(words.split())
     task = task_of(args, *args.points[0], "zero=3")
     assert (task.model, task.batch, task.seq, task.accumulate) == ("llama-3b", 8, 1024, 8)
     assert (task.dropout, task.pad, task.budget, task.microbatches) == (0.1, True, "24GiB", None)
-    assert (task.declared.recompute, task.declared.degrees) == ("6", {"zero": 3})
+    assert (task.declared.recompute, task.declared.offload, task.declared.degrees) == ("6", "4", {"zero": 3})
     assert ways(args) == [("ours", "zero=3"), ("ours", "data=2"), ("plain", None)]
     assert task_of(parse_args(["--budget", "none"]), "opt-mini", 1, None).budget is None
 

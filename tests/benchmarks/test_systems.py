@@ -117,6 +117,7 @@ def test_a_plan_alone_needs_no_weights(tiny, capsys):
     assert facts.keys() == {"compile_s", "planned_peak_bytes", "planned_host_bytes"}
     assert 0 < facts["planned_peak_bytes"] <= 10**9
     said = capsys.readouterr().out
-    with pytest.raises(ValueError, match="--recompute 3, but the model has 2 blocks"):
-        Ours.planned(task(tiny, declared=Declared(recompute="3")))
+    for option in ("recompute", "offload"):
+        with pytest.raises(ValueError, match=f"--{option} 3, but the model has 2 blocks"):
+            Ours.planned(task(tiny, declared=Declared(**{option: "3"})))
     assert "1 block(s)" in said and "2 backwards each" in said

@@ -170,11 +170,12 @@ _INPUTS = {"cnn": (2, 3, 8, 8), "mlp": (2, 4), "stack": (2, 64)}
 
 @dataclass(frozen=True)
 class Example:
-    """A captured model, a plan for it, and a value for each of the program's inputs."""
+    """A captured model, a plan for it, a value for each of the program's inputs, and the names of its blocks."""
 
     program: Program
     plan: Plan
     values: dict[str, Tensor]
+    blocks: tuple[str, ...]
 
     def arguments(self, program: Program) -> list[Tensor]:
         """Fresh arguments for `program`, which may be a rewritten one with fewer inputs."""
@@ -196,7 +197,7 @@ def _captured(name: str, training: bool) -> Example:
     values |= {f"input:{i}": value for i, value in enumerate(tree_leaves((args, kwargs)))}
     for position, node in program.inputs("tangent").items():
         values[f"tangent:{position}"] = torch.randn(type_of(node).shape)
-    return Example(program, Plan(layout=packed, recompute=names[:1]), values)
+    return Example(program, Plan(layout=packed, recompute=names[:1]), values, names)
 
 
 @pytest.fixture(params=list(_MODELS))

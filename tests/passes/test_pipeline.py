@@ -1,5 +1,6 @@
 """The whole pipeline on captured models: structure, and the same numbers after every pass."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,17 @@ from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.program import note
 from geminifx.passes.program.text import print_program
-from geminifx.passes.program.verify import chunk_readers
-from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, RELEASE, TURN, WAIT, parameter_view
+from geminifx.passes.program.verify import all_readers
+from geminifx.runtime.isa.instructions import (
+    ACCUMULATE_GRAD,
+    FETCH,
+    OFFLOAD,
+    REDUCE,
+    RELEASE,
+    TURN,
+    WAIT,
+    parameter_view,
+)
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES
 
 
@@ -52,7 +62,7 @@ def test_chunks_come_and_go_in_order(captured):
         phase = note(wait).phase
         assert (phase, chunk) not in seen, "fetched twice in one phase"
         seen.add((phase, chunk))
-        readers = chunk_readers(wait)
+        readers = all_readers(wait)
         releases = [node for node in readers if node.target is RELEASE]
         assert len(releases) == 1 and readers - set(releases)
         assert order[fetch] < order[wait] < min(map(order.__getitem__, readers))
@@ -147,6 +157,19 @@ class _Machine:
     def accumulate_grad(self, gradients, chunk, slots):
         gradients.fill_(float("nan"))
 
+    def offload(self, value):
+        return value.clone()
+
+    def depart(self, value, host):
+        assert torch.equal(value, host)
+        value.zero_()
+
+    def reload(self, host):
+        return torch.empty_strided(host.shape, host.stride(), dtype=host.dtype)
+
+    def arrive(self, reloaded, host):
+        return reloaded.copy_(host)
+
     def save_rng(self, like):
         return torch.get_rng_state()
 
@@ -179,15 +202,33 @@ def _run(program, example):
     return {**written, **{f"output:{i}": v for i, v in enumerate(outputs)}, **result, **machine.gradients_of}
 
 
-def test_numbers_are_the_same_bit_for_bit_after_every_pass(example):
-    captured, tied = example.program, dict(example.plan.layout.tied)
+def _check_numbers(example, plan, counts):
+    """They are the captured program's, bit for bit, after so many passes. Returns the last program."""
+    captured, tied = example.program, dict(plan.layout.tied)
     expected = _run(captured, example)
     for other, owner in tied.items():
         expected[f"gradient:{owner}"] = expected[f"gradient:{owner}"] + expected.pop(f"gradient:{other}")
-    for count in range(1, len(PIPELINE) + 1):
+    for count in counts:
         program = captured.copy()
-        run_passes(program, example.plan, PIPELINE[:count])
+        run_passes(program, plan, PIPELINE[:count])
         found = _run(program, example)
         for role in captured.results:
             if role.removeprefix("gradient:") not in tied:
                 assert torch.equal(found[role], expected[role]), f"{role} after {PIPELINE[count - 1].name}"
+    return program
+
+
+def test_numbers_are_the_same_bit_for_bit_after_every_pass(example):
+    _check_numbers(example, example.plan, range(1, len(PIPELINE) + 1))
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("recomputes", [True, False], ids=["recomputed", "kept"])
+def test_numbers_are_the_same_where_activations_are_offloaded(example, recomputes, prefetch, monkeypatch):
+    monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 1)
+    recompute = example.blocks if recomputes else ()
+    plan = replace(example.plan, recompute=recompute, offload=example.blocks, prefetch=prefetch)
+    program = _check_numbers(example, plan, [len(PIPELINE)])
+    several = len(plan.layout.chunks) > 2 + 2 * prefetch
+    parts = [program, *program.functions.values()]
+    assert any(part.calls(OFFLOAD) for part in parts) or not several

@@ -146,3 +146,37 @@ def test_what_a_collective_fills_and_sends_lives_until_it_is_waited_for() -> Non
     # exp (64), what it is gathered into (128), cos (64), which its sum overwrites, tan (128).
     live = [0, 64, 64 + 128, 64 + 128 + 64, 64 + 128 + 64, 128 + 64, 128 + 64 + 128, 64, 0]
     assert activations(body, '"output:0": x') == live
+
+
+def test_what_is_offloaded_is_on_the_host_from_its_departure_to_its_arrival() -> None:
+    program = parse_program("""
+def training(
+    x: "f32[16] | input:0",
+):
+    # forward
+    y: "f32[16]" = aten.exp.default(x)
+    y_host: "f32[16]" = geminifx.offload(y)
+    z: "f32[16]" = aten.exp.default(x)
+    z_host: "f32[16]" = geminifx.offload(z)
+    geminifx.depart(y, y_host)
+    geminifx.depart(z, z_host)
+    out: "f32[16]" = aten.exp.default(x)
+    turn: "(f32[16])" = yield [out], [0]
+    # backward
+    tangent: "f32[16]" = turn[0]
+    reload: "f32[16]" = geminifx.reload(z_host)
+    z_1: "f32[16]" = geminifx.arrive(reload, z_host)
+    mul: "f32[16]" = aten.mul.Tensor(tangent, z_1)
+    reload_1: "f32[16]" = geminifx.reload(y_host)
+    y_1: "f32[16]" = geminifx.arrive(reload_1, y_host)
+    mul_1: "f32[16]" = aten.mul.Tensor(mul, y_1)
+    return {"gradient:input:0": mul_1}
+""")
+    at = {node.name: i for i, node in enumerate(program.nodes)}
+    live = analyse(program)
+    assert live.offloaded_bytes == 2 * 64, "both, at the turn"
+    on_device = [
+        (64, at["y"], at["depart"]), (64, at["z"], at["depart_1"]), (64, at["turn"], at["mul"]),
+        (64, at["reload"], at["mul"]), (64, at["mul"], at["mul_1"]), (64, at["reload_1"], at["mul_1"]),
+    ]  # fmt: skip
+    assert live.values[ACTIVATIONS].tolist() == expected(live.length, *on_device)

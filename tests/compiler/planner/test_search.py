@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,70 @@ def test_the_planner_recomputes_the_fewest_blocks_that_do(number: int) -> None:
         exact = solve(draft, lowered, limits(None), Constraints(blocks[:count], blocks)).plan
         found = solve(draft, lowered, limits(exact.peak_bytes), Constraints(None, blocks)).plan
         assert found.recompute == blocks[:count]
+
+
+def offloading(candidate: Plan, blocks: int) -> Program:
+    """Every one of the blocks keeps 64 bytes where it begins and 64 more, unless these are on the host; those others
+    can be multiplied once more, too."""
+    again, there = set(candidate.recompute), set(candidate.offload)
+    kept = f'"f32[{16 * (2 * blocks + 1 - len(again | there) - len(there))}]'
+    lines = ["def evaluation(", f'    x: {kept} | input:0",', '    a: "f32[2, 2] | input:1",', "):", "    # forward"]
+    lines += [f'    m{i}: "f32[2, 2]" = aten.mm.default(a, a)' for i in range(len(again))]
+    for i in range(len(there)):
+        lines += [
+            f'    y{i}: "f32[4]" = aten.view.default(a, [4])',
+            f'    h{i}: "f32[4]" = geminifx.offload(y{i})',
+            f"    geminifx.depart(y{i}, h{i})",
+            f'    r{i}: "f32[4]" = geminifx.reload(h{i})',
+            f'    z{i}: "f32[4]" = geminifx.arrive(r{i}, h{i})',
+        ]
+    return parse_program("\n".join([*lines, "    return {}"]) + "\n")
+
+
+BLOCKS = tuple(f"b{i}" for i in range(8))
+
+
+def offloaded(found: Limits, **given: Any) -> Plan:
+    choices = {"offload": None, **given}
+    constraints = Constraints(choices.pop("recompute", None), BLOCKS, **choices)
+    return solve(Plan(Request("cpu"), layout()), partial(offloading, blocks=8), found, constraints).plan
+
+
+@pytest.mark.parametrize("count", [2, 4, 6, 8])
+def test_where_nothing_else_fits_the_fewest_blocks_are_offloaded_that_do(count: int) -> None:
+    exact = offloaded(limits(None), recompute=BLOCKS, offload=BLOCKS[:count])
+    tight = limits(exact.peak_bytes)
+    found = offloaded(tight)
+    assert (found.recompute, found.offload, found.peak_bytes) == (BLOCKS, BLOCKS[:count], exact.peak_bytes)
+    with pytest.raises(BudgetError):
+        offloaded(tight, offload=())
+    with pytest.raises(BudgetError) as refused:
+        offloaded(limits(1))
+    assert refused.value.smallest_bytes == offloaded(limits(None), recompute=BLOCKS, offload=BLOCKS).peak_bytes
+
+
+def test_nothing_is_offloaded_where_everything_fits() -> None:
+    plan = offloaded(limits(None))
+    assert (plan.recompute, plan.offload, plan.estimate.offloaded_bytes) == ((), (), 0)
+
+
+def test_blocks_are_kept_on_the_host_where_that_takes_less_than_recomputing() -> None:
+    tight = limits(offloaded(limits(None), recompute=BLOCKS, offload=()).peak_bytes)
+    slow_bus = offloaded(tight)
+    assert (slow_bus.recompute, slow_bus.offload) == (BLOCKS, ())
+    fast_bus = offloaded(replace(tight, rates=replace(ARENA, bus_bytes_per_s=float("inf"))))
+    assert (fast_bus.recompute, fast_bus.offload) == ((), BLOCKS)
+    chosen = offloaded(replace(tight, rates=replace(ARENA, bus_bytes_per_s=float("inf"))), recompute=BLOCKS)
+    assert chosen.recompute == BLOCKS, "the user's choice"
+
+
+def test_the_host_holds_what_is_offloaded() -> None:
+    plan = offloaded(limits(None), recompute=BLOCKS, offload=BLOCKS)
+    nothing = offloaded(limits(None), recompute=BLOCKS, offload=())
+    assert plan.estimate.offloaded_bytes == plan.estimate.host_bytes - nothing.estimate.host_bytes == 16
+    tight = limits(plan.peak_bytes, host=plan.estimate.host_bytes - 1)
+    with pytest.raises(HostBudgetError, match=r"with 16 B of offloaded activations.*offload fewer blocks \(offload=\)"):
+        offloaded(tight)
 
 
 def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:

@@ -10,7 +10,7 @@ from geminifx.compiler.planner.simulate import Instruction, StepTime
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Homes
-from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
+from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, ARRIVE, DEPART, FETCH, OFFLOAD, REDUCE, RELOAD, WAIT
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
 from homes import homes
 from hypothesis import given, settings
@@ -221,3 +221,33 @@ def test_a_program_s_instructions_are_found_between_its_compute() -> None:
     assert sorted(reduced) == list(range(len(model.plan.layout.chunks)))
     at = [at_s for at_s, _, _ in time.instructions]
     assert at == sorted(at) and 0 == at[0] < at[-1] <= time.compute_s
+
+
+# -- activations that go to the host and back -------------------------------------------------------------
+
+
+def offloading(instructions: list[Instruction], *offloaded: int, rates: Rates = RATES) -> float:
+    """Seconds of six seconds of compute, of which a copy of 100 bytes has one."""
+    return StepTime(instructions, 6, rates, offloaded).seconds(plan_of(2, OwnFormat()), homes(2, BOTH))
+
+
+def test_copies_of_activations_are_waited_for_where_they_end_late() -> None:
+    early: list[Instruction] = [(0, OFFLOAD, 0), (2, DEPART, 0), (3, RELOAD, 0), (5, ARRIVE, 0)]
+    late: list[Instruction] = [(0, OFFLOAD, 0), (1, DEPART, 0), (3, RELOAD, 0), (4, ARRIVE, 0)]
+    assert offloading(early, 200) == 6
+    assert offloading(late, 200) == 6 + 1 + 1
+    assert offloading(early, 200, rates=replace(RATES, overlaps=False)) == 6 + 2 + 2
+
+
+def test_copies_of_one_direction_come_one_after_the_other() -> None:
+    both = [(0, OFFLOAD, 0), (0, OFFLOAD, 1), (2, DEPART, 0), (3, DEPART, 1)]
+    assert offloading(both, 200, 200) == 6 + 1, "the second has left at 4"
+    there_and_back = [(0, OFFLOAD, 0), (2, DEPART, 0), (2, OFFLOAD, 1), (2, RELOAD, 0), (4, ARRIVE, 0), (4, DEPART, 1)]
+    assert offloading(there_and_back, 200, 200) == 6, "both directions at once"
+
+
+def test_activations_share_the_bus_with_weights() -> None:
+    there_and_back = [(0, OFFLOAD, 0), (2, DEPART, 0), (2, RELOAD, 0), (6, ARRIVE, 0)]
+    program: list[Instruction] = sorted([*there_and_back, (2.5, FETCH, 0), (4, WAIT, 0)], key=lambda item: item[0])
+    time = StepTime(program, 6, RATES, [200]).seconds(plan_of(2, AT_ONCE), homes(2, frozenset({1})))
+    assert time == 6 + 2, "the weights come behind the activation"

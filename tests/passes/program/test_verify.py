@@ -8,7 +8,7 @@ from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import annotate
 from geminifx.passes.program.text import parse_program
 from geminifx.passes.program.types import parse_type
-from geminifx.passes.program.verify import canonical, chunked, overlapped, released, turned, verify
+from geminifx.passes.program.verify import canonical, chunked, offloaded, overlapped, released, turned, verify
 from geminifx.runtime.isa import instructions as ops
 from geminifx.runtime.isa.errors import VerificationError
 
@@ -218,11 +218,84 @@ COLLECTIVE_DAMAGES = {
 }  # fmt: skip
 
 
+OFFLOADING = """
+def training(x: "f32[4, 4] | input:0"):
+    # forward: fc
+    y: "f32[4, 4]" = aten.exp.default(x)
+    flat: "f32[16]" = aten.view.default(y, [16])
+    host: "f32[4, 4]" = geminifx.offload(y)
+    z: "f32[4, 4]" = aten.exp.default(x)
+    other: "f32[4, 4]" = geminifx.offload(z)
+    geminifx.depart(y, host)
+    geminifx.depart(z, other)
+    out: "f32[4, 4]" = aten.relu.default(x)
+    turn: "(f32[4, 4])" = yield [out], [0]
+    # backward: fc
+    tangent: "f32[4, 4]" = turn[0]
+    reload: "f32[4, 4]" = geminifx.reload(host)
+    back: "f32[4, 4]" = geminifx.arrive(reload, host)
+    dx: "f32[4, 4]" = aten.mul.Tensor(tangent, back)
+    reload_1: "f32[4, 4]" = geminifx.reload(other)
+    back_1: "f32[4, 4]" = geminifx.arrive(reload_1, other)
+    dz: "f32[4, 4]" = aten.mul.Tensor(dx, back_1)
+    return {"gradient:input:0": dz}
+"""
+
+OFFLOAD_DAMAGES = {
+    "a reload of what was never offloaded": (
+        _arguments("reload", "out"), "reload", "reads out", "what geminifx.offload returned",
+    ),
+    "a wait for something else": (_arguments("back", "x", "host"), "back", "reads x", "what geminifx.reload returned"),
+    "a departure of something else": (
+        _arguments("depart", "y", "x"), "depart", "reads x", "what geminifx.offload returned",
+    ),
+    "a value is offloaded twice": (
+        _arguments("other", "y"), "other", "offloads y again, as host does", "one offload of a value",
+    ),
+    "a value is let go that is not offloaded": (
+        _arguments("depart", "out", "host"), "depart", "reads out, which is made later", "made earlier",
+    ),
+    "another value is let go": (_arguments("depart", "x", "host"), "depart", "lets x depart", "y, which is offloaded"),
+    "a value never departs": (
+        _erase("depart"), "host", r"used by: geminifx\.reload, geminifx\.arrive", "depart, reload, arrive",
+    ),
+    "a value never comes back": (
+        _emit(ops.OFFLOAD, "out", before="turn"), "offload", "used by: nobody", "depart, reload, arrive",
+    ),
+    "a value is reloaded twice": (
+        _emit(ops.RELOAD, "host", before="dx"), "host",
+        r"geminifx\.depart, geminifx\.reload, geminifx\.arrive, geminifx\.reload", "depart, reload, arrive",
+    ),
+    "a value is waited for with another's copy": (
+        _arguments("back", "reload_1", "host"), "back", "reads reload_1, which is made later", "made earlier",
+    ),
+    "a value is read before it has come": (
+        _emit(aten.relu.default, "reload", before="back"), "reload", "read by back, relu", "one reader, its arrive",
+    ),
+    "a value comes back in front of the turn": (
+        _note("reload", phase="forward"), "reload", "on one side of the turn", "the turn between them",
+    ),
+    "a value is read after it has left": (
+        _emit(aten.relu.default, "y", before="dx"), "relu", "reads y, which has left for the host",
+        "what geminifx.arrive returned",
+    ),
+    "a value is read after it has left through a view": (
+        _emit(aten.relu.default, "flat", before="dx"), "relu", "reads y, which has left", "geminifx.arrive",
+    ),
+    "a value is overwritten on its way": (
+        _emit(aten.copy_.default, "flat", "flat", before="z"), "copy_", "overwrites y on its way", "geminifx.depart",
+    ),
+}  # fmt: skip
+
+
 def _nodes(program):
     return {node.name: node for node in program.nodes}
 
 
-@pytest.mark.parametrize("text, facts", [(GOOD, FACTS), (EXCHANGING, (overlapped,))], ids=["chunks", "collectives"])
+GOODS = {"chunks": (GOOD, FACTS), "collectives": (EXCHANGING, (overlapped,)), "activations": (OFFLOADING, (offloaded,))}
+
+
+@pytest.mark.parametrize("text, facts", GOODS.values(), ids=GOODS)
 def test_the_good_program_is_good(text, facts):
     verify(parse_program(text), Plan(), facts, "none")
 
@@ -235,6 +308,11 @@ def test_damage_is_found_and_named(damage, name, found, expected):
 @pytest.mark.parametrize("damage, name, found, expected", COLLECTIVE_DAMAGES.values(), ids=COLLECTIVE_DAMAGES)
 def test_damage_to_exchanges_is_found_and_named(damage, name, found, expected):
     _check_damage(EXCHANGING, (overlapped,), damage, name, found, expected)
+
+
+@pytest.mark.parametrize("damage, name, found, expected", OFFLOAD_DAMAGES.values(), ids=OFFLOAD_DAMAGES)
+def test_damage_to_offloaded_activations_is_found_and_named(damage, name, found, expected):
+    _check_damage(OFFLOADING, (offloaded,), damage, name, found, expected)
 
 
 def _check_damage(text, facts, damage, name, found, expected):

@@ -7,6 +7,7 @@ from geminifx.passes.program.types import TensorType
 from geminifx.runtime.distributed.collectives import Collectives
 from geminifx.runtime.isa import instructions as ops
 from geminifx.runtime.machine import Machine
+from geminifx.runtime.memory.offloads import Offloads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPERATORS = {name: getattr(torch.ops.geminifx, name).default for name in ops.SCHEMAS}
@@ -16,8 +17,8 @@ VECTOR = TensorType(F32, (64,), (1,))
 
 def test_the_machine_implements_every_instruction_that_code_has() -> None:
     # At the turn the generated program itself yields; whole collectives are written out in two. The machine has those
-    # of the processes' collectives.
-    missing = {name for name in ops.SCHEMAS if name not in {**vars(Machine), **vars(Collectives)}}
+    # of the processes' collectives and of offloaded activations.
+    missing = {name for name in ops.SCHEMAS if name not in {**vars(Machine), **vars(Collectives), **vars(Offloads)}}
     assert missing == {"turn", "all_gather", "reduce_scatter", "all_reduce"}
 
 
@@ -30,6 +31,7 @@ def test_schemas_admit_every_write(name: str) -> None:
         "put_mm": ["gradients"],
         "reduce": ["gradients"],
         "accumulate_grad": ["gradients"],
+        "depart": ["host"],
         "turn": ["outputs"],
         "start_all_reduce": ["partial"],
         "drawn": ["state"],
@@ -38,7 +40,7 @@ def test_schemas_admit_every_write(name: str) -> None:
     assert written == expected.get(name, [])
 
 
-@pytest.mark.parametrize("name", ["wait", "view", "finish_collective", "microbatch"])
+@pytest.mark.parametrize("name", ["wait", "view", "arrive", "finish_collective", "microbatch"])
 def test_results_that_share_their_arguments_storage_say_so(name: str) -> None:
     schema = OPERATORS[name]._schema
     assert schema.returns[0].alias_info is not None and not schema.is_mutable
@@ -49,6 +51,9 @@ FAKE_RESULTS = {
     "wait": (lambda: ops.WAIT(torch.empty(64), 3), F32, (64,)),
     "view": (lambda: ops.VIEW(torch.empty(64), 8, [2, 3]), F32, (2, 3)),
     "gradients": (lambda: ops.GRADIENTS(64, torch.float64), torch.float64, (64,)),
+    "offload": (lambda: ops.OFFLOAD(torch.empty(4, 2).t()), F32, (2, 4)),
+    "reload": (lambda: ops.RELOAD(torch.empty(4, 2).t()), F32, (2, 4)),
+    "arrive": (lambda: ops.ARRIVE(torch.empty(2, 4), torch.empty(2, 4)), F32, (2, 4)),
     "start_all_gather": (lambda: ops.START_ALL_GATHER(torch.empty(2, 3), "tp", 4), F32, (8, 3)),
     "start_reduce_scatter": (lambda: ops.START_REDUCE_SCATTER(torch.empty(8, 3), "tp", 4), F32, (2, 3)),
     "start_all_reduce": (lambda: ops.START_ALL_REDUCE(torch.empty(2, 3), "tp", "sum"), F32, (2, 3)),
@@ -74,6 +79,7 @@ def test_instructions_without_results_give_none() -> None:
         assert ops.PUT(flat, 0, torch.empty(2, 3)) is None
         assert ops.PUT_MM(flat, 0, torch.empty(2, 3), torch.empty(3, 4)) is None
         assert ops.REDUCE(flat, 0, [0]) is None and ops.ACCUMULATE_GRAD(flat, 0, [0]) is None
+        assert ops.DEPART(flat, torch.empty(64)) is None
         assert ops.SWAP_RNG(torch.empty(16, dtype=torch.uint8)) is None
         tangents = ops.TURN([torch.empty(2), torch.empty(3), torch.empty(4)], [0, 2])
     assert [tuple(t.shape) for t in tangents] == [(2,), (4,)]

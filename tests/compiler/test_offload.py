@@ -1,0 +1,287 @@
+"""Activations that wait on the host: the same training bit for bit, less of the device, and all memory comes back."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.verify import offloaded
+from geminifx.runtime.isa.errors import ArgumentError, BudgetError
+from geminifx.runtime.isa.instructions import OFFLOAD
+from late_copies import ENGINES
+from more_models import DECODER
+from optimizing import ADAMW, Loop, plain, same_weights
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from zoo import VOCAB, Batch, Case, Trace, compiled, cross_entropy, images, opt, train
+
+DEPTH = 6
+ALIKE = pytest.mark.parametrize("recompute", ["none", "all"])
+
+
+@pytest.fixture(autouse=True)
+def _small_values_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 1)
+
+
+# -- models ------------------------------------------------------------------------------------------------
+
+
+def _stack(dropout: float = 0.0) -> nn.Module:
+    """Blocks with a chunk each, whose activations are more than their weights at a batch of 256."""
+    block = lambda: nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Dropout(dropout), nn.Linear(128, 64))  # noqa: E731
+    return nn.Sequential(*(block() for _ in range(DEPTH)), nn.Linear(64, 3))
+
+
+def vectors(batch: int = 256, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input": torch.randn(batch, 64, generator=generator), "target": torch.arange(batch) % 3}
+
+
+def _gpt2() -> nn.Module:
+    rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(VOCAB, n_embd=32, n_layer=DEPTH, n_head=4, n_positions=32, **rates)).train()
+
+
+def _llama() -> nn.Module:
+    sizes = {**DECODER, "num_hidden_layers": DEPTH, "intermediate_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).train()
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 128, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.1}
+    return T5ForConditionalGeneration(T5Config(VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0)).train()
+
+
+def _cnn() -> nn.Module:
+    stage = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())  # noqa: E731
+    stages = [stage(3, 32), *(stage(32, 32) for _ in range(DEPTH))]
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 5))
+
+
+STACK = Case("stack", lambda: _stack(0.1), vectors, cross_entropy)
+OPT = Case("opt", lambda: opt(num_hidden_layers=DEPTH))
+GPT2 = Case("gpt2, tied, with dropout", _gpt2)
+LLAMA, T5 = Case("llama", _llama, exact=False), Case("t5, with dropout", _t5, exact=False)
+CNN = Case("cnn", _cnn, images, cross_entropy)
+SLOW = [pytest.param(case, marks=pytest.mark.slow, id=case.name) for case in (GPT2, LLAMA, T5)]
+MODELS = [*(pytest.param(case, id=case.name) for case in (STACK, OPT, CNN)), *SLOW]
+
+
+def offloading(case: Case, **options: Any) -> geminifx.CompiledModule:
+    model = compiled(case, offload="all", **options)
+    assert model.plan.offload and model.plan.estimate.offloaded_bytes > 0
+    return model
+
+
+def same(a: Trace, b: Trace) -> bool:
+    losses = all(map(torch.equal, a.losses, b.losses))
+    return losses and all(
+        (x[name] is None and y[name] is None) or torch.equal(x[name], y[name])  # type: ignore[arg-type]
+        for x, y in zip(a.gradients, b.gradients, strict=True)
+        for name in x
+    )
+
+
+def held_bytes(model: geminifx.CompiledModule) -> int:
+    gc.collect()
+    return model.session.machine.offloads.used_bytes
+
+
+# -- numbers -----------------------------------------------------------------------------------------------
+
+
+@ALIKE
+@pytest.mark.parametrize("case", MODELS)
+def test_training_is_plain_pytorchs(case: Case, recompute: str) -> None:
+    ours = train(case, offloading(case, placement="cpu", recompute=recompute), steps=3)
+    there = case.seeded() if case.exact else compiled(case, placement="cpu", recompute=recompute, offload="none")
+    assert same(ours, train(case, there, steps=3))
+
+
+ROUTES: dict[str, Callable[[nn.Module, int], torch.optim.Optimizer]] = {
+    "torch's": lambda model, micro: ADAMW[0](model.parameters(), **ADAMW[1], fused=True),
+    "ours": lambda model, micro: model.optimizer(ADAMW[0], **ADAMW[1], accumulate=micro),
+    "in the backward": lambda model, micro: model.optimizer(ADAMW[0], **ADAMW[1], in_backward=True, accumulate=micro),
+}
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("copies", ENGINES, indirect=True)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("recompute, prefetch", [("none", 1), ("all", 1), ("none", 0)])
+def test_wherever_and_however_it_is_updated(recompute: str, prefetch: int, route: str) -> None:
+    for placement in ("cuda", "cpu", "auto"):
+        for micro, clip in ((1, None), (3, None), (1, 0.1)):
+            if clip and route == "in the backward":
+                continue
+            model = offloading(STACK, placement=placement, recompute=recompute)
+            model = compiled(STACK, plan=replace(model.plan, prefetch=prefetch))
+            reference, expected = plain(STACK, ADAMW[0], **ADAMW[1])
+            optimizer = ROUTES[route](model, micro)
+            loop = Loop(steps=3, micro=micro, clip=clip)
+            losses = loop.run(STACK, model, optimizer)
+            assert all(map(torch.equal, losses, loop.run(STACK, reference, expected))), (placement, micro, clip)
+            assert same_weights(model, reference), (placement, micro, clip)
+            assert model.plan.estimate.offloaded_bytes > 0 and held_bytes(model) == 0
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("copies", ENGINES, indirect=True)
+def test_two_forwards_before_one_backward() -> None:
+    traces = []
+    for model in (offloading(STACK, placement="cpu", recompute="none"), STACK.seeded()):
+        torch.manual_seed(1)
+        trace = Trace()
+        for step in range(3):
+            model.zero_grad()
+            first, second = (STACK.loss(model, STACK.batch(seed=2 * step + i)) for i in range(2))
+            if isinstance(model, geminifx.CompiledModule):
+                assert held_bytes(model) == 2 * model.plan.estimate.offloaded_bytes
+            (second - first).backward()
+            trace.record(model, second - first)
+        traces.append(trace)
+    assert same(*traces)
+
+
+def test_evaluation_keeps_nothing() -> None:
+    model, reference = offloading(STACK, placement="cpu").eval(), STACK.seeded().eval()
+    with torch.no_grad():
+        assert torch.equal(model(STACK.batch()["input"]), reference(STACK.batch()["input"]))
+    assert held_bytes(model) == 0 and "offload" not in str(model.graph["evaluation"])
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+
+@ALIKE
+@pytest.mark.parametrize("placement", ["cpu", "cuda"])
+def test_it_takes_less_of_the_device_and_what_is_planned(placement: str, recompute: str) -> None:
+    peaks = []
+    for offload in ("none", "all"):
+        model = compiled(STACK, placement=placement, recompute=recompute, offload=offload)
+        train(STACK, model, steps=2)
+        stats, plan = model.stats, model.plan
+        assert stats.device_peak_bytes <= plan.peak_bytes
+        assert stats.host_peak_bytes <= plan.estimate.host_bytes
+        peaks.append(stats.device_peak_bytes)
+        moved = stats.step.to_host_bytes, stats.step.to_device_bytes
+        assert all(num_bytes >= plan.estimate.offloaded_bytes for num_bytes in moved)
+    assert peaks[1] < peaks[0]
+
+
+def test_a_budget_is_kept_to_that_nothing_else_fits() -> None:
+    with pytest.raises(BudgetError) as refused:
+        compiled(STACK, device_budget=1, offload="none")
+    smallest_bytes = refused.value.smallest_bytes
+    assert smallest_bytes is not None
+    model = compiled(STACK, device_budget=smallest_bytes - 1)
+    assert model.plan.recompute == model.plan.offload and len(model.plan.offload) == DEPTH
+    assert same(train(STACK, model), train(STACK, STACK.seeded()))
+    assert model.stats.device_peak_bytes < smallest_bytes
+
+
+def test_memory_of_a_loss_that_is_dropped_is_used_again() -> None:
+    model = offloading(STACK, placement="cpu", recompute="none")
+    loss = STACK.loss(model, STACK.batch())
+    host = model.session.hardware.host_tier
+    assert held_bytes(model) == model.plan.estimate.offloaded_bytes
+    used_bytes = host.used_bytes
+    del loss
+    assert held_bytes(model) == 0
+    STACK.loss(model, STACK.batch()).backward()
+    assert held_bytes(model) == 0 and host.used_bytes == used_bytes
+
+
+def test_memory_of_a_step_that_fails_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offloading(STACK, placement="cpu", recompute="none")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    for instruction in ("reload", "arrive", "offload"):
+        loss = STACK.loss(model, STACK.batch()) if instruction != "offload" else None
+        with monkeypatch.context() as patched:
+            for compiled_ in model.session.last.values():
+                patched.setattr(compiled_.executor.called, instruction, fail)
+            with pytest.raises(RuntimeError, match="in the middle"):
+                (loss if loss is not None else STACK.loss(model, STACK.batch())).backward()
+        del loss
+        assert held_bytes(model) == 0
+    model.zero_grad()
+    reference = STACK.seeded()
+    assert same(train(STACK, model, steps=2), train(STACK, reference, steps=2))
+
+
+def test_memory_of_another_shape_makes_room() -> None:
+    def sized(batch: int) -> int:
+        examples = {"example_inputs": (vectors(batch)["input"],)}
+        options = {"placement": "cpu", "recompute": "none", "offload": "all"}
+        return geminifx.compile(STACK.seeded(), **examples, **options).plan.estimate.host_bytes
+
+    model = geminifx.compile(STACK.seeded(), placement="cpu", recompute="none", offload="all", host_budget=sized(256))
+    for batch in (256, 128, 64, 256, 100):
+        STACK.loss(model, vectors(batch)).backward()
+        assert held_bytes(model) == 0
+    assert model.stats.host_peak_bytes <= sized(256)
+
+
+def test_a_full_host_names_the_way_out() -> None:
+    plan = offloading(STACK, placement="cpu", recompute="none").plan
+    too_small = plan.estimate.host_bytes - 1
+    with pytest.raises(BudgetError, match=r"of offloaded activations.*offload fewer blocks \(offload=\)"):
+        compiled(STACK, placement="cpu", recompute="none", offload="all", host_budget=too_small)
+    model = offloading(STACK, placement="cpu", recompute="none", host_budget=plan.estimate.host_bytes)
+    loss = STACK.loss(model, STACK.batch())
+    with pytest.raises(BudgetError, match=r"the host tier is full: an offloaded activation needs .* raise the host"):
+        STACK.loss(model, STACK.batch())
+    assert held_bytes(model) == plan.estimate.offloaded_bytes, "the first step's"
+    loss.backward()
+    assert held_bytes(model) == 0
+
+
+# -- what is asked for -------------------------------------------------------------------------------------
+
+
+def test_blocks_by_name() -> None:
+    model = compiled(STACK, placement="cpu", recompute=("0",), offload=("0", "1"))
+    assert model.plan.offload == ("0", "1")
+    assert model.plan.estimate.offloaded_bytes < offloading(STACK, placement="cpu").plan.estimate.offloaded_bytes
+    assert "activations of 2 block(s)" in str(model.plan)
+    assert Plan.from_json(model.plan.to_json()) == model.plan
+    assert same(train(STACK, model, steps=2), train(STACK, STACK.seeded(), steps=2))
+
+
+def test_what_cannot_be_offloaded() -> None:
+    with pytest.raises(ArgumentError, match=r"offload='some'; expected one of 'auto', 'none', 'all'"):
+        compiled(STACK, offload="some")
+    with pytest.raises(ArgumentError, match=r"offload=3; expected 'auto', 'none', 'all' or names of blocks"):
+        compiled(STACK, offload=3)
+    with pytest.raises(ArgumentError, match=r"offload names 'nosuch', which is no block; the blocks are 0, 1, "):
+        compiled(STACK, offload=("nosuch",))
+    plan = replace(compiled(STACK).plan, offload=("nosuch",))
+    with pytest.raises(ArgumentError, match=r"offload is 'nosuch' among others, expected names of blocks: 0, 1, "):
+        compiled(STACK, plan=plan)
+
+
+@pytest.mark.parametrize("mode, size", [("1d", 2), ("2d", 4), ("2.5d", 4), ("3d", 8)])
+@ALIKE
+def test_programs_of_sharded_tensors(mode: str, size: int, recompute: str) -> None:
+    tensor = {"mode": mode, "size": size, **({"depth": 1} if mode == "2.5d" else {})}
+    case = Case("opt", lambda: opt(num_hidden_layers=4, hidden_size=64, word_embed_proj_dim=64), OPT.batch)
+    examples = {"example_inputs": case.batch(batch=8)}
+    model = geminifx.compile(case.seeded(), world_size=size, parallel={"tensor": tensor}, placement="cpu",
+                             recompute=recompute, offload="all", **examples)  # fmt: skip
+    flat = next(c for c in model.session.last.values() if c.trains).flat
+    assert flat.calls(OFFLOAD) and offloaded.check(flat, model.plan) is None
