@@ -11,7 +11,7 @@ from ..runtime.isa.units import parse_bytes
 from .host_memory import host_memory
 from .options import Options
 from .planner.memory import Limits
-from .planner.rates import ARENA, CUDA
+from .rates.choice import rates_of
 
 HEADROOM_BYTES = 192 * 2**20
 """What CUDA's context may still grow by while training, as kernels and library handles are loaded."""
@@ -71,8 +71,9 @@ class Device:
             return torch.cuda.get_device_properties(self.torch_device).total_memory
         return host_memory()[0]
 
-    def limits(self, options: Options) -> Limits:
-        """Budgets in bytes. On CUDA the allocator is capped so that the whole process keeps to the budget.
+    def limits(self, options: Options, processes: int) -> Limits:
+        """Budgets in bytes, and the rates of a machine that so many processes share. On CUDA the allocator is capped so
+        that the whole process keeps to the budget.
 
         Raises ValueError for a budget that makes no sense.
         """
@@ -83,15 +84,17 @@ class Device:
         if options.device_budget is not None:
             device_bytes = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
         if not self.is_cuda:
-            return Limits(device_bytes, 0, host_bytes, ARENA)
+            return Limits(device_bytes, 0, host_bytes, rates_of(self.torch_device, options.rates, processes, 0))
         device_bytes = device_bytes or self.total_bytes()
+        room_bytes = device_bytes - self.outside_bytes(warm_up=True) - torch.cuda.memory_reserved(self.torch_device)
+        rates = rates_of(self.torch_device, options.rates, processes, room_bytes - HEADROOM_BYTES)
         reserve = self.outside_bytes(warm_up=True) + HEADROOM_BYTES
         share = max(0.0, min(1.0, (device_bytes - reserve) / self.total_bytes()))
         use_expandable_segments()
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         planned = reserve + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
-        return Limits(device_bytes, planned, host_bytes, CUDA, HOLE_SHARE)
+        return Limits(device_bytes, planned, host_bytes, rates, HOLE_SHARE)
 
     def outside_bytes(self, warm_up: bool = False) -> int:
         """Device memory in use that torch's allocator does not know: driver context, libraries, others."""

@@ -104,22 +104,26 @@ def _refined(best: Solution, lower: Lower, limits: Limits, given: Constraints) -
 def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
     """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
     program = lower(plan)
-    memory, time = Memory(plan, analyse(program), limits), StepTime.of(program, limits.rates)
+    memory, time = Memory(plan, analyse(program), limits), StepTime.of(program, plan, limits.rates)
     found: Iterable[Homes] = [_least(plan, given)]
     if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
-    _, step_s, homes = min(timed, key=lambda candidate: candidate[:2])
-    return _solution(replace(plan, homes=homes), program, memory, step_s)
+    _, _, homes = min(timed, key=lambda candidate: candidate[:2])
+    return _solution(replace(plan, homes=homes), program, memory, time)
 
 
 def _step_s(solution: Solution) -> float:
     return solution.plan.estimate.step_s
 
 
-def _solution(plan: Plan, program: Program, memory: Memory, step_s: float) -> Solution:
+def _solution(plan: Plan, program: Program, memory: Memory, time: StepTime) -> Solution:
     """A plan in which everything is decided, with all that it is expected to take."""
-    estimate = replace(memory.estimate(plan.homes), step_s=step_s, collectives=collectives(program, plan))
+    timing = time.timing(plan, plan.homes)
+    estimate = replace(
+        memory.estimate(plan.homes), step_s=timing.step_s, busy_s=timing.busy_s, rates=time.rates.name,
+        collectives=collectives(program, plan),
+    )  # fmt: skip
     return Solution(replace(plan, estimate=estimate), program)
 
 
@@ -137,8 +141,8 @@ def _worth_a_look(unfused: Solution, limits: Limits, given: Constraints) -> bool
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     """Accept a plan that was made by hand or before, estimated anew. Raises BudgetError where it does not fit."""
     program = lower(plan)
-    step_s = StepTime.of(program, limits.rates).seconds(plan, plan.homes)
-    solution = _solution(plan, program, Memory(plan, analyse(program), limits), step_s)
+    time = StepTime.of(program, plan, limits.rates)
+    solution = _solution(plan, program, Memory(plan, analyse(program), limits), time)
     if not limits.allow(solution.plan):
         raise _refused([solution], limits)
     return solution

@@ -1,12 +1,15 @@
 """The modelled time of a step: by hand for chunks of 100 parameters, and what nobody can be faster than."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from geminifx.compiler.planner import simulate as cost
-from geminifx.compiler.planner.rates import ARENA, CUDA, LAUNCH_S, Rates
-from geminifx.compiler.planner.simulate import Instruction, StepTime
+from geminifx.compiler.planner.simulate import StepTime
+from geminifx.compiler.planner.timeline import Instruction, Timeline
+from geminifx.compiler.rates.presets import preset
+from geminifx.compiler.rates.rates import ARENA, LAUNCH_S, Products, Rates
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Homes
@@ -20,8 +23,10 @@ from zoo import compiled
 
 # Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1, passing 1. A state
 # takes 10 on its way where its weights stay.
-RATES = Rates(1.0, bus_bytes_per_s=100, host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10,
-              device_params_per_s=100, overlaps=True)  # fmt: skip
+RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memory_bytes_per_s=1.0, kernel_s=0.0,
+              launch_s=0.0, up_bytes_per_s=100, down_bytes_per_s=100, both_bytes_per_s=100, host_params_per_s=25,
+              passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100, network_bytes_per_s=100,
+              network_latency_s=0.0, overlaps=True)  # fmt: skip
 TWO: list[Instruction] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
     (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, ACCUMULATE_GRAD, 1), (6, REDUCE, 0),
@@ -37,8 +42,16 @@ def plan_of(chunks: int, format: StateFormat) -> Plan:
     return replace(Plan(layout=Layout(tuple(layout))), format=format)
 
 
+def with_bus(rates: Rates, bytes_per_s: float) -> Rates:
+    return replace(rates, up_bytes_per_s=bytes_per_s, down_bytes_per_s=bytes_per_s, both_bytes_per_s=bytes_per_s)
+
+
+def step(instructions: Sequence[Instruction], compute_s: float, rates: Rates = RATES) -> StepTime:
+    return StepTime(Timeline(list(instructions), compute_s, compute_s), rates)
+
+
 def two(format: StateFormat, placed: Homes, rates: Rates = RATES) -> float:
-    return StepTime(TWO, 6, rates).seconds(plan_of(2, format), placed)
+    return step(TWO, 6, rates).seconds(plan_of(2, format), placed)
 
 
 @pytest.mark.parametrize("format", [TorchFormat(), OwnFormat(), AT_ONCE], ids=["torch's", "ours", "in the backward"])
@@ -74,10 +87,10 @@ def test_the_first_chunk_on_the_device_hides_the_other_s_update() -> None:
 
 def test_the_worker_takes_what_the_next_forward_reads_first() -> None:
     """All gradients come at once; the chunks are new at 10, 14 and 18, when they are read one second after another."""
-    rates, chunks = replace(RATES, bus_bytes_per_s=float("inf")), (0, 1, 2)
+    rates, chunks = with_bus(RATES, float("inf")), (0, 1, 2)
     program = [(i, what, i) for i in chunks for what in (FETCH, WAIT)] + [(6, REDUCE, i) for i in (2, 1, 0)]
     for format in (AT_ONCE, OwnFormat()):
-        found = StepTime(program, 6, rates).seconds(plan_of(3, format), homes(3, resident=frozenset(chunks)))
+        found = step(program, 6, rates).seconds(plan_of(3, format), homes(3, resident=frozenset(chunks)))
         assert found == 3 * 4 + 1 + 3
 
 
@@ -96,7 +109,7 @@ def test_states_travel(format: StateFormat, seconds: float) -> None:
 
 
 def test_a_state_that_travels_costs_its_launches() -> None:
-    rates = replace(RATES, bus_bytes_per_s=float("inf"))
+    rates = with_bus(RATES, float("inf"))
     assert two(AT_ONCE, homes(2, resident=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * LAUNCH_S)
 
 
@@ -104,7 +117,7 @@ def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_
     chunks = range(4)
     program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, ACCUMULATE_GRAD)]
     placed = homes(4, resident=chunks, streamed=chunks)
-    found = StepTime(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
+    found = step(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
     assert found == pytest.approx(24 + 100, abs=5 * LAUNCH_S)
 
 
@@ -119,14 +132,14 @@ def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, 
 
 def test_weights_that_do_not_stay_come_one_behind_the_other_from_their_fetches_on() -> None:
     nowhere = homes(2)
-    late = StepTime([(0, FETCH, 0), (0, WAIT, 0), (0, FETCH, 1), (1, WAIT, 1)], 2, RATES)
+    late = step([(0, FETCH, 0), (0, WAIT, 0), (0, FETCH, 1), (1, WAIT, 1)], 2, RATES)
     assert late.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 1
-    early = StepTime([(0, FETCH, 0), (0, FETCH, 1), (0, WAIT, 0), (0, WAIT, 1)], 2, RATES)
+    early = step([(0, FETCH, 0), (0, FETCH, 1), (0, WAIT, 0), (0, WAIT, 1)], 2, RATES)
     assert early.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 2
 
 
 def test_new_weights_are_fetched_when_the_host_has_them() -> None:
-    once = StepTime([(0, FETCH, 0), (0, WAIT, 0), (3, REDUCE, 0)], 3, RATES)
+    once = step([(0, FETCH, 0), (0, WAIT, 0), (3, REDUCE, 0)], 3, RATES)
     assert (
         once.seconds(
             plan_of(1, AT_ONCE),
@@ -139,7 +152,7 @@ def test_new_weights_are_fetched_when_the_host_has_them() -> None:
 
 
 def test_where_nothing_overlaps_every_copy_is_waited_for() -> None:
-    rates = replace(ARENA, bus_bytes_per_s=100)
+    rates = with_bus(ARENA, 100)
     assert two(AT_ONCE, homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
     assert two(TorchFormat(), homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
 
@@ -175,8 +188,9 @@ def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
     bus: float, host: float, overlaps: bool,
 ) -> None:  # fmt: skip
     streamed = streamed - masters if format.beside else frozenset()
-    rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
-    found = StepTime(STEP, 24, rates).seconds(plan_of(8, format), homes(8, masters, weights, streamed))
+    rates = replace(RATES, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
+    rates = with_bus(rates, bus)
+    found = step(STEP, 24, rates).seconds(plan_of(8, format), homes(8, masters, weights, streamed))
     compute_s = 24 + len(masters)
     host_s = 100 * len(frozenset(MANY) - masters - streamed) / host
     copies = sum(1 if i in weights else 2 for i in frozenset(MANY) - masters - (streamed & weights))
@@ -194,8 +208,8 @@ def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
     format: StateFormat, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
     bus: float, host: float,
 ) -> None:  # fmt: skip
-    rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host)
-    time = StepTime(STEP, 24, rates)
+    rates = with_bus(replace(RATES, host_params_per_s=host), bus)
+    time = step(STEP, 24, rates)
     placed = homes(8, masters, weights, streamed if format.beside else frozenset())
     found = time.seconds(plan_of(8, format), placed)
     with pytest.MonkeyPatch.context() as patched:
@@ -205,8 +219,8 @@ def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
 
 def test_a_program_s_instructions_are_found_between_its_compute() -> None:
     model = compiled(NET, precision="bf16")
-    time = StepTime.of(model.session.last["training"].flat, CUDA)
-    reduced = [chunk for _, what, chunk in time.instructions if what is REDUCE]
+    time = StepTime.of(model.session.last["training"].flat, model.plan, preset("h100-sxm"))
+    reduced = [chunk for _, what, chunk in time.program.instructions if what is REDUCE]
     assert sorted(reduced) == list(range(len(model.plan.layout.chunks)))
-    at = [at_s for at_s, _, _ in time.instructions]
-    assert at == sorted(at) and 0 == at[0] < at[-1] <= time.compute_s
+    at = [at_s for at_s, _, _ in time.program.instructions]
+    assert at == sorted(at) and 0 == at[0] < at[-1] <= time.program.compute_s
