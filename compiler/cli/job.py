@@ -54,6 +54,7 @@ class TrainOptions:
     placement: str = "auto"
     precision: str | None = None
     recompute: str = "auto"
+    rates: str | None = None
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -251,7 +252,7 @@ def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, tor
 
 def _settings(options: TrainOptions) -> dict[str, Any]:
     """Return what `compile` is told, but for the batch."""
-    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute")
+    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute", "rates")
     dump = None if options.dump is None or rank() > 0 else str(options.dump)
     parallel = parse_parallel(options.parallel or "") or None
     return {name: getattr(options, name) for name in names} | {"dump": dump, "parallel": parallel}

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ...models.recipe.records import GRAMMAR as GRAMMAR_OF_FIELDS
 from ..parallel import GRAMMAR
+from .calibrate import RATES_HELP
 from .errors import shown_errors
 from .job import TrainOptions, run
 from .launch import is_launched, launch, rank
@@ -36,6 +37,7 @@ def train(
     placement: Annotated[str, typer.Option(help="Where parameters live: auto, cpu or cuda.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the device's own by default.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
+    rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times through the data, instead of --steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -70,6 +72,7 @@ def train(
         placement=placement,
         precision=precision,
         recompute=recompute,
+        rates=rates,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,

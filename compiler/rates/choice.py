@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def given_rates(given: Given) -> Rates | None:
     if str(given) in CARDS:
         return preset(str(given))
     if not Path(given).exists() and Path(given).suffix != ".json":
-        raise wrong_argument("rates", str(given), EXPECTED)
+        near = get_close_matches(str(given), CARDS, 1)
+        raise wrong_argument("rates", str(given), EXPECTED + "".join(f"; did you mean {name!r}?" for name in near))
     return read(Path(given)).rates
 
 

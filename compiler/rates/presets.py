@@ -49,7 +49,8 @@ DESKTOP, SERVER = Host(8, 40e9), Host(16, 190e9)
 class Card:
     """A card's published peaks: FLOP/s without sparsity, added up in float32, by dtype.
 
-    `product_share` of the bf16 and fp16 peaks is sustained in large products, which is less where power runs out first.
+    `product_share` of the bf16 and fp16 peaks is sustained in large products, which is less where power runs out first:
+    on H200 648e12 FLOP/s were measured over 16 s, on H100 it is what fits whole programs, and elsewhere an estimate.
     `network_bytes_per_s` is what comes from another card of its kind.
     """
 
@@ -68,15 +69,17 @@ CARDS = {
     "rtx2060": Card(("RTX 2060",), 6.5e12, 26e12, 6.5e12, 336e9, 3, 0.85, 6e9, DESKTOP),
     "rtx3090": Card(("RTX 3090",), 71e12, 71e12, 35.6e12, 936e9, 4, 0.85, 12e9, DESKTOP),
     "rtx4090": Card(("RTX 4090",), 165e12, 165e12, 82.6e12, 1008e9, 4, 0.9, 12e9, DESKTOP),
-    "v100": Card(("V100-PCIE",), 14e12, 112e12, 14e12, 900e9, 3, 0.75, 10e9),
-    "v100-sxm": Card(("V100-SXM2",), 15.7e12, 125e12, 15.7e12, 900e9, 3, 0.75, 110e9),
-    "a100": Card(("A100-PCIE", "A100 80GB PCIe"), 312e12, 312e12, 19.5e12, 1935e9, 4, 0.7, 20e9),
-    "a100-sxm": Card(("A100-SXM4",), 312e12, 312e12, 19.5e12, 2039e9, 4, 0.8, 230e9),
+    "v100": Card(("V100-PCIE-16GB", "V100-PCIE-32GB"), 14e12, 112e12, 14e12, 900e9, 3, 0.75, 10e9),
+    "v100-sxm": Card(("V100-SXM2-16GB", "V100-SXM2-32GB"), 15.7e12, 125e12, 15.7e12, 900e9, 3, 0.75, 110e9),
+    "a100": Card(("A100 80GB PCIe",), 312e12, 312e12, 19.5e12, 1935e9, 4, 0.7, 20e9),
+    "a100-sxm": Card(("A100-SXM4-80GB",), 312e12, 312e12, 19.5e12, 2039e9, 4, 0.8, 230e9),
     "h100": Card(("H100 PCIe",), 756e12, 756e12, 51e12, 2000e9, 5, 0.6, 40e9),
     "h100-sxm": Card(("H100 80GB HBM3",), 989e12, 989e12, 67e12, 3350e9, 5, 0.63, 340e9),
-    "h200": Card(("H200",), 989e12, 989e12, 67e12, 4800e9, 5, 0.63, 340e9),
+    "h200": Card(("H200",), 989e12, 989e12, 67e12, 4800e9, 5, 0.65, 340e9),
 }
-"""By the names that plans are asked for with; `names` are parts of what the driver calls them."""
+"""By the names that plans are asked for with; `names` are what the driver calls them, but for `MAKERS`."""
+
+MAKERS = ("NVIDIA ", "Tesla ", "GeForce ")
 
 FP32_SHARE = 0.8
 KERNEL_S, LAUNCH_S = 1.5e-6, 5e-6
@@ -113,12 +116,10 @@ def preset(name: str) -> Rates:
 
 
 def card_named(gpu: str) -> str | None:
-    """The preset of what the driver calls `gpu`, if there is one; `gpu` with a memory size or a form of its own, such
-    as a laptop's, is another card."""
-    if "Laptop" in gpu or "SUPER" in gpu:
-        return None
-    found = [name for name, card in CARDS.items() if any(part in gpu for part in card.names)]
-    return found[0] if len(found) == 1 else None
+    """The preset of what the driver calls `gpu`, if there is one: a laptop's, or one with less memory, is another."""
+    for maker in MAKERS:
+        gpu = gpu.removeprefix(maker)
+    return next((name for name, card in CARDS.items() if gpu in card.names), None)
 
 
 def _products(flops_per_s: float) -> Products:
