@@ -5,6 +5,7 @@ Bytes are those of its operands and results by their types. `MOVED` tells them o
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from math import prod
 
 import torch
 from torch import fx
@@ -33,7 +34,7 @@ def _put(node: fx.Node) -> int:
 
 def _put_product(node: fx.Node) -> int:
     left, right = tensor_type(node.args[2]), tensor_type(node.args[3])
-    return left.num_bytes + right.num_bytes + left.shape[0] * right.shape[1] * left.dtype.itemsize
+    return _num_bytes(left) + _num_bytes(right) + left.shape[0] * right.shape[1] * left.dtype.itemsize
 
 
 def _pieces_of_logits(node: fx.Node) -> int:
@@ -125,9 +126,12 @@ def _written(node: fx.Node) -> int:
 
 @cache
 def _num_bytes(type: Type) -> int:
+    """Bytes of the elements, each counted once however often it is repeated."""
     if isinstance(type, tuple):
         return sum(map(_num_bytes, type))
-    return 0 if type is None else type.num_bytes
+    if type is None:
+        return 0
+    return type.dtype.itemsize * prod(size for size, step in zip(type.shape, type.stride, strict=True) if step)
 
 
 @cache

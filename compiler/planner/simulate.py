@@ -143,7 +143,7 @@ class _Clock:
         added_s = self._exchanged(reduced(chunk, self.plan), self.now_s)
         if self.homes[chunk.index].on_device:
             self.landed_s[chunk.index] = added_s
-            self.now_s += last * self._updated_on_device(chunk)
+            self.now_s += self._updated_on_device(chunk) if last else 0.0
         elif self._waits_for_its_state(chunk.index):
             self._stream(chunk, added_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]

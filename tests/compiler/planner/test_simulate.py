@@ -7,14 +7,25 @@ import pytest
 import torch
 from geminifx.compiler.planner import simulate as cost
 from geminifx.compiler.planner.simulate import StepTime
-from geminifx.compiler.planner.timeline import Instruction, Timeline
+from geminifx.compiler.planner.timeline import Carrier, Instruction, Timeline, Transfer
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, LAUNCH_S, Products, Rates
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Homes
-from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
+from geminifx.runtime.isa.instructions import (
+    ACCUMULATE_GRAD,
+    AVERAGE,
+    FETCH,
+    FINISH_COLLECTIVE,
+    REDUCE,
+    START_ALL_GATHER,
+    START_ALL_REDUCE,
+    WAIT,
+)
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from homes import homes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +168,90 @@ def test_where_nothing_overlaps_every_copy_is_waited_for() -> None:
     assert two(TorchFormat(), homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
 
 
+def test_copies_slow_each_other_where_both_directions_are_busy() -> None:
+    """The second chunk's gradient goes down from 4 to 5; the first one's weights, which come from 4 on, are half there
+    by then, and take half a second more."""
+    alone = with_bus(replace(RATES, host_params_per_s=float("inf")), 200)
+    placed = homes(2, resident=frozenset({1}))
+    slower_s = two(AT_ONCE, placed, replace(alone, both_bytes_per_s=100)) - two(AT_ONCE, placed, alone)
+    assert slower_s == 0.5
+
+
+def test_a_chain_by_hand_and_who_is_busy_in_it() -> None:
+    """Two chunks, both copied for each use and updated on the host.
+
+    Chunk 1's gradient is complete at 0 and on the host at 2. Chunk 0 is copied until 2, its backward ends at 4, its
+    gradient lands at 6, which ends the step. The host updates chunk 1 from 2 to 6 and chunk 0 until 10. Then chunk 0 is
+    copied until 12 and computes until 13, chunk 1 is copied until 15, computes until 16, is copied again until 18, and
+    has its gradient at 20.
+    """
+    timing = step(TWO, 6).timing(plan_of(2, AT_ONCE), homes(2))
+    assert timing.step_s == 20
+    assert dict(timing.busy_s) == {"device": 6, "host updates": 8, "bus up": 8, "bus down": 4}
+    assert [seconds for _, seconds in timing.busy_s] == [8, 8, 6, 4]
+    on_device = step(TWO, 6).timing(plan_of(2, AT_ONCE), homes(2, BOTH))
+    assert dict(on_device.busy_s) == {"device": 6 + 2} and on_device.step_s == 8
+    torchs = step(TWO, 6).timing(plan_of(2, TorchFormat()), homes(2, resident=BOTH))
+    assert dict(torchs.busy_s)["host updates"] == 2 * 10
+    streamed = step(TWO, 6).timing(plan_of(2, AT_ONCE), homes(2, resident=BOTH, streamed=BOTH))
+    assert dict(streamed.busy_s)["bus up"] == dict(streamed.busy_s)["bus down"] == 2 * 10
+
+
+def test_launches_are_busy_too() -> None:
+    timing = StepTime(Timeline(TWO, 6, 4, 5.5), RATES).timing(plan_of(2, OwnFormat(accumulate=2)), homes(2, BOTH))
+    assert dict(timing.busy_s) == {"device": 2 * 4 + 2, "launches": 2 * 5.5}
+
+
+@pytest.mark.parametrize("overlaps, seconds", [(True, 5), (False, 6)], ids=["beside", "in turn"])
+def test_an_exchange_runs_beside_compute_until_it_is_waited_for(overlaps: bool, seconds: float) -> None:
+    """Two of two seconds each, one behind the other from 0 on; a second of compute in front of each end."""
+    rates = replace(RATES, network_bytes_per_s=100, overlaps=overlaps)
+    start, end = START_ALL_REDUCE, FINISH_COLLECTIVE
+    first, second = (Transfer(number, Carrier.NETWORK, 200) for number in (0, 1))
+    program: list[Instruction] = [(0, start, first), (0, start, second), (1, end, 0), (1, end, 1)]
+    timing = step(program, 2, rates).timing(plan_of(1, AT_ONCE), homes(1))
+    assert timing.step_s == seconds and dict(timing.busy_s)["network"] == 4
+
+
+def test_what_is_averaged_is_waited_for_at_once() -> None:
+    rates = replace(RATES, network_latency_s=3.0)
+    program: list[Instruction] = [(1, AVERAGE, Transfer(0, Carrier.NETWORK, 100))]
+    assert step(program, 2, rates).seconds(plan_of(1, AT_ONCE), homes(1)) == 2 + 3 + 1
+
+
+@pytest.mark.parametrize("carrier, name", [(Carrier.UP, "bus up"), (Carrier.DOWN, "bus down")])
+def test_whatever_an_instruction_copies_is_on_the_bus(carrier: Carrier, name: str) -> None:
+    program: list[Instruction] = [(0, START_ALL_GATHER, Transfer(0, carrier, 300)), (1, FINISH_COLLECTIVE, 0)]
+    timing = step(program, 2).timing(plan_of(1, AT_ONCE), homes(1))
+    assert timing.step_s == 3 + 1 and dict(timing.busy_s)[name] == 3
+
+
+def divided(zero: int, format: StateFormat = AT_ONCE) -> Plan:
+    """Two chunks of 100 parameters among four processes: 150 bytes received to gather one, 300 to add up and scatter
+    its gradient in float32, 600 to add it up everywhere."""
+    mesh = Mesh((Axis("data", 4, "data"),))
+    shards = 4 if zero else 1
+    layout = (
+        ChunkLayout(i, 100, torch.bfloat16, torch.float32, True, (), reduced_over=("data",), shards=shards)
+        for i in range(2)
+    )
+    return replace(Plan(Request(zero=zero), Layout(tuple(layout)), mesh), format=format)
+
+
+def test_gradients_are_added_up_over_processes_on_their_way() -> None:
+    """Chunk 1's from 4 to 10, where it is waited for, then chunk 0's until 16."""
+    timing = step(TWO, 6).timing(divided(0), homes(2, BOTH))
+    assert dict(timing.busy_s)["network"] == 2 * 6
+    assert timing.step_s == 16
+
+
+def test_weights_in_shards_are_gathered_for_each_use_or_once_where_they_stay() -> None:
+    passing = step(TWO, 6).timing(divided(3), homes(2, BOTH))
+    assert dict(passing.busy_s)["network"] == pytest.approx(4 * 1.5 + 2 * 3)
+    stays = step(TWO, 6).timing(divided(2), homes(2, BOTH, BOTH))
+    assert dict(stays.busy_s)["network"] == pytest.approx(2 * 1.5 + 2 * 3)
+
+
 # -- any residency -----------------------------------------------------------------------------------------
 
 MANY = range(8)
@@ -190,7 +285,9 @@ def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
     streamed = streamed - masters if format.beside else frozenset()
     rates = replace(RATES, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
     rates = with_bus(rates, bus)
-    found = step(STEP, 24, rates).seconds(plan_of(8, format), homes(8, masters, weights, streamed))
+    timing = step(STEP, 24, rates).timing(plan_of(8, format), homes(8, masters, weights, streamed))
+    found = timing.step_s
+    assert all(seconds <= found * (1 + 1e-9) for _, seconds in timing.busy_s), timing
     compute_s = 24 + len(masters)
     host_s = 100 * len(frozenset(MANY) - masters - streamed) / host
     copies = sum(1 if i in weights else 2 for i in frozenset(MANY) - masters - (streamed & weights))

@@ -75,8 +75,9 @@ def test_nor_is_one_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "free, reserved, busy, says",
-    [(70, 8, 0, None), (60, 8, 0, "12.9 GB of the GPU's memory are held by others"), (70, 8, 93, "the GPU is 93 % busy already"),
-     (70, 8, None, None), (2, 78, 0, "2.15 GB of the GPU's memory are free, 3.22 GB are needed")],
+    [(70, 8, 0, None), (60, 8, 0, "12.9 GB of the GPU's memory are held by others"),
+     (70, 8, 93, "the GPU is 93 % busy already"), (70, 8, None, None),
+     (2, 78, 0, "2.15 GB of the GPU's memory are free, 3.22 GB are needed")],
     ids=["nobody", "memory", "time", "nobody tells", "ours, and full"],
 )  # fmt: skip
 def test_who_uses_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, busy: int | None,
