@@ -205,7 +205,6 @@ class _Clock:
         """Up, update and down, piece by piece; the worker is the slower for what passes through its memory."""
         up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += LAUNCH_S
-        self._updated_on_device(chunk)  # aside
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
         heapq.heappush(self.coming, (after_s, chunk.index))
