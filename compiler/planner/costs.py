@@ -19,6 +19,14 @@ from ..rates.rates import Rates
 aten, geminifx = torch.ops.aten, torch.ops.geminifx
 
 
+def _written(node: fx.Node) -> int:
+    if not writes(node):
+        return _num_bytes(type_of(node))
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    written = [value for argument, value in arguments if argument.alias_info is not None and argument.is_write]
+    return sum(_num_bytes(type_of(value)) for value in written if isinstance(value, fx.Node))
+
+
 def _none(node: fx.Node) -> int:
     return 0
 
@@ -37,11 +45,17 @@ def _put_product(node: fx.Node) -> int:
     return _num_bytes(left) + _num_bytes(right) + left.shape[0] * right.shape[1] * left.dtype.itemsize
 
 
-def _pieces_of_logits(node: fx.Node) -> int:
-    """They are written and read twice, in float32, beside what every operator moves."""
-    shapes = (tensor_type(value).shape for value in node.all_input_nodes)
-    (tokens, _), (vocabulary, _), *_ = (shape for shape in shapes if len(shape) == 2)  # hidden, weight
-    return _every_operand(node) + 3 * 4 * tokens * vocabulary
+def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
+    """Logits exist in pieces only, but are written and read all the same: in the inputs' dtype so often, and four times
+    in float32."""
+
+    def moved(node: fx.Node) -> int:
+        matrices = [type for type in map(tensor_type, node.all_input_nodes) if len(type.shape) == 2]
+        hidden, weight = matrices[:2]
+        logit_bytes = passes * hidden.dtype.itemsize + 4 * torch.float32.itemsize
+        return _every_operand(node) + logit_bytes * hidden.shape[0] * weight.shape[0]
+
+    return moved
 
 
 MOVED: dict[object, Callable[[fx.Node], int]] = {
@@ -55,8 +69,10 @@ MOVED: dict[object, Callable[[fx.Node], int]] = {
     aten.index.Tensor: _gathered,
     aten.index_select.default: _gathered,
     aten.gather.default: _gathered,
-    geminifx.linear_cross_entropy.default: _pieces_of_logits,
-    geminifx.linear_cross_entropy_backward.default: _pieces_of_logits,
+    aten.nll_loss_forward.default: _gathered,
+    aten.nll_loss_backward.default: _written,
+    geminifx.linear_cross_entropy.default: _pieces_of_logits(2),
+    geminifx.linear_cross_entropy_backward.default: _pieces_of_logits(5),
 }
 """Device bytes by operator, where they are not those of all its operands and results."""
 
@@ -72,6 +88,10 @@ ATTENTION = frozenset({geminifx.attention.default, geminifx.attention_backward.d
 ATTENTION_SHARE = 0.5
 """What attention reaches of the rate of products as large. Of OPT-2.7B x 16 on H100, whose device worked for 0.638 s,
 the other products take 0.51 s at the preset's rate, what is bound by memory 0.08 s, and attention the rest."""
+
+
+IN_PARTS = frozenset({geminifx.linear_cross_entropy.default, geminifx.linear_cross_entropy_backward.default})
+"""Operators of several kernels: those that multiply and those that read and write what was multiplied."""
 
 
 def operators(program: Program) -> Iterator[fx.Node]:
@@ -91,9 +111,10 @@ def is_free(node: fx.Node) -> bool:
 def kernel_s(node: fx.Node, rates: Rates) -> float:
     """Seconds of an operator on the device, from when it is launched."""
     products_s = rates.products(_dtype(node)).seconds(flops(node))
+    memory_s = num_bytes(node) / rates.memory_bytes_per_s
     if node.target in ATTENTION:
         products_s /= ATTENTION_SHARE
-    return rates.kernel_s + max(products_s, num_bytes(node) / rates.memory_bytes_per_s)
+    return rates.kernel_s + (products_s + memory_s if node.target in IN_PARTS else max(products_s, memory_s))
 
 
 def num_bytes(node: fx.Node) -> int:
@@ -114,14 +135,6 @@ def flops(node: fx.Node) -> int:
 def _every_operand(node: fx.Node) -> int:
     """All operands are read, all results written; what is written in place is both."""
     return sum(_num_bytes(type_of(value)) for value in node.all_input_nodes) + _written(node)
-
-
-def _written(node: fx.Node) -> int:
-    if not writes(node):
-        return _num_bytes(type_of(node))
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    written = [value for argument, value in arguments if argument.alias_info is not None and argument.is_write]
-    return sum(_num_bytes(type_of(value)) for value in written if isinstance(value, fx.Node))
 
 
 @cache

@@ -60,6 +60,17 @@ def test_elements_count_that_are_read_not_those_between_them_nor_twice_where_the
     assert num_bytes(added) == 2 * 64 * 32 * 4 + 4
 
 
+def test_logits_in_pieces_pass_through_memory() -> None:
+    text = 'def evaluation(\n    h: "bf16[64, 32] | input:0",\n    w: "bf16[128, 32] | input:1",\n'
+    program = parse_program(text + '    l: "i64[64] | input:2",\n):\n    # forward\n    return {}\n')
+    hidden, weight, labels = program.placeholders
+    arguments = (hidden, weight, None, labels, 1.0, 0.0, -100, 1, 64)
+    node = program.emit(torch.ops.geminifx.linear_cross_entropy.default, arguments, before=program.output)
+    operands, results = 2 * 32 * (64 + 128) + 8 * 64, 4 + 4 + 2 * 64 * 4
+    assert num_bytes(node) == operands + results + 64 * 128 * (2 * 2 + 4 * 4)
+    assert kernel_s(node, RATES) == pytest.approx(1e-6 + num_bytes(node) / 1e9 + flops(node) / 1e12), "one by one"
+
+
 @pytest.mark.parametrize(
     "line, seconds",
     [
