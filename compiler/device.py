@@ -10,11 +10,11 @@ import torch
 from ..runtime.isa.errors import StateError
 from ..runtime.isa.torch_private import use_expandable_segments
 from ..runtime.isa.units import parse_bytes
-from .device_memory import DeviceMemory
+from .device_memory import HEADROOM_BYTES, DeviceMemory
 from .host_memory import host_memory
 from .options import Options
 from .planner.memory import Limits
-from .planner.rates import ARENA, CUDA
+from .rates.choice import rates_of
 
 WORKSPACE_BYTES = 96 * 2**20
 """What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
@@ -76,8 +76,9 @@ class Device:
             return torch.cuda.get_device_properties(self.torch_device).total_memory
         return host_memory()[0]
 
-    def limits(self, options: Options) -> Limits:
-        """Budgets in bytes. On CUDA the allocator is capped so that the whole process keeps to the budget.
+    def limits(self, options: Options, processes: int) -> Limits:
+        """Budgets in bytes, and the rates of a machine that so many processes share. On CUDA the allocator is capped so
+        that the whole process keeps to the budget.
 
         Raises ValueError for a budget that makes no sense.
         """
@@ -88,14 +89,17 @@ class Device:
         if options.device_budget is not None:
             given = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
         if not self.is_cuda:
-            return Limits(given, 0, host_bytes, ARENA)
+            return Limits(given, 0, host_bytes, rates_of(self.torch_device, options.rates, processes, 0))
+        room_bytes = min(given or self.total_bytes(), torch.cuda.mem_get_info(self.torch_device)[0]) - HEADROOM_BYTES
+        # Measured before the memory is: libraries that this loads stay.
+        rates = rates_of(self.torch_device, options.rates, processes, room_bytes)
         device_bytes = self._device_bytes(given)
         share = max(0.0, min(1.0, (device_bytes - self.memory.reserve_bytes) / self.total_bytes()))
         use_expandable_segments()
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         planned = self.memory.reserve_bytes + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
-        return Limits(device_bytes, planned, host_bytes, CUDA, HOLE_SHARE)
+        return Limits(device_bytes, planned, host_bytes, rates, HOLE_SHARE)
 
     def _device_bytes(self, given: int | None) -> int:
         """The budget: as it is given, or all that other processes leave."""

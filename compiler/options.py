@@ -19,6 +19,8 @@ from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.units import parse_bytes
 from .parallel import Parallel
+from .rates.choice import given_rates
+from .rates.rates import Rates
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +53,8 @@ class Options:
         outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
             outputs beside the loss, such as logits, are put together under "all" alone.
         plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.
+        rates: how fast the machine is that is planned for: the name of a card, such as "rtx4090", the path of what
+            `geminifx calibrate` wrote, or `Rates`. By default what was measured of this one; it changes no result.
         passes: further passes, each placed behind the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
         device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
@@ -74,6 +78,7 @@ class Options:
     fuse_loss: bool | Literal["auto"] = "auto"
     outputs: Outputs = "loss"
     plan: Plan | None = None
+    rates: Rates | None = None
     passes: tuple[Pass, ...] = ()
     optimizer_state_bytes: int = 8
     device: str | None = None
@@ -94,6 +99,7 @@ class Options:
         values["passes"] = _passes(values.get("passes", ()))
         if isinstance(values.get("plan"), str | PathLike):
             values["plan"] = Plan.load(values["plan"])
+        values["rates"] = given_rates(values.get("rates"))
         for name in ("recompute", "offload", "example_inputs"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])

@@ -76,7 +76,7 @@ class Session:
         mesh_of = partial(options.degrees.mesh, options.world_size)
         self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype, options.timeout_s)
         self.local_shards = LocalShards(self.ranks)
-        self.limits = self.device.limits(options).agreed(self.ranks)
+        self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         default = "bf16" if self.device.is_cuda else None
         self.dtype = DTYPES.get(options.precision or default or "")

@@ -26,7 +26,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "runtime": ({"isa"}, {"kernels", "distributed"}, {"memory"}, {"optimizer"}, {"state_io"}, {""}),
     "passes": ({"program"}, {"patterns", "sharding"}, {""}),
     "models": ({""}, {"recipe"}),
-    "compiler": ({"parallel", "options", "lowering"}, {"capture"}, {"planner"}, {"inspect"}, {""}, {"cli"}),
+    "compiler": ({"parallel", "rates", "options", "lowering"}, {"capture"}, {"planner"}, {"inspect"}, {""}, {"cli"}),
 }
 """The sub-rooms and modules of a room from the ground up; "" are all its other modules. Imports run downwards."""
 

@@ -18,8 +18,10 @@ from ...models.adapters import example_inputs
 from ...models.presets import empty_model
 from ...passes.program.plan import Plan
 from ...runtime.isa.errors import BudgetError, CaptureError, ShardingError
-from ...runtime.isa.units import format_bytes
+from ...runtime.isa.units import format_bytes, format_seconds
 from ..api import compile
+from ..rates.choice import OTHER_CARD
+from .calibrate import RATES_HELP
 from .errors import shown_errors
 
 ANY_HOST_BYTES = 2**60
@@ -75,21 +77,25 @@ def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **
 
 
 def comparison_table(compared: list[Compared], world_size: int) -> Table:
-    """Bytes per process and step."""
+    """Bytes per process and step, and modelled seconds."""
+    rates = next((f" at the rates of {way.plan.estimate.rates}" for way in compared if way.plan is not None), "")
     table = Table(
-        "parallel", "device peak", "activations", "received", "by axis", title=f"{world_size} processes, each"
-    )
+        "parallel", "device peak", "activations", "step", "received", "by axis",
+        title=f"{world_size} processes, each{rates}",
+    )  # fmt: skip
     for way in compared:
         if way.plan is None:
-            table.add_row(way.name, "-", "-", "-", way.refusal)
+            table.add_row(way.name, "-", "-", "-", "-", way.refusal)
             continue
         received: dict[str, int] = {}
         for collective in way.plan.estimate.collectives:
             received[collective.axis] = received.get(collective.axis, 0) + collective.received_bytes
         activations = dict(way.plan.estimate.at_peak).get("activations", 0)
         by_axis = ", ".join(f"{axis} {format_bytes(num_bytes)}" for axis, num_bytes in received.items())
-        table.add_row(way.name, format_bytes(way.plan.peak_bytes), format_bytes(activations),
-                      format_bytes(sum(received.values())), by_axis)  # fmt: skip
+        table.add_row(
+            way.name, format_bytes(way.plan.peak_bytes), format_bytes(activations),
+            format_seconds(way.plan.estimate.step_s), format_bytes(sum(received.values())), by_axis,
+        )  # fmt: skip
     return table
 
 
@@ -119,6 +125,7 @@ def compare(
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
+    rates: Annotated[str, typer.Option(help=RATES_HELP)] = OTHER_CARD,
 ) -> None:
     """Plan MODEL for several processes in every tensor parallel mode, and show memory and communication of each.
 
@@ -128,6 +135,7 @@ def compare(
     with shown_errors():
         loaded = empty_model(model)
         batch = _batch(loaded, batch_size, seq_len)
-        settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget}
+        settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget,
+                    "rates": rates}  # fmt: skip
         compared = compare_ways(loaded, world_size, batch, host_budget=ANY_HOST_BYTES, **settings)
     Console().print(comparison_table(compared, world_size))

@@ -56,6 +56,7 @@ class TrainOptions:
     recompute: str = "auto"
     microbatches: str = "auto"
     offload: str = "auto"
+    rates: str | None = None
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -253,7 +254,7 @@ def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, tor
 
 def _settings(options: TrainOptions) -> dict[str, Any]:
     """Return what `compile` is told, but for the batch."""
-    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute", "offload")
+    names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute", "offload", "rates")
     dump = None if options.dump is None or rank() > 0 else str(options.dump)
     parallel = parse_parallel(options.parallel or "") or None
     asked = options.microbatches

@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from ...models.recipe.records import GRAMMAR as GRAMMAR_OF_FIELDS
 from ..parallel import GRAMMAR
+from .calibrate import RATES_HELP
 from .errors import shown_errors
 from .job import TrainOptions, run
 from .launch import is_launched, launch, rank
@@ -65,6 +66,7 @@ def train(
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
     microbatches: Annotated[str, typer.Option(help="Parts that a batch runs in: auto, or how many.")] = "auto",
     offload: Annotated[str, typer.Option(help="Offload activations to the host: auto, all or none.")] = "auto",
+    rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times through the data, instead of --steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -104,6 +106,7 @@ def train(
         recompute=recompute,
         microbatches=microbatches,
         offload=offload,
+        rates=rates,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,

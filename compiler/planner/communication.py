@@ -1,7 +1,6 @@
 """What the processes of a plan exchange in a step, counted from the program that will run, and the memory it takes."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 from torch import fx
 
@@ -49,12 +48,12 @@ def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
     otherwise."""
     counts: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
-    sizes = {axis.name: axis.size for axis in plan.mesh.axes}
     first = {int(fetch.args[0]): fetch for fetch in reversed(program.calls(FETCH))}
     for node in program.computes:
         if node.target is FETCH and plan.homes[node.args[0]].resident and node is not first[node.args[0]]:
             continue  # whole from its first use on
-        for found in _received(node, plan, sizes):
+        found = exchanged(node, plan)
+        if found is not None:
             counts[found.axis, found.collective] += found.count
             received[found.axis, found.collective] += found.received_bytes
     # Several axes taken together come first: they are the replicas', over which gradients are summed.
@@ -63,28 +62,38 @@ def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
     return tuple(CollectiveTraffic(*key, counts[key], received[key]) for key in keys)
 
 
-def _received(node: fx.Node, plan: Plan, sizes: dict[str, int]) -> Iterator[CollectiveTraffic]:
-    """What one instruction exchanges."""
+def exchanged(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
+    """What one instruction exchanges, if anything."""
     if node.target is START_ALL_GATHER:
-        yield CollectiveTraffic(node.args[1], "all-gather", 1, (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes)
-    elif node.target is START_REDUCE_SCATTER:
-        yield CollectiveTraffic(node.args[1], "reduce-scatter", 1, (node.args[2] - 1) * tensor_type(node).num_bytes)
-    elif node.target is START_ALL_REDUCE:
-        num_bytes = _all_reduced(tensor_type(node).num_bytes, sizes[node.args[1]])
-        yield CollectiveTraffic(node.args[1], "all-reduce", 1, num_bytes)
-    elif plan.batches > 1 and node.target is AVERAGE:
+        received_bytes = (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes
+        return CollectiveTraffic(node.args[1], "all-gather", 1, received_bytes)
+    if node.target is START_REDUCE_SCATTER:
+        received_bytes = (node.args[2] - 1) * tensor_type(node).num_bytes
+        return CollectiveTraffic(node.args[1], "reduce-scatter", 1, received_bytes)
+    if node.target is START_ALL_REDUCE:
+        received_bytes = _all_reduced(tensor_type(node).num_bytes, plan.mesh.ranks_over((node.args[1],)))
+        return CollectiveTraffic(node.args[1], "all-reduce", 1, received_bytes)
+    if plan.batches > 1 and node.target is AVERAGE:
         together = taken_together(names_of(plan.mesh.batch_axes))
-        yield CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
-    elif node.target is REDUCE and plan.layout.chunks[node.args[1]].reduced_over:
-        yield _reduced(plan.layout.chunks[node.args[1]], plan)
-    elif node.target is FETCH and plan.layout.chunks[node.args[0]].shards > 1:
-        chunk = plan.layout.chunks[node.args[0]]
-        received_bytes = chunk.compute_bytes - chunk.shard_bytes
-        yield CollectiveTraffic(taken_together(chunk.reduced_over), "all-gather", 1, received_bytes)
+        return CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
+    if node.target is REDUCE:
+        return reduced(plan.layout.chunks[node.args[1]], plan)
+    return gathered(plan.layout.chunks[node.args[0]]) if node.target is FETCH else None
 
 
-def _reduced(chunk: ChunkLayout, plan: Plan) -> CollectiveTraffic:
-    """What becomes of a chunk's gradient."""
+def gathered(chunk: ChunkLayout) -> CollectiveTraffic | None:
+    """How a chunk's weights come together from their shards, where it has any."""
+    if chunk.shards == 1:
+        return None
+    return CollectiveTraffic(
+        taken_together(chunk.reduced_over), "all-gather", 1, chunk.compute_bytes - chunk.shard_bytes
+    )
+
+
+def reduced(chunk: ChunkLayout, plan: Plan) -> CollectiveTraffic | None:
+    """What becomes of a chunk's gradient, where it is added up over processes."""
+    if not chunk.reduced_over:
+        return None
     together, ranks = taken_together(chunk.reduced_over), plan.mesh.ranks_over(chunk.reduced_over)
     reduce_dtype = plan.request.reduce_dtype
     num_bytes = chunk.numel * sum_dtype(chunk.dtype, reduce_dtype).itemsize

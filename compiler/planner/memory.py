@@ -8,9 +8,9 @@ from ...passes.program.estimate import Estimate
 from ...passes.program.plan import Plan
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.homes import Homes
+from ..rates.rates import Rates, slowest
 from .communication import collective_bytes
 from .liveness import Liveness
-from .rates import Rates
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Limits:
 
     def agreed(self, ranks: Ranks) -> "Limits":
         """What every rank can keep to, so that all make the same plan; ranks on one machine share its memory."""
-        found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes))
-        budgets, reserves, hosts = zip(*found, strict=True)
+        found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes, self.rates))
+        budgets, reserves, hosts, rates = zip(*found, strict=True)
         device_bytes = min((budget for budget in budgets if budget is not None), default=None)
         host_bytes = min(hosts) // ranks.on_this_host
-        return replace(self, device_bytes=device_bytes, reserve_bytes=max(reserves), host_bytes=host_bytes)
+        return replace(
+            self, device_bytes=device_bytes, reserve_bytes=max(reserves), host_bytes=host_bytes, rates=slowest(rates)
+        )
 
 
 class Memory:

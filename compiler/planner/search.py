@@ -39,6 +39,9 @@ SHARES = 4
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
 
+SPARE_GAIN = 0.02
+"""The share of a step's time that second places for states must save: they take as much of the host as the states."""
+
 STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares of the chunks that may be updated on the device although their states lie on the host."""
 
@@ -155,22 +158,30 @@ def _faster(best: Solution, plan: Plan, lower: Lower, limits: Limits, given: Con
 def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
     """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
     program = lower(plan)
-    memory, time = Memory(plan, analyse(program), limits), StepTime.of(program, limits.rates)
+    memory, time = Memory(plan, analyse(program), limits), StepTime.of(program, plan, limits.rates)
     found: Iterable[Homes] = [_least(plan, given)]
     if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
     _, step_s, homes = min(timed, key=lambda candidate: candidate[:2])
-    return _solution(replace(plan, homes=homes), program, memory, step_s)
+    if given.placed is None:
+        spared = _with_spares(plan, memory, homes)
+        if spared != homes and time.seconds(plan, spared) < (1 - SPARE_GAIN) * step_s:
+            homes = spared
+    return _solution(replace(plan, homes=homes), program, memory, time)
 
 
 def _step_s(solution: Solution) -> float:
     return solution.plan.estimate.step_s
 
 
-def _solution(plan: Plan, program: Program, memory: Memory, step_s: float) -> Solution:
+def _solution(plan: Plan, program: Program, memory: Memory, time: StepTime) -> Solution:
     """A plan in which everything is decided, with all that it is expected to take."""
-    estimate = replace(memory.estimate(plan.homes), step_s=step_s, collectives=collectives(program, plan))
+    timing = time.timing(plan, plan.homes)
+    estimate = replace(
+        memory.estimate(plan.homes), step_s=timing.step_s, busy_s=timing.busy_s, rates=time.rates.name,
+        collectives=collectives(program, plan),
+    )  # fmt: skip
     return Solution(replace(plan, estimate=estimate), program)
 
 
@@ -188,8 +199,8 @@ def _worth_a_look(unfused: Solution, limits: Limits, given: Constraints) -> bool
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     """Accept a plan that was made by hand or before, estimated anew. Raises BudgetError where it does not fit."""
     program = lower(plan)
-    step_s = StepTime.of(program, limits.rates).seconds(plan, plan.homes)
-    solution = _solution(plan, program, Memory(plan, analyse(program), limits), step_s)
+    time = StepTime.of(program, plan, limits.rates)
+    solution = _solution(plan, program, Memory(plan, analyse(program), limits), time)
     if not limits.allow(solution.plan):
         raise _refused([solution], limits)
     return solution
@@ -205,11 +216,11 @@ def _refused(solutions: list[Solution], limits: Limits) -> Exception:
 def _least(plan: Plan, given: Constraints) -> Homes:
     """What the policy puts on the device whatever the room."""
     cuda = plan.request.policy == "cuda"
-    where = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks)
+    where, spare = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks), [False] * len(plan.layout.chunks)
     if given.placed is not None:
-        where = [home.where for home in given.placed]
+        where, spare = [home.where for home in given.placed], [home.spare for home in given.placed]
     stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
-    return tuple(map(Home, where, stays))
+    return tuple(map(Home, where, stays, spare))
 
 
 def _candidates(plan: Plan, memory: Memory, given: Constraints) -> list[Homes]:
@@ -239,6 +250,17 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Hom
         for index, home in enumerate(homes):
             grown = moved(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
+    return homes
+
+
+def _with_spares(plan: Plan, memory: Memory, homes: Homes) -> Homes:
+    """Second places for what the host updates, as far as the host has room, for the first gradients first."""
+    room = -memory.host(homes) + memory.limits.host_bytes
+    for chunk in reversed(plan.layout.chunks):
+        spared = replace(homes[chunk.index], spare=True)
+        more = plan.format.host_bytes(chunk, spared) - plan.format.host_bytes(chunk, homes[chunk.index])
+        if plan.format.has_spare(chunk, spared) and more <= room:
+            homes, room = moved(homes, chunk.index, spared), room - more
     return homes
 
 

@@ -1,87 +1,93 @@
 """What a plan costs in time: its program runs a few steps on a clock, with seconds in place of tensors.
 
-Only differences between plans count, so the clock is coarse: operators take the time of their FLOP, copies that of
-their bytes, and what ranks exchange takes none. What it follows closely is who waits for whom, since that decides how
-much of copies and updates hides behind compute: gradients are complete one after the other, the host updates one chunk
-at a time, and the next forward begins with the chunk whose gradient came last.
+Operators take what `costs` says, copies and exchanges the time of their bytes. What the clock follows closely is who
+waits for whom, since that decides how much of copies and updates hides behind compute: gradients are complete one after
+the other, the host updates one chunk at a time, and the next forward begins with the chunk whose gradient came last.
 """
 
 import heapq
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from torch import fx
-
+from ...passes.program.estimate import CollectiveTraffic
 from ...passes.program.plan import Plan
-from ...passes.program.program import Program, tensor_type
+from ...passes.program.program import Program
 from ...runtime.isa.formats import STREAMED_GRADIENTS
 from ...runtime.isa.homes import Homes
-from ...runtime.isa.instructions import ACCUMULATE_GRAD, ARRIVE, DEPART, FETCH, OFFLOAD, REDUCE, RELOAD, WAIT
+from ...runtime.isa.instructions import ACCUMULATE_GRAD, AVERAGE, FETCH, REDUCE, WAIT
 from ...runtime.isa.layout import ChunkLayout
-from .rates import LAUNCH_S, Rates, flops
+from ..rates.rates import LAUNCH_S, Rates
+from .bus import Bus
+from .communication import gathered, reduced
+from .timeline import Carrier, Instruction, Timeline, Transfer, timeline
 
 STEPS = 3
 """Steps on the clock. The last counts: what one leaves to be done delays the next."""
 
-CHUNK_ARGUMENT = {FETCH: 0, WAIT: 1, REDUCE: 1, ACCUMULATE_GRAD: 1}
-
-HOST_ARGUMENT = {DEPART: 1, RELOAD: 0, ARRIVE: 1}
-
-Instruction = tuple[float, fx.node.Target, int]
-"""Seconds of compute from the program's beginning up to it, the operator, and the number of its chunk, or of the
-activation that goes to the host and back."""
+DEVICE, LAUNCHES, HOST = "device", "launches", "host updates"
+"""Beside the carriers, who may be busy."""
 
 _Job = tuple[int, bool, float]
 """The host worker's: the number of a chunk, whether its update is done then, and seconds."""
 
 
-class StepTime:
-    """Modelled seconds of one training step, by where chunks live: `compute_s` of compute, and instructions between.
-    `offloaded` are the bytes of each activation that goes to the host."""
+@dataclass(frozen=True)
+class Timing:
+    """Modelled seconds of a step, and for how many of them each resource is busy, the busiest first."""
 
-    def __init__(self, instructions: Sequence[Instruction], compute_s: float, rates: Rates,
-                 offloaded: Sequence[int] = ()) -> None:  # fmt: skip
-        self.instructions = instructions
-        self.compute_s = compute_s
+    step_s: float
+    busy_s: tuple[tuple[str, float], ...]
+
+
+class StepTime:
+    """Modelled seconds of one training step, by where chunks live."""
+
+    def __init__(self, program: Timeline, rates: Rates) -> None:
+        self.program = program
         self.rates = rates
-        self.offloaded = offloaded
 
     @classmethod
-    def of(cls, program: Program, rates: Rates) -> "StepTime":
-        compute_s, instructions = 0.0, list[Instruction]()
-        offloads = {node: number for number, node in enumerate(program.calls(OFFLOAD))}
-        for node in program.computes:
-            if node.target in CHUNK_ARGUMENT:
-                instructions.append((compute_s, node.target, int(node.args[CHUNK_ARGUMENT[node.target]])))
-            elif node.target in HOST_ARGUMENT:
-                instructions.append((compute_s, node.target, offloads[node.args[HOST_ARGUMENT[node.target]]]))
-            elif node in offloads:
-                instructions.append((compute_s, OFFLOAD, offloads[node]))
-            compute_s += flops(node) / rates.flops_per_s
-        return cls(instructions, compute_s, rates, [tensor_type(node).num_bytes for node in offloads])
+    def of(cls, program: Program, plan: Plan, rates: Rates) -> "StepTime":
+        return cls(timeline(program, plan, rates), rates)
 
     def seconds(self, plan: Plan, homes: Homes) -> float:
         """From the end of one step to the end of the next: as many runs of the program as gradients are added of."""
-        clock = _Clock(plan, homes, self.rates, self.offloaded)
-        ends_s = [clock.step(self.instructions, self.compute_s) for _ in range(STEPS)]
-        return ends_s[-1] - ends_s[-2]
+        return self.timing(plan, homes).step_s
+
+    def timing(self, plan: Plan, homes: Homes) -> Timing:
+        clock = _Clock(plan, homes, self.rates)
+        ends_s, busy = [0.0], [clock.busy()]
+        for _ in range(STEPS):
+            ends_s.append(clock.step(self.program.instructions, self.program.compute_s))
+            busy.append(clock.busy())
+        found = {name: busy[-1][name] - busy[-2][name] for name in busy[-1]}
+        found[DEVICE] += self.program.busy_s * plan.format.accumulate
+        found[LAUNCHES] = self.program.launching_s * plan.format.accumulate
+        busiest = sorted(((name, s) for name, s in found.items() if s > 0), key=lambda one: -one[1])
+        return Timing(ends_s[-1] - ends_s[-2], tuple(busiest))
 
 
 class _Clock:
     """Whoever has something to do in a step, and when each will be done."""
 
-    def __init__(self, plan: Plan, homes: Homes, rates: Rates, offloaded: Sequence[int] = ()) -> None:
-        self.chunks, self.format, self.homes, self.rates = plan.layout.chunks, plan.format, homes, rates
+    def __init__(self, plan: Plan, homes: Homes, rates: Rates) -> None:
+        self.plan, self.homes, self.rates = plan, homes, rates
+        self.chunks, self.format = plan.layout.chunks, plan.format
         self.runs = plan.format.accumulate
         self.streamed = [index for index, home in enumerate(homes) if home.streamed]
-        self.offloaded = offloaded
+        self.bus = Bus(rates)
+        self.busy_s: dict[str, float] = defaultdict(float)  # of whoever is not a direction of the bus
         # With all that there is to do so far are done: compute, copies of weights and activations to the device, those
-        # of activations to the host, states on their way through the device, the host's worker. Gradients on their way
-        # to the host are never more than one.
-        self.now_s = self.up_s = self.down_s = self.travel_s = self.host_s = 0.0
-        self.moved_s = [0.0] * len(offloaded)  # by activation: when it is where it was copied to last
+        # of activations to the host, states on their way through the device, the host's worker, exchanges. Gradients
+        # on their way to the host are never more than one.
+        self.now_s = self.up_s = self.down_s = self.travel_s = self.host_s = self.network_s = 0.0
+        self.stepped_s = 0.0  # when the optimizer's step() was called last
         # By chunk: when its fetch was reached, its weights are new where they are read, its gradient is on the host.
         self.fetched_s, self.fresh_s, self.landed_s = ([0.0] * len(self.chunks) for _ in range(3))
         self.copied: set[int] = set()  # in this run, for a torch optimizer, of the weights that stay
+        self.gathered: set[int] = set()  # in this run, of the weights that stay
+        self.under_way: dict[int, float] = {}  # when what instructions have set under way will be done
         self.complete: list[int] = []  # chunks for step() to update
         self.coming: list[tuple[float, _Job]] = []  # the worker's next ones, and from when on; a heap
         self.come: list[_Job] = []  # those of them that it may begin with; a heap
@@ -92,27 +98,31 @@ class _Clock:
         """Run one step more. Returns when it ends, which is before all of its updates do."""
         for run in range(1, self.runs + 1):
             self.copied.clear()
+            self.gathered.clear()
             passed_s = 0.0
-            for at_s, target, index in instructions:
+            for at_s, target, about in instructions:
                 self.now_s += at_s - passed_s
                 passed_s = at_s
-                if target is FETCH:
-                    self.fetched_s[index] = self.now_s
+                if isinstance(about, Transfer):
+                    self._begin(about, awaited=target is AVERAGE)
+                elif target is FETCH:
+                    self.fetched_s[about] = self.now_s
                 elif target is WAIT:
-                    self._wait(self.chunks[index])
+                    self._wait(self.chunks[about])
                 elif target is REDUCE:
-                    self._reduce(self.chunks[index], last=run == self.runs)
-                elif target is OFFLOAD:
-                    self.moved_s[index] = self.down_s = self._copy(self.offloaded[index], self.now_s, self.down_s)
-                elif target is RELOAD:
-                    self.moved_s[index] = self.up_s = self._copy(self.offloaded[index], self.now_s, self.up_s)
-                elif target in (DEPART, ARRIVE):
-                    self.now_s = max(self.now_s, self.moved_s[index])
+                    self._reduce(self.chunks[about], last=run == self.runs)
+                elif target is ACCUMULATE_GRAD:
+                    self._accumulate_grad(about)
                 else:
-                    self._accumulate_grad(index)
+                    self._finish(about)
             self.now_s += compute_s - passed_s
         self._end()
         return self.now_s
+
+    def busy(self) -> dict[str, float]:
+        """For how long each was busy so far, what the program computes left out."""
+        carriers = {Carrier.UP.value: self.bus.up.busy_s, Carrier.DOWN.value: self.bus.down.busy_s}
+        return {DEVICE: 0.0, HOST: 0.0, Carrier.NETWORK.value: 0.0} | carriers | self.busy_s
 
     # -- instructions --------------------------------------------------------------------------------------
 
@@ -126,21 +136,27 @@ class _Clock:
         if not (home.resident or home.on_device) or stale:
             self.copied.add(index)
             arrival_s = self._copy_up(chunk, max(arrival_s, self.fetched_s[index]))
+        if index not in self.gathered:
+            if home.resident:
+                self.gathered.add(index)
+            arrival_s = self._exchanged(gathered(chunk), arrival_s, self.fetched_s[index])
         self.now_s = max(self.now_s, arrival_s)
 
     def _reduce(self, chunk: ChunkLayout, *, last: bool) -> None:
         """A gradient is complete. `last`: it is not only added to those of runs to come."""
+        added_s = self._exchanged(reduced(chunk, self.plan), self.now_s)
         if self.homes[chunk.index].on_device:
-            self.now_s += self._adds * chunk.shard_numel / self.rates.device_sums_per_s
-            self.now_s += last * chunk.shard_numel / self.rates.device_params_per_s
+            self.landed_s[chunk.index] = added_s
+            self._on_device(chunk.shard_numel / self.rates.device_sums_per_s * self._adds)
+            self._on_device(chunk.shard_numel / self.rates.device_params_per_s * last)
         elif self._waits_for_its_state(chunk.index):
-            self._stream(chunk, self.now_s)
+            self._stream(chunk, added_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]
         else:
-            self.landed_s[chunk.index] = self._copied(chunk.shard_bytes, self.now_s)
+            self.landed_s[chunk.index] = self._copied(Carrier.DOWN, chunk.shard_bytes, added_s)
             if self._adds:
                 self._put(chunk, self.landed_s[chunk.index], self.rates.host_sums_per_s)
-            if last and self.format.in_backward:
+            if last and (self.format.in_backward or self._has_spare(chunk)):
                 self._update(chunk, self.landed_s[chunk.index])
             elif last:
                 self.complete.append(chunk.index)
@@ -155,18 +171,39 @@ class _Clock:
 
     def _end(self) -> None:
         """The optimizer's step(), in the order of the next forward. A torch optimizer's ends with the last update."""
+        self.stepped_s = self.now_s
         for chunk in (self.chunks[index] for index in sorted(self.complete)):
             if not self.format.beside:
-                self.now_s += chunk.numel / self.rates.torch_params_per_s
+                update_s = chunk.numel / self.rates.torch_params_per_s
+                self.busy_s[HOST] += update_s
+                self.now_s += update_s
                 self.fresh_s[chunk.index] = self.now_s
             else:
                 self._update(chunk, self.now_s)
         self.complete.clear()
 
+    def _begin(self, transfer: Transfer, *, awaited: bool) -> None:
+        """Something is set under way, and `awaited` right here, or where an instruction says so."""
+        if transfer.carrier is Carrier.NETWORK:
+            end_s = self._exchange(transfer.count, transfer.num_bytes, self.now_s)
+        elif transfer.carrier is Carrier.UP:
+            end_s = self.up_s = self._copied(Carrier.UP, transfer.num_bytes, max(self.now_s, self.up_s))
+        else:
+            end_s = self.down_s = self._copied(Carrier.DOWN, transfer.num_bytes, max(self.now_s, self.down_s))
+        self.under_way[transfer.number] = end_s
+        if awaited:
+            self._finish(transfer.number)
+
+    def _finish(self, number: int) -> None:
+        self.now_s = max(self.now_s, self.under_way[number])
+
     # -- updates and copies --------------------------------------------------------------------------------
 
     def _waits_for_its_state(self, index: int) -> bool:
         return self.format.at_once and self.homes[index].streamed
+
+    def _has_spare(self, chunk: ChunkLayout) -> bool:
+        return self.format.has_spare(chunk, self.homes[chunk.index])
 
     @property
     def _adds(self) -> bool:
@@ -186,9 +223,10 @@ class _Clock:
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
         """Up, update and down, piece by piece; the worker is the slower for what passes through its memory."""
-        state, _ = self.format.travelling_bytes(chunk, self.homes[chunk.index])
+        up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += LAUNCH_S
-        self.travel_s = self.fresh_s[chunk.index] = self._copied(state, after_s, self.travel_s)
+        end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
+        self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
         self._put(chunk, after_s, self.rates.passing_params_per_s)
 
     def _work_until_updated(self, index: int) -> None:
@@ -199,33 +237,58 @@ class _Clock:
             while self.coming and self.coming[0][0] <= self.host_s:
                 heapq.heappush(self.come, heapq.heappop(self.coming)[1])
             number, updates, seconds = heapq.heappop(self.come)
-            self.host_s += seconds
+            self._work(seconds)
             if updates:
                 self._update_on_host(self.chunks[number])
 
     def _update_on_host(self, chunk: ChunkLayout) -> None:
         self.pending.remove(chunk.index)
+        new_s = max(self.host_s, self.stepped_s) if self._has_spare(chunk) else self.host_s
         resident = self.homes[chunk.index].resident
-        self.fresh_s[chunk.index] = self._copy_up(chunk, self.host_s) if resident else self.host_s
+        self.fresh_s[chunk.index] = self._copy_up(chunk, new_s) if resident else new_s
 
     def _copy_up(self, chunk: ChunkLayout, after_s: float) -> float:
-        """Weights come to the device."""
-        self.up_s = self._copy(chunk.shard_bytes, after_s, self.up_s)
-        return self.up_s
-
-    def _copy(self, num_bytes: int, *after_s: float) -> float:
-        """When weights or activations are copied. States that travel have what is left of the bus."""
-        end_s = self._copied(num_bytes, *after_s)
-        copy_s = num_bytes / self.rates.bus_bytes_per_s
-        begin_s = end_s - copy_s
+        """Weights come to the device. States that travel have what is left of the bus."""
+        begin_s = self._from(max(after_s, self.up_s))
+        self.up_s = self._copied(Carrier.UP, chunk.shard_bytes, begin_s)
+        copy_s = self.up_s - begin_s
         self.travel_s += copy_s * (self.travel_s > begin_s)
         for index in self.streamed:
             self.fresh_s[index] += copy_s * (self.fresh_s[index] > begin_s)
+        return self.up_s
+
+    def _copied(self, direction: Carrier, num_bytes: int, after_s: float) -> float:
+        """When a copy is done."""
+        copy = self.bus.to_device if direction is Carrier.UP else self.bus.to_host
+        return self._beside(copy(num_bytes, self._from(after_s)))
+
+    def _exchanged(self, traffic: CollectiveTraffic | None, *after_s: float) -> float:
+        """When an exchange is done; what is not exchanged is there at once."""
+        return max(after_s) if traffic is None else self._exchange(traffic.count, traffic.received_bytes, max(after_s))
+
+    def _exchange(self, count: int, received_bytes: int, after_s: float) -> float:
+        """One behind the other."""
+        exchange_s = self.rates.exchange_s(count, received_bytes)
+        self.busy_s[Carrier.NETWORK.value] += exchange_s
+        self.network_s = self._from(max(after_s, self.network_s)) + exchange_s
+        return self._beside(self.network_s)
+
+    def _from(self, after_s: float) -> float:
+        """When something begins that is to begin after that: not before compute is there, where nothing overlaps."""
+        return after_s if self.rates.overlaps else max(after_s, self.now_s)
+
+    def _beside(self, end_s: float) -> float:
+        """Compute waits for the end of everything where nothing overlaps."""
+        if not self.rates.overlaps:
+            self.now_s = end_s
         return end_s
 
-    def _copied(self, num_bytes: int, *after_s: float) -> float:
-        """When a copy is done. Compute waits for it where nothing overlaps."""
-        if self.rates.overlaps:
-            return max(after_s) + num_bytes / self.rates.bus_bytes_per_s
-        self.now_s = max(self.now_s, *after_s) + num_bytes / self.rates.bus_bytes_per_s
-        return self.now_s
+    def _on_device(self, seconds: float) -> None:
+        """The device has something to do with a state."""
+        self.busy_s[DEVICE] += seconds
+        self.now_s += seconds
+
+    def _work(self, seconds: float) -> None:
+        """The host's worker has something to do."""
+        self.host_s += seconds
+        self.busy_s[HOST] += seconds

@@ -18,8 +18,10 @@ class Estimate:
     """Figures of the program that a plan was made for.
 
     Fields:
-        step_s: modelled seconds of a step, at the rates of the machine it is planned on. Operators without a formula
-            for their FLOP, and what processes exchange, take none, so it tells plans for one mesh apart.
+        step_s: modelled seconds of a step.
+        busy_s: for how many of them each resource is busy, such as the device or a direction of the bus, the busiest
+            first.
+        rates: the machine at whose rates that is.
         static_bytes: on the device for good.
         peak_bytes: the device's highest point in a step.
         reserve_bytes: what of it the driver's context and libraries take.
@@ -30,6 +32,8 @@ class Estimate:
     """
 
     step_s: float = 0.0
+    busy_s: tuple[tuple[str, float], ...] = ()
+    rates: str = ""
     static_bytes: int = 0
     peak_bytes: int = 0
     reserve_bytes: int = 0
@@ -37,3 +41,13 @@ class Estimate:
     host_bytes: int = 0
     offloaded_bytes: int = 0
     collectives: tuple[CollectiveTraffic, ...] = ()
+
+    @property
+    def bound_s(self) -> float:
+        """What a step takes at least, however its parts overlap: as long as its busiest resource is busy."""
+        return self.busy_s[0][1] if self.busy_s else 0.0
+
+    @property
+    def binds(self) -> str:
+        """The busiest resource."""
+        return self.busy_s[0][0] if self.busy_s else ""

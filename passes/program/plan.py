@@ -130,8 +130,11 @@ class Plan:
 
     def _estimated(self) -> Iterator[Row]:
         expected = self.estimate
-        uncounted = ", without what processes exchange" if expected.collectives else ""
-        yield "modelled step", format_seconds(expected.step_s) + uncounted
+        at = f", at the rates of {expected.rates}" if expected.rates else ""
+        yield "modelled step", format_seconds(expected.step_s) + at
+        if expected.busy_s:
+            yield "  at least", f"{format_seconds(expected.bound_s)}, by what binds: {expected.binds}"
+            yield "  busy", ", ".join(f"{name} {format_seconds(busy_s)}" for name, busy_s in expected.busy_s)
         for e in expected.collectives:
             yield f"  received along {e.axis}", f"{format_bytes(e.received_bytes)} by {e.count} {e.collective}(s)"
         yield "planned device peak", format_bytes(expected.peak_bytes)

@@ -56,6 +56,10 @@ class StateFormat(ABC):
     def device_bytes(self, chunk: ChunkLayout, home: Home) -> int:
         """What a chunk takes on the device between steps: its state, or the weights of it that stay."""
 
+    def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
+        """Whether there is a second place for the state, where the next update is made before `step()`."""
+        return False
+
     @abstractmethod
     def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
         """What it takes on the host, the buffers that copies start from and gradients land in included."""
@@ -201,7 +205,7 @@ class OwnFormat(StateFormat):
         return 0 if home.on_device else self.state_bytes(chunk) + landing + spare
 
     def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Whether there is a second place for the state: of what the host updates when `step()` has said so."""
+        """Of what the host updates when `step()` has said so."""
         return home.spare and home.where is Where.HOST and chunk.trainable and not self.in_backward
 
     def keeps_whole(self, chunk: ChunkLayout, home: Home) -> bool:

@@ -65,7 +65,7 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Uns
 __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
-    "annotate_modules", "export_joint",
+    "annotate_modules", "cuda_driver", "export_joint",
     "module_of", "num_references", "plain_dispatch", "plain_results",
     "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs", "will_accumulate",
     "wrapper_parameter",
@@ -133,6 +133,12 @@ def wrapper_parameter(cls: type, shape: tuple[int, ...], strides: tuple[int, ...
 
 def module_of(node: torch.fx.Node) -> str:
     return (node.meta.get("custom") or {}).get("module_fqn", "")
+
+
+def cuda_driver() -> str:
+    """The newest CUDA that the driver knows, such as "13000"; "" where torch has no CUDA."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return "" if version is None else str(version())
 
 
 def use_expandable_segments() -> None:

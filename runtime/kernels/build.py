@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..isa.errors import GeminiError
+from .user_cache import appearing, is_private, usable_cache
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w")
 """No -march: each function names its own instruction set. No contraction: bits must not depend on the compiler."""
@@ -62,23 +62,12 @@ def compilers() -> list[list[str]]:
     return [named, *(command for command in found if command != named)] if named else found
 
 
-def cache_directory() -> Path:
-    """Return the folder for built libraries: `geminifx` in XDG_CACHE_HOME or in ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "geminifx"
-
-
 def _load_with(command: list[str], source: Path) -> ctypes.CDLL:
     """Return the library as one compiler builds it."""
     version = _run([*command, "--version"])
     name = f"{source.stem}-{_key(command, source, version)}.so"
-    directory = cache_directory()
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        usable = os.access(directory, os.W_OK) and _is_private(directory)
-    except OSError:
-        usable = False
-    if not usable:
+    directory = usable_cache()
+    if directory is None:
         with tempfile.TemporaryDirectory() as private:  # once loaded, the library needs its file no more
             return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
     target = directory / name
@@ -92,19 +81,9 @@ def _load_with(command: list[str], source: Path) -> ctypes.CDLL:
 def _cached(target: Path) -> ctypes.CDLL | None:
     """Return the library at `target`, if there is one that loads and that nobody else can have written."""
     try:
-        return ctypes.CDLL(str(target)) if _is_private(target) else None
+        return ctypes.CDLL(str(target)) if is_private(target) else None
     except OSError:  # not there, or damaged, for example by a full disk: build it again
         return None
-
-
-def _is_private(path: Path) -> bool:
-    """Return whether only this user, or root, can write to `path`, or put another in its place."""
-    own = path.stat()
-    if own.st_uid != os.geteuid() or own.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return False
-    above = [parent.stat().st_mode for each in (path.absolute(), path.resolve()) for parent in each.parents]
-    # A group may be the user's own. In a directory with the sticky bit others cannot rename what is not theirs.
-    return not any(mode & stat.S_IWOTH and not mode & stat.S_ISVTX for mode in above)
 
 
 @contextmanager
@@ -121,14 +100,8 @@ def _building(directory: Path) -> Iterator[None]:
 
 def _build(command: list[str], source: Path, target: Path) -> Path:
     """Compile `source` into `target`, which appears whole or not at all."""
-    handle, unfinished = tempfile.mkstemp(prefix=target.stem, suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    try:
-        _run([*command, *FLAGS, str(source), "-o", unfinished])
-        os.chmod(unfinished, 0o700)
-        os.replace(unfinished, target)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    with appearing(target, mode=0o700) as unfinished:
+        _run([*command, *FLAGS, str(source), "-o", str(unfinished)])
     return target
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from geminifx import CompiledModule
 from geminifx.compiler import lowering
+from geminifx.compiler.planner.costs import flops
 from geminifx.compiler.planner.liveness import ACTIVATIONS, GRADIENT_BUFFERS, analyse
-from geminifx.compiler.planner.rates import flops
 from geminifx.passes.cluster import cluster
 from geminifx.passes.fuse_gradients import MM, fuse_gradients
 from geminifx.passes.pipeline import PIPELINE

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from geminifx.compiler.planner.memory import Limits
-from geminifx.compiler.planner.rates import ARENA
 from geminifx.compiler.planner.refusal import HostBudgetError
 from geminifx.compiler.planner.search import Constraints, Solution, check, solve
+from geminifx.compiler.rates.rates import ARENA
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
 from geminifx.passes.program.request import Policy, Request

@@ -1,17 +1,35 @@
 """The modelled time of a step: by hand for chunks of 100 parameters, and what nobody can be faster than."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from geminifx.compiler.planner import simulate as cost
-from geminifx.compiler.planner.rates import ARENA, CUDA, LAUNCH_S, Rates
-from geminifx.compiler.planner.simulate import Instruction, StepTime
+from geminifx.compiler.planner.simulate import StepTime
+from geminifx.compiler.planner.timeline import Carrier, Instruction, Timeline, Transfer
+from geminifx.compiler.rates.presets import preset
+from geminifx.compiler.rates.rates import ARENA, LAUNCH_S, Products, Rates
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Homes
-from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, ARRIVE, DEPART, FETCH, OFFLOAD, REDUCE, RELOAD, WAIT
+from geminifx.runtime.isa.instructions import (
+    ACCUMULATE_GRAD,
+    ARRIVE,
+    AVERAGE,
+    DEPART,
+    FETCH,
+    FINISH_COLLECTIVE,
+    OFFLOAD,
+    REDUCE,
+    RELOAD,
+    START_ALL_GATHER,
+    START_ALL_REDUCE,
+    WAIT,
+)
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from homes import homes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,9 +38,11 @@ from zoo import compiled
 
 # Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1, passing 1. A state
 # takes 10 on its way where its weights stay.
-RATES = Rates(1.0, bus_bytes_per_s=100, host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10,
-              device_params_per_s=100, host_sums_per_s=float("inf"), device_sums_per_s=float("inf"),
-              overlaps=True)  # fmt: skip
+RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memory_bytes_per_s=float("inf"),
+              kernel_s=0.0, launch_s=0.0, up_bytes_per_s=100, down_bytes_per_s=100, both_bytes_per_s=100, host_params_per_s=25,
+              passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100, network_bytes_per_s=100,
+              network_latency_s=0.0, overlaps=True)  # fmt: skip
+ADDED_S = 100 / RATES.host_sums_per_s
 TWO: list[Instruction] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
     (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, ACCUMULATE_GRAD, 1), (6, REDUCE, 0),
@@ -38,8 +58,16 @@ def plan_of(chunks: int, format: StateFormat) -> Plan:
     return replace(Plan(layout=Layout(tuple(layout))), format=format)
 
 
+def with_bus(rates: Rates, bytes_per_s: float) -> Rates:
+    return replace(rates, up_bytes_per_s=bytes_per_s, down_bytes_per_s=bytes_per_s, both_bytes_per_s=bytes_per_s)
+
+
+def step(instructions: Sequence[Instruction], compute_s: float, rates: Rates = RATES) -> StepTime:
+    return StepTime(Timeline(list(instructions), compute_s, compute_s), rates)
+
+
 def two(format: StateFormat, placed: Homes, rates: Rates = RATES) -> float:
-    return StepTime(TWO, 6, rates).seconds(plan_of(2, format), placed)
+    return step(TWO, 6, rates).seconds(plan_of(2, format), placed)
 
 
 @pytest.mark.parametrize("format", [TorchFormat(), OwnFormat(), AT_ONCE], ids=["torch's", "ours", "in the backward"])
@@ -52,13 +80,22 @@ def test_gradients_that_are_added_up_are_updated_with_once() -> None:
 
 
 def test_sums_take_time_where_they_are_made() -> None:
-    rates = replace(RATES, host_sums_per_s=50, device_sums_per_s=200)
+    rates = replace(RATES, memory_bytes_per_s=2000)
     twice = OwnFormat(accumulate=2)
     assert two(twice, homes(2, BOTH), rates) == 2 * (6 + 2 * 0.5) + 2, "of each chunk half a second, on the device"
-    # The first chunk's gradient lands at 16, the end of the second run, and is added by 18; its weights are new at 22
-    # and on the device at 24, the second chunk's at 28 instead of at 25.
+    # The second chunk's gradient lands at 14, in the second run, the first one's at 16: the worker adds and updates one
+    # after the other, and the first chunk's weights, which come up last, are read first.
     late = replace(twice, in_backward=True)
-    assert two(late, homes(2, resident=BOTH), rates) == 16 + 8 + 3
+    assert two(late, homes(2, resident=BOTH), rates) == pytest.approx(14 + 2 * (ADDED_S + 4) + 2)
+
+
+def test_with_spares_the_host_begins_in_the_backward_and_weights_come_after_the_step() -> None:
+    spared = tuple(replace(home, spare=True) for home in homes(2, resident=BOTH))
+    # The second chunk's is made at 10 and comes up from then on, the first one's at 14 and at 16.
+    assert two(OwnFormat(), spared) == 8 + 8
+    quick = replace(RATES, host_params_per_s=100)
+    # Made at 7 and 9: what was made before step(), at 8, comes up from there on, the second chunk's behind the first.
+    assert two(OwnFormat(), spared, quick) == 8 + 3 + 1
 
 
 @pytest.mark.parametrize(
@@ -69,14 +106,14 @@ def test_sums_take_time_where_they_are_made() -> None:
         # Landed at 8, the first chunk's is new at 12 and on the device at 14, the second's at 18 instead of at 15.
         (OwnFormat(), 8 + 6 + 3),
         # Twice as much compute and as many gradients, and one update.
-        (OwnFormat(accumulate=2), 16 + 6 + 3),
+        (OwnFormat(accumulate=2), 16 + 6 + 3 + ADDED_S),
         # Both weights come before they are read, both gradients are waited for, then both updates.
         (TorchFormat(), 8 + 2 * 2 + 2 * 10),
     ],
     ids=["in the backward", "ours", "accumulated", "torch's"],
 )
 def test_the_next_forward_waits_for_the_host(format: StateFormat, seconds: float) -> None:
-    assert two(format, homes(2, resident=BOTH)) == seconds
+    assert two(format, homes(2, resident=BOTH)) == pytest.approx(seconds)
 
 
 def test_the_first_chunk_on_the_device_hides_the_other_s_update() -> None:
@@ -85,10 +122,10 @@ def test_the_first_chunk_on_the_device_hides_the_other_s_update() -> None:
 
 def test_the_worker_takes_what_the_next_forward_reads_first() -> None:
     """All gradients come at once; the chunks are new at 10, 14 and 18, when they are read one second after another."""
-    rates, chunks = replace(RATES, bus_bytes_per_s=float("inf")), (0, 1, 2)
+    rates, chunks = with_bus(RATES, float("inf")), (0, 1, 2)
     program = [(i, what, i) for i in chunks for what in (FETCH, WAIT)] + [(6, REDUCE, i) for i in (2, 1, 0)]
     for format in (AT_ONCE, OwnFormat()):
-        found = StepTime(program, 6, rates).seconds(plan_of(3, format), homes(3, resident=frozenset(chunks)))
+        found = step(program, 6, rates).seconds(plan_of(3, format), homes(3, resident=frozenset(chunks)))
         assert found == 3 * 4 + 1 + 3
 
 
@@ -107,7 +144,7 @@ def test_states_travel(format: StateFormat, seconds: float) -> None:
 
 
 def test_a_state_that_travels_costs_its_launches() -> None:
-    rates = replace(RATES, bus_bytes_per_s=float("inf"))
+    rates = with_bus(RATES, float("inf"))
     assert two(AT_ONCE, homes(2, resident=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * LAUNCH_S)
 
 
@@ -115,7 +152,7 @@ def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_
     chunks = range(4)
     program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, ACCUMULATE_GRAD)]
     placed = homes(4, resident=chunks, streamed=chunks)
-    found = StepTime(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
+    found = step(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
     assert found == pytest.approx(24 + 100, abs=5 * LAUNCH_S)
 
 
@@ -130,14 +167,14 @@ def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, 
 
 def test_weights_that_do_not_stay_come_one_behind_the_other_from_their_fetches_on() -> None:
     nowhere = homes(2)
-    late = StepTime([(0, FETCH, 0), (0, WAIT, 0), (0, FETCH, 1), (1, WAIT, 1)], 2, RATES)
+    late = step([(0, FETCH, 0), (0, WAIT, 0), (0, FETCH, 1), (1, WAIT, 1)], 2, RATES)
     assert late.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 1
-    early = StepTime([(0, FETCH, 0), (0, FETCH, 1), (0, WAIT, 0), (0, WAIT, 1)], 2, RATES)
+    early = step([(0, FETCH, 0), (0, FETCH, 1), (0, WAIT, 0), (0, WAIT, 1)], 2, RATES)
     assert early.seconds(plan_of(2, AT_ONCE), nowhere) == 2 + 2 + 2
 
 
 def test_new_weights_are_fetched_when_the_host_has_them() -> None:
-    once = StepTime([(0, FETCH, 0), (0, WAIT, 0), (3, REDUCE, 0)], 3, RATES)
+    once = step([(0, FETCH, 0), (0, WAIT, 0), (3, REDUCE, 0)], 3, RATES)
     assert (
         once.seconds(
             plan_of(1, AT_ONCE),
@@ -150,9 +187,93 @@ def test_new_weights_are_fetched_when_the_host_has_them() -> None:
 
 
 def test_where_nothing_overlaps_every_copy_is_waited_for() -> None:
-    rates = replace(ARENA, bus_bytes_per_s=100)
+    rates = with_bus(ARENA, 100)
     assert two(AT_ONCE, homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
     assert two(TorchFormat(), homes(2, resident=BOTH), rates) == 6 + 2 * 2 + 2 * 2
+
+
+def test_copies_slow_each_other_where_both_directions_are_busy() -> None:
+    """The second chunk's gradient goes down from 4 to 5; the first one's weights, which come from 4 on, are half there
+    by then, and take half a second more."""
+    alone = with_bus(replace(RATES, host_params_per_s=float("inf")), 200)
+    placed = homes(2, resident=frozenset({1}))
+    slower_s = two(AT_ONCE, placed, replace(alone, both_bytes_per_s=100)) - two(AT_ONCE, placed, alone)
+    assert slower_s == 0.5
+
+
+def test_a_chain_by_hand_and_who_is_busy_in_it() -> None:
+    """Two chunks, both copied for each use and updated on the host.
+
+    Chunk 1's gradient is complete at 0 and on the host at 2. Chunk 0 is copied until 2, its backward ends at 4, its
+    gradient lands at 6, which ends the step. The host updates chunk 1 from 2 to 6 and chunk 0 until 10. Then chunk 0 is
+    copied until 12 and computes until 13, chunk 1 is copied until 15, computes until 16, is copied again until 18, and
+    has its gradient at 20.
+    """
+    timing = step(TWO, 6).timing(plan_of(2, AT_ONCE), homes(2))
+    assert timing.step_s == 20
+    assert dict(timing.busy_s) == {"device": 6, "host updates": 8, "bus up": 8, "bus down": 4}
+    assert [seconds for _, seconds in timing.busy_s] == [8, 8, 6, 4]
+    on_device = step(TWO, 6).timing(plan_of(2, AT_ONCE), homes(2, BOTH))
+    assert dict(on_device.busy_s) == {"device": 6 + 2} and on_device.step_s == 8
+    torchs = step(TWO, 6).timing(plan_of(2, TorchFormat()), homes(2, resident=BOTH))
+    assert dict(torchs.busy_s)["host updates"] == 2 * 10
+    streamed = step(TWO, 6).timing(plan_of(2, AT_ONCE), homes(2, resident=BOTH, streamed=BOTH))
+    assert dict(streamed.busy_s)["bus up"] == dict(streamed.busy_s)["bus down"] == 2 * 10
+
+
+def test_launches_are_busy_too() -> None:
+    timing = StepTime(Timeline(TWO, 6, 4, 5.5), RATES).timing(plan_of(2, OwnFormat(accumulate=2)), homes(2, BOTH))
+    assert dict(timing.busy_s) == {"device": 2 * 4 + 2, "launches": 2 * 5.5}
+
+
+@pytest.mark.parametrize("overlaps, seconds", [(True, 5), (False, 6)], ids=["beside", "in turn"])
+def test_an_exchange_runs_beside_compute_until_it_is_waited_for(overlaps: bool, seconds: float) -> None:
+    """Two of two seconds each, one behind the other from 0 on; a second of compute in front of each end."""
+    rates = replace(RATES, network_bytes_per_s=100, overlaps=overlaps)
+    start, end = START_ALL_REDUCE, FINISH_COLLECTIVE
+    first, second = (Transfer(number, Carrier.NETWORK, 200) for number in (0, 1))
+    program: list[Instruction] = [(0, start, first), (0, start, second), (1, end, 0), (1, end, 1)]
+    timing = step(program, 2, rates).timing(plan_of(1, AT_ONCE), homes(1))
+    assert timing.step_s == seconds and dict(timing.busy_s)["network"] == 4
+
+
+def test_what_is_averaged_is_waited_for_at_once() -> None:
+    rates = replace(RATES, network_latency_s=3.0)
+    program: list[Instruction] = [(1, AVERAGE, Transfer(0, Carrier.NETWORK, 100))]
+    assert step(program, 2, rates).seconds(plan_of(1, AT_ONCE), homes(1)) == 2 + 3 + 1
+
+
+@pytest.mark.parametrize("carrier, name", [(Carrier.UP, "bus up"), (Carrier.DOWN, "bus down")])
+def test_whatever_an_instruction_copies_is_on_the_bus(carrier: Carrier, name: str) -> None:
+    program: list[Instruction] = [(0, START_ALL_GATHER, Transfer(0, carrier, 300)), (1, FINISH_COLLECTIVE, 0)]
+    timing = step(program, 2).timing(plan_of(1, AT_ONCE), homes(1))
+    assert timing.step_s == 3 + 1 and dict(timing.busy_s)[name] == 3
+
+
+def divided(zero: int, format: StateFormat = AT_ONCE) -> Plan:
+    """Two chunks of 100 parameters among four processes: 150 bytes received to gather one, 300 to add up and scatter
+    its gradient in float32, 600 to add it up everywhere."""
+    mesh = Mesh((Axis("data", 4, "data"),))
+    shards = 4 if zero else 1
+    layout = (
+        ChunkLayout(i, 100, torch.bfloat16, torch.float32, True, (), reduced_over=("data",), shards=shards)
+        for i in range(2)
+    )
+    return replace(Plan(Request(zero=zero), Layout(tuple(layout)), mesh), format=format)
+
+
+def test_gradients_are_added_up_over_processes_on_their_way() -> None:
+    """Chunk 1's from 4 to 10, where it is waited for, then chunk 0's until 16."""
+    timing = step(TWO, 6).timing(divided(0), homes(2, BOTH))
+    assert dict(timing.busy_s)["network"] == 2 * 6
+    assert timing.step_s == 16
+
+
+def test_weights_in_shards_are_gathered_for_each_use_or_once_where_they_stay() -> None:
+    passing = step(TWO, 6).timing(divided(3), homes(2, BOTH))
+    assert dict(passing.busy_s)["network"] == pytest.approx(4 * 1.5 + 2 * 3)
+    stays = step(TWO, 6).timing(divided(2), homes(2, BOTH, BOTH))
+    assert dict(stays.busy_s)["network"] == pytest.approx(2 * 1.5 + 2 * 3)
 
 
 # -- any residency -----------------------------------------------------------------------------------------
@@ -186,8 +307,11 @@ def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
     bus: float, host: float, overlaps: bool,
 ) -> None:  # fmt: skip
     streamed = streamed - masters if format.beside else frozenset()
-    rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
-    found = StepTime(STEP, 24, rates).seconds(plan_of(8, format), homes(8, masters, weights, streamed))
+    rates = replace(RATES, host_params_per_s=host, torch_params_per_s=host, overlaps=overlaps)
+    rates = with_bus(rates, bus)
+    timing = step(STEP, 24, rates).timing(plan_of(8, format), homes(8, masters, weights, streamed))
+    found = timing.step_s
+    assert all(seconds <= found * (1 + 1e-9) for _, seconds in timing.busy_s), timing
     compute_s = 24 + len(masters)
     host_s = 100 * len(frozenset(MANY) - masters - streamed) / host
     copies = sum(1 if i in weights else 2 for i in frozenset(MANY) - masters - (streamed & weights))
@@ -205,8 +329,8 @@ def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
     format: StateFormat, masters: frozenset[int], weights: frozenset[int], streamed: frozenset[int],
     bus: float, host: float,
 ) -> None:  # fmt: skip
-    rates = replace(RATES, bus_bytes_per_s=bus, host_params_per_s=host)
-    time = StepTime(STEP, 24, rates)
+    rates = with_bus(replace(RATES, host_params_per_s=host), bus)
+    time = step(STEP, 24, rates)
     placed = homes(8, masters, weights, streamed if format.beside else frozenset())
     found = time.seconds(plan_of(8, format), placed)
     with pytest.MonkeyPatch.context() as patched:
@@ -216,38 +340,49 @@ def test_the_last_step_on_the_clock_is_like_all_that_would_follow(
 
 def test_a_program_s_instructions_are_found_between_its_compute() -> None:
     model = compiled(NET, precision="bf16")
-    time = StepTime.of(model.session.last["training"].flat, CUDA)
-    reduced = [chunk for _, what, chunk in time.instructions if what is REDUCE]
+    time = StepTime.of(model.session.last["training"].flat, model.plan, preset("h100-sxm"))
+    reduced = [chunk for _, what, chunk in time.program.instructions if what is REDUCE]
     assert sorted(reduced) == list(range(len(model.plan.layout.chunks)))
-    at = [at_s for at_s, _, _ in time.instructions]
-    assert at == sorted(at) and 0 == at[0] < at[-1] <= time.compute_s
+    at = [at_s for at_s, _, _ in time.program.instructions]
+    assert at == sorted(at) and 0 == at[0] < at[-1] <= time.program.compute_s
 
 
 # -- activations that go to the host and back -------------------------------------------------------------
 
 
-def offloading(instructions: list[Instruction], *offloaded: int, rates: Rates = RATES) -> float:
+def gone(number: int, num_bytes: int = 200) -> Transfer:
+    return Transfer(number, Carrier.DOWN, num_bytes)
+
+
+def back(number: int, num_bytes: int = 200) -> Transfer:
+    return Transfer(number, Carrier.UP, num_bytes)
+
+
+def offloading(instructions: list[Instruction], rates: Rates = RATES) -> float:
     """Seconds of six seconds of compute, of which a copy of 100 bytes has one."""
-    return StepTime(instructions, 6, rates, offloaded).seconds(plan_of(2, OwnFormat()), homes(2, BOTH))
+    return StepTime(Timeline(instructions, 6, 6), rates).seconds(plan_of(2, OwnFormat()), homes(2, BOTH))
 
 
 def test_copies_of_activations_are_waited_for_where_they_end_late() -> None:
-    early: list[Instruction] = [(0, OFFLOAD, 0), (2, DEPART, 0), (3, RELOAD, 0), (5, ARRIVE, 0)]
-    late: list[Instruction] = [(0, OFFLOAD, 0), (1, DEPART, 0), (3, RELOAD, 0), (4, ARRIVE, 0)]
-    assert offloading(early, 200) == 6
-    assert offloading(late, 200) == 6 + 1 + 1
-    assert offloading(early, 200, rates=replace(RATES, overlaps=False)) == 6 + 2 + 2
+    early: list[Instruction] = [(0, OFFLOAD, gone(0)), (2, DEPART, 0), (3, RELOAD, back(1)), (5, ARRIVE, 1)]
+    late: list[Instruction] = [(0, OFFLOAD, gone(0)), (1, DEPART, 0), (3, RELOAD, back(1)), (4, ARRIVE, 1)]
+    assert offloading(early) == 6
+    assert offloading(late) == 6 + 1 + 1
+    assert offloading(early, rates=replace(RATES, overlaps=False)) == 6 + 2 + 2
 
 
 def test_copies_of_one_direction_come_one_after_the_other() -> None:
-    both = [(0, OFFLOAD, 0), (0, OFFLOAD, 1), (2, DEPART, 0), (3, DEPART, 1)]
-    assert offloading(both, 200, 200) == 6 + 1, "the second has left at 4"
-    there_and_back = [(0, OFFLOAD, 0), (2, DEPART, 0), (2, OFFLOAD, 1), (2, RELOAD, 0), (4, ARRIVE, 0), (4, DEPART, 1)]
-    assert offloading(there_and_back, 200, 200) == 6, "both directions at once"
+    both: list[Instruction] = [(0, OFFLOAD, gone(0)), (0, OFFLOAD, gone(1)), (2, DEPART, 0), (3, DEPART, 1)]
+    assert offloading(both) == 6 + 1, "the second has left at 4"
+    there_and_back: list[Instruction] = [
+        (0, OFFLOAD, gone(0)), (2, DEPART, 0), (2, OFFLOAD, gone(1)), (2, RELOAD, back(2)), (4, ARRIVE, 2),
+        (4, DEPART, 1),
+    ]  # fmt: skip
+    assert offloading(there_and_back) == 6, "both directions at once"
 
 
 def test_activations_share_the_bus_with_weights() -> None:
-    there_and_back = [(0, OFFLOAD, 0), (2, DEPART, 0), (2, RELOAD, 0), (6, ARRIVE, 0)]
+    there_and_back = [(0, OFFLOAD, gone(0)), (2, DEPART, 0), (2, RELOAD, back(1)), (6, ARRIVE, 1)]
     program: list[Instruction] = sorted([*there_and_back, (2.5, FETCH, 0), (4, WAIT, 0)], key=lambda item: item[0])
-    time = StepTime(program, 6, RATES, [200]).seconds(plan_of(2, AT_ONCE), homes(2, frozenset({1})))
+    time = StepTime(Timeline(program, 6, 6), RATES).seconds(plan_of(2, AT_ONCE), homes(2, frozenset({1})))
     assert time == 6 + 2, "the weights come behind the activation"

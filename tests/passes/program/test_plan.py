@@ -41,6 +41,8 @@ PLAN = Plan(
     format=TorchFormat(4),
     estimate=Estimate(
         step_s=0.1474,
+        busy_s=(("device", 0.12), ("bus up", 0.0805)),
+        rates="the preset h200",
         static_bytes=1000,
         peak_bytes=2_500_000,
         reserve_bytes=4,
@@ -81,6 +83,8 @@ def test_json_has_the_request_the_decisions_and_the_estimate():
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
     assert data["recompute"] == ["layers.0", "layers.1"] and data["homes"][1] == {"where": "device", "resident": True}
     assert set(data["estimate"]) == {field.name for field in fields(Estimate)}
+    assert data["estimate"]["busy_s"] == [["device", 0.12], ["bus up", 0.0805]]
+    assert PLAN.estimate.bound_s == 0.12 and PLAN.estimate.binds == "device" and Plan().estimate.binds == ""
     assert data["estimate"]["step_s"] == 0.1474 and data["estimate"]["collectives"][0]["axis"] == "data x depth"
 
 
@@ -109,7 +113,8 @@ def _of_version_2():
         "collectives": estimate.pop("collectives"),
         "memory": estimate,
     }
-    del estimate["step_s"]
+    for name in ("step_s", "busy_s", "rates"):
+        del estimate[name]
     return json.dumps({**data, **flat, "version": 2})
 
 
@@ -125,6 +130,8 @@ def _of_version_2():
         (_without("estimate"), "it has no estimate @ plan"),
         (_without("zero", part="request"), r"it has no zero @ plan\.request"),
         (_without("step_s", part="estimate"), r"it has no step_s @ plan\.estimate"),
+        (_without("busy_s", part="estimate"), r"it has no busy_s @ plan\.estimate"),
+        (PLAN.to_json().replace("0.0805", "Infinity"), r"inf, expected a number @ plan\.estimate\.busy_s"),
         (_with(request=None), r"None, expected Request with policy, budget_bytes, .* @ plan\.request"),
         (_with(prefetched=1), "prefetched"),
         (_asking(policy="gpu"), r"'gpu', expected one of cuda, cpu, auto @ plan\.request\.policy"),
@@ -161,7 +168,8 @@ def test_str_is_a_table():
     table = {name: text.strip() for name, text in table.items()}
     assert table["device budget"] == "24.0 GB" and table["planned device peak"] == "2.50 MB"
     assert table["placement"] == "cpu" and table["tensor parallel"] == "1d, along the sequence"
-    assert table["modelled step"] == "147 ms, without what processes exchange"
+    assert table["modelled step"] == "147 ms, at the rates of the preset h200"
+    assert table["at least"] == "120 ms, by what binds: device" and table["busy"] == "device 120 ms, bus up 80.5 ms"
     assert table["received along data x depth"] == "4.10 kB by 3 all-reduce(s)"
     assert table["chunks"] == "2, largest 384 B" and table["at the peak: activations"] == format_bytes(1500)
     assert table["training state on the device"] == "1 of 2" and table["note"] == "a note"

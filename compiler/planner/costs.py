@@ -1,0 +1,172 @@
+"""What an operator takes on the device: its FLOP or the bytes that it reads and writes, whichever is slower.
+
+Bytes are those of its operands and results by their types. `MOVED` tells them of operators that touch other ones.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from math import prod
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from ...passes.program.program import UNADMITTED_VIEWS, Program, note, tensor_type, type_of, writes
+from ...passes.program.types import TensorType, Type
+from ...runtime.isa import instructions as isa
+from ..rates.rates import Rates
+
+aten, geminifx = torch.ops.aten, torch.ops.geminifx
+
+
+def _written(node: fx.Node) -> int:
+    if not writes(node):
+        return _num_bytes(type_of(node))
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    written = [value for argument, value in arguments if argument.alias_info is not None and argument.is_write]
+    return sum(_num_bytes(type_of(value)) for value in written if isinstance(value, fx.Node))
+
+
+def _none(node: fx.Node) -> int:
+    return 0
+
+
+def _gathered(node: fx.Node) -> int:
+    """Of its first operand it reads no more than it writes."""
+    return 2 * _written(node) + sum(_num_bytes(type_of(index)) for index in node.all_input_nodes[1:])
+
+
+def _put(node: fx.Node) -> int:
+    return 2 * _num_bytes(type_of(node.args[2]))
+
+
+def _put_product(node: fx.Node) -> int:
+    left, right = tensor_type(node.args[2]), tensor_type(node.args[3])
+    return _num_bytes(left) + _num_bytes(right) + left.shape[0] * right.shape[1] * left.dtype.itemsize
+
+
+def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
+    """Logits exist in pieces only, but are written and read all the same: in the inputs' dtype so often, and four times
+    in float32."""
+
+    def moved(node: fx.Node) -> int:
+        matrices = [type for type in map(tensor_type, node.all_input_nodes) if len(type.shape) == 2]
+        hidden, weight = matrices[:2]
+        logit_bytes = passes * hidden.dtype.itemsize + 4 * torch.float32.itemsize
+        return _every_operand(node) + logit_bytes * hidden.shape[0] * weight.shape[0]
+
+    return moved
+
+
+MOVED: dict[object, Callable[[fx.Node], int]] = {
+    isa.GRADIENTS: _none,
+    isa.PUT: _put,
+    isa.PUT_MM: _put_product,
+    aten.empty.memory_format: _none,
+    aten.empty_like.default: _none,
+    aten.new_empty.default: _none,
+    aten.embedding.default: _gathered,
+    aten.index.Tensor: _gathered,
+    aten.index_select.default: _gathered,
+    aten.gather.default: _gathered,
+    aten.nll_loss_forward.default: _gathered,
+    aten.nll_loss_backward.default: _written,
+    geminifx.linear_cross_entropy.default: _pieces_of_logits(2),
+    geminifx.linear_cross_entropy_backward.default: _pieces_of_logits(5),
+}
+"""Device bytes by operator, where they are not those of all its operands and results."""
+
+FREE = frozenset({
+    isa.FETCH, isa.WAIT, isa.VIEW, isa.RELEASE, isa.REDUCE, isa.ACCUMULATE_GRAD, isa.TURN, isa.START_ALL_GATHER,
+    isa.START_REDUCE_SCATTER, isa.START_ALL_REDUCE, isa.FINISH_COLLECTIVE, isa.AVERAGE, isa.LOCAL, isa.OFFSET,
+    isa.SAVE_RNG, isa.SWAP_RNG, isa.FORK_RNG, isa.DRAWN, isa.MICROBATCH, geminifx.absent.default,
+})  # fmt: skip
+"""Instructions that launch nothing on the device's own stream; what they move otherwise is for the clock to say."""
+
+
+ATTENTION = frozenset({geminifx.attention.default, geminifx.attention_backward.default})
+ATTENTION_SHARE = 0.5
+"""What attention reaches of the rate of products as large. Of OPT-2.7B x 16 on H100, whose device worked for 0.638 s,
+the other products take 0.51 s at the preset's rate, what is bound by memory 0.08 s, and attention the rest."""
+
+
+IN_PARTS = frozenset({geminifx.linear_cross_entropy.default, geminifx.linear_cross_entropy_backward.default})
+"""Operators of several kernels: those that multiply and those that read and write what was multiplied."""
+
+
+def operators(program: Program) -> Iterator[fx.Node]:
+    """What a program calls, one after the other, functions replaced by their bodies."""
+    for node in program.computes:
+        if node.op == "call_module":
+            yield from operators(program.functions[str(node.target)])
+        else:
+            yield node
+
+
+def is_free(node: fx.Node) -> bool:
+    """Whether an operator launches nothing: it is a view, or an instruction that only says what is to happen."""
+    return node.target in FREE or _is_view(node.target)
+
+
+def kernel_s(node: fx.Node, rates: Rates) -> float:
+    """Seconds of an operator on the device, from when it is launched."""
+    products_s = rates.products(_dtype(node)).seconds(flops(node))
+    memory_s = num_bytes(node) / rates.memory_bytes_per_s
+    if node.target in ATTENTION:
+        products_s /= ATTENTION_SHARE
+    return rates.kernel_s + (products_s + memory_s if node.target in IN_PARTS else max(products_s, memory_s))
+
+
+def num_bytes(node: fx.Node) -> int:
+    """What an operator reads and writes of the device's memory."""
+    return MOVED.get(node.target, _every_operand)(node)
+
+
+def flops(node: fx.Node) -> int:
+    """What an operator computes, by torch's formulas, of the types of its operands: 0 of one that they do not know."""
+    formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
+    if formula is None:
+        return 0
+    shape = lambda value: _shape(type_of(value))  # noqa: E731
+    args, kwargs = fx.map_arg((node.args, node.kwargs), shape)
+    return int(formula(*args, **kwargs, out_val=_shape(note(node).type)))
+
+
+def _every_operand(node: fx.Node) -> int:
+    """All operands are read, all results written; what is written in place is both."""
+    return sum(_num_bytes(type_of(value)) for value in node.all_input_nodes) + _written(node)
+
+
+@cache
+def _num_bytes(type: Type) -> int:
+    """Bytes of the elements, each counted once however often it is repeated."""
+    if isinstance(type, tuple):
+        return sum(map(_num_bytes, type))
+    if type is None:
+        return 0
+    return type.dtype.itemsize * prod(size for size, step in zip(type.shape, type.stride, strict=True) if step)
+
+
+@cache
+def _is_view(target: Callable[..., object]) -> bool:
+    """Whether all that an operator returns shares the storage of what it is given."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or target in UNADMITTED_VIEWS:  # operator.getitem: an element of a tuple
+        return True
+    return bool(schema.returns) and not schema.is_mutable and all(result.alias_info for result in schema.returns)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    """What its products are of: the dtype of its first operand of rank 2 or more that is a floating-point one."""
+    for value in node.all_input_nodes:
+        type = type_of(value)
+        if isinstance(type, TensorType) and type.dtype.is_floating_point and len(type.shape) > 1:
+            return type.dtype
+    return torch.float32
+
+
+def _shape(value: object) -> object:
+    """Shapes as torch's formulas take them."""
+    if isinstance(value, tuple):
+        return tuple(map(_shape, value))
+    return torch.Size(value.shape) if isinstance(value, TensorType) else value

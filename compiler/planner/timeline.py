@@ -1,0 +1,120 @@
+"""A program as the clock reads it: instructions that something else than the device carries out, or that wait for it,
+and the seconds of compute up to each.
+
+What the device computes is launched operator by operator by one thread, which may be ahead of it and never behind: an
+operator runs when it is launched and all before it are done.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import fx
+
+from ...passes.program.plan import Plan
+from ...passes.program.program import Program, tensor_type, type_of
+from ...passes.program.types import freeze
+from ...runtime.isa import instructions as isa
+from ..rates.rates import Rates
+from .communication import exchanged
+from .costs import is_free, kernel_s, operators
+
+
+class Carrier(Enum):
+    """What moves bytes beside compute."""
+
+    UP = "bus up"
+    DOWN = "bus down"
+    NETWORK = "network"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes that an instruction sets under way, in `count` pieces; what waits for them names the same number."""
+
+    number: int
+    carrier: Carrier
+    num_bytes: int
+    count: int = 1
+
+
+Subject = int | Transfer
+"""The number of a chunk, what is set under way, or the number of what is waited for."""
+
+Instruction = tuple[float, fx.node.Target, Subject]
+"""Seconds of compute from the program's beginning up to it, the operator, and what it is about."""
+
+
+@dataclass
+class Timeline:
+    """What `compute_s` of the device are made of is `busy_s` of work, for which `launching_s` of launches are needed;
+    for the rest it waits for those."""
+
+    instructions: list[Instruction]
+    compute_s: float
+    busy_s: float
+    launching_s: float = 0.0
+
+
+@dataclass
+class _Reading:
+    """The plan that a program is read for, and the instructions that set something under way so far."""
+
+    plan: Plan
+    begun: dict[fx.Node, int] = field(default_factory=dict)
+
+    def begin(self, node: fx.Node, carrier: Carrier, num_bytes: int, count: int = 1) -> Transfer:
+        number = self.begun.setdefault(node, len(self.begun))
+        return Transfer(number, carrier, num_bytes, count)
+
+
+def _chunk(argument: int) -> Callable[[fx.Node, _Reading], Subject | None]:
+    return lambda node, _: int(node.args[argument])
+
+
+def _exchange(node: fx.Node, reading: _Reading) -> Subject | None:
+    traffic = exchanged(node, reading.plan)
+    if traffic is None:
+        return None
+    return reading.begin(node, Carrier.NETWORK, traffic.received_bytes, traffic.count)
+
+
+def _copy(carrier: Carrier) -> Callable[[fx.Node, _Reading], Subject | None]:
+    return lambda node, reading: reading.begin(node, carrier, tensor_type(node).num_bytes)
+
+
+def _begun(argument: int) -> Callable[[fx.Node, _Reading], Subject | None]:
+    return lambda node, reading: reading.begun.get(node.args[argument])
+
+
+FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
+    isa.FETCH: _chunk(0),
+    isa.WAIT: _chunk(1),
+    isa.REDUCE: _chunk(1),
+    isa.ACCUMULATE_GRAD: _chunk(1),
+    isa.START_ALL_GATHER: _exchange,
+    isa.START_REDUCE_SCATTER: _exchange,
+    isa.START_ALL_REDUCE: _exchange,
+    isa.FINISH_COLLECTIVE: _begun(0),
+    isa.OFFLOAD: _copy(Carrier.DOWN),
+    isa.DEPART: _begun(1),
+    isa.RELOAD: _copy(Carrier.UP),
+    isa.ARRIVE: _begun(0),
+    isa.AVERAGE: _exchange,
+}
+"""What an instruction is about, by operator; None where it does nothing."""
+
+
+def timeline(program: Program, plan: Plan, rates: Rates) -> Timeline:
+    found, reading, known = Timeline([], 0.0, 0.0), _Reading(plan), dict[object, float]()
+    for node in operators(program):
+        about = FOLLOWED[node.target](node, reading) if node.target in FOLLOWED else None
+        if about is not None:
+            found.instructions.append((found.compute_s, node.target, about))
+        elif not is_free(node):
+            kind = node.target, freeze((node.args, node.kwargs), type_of)
+            work_s = known[kind] if kind in known else known.setdefault(kind, kernel_s(node, rates))
+            found.busy_s += work_s
+            found.launching_s += rates.launch_s
+            found.compute_s = max(found.compute_s, found.launching_s) + work_s
+    return found

@@ -1,0 +1,68 @@
+"""Measured rates in a file: in the user's cache, one for each machine, or where a person wants them."""
+
+import hashlib
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from ...passes.program.strict_json import Text, strict_converter
+from ...runtime.isa.errors import ArgumentError
+from ...runtime.kernels.user_cache import appearing, cache_directory, is_private, usable_cache
+from .identity import Identity
+from .rates import Rates
+
+TEXT = Text(
+    of="file of rates", version=1, writer="geminifx calibrate",
+    remedy="make it anew with geminifx calibrate --output FILE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rates, and the machine they were measured of."""
+
+    machine: Identity
+    rates: Rates
+
+
+def write(kept: Kept, path: Path) -> None:
+    """Raises OSError where that cannot be written; the file appears whole or not at all."""
+    with appearing(path, mode=0o600) as unfinished:
+        unfinished.write_text(TEXT.write(kept, strict_converter()) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Kept:
+    """Raises ArgumentError, naming what is wrong, where it is no file that `write` wrote."""
+    try:
+        return TEXT.read(path.read_text(encoding="utf-8"), Kept, strict_converter())
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"rates={str(path)!r} cannot be read: {error}") from error
+
+
+def keep(kept: Kept) -> Path | None:
+    """Keep rates for this user's further runs. Returns the file; None where no cache can be used."""
+    folder = usable_cache()
+    if folder is None:
+        return None
+    path = folder / _name(kept.machine)
+    try:
+        write(kept, path)
+    except OSError:  # such as a full disk: they are measured again
+        return None
+    return path
+
+
+def kept_for(machine: Identity) -> Rates | None:
+    """What was measured of a machine before; None where nothing was, or the file is damaged or may be another user's:
+    then it is measured again."""
+    path = cache_directory() / _name(machine)
+    with suppress(OSError, ArgumentError):
+        if is_private(path) and is_private(path.parent):
+            found = read(path)
+            return found.rates if found.machine == machine else None
+    return None
+
+
+def _name(machine: Identity) -> str:
+    key = hashlib.sha256("\0".join(map(str, astuple(machine))).encode()).hexdigest()[:24]
+    return f"rates-{key}.json"

@@ -1,0 +1,282 @@
+"""What a machine does in a second, measured: products, operators, copies and updates, alone and beside one another."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.kernels.device_updates import DeviceKernel
+from ...runtime.kernels.host_updates import HostKernel
+from ...runtime.kernels.split_pairs import SplitPair
+from ...runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient
+from ...runtime.memory.streams import Arrival, copy_engine, host_buffer
+from ...runtime.optimizer.updates import host_threads
+from .stopwatch import Load, Run, seconds_behind, seconds_each
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=10)
+
+SMALL_FLOP = 2 * 1024**3
+"""Products up to this size take about as long as their launches."""
+
+SMALL_RUNS = 300
+"""Fewer than CUDA lets wait to be launched, and enough to time."""
+
+LOAD_S = 0.02
+"""What is launched at a time to keep something busy."""
+
+COPIES = 4
+"""Each way, at a time."""
+
+EXCHANGES = 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured, and for how long: large products for `sustained_s` in each dtype, anything else for
+    `each_s`; all of it twice. `updates_on_device`: whether the device's kernel, which may have to be built, is too.
+    That takes `needed_bytes` of the device."""
+
+    needed_bytes: int
+    sizes: tuple[int, ...]
+    sustained_s: float
+    each_s: float
+    copied_bytes: int
+    operator_bytes: int
+    host_params: int
+    device_params: int
+    updates_on_device: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one run of each, and what a second brings; by dtype where there are several."""
+
+    products_s: tuple[tuple[float, ...], ...]
+    memory_bytes_per_s: float
+    kernel_s: float
+    launch_s: float
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    both_bytes_per_s: float
+    host_alone_params_per_s: float
+    host_params_per_s: float
+    torch_params_per_s: float
+    device_params_per_s: float | None = None
+    network_bytes_per_s: float | None = None
+    network_latency_s: float | None = None
+
+
+class Bench:
+    """One device, its host, and the other processes on it: what is measured with them."""
+
+    def __init__(self, device: torch.device, effort: Effort, ranks: Ranks) -> None:
+        self.device, self.effort, self.ranks = device, effort, ranks
+        self.engine = copy_engine(device)
+        self.random = torch.Generator(device).manual_seed(0)  # nobody else's
+        largest = self._product(torch.bfloat16, max(effort.sizes))
+        largest_s = seconds_each(largest, self.wait, effort.each_s)
+        self.launched_at_once = max(1, round(LOAD_S / largest_s))
+        self.products = Load(lambda: self._launch_products(largest), self.engine)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self) -> Measured:
+        try:
+            up, down, both = self._copies()
+            host_alone, host_beside = self._host_updates()
+        finally:
+            self.products.end()
+            self.wait()
+        network = self._network() if self.ranks.together else (None, None)
+        return Measured(
+            products_s=tuple(tuple(self._product_s(dtype, n) for n in self.effort.sizes) for dtype in DTYPES),
+            memory_bytes_per_s=self._memory(),
+            kernel_s=self._kernel_s(),
+            launch_s=self._launch_s(),
+            up_bytes_per_s=up,
+            down_bytes_per_s=down,
+            both_bytes_per_s=both,
+            host_alone_params_per_s=host_alone,
+            host_params_per_s=host_beside,
+            torch_params_per_s=self._torch_updates(),
+            device_params_per_s=self._device_updates() if self.effort.updates_on_device else None,
+            network_bytes_per_s=network[0],
+            network_latency_s=network[1],
+        )
+
+    # -- the device ----------------------------------------------------------------------------------------
+
+    def _launch_products(self, product: Run) -> Arrival:
+        for _ in range(self.launched_at_once):
+            product()
+        return self.engine.mark()
+
+    def _product(self, dtype: torch.dtype, size: int) -> Run:
+        """Of random numbers: a device that multiplies zeros takes less power, and is faster."""
+        shape, on = (size, size), {"generator": self.random, "device": self.device}
+        a, b = (torch.randn(shape, dtype=torch.float32, **on).to(dtype) for _ in range(2))
+        c = torch.empty_like(a)
+        return lambda: torch.mm(a, b, out=c)
+
+    def _product_s(self, dtype: torch.dtype, size: int) -> float:
+        product, largest = self._product(dtype, size), max(self.effort.sizes)
+        if 2 * size**3 <= SMALL_FLOP:
+            return self._behind_products(product)
+        return seconds_each(product, self.wait, self.effort.sustained_s if size == largest else self.effort.each_s)
+
+    def _behind_products(self, run: Run) -> float:
+        seconds = seconds_behind(self.products.keep, run, SMALL_RUNS, self.device)
+        self.products.end()
+        return seconds
+
+    def _memory(self) -> float:
+        numel = self.effort.operator_bytes // 2
+        a, b, c = (torch.ones(numel, dtype=torch.bfloat16, device=self.device) for _ in range(3))
+        return 3 * a.nbytes / seconds_each(lambda: torch.add(a, b, out=c), self.wait, self.effort.each_s)
+
+    def _kernel_s(self) -> float:
+        return self._behind_products(self._tiny())
+
+    def _launch_s(self) -> float:
+        """As programs call operators."""
+        return seconds_each(self._tiny(), self.wait, self.effort.each_s)
+
+    def _tiny(self) -> Run:
+        x = torch.ones(64, device=self.device)
+        return lambda: torch.ops.aten.add.Tensor(x, x)
+
+    # -- copies, while products run ------------------------------------------------------------------------
+
+    def _copies(self) -> tuple[float, float, float]:
+        """Bytes in a second: up, down, and each way while both are on their way."""
+        (here, there), done = self._buffers(), self._done()
+
+        def up() -> Arrival:
+            return self.engine.to_device(here[0], there[0], done)
+
+        def down() -> Arrival:
+            return self.engine.to_host(there[1], here[1], done)
+
+        def measured(*copies: Callable[[], Arrival]) -> float:
+            def run() -> None:
+                self.products.keep()
+                for arrival in [copy() for copy in copies]:
+                    self.engine.finish(arrival)
+
+            return self.effort.copied_bytes / seconds_each(run, _nothing, self.effort.each_s)
+
+        return measured(up), measured(down), measured(up, down)
+
+    def _buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """On the device and on the host, one for each way."""
+        count, pinned = self.effort.copied_bytes, self.device.type == "cuda"
+        here = [torch.empty(count, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        return here, [host_buffer(count, torch.uint8, pinned) for _ in range(2)]
+
+    def _done(self) -> Arrival:
+        """What tells of something that is done: copies that wait for it wait for nothing else."""
+        mark = self.engine.mark()
+        self.engine.finish(mark)
+        return mark
+
+    # -- updates -------------------------------------------------------------------------------------------
+
+    def _host_updates(self) -> tuple[float, float]:
+        """Parameters in a second by our kernel: alone, and while copies run both ways."""
+        kernel, threads = HostKernel(), host_threads(self.ranks.on_this_host)
+        update = _adam(self.effort.host_params, torch.device("cpu"))
+
+        def run() -> None:
+            kernel.adam(*update, HYPER, threads)
+
+        alone_s = seconds_each(run, _nothing, self.effort.each_s)
+        with self._copying() as keep_copying:
+
+            def beside() -> None:
+                keep_copying()
+                run()
+
+            beside_s = seconds_each(beside, _nothing, self.effort.each_s)
+        return self.effort.host_params / alone_s, self.effort.host_params / beside_s
+
+    @contextmanager
+    def _copying(self) -> Iterator[Run]:
+        """What keeps copies running both ways, called more often than every few of them take."""
+        here, there = self._buffers()
+        done = self._done()
+
+        def launch() -> Arrival:
+            for _ in range(COPIES):
+                self.engine.to_host(there[1], here[1], done)
+                arrival = self.engine.to_device(here[0], there[0], done)
+            return arrival
+
+        load = Load(launch, self.engine)
+        try:
+            yield load.keep
+        finally:
+            load.end()
+            self.wait()  # for the other way too: nothing may be copied to memory that is given back
+
+    def _torch_updates(self) -> float:
+        count = self.effort.host_params
+        weight = torch.nn.Parameter(torch.full((count,), 0.02, dtype=torch.float32, device="cpu"))
+        gradient, copy = (torch.full((count,), 1e-3, dtype=torch.bfloat16, device="cpu") for _ in range(2))
+        optimizer = torch.optim.AdamW([weight])
+
+        def run() -> None:
+            weight.grad = gradient.float()
+            optimizer.step()
+            copy.copy_(weight.detach())
+
+        return count / seconds_each(run, _nothing, self.effort.each_s)
+
+    def _device_updates(self) -> float:
+        kernel, update = DeviceKernel(), _adam(self.effort.device_params, self.device)
+        return self.effort.device_params / seconds_each(
+            lambda: kernel.adam(*update, HYPER), self.wait, self.effort.each_s
+        )
+
+    # -- other processes -----------------------------------------------------------------------------------
+
+    def _network(self) -> tuple[float, float]:
+        """Bytes that a process receives in a second, and the seconds of an exchange of next to none. All processes
+        make the same number of exchanges."""
+        size, count = self.ranks.size, self.effort.copied_bytes // self.ranks.size
+        shard = torch.empty(count, dtype=torch.uint8, device=self.device)
+        whole = torch.empty(count * size, dtype=torch.uint8, device=self.device)
+        one = torch.zeros(1, device=self.device)
+        latency_s = self._exchange_s(lambda: self.ranks.call(dist.all_reduce, one))
+        gather_s = self._exchange_s(lambda: self.ranks.call(dist.all_gather_into_tensor, whole, shard))
+        return count * (size - 1) / max(gather_s - latency_s, gather_s / 2), latency_s
+
+    def _exchange_s(self, exchange: Run) -> float:
+        bursts = iter([1, EXCHANGES])
+
+        def run() -> None:
+            for _ in range(next(bursts)):
+                exchange()
+
+        return seconds_each(run, self.wait, 0.0) / EXCHANGES
+
+
+def _nothing() -> None:
+    """What a run that is done when it returns waits for."""
+
+
+def _adam(params: int, device: torch.device) -> tuple[SplitPair, Gradient, AdamMoments]:
+    """What one update reads and writes."""
+
+    def full(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((params,), value, dtype=dtype, device=device)
+
+    pair = SplitPair(full(0.02, torch.bfloat16), full(0, torch.int16))
+    moments = AdamMoments(full(0.0, torch.float32), full(0.0, torch.float32))
+    return pair, Gradient(full(1e-3, torch.bfloat16)), moments

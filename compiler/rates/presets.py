@@ -1,0 +1,129 @@
+"""Rates of known cards, from what their makers publish and the shares of it that are sustained.
+
+They are what a card is planned with before it is measured, and what plans for other cards can be looked at with.
+"""
+
+from dataclasses import dataclass
+
+from .rates import Products, Rates
+
+SHARE_BY_SIZE = ((0.5e-6, 0.12), (4e-6, 0.45), (30e-6, 0.85), (200e-6, 1.0))
+"""Of what large products sustain, the share that products reach which would take so many seconds at full speed."""
+
+MEMORY_SHARE = 0.85
+"""Of the published bandwidth of device memory."""
+
+PCIE_BYTES_PER_S = {3: 15.75e9, 4: 31.5e9, 5: 63e9}
+"""Of 16 lanes, in each direction, by generation."""
+
+ALONE_SHARE, BOTH_SHARE = 0.8, 0.5
+"""Of that, in one direction alone, and in each while the other and the host's updates run: 28 GB/s were measured beside
+H100, 40 GB/s beside H200, both behind PCIe 5."""
+
+UPDATE_BYTES = 26
+"""What one parameter's update reads and writes: bfloat16 weights and gradients, remainders, two float32 moments."""
+
+PASSING_BYTES = 16
+"""What a parameter that passes through takes of the host's memory, measured as 12e9 of them at 190 GB/s."""
+
+CORE_PARAMS_PER_S = 0.4e9
+"""What one core updates: 16 reach 6e9."""
+
+TORCH_SHARE = 0.6
+"""A torch optimizer's speed on the host, of our kernel's."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's cores, and the bytes that its memory moves in a second."""
+
+    cores: int
+    bytes_per_s: float
+
+
+DESKTOP, SERVER = Host(8, 40e9), Host(16, 190e9)
+"""Two channels of DDR4; a server's share for one of its GPUs."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card's published peaks: FLOP/s without sparsity, added up in float32, by dtype.
+
+    `product_share` of the bf16 and fp16 peaks is sustained in large products, which is less where power runs out first:
+    on H200 648e12 FLOP/s were measured over 16 s, on H100 it is what fits whole programs, and elsewhere an estimate.
+    `network_bytes_per_s` is what comes from another card of its kind.
+    """
+
+    names: tuple[str, ...]
+    bf16: float
+    fp16: float
+    fp32: float
+    memory_bytes_per_s: float
+    pcie: int
+    product_share: float
+    network_bytes_per_s: float
+    host: Host = SERVER
+
+
+CARDS = {
+    "rtx2060": Card(("RTX 2060",), 6.5e12, 26e12, 6.5e12, 336e9, 3, 0.85, 6e9, DESKTOP),
+    "rtx3090": Card(("RTX 3090",), 71e12, 71e12, 35.6e12, 936e9, 4, 0.85, 12e9, DESKTOP),
+    "rtx4090": Card(("RTX 4090",), 165e12, 165e12, 82.6e12, 1008e9, 4, 0.9, 12e9, DESKTOP),
+    "v100": Card(("V100-PCIE-16GB", "V100-PCIE-32GB"), 14e12, 112e12, 14e12, 900e9, 3, 0.75, 10e9),
+    "v100-sxm": Card(("V100-SXM2-16GB", "V100-SXM2-32GB"), 15.7e12, 125e12, 15.7e12, 900e9, 3, 0.75, 110e9),
+    "a100": Card(("A100 80GB PCIe",), 312e12, 312e12, 19.5e12, 1935e9, 4, 0.7, 20e9),
+    "a100-sxm": Card(("A100-SXM4-80GB",), 312e12, 312e12, 19.5e12, 2039e9, 4, 0.8, 230e9),
+    "h100": Card(("H100 PCIe",), 756e12, 756e12, 51e12, 2000e9, 5, 0.6, 40e9),
+    "h100-sxm": Card(("H100 80GB HBM3",), 989e12, 989e12, 67e12, 3350e9, 5, 0.63, 340e9),
+    "h200": Card(("H200",), 989e12, 989e12, 67e12, 4800e9, 5, 0.65, 340e9),
+}
+"""By the names that plans are asked for with; `names` are what the driver calls them, but for `MAKERS`."""
+
+MAKERS = ("NVIDIA ", "Tesla ", "GeForce ")
+
+FP32_SHARE = 0.8
+KERNEL_S, LAUNCH_S = 1.5e-6, 5e-6
+NETWORK_LATENCY_S = 20e-6
+
+
+def preset(name: str) -> Rates:
+    """Raises KeyError for a card that is not known."""
+    card, host = CARDS[name], CARDS[name].host
+    pcie = PCIE_BYTES_PER_S[card.pcie]
+    memory = card.memory_bytes_per_s * MEMORY_SHARE
+    # Copies take their bytes from what the host's memory moves, but never all of the time.
+    left = max(host.bytes_per_s - 2 * BOTH_SHARE * pcie, host.bytes_per_s / 2)
+    host_params = min(left / UPDATE_BYTES, host.cores * CORE_PARAMS_PER_S)
+    return Rates(
+        name=f"the preset {name}",
+        bf16=_products(card.bf16 * card.product_share),
+        fp16=_products(card.fp16 * card.product_share),
+        fp32=_products(card.fp32 * FP32_SHARE),
+        memory_bytes_per_s=memory,
+        kernel_s=KERNEL_S,
+        launch_s=LAUNCH_S,
+        up_bytes_per_s=ALONE_SHARE * pcie,
+        down_bytes_per_s=ALONE_SHARE * pcie,
+        both_bytes_per_s=BOTH_SHARE * pcie,
+        host_params_per_s=host_params,
+        passing_params_per_s=host.bytes_per_s / PASSING_BYTES,
+        torch_params_per_s=TORCH_SHARE * host_params,
+        device_params_per_s=memory / UPDATE_BYTES,
+        network_bytes_per_s=card.network_bytes_per_s,
+        network_latency_s=NETWORK_LATENCY_S,
+        overlaps=True,
+    )
+
+
+def card_named(gpu: str) -> str | None:
+    """The preset of what the driver calls `gpu`, if there is one: a laptop's, or one with less memory, is another."""
+    for maker in MAKERS:
+        gpu = gpu.removeprefix(maker)
+    return next((name for name, card in CARDS.items() if gpu in card.names), None)
+
+
+def _products(flops_per_s: float) -> Products:
+    return Products(
+        tuple(seconds * flops_per_s for seconds, _ in SHARE_BY_SIZE),
+        tuple(share * flops_per_s for _, share in SHARE_BY_SIZE),
+    )

@@ -1,0 +1,122 @@
+"""Rates: what a machine does in a second, by which the planner's clock goes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from math import log
+
+import numpy as np
+import torch
+
+LAUNCH_S = 1.5e-3
+"""What the launching thread needs to send one chunk's state through the device, in pieces."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """What is sustained of matrix products in one dtype: `flops_per_s` for products of `flop` each, smallest first."""
+
+    flop: tuple[float, ...]
+    flops_per_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.flop, self.flop[1:], strict=False))
+        if not self.flop or len(self.flop) != len(self.flops_per_s) or not rising:
+            raise ValueError(
+                f"products of {self.flop} FLOP at {self.flops_per_s} FLOP/s; expected sizes that rise, a rate for each"
+            )
+        _check_positive(self, self.flop + self.flops_per_s)
+
+    @classmethod
+    def of_any_size(cls, flops_per_s: float) -> "Products":
+        return cls((1.0,), (flops_per_s,))
+
+    def seconds(self, flop: float) -> float:
+        """Of one product. Between two sizes the rate goes with the logarithm."""
+        if flop <= 0:
+            return 0.0
+        return flop / float(np.interp(log(flop), [log(size) for size in self.flop], self.flops_per_s))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second; `name` tells which one, and how that is known.
+
+    Fields:
+        bf16, fp16, fp32: matrix products in that dtype, under load that lasts. Others take float32's.
+        memory_bytes_per_s: what operators read and write of the device's memory.
+        kernel_s: what an operator takes on the device however little it does.
+        launch_s: what the thread that launches operators needs for each.
+        up_bytes_per_s, down_bytes_per_s: copies to the device and to the host, alone.
+        both_bytes_per_s: each of them while both run.
+        host_params_per_s: how fast the host updates parameters whose state it holds, by our kernel while copies run.
+        passing_params_per_s: how fast others pass through its memory to be updated on the device, which slows the
+            host's updates.
+        torch_params_per_s: how fast a torch optimizer updates on the host, gradients and casts included.
+        device_params_per_s: how fast the device updates what it holds.
+        network_bytes_per_s, network_latency_s: what a process receives from the others, and what each exchange takes
+            however little that is.
+        overlaps: whether copies, our updates and exchanges run beside compute.
+    """
+
+    name: str
+    bf16: Products
+    fp16: Products
+    fp32: Products
+    memory_bytes_per_s: float
+    kernel_s: float
+    launch_s: float
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    both_bytes_per_s: float
+    host_params_per_s: float
+    passing_params_per_s: float
+    torch_params_per_s: float
+    device_params_per_s: float
+    network_bytes_per_s: float
+    network_latency_s: float
+    overlaps: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name.endswith("_per_s"):
+                _check_positive(field.name, (getattr(self, field.name),))
+            elif field.name.endswith("_s") and not getattr(self, field.name) >= 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}; expected seconds, 0 or more")
+
+    def products(self, dtype: torch.dtype) -> Products:
+        return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.fp32)
+
+    @property
+    def host_sums_per_s(self) -> float:
+        """How many elements of gradients the host adds to others. Its memory binds, as it does for updates: a sum of
+        bfloat16 in float32 moves 10 bytes, an update 26."""
+        return self.host_params_per_s * 26 / 10
+
+    @property
+    def device_sums_per_s(self) -> float:
+        """The same of the device."""
+        return self.memory_bytes_per_s / 10
+
+    def exchange_s(self, count: int, received_bytes: int) -> float:
+        """What `count` exchanges take in which a process receives so many bytes in all."""
+        return count * self.network_latency_s + received_bytes / self.network_bytes_per_s
+
+
+def _check_positive(what: object, rates: tuple[float, ...]) -> None:
+    for rate in rates:
+        if not rate > 0:
+            raise ValueError(f"{what}: {rate!r}; expected a number above 0")
+
+
+def slowest(found: Iterable[Rates]) -> Rates:
+    """Of several processes' machines the one that the others wait for."""
+    return min(found, key=lambda rates: (rates.bf16.flops_per_s[-1], rates.both_bytes_per_s, rates.host_params_per_s))
+
+
+_ANY, _CORE = float("inf"), Products.of_any_size(50e9)
+ARENA = Rates(
+    "the arena in RAM", bf16=_CORE, fp16=_CORE, fp32=_CORE, memory_bytes_per_s=8e9, kernel_s=0.0, launch_s=5e-6,
+    up_bytes_per_s=8e9, down_bytes_per_s=8e9, both_bytes_per_s=8e9, host_params_per_s=_ANY, passing_params_per_s=_ANY,
+    torch_params_per_s=_ANY, device_params_per_s=_ANY, network_bytes_per_s=1e9, network_latency_s=1e-4, overlaps=False,
+)  # fmt: skip
+"""One CPU: both tiers are the same memory and the same cores update on either side."""

@@ -1,0 +1,126 @@
+"""Calibration: two measurements that agree make rates, others are refused; and all of it runs."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from geminifx.compiler.rates import calibrate as calibration
+from geminifx.compiler.rates.calibrate import AUTOMATIC, BusyError, calibrate, differences, measured, rates_from
+from geminifx.compiler.rates.measure import Effort, Measured
+from geminifx.compiler.rates.presets import preset
+from geminifx.runtime.distributed.ranks import Ranks
+
+CPU = torch.device("cpu")
+TINY = Effort(
+    needed_bytes=0, sizes=(8, 16), sustained_s=0.0, each_s=0.0, copied_bytes=1024, operator_bytes=1024,
+    host_params=1000, device_params=1000, updates_on_device=True,
+)  # fmt: skip
+FOUND = Measured(
+    products_s=((3e-6, 12e-6), (3e-6, 12e-6), (6e-6, 82e-6)), memory_bytes_per_s=4e12, kernel_s=2e-6, launch_s=5e-6,
+    up_bytes_per_s=52e9, down_bytes_per_s=51e9, both_bytes_per_s=40e9, host_alone_params_per_s=6e9,
+    host_params_per_s=5e9, torch_params_per_s=3e9, device_params_per_s=130e9,
+)  # fmt: skip
+
+
+def test_what_was_measured_is_what_the_clock_goes_by() -> None:
+    rates = rates_from(FOUND, replace(AUTOMATIC, sizes=(512, 1024)), "NVIDIA H200")
+    assert rates.bf16.flop == (2 * 512**3, 2 * 1024**3)
+    assert rates.bf16.flops_per_s[1] == 2 * 1024**3 / 10e-6, "what begins and ends an operator is counted apart"
+    assert rates.bf16.flops_per_s[0] == 2 * 512**3 / 1.5e-6, "as far as it is not most of it"
+    assert rates.fp32.flops_per_s[1] == 2 * 1024**3 / 80e-6
+    for field in fields(Measured):
+        if field.name in ("memory_bytes_per_s", "kernel_s", "launch_s", "both_bytes_per_s", "host_params_per_s"):
+            assert getattr(rates, field.name) == getattr(FOUND, field.name)
+    assert rates.device_params_per_s == 130e9 and rates.name == "NVIDIA H200, measured" and rates.overlaps
+    # Copies of 80 GB/s both ways take a sixth of the worker's time: 22 bytes of them as long as 16.7e-12 s.
+    assert rates.passing_params_per_s == pytest.approx(80e9 / (22 / 6))
+
+
+def test_what_was_not_measured_is_the_card_s_or_follows() -> None:
+    automatic = rates_from(replace(FOUND, device_params_per_s=None), TINY, "NVIDIA H200")
+    assert automatic.device_params_per_s == 4e12 / 26
+    assert automatic.network_bytes_per_s == preset("h200").network_bytes_per_s
+    assert rates_from(FOUND, TINY, "NVIDIA A10").network_bytes_per_s == 20e9, "through the host"
+    together = replace(FOUND, network_bytes_per_s=200e9, network_latency_s=3e-5)
+    assert rates_from(together, TINY, "NVIDIA H200").network_bytes_per_s == 200e9
+    assert rates_from(together, TINY, "NVIDIA H200").network_latency_s == 3e-5
+
+
+def test_copies_that_do_not_slow_updates_still_cost_a_little() -> None:
+    faster_beside = replace(FOUND, host_params_per_s=6.1e9)
+    assert 0 < rates_from(faster_beside, TINY, "NVIDIA H200").passing_params_per_s < float("inf")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [({}, []), ({"up_bytes_per_s": 52e9 * 1.14}, []), ({"up_bytes_per_s": 52e9 * 1.16}, ["up_bytes_per_s"]),
+     ({"up_bytes_per_s": 52e9 / 1.16}, ["up_bytes_per_s"]),
+     ({"products_s": ((3e-6, 12e-6), (3e-6, 12e-6), (6e-6, 182e-6))}, ["products_s"])],
+)  # fmt: skip
+def test_two_measurements_that_are_too_far_apart_are_named(changes: dict[str, object], named: list[str]) -> None:
+    assert list(differences(FOUND, replace(FOUND, **changes))) == named
+
+
+def test_a_machine_on_which_something_else_runs_is_not_measured() -> None:
+    found = iter([FOUND, replace(FOUND, launch_s=9e-6, host_params_per_s=3e9)])
+    with pytest.raises(BusyError, match=r"launch_s, host_params_per_s are more than 15% apart; end what else"):
+        calibrate(CPU, TINY, measure=lambda *_: next(found))
+
+
+def test_nor_is_one_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "used_by_others", lambda *_: "12.0 GB of the GPU's memory are held by others")
+    with pytest.raises(BusyError, match="held by others"):
+        calibrate(CPU, TINY, measure=lambda *_: pytest.fail("nothing is to run"))
+
+
+@pytest.mark.parametrize(
+    "free, reserved, busy, says",
+    [(70, 8, 0, None), (60, 8, 0, "12.9 GB of the GPU's memory are held by others"),
+     (70, 8, 93, "the GPU is 93 % busy already"), (70, 8, None, None),
+     (2, 78, 0, "2.15 GB of the GPU's memory are free, 3.22 GB are needed")],
+    ids=["nobody", "memory", "time", "nobody tells", "ours, and full"],
+)  # fmt: skip
+def test_who_uses_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, busy: int | None,
+                        says: str | None) -> None:  # fmt: skip
+    def utilization(device: torch.device) -> int:
+        if busy is None:
+            raise ModuleNotFoundError("pynvml")
+        return busy
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * 2**30)
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    assert calibration.used_by_others(torch.device("cuda"), calibration.THOROUGH) == says
+
+
+def test_no_room_is_no_error_of_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Measured:
+        raise MemoryError("CUDA cannot pin 268,435,456 bytes of host memory")
+
+    monkeypatch.setattr(calibration.Bench, "measure", full)
+    with pytest.raises(BusyError, match="there is no room to measure in: CUDA cannot pin"):
+        measured(CPU, TINY, Ranks())
+
+
+def test_everything_can_be_measured_and_random_numbers_are_nobody_else_s() -> None:
+    """On the CPU, whose copies are done when they return: what is timed is another matter."""
+    before = torch.get_rng_state()
+    found = measured(CPU, TINY, Ranks())
+    assert torch.equal(torch.get_rng_state(), before)
+    for field in fields(Measured):
+        if not field.name.startswith("network"):
+            assert min(calibration._numbers(getattr(found, field.name))) > 0, field.name
+    assert found.network_bytes_per_s is None, "one process exchanges nothing"
+    assert [len(seconds) for seconds in found.products_s] == [2, 2, 2]
+    rates_from(found, TINY, "the CPU")
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_measured_and_left_as_it_was() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    before, reserved = torch.cuda.get_rng_state(device), torch.cuda.memory_reserved(device)
+    rates = rates_from(measured(device, AUTOMATIC, Ranks()), AUTOMATIC, torch.cuda.get_device_name(device))
+    assert torch.equal(torch.cuda.get_rng_state(device), before)
+    assert torch.cuda.memory_reserved(device) - reserved <= 64 * 2**20, "a workspace of the library for products"
+    assert rates.bf16.flops_per_s[-1] > rates.fp32.flops_per_s[-1] / 2 and rates.both_bytes_per_s > 1e9
+    assert 0 < rates.kernel_s < rates.launch_s < 1e-3
