@@ -39,8 +39,8 @@ from zoo import compiled
 # Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1, passing 1. A state
 # takes 10 on its way where its weights stay.
 RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memory_bytes_per_s=float("inf"),
-              kernel_s=0.0, launch_s=0.0, up_bytes_per_s=100, down_bytes_per_s=100, both_bytes_per_s=100, host_params_per_s=25,
-              passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100, network_bytes_per_s=100,
+              kernel_s=0.0, launch_s=0.0, up_bytes_per_s=100, down_bytes_per_s=100, both_bytes_per_s=100,
+              host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100, network_bytes_per_s=100,
               network_latency_s=0.0, overlaps=True)  # fmt: skip
 ADDED_S = 100 / RATES.host_sums_per_s
 TWO: list[Instruction] = [
