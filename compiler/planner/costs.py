@@ -142,7 +142,7 @@ def _num_bytes(type: Type) -> int:
     """Bytes of the elements, each counted once however often it is repeated."""
     if isinstance(type, tuple):
         return sum(map(_num_bytes, type))
-    if type is None:
+    if not isinstance(type, TensorType):
         return 0
     return type.dtype.itemsize * prod(size for size, step in zip(type.shape, type.stride, strict=True) if step)
 

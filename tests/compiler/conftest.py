@@ -3,18 +3,18 @@
 from typing import Any
 
 import pytest
-from geminifx.compiler import captures as calls
+from geminifx.compiler import captures as module
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One for each time that a model is captured: whether it was for a backward."""
     seen: list[bool] = []
-    capture = calls.capture
+    capture = module.capture
 
     def counted(model: Any, args: Any, kwargs: Any, request: Any) -> Any:
         seen.append(request.backward)
         return capture(model, args, kwargs, request)
 
-    monkeypatch.setattr(calls, "capture", counted)
+    monkeypatch.setattr(module, "capture", counted)
     return seen

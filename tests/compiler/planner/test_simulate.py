@@ -40,8 +40,8 @@ from zoo import compiled
 # takes 10 on its way where its weights stay.
 RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memory_bytes_per_s=float("inf"),
               kernel_s=0.0, launch_s=0.0, up_bytes_per_s=100, down_bytes_per_s=100, both_bytes_per_s=100,
-              host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100, network_bytes_per_s=100,
-              network_latency_s=0.0, overlaps=True)  # fmt: skip
+              host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100,
+              network_bytes_per_s=100, network_latency_s=0.0, overlaps=True)  # fmt: skip
 ADDED_S = 100 / RATES.host_sums_per_s
 TWO: list[Instruction] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
