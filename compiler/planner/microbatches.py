@@ -24,7 +24,8 @@ def fewest(find: Callable[[int], Decision], examples: int) -> Decision:
             raise
         except BudgetError as refusal:
             refused.append(refusal)
-            if len(refused) > 1 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):
+            # Two need sums of gradients that one does not: only from there on activations alone decide.
+            if count > 2 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):
                 break
         except SplitError as error:
             refused[0].args = (f"{refused[0]}. The batch is not run as microbatches: {error}",)
