@@ -32,6 +32,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -240,11 +241,11 @@ def _of_microbatches(program: Program) -> set[fx.Node]:
 def _runs(nodes: list[fx.Node], blocks: tuple[str, ...]) -> Iterator[list[fx.Node]]:
     """Consecutive operators of one block, or of none. Where no module is known, as of sums in the backward, an operator
     goes with the one in front of it."""
+    block_of = cache(lambda module: next((name for name in blocks if f"{module}.".startswith(f"{name}.")), ""))
     run: list[fx.Node] = []
     block = ""
     for node in nodes:
-        module = note(node).module
-        now = next((name for name in blocks if f"{module}.".startswith(f"{name}.")), "") if module else block
+        now = block_of(note(node).module) if note(node).module else block
         if now != block and run:
             yield run
             run = []

@@ -10,12 +10,12 @@ Decision = tuple[Solution, Exception | None]
 """What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
 
 GAIN = 0.03
-"""Twice as many microbatches are worth it where the modelled step is shorter by this share of it."""
+"""Twice as many microbatches are worth it where the modelled step, or the least memory, is less by this share."""
 
 
 def fewest(find: Callable[[int], Decision], examples: int) -> Decision:
-    """The decision for the whole batch where that fits; else for 2, 4, 8, ... parts of it. Raises BudgetError where
-    nothing fits."""
+    """The decision for the whole batch where that fits; else for 2, 4, 8, ... parts of it, as long as more of them need
+    less. Raises BudgetError where nothing fits."""
     refused: list[BudgetError] = []
     for count in _counts(examples):
         try:
@@ -24,10 +24,18 @@ def fewest(find: Callable[[int], Decision], examples: int) -> Decision:
             raise
         except BudgetError as refusal:
             refused.append(refusal)
+            # Two need sums of gradients that one does not: only from there on activations alone decide.
+            if count > 2 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):
+                break
         except SplitError as error:
             refused[0].args = (f"{refused[0]}. The batch is not run as microbatches: {error}",)
             break
     raise min(refused, key=lambda refusal: refusal.smallest_bytes or 0)
+
+
+def _is_less(after: float | None, before: float | None) -> bool:
+    """Whether something has become less by enough to go on with."""
+    return after is not None and before is not None and after < (1 - GAIN) * before
 
 
 def _counts(examples: int) -> Iterator[int]:
@@ -48,4 +56,4 @@ def _faster(find: Callable[[int], Decision], count: int, decision: Decision, exa
     except (BudgetError, SplitError):
         return decision
     step_s, other_s = (solution.plan.estimate.step_s for solution, _ in (decision, other))
-    return other if other_s < (1 - GAIN) * step_s else decision
+    return other if _is_less(other_s, step_s) else decision

@@ -213,9 +213,11 @@ def test_low_precision_gradients_are_added_up_in_float32(precision: str) -> None
 # -- memory ------------------------------------------------------------------------------------------------
 
 
+LONG = replace(OPT, batch=lambda batch=16, seed=0: OPT.batch(batch=batch, length=32, seed=seed))
+
+
 def test_less_memory_is_used_than_by_the_whole_batch() -> None:
-    case = replace(whole(OPT), batch=lambda batch=16, seed=0: OPT.batch(batch=batch, length=32, seed=seed))
-    peaks = {}
+    case, peaks = LONG, {}
     for count in (1, 8):
         model = compiled(case, microbatches=count, recompute="all", fuse_loss=True, placement="cpu")
         case.loss(model, case.batch()).backward()
@@ -226,14 +228,15 @@ def test_less_memory_is_used_than_by_the_whole_batch() -> None:
 
 def least(**options: Any) -> int:
     with pytest.raises(BudgetError) as refused:
-        compiled(whole(OPT), device_budget=1, recompute="all", **options)
+        compiled(LONG, device_budget=1, recompute="all", **options)
     assert refused.value.smallest_bytes is not None
     return refused.value.smallest_bytes
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_run_as_microbatches() -> None:
-    case, needed = whole(OPT), (least(microbatches=1), least())
-    assert needed[1] < needed[0]
+    case, needed = LONG, (least(microbatches=1), least())
+    assert needed[1] < 0.8 * needed[0]
     model = compiled(case, device_budget=needed[1], recompute="all")
     assert model.plan.microbatches > 1 and f"{model.plan.microbatches}, through 2 block(s)" in str(model.plan)
     assert compiled(case, device_budget=needed[0], recompute="all").plan.microbatches == 1

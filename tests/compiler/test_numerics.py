@@ -92,10 +92,11 @@ EVERY_WAY = [
 def test_five_steps_of_every_optimizer(case: Case, placement: str, recompute: str) -> None:
     plain = case.seeded()
     state = state_bytes(plain)
+    ways = {"recompute": recompute, "microbatches": 1}
     # "cuda" keeps the whole state on the device; the others get less than it takes.
-    budget = 2 * state if placement == "cuda" else (smallest_budget(case, recompute=recompute) + state) // 2
+    budget = 2 * state if placement == "cuda" else (smallest_budget(case, **ways) + state) // 2
     assert (budget < state) is (placement != "cuda")
-    ours = compiled(case, device_budget=budget, placement=placement, recompute=recompute)
+    ours = compiled(case, device_budget=budget, placement=placement, **ways)
     for optimizer in OPTIMIZERS:  # one after the other, each from where the last one ended
         assert_same(case, train(case, ours, optimizer), train(case, plain, optimizer))
         assert_same_state(case, ours, plain, path=5 * 1e-2)

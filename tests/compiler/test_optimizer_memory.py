@@ -215,7 +215,7 @@ def test_planned_is_never_below_measured(
 def test_under_any_budget_the_planner_keeps_to_it_and_the_numbers_stay(in_backward: bool) -> None:
     reference, expected = plain(NET, ADAMW[0], **ADAMW[1])
     Loop().run(NET, reference, expected)
-    least, most = smallest_budget(NET), smallest_budget(NET, placement="cuda")
+    least, most = smallest_budget(NET, microbatches=1), smallest_budget(NET, placement="cuda", microbatches=1)
     seen = set()
     for share in (0.0, 0.4, 0.8, 1.2):
         budget = int(least + share * (most - least))
