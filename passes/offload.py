@@ -104,8 +104,9 @@ def _activations(program: Program, blocks: tuple[str, ...]) -> list[_Activation]
 def _is_large(value: fx.Node) -> bool:
     """Whether it is a tensor large enough, and all that its storage holds."""
     kind = type_of(value)
-    is_dense = isinstance(kind, TensorType) and kind.num_bytes == prod(kind.shape) * kind.dtype.itemsize
-    return is_dense and kind.num_bytes >= SMALLEST_BYTES
+    if not isinstance(kind, TensorType) or kind.num_bytes < SMALLEST_BYTES:
+        return False
+    return kind.num_bytes == prod(kind.shape) * kind.dtype.itemsize
 
 
 def _storages(program: Program) -> dict[fx.Node, set[fx.Node]]:
