@@ -18,7 +18,8 @@ A block's activations are what its backward reads of the forward: of a recompute
 another all that it saves. Views of them are made again behind the turn. What stays on the device: values that are
 small, that the caller is handed, or that something overwrites, and those that would leave only as the forward ends.
 
-Copies have the time in which chunks of as many bytes are computed with, times the plan's `prefetch`: 0 waits at once.
+Copies have the time in which chunks of as many bytes are computed with, a few at most, times the plan's `prefetch`: 0
+waits at once.
 """
 
 from bisect import bisect
@@ -57,6 +58,9 @@ from .program.verify import chunked, offloaded
 
 SMALLEST_BYTES = 2**20
 """Smaller values stay: copies of theirs would not reach the bus's rate, and there is little to gain."""
+
+MOST_CHUNKS = 4
+"""So many chunks' time copies have at most: meanwhile values are on the device."""
 
 
 @graph_pass(requires=(chunked,), gives=(offloaded,))
@@ -148,7 +152,7 @@ class _Stretches:
         moved: dict[int, int] = defaultdict(int)
         for activation in activations:
             moved[self.of(at(activation))] += activation.num_bytes
-        return {number: ahead * -(-num_bytes // self.chunk_bytes) for number, num_bytes in moved.items()}
+        return {number: ahead * min(-(-n // self.chunk_bytes), MOST_CHUNKS) for number, n in moved.items()}
 
 
 def _send(program: Program, activations: list[_Activation], ahead: int) -> list[tuple[_Activation, fx.Node]]:

@@ -111,6 +111,14 @@ def test_a_copy_of_more_bytes_has_the_time_of_more_chunks():
     )
 
 
+def test_even_the_longest_copies_are_waited_for(monkeypatch):
+    made = '    y: "f32[6400]" = aten.empty.memory_format([6400], device=DEVICE)\n'
+    read = '    d: "f32[6400]" = aten.cos.default(y)\n'
+    assert _offloaded(_program(made, read)) == []
+    monkeypatch.setattr("geminifx.passes.offload.MOST_CHUNKS", 1)
+    assert _offloaded(_program(made, read)) == ["y"]
+
+
 def test_evaluation_and_programs_without_such_blocks_are_left_alone(evaluation):
     program, plan = evaluation
     run_passes(program, Plan(layout=plan.layout, offload=plan.recompute), PIPELINE)
