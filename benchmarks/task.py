@@ -24,6 +24,7 @@ class Declared:
     plan: str | None = None
     recompute: str = "auto"
     parallel: str | None = None
+    rates: str | None = None
 
     @property
     def degrees(self) -> dict[str, Any] | None:
