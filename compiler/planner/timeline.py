@@ -47,8 +47,8 @@ Instruction = tuple[float, fx.node.Target, Subject]
 
 @dataclass
 class Timeline:
-    """A program takes `compute_s` where nothing is waited for but launches, which take `launching_s`; of them the device
-    works for `busy_s`."""
+    """A program takes `compute_s` where nothing is waited for but launches, which take `launching_s`; the device works
+    for `busy_s` of them."""
 
     instructions: list[Instruction]
     compute_s: float
