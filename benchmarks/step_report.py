@@ -41,7 +41,8 @@ def cells(result: Result) -> list[str]:
         return ["-", "-", "-", "-", error if len(error) <= LONGEST_ERROR else error[:LONGEST_ERROR] + "..."]
     if "step_s" not in result:
         planned = f"planned peak {gib(result['planned_peak_bytes'])}, host {gib(result['planned_host_bytes'])}"
-        return ["-", "-", "-", "-", f"{planned}, compiled in {result['compile_s']} s"]
+        step_s = result["planned_step_s"]
+        return ["-", "-", "-", "-", f"planned step {step_s:.3f} s, {planned}, compiled in {result['compile_s']} s"]
     losses = result["losses"]
     return [
         f"{result['step_s']:.3f}", f"{result['tokens_per_s']:,}", gib(result.get("device_peak_bytes")),

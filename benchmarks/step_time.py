@@ -5,6 +5,7 @@
     python benchmarks/step_time.py --points 1.3b:8 gpt2-xl:1 --pad --dropout 0.1 --systems ours plain compile
     python benchmarks/step_time.py --points 1.3b:16 --budget none --nprocs 8 --systems ours fsdp2 --parallel zero=3
     python benchmarks/step_time.py --points opt-175b:1 --plan-only --recompute all --host-budget 4TB
+    python benchmarks/step_time.py --points 1.3b:4 --plan-only --rates rtx4090 --budget 22GiB --host-budget 100GB
     python benchmarks/step_time.py --plot step_time.json -o step_time.svg    # needs matplotlib
 
 A point is model:batch; models are OPT ("1.3b" is "opt-1.3b"), Llama, GPT-2, Qwen, Gemma, Mistral and ViT by name (see
@@ -70,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
                       "activations go to the host")  # fmt: skip
     only.add_argument("--parallel", nargs="+", default=[None], help="each to be measured, such as data=2,tensor=1d:4")
     only.add_argument("--host-budget", default=None, help='of host memory, such as "100GiB"')
+    only.add_argument("--rates", default=None, help='plan for another machine: a card, such as "rtx4090", or a file of '
+                      "geminifx calibrate")  # fmt: skip
     only.add_argument("--profile", type=Path, default=None, help="trace one step more to this file; several runs: "
                       "to FILE-MODEL-BATCH-SYSTEM")  # fmt: skip
     return made
@@ -117,7 +120,7 @@ def task_of(args: argparse.Namespace, model: str, batch: int, parallel: str | No
     return Task(
         model, batch, args.seq, args.accumulate, args.microbatches, args.dropout, args.pad,
         None if args.budget == "none" else args.budget, args.nprocs,
-        Declared(args.host_budget, args.plan, args.recompute, parallel, args.offload),
+        Declared(args.host_budget, args.plan, args.recompute, parallel, args.offload, args.rates),
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Declared:
     recompute: str = "auto"
     parallel: str | None = None
     offload: str = "auto"
+    rates: str | None = None
 
     @property
     def degrees(self) -> dict[str, Any] | None:

@@ -42,7 +42,8 @@ class Ours(Contestant):
     def planned(cls, task: Task) -> dict[str, Any]:
         """Plan with weights on `meta`, print the plan and return its figures; nothing is run.
 
-        Without a GPU it is computed in bfloat16 all the same, in a budgeted arena in RAM at the rates of RAM.
+        Without a GPU it is computed in bfloat16 all the same, in a budgeted arena in RAM, at the rates of RAM where no
+        others are declared.
         """
         self = cls.__new__(cls)
         Contestant.__init__(self, task)
@@ -59,13 +60,15 @@ class Ours(Contestant):
         self.model = geminifx.compile(
             source, device_budget=task.budget, host_budget=declared.host_budget, plan=declared.plan,
             recompute=first_blocks(source, "recompute", declared.recompute),
-            offload=first_blocks(source, "offload", declared.offload), parallel=declared.degrees,
+            offload=first_blocks(source, "offload", declared.offload), parallel=declared.degrees, rates=declared.rates,
             example_inputs=self.backwards[0].inputs, **options,
         )  # fmt: skip
         self.optimizer = self.make_optimizer()
         compile_s, plan = time.perf_counter() - start, self.model.plan
-        self.facts = {"compile_s": round(compile_s, 1), "planned_peak_bytes": plan.peak_bytes,
-                      "planned_host_bytes": plan.estimate.host_bytes}  # fmt: skip
+        self.facts = {
+            "compile_s": round(compile_s, 1), "planned_peak_bytes": plan.peak_bytes,
+            "planned_host_bytes": plan.estimate.host_bytes, "planned_step_s": round(plan.estimate.step_s, 4),
+        }  # fmt: skip
         if rank() == 0:
             print(plan)
 

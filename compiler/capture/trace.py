@@ -34,8 +34,8 @@ from .guards import PLAIN, Guard, recorded
 from .numbers import check_only_computed, is_taken_out, no_types_asked, number_type, standing_for, taken_out
 from .refusals import tell_of_hooks
 from .results import gradient_sources
+from .roles import input_role, result_role, without_prefix
 
-_PREFIX = "model."
 _ROOMS = ("compiler", "models", "passes", "runtime")
 
 
@@ -308,7 +308,7 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
     nodes = list(graph_module.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":
-            role, name = _input_role(node.meta["desc"], names, leaves)
+            role, name = input_role(node.meta["desc"], names, leaves)
             type = type_of_value(node.meta["val"])
             kind, _, position = role.partition(":")
             if kind == "input" and int(position) in numbers:
@@ -327,7 +327,7 @@ def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str]
             values[node] = _add_call(program, node, "backward" if node in backward else "forward", values)
     output = next(node for node in nodes if node.op == "output")
     program.set_results({
-        _result_role(description, names, leaves): values[value]
+        result_role(description, names, leaves): values[value]
         for value, description in zip(output.args[0], output.meta["desc"], strict=True)
         if value is not None  # inputs and parameters that get no gradient
     })  # fmt: skip
@@ -340,7 +340,7 @@ def _add_call(program: Program, node: fx.Node, phase: Phase, values: dict[fx.Nod
             f"{private.module_of(node) or 'the model'}: {node.target} has no schema, so its effects are unknown; "
             "expected operators that torch or torch.library defines"
         )
-    origin = Note(phase=phase, module=_without_prefix(private.module_of(node)))
+    origin = Note(phase=phase, module=without_prefix(private.module_of(node)))
     args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     return program.emit(node.target, args, kwargs, before=program.output, like=origin, name=node.name)
@@ -358,7 +358,7 @@ def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mappin
     name = identifier(str(node.target).lstrip("_"))
     program.constants[name] = originals.get(id(value), value)
     placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
-    annotate(placeholder, module=_without_prefix(private.module_of(node)))
+    annotate(placeholder, module=without_prefix(private.module_of(node)))
     return placeholder
 
 
@@ -366,45 +366,3 @@ def _tied(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     names = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in names if first.setdefault(id(p), name) != name}
-
-
-def _input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[str, str]:
-    match description:
-        case private.ParamAOTInput(target=target):
-            return f"parameter:{_without_prefix(target)}", _without_prefix(target)
-        case private.BufferAOTInput(target=target):
-            return f"buffer:{_without_prefix(target)}", _without_prefix(target)
-        case private.PlainAOTInput(idx=i):
-            return f"input:{leaves[i]}", names[i]
-        case private.TangentAOTInput(output=private.PlainAOTOutput(idx=i)):
-            return f"tangent:{i}", f"tangent_{i}"
-        case private.TangentAOTInput(output=private.InputMutationAOTOutput(mutated_input=written)):
-            raise _written(written, names, leaves)
-    raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
-
-
-def _result_role(description: Any, names: list[str], leaves: list[int]) -> str:
-    match description:
-        case private.PlainAOTOutput(idx=i):
-            return f"output:{i}"
-        case private.GradAOTOutput(grad_of=private.ParamAOTInput(target=target)):
-            return f"gradient:{_without_prefix(target)}"
-        case private.GradAOTOutput(grad_of=private.PlainAOTInput(idx=i)):
-            return f"gradient:input:{leaves[i]}"
-        case private.InputMutationAOTOutput(mutated_input=private.BufferAOTInput(target=target)):
-            return f"mutation:{_without_prefix(target)}"
-        case private.InputMutationAOTOutput(mutated_input=written):
-            raise _written(written, names, leaves)
-    raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
-
-
-def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureError:
-    _, name = _input_role(description, names, leaves)
-    return CaptureError(
-        f"the model writes to {name} in its forward; expected writes to buffers alone. What is averaged or counted "
-        "there can be a buffer, or be written outside of the forward, by parameter.data.copy_()"
-    )
-
-
-def _without_prefix(name: str) -> str:
-    return "" if name == "model" else name.removeprefix(_PREFIX)

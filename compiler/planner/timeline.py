@@ -2,7 +2,7 @@
 and the seconds of compute up to each.
 
 What the device computes is launched operator by operator by one thread, which may be ahead of it and never behind: an
-operator runs when it is launched and all before it are done.
+operator runs when it is launched and all before it are done. Instructions take that thread's time, too.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ Instruction = tuple[float, fx.node.Target, Subject]
 
 @dataclass
 class Timeline:
-    """What `compute_s` of the device are made of is `busy_s` of work, for which `launching_s` of launches are needed;
-    for the rest it waits for those."""
+    """A program takes `compute_s` where nothing is waited for but launches, which take `launching_s`; the device works
+    for `busy_s` of them."""
 
     instructions: list[Instruction]
     compute_s: float
@@ -110,6 +110,7 @@ def timeline(program: Program, plan: Plan, rates: Rates) -> Timeline:
     for node in operators(program):
         about = FOLLOWED[node.target](node, reading) if node.target in FOLLOWED else None
         if about is not None:
+            found.launching_s += rates.launch_s
             found.instructions.append((found.compute_s, node.target, about))
         elif not is_free(node):
             kind = node.target, freeze((node.args, node.kwargs), type_of)
@@ -117,4 +118,5 @@ def timeline(program: Program, plan: Plan, rates: Rates) -> Timeline:
             found.busy_s += work_s
             found.launching_s += rates.launch_s
             found.compute_s = max(found.compute_s, found.launching_s) + work_s
+    found.compute_s = max(found.compute_s, found.launching_s)
     return found

@@ -1,7 +1,7 @@
-"""Calibration: rates from two measurements that agree, of a machine that does nothing else."""
+"""Calibration: rates from two measurements in a row that agree, of a machine that does nothing else."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -15,6 +15,9 @@ from .rates import Products, Rates, slowest
 
 SPREAD = 1.15
 """How far two measurements of one thing may be apart."""
+
+ATTEMPTS = 3
+"""The first one finds a machine that is cold, whose libraries are not loaded yet."""
 
 OTHERS_BYTES = 2 * 2**30
 """Device memory that nobody of this process holds, and that is more than its driver context."""
@@ -43,16 +46,19 @@ class BusyError(GeminiError):
 
 
 def calibrate(device: torch.device, effort: Effort, ranks: Ranks = ALONE, measure: Measure | None = None) -> Rates:
-    """Measure a GPU and its host twice; of several processes all do so at once, and the slowest one's rates are
-    everybody's. Raises BusyError where others use it, or the two are too far apart."""
+    """Measure a GPU and its host until two measurements in a row agree; of several processes all do so at once, and the
+    slowest one's rates are everybody's. Raises BusyError where others use it, or no two agree."""
     others = used_by_others(device, effort)
     ranks.raise_alike(None if others is None else BusyError(others))
-    first, second = ((measure or measured)(device, effort, ranks) for _ in range(2))
-    apart = ", ".join(differences(first, second))
-    twice = f"measured twice, {apart} are more than {SPREAD - 1:.0%} apart; end what else runs here"
-    ranks.raise_alike(BusyError(twice) if apart else None)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    return slowest(ranks.gather(rates_from(second, effort, name)))
+    latest = (measure or measured)(device, effort, ranks)
+    for _ in range(ATTEMPTS - 1):
+        previous, latest = latest, (measure or measured)(device, effort, ranks)
+        apart = sorted({name for names in ranks.gather(differences(previous, latest)) for name in names})
+        if not apart:
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+            return slowest(ranks.gather(rates_from(latest, effort, name)))
+    far = f"{', '.join(apart)} are still more than {SPREAD - 1:.0%} apart"
+    raise BusyError(f"measured {ATTEMPTS} times, {far}; end what else runs here")
 
 
 def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measured:
@@ -84,12 +90,14 @@ def used_by_others(device: torch.device, effort: Effort) -> str | None:
     return f"the GPU is {busy} % busy already" if busy > BUSY_PERCENT else None
 
 
-def differences(first: Measured, second: Measured) -> Iterator[str]:
+def differences(first: Measured, second: Measured) -> list[str]:
     """What of two measurements is too far apart."""
-    for field in fields(Measured):
-        pairs = zip(_numbers(getattr(first, field.name)), _numbers(getattr(second, field.name)), strict=True)
-        if any(max(pair) > SPREAD * min(pair) for pair in pairs):
-            yield field.name
+
+    def apart(name: str) -> bool:
+        pairs = zip(_numbers(getattr(first, name)), _numbers(getattr(second, name)), strict=True)
+        return any(max(pair) > SPREAD * min(pair) for pair in pairs)
+
+    return [field.name for field in fields(Measured) if apart(field.name)]
 
 
 def _numbers(value: object) -> list[float]:

@@ -38,7 +38,7 @@ EXCHANGES = 20
 @dataclass(frozen=True)
 class Effort:
     """How much is measured, and for how long: large products for `sustained_s` in each dtype, anything else for
-    `each_s`; all of it twice. `updates_on_device`: whether the device's kernel, which may have to be built, is too.
+    `each_s`. `updates_on_device`: whether the device's kernel, which may have to be built, is too.
     That takes `needed_bytes` of the device."""
 
     needed_bytes: int

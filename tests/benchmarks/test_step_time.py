@@ -156,9 +156,9 @@ def test_the_table_tells_points_apart():
         "opt-1.3b, 8 x 1024, 8 backwards, dropout 0.1, padded"
     )
     assert label({"model": "vit-l", "batch": 8, "seq": None}) == "vit-l, 8 images"
-    assert cells({"planned_peak_bytes": 2**30, "planned_host_bytes": 2**31, "compile_s": 3.0})[-1] == (
-        "planned peak 1.0 GiB, host 2.0 GiB, compiled in 3.0 s"
-    )
+    assert cells(
+        {"planned_peak_bytes": 2**30, "planned_host_bytes": 2**31, "planned_step_s": 0.1234, "compile_s": 3.0}
+    )[-1] == ("planned step 0.123 s, planned peak 1.0 GiB, host 2.0 GiB, compiled in 3.0 s")
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_sample_is_one_short_row():
 
 def test_a_plan_alone_needs_no_weights(tiny, capsys):
     facts = Ours.planned(task(tiny, accumulate=2, budget="1GB", declared=Declared(recompute="1")))
-    assert facts.keys() == {"compile_s", "planned_peak_bytes", "planned_host_bytes"}
+    assert facts.keys() == {"compile_s", "planned_peak_bytes", "planned_host_bytes", "planned_step_s"}
     assert 0 < facts["planned_peak_bytes"] <= 10**9
     said = capsys.readouterr().out
     for option in ("recompute", "offload"):

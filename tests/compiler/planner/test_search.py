@@ -263,13 +263,19 @@ def test_nothing_is_offloaded_where_everything_fits() -> None:
     assert (plan.recompute, plan.offload, plan.estimate.offloaded_bytes) == ((), (), 0)
 
 
+def with_bus(found: Limits, bytes_per_s: float) -> Limits:
+    """The same, but for how fast copies are."""
+    names = ("up_bytes_per_s", "down_bytes_per_s", "both_bytes_per_s")
+    return replace(found, rates=replace(ARENA, **dict.fromkeys(names, bytes_per_s)))
+
+
 def test_blocks_are_kept_on_the_host_where_that_takes_less_than_recomputing() -> None:
     tight = limits(offloaded(limits(None), recompute=BLOCKS, offload=()).peak_bytes)
-    slow_bus = offloaded(tight)
+    slow_bus = offloaded(with_bus(tight, 1.0))
     assert (slow_bus.recompute, slow_bus.offload) == (BLOCKS, ())
-    fast_bus = offloaded(replace(tight, rates=replace(ARENA, bus_bytes_per_s=float("inf"))))
+    fast_bus = offloaded(with_bus(tight, float("inf")))
     assert (fast_bus.recompute, fast_bus.offload) == ((), BLOCKS)
-    chosen = offloaded(replace(tight, rates=replace(ARENA, bus_bytes_per_s=float("inf"))), recompute=BLOCKS)
+    chosen = offloaded(with_bus(tight, float("inf")), recompute=BLOCKS)
     assert chosen.recompute == BLOCKS, "the user's choice"
 
 

@@ -1,0 +1,186 @@
+"""Predicted against measured: a step's seconds and its device peak, over models, budgets and batches.
+
+    geminifx calibrate
+    python benchmarks/trust.py --models opt-1.3b opt-2.7b --budgets 6GB 12GB 24GB --batches 1 8 16 --json trust.json
+    python benchmarks/trust.py --models llama-3b --budgets 24GB --batches 8 --accumulate 4 --json trust.json
+    python benchmarks/trust.py --json trust.json --table docs/trust.md    # measures nothing
+
+A model has a process of its own, in which it is planned anew for each cell, with five steps: the last three count.
+Cells that the file has already are not measured again, so that a table may be filled in several goes, and one that
+failed is tried again. On a machine without a GPU the arena is the device: `--models mini --seq 128 --budgets none`
+shows that it runs.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import tell
+from processes import run_worker
+from random_models import full_name
+from systems.base import synchronize
+from systems.ours import Ours
+from task import Task
+
+STEPS, COUNTED = 5, 3
+
+Cell = dict[str, Any]
+POINT = ("model", "batch", "seq", "accumulate", "budget")
+"""What a cell is of."""
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", nargs="+", type=full_name, default=[], help="such as opt-1.3b or llama-3b")
+    made.add_argument("--budgets", nargs="+", default=["24GB"], help='of device memory, or "none"')
+    made.add_argument("--batches", nargs="+", type=int, default=[8], help="sequences of one backward")
+    made.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
+    made.add_argument("--accumulate", type=int, default=1, metavar="K", help="backwards in a step")
+    made.add_argument("--json", type=Path, required=True, help="the cells, to which this call's are added")
+    made.add_argument("--table", type=Path, default=None, help="write all cells of --json here, as Markdown")
+    made.add_argument("--timeout-s", type=float, default=3600.0, help="for one model")
+    made.add_argument("--worker", action="store_true", help="measure the first model right here")
+    return made.parse_args(words)
+
+
+def tasks(args: argparse.Namespace, model: str, known: Iterable[Cell]) -> list[Task]:
+    """The cells of a model that are still to be measured."""
+    done = {tuple(cell[name] for name in POINT) for cell in known if "error" not in cell}
+    budgets = [None if budget == "none" else budget for budget in args.budgets]
+    wanted = [Task(model, batch, args.seq, args.accumulate, budget=budget)
+              for budget in budgets for batch in args.batches]  # fmt: skip
+    return [task for task in wanted if tuple(point(task).values()) not in done]
+
+
+def point(task: Task) -> Cell:
+    return {name: getattr(task, name) for name in POINT}
+
+
+# -- measuring -------------------------------------------------------------------------------------------------
+
+
+def measure(task: Task) -> Cell:
+    """One cell: what the plan says, and what five steps take."""
+    ours = Ours(task)
+    plan, seconds = ours.model.plan, list[float]()
+    synchronize()
+    before = time.perf_counter()
+    for _ in range(STEPS):
+        ours.step()
+        synchronize()
+        now = time.perf_counter()
+        seconds.append(now - before)
+        before = now
+    return {
+        "rates": plan.estimate.rates, "binds": plan.estimate.binds, "bound_s": plan.estimate.bound_s,
+        "predicted_s": plan.estimate.step_s, "measured_s": statistics.median(seconds[-COUNTED:]),
+        "predicted_bytes": plan.peak_bytes, "measured_bytes": ours.model.stats.device_peak_bytes,
+    }  # fmt: skip
+
+
+def work(wanted: list[Task]) -> None:
+    """Measure, tell after every cell of all so far, and end the process."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    cells: list[Cell] = []
+    for task in wanted:
+        cells.append({**point(task), "device": device, "torch": torch.__version__})
+        try:
+            cells[-1] |= measure(task)
+        except Exception as error:
+            traceback.print_exc()
+            cells[-1]["error"] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        tell({"cells": cells})
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    tell({"done": True})
+    sys.stderr.flush()
+    os._exit(0)  # an orderly end unpins and frees all host memory, which takes longer than the steps
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Each model in a process of its own; the file has what is measured as soon as its process ends."""
+    for model in args.models:
+        known = read(args.json)
+        if tasks(args, model, known):
+            words = [__file__, *sys.argv[1:], "--worker", "--models", model]
+            found = run_worker(words, 1, args.timeout_s, expandable=False).get("cells", [])
+            again = {tuple(cell[name] for name in POINT) for cell in found}
+            kept = [cell for cell in known if tuple(cell[name] for name in POINT) not in again]
+            args.json.write_text(json.dumps([*kept, *found], indent=1) + "\n")
+
+
+def read(file: Path) -> list[Cell]:
+    found: list[Cell] = json.loads(file.read_text()) if file.exists() else []
+    return found
+
+
+# -- the table -------------------------------------------------------------------------------------------------
+
+
+def errors(cells: Iterable[Cell], what: str) -> list[float]:
+    """How far predictions of seconds ("s") or bytes are from what was measured, as shares of that."""
+    return [cell[f"predicted_{what}"] / cell[f"measured_{what}"] - 1 for cell in cells if "error" not in cell]
+
+
+def summary(cells: list[Cell]) -> str:
+    """Averages and worst cases."""
+    told = []
+    for what, name in (("s", "step"), ("bytes", "device peak")):
+        found = [abs(error) for error in errors(cells, what)]
+        told.append(f"{name} {statistics.mean(found):.1%} off on average, {max(found):.1%} at worst")
+    above = sum(error < 0 for error in errors(cells, "bytes"))
+    return f"{len(errors(cells, 's'))} cells: {'; '.join(told)}; {above} peaks above the planned ones."
+
+
+def table(cells: list[Cell]) -> str:
+    """All cells as Markdown, with where and how they were measured."""
+    good = [cell for cell in cells if "error" not in cell]
+    where = sorted({f"{cell['device']}, torch {cell['torch']}, at the rates of {cell['rates']}" for cell in good})
+    lines = [
+        "# Predicted against measured", "",
+        "What a plan says that a step takes, and what it took: the median of the last three of five steps, and the",
+        "highest device memory of all. Cells are measured by `benchmarks/trust.py`, in as many goes as one likes, and",
+        "written by `python benchmarks/trust.py --json trust.json --table docs/trust.md`.", "",
+        *(["; ".join(where) + ".", "", summary(good), ""] if good else []),
+        "| model | batch x tokens | budget | step | predicted | off | binds | at least | peak, of planned |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    return "\n".join([*lines, *map(line, cells)]) + "\n"
+
+
+def line(cell: Cell) -> str:
+    accumulated = f", {cell['accumulate']} backwards" if cell["accumulate"] > 1 else ""
+    first = f"| {cell['model']} | {cell['batch']} x {cell['seq']}{accumulated} | {cell['budget'] or 'none'} |"
+    if "error" in cell:
+        return f"{first} {cell['error'].replace('|', '/')} | | | | | |"
+    (off,), (peak,) = errors([cell], "s"), errors([cell], "bytes")
+    return (
+        f"{first} {cell['measured_s']:.3f} s | {cell['predicted_s']:.3f} s | {off:+.1%} | {cell['binds']} | "
+        f"{cell['bound_s']:.3f} s | {1 / (1 + peak):.1%} |"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        work(tasks(args, args.models[0], read(args.json)))
+    measure_all(args)
+    cells = read(args.json)
+    if args.table is not None:
+        args.table.write_text(table(cells))
+    elif any("error" not in cell for cell in cells):
+        print(summary(cells))
+
+
+if __name__ == "__main__":
+    main()

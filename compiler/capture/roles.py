@@ -1,0 +1,54 @@
+"""Roles: what the inputs and results of a traced step are to the model, under which names its program has them."""
+
+from typing import Any
+
+from ...runtime.isa import torch_private as private
+from ...runtime.isa.errors import CaptureError
+
+_PREFIX = "model."
+"""What is traced is the model within a module of ours."""
+
+
+def input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[str, str]:
+    """The role of an input, and a name for it. `names` and `leaves` are the arguments' names and positions."""
+    match description:
+        case private.ParamAOTInput(target=target):
+            return f"parameter:{without_prefix(target)}", without_prefix(target)
+        case private.BufferAOTInput(target=target):
+            return f"buffer:{without_prefix(target)}", without_prefix(target)
+        case private.PlainAOTInput(idx=i):
+            return f"input:{leaves[i]}", names[i]
+        case private.TangentAOTInput(output=private.PlainAOTOutput(idx=i)):
+            return f"tangent:{i}", f"tangent_{i}"
+        case private.TangentAOTInput(output=private.InputMutationAOTOutput(mutated_input=written)):
+            raise _written(written, names, leaves)
+    raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
+
+
+def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
+    """The role of a result. Raises CaptureError where the forward writes to what is no buffer."""
+    match description:
+        case private.PlainAOTOutput(idx=i):
+            return f"output:{i}"
+        case private.GradAOTOutput(grad_of=private.ParamAOTInput(target=target)):
+            return f"gradient:{without_prefix(target)}"
+        case private.GradAOTOutput(grad_of=private.PlainAOTInput(idx=i)):
+            return f"gradient:input:{leaves[i]}"
+        case private.InputMutationAOTOutput(mutated_input=private.BufferAOTInput(target=target)):
+            return f"mutation:{without_prefix(target)}"
+        case private.InputMutationAOTOutput(mutated_input=written):
+            raise _written(written, names, leaves)
+    raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
+
+
+def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureError:
+    _, name = input_role(description, names, leaves)
+    return CaptureError(
+        f"the model writes to {name} in its forward; expected writes to buffers alone. What is averaged or counted "
+        "there can be a buffer, or be written outside of the forward, by parameter.data.copy_()"
+    )
+
+
+def without_prefix(name: str) -> str:
+    """A module's or parameter's name in the model."""
+    return "" if name == "model" else name.removeprefix(_PREFIX)
