@@ -81,7 +81,8 @@ def test_json_has_the_request_the_decisions_and_the_estimate():
     assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 4
     assert set(data["request"]) == {field.name for field in fields(Request)}
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
-    assert data["recompute"] == ["layers.0", "layers.1"] and data["homes"][1] == {"where": "device", "resident": True}
+    assert data["recompute"] == ["layers.0", "layers.1"]
+    assert data["homes"][1] == {"where": "device", "resident": True, "spare": False}
     assert set(data["estimate"]) == {field.name for field in fields(Estimate)}
     assert data["estimate"]["busy_s"] == [["device", 0.12], ["bus up", 0.0805]]
     assert PLAN.estimate.bound_s == 0.12 and PLAN.estimate.binds == "device" and Plan().estimate.binds == ""
