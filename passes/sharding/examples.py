@@ -103,6 +103,12 @@ def _taken_apart(call: Call) -> list[Row]:
     return mapped(call, lambda dim: None if dim == gone else dim - (dim > gone))
 
 
+def _stacked(call: Call) -> list[Row]:
+    new = call.arg(1, "dim", 0) % (len(call.operands[0].shape) + 1)
+    shards = dict.fromkeys(shard for _, shard in call.found_shards())
+    return [Row((shard,) * len(call.operands), (Shard(shard.dim + (shard.dim >= new)),)) for shard in shards]
+
+
 def _repeated(call: Call) -> list[Row]:
     times, ndim = call.arg(1, "repeats"), len(call.operands[0].shape)
     added = len(times) - ndim
@@ -187,7 +193,8 @@ EXAMPLES: dict[Any, Rule] = {
     aten.scatter.src: along_others(1, "dim"), aten.scatter.value: along_others(1, "dim"),
     aten.scatter_add.default: along_others(1, "dim"), aten.slice_scatter.default: along_others(2, "dim", 0),
     aten.select_scatter.default: _placed_one, aten.index_select.default: _picked, aten.unbind.int: _taken_apart,
-    aten.repeat.default: _repeated, aten.index.Tensor: _indexed,
+    aten.repeat.default: _repeated, aten.stack.default: _stacked,
+    aten.index.Tensor: _indexed, aten._unsafe_index.Tensor: _indexed,
     aten.mse_loss.default: _loss(2), aten.smooth_l1_loss.default: _loss(2), aten.huber_loss.default: _loss(2),
     aten.soft_margin_loss.default: _loss(2), aten.binary_cross_entropy.default: _loss(3),
     aten.binary_cross_entropy_with_logits.default: _loss(4),

@@ -134,11 +134,9 @@ class _Proof:
         self._results()
 
     def _inputs(self, part: Program) -> None:
-        others = {note(node).role: node for node in part.placeholders}
-        for node in self.whole.placeholders:
-            other = others.get(note(node).role)
-            if other is None:
-                raise SplitError(f"{node.name} is read by the whole batch's program and not by a microbatch's")
+        for node, other in zip_longest(self.whole.placeholders, part.placeholders):
+            if node is None or other is None or note(node).role != note(other).role:
+                raise SplitError(f"{(node or other).name} is not read by both the whole batch's program and a part's")
             self.pairs[node] = other
             self.found[node] = (self._input_place(node, other),)
         for name, value in self.whole.constants.items():
