@@ -265,6 +265,17 @@ def test_a_full_host_names_the_way_out() -> None:
     assert held_bytes(model) == 0
 
 
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("copies", ["open"], indirect=True)
+def test_a_search_for_what_is_not_finite_looks_at_nothing_that_has_not_come() -> None:
+    model = offloading(STACK, placement="cpu", recompute="none")
+    x = STACK.batch()["input"]
+    model(x * float("nan")).sum().backward()  # and so the memory on the host has such values from now on
+    assert model.first_nonfinite(x) is None
+    assert str(model.first_nonfinite(x * float("nan"))).startswith("input")
+    assert held_bytes(model) == 0
+
+
 # -- what is asked for -------------------------------------------------------------------------------------
 
 
