@@ -25,7 +25,7 @@ microbatches come so far before any of them goes on.
 Random numbers are those of one call for each microbatch after the other. The generator is led through the draws of all
 but the last in front of everything; its states on the way are kept, and each microbatch goes on from its own.
 
-Which models can be divided so is told in `sharding/microbatches.py`. The order is that of RoundPipe and GreedySnake.
+Which models can be divided so is told in `sharding/microbatches.py`. The order is that of GreedySnake.
 """
 
 import operator

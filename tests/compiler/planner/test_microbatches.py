@@ -1,0 +1,61 @@
+"""How many microbatches are chosen where the user does not say, by what each number needs and how fast it is."""
+
+from collections.abc import Callable
+
+import pytest
+from geminifx.compiler.planner.microbatches import Decision, fewest
+from geminifx.compiler.planner.refusal import HostBudgetError
+from geminifx.compiler.planner.search import Solution
+from geminifx.passes.program.estimate import Estimate
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import Program
+from geminifx.runtime.isa.errors import BudgetError, SplitError
+
+
+def finding(needs: dict[int, int], budget: int, seconds: dict[int, float] | None = None) -> Callable[[int], Decision]:
+    """Decides for a number of microbatches that need so many bytes, in steps of so many seconds."""
+
+    def find(count: int) -> Decision:
+        if count not in needs:
+            raise SplitError(f"not by {count}")
+        if needs[count] > budget:
+            raise BudgetError(f"{count} need {needs[count]}", smallest_bytes=needs[count])
+        estimate = Estimate(step_s=(seconds or {}).get(count, 1.0))
+        return Solution(Plan(microbatches=count, estimate=estimate), Program("training")), None
+
+    return find
+
+
+def chosen(find: Callable[[int], Decision], examples: int) -> int:
+    return fewest(find, examples)[0].plan.microbatches
+
+
+def test_the_whole_batch_where_it_fits() -> None:
+    assert chosen(finding({1: 90}, 90), 8) == 1
+
+
+def test_as_few_as_fit_or_twice_as_many_where_those_are_faster() -> None:
+    needs = {1: 90, 2: 95, 4: 60, 8: 40}
+    assert chosen(finding(needs, 60), 8) == 4
+    assert chosen(finding(needs, 60, {4: 1.0, 8: 0.96}), 8) == 8
+    assert chosen(finding(needs, 60, {4: 1.0, 8: 0.98}), 8) == 4
+    assert chosen(finding(needs, 60, {4: 1.0, 8: 0.5}), 12) == 4  # 12 examples do not divide by 8
+
+
+def test_where_nothing_fits_the_least_of_all_is_told() -> None:
+    with pytest.raises(BudgetError, match="8 need 40") as refused:
+        chosen(finding({1: 90, 2: 95, 4: 60, 8: 40}, 10), 8)
+    assert refused.value.smallest_bytes == 40
+    with pytest.raises(BudgetError, match=r"1 need 90. The batch is not run as microbatches: not by 2"):
+        chosen(finding({1: 90}, 10), 8)
+    with pytest.raises(BudgetError, match="4 need 59"):  # 8 are not tried: what is left are no activations
+        chosen(finding({1: 90, 2: 60, 4: 59, 8: 1}, 10), 8)
+
+
+def test_more_parts_of_a_batch_are_no_help_to_the_host() -> None:
+    def find(count: int) -> Decision:
+        assert count == 1
+        raise HostBudgetError("the host is full")
+
+    with pytest.raises(HostBudgetError):
+        fewest(find, 8)
