@@ -39,6 +39,9 @@ SHARES = 4
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
 
+OFFLOAD_GAIN = 0.05
+"""The share of a step's time that activations on the host must save where everything fits without."""
+
 SPARE_GAIN = 0.02
 """The share of a step's time that second places for states must save: they take as much of the host as the states."""
 
@@ -134,7 +137,7 @@ def _offloaded_instead(best: Solution, lower: Lower, limits: Limits, given: Cons
     a share on the host instead."""
     recomputed = best.plan.recompute
     if recomputed:
-        best = _faster(best, replace(best.plan, offload=recomputed), lower, limits, given)
+        best = _much_faster(best, replace(best.plan, offload=recomputed), lower, limits, given)
     begins = best.plan.offload
     for share in KEPT_SHARES if given.recompute is None else ():
         kept = tuple(block for i, block in enumerate(recomputed) if _every(i, share))
@@ -142,7 +145,7 @@ def _offloaded_instead(best: Solution, lower: Lower, limits: Limits, given: Cons
             continue
         again = tuple(block for block in recomputed if block not in kept)
         plan = replace(best.plan, recompute=again, offload=begins or kept)
-        better = _faster(best, plan, lower, limits, given)
+        better = _much_faster(best, plan, lower, limits, given)
         if better is best:
             break
         best = better
@@ -155,6 +158,12 @@ def _faster(best: Solution, plan: Plan, lower: Lower, limits: Limits, given: Con
     return min(best, solution, key=_step_s) if limits.allow(solution.plan) else best
 
 
+def _much_faster(best: Solution, plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
+    """The same, but only where that is worth copies that the bus may have less time for than is modelled."""
+    found = _faster(best, plan, lower, limits, given)
+    return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
+
+
 def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
     """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
     program = lower(plan)
@@ -163,11 +172,12 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> S
     if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
-    _, step_s, homes = min(timed, key=lambda candidate: candidate[:2])
-    if given.placed is None:
-        spared = _with_spares(plan, memory, homes)
-        if spared != homes and time.seconds(plan, spared) < (1 - SPARE_GAIN) * step_s:
-            homes = spared
+    if given.placed is None and plan.format.beside and not plan.format.in_backward:
+        timed += [
+            (memory.beyond_host(spared), time.seconds(plan, spared) / (1 - SPARE_GAIN), spared)
+            for spared in (_with_spares(plan, memory, homes) for _, _, homes in timed)
+        ]
+    _, _, homes = min(timed, key=lambda candidate: candidate[:2])
     return _solution(replace(plan, homes=homes), program, memory, time)
 
 

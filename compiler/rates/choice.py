@@ -40,8 +40,9 @@ def given_rates(given: Given) -> Rates | None:
 def rates_of(device: torch.device, given: Rates | None, processes: int, room_bytes: int) -> Rates:
     """The rates to plan with on `device`, which is one for each of so many `processes` of this machine.
 
-    Those of a GPU are measured where they never were, in about a second, and kept; one line tells of it. They are not
-    where that would take more than `room_bytes` of the device, or several processes were to do so at once.
+    Those that `geminifx calibrate` kept, or the preset of a known card. Of another card they are measured, in about a
+    second, and kept; one line tells of it. They are not where that would take more than `room_bytes` of the device, or
+    several processes were to do so at once.
     """
     if given is not None:
         return given
@@ -51,7 +52,7 @@ def rates_of(device: torch.device, given: Rates | None, processes: int, room_byt
     known = kept_for(machine)
     if known is not None:
         return known
-    if processes > 1 or room_bytes < AUTOMATIC.needed_bytes:
+    if card_named(machine.gpu) or processes > 1 or room_bytes < AUTOMATIC.needed_bytes:
         return known_card(machine.gpu)
     return _measured(device, machine, _tell)
 
