@@ -26,7 +26,7 @@ def _check(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
     """Raises StateError for inputs that are parameters of a step which the outputs come from."""
     asked = {id(each) for each in inputs if isinstance(each, Tensor) and each.is_leaf}
     for run in _runs(outputs) if asked else ():
-        names = run.executor.machine.store.chunks.names()
+        names = run.executor.machine.store.chunks.names
         name = next((names[identity] for identity in asked if identity in names), None)
         if name is not None:
             raise StateError(

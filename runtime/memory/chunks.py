@@ -156,6 +156,8 @@ class ChunkStore:
         self.chunks = [Chunk(chunk) for chunk in layout.chunks]
         for chunk in self.chunks:
             chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
+        self.names = {id(parameter): name for name, parameter in parameters.items()}
+        """The parameters' names, by their identity."""
 
     def place(self, chunk: Chunk, master: Tensor) -> None:
         """Make `master` the chunk's master: values move over, parameters become views of it."""
@@ -192,14 +194,6 @@ class ChunkStore:
                 view = chunk.slice(chunk.master, chunk.layout.slots.index(slot))
                 view.copy_(parameter.detach())
                 parameter.data = with_own_storage(view)
-
-    def names(self) -> dict[int, str]:
-        """The parameters' names, by their identity."""
-        return {
-            id(parameter): slot.name
-            for chunk in self.chunks
-            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=True)
-        }
 
     def versions(self) -> dict[str, int]:
         """How often each parameter was written in place, by name."""

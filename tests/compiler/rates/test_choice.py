@@ -18,6 +18,7 @@ from optimizing import NET
 from zoo import compiled
 
 MACHINE = Identity("NVIDIA H200", "13000", "13.0", "EPYC", 16, 1, "2.11.0")
+UNKNOWN = replace(MACHINE, gpu="NVIDIA A10")
 MEASURED = replace(preset("h200"), name="NVIDIA H200, measured", memory_bytes_per_s=4e12)
 CUDA, ROOM = torch.device("cuda"), AUTOMATIC.needed_bytes
 
@@ -47,15 +48,17 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 def test_a_new_machine_is_measured_once_and_says_so_in_one_line(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    machine.identity = UNKNOWN
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "geminifx: measured NVIDIA H200 and its host, once; geminifx calibrate does it more exactly"
+    assert line == "geminifx: measured NVIDIA A10 and its host, once; geminifx calibrate does it more exactly"
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED and machine.measured == 1
     assert capsys.readouterr().err == ""
 
 
 def test_without_a_cache_that_line_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    machine.identity = UNKNOWN
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
     assert "for this run: there is no cache to keep it in" in capsys.readouterr().err
@@ -64,10 +67,10 @@ def test_without_a_cache_that_line_says_so(machine: Machine, monkeypatch: pytest
 def test_a_busy_machine_is_planned_for_by_its_preset_and_measured_later(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine.busy = True
-    assert rates_of(CUDA, None, 1, ROOM) == preset("h200") and kept_for(MACHINE) is None
+    machine.identity, machine.busy = UNKNOWN, True
+    assert rates_of(CUDA, None, 1, ROOM) == known_card(UNKNOWN.gpu) and kept_for(UNKNOWN) is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the rates of the preset h200" in line and "93 % busy" in line
+    assert "the rates of the preset h100-sxm, since NVIDIA A10 is not known" in line and "93 % busy" in line
     machine.busy = False
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
 
@@ -83,8 +86,14 @@ def test_where_it_cannot_be_measured_its_preset_is_used(machine: Machine, proces
     assert rates_of(CUDA, None, processes, room_bytes) == preset("h200") and machine.measured == 0
 
 
+def test_a_known_card_is_measured_only_where_somebody_asks_for_it(machine: Machine) -> None:
+    assert rates_of(CUDA, None, 1, ROOM) == preset("h200") and machine.measured == 0
+    keep(Kept(MACHINE, MEASURED))
+    assert rates_of(CUDA, None, 1, ROOM) == MEASURED
+
+
 def test_another_card_s_preset_says_that_it_is_another_s(machine: Machine) -> None:
-    machine.identity = replace(MACHINE, gpu="NVIDIA A10")
+    machine.identity = UNKNOWN
     found = rates_of(CUDA, None, 2, ROOM)
     assert found.name == "the preset h100-sxm, since NVIDIA A10 is not known; geminifx calibrate measures it"
     assert known_card("NVIDIA GeForce RTX 4090").name == "the preset rtx4090"
