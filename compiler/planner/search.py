@@ -42,9 +42,6 @@ KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 OFFLOAD_GAIN = 0.05
 """The share of a step's time that activations on the host must save where everything fits without."""
 
-SPARE_GAIN = 0.02
-"""The share of a step's time that second places for states must save: they take as much of the host as the states."""
-
 STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares of the chunks that may be updated on the device although their states lie on the host."""
 
@@ -172,11 +169,6 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> S
     if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
-    if given.placed is None and plan.format.beside and not plan.format.in_backward:
-        timed += [
-            (memory.beyond_host(spared), time.seconds(plan, spared) / (1 - SPARE_GAIN), spared)
-            for spared in (_with_spares(plan, memory, homes) for _, _, homes in timed)
-        ]
     _, _, homes = min(timed, key=lambda candidate: candidate[:2])
     return _solution(replace(plan, homes=homes), program, memory, time)
 
@@ -260,17 +252,6 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Hom
         for index, home in enumerate(homes):
             grown = moved(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
-    return homes
-
-
-def _with_spares(plan: Plan, memory: Memory, homes: Homes) -> Homes:
-    """Second places for what the host updates, as far as the host has room, for the first gradients first."""
-    room = -memory.host(homes) + memory.limits.host_bytes
-    for chunk in reversed(plan.layout.chunks):
-        spared = replace(homes[chunk.index], spare=True)
-        more = plan.format.host_bytes(chunk, spared) - plan.format.host_bytes(chunk, homes[chunk.index])
-        if plan.format.has_spare(chunk, spared) and more <= room:
-            homes, room = moved(homes, chunk.index, spared), room - more
     return homes
 
 
