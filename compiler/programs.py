@@ -145,13 +145,13 @@ class Recaptures:
     MOST = 4
 
     def __init__(self) -> None:
-        self._values: dict[str, set[Hashable]] = defaultdict(set)
+        self._values: dict[tuple[Key, str], set[Hashable]] = defaultdict(set)  # by what else is the same
         self._changes: Counter[str] = Counter()
 
     def note(self, call: Call, changed: str) -> None:
         """Take note of a call that is captured; `changed` is the attribute that is not as it was, or ""."""
         for i, (path, leaf) in enumerate(pytree.tree_leaves_with_path((call.args, call.kwargs))):
-            values = self._values[pytree.keystr(path[1:])]
+            values = self._values[call.kind, pytree.keystr(path[1:])]
             is_constant = not isinstance(leaf, Tensor) and i not in call.inputs
             if is_constant and len(values) < self.MOST and leaf_key(leaf) not in values:
                 values.add(leaf_key(leaf))

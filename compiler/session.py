@@ -160,6 +160,8 @@ class Session:
         flat = solution.program
         plan = solution.plan
         program, records = self.lowering.finish(captured.by(plan.microbatches).program, plan)
+        if captured.divide is not None:
+            captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
         history = (*captured.records, *records)

@@ -11,7 +11,7 @@ import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +100,7 @@ class Executor:
         try:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
-                machine.ranks.begin(self._told(run), self.exchanges)
+                machine.ranks.begin(self._told(run), self._exchanges_now())
                 try:
                     yield
                 finally:
@@ -114,6 +114,13 @@ class Executor:
                     "raise device_budget, or use placement='cpu'."
                 ) from error
             raise
+
+    def _exchanges_now(self) -> Exchanges:
+        """With which of the divided chunks are whole on the device: those are not gathered."""
+        stays = [chunk.resident is not None for chunk in self.machine.chunks if chunk.layout.shards > 1]
+        if not stays or not self.exchanges.between:
+            return self.exchanges
+        return replace(self.exchanges, between=f"{self.exchanges.between} {stays}")
 
     def _told(self, run: Run) -> str:
         """What this process does, for others."""

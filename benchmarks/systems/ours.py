@@ -1,13 +1,12 @@
 """geminifx, once for each way to update."""
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import geminifx
 import torch
 from geminifx.compiler.cli.launch import rank
-from geminifx.compiler.options import Options
 from geminifx.compiler.parallel import Parallel
 from geminifx.models.adapters import blocks
 from task import Backward, Task
@@ -34,8 +33,6 @@ class Ours(Contestant):
 
     @classmethod
     def refusal(cls, task: Task) -> str | None:
-        if task.microbatches is not None and "microbatches" not in (field.name for field in fields(Options)):
-            return "geminifx.compile has no microbatches yet; use --accumulate, or leave --microbatches out"
         return super().refusal(replace(task, microbatches=None))
 
     @classmethod

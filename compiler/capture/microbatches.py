@@ -53,6 +53,10 @@ class Microbatches:
             self._made[count] = self._make(count)
         return self._made[count]
 
+    def keep_only(self, count: int) -> None:
+        """Forget what was made for other numbers, which were not chosen."""
+        self._made = {made: step for made, step in self._made.items() if made == count}
+
     def _make(self, count: int) -> Captured:
         size = examples(self.arguments)
         if not size:

@@ -7,11 +7,11 @@ The model is not touched: a copy is traced whose tensors are fake.
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,7 +62,7 @@ class Captured:
     guards: tuple[Guard, ...]
     records: tuple[Record, ...] = ()
     examples: int = 0
-    divide: Callable[[int], "Captured"] | None = None
+    divide: "Divide | None" = None
 
     def by(self, microbatches: int) -> "Captured":
         """The step that runs its batch as so many microbatches. Raises SplitError where there is none."""
@@ -76,6 +76,14 @@ class Captured:
     def trains(self) -> bool:
         """Whether it has a backward."""
         return self.program.name == "training"
+
+
+class Divide(Protocol):
+    """Makes the steps of one batch as so many microbatches, and keeps them."""
+
+    def __call__(self, count: int) -> Captured: ...
+
+    def keep_only(self, count: int) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,13 @@ def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solu
         best = _best(found, limits)
         if best is not None:
             return best
-        refused += found
+        refused += [one for one in found if given.offload is not None or not _lacks_host(one, limits)]
     raise _refused(refused, limits)
+
+
+def _lacks_host(solution: Solution, limits: Limits) -> bool:
+    """Whether what was tried to be offloaded is more than the host has room for: no reason to refuse the rest."""
+    return bool(solution.plan.offload) and solution.plan.estimate.host_bytes > limits.host_bytes
 
 
 def _best(found: list[Solution], limits: Limits) -> Solution | None:

@@ -47,14 +47,13 @@ def keep(kept: Kept) -> Path | None:
     path = folder / _name(kept.machine)
     try:
         write(kept, path)
-    except OSError:  # such as a full disk: they are measured again
+    except OSError:  # such as a full disk
         return None
     return path
 
 
 def kept_for(machine: Identity) -> Rates | None:
-    """What was measured of a machine before; None where nothing was, or the file is damaged or may be another user's:
-    then it is measured again."""
+    """What was measured of a machine before; None where nothing was, or the file is damaged or may be another user's."""
     path = cache_directory() / _name(machine)
     with suppress(OSError, ArgumentError):
         if is_private(path) and is_private(path.parent):

@@ -225,7 +225,9 @@ class Ranks:
             if told:
                 raise StateError(
                     f"ranks {', '.join(map(str, told))} run different programs: in {what} they would not exchange the "
-                    "same; every rank must build the same model, with the same options, and change it alike"
+                    "same; every rank must build the same model, with the same options, and change it alike. Under "
+                    "ZeRO with a tight budget, where batches of other shapes leave room for other weights, give all "
+                    "ranks batches of one shape"
                 )
 
     def _unlike(self, group: Any, told: str, digest: str) -> dict[int, str]:

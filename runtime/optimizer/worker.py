@@ -191,10 +191,6 @@ class Tickets:
         """From here on what is launched sees the chunk as its last work leaves it."""
         self.copies.arrive(self.take(index))
 
-    def arrive_all(self) -> None:
-        for index in list(self._tickets):
-            self.arrive(index)
-
     def finish(self, index: int) -> None:
         """Block until the chunk's work is done."""
         ticket = self._tickets.get(index)

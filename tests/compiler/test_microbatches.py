@@ -7,6 +7,7 @@ by themselves.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -129,6 +130,33 @@ def test_every_bit_is_that_of_calls_with_the_parts(options: dict[str, str]) -> N
     case.loss(model, case.batch()).backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
+
+
+class Interpolated(nn.Module):
+    """A number among the arguments is computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: float) -> Tensor:
+        return ((1 - t) * self.fc(x)).square().mean()
+
+
+def test_a_number_that_changes_is_the_same_for_all_parts() -> None:
+    torch.manual_seed(0)
+    plain = Interpolated()
+    model = geminifx.compile(deepcopy(plain), microbatches=2, device="cpu")
+    for step in range(4):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        for each in (plain, model):
+            each.zero_grad()
+        expected, loss = plain(x, 0.1 * step), model(x, 0.1 * step)
+        expected.backward()
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=2**-20, atol=0)
+        gradient = model.get_parameter("fc.weight").grad
+        torch.testing.assert_close(gradient, plain.fc.weight.grad, rtol=2**-18, atol=2**-24)
 
 
 def dropping() -> nn.Module:
