@@ -53,7 +53,8 @@ def keep(kept: Kept) -> Path | None:
 
 
 def kept_for(machine: Identity) -> Rates | None:
-    """What was measured of a machine before; None where nothing was, or the file is damaged or may be another user's."""
+    """What was measured of a machine before; None where nothing was, or where the file is damaged or may be another
+    user's."""
     path = cache_directory() / _name(machine)
     with suppress(OSError, ArgumentError):
         if is_private(path) and is_private(path.parent):

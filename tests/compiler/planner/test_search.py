@@ -285,7 +285,10 @@ def test_the_host_holds_what_is_offloaded() -> None:
     assert plan.estimate.offloaded_bytes == plan.estimate.host_bytes - nothing.estimate.host_bytes == 16
     tight = limits(plan.peak_bytes, host=plan.estimate.host_bytes - 1)
     with pytest.raises(HostBudgetError, match=r"with 16 B of offloaded activations.*offload fewer blocks \(offload=\)"):
-        offloaded(tight)
+        offloaded(tight, recompute=BLOCKS, offload=BLOCKS)
+    with pytest.raises(BudgetError, match="too small for placement") as refused:
+        offloaded(tight)  # nobody asked for what the host has no room for
+    assert refused.value.smallest_bytes == nothing.peak_bytes
 
 
 def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
