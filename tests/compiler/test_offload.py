@@ -54,7 +54,9 @@ def vectors(batch: int = 64, seed: int = 0) -> Batch:
 
 def _gpt2() -> nn.Module:
     rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(VOCAB, n_embd=32, n_layer=DEPTH, n_head=4, n_positions=32, **rates)).train()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=DEPTH, n_head=4, n_positions=32, **rates)
+    ).train()
 
 
 def _llama() -> nn.Module:
@@ -64,7 +66,9 @@ def _llama() -> nn.Module:
 
 def _t5() -> nn.Module:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 128, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.1}
-    return T5ForConditionalGeneration(T5Config(VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0)).train()
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, **sizes, decoder_start_token_id=0, pad_token_id=0)
+    ).train()
 
 
 def _cnn() -> nn.Module:
