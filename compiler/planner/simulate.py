@@ -17,7 +17,7 @@ from ...runtime.isa.formats import STREAMED_GRADIENTS
 from ...runtime.isa.homes import Homes
 from ...runtime.isa.instructions import ACCUMULATE_GRAD, AVERAGE, FETCH, REDUCE, WAIT
 from ...runtime.isa.layout import ChunkLayout
-from ..rates.rates import LAUNCH_S, Rates
+from ..rates.rates import STREAM_LAUNCH_S, Rates
 from .bus import Bus
 from .communication import gathered, reduced
 from .timeline import Carrier, Instruction, Timeline, Transfer, timeline
@@ -224,7 +224,7 @@ class _Clock:
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
         """Up, update and down, piece by piece; the worker is the slower for what passes through its memory."""
         up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
-        self.now_s += LAUNCH_S
+        self.now_s += STREAM_LAUNCH_S
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
         self._put(chunk, after_s, self.rates.passing_params_per_s)

@@ -6,12 +6,12 @@ from dataclasses import fields
 
 import torch
 
-from ...runtime.distributed.ranks import Ranks
+from ...runtime.distributed.ranks import ALONE, Ranks
 from ...runtime.isa.errors import GeminiError
 from ...runtime.isa.units import format_bytes
 from .measure import Bench, Effort, Measured
-from .presets import NETWORK_LATENCY_S, UPDATE_BYTES, card_named, preset
-from .rates import Products, Rates, slowest
+from .presets import NETWORK_LATENCY_S, card_named, preset
+from .rates import UPDATE_BYTES, Products, Rates, slowest
 
 SPREAD = 1.15
 """How far two measurements of one thing may be apart."""
@@ -35,8 +35,6 @@ AUTOMATIC = Effort(
 
 TRAVELLING_BYTES = 22
 """What a parameter's state moves over the bus to be updated on the device: 12 up, 10 down."""
-
-ALONE = Ranks()
 
 Measure = Callable[[torch.device, Effort, Ranks], Measured]
 

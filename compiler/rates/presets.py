@@ -5,7 +5,7 @@ They are what a card is planned with before it is measured, and what plans for o
 
 from dataclasses import dataclass
 
-from .rates import Products, Rates
+from .rates import UPDATE_BYTES, Products, Rates
 
 SHARE_BY_SIZE = ((0.5e-6, 0.12), (4e-6, 0.45), (30e-6, 0.85), (200e-6, 1.0))
 """Of what large products sustain, the share that products reach which would take so many seconds at full speed."""
@@ -19,9 +19,6 @@ PCIE_BYTES_PER_S = {3: 15.75e9, 4: 31.5e9, 5: 63e9}
 ALONE_SHARE, BOTH_SHARE = 0.8, 0.5
 """Of that, in one direction alone, and in each while the other and the host's updates run: 28 GB/s were measured beside
 H100, 40 GB/s beside H200, both behind PCIe 5."""
-
-UPDATE_BYTES = 26
-"""What one parameter's update reads and writes: bfloat16 weights and gradients, remainders, two float32 moments."""
 
 PASSING_BYTES = 16
 """What a parameter that passes through takes of the host's memory, measured as 12e9 of them at 190 GB/s."""

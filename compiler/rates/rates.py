@@ -7,8 +7,14 @@ from math import log
 import numpy as np
 import torch
 
-LAUNCH_S = 1.5e-3
+STREAM_LAUNCH_S = 1.5e-3
 """What the launching thread needs to send one chunk's state through the device, in pieces."""
+
+UPDATE_BYTES = 26
+"""What one parameter's update reads and writes: bfloat16 weights and gradients, remainders, two float32 moments."""
+
+SUM_BYTES = 10
+"""What adding one bfloat16 gradient to a float32 sum reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,13 @@ class Rates:
 
     @property
     def host_sums_per_s(self) -> float:
-        """How many elements of gradients the host adds to others. Its memory binds, as it does for updates: a sum of
-        bfloat16 in float32 moves 10 bytes, an update 26."""
-        return self.host_params_per_s * 26 / 10
+        """How many elements of gradients the host adds to others: its memory binds, as it does for updates."""
+        return self.host_params_per_s * UPDATE_BYTES / SUM_BYTES
 
     @property
     def device_sums_per_s(self) -> float:
         """The same of the device."""
-        return self.memory_bytes_per_s / 10
+        return self.memory_bytes_per_s / SUM_BYTES
 
     def exchange_s(self, count: int, received_bytes: int) -> float:
         """What `count` exchanges take in which a process receives so many bytes in all."""

@@ -34,9 +34,6 @@ class Hardware:
         """The device's and the host's."""
         return self.device_tier, self.host_tier
 
-    def tier(self, on_device: bool) -> Tier:
-        return self.device_tier if on_device else self.host_tier
-
     def book(self, name: str, device_bytes: int, host_bytes: int, purpose: str) -> None:
         """Book bytes under a name on both tiers, instead of what was, or, where one is full, on neither. Raises
         BudgetError."""

@@ -9,7 +9,7 @@ from geminifx.compiler.planner import simulate as cost
 from geminifx.compiler.planner.simulate import StepTime
 from geminifx.compiler.planner.timeline import Carrier, Instruction, Timeline, Transfer
 from geminifx.compiler.rates.presets import preset
-from geminifx.compiler.rates.rates import ARENA, LAUNCH_S, Products, Rates
+from geminifx.compiler.rates.rates import ARENA, STREAM_LAUNCH_S, Products, Rates
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
@@ -140,12 +140,12 @@ def test_the_worker_takes_what_the_next_forward_reads_first() -> None:
 )
 def test_states_travel(format: StateFormat, seconds: float) -> None:
     found = two(format, homes(2, resident=BOTH, streamed=BOTH))
-    assert found == pytest.approx(seconds, abs=5 * LAUNCH_S)
+    assert found == pytest.approx(seconds, abs=5 * STREAM_LAUNCH_S)
 
 
 def test_a_state_that_travels_costs_its_launches() -> None:
     rates = with_bus(RATES, float("inf"))
-    assert two(AT_ONCE, homes(2, resident=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * LAUNCH_S)
+    assert two(AT_ONCE, homes(2, resident=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * STREAM_LAUNCH_S)
 
 
 def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_not() -> None:
@@ -153,7 +153,7 @@ def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_
     program = [(4, what, i) for i in reversed(chunks) for what in (REDUCE, ACCUMULATE_GRAD)]
     placed = homes(4, resident=chunks, streamed=chunks)
     found = step(program, 104, RATES).seconds(plan_of(4, AT_ONCE), placed)
-    assert found == pytest.approx(24 + 100, abs=5 * LAUNCH_S)
+    assert found == pytest.approx(24 + 100, abs=5 * STREAM_LAUNCH_S)
 
 
 @pytest.mark.parametrize("passing, seconds", [(100, 8 + 6 + 1), (10, 8 + 12)])
@@ -162,7 +162,7 @@ def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, 
     weights come at 12, so that the second is two seconds late where they do not come after that."""
     rates = replace(RATES, passing_params_per_s=passing)
     found = two(AT_ONCE, homes(2, resident=BOTH, streamed=frozenset({1})), rates)
-    assert found == pytest.approx(seconds, abs=5 * LAUNCH_S)
+    assert found == pytest.approx(seconds, abs=5 * STREAM_LAUNCH_S)
 
 
 def test_weights_that_do_not_stay_come_one_behind_the_other_from_their_fetches_on() -> None:
@@ -319,7 +319,7 @@ def test_no_step_is_faster_than_the_busiest_or_slower_than_all_in_turn(
     up_s = (200 * copies + travelling) / bus
     assert max(compute_s, host_s, up_s) <= found * (1 + 1e-9)
     down_s = 200 * 8 / bus
-    all_s = compute_s + host_s + (200 * 2 * 8 + travelling) / bus + down_s + (1 + LAUNCH_S) * len(streamed)
+    all_s = compute_s + host_s + (200 * 2 * 8 + travelling) / bus + down_s + (1 + STREAM_LAUNCH_S) * len(streamed)
     assert found <= all_s * (1 + 1e-9)
 
 
