@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..runtime.isa.errors import BudgetError, StateError
+from ..runtime.isa.errors import BudgetError, StateError, as_cause
 from ..runtime.isa.layout import ChunkLayout, Slot
 from ..runtime.isa.torch_private import wrapper_parameter
 from ..runtime.machine import Machine
@@ -126,7 +126,7 @@ def streamed_weights(session: Session) -> Iterator[None]:
             raise BudgetError(
                 f"the device budget ran out while the model generated: {error}. Take fewer sequences or tokens at a "
                 "time, or raise device_budget"
-            ) from error
+            ) from as_cause(error)
         raise
     finally:
         for module, name, parameter in held:

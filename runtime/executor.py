@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .distributed.ranks import NOTHING, Exchanges
-from .isa.errors import BudgetError, GeminiError, StateError
+from .isa.errors import BudgetError, GeminiError, StateError, as_cause
 from .isa.instructions import INSTRUCTIONS
 from .isa.operators import OPERATORS
 from .isa.torch_private import will_accumulate
@@ -112,7 +112,7 @@ class Executor:
                 raise BudgetError(
                     f"the device budget ran out while '{self.code.name}' ran: {error}. {left} Make the batch smaller, "
                     "raise device_budget, or use placement='cpu'."
-                ) from error
+                ) from as_cause(error)
             raise
 
     def _exchanges_now(self) -> Exchanges:

@@ -193,6 +193,21 @@ def test_nobody_asks_a_store_or_a_format_which_it_is():
                 assert not asked, f"{name(path)}:{node.lineno} asks whether something is a {asked}"
 
 
+def test_context_managers_let_go_of_the_errors_that_they_tell():
+    """See `as_cause`: a step's tensors would live on behind the error of a full device. Where models and files are
+    read, and on the command line, there is no step."""
+    found = []
+    for path in FILES:
+        if module(path)[:2] == ("compiler", "cli") or module(path)[0] == "models":
+            continue
+        for where, function, _ in functions(path):
+            if any("contextmanager" in ast.unparse(decorator) for decorator in function.decorator_list):
+                handlers = [node for node in ast.walk(function) if isinstance(node, ast.ExceptHandler)]
+                raised = [node for handler in handlers for node in ast.walk(handler) if isinstance(node, ast.Raise)]
+                found += [where for node in raised if node.exc and "as_cause(" not in ast.unparse(node.cause or node)]
+    assert not found, f"raise from as_cause(error) in {sorted(set(found))}"
+
+
 def test_private_torch_is_used_in_one_module():
     for path in FILES:
         private = [target for _, target in imports(path) if target.startswith("torch._")]

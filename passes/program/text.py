@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...runtime.isa.errors import as_cause
 from ...runtime.isa.instructions import NAMESPACE, PLACED, TURN
 from .names import escaped, quoted, unescaped
 from .program import Note, Program, annotate, note, type_of
@@ -217,7 +218,7 @@ class _Parser:
             yield
         except Exception as error:  # fake kernels raise whatever they like on ill-typed arguments
             line = self.lines[at.lineno - 1].strip()
-            raise ValueError(f"line {at.lineno}: {error}: {line}") from error
+            raise ValueError(f"line {at.lineno}: {error}: {line}") from as_cause(error)
 
     def _input(self, argument: ast.arg) -> None:
         type, fields = _read_annotation(argument.annotation)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..isa.errors import StateError
+from ..isa.errors import StateError, as_cause
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
@@ -307,7 +307,7 @@ def _meeting() -> Iterator[None]:
         raise StateError(
             "the processes did not meet: one of them has ended, see its own error, or came too late for timeout_s "
             f"({error}). Start all of them again"
-        ) from error
+        ) from as_cause(error)
 
 
 def _enter(device: torch.device, timeout: timedelta) -> None:

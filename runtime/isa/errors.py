@@ -54,6 +54,16 @@ class SplitError(ArgumentError):
     """A batch cannot be run as microbatches: names what stands in the way."""
 
 
+def as_cause(error: BaseException) -> BaseException:
+    """Return an error that a context manager was given, for another one to be raised from.
+
+    Its traceback begins in the context manager's own frame, whose caller holds the error: since Python 3.12 they hold
+    each other, with all the tensors of the frames below, until garbage is collected. That frame is taken off.
+    """
+    traceback = error.__traceback__
+    return error.with_traceback(traceback.tb_next if traceback else None)
+
+
 def wrong_argument(name: str, value: Any, expected: str) -> ArgumentError:
     """The error of an argument that was given `value`, of which the beginning is shown."""
     shown = " ".join(repr(value).split())

@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 
 from ..distributed.local_shards import Region
 from ..distributed.ranks import Ranks
-from ..isa.errors import CheckpointError
+from ..isa.errors import CheckpointError, as_cause
 from ..memory.stored import Stored
 from .atomic_directory import shared_directory
 from .background import Copies, Copying
@@ -76,10 +76,10 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
             yield temporary
     except (dcp.CheckpointException, OSError, SafetensorError) as error:
         if _is_interruption(error):
-            raise KeyboardInterrupt from error
+            raise KeyboardInterrupt from as_cause(error)
         raise CheckpointError(
             f"could not save to {directory}: {_told(error)}. A checkpoint saved there before is intact"
-        ) from error
+        ) from as_cause(error)
 
 
 def write(directory: Path, contents: Contents, ranks: Ranks, copying: Copying | None = None) -> None:

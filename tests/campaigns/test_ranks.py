@@ -1,13 +1,15 @@
 """Two ranks, of which one does something else or dies: both end, with what is right or with an error of ours.
 
-Each case is a fault in a world: two processes, forked from this one, train by gloo, and rank 1 meets the fault. It
-fails where a process does not end (a hang), where one ends with another error than ours (raw), or where both end well
-with other values than plain PyTorch has for the mean of their losses (silently wrong).
+Each case is a fault in a world: two processes, forked from one that sees no GPU (autograd has threads for those, which
+no fork takes along), train by gloo, and rank 1 meets the fault. It fails where a process does not end (a hang), where
+one ends with another error than ours (raw), or where both end well with other values than plain PyTorch has for the
+mean of their losses (silently wrong).
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -305,6 +307,13 @@ def near(values: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def test_ranks_end_with_what_is_right_or_with_a_reason(cases: Iterator[int], tmp_path: Path) -> None:
-    for number in cases:
-        (tmp_path / str(number)).mkdir()
-        check(number, tmp_path / str(number))
+    command = [sys.executable, __file__, str(tmp_path), *map(str, cases)]
+    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | alone, stderr=subprocess.PIPE, text=True)
+    assert not done.returncode, done.stderr
+
+
+if __name__ == "__main__":
+    for number in sys.argv[2:]:
+        (of_case := Path(sys.argv[1]) / number).mkdir()
+        check(int(number), of_case)
