@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     only.add_argument("--host-budget", default=None, help='of host memory, such as "100GiB"')
     only.add_argument("--rates", default=None, help='plan for another machine: a card, such as "rtx4090", or a file of '
                       "geminifx calibrate")  # fmt: skip
+    only.add_argument("--kernels", default="exact", choices=("exact", "fused"), help="fused: by Inductor, between "
+                      "products")  # fmt: skip
     only.add_argument("--profile", type=Path, default=None, help="trace one step more to this file; several runs: "
                       "to FILE-MODEL-BATCH-SYSTEM")  # fmt: skip
     return made
@@ -120,7 +122,8 @@ def task_of(args: argparse.Namespace, model: str, batch: int, parallel: str | No
     return Task(
         model, batch, args.seq, args.accumulate, args.microbatches, args.dropout, args.pad,
         None if args.budget == "none" else args.budget, args.nprocs,
-        Declared(args.host_budget, args.plan, args.recompute, parallel, args.offload, args.rates),
+        Declared(args.host_budget, args.plan, args.recompute, parallel, args.offload, args.rates,
+                 args.kernels),
     )  # fmt: skip
 
 

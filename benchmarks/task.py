@@ -26,6 +26,7 @@ class Declared:
     parallel: str | None = None
     offload: str = "auto"
     rates: str | None = None
+    kernels: str = "exact"
 
     @property
     def degrees(self) -> dict[str, Any] | None:

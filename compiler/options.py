@@ -14,7 +14,7 @@ import torch
 
 from ..passes.program.manager import Pass
 from ..passes.program.plan import Plan
-from ..passes.program.request import Outputs, Policy
+from ..passes.program.request import Kernels, Outputs, Policy
 from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.units import parse_bytes
@@ -50,6 +50,8 @@ class Options:
             that makes the step faster or lets it fit.
         fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
+        kernels: "exact" runs torch's kernels, one for each operator, with the bits of plain PyTorch; "fused" lets
+            Inductor compile what lies between products to one kernel, which is faster on a GPU and rounds otherwise.
         outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
             outputs beside the loss, such as logits, are put together under "all" alone.
         plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.
@@ -76,6 +78,7 @@ class Options:
     recompute: str | tuple[str, ...] = "auto"
     offload: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
+    kernels: Kernels = "exact"
     outputs: Outputs = "loss"
     plan: Plan | None = None
     rates: Rates | None = None
@@ -148,6 +151,7 @@ class Options:
     def _check_values(self) -> None:
         _one_of("placement", self.placement, get_args(Policy))
         _one_of("outputs", self.outputs, get_args(Outputs))
+        _one_of("kernels", self.kernels, get_args(Kernels))
         _one_of("precision", self.precision, (None, *DTYPES))
         _one_of("reduce_dtype", self.reduce_dtype, get_args(ReduceDtype))
         _one_of("device", self.device, (None, "cpu", "cuda"))

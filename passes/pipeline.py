@@ -9,6 +9,7 @@ from .chunk import chunk
 from .cluster import cluster
 from .fuse_gradients import fuse_gradients
 from .fuse_loss import fuse_loss
+from .fuse_pointwise import fuse_pointwise
 from .offload import offload
 from .overlap import overlap
 from .partition import partition
@@ -32,5 +33,6 @@ PIPELINE = (
     offload,  #      activations of chosen blocks wait for their backward on the host
     release,  #      a chunk is let go after its last reader
     prefetch,  #     copies start early and are waited for late
+    fuse_pointwise,  # what lies between products becomes one kernel
     cluster,  #      compute between instructions becomes functions, equal layers share one
 )

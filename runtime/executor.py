@@ -24,6 +24,7 @@ from .isa.errors import BudgetError, GeminiError, StateError, as_cause
 from .isa.instructions import INSTRUCTIONS
 from .isa.operators import OPERATORS
 from .isa.torch_private import will_accumulate
+from .kernels.fused import kernel_of
 from .machine import Machine
 from .memory.state_store import Run
 from .memory.tiers import MemoryMeter
@@ -51,7 +52,8 @@ class Code:
 
 def called_by_programs(machine: Machine) -> SimpleNamespace:
     """What programs call as `geminifx`: the machine's instructions, and compute operators, which are torch's to run."""
-    return SimpleNamespace(**{name: getattr(machine, name) for name in INSTRUCTIONS}, **OPERATORS)
+    instructions = {name: getattr(machine, name) for name in INSTRUCTIONS}
+    return SimpleNamespace(**instructions, **OPERATORS, fused=kernel_of(machine.device))
 
 
 class Loaded:

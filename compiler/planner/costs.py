@@ -20,7 +20,7 @@ aten, geminifx = torch.ops.aten, torch.ops.geminifx
 
 
 def _written(node: fx.Node) -> int:
-    if not writes(node):
+    if node.op == "call_module" or not writes(node):
         return _num_bytes(type_of(node))
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
     written = [value for argument, value in arguments if argument.alias_info is not None and argument.is_write]
@@ -96,9 +96,9 @@ IN_PARTS = frozenset({geminifx.linear_cross_entropy.default, geminifx.linear_cro
 
 
 def operators(program: Program) -> Iterator[fx.Node]:
-    """What a program calls, one after the other, functions replaced by their bodies."""
+    """What a program calls, one after the other, functions replaced by their bodies but for fused ones."""
     for node in program.computes:
-        if node.op == "call_module":
+        if node.op == "call_module" and not program.functions[str(node.target)].is_fused:
             yield from operators(program.functions[str(node.target)])
         else:
             yield node
@@ -106,7 +106,7 @@ def operators(program: Program) -> Iterator[fx.Node]:
 
 def is_free(node: fx.Node) -> bool:
     """Whether an operator launches nothing: it is a view, or an instruction that only says what is to happen."""
-    return node.target in FREE or _is_view(node.target)
+    return node.op == "call_function" and (node.target in FREE or _is_view(node.target))
 
 
 def kernel_s(node: fx.Node, rates: Rates) -> float:

@@ -74,8 +74,9 @@ def analyse(program: Program) -> Liveness:
         values[category][start] += storages.sizes[storage]
         values[category][end + 1] -= storages.sizes[storage]
     for i, node in enumerate(nodes):
-        values[ACTIVATIONS][i] += _workspace_bytes(node)
-        values[ACTIVATIONS][i + 1] -= _workspace_bytes(node)
+        workspace_bytes = _workspace_bytes(node, program)
+        values[ACTIVATIONS][i] += workspace_bytes
+        values[ACTIVATIONS][i + 1] -= workspace_bytes
     turn = next((i for i, node in enumerate(nodes) if node.target is TURN), len(nodes) - 1)
     held = sum(storages.sizes[storage] for storage in storages.handed_out)
     values[OUTPUTS][0] += held
@@ -85,8 +86,10 @@ def analyse(program: Program) -> Liveness:
     return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest_bytes, offloaded_bytes)
 
 
-def _workspace_bytes(node: fx.Node) -> int:
+def _workspace_bytes(node: fx.Node, program: Program) -> int:
     """Memory inside an operator while it runs, of those that take more than their results."""
+    if node.op == "call_module":
+        return _inside_bytes(program.functions[str(node.target)])
     if node.target is FORWARD:
         hidden, weight = map(tensor_type, node.args[:2])
         return forward_workspace_bytes(hidden.shape[0], weight.shape[0], node.args[-1], hidden.dtype)
@@ -95,6 +98,12 @@ def _workspace_bytes(node: fx.Node) -> int:
         chunk, softcap = min(node.args[-2], weight.shape[0]), node.args[8]
         return backward_workspace_bytes(hidden.shape, chunk, hidden.dtype, softcap)
     return 0
+
+
+def _inside_bytes(function: Program) -> int:
+    """What a fused function's operators would take besides its results one by one: its kernels take no more."""
+    found = analyse(function)
+    return int((found.total() - found.values[OUTPUTS]).max(initial=0))
 
 
 class _Storages:
@@ -114,7 +123,7 @@ class _Storages:
             self.static_bytes += self._bytes_of(node)
         elif node.op == "output" or node.target is TURN:
             self.handed_out.update(s for value in node.all_input_nodes for s in self.held[value])
-        if node.op != "call_function":
+        if node.op not in ("call_function", "call_module"):
             return
         sources = list(aliased_inputs(node))
         if note(node).type is None:

@@ -67,6 +67,7 @@ class Planning:
         return Request(
             policy=policy, budget_bytes=self.limits.device_bytes, outputs=options.outputs, mode=mode or "",
             sequence=degrees.sequence, table=degrees.table, zero=degrees.zero, reduce_dtype=options.reduce_dtype,
+            kernels=options.kernels,
         )  # fmt: skip
 
     @property

@@ -70,7 +70,8 @@ def tensor_type(node: fx.Node) -> TensorType:
 
 @dataclass
 class Program:
-    """One captured step (or, inside `functions`, one shared segment of it).
+    """One captured step (or, inside `functions`, one shared segment of it, which is compiled to as few kernels as
+    can be where it `is_fused`).
 
     `sources` tells where the forwards of the model's modules stand: name of the module -> "file.py:line". It
     serves messages alone and is no part of a program's text.
@@ -81,6 +82,7 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     functions: dict[str, "Program"] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    is_fused: bool = False
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -141,6 +143,8 @@ class Program:
 
     def copy_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
         """Emit `node` once more in front of `before`, its node arguments mapped by `value`."""
+        if node.op == "call_module":
+            return self.repeat_node(node, value, before)
         args = fx.map_arg(node.args, value)
         kwargs = fx.map_arg(node.kwargs, value)
         copy = self.emit(node.target, args, kwargs, before=before, like=note(node), name=node.name)
@@ -201,7 +205,7 @@ class Program:
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].name = node.name
         functions = {name: function.copy() for name, function in self.functions.items()}
-        return Program(self.name, graph, dict(self.constants), functions, dict(self.sources))
+        return Program(self.name, graph, dict(self.constants), functions, dict(self.sources), self.is_fused)
 
 
 def writes(node: fx.Node) -> bool:

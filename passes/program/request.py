@@ -10,6 +10,7 @@ Policy = Literal["cuda", "cpu", "auto"]
 what the argument `placement=` says."""
 
 Outputs = Literal["loss", "all"]
+Kernels = Literal["exact", "fused"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Request:
         zero: what processes with the same weights hold a part of: 1 optimizer state, 2 and gradients, 3 and weights.
         reduce_dtype: in what processes with the same weights add up gradients: "fp32", rounding their mean once, or
             "compute", the dtype they are computed in.
+        kernels: "exact" runs torch's, one for each operator; "fused" compiles what lies between products, which rounds
+            otherwise.
     """
 
     policy: Policy = "auto"
@@ -37,3 +40,4 @@ class Request:
     table: tuple[tuple[str, str], ...] = ()
     zero: int = 0
     reduce_dtype: ReduceDtype = "fp32"
+    kernels: Kernels = "exact"

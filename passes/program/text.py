@@ -34,6 +34,8 @@ from .types import Type, parse_type, type_text
 _WORLD = {"inf": math.inf, "nan": math.nan, "DEVICE": torch.device("cpu")}
 """Names a program may use besides torch's and its own. DEVICE is wherever the program will run."""
 _BETWEEN_FIELDS = "|"
+FUSED = "fused"
+"""Decorates a function that is compiled to as few kernels as can be."""
 
 
 # -- printing ----------------------------------------------------------------------------------------------
@@ -57,8 +59,11 @@ class _Printer:
         return "\n".join(self._lines()) + "\n"
 
     def _header(self) -> list[str]:
+        return ([f"@{NAMESPACE}.{FUSED}"] if self.program.is_fused else []) + self._definition()
+
+    def _definition(self) -> list[str]:
         inputs = self.program.placeholders
-        if self.boxed:
+        if self.boxed and not self.program.is_fused:
             names = ", ".join(node.name for node in inputs)
             return [
                 f"def {self.program.name}(box):",
@@ -93,6 +98,9 @@ class _Printer:
             return [f"return {_value(node.args[0])}"]
         dying = [value for value in node.all_input_nodes if self.last_reader.get(value) is node]
         binding = f"{node.name}: {_annotation(node)} = "
+        if node.op == "call_module" and self.program.functions[str(node.target)].is_fused:
+            call = f"{node.target}({', '.join(map(_value, node.args))})"
+            return [binding + call, *self._delete(dying), *self._unread(node)]
         if node.op == "call_module":
             lines = [f"box = {_value(list(node.args))}", *self._delete(dying)]
             return [*lines, f"{binding}{node.target}(box)", *self._unread(node)]
@@ -196,7 +204,7 @@ class _Parser:
         self.lines = text.splitlines()
         self.function = function
         self.functions = functions
-        self.program = Program(function.name)
+        self.program = Program(function.name, is_fused=bool(function.decorator_list))
         self.names: dict[str, fx.Node] = {}
         self.origin = Note()
         self.box: list[Any] = []
@@ -262,7 +270,8 @@ class _Parser:
             case ast.Subscript(value=source, slice=index):
                 target, args = operator.getitem, (self._value(source), self._value(index))
             case ast.Call(func=ast.Name(id=function)) if function in self.functions:
-                return self._call(function, name)
+                given = [self._value(item) for item in value.args] if self.functions[function].is_fused else self.box
+                return self._call(function, given, name)
             case ast.Call():
                 target = _resolve(value.func)
                 args = tuple(self._value(item) for item in value.args)
@@ -271,9 +280,10 @@ class _Parser:
                 raise ValueError("expected an operator call, a segment call, yield or value[i]")
         return self.program.emit(target, args, kwargs, before=self.program.output, like=self.origin, name=name)
 
-    def _call(self, function: str, name: str | None) -> fx.Node:
+    def _call(self, function: str, given: list[fx.Node], name: str | None) -> fx.Node:
         with self.program.graph.inserting_before(self.program.output):
-            node = self.program.graph.create_node("call_module", function, tuple(self.box), {}, name=name)
+            node = self.program.graph.create_node("call_module", function, tuple(given), {}, name=name)
+        self.program.functions[function] = self.functions[function]
         results = self.functions[function].results
         annotate(node, type=tuple(type_of(v) for v in results), module=self.origin.module,
                  phase=self.origin.phase, recomputed=self.origin.recomputed)  # fmt: skip
