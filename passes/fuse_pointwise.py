@@ -48,7 +48,7 @@ def fuse_pointwise(program: Program, plan: Plan) -> None:
 
 
 def _groups(program: Program) -> Iterator[list[fx.Node]]:
-    """Operators, each of which reads another one of its group, and which nothing else reads before they all are done."""
+    """Operators, each of which reads another one of its group, and which nothing else reads before all are done."""
     group_of: dict[fx.Node, list[fx.Node]] = {}  # of groups that may still grow
     reads: dict[fx.Node, set[fx.Node]] = defaultdict(set)  # by storage: members of such groups
     storage, order = dict[fx.Node, fx.Node](), program.positions()
@@ -56,7 +56,7 @@ def _groups(program: Program) -> Iterator[list[fx.Node]]:
         storage[node] = next((storage.get(base, base) for base in aliased_inputs(node)), node)
         read = [group_of[value] for value in node.all_input_nodes if value in group_of]
         if _is_fusable(node) and (read or not (_is_view(node) or node.target is operator.getitem)):
-            group = sorted({member for other in read for member in other}, key=order.__getitem__) + [node]
+            group = sorted({node, *(member for other in read for member in other)}, key=order.__getitem__)
             group_of |= dict.fromkeys(group, group)
             for value in node.all_input_nodes:
                 reads[storage.get(value, value)].add(node)
@@ -118,4 +118,6 @@ def _without_views(program: Program, group: list[fx.Node]) -> tuple[fx.Node, ...
         if not node.users:
             program.graph.erase_node(node)
             inside.remove(node)
+            if node in copies:
+                copies[node].name = node.name
     return tuple(node for node in group if node in inside)

@@ -13,6 +13,7 @@ from .names import identifier
 from .program import Note, Program, annotate, note, type_of
 from .types import freeze
 
+
 def outline(program: Program, segments: Iterable["Segment"], *, fused: bool = False) -> None:
     """Make a function of each kind of segments and calls of it where they end; `fused` ones are compiled whole."""
     kinds: dict[Any, list[Segment]] = defaultdict(list)

@@ -124,6 +124,8 @@ class Plan:
         if asked.zero:
             replicas = taken_together(names_of(self.mesh.replica_axes)) or "one process"
             yield "ZeRO", f"stage {asked.zero}, over {replicas}"
+        if asked.kernels == "fused":
+            yield "kernels", "fused between products, by Inductor"
         if self.mesh.replica_axes:
             how = "float32 and rounded once" if asked.reduce_dtype == "fp32" else "the dtype they are computed in"
             yield "gradients", f"added up in {how}"
