@@ -1,5 +1,7 @@
 """Schedules on a clock: their bubbles are those of the closed formulas, and what they hold is what they should."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -116,3 +118,9 @@ def test_what_cannot_run_is_not_simulated():
     broken = Schedule.parse(str(schedule).replace("F0.0 F0.1", "F0.1"))
     with pytest.raises(ArgumentError, match=r"the schedule 1f1b cannot run: rank 0: no F0\.0"):
         simulate(broken, [StageCosts(1, 1, 1, 2)] * 2)
+
+
+@pytest.mark.parametrize(("field", "value"), [("forward_s", -1.0), ("weight_s", math.nan), ("message_s", math.inf)])
+def test_costs_are_finite_and_not_negative(field: str, value: float):
+    with pytest.raises(ArgumentError, match=f"{field}={value}; expected 0 or more"):
+        replace(StageCosts(1, 1, 1, 2), **{field: value})
