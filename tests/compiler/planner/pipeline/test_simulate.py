@@ -12,7 +12,7 @@ from geminifx.runtime.isa.schedule import Action, Schedule
 from hypothesis import given
 from schedules import schedules
 
-SHAPES = [(2, 4), (4, 4), (4, 16), (8, 16), (3, 9)]
+SHAPES = [(2, 4), (4, 4), (4, 6), (4, 16), (8, 16), (3, 9)]
 
 
 def simulated(name: str, ranks: int, microbatches: int, stages_per_rank: int = 1) -> Simulated:
@@ -97,7 +97,7 @@ def test_every_action_by_hand():
     assert found.step_s == 1126 and found.idle_s == (16, 1026) and found.bubble == pytest.approx(1042 / 2252)
 
 
-@given(schedules())
+@given(schedules)
 def test_ranks_do_one_thing_at_a_time_and_wait_for_what_they_need(schedule: Schedule):
     found = simulate(schedule, [StageCosts(1 + stage, 2, 3, 4, message_s=0.5) for stage in range(schedule.stages)])
     events = {event.action: event for event in found.events}
