@@ -38,20 +38,20 @@ class Lowering:
         folder = None if self.dump is None else self.dump / f"{program.name}_whole"
         return program, run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
 
-    def flat(self, captured: Program, plan: Plan, *, verified: bool) -> Program:
-        """The program of a plan that is weighed. Verifying takes half of the time, and `finish` does it, too."""
+    def flat(self, captured: Program, plan: Plan) -> Program:
+        """The program of a plan that is weighed. It is not verified, which takes half of the time: `finish` does it."""
         program = captured.copy()
-        passes = self._rest(plan, self.passes[: self._after(CLUSTER) - 1])
-        if verified:
-            run_passes(program, plan, passes)
-            return program
         try:
-            for current in passes:
+            for current in self._flat_passes(plan):
                 current.rewrite(program, plan)
         except Exception:
-            run_passes(captured.copy(), plan, passes)  # tells which pass is at fault
+            self.check(captured, plan)
             raise
         return program
+
+    def check(self, captured: Program, plan: Plan) -> None:
+        """Raise where the program of a plan that is weighed is malformed: an error that tells the pass at fault."""
+        run_passes(captured.copy(), plan, self._flat_passes(plan))
 
     def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
         """The program that runs, verified after every pass and written to `dump`, and what each pass did."""
@@ -62,6 +62,9 @@ class Lowering:
             plan.save(self.dump / "plan.json")
             (self.dump / f"{program.name}.py").write_text(print_program(program, executable=True), encoding="utf-8")
         return program, records
+
+    def _flat_passes(self, plan: Plan) -> tuple[Pass, ...]:
+        return self._rest(plan, self.passes[: self._after(CLUSTER) - 1])
 
     def _rest(self, plan: Plan, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
         """What is still to be run of `passes`; repetitions that sharding brought are removed first."""

@@ -2,6 +2,7 @@
 
 Tests run on a CPU, also where there is a GPU: torch sees none, and processes that they start see none. Those marked
 `cuda` are of the GPU; without one they are skipped. All of them run in one worker, for they measure a GPU's memory.
+Others run in one worker file by file, for tests of a file share what they captured or launched.
 
 The number of threads is fixed, as kernels' sums depend on it, and several workers have one machine.
 """
@@ -86,6 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("cuda"))
             if not HAS_CUDA:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif not item.get_closest_marker("xdist_group") and not item.get_closest_marker("campaign"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.hookimpl(wrapper=True)

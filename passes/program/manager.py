@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ...runtime.isa.errors import ArgumentError, VerificationError, wrong_argument
 from .plan import Plan
@@ -91,6 +92,7 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
     """
     records: list[Record] = []
     known: list[Fact] = []
+    before = _count(program)
     _write(dump, 0, "capture", program)
     for number, current in enumerate(passes, start=1):
         missing = [fact.name for fact in current.requires if fact not in known]
@@ -99,7 +101,7 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
                 f"pass '{current.name}' requires {', '.join(missing)}, which no earlier pass gives; "
                 f"facts known here: {', '.join(map(str, known)) or 'none'}. Place it after the pass that does."
             )
-        before, start = _count(program), time.perf_counter()
+        start = time.perf_counter()
         try:
             current.rewrite(program, plan)
         except Exception as error:
@@ -108,21 +110,20 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
         rewritten = time.perf_counter()
         known = [fact for fact in (*known, *current.gives) if fact not in current.breaks]
         verify(program, plan, tuple(known), current.name)
-        records.append(Record(current.name, rewritten - start, time.perf_counter() - rewritten,
-                              _difference(before, _count(program))))  # fmt: skip
+        verified, after = time.perf_counter(), _count(program)
+        records.append(Record(current.name, rewritten - start, verified - rewritten, _difference(before, after)))
+        before = after
         _write(dump, number, current.name, program)
     return records
 
 
-def _count(program: Program) -> Counter[str]:
-    counts = Counter(target_text(node.target) for node in program.computes if node.op == "call_function")
-    counts.update(str(node.target) for node in program.computes if node.op == "call_module")
-    return counts
+def _count(program: Program) -> Counter[Any]:
+    return Counter(node.target for node in program.computes)
 
 
-def _difference(before: Counter[str], after: Counter[str]) -> tuple[tuple[str, int], ...]:
-    changes = {name: after[name] - before[name] for name in sorted({*before, *after})}
-    return tuple((name, change) for name, change in changes.items() if change)
+def _difference(before: Counter[Any], after: Counter[Any]) -> tuple[tuple[str, int], ...]:
+    changes = ((target, after[target] - before[target]) for target in {*before, *after})
+    return tuple(sorted((target_text(target), change) for target, change in changes if change))
 
 
 def _write(dump: Path | None, number: int, name: str, program: Program) -> None:

@@ -151,7 +151,7 @@ def test_a_batch_too_large_for_the_budget_is_refused_at_its_call_and_smaller_one
     model = compiled(OPT, device_budget=least)
     train(OPT, model, steps=1)
     with pytest.raises(BudgetError, match="A smaller batch or sequence needs less") as refused:
-        model(**tokens(64, 32))
+        model(**tokens(4, 32))
     assert refused.value.smallest_bytes is not None and refused.value.smallest_bytes > least
     train(OPT, model, steps=1)
     assert model.stats.device_peak_bytes <= least

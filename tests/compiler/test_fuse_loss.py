@@ -19,6 +19,7 @@ from geminifx.compiler.capture.results import COPIES, AbsentOutput, logits_bytes
 from geminifx.compiler.capture.trace import CaptureRequest, capture
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError, StateError
+from shared_captures import shared_captures
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import (
@@ -84,7 +85,8 @@ def tokens(batch: int = BATCH, length: int = LENGTH, vocabulary: int = VOCABULAR
 
 def compiled(build: Callable[[], nn.Module] = opt, batch: Batch | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
-    return geminifx.compile(build().train(), example_inputs=tokens() if batch is None else batch, **options)
+    with shared_captures(build):
+        return geminifx.compile(build().train(), example_inputs=tokens() if batch is None else batch, **options)
 
 
 def step(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ part has as many tokens, each bit is the same, but for tied weights: the gradien
 by themselves.
 """
 
+import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, VOCAB, Batch, Case, Trace, cnn, compiled, cross_entropy, next_token, opt
 
+SLOW, WHOLE = pytest.mark.slow, pytest.mark.campaign(whole=True)
 ROWS = 4
 STEPS = 3
 
@@ -186,15 +188,23 @@ def test_random_numbers_are_those_of_calls_with_the_parts(recompute: str) -> Non
 PLACES: dict[str, dict[str, Any]] = {"device": {"placement": "cuda"}, "host": {"placement": "cpu"}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "all"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("route", ["torch", "own", "in backward"])
+def _trainings() -> list[Any]:
+    """All that there are; a quarter of them has every two choices together, and the others are of a campaign.
+
+    Clipping needs all gradients before the first update, which is not in the backward then.
+    """
+    factors = ((1, 3), (False, True), ("none", "all"), PLACES, ("torch", "own", "in backward"))
+    found = []
+    for chosen in itertools.product(*map(enumerate, factors)):
+        (accumulate, clip, recompute, place, route), values = zip(*chosen, strict=True)
+        of_quarter = (accumulate + clip + recompute) % 2 == 0 == (recompute + place + route) % 2
+        if not (clip and values[-1] == "in backward"):
+            found.append(pytest.param(*values, marks=SLOW if of_quarter else WHOLE))
+    return found
+
+
+@pytest.mark.parametrize("accumulate, clip, recompute, place, route", _trainings())
 def test_with_all_that_training_has(accumulate: int, clip: bool, recompute: str, place: str, route: str) -> None:
-    if route == "in backward" and clip:
-        pytest.skip("clipping needs all gradients before the first update")
     case = CASES["opt, padded"]
     plain, model = case.seeded(), compiled(case, microbatches=2, recompute=recompute, **PLACES[place])
     limit = 0.05 if clip else None

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from geminifx import Plan, graph_pass
 from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import Pass
-from geminifx.passes.program.program import Program, note
+from geminifx.passes.program.program import Program, annotate, note
+from geminifx.passes.program.types import TensorType
 from geminifx.passes.program.verify import released
 from geminifx.runtime.isa.errors import CaptureError, StateError, VerificationError
 from geminifx.runtime.isa.units import format_seconds
@@ -297,6 +298,15 @@ def test_a_fault_in_a_plan_that_is_only_weighed_is_told_where_it_is() -> None:
 
     with pytest.raises(VerificationError, match="after pass 'careless'"):
         compiled(OPT, passes=(careless,))
+
+
+def test_a_refusal_of_what_a_pass_broke_tells_the_pass() -> None:
+    @graph_pass(after="recompute")
+    def careless(program: Program, plan: Plan) -> None:
+        annotate(program.computes[0], type=TensorType(torch.float32, (10**9,), (1,)))
+
+    with pytest.raises(VerificationError, match="after pass 'careless'"):
+        compiled(OPT, passes=(careless,), device_budget="100MB")
 
 
 def test_dump_writes_the_program_after_every_pass_and_the_plan(tmp_path: Path) -> None:

@@ -283,12 +283,12 @@ LOOPS: dict[str, Loop] = {
 def test_any_loop(loop: str, placement: str, dropout: float, recompute: str) -> None:
     # The tied weight's four gradients are added pair by pair of a forward here, all embeddings first there.
     case = Case("blocks", lambda: Blocks(dropout), loss=next_token, exact=loop != "two forwards")
-    plain, ours = case.seeded(), geminifx.compile(case.seeded(), placement=placement, recompute=recompute)
+    with shared_captures(("blocks", dropout)):
+        plain, ours = case.seeded(), geminifx.compile(case.seeded(), placement=placement, recompute=recompute)
     traces = []
     for model in (ours, plain):
         torch.manual_seed(1)
-        with shared_captures(("blocks", dropout)):
-            traces.append(LOOPS[loop](model))
+        traces.append(LOOPS[loop](model))
     assert_same(case, *traces)
     assert_same_state(case, ours, plain, path=0.1)
     if loop != "gradient from outside":

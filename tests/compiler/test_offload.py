@@ -1,6 +1,7 @@
 """Activations that wait on the host: the same training bit for bit, less of the device, and all memory comes back."""
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,7 +25,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from zoo import VOCAB, Batch, Case, Trace, compiled, cross_entropy, images, opt, train
+from zoo import VOCAB, Batch, Case, Trace, compiled, cross_entropy, images, opt, tokens, train
 
 DEPTH = 8
 LATE = pytest.mark.parametrize(
@@ -139,10 +140,17 @@ def _plan(placement: str, recompute: str) -> Plan:
     return offloading(STACK, placement=placement, recompute=recompute).plan
 
 
+def _engines() -> list[Any]:
+    """Every cell with every route, by one engine each in turn; by the others they are slow."""
+    combined = itertools.product(enumerate(CELLS), enumerate(ROUTES), enumerate(("immediate", "open", "late")))
+    return [
+        pytest.param(cell, route, copies, marks=() if (i + j) % 2 == k else pytest.mark.slow)
+        for (i, cell), (j, route), (k, copies) in combined
+    ]
+
+
 @pytest.mark.usefixtures("copies")
-@LATE
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell, route, copies", _engines(), indirect=["copies"])
 def test_wherever_and_however_it_is_updated(cell: str, route: str) -> None:
     placement, recompute, prefetch, loop = CELLS[cell]
     if route == "in the backward":
@@ -243,16 +251,13 @@ def test_memory_of_a_step_that_fails_is_used_again(monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_of_another_shape_makes_room() -> None:
-    def sized(batch: int) -> int:
-        examples = {"example_inputs": (vectors(batch)["input"],)}
-        options = {"placement": "cpu", "recompute": "none", "offload": "all"}
-        return geminifx.compile(STACK.seeded(), **examples, **options).plan.estimate.host_bytes
-
-    model = geminifx.compile(STACK.seeded(), placement="cpu", recompute="none", offload="all", host_budget=sized(64))
-    for batch in (64, 32, 16, 64, 20):
+    options = {"placement": "cpu", "recompute": "none"}
+    host_budget = offloading(STACK, **options).plan.estimate.host_bytes  # of 64 examples
+    model = offloading(STACK, **options, host_budget=host_budget)
+    for batch in (64, 32, 64, 20):
         STACK.loss(model, vectors(batch)).backward()
         assert held_bytes(model) == 0
-    assert model.stats.host_peak_bytes <= sized(64)
+    assert model.stats.host_peak_bytes <= host_budget
 
 
 def test_a_full_host_names_the_way_out() -> None:
@@ -304,13 +309,13 @@ def test_what_cannot_be_offloaded() -> None:
         compiled(STACK, plan=plan)
 
 
+WIDE = Case("opt", lambda: opt(num_hidden_layers=4, hidden_size=64, word_embed_proj_dim=64), lambda: tokens(batch=8))
+
+
 @pytest.mark.parametrize("mode, size", [("1d", 2), ("2d", 4), ("2.5d", 4), ("3d", 8)])
 @ALIKE
 def test_programs_of_sharded_tensors(mode: str, size: int, recompute: str) -> None:
     tensor = {"mode": mode, "size": size, **({"depth": 1} if mode == "2.5d" else {})}
-    case = Case("opt", lambda: opt(num_hidden_layers=4, hidden_size=64, word_embed_proj_dim=64), OPT.batch)
-    examples = {"example_inputs": case.batch(batch=8)}
-    model = geminifx.compile(case.seeded(), world_size=size, parallel={"tensor": tensor}, placement="cpu",
-                             recompute=recompute, offload="all", **examples)  # fmt: skip
+    model = offloading(WIDE, world_size=size, parallel={"tensor": tensor}, placement="cpu", recompute=recompute)
     flat = next(c for c in model.session.last.values() if c.trains).flat
     assert flat.calls(OFFLOAD) and offloaded.check(flat, model.plan) is None

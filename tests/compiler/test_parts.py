@@ -9,9 +9,10 @@ import pytest
 import torch
 from geminifx.runtime.isa.errors import BudgetError, StateError
 from more_models import t5
+from shared_captures import shared_captures
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from zoo import LLAMA, OPT, VOCAB, llama, opt, smallest_budget, tokens
+from zoo import LLAMA, OPT, VOCAB, compiled, llama, opt, smallest_budget, tokens
 
 ROUTES = pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our optimizer"])
 PLACEMENTS = pytest.mark.parametrize("placement", ["cpu", "cuda"])
@@ -154,7 +155,7 @@ def test_a_part_that_was_taken_out_of_the_model_is_refused() -> None:
 
 @ROUTES
 def test_a_part_is_evaluated_as_it_is_after_training(ours: bool) -> None:
-    plain, model = opt(), geminifx.compile(opt(), example_inputs=tokens())
+    plain, model = opt(), compiled(OPT)
     model.load_state_dict(plain.state_dict())
     optimizer, expected = optimizer_of(model, ours, AdamW), AdamW(plain.parameters(), lr=0.05)
     for each, its in ((plain, expected), (model, optimizer)):
@@ -263,7 +264,8 @@ def test_what_is_generated_is_plain_pytorchs_and_captures_nothing(
 ) -> None:
     torch.manual_seed(0)
     source = build()
-    plain, model = copy.deepcopy(source), geminifx.compile(source, placement=placement, example_inputs=tokens())
+    with shared_captures(build):
+        plain, model = copy.deepcopy(source), geminifx.compile(source, placement=placement, example_inputs=tokens())
     optimizer, expected = optimizer_of(model, ours, AdamW), AdamW(plain.parameters(), lr=0.05)
     for seed in range(2):
         for each, its in ((plain, expected), (model, optimizer)):
@@ -283,7 +285,8 @@ def test_generation_computes_in_the_compute_dtype(ours: bool) -> None:
     plain = copy.deepcopy(source)
     for parameter in plain.parameters():  # and no buffers, such as those of rotary positions
         parameter.data = parameter.data.to(torch.bfloat16)
-    model = geminifx.compile(source, precision="bf16", example_inputs=tokens())
+    with shared_captures(llama):
+        model = geminifx.compile(source, precision="bf16", example_inputs=tokens())
     optimizer_of(model, ours)
     scores = {"output_scores": True, "return_dict_in_generate": True}
     found, wanted = (each.eval().generate(**PROMPT, **GREEDY, **scores) for each in (model, plain))
@@ -294,7 +297,7 @@ def test_generation_computes_in_the_compute_dtype(ours: bool) -> None:
 @ROUTES
 def test_generation_keeps_to_the_budget_and_training_goes_on(ours: bool) -> None:
     budget = smallest_budget(OPT)
-    plain, model = OPT.build(), geminifx.compile(OPT.build(), device_budget=budget, example_inputs=tokens())
+    plain, model = OPT.build(), compiled(OPT, device_budget=budget)
     plain.load_state_dict(model.state_dict())
     optimizer, expected = optimizer_of(model, ours), SGD(plain.parameters(), lr=0.05)
     model.eval().generate(**PROMPT, max_new_tokens=2, do_sample=False, pad_token_id=1)
@@ -312,6 +315,6 @@ def test_generation_keeps_to_the_budget_and_training_goes_on(ours: bool) -> None
 
 
 def test_generation_of_divided_parameters_is_refused() -> None:
-    model = geminifx.compile(LLAMA.build(), parallel={"tensor": "1d:2"}, example_inputs=tokens())
+    model = compiled(LLAMA, parallel={"tensor": "1d:2"})
     with pytest.raises(StateError, match="torchrun --nproc-per-node 2"):
         model.generate(**PROMPT, **GREEDY)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import finder
+from launching import finder, torchrun
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -29,7 +29,7 @@ Finder = Callable[[str, int], Any]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Finder:
     launches = {GPUS: ((*cases(GPUS), SAVED),)}
-    return finder(HERE / "nccl_worker.py", tmp_path_factory.mktemp("gpus"), launches)
+    return finder(HERE / "nccl_worker.py", tmp_path_factory.mktemp("gpus"), launches, torchrun)
 
 
 @pytest.mark.parametrize("name", cases(GPUS))

@@ -24,10 +24,10 @@ SLOW_LLAMA = pytest.param(LLAMA, marks=pytest.mark.slow, id="llama")
 
 def both(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, Trainer]:
     """The plain model's and the compiled model's, trained."""
-    made = [trainer(act(case.seeded()), directory / act.__name__, **changes) for act in BOTH]
-    with shared_captures(case):
-        for each in made:
-            each.train()
+    with shared_captures(case.build):
+        made = [trainer(act(case.seeded()), directory / act.__name__, **changes) for act in BOTH]
+    for each in made:
+        each.train()
     return made[0], made[1]
 
 

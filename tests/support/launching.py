@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,31 +32,58 @@ def torchrun(
     )  # fmt: skip
 
 
-def launched(script: Path, out: Path, *names: str, ranks: int) -> dict[str, Any]:
+def forked(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
+    """Run a script on ranks that are forked from one process, which takes less than torchrun does: most of what a short
+    one takes are imports. Not for those that use GPUs. Raises TimeoutExpired where it is not done in time."""
+    command = [sys.executable, str(Path(__file__).with_name("forked.py")), str(ranks), str(script), *arguments]
+    with _meeting(ranks) as environment:
+        return subprocess.run(
+            command, env=environment | {"LOCAL_WORLD_SIZE": str(ranks)},
+            capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+
+
+@contextmanager
+def _meeting(ranks: int) -> Iterator[dict[str, str]]:
+    """The environment of ranks that meet at a store which this process holds, as torchrun does."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        **os.environ, **THREADS,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+
+
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def launched(script: Path, out: Path, *names: str, ranks: int, start: Start = forked) -> dict[str, Any]:
     """What the ranks that run `script OUT NAME...` wrote to OUT.
 
     They run once, also where they fail: every test that asks for it then fails at once, with what they printed.
     """
-    found = _launched(script, out, *names, ranks=ranks)
+    found = _launched(script, out, *names, ranks=ranks, start=start)
     assert not isinstance(found, str), found
     return found
 
 
 @cache
-def _launched(script: Path, out: Path, *names: str, ranks: int) -> dict[str, Any] | str:
+def _launched(script: Path, out: Path, *names: str, ranks: int, start: Start) -> dict[str, Any] | str:
     try:
-        done = torchrun(script, str(out), *names, ranks=ranks)
+        done = start(script, str(out), *names, ranks=ranks)
     except subprocess.TimeoutExpired as late:
         return str(late)
     return torch.load(out) if done.returncode == 0 else done.stderr[-3000:]
 
 
-def finder(script: Path, folder: Path, launches: Mapping[int, Sequence[tuple[str, ...]]]) -> Callable[[str, int], Any]:
+def finder(script: Path, folder: Path, launches: Mapping[int, Sequence[tuple[str, ...]]],
+           start: Start = forked) -> Callable[[str, int], Any]:  # fmt: skip
     """A function that tells what so many ranks found of a name; `launches` has those that are found together."""
 
     def found(name: str, ranks: int) -> Any:
         ((number, names),) = ((i, names) for i, names in enumerate(launches[ranks]) if name in names)
-        return launched(script, folder / f"{ranks} ranks, {number}.pt", *names, ranks=ranks)[name]
+        out = folder / f"{ranks} ranks, {number}.pt"
+        return launched(script, out, *names, ranks=ranks, start=start)[name]
 
     return found
 
@@ -63,20 +91,17 @@ def finder(script: Path, folder: Path, launches: Mapping[int, Sequence[tuple[str
 def ranks_of(script: Path, *arguments: str, ranks: int = 2, timeout_s: float = 300) -> list[tuple[int, str]]:
     """Run a script on every rank, and let each live on when another dies. Returns their exit codes and outputs.
 
-    This process holds the store that they meet at, as torchrun does. Raises TimeoutExpired where one is not done in
-    time; all of them are ended.
+    Raises TimeoutExpired where one is not done in time; all of them are ended.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
-               "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
-    started = [
-        subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True,
-                         env={**os.environ, **THREADS, **meeting, "RANK": str(rank)})
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        outputs = [one.communicate(timeout=timeout_s)[0] for one in started]
-    finally:
-        for one in started:
-            one.kill()
+    with _meeting(ranks) as environment:
+        started = [
+            subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True,
+                             env=environment | {"RANK": str(rank)})
+            for rank in range(ranks)
+        ]  # fmt: skip
+        try:
+            outputs = [one.communicate(timeout=timeout_s)[0] for one in started]
+        finally:
+            for one in started:
+                one.kill()
     return [(one.returncode, output) for one, output in zip(started, outputs, strict=True)]

@@ -3,15 +3,19 @@
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from unittest import mock
 
 import torch
-from geminifx.compiler import captures
+from geminifx.compiler import captures, session
 from geminifx.compiler.capture.arguments import leaf_key
 from geminifx.compiler.capture.guards import PLAIN, Guard
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
+from geminifx.compiler.captures import Captures
+from geminifx.compiler.programs import Call
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -21,30 +25,55 @@ _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
 
 @contextmanager
 def shared_captures(of: Hashable) -> Iterator[None]:
-    """Within, models that are built alike for the same `of` are captured once for each kind of call, whatever their
-    weights. Numbers and switches of their modules and configurations may be changed."""
-    capture = captures.capture
+    """Models that are compiled within, and built alike for the same `of`, are captured once for each kind of call,
+    whatever their weights, now and later. Numbers, switches and functions of their modules and configurations may be
+    changed, and lists of such. Those with hooks, or another forward than their class has, are captured each."""
 
-    def once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = of, torch.cuda.is_available(), repr(request), _state(model), spec, *map(leaf_key, leaves)
-        if key not in _CAPTURED:
-            found = capture(model, args, kwargs, request)
-            if found.program.constants:  # tensors of this model
-                return found
-            guarded = tuple((g.label.removesuffix(g.name).rstrip("."), g.name) for g in found.guards)
-            _CAPTURED[key] = replace(found, guards=()), guarded
-        found, guarded = _CAPTURED[key]
-        guards = (Guard.of(attrgetter(path)(model) if path else model, name, path) for path, name in guarded)
-        return replace(found, guards=tuple(guards))
+    class Shared(Captures):
+        def _trace(self, call: Call, arguments: Any) -> Captured:
+            with mock.patch.object(captures, "capture", partial(_once, of, captures.capture)):
+                return super()._trace(call, arguments)
 
-    with mock.patch.object(captures, "capture", once):
+    with mock.patch.object(session, "Captures", Shared):
         yield
+
+
+def _once(of: Hashable, capture: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+          request: CaptureRequest) -> Captured:  # fmt: skip
+    if any(map(_is_patched, model.modules())):
+        return capture(model, args, kwargs, request)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key = of, _surroundings(), repr(request), _state(model), spec, *map(leaf_key, leaves)
+    if key not in _CAPTURED:
+        found = capture(model, args, kwargs, request)
+        if found.program.constants:  # tensors of this model
+            return found
+        guarded = tuple((g.label.removesuffix(g.name).rstrip("."), g.name) for g in found.guards)
+        _CAPTURED[key] = replace(found, guards=()), guarded
+    found, guarded = _CAPTURED[key]
+    guards = (Guard.of(attrgetter(path)(model) if path else model, name, path) for path, name in guarded)
+    return replace(found, guards=tuple(guards))
+
+
+def _is_patched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _surroundings() -> Hashable:
+    return torch.cuda.is_available(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
 
 
 def _state(model: nn.Module) -> Hashable:
     """What may differ between models that are built alike."""
-    values = ((path, *item) for path, module in model.named_modules() for item in vars(module).items())
+    values = [(path, *item) for path, module in model.named_modules() for item in vars(module).items()]
     trained = tuple(parameter.requires_grad for parameter in model.parameters())
-    plain = tuple((path, name, repr(value)) for path, name, value in values if isinstance(value, PLAIN))
-    return trained, plain, repr(getattr(model, "config", None))
+    kinds = tuple(map(type, model.modules()))
+    plain = tuple((path, name, repr(value)) for path, name, value in values if _is_plain(value))
+    functions = tuple(value for _, _, value in values if isinstance(value, (FunctionType, BuiltinFunctionType)))
+    config = getattr(model, "config", None)
+    return trained, kinds, plain, functions, repr(config), getattr(config, "_attn_implementation", None)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value))

@@ -188,9 +188,9 @@ def _caught(x: Tensor, t: float) -> Tensor:
 @pytest.mark.parametrize("name", DECIDING)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_float_that_decides_is_a_constant(name: str, captures) -> None:
-    found = check_equal(Scaled(DECIDING[name]), FLOATS[:4] + FLOATS[-1:])
+    found = check_equal(Scaled(DECIDING[name]), [0.1, 0.7, 0.0])
     assert "number:1" not in found.graph["training"]
-    assert sum(not request.numbers for request in captures) == 5
+    assert sum(not request.numbers for request in captures) == 3
 
 
 WHOLE = {
@@ -206,8 +206,8 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_whole_number_that_decides_is_a_constant(name: str, captures) -> None:
-    check_equal(Scaled(WHOLE[name]), [3, 2, 5, 4, 2])
-    assert sum(not request.numbers for request in captures) == 4
+    check_equal(Scaled(WHOLE[name]), [3, 2, 4, 2])
+    assert sum(not request.numbers for request in captures) == 3
 
 
 def test_a_number_that_decides_is_told_of_with_the_fourth(captures) -> None:

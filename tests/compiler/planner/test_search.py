@@ -1,7 +1,7 @@
 """The planner on programs of a few chunks: what fits is chosen, room is filled, refusals name what would do."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -200,7 +200,11 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
 
 def recomputing(candidate: Plan, blocks: int) -> Program:
     """Every one of the blocks keeps 64 bytes, or multiplies once more."""
-    count = len(candidate.recompute)
+    return _recomputing(len(candidate.recompute), blocks)
+
+
+@cache
+def _recomputing(count: int, blocks: int) -> Program:
     kept = f'"f32[{16 * (blocks + 1 - count)}]'
     lines = ["def evaluation(", f'    x: {kept} | input:0",', '    a: "f32[2, 2] | input:1",', "):", "    # forward"]
     lines += [f'    y: {kept}" = aten.exp.default(x)']
