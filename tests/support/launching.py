@@ -60,15 +60,27 @@ def finder(script: Path, folder: Path, launches: Mapping[int, Sequence[tuple[str
     return found
 
 
-def ranks_of(script: Path, *arguments: str, ranks: int = 2, timeout_s: float = 300) -> list[tuple[int, str]]:
+def meeting_store() -> dist.TCPStore:
+    """What ranks meet at."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def ranks_of(
+    script: Path,
+    *arguments: str,
+    ranks: int = 2,
+    timeout_s: float = 300,
+    store: dist.TCPStore | None = None,
+    start: int = 0,
+) -> list[tuple[int, str]]:
     """Run a script on every rank, and let each live on when another dies. Returns their exit codes and outputs.
 
-    This process holds the store that they meet at, as torchrun does. Raises TimeoutExpired where one is not done in
-    time; all of them are ended.
-    """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    This process holds the store that they meet at, as torchrun does, which keeps it for every `start`. Raises
+    TimeoutExpired where one is not done in time; all of them are ended.
+    """  # fmt: skip
+    store = store or meeting_store()
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
-               "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+               "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(start)}  # fmt: skip
     started = [
         subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True,
                          env={**os.environ, **THREADS, **meeting, "RANK": str(rank)})
