@@ -53,8 +53,7 @@ class ChangingNumbers:
     """A number is a constant of a program until it changes. Then it is tried as an input, and is one where the program
     that has it as an input is, with the earlier value, the program of that value."""
 
-    def __init__(self, can_be_inputs: bool) -> None:
-        self._can_be_inputs = can_be_inputs  # rules of sharding are for tensors alone
+    def __init__(self) -> None:
         self._met: Recent[_Met] = Recent()
 
     def taken(self, call: Call) -> Call:
@@ -64,7 +63,7 @@ class ChangingNumbers:
 
     def captured(self, call: Call, capture: Capture) -> tuple[Call, Captured]:
         """The captured step for a call, and the call as that step takes it."""
-        if not call.numbers or not self._can_be_inputs:
+        if not call.numbers:
             return call, capture(call)
         met = self._met.get(call.kind)
         plain = call.taking(frozenset())

@@ -107,7 +107,7 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._guarded = GuardedKeys()
-        self._numbers = ChangingNumbers(not self.ranks.mesh.tensor_axes)
+        self._numbers = ChangingNumbers()
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()

@@ -16,7 +16,7 @@ from ..runtime.isa.errors import CaptureError
 from .attention import NAME, hugging_face_attention
 from .examples import example_inputs
 from .functional import functional_attention
-from .mask_readers import mask_readers
+from .mask_readers import mask_readers, mask_replacers
 from .value_checks import checks_pass
 
 __all__ = ["blocks", "capturable", "example_inputs", "exchanges_modules"]
@@ -91,6 +91,20 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             why = f"{readers[0]} reads its mask" if readers else "the model has no attention interface"
             text = f"{kind.__name__}: attention stays as it is, {why}"
             notes.extend([text] if text not in notes else [])
+
+
+def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str]) -> None:
+    """Raises CaptureError where transformers leaves a mask out by its values, and a module computes something else
+    without it."""
+    for module in model.modules() if "attention_mask" in given else ():
+        replacers = mask_replacers(module) if isinstance(module, PreTrainedModel) else []
+        if replacers and module.config._attn_implementation != "eager":
+            raise CaptureError(
+                f"{replacers[0]} sees all keys, later ones too, where it is given no mask, and transformers gives it "
+                f"none under attn_implementation={module.config._attn_implementation!r} where attention_mask hides "
+                "nothing: what it computes depends on the mask's values; load it with attn_implementation='eager', or "
+                "call it without attention_mask"
+            )
 
 
 def _layerdrops(module: nn.Module) -> dict[str, float]:
@@ -170,11 +184,13 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     cache. Yields notes in plain words on what stays eager; the list is complete on leaving.
 
     Raises:
-        CaptureError: a module in training mode skips layers with a probability that is not 0; or, on
-            leaving, a sliding-window mask reached no layer.
+        CaptureError: a module in training mode skips layers with a probability that is not 0; transformers leaves
+            out the mask by its values, and the model then computes something else; or, on leaving, a sliding-window
+            mask reached no layer.
     """
     _refuse_layerdrop(model)
     given = frozenset(name for name, value in kwargs.items() if value is not None)
+    _refuse_masks_that_depend_on_values(model, given)
     with ExitStack() as stack:
         stack.enter_context(_restored(_configs(model)))
         stack.enter_context(_layers_never_dropped())

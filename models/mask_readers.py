@@ -1,5 +1,8 @@
 """Attention whose own Python reads the mask: to score keys that it then leaves out, as sparse attention does, or to
-join it with another. Our masks are no such tensors: these models keep the attention that their configuration names."""
+join it with another. Our masks are no such tensors: these models keep the attention that their configuration names.
+
+Some put another mask in its place, and see all keys where they are given none. Transformers gives none under "sdpa"
+where nothing is padded, which it finds out by the mask's values: what such a model computes depends on these."""
 
 from __future__ import annotations
 
@@ -8,36 +11,62 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-_INTERFACES, _MASK = "ALL_ATTENTION_FUNCTIONS", "attention_mask"
+_INTERFACES, _MASK, _MAKES_MASKS = "ALL_ATTENTION_FUNCTIONS", "attention_mask", "create_causal_mask"
+_Use = Literal["handed on", "read", "replaced"]
 
 
 def mask_readers(model: nn.Module) -> list[str]:
     """Names of the classes of modules that take an attention function by name and read its mask besides."""
+    return _that_have_it(model, "read")
+
+
+def mask_replacers(model: nn.Module) -> list[str]:
+    """Names of those that read transformers' mask and give the attention function another one instead."""
+    return _that_have_it(model, "replaced")
+
+
+def _that_have_it(model: nn.Module, use: _Use) -> list[str]:
     kinds = {type(module) for module in model.modules()}
-    return sorted({kind.__name__ for kind in kinds if _reads_mask(inspect.unwrap(kind.forward))})
+    return sorted({kind.__name__ for kind in kinds if _use_of_mask(inspect.unwrap(kind.forward)) == use})
 
 
 @cache
-def _reads_mask(forward: Callable[..., Any]) -> bool:
+def _use_of_mask(forward: Callable[..., Any]) -> _Use:
     if _INTERFACES not in getattr(getattr(forward, "__code__", None), "co_names", ()):
-        return False
+        return "handed on"
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, SyntaxError):  # made at run time: there is no text
-        return False
-    passed = {id(node) for node in _passed_on(tree)}
-    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == _MASK)
-    return any(isinstance(name.ctx, ast.Load) and id(name) not in passed for name in names)
+        return "handed on"
+    loads = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    names = {id(node) for node in loads if node.id == _MASK} - {id(node) for node in _not_read(tree)}
+    # The attention function has a plain name; those of modules and libraries, which have not, read what they are given.
+    to_attention, to_others = ({id(node) for node in _given(tree, kind)} for kind in (ast.Name, ast.Attribute))
+    if names <= to_attention:
+        return "handed on"
+    replaced = names & to_others and not names & to_attention and _MAKES_MASKS in forward.__globals__
+    return "replaced" if replaced else "read"
 
 
-def _passed_on(tree: ast.AST) -> Iterator[ast.AST]:
-    """What is given to functions, and what is only compared, as with None."""
+def _given(tree: ast.AST, kind: type[ast.expr]) -> Iterator[ast.AST]:
+    """What is given to functions that are named in this way."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Compare):
-            yield from ast.walk(node)
-        elif isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and isinstance(node.func, kind):
             yield from (*node.args, *(keyword.value for keyword in node.keywords))
+
+
+def _not_read(tree: ast.AST) -> Iterator[ast.AST]:
+    """What is only compared, as with None or a type, and what is only done under eager attention."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) or _asks_type(node):
+            yield from ast.walk(node)
+        elif isinstance(node, ast.If) and any(isinstance(n, ast.Name) and "eager" in n.id for n in ast.walk(node.test)):
+            yield from (each for line in node.body for each in ast.walk(line))
+
+
+def _asks_type(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == isinstance.__name__

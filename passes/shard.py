@@ -38,8 +38,8 @@ from ..runtime.isa.mesh import (
 )
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Program, annotate, note
-from .program.types import TensorType, contiguous_stride
+from .program.program import Program, annotate, note, type_of
+from .program.types import NumberType, TensorType, contiguous_stride
 from .program.verify import canonical, sharded
 from .sharding.engine import Sharder, Value
 from .sharding.modes import roles_of
@@ -85,7 +85,8 @@ def _inputs(program: Program) -> dict[str, fx.Node]:
 
 def _lower(sharder: Sharder, node: fx.Node) -> None:
     SPECIAL.get(node.target, Sharder.lower)(sharder, node)
-    if node.all_input_nodes and all(value in sharder.weights for value in node.all_input_nodes):
+    read = [value for value in node.all_input_nodes if not isinstance(type_of(value), NumberType)]
+    if read and all(value in sharder.weights for value in read):
         sharder.weights.add(node)
 
 

@@ -29,9 +29,9 @@ def leaf_key(leaf: Any, is_input: bool = False) -> Any:
     )
 
 
-def check_shared(ranks: Ranks, inputs: list[Tensor]) -> None:
-    """Raises StateError where processes that share a batch are given different ones."""
+def check_shared(ranks: Ranks, inputs: list[Any]) -> None:
+    """Raises StateError where processes that share a batch are given different tensors; calls tell the numbers."""
     digest = hashlib.sha256()
-    for tensor in inputs:
+    for tensor in filter(torch.is_tensor, inputs):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     ranks.check_batch(digest.hexdigest())

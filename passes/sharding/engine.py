@@ -16,7 +16,7 @@ from ...runtime.isa.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements,
 from ..program.program import Program, annotate, is_random, note, type_of
 from ..program.types import TensorType, Type
 from .modes import Role
-from .rules import Call, Row, rule_for, squeezed_dims, tensors, whole
+from .rules import Call, Row, operand_type, rule_for, squeezed_dims, tensors, whole
 
 aten = torch.ops.aten
 
@@ -60,7 +60,7 @@ class Sharder:
         self.axes = axes
         self.roles = tuple(roles[axis.name] for axis in axes)
         # Taken now: annotations of parameters are overwritten by those of their shards.
-        self.types: dict[fx.Node, Type] = {node: type_of(node) for node in program.nodes}
+        self.types: dict[fx.Node, Type] = {node: operand_type(type_of(node)) for node in program.nodes}
         self.values: dict[fx.Node, Value] = {}
         self.elements: dict[fx.Node, tuple[Value, ...]] = {}  # of operators with several results
         self.weights: set[fx.Node] = set()  # parameters, and what is made of them alone

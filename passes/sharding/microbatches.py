@@ -20,9 +20,9 @@ from ...runtime.isa.instructions import MICROBATCH
 from ...runtime.isa.mesh import PARTIAL, REPLICATE, Partial, Placement, Shard
 from ..program.program import Note, Program, annotate, is_random, note, tensor_type, type_of
 from ..program.text import target_text
-from ..program.types import NumberType, TensorType, Type
+from ..program.types import TensorType, Type
 from .examples import DRAWS, FILLS, MEAN, Rows, legal
-from .rules import Call, Row, tensors
+from .rules import Call, Row, operand_type, tensors
 
 aten = torch.ops.aten
 LAYOUT = aten.clone.default
@@ -179,7 +179,8 @@ class _Proof:
             return self._made(node, other, results)
         counts = any(isinstance(place, Rows) for place in places) and node.target in COUNTED
         known = tuple(Shard(p.dim) if isinstance(p, Rows) and counts else p for p in places)
-        call = Call(node, tuple(map(_operand_type, operands)), results, known)  # type: ignore[arg-type]
+        given = tuple(operand_type(type_of(operand)) for operand in operands)
+        call = Call(node, given, results, known)  # type: ignore[arg-type]
         row = next((row for row in legal(call) if _is_met(row, known)), None)
         if row is None:
             raise self._error(node, f"mixes examples, or may do so: its arguments lie {', '.join(map(str, places))}")
@@ -325,8 +326,3 @@ def _is_met(row: Row, found: tuple[Placement, ...]) -> bool:
     lie = [PARTIAL if place == MEAN or (averages and place == REPLICATE and wanted == PARTIAL) else place
            for wanted, place in zip(row.inputs, found, strict=True)]  # fmt: skip
     return tuple(lie) == row.inputs
-
-
-def _operand_type(node: fx.Node) -> TensorType:
-    """A number among the arguments is for the rules a tensor that all have alike."""
-    return TensorType(torch.float64, (), ()) if isinstance(type_of(node), NumberType) else tensor_type(node)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ...runtime.isa.mesh import PARTIAL, REPLICATE, Placement, Shard
-from ..program.types import TensorType
+from ..program.types import NumberType, TensorType, Type
 
 aten = torch.ops.aten
 
@@ -46,6 +46,11 @@ class Call:
 
 
 Rule = Callable[[Call], list[Row]]
+
+
+def operand_type(found: Type) -> Type:
+    """A number among the arguments is for the rules a tensor that all have alike."""
+    return TensorType(torch.float64, (), ()) if isinstance(found, NumberType) else found
 
 
 def whole(call: Call) -> Row:

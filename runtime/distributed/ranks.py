@@ -316,10 +316,18 @@ def _enter(device: torch.device, timeout: timedelta) -> None:
         # Kernels of several communicators that wait for each other on the same device may lock each other out, unless
         # NCCL runs them one behind the other, in the order in which they were started: the program's.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting_place(timeout))
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **_meeting_place(timeout))
         atexit.register(_leave)
+
+
+def _meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """Where `init_process_group` finds the others: in the store of who launched them, by names of this start alone.
+    torchrun keeps one store for all of its starts, and what is there from the last leads to processes that died."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
 
 
 def _host_group(timeout: timedelta) -> Any:

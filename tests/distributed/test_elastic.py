@@ -1,4 +1,4 @@
-"""`geminifx train --resume auto` under torchrun: ranks that die are started again, and the run goes on."""
+"""Ranks that die are started again by torchrun: they meet, and `geminifx train --resume auto` goes on."""
 
 import json
 import random
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import torchrun
+from launching import meeting_store, ranks_of, torchrun
 from trainable import SMALL_OPT
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "elastic.py"
+MEETING = Path(__file__).parent / "meeting.py"
 STEPS, SAVE_EVERY = 24, 4
 
 
@@ -26,8 +27,15 @@ def trained(folder: Path, deaths: str) -> tuple[dict[int, str], int]:
     return {int(step): loss for step, loss in lines}, len(lines)
 
 
-# Of the whole campaigns alone: on a loaded machine gloo's processes do not always meet after a restart, and then wait
-# for the time-out.
+@pytest.mark.slow
+def test_ranks_that_are_started_again_meet_each_other_and_not_those_that_died() -> None:
+    """The store still has the addresses of the dead: a rank that comes before the others finds these there."""
+    store = meeting_store()
+    for start in range(2):
+        ended = ranks_of(MEETING, ranks=2, store=store, start=start)
+        assert ended == [(7, "[0, 1]\n")] * 2
+
+
 @pytest.mark.campaign(whole=True)
 def test_ranks_that_die_are_started_again_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """Real processes, among which tensors are sharded in every mode, train as one process does."""
 
+import json
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from launching import finder
+from launching import finder, ranks_of
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from changing_numbers import losses, seeded  # noqa: E402
 from nearness import check  # noqa: E402
 from tensor_worker import CASES, DROPPED, LOGITS, Sharded, logits  # noqa: E402
 from worker import Trained, train  # noqa: E402
@@ -70,6 +72,16 @@ def test_what_is_computed_again_drops_the_same(found: Finder) -> None:
 @SLOW
 def test_logits_that_are_asked_for_come_back_whole(found: Finder) -> None:
     torch.testing.assert_close(found(LOGITS, 4), logits(), rtol=0, atol=2**-18)
+
+
+@SLOW
+def test_a_number_that_changes_is_the_same_on_all_ranks() -> None:
+    expected = losses(seeded())
+    for code, output in ranks_of(HERE / "changing_numbers.py", ranks=2):
+        assert code == 0, output
+        rank = json.loads(output)
+        assert rank["losses"] == pytest.approx(expected, rel=1e-5) and rank["captures"] == 2
+        assert "float32[4, 8], [1] 0.5; " in rank["said"] and "float32[4, 8], [1] 1.5; " in rank["said"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if n in EIGHT else WHOLE) for n in CASES[8]])

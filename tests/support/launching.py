@@ -36,21 +36,25 @@ def forked(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.Complet
     """Run a script on ranks that are forked from one process, which takes less than torchrun does: most of what a short
     one takes are imports. Not for those that use GPUs. Raises TimeoutExpired where it is not done in time."""
     command = [sys.executable, str(Path(__file__).with_name("forked.py")), str(ranks), str(script), *arguments]
-    with _meeting(ranks) as environment:
+    with _meeting(ranks, meeting_store()) as environment:
         return subprocess.run(
             command, env=environment | {"LOCAL_WORLD_SIZE": str(ranks)},
             capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
 
 
+def meeting_store() -> dist.TCPStore:
+    """What ranks meet at."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 @contextmanager
-def _meeting(ranks: int) -> Iterator[dict[str, str]]:
+def _meeting(ranks: int, store: dist.TCPStore, start: int = 0) -> Iterator[dict[str, str]]:
     """The environment of ranks that meet at a store which this process holds, as torchrun does."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield {
         **os.environ, **THREADS,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(start),
     }  # fmt: skip
 
 
@@ -88,12 +92,20 @@ def finder(script: Path, folder: Path, launches: Mapping[int, Sequence[tuple[str
     return found
 
 
-def ranks_of(script: Path, *arguments: str, ranks: int = 2, timeout_s: float = 300) -> list[tuple[int, str]]:
+def ranks_of(
+    script: Path,
+    *arguments: str,
+    ranks: int = 2,
+    timeout_s: float = 300,
+    store: dist.TCPStore | None = None,
+    start: int = 0,
+) -> list[tuple[int, str]]:
     """Run a script on every rank, and let each live on when another dies. Returns their exit codes and outputs.
 
-    Raises TimeoutExpired where one is not done in time; all of them are ended.
+    This process holds the store that they meet at, as torchrun does, which keeps it for every `start`. Raises
+    TimeoutExpired where one is not done in time; all of them are ended.
     """
-    with _meeting(ranks) as environment:
+    with _meeting(ranks, store or meeting_store(), start) as environment:
         started = [
             subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True,
                              env=environment | {"RANK": str(rank)})
