@@ -2,8 +2,8 @@
 takes beside what is planned.
 
 Copies and the host's updates are measured on their own. What of a step's seconds they leave unexplained is taken to be
-compute's, as far as a device that is not much slower than that makes the modelled step as long as the measured one; where
-something else binds, everything is slower alike.
+compute's, as far as a device that is not much slower than that makes the modelled step as long as the measured one.
+Where something else binds, everything is slower alike.
 """
 
 from dataclasses import astuple, dataclass, replace

@@ -42,7 +42,6 @@ class Products:
             return 0.0
         return flop / float(np.interp(log(flop), [log(size) for size in self.flop], self.flops_per_s))
 
-
     def slowed(self, factor: float) -> "Products":
         return Products(self.flop, tuple(rate / factor for rate in self.flops_per_s))
 
