@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..runtime.machine import Machine
 from .pressure import Pressure
 from .programs import Compiled
 from .rehoming import Rehoming
@@ -16,17 +17,26 @@ class Adaptation:
     """Of one model, whose calls it is told of before they run."""
 
     def __init__(self, session: Session) -> None:
-        adapts, steps = session.planning.adapts, session.options.warmup_steps(session.device.is_cuda)
         self.session, self.rehoming = session, Rehoming(session)
         self.pressure = Pressure(session, self.rehoming)
-        self.warm_up = WarmUp(session, self.rehoming, steps * adapts)
+        self.warm_up = self._warm_up()
+        self._machine: Machine | None = None  # that the warm-up is of
+
+    def _warm_up(self) -> WarmUp:
+        session = self.session
+        steps = session.options.warmup_steps(session.device.is_cuda) if session.planning.adapts else 0
+        return WarmUp(session, self.rehoming, steps)
 
     def before(self, compiled: Compiled) -> None:
         """A program is about to run: between two of the optimizer's steps states may move."""
         if not compiled.trains:
             self.warm_up.spoil()
             return
-        key, begins = self.rehoming.key_of(compiled), self.session.demanded().machine.store.is_between_steps
+        key, machine = self.rehoming.key_of(compiled), self.session.demanded().machine
+        if machine is not self._machine:  # the model has an optimizer of its own since
+            self.warm_up.end()
+            self._machine, self.warm_up = machine, self._warm_up()
+        begins = machine.store.is_between_steps
         if begins and self.pressure.call(key):
             self.warm_up.end()
         self.warm_up.call(key, begins)

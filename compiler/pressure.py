@@ -98,12 +98,12 @@ class Pressure:
         plan = self._plan(key)
         if not plan.format.in_backward:
             return False
-        least = self.rehoming.chosen(key, self._limits(room_bytes)).peak_bytes
+        least_bytes = self._least_bytes(key)
         raise BudgetError(
-            f"the device has room for {room_bytes:,} bytes by now, and the step needs {least:,} with all that can go "
-            "on the host there; nothing was updated. Free device memory, as of other processes, or make the batch "
-            "smaller, and call the model again",
-            smallest_bytes=least,
+            f"the device has room for {room_bytes:,} bytes by now, and the step needs {least_bytes:,} with all that can go "
+            "on the host there, if that has room; nothing was updated. Free memory, as of other processes, or make the "
+            "batch smaller, and call the model again",
+            smallest_bytes=least_bytes,
         )
 
     def _grow(self, key: Key, room_bytes: int | None) -> bool:
@@ -163,12 +163,17 @@ class Pressure:
     def _less(self, key: Key) -> Limits | None:
         """Limits within which less of the program's chunks is on the device; None where there is nothing to spare."""
         now, room_bytes = self._plan(key), self._room_bytes()
+        least_bytes = self._least_bytes(key)
         device_bytes = now.peak_bytes if room_bytes is None else min(now.peak_bytes, room_bytes)
-        while True:
+        while device_bytes >= least_bytes:
             limits = self._limits(device_bytes)
             chosen = self.rehoming.chosen(key, limits)
-            if not limits.allow(chosen):
-                return None
             if chosen.homes != now.homes and chosen.peak_bytes < now.peak_bytes:
                 return limits
-            device_bytes = int(min(device_bytes, chosen.peak_bytes) * LESS)
+            less_bytes = int(min(device_bytes, chosen.peak_bytes) * LESS)
+            device_bytes = max(less_bytes, least_bytes) if device_bytes > least_bytes else 0
+        return None
+
+    def _least_bytes(self, key: Key) -> int:
+        """The peak with all on the host that can go there."""
+        return self.rehoming.chosen(key, self._limits(0)).peak_bytes

@@ -62,31 +62,37 @@ class WarmUp:
         """A training step is called; on all processes, whose steps begin together."""
         if self.watch is None or not self.watch.call(key, begins):
             return
-        plan = self.session.programs()[key].plan
-        own = self.watch.measured(key, plan.format.accumulate)
-        told = self.session.ranks.gather((own, self.watch.spread))
+        watched, self.watch = self.watch, None
+        if self._goes_on(key, watched):
+            self.watch = StepWatch(self.session, self.steps)
+            self.watch.call(key, begins)
+
+    def _goes_on(self, key: Key, watched: StepWatch) -> bool:
+        """What follows from steps that were watched on all processes. Returns whether more are to be."""
+        own = watched.measured(key, self.session.programs()[key].plan.format.accumulate)
+        told = self.session.ranks.gather((own, watched.spread))
         measured, spread = [one for one, _ in told if one is not None], max(spread for _, spread in told)
         if len(measured) < len(told):
             self._tries -= 1
-            self.watch = StepWatch(self.session, self.steps) if self._tries else None
-            return
+            return self._tries > 0
         slowest = Measured.slowest(measured)
         self.session.stats.measured = Figures(slowest.step_s, slowest.peak_bytes)
         if self._before is None:
-            self._decide(key, slowest, min(MOST_SPREAD, max(GAIN, spread)))
-        else:
-            self._look_back(key, slowest)
+            return self._decide(key, slowest, min(MOST_SPREAD, max(GAIN, spread)))
+        self._look_back(key, slowest, *self._before)
+        return False
 
-    def _decide(self, key: Key, measured: Measured, noise: float) -> None:
-        ranks, planning, self.watch = self.session.ranks, self.session.planning, None
+    def _decide(self, key: Key, measured: Measured, noise: float) -> bool:
+        """Decide again. Returns whether homes have moved."""
+        ranks, planning = self.session.ranks, self.session.planning
         decision = ranks.gather(self._decided(key, measured) if ranks.rank == 0 else None)[0]
         planning.limits = decision.limits
         now = self.rehoming.now[key]
         if decision.homes is not None and self._move(key, decision, measured):
             self._before = now.homes, measured.step_s * (1 + noise)
-            self.watch = StepWatch(self.session, self.steps)
-        else:
-            self._take_note(self.rehoming.estimated(decision.limits), key, _measured(now, measured))
+            return True
+        self._take_note(self.rehoming.estimated(decision.limits), key, _measured(now, measured))
+        return False
 
     def _decided(self, key: Key, measured: Measured) -> _Decision:
         compiled = self.session.programs()[key]
@@ -107,10 +113,8 @@ class WarmUp:
         then = f"{moved} chunk(s) have other homes since, for {format_seconds(plans[key].estimate.step_s)}"
         return self._take_note(plans, key, f"{_measured(now, measured)}; {then}")
 
-    def _look_back(self, key: Key, measured: Measured) -> None:
-        """Behind a move: whether it was one for the better."""
-        assert self._before is not None
-        (homes, most_s), self.watch = self._before, None
+    def _look_back(self, key: Key, measured: Measured, homes: Homes, most_s: float) -> None:
+        """Behind a move: whether it was one for the better, or the homes from before are to be again."""
         if measured.step_s > most_s:
             plans = self.rehoming.plans(key, homes, self.session.planning.limits)
             self._take_note(plans, key, f"they took {format_seconds(measured.step_s)}, and chunks went back")

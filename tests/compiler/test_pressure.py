@@ -3,7 +3,7 @@ with the same bits; where there is room again, the plan is as it was."""
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +11,7 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler import pressure
+from geminifx.compiler.rehoming import Rehoming
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.memory.tiers import Tier
 from interrupts import Failure
@@ -57,6 +58,13 @@ class Training:
     def tier(self) -> Tier:
         return self.model.session.hardware.device_tier
 
+    @property
+    def least_bytes(self) -> int:
+        """What its step takes with all on the host that can be."""
+        rehoming = Rehoming(self.model.session)
+        key = next(iter(self.model.session.programs()))
+        return rehoming.chosen(key, replace(self.model.session.planning.limits, device_bytes=1)).peak_bytes
+
     def forward(self, step: int) -> Tensor:
         torch.manual_seed(step)
         return self.case.loss(self.model, self.case.batch(seed=step))
@@ -78,7 +86,7 @@ def roomy(case: Case, ours: bool, **declared: Any) -> int:
 
 
 def check_bits(training: Training, losses: list[Tensor], **made: Any) -> None:
-    calm = Training.of(training.case, **made)
+    calm = Training.of(**made)
     assert all(map(torch.equal, [calm.step(step) for step in range(len(losses))], losses))
     assert same_weights(training.model, calm.model)
     assert same_moments(training.optimizer, calm.optimizer)
@@ -102,7 +110,7 @@ def test_a_device_that_shrinks_between_steps_and_grows_again(way: dict[str, Any]
     training = Training.of(**way)
     before, full = training.model.plan, training.tier.limit_bytes
     losses = [training.step(0)]
-    training.tier.limit_bytes = least = smallest_budget(training.case, **BFLOAT16)
+    training.tier.limit_bytes = least = training.least_bytes
     losses += [training.step(step) for step in (1, 2)]
     shrunk = training.model.plan
     assert shrunk.peak_bytes <= least < before.peak_bytes
@@ -151,7 +159,7 @@ def test_each_failure_makes_room_until_there_is_nothing_to_spare() -> None:
 
 def test_a_device_that_shrinks_within_a_forward() -> None:
     training = Training.of()
-    least = smallest_budget(NET, **BFLOAT16)
+    least = training.least_bytes
     watch, passed = Tier.watch, []
 
     def shrinking(tier: Tier, *about: Any, **more: Any) -> None:
@@ -214,7 +222,7 @@ def test_homes_that_the_user_decided_stay() -> None:
     model = compiled(NET, precision="bf16", plan=plan, device_budget=plan.peak_bytes)
     training = Training(model, model.optimizer(AdamW, lr=1e-2))
     training.step(0)
-    training.tier.limit_bytes = smallest_budget(NET, **BFLOAT16)
+    training.tier.limit_bytes = training.least_bytes
     with pytest.raises(BudgetError, match="the device tier is full"):
         training.step(1)
     assert training.model.plan.homes == plan.homes
@@ -225,7 +233,7 @@ def test_wherever_the_device_shrinks_losses_are_the_same(seed: int) -> None:
     chance = random.Random(seed)
     way = chance.choice(list(WAYS.values()))
     training = Training.of(**way)
-    full, least = training.tier.limit_bytes, smallest_budget(training.case, **BFLOAT16)
+    full, least = training.tier.limit_bytes, training.least_bytes
     assert full is not None
     losses = []
     for step in range(STEPS):

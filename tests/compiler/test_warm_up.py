@@ -7,23 +7,20 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.compiler import warm_up
 from geminifx.compiler.options import Options
 from geminifx.compiler.planner.correction import Measured
 from geminifx.compiler.rates.presets import preset
+from geminifx.compiler.rehoming import Rehoming
 from geminifx.compiler.step_watch import StepWatch
+from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import ArgumentError
-from geminifx.runtime.isa.homes import Where
-from optimizing import NET, same_moments, same_weights
+from geminifx.runtime.isa.homes import Homes
+from optimizing import NET, homes_of, same_moments, same_weights
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from zoo import compiled
 
-QUICK_HOST = replace(preset("h100-sxm"), host_params_per_s=1e15)
-"""The host updates in no time, and nothing travels to be updated on the device."""
-
-BUDGET = 48_000
-"""Of the training state one chunk of two fits, beside the other's weights."""
+H100 = preset("h100-sxm")
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def measures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Measured | None]]
 
 
 def made(**options: Any) -> tuple[geminifx.CompiledModule, Optimizer]:
-    given = {"precision": "bf16", "recompute": "none", "device_budget": BUDGET, "rates": QUICK_HOST, **options}
+    given = {"precision": "bf16", "recompute": "none", "rates": H100, **options}
     model = compiled(NET, **given)
     return model, model.optimizer(AdamW, lr=1e-2)
 
@@ -58,13 +55,8 @@ def trained(model: geminifx.CompiledModule, optimizer: Optimizer, steps: int, fi
     return losses
 
 
-def slow_host(times: float = 1.0) -> Measured:
-    """Steps in which the host was slow: most of their seconds."""
-    return Measured(step_s=0.8 * times, up_s=0.0, down_s=0.0, host_s=0.7, peak_bytes=0)
-
-
-def where(model: geminifx.CompiledModule) -> list[Where]:
-    return [home.where for home in model.plan.homes]
+def steps_of(step_s: float) -> Measured:
+    return Measured(step_s, up_s=0.0, down_s=0.0, host_s=0.0, peak_bytes=0)
 
 
 def check_bits(model: geminifx.CompiledModule, optimizer: Optimizer, losses: list[Tensor]) -> None:
@@ -74,50 +66,62 @@ def check_bits(model: geminifx.CompiledModule, optimizer: Optimizer, losses: lis
 
 
 @pytest.fixture
-def slow_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan that is decided by the slow host updates on the device what it holds."""
-    correct = warm_up.corrected
-
-    def corrected(limits: Any, *about: Any) -> Any:
-        found = correct(limits, *about)
-        return replace(found, rates=replace(found.rates, host_params_per_s=1e3))
-
-    monkeypatch.setattr(warm_up, "corrected", corrected)
+def others_are_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the second decision, homes of all kinds make a step half as long."""
+    chosen = lambda rehoming, key, limits: replace(rehoming.now[key], homes=mixed(rehoming.now[key]))  # noqa: E731
+    step_s = lambda rehoming, key, plans, limits: 1.0 if plans == rehoming.now else 0.5  # noqa: E731
+    monkeypatch.setattr(Rehoming, "chosen", chosen)
+    monkeypatch.setattr(Rehoming, "step_s", step_s)
 
 
-def test_homes_move_where_that_pays_and_training_goes_on(measures: list[Measured | None], slow_streams: None) -> None:
-    measures += [slow_host(), slow_host(0.5)]
+def mixed(plan: Plan) -> Homes:
+    return homes_of("mixed", plan)
+
+
+def test_homes_move_where_that_pays_and_training_goes_on(
+    measures: list[Measured | None], others_are_better: None
+) -> None:
+    measures += [steps_of(0.8), steps_of(0.4)]
     model, optimizer = made(warmup=True)
-    before = where(model)
+    before = model.plan.homes
     losses = trained(model, optimizer, 3)
-    assert where(model) == before
+    assert model.plan.homes == before != mixed(model.plan)
     losses += trained(model, optimizer, 1, 3)
-    after = where(model)
-    assert before.count(Where.HOST) > after.count(Where.HOST) and Where.STREAMED in after
+    assert model.plan.homes == mixed(model.plan)
+    assert "the first steps took 800 ms, where " in model.plan.notes[-1]
+    assert "2 chunk(s) have other homes since, for " in model.plan.notes[-1]
     losses += trained(model, optimizer, 4, 4)
-    assert where(model) == after
-    assert "the first steps took 800 ms" in model.plan.notes[-1] and "have other homes since" in model.plan.notes[-1]
-    assert model.stats.planned.step_s == model.plan.estimate.step_s
-    assert model.stats.measured.step_s == 0.4
-    assert model.stats.device_peak_bytes <= model.plan.peak_bytes <= BUDGET
+    assert model.plan.homes == mixed(model.plan)
+    assert (model.stats.planned.step_s, model.stats.measured.step_s) == (model.plan.estimate.step_s, 0.4)
     check_bits(model, optimizer, losses)
 
 
-def test_homes_that_are_slower_are_given_up_once(measures: list[Measured | None], slow_streams: None) -> None:
-    measures += [slow_host(), slow_host(1.2)]
+def test_homes_that_are_slower_are_given_up_once(measures: list[Measured | None], others_are_better: None) -> None:
+    measures += [steps_of(0.8), steps_of(0.96)]
     model, optimizer = made(warmup=True)
     before = model.plan.homes
-    losses = trained(model, optimizer, 4)
-    assert model.plan.homes != before
-    losses += trained(model, optimizer, 5, 4)
+    losses = trained(model, optimizer, 6)
+    assert model.plan.homes == mixed(model.plan)
+    losses += trained(model, optimizer, 6, 6)
     assert model.plan.homes == before
     assert "they took 960 ms, and chunks went back" in model.plan.notes[-1]
     check_bits(model, optimizer, losses)
 
 
-def test_homes_stay_where_others_gain_little(measures: list[Measured | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_up, "GAIN", 1.0)
-    measures += [slow_host()]
+def test_homes_for_which_there_is_no_room_stay_where_they_are(
+    measures: list[Measured | None], others_are_better: None
+) -> None:
+    measures += [steps_of(0.8)]
+    model, optimizer = made(warmup=True)
+    before = model.plan.homes
+    model.session.hardware.host_tier.limit_bytes = 1000
+    losses = trained(model, optimizer, 6)
+    assert model.plan.homes == before
+    check_bits(model, optimizer, losses)
+
+
+def test_a_plan_that_is_the_best_by_what_was_measured_is_kept(measures: list[Measured | None]) -> None:
+    measures += [steps_of(0.8)]
     model, optimizer = made(warmup=True)
     before = model.plan
     trained(model, optimizer, 6)
@@ -128,7 +132,7 @@ def test_homes_stay_where_others_gain_little(measures: list[Measured | None], mo
 
 
 def test_steps_between_which_something_else_ran_are_measured_again(measures: list[Measured | None]) -> None:
-    measures += [slow_host()]
+    measures += [steps_of(0.8)]
     model, optimizer = made(warmup=True)
     trained(model, optimizer, 2)
     model.eval()
@@ -142,8 +146,8 @@ def test_steps_between_which_something_else_ran_are_measured_again(measures: lis
 
 
 def test_accumulated_steps_are_measured_whole(measures: list[Measured | None]) -> None:
-    measures += [slow_host()]
-    model = compiled(NET, precision="bf16", recompute="none", device_budget=BUDGET, rates=QUICK_HOST, warmup=1)
+    measures += [steps_of(0.8)]
+    model = compiled(NET, precision="bf16", recompute="none", rates=H100, warmup=1)
     optimizer = model.optimizer(AdamW, lr=1e-2, accumulate=2)
     for step in range(3):
         for part in range(2):
@@ -165,7 +169,7 @@ def test_nobody_measures_unasked(options: dict[str, Any]) -> None:
 
 def test_a_plan_that_was_given_stays() -> None:
     plan = made()[0].plan
-    model = compiled(NET, precision="bf16", plan=plan, warmup=True, device_budget=BUDGET)
+    model = compiled(NET, precision="bf16", plan=plan, warmup=True)
     trained(model, model.optimizer(AdamW, lr=1e-2), 5)
     assert model.plan.homes == plan.homes and not model.plan.notes
 
