@@ -17,7 +17,7 @@ from ..passes.program.plan import Plan
 from ..runtime.isa.errors import BudgetError
 from .planner.memory import Limits
 from .programs import Key
-from .rehoming import Rehoming
+from .rehoming import Plans, Rehoming
 from .session import Session
 
 LESS = 0.9
@@ -32,6 +32,9 @@ twice as many."""
 
 MOST_PATIENT_STEPS = 1024
 
+WORTH = 0.02
+"""The share of the room that more of it must be for a plan to be made anew: what others hold goes up and down."""
+
 T = TypeVar("T")
 
 
@@ -43,7 +46,8 @@ class Pressure:
         self.is_on = session.planning.adapts
         self.is_shrunk = False
         self._steps = 0
-        self._patience, self._grows_at = PATIENT_STEPS, 0
+        self._patience = PATIENT_STEPS
+        self._grows_at = self._shrinks_at = 0  # not before this step
 
     # -- before a step -------------------------------------------------------------------------------------
 
@@ -58,10 +62,8 @@ class Pressure:
         least_bytes = min((room for room, _ in told if room is not None), default=None)
         if any(room is not None and room < needed for room, needed in told):
             assert least_bytes is not None
-            return self._shrink(key, self._limits(least_bytes)) or self._hopeless(key, least_bytes)
-        if self.is_shrunk and self._steps >= self._grows_at:
-            return self._grow(key, least_bytes)
-        return False
+            return self._shrink_before(key, least_bytes)
+        return self.is_shrunk and self._steps >= self._grows_at and self._grow(key, least_bytes)
 
     def _room_bytes(self) -> int | None:
         """What the process may hold of the device now; None where nothing limits it."""
@@ -84,52 +86,54 @@ class Pressure:
 
     def _shrink(self, key: Key, limits: Limits) -> bool:
         """Go on within less, if the program fits on every process."""
-        plan = self._agreed(key, limits)
-        if plan is None or not self._move(key, plan, limits):
+        plans = self._agreed(key, limits)
+        if plans is None or not self.rehoming.move(key, plans):
             return False
+        self.session.planning.limits = limits
         self.is_shrunk = True
         self._grows_at, self._patience = self._steps + self._patience, min(2 * self._patience, MOST_PATIENT_STEPS)
         if self.session.device.is_cuda:
             torch.cuda.empty_cache()  # for those who need it
         return True
 
-    def _hopeless(self, key: Key, room_bytes: int) -> bool:
-        """Raises BudgetError where a step that fails could not be made again."""
-        plan = self._plan(key)
-        if not plan.format.in_backward:
+    def _shrink_before(self, key: Key, room_bytes: int) -> bool:
+        """Go on within the room that there is. Where that is not to be, the step may fail, and be made again. Raises
+        BudgetError where it could not be."""
+        in_backward = self._plan(key).format.in_backward
+        if self._steps < self._shrinks_at and not in_backward:
+            return False
+        if self._shrink(key, self._limits(room_bytes)):
+            return True
+        self._shrinks_at = self._steps + PATIENT_STEPS
+        if not in_backward:
             return False
         least_bytes = self._least_bytes(key)
         raise BudgetError(
-            f"the device has room for {room_bytes:,} bytes by now, and the step needs {least_bytes:,} with all that can go "
-            "on the host there, if that has room; nothing was updated. Free memory, as of other processes, or make the "
-            "batch smaller, and call the model again",
+            f"the device has room for {room_bytes:,} bytes by now, and the step needs {least_bytes:,} with all that "
+            "can go on the host there, if that has room; nothing was updated. Free memory, as of other processes, or "
+            "make the batch smaller, and call the model again",
             smallest_bytes=least_bytes,
         )
 
     def _grow(self, key: Key, room_bytes: int | None) -> bool:
-        limits = self._limits(room_bytes)
+        now_bytes, asked_bytes = self.session.planning.limits.device_bytes, self.session.planning.asked_bytes
         self._grows_at = self._steps + PATIENT_STEPS
-        plan, now = self._agreed(key, limits), self._plan(key)
-        if plan is None or (plan.homes == now.homes and room_bytes != self.session.planning.asked_bytes):
+        if room_bytes is not None and now_bytes is not None and room_bytes < now_bytes * (1 + WORTH):
             return False
-        if plan.homes != now.homes and not self._move(key, plan, limits):
+        limits = self._limits(room_bytes)
+        plans = self._agreed(key, limits)
+        if plans is None or not self.rehoming.move(key, plans):
             return False
         self.session.planning.limits = limits
-        self.is_shrunk = room_bytes != self.session.planning.asked_bytes
+        self.is_shrunk = room_bytes is not None and (asked_bytes is None or room_bytes < asked_bytes * (1 - WORTH))
         return True
 
-    def _agreed(self, key: Key, limits: Limits) -> Plan | None:
-        """The plan that rank 0 chooses; None where it does not fit on all of them."""
+    def _agreed(self, key: Key, limits: Limits) -> Plans | None:
+        """Plans with the homes that rank 0 chooses; None where the program does not fit on all of them."""
         ranks = self.session.ranks
         homes = ranks.gather(self.rehoming.chosen(key, limits).homes if ranks.rank == 0 else None)[0]
-        plan = self.rehoming.plans(key, homes, limits)[key]
-        return plan if all(ranks.gather(limits.allow(plan))) else None
-
-    def _move(self, key: Key, plan: Plan, limits: Limits) -> bool:
-        if not self.rehoming.move(key, self.rehoming.plans(key, plan.homes, limits)):
-            return False
-        self.session.planning.limits = limits
-        return True
+        plans = self.rehoming.plans(key, homes, limits)
+        return plans if all(ranks.gather(limits.allow(plans[key]))) else None
 
     # -- in a forward --------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def test_homes_move_where_that_pays_and_training_goes_on(
     losses += trained(model, optimizer, 1, 3)
     assert model.plan.homes == mixed(model.plan)
     assert "the first steps took 800 ms, where " in model.plan.notes[-1]
-    assert "2 chunk(s) have other homes since, for " in model.plan.notes[-1]
+    assert "1 chunk(s) have other homes since, for " in model.plan.notes[-1]
     losses += trained(model, optimizer, 4, 4)
     assert model.plan.homes == mixed(model.plan)
     assert (model.stats.planned.step_s, model.stats.measured.step_s) == (model.plan.estimate.step_s, 0.4)
