@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..runtime import chosen_gradients
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
+from .adaptation import Adaptation
 from .capture.results import AbsentOutput
 from .capture.trace import rebuild_result
 from .facade import Facade
@@ -28,6 +29,7 @@ class Calls:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.adaptation = Adaptation(session)
         self._anchor = torch.zeros((), requires_grad=True)
         self._facades: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
         chosen_gradients.refuse_them()
@@ -52,10 +54,13 @@ class Calls:
             compiled = session.program(args, kwargs, self._name_of(module))
         backward = compiled.program.name == "training"
         session.ready(backward)
+        self.adaptation.before(compiled)
         inputs = session.inputs(compiled, args, kwargs)
         session.begin_step(backward)
         if backward:
-            outputs = self._train(compiled, inputs)
+            # They are used up by a forward, and made again for one that has to run again.
+            train = lambda: self._train(compiled, inputs or session.inputs(compiled, args, kwargs))  # noqa: E731
+            outputs = self.adaptation.forward(compiled, (args, kwargs), train)
         else:
             results = compiled.executor.evaluate(inputs)
             outputs = [results[f"output:{i}"] for i in range(len(results))]

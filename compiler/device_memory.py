@@ -48,12 +48,21 @@ class DeviceMemory:
         """What the process may come to hold outside of torch's allocator."""
         return self.own_bytes + HEADROOM_BYTES
 
+    def room_bytes(self) -> int:
+        """What the whole process may hold now, beside what others have come to hold."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) + self._outside_bytes(free)
+
     def peak_bytes(self) -> int:
         """The process's highest device memory since torch's peak statistics were reset. Of what is in use outside of
         its allocator no more is counted than the process may come to hold: others may have come."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        outside = max(0, total - free - torch.cuda.memory_reserved(self.device))
-        return torch.cuda.max_memory_reserved(self.device) + min(outside, self.reserve_bytes)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return torch.cuda.max_memory_reserved(self.device) + self._outside_bytes(free)
+
+    def _outside_bytes(self, free: int) -> int:
+        """What the process holds outside of torch's allocator, as far as the driver tells."""
+        outside = max(0, self.total_bytes - free - torch.cuda.memory_reserved(self.device))
+        return min(outside, self.reserve_bytes)
 
 
 def _load_libraries(device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -24,7 +25,7 @@ from ..runtime.memory.chunks import ChunkStore
 from ..runtime.memory.hardware import Hardware
 from ..runtime.memory.lazy_parameter import hooked
 from ..runtime.memory.state_store import StateStore
-from ..runtime.memory.stats import Stats
+from ..runtime.memory.stats import Figures, Stats
 from ..runtime.memory.tiers import MemoryMeter, Tier
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
@@ -42,23 +43,10 @@ from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
 from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged
-from .setup import Phase, Setup, move
+from .setup import Declaration, Phase, Setup, move, shared_homes
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
 PATIENCE_S = 1.0
-
-
-@dataclass(frozen=True)
-class _Declared:
-    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
-
-    format: OwnFormat
-    optimizer: Attach
-
-    def attach(self, store: OwnStore) -> None:
-        attach = self.optimizer()
-        if attach is not None:
-            attach(store)
 
 
 class Session:
@@ -99,7 +87,7 @@ class Session:
         self.phase = Phase.NEW
         self.setup: Setup | None = None
         self.last: dict[str, Compiled] = {}
-        self._declared: _Declared | None = None
+        self._declared: Declaration | None = None
         self._homes: Homes = ()  # in place
         self._failure: Exception | None = None
         self.half_loaded: set[str] = set()
@@ -128,7 +116,7 @@ class Session:
                 # Until the first step states may still move, so the first real batch is planned for from scratch.
                 self._set_up(key, captured)
             else:
-                solution = self._further(captured, self.setup.plan)
+                solution, _ = self.planning.decide(captured, self.setup.plan, True, self._format)  # states stay
                 self._programs[key] = self._generate(captured, solution, self.setup.machine)
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
@@ -150,11 +138,6 @@ class Session:
         captured = self.captures.of(call)
         tell_of_slowness(time.perf_counter() - began_s, captured.program)
         return captured
-
-    def _further(self, captured: Captured, plan: Plan) -> Solution:
-        """A plan for another program beside those that there are: states stay where they are."""
-        solution, _ = self.planning.decide(captured, plan, True, self._format)
-        return solution
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         flat = solution.program
@@ -256,13 +239,13 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        declared = _Declared(format, optimizer)
+        declared = Declaration(format, optimizer)
         if self.setup is None:
             self._declared = declared
         else:
             self._replan(declared)
 
-    def _replan(self, declared: _Declared) -> None:
+    def _replan(self, declared: Declaration) -> None:
         """Make all programs anew, for another format of training state, and move values to where it wants them."""
         before, format, programs = self.setup, declared.format, Recent[Compiled]()
         (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
@@ -295,7 +278,7 @@ class Session:
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
-        homes = self._shared_homes(setup.plan)
+        homes = shared_homes(setup.plan, [compiled.plan for compiled in self.programs().values()])
         if self.is_placed and homes == self._homes:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -312,13 +295,32 @@ class Session:
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
 
-    def _shared_homes(self, plan: Plan) -> Homes:
-        """Weights stay on the device only where every program made so far has room for them."""
-        others = [compiled.plan.homes for _, compiled in self._programs.items()]
-        return tuple(
-            replace(home, resident=home.resident and all(other.resident for other in same))
-            for home, *same in zip(plan.homes, *others, strict=True)
-        )
+    def rehome(self, plans: Mapping[Key, Plan], first: Key) -> None:
+        """Let all programs go on by other plans, which differ from theirs in homes and estimates alone, that of `first`
+        being the model's, and move states. Raises BudgetError where a tier is full: then all is as it was."""
+        before, programs = (self.demanded(), self._programs), Recent[Compiled]()
+        for key, compiled in self._programs.items():
+            programs[key] = replace(compiled, plan=plans[key])
+        self.setup, self._programs = replace(before[0], plan=plans[first]), programs
+        try:
+            self.place()
+        except BudgetError:
+            self.setup, self._programs = before
+            self._place_again()
+            raise
+        self.last = {compiled.program.name: compiled for _, compiled in programs.items()}
+
+    def _place_again(self) -> None:
+        """Put states back that were to move; where they find no room there any more, no step is taken again."""
+        self._homes = ()
+        try:
+            self.place()
+        except BudgetError as error:
+            self.phase, self._failure = move(self.phase, Phase.BROKEN), error
+
+    def programs(self) -> dict[Key, Compiled]:
+        """All that are kept."""
+        return dict(self._programs.items())
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
@@ -343,6 +345,8 @@ class Session:
     @property
     def stats(self) -> Stats:
         self._note_peaks()
+        if self.plan is not None:
+            self._stats.planned = Figures(self.plan.estimate.step_s, self.plan.peak_bytes)
         return self._stats
 
     def _note_peaks(self) -> None:

@@ -1,11 +1,15 @@
-"""What a model is set up with, as one value, and the phases it passes through."""
+"""What a model is set up with, as one value, what its optimizer declared, and the phases it passes through."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ..passes.program.plan import Plan
 from ..runtime.isa.errors import IllegalTransition
+from ..runtime.isa.formats import OwnFormat
+from ..runtime.isa.homes import Homes
 from ..runtime.machine import Machine
+from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 
 
@@ -23,7 +27,7 @@ LEGAL: dict[Phase, frozenset[Phase]] = {
     Phase.NEW: frozenset({Phase.PLANNED}),
     Phase.PLANNED: frozenset({Phase.PLANNED, Phase.PLACED, Phase.BROKEN}),
     Phase.PLACED: frozenset({Phase.PLANNED, Phase.TRAINING}),
-    Phase.TRAINING: frozenset({Phase.TRAINING, Phase.PLANNED}),
+    Phase.TRAINING: frozenset({Phase.TRAINING, Phase.PLANNED, Phase.BROKEN}),
     Phase.BROKEN: frozenset(),
 }
 """From PLACED or TRAINING back to PLANNED: for the first real batch, or for the model's own optimizer."""
@@ -34,6 +38,19 @@ def move(now: Phase, then: Phase) -> Phase:
     if then not in LEGAL[now]:
         raise IllegalTransition(f"a model cannot go from {now.name} ({now.value}) to {then.name} ({then.value})")
     return then
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
+
+    format: OwnFormat
+    optimizer: Attach
+
+    def attach(self, store: OwnStore) -> None:
+        attach = self.optimizer()
+        if attach is not None:
+            attach(store)
 
 
 @dataclass(frozen=True)
@@ -48,3 +65,11 @@ class Setup:
     machine: Machine
     own: OwnStore | None = None
     refusal: Exception | None = None
+
+
+def shared_homes(plan: Plan, others: Iterable[Plan]) -> Homes:
+    """A plan's homes, but weights stay on the device only where the plans of all other programs have room for them."""
+    return tuple(
+        replace(home, resident=home.resident and all(other.resident for other in same))
+        for home, *same in zip(plan.homes, *(other.homes for other in others), strict=True)
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .distributed.ranks import ALONE, Ranks
 from .isa.errors import GeminiError
 from .isa.instructions import microbatch, parameter_view, put_product
-from .kernels.random_state import fork
+from .kernels.random_state import fork, generator_of
 from .memory.chunks import Chunk, State
 from .memory.offloads import Offloads
 from .memory.state_store import Run, StateStore
@@ -125,25 +125,27 @@ class Machine:
     def drawn(state: Tensor, value: Tensor) -> None:
         """A value was drawn for the generator to be where it is now."""
 
-    def save_rng(self, like: Tensor) -> Tensor:
+    @property
+    def random_state(self) -> Tensor:
         """The state of the generator that the next random operator draws from."""
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+        return generator_of(self.device).get_state()
+
+    @random_state.setter
+    def random_state(self, state: Tensor) -> None:
+        generator_of(self.device).set_state(state)
+
+    def save_rng(self, like: Tensor) -> Tensor:
+        return self.random_state
 
     def swap_rng(self, state: Tensor) -> None:
         """Exchange the generator's state with `state`."""
-        current, comes_back = self.save_rng(state), bool(self._apart) and self._apart[-1][0] is state
+        current, comes_back = self.random_state, bool(self._apart) and self._apart[-1][0] is state
         if not comes_back:
             self._apart.append((state, current))
-        self._set_rng(state)
+        self.random_state = state
         state.copy_(current)
         if comes_back:
             self._apart.pop()
-
-    def _set_rng(self, state: Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
 
     def fork_rng(self, like: Tensor, axes: list[str]) -> Tensor:
         """A state of the generator for each place on these axes of the mesh."""
@@ -180,7 +182,7 @@ class Machine:
         for chunk in self.chunks:
             chunk.rest()
         if self._apart:  # ranks would draw apart from here on
-            self._set_rng(self._apart[0][1])
+            self.random_state = self._apart[0][1]
             self._apart.clear()
         self.run = Run()
         return left

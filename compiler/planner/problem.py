@@ -55,7 +55,8 @@ class _Lowered:
 
 @dataclass
 class Planning:
-    """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`."""
+    """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`.
+    `limits` are those of the machine as it is known by now, `asked_bytes` the budget that was asked for."""
 
     options: Options
     limits: Limits
@@ -66,6 +67,14 @@ class Planning:
     blocks: tuple[str, ...]
     _lowered: dict[Any, _Lowered] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.asked_bytes = self.limits.device_bytes
+
+    @property
+    def adapts(self) -> bool:
+        """Whether homes may be chosen anew in training: those that a user put somewhere stay there."""
+        return self.options.placement == "auto" and self.options.plan is None
+
     def shared(self) -> Plan:
         """What was asked for and the processes that there are, which all plans of the model say alike."""
         return Plan(self._request(self.options.placement), mesh=self.mesh)
@@ -74,7 +83,7 @@ class Planning:
         options, degrees = self.options, self.options.degrees
         mode = degrees.mode if self.mesh.tensor_axes else None
         return Request(
-            policy=policy, budget_bytes=self.limits.device_bytes, outputs=options.outputs, mode=mode or "",
+            policy=policy, budget_bytes=self.asked_bytes, outputs=options.outputs, mode=mode or "",
             sequence=degrees.sequence, table=degrees.table, zero=degrees.zero, reduce_dtype=options.reduce_dtype,
             kernels=options.kernels,
         )  # fmt: skip

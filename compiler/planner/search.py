@@ -205,12 +205,22 @@ def _worth_a_look(unfused: Solution, limits: Limits, given: Constraints) -> bool
 
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     """Accept a plan that was made by hand or before, estimated anew. Raises BudgetError where it does not fit."""
-    program = lower(plan)
-    time = StepTime.of(program, plan, limits.rates)
-    solution = _solution(plan, program, Memory(plan, analyse(program), limits), time)
+    solution = estimated(plan, lower(plan), limits)
     if not limits.allow(solution.plan):
         raise _refused([solution], limits)
     return solution
+
+
+def estimated(plan: Plan, program: Program, limits: Limits) -> Solution:
+    """A plan as it is, with what its program is expected to take."""
+    time = StepTime.of(program, plan, limits.rates)
+    return _solution(plan, program, Memory(plan, analyse(program), limits), time)
+
+
+def rehomed(plan: Plan, program: Program, limits: Limits, placed: Homes | None = None) -> Solution:
+    """A plan whose program there is, with homes that are chosen anew; where training states are `placed`, if they are,
+    they stay. Where nothing fits it has the least on the device."""
+    return _complete(plan, lambda _: program, limits, Constraints(plan.recompute, (), placed))
 
 
 def _refused(solutions: list[Solution], limits: Limits) -> Exception:

@@ -55,6 +55,11 @@ class Timeline:
     busy_s: float
     launching_s: float = 0.0
 
+    def slowed(self, factor: float) -> "Timeline":
+        """Of a device, and a thread that launches, which take so many times as long for everything."""
+        instructions = [(at_s * factor, target, about) for at_s, target, about in self.instructions]
+        return Timeline(instructions, self.compute_s * factor, self.busy_s * factor, self.launching_s * factor)
+
 
 @dataclass
 class _Reading:

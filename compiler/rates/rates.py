@@ -1,7 +1,7 @@
 """Rates: what a machine does in a second, by which the planner's clock goes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import log
 
 import numpy as np
@@ -41,6 +41,19 @@ class Products:
         if flop <= 0:
             return 0.0
         return flop / float(np.interp(log(flop), [log(size) for size in self.flop], self.flops_per_s))
+
+    def slowed(self, factor: float) -> "Products":
+        return Products(self.flop, tuple(rate / factor for rate in self.flops_per_s))
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """How many times as long as modelled something takes: compute, copies each way, and what the host updates."""
+
+    compute: float = 1.0
+    up: float = 1.0
+    down: float = 1.0
+    host: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,26 @@ class Rates:
 
     def products(self, dtype: torch.dtype) -> Products:
         return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.fp32)
+
+    def slowed(self, by: Slowdown) -> "Rates":
+        """The same machine, as it turned out to be."""
+        return replace(
+            self,
+            name=f"{self.name}, corrected by steps that were measured",
+            bf16=self.bf16.slowed(by.compute),
+            fp16=self.fp16.slowed(by.compute),
+            fp32=self.fp32.slowed(by.compute),
+            memory_bytes_per_s=self.memory_bytes_per_s / by.compute,
+            kernel_s=self.kernel_s * by.compute,
+            launch_s=self.launch_s * by.compute,
+            device_params_per_s=self.device_params_per_s / by.compute,
+            up_bytes_per_s=self.up_bytes_per_s / by.up,
+            down_bytes_per_s=self.down_bytes_per_s / by.down,
+            both_bytes_per_s=self.both_bytes_per_s / max(by.up, by.down),
+            host_params_per_s=self.host_params_per_s / by.host,
+            passing_params_per_s=self.passing_params_per_s / by.host,
+            torch_params_per_s=self.torch_params_per_s / by.host,
+        )
 
     @property
     def host_sums_per_s(self) -> float:

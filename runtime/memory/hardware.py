@@ -8,22 +8,26 @@ from torch import Tensor
 from ..isa.errors import BudgetError
 from .streams import CopyEngine, copy_engine, host_buffer
 from .tiers import Tier
+from .traffic import Traffic
 
 
 @dataclass(frozen=True)
 class Hardware:
     """What stores of training states keep these on.
 
-    `device` computes; "cpu" stands for a budgeted arena in RAM.
+    `device` computes; "cpu" stands for a budgeted arena in RAM. `traffic` is told of all copies.
     """
 
     device: torch.device
     device_tier: Tier = field(default_factory=lambda: Tier("device"))
     host_tier: Tier = field(default_factory=lambda: Tier("host"))
+    traffic: Traffic = field(default_factory=Traffic)
 
     def new_copies(self) -> CopyEngine:
         """A copy engine with streams of its own."""
-        return copy_engine(self.device)
+        engine = copy_engine(self.device)
+        engine.traffic = self.traffic
+        return engine
 
     @property
     def is_cuda(self) -> bool:
@@ -42,7 +46,7 @@ class Hardware:
         try:
             self.host_tier.book(name, host_bytes, purpose)
         except BudgetError:
-            self.device_tier.book(name, before)
+            self.device_tier.restore(name, before)
             raise
 
     def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:

@@ -68,6 +68,10 @@ class StateStore(Protocol):
     def host_update_s(self) -> float:
         """How long the host's updates beside programs took so far."""
 
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no gradient is there that the next step will use, as far as is known of them."""
+
     # -- where it lies -------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:

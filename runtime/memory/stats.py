@@ -18,15 +18,27 @@ class Usage:
     to_host_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Of a training step, with all of its backwards: seconds, and bytes of device memory at the peak."""
+
+    step_s: float = 0.0
+    peak_bytes: int = 0
+
+
 @dataclass
 class Stats(Usage):
     """Usage since the module was compiled; `step` is that of the last step alone.
 
-    A step is one call of the module, with its backward; peaks of earlier steps do not count in `step`.
+    A step is one call of the module, with its backward; peaks of earlier steps do not count in `step`. `planned` is
+    what the plan in force says of a training step, `measured` what was measured of the last ones that were, where any
+    were: from the beginning of one step to that of the next, with what the loop does in between.
     """
 
     steps: int = 0
     step: Usage = field(default_factory=Usage)
+    planned: Figures = field(default_factory=Figures)
+    measured: Figures = field(default_factory=Figures)
 
     def begin_step(self) -> None:
         self.step = Usage()

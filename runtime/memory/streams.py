@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from .traffic import Direction, Traffic
+
 Arrival: TypeAlias = torch.cuda.Event | None
 """What tells that a copy is done; None where it is done already."""
 
@@ -23,8 +25,11 @@ Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 class CopyEngine(Protocol):
     """Copies equal dtypes between the tiers, and runs work beside what the program computes.
 
-    `after` is what a copy or the work waits for; given none, for everything launched so far.
+    `after` is what a copy or the work waits for; given none, for everything launched so far. `traffic` is told when
+    copies run.
     """
+
+    traffic: Traffic
 
     def mark(self) -> Arrival:
         """What tells that everything launched so far is done."""
@@ -60,23 +65,29 @@ class CopyEngine(Protocol):
 class ImmediateCopies:
     """The engine of a machine without an accelerator."""
 
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
     def mark(self) -> Arrival:
         return None
 
     def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        target.copy_(source)
-        return None
+        return self._copy(Direction.UP, ((target, source),))
 
     def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        target.copy_(source)
-        return None
+        return self._copy(Direction.DOWN, ((target, source),))
 
     def all_to_device(self, pairs: Pairs, *after: Arrival) -> Arrival:
-        for target, source in pairs:
-            target.copy_(source)
-        return None
+        return self._copy(Direction.UP, pairs)
 
-    all_to_host = all_to_device
+    def all_to_host(self, pairs: Pairs, *after: Arrival) -> Arrival:
+        return self._copy(Direction.DOWN, pairs)
+
+    def _copy(self, direction: Direction, pairs: Pairs) -> Arrival:
+        with self.traffic.copying(direction, on_cuda=False):
+            for target, source in pairs:
+                target.copy_(source)
+        return None
 
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
         return nullcontext()
@@ -98,6 +109,7 @@ class CudaCopies:
     collectives start from."""
 
     def __init__(self, device: torch.device) -> None:
+        self.traffic = Traffic()
         self.up = torch.cuda.Stream(device)
         self.down = torch.cuda.Stream(device)
         self.side = torch.cuda.Stream(device)
@@ -109,22 +121,24 @@ class CudaCopies:
         return arrival
 
     def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        return self._copy(self.up, ((target, source),), after)
+        return self._copy(Direction.UP, ((target, source),), after)
 
     def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        return self._copy(self.down, ((target, source),), after)
+        return self._copy(Direction.DOWN, ((target, source),), after)
 
     def all_to_device(self, pairs: Pairs, *after: Arrival) -> Arrival:
-        return self._copy(self.up, pairs, after)
+        return self._copy(Direction.UP, pairs, after)
 
     def all_to_host(self, pairs: Pairs, *after: Arrival) -> Arrival:
-        return self._copy(self.down, pairs, after)
+        return self._copy(Direction.DOWN, pairs, after)
 
-    def _copy(self, stream: torch.cuda.Stream, pairs: Pairs, after: tuple[Arrival, ...]) -> Arrival:
+    def _copy(self, direction: Direction, pairs: Pairs, after: tuple[Arrival, ...]) -> Arrival:
+        stream = self.up if direction is Direction.UP else self.down
         self._wait(stream, after or (self.mark(),))
         with torch.cuda.stream(stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+            with self.traffic.copying(direction, on_cuda=True):
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
             return self.mark()
 
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:

@@ -73,6 +73,10 @@ class Tier:
             self._make_sure(more, purpose or name)
         self._booked[name] = num_bytes
 
+    def restore(self, name: str, num_bytes: int) -> None:
+        """Book again what was booked under `name` before, whatever the limit is by now: it has been there all along."""
+        self._booked[name] = num_bytes
+
     def watch(self, storage: torch.UntypedStorage, purpose: str, is_booked: bool = False) -> None:
         """Book a storage until it dies, once, and not at all if it is booked already. Raises BudgetError as `book`
         does."""

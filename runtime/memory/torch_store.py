@@ -30,6 +30,7 @@ class TorchStore:
     """
 
     host_update_s = 0.0  # updates are the optimizer's own, and no program runs beside them
+    is_between_steps = True  # what is in `.grad` is the loop's to know
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: TorchFormat, stats: Stats,
                  ranks: Ranks = ALONE) -> None:  # fmt: skip

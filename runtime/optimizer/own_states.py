@@ -47,11 +47,30 @@ class OwnStates:
         return self._states[index].name
 
     def place(self, homes: Homes) -> None:
-        """Make or move the states; values, gradients included, stay. Raises BudgetError on a full tier."""
-        for chunk, home in zip(self.chunks.chunks, homes, strict=True):
-            placed = chunk.layout.index < len(self._states)
-            if not placed or self._states[chunk.layout.index].home != home:
-                self._place(chunk, home)
+        """Make or move the states; values, gradients included, stay. Raises BudgetError on a full tier: then those that
+        were moved until then are where they belong, and the others where they were."""
+        pairs = list(zip(self.chunks.chunks, homes, strict=True))
+        for chunk, home in pairs[len(self._states) :]:
+            self._place(chunk, home)
+        leaving = [(chunk, home) for chunk, home in pairs if self._states[chunk.layout.index].home != home]
+        for chunk, home in sorted(leaving, key=lambda pair: self._more_bytes(*pair)):  # first those that make room
+            self._move(chunk, home)
+
+    def _more_bytes(self, chunk: Chunk, home: Home) -> int:
+        """What a chunk takes more of the device there than where it is."""
+        now = self._states[chunk.layout.index].home
+        return self.format.device_bytes(chunk.layout, home) - self.format.device_bytes(chunk.layout, now)
+
+    def _move(self, chunk: Chunk, home: Home) -> None:
+        """Where there is no room, the account is as it was."""
+        name, tiers = chunk.layout.name, self.hardware.tiers
+        before = [tier.booked(name) for tier in tiers]
+        try:
+            self._place(chunk, home)
+        except BaseException:
+            for tier, num_bytes in zip(tiers, before, strict=True):
+                tier.restore(name, num_bytes)
+            raise
 
     def _place(self, chunk: Chunk, home: Home) -> None:
         index, layout = chunk.layout.index, chunk.layout
@@ -66,11 +85,11 @@ class OwnStates:
             self._take_parameters(state, chunk)
         else:
             state.take(previous)
-            self._states[index] = state
         if whole is not None and home.where is Where.HOST:
             self.zero.own(whole, layout).copy_(state.weights)
         chunk.resident = whole if home.where is Where.HOST or layout.shards > 1 else None
         chunk.gathered = -1
+        self._states[index] = state  # last: what is interrupted until here is done again
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, made now where it was not planned for: beside the state, or, where a device has no

@@ -84,15 +84,20 @@ class OwnStore:
     def host_update_s(self) -> float:
         return self.updater.host_update_s + self.held.host_sum_s
 
+    @property
+    def is_between_steps(self) -> bool:
+        return self.backwards == 0
+
     # -- where it lies -------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
         """Put the training states where they belong; parameters are read from there from then on.
 
-        Raises BudgetError on a full tier.
+        Raises BudgetError on a full tier: then some are not there yet, and may be placed anew, here or where they were.
         """
         self.finish()
         self.held.finish()
+        self.updater.drop_streams(homes)
         try:
             self.states.place(homes)
             self.updater.make_streams()

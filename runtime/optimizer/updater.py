@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..isa.formats import STREAM_PIECE, STREAMED_GRADIENTS, longest_of_each_kind
-from ..isa.homes import Where
+from ..isa.homes import Homes, Where
 from ..isa.layout import ChunkLayout
 from ..kernels.update_rules import Gradient
 from ..memory.stats import Stats
@@ -35,6 +35,8 @@ class Factor:
 
 
 UNSCALED = Factor(1.0, 1.0, None)
+
+ON_THEIR_WAY = "states on their way through the device"
 
 
 class Bets:
@@ -80,23 +82,30 @@ class Updater:
         self.host_update_s = 0.0
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[tuple[bool, int], Factor] = {}
-        self._stream_bytes = 0
+        self._longest: list[ChunkLayout] = []  # of the states that travel, of each kind
         self.bets = Bets()
         self._begun: set[int] = set()
+
+    def drop_streams(self, homes: Homes) -> None:
+        """Before states go to their `homes`: give back the buffers of those that travel, unless as long ones will."""
+        placed = [(state.layout, home) for state, home in zip(self.states, homes, strict=False)]
+        if longest_of_each_kind(placed) != self._longest:
+            self.streams, self._longest = {}, []
+            self.states.hardware.device_tier.book(ON_THEIR_WAY, 0)
 
     def make_streams(self) -> None:
         """Buffers for the states that travel, as they are placed now. Raises BudgetError on a full tier."""
         states, format, hardware = self.states, self.states.format, self.states.hardware
         placed = [(state.layout, state.home) for state in states]
-        num_bytes = format.stream_bytes(placed)
-        if num_bytes == self._stream_bytes:
+        longest = longest_of_each_kind(placed)
+        if longest == self._longest:
             return
         self.streams = {}
-        hardware.device_tier.book("states on their way through the device", num_bytes)
-        for layout in longest_of_each_kind(placed):
+        hardware.device_tier.book(ON_THEIR_WAY, format.stream_bytes(placed))
+        for layout in longest:
             stream = StateStream(hardware, states[layout.index], with_gradients=not format.at_once)
             self.streams[_kind(layout)] = stream
-        self._stream_bytes = num_bytes
+        self._longest = longest
 
     # -- starting ------------------------------------------------------------------------------------------
 

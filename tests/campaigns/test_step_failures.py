@@ -247,6 +247,8 @@ def check(number: int) -> str:
     error = KeyboardInterrupt if way.site == "line" else chance.choice(ERRORS[1:] if way.site == "job" else ERRORS)
     training = Training(way, Failure(), is_behind)
     failed = training.phases().index((phase, part))
+    # A forward that the planner placed runs again by itself, with less on the device.
+    is_absorbed = way.placement == "auto" and phase == "forward" and error is torch.cuda.OutOfMemoryError
     at = chance.randrange(places[place])
     told = f"{way}, {error.__name__} in {place} at {at} of {places[place]}, {is_behind=}, {again=}"
     try:
@@ -256,7 +258,7 @@ def check(number: int) -> str:
         if fails(training, place, at, error):
             recover(training, failing, failed, again, expected)
         else:  # what the host's worker does may fail later, or not at all where it has less to do
-            assert way.site in ("job", "copy", "callback"), "it goes on"
+            assert is_absorbed or way.site in ("job", "copy", "callback"), "it goes on"
             training.take(failing, failed + 1)
         for step in range(failing + 1, STEPS):
             training.take(step)
@@ -271,7 +273,7 @@ def check(number: int) -> str:
         seen = training.end()
     assert all(same(*pair) for pair in zip(seen.weights, expected.weights, strict=True)), told
     assert same(seen.losses, expected.losses) and same(seen.evaluations, expected.evaluations), told
-    assert seen.used_bytes == expected.used_bytes, told
+    assert is_absorbed or seen.used_bytes == expected.used_bytes, told
     return "made again"
 
 

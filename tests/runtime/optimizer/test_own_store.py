@@ -336,3 +336,51 @@ def test_a_factor_lives_for_as_long_as_updates_may_read_it(where: str) -> None:
     two.backward(1.0)
     two.store.update_all(1.0)
     assert watched() is None
+
+
+@EVERYWHERE
+def test_states_go_from_everywhere_to_everywhere_with_their_gradients(where: str) -> None:
+    """In front of a step, and behind it, when copies and updates may still be under way."""
+    two = Two(where)
+    for step, homes in enumerate(PLACES.values(), start=1):
+        two.backward(1.0)
+        two.store.place(homes if step % 2 else PLACES[where])
+        two.store.update_all(1.0)
+        two.store.place(PLACES[where] if step % 2 else homes)
+        for index in (0, 1):
+            assert torch.equal(two.weights(index)[:4], torch.arange(4.0) + 20 * index - step)
+    assert torch.equal(two.parameters["d"], torch.arange(4.0) + 30 - len(PLACES))
+
+
+def test_first_those_states_move_that_make_room() -> None:
+    two = Two("host")
+    two.store.place((Home(), Home(Where.DEVICE)))
+    used = two.tiers[0].used_bytes
+    two.tiers[0].limit_bytes = used
+    two.backward(1.0)
+    two.store.update_all(1.0)
+    two.store.place((Home(Where.DEVICE), Home()))
+    assert two.tiers[0].used_bytes == used
+    assert torch.equal(two.weights(1)[:4], torch.arange(4.0) + 20 - 1)
+
+
+@pytest.mark.parametrize("tier", [0, 1])
+def test_a_state_that_finds_no_room_stays_and_so_does_its_account(tier: int) -> None:
+    two = Two("host" if tier == 0 else "device")
+    used = [each.used_bytes for each in two.tiers]
+    two.tiers[tier].limit_bytes = used[tier] + 100
+    with pytest.raises(BudgetError, match=f"the {two.tiers[tier].name} tier is full"):
+        two.store.place(PLACES["device" if tier == 0 else "host"])
+    assert [each.used_bytes for each in two.tiers] == used
+    two.backward(1.0)
+    two.store.update_all(1.0)
+    assert torch.equal(two.weights(0)[:4], torch.arange(4.0) - 1)
+
+
+def test_an_account_is_restored_whatever_the_limit_is_by_now() -> None:
+    two = Two("device")
+    used = two.tiers[0].used_bytes
+    two.tiers[0].limit_bytes, two.tiers[1].limit_bytes = used // 2, 100
+    with pytest.raises(BudgetError, match="the host tier is full"):
+        two.store.place(PLACES["host"])
+    assert two.tiers[0].used_bytes == used

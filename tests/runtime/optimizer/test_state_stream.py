@@ -96,6 +96,7 @@ class Counted(ImmediateCopies):
     """Counts bytes."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.up = self.down = 0
 
     def all_to_device(self, pairs: Any, *after: Any) -> None:

@@ -1,0 +1,77 @@
+"""What steps that were measured tell of the machine: how much slower it is than its rates say, and how much memory it
+takes beside what is planned.
+
+Copies and the host's updates are measured on their own. What of a step's seconds they leave unexplained is taken to be
+compute's, as far as a device that is not much slower than that makes the modelled step as long as the measured one.
+Where something else binds, everything is slower alike.
+"""
+
+from dataclasses import astuple, dataclass, replace
+
+from ...passes.program.plan import Plan
+from ...passes.program.program import Program
+from ..rates.rates import Slowdown
+from .memory import Limits
+from .simulate import HOST, StepTime
+from .timeline import Carrier, timeline
+
+MOST = 8.0
+"""By no measure alone something is taken to be more than so many times as slow or as fast as modelled."""
+
+WORTH = 0.01
+"""The share of a step's time from which on it is told from a few copies how fast they are."""
+
+HALVINGS = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a training step: how long it took, for how long of that copies ran each way and the host updated, and the
+    device's peak."""
+
+    step_s: float
+    up_s: float
+    down_s: float
+    host_s: float
+    peak_bytes: int
+
+    @classmethod
+    def slowest(cls, found: list["Measured"]) -> "Measured":
+        """What all of several processes have to wait for, and have to have room for."""
+        return cls(*map(max, zip(*map(astuple, found), strict=True)))
+
+
+def corrected(limits: Limits, plan: Plan, program: Program, measured: Measured) -> Limits:
+    """The limits of a machine that takes for the program of this plan what was measured."""
+    more_bytes = max(0, measured.peak_bytes - plan.peak_bytes)
+    slowdown = _slowdown(limits, plan, program, measured)
+    return replace(limits, rates=limits.rates.slowed(slowdown), reserve_bytes=limits.reserve_bytes + more_bytes)
+
+
+def _slowdown(limits: Limits, plan: Plan, program: Program, measured: Measured) -> Slowdown:
+    modelled = timeline(program, plan, limits.rates)
+    timing = StepTime(modelled, limits.rates).timing(plan, plan.homes)
+    busy_s = dict(timing.busy_s)
+
+    def factor(resource: str, seconds: float) -> float:
+        planned_s = busy_s.get(resource, 0.0)
+        return _bounded(seconds / planned_s) if planned_s > WORTH * timing.step_s and seconds else 1.0
+
+    up, down = factor(Carrier.UP.value, measured.up_s), factor(Carrier.DOWN.value, measured.down_s)
+    beside = Slowdown(up=up, down=down, host=factor(HOST, measured.host_s))
+
+    def step_s(compute: float) -> float:
+        rates = limits.rates.slowed(replace(beside, compute=compute))
+        return StepTime(modelled.slowed(compute), rates).seconds(plan, plan.homes)
+
+    ratio = _bounded(measured.step_s / step_s(1.0))
+    low, high = sorted((1.0, ratio**2))
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if step_s(middle) < measured.step_s else (low, middle)
+    rest = measured.step_s / step_s(high)
+    return Slowdown(high * rest, beside.up * rest, beside.down * rest, beside.host * rest)
+
+
+def _bounded(factor: float) -> float:
+    return min(MOST, max(1 / MOST, factor))
