@@ -133,7 +133,8 @@ def _call(program: Program, name: str, segment: _Segment) -> None:
 
 def _home(segment: _Segment) -> str:
     """The module that most of the segment belongs to: the longest path that holds all of it."""
-    paths = [note(node).module.split(".") for node in segment.nodes if note(node).module]
+    modules = {note(node).module for node in segment.nodes}
+    paths = [module.split(".") for module in modules if module]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return ".".join(parts[0] for parts in shared)
 

@@ -24,7 +24,7 @@ from .memory import Limits
 from .microbatches import Decision, fewest
 from .packing import divide, pack
 from .refusal import HostBudgetError
-from .search import Constraints, Solution, check, solve
+from .search import Constraints, Solution, Weighed, check, solve
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
@@ -55,7 +55,7 @@ class Planning:
     parameters: dict[str, nn.Parameter]
     dtypes: dict[str, torch.dtype]
     blocks: tuple[str, ...]
-    _lowered: dict[Any, tuple[Captured, Program]] = field(default_factory=dict)
+    _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
 
     def shared(self) -> Plan:
         """What was asked for and the processes that there are, which all plans of the model say alike."""
@@ -143,20 +143,15 @@ class Planning:
                 raise
             return find(replace(plan, format=ours, notes=(*plan.notes, ONLY_OURS))), refusal
 
-    def _lower(self, captured: Captured, plan: Plan) -> Program:
-        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer.
-
-        The first one is verified, for a fault in a pass to be told as such.
-        """
+    def _lower(self, captured: Captured, plan: Plan) -> Weighed:
+        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
         key = (
             id(captured), plan.microbatches, plan.layout, plan.recompute, plan.offload, plan.prefetch, plan.fuse_loss,
         )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
-            self._lowered[key] = captured, self._flat(captured, plan)
+            flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
+            self._lowered[key] = captured, Weighed.of(flat, plan, self.limits.rates)
         return self._lowered[key][1]
-
-    def _flat(self, captured: Captured, plan: Plan) -> Program:
-        return self.lowering.flat(captured.by(plan.microbatches).program, plan, verified=not self._lowered)
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves them to the planner."""
