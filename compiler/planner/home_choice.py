@@ -1,7 +1,7 @@
 """Homes for the chunks of a program: as much on the device as fits, and what is one move away from that."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ...passes.program.plan import Plan
@@ -13,8 +13,17 @@ from .simulate import StepTime
 STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 """Shares of the chunks that may be updated on the device although their states lie on the host."""
 
-LEAST_GAIN = 0.01
-"""A move is made where the modelled step is shorter by this share."""
+LEAST_GAIN, MOST_MOVES = 0.01, 16
+"""A move is made where the modelled step is shorter by this share, and so many at most."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One chunk goes elsewhere: homes then, and what a step takes."""
+
+    what: str
+    homes: Homes
+    step_s: float
 
 
 def least(plan: Plan, placed: Homes | None) -> Homes:
@@ -65,21 +74,19 @@ def is_picked(index: int, share: float) -> bool:
 # -- one move away -----------------------------------------------------------------------------------------
 
 
-def best_nearby(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None) -> tuple[Homes, dict[str, Homes]]:
-    """The plan's homes after all moves of one chunk that make the step shorter, and then, by what they are, the moves
-    from there that would fit."""
-    homes = plan.homes
-    near = dict(_moves(plan, memory, homes, placed))
-    for _ in plan.layout.chunks:
-        best = min(near.values(), key=lambda other: time.seconds(plan, other), default=homes)
-        if not time.seconds(plan, best) < (1 - LEAST_GAIN) * time.seconds(plan, homes):
-            break
-        homes = best
-        near = dict(_moves(plan, memory, homes, placed))
-    return homes, near
+def best_nearby(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None) -> tuple[Homes, list[Move]]:
+    """The plan's homes after the moves of one chunk that make the step shorter, and the moves from there that fit."""
+    homes, step_s = plan.homes, plan.estimate.step_s
+    for _ in range(MOST_MOVES):
+        near = list(_moves(plan, memory, time, homes, placed))
+        best = min(near, key=lambda move: move.step_s, default=None)
+        if best is None or best.step_s >= (1 - LEAST_GAIN) * step_s:
+            return homes, near
+        homes, step_s = best.homes, best.step_s
+    return homes, []
 
 
-def _moves(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> Iterator[tuple[str, Homes]]:
+def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Homes | None) -> Iterator[Move]:
     """The first and the last of the chunks that are alike and at home alike, elsewhere."""
     if plan.request.policy != "auto":
         return
@@ -90,7 +97,8 @@ def _moves(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> It
         for chunk, other in product(dict.fromkeys((chunks[0], chunks[-1])), _elsewhere(plan, chunks[0], home, placed)):
             grown = moved(homes, chunk.index, other)
             if memory.fits(grown) and not memory.beyond_host(grown):
-                yield f"chunk {chunk.index}: {other.text}, not {home.text}", grown
+                what = f"chunk {chunk.index}: {other.text}, not {home.text}"
+                yield Move(what, grown, time.seconds(plan, grown))
 
 
 def _elsewhere(plan: Plan, chunk: ChunkLayout, home: Home, placed: Homes | None) -> Iterator[Home]:

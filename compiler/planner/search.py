@@ -223,7 +223,7 @@ class _Search:
         homes, near = best_nearby(plan, memory, time, self.given.placed)
         best = _solution(replace(plan, homes=homes), best.flat, memory, time)
         found: list[tuple[str, Alternative]] = [
-            ("homes", Alternative(what, time.seconds(plan, moved), memory.peak(moved))) for what, moved in near.items()
+            ("homes", Alternative(move.what, move.step_s, memory.peak(move.homes))) for move in near
         ]
         for other in filter(self.limits.allow, self.weighed):
             told = difference(best.plan, other)

@@ -93,7 +93,7 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
     program.
     """
     records: list[Record] = []
-    facts, known = facts_of(after), Known()
+    facts, known, counts = facts_of(after), Known(), _count(program)
     _write(dump, 0, "capture", program)
     for number, current in enumerate(passes, start=1):
         missing = [fact.name for fact in current.requires if fact not in facts]
@@ -102,7 +102,7 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
                 f"pass '{current.name}' requires {', '.join(missing)}, which no earlier pass gives; "
                 f"facts known here: {', '.join(map(str, facts)) or 'none'}. Place it after the pass that does."
             )
-        before, start = _count(program), time.perf_counter()
+        start = time.perf_counter()
         try:
             current.rewrite(program, plan)
         except Exception as error:
@@ -112,8 +112,8 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
         facts = _facts_behind(current, facts)
         if verified:
             verify(program, plan, facts, current.name, known)
-        records.append(Record(current.name, rewritten - start, time.perf_counter() - rewritten,
-                              _difference(before, _count(program))))  # fmt: skip
+        verified_s, before, counts = time.perf_counter() - rewritten, counts, _count(program)
+        records.append(Record(current.name, rewritten - start, verified_s, _difference(before, counts)))
         _write(dump, number, current.name, program)
     return records
 

@@ -63,14 +63,16 @@ def names(blocks: int) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("format", [TorchFormat(), OwnFormat(), OwnFormat(in_backward=True)], ids=str)
-@pytest.mark.parametrize("bus", [0.3, 1.0, 4.0])
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_no_plan_one_step_away_is_three_percent_faster(blocks: int, bus: float, format: StateFormat) -> None:
+@pytest.mark.parametrize("bus, host", [(1.0, 1.0), (4.0, 1.0), (0.5, 0.25)], ids=["all alike", "bus", "no host"])
+def test_no_plan_one_step_away_is_three_percent_faster(bus: float, host: float, format: StateFormat) -> None:
+    """Where the host is slow there are homes that no way to fill the device finds, and single moves do."""
+    blocks = 4
     copies = {f"{way}_bytes_per_s": bus * getattr(RATES, f"{way}_bytes_per_s") for way in ("up", "down", "both")}
-    rates, lower = replace(RATES, **copies), partial(chain, blocks=blocks)
+    rates = replace(RATES, host_params_per_s=host * RATES.host_params_per_s, **copies)
+    lower = partial(chain, blocks=blocks)
     given = Constraints(None, names(blocks))
     chosen = 0
-    for budget in range(600, 12_000, 700):
+    for budget in range(600, 12_000, 600):
         limits = Limits(budget, 0, 10**9, rates)
         try:
             plan = solve(draft(blocks, format), lower, limits, given).plan
