@@ -10,7 +10,7 @@ import time
 
 import geminifx
 import torch
-from geminifx.compiler.capture.trace import Request, capture
+from geminifx.compiler.capture.trace import CaptureRequest, capture
 from geminifx.compiler.parallel import parse_parallel
 from random_models import full_name
 from task import Task
@@ -29,7 +29,7 @@ def main() -> None:
     batch, model = task.inputs(), task.empty_model()
 
     start = time.perf_counter()
-    program = capture(model, (), batch, Request(dtype=torch.bfloat16)).program
+    program = capture(model, (), batch, CaptureRequest(torch.bfloat16)).program
     capture_s = time.perf_counter() - start
     parallel = parse_parallel(args.parallel) if args.parallel else None
     start = time.perf_counter()

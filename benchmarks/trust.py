@@ -3,6 +3,7 @@
     geminifx calibrate
     python benchmarks/trust.py --models opt-1.3b opt-2.7b --budgets 6GB 12GB 24GB --batches 1 8 16 --json trust.json
     python benchmarks/trust.py --models llama-3b --budgets 24GB --batches 8 --accumulate 4 --json trust.json
+    python benchmarks/trust.py --models llama-3b --batches 64 --microbatches auto 8 16 --json trust.json
     python benchmarks/trust.py --json trust.json --table docs/trust.md    # measures nothing
 
 A model has a process of its own, in which it is planned anew for each cell, with five steps: the last three count.
@@ -35,7 +36,7 @@ from torch import nn
 STEPS, COUNTED = 5, 3
 
 Cell = dict[str, Any]
-POINT = ("model", "batch", "seq", "accumulate", "budget")
+POINT = ("model", "batch", "seq", "accumulate", "microbatches", "budget")
 """What a cell is of."""
 
 
@@ -46,6 +47,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--batches", nargs="+", type=int, default=[8], help="sequences of one backward")
     made.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
     made.add_argument("--accumulate", type=int, default=1, metavar="K", help="backwards in a step")
+    made.add_argument("--microbatches", nargs="+", type=parts, default=[None], help='of a backward, or "auto"')
     made.add_argument("--json", type=Path, required=True, help="the cells, to which this call's are added")
     made.add_argument("--table", type=Path, default=None, help="write all cells of --json here, as Markdown")
     made.add_argument("--timeout-s", type=float, default=3600.0, help="for one model")
@@ -53,17 +55,25 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     return made.parse_args(words)
 
 
+def parts(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
 def tasks(args: argparse.Namespace, model: str, known: Iterable[Cell]) -> list[Task]:
     """The cells of a model that are still to be measured."""
-    done = {tuple(cell[name] for name in POINT) for cell in known if "error" not in cell}
+    done = {key(cell) for cell in known if "error" not in cell}
     budgets = [None if budget == "none" else budget for budget in args.budgets]
-    wanted = [Task(model, batch, args.seq, args.accumulate, budget=budget)
-              for budget in budgets for batch in args.batches]  # fmt: skip
+    wanted = [Task(model, batch, args.seq, args.accumulate, microbatches, budget=budget)
+              for budget in budgets for batch in args.batches for microbatches in args.microbatches]  # fmt: skip
     return [task for task in wanted if tuple(point(task).values()) not in done]
 
 
 def point(task: Task) -> Cell:
     return {name: getattr(task, name) for name in POINT}
+
+
+def key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell.get(name) for name in POINT)  # a file may be older than one of them
 
 
 # -- measuring -------------------------------------------------------------------------------------------------
@@ -122,8 +132,8 @@ def measure_all(args: argparse.Namespace) -> None:
         if tasks(args, model, known):
             words = [__file__, *sys.argv[1:], "--worker", "--models", model]
             found = run_worker(words, 1, args.timeout_s, expandable=False).get("cells", [])
-            again = {tuple(cell[name] for name in POINT) for cell in found}
-            kept = [cell for cell in known if tuple(cell[name] for name in POINT) not in again]
+            again = set(map(key, found))
+            kept = [cell for cell in known if key(cell) not in again]
             args.json.write_text(json.dumps([*kept, *found], indent=1) + "\n")
 
 
@@ -168,7 +178,8 @@ def table(cells: list[Cell]) -> str:
 
 def line(cell: Cell) -> str:
     accumulated = f", {cell['accumulate']} backwards" if cell["accumulate"] > 1 else ""
-    first = f"| {cell['model']} | {cell['batch']} x {cell['seq']}{accumulated} | {cell['budget'] or 'none'} |"
+    divided = f", {cell['microbatches']} microbatches" if cell.get("microbatches") else ""
+    first = f"| {cell['model']} | {cell['batch']} x {cell['seq']}{accumulated}{divided} | {cell['budget'] or 'none'} |"
     if "error" in cell:
         return f"{first} {cell['error'].replace('|', '/')} | | | | | |"
     (off,), (peak,) = errors([cell], "s"), errors([cell], "bytes")

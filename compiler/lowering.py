@@ -1,19 +1,31 @@
 """From a captured program and a plan to the code that runs: the pipeline, and its two readers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..passes.canonicalize import canonicalize
 from ..passes.pipeline import PIPELINE
-from ..passes.program.manager import Pass, Record, assemble, run_passes
+from ..passes.program.manager import Pass, Record, assemble, facts_of, run_passes
 from ..passes.program.plan import Plan
 from ..passes.program.program import Program, note, type_of
 from ..passes.program.text import print_program
 from ..passes.program.types import TensorType
+from ..passes.program.verify import verify
 from ..runtime.executor import Code
 from ..runtime.isa.instructions import REDUCE, TURN
 
 SHARD, CLUSTER = "shard", "cluster"
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A program in which all instructions stand in their final places, before its compute is clustered into functions,
+    and what each pass did to it."""
+
+    program: Program
+    records: tuple[Record, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,23 +50,26 @@ class Lowering:
         folder = None if self.dump is None else self.dump / f"{program.name}_whole"
         return program, run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
 
-    def flat(self, captured: Program, plan: Plan) -> Program:
-        """The program of a plan that is weighed. It is not verified, which takes half of the time: `finish` does it."""
-        program = captured.copy()
-        try:
-            for current in self._flat_passes(plan):
-                current.rewrite(program, plan)
-        except Exception:
-            self.check(captured, plan)
-            raise
-        return program
+    def flat(self, captured: Program, plan: Plan) -> Flat:
+        """The program of a plan that is weighed. It is verified once it is chosen, and at once where the user's passes
+        have a part in it."""
+        program, passes = captured.copy(), self._rest(plan, self._before(CLUSTER))
+        with _blamed(captured, plan, passes):
+            records = run_passes(program, plan, passes, verified=self.passes != PIPELINE)
+        return Flat(program, tuple(records))
 
-    def check(self, captured: Program, plan: Plan) -> None:
-        """Raise where the program of a plan that is weighed is malformed: an error that tells the pass at fault."""
-        run_passes(captured.copy(), plan, self._flat_passes(plan))
+    def finish(self, captured: Program, flat: Flat, plan: Plan) -> tuple[Program, list[Record]]:
+        """The program that runs, verified and written to `dump`, and what each pass did. `flat` was made of the same
+        step for the same decisions; what else the plan says is for passes of the user's alone to read."""
+        if self.dump is not None or self.passes != PIPELINE:
+            return self._from_the_beginning(captured, plan)
+        program, passes = flat.program.copy(), self._rest(plan, self.passes)
+        done, rest = passes[: len(flat.records)], passes[len(flat.records) :]
+        with _blamed(captured, plan, passes):
+            verify(program, plan, facts_of(done), done[-1].name)
+            return program, [*flat.records, *run_passes(program, plan, rest, after=done)]
 
-    def finish(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
-        """The program that runs, verified after every pass and written to `dump`, and what each pass did."""
+    def _from_the_beginning(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
         program = captured.copy()
         folder = None if self.dump is None else self.dump / program.name
         records = run_passes(program, plan, self._rest(plan, self.passes), folder)
@@ -72,6 +87,19 @@ class Lowering:
 
     def _after(self, name: str) -> int:
         return [p.name for p in self.passes].index(name) + 1
+
+    def _before(self, name: str) -> tuple[Pass, ...]:
+        return self.passes[: self._after(name) - 1]
+
+
+@contextmanager
+def _blamed(captured: Program, plan: Plan, passes: tuple[Pass, ...]) -> Iterator[None]:
+    """Where the passes end in a failure, run them again, verified one by one, to tell which of them is at fault."""
+    try:
+        yield
+    except Exception:
+        run_passes(captured.copy(), plan, passes)
+        raise
 
 
 def generate(program: Program) -> Code:

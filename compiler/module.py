@@ -11,7 +11,7 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.isa.errors import check_path
+from ..runtime.isa.errors import StateError, check_path
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
 from ..runtime.optimizer.hyper_checks import check_norm
@@ -20,9 +20,11 @@ from ..runtime.state_io.checksums import seal
 from ..runtime.state_io.pretrained import carry_over, save_weights
 from .calls import Calls
 from .capture.materialize import materialize
+from .collector import resting_collector
 from .facade import Facade
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
+from .largest_batch import LargestBatch
 from .options import Options
 from .session import Session
 from .state_dict import local_shards_of, whole_state
@@ -160,6 +162,22 @@ class CompiledModule(Facade):
     def plan(self) -> Plan:
         """The plan in force. Raises StateError where there is none and nothing to make one by."""
         return self.session.demanded().plan
+
+    def largest_batch(self) -> int:
+        """How many examples, of the shapes of those that the model was last trained or compiled with, a batch may have
+        for its plan to fit the budgets: to within an eighth, and at least as many as there were.
+
+        Each size that is tried is captured and planned for, as a call with such a batch would be; nothing is allocated.
+        Raises StateError where nothing is known of a training step, or no batch could be too large.
+        """
+        setup, compiled = self.session.demanded(), self.session.last.get("training")
+        if compiled is None:
+            raise StateError("no training step is known yet: pass example_inputs= to compile, or call the module once")
+        only_ours = setup.refusal is not None
+        with resting_collector():
+            return LargestBatch(
+                compiled.captured, self.session.planning, setup.plan, self.session.format, only_ours
+            ).find()
 
     @property
     def ranks(self) -> Ranks:

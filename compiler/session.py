@@ -37,6 +37,7 @@ from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
 from .captures import Captures
 from .changing_numbers import ChangingNumbers
+from .collector import resting_collector
 from .device import Device
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
@@ -111,16 +112,21 @@ class Session:
             self.ranks.check_call(str(call))
         key = self._guarded.key(call.key)
         if key not in self._programs:
-            key, captured = self._capture(call)
-            if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
-                # Until the first step states may still move, so the first real batch is planned for from scratch.
-                self._set_up(key, captured)
-            else:
-                solution, _ = self.planning.decide(captured, self.setup.plan, True, self._format)  # states stay
-                self._programs[key] = self._generate(captured, solution, self.setup.machine)
+            key = self._make(call)
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
         return compiled
+
+    @resting_collector()
+    def _make(self, call: Call) -> Key:
+        key, captured = self._capture(call)
+        if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
+            # Until the first step states may still move, so the first real batch is planned for from scratch.
+            self._set_up(key, captured)
+        else:
+            solution = self._further(captured, self.setup.plan)
+            self._programs[key] = self._generate(captured, solution, self.setup.machine)
+        return key
 
     def _capture(self, call: Call) -> tuple[Key, Captured]:
         """The captured step for a call, and the key of its program."""
@@ -139,10 +145,14 @@ class Session:
         tell_of_slowness(time.perf_counter() - began_s, captured.program)
         return captured
 
+    def _further(self, captured: Captured, plan: Plan) -> Solution:
+        """A plan for another program beside those that there are: states stay where they are."""
+        solution, _ = self.planning.decide(captured, plan, True, self.format)
+        return solution
+
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
-        flat = solution.program
-        plan = solution.plan
-        program, records = self.lowering.finish(captured.by(plan.microbatches).program, plan)
+        plan, flat = solution.plan, solution.program
+        program, records = self.lowering.finish(captured.by(plan.microbatches).program, solution.flat, plan)
         if captured.divide is not None:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
@@ -161,7 +171,7 @@ class Session:
         return None if self.setup is None else self.setup.machine
 
     @property
-    def _format(self) -> OwnFormat | None:
+    def format(self) -> OwnFormat | None:
         return None if self._declared is None else self._declared.format
 
     @property
@@ -201,7 +211,7 @@ class Session:
     def _set_up(self, key: Key, captured: Captured) -> None:
         """Plan for this program before all others; those are made anew when they are called."""
         before, programs = self.setup, Recent[Compiled]()
-        setup, solution = self._decided(captured, self._format)
+        setup, solution = self._decided(captured, self.format)
         programs[key] = self._generate(captured, solution, setup.machine)
         setup = replace(setup, plan=programs[key].plan)
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
@@ -245,6 +255,7 @@ class Session:
         else:
             self._replan(declared)
 
+    @resting_collector()
     def _replan(self, declared: Declaration) -> None:
         """Make all programs anew, for another format of training state, and move values to where it wants them."""
         before, format, programs = self.setup, declared.format, Recent[Compiled]()

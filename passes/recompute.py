@@ -16,6 +16,7 @@ is Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
 """
 
 import operator
+from functools import cache
 
 from torch import fx
 
@@ -28,19 +29,27 @@ from .program.verify import canonical
 
 @graph_pass(requires=(canonical,))
 def recompute(program: Program, plan: Plan) -> None:
-    # Operators that draw are few; who they are must not change while copies of them appear.
+    # Before there are copies, and states saved for draws: those are of the forward's generator, and never taken again.
+    inside = _forward_by_block(program, plan.recompute)
     for block in plan.recompute:
-        inside = {node for node in program.computes if belongs(node, block)}
-        forward = {node for node in inside if note(node).phase == "forward"}
         # What is read outside of the block stays in any case, so that copies can read it, too.
-        kept = {node for node in forward if any(_reads_outside(user, forward) for user in node.users)}
-        # States saved for another block's draws are of the forward's generator: they are never taken again.
-        states = set(program.calls(SAVE_RNG))
-        _Recompute(program, forward - kept - states).run()
+        kept = {node for node in inside[block] if any(_reads_outside(user, block) for user in node.users)}
+        _Recompute(program, inside[block] - kept).run()
 
 
-def _reads_outside(user: fx.Node, forward: set[fx.Node]) -> bool:
-    return user.op == "output" or (note(user).phase == "forward" and user not in forward)
+def _forward_by_block(program: Program, blocks: tuple[str, ...]) -> dict[str, set[fx.Node]]:
+    """The forward's operators inside of each block."""
+    holding = cache(lambda module: [block for block in blocks if f"{module}.".startswith(f"{block}.")])
+    found: dict[str, set[fx.Node]] = {block: set() for block in blocks}
+    for node in program.computes:
+        if note(node).phase == "forward" and node.target is not SAVE_RNG:
+            for block in holding(note(node).module):
+                found[block].add(node)
+    return found
+
+
+def _reads_outside(user: fx.Node, block: str) -> bool:
+    return user.op == "output" or (note(user).phase == "forward" and not belongs(user, block))
 
 
 class _Recompute:
@@ -52,17 +61,12 @@ class _Recompute:
         self.copies: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
-        readers = [
-            node
-            for node in self.program.computes
-            if note(node).phase == "backward" and any(v in self.recomputed for v in node.all_input_nodes)
-        ]
+        users = {user for node in self.recomputed for user in node.users}
+        readers = sorted(user for user in users if user.op != "output" and note(user).phase == "backward")
         if not readers:
             return
-        needed = self._needed(readers)
-        for node in self.program.computes:  # program order
-            if node in needed:
-                self._copy(node, before=readers[0])
+        for node in sorted(self._needed(readers)):  # nodes are ordered as they stand in the program
+            self._copy(node, before=readers[0])
         for reader in readers:
             reader.args = fx.map_arg(reader.args, self._value)
             reader.kwargs = fx.map_arg(reader.kwargs, self._value)

@@ -53,6 +53,13 @@ class Microbatches:
             self._made[count] = self._make(count)
         return self._made[count]
 
+    def resized(self, size: int) -> Captured:
+        """The step of a batch with so many examples, captured anew."""
+        before = examples(self.arguments)
+        arguments = pytree.tree_map_only(Tensor, lambda tensor: _resized(tensor, before, size), self.arguments)
+        captured = self.recapture(arguments)
+        return replace(captured, examples=size, divide=Microbatches(captured, arguments, self.recapture))
+
     def keep_only(self, count: int) -> None:
         """Forget what was made for other numbers, which were not chosen."""
         self._made = {made: step for made, step in self._made.items() if made == count}
@@ -105,6 +112,13 @@ def _first(tensor: Tensor, size: int, count: int) -> Tensor:
     if not tensor.dim() or tensor.shape[0] != size:
         return tensor
     return tensor.detach().narrow(0, 0, size // count).requires_grad_(tensor.requires_grad)
+
+
+def _resized(tensor: Tensor, before: int, size: int) -> Tensor:
+    if not tensor.dim() or tensor.shape[0] != before:
+        return tensor
+    made = torch.empty((size, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+    return made.requires_grad_(tensor.requires_grad)
 
 
 def _canonical(captured: Captured) -> Program:

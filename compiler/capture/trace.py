@@ -79,9 +79,11 @@ class Captured:
 
 
 class Divide(Protocol):
-    """Makes the steps of one batch as so many microbatches, and keeps them."""
+    """Makes the steps of one batch as so many microbatches, and keeps them; and that of another number of examples."""
 
     def __call__(self, count: int) -> Captured: ...
+
+    def resized(self, size: int) -> Captured: ...
 
     def keep_only(self, count: int) -> None: ...
 

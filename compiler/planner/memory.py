@@ -47,7 +47,11 @@ class Limits:
 
 
 class Memory:
-    """What a program takes, by its chunks' homes: for good, and at its highest point."""
+    """What a program takes, by its chunks' homes: for good, and at its highest point.
+
+    Of the positions between two at which weights come or go only the highest counts, whatever these weights are: for
+    each of such stretches `highest` tells it, and arrays have one element.
+    """
 
     def __init__(self, plan: Plan, liveness: Liveness, limits: Limits) -> None:
         self.plan = plan
@@ -55,7 +59,15 @@ class Memory:
         self.chunks = plan.layout.chunks
         self.liveness = liveness
         self.limits = limits
-        self.values = liveness.total()
+        fetches, values = liveness.fetches, liveness.total()
+        starts, ends = [fetch.start for fetch in fetches], [fetch.end + 1 for fetch in fetches]
+        stretches = np.unique([0, *starts, *ends])
+        bounds = zip(stretches, [*stretches[1:], len(values)], strict=True)
+        self.highest = np.array(
+            [begin + values[begin:end].argmax() for begin, end in bounds if begin < len(values)], int
+        )
+        self.values = values[self.highest]
+        self.starts, self.ends = np.searchsorted(stretches, starts), np.searchsorted(stretches, ends)
 
     # -- device --------------------------------------------------------------------------------------------
 
@@ -87,11 +99,11 @@ class Memory:
 
     def in_flight(self, homes: Homes) -> np.ndarray:
         """Bytes of weights that are on the device only while they are used."""
-        changes = np.zeros(self.liveness.length + 1, dtype=np.int64)
-        for interval in self.liveness.fetches:
-            passing = self.format.passing_bytes(self.chunks[interval.chunk], homes[interval.chunk])
-            changes[interval.start] += passing
-            changes[interval.end + 1] -= passing
+        passing = [self.format.passing_bytes(chunk, home) for chunk, home in self.plan.placed(homes)]
+        fetched = np.array([passing[fetch.chunk] for fetch in self.liveness.fetches], dtype=np.int64)
+        changes = np.zeros(len(self.highest) + 1, dtype=np.int64)
+        np.add.at(changes, self.starts, fetched)
+        np.subtract.at(changes, self.ends, fetched)
         return changes.cumsum()[:-1]
 
     # -- host ----------------------------------------------------------------------------------------------
@@ -123,7 +135,7 @@ class Memory:
             "weights in flight": int(self.in_flight(homes)[at]) if len(timeline) else 0,
             "driver and libraries": self.limits.reserve_bytes,
             "holes in the allocator": self.holes(),
-            **{name: int(array[at]) for name, array in self.liveness.values.items() if len(array)},
+            **{name: int(array[self.highest[at]]) for name, array in self.liveness.values.items() if len(array)},
         }
         largest = sorted(((name, n) for name, n in parts.items() if n), key=lambda part: -part[1])
         return Estimate(

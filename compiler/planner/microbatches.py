@@ -1,7 +1,9 @@
 """How many microbatches a batch is run as where the user does not say: as few as fit, or more where that is faster."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+from ...passes.program.estimate import Alternative
 from ...runtime.isa.errors import BudgetError, SplitError
 from .refusal import HostBudgetError
 from .search import Solution
@@ -56,4 +58,13 @@ def _faster(find: Callable[[int], Decision], count: int, decision: Decision, exa
     except (BudgetError, SplitError):
         return decision
     step_s, other_s = (solution.plan.estimate.step_s for solution, _ in (decision, other))
-    return other if _is_less(other_s, step_s) else decision
+    return _beside(decision, other) if _is_less(other_s, step_s) else _beside(other, decision)
+
+
+def _beside(instead: Decision, decision: Decision) -> Decision:
+    """A decision that tells of the one that was not taken."""
+    solution, refusal = decision
+    other, plan = instead[0].plan, solution.plan
+    told = Alternative(f"{other.microbatches} microbatches", other.estimate.step_s, other.peak_bytes)
+    alternatives = sorted((*plan.alternatives, told), key=lambda one: one.step_s)
+    return replace(solution, plan=replace(plan, alternatives=tuple(alternatives))), refusal

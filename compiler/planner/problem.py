@@ -24,7 +24,7 @@ from .memory import Limits
 from .microbatches import Decision, fewest
 from .packing import divide, pack
 from .refusal import HostBudgetError
-from .search import Constraints, Solution, check, solve
+from .search import Constraints, Solution, Weighed, check, solve
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
@@ -44,15 +44,6 @@ class _Formats:
     ours: StateFormat | None = None
 
 
-@dataclass(frozen=True)
-class _Lowered:
-    """The program of a plan, with what it was made of."""
-
-    program: Program
-    captured: Captured
-    plan: Plan
-
-
 @dataclass
 class Planning:
     """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`.
@@ -65,7 +56,7 @@ class Planning:
     parameters: dict[str, nn.Parameter]
     dtypes: dict[str, torch.dtype]
     blocks: tuple[str, ...]
-    _lowered: dict[Any, _Lowered] = field(default_factory=dict)
+    _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.asked_bytes = self.limits.device_bytes
@@ -100,16 +91,8 @@ class Planning:
 
         `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
         Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
-        where its batch cannot be run as so many microbatches as were asked for. Where a pass is at fault it tells that.
+        where its batch cannot be run as so many microbatches as were asked for.
         """
-        try:
-            return self._as_asked(captured, before, fixed, format)
-        except Exception:
-            self._check_passes()
-            raise
-
-    def _as_asked(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
-        """A plan for as many microbatches as were asked for."""
         find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
         if self.asked is None or not captured.trains:
             return fewest(find, captured.examples)
@@ -170,21 +153,15 @@ class Planning:
                 raise
             return find(replace(plan, format=ours, notes=(*plan.notes, ONLY_OURS))), refusal
 
-    def _lower(self, captured: Captured, plan: Plan) -> Program:
+    def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
         key = (
             id(captured), plan.microbatches, plan.layout, plan.recompute, plan.offload, plan.prefetch, plan.fuse_loss,
         )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
-            self._lowered[key] = _Lowered(flat, captured, plan)
-        return self._lowered[key].program
-
-    def _check_passes(self) -> None:
-        """Verify the program that was weighed last, since those are not: a refusal may be of what a pass broke."""
-        if self._lowered:
-            last = next(reversed(self._lowered.values()))
-            self.lowering.check(last.captured.by(last.plan.microbatches).program, last.plan)
+            self._lowered[key] = captured, Weighed.of(flat, plan, self.limits.rates)
+        return self._lowered[key][1]
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves them to the planner."""

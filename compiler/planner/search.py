@@ -15,20 +15,26 @@ Combinations of these choices are completed, and the one that fits with the shor
    are more than a tenth of the peak with them, or nothing fits with them. It computes the logits twice, so it
    is taken where the memory saved makes up for that, or nothing else fits.
 
-Where nothing fits, the refusal names the smallest budget that would, and what takes the space.
+Of the best one single chunks move to other homes, as long as that makes the step shorter. The next-best plans are told
+beside it. Where nothing fits, the refusal names the smallest budget that would, and what takes the space.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
+from ...passes.program.estimate import Alternative
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
-from ...runtime.isa.homes import Home, Homes, Where, moved, resident
+from ...runtime.isa.homes import Homes
+from ..lowering import Flat
+from ..rates.rates import Rates
 from .communication import collectives
-from .liveness import analyse
+from .home_choice import best_nearby, candidates, is_picked
+from .liveness import Liveness, analyse
 from .memory import Limits, Memory
 from .refusal import refusal
 from .simulate import StepTime
+from .timeline import Timeline, timeline
 
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""
@@ -40,12 +46,30 @@ KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
 
 OFFLOAD_GAIN = 0.05
-"""The share of a step's time that activations on the host must save where everything fits without."""
+"""The share of a step's time that activations on the host must save where everything fits without. It is a margin for
+what the clock is wrong by: the copies that replace compute share the bus with weights, gradients and states, and each
+that comes late stops the device, while compute, which they replace, takes what it takes. Where the clock is off by as
+much as it was found to be, a plan that is better by less may be worse."""
 
-STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
-"""Shares of the chunks that may be updated on the device although their states lie on the host."""
 
-Lower = Callable[[Plan], Program]
+@dataclass(frozen=True)
+class Weighed:
+    """A lowered program, and what it takes wherever its chunks are."""
+
+    flat: Flat
+    liveness: Liveness
+    timeline: Timeline
+
+    @classmethod
+    def of(cls, flat: Flat, plan: Plan, rates: Rates) -> "Weighed":
+        return cls(flat, analyse(flat.program), timeline(flat.program, plan, rates))
+
+    def on(self, plan: Plan, limits: Limits) -> tuple[Memory, StepTime]:
+        """Its bytes and seconds by where chunks are."""
+        return Memory(plan, self.liveness, limits), StepTime(self.timeline, limits.rates)
+
+
+Lower = Callable[[Plan], Weighed]
 """Runs the passes over a copy of the captured program, up to where instructions are in their final place."""
 
 
@@ -69,127 +93,176 @@ class Solution:
     """A plan, and the program it was made for."""
 
     plan: Plan
-    program: Program
+    flat: Flat
+
+    @property
+    def program(self) -> Program:
+        return self.flat.program
 
 
 def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
     """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does."""
-    refused: list[Solution] = []
-    for ahead in (1, 0):
-        plan = replace(draft, prefetch=ahead, offload=given.offload or ())
-        found: list[Solution] = []
-        for recompute in [given.recompute] if given.recompute is not None else _shares(given.blocks):
-            found += _with_loss(replace(plan, recompute=recompute), lower, limits, given)
-        best = _best(found, limits)
-        if best is not None:
-            best = best if given.recompute is not None else _refined(best, lower, limits, given)
-            return best if given.offload is not None else _offloaded_instead(best, lower, limits, given)
-        if given.offload is None:
-            found += _offloaded_beside(found[-1].plan, lower, limits, given)
-        best = _best(found, limits)
-        if best is not None:
-            return best
-        refused += [one for one in found if given.offload is not None or not _lacks_host(one, limits)]
-    raise _refused(refused, limits)
+    return _Search(lower, limits, given).solve(draft)
 
 
-def _lacks_host(solution: Solution, limits: Limits) -> bool:
-    """Whether what was tried to be offloaded is more than the host has room for: no reason to refuse the rest."""
-    return bool(solution.plan.offload) and solution.plan.estimate.host_bytes > limits.host_bytes
+@dataclass
+class _Search:
+    """One search, and the plans that were `weighed` in it."""
+
+    lower: Lower
+    limits: Limits
+    given: Constraints
+    weighed: list[Plan] = field(default_factory=list)
+
+    def solve(self, draft: Plan) -> Solution:
+        given, refused = self.given, list[Solution]()
+        for ahead in (1, 0):
+            plan = replace(draft, prefetch=ahead, offload=given.offload or ())
+            found: list[Solution] = []
+            for recompute in [given.recompute] if given.recompute is not None else _shares(given.blocks):
+                found += self._with_loss(replace(plan, recompute=recompute))
+            best = self._best(found)
+            if best is not None:
+                best = best if given.recompute is not None else self._refined(best)
+                return self._told(best if given.offload is not None else self._offloaded_instead(best))
+            if given.offload is None:
+                found += self._offloaded_beside(found[-1].plan)
+            best = self._best(found)
+            if best is not None:
+                return self._told(best)
+            refused += [one for one in found if given.offload is not None or not self._lacks_host(one)]
+        raise _refused(refused, self.limits)
+
+    def _lacks_host(self, solution: Solution) -> bool:
+        """Whether what was tried to be offloaded is more than the host has room for: no reason to refuse the rest."""
+        return bool(solution.plan.offload) and solution.plan.estimate.host_bytes > self.limits.host_bytes
+
+    def _best(self, found: list[Solution]) -> Solution | None:
+        return min((one for one in found if self.limits.allow(one.plan)), key=_step_s, default=None)
+
+    def _with_loss(self, plan: Plan) -> list[Solution]:
+        """A plan with the loss in pieces or whole, or with both where it is worth a look."""
+        if self.given.logits_bytes and self.given.fuse_loss:
+            return [self._complete(replace(plan, fuse_loss=True))]
+        whole = self._complete(plan)
+        if self.given.fuse_loss is None and self._worth_a_look(whole):
+            return [whole, self._complete(replace(plan, fuse_loss=True))]
+        return [whole]
+
+    def _worth_a_look(self, unfused: Solution) -> bool:
+        share = self.given.logits_bytes > LOGITS_SHARE * unfused.plan.peak_bytes
+        return self.given.logits_bytes > 0 and (share or not self.limits.allow(unfused.plan))
+
+    def _refined(self, best: Solution) -> Solution:
+        """Recompute some blocks more or fewer than the best of the shares, half as many each time, where that is
+        faster."""
+        blocks = self.given.blocks
+        apart = -(-len(blocks) // SHARES)
+        while apart > 1:
+            apart = -(-apart // 2)
+            count = len(best.plan.recompute)
+            for near in (count - apart, count + apart):
+                if 0 <= near <= len(blocks):
+                    best = self._faster(best, replace(best.plan, recompute=blocks[:near]))
+        return best
+
+    def _offloaded_beside(self, plan: Plan) -> list[Solution]:
+        """A plan that does not fit, with activations offloaded: of all blocks, and then, as long as it fits, fewer."""
+        found = []
+        for offload in reversed(_shares(self.given.blocks)[1:]):
+            found.append(self._complete(replace(plan, offload=offload)))
+            if not self.limits.allow(found[-1].plan):
+                break
+        return found
+
+    def _offloaded_instead(self, best: Solution) -> Solution:
+        """Where blocks are recomputed, offload where they begin if that is faster, and then, evenly spread over them,
+        keep a share on the host instead."""
+        recomputed = best.plan.recompute
+        if recomputed:
+            best = self._much_faster(best, replace(best.plan, offload=recomputed))
+        begins = best.plan.offload
+        for share in KEPT_SHARES if self.given.recompute is None else ():
+            kept = tuple(block for i, block in enumerate(recomputed) if is_picked(i, share))
+            if not kept:
+                continue
+            again = tuple(block for block in recomputed if block not in kept)
+            better = self._much_faster(best, replace(best.plan, recompute=again, offload=begins or kept))
+            if better is best:
+                break
+            best = better
+        return best
+
+    def _faster(self, best: Solution, plan: Plan) -> Solution:
+        """The best so far, or what another plan is completed to where that fits and is faster."""
+        solution = self._complete(plan)
+        return min(best, solution, key=_step_s) if self.limits.allow(solution.plan) else best
+
+    def _much_faster(self, best: Solution, plan: Plan) -> Solution:
+        """The same, but only where that is more than OFFLOAD_GAIN."""
+        found = self._faster(best, plan)
+        return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
+
+    def _complete(self, plan: Plan) -> Solution:
+        """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
+        weighed = self.lower(plan)
+        memory, time = weighed.on(plan, self.limits)
+        timed = [
+            (memory.beyond_host(homes), time.seconds(plan, homes), homes)
+            for homes in candidates(plan, memory, self.given.placed)
+        ]
+        _, _, homes = min(timed, key=lambda candidate: candidate[:2])
+        solution = _solution(replace(plan, homes=homes), weighed.flat, memory, time)
+        self.weighed.append(solution.plan)
+        return solution
+
+    def _told(self, best: Solution) -> Solution:
+        """The best, after moves of single chunks, and what the next-best ones take."""
+        plan = best.plan
+        memory, time = self.lower(plan).on(plan, self.limits)
+        homes, near = best_nearby(plan, memory, time, self.given.placed)
+        best = _solution(replace(plan, homes=homes), best.flat, memory, time)
+        found: list[tuple[str, Alternative]] = [
+            ("homes", Alternative(move.what, move.step_s, memory.peak(move.homes))) for move in near
+        ]
+        for other in filter(self.limits.allow, self.weighed):
+            told = difference(best.plan, other)
+            found.append(
+                (" ".join(told), Alternative(", ".join(told.values()), other.estimate.step_s, other.peak_bytes))
+            )
+        return replace(best, plan=replace(best.plan, alternatives=_fastest_of_each_kind(found)))
 
 
-def _best(found: list[Solution], limits: Limits) -> Solution | None:
-    return min((solution for solution in found if limits.allow(solution.plan)), key=_step_s, default=None)
+def difference(plan: Plan, other: Plan) -> dict[str, str]:
+    """What another plan does otherwise, by field, in a few words; homes, which follow from the rest, left out."""
+    told = {
+        "recompute": f"recompute {len(other.recompute)} block(s)",
+        "offload": f"offload {len(other.offload)} block(s)",
+        "fuse_loss": f"the loss {'in pieces' if other.fuse_loss else 'with its logits'}",
+    }
+    return {name: text for name, text in told.items() if getattr(plan, name) != getattr(other, name)}
 
 
-def _with_loss(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> list[Solution]:
-    """A plan with the loss in pieces or whole, or with both where it is worth a look."""
-    if given.logits_bytes and given.fuse_loss:
-        return [_complete(replace(plan, fuse_loss=True), lower, limits, given)]
-    whole = _complete(plan, lower, limits, given)
-    if given.fuse_loss is None and _worth_a_look(whole, limits, given):
-        return [whole, _complete(replace(plan, fuse_loss=True), lower, limits, given)]
-    return [whole]
-
-
-def _refined(best: Solution, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """Recompute some blocks more or fewer than the best of the shares, half as many each time, where that is faster."""
-    apart = -(-len(given.blocks) // SHARES)
-    while apart > 1:
-        apart = -(-apart // 2)
-        count = len(best.plan.recompute)
-        for near in (count - apart, count + apart):
-            if 0 <= near <= len(given.blocks):
-                best = _faster(best, replace(best.plan, recompute=given.blocks[:near]), lower, limits, given)
-    return best
-
-
-def _offloaded_beside(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> list[Solution]:
-    """A plan that does not fit, with activations offloaded: of all blocks, and then, as long as it fits, of fewer."""
-    found = []
-    for offload in reversed(_shares(given.blocks)[1:]):
-        found.append(_complete(replace(plan, offload=offload), lower, limits, given))
-        if not limits.allow(found[-1].plan):
-            break
-    return found
-
-
-def _offloaded_instead(best: Solution, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """Where blocks are recomputed, offload where they begin if that is faster, and then, evenly spread over them, keep
-    a share on the host instead."""
-    recomputed = best.plan.recompute
-    if recomputed:
-        best = _much_faster(best, replace(best.plan, offload=recomputed), lower, limits, given)
-    begins = best.plan.offload
-    for share in KEPT_SHARES if given.recompute is None else ():
-        kept = tuple(block for i, block in enumerate(recomputed) if _every(i, share))
-        if not kept:
-            continue
-        again = tuple(block for block in recomputed if block not in kept)
-        plan = replace(best.plan, recompute=again, offload=begins or kept)
-        better = _much_faster(best, plan, lower, limits, given)
-        if better is best:
-            break
-        best = better
-    return best
-
-
-def _faster(best: Solution, plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """The best so far, or what another plan is completed to where that fits and is faster."""
-    solution = _complete(plan, lower, limits, given)
-    return min(best, solution, key=_step_s) if limits.allow(solution.plan) else best
-
-
-def _much_faster(best: Solution, plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """The same, but only where that is worth copies that the bus may have less time for than is modelled."""
-    found = _faster(best, plan, lower, limits, given)
-    return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
-
-
-def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
-    program = lower(plan)
-    memory, time = Memory(plan, analyse(program), limits), StepTime.of(program, plan, limits.rates)
-    found: Iterable[Homes] = [_least(plan, given)]
-    if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
-        found = _candidates(plan, memory, given)
-    timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
-    _, _, homes = min(timed, key=lambda candidate: candidate[:2])
-    return _solution(replace(plan, homes=homes), program, memory, time)
+def _fastest_of_each_kind(found: list[tuple[str, Alternative]]) -> tuple[Alternative, ...]:
+    """By what they do otherwise; "" are the homes that were weighed for the same decisions."""
+    fastest: dict[str, Alternative] = {}
+    for kind, one in sorted(found, key=lambda pair: pair[1].step_s):
+        fastest.setdefault(kind, one)
+    return tuple(one for kind, one in fastest.items() if kind)
 
 
 def _step_s(solution: Solution) -> float:
     return solution.plan.estimate.step_s
 
 
-def _solution(plan: Plan, program: Program, memory: Memory, time: StepTime) -> Solution:
+def _solution(plan: Plan, flat: Flat, memory: Memory, time: StepTime) -> Solution:
     """A plan in which everything is decided, with all that it is expected to take."""
     timing = time.timing(plan, plan.homes)
     estimate = replace(
         memory.estimate(plan.homes), step_s=timing.step_s, busy_s=timing.busy_s, rates=time.rates.name,
-        collectives=collectives(program, plan),
+        collectives=collectives(flat.program, plan),
     )  # fmt: skip
-    return Solution(replace(plan, estimate=estimate), program)
+    return Solution(replace(plan, estimate=estimate, alternatives=()), flat)
 
 
 def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -198,78 +271,27 @@ def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [blocks[:count] for count in dict.fromkeys(counts)]
 
 
-def _worth_a_look(unfused: Solution, limits: Limits, given: Constraints) -> bool:
-    share = given.logits_bytes > LOGITS_SHARE * unfused.plan.peak_bytes
-    return given.logits_bytes > 0 and (share or not limits.allow(unfused.plan))
-
-
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     """Accept a plan that was made by hand or before, estimated anew. Raises BudgetError where it does not fit."""
-    solution = estimated(plan, lower(plan), limits)
+    weighed = lower(plan)
+    solution = _solution(plan, weighed.flat, *weighed.on(plan, limits))
     if not limits.allow(solution.plan):
         raise _refused([solution], limits)
     return solution
 
 
 def estimated(plan: Plan, program: Program, limits: Limits) -> Solution:
-    """A plan as it is, with what its program is expected to take."""
-    time = StepTime.of(program, plan, limits.rates)
-    return _solution(plan, program, Memory(plan, analyse(program), limits), time)
+    """A plan as it is, with what its program, which runs already, is expected to take."""
+    weighed = Weighed.of(Flat(program, ()), plan, limits.rates)
+    return _solution(plan, weighed.flat, *weighed.on(plan, limits))
 
 
 def rehomed(plan: Plan, program: Program, limits: Limits, placed: Homes | None = None) -> Solution:
-    """A plan whose program there is, with homes that are chosen anew; where training states are `placed`, if they are,
-    they stay. Where nothing fits it has the least on the device."""
-    return _complete(plan, lambda _: program, limits, Constraints(plan.recompute, (), placed))
+    """A plan whose program runs already, with homes that are chosen anew; where training states are `placed`, if they
+    are, they stay. Where nothing fits it has the least on the device."""
+    weighed = Weighed.of(Flat(program, ()), plan, limits.rates)
+    return _Search(lambda _: weighed, limits, Constraints(plan.recompute, (), placed))._complete(plan)
 
 
 def _refused(solutions: list[Solution], limits: Limits) -> Exception:
     return refusal([(solution.plan, solution.program) for solution in solutions], limits)
-
-
-# -- homes -------------------------------------------------------------------------------------------------
-
-
-def _least(plan: Plan, given: Constraints) -> Homes:
-    """What the policy puts on the device whatever the room."""
-    cuda = plan.request.policy == "cuda"
-    where, spare = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks), [False] * len(plan.layout.chunks)
-    if given.placed is not None:
-        where, spare = [home.where for home in given.placed], [home.spare for home in given.placed]
-    stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
-    return tuple(map(Home, where, stays, spare))
-
-
-def _candidates(plan: Plan, memory: Memory, given: Constraints) -> list[Homes]:
-    """Ways to fill the device: as it is, and with a share of what the host holds updated on the device."""
-    least = _least(plan, given)
-    found = [_filled(plan, memory, least, given)]
-    if not plan.format.beside or given.placed is not None:
-        return found
-    for share in STREAMED_SHARES:
-        # What is streamed is decided first, since its buffers take room; chunks that then fit whole, stay.
-        spread = tuple(
-            replace(home, where=Where.STREAMED) if chunk.trainable and _every(chunk.index, share) else home
-            for chunk, home in plan.placed(least)
-        )
-        found.append(_filled(plan, memory, spread, given))
-    return [homes for homes in found if memory.fits(homes)]
-
-
-def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Homes:
-    """Keep more on the device, chunk by chunk, as long as it fits: first weights, then whole states."""
-    for chunk in plan.layout.chunks:
-        if plan.request.zero == 3 and chunk.shards > 1:
-            continue
-        grown = resident(homes, chunk.index)
-        homes = grown if memory.fits(grown) else homes
-    if given.placed is None:
-        for index, home in enumerate(homes):
-            grown = moved(homes, index, replace(home, where=Where.DEVICE))
-            homes = grown if memory.fits(grown) else homes
-    return homes
-
-
-def _every(index: int, share: float) -> bool:
-    """Whether chunk `index` is one of the `share` of all that is picked, evenly spread."""
-    return int((index + 1) * share) > int(index * share)

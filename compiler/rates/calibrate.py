@@ -1,31 +1,38 @@
-"""Calibration: rates from two measurements in a row that agree, of a machine that does nothing else."""
+"""Calibration: rates from several measurements, by what most of them agree on.
+
+One that something disturbs, or the first one, of a machine that is cold and whose libraries are not loaded yet, is not
+heard then. Where no majority agrees and others are seen to use the machine, nothing is measured; where nobody is seen,
+the rates say of what they are unsteady.
+"""
 
 import gc
-from collections.abc import Callable
-from dataclasses import fields
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 from ...runtime.distributed.ranks import ALONE, Ranks
 from ...runtime.isa.errors import GeminiError
-from ...runtime.isa.units import format_bytes
 from .measure import Bench, Effort, Measured
+from .others import HostWatch, used_by_others
 from .presets import NETWORK_LATENCY_S, card_named, preset
 from .rates import UPDATE_BYTES, Products, Rates, slowest
 
 SPREAD = 1.15
-"""How far two measurements of one thing may be apart."""
+"""How far measurements of one thing that agree may be apart."""
 
-ATTEMPTS = 3
-"""The first one finds a machine that is cold, whose libraries are not loaded yet."""
+SPREADS: Mapping[str, float] = {
+    "launch_s": 1.5, "kernel_s": 1.3, "network_latency_s": 1.5, "host_alone_params_per_s": 1.3,
+    "host_params_per_s": 1.3, "torch_params_per_s": 1.5,
+}  # fmt: skip
+"""The same of what is never as steady: single microseconds, and memory of the host that lies elsewhere each time."""
 
-OTHERS_BYTES = 2 * 2**30
-"""Device memory that nobody of this process holds, and that is more than its driver context."""
-
-BUSY_PERCENT = 20
+ATTEMPTS = 5
 
 THOROUGH = Effort(
-    needed_bytes=3 * 2**30, sizes=(512, 1024, 2048, 4096, 8192), sustained_s=2.5, each_s=0.3, copied_bytes=256 * 2**20,
+    needed_bytes=3 * 2**30, sizes=(512, 1024, 2048, 4096, 8192), sustained_s=2.0, each_s=0.2, copied_bytes=256 * 2**20,
     operator_bytes=128 * 2**20, host_params=64 * 10**6, device_params=32 * 10**6, updates_on_device=True,
 )  # fmt: skip
 AUTOMATIC = Effort(
@@ -44,19 +51,26 @@ class BusyError(GeminiError):
 
 
 def calibrate(device: torch.device, effort: Effort, ranks: Ranks = ALONE, measure: Measure | None = None) -> Rates:
-    """Measure a GPU and its host until two measurements in a row agree; of several processes all do so at once, and the
-    slowest one's rates are everybody's. Raises BusyError where others use it, or no two agree."""
-    others = used_by_others(device, effort)
+    """Measure a GPU and its host, twice or until most measurements agree; of several processes all do so at once, and
+    the slowest one's rates are everybody's. Raises BusyError where others use the machine."""
+    others = used_by_others(device, effort.needed_bytes)
     ranks.raise_alike(None if others is None else BusyError(others))
-    latest = (measure or measured)(device, effort, ranks)
-    for _ in range(ATTEMPTS - 1):
-        previous, latest = latest, (measure or measured)(device, effort, ranks)
-        apart = sorted({name for names in ranks.gather(differences(previous, latest)) for name in names})
-        if not apart:
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-            return slowest(ranks.gather(rates_from(latest, effort, name)))
-    far = f"{', '.join(apart)} are still more than {SPREAD - 1:.0%} apart"
-    raise BusyError(f"measured {ATTEMPTS} times, {far}; end what else runs here")
+    watch, found, unsteady = HostWatch(), list[Measured](), list[str]()
+    while len(found) < 2 or (unsteady and len(found) < ATTEMPTS):
+        found.append((measure or measured)(device, effort, ranks))
+        unsteady = sorted({name for names in ranks.gather(differences(found)) for name in names})
+    others = (used_by_others(device, 0) or watch.others(ranks.on_this_host)) if unsteady else None
+    ranks.raise_alike(None if others is None else BusyError(_refusal(unsteady, others)))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    note = f" ({', '.join(unsteady)} unsteady)" if unsteady else ""
+    rates = rates_from(settled(found), effort, name)
+    return slowest(ranks.gather(replace(rates, name=rates.name + note)))
+
+
+def _refusal(unsteady: list[str], others: str) -> str:
+    return (
+        f"measured {ATTEMPTS} times, {', '.join(unsteady)} never came out alike, and {others}; end what else runs here"
+    )
 
 
 def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measured:
@@ -71,31 +85,33 @@ def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measured:
             torch.cuda.empty_cache()
 
 
-def used_by_others(device: torch.device, effort: Effort) -> str | None:
-    """What others do with a GPU, if they do."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    theirs = total - free - torch.cuda.memory_reserved(device)
-    if theirs > OTHERS_BYTES:
-        return f"{format_bytes(theirs)} of the GPU's memory are held by others"
-    if free < effort.needed_bytes:
-        return f"{format_bytes(free)} of the GPU's memory are free, {format_bytes(effort.needed_bytes)} are needed"
-    try:
-        busy = torch.cuda.utilization(device)
-    except Exception:  # the library that tells is not installed, or may not ask, each of which is another error
-        return None
-    return f"the GPU is {busy} % busy already" if busy > BUSY_PERCENT else None
-
-
-def differences(first: Measured, second: Measured) -> list[str]:
-    """What of two measurements is too far apart."""
+def differences(found: list[Measured]) -> list[str]:
+    """What most measurements do not agree on."""
 
     def apart(name: str) -> bool:
-        pairs = zip(_numbers(getattr(first, name)), _numbers(getattr(second, name)), strict=True)
-        return any(max(pair) > SPREAD * min(pair) for pair in pairs)
+        rows = zip(*(_numbers(getattr(one, name)) for one in found), strict=True)
+        return any(group[-1] > SPREADS.get(name, SPREAD) * group[0] for group in map(_majority, rows))
 
     return [field.name for field in fields(Measured) if apart(field.name)]
+
+
+def settled(found: list[Measured]) -> Measured:
+    """What most measurements agree on, or come closest to that."""
+    return Measured(**{field.name: _settled([getattr(one, field.name) for one in found]) for field in fields(Measured)})
+
+
+def _settled(values: list[Any]) -> Any:
+    if isinstance(values[0], tuple):
+        return tuple(_settled(list(each)) for each in zip(*values, strict=True))
+    return None if values[0] is None else statistics.median(_majority(values))
+
+
+def _majority(values: Iterable[float]) -> list[float]:
+    """The more than half of the values that are closest together, smallest first."""
+    ordered = sorted(values)
+    size = len(ordered) // 2 + 1
+    groups = (ordered[i : i + size] for i in range(len(ordered) - size + 1))
+    return min(groups, key=lambda group: group[-1] / group[0])
 
 
 def _numbers(value: object) -> list[float]:

@@ -51,3 +51,12 @@ class Estimate:
     def binds(self) -> str:
         """The busiest resource."""
         return self.busy_s[0][0] if self.busy_s else ""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another plan that would fit, by what it does otherwise: its modelled step and device peak."""
+
+    what: str
+    step_s: float
+    peak_bytes: int

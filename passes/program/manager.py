@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from ...runtime.isa.errors import ArgumentError, VerificationError, wrong_argument
 from .plan import Plan
 from .program import Program
 from .text import print_program, target_text
-from .verify import Fact, verify
+from .verify import Fact, Known, verify
 
 Rewrite = Callable[[Program, Plan], None]
 
@@ -84,22 +84,23 @@ def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass
     return tuple(passes)
 
 
-def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path | None = None) -> list[Record]:
-    """Run `passes` over `program` in place.
+def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path | None = None, *,
+               after: Iterable[Pass] = (), verified: bool = True) -> list[Record]:  # fmt: skip
+    """Run `passes` over `program` in place, behind those that have run `after` all.
 
     With `dump`, the text before the first pass and after each is written as `NN_<pass>.py`. Raises
-    VerificationError where a pass leaves a malformed program, or lacks a fact that it requires.
+    VerificationError where a pass lacks a fact that it requires, or, where that is to be `verified`, leaves a malformed
+    program.
     """
     records: list[Record] = []
-    known: list[Fact] = []
-    before = _count(program)
+    facts, known, counts = facts_of(after), Known(), _count(program)
     _write(dump, 0, "capture", program)
     for number, current in enumerate(passes, start=1):
-        missing = [fact.name for fact in current.requires if fact not in known]
+        missing = [fact.name for fact in current.requires if fact not in facts]
         if missing:
             raise VerificationError(
                 f"pass '{current.name}' requires {', '.join(missing)}, which no earlier pass gives; "
-                f"facts known here: {', '.join(map(str, known)) or 'none'}. Place it after the pass that does."
+                f"facts known here: {', '.join(map(str, facts)) or 'none'}. Place it after the pass that does."
             )
         start = time.perf_counter()
         try:
@@ -108,22 +109,32 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
             error.add_note(f"raised inside the pass '{current.name}'")
             raise
         rewritten = time.perf_counter()
-        known = [fact for fact in (*known, *current.gives) if fact not in current.breaks]
-        verify(program, plan, tuple(known), current.name)
-        verified, after = time.perf_counter(), _count(program)
-        records.append(Record(current.name, rewritten - start, verified - rewritten, _difference(before, after)))
-        before = after
+        facts = _facts_behind(current, facts)
+        if verified:
+            verify(program, plan, facts, current.name, known)
+        verified_s, before, counts = time.perf_counter() - rewritten, counts, _count(program)
+        records.append(Record(current.name, rewritten - start, verified_s, _difference(before, counts)))
         _write(dump, number, current.name, program)
     return records
 
 
-def _count(program: Program) -> Counter[Any]:
-    return Counter(node.target for node in program.computes)
+def facts_of(passes: Iterable[Pass]) -> tuple[Fact, ...]:
+    """What holds of a program that these have run over."""
+    return reduce(lambda facts, current: _facts_behind(current, facts), passes, ())
 
 
-def _difference(before: Counter[Any], after: Counter[Any]) -> tuple[tuple[str, int], ...]:
-    changes = ((target, after[target] - before[target]) for target in {*before, *after})
-    return tuple(sorted((target_text(target), change) for target, change in changes if change))
+def _facts_behind(current: Pass, facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
+    return tuple(fact for fact in (*facts, *current.gives) if fact not in current.breaks)
+
+
+def _count(program: Program) -> Counter[str]:
+    counts = Counter(node.target for node in program.computes)
+    return Counter({target if isinstance(target, str) else target_text(target): n for target, n in counts.items()})
+
+
+def _difference(before: Counter[str], after: Counter[str]) -> tuple[tuple[str, int], ...]:
+    changes = {name: after[name] - before[name] for name in sorted({*before, *after})}
+    return tuple((name, change) for name, change in changes.items() if change)
 
 
 def _write(dump: Path | None, number: int, name: str, program: Program) -> None:

@@ -14,7 +14,7 @@ from ...runtime.isa.homes import Home, Homes, Where, numbers
 from ...runtime.isa.layout import ChunkLayout, Layout
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ...runtime.isa.units import format_bytes, format_seconds
-from .estimate import Estimate
+from .estimate import Alternative, Estimate
 from .plan_json import read_json, write_json
 from .request import Request
 
@@ -42,6 +42,7 @@ class Plan:
         homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
         format: of what that state consists: what `model.optimizer(...)` declared, or masters for torch's optimizers.
         estimate: what the program that the plan was made for is expected to take.
+        alternatives: what the next-best plans would take, the fastest first; none of a plan that was fed back.
         notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     homes: Homes = ()
     format: StateFormat = field(default_factory=TorchFormat)
     estimate: Estimate = field(default_factory=Estimate)
+    alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -107,6 +109,7 @@ class Plan:
             *self._requested(),
             *self._estimated(),
             *self._decided(),
+            *self._compared(),
             *(("note", text) for text in self.notes),
         ]
         width = max(len(name) for name, _ in rows)
@@ -168,3 +171,8 @@ class Plan:
             yield "offload", f"activations of {len(self.offload)} block(s)"
         if self.fuse_loss:
             yield "loss", "in pieces, its logits are not computed"
+
+    def _compared(self) -> Iterator[Row]:
+        for other in self.alternatives:
+            more = other.step_s / self.estimate.step_s - 1 if self.estimate.step_s else 0.0
+            yield "next best", f"{format_seconds(other.step_s)} ({more:+.1%}) with {other.what}"

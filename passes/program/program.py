@@ -11,6 +11,7 @@ a program is well typed at every moment and no pass ever computes a shape.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -154,7 +155,7 @@ class Program:
     def repeat_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
         """`node` once more in front of `before`, on values of the same types: all that is known of it stays."""
         with self.graph.inserting_before(before):
-            return self.graph.node_copy(node, value)
+            return _copied(self.graph, node, value)
 
     def view_again(self, view: fx.Node, views: set[fx.Node], copies: dict[fx.Node, fx.Node],
                    before: fx.Node) -> fx.Node:  # fmt: skip
@@ -202,10 +203,21 @@ class Program:
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node] = _copied(graph, node, values.__getitem__)
             values[node].name = node.name
         functions = {name: function.copy() for name, function in self.functions.items()}
         return Program(self.name, graph, dict(self.constants), functions, dict(self.sources), self.is_fused)
+
+
+def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """A copy of a node in a graph, its node arguments mapped by `value`. Arguments are set once the node is there:
+    where nodes are made, torch looks through all of them for symbolic sizes, which takes longer than the rest."""
+    copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+    copy.args = fx.map_arg(node.args, value)
+    if node.kwargs:
+        copy.kwargs = fx.map_arg(node.kwargs, value)
+    copy.meta.update(node.meta)
+    return copy
 
 
 def writes(node: fx.Node) -> bool:
@@ -252,18 +264,24 @@ def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
     """The argument nodes whose storage a node's result may share."""
     if node.op != "call_function":
         return
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:  # operator.getitem: an element of the tuple it reads
+    if not hasattr(node.target, "_schema"):  # operator.getitem: an element of the tuple it reads
         yield from node.all_input_nodes
-        return
-    if node.target in UNADMITTED_VIEWS or _is_conjugate_of_real(node):
+    elif _is_conjugate_of_real(node):
         yield node.args[0]
-        return
+    else:
+        values = (node.args[i] for i in _aliased_positions(node.target) if i < len(node.args))
+        yield from (value for value in values if isinstance(value, fx.Node))
+
+
+@cache
+def _aliased_positions(target: torch._ops.OpOverload) -> tuple[int, ...]:
+    """The positions of the arguments whose storage an operator's results may share."""
+    schema = target._schema
+    if target in UNADMITTED_VIEWS:
+        return (0,)
     if not any(result.alias_info for result in schema.returns):
-        return
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and isinstance(value, fx.Node):
-            yield value
+        return ()
+    return tuple(i for i, argument in enumerate(schema.arguments) if argument.alias_info is not None)
 
 
 def _is_conjugate_of_real(node: fx.Node) -> bool:

@@ -65,12 +65,23 @@ def fact(check: Callable[[Program, Plan], Violation | None]) -> Fact:
     return Fact(check.__name__, check)
 
 
-def verify(program: Program, plan: Plan, facts: tuple[Fact, ...], pass_name: str) -> None:
-    """Check structure, types and facts. Raises VerificationError naming the pass and the node."""
-    for check in (_well_formed, _well_typed, *(fact.check for fact in facts)):
+Known = dict[fx.Node, tuple[Any, ...]]
+"""By node, its operator, arguments and type when these were found to agree. All are values that are replaced and never
+changed, so that a node of which they are the same objects agrees still, as long as its arguments have their types."""
+
+
+def verify(program: Program, plan: Plan, facts: tuple[Fact, ...], pass_name: str, known: Known | None = None) -> None:
+    """Check structure, types and facts. Raises VerificationError naming the pass and the node.
+
+    `known` is what earlier calls have found of this program: what no pass has touched since is not inferred anew.
+    """
+    known = {} if known is None else known
+    well_typed = lambda program, plan: _well_typed(program, known)  # noqa: E731
+    checks = {_well_formed.__name__: _well_formed, _well_typed.__name__: well_typed}
+    for rule, check in (*checks.items(), *((fact.name, fact.check) for fact in facts)):
         offence = check(program, plan)
         if offence is not None:
-            raise VerificationError(_message(program, offence, pass_name, check.__name__))
+            raise VerificationError(_message(program, offence, pass_name, rule))
     for function in program.functions.values():
         verify(function, plan, (), pass_name)
 
@@ -123,46 +134,37 @@ def _well_formed(program: Program, plan: Plan) -> Violation | None:
     return None
 
 
-_PREMISES = "geminifx_premises"
-"""Where a node keeps what its type was found right for: none of it can be changed in place, so that the very same
-objects need no second look. Most passes leave most nodes alone."""
-
-
-def _well_typed(program: Program, plan: Plan) -> Violation | None:
+def _well_typed(program: Program, known: Known) -> Violation | None:
+    retyped: set[fx.Node] = set()
     for node in program.graph.nodes:
-        stated = type_of(node)
-        premises = (stated, node.target, node.args, node.kwargs, *map(type_of, node.all_input_nodes))
-        if _are_the_same(premises, node.meta.get(_PREMISES, ())):
+        stated, before = type_of(node), known.get(node)
+        found = (node.target, node.args, node.kwargs, stated)
+        is_as_before = before is not None and all(map(operator.is_, before, found))
+        if before is None or before[-1] is not stated:
+            retyped.add(node)
+        if is_as_before and node.op != "call_module" and retyped.isdisjoint(node.all_input_nodes):
             continue
-        inferred: Type
-        if node.op == "call_module":
-            inferred = tuple(type_of(v) for v in program.functions[str(node.target)].results)
-        elif node.op == "call_function":
-            try:
-                inferred = _element(node) if node.target is operator.getitem else _infer(node)
-            except Exception as error:
-                return Violation(node, f"{type(error).__name__}: {error}"[:300], "arguments the operator takes")
-        else:
-            continue
+        try:
+            inferred = _inferred(program, node)
+        except Exception as error:
+            return Violation(node, f"{type(error).__name__}: {error}"[:300], "arguments the operator takes")
         if stated != inferred:
             return Violation(node, f"annotated {type_text(stated)}", f"{type_text(inferred)}, as inferred")
-        if node.op == "call_function":
-            node.meta[_PREMISES] = premises
+        known[node] = found
     return None
 
 
-def _are_the_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _infer(node: fx.Node) -> Type:
+def _inferred(program: Program, node: fx.Node) -> Type:
+    """What a node's type follows to be; of inputs and results, which follow from nothing, what it is said to be."""
+    if node.op == "call_module":
+        return tuple(type_of(v) for v in program.functions[str(node.target)].results)
+    if node.op != "call_function":
+        return type_of(node)
+    if node.target is operator.getitem:
+        source = type_of(node.args[0])
+        assert isinstance(source, tuple)
+        return source[node.args[1]]
     return infer(node.target, node.args, node.kwargs, type_of)
-
-
-def _element(node: fx.Node) -> Type:
-    source = type_of(node.args[0])
-    assert isinstance(source, tuple)
-    return source[node.args[1]]
 
 
 # -- facts -------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def turned(program: Program, plan: Plan) -> Violation | None:
         return Violation(turns[1], "a second turn", "one turn from forward to backward")
     past = not turns
     for node in program.computes:
-        if node in turns:
+        if node.target is TURN:
             past = True
         elif note(node).phase == "backward" and (not past or not turns):
             return Violation(node, "a backward node in front of the turn", "forward nodes only")

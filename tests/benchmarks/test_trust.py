@@ -11,9 +11,9 @@ from trust import errors, measure_all, parse_args, summary, table, tasks
 
 SCRIPT = Path(trust.__file__)
 CELL = {
-    "model": "opt-1.3b", "batch": 8, "seq": 1024, "accumulate": 1, "budget": "24GB", "device": "NVIDIA H200",
-    "torch": "2.11.0", "rates": "NVIDIA H200, measured", "binds": "device", "bound_s": 0.14, "predicted_s": 0.15,
-    "measured_s": 0.16, "predicted_bytes": 20_000, "measured_bytes": 19_000,
+    "model": "opt-1.3b", "batch": 8, "seq": 1024, "accumulate": 1, "microbatches": None, "budget": "24GB",
+    "device": "NVIDIA H200", "torch": "2.11.0", "rates": "NVIDIA H200, measured", "binds": "device", "bound_s": 0.14,
+    "predicted_s": 0.15, "measured_s": 0.16, "predicted_bytes": 20_000, "measured_bytes": 19_000,
 }  # fmt: skip
 FAILED = {**{name: CELL[name] for name in (*trust.POINT, "device", "torch")}, "batch": 16, "error": "no | room"}
 WORDS = ["--models", "opt-1.3b", "--budgets", "24GB", "none", "--batches", "8", "16", "--json", "trust.json"]
@@ -25,6 +25,10 @@ def test_what_is_known_is_not_measured_again_and_what_failed_is() -> None:
     left = tasks(args, "opt-1.3b", [CELL, FAILED])
     assert [(task.budget, task.batch) for task in left] == [("24GB", 16), (None, 8), (None, 16)]
     assert len(tasks(parse_args([*WORDS, "--accumulate", "4"]), "opt-1.3b", [CELL])) == 4
+    left = tasks(parse_args([*WORDS, "--microbatches", "auto", "4"]), "opt-1.3b", [CELL, {**CELL, "microbatches": 4}])
+    assert [(task.budget, task.batch, task.microbatches) for task in left] == [
+        ("24GB", 16, None), ("24GB", 16, 4), (None, 8, None), (None, 8, 4), (None, 16, None), (None, 16, 4),
+    ]  # fmt: skip
 
 
 def test_cells_of_several_goes_are_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +47,7 @@ def test_the_table_says_how_far_off_predictions_are() -> None:
         "2 cells: step 15.6% off on average, 25.0% at worst; device peak 12.6% off on average, 20.0% at worst; "
         "1 peaks above the planned ones."
     )
+    assert "| opt-1.3b | 8 x 1024, 4 microbatches | 24GB |" in table([{**CELL, "microbatches": 4}])
     lines = table([CELL, FAILED]).splitlines()
     assert lines[-2] == "| opt-1.3b | 8 x 1024 | 24GB | 0.160 s | 0.150 s | -6.2% | device | 0.140 s | 95.0% |"
     assert lines[-1] == "| opt-1.3b | 16 x 1024 | 24GB | no / room | | | | | |"

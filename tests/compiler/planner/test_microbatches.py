@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.microbatches import Decision, fewest
 from geminifx.compiler.planner.refusal import HostBudgetError
 from geminifx.compiler.planner.search import Solution
@@ -21,7 +22,7 @@ def finding(needs: dict[int, int], budget: int, seconds: dict[int, float] | None
         if needs[count] > budget:
             raise BudgetError(f"{count} need {needs[count]}", smallest_bytes=needs[count])
         estimate = Estimate(step_s=(seconds or {}).get(count, 1.0))
-        return Solution(Plan(microbatches=count, estimate=estimate), Program("training")), None
+        return Solution(Plan(microbatches=count, estimate=estimate), Flat(Program("training"))), None
 
     return find
 
@@ -32,6 +33,14 @@ def chosen(find: Callable[[int], Decision], examples: int) -> int:
 
 def test_the_whole_batch_where_it_fits() -> None:
     assert chosen(finding({1: 90}, 90), 8) == 1
+
+
+def test_the_number_that_was_not_taken_is_told() -> None:
+    needs = {1: 90, 2: 95, 4: 60, 8: 40}
+    for seconds, what in (({4: 1.0, 8: 0.96}, "4 microbatches"), ({4: 1.0, 8: 0.98}, "8 microbatches")):
+        (told,) = fewest(finding(needs, 60, seconds), 8)[0].plan.alternatives
+        assert told.what == what and told.step_s == seconds[int(what[0])]
+    assert fewest(finding(needs, 100), 8)[0].plan.alternatives == (), "of the whole batch no other was weighed"
 
 
 def test_as_few_as_fit_or_twice_as_many_where_those_are_faster() -> None:

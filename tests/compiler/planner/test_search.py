@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.refusal import HostBudgetError
-from geminifx.compiler.planner.search import Constraints, Solution, check, solve
-from geminifx.compiler.rates.rates import ARENA
+from geminifx.compiler.planner.search import Constraints, Solution, Weighed, check, solve
+from geminifx.compiler.rates.rates import ARENA, Rates
 from geminifx.passes.program.plan import Plan
-from geminifx.passes.program.program import Program
 from geminifx.passes.program.request import Policy, Request
 from geminifx.passes.program.text import parse_program
 from geminifx.runtime.isa.errors import BudgetError
@@ -32,7 +32,7 @@ def layout(trainable: bool = True, dtype: torch.dtype = torch.float32) -> Layout
     return Layout(tuple(ChunkLayout(i, NUMEL, dtype, torch.float32, trainable, s) for i, s in enumerate(slots)))
 
 
-def lower(plan: Plan, values: int = 16) -> Program:
+def lower(plan: Plan, values: int = 16) -> Weighed:
     """A program that uses one chunk after the other, in each with an activation of 64 bytes (so many `values`)
     beside it; with prefetch the next chunk is fetched in front of the release of the last."""
     name = {torch.float32: "f32", torch.bfloat16: "bf16"}[plan.layout.chunks[0].dtype]
@@ -50,7 +50,14 @@ def lower(plan: Plan, values: int = 16) -> Program:
         ]
         held = f"w{i}"
     lines += [f"    geminifx.release({held}, {CHUNKS - 1})", "    return {}"]
-    return parse_program("\n".join(lines) + "\n")
+    return weighed("\n".join(lines) + "\n", plan)
+
+
+def weighed(text: str, plan: Plan, rates: Rates = ARENA) -> Weighed:
+    return Weighed.of(Flat(parsed(text)), plan, rates)
+
+
+parsed = cache(parse_program)
 
 
 ON_DEMAND = INPUT + ACTIVATION + WEIGHTS  # one chunk, one activation
@@ -185,7 +192,7 @@ def test_masters_of_a_model_in_training_stay_where_they_are() -> None:
 def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_shares() -> None:
     seen: list[tuple[str, ...]] = []
 
-    def watched(candidate: Plan) -> Program:
+    def watched(candidate: Plan) -> Weighed:
         seen.append(candidate.recompute)
         return lower(candidate)
 
@@ -198,18 +205,18 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
 
-def recomputing(candidate: Plan, blocks: int) -> Program:
+def recomputing(candidate: Plan, blocks: int) -> Weighed:
     """Every one of the blocks keeps 64 bytes, or multiplies once more."""
-    return _recomputing(len(candidate.recompute), blocks)
+    return weighed(_recomputing(len(candidate.recompute), blocks), candidate)
 
 
 @cache
-def _recomputing(count: int, blocks: int) -> Program:
+def _recomputing(count: int, blocks: int) -> str:
     kept = f'"f32[{16 * (blocks + 1 - count)}]'
     lines = ["def evaluation(", f'    x: {kept} | input:0",', '    a: "f32[2, 2] | input:1",', "):", "    # forward"]
     lines += [f'    y: {kept}" = aten.exp.default(x)']
     lines += [f'    m{i}: "f32[2, 2]" = aten.mm.default(a, a)' for i in range(count)]
-    return parse_program("\n".join([*lines, "    return {}"]) + "\n")
+    return "\n".join([*lines, "    return {}"]) + "\n"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 7, 12, 16, 24, 30, 48])
@@ -222,7 +229,7 @@ def test_the_planner_recomputes_the_fewest_blocks_that_do(number: int) -> None:
         assert found.recompute == blocks[:count]
 
 
-def offloading(candidate: Plan, blocks: int) -> Program:
+def offloading(candidate: Plan, blocks: int, rates: Rates) -> Weighed:
     """Every one of the blocks keeps 64 bytes where it begins and 64 more, unless these are on the host; those others
     can be multiplied once more, too."""
     again, there = set(candidate.recompute), set(candidate.offload)
@@ -237,7 +244,7 @@ def offloading(candidate: Plan, blocks: int) -> Program:
             f'    r{i}: "f32[4]" = geminifx.reload(h{i})',
             f'    z{i}: "f32[4]" = geminifx.arrive(r{i}, h{i})',
         ]
-    return parse_program("\n".join([*lines, "    return {}"]) + "\n")
+    return weighed("\n".join([*lines, "    return {}"]) + "\n", candidate, rates)
 
 
 BLOCKS = tuple(f"b{i}" for i in range(8))
@@ -246,7 +253,9 @@ BLOCKS = tuple(f"b{i}" for i in range(8))
 def offloaded(found: Limits, **given: Any) -> Plan:
     choices = {"offload": None, **given}
     constraints = Constraints(choices.pop("recompute", None), BLOCKS, **choices)
-    return solve(Plan(Request("cpu"), layout()), partial(offloading, blocks=8), found, constraints).plan
+    return solve(
+        Plan(Request("cpu"), layout()), partial(offloading, blocks=8, rates=found.rates), found, constraints
+    ).plan
 
 
 @pytest.mark.parametrize("count", [2, 4, 6, 8])

@@ -1,0 +1,113 @@
+"""Homes for the chunks of a program: as much on the device as fits, and what is one move away from that."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ...passes.program.plan import Plan
+from ...runtime.isa.homes import Home, Homes, Where, moved, resident
+from ...runtime.isa.layout import ChunkLayout
+from .memory import Memory
+from .simulate import StepTime
+
+STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+"""Shares of the chunks that may be updated on the device although their states lie on the host."""
+
+LEAST_GAIN, MOST_MOVES = 0.01, 16
+"""A move is made where the modelled step is shorter by this share, and so many at most."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One chunk goes elsewhere: homes then, and what a step takes."""
+
+    what: str
+    homes: Homes
+    step_s: float
+
+
+def least(plan: Plan, placed: Homes | None) -> Homes:
+    """What the policy puts on the device whatever the room. States that are `placed` already stay where they are."""
+    cuda = plan.request.policy == "cuda"
+    where, spare = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks), [False] * len(plan.layout.chunks)
+    if placed is not None:
+        where, spare = [home.where for home in placed], [home.spare for home in placed]
+    stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
+    return tuple(map(Home, where, stays, spare))
+
+
+def candidates(plan: Plan, memory: Memory, placed: Homes | None) -> list[Homes]:
+    """Ways to fill the device: as it is, and with a share of what the host holds updated on the device."""
+    begin = least(plan, placed)
+    if plan.request.policy != "auto" or not memory.fits(begin):
+        return [begin]
+    found = [_filled(plan, memory, begin, placed)]
+    for share in STREAMED_SHARES if plan.format.beside and placed is None else ():
+        # What is streamed is decided first, since its buffers take room; chunks that then fit whole, stay.
+        spread = tuple(
+            replace(home, where=Where.STREAMED) if chunk.trainable and is_picked(chunk.index, share) else home
+            for chunk, home in plan.placed(begin)
+        )
+        found.append(_filled(plan, memory, spread, placed))
+    return [homes for homes in found if memory.fits(homes)]
+
+
+def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> Homes:
+    """Keep more on the device, chunk by chunk, as long as it fits: first weights, then whole states."""
+    for chunk in plan.layout.chunks:
+        if plan.request.zero == 3 and chunk.shards > 1:
+            continue
+        grown = resident(homes, chunk.index)
+        homes = grown if memory.fits(grown) else homes
+    if placed is None:
+        for index, home in enumerate(homes):
+            grown = moved(homes, index, replace(home, where=Where.DEVICE))
+            homes = grown if memory.fits(grown) else homes
+    return homes
+
+
+def is_picked(index: int, share: float) -> bool:
+    """Whether number `index` is one of the `share` of all that is picked, evenly spread."""
+    return int((index + 1) * share) > int(index * share)
+
+
+# -- one move away -----------------------------------------------------------------------------------------
+
+
+def best_nearby(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None) -> tuple[Homes, list[Move]]:
+    """The plan's homes after the moves of one chunk that make the step shorter, and the moves from there that fit."""
+    homes, step_s = plan.homes, plan.estimate.step_s
+    for _ in range(MOST_MOVES):
+        near = list(_moves(plan, memory, time, homes, placed))
+        best = min(near, key=lambda move: move.step_s, default=None)
+        if best is None or best.step_s >= (1 - LEAST_GAIN) * step_s:
+            return homes, near
+        homes, step_s = best.homes, best.step_s
+    return homes, []
+
+
+def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Homes | None) -> Iterator[Move]:
+    """The first and the last of the chunks that are alike and at home alike, elsewhere."""
+    if plan.request.policy != "auto":
+        return
+    alike: dict[tuple[object, Home], list[ChunkLayout]] = {}
+    for chunk, home in plan.placed(homes):
+        alike.setdefault(((chunk.numel, chunk.dtype, chunk.trainable), home), []).append(chunk)
+    for (_, home), chunks in alike.items():
+        for chunk, other in product(dict.fromkeys((chunks[0], chunks[-1])), _elsewhere(plan, chunks[0], home, placed)):
+            grown = moved(homes, chunk.index, other)
+            if memory.fits(grown) and not memory.beyond_host(grown):
+                what = f"chunk {chunk.index}: {other.text}, not {home.text}"
+                yield Move(what, grown, time.seconds(plan, grown))
+
+
+def _elsewhere(plan: Plan, chunk: ChunkLayout, home: Home, placed: Homes | None) -> Iterator[Home]:
+    """All other homes that a chunk may have."""
+    wheres = list(Where) if placed is None else [home.where]
+    stays = [False] if plan.request.zero == 3 and chunk.shards > 1 else [False, True]
+    for where, stay in product(wheres, stays):
+        other = replace(home, where=where, resident=stay)
+        is_same = other == home or (where is home.where is Where.DEVICE and chunk.shards == 1)
+        may_stream = chunk.trainable and plan.format.beside
+        if not is_same and (where is not Where.STREAMED or may_stream):
+            yield other

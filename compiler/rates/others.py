@@ -1,0 +1,66 @@
+"""Who else uses a machine while it is measured."""
+
+import os
+import time
+
+import psutil
+import torch
+
+from ...runtime.isa.units import format_bytes
+
+OTHERS_BYTES = 2 * 2**30
+"""Device memory that nobody of this process holds, and that is more than its driver context."""
+
+BUSY_PERCENT = 20
+"""Of a GPU's time, or of the host's."""
+
+
+def used_by_others(device: torch.device, needed_bytes: int) -> str | None:
+    """What others do with a GPU, if they do, or that they leave less of its memory than is needed."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    theirs = total - free - torch.cuda.memory_reserved(device)
+    if theirs > OTHERS_BYTES:
+        return f"{format_bytes(theirs)} of the GPU's memory are held by others"
+    if free < needed_bytes:
+        return f"{format_bytes(free)} of the GPU's memory are free, {format_bytes(needed_bytes)} are needed"
+    try:
+        busy = torch.cuda.utilization(device) if needed_bytes else 0  # where nothing is needed, it is ours by now
+    except Exception:  # the library that tells is not installed, or may not ask, each of which is another error
+        return None
+    return f"the GPU is {busy} % busy already" if busy > BUSY_PERCENT else None
+
+
+class HostWatch:
+    """Looks on from when it is made: how much of the processors' time do others take?"""
+
+    def __init__(self) -> None:
+        self.began_s, self.all_s, self.own_s = time.perf_counter(), _all_busy_s(), _own_busy_s()
+
+    def others(self, processes: int = 1) -> str | None:
+        """That others keep the host busy, if they do. Of so many of our processes each takes as much as this one."""
+        cores, passed_s = len(_cores()), time.perf_counter() - self.began_s
+        theirs_s = _all_busy_s() - self.all_s - processes * (_own_busy_s() - self.own_s)
+        percent = 100 * theirs_s / (cores * passed_s)
+        if percent <= BUSY_PERCENT:
+            return None
+        return f"others keep {percent:.0f} % of the host's {cores} cores busy"
+
+
+def _cores() -> set[int]:
+    """Those that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _all_busy_s() -> float:
+    """Of these cores, since the machine was started."""
+    idle = lambda times: times.idle + getattr(times, "iowait", 0.0)  # noqa: E731
+    found = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in _cores()]
+    counted_twice = lambda times: getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # noqa: E731
+    return sum(sum(times) - idle(times) - counted_twice(times) for times in found)
+
+
+def _own_busy_s() -> float:
+    times = psutil.Process().cpu_times()
+    return times.user + times.system
