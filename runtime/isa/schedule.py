@@ -12,7 +12,7 @@ the gradients of what the stage was given, which the stage in front waits for, a
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -21,8 +21,7 @@ _RANK = re.compile(r"rank (\d+):(.*)", re.ASCII)
 _ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)", re.ASCII)
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One stage's work on one microbatch: F forward, B whole backward, I gradients of inputs, W those of weights."""
 
     stage: int
@@ -97,6 +96,13 @@ class Schedule:
             return (Action(stage, microbatch, "I"),)
         forward = Action(stage, microbatch, "F")
         return (forward,) if stage + 1 == self.stages else (forward, self.backward(stage + 1, microbatch))
+
+    def reader(self, action: Action) -> Action | None:
+        """The action of the next stage that waits for a forward, or of the stage in front that waits for a backward."""
+        if action.kind == "F":
+            last = action.stage + 1 == self.stages
+            return None if last else Action(action.stage + 1, action.microbatch, "F")
+        return None if action.kind == "W" or not action.stage else self.backward(action.stage - 1, action.microbatch)
 
     def backward(self, stage: int, microbatch: int) -> Action:
         """The action that computes the gradients of a stage's inputs: a whole backward, or its first part."""

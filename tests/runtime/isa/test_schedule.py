@@ -49,6 +49,13 @@ def test_what_an_action_waits_for():
         assert " ".join(map(str, schedule.needs(Action.parse(action)))) == needed
 
 
+def test_what_waits_for_an_action():
+    schedule = Schedule.parse(TEXT)
+    readers = {"F0.0": "F1.0", "F2.0": None, "I2.0": "B1.0", "W2.0": None, "B2.1": "B1.1", "B0.0": None}
+    for action, reader in readers.items():
+        assert schedule.reader(Action.parse(action)) == (reader and Action.parse(reader))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
