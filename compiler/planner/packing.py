@@ -40,10 +40,8 @@ def pack(
     dtypes: Mapping[str, torch.dtype],
     mesh: Mesh = ONE_PROCESS,
     owners: Mapping[str, Owners] = MappingProxyType({}),
-    pipeline_rank: int = 0,
 ) -> Layout:
-    """The layout of a captured model's parameters; in a pipeline, whose `owners` it is told, of those that the process
-    has which is number `pipeline_rank` there.
+    """The layout of a captured model's `parameters`: in a pipeline, whose `owners` are of all, those of one process.
 
     A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
     over the same axes of the mesh, whose gradients are summed over the same, and which the same processes of a
@@ -58,9 +56,7 @@ def pack(
     opened: dict[_Kind, _Open] = defaultdict(_Open)
     closed: list[tuple[_Kind, _Open]] = []
     inside = ""
-    for name in _order_of_use(program, tied):
-        if pipeline_rank not in owners.get(name, (pipeline_rank,)):
-            continue
+    for name in (name for name in _order_of_use(program, tied) if name in inputs):
         parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
         if inside != previous and sum(c.numel * key[0].itemsize for key, c in opened.items()) >= limit_bytes // 2:
             closed += opened.items()
@@ -83,8 +79,7 @@ def pack(
     for i, (key, made) in enumerate(closed):
         axes = mesh.reduction_axes(made.slots[0].placement)
         chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes))
-    owned = tuple((name, owners[name]) for name in parameters) if owners else ()
-    return Layout(tuple(chunks), tuple(tied.items()), owned)
+    return Layout(tuple(chunks), tuple(tied.items()), tuple(owners.items()))
 
 
 def divide(layout: Layout, shards: Callable[[ChunkLayout], int]) -> Layout:
