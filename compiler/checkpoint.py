@@ -153,7 +153,7 @@ def _model_tensors(session: Session, writing: bool) -> dict[str, Stored]:
     """Masters and the buffers that a state_dict holds; of these, which all have, rank 0 alone writes."""
     store = session.store()
     store.finish()
-    found = {f"model.{name}": store.stored_master(name) for name in store.chunks.layout.places}
+    found = {f"model.{name}": store.stored_master(name) for name in session.names().values()}
     kept = session.source.state_dict().keys()
     for name, buffer in session.source.named_buffers():
         if name in kept:

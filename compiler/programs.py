@@ -113,7 +113,7 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
     Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
     batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
     """
-    layout = plan.layout
+    layout, mesh = plan.layout, plan.mesh
     divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
     order = [
         (str(node.target), node.args[0 if node.target is FETCH else 1 :])
@@ -121,14 +121,20 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
         if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
     ]
     return Exchanges(
-        inside=_digest(print_program(program)) if plan.mesh.tensor_axes else "",
-        between=_digest(f"{chunks_alike(plan)} {order}") if order and plan.mesh.data_size > 1 else "",
+        inside=_digest(print_program(program)) if mesh.tensor_axes or mesh.pipeline_axes else "",
+        between=_digest(f"{state_alike(plan)} {chunks_alike(plan)} {order}") if order and mesh.data_size > 1 else "",
+        common=f"{state_alike(plan)} {plan.microbatches}" if mesh.pipeline_axes else "",
     )
 
 
+def state_alike(plan: Plan) -> str:
+    """A digest of what all ranks must have alike of the training state before any program runs."""
+    return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout.owned}")
+
+
 def chunks_alike(plan: Plan) -> str:
-    """A digest of what all ranks must have alike before any program runs."""
-    return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout}")
+    """A digest of what those must have alike, too, that have the same layers."""
+    return _digest(str(plan.layout))
 
 
 def _digest(text: str) -> str:

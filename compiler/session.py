@@ -41,7 +41,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged
+from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged, state_alike
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -303,7 +303,7 @@ class Session:
                 move_buffers(self.source, self.device.torch_device)
             self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
             if not self._are_shared:
-                self.ranks.check_alike("the model", chunks_alike(setup.plan))
+                self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
                 share_values(self.source, self.ranks, self.device.torch_device)
             self._are_shared = True
             with without_weak_references(self.source):

@@ -22,11 +22,16 @@ from .collectives import Collectives
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Digests of all that decides what is exchanged: `inside` with those that share this process's tensors, `between`
-    with all; "" for nothing."""
+    """Digests of all that decides what is exchanged: `inside` with those that share this process's batch, `between`
+    with those that have other batches and the same layers; "" for nothing.
+
+    Where those that share a batch run other layers, each other programs, theirs differ, and `common` is what they have
+    alike.
+    """
 
     inside: str = ""
     between: str = ""
+    common: str = ""
 
 
 NOTHING = Exchanges()
@@ -34,12 +39,16 @@ NOTHING = Exchanges()
 
 @dataclass
 class Clock:
-    """Counts training steps, and has what this process is `doing`, for messages. `due` is what that exchanges, as long
-    as the ranks have not agreed on it."""
+    """Counts training steps, and has what this process is `doing`, and `behind` what, for messages. `due` is what that
+    exchanges, as long as the ranks have not agreed on it."""
 
     step: int = 0
     doing: str = "beginning"
+    behind: str = ""
     due: Exchanges = NOTHING
+
+    def __str__(self) -> str:
+        return self.doing + self.behind
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
     more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
     that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in. `sharing` is the
-    group, on the host, of those that share this one's batch and tensors, `everyone` the one of all, in which they agree
-    on what they are about to exchange. `apart_group` is the one for what they tell each other, where that is not
-    torch.distributed's own. In an exchange they wait for each other for `timeout`."""
+    group, on the host, of those that share this one's batch, each with a part of the tensors or of the layers, `alike`
+    the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
+    about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
+    own. In an exchange they wait for each other for `timeout`."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -58,7 +68,7 @@ class Ranks:
     clock: Clock = field(default_factory=Clock)
     reduce_dtype: ReduceDtype = "fp32"
     sharing: Any = None
-    everyone: Any = None
+    alike: Any = None
     timeout: timedelta = timedelta(seconds=300)
     apart_group: Any = None
 
@@ -83,17 +93,22 @@ class Ranks:
                 _enter(device, timeout)
             sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
             made = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-            sharing, everyone = _sharing(mesh, timeout), _host_group(timeout)
+            shares = bool(mesh.tensor_axes or mesh.pipeline_axes)
+            sharing = _host_group(mesh, mesh.data_rank, timeout) if shares else None
+            alike = _host_group(mesh, mesh.pipeline_rank, timeout)
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
-                    everyone=everyone, timeout=timeout)  # fmt: skip
+                    alike=alike, timeout=timeout)  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
     def join_axes(self, several: Iterable[tuple[str, ...]], device: torch.device) -> None:
-        """Make the process groups of several axes taken together, as far as they are not there. All ranks call it with
-        the same ones, whose groups are made in one order everywhere."""
-        for names in sorted(set(several) - {()}):
+        """Make the process groups of several axes taken together, as far as they are not there. All ranks call it, and
+        make those that any of them asks for, in one order everywhere."""
+        asked = set(several)
+        if self.mesh.pipeline_axes:  # each has layers of its own
+            asked = set().union(*self.gather(asked))
+        for names in sorted(asked - {()}):
             if self.together and names not in self.groups:
                 with _meeting():
                     self.groups[names] = _group(self.mesh, names, device)
@@ -105,8 +120,8 @@ class Ranks:
             return self
         self.meet("the first save in the background")
         with _meeting():
-            group = _host_group(self.timeout)
-        return replace(self, clock=Clock(self.clock.step), everyone=None, apart_group=group)
+            group = _host_group(self.mesh, lambda rank: 0, self.timeout)
+        return replace(self, clock=Clock(self.clock.step), alike=None, apart_group=group)
 
     @property
     def size(self) -> int:
@@ -173,10 +188,12 @@ class Ranks:
         if failed:
             raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
 
-    def check_alike(self, what: str, digest: str) -> None:
-        """Raises StateError where the ranks' digests differ, naming those that do."""
-        digests = self.gather(digest)
-        others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    def check_alike(self, what: str, digest: str, of_layers: str = "") -> None:
+        """Raises StateError where the ranks' digests differ, naming those that do. Those `of_layers` are alike where
+        these are the same."""
+        found = list(enumerate(self.gather((digest, of_layers))))
+        firsts = {self.mesh.pipeline_rank(rank): (found[0][1][0], own) for rank, (_, own) in reversed(found)}
+        others = [rank for rank, each in found if each != firsts[self.mesh.pipeline_rank(rank)]]
         if others:
             raise StateError(
                 f"{what} of rank(s) {', '.join(map(str, others))} differs from that of rank 0; every rank must build "
@@ -186,19 +203,25 @@ class Ranks:
     def check_call(self, call: str) -> None:
         """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
         wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
-        self.clock.doing = "a call of the model"
+        self.clock.doing, self.clock.behind = "a call of the model", ""
         told = self._unlike(self.sharing, call, call)
         if told:
             others = [f"rank {rank} with {text}" for rank, text in told.items() if text != call]
             raise StateError(
-                f"ranks that shard tensors together were called in different ways: rank {self.rank} with {call}, "
-                f"{', '.join(others)}; give all of them the same batches, and let all of them evaluate"
+                f"ranks that shard tensors or layers together were called in different ways: rank {self.rank} with "
+                f"{call}, {', '.join(others)}; give all of them the same batches, and let all of them evaluate"
             )
 
-    def begin(self, what: str, exchanges: Exchanges) -> None:
-        """A program starts to run, or goes on: before its first collective the ranks are to agree on it. One that comes
-        to none may be run by some of them."""
-        self.clock.doing, self.clock.due = what, NOTHING if self.everyone is None else exchanges
+    def begin(self, what: str, exchanges: Exchanges, behind: str = "") -> None:
+        """A program starts to run, or goes on, `behind` so many others: before its first collective the ranks are to
+        agree on it. One that comes to none may be run by some of them.
+
+        In a pipeline they agree at once: there each runs a program of its own, which may come to none where others do.
+        """
+        self.clock.doing, self.clock.behind = what, behind
+        self.clock.due = NOTHING if self.alike is None else exchanges
+        if self.mesh.pipeline_axes:
+            self._agree()
 
     def end(self) -> None:
         """It sleeps or has ended."""
@@ -209,12 +232,18 @@ class Ranks:
         self.begin(what, Exchanges(inside=what if self.sharing is not None else "", between=what))
         self._agree()
 
+    def meet_alike(self, what: str) -> None:
+        """As `meet`, of those alone that have the same layers."""
+        self.begin(what, Exchanges(between=what))
+        self._agree()
+
     def _agree(self) -> None:
         """Raises StateError, on all ranks that exchange, where they do not do the same: a collective would wait for
         others that never come to it, or meet another one."""
-        what, exchanges, self.clock.due = self.clock.doing, self.clock.due, NOTHING
-        for group, digest in ((self.sharing, exchanges.inside), (self.everyone, exchanges.between)):
-            told = self._unlike(group, what, f"{what} {digest}") if digest else {}
+        what, exchanges, self.clock.due = str(self.clock), self.clock.due, NOTHING
+        for group, digest in ((self.sharing, exchanges.inside), (self.alike, exchanges.between)):
+            common = f"{self.clock.doing} {exchanges.common}"
+            told = self._unlike(group, what, common, f"{self.clock.behind} {digest}") if digest else {}
             if len(set(told.values())) > 1:
                 doing = "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
                 raise StateError(
@@ -230,13 +259,18 @@ class Ranks:
                     "ranks batches of one shape"
                 )
 
-    def _unlike(self, group: Any, told: str, digest: str) -> dict[int, str]:
-        """What each member of a group tells, where their digests are not all alike."""
+    def _unlike(self, group: Any, told: str, common: str, of_layers: str = "") -> dict[int, str]:
+        """What each member of a group tells, where what they have in `common` is not the same for all of them, or what
+        is `of_layers` for those that have the same ones."""
         members = dist.get_process_group_ranks(group)
-        own = torch.tensor(zlib.crc32(digest.encode()))
+        own = torch.tensor([zlib.crc32(text.encode()) for text in (common, of_layers)])
         found = [torch.empty_like(own) for _ in members]
         self._run(dist.all_gather, found, own, group=group)
-        return {} if all(one == own for one in found) else dict(zip(members, self._tell(group, told), strict=True))
+        distinct = {(self.mesh.pipeline_rank(rank), *each.tolist()) for rank, each in zip(members, found, strict=True)}
+        places, commons = ({each[i] for each in distinct} for i in (0, 1))
+        if len(distinct) == len(places) and len(commons) == 1:
+            return {}
+        return dict(zip(members, self._tell(group, told), strict=True))
 
     def _tell(self, group: Any, value: Any) -> list[Any]:
         """What every member of a group has for `value`."""
@@ -253,13 +287,13 @@ class Ranks:
             own = taken_together(names_of(self.mesh.batch_axes))
             raise StateError(
                 f"rank(s) {', '.join(map(str, others))} called the model with another batch than the ranks that they "
-                "shard tensors with; give all of them the same one (geminifx.shard_dataloader does)"
+                "shard tensors or layers with; give all of them the same one (geminifx.shard_dataloader does)"
                 + (f", and other ones only to ranks elsewhere along {own}" if own else "")
             )
 
     def share_randomness(self) -> None:
         """Seed the ranks that share a batch alike: what each of them computes whole must drop the same elements."""
-        if self.together and self.mesh.tensor_axes:
+        if self.sharing is not None:
             torch.manual_seed(self.gather(torch.initial_seed())[0] + self.data_rank)
 
     def check_launched(self) -> None:
@@ -281,20 +315,18 @@ class Ranks:
             return collective(*args, **kwargs)
         except RuntimeError as error:
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__} ({self.clock.doing}), in "
+                f"rank {self.rank} of {self.size} lost the others in {collective.__name__} ({self.clock}), in "
                 f"step {self.clock.step}: one of them has died, see its own error, or does something else, such as a "
                 f"step that the others do not take ({error}). Restart all from the last checkpoint"
             ) from error
 
 
-def _sharing(mesh: Mesh, timeout: timedelta) -> Any:
-    """The group of those that share this process's batch; None where tensors are whole."""
-    if not mesh.tensor_axes:
-        return None
-    by_batch: dict[int, list[int]] = {}
+def _host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> Any:
+    """The group, on the host, of those that are of the same kind as this process."""
+    by_kind: dict[int, list[int]] = {}
     for rank in range(mesh.size):
-        by_batch.setdefault(mesh.data_rank(rank), []).append(rank)
-    group, _ = dist.new_subgroups_by_enumeration(list(by_batch.values()), timeout=timeout, backend="gloo")
+        by_kind.setdefault(kind(rank), []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(list(by_kind.values()), timeout=timeout, backend="gloo")
     return group
 
 
@@ -320,11 +352,6 @@ def _enter(device: torch.device, timeout: timedelta) -> None:
     else:
         dist.init_process_group("gloo", timeout=timeout)
         atexit.register(_leave)
-
-
-def _host_group(timeout: timedelta) -> Any:
-    """A group of all processes that exchanges on the host."""
-    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _group(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:
