@@ -1,6 +1,6 @@
 """Run a batch as microbatches through the stages of a pipeline: of all that one rank's part, in its schedule's order.
 
-    before, on two ranks:  F0.0 F0.1 B0.0 B0.1            after, on rank 0
+    before, for two ranks: F0.0 F0.1 B0.0 B0.1            after, on rank 0
                            F1.0 B1.0 F1.1 B1.1
     # forward: layers.0                                   # forward F0.0: layers.0
     x = geminifx.microbatch(batch, 0, 2)                  x = geminifx.microbatch(batch, 0, 2)
@@ -8,12 +8,12 @@
     # forward: layers.1                                   geminifx.send(h, 1)
     y = aten.mm.default(h, v)                             # forward F0.1: layers.0
     ...                                                   ... x_1, h_1 likewise
-    # backward: layers.1                                  # forward B0.0: layers.0
-    dv = aten.mm.default(ht, dy)                          dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
-    dh = aten.mm.default(dy, vt)                          dw = aten.mm.default(xt, dh)
-    # backward: layers.0                                  total = aten._to_copy.default(dw, dtype=torch.float32)
-    dw = aten.mm.default(xt, dh)                          # backward
-                                                          scale = aten.div.Tensor(tangent, expected)
+    # backward: layers.1                                  # backward
+    dv = aten.mm.default(ht, dy)                          scale = aten.div.Tensor(tangent, expected)
+    dh = aten.mm.default(dy, vt)                          # backward B0.0: layers.0
+    # backward: layers.0                                  dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
+    dw = aten.mm.default(xt, dh)                          dw = aten.mm.default(xt, dh)
+                                                          total = aten._to_copy.default(dw, dtype=torch.float32)
                                                           # backward B0.1: layers.0
                                                           ... dh_1, dw_1, total_1 likewise
                                                           total_2 = aten.mul_.Tensor(total_1, scale)
@@ -23,8 +23,9 @@ A value that is made in a stage of one rank and read in a stage of another is se
 in front of its first reader, behind all that was sent before it. A parameter that stages of several ranks read lies on
 each of them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
 
-The backward of all but the last microbatch runs in front of the turn, with the tangent that is expected: 1, or the loss
-scale of float16. What comes in at the turn over that multiplies the sums, behind the turn, where gradients leave.
+Backwards that run in front of the turn, which stands behind the rank's last forward, need the tangent before it comes.
+All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the turn over that
+multiplies the sums, behind the turn, where gradients leave.
 Random numbers are those of one process, whose draws every rank leads its generator through.
 """
 

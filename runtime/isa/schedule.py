@@ -70,13 +70,9 @@ class Schedule:
 
     def turn(self, rank: int) -> int:
         """How many of a rank's actions lie in front of its turn, where it hands the loss to the training loop and
-        waits for `backward()`: all up to the first that completes gradients of a stage's weights, which leave behind
-        the turn alone. What the loss takes is done by then: nobody waits for it who has anything else to do."""
-        actions, last = self.ranks[rank], dict[int, int]()
-        for i, action in enumerate(actions):
-            if action.kind in "BW":
-                last[action.stage] = i
-        return min(last.values(), default=len(actions))
+        waits for `backward()`: those up to its last forward."""
+        forwards = [i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"]
+        return forwards[-1] + 1 if forwards else 0
 
     def forward_alone(self, microbatches: int) -> "Schedule":
         """So many microbatches through the same stages, without a backward."""
