@@ -109,7 +109,9 @@ def _several_stages_in_rounds(shape: Shape) -> str:
 
 
 def _in_rounds(shape: Shape) -> str:
-    """A rank goes through its stages once a round, of as many microbatches as ranks or some more."""
+    """A rank goes through its stages once a round, of as many microbatches as there are ranks or some more."""
+    if shape.microbatches < shape.ranks:
+        return f"{shape.microbatches} microbatches are too few for {shape.ranks} ranks; expected {shape.ranks} or more"
     if _divides(shape.ranks, shape.microbatches):
         return ""
     fewer = next(count for count in range(shape.microbatches, 0, -1) if _divides(shape.ranks, count))
@@ -123,7 +125,7 @@ def _in_rounds(shape: Shape) -> str:
 
 def _divides(ranks: int, microbatches: int) -> bool:
     """Whether all rounds are of equally many microbatches."""
-    return microbatches % max(1, microbatches // ranks) == 0
+    return microbatches % (microbatches // ranks) == 0
 
 
 KINDS = {

@@ -1,12 +1,13 @@
 """A schedule on a clock: what each rank does when, how long it is idle, and what it holds for its backwards."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
-from ....runtime.isa.errors import ArgumentError
+from ....runtime.isa.errors import ArgumentError, wrong_argument
 from ....runtime.isa.schedule import Action, Schedule
 from .check import check_schedule, runnable
 
@@ -29,6 +30,12 @@ class StageCosts:
     backward_s: float
     message_s: float = 0.0
     activation_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < math.inf:
+                raise wrong_argument(field.name, value, "0 or more")
 
     def seconds(self, action: Action) -> float:
         match action.kind:

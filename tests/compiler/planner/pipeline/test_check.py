@@ -36,7 +36,7 @@ def with_rank(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> Sch
     return replace(schedule, ranks=(*schedule.ranks[:rank], actions, *schedule.ranks[rank + 1 :]))
 
 
-@given(schedules(), st.data())
+@given(schedules, st.data())
 def test_two_swapped_actions_are_found_where_they_matter(schedule: Schedule, data: st.DataObject):
     rank = data.draw(st.integers(0, len(schedule.ranks) - 1))
     actions = list(schedule.ranks[rank])
@@ -46,7 +46,7 @@ def test_two_swapped_actions_are_found_where_they_matter(schedule: Schedule, dat
     assert (check(swapped) is None) == can_run(swapped)
 
 
-@given(schedules(), st.data())
+@given(schedules, st.data())
 def test_an_action_that_is_left_out_is_found(schedule: Schedule, data: st.DataObject):
     rank = data.draw(st.integers(0, len(schedule.ranks) - 1))
     actions = schedule.ranks[rank]
@@ -56,7 +56,7 @@ def test_an_action_that_is_left_out_is_found(schedule: Schedule, data: st.DataOb
     assert violation.found == f"no {actions[i]}" and violation.where in (f"rank {rank}", "no rank")
 
 
-@given(schedules(), st.data())
+@given(schedules, st.data())
 def test_an_action_that_stands_twice_is_found(schedule: Schedule, data: st.DataObject):
     rank = data.draw(st.integers(0, len(schedule.ranks) - 1))
     actions = schedule.ranks[rank]
@@ -65,7 +65,7 @@ def test_an_action_that_stands_twice_is_found(schedule: Schedule, data: st.DataO
     assert str(violation) == f"rank {rank} at {actions[i]}: it was done before; expected each action once"
 
 
-@given(schedules().filter(lambda schedule: len(schedule.ranks) > 1), st.data())
+@given(schedules.filter(lambda schedule: len(schedule.ranks) > 1), st.data())
 def test_an_action_on_another_rank_is_found(schedule: Schedule, data: st.DataObject):
     rank = data.draw(st.integers(0, len(schedule.ranks) - 1))
     other = (rank + 1) % len(schedule.ranks)

@@ -9,12 +9,12 @@ from hypothesis import given
 from schedules import schedules
 
 
-@given(schedules())
+@given(schedules)
 def test_every_schedule_can_run(schedule: Schedule):
     assert check(schedule) is None
 
 
-@given(schedules())
+@given(schedules)
 def test_a_stage_takes_microbatches_in_their_order(schedule: Schedule):
     """So its gradients add up as they do without stages."""
     for actions in schedule.ranks:
@@ -24,12 +24,12 @@ def test_a_stage_takes_microbatches_in_their_order(schedule: Schedule):
                 assert taken == sorted(taken)
 
 
-@given(schedules())
+@given(schedules)
 def test_text_parses_back(schedule: Schedule):
     assert Schedule.parse(str(schedule)) == schedule
 
 
-@given(schedules())
+@given(schedules)
 def test_stages_lie_round_about_the_ranks_or_as_a_v(schedule: Schedule):
     ranks = len(schedule.ranks)
     for stage in range(schedule.stages):
@@ -73,6 +73,8 @@ def test_several_stages_of_a_rank_in_gpipe_are_run_one_after_the_other():
             Shape(4, 9, 2),
             "9 microbatches on 4 ranks make 2 rounds, .* expected 8 or 10, or any multiple",
         ),
+        ("interleaved", Shape(4, 3, 2), "3 microbatches are too few for 4 ranks; expected 4 or more"),
+        ("zb1p", Shape(8, 2, 3), "2 microbatches are too few for 8 ranks; expected 8 or more"),
         ("zb1p", Shape(4, 13), "13 microbatches on 4 ranks make 3 rounds, .* expected 12 or 15, or any multiple of 4"),
         ("zbv", Shape(4, 8, 1), "it has 2 stages per rank, not 1; zb1p has any number"),
         ("zbv", Shape(4, 8, 3), "it has 2 stages per rank, not 3"),
@@ -85,7 +87,7 @@ def test_what_does_not_fit_is_refused_with_what_would(name: str, shape: Shape, m
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 def test_the_numbers_of_microbatches_that_a_refusal_names_do_fit(ranks: int):
-    for microbatches in range(1, 60):
+    for microbatches in range(ranks, 60):
         misfit = KINDS["zb1p"].misfit(Shape(ranks, microbatches))
         named = [int(word) for word in misfit.partition("expected ")[2].replace(",", "").split() if word.isdigit()]
         assert all(not KINDS["zb1p"].misfit(Shape(ranks, count)) for count in named)

@@ -1,5 +1,7 @@
 """Schedules on a clock: their bubbles are those of the closed formulas, and what they hold is what they should."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ from geminifx.runtime.isa.schedule import Action, Schedule
 from hypothesis import given
 from schedules import schedules
 
-SHAPES = [(2, 4), (4, 4), (4, 16), (8, 16), (3, 9)]
+SHAPES = [(2, 4), (4, 4), (4, 6), (4, 16), (8, 16), (3, 9)]
 
 
 def simulated(name: str, ranks: int, microbatches: int, stages_per_rank: int = 1) -> Simulated:
@@ -95,7 +97,7 @@ def test_every_action_by_hand():
     assert found.step_s == 1126 and found.idle_s == (16, 1026) and found.bubble == pytest.approx(1042 / 2252)
 
 
-@given(schedules())
+@given(schedules)
 def test_ranks_do_one_thing_at_a_time_and_wait_for_what_they_need(schedule: Schedule):
     found = simulate(schedule, [StageCosts(1 + stage, 2, 3, 4, message_s=0.5) for stage in range(schedule.stages)])
     events = {event.action: event for event in found.events}
@@ -116,3 +118,9 @@ def test_what_cannot_run_is_not_simulated():
     broken = Schedule.parse(str(schedule).replace("F0.0 F0.1", "F0.1"))
     with pytest.raises(ArgumentError, match=r"the schedule 1f1b cannot run: rank 0: no F0\.0"):
         simulate(broken, [StageCosts(1, 1, 1, 2)] * 2)
+
+
+@pytest.mark.parametrize(("field", "value"), [("forward_s", -1.0), ("weight_s", math.nan), ("message_s", math.inf)])
+def test_costs_are_finite_and_not_negative(field: str, value: float):
+    with pytest.raises(ArgumentError, match=f"{field}={value}; expected 0 or more"):
+        replace(StageCosts(1, 1, 1, 2), **{field: value})
