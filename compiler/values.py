@@ -65,6 +65,9 @@ def program_inputs(
             inputs.append(compiled.captured.program.constants[name].to(device))
         elif kind == "number":
             inputs.append(leaves[int(name)])
+        elif kind == "expected":
+            scale = compiled.executor.machine.store.loss_scale
+            inputs.append(torch.full((), scale, dtype=compiled.expected, device=device))
         else:
             leaf = leaves[int(name)]
             if leaf.is_meta:

@@ -59,7 +59,8 @@ class Ranks:
     group, on the host, of those that share this one's batch, each with a part of the tensors or of the layers, `alike`
     the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
     about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
-    own. In an exchange they wait for each other for `timeout`."""
+    own, `channels` are those from one rank of a pipeline to another. In an exchange they wait for each other for
+    `timeout`."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -71,6 +72,7 @@ class Ranks:
     alike: Any = None
     timeout: timedelta = timedelta(seconds=300)
     apart_group: Any = None
+    channels: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
@@ -112,6 +114,29 @@ class Ranks:
             if self.together and names not in self.groups:
                 with _meeting():
                     self.groups[names] = _group(self.mesh, names, device)
+
+    def join_channels(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Make a process group for each pair of a pipeline's ranks of which one sends to the other, as far as they are
+        not there. All ranks call it, and make those that any of them asks for, in one order everywhere."""
+        if not (self.mesh.pipeline_axes and self.together):
+            return
+        asked = set[tuple[int, int]]().union(*self.gather(set(pairs)))
+        places = range(self.mesh.size)
+        for pair in sorted(asked - self.channels.keys()):
+            columns: dict[tuple[int, ...], list[int]] = {}
+            for rank in places:
+                if self.mesh.pipeline_rank(rank) in pair:
+                    columns.setdefault(self._beside_pipeline(rank), []).append(rank)
+            with _meeting():
+                for column, members in columns.items():
+                    group = dist.new_group(members, timeout=self.timeout)
+                    if column == self._beside_pipeline(self.rank):
+                        self.channels[pair] = group
+
+    def _beside_pipeline(self, rank: int) -> tuple[int, ...]:
+        """Where a process stands on the other axes."""
+        axes = (axis for axis in self.mesh.axes if axis not in self.mesh.pipeline_axes)
+        return tuple(self.mesh.coordinate(rank, axis.name) for axis in axes)
 
     def apart(self) -> "Ranks":
         """The same processes, which tell each other what they do over a group of its own, on the host: a thread may,
