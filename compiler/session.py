@@ -291,7 +291,8 @@ class Session:
         setup = self.setup
         if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        if setup.plan.request.zero and not self.ranks.launched:  # nobody is there to have the other shards
+        shares_out = setup.plan.request.zero or setup.plan.layout.owned
+        if shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return

@@ -18,6 +18,7 @@ from ..isa.errors import StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
+from .pulse import Pulse, of_process
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Ranks:
     group, on the host, of those that share this one's batch, each with a part of the tensors or of the layers, `alike`
     the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
     about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
-    own. In an exchange they wait for each other for `timeout`."""
+    own. In an exchange they wait for each other for `timeout`, and by the `pulse` they tell who has died."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -71,6 +72,7 @@ class Ranks:
     alike: Any = None
     timeout: timedelta = timedelta(seconds=300)
     apart_group: Any = None
+    pulse: Pulse | None = None
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
@@ -98,7 +100,7 @@ class Ranks:
             alike = _host_group(mesh, mesh.pipeline_rank, timeout)
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
-                    alike=alike, timeout=timeout)  # fmt: skip
+                    alike=alike, timeout=timeout, pulse=of_process())  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
@@ -314,10 +316,15 @@ class Ranks:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
+            ended = [] if self.pulse is None else self.pulse.ended()
+            whom = f"rank(s) {', '.join(map(str, ended))}" if ended else "the others"
+            why = "which ended, see its own error" if ended else (
+                "one of them has died, see its own error, or does something else, such as a step that the others do "
+                "not take"
+            )  # fmt: skip
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__} ({self.clock}), in "
-                f"step {self.clock.step}: one of them has died, see its own error, or does something else, such as a "
-                f"step that the others do not take ({error}). Restart all from the last checkpoint"
+                f"rank {self.rank} of {self.size} lost {whom} in {collective.__name__} ({self.clock}), in step "
+                f"{self.clock.step}: {why} ({error}). Restart all from the last checkpoint"
             ) from error
 
 

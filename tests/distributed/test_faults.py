@@ -79,7 +79,7 @@ def test_the_death_of_a_rank_ends_the_others(said) -> None:
     found, text = said[0]["death"]
     assert (
         found == "StateError"
-        and "rank 0 of 2 lost the others in all_gather (the backward of a training step behind 1 update(s)), in step 2"
+        and "rank 0 of 2 lost rank(s) 1 in all_gather (the backward of a training step behind 1 update(s)), in step 2"
         in text
         and "last checkpoint" in text
     )
