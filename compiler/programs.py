@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
-from ..passes.program.program import Program
+from ..passes.program.program import Program, tensor_type
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Exchanges
 from ..runtime.executor import Executor, Outlets
-from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
+from ..runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
 from .capture.arguments import leaf_key
 from .capture.guards import Guard, forwards_of
 from .capture.numbers import can_be_input
@@ -49,6 +49,11 @@ class Compiled:
     @property
     def trains(self) -> bool:
         return self.captured.trains
+
+    @property
+    def expected(self) -> torch.dtype:
+        """Of the tangent that the backward begins with where it does not wait for one."""
+        return next(tensor_type(node).dtype for node in self.program.inputs("expected").values())
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,18 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
         between=_digest(f"{state_alike(plan)} {chunks_alike(plan)} {order}") if order and mesh.data_size > 1 else "",
         common=f"{state_alike(plan)} {plan.microbatches}" if mesh.pipeline_axes else "",
     )
+
+
+def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
+    """What a process sends to others of a pipeline, and receives from them, by their places: dtypes and shapes."""
+    sent, received = defaultdict[int, str](str), defaultdict[int, str](str)
+    for node in program.computes:
+        if node.target is SEND:
+            type = tensor_type(node.args[0])
+            sent[node.args[1]] += f"{type.dtype}{list(type.shape)} "
+        elif node.target is RECEIVE:
+            received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
+    return dict(sent), dict(received)
 
 
 def state_alike(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from ..models.adapters import blocks, example_inputs
 from ..passes.program.plan import Plan
 from ..runtime.distributed.local_shards import LocalShards
+from ..runtime.distributed.point_to_point import Channel, check_messages, open_channels
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor, Outlets
@@ -41,7 +42,7 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged, state_alike
+from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged, messages, state_alike
 from .setup import Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
@@ -83,8 +84,10 @@ class Session:
         self.dtypes = parameter_dtypes(source, self.dtype)
         self._parameters = dict(source.named_parameters())
         self.planning = Planning(
-            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source)
-        )
+            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source),
+            self.ranks.mesh.pipeline_rank(self.ranks.rank),
+        )  # fmt: skip
+        self._shares = bool(self.ranks.mesh.tensor_axes or self.planning.schedule)
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
         self.captures = Captures(source, request, self.lowering, self.planning.shared())
@@ -107,7 +110,7 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._guarded = GuardedKeys()
-        self._numbers = ChangingNumbers(not self.ranks.mesh.tensor_axes)
+        self._numbers = ChangingNumbers(not self._shares)
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
@@ -291,7 +294,8 @@ class Session:
         setup = self.setup
         if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        if setup.plan.request.zero and not self.ranks.launched:  # nobody is there to have the other shards
+        shares_out = setup.plan.request.zero or setup.plan.layout.owned
+        if shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
@@ -302,6 +306,7 @@ class Session:
             if self.device.is_cuda:
                 move_buffers(self.source, self.device.torch_device)
             self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
+            open_channels(self.ranks, self._channels(setup.plan))
             if not self._are_shared:
                 self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
                 share_values(self.source, self.ranks, self.device.torch_device)
@@ -311,6 +316,20 @@ class Session:
         self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
+
+    def _channels(self, plan: Plan) -> set[Channel]:
+        """Those of the pipeline that programs may need: what goes one way in a forward comes back in a backward, and the
+        last stage tells all."""
+        if plan.schedule is None:
+            return set()
+        last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
+        owners = plan.layout.owners.values()
+        found = {(one, other) for each in owners for one in each for other in each}
+        for _, compiled in self._programs.items():
+            sent, received = messages(compiled.flat)
+            found |= {(plan.line, to) for to in sent} | {(source, plan.line) for source in received}
+        found |= {(last, rank) for rank in ranks}
+        return {channel for one, other in found for channel in ((one, other), (other, one)) if one != other}
 
     def _shared_homes(self, plan: Plan) -> Homes:
         """Weights stay on the device only where every program made so far has room for them."""
@@ -323,9 +342,10 @@ class Session:
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
         inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
-        if self.ranks.mesh.tensor_axes and compiled.executor not in self._met:
+        if self.ranks.sharing is not None and compiled.executor not in self._met:
             self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
             check_shared(self.ranks, inputs)
+            check_messages(self.ranks, *messages(compiled.flat))
         return inputs
 
     def begin_step(self, training: bool) -> None:

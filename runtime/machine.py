@@ -32,7 +32,7 @@ class Machine:
         self.start_all_reduce = collectives.start_all_reduce
         self.finish_collective = collectives.finish_collective
         self.local, self.offset = collectives.local, collectives.offset
-        self.messages = Messages(ranks.mesh, ranks.rank, ranks.groups, ranks.channels, ranks.call)
+        self.messages = Messages(ranks)
         self.send = self.messages.send
         self.offloads = offloads = Offloads(store.hardware, store.copies, store.stats)
         self.offload, self.depart = offloads.offload, offloads.depart

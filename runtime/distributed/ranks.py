@@ -18,6 +18,7 @@ from ..isa.errors import StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
+from .pulse import Pulse, of_process
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Ranks:
     the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
     about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
     own, `channels` are those from one rank of a pipeline to another. In an exchange they wait for each other for
-    `timeout`."""
+    `timeout`, and by the `pulse` they tell who has died."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -72,6 +73,7 @@ class Ranks:
     alike: Any = None
     timeout: timedelta = timedelta(seconds=300)
     apart_group: Any = None
+    pulse: Pulse | None = None
     channels: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
@@ -90,7 +92,7 @@ class Ranks:
                 f"with torchrun --nproc-per-node {mesh.size}"
             )
         timeout = timedelta(seconds=timeout_s)
-        with _meeting():
+        with meeting():
             if not dist.is_initialized():
                 _enter(device, timeout)
             sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
@@ -100,7 +102,7 @@ class Ranks:
             alike = _host_group(mesh, mesh.pipeline_rank, timeout)
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
-                    alike=alike, timeout=timeout)  # fmt: skip
+                    alike=alike, timeout=timeout, pulse=of_process())  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
@@ -112,31 +114,8 @@ class Ranks:
             asked = set().union(*self.gather(asked))
         for names in sorted(asked - {()}):
             if self.together and names not in self.groups:
-                with _meeting():
+                with meeting():
                     self.groups[names] = _group(self.mesh, names, device)
-
-    def join_channels(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Make a process group for each pair of a pipeline's ranks of which one sends to the other, as far as they are
-        not there. All ranks call it, and make those that any of them asks for, in one order everywhere."""
-        if not (self.mesh.pipeline_axes and self.together):
-            return
-        asked = set[tuple[int, int]]().union(*self.gather(set(pairs)))
-        places = range(self.mesh.size)
-        for pair in sorted(asked - self.channels.keys()):
-            columns: dict[tuple[int, ...], list[int]] = {}
-            for rank in places:
-                if self.mesh.pipeline_rank(rank) in pair:
-                    columns.setdefault(self._beside_pipeline(rank), []).append(rank)
-            with _meeting():
-                for column, members in columns.items():
-                    group = dist.new_group(members, timeout=self.timeout)
-                    if column == self._beside_pipeline(self.rank):
-                        self.channels[pair] = group
-
-    def _beside_pipeline(self, rank: int) -> tuple[int, ...]:
-        """Where a process stands on the other axes."""
-        axes = (axis for axis in self.mesh.axes if axis not in self.mesh.pipeline_axes)
-        return tuple(self.mesh.coordinate(rank, axis.name) for axis in axes)
 
     def apart(self) -> "Ranks":
         """The same processes, which tell each other what they do over a group of its own, on the host: a thread may,
@@ -144,7 +123,7 @@ class Ranks:
         if not self.together:
             return self
         self.meet("the first save in the background")
-        with _meeting():
+        with meeting():
             group = _host_group(self.mesh, lambda rank: 0, self.timeout)
         return replace(self, clock=Clock(self.clock.step), alike=None, apart_group=group)
 
@@ -303,9 +282,13 @@ class Ranks:
         self._run(dist.all_gather_object, found, value, group=group)
         return found
 
+    def told_by_sharing(self, value: Any) -> dict[int, Any]:
+        """What each rank that shares this one's batch has for `value`."""
+        return dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, value), strict=True))
+
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
-        found = dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, digest), strict=True))
+        found = self.told_by_sharing(digest)
         first = next(iter(found.values()))
         others = [rank for rank, theirs in found.items() if theirs != first]
         if others:
@@ -339,10 +322,15 @@ class Ranks:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
+            ended = [] if self.pulse is None else self.pulse.ended()
+            whom = f"rank(s) {', '.join(map(str, ended))}" if ended else "the others"
+            why = "which ended, see its own error" if ended else (
+                "one of them has died, see its own error, or does something else, such as a step that the others do "
+                "not take"
+            )  # fmt: skip
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__} ({self.clock}), in "
-                f"step {self.clock.step}: one of them has died, see its own error, or does something else, such as a "
-                f"step that the others do not take ({error}). Restart all from the last checkpoint"
+                f"rank {self.rank} of {self.size} lost {whom} in {collective.__name__} ({self.clock}), in step "
+                f"{self.clock.step}: {why} ({error}). Restart all from the last checkpoint"
             ) from error
 
 
@@ -356,7 +344,7 @@ def _host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> A
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
+def meeting() -> Iterator[None]:
     """While process groups are made. Raises StateError where another process does not come to that."""
     try:
         yield
