@@ -44,7 +44,7 @@ class Options:
         reduce_dtype: in what processes add up their gradients: "fp32" rounds their mean to the compute dtype once;
             "compute" adds in that dtype, with errors that grow with the number of processes, for half of the bytes.
         microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
-            next block; "auto" divides it where it does not fit whole. Of a pipeline those that go through its stages, by
+            next block; "auto" divides it where it does not fit whole. In a pipeline they go through its stages, by
             default two for each rank.
         schedule: in which order a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved", "zb1p",
             "zbv", or a `Schedule`. By default 1f1b, or interleaved where ranks have several stages each.
@@ -174,7 +174,7 @@ class Options:
             raise wrong_argument("schedule", self.schedule, "the name of a schedule, such as '1f1b', or a Schedule")
         if self.schedule is not None and not self.degrees.is_staged:
             raise ArgumentError(
-                f"schedule={str(self.schedule)!r} is of pipelines, and parallel= declares none, such as {{'pipeline': 4}}"
+                f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
             )
         if self.degrees.is_staged and self.degrees.mode is not None:
             raise ArgumentError(

@@ -19,8 +19,10 @@ from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
 from ..passes.program.program import Program, tensor_type
 from ..passes.program.text import print_program
+from ..runtime.distributed.point_to_point import Channel
 from ..runtime.distributed.ranks import Exchanges
 from ..runtime.executor import Executor, Outlets
+from ..runtime.isa.homes import Homes
 from ..runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
 from .capture.arguments import leaf_key
 from .capture.guards import Guard, forwards_of
@@ -142,6 +144,28 @@ def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
         elif node.target is RECEIVE:
             received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
     return dict(sent), dict(received)
+
+
+def shared_homes(plan: Plan, programs: Iterable[Compiled]) -> Homes:
+    """Weights stay on the device only where every program has room for them."""
+    others = [compiled.plan.homes for compiled in programs]
+    return tuple(
+        replace(home, resident=home.resident and all(other.resident for other in same))
+        for home, *same in zip(plan.homes, *others, strict=True)
+    )
+
+
+def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
+    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, the
+    last stage tells all, and who have a parameter alike exchange its gradients."""
+    if plan.schedule is None:
+        return set()
+    last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
+    pairs = {(one, other) for each in plan.layout.owners.values() for one in each for other in each}
+    pairs |= {(last, rank) for rank in ranks}
+    for compiled in programs:
+        pairs |= {(plan.line, other) for told in messages(compiled.flat) for other in told}
+    return {channel for one, other in pairs for channel in ((one, other), (other, one)) if one != other}
 
 
 def state_alike(plan: Plan) -> str:

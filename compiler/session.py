@@ -1,7 +1,7 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -12,7 +12,7 @@ from torch import nn
 from ..models.adapters import blocks, example_inputs
 from ..passes.program.plan import Plan
 from ..runtime.distributed.local_shards import LocalShards
-from ..runtime.distributed.point_to_point import Channel, check_messages, open_channels
+from ..runtime.distributed.point_to_point import check_messages, open_channels
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor, Outlets
@@ -42,24 +42,24 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged, messages, state_alike
-from .setup import Phase, Setup, move
+from .programs import (
+    Call,
+    Compiled,
+    GuardedKeys,
+    Key,
+    Recaptures,
+    Recent,
+    channels,
+    chunks_alike,
+    exchanged,
+    messages,
+    shared_homes,
+    state_alike,
+)
+from .setup import Declared, Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
 
 PATIENCE_S = 1.0
-
-
-@dataclass(frozen=True)
-class _Declared:
-    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
-
-    format: OwnFormat
-    optimizer: Attach
-
-    def attach(self, store: OwnStore) -> None:
-        attach = self.optimizer()
-        if attach is not None:
-            attach(store)
 
 
 class Session:
@@ -87,7 +87,6 @@ class Session:
             options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source),
             self.ranks.mesh.pipeline_rank(self.ranks.rank),
         )  # fmt: skip
-        self._shares = bool(self.ranks.mesh.tensor_axes or self.planning.schedule)
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
         self.captures = Captures(source, request, self.lowering, self.planning.shared())
@@ -102,7 +101,7 @@ class Session:
         self.phase = Phase.NEW
         self.setup: Setup | None = None
         self.last: dict[str, Compiled] = {}
-        self._declared: _Declared | None = None
+        self._declared: Declared | None = None
         self._homes: Homes = ()  # in place
         self._failure: Exception | None = None
         self.half_loaded: set[str] = set()
@@ -110,7 +109,7 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._guarded = GuardedKeys()
-        self._numbers = ChangingNumbers(not self._shares)
+        self._numbers = ChangingNumbers(not (self.ranks.mesh.tensor_axes or self.planning.schedule))
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
@@ -259,13 +258,13 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        declared = _Declared(format, optimizer)
+        declared = Declared(format, optimizer)
         if self.setup is None:
             self._declared = declared
         else:
             self._replan(declared)
 
-    def _replan(self, declared: _Declared) -> None:
+    def _replan(self, declared: Declared) -> None:
         """Make all programs anew, for another format of training state, and move values to where it wants them."""
         before, format, programs = self.setup, declared.format, Recent[Compiled]()
         (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
@@ -299,14 +298,14 @@ class Session:
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
-        homes = self._shared_homes(setup.plan)
+        homes = shared_homes(setup.plan, self._compiled())
         if self.is_placed and homes == self._homes:
             return
         with torch.inference_mode(False), torch.no_grad():
             if self.device.is_cuda:
                 move_buffers(self.source, self.device.torch_device)
             self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
-            open_channels(self.ranks, self._channels(setup.plan))
+            open_channels(self.ranks, channels(setup.plan, self._compiled()))
             if not self._are_shared:
                 self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
                 share_values(self.source, self.ranks, self.device.torch_device)
@@ -317,27 +316,9 @@ class Session:
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
 
-    def _channels(self, plan: Plan) -> set[Channel]:
-        """Those of the pipeline that programs may need: what goes one way in a forward comes back in a backward, and the
-        last stage tells all."""
-        if plan.schedule is None:
-            return set()
-        last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
-        owners = plan.layout.owners.values()
-        found = {(one, other) for each in owners for one in each for other in each}
-        for _, compiled in self._programs.items():
-            sent, received = messages(compiled.flat)
-            found |= {(plan.line, to) for to in sent} | {(source, plan.line) for source in received}
-        found |= {(last, rank) for rank in ranks}
-        return {channel for one, other in found for channel in ((one, other), (other, one)) if one != other}
-
-    def _shared_homes(self, plan: Plan) -> Homes:
-        """Weights stay on the device only where every program made so far has room for them."""
-        others = [compiled.plan.homes for _, compiled in self._programs.items()]
-        return tuple(
-            replace(home, resident=home.resident and all(other.resident for other in same))
-            for home, *same in zip(plan.homes, *others, strict=True)
-        )
+    def _compiled(self) -> list[Compiled]:
+        """Every program made so far."""
+        return [compiled for _, compiled in self._programs.items()]
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""

@@ -81,7 +81,7 @@ class _Segment:
 
 
 def _segments(program: Program) -> list[_Segment]:
-    found, current = [], []
+    found, current = list[_Segment](), list[fx.Node]()
     for node in [*program.computes, None]:
         inside = node is not None and node.op == "call_function" and node.target not in PLACED and not _at_turn(node)
         if current and not (inside and note(node).action == note(current[-1]).action):

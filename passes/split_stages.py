@@ -47,6 +47,9 @@ from .program.verify import canonical
 from .splitting.parts import Parts, Total, aten, draws_forward
 from .splitting.stages import Item, Made, Output, Stages, Sum, is_number
 
+_FORWARD: Phase = "forward"
+_BACKWARD: Phase = "backward"
+
 
 @graph_pass(requires=(canonical,))
 def split_stages(program: Program, plan: Plan) -> None:
@@ -92,7 +95,7 @@ class _Cut:
 
     def run(self) -> None:
         old, parameters = self.program.nodes, self.stages.parameters(self.rank)
-        results, phase = dict[str, fx.Node](), "forward"
+        results, phase = dict[str, fx.Node](), _FORWARD
         for position, tangent in self.program.inputs("tangent").items():
             self.expected = self.program.add_input("expected", type_of(tangent), f"expected:{position}")
         self._draw_ahead()
@@ -100,8 +103,8 @@ class _Cut:
             behind = self.program.output.prev
             if action is None:
                 results |= self._outputs(items) | self._buffers()
-                self._mark(behind, "forward")
-                phase = "backward"
+                self._mark(behind, _FORWARD)
+                phase = _BACKWARD
                 behind = self.program.output.prev
                 self._begin_behind()
             else:
@@ -185,8 +188,8 @@ class _Cut:
         while (source, item) not in self.values:
             if not self.incoming.get(source):
                 raise ShardingError(
-                    f"rank {self.rank} of the schedule {self.stages.schedule.name} reads what rank {source} makes later "
-                    f"or never, {item}: each action must stand behind those that it needs"
+                    f"rank {self.rank} of the schedule {self.stages.schedule.name} reads what rank {source} makes "
+                    f"later or never, {item}: each action must stand behind those that it needs"
                 )
             other = self.incoming[source].popleft()
             self.values[source, other] = self._receive(other, source)

@@ -92,9 +92,9 @@ class AbsentOutput:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise AbsentOutputError(
             "this output of the model, the logits, was not computed, to save memory: its loss is computed in pieces "
-            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.request.mode), or the "
-            "last stage of a pipeline has it, on another process (plan.schedule). To have the logits compile with "
-            "fuse_loss=False, to train through them, or have them of a sharded model or on every process, with "
+            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.request.mode), or "
+            "the last stage of a pipeline has it, on another process (plan.schedule). To have it compile with "
+            "fuse_loss=False, to train through it, or have it of a sharded model or on every process, with "
             "outputs='all'; evaluation under torch.no_grad() returns them in any case, of a pipeline on its last stage."
         )
 

@@ -8,7 +8,15 @@ from ...passes.program.estimate import CollectiveTraffic
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program, tensor_type
 from ...runtime.distributed.reduction import casts, piece_numel
-from ...runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, START_ALL_GATHER, START_ALL_REDUCE, START_REDUCE_SCATTER
+from ...runtime.isa.instructions import (
+    AVERAGE,
+    FETCH,
+    RECEIVE,
+    REDUCE,
+    START_ALL_GATHER,
+    START_ALL_REDUCE,
+    START_REDUCE_SCATTER,
+)
 from ...runtime.isa.layout import ChunkLayout
 from ...runtime.isa.mesh import names_of, taken_together
 from ...runtime.isa.precision import sum_dtype

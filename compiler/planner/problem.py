@@ -78,8 +78,8 @@ class Planning:
 
     @cached_property
     def schedule(self) -> Schedule | None:
-        """What the ranks of a pipeline do in a training step; None without one. Raises ArgumentError for one that cannot
-        run, or does not fit the degrees."""
+        """What the ranks of a pipeline do in a training step; None without one. Raises ArgumentError for one that
+        cannot run, or does not fit the degrees."""
         options, degrees = self.options, self.options.degrees
         if options.plan is not None:
             return self._fitting(options.plan.schedule)
@@ -144,8 +144,8 @@ class Planning:
         if given is not None:
             if given.line != self.line:
                 raise ArgumentError(
-                    f"plan= is of rank {given.line} of the pipeline, and this process is rank {self.line}; each of them "
-                    "has a plan of its own: save one on every rank"
+                    f"plan= is of rank {given.line} of the pipeline, and this process is rank {self.line}; each of "
+                    "them has a plan of its own: save one on every rank"
                 )
             request = self._request(given.request.policy)
             if given.microbatches != microbatches:

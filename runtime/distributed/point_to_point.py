@@ -18,8 +18,8 @@ Channel = tuple[int, int]
 class Messages:
     """The instructions `send` and `receive`, and what is on its way.
 
-    Each pair of ranks that exchange has a process group for each direction, so that neither waits for the other, nor one
-    pair for another; those that nobody knew of before go through the group of the pipeline's axis.
+    Each pair of ranks that exchange has a process group for each direction, so that neither waits for the other, nor
+    one pair for another; those that nobody knew of before go through the group of the pipeline's axis.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -91,6 +91,6 @@ def check_messages(ranks: Ranks, sent: Mapping[int, str], received: Mapping[int,
         for to, (_, coming) in mine.items():
             if leaving.get(to, "") != coming.get(source, ""):
                 raise StateError(
-                    f"rank {source} of the pipeline sends rank {to} other messages than that one waits for; all ranks must "
-                    "build the same model, with the same options, and recompute blocks alike where stages meet"
+                    f"rank {source} of the pipeline sends rank {to} other messages than that one waits for; all ranks "
+                    "must build the same model, with the same options, and recompute blocks alike where stages meet"
                 )

@@ -46,8 +46,8 @@ A batch that one program runs in parts is read part by part::
     x1 = geminifx.microbatch(x, 1, 4)              # the second of four equal parts of its examples
     geminifx.drawn(rng, y)                         # y was drawn to lead the generator on from the state rng, no more
 
-A pipeline's stages on other ranks, which have those numbers along the axis of that kind, exchange what they read of each
-other. What one sends to another arrives in the order in which it was sent::
+A pipeline's ranks, by their numbers along its axis, exchange what they read of each other. What one sends to another
+arrives in the order in which it was sent::
 
     geminifx.send(h, 1)                            # to rank 1, in this rank's own time
     h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # what rank 0 sent: its shape, strides and dtype

@@ -40,8 +40,9 @@ DROPOUT = Case("opt, dropout", lambda: opt(dropout=0.1, attention_dropout=0.1))
 UNTIED = Case("opt, not tied", lambda: opt(tie_word_embeddings=False, num_hidden_layers=4))
 DEEP = Case("opt of eight blocks", lambda: opt(num_hidden_layers=8, dropout=0.1))
 FROZEN_EMBEDDING = Case("opt, its tied embedding frozen", lambda: _frozen(opt(dropout=0.1)))
-ROUNDING = 2**-22
-"""Of a tied weight's gradient both readers' sums are added up, where one process adds their terms one by one."""
+TIED, ROUNDING = ("gradient:model.decoder.embed_tokens.weight", "gradient:transformer.wte.weight"), 2**-22
+"""Of a tied weight's gradient both readers' sums are added up, where one process adds their terms one by one; with both
+on one rank these come in another order."""
 
 
 def _frozen(model):
@@ -61,7 +62,7 @@ def check(step: Step, schedule: Schedule, *, tangent: float = 1.0, **changes):
         for value in holders[role]:
             if value.numel() == 0 != whole.numel():  # logits, elsewhere
                 continue
-            if role.startswith("gradient:") and len(holders[role]) > 1:
+            if role.endswith(TIED):
                 assert torch.equal(value, holders[role][0])
                 assert (value - whole).abs().max() <= ROUNDING * whole.abs().max(), role
             else:
@@ -80,10 +81,15 @@ def test_two_ranks_find_what_one_process_does(case, recompute):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("1f1b", Shape(4, 4)), ("1f1b", Shape(8, 2)), ("zb1p", Shape(4, 8)), ("interleaved", Shape(2, 4, 2)),
-        ("interleaved", Shape(4, 4, 2)), ("zbv", Shape(2, 4, 2)), ("zbv", Shape(4, 8, 2)), ("gpipe", Shape(1, 4, 4)),
+        pytest.param("1f1b", Shape(4, 4), marks=pytest.mark.slow),
+        pytest.param("zb1p", Shape(4, 8), marks=pytest.mark.slow),
+        ("interleaved", Shape(2, 4, 2)),
+        pytest.param("interleaved", Shape(4, 4, 2), marks=pytest.mark.slow),
+        ("zbv", Shape(2, 4, 2)),
+        pytest.param("zbv", Shape(4, 8, 2), marks=pytest.mark.slow),
+        ("gpipe", Shape(1, 4, 4)),
     ],
-)  # fmt: skip
+)
 def test_every_schedule_gives_the_same_bits(name, shape):
     step = step_of(DEEP, shape.microbatches)
     check(step, make_schedule(name, shape), recompute=step.blocks[::2])
@@ -120,18 +126,16 @@ def test_every_parameter_is_with_who_reads_it():
     assert {name.split(".")[3] for name in names[1] if ".layers." in name} == {"1"}
 
 
-@pytest.mark.parametrize("stages", [("",), ("", "layers.3"), ("", "layers.0"), ("layers.0", "layers.1"), ("", "")])
+@pytest.mark.parametrize("stages", [("", "layers.3"), ("", "layers.0"), ("layers.0", "layers.1"), ("", "")])
 def test_stages_that_do_not_begin_with_blocks_are_refused(stages):
     step, schedule = step_of(OPT, 4), make_schedule("gpipe", Shape(1, 4, 2))
     plan = replace(step.plans(schedule)[0], stages=stages)
-    if len(stages) == 1:
-        pytest.skip("one stage is the whole model")
-    with pytest.raises(ShardingError, match="stages of a pipeline begin with .*; expected '', for the beginning"):
+    with pytest.raises(ShardingError, match=r"stages of a pipeline begin with .*; expected '', for the beginning"):
         step.lowered(plan)
 
 
 def test_a_schedule_that_reads_what_is_made_later_is_refused():
     step = step_of(OPT, 2)
     wrong = Schedule.parse("wrong stages=2 microbatches=2\nrank 0: F0.0 F1.0 B0.0 B1.0 F0.1 F1.1 B1.1 B0.1")
-    with pytest.raises(ShardingError, match="rank 0 of the schedule wrong reads what rank 0 makes later or never"):
+    with pytest.raises(ShardingError, match=r"rank 0 of the schedule wrong reads what rank 0 makes later or never"):
         step.staged(wrong)
