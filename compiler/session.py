@@ -322,11 +322,11 @@ class Session:
         )
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
+        """A program's inputs. Raises StateError where ranks that share a batch were called with different ones."""
         inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
-        if self.ranks.mesh.tensor_axes and compiled.executor not in self._met:
+        if self.ranks.mesh.shares_batches:
+            check_shared(self.ranks, (args, kwargs), every_element=compiled.executor not in self._met)
             self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
-            check_shared(self.ranks, inputs)
         return inputs
 
     def begin_step(self, training: bool) -> None:

@@ -95,8 +95,7 @@ class Ranks:
                 _enter(device, timeout)
             sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
             made = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-            shares = bool(mesh.tensor_axes or mesh.pipeline_axes)
-            sharing = _host_group(mesh, mesh.data_rank, timeout) if shares else None
+            sharing = _host_group(mesh, mesh.data_rank, timeout) if mesh.shares_batches else None
             alike = _host_group(mesh, mesh.pipeline_rank, timeout)
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
@@ -282,8 +281,8 @@ class Ranks:
 
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
-        found = dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, digest), strict=True))
-        first = next(iter(found.values()))
+        found = self._unlike(self.sharing, digest, digest)
+        first = next(iter(found.values()), digest)
         others = [rank for rank, theirs in found.items() if theirs != first]
         if others:
             own = taken_together(names_of(self.mesh.batch_axes))
