@@ -121,8 +121,9 @@ class CompiledModule(Facade):
         if assign:
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
         if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
-            materialize(self.source, state_dict)
-            loaded = self.source.load_state_dict(state_dict, strict=strict)
+            materialize(self.source, state_dict, self.session.let_go)
+            with self._facade_calls.lending():
+                loaded = self.source.load_state_dict(state_dict, strict=strict)
             self.session.place()
         else:
             with self._facade_calls.lending():

@@ -305,13 +305,19 @@ class Session:
             self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
             if not self._are_shared:
                 self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
-                share_values(self.source, self.ranks, self.device.torch_device)
+                share_values(self.source, self.ranks, self.device.torch_device, setup.machine.store.chunks)
             self._are_shared = True
             with without_weak_references(self.source):
                 setup.machine.store.place(homes)
         self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
+
+    def let_go(self) -> None:
+        """Where weights on `meta` are about to come to life: not those that other processes alone have."""
+        if self.setup is not None and self.ranks.launched:
+            with without_weak_references(self.source):
+                self.setup.machine.store.chunks.let_go()
 
     def _shared_homes(self, plan: Plan) -> Homes:
         """Weights stay on the device only where every program made so far has room for them."""

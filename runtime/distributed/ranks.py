@@ -162,6 +162,13 @@ class Ranks:
             self.call(dist.broadcast, there, src=0)
             tensor.copy_(there)
 
+    def from_first_alike_(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the first of those that have the same layers, by way of the host."""
+        if self.alike is not None:
+            there = tensor.cpu()
+            self.call(dist.broadcast, there, group=self.alike, group_src=0)
+            tensor.copy_(there)
+
     def on_any(self, flags: list[bool], device: torch.device) -> list[bool]:
         """Which of them are set on any rank."""
         if not self.together:
