@@ -54,11 +54,14 @@ class Calls:
         session.ready(backward)
         inputs = session.inputs(compiled, args, kwargs)
         session.begin_step(backward)
+        outputs: list[Any]
         if backward:
             outputs = self._train(compiled, inputs)
         else:
             results = compiled.executor.evaluate(inputs)
             outputs = [results[f"output:{i}"] for i in range(len(results))]
+        for i in compiled.absent:
+            outputs[i] = AbsentOutput()
         return rebuild_result(compiled.captured, outputs)
 
     def _name_of(self, module: nn.Module) -> str:
@@ -77,8 +80,6 @@ class Calls:
         outputs: list[Any] = list(Step.apply(run, self._anchor, *tracked))
         for i in captured.detached:
             outputs[i] = NoGradient.apply(self._anchor, outputs[i])
-        for i in compiled.absent:
-            outputs[i] = AbsentOutput()
         return outputs
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:

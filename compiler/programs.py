@@ -17,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
-from ..passes.program.program import Program
+from ..passes.program.program import Program, tensor_type
 from ..passes.program.text import print_program
+from ..runtime.distributed.point_to_point import Channel
 from ..runtime.distributed.ranks import Exchanges
 from ..runtime.executor import Executor, Outlets
-from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
+from ..runtime.isa.homes import Homes
+from ..runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
 from .capture.arguments import leaf_key
 from .capture.guards import Guard, forwards_of
 from .capture.numbers import can_be_input
@@ -49,6 +51,11 @@ class Compiled:
     @property
     def trains(self) -> bool:
         return self.captured.trains
+
+    @property
+    def expected(self) -> torch.dtype:
+        """Of the tangent that the backward begins with where it does not wait for one."""
+        return next(tensor_type(node).dtype for node in self.program.inputs("expected").values())
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,42 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
     return Exchanges(
         inside=_digest(print_program(program)) if mesh.shares_batches else "",
         between=_digest(f"{state_alike(plan)} {chunks_alike(plan)} {order}") if order and mesh.data_size > 1 else "",
-        common=f"{state_alike(plan)} {plan.microbatches}" if mesh.pipeline_axes else "",
+        common=f"{state_alike(plan)} {plan.stages} {plan.schedule}" if mesh.pipeline_axes else "",
     )
+
+
+def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
+    """What a process sends to others of a pipeline, and receives from them, by their places: dtypes and shapes."""
+    sent, received = defaultdict[int, str](str), defaultdict[int, str](str)
+    for node in program.computes:
+        if node.target is SEND:
+            type = tensor_type(node.args[0])
+            sent[node.args[1]] += f"{type.dtype}{list(type.shape)} "
+        elif node.target is RECEIVE:
+            received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
+    return dict(sent), dict(received)
+
+
+def shared_homes(plan: Plan, programs: Iterable[Compiled]) -> Homes:
+    """Weights stay on the device only where every program has room for them."""
+    others = [compiled.plan.homes for compiled in programs]
+    return tuple(
+        replace(home, resident=home.resident and all(other.resident for other in same))
+        for home, *same in zip(plan.homes, *others, strict=True)
+    )
+
+
+def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
+    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, the
+    last stage tells all, and who have a parameter alike exchange its gradients."""
+    if plan.schedule is None:
+        return set()
+    last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
+    pairs = {(one, other) for each in plan.layout.owners.values() for one in each for other in each}
+    pairs |= {(last, rank) for rank in ranks}
+    for compiled in programs:
+        pairs |= {(plan.line, other) for told in messages(compiled.flat) for other in told}
+    return {channel for one, other in pairs for channel in ((one, other), (other, one)) if one != other}
 
 
 def state_alike(plan: Plan) -> str:

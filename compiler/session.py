@@ -1,7 +1,7 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +12,7 @@ from torch import nn
 from ..models.adapters import blocks, example_inputs
 from ..passes.program.plan import Plan
 from ..runtime.distributed.local_shards import LocalShards
+from ..runtime.distributed.point_to_point import check_messages, open_channels
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor, Outlets
@@ -34,6 +35,7 @@ from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
+from .capture.weak_references import without_weak_references
 from .captures import Captures
 from .changing_numbers import ChangingNumbers
 from .device import Device
@@ -41,24 +43,24 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged, state_alike
-from .setup import Phase, Setup, move
-from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
+from .programs import (
+    Call,
+    Compiled,
+    GuardedKeys,
+    Key,
+    Recaptures,
+    Recent,
+    channels,
+    chunks_alike,
+    exchanged,
+    messages,
+    shared_homes,
+    state_alike,
+)
+from .setup import Declared, Phase, Setup, move
+from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values
 
 PATIENCE_S = 1.0
-
-
-@dataclass(frozen=True)
-class _Declared:
-    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
-
-    format: OwnFormat
-    optimizer: Attach
-
-    def attach(self, store: OwnStore) -> None:
-        attach = self.optimizer()
-        if attach is not None:
-            attach(store)
 
 
 class Session:
@@ -83,8 +85,9 @@ class Session:
         self.dtypes = parameter_dtypes(source, self.dtype)
         self._parameters = dict(source.named_parameters())
         self.planning = Planning(
-            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source)
-        )
+            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source),
+            self.ranks.mesh.pipeline_rank(self.ranks.rank),
+        )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
         self.captures = Captures(source, request, self.lowering, self.planning.shared())
@@ -99,7 +102,7 @@ class Session:
         self.phase = Phase.NEW
         self.setup: Setup | None = None
         self.last: dict[str, Compiled] = {}
-        self._declared: _Declared | None = None
+        self._declared: Declared | None = None
         self._homes: Homes = ()  # in place
         self._failure: Exception | None = None
         self.half_loaded: set[str] = set()
@@ -107,7 +110,7 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._guarded = GuardedKeys()
-        self._numbers = ChangingNumbers(not self.ranks.mesh.tensor_axes)
+        self._numbers = ChangingNumbers(not (self.ranks.mesh.tensor_axes or self.planning.schedule))
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
@@ -256,13 +259,13 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        declared = _Declared(format, optimizer)
+        declared = Declared(format, optimizer)
         if self.setup is None:
             self._declared = declared
         else:
             self._replan(declared)
 
-    def _replan(self, declared: _Declared) -> None:
+    def _replan(self, declared: Declared) -> None:
         """Make all programs anew, for another format of training state, and move values to where it wants them."""
         before, format, programs = self.setup, declared.format, Recent[Compiled]()
         (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
@@ -291,18 +294,18 @@ class Session:
         setup = self.setup
         if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        shares_out = setup.plan.request.zero or setup.plan.layout.owned
-        if shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
+        if setup.plan.shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
-        homes = self._shared_homes(setup.plan)
+        homes = shared_homes(setup.plan, self._compiled())
         if self.is_placed and homes == self._homes:
             return
         with torch.inference_mode(False), torch.no_grad():
             if self.device.is_cuda:
                 move_buffers(self.source, self.device.torch_device)
             self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
+            open_channels(self.ranks, channels(setup.plan, self._compiled()))
             if not self._are_shared:
                 self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
                 share_values(self.source, self.ranks, self.device.torch_device, setup.machine.store.chunks)
@@ -313,26 +316,19 @@ class Session:
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
 
-    def let_go(self) -> None:
-        """Where weights on `meta` are about to come to life: not those that other processes alone have."""
-        if self.setup is not None and self.ranks.launched:
-            with without_weak_references(self.source):
-                self.setup.machine.store.chunks.let_go()
-
-    def _shared_homes(self, plan: Plan) -> Homes:
-        """Weights stay on the device only where every program made so far has room for them."""
-        others = [compiled.plan.homes for _, compiled in self._programs.items()]
-        return tuple(
-            replace(home, resident=home.resident and all(other.resident for other in same))
-            for home, *same in zip(plan.homes, *others, strict=True)
-        )
+    def _compiled(self) -> list[Compiled]:
+        """Every program made so far."""
+        return [compiled for _, compiled in self._programs.items()]
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share a batch were called with different ones."""
         inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
         if self.ranks.mesh.shares_batches:
-            check_shared(self.ranks, (args, kwargs), every_element=compiled.executor not in self._met)
-            self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
+            is_new = compiled.executor not in self._met
+            check_shared(self.ranks, (args, kwargs), every_element=is_new)
+            if is_new:
+                self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
+                check_messages(self.ranks, *messages(compiled.flat))
         return inputs
 
     def begin_step(self, training: bool) -> None:

@@ -5,7 +5,9 @@ from enum import Enum
 
 from ..passes.program.plan import Plan
 from ..runtime.isa.errors import IllegalTransition
+from ..runtime.isa.formats import OwnFormat
 from ..runtime.machine import Machine
+from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 
 
@@ -48,3 +50,16 @@ class Setup:
     machine: Machine
     own: OwnStore | None = None
     refusal: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
+
+    format: OwnFormat
+    optimizer: Attach
+
+    def attach(self, store: OwnStore) -> None:
+        attach = self.optimizer()
+        if attach is not None:
+            attach(store)

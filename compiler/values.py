@@ -1,10 +1,7 @@
 """The values of a model: its parameters and buffers, and what a call brings."""
 
-import gc
-import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -25,21 +22,6 @@ def move_buffers(source: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-
-
-@contextmanager
-def without_weak_references(source: nn.Module) -> Iterator[None]:
-    """While parameters become others under the same objects: torch's recurrent modules refer to theirs weakly."""
-    modules = [module for module in source.modules() if isinstance(module, nn.RNNBase)]
-    for module in modules:
-        module._flat_weight_refs = []
-    if modules:
-        gc.collect()  # of copies that were traced: they share these references
-    try:
-        yield
-    finally:
-        for module in modules:
-            module._flat_weight_refs = [weakref.ref(w) if w is not None else None for w in module._flat_weights]
 
 
 def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: ChunkStore) -> None:
@@ -72,6 +54,9 @@ def program_inputs(
             inputs.append(compiled.captured.program.constants[name].to(device))
         elif kind == "number":
             inputs.append(leaves[int(name)])
+        elif kind == "expected":
+            scale = compiled.executor.machine.store.loss_scale
+            inputs.append(torch.full((), scale, dtype=compiled.expected, device=device))
         else:
             leaf = leaves[int(name)]
             if leaf.is_meta:

@@ -26,12 +26,15 @@ from ..runtime.isa.instructions import PLACED, TURN
 from .program.manager import graph_pass
 from .program.names import identifier
 from .program.plan import Plan
-from .program.program import Note, Program, annotate, note, type_of
+from .program.program import Note, Phase, Program, annotate, note, type_of
 from .program.types import freeze
 from .program.verify import offloaded, overlapped, released
 
 SHORTEST = 4
 """Segments with fewer operators stay where they are: a call would be harder to read than they are."""
+
+PHASES: dict[str, Phase] = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
+"""Of the actions of a pipeline, whose backward begins in front of the turn."""
 
 
 @graph_pass(requires=(released,), breaks=(overlapped, offloaded))  # what starts in one function may end in another
@@ -78,15 +81,15 @@ class _Segment:
 
 
 def _segments(program: Program) -> list[_Segment]:
-    found, current = [], []
+    found, current = list[_Segment](), list[fx.Node]()
     for node in [*program.computes, None]:
-        if node is not None and node.op == "call_function" and node.target not in PLACED and not _at_turn(node):
-            current.append(node)
-            continue
-        if len(current) >= SHORTEST:
+        inside = node is not None and node.op == "call_function" and node.target not in PLACED and not _at_turn(node)
+        if current and not (inside and note(node).action == note(current[-1]).action):
             found.append(_Segment(tuple(current)))
-        current = []
-    return found
+            current = []
+        if inside:
+            current.append(node)
+    return [segment for segment in found if len(segment.nodes) >= SHORTEST]
 
 
 def _at_turn(node: fx.Node) -> bool:
@@ -102,7 +105,7 @@ def _function(program: Program, name: str, segment: _Segment) -> Program:
         values[value] = function.add_input(value.name, type_of(value), "")
     for node in segment.nodes:
         values[node] = function.copy_node(node, values.__getitem__, before=function.output)
-        annotate(values[node], module=_relative(note(node).module, home))
+        annotate(values[node], module=_relative(note(node).module, home), action="")
     function.set_results([values[node] for node in segment.outputs])
     within = {note(node).module for node in segment.nodes} & program.sources.keys()
     function.sources = {_relative(module, home): program.sources[module] for module in within}
@@ -115,7 +118,8 @@ def _call(program: Program, name: str, segment: _Segment) -> None:
         call = program.graph.create_node("call_module", name, segment.inputs, {}, name="results")
     types = tuple(type_of(node) for node in segment.outputs)
     origin, inside = note(first), set(segment.nodes)
-    annotate(call, type=types, phase=origin.phase, module=_home(segment), recomputed=origin.recomputed)
+    annotate(call, type=types, phase=origin.phase, module=_home(segment), recomputed=origin.recomputed,
+             action=origin.action)  # fmt: skip
     elements: dict[fx.Node, fx.Node] = {}
     for i, node in reversed(list(enumerate(segment.outputs))):
         with program.graph.inserting_after(call):
@@ -145,7 +149,7 @@ def _relative(module: str, home: str) -> str:
 def _function_name(program: Program, segments: list[_Segment]) -> str:
     origin: Note = note(segments[0].nodes[0])
     parts = [part for part in _home(segments[0]).split(".") if part and not part.isdigit()]
-    phase = "recompute" if origin.recomputed else origin.phase
+    phase = "recompute" if origin.recomputed else PHASES.get(origin.action[:1], origin.phase)
     base = identifier("_".join([*parts[-1:], phase]) if parts else f"shared_{phase}")
     taken = {*program.functions, *(node.name for node in program.nodes)}
     return next(name for name in chain([base], (f"{base}_{i}" for i in count(2))) if name not in taken)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...runtime.isa.errors import StateError
+from .weak_references import without_weak_references
 
 
 def materialize(model: nn.Module, state_dict: Mapping[str, Any], let_go: Callable[[], None]) -> None:
@@ -27,11 +28,12 @@ def materialize(model: nn.Module, state_dict: Mapping[str, Any], let_go: Callabl
             f"nothing was loaded: buffer {name} is on 'meta' and no state_dict holds it, so its values "
             "are unknown. Make it persistent, or give it values where the module is built (device='cpu')"
         )
-    let_go()
-    for parameter in model.parameters():
-        if parameter.is_meta:
-            empty = torch.empty_like(parameter, device="cpu")
-            torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
+    with without_weak_references(model):
+        let_go()
+        for parameter in model.parameters():
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -60,7 +60,8 @@ class Ranks:
     group, on the host, of those that share this one's batch, each with a part of the tensors or of the layers, `alike`
     the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
     about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
-    own. In an exchange they wait for each other for `timeout`, and by the `pulse` they tell who has died."""
+    own, `channels` are those from one rank of a pipeline to another. In an exchange they wait for each other for
+    `timeout`, and by the `pulse` they tell who has died."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -73,6 +74,7 @@ class Ranks:
     timeout: timedelta = timedelta(seconds=300)
     apart_group: Any = None
     pulse: Pulse | None = None
+    channels: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
@@ -90,7 +92,7 @@ class Ranks:
                 f"with torchrun --nproc-per-node {mesh.size}"
             )
         timeout = timedelta(seconds=timeout_s)
-        with _meeting():
+        with meeting():
             if not dist.is_initialized():
                 _enter(device, timeout)
             sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
@@ -111,7 +113,7 @@ class Ranks:
             asked = set().union(*self.gather(asked))
         for names in sorted(asked - {()}):
             if self.together and names not in self.groups:
-                with _meeting():
+                with meeting():
                     self.groups[names] = _group(self.mesh, names, device)
 
     def apart(self) -> "Ranks":
@@ -120,7 +122,7 @@ class Ranks:
         if not self.together:
             return self
         self.meet("the first save in the background")
-        with _meeting():
+        with meeting():
             group = _host_group(self.mesh, lambda rank: 0, self.timeout)
         return replace(self, clock=Clock(self.clock.step), alike=None, apart_group=group)
 
@@ -286,6 +288,10 @@ class Ranks:
         self._run(dist.all_gather_object, found, value, group=group)
         return found
 
+    def told_by_sharing(self, value: Any) -> dict[int, Any]:
+        """What each rank that shares this one's batch has for `value`."""
+        return dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, value), strict=True))
+
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
         found = self._unlike(self.sharing, digest, digest)
@@ -344,7 +350,7 @@ def _host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> A
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
+def meeting() -> Iterator[None]:
     """While process groups are made. Raises StateError where another process does not come to that."""
     try:
         yield

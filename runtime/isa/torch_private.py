@@ -8,6 +8,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ try:
         FakeTensorMode,
         UnsupportedFakeTensorException,
     )
+    from torch.distributed.pipelining.schedules import get_schedule_class
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 except ImportError as error:
@@ -66,7 +68,7 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "cuda_driver", "export_joint",
-    "module_of", "num_references", "plain_dispatch", "plain_results",
+    "module_of", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
     "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs", "will_accumulate",
     "wrapper_parameter",
 ]  # fmt: skip
@@ -170,3 +172,25 @@ def will_accumulate(leaf: torch.Tensor) -> bool:
     """In a node's backward: whether this run of autograd brings gradients to `leaf`, which the node reads, as
     `loss.backward()` does and `torch.autograd.grad(loss, others)` does not."""
     return torch._C._will_engine_execute_node(get_gradient_edge(leaf).node)
+
+
+def pipeline_table(schedule: str, ranks: int, microbatches: int, stages_per_rank: int) -> list[list[tuple[Any, ...]]]:
+    """Who computes what in a schedule of several stages per rank, by its name in torch: by rank, and in its order,
+    (stage, microbatch, F, B, I or W)."""
+
+    class Table(get_schedule_class(schedule)):  # type: ignore[misc]  # whichever it is
+        def _prepare_schedule_with_comms(self, *_: Any, **__: Any) -> None:
+            """Nothing: torch's own messages are of no use, and take long to find."""
+
+    stage = SimpleNamespace(
+        num_stages=ranks * stages_per_rank, group_size=ranks, group_rank=0, submod=None, stage_index_to_group_rank=None
+    )
+    order = Table([stage] * stages_per_rank, microbatches).pipeline_order
+    return [
+        [
+            (action.stage_index, action.microbatch_index, action.computation_type.value)
+            for action in order[rank]
+            if action
+        ]
+        for rank in range(ranks)
+    ]

@@ -174,7 +174,10 @@ class ChunkStore:
         return Elsewhere(name, tuple(parameter.shape), dtype, f"rank(s) {ranks}", self.writers)
 
     def let_go(self) -> None:
-        """Free the memory of parameters that other processes alone have; theirs on meta will need none."""
+        """Free the memory of parameters that other processes alone have, if these are there; on meta they will need
+        none."""
+        if not self.local_shards.ranks.launched:
+            return
         self.has_let_go = True
         for name, parameter in self._lacking.items():
             parameter.grad = None

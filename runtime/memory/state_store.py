@@ -68,6 +68,10 @@ class StateStore(Protocol):
     def host_update_s(self) -> float:
         """How long the host's updates beside programs took so far."""
 
+    @property
+    def loss_scale(self) -> float:
+        """What a backward that began now would multiply its gradients by."""
+
     # -- where it lies -------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:

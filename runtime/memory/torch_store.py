@@ -29,6 +29,7 @@ class TorchStore:
     promises memory that the first optimizer step would take.
     """
 
+    loss_scale = 1.0
     host_update_s = 0.0  # updates are the optimizer's own, and no program runs beside them
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: TorchFormat, stats: Stats,

@@ -78,6 +78,10 @@ class OwnStore:
     def host_update_s(self) -> float:
         return self.updater.host_update_s + self.held.host_sum_s
 
+    @property
+    def loss_scale(self) -> float:
+        return self.held.loss_scale
+
     # -- where it lies -------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:

@@ -12,6 +12,7 @@ from geminifx.runtime.isa.formats import TorchFormat
 from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
+from geminifx.runtime.isa.schedule import Schedule
 from geminifx.runtime.isa.units import format_bytes
 
 PLAN = Plan(
@@ -53,8 +54,11 @@ PLAN = Plan(
     notes=("a note",),
 )
 
+SCHEDULE = Schedule.parse("gpipe stages=2 microbatches=1\nrank 0: F0.0 B0.0\nrank 1: F1.0 B1.0")
+PIPELINE = Plan(stages=("", "layers.1"), schedule=SCHEDULE, line=1)
 
-@pytest.mark.parametrize("plan", [PLAN, Plan()])
+
+@pytest.mark.parametrize("plan", [PLAN, PIPELINE, Plan()])
 def test_json_round_trip(plan, tmp_path):
     assert Plan.from_json(plan.to_json()) == plan
     plan.save(tmp_path / "plan.json")
@@ -78,7 +82,7 @@ def test_json_can_be_edited_by_hand():
 
 def test_json_has_the_request_the_decisions_and_the_estimate():
     data = json.loads(PLAN.to_json())
-    assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 4
+    assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 5
     assert set(data["request"]) == {field.name for field in fields(Request)}
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
     assert data["recompute"] == ["layers.0", "layers.1"]
@@ -122,8 +126,8 @@ def _of_version_2():
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("{}", "it has no version, expected 4; make it anew"),
-        (_of_version_2(), r"its version is 2, expected 4; make it anew with geminifx\.compile"),
+        ("{}", "it has no version, expected 5; make it anew"),
+        (_of_version_2(), r"its version is 2, expected 5; make it anew with geminifx\.compile"),
         (_without("layout"), "layout"),
         ("[1, 2]", "not a geminifx plan"),
         ("null", "not a geminifx plan"),

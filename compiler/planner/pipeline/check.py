@@ -1,0 +1,153 @@
+"""Whether a schedule can run: every stage works on every microbatch once, nobody waits for ever, and no training loop
+is handed a loss that waits for its own `backward()`.
+
+Ranks run their actions in order. What one rank makes for another is sent as soon as it is there, and the sender goes
+on; who needs it waits for it.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import dropwhile
+
+from ....runtime.isa.errors import ArgumentError
+from ....runtime.isa.schedule import Action, Schedule
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Where a schedule is wrong, by rank and action, what was found there, and what is expected."""
+
+    where: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}; expected {self.expected}"
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Raises ArgumentError for a schedule that cannot run."""
+    violation = check(schedule)
+    if violation is not None:
+        raise ArgumentError(f"the schedule {schedule.name} cannot run: {violation}")
+
+
+def check(schedule: Schedule) -> Violation | None:
+    """The first thing that is wrong with a schedule."""
+    return next(_violations(schedule), None)
+
+
+def _violations(schedule: Schedule) -> Iterator[Violation]:
+    """Each kind of them means something only where there are none of those before."""
+    yield from _out_of_range(schedule)
+    yield from _apart(schedule)
+    yield from _not_once(schedule)
+    yield from _stuck(schedule)
+    yield from _behind_a_turn(schedule)
+
+
+def _out_of_range(schedule: Schedule) -> Iterator[Violation]:
+    for count, what in ((schedule.stages, "stages"), (schedule.microbatches, "microbatches")):
+        if count < 1:
+            yield Violation(what, f"{count} of them", "1 or more")
+    for rank, action in _each(schedule):
+        if not 0 <= action.stage < schedule.stages:
+            yield Violation(_at(rank, action), f"stage {action.stage}", f"stages 0 to {schedule.stages - 1}")
+        if not 0 <= action.microbatch < schedule.microbatches:
+            expected = f"microbatches 0 to {schedule.microbatches - 1}"
+            yield Violation(_at(rank, action), f"microbatch {action.microbatch}", expected)
+
+
+def _apart(schedule: Schedule) -> Iterator[Violation]:
+    """A stage's weights are on one rank."""
+    home: dict[int, int] = {}
+    for rank, action in _each(schedule):
+        if home.setdefault(action.stage, rank) != rank:
+            found = f"stage {action.stage} is on rank {home[action.stage]}, too"
+            yield Violation(_at(rank, action), found, "all actions of a stage on one rank")
+
+
+def _not_once(schedule: Schedule) -> Iterator[Violation]:
+    """A forward, and a backward that is whole or in its two parts."""
+    kinds: dict[tuple[int, int], str] = defaultdict(str)
+    for rank, action in _each(schedule):
+        done = kinds[action.stage, action.microbatch]
+        if action.kind in done:
+            yield Violation(_at(rank, action), "it was done before", "each action once")
+        kinds[action.stage, action.microbatch] = done + action.kind
+        if "B" in done + action.kind and set("IW") & set(done + action.kind):
+            yield Violation(_at(rank, action), "a whole backward beside a part of one", "B, or I and W")
+    for stage in range(schedule.stages):
+        for microbatch in range(schedule.microbatches):
+            done = kinds[stage, microbatch]
+            divided = "I" in done or "W" in done
+            for kind in ("F", *("IW" if divided else "B")):
+                if kind not in done:
+                    found = f"no {kind}{stage}.{microbatch}"
+                    yield Violation(_home(schedule, stage), found, "F once, and B, or I and W, once")
+
+
+def _stuck(schedule: Schedule) -> Iterator[Violation]:
+    """Ranks that wait for one another."""
+    reached = Counter(rank for rank, _ in runnable(schedule))
+    waiting = [rank for rank, actions in enumerate(schedule.ranks) if reached[rank] < len(actions)]
+    if not waiting:
+        return
+    later = {action: rank for rank, actions in enumerate(schedule.ranks) for action in actions[reached[rank] :]}
+    rank, waits = waiting[0], dict[int, str]()
+    while rank not in waits:
+        action = schedule.ranks[rank][reached[rank]]
+        needed = next(need for need in schedule.needs(action) if need in later)
+        waits[rank] = f"{action} waits for {needed} of rank {later[needed]}"
+        rank = later[needed]
+    # From the first rank that comes again: those before it are none that others wait for.
+    circle = dropwhile(lambda waiter: waiter != rank, waits)
+    found = ", ".join(waits[waiter] for waiter in circle)
+    action = schedule.ranks[rank][reached[rank]]
+    yield Violation(_at(rank, action), found, "every action behind all that it waits for")
+
+
+def _behind_a_turn(schedule: Schedule) -> Iterator[Violation]:
+    """A loop may read the loss before it calls `backward()`: by then every rank comes to its turn."""
+    turns = [schedule.turn(rank) for rank in range(len(schedule.ranks))]
+    later = {action: rank for rank, turn in enumerate(turns) for action in schedule.ranks[rank][turn:]}
+    for rank, turn in enumerate(turns):
+        for action in schedule.ranks[rank][:turn]:
+            for needed in schedule.needs(action):
+                if needed in later:
+                    found = f"it waits for {needed}, which lies behind the turn of rank {later[needed]}"
+                    yield Violation(
+                        _at(rank, action), found, "in front of a turn nothing that waits for what is behind one"
+                    )
+
+
+def _each(schedule: Schedule) -> Iterator[tuple[int, Action]]:
+    return ((rank, action) for rank, actions in enumerate(schedule.ranks) for action in actions)
+
+
+def _at(rank: int, action: Action) -> str:
+    return f"rank {rank} at {action}"
+
+
+def _home(schedule: Schedule, stage: int) -> str:
+    return next((f"rank {rank}" for rank, action in _each(schedule) if action.stage == stage), "no rank")
+
+
+def runnable(schedule: Schedule) -> Iterator[tuple[int, Action]]:
+    """All actions, with their ranks, in an order in which they may run. It ends where no rank can go on."""
+    reached, done = [0] * len(schedule.ranks), set[Action]()
+    waiters: dict[Action, list[int]] = defaultdict(list)
+    ready = list(range(len(schedule.ranks)))
+    while ready:
+        rank = ready.pop()
+        while reached[rank] < len(schedule.ranks[rank]):
+            action = schedule.ranks[rank][reached[rank]]
+            missing = next((need for need in schedule.needs(action) if need not in done), None)
+            if missing is not None:
+                waiters[missing].append(rank)
+                break
+            yield rank, action
+            done.add(action)
+            reached[rank] += 1
+            ready += waiters.pop(action, [])

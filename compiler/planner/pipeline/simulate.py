@@ -1,0 +1,165 @@
+"""A schedule on a clock: what each rank does when, how long it is idle, and what it holds for its backwards."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
+
+from ....runtime.isa.errors import ArgumentError, wrong_argument
+from ....runtime.isa.schedule import Action, Schedule
+from .check import check_schedule, runnable
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What one stage takes for one microbatch.
+
+    Fields:
+        forward_s, input_s, weight_s: seconds of the forward and of the two parts of the backward.
+        backward_s: seconds of a whole backward, which may be less than those of its parts.
+        message_s: seconds in which its outputs come to the next stage, or their gradients from there, where that is on
+            another rank.
+        activation_bytes: what it holds from its forward to the end of its backward.
+    """
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    backward_s: float
+    message_s: float = 0.0
+    activation_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 <= value < math.inf:
+                raise wrong_argument(field.name, value, "0 or more")
+
+    def seconds(self, action: Action) -> float:
+        match action.kind:
+            case "F":
+                return self.forward_s
+            case "I":
+                return self.input_s
+            case "W":
+                return self.weight_s
+        return self.backward_s
+
+
+class Event(NamedTuple):
+    """A rank works on an action."""
+
+    rank: int
+    action: Action
+    begin_s: float
+    end_s: float
+
+
+class Message(NamedTuple):
+    """What an action made is on its way to its reader on another rank."""
+
+    action: Action
+    reader: Action
+    begin_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One step of a schedule: events in the order of their beginnings, and messages of their arrivals."""
+
+    schedule: Schedule
+    costs: tuple[StageCosts, ...]
+    events: tuple[Event, ...]
+    messages: tuple[Message, ...]
+
+    @cached_property
+    def step_s(self) -> float:
+        return max(event.end_s for event in self.events)
+
+    @cached_property
+    def idle_s(self) -> tuple[float, ...]:
+        """Seconds of the step in which a rank has nothing to do, by rank."""
+        busy_s: dict[int, float] = defaultdict(float)
+        for event in self.events:
+            busy_s[event.rank] += event.end_s - event.begin_s
+        return tuple(self.step_s - busy_s[rank] for rank in range(len(self.schedule.ranks)))
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they have nothing to do."""
+        return sum(self.idle_s) / (self.step_s * len(self.idle_s)) if self.step_s else 0.0
+
+    @cached_property
+    def in_flight(self) -> tuple[int, ...]:
+        """How many microbatches a rank holds activations of at most, each of its stages counted by itself."""
+        return tuple(_peak(actions, [1] * self.schedule.stages) for actions in self.schedule.ranks)
+
+    @cached_property
+    def activation_bytes(self) -> tuple[int, ...]:
+        """Activations that a rank holds at most."""
+        held = [stage.activation_bytes for stage in self.costs]
+        return tuple(_peak(actions, held) for actions in self.schedule.ranks)
+
+
+def simulate(schedule: Schedule, costs: Sequence[StageCosts]) -> Simulated:
+    """Run one step; `costs` are by stage.
+
+    A rank sends while it computes, to each other rank one message behind the other. Ranks do not wait for one another
+    at their turns: a device goes on with what its loop has called for, and loops that read no loss call at once.
+
+    Raises:
+        ArgumentError: the schedule cannot run, or there are not as many costs as stages.
+    """
+    check_schedule(schedule)
+    if len(costs) != schedule.stages:
+        raise ArgumentError(f"costs of {len(costs)} stages for the schedule {schedule.name} of {schedule.stages}")
+    clock = _Clock(schedule, tuple(costs))
+    for rank, action in runnable(schedule):
+        clock.run(rank, action)
+    events = sorted(clock.events.values(), key=lambda event: (event.begin_s, event.rank, event.end_s))
+    messages = sorted(clock.messages.values(), key=lambda message: (message.end_s, str(message.action)))
+    return Simulated(schedule, clock.costs, tuple(events), tuple(messages))
+
+
+class _Clock:
+    """When each rank, and each way from one to another, is free."""
+
+    def __init__(self, schedule: Schedule, costs: tuple[StageCosts, ...]) -> None:
+        self.schedule, self.costs = schedule, costs
+        self.free_s = [0.0] * len(schedule.ranks)
+        self.way_free_s: dict[tuple[int, int], float] = defaultdict(float)
+        self.events: dict[Action, Event] = {}
+        self.messages: dict[Action, Message] = {}
+
+    def run(self, rank: int, action: Action) -> None:
+        """Run a rank's next action, of which all needs were run."""
+        # What is on no way is on this rank and was done before.
+        there_s = [self.messages[need].end_s for need in self.schedule.needs(action) if need in self.messages]
+        begin_s = max([self.free_s[rank], *there_s])
+        end_s = self.free_s[rank] = begin_s + self.costs[action.stage].seconds(action)
+        self.events[action] = Event(rank, action, begin_s, end_s)
+        reader = self.schedule.reader(action)
+        if reader is not None and self.schedule.rank_of(reader.stage) != rank:
+            self._send(action, reader, end_s)
+
+    def _send(self, action: Action, reader: Action, after_s: float) -> None:
+        way = self.schedule.rank_of(action.stage), self.schedule.rank_of(reader.stage)
+        begin_s = max(after_s, self.way_free_s[way])
+        end_s = begin_s + self.costs[min(action.stage, reader.stage)].message_s
+        self.way_free_s[way] = end_s
+        self.messages[action] = Message(action, reader, begin_s, end_s)
+
+
+def _peak(actions: Sequence[Action], held: Sequence[int]) -> int:
+    """The most of what is held from a stage's forward to the end of its backward, of `held` by stage."""
+    now = most = 0
+    for action in actions:
+        if action.kind == "F":
+            now += held[action.stage]
+            most = max(most, now)
+        elif action.kind in "BW":
+            now -= held[action.stage]
+    return most

@@ -1,0 +1,52 @@
+"""A simulated step for chrome://tracing and ui.perfetto.dev: a track for each rank, an arrow for each message."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from .simulate import Simulated
+
+_KINDS = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gradients of weights"}
+_US_PER_S = 1e6
+
+
+def chrome_trace(simulated: Simulated) -> str:
+    """The JSON of Chrome's trace events."""
+    events = [*_names(simulated), *_slices(simulated), *_arrows(simulated)]
+    return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+
+
+def _names(simulated: Simulated) -> Iterator[dict[str, Any]]:
+    schedule = simulated.schedule
+    yield {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": schedule.name}}
+    for rank in range(len(schedule.ranks)):
+        stages = ", ".join(map(str, schedule.stages_of(rank)))
+        yield {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": 0,
+            "tid": rank,
+            "args": {"name": f"rank {rank}: stage {stages}"},
+        }
+        yield {"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": rank, "args": {"sort_index": rank}}
+
+
+def _slices(simulated: Simulated) -> Iterator[dict[str, Any]]:
+    for rank, action, begin_s, end_s in simulated.events:
+        yield {
+            "ph": "X", "name": str(action), "cat": _KINDS[action.kind], "pid": 0, "tid": rank,
+            "ts": begin_s * _US_PER_S, "dur": (end_s - begin_s) * _US_PER_S,
+            "args": {"stage": action.stage, "microbatch": action.microbatch},
+        }  # fmt: skip
+
+
+def _arrows(simulated: Simulated) -> Iterator[dict[str, Any]]:
+    """From slice to slice: an arrow belongs to the one that is under way when it begins or ends."""
+    events = {event.action: event for event in simulated.events}
+    for number, message in enumerate(simulated.messages):
+        sent_s = (message.end_s - message.begin_s) * _US_PER_S
+        for phase, end in ("s", events[message.action]), ("f", events[message.reader]):
+            yield {
+                "ph": phase, "bp": "e", "id": number, "name": "message", "cat": "message", "pid": 0, "tid": end.rank,
+                "ts": end.begin_s * _US_PER_S, "args": {"us": sent_s},
+            }  # fmt: skip

@@ -1,0 +1,144 @@
+"""The schedule of a pipeline: which rank runs which stage's work on which microbatch, and in which order, as frozen
+data that prints as text and parses back.
+
+    1f1b stages=2 microbatches=3
+    rank 0: F0.0 F0.1 B0.0 F0.2 B0.1 B0.2
+    rank 1: F1.0 B1.0 F1.1 B1.1 F1.2 B1.2
+
+F0.2 is stage 0's forward of microbatch 2, and B0.2 its whole backward. A backward may be in two parts: I0.2 computes
+the gradients of what the stage was given, which the stage in front waits for, and W0.2, later, those of its weights.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+Kind = Literal["F", "B", "I", "W"]
+
+_HEADER = re.compile(r"(\S+) stages=(\d+) microbatches=(\d+)", re.ASCII)
+_RANK = re.compile(r"rank (\d+):(.*)", re.ASCII)
+_ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)", re.ASCII)
+
+
+class Action(NamedTuple):
+    """One stage's work on one microbatch: F forward, B whole backward, I gradients of inputs, W those of weights."""
+
+    stage: int
+    microbatch: int
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage}.{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Action":
+        """The inverse of str(action). Raises ValueError on anything else."""
+        found = _ACTION.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no action; expected F, B, I or W, a stage and a microbatch, such as F0.3")
+        return cls(int(found[2]), int(found[3]), found[1])  # type: ignore[arg-type]  # as the pattern says
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What each rank of a pipeline does, one action behind the other.
+
+    Stage 0 reads the batch, the last one makes the loss, and a stage's actions are all on one rank, which has its
+    weights. Nothing is wrong with a schedule for which `compiler.planner.schedule_check` finds nothing.
+    """
+
+    name: str
+    stages: int
+    microbatches: int
+    ranks: tuple[tuple[Action, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.name.split()) != 1 or self.name != self.name.strip():
+            raise ValueError(f"a schedule is named {self.name!r}; expected one word")
+
+    def rank_of(self, stage: int) -> int:
+        """The rank that runs a stage. Raises ValueError where none does."""
+        rank = self._rank_by_stage.get(stage)
+        if rank is None:
+            raise ValueError(f"no rank runs stage {stage} of {self.stages} of the schedule {self.name}")
+        return rank
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank runs, in the order of the model."""
+        return tuple(stage for stage, runs in sorted(self._rank_by_stage.items()) if runs == rank)
+
+    def turn(self, rank: int) -> int:
+        """How many of a rank's actions lie in front of its turn, where it hands the loss to the training loop and
+        waits for `backward()`: those up to its last forward."""
+        forwards = [i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"]
+        return forwards[-1] + 1 if forwards else 0
+
+    def forward_alone(self, microbatches: int) -> "Schedule":
+        """So many microbatches through the same stages, without a backward."""
+        ranks = (
+            tuple(Action(stage, m, "F") for stage in self.stages_of(rank) for m in range(microbatches))
+            for rank in range(len(self.ranks))
+        )
+        return Schedule("forward", self.stages, microbatches, tuple(ranks))
+
+    def needs(self, action: Action) -> tuple[Action, ...]:
+        """What must be done before an action: a forward waits for the stage in front, a backward for its own forward
+        and the stage behind, gradients of weights for those of inputs. What another rank does comes as a message."""
+        stage, microbatch = action.stage, action.microbatch
+        if action.kind == "F":
+            return (Action(stage - 1, microbatch, "F"),) if stage else ()
+        if action.kind == "W":
+            return (Action(stage, microbatch, "I"),)
+        forward = Action(stage, microbatch, "F")
+        return (forward,) if stage + 1 == self.stages else (forward, self.backward(stage + 1, microbatch))
+
+    def reader(self, action: Action) -> Action | None:
+        """The action of the next stage that waits for a forward, or of the stage in front that waits for a backward."""
+        if action.kind == "F":
+            last = action.stage + 1 == self.stages
+            return None if last else Action(action.stage + 1, action.microbatch, "F")
+        return None if action.kind == "W" or not action.stage else self.backward(action.stage - 1, action.microbatch)
+
+    def backward(self, stage: int, microbatch: int) -> Action:
+        """The action that computes the gradients of a stage's inputs: a whole backward, or its first part."""
+        divided = Action(stage, microbatch, "I")
+        return divided if divided in self._actions else Action(stage, microbatch, "B")
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """Whether backwards are in two parts."""
+        return any(action.kind in "IW" for action in self._actions)
+
+    @cached_property
+    def _actions(self) -> frozenset[Action]:
+        return frozenset(action for actions in self.ranks for action in actions)
+
+    @cached_property
+    def _rank_by_stage(self) -> dict[int, int]:
+        return {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
+
+    def __str__(self) -> str:
+        lines = (f"rank {rank}: {' '.join(map(str, actions))}".rstrip() for rank, actions in enumerate(self.ranks))
+        return "\n".join([f"{self.name} stages={self.stages} microbatches={self.microbatches}", *lines])
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        """The inverse of str(schedule). Raises ValueError, with the line, on anything else."""
+        lines = [line.strip() for line in text.strip().splitlines()]
+        header = _HEADER.fullmatch(lines[0]) if lines else None
+        if header is None:
+            found = repr(lines[0]) if lines else "nothing"
+            raise ValueError(f"line 1: {found}, expected a header such as '1f1b stages=2 microbatches=4'")
+        ranks = tuple(_parse_rank(line, rank) for rank, line in enumerate(lines[1:]))
+        return cls(header[1], int(header[2]), int(header[3]), ranks)
+
+
+def _parse_rank(line: str, rank: int) -> tuple[Action, ...]:
+    where, found = f"line {rank + 2}", _RANK.fullmatch(line)
+    if found is None or int(found[1]) != rank:
+        raise ValueError(f"{where}: {line!r}, expected 'rank {rank}:' and its actions")
+    try:
+        return tuple(map(Action.parse, found[2].split()))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
