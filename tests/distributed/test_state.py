@@ -89,7 +89,7 @@ def test_one_process_goes_on_from_four_ranks(folder: Path, found: Finder, name: 
         assert same_optimizer(last["optimizer"], first["optimizer"])
 
 
-@pytest.mark.parametrize("name", ["1d, zero, bf16", "2d", "1d", "zero"])
+@pytest.mark.parametrize("name", ["1d, zero, bf16", "2d", "1d", "zero", "pipeline, zero"])
 def test_whole_values_are_taken_in_parts(found: Finder, name: str) -> None:
     for number, rank in enumerate(found(name)):
         assert same(rank["loaded again"], rank["loaded"])
