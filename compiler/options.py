@@ -165,11 +165,6 @@ class Options:
             raise ArgumentError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
 
     def _check_parallel(self) -> None:
-        if self.microbatches not in ("auto", 1) and self.degrees.mode is not None:
-            raise ArgumentError(
-                f"microbatches={self.microbatches} is for models on one process each, not for sharded ones, whose "
-                "processes divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"
-            )
         if self.schedule is not None and not isinstance(self.schedule, str | Schedule):
             raise wrong_argument("schedule", self.schedule, "the name of a schedule, such as '1f1b', or a Schedule")
         if self.schedule is not None and not self.degrees.is_staged:
@@ -179,6 +174,11 @@ class Options:
         if self.degrees.is_staged and self.degrees.mode is not None:
             raise ArgumentError(
                 "parallel= has a pipeline and sharded tensors, which do not go together yet; leave one of them out"
+            )
+        if self.microbatches not in ("auto", 1) and self.degrees.mode is not None:
+            raise ArgumentError(
+                f"microbatches={self.microbatches} is for models on one process each, not for sharded ones, whose "
+                "processes divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"
             )
         if self.fuse_loss is True and self.degrees.mode is not None:
             raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")

@@ -1,9 +1,9 @@
 """How many bytes of what are on the device at every point of a program, by exact liveness, and the most on the host.
 
 A value's storage lives from the operator that makes it to the last reader of any name for it; views share
-their storage. What is sent is taken to be on its way until the message behind the next one leaves. What a program hands to the caller at its turn is taken to live to the end, and on until the
-next call returns, as in `out = model(...)` in a loop. The result is compared with measurements in the
-tests: planned is never below measured.
+their storage. What is sent is taken to be on its way until the message behind the next one leaves. What a program
+hands to the caller at its turn is taken to live to the end, and on until the next call returns, as in
+`out = model(...)` in a loop. The result is compared with measurements in the tests: planned is never below measured.
 """
 
 from collections import defaultdict

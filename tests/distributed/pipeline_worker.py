@@ -107,8 +107,10 @@ def train(training: Training, rows: slice = slice(None)) -> Trained:
             losses.append(loss.item())
         optimizer.step()
         if training.evaluates:
+            model.eval()
             with torch.no_grad():
                 losses.append(model(**training.batch(step, rows)).loss.item())
+            model.train()
     return Trained(losses, {name: value.clone() for name, value in model.state_dict().items()})
 
 
