@@ -145,7 +145,7 @@ def _give_values(session: Session) -> None:
     source = session.source
     if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
         session.half_loaded.add("model")
-        materialize(source, source.state_dict())
+        materialize(source, source.state_dict(), session.store().chunks.let_go)
     session.settle(backward=False)
 
 

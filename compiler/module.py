@@ -121,8 +121,10 @@ class CompiledModule(Facade):
         if assign:
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
         if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
-            materialize(self.source, state_dict)
-            loaded = self.source.load_state_dict(state_dict, strict=strict)
+            setup = self.session.setup
+            materialize(self.source, state_dict, (lambda: None) if setup is None else setup.machine.store.chunks.let_go)
+            with self._facade_calls.lending():
+                loaded = self.source.load_state_dict(state_dict, strict=strict)
             self.session.place()
         else:
             with self._facade_calls.lending():

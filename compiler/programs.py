@@ -128,9 +128,9 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
         if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
     ]
     return Exchanges(
-        inside=_digest(print_program(program)) if mesh.tensor_axes or mesh.pipeline_axes else "",
+        inside=_digest(print_program(program)) if mesh.shares_batches else "",
         between=_digest(f"{state_alike(plan)} {chunks_alike(plan)} {order}") if order and mesh.data_size > 1 else "",
-        common=f"{state_alike(plan)} {plan.microbatches}" if mesh.pipeline_axes else "",
+        common=f"{state_alike(plan)} {plan.stages} {plan.schedule}" if mesh.pipeline_axes else "",
     )
 
 

@@ -35,6 +35,7 @@ from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
+from .capture.weak_references import without_weak_references
 from .captures import Captures
 from .changing_numbers import ChangingNumbers
 from .device import Device
@@ -57,7 +58,7 @@ from .programs import (
     state_alike,
 )
 from .setup import Declared, Phase, Setup, move
-from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
+from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values
 
 PATIENCE_S = 1.0
 
@@ -293,8 +294,7 @@ class Session:
         setup = self.setup
         if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        shares_out = setup.plan.request.zero or setup.plan.layout.owned
-        if shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
+        if setup.plan.shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
@@ -308,7 +308,7 @@ class Session:
             open_channels(self.ranks, channels(setup.plan, self._compiled()))
             if not self._are_shared:
                 self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
-                share_values(self.source, self.ranks, self.device.torch_device)
+                share_values(self.source, self.ranks, self.device.torch_device, setup.machine.store.chunks)
             self._are_shared = True
             with without_weak_references(self.source):
                 setup.machine.store.place(homes)
@@ -321,12 +321,14 @@ class Session:
         return [compiled for _, compiled in self._programs.items()]
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
+        """A program's inputs. Raises StateError where ranks that share a batch were called with different ones."""
         inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
-        if self.ranks.sharing is not None and compiled.executor not in self._met:
-            self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
-            check_shared(self.ranks, inputs)
-            check_messages(self.ranks, *messages(compiled.flat))
+        if self.ranks.mesh.shares_batches:
+            is_new = compiled.executor not in self._met
+            check_shared(self.ranks, (args, kwargs), every_element=is_new)
+            if is_new:
+                self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
+                check_messages(self.ranks, *messages(compiled.flat))
         return inputs
 
     def begin_step(self, training: bool) -> None:

@@ -77,6 +77,11 @@ class Plan:
         """How many batches make one step's."""
         return self.mesh.data_size
 
+    @property
+    def shares_out(self) -> bool:
+        """Whether processes have training state that others lack."""
+        return bool(self.request.zero or self.layout.owned)
+
     def shards(self, chunk: ChunkLayout) -> int:
         """How many processes share out a chunk's training state."""
         zero = self.request.zero

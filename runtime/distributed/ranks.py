@@ -97,8 +97,7 @@ class Ranks:
                 _enter(device, timeout)
             sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
             made = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-            shares = bool(mesh.tensor_axes or mesh.pipeline_axes)
-            sharing = _host_group(mesh, mesh.data_rank, timeout) if shares else None
+            sharing = _host_group(mesh, mesh.data_rank, timeout) if mesh.shares_batches else None
             alike = _host_group(mesh, mesh.pipeline_rank, timeout)
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
@@ -163,6 +162,13 @@ class Ranks:
         if self.together:
             there = tensor.to(device)
             self.call(dist.broadcast, there, src=0)
+            tensor.copy_(there)
+
+    def from_first_alike_(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the first of those that have the same layers, by way of the host."""
+        if self.alike is not None:
+            there = tensor.cpu()
+            self.call(dist.broadcast, there, group=self.alike, group_src=0)
             tensor.copy_(there)
 
     def on_any(self, flags: list[bool], device: torch.device) -> list[bool]:
@@ -288,8 +294,8 @@ class Ranks:
 
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
-        found = self.told_by_sharing(digest)
-        first = next(iter(found.values()))
+        found = self._unlike(self.sharing, digest, digest)
+        first = next(iter(found.values()), digest)
         others = [rank for rank, theirs in found.items() if theirs != first]
         if others:
             own = taken_together(names_of(self.mesh.batch_axes))

@@ -117,6 +117,11 @@ class Mesh:
         """The axis along which processes run other layers of one batch; none without pipeline."""
         return self._of(frozenset({"pipeline"}))
 
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several processes run one batch, each a part of its tensors or of the layers."""
+        return self.data_size < self.size
+
     @cached_property
     def data_size(self) -> int:
         """How many batches make one step's."""

@@ -164,6 +164,7 @@ class ChunkStore:
         """The parameters' names, by their identity."""
         self.ownership = Ownership(local_shards.ranks, layout.owners)
         self.writers = Writers()
+        self.has_let_go = False
         self._lacking = {name: parameters[name] for name in self.ownership.elsewhere}
         self.elsewhere = {name: self._elsewhere(name, parameter) for name, parameter in self._lacking.items()}
         """Of the parameters that other processes alone have, what is known here."""
@@ -173,7 +174,11 @@ class ChunkStore:
         return Elsewhere(name, tuple(parameter.shape), dtype, f"rank(s) {ranks}", self.writers)
 
     def let_go(self) -> None:
-        """Free the memory of parameters that other processes alone have."""
+        """Free the memory of parameters that other processes alone have, if these are there; on meta they will need
+        none."""
+        if not self.local_shards.ranks.launched:
+            return
+        self.has_let_go = True
         for name, parameter in self._lacking.items():
             parameter.grad = None
             become_lazy(parameter, self.elsewhere[name])

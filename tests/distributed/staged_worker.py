@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import geminifx
 import torch
 from geminifx.runtime.isa.homes import Home, Where
-from staged import World, backward, compiled, gradients, placed, tied
+from staged import HOST, World, backward, compiled, gradients, placed, tied
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -49,11 +49,14 @@ def torchs(model: geminifx.CompiledModule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups(dict(model.named_parameters())), lr=1e-2, fused=True)
 
 
+Made = tuple[geminifx.CompiledModule, torch.optim.Optimizer]
 KINDS: dict[str, Callable[[geminifx.CompiledModule], torch.optim.Optimizer]] = {"own": own, "torch's": torchs}
 
 
-def made(kind: str, world: World, seed: int = 0, home: Home = Home()) -> tuple[Any, torch.optim.Optimizer]:  # noqa: B008
-    model = compiled(tied(seed), world, precision="fp32")
+def made(kind: str, world: World, seed: int = 0, home: Home = HOST, device: str = "cpu") -> Made:
+    with torch.device(device):
+        source = tied(seed)
+    model = compiled(source, world, precision="fp32")
     optimizer = KINDS[kind](model)
     return placed(model, world, home), optimizer
 
@@ -124,7 +127,7 @@ def overflow(world: World) -> dict[str, Any]:
 def go_through(kind: str, name: str, world: World, before: Path) -> dict[str, Any]:
     """Train, save in every way, load into models of another seed, and train on; and load what is `before`."""
     folder = before.parent
-    home = Home(Where.DEVICE, resident=True) if "device" in name else Home()
+    home = Home(Where.DEVICE, resident=True) if "device" in name else HOST
     model, optimizer = made(kind, world, home=home)
     found: dict[str, Any] = {"absent": absent(model, optimizer), "norms": train(model, optimizer)}
     found |= {"state": values(model), "optimizer": optimizer_state(kind, optimizer)}
@@ -146,6 +149,12 @@ def go_through(kind: str, name: str, world: World, before: Path) -> dict[str, An
         again.load_state_dict(found["state"])
         other.load_state_dict(found["optimizer"])
         found["loaded whole"] = values(again), optimizer_state(kind, other)
+    again, other = made(kind, world, home=home, device="meta")
+    geminifx.load_checkpoint(again, other, folder / f"{name}, {kind}")
+    found["loaded on meta"] = values(again), optimizer_state(kind, other)
+    again, _ = made(kind, world, home=home, device="meta")
+    again.load_state_dict(found["state"])
+    found["loaded whole on meta"] = values(again)
     again, other = made(kind, world, seed=1, home=home)
     extra = geminifx.load_checkpoint(again, other, before)
     found["before"] = extra, values(again), optimizer_state(kind, other)

@@ -124,6 +124,13 @@ def test_what_is_saved_is_loaded_and_trained_on(found: Any, run: str, way: str) 
 
 
 @EVERY_RUN
+def test_weights_on_meta_come_to_life_where_they_belong(found: Any, run: str) -> None:
+    for rank in found:
+        assert same(rank["loaded on meta"][0], rank["state"]) and same(rank["loaded whole on meta"], rank["state"])
+        assert same_optimizer(rank["loaded on meta"][1], rank["optimizer"])
+
+
+@EVERY_RUN
 def test_whole_states_are_taken_in_parts(found: Any, run: str) -> None:
     for number, rank in enumerate(found):
         assert bool(rank["first only"]) is (number == 0)

@@ -44,6 +44,7 @@ def tied(seed: int = 0) -> Tied:
     return Tied()
 
 
+HOST = Home()
 STAGES: dict[int, dict[str, Owners]] = {
     1: {"embed": (0,), "first": (0,), "norm": (0,), "frozen": (0,), "second": (0,)},
     2: {"embed": (0, 1), "first": (0,), "norm": (1,), "frozen": (1,), "second": (1,)},
@@ -101,7 +102,7 @@ def compiled(source: nn.Module, world: World, **options: Any) -> geminifx.Compil
         return geminifx.compile(source, **options)
 
 
-def placed(model: geminifx.CompiledModule, world: World, home: Home = Home()) -> geminifx.CompiledModule:  # noqa: B008
+def placed(model: geminifx.CompiledModule, world: World, home: Home = HOST) -> geminifx.CompiledModule:
     """Give the model its training states, of the optimizer that was declared, or for torch's."""
     session = model.session
     parameters, declared = session._parameters, session._declared

@@ -21,7 +21,7 @@ from torch import nn
 MESH = Mesh((Axis("pipeline", 2, "pipeline"), Axis("data", 2, "data")))
 OWNED = (("0.weight", (0,)), ("0.bias", (0,)), ("1.weight", (1,)), ("1.bias", (0, 1)))
 STORES = pytest.mark.parametrize("store", ["torch's", "own"])
-RANKS = Ranks(MESH, 0, launched=False)
+RANKS = Ranks(MESH, 0)
 
 
 def model() -> nn.Sequential:
