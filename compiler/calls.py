@@ -57,6 +57,7 @@ class Calls:
         self.adaptation.before(compiled)
         inputs = session.inputs(compiled, args, kwargs)
         session.begin_step(backward)
+        outputs: list[Any]
         if backward:
             # They are used up by a forward, and made again for one that has to run again.
             train = lambda: self._train(compiled, inputs or session.inputs(compiled, args, kwargs))  # noqa: E731
@@ -64,6 +65,8 @@ class Calls:
         else:
             results = compiled.executor.evaluate(inputs)
             outputs = [results[f"output:{i}"] for i in range(len(results))]
+        for i in compiled.absent:
+            outputs[i] = AbsentOutput()
         return rebuild_result(compiled.captured, outputs)
 
     def _name_of(self, module: nn.Module) -> str:
@@ -82,8 +85,6 @@ class Calls:
         outputs: list[Any] = list(Step.apply(run, self._anchor, *tracked))
         for i in captured.detached:
             outputs[i] = NoGradient.apply(self._anchor, outputs[i])
-        for i in compiled.absent:
-            outputs[i] = AbsentOutput()
         return outputs
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:

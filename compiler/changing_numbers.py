@@ -51,9 +51,10 @@ class _Met:
 
 class ChangingNumbers:
     """A number is a constant of a program until it changes. Then it is tried as an input, and is one where the program
-    that has it as an input is, with the earlier value, the program of that value."""
+    that has it as an input is, with the earlier value, the program of that value. Where they `may_be_inputs` at all."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_be_inputs: bool = True) -> None:
+        self.may_be_inputs = may_be_inputs
         self._met: Recent[_Met] = Recent()
 
     def taken(self, call: Call) -> Call:
@@ -63,7 +64,7 @@ class ChangingNumbers:
 
     def captured(self, call: Call, capture: Capture) -> tuple[Call, Captured]:
         """The captured step for a call, and the call as that step takes it."""
-        if not call.numbers:
+        if not call.numbers or not self.may_be_inputs:
             return call, capture(call)
         met = self._met.get(call.kind)
         plain = call.taking(frozenset())

@@ -145,7 +145,7 @@ def _give_values(session: Session) -> None:
     source = session.source
     if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
         session.half_loaded.add("model")
-        materialize(source, source.state_dict())
+        materialize(source, source.state_dict(), session.store().chunks.let_go)
     session.settle(backward=False)
 
 
@@ -153,7 +153,7 @@ def _model_tensors(session: Session, writing: bool) -> dict[str, Stored]:
     """Masters and the buffers that a state_dict holds; of these, which all have, rank 0 alone writes."""
     store = session.store()
     store.finish()
-    found = {f"model.{name}": store.stored_master(name) for name in store.chunks.layout.places}
+    found = {f"model.{name}": store.stored_master(name) for name in session.names().values()}
     kept = session.source.state_dict().keys()
     for name, buffer in session.source.named_buffers():
         if name in kept:

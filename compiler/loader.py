@@ -12,8 +12,9 @@ from .module import CompiledModule
 def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[Any]:
     """A loader of this rank's part of `loader`'s data, in batches of the same size; alone, `loader` itself.
 
-    The parts are equally long: where the data does not divide, some examples come twice. A loader that shuffles is
-    shuffled anew in each epoch for which `sharded.sampler.set_epoch(epoch)` is called.
+    Ranks that share a batch, each with a part of the tensors or of the layers, have the same part. The parts are
+    equally long: where the data does not divide, some examples come twice. A loader that shuffles is shuffled anew in
+    each epoch for which `sharded.sampler.set_epoch(epoch)` is called, and alike on all ranks.
 
     Raises ArgumentError for what is no loader or no compiled model, and for iterable datasets and samplers of the
     user's own, whose parts are theirs to make.
@@ -21,16 +22,15 @@ def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoad
     if not isinstance(loader, DataLoader):
         raise wrong_argument("loader", loader, "a torch.utils.data.DataLoader")
     check_compiled(model)
-    ranks = model.session.ranks
-    if ranks.mesh.data_size == 1:
+    ranks, own = model.session.ranks, _decides_itself(loader)
+    shuffles = isinstance(loader.sampler, RandomSampler)
+    if ranks.mesh.data_size == 1 and (own is not None or not (shuffles and ranks.mesh.shares_batches)):
         return loader
-    own = _decides_itself(loader)
     if own is not None:
         raise ArgumentError(
             f"the loader's {type(own).__name__} decides itself what comes next; let it give each rank its own part "
             f"(part {ranks.data_rank} of {ranks.mesh.data_size} here), and do not shard the loader"
         )
-    shuffles = isinstance(loader.sampler, RandomSampler)
     part: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, ranks.mesh.data_size, ranks.data_rank, shuffle=shuffles, drop_last=loader.drop_last
     )

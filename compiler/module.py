@@ -13,7 +13,8 @@ from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.isa.errors import StateError, check_path
 from ..runtime.memory.stats import Stats
-from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer, Declared
+from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer
+from ..runtime.optimizer.declared import Declared
 from ..runtime.optimizer.hyper_checks import check_norm
 from ..runtime.state_io.atomic_directory import shared_directory
 from ..runtime.state_io.checksums import seal
@@ -82,7 +83,8 @@ class CompiledModule(Facade):
         declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate)
         declared.check(self.session.dtypes.values())
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
-        return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names())
+        return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names(),
+                              torch.float16 in self.session.dtypes.values())  # fmt: skip
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ over all parameters, for torch's optimizers; returns the norm.
@@ -121,8 +123,10 @@ class CompiledModule(Facade):
         if assign:
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
         if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
-            materialize(self.source, state_dict)
-            loaded = self.source.load_state_dict(state_dict, strict=strict)
+            setup = self.session.setup
+            materialize(self.source, state_dict, (lambda: None) if setup is None else setup.machine.store.chunks.let_go)
+            with self._facade_calls.lending():
+                loaded = self.source.load_state_dict(state_dict, strict=strict)
             self.session.place()
         else:
             with self._facade_calls.lending():

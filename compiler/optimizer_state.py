@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ..runtime.isa.errors import CheckpointError, StateError
 from ..runtime.memory.stored import Stored
-from ..runtime.optimizer.chunk_optimizer import MOMENTS, ChunkOptimizer
+from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer
+from ..runtime.optimizer.declared import MOMENTS
 from ..runtime.optimizer.saved_groups import check_rule
 from .session import Session
 
@@ -28,6 +29,8 @@ class OptimizerState(ABC):
         self.optimizer = optimizer
         self.names = session.names()
         self.parameters = {self.names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+        self.ownership = session.store().chunks.ownership
+        self.held = self.ownership.among(self.parameters)
 
     @staticmethod
     def of(session: Session, optimizer: Optimizer) -> "OptimizerState":
@@ -38,15 +41,15 @@ class OptimizerState(ABC):
     # -- saving --------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Stored]:
-        found = ((name, self._tensors(name)) for name in self.parameters)
+        found = ((name, self._tensors(name)) for name in self.held)
         return {f"optimizer.{key}.{name}": stored for name, own in found for key, stored in own.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """Everything else, with names for parameters."""
+        """Everything else, with names for parameters: of all of them, whoever has them."""
         own = self.optimizer.param_groups
         groups = [{**group, "params": [self.names[id(p)] for p in group["params"]]} for group in own]
-        numbers = {name: found for name in self.parameters if (found := self._numbers(name))}
-        return {"kind": self.kind, "param_groups": groups, "numbers": numbers}
+        numbers = {name: found for name in self.held if (found := self._numbers(name))}
+        return {"kind": self.kind, "param_groups": groups, "numbers": self.ownership.gather(numbers)}
 
     @property
     def kind(self) -> str:
@@ -171,7 +174,7 @@ class _OwnState(OptimizerState):
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         self._load_numbers(saved, {})
         read: dict[str, Stored] = {}
-        for name in self.parameters:
+        for name in self.held:
             keys = self._saved_keys(name, found)
             state, slot = self.store.state_of(name)
             state.steps[slot] = int(saved["numbers"].get(name, {}).get("step", 1 if keys else 0))
@@ -202,7 +205,7 @@ class _TorchState(OptimizerState):
 
     def _stored(self, name: str, value: Tensor) -> Stored:
         chunks = self.session.store().chunks
-        layout, number = chunks.layout.places[name]
+        layout, number = chunks.place_of(name)
         slot = layout.slots[number]
         if tuple(value.shape) != slot.shape:
             raise CheckpointError(
@@ -216,14 +219,14 @@ class _TorchState(OptimizerState):
 
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         read: dict[str, Stored] = {}
-        for name, parameter in self.parameters.items():
-            self.loading[name] = {key: torch.zeros_like(parameter) for key in self._saved_keys(name, found)}
+        for name in self.held:
+            self.loading[name] = {key: torch.zeros_like(self.parameters[name]) for key in self._saved_keys(name, found)}
             read |= {f"optimizer.{key}.{name}": self._stored(name, v) for key, v in self.loading[name].items()}
         return read
 
     def end_load(self, saved: dict[str, Any]) -> None:
         """The optimizer takes over what was read."""
-        states = {name: {**saved["numbers"].get(name, {}), **self.loading[name]} for name in self.parameters}
+        states = {name: {**saved["numbers"].get(name, {}), **self.loading[name]} for name in self.held}
         self._load_numbers(saved, states)
 
 

@@ -17,6 +17,7 @@ from ..passes.program.plan import Plan
 from ..passes.program.request import Kernels, Outputs, Policy
 from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
+from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
 from .parallel import Parallel
 from .rates.choice import given_rates
@@ -45,7 +46,10 @@ class Options:
         reduce_dtype: in what processes add up their gradients: "fp32" rounds their mean to the compute dtype once;
             "compute" adds in that dtype, with errors that grow with the number of processes, for half of the bytes.
         microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
-            next block; "auto" divides it where it does not fit whole.
+            next block; "auto" divides it where it does not fit whole. In a pipeline they go through its stages, by
+            default two for each rank.
+        schedule: in which order a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved", "zb1p",
+            "zbv", or a `Schedule`. By default 1f1b, or interleaved where ranks have several stages each.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         offload: "auto", "none", "all", or names of the blocks whose activations wait for the backward on the host: of a
             block that is recomputed where it begins, of another all that its backward reads. "auto" does so where
@@ -80,6 +84,7 @@ class Options:
     precision: Precision | None = None
     reduce_dtype: ReduceDtype = "fp32"
     microbatches: int | Literal["auto"] = "auto"
+    schedule: str | Schedule | None = None
     recompute: str | tuple[str, ...] = "auto"
     offload: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
@@ -172,6 +177,16 @@ class Options:
             raise ArgumentError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
 
     def _check_parallel(self) -> None:
+        if self.schedule is not None and not isinstance(self.schedule, str | Schedule):
+            raise wrong_argument("schedule", self.schedule, "the name of a schedule, such as '1f1b', or a Schedule")
+        if self.schedule is not None and not self.degrees.is_staged:
+            raise ArgumentError(
+                f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
+            )
+        if self.degrees.is_staged and self.degrees.mode is not None:
+            raise ArgumentError(
+                "parallel= has a pipeline and sharded tensors, which do not go together yet; leave one of them out"
+            )
         if self.microbatches not in ("auto", 1) and self.degrees.mode is not None:
             raise ArgumentError(
                 f"microbatches={self.microbatches} is for models on one process each, not for sharded ones, whose "

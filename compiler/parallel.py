@@ -12,9 +12,10 @@ from ..runtime.isa.errors import ArgumentError, wrong_argument
 from ..runtime.isa.mesh import Axis, Mesh
 
 GRAMMAR = (
-    "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH) and sequence, with commas between, such "
-    "as data=2,tensor=2.5d:8:2"
+    "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH), sequence and pipeline=RANKS (or "
+    "pipeline=RANKS:STAGES), with commas between, such as data=2,tensor=2.5d:8:2"
 )
+NAMES = ("data", "tensor", "zero", "sequence", "pipeline")
 EXPECTED = 'such as {"data": 2, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}'
 
 
@@ -32,6 +33,8 @@ class Parallel:
         sequence: of 1d: whether activations between blocks are sharded along the sequence.
         table: placements of parameters instead of the mode's, from regular expressions of their names, such as
             {"lm_head.weight": "tp=S0"}.
+        pipeline: how many processes, or groups of them, have layers of their own, one behind the other.
+        stages: into how many stages the layers are divided, a multiple of them; None: one for each.
     """
 
     data: int | None = None
@@ -41,15 +44,20 @@ class Parallel:
     depth: int = 1
     sequence: bool = False
     table: tuple[tuple[str, str], ...] = ()
+    pipeline: int = 1
+    stages: int | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Parallel":
         """Raises ArgumentError for names and degrees that make no sense."""
         values = dict(given or {})
-        _known(values, ("data", "zero", "tensor"), "parallel")
+        _known(values, ("data", "zero", "tensor", "pipeline"), "parallel")
+        pipeline = _pipeline(values.pop("pipeline", 1))
+        _known(pipeline, ("ranks", "stages"), "parallel['pipeline']")
         tensor = _tensor(values.pop("tensor", None))
         _known(tensor, ("mode", "size", "depth", "sequence", "table"), "parallel['tensor']")
-        found = cls(**values, **tensor | {"table": _table(tensor.get("table", {}))})
+        degrees = {"pipeline": pipeline.get("ranks", 1), "stages": pipeline.get("stages")}
+        found = cls(**values, **tensor | {"table": _table(tensor.get("table", {}))}, **degrees)
         found._check(given)
         return found
 
@@ -58,6 +66,8 @@ class Parallel:
             ("data", 1 if self.data is None else self.data),
             ("size", self.size),
             ("depth", self.depth),
+            ("pipeline", self.pipeline),
+            ("stages", 1 if self.stages is None else self.stages),
         ):
             if type(degree) is not int or degree < 1:
                 raise ArgumentError(f"parallel={given}: {name} is {degree!r}; expected a whole number of processes")
@@ -74,7 +84,21 @@ class Parallel:
             raise ArgumentError(f"parallel={given}: only the mode '2.5d' has a depth")
         if self.sequence and self.mode != "1d":
             raise ArgumentError(f"parallel={given}: only the mode '1d' shards along the sequence")
+        if self.stages is not None and self.stages % self.pipeline:
+            raise ArgumentError(
+                f"parallel={given}: {self.stages} stages are not equally many on each of {self.pipeline} ranks; "
+                f"expected a multiple of {self.pipeline}"
+            )
         self.tensor_axes()
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether layers are divided into stages, if only of one process."""
+        return self.pipeline > 1 or (self.stages or 1) > 1
+
+    @property
+    def stages_per_rank(self) -> int:
+        return (self.stages or self.pipeline) // self.pipeline
 
     def tensor_axes(self) -> tuple[Axis, ...]:
         """The mode's axes. Raises ArgumentError where `size` processes do not make such a mesh."""
@@ -109,14 +133,18 @@ class Parallel:
 
         Raises ArgumentError where the degrees do not multiply to the world.
         """
-        world = world_size or (launched if launched > 1 else (self.data or 1) * self.size)
-        data = self.data or max(world // self.size, 1)
-        if data * self.size != world:
+        one_batch = self.size * self.pipeline
+        world = world_size or (launched if launched > 1 else (self.data or 1) * one_batch)
+        data = self.data or max(world // one_batch, 1)
+        if data * one_batch != world:
+            degrees = f"data={data} times tensor={self.size}"
+            degrees += f" times pipeline={self.pipeline}" if self.pipeline > 1 else ""
             raise ArgumentError(
-                f"data={data} times tensor={self.size} is {data * self.size} processes, but the world has {world}; the "
+                f"{degrees} is {data * one_batch} processes, but the world has {world}; the "
                 "degrees must multiply to the world: change parallel=, world_size=, or how many torchrun launches"
             )
-        return Mesh((*([Axis("data", data, "data")] if data > 1 else []), *self.tensor_axes()))
+        outer = (Axis("pipeline", self.pipeline, "pipeline"), Axis("data", data, "data"))
+        return Mesh((*(axis for axis in outer if axis.size > 1), *self.tensor_axes()))
 
 
 def _tensor(given: Any) -> dict[str, Any]:
@@ -134,6 +162,17 @@ def _tensor(given: Any) -> dict[str, Any]:
             f"parallel: tensor={given!r}; expected a mode and a size, \"1d:4\" or {{'mode': '1d', 'size': 4}}"
         )
     return dict(given or {})
+
+
+def _pipeline(given: Any) -> dict[str, Any]:
+    """What `pipeline` declares: a number of ranks, that and one of stages, or both as text. Raises ArgumentError for
+    anything else."""
+    if isinstance(given, str):
+        ranks, colon, stages = given.partition(":")
+        given = {"ranks": _number(ranks)} | ({"stages": _number(stages)} if colon else {})
+    if not isinstance(given, Mapping):
+        given = {"ranks": given}
+    return dict(given)
 
 
 def _table(given: Any) -> tuple[tuple[str, str], ...]:
@@ -162,9 +201,9 @@ def parse_parallel(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         name, _, value = item.partition("=")
-        if name in found or (name == "sequence") != (value == "") or name not in ("data", "tensor", "zero", "sequence"):
+        if name in found or (name == "sequence") != (value == "") or name not in NAMES:
             raise ArgumentError(f"--parallel {text!r}: {item!r} is not understood; expected {GRAMMAR}")
-        found[name] = value if name == "tensor" else _number(value)
+        found[name] = value if name in ("tensor", "pipeline") else _number(value)
     if found.pop("sequence", None) is not None:
         found["tensor"] = {**_tensor(found.get("tensor")), "sequence": True}
     try:

@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 
 from ..passes.program.manager import Record
 from ..passes.program.plan import Plan
-from ..passes.program.program import Program
+from ..passes.program.program import Program, tensor_type
 from ..passes.program.text import print_program
+from ..runtime.distributed.point_to_point import Channel
 from ..runtime.distributed.ranks import Exchanges
 from ..runtime.executor import Executor, Outlets
-from ..runtime.isa.instructions import AVERAGE, FETCH, REDUCE
+from ..runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
 from .capture.arguments import leaf_key
 from .capture.guards import Guard, forwards_of
 from .capture.numbers import can_be_input
@@ -49,6 +50,11 @@ class Compiled:
     @property
     def trains(self) -> bool:
         return self.captured.trains
+
+    @property
+    def expected(self) -> torch.dtype:
+        """Of the tangent that the backward begins with where it does not wait for one."""
+        return next(tensor_type(node).dtype for node in self.program.inputs("expected").values())
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
     Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
     batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
     """
-    layout = plan.layout
+    layout, mesh = plan.layout, plan.mesh
     divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
     order = [
         (str(node.target), node.args[0 if node.target is FETCH else 1 :])
@@ -121,14 +127,45 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
         if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
     ]
     return Exchanges(
-        inside=_digest(print_program(program)) if plan.mesh.tensor_axes else "",
-        between=_digest(f"{chunks_alike(plan)} {order}") if order and plan.mesh.data_size > 1 else "",
+        inside=_digest(print_program(program)) if mesh.shares_batches else "",
+        between=_digest(f"{state_alike(plan)} {chunks_alike(plan)} {order}") if order and mesh.data_size > 1 else "",
+        common=f"{state_alike(plan)} {plan.stages} {plan.schedule}" if mesh.pipeline_axes else "",
     )
 
 
+def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
+    """What a process sends to others of a pipeline, and receives from them, by their places: dtypes and shapes."""
+    sent, received = defaultdict[int, str](str), defaultdict[int, str](str)
+    for node in program.computes:
+        if node.target is SEND:
+            type = tensor_type(node.args[0])
+            sent[node.args[1]] += f"{type.dtype}{list(type.shape)} "
+        elif node.target is RECEIVE:
+            received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
+    return dict(sent), dict(received)
+
+
+def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
+    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, the
+    last stage tells all, and who have a parameter alike exchange its gradients."""
+    if plan.schedule is None:
+        return set()
+    last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
+    pairs = {(one, other) for each in plan.layout.owners.values() for one in each for other in each}
+    pairs |= {(last, rank) for rank in ranks}
+    for compiled in programs:
+        pairs |= {(plan.line, other) for told in messages(compiled.flat) for other in told}
+    return {channel for one, other in pairs for channel in ((one, other), (other, one)) if one != other}
+
+
+def state_alike(plan: Plan) -> str:
+    """A digest of what all ranks must have alike of the training state before any program runs."""
+    return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout.owned}")
+
+
 def chunks_alike(plan: Plan) -> str:
-    """A digest of what all ranks must have alike before any program runs."""
-    return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout}")
+    """A digest of what those must have alike, too, that have the same layers."""
+    return _digest(str(plan.layout))
 
 
 def _digest(text: str) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from ..models.adapters import blocks, example_inputs
 from ..passes.program.plan import Plan
 from ..runtime.distributed.local_shards import LocalShards
+from ..runtime.distributed.point_to_point import check_messages, open_channels
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor, Outlets
@@ -35,6 +36,7 @@ from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
+from .capture.weak_references import without_weak_references
 from .captures import Captures
 from .changing_numbers import ChangingNumbers
 from .collector import resting_collector
@@ -43,9 +45,21 @@ from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, GuardedKeys, Key, Recaptures, Recent, chunks_alike, exchanged
+from .programs import (
+    Call,
+    Compiled,
+    GuardedKeys,
+    Key,
+    Recaptures,
+    Recent,
+    channels,
+    chunks_alike,
+    exchanged,
+    messages,
+    state_alike,
+)
 from .setup import Declaration, Phase, Setup, move, shared_homes
-from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values, without_weak_references
+from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values
 
 PATIENCE_S = 1.0
 
@@ -72,8 +86,9 @@ class Session:
         self.dtypes = parameter_dtypes(source, self.dtype)
         self._parameters = dict(source.named_parameters())
         self.planning = Planning(
-            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source)
-        )
+            options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source),
+            self.ranks.mesh.pipeline_rank(self.ranks.rank),
+        )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
         self.captures = Captures(source, request, self.lowering, self.planning.shared())
@@ -96,7 +111,7 @@ class Session:
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._guarded = GuardedKeys()
-        self._numbers = ChangingNumbers()
+        self._numbers = ChangingNumbers(self.planning.schedule is None)
         self._recaptures = Recaptures()
         self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
@@ -285,7 +300,7 @@ class Session:
         setup = self.setup
         if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
             return
-        if setup.plan.request.zero and not self.ranks.launched:  # nobody is there to have the other shards
+        if setup.plan.shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
@@ -296,9 +311,10 @@ class Session:
             if self.device.is_cuda:
                 move_buffers(self.source, self.device.torch_device)
             self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
+            open_channels(self.ranks, channels(setup.plan, self.programs().values()))
             if not self._are_shared:
-                self.ranks.check_alike("the model", chunks_alike(setup.plan))
-                share_values(self.source, self.ranks, self.device.torch_device)
+                self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
+                share_values(self.source, self.ranks, self.device.torch_device, setup.machine.store.chunks)
             self._are_shared = True
             with without_weak_references(self.source):
                 setup.machine.store.place(homes)
@@ -334,11 +350,14 @@ class Session:
         return dict(self._programs.items())
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""
+        """A program's inputs. Raises StateError where ranks that share a batch were called with different ones."""
         inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
-        if self.ranks.mesh.tensor_axes and compiled.executor not in self._met:
-            self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
-            check_shared(self.ranks, inputs)
+        if self.ranks.mesh.shares_batches:
+            is_new = compiled.executor not in self._met
+            check_shared(self.ranks, (args, kwargs), every_element=is_new)
+            if is_new:
+                self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
+                check_messages(self.ranks, *messages(compiled.flat))
         return inputs
 
     def begin_step(self, training: bool) -> None:

@@ -11,18 +11,22 @@ from ..runtime.memory.lazy_parameter import LazyParameter
 from .session import Session
 
 
-def _slots(session: Session) -> dict[str, Slot]:
-    """Where parameters lie, by all of their names."""
+def _shared_out(session: Session) -> dict[str, str]:
+    """Of which parameters a process has less than all, by all of their names, and what they are called first."""
     if session.machine is None or not session.is_placed:
         return {}
-    places, first = session.machine.store.chunks.layout.places, session.names()
+    layout, first = session.machine.store.chunks.layout, session.names()
+    sharded = {name for name, (chunk, slot) in layout.places.items() if chunk.slots[slot].placement}
     named = ((name, first[id(p)]) for name, p in session.source.named_parameters(remove_duplicate=False))
-    return {name: places[own][0].slots[places[own][1]] for name, own in named}
+    return {name: own for name, own in named if own in sharded or own in layout.owners}
 
 
 def sharded_slots(session: Session) -> dict[str, Slot]:
     """Of which parameters this process has a shard, by all of their names, and where that lies."""
-    return {name: slot for name, slot in _slots(session).items() if slot.placement}
+    shared_out = _shared_out(session)
+    places = session.store().chunks.layout.places if shared_out else {}
+    found = {name: places[own][0].slots[places[own][1]] for name, own in shared_out.items() if own in places}
+    return {name: slot for name, slot in found.items() if slot.placement}
 
 
 def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
@@ -31,24 +35,31 @@ def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
 
     Without `keep` it is empty, though the others' is not.
     """
-    found, slots = session.source.state_dict(*args, **kwargs), sharded_slots(session)
-    parameters = dict(session.source.named_parameters(remove_duplicate=False)) if slots else {}
+    found, shared_out = session.source.state_dict(*args, **kwargs), _shared_out(session)
     prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
     built: dict[Any, Tensor] = {}
     for name, value in found.items():
-        own = name.removeprefix(prefix)
-        owner = id(parameters[own]) if own in slots else getattr(value, "source", None)
+        first = shared_out.get(name.removeprefix(prefix))
+        owner = first or getattr(value, "source", None)
         if owner is None:
             continue
         if owner not in built:
-            shard = value.source.read() if isinstance(value, LazyParameter) else value.detach()
-            if own in slots:
-                shard = session.local_shards.join(shard, slots[own], session.device.torch_device)
-            built[owner] = shard if keep else torch.empty(0)
+            whole = _read(value) if first is None else _whole(session, first, value)
+            built[owner] = whole if keep else torch.empty(0)
         found[name] = built[owner]
     if not keep:
         found.clear()
     return found
+
+
+def _whole(session: Session, parameter: str, value: Tensor) -> Tensor:
+    chunks = session.store().chunks
+    part = value if parameter in chunks.elsewhere else _read(value)
+    return chunks.whole(parameter, part, session.device.torch_device)
+
+
+def _read(value: Tensor) -> Tensor:
+    return value.source.read() if isinstance(value, LazyParameter) else value.detach()
 
 
 def local_shards_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

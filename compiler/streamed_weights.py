@@ -102,7 +102,7 @@ def streamed_weights(session: Session) -> Iterator[None]:
     session.ready(backward=False)
     setup = session.demanded()
     layout = setup.plan.layout
-    if setup.plan.mesh.tensor_axes or any(chunk.shards > 1 for chunk in layout.chunks):
+    if setup.plan.mesh.tensor_axes or layout.owned or any(chunk.shards > 1 for chunk in layout.chunks):
         raise StateError(
             "generate() runs the model as it is, and its parameters are divided over processes; save the model with "
             "save_pretrained() and generate with what is loaded from there"

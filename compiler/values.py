@@ -1,10 +1,7 @@
 """The values of a model: its parameters and buffers, and what a call brings."""
 
-import gc
-import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -16,6 +13,7 @@ from ..runtime.distributed.ranks import Ranks
 from ..runtime.isa.errors import StateError
 from ..runtime.isa.layout import Layout
 from ..runtime.isa.precision import cast_dtype
+from ..runtime.memory.chunks import ChunkStore
 from .programs import Compiled
 
 
@@ -26,26 +24,17 @@ def move_buffers(source: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-@contextmanager
-def without_weak_references(source: nn.Module) -> Iterator[None]:
-    """While parameters become others under the same objects: torch's recurrent modules refer to theirs weakly."""
-    modules = [module for module in source.modules() if isinstance(module, nn.RNNBase)]
-    for module in modules:
-        module._flat_weight_refs = []
-    if modules:
-        gc.collect()  # of copies that were traced: they share these references
-    try:
-        yield
-    finally:
-        for module in modules:
-            module._flat_weight_refs = [weakref.ref(w) if w is not None else None for w in module._flat_weights]
-
-
-def share_values(source: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Every rank starts from the values of rank 0, and those that share a batch draw alike."""
+def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: ChunkStore) -> None:
+    """Every rank starts from the values of rank 0, and those that share a batch draw alike. Where rank 0 has let go of
+    what it lacks, parameters are those of the first rank with the same layers."""
     ranks.share_randomness()
-    for tensor in (*source.parameters(), *source.buffers()):
-        ranks.from_first_(tensor.detach(), device)
+    for name, parameter in source.named_parameters():
+        if not chunks.has_let_go:
+            ranks.from_first_(parameter.detach(), device)
+        elif name not in chunks.elsewhere:
+            ranks.from_first_alike_(parameter.detach())
+    for buffer in source.buffers():
+        ranks.from_first_(buffer.detach(), device)
 
 
 def program_inputs(
@@ -65,6 +54,9 @@ def program_inputs(
             inputs.append(compiled.captured.program.constants[name].to(device))
         elif kind == "number":
             inputs.append(leaves[int(name)])
+        elif kind == "expected":
+            scale = compiled.executor.machine.store.loss_scale
+            inputs.append(torch.full((), scale, dtype=compiled.expected, device=device))
         else:
             leaf = leaves[int(name)]
             if leaf.is_meta:

@@ -15,7 +15,8 @@ the mean of those over the ranks is the mean over all tokens, and gradients that
 Every scalar that the model returns is averaged: all ranks see the same loss.
 
 Microbatches are averaged over like ranks, by `split_batch`. How many tokens there are is told for all of a rank's
-microbatches together, since ranks may have another number of them each.
+microbatches together, since ranks may have another number of them each. In a pipeline, where backwards begin before
+all forwards are done, tokens are counted by their labels, which are there from the beginning.
 """
 
 import operator
@@ -23,6 +24,7 @@ import operator
 import torch
 from torch import fx
 
+from ..runtime.isa.errors import ShardingError
 from ..runtime.isa.instructions import AVERAGE, SHARE
 from ..runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, MEAN
 from .program.manager import graph_pass
@@ -31,13 +33,19 @@ from .program.program import Program, note, tensor_type, type_of
 from .program.types import TensorType
 from .program.verify import canonical
 
-MUL, DIV = torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor
+aten = torch.ops.aten
+MUL, DIV = aten.mul.Tensor, aten.div.Tensor
 
-REDUCTION = {torch.ops.aten.nll_loss_forward.default: 3, torch.ops.aten.nll_loss2d_forward.default: 3, FORWARD: 7}
+REDUCTION = {aten.nll_loss_forward.default: 3, aten.nll_loss2d_forward.default: 3, FORWARD: 7}
 """Operators that take a mean over tokens, and the place of `reduction` among their arguments."""
 
-COUNT = {torch.ops.aten.nll_loss_backward.default: 6, torch.ops.aten.nll_loss2d_backward.default: 6, BACKWARD: 5}
+COUNT = {aten.nll_loss_backward.default: 6, aten.nll_loss2d_backward.default: 6, BACKWARD: 5}
 """Their backwards, and the place of the number of tokens."""
+
+LABELS = {aten.nll_loss_forward.default: (1, 4), aten.nll_loss2d_forward.default: (1, 4), FORWARD: (3, 6)}
+"""The places of labels, and of the label that does not count."""
+
+CLASS_WEIGHTS = {aten.nll_loss_forward.default: 2, aten.nll_loss2d_forward.default: 2}
 
 
 @graph_pass(requires=(canonical,))
@@ -46,7 +54,7 @@ def average_loss(program: Program, plan: Plan) -> None:
         return
     for node in program.computes:
         if node.target in REDUCTION and node.args[REDUCTION[node.target]] == MEAN:
-            _weigh(program, node, plan.microbatches)
+            _weigh(program, node, plan)
     results = dict(program.results)
     for role, value in program.results_of("output").items():
         if _is_scalar(value):
@@ -55,11 +63,12 @@ def average_loss(program: Program, plan: Plan) -> None:
     program.set_results(results)
 
 
-def _weigh(program: Program, losses: fx.Node, microbatches: int) -> None:
+def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
     loss, count = (_element(program, losses, i) for i in range(2))
     behind = max(loss, count, key=program.positions().__getitem__).next
-    mean_count = _mean_count(program, count, microbatches, behind)
-    share = program.emit(SHARE, (loss, count, mean_count), before=behind, like=note(losses))
+    counted = count if plan.schedule is None else _labels_counted(program, losses, count)
+    mean_count = _mean_count(program, counted, plan.microbatches, behind)
+    share = program.emit(SHARE, (loss, counted, mean_count), before=behind, like=note(losses))
     for user in list(loss.users):
         if user is not share:
             user.replace_input_with(loss, share)
@@ -67,6 +76,20 @@ def _weigh(program: Program, losses: fx.Node, microbatches: int) -> None:
         place = COUNT.get(user.target)
         if place is not None and user.args[place] is count:
             user.update_arg(place, mean_count)
+
+
+def _labels_counted(program: Program, losses: fx.Node, count: fx.Node) -> fx.Node:
+    """Raises ShardingError where tokens count as their classes weigh."""
+    weights = CLASS_WEIGHTS.get(losses.target)
+    if weights is not None and losses.args[weights] is not None:
+        raise ShardingError(
+            "a pipeline counts the tokens of its loss, and this one has weights of classes; leave them out"
+        )
+    labels, ignored = (losses.args[place] for place in LABELS[losses.target])
+    origin, dtype = note(losses), tensor_type(count).dtype
+    counts = program.emit(aten.ne.Scalar, (labels, ignored), before=losses, like=origin)
+    number = program.emit(aten.sum.default, (counts,), before=losses, like=origin)
+    return program.emit(aten._to_copy.default, (number,), {"dtype": dtype}, before=losses, like=origin, name="count")
 
 
 def _mean_count(program: Program, count: fx.Node, microbatches: int, behind: fx.Node) -> fx.Node:

@@ -22,7 +22,7 @@ from ..runtime.isa.instructions import PLACED, TURN
 from .program.manager import graph_pass
 from .program.outline import Segment, outline
 from .program.plan import Plan
-from .program.program import Program
+from .program.program import Program, note
 from .program.verify import offloaded, overlapped, released
 
 SHORTEST = 4
@@ -35,15 +35,15 @@ def cluster(program: Program, plan: Plan) -> None:
 
 
 def _segments(program: Program) -> list[Segment]:
-    found, current = [], []
+    found, current = list[Segment](), list[fx.Node]()
     for node in [*program.computes, None]:
-        if node is not None and node.target not in PLACED and not _at_turn(node):
-            current.append(node)
-            continue
-        if len(current) >= SHORTEST:
+        inside = node is not None and node.target not in PLACED and not _at_turn(node)
+        if current and not (inside and note(node).action == note(current[-1]).action):
             found.append(Segment(tuple(current)))
-        current = []
-    return found
+            current = []
+        if inside:
+            current.append(node)
+    return [segment for segment in found if len(segment.nodes) >= SHORTEST]
 
 
 def _at_turn(node: fx.Node) -> bool:

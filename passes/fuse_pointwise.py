@@ -16,7 +16,7 @@ taken again behind it, since a kernel's results are no views.
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ from ..runtime.isa.instructions import PLACED, TURN
 from .program.manager import graph_pass
 from .program.outline import Segment, outline
 from .program.plan import Plan
-from .program.program import Program, aliased_inputs, is_random, type_of, writes
+from .program.program import Program, aliased_inputs, is_random, note, type_of, writes
 from .program.types import TensorType
 from .program.verify import released
 
@@ -51,8 +51,12 @@ def _groups(program: Program) -> Iterator[list[fx.Node]]:
     """Operators, each of which reads another one of its group, and which nothing else reads before all are done."""
     group_of: dict[fx.Node, list[fx.Node]] = {}  # of groups that may still grow
     reads: dict[fx.Node, set[fx.Node]] = defaultdict(set)  # by storage: members of such groups
-    storage, order = dict[fx.Node, fx.Node](), program.positions()
+    storage, order, action = dict[fx.Node, fx.Node](), program.positions(), ""
     for node in program.computes:
+        if node.target not in PLACED and note(node).action != action:  # the next one of a pipeline's rank
+            action = note(node).action
+            yield from _different(group_of.values())
+            group_of.clear()
         storage[node] = next((storage.get(base, base) for base in aliased_inputs(node)), node)
         read = [group_of[value] for value in node.all_input_nodes if value in group_of]
         if _is_fusable(node) and (read or not (_is_view(node) or node.target is operator.getitem)):
@@ -66,11 +70,15 @@ def _groups(program: Program) -> Iterator[list[fx.Node]]:
         elif node.target in PLACED or writes(node):  # what it writes to or lets go is read before
             touched = (storage.get(value, value) for value in node.all_input_nodes)
             read += [group_of[member] for value in touched for member in reads[value] if member in group_of]
-        for group in {id(group): group for group in read}.values():
+        for group in _different(read):
             yield group
             for member in group:
                 del group_of[member]
-    yield from {id(group): group for group in group_of.values()}.values()
+    yield from _different(group_of.values())
+
+
+def _different(groups: Iterable[list[fx.Node]]) -> list[list[fx.Node]]:
+    return list({id(group): group for group in groups}.values())
 
 
 def _is_fusable(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from .recompute import recompute
 from .release import release
 from .shard import shard
 from .split_batch import split_batch
+from .split_stages import split_stages
 
 PIPELINE = (
     canonicalize,  # no no-ops, no repetitions, one input per shared parameter
@@ -26,6 +27,7 @@ PIPELINE = (
     shard,  #        tensors are divided over the processes, which exchange what they lack
     recompute,  #    blocks that the plan names are computed again in the backward
     split_batch,  #  a batch runs as microbatches, each block for all of them before the next
+    split_stages,  # or goes through a pipeline's stages, of which each rank keeps its part
     partition,  #    forward | turn | backward; only activations cross the turn
     overlap,  #      collectives start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks

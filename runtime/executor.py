@@ -102,7 +102,7 @@ class Executor:
         try:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
-                machine.ranks.begin(self._told(run), self._exchanges_now())
+                machine.ranks.begin(*self._told(run))
                 try:
                     yield
                 finally:
@@ -124,12 +124,13 @@ class Executor:
             return self.exchanges
         return replace(self.exchanges, between=f"{self.exchanges.between} {stays}")
 
-    def _told(self, run: Run) -> str:
-        """What this process does, for others."""
+    def _told(self, run: Run) -> tuple[str, Exchanges, str]:
+        """What this process does, what that exchanges, and behind what it comes, for others."""
+        exchanges = self._exchanges_now()
         if self.code.name != "training":
-            return f"an {self.code.name}"
+            return f"an {self.code.name}", exchanges, ""
         half = "backward" if run.backward else "forward"
-        return f"the {half} of a training step behind {run.updates} update(s)"
+        return f"the {half} of a training step", exchanges, f" behind {run.updates} update(s)"
 
     @contextmanager
     def _metered(self, input_bytes: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ one thing: the machine leads chunks through their states, and what is moved wher
 import torch
 from torch import Tensor
 
+from .distributed.point_to_point import Messages
 from .distributed.ranks import ALONE, Ranks
 from .isa.errors import GeminiError
 from .isa.instructions import microbatch, parameter_view, put_product
@@ -31,6 +32,8 @@ class Machine:
         self.start_all_reduce = collectives.start_all_reduce
         self.finish_collective = collectives.finish_collective
         self.local, self.offset = collectives.local, collectives.offset
+        self.messages = Messages(ranks)
+        self.send = self.messages.send
         self.offloads = offloads = Offloads(store.hardware, store.copies, store.stats)
         self.offload, self.depart = offloads.offload, offloads.depart
         self.reload, self.arrive = offloads.reload, offloads.arrive
@@ -114,6 +117,10 @@ class Machine:
         """The mean of a value over the ranks."""
         return self.ranks.average_(value.clone())
 
+    def receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int) -> Tensor:
+        """What another rank of the pipeline has sent."""
+        return self.messages.receive(shape, stride, dtype, source, self.device)
+
     @staticmethod
     def share(loss: Tensor, count: Tensor, average: Tensor) -> Tensor:
         """A mean over `count` tokens as a part of the mean over all ranks' tokens, `average` on each; 0 without any."""
@@ -177,6 +184,7 @@ class Machine:
     def abort(self) -> str:
         """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
         self.collectives.abandon()
+        self.messages.abandon()
         self.store.copies.join()  # copies under way still write to what the program's death has freed
         left = self.store.abort(self.run)
         for chunk in self.chunks:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 
 STOREYS: dict[str, tuple[set[str], ...]] = {
     "runtime": ({"isa"}, {"kernels", "distributed"}, {"memory"}, {"optimizer"}, {"state_io"}, {""}),
-    "passes": ({"program"}, {"patterns", "sharding"}, {""}),
+    "passes": ({"program"}, {"patterns", "sharding", "splitting"}, {""}),
     "models": ({""}, {"recipe"}),
     "compiler": ({"parallel", "rates", "options", "lowering"}, {"capture"}, {"planner"}, {"inspect"}, {""}, {"cli"}),
 }

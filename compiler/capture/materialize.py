@@ -1,17 +1,19 @@
 """Give weights on `meta` memory, so that a state_dict can be loaded into them."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...runtime.isa.errors import StateError
+from .weak_references import without_weak_references
 
 
-def materialize(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Replace what is on `meta` by memory for `state_dict` to be copied into; parameters keep their identity.
+def materialize(model: nn.Module, state_dict: Mapping[str, Any], let_go: Callable[[], None]) -> None:
+    """Replace what is on `meta` by memory for `state_dict` to be copied into; parameters keep their identity. Before
+    that `let_go` is called, which may leave some that need no memory.
 
     Buffers that no state_dict holds, such as rotary frequencies, are computed as Hugging Face's own loading
     does. Raises StateError, and changes nothing, where a value is neither in `state_dict` nor computable.
@@ -26,10 +28,12 @@ def materialize(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             f"nothing was loaded: buffer {name} is on 'meta' and no state_dict holds it, so its values "
             "are unknown. Make it persistent, or give it values where the module is built (device='cpu')"
         )
-    for parameter in model.parameters():
-        if parameter.is_meta:
-            empty = torch.empty_like(parameter, device="cpu")
-            torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
+    with without_weak_references(model):
+        let_go()
+        for parameter in model.parameters():
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -31,8 +31,10 @@ def logits_bytes(captured: Program) -> int:
 
 
 def absent_outputs(program: Program) -> frozenset[int]:
-    """Positions of outputs that a lowered training program does not compute."""
-    outputs = (node for turn in program.calls(TURN) for node in turn.args[0])
+    """Positions of outputs that a lowered program does not compute."""
+    returned = program.results_of("output")
+    outputs = [node for turn in program.calls(TURN) for node in turn.args[0]]
+    outputs += [returned[str(i)] for i in range(len(returned))]
     return frozenset(i for i, node in enumerate(outputs) if node.target is ABSENT)
 
 
@@ -90,9 +92,10 @@ class AbsentOutput:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise AbsentOutputError(
             "this output of the model, the logits, was not computed, to save memory: its loss is computed in pieces "
-            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.request.mode). To "
-            "have the logits compile with fuse_loss=False, to train through them, or have them of a sharded model, "
-            "with outputs='all'; evaluation under torch.no_grad() returns them in any case."
+            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.request.mode), or "
+            "the last stage of a pipeline has it, on another process (plan.schedule). To have it compile with "
+            "fuse_loss=False, to train through it, or have it of a sharded model or on every process, with "
+            "outputs='all'; evaluation under torch.no_grad() returns them in any case, of a pipeline on its last stage."
         )
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ class Violation:
     expected: str
 
 
-def check_plan(
-    plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]
-) -> None:
+def check_plan(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...],
+               dtypes: Mapping[str, torch.dtype], pipeline_rank: int = 0) -> None:  # fmt: skip
     """Raises ArgumentError naming the field, what was found and what was expected.
 
-    `parameters` are the model's by their first names, `dtypes` what they compute in.
+    `parameters` are the model's by their first names, `dtypes` what they compute in. The plan is for the process that
+    is number `pipeline_rank` of a pipeline.
     """
-    violation = next(_violations(plan, parameters, blocks, dtypes), None)
+    violation = next(_violations(plan, parameters, blocks, dtypes, pipeline_rank), None)
     if violation is not None:
         raise ArgumentError(
             f"the plan does not fit this model: {violation.field} is {violation.found}, expected {violation.expected}; "
@@ -40,11 +41,12 @@ def check_plan(
 
 
 def _violations(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...],
-              dtypes: Mapping[str, torch.dtype]) -> Iterator[Violation]:  # fmt: skip
+              dtypes: Mapping[str, torch.dtype], pipeline_rank: int) -> Iterator[Violation]:  # fmt: skip
     yield from _in_shape(plan)
     for chunk in plan.layout.chunks:
         yield from _in_place(chunk)
-    yield from _for_parameters(plan, parameters)
+    yield from _owned(plan, parameters)
+    yield from _for_parameters(plan, parameters, pipeline_rank)
     for chunk in plan.layout.chunks:
         yield from _of_dtype(chunk, parameters, dtypes)
     yield from _choices(plan, blocks)
@@ -95,13 +97,35 @@ def _in_place(chunk: ChunkLayout) -> Iterator[Violation]:
             yield Violation(f"{where}.numel", chunk.numel, f"{end} or more, where {slot.name!r} ends")
 
 
-def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[Violation]:
-    """Each parameter has one slot of its shape, and nothing else has any."""
+def _owned(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[Violation]:
+    """In a pipeline every parameter has owners, in their order, and a chunk's the same ones; else none has."""
+    layout, ranks = plan.layout, prod(axis.size for axis in plan.mesh.pipeline_axes)
+    names = [name for name, _ in layout.owned]
+    expected = list(parameters) if ranks > 1 else []
+    if names != expected:
+        yield Violation("layout.owned: the names", names, f"{expected}, the model's parameters in their order")
+    for name, owners in layout.owned:
+        if not owners or list(owners) != sorted(set(owners)) or not set(owners) <= set(range(ranks)):
+            hint = f"some of 0 to {ranks - 1}, places along the pipeline, in their order"
+            yield Violation(f"layout.owned: the owners of {name!r}", owners, hint)
+    for chunk in layout.chunks:
+        found = {layout.owners.get(slot.name) for slot in chunk.slots}
+        if len(found) > 1:
+            where = f"layout.chunks[{chunk.index}]: the owners of its parameters"
+            yield Violation(where, found, "the same ones for all")
+
+
+def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter], pipeline_rank: int) -> Iterator[Violation]:
+    """Each parameter that the process has has one slot of its shape, and nothing else has any."""
     slots = [slot for chunk in plan.layout.chunks for slot in chunk.slots]
     counts = Counter(slot.name for slot in slots)
     for name in parameters:
-        if counts[name] != 1:
-            yield Violation(f"layout: the number of slots of parameter {name!r}", counts[name], "1")
+        owners = plan.layout.owners.get(name, (pipeline_rank,))
+        expected = int(pipeline_rank in owners)
+        if counts[name] != expected:
+            whose = "" if expected else f": it lies at {', '.join(map(str, owners))} along the pipeline"
+            field = f"layout: the number of slots of parameter {name!r}"
+            yield Violation(field, counts[name], f"{expected}{whose}")
     for slot in slots:
         if slot.name not in parameters:
             yield Violation("layout: the name of a slot", repr(slot.name), "a parameter of the model")

@@ -8,7 +8,15 @@ from ...passes.program.estimate import CollectiveTraffic
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program, tensor_type
 from ...runtime.distributed.reduction import casts, piece_numel
-from ...runtime.isa.instructions import AVERAGE, FETCH, REDUCE, START_ALL_GATHER, START_ALL_REDUCE, START_REDUCE_SCATTER
+from ...runtime.isa.instructions import (
+    AVERAGE,
+    FETCH,
+    RECEIVE,
+    REDUCE,
+    START_ALL_GATHER,
+    START_ALL_REDUCE,
+    START_REDUCE_SCATTER,
+)
 from ...runtime.isa.layout import ChunkLayout
 from ...runtime.isa.mesh import names_of, taken_together
 from ...runtime.isa.precision import sum_dtype
@@ -76,6 +84,9 @@ def exchanged(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
     if plan.batches > 1 and node.target is AVERAGE:
         together = taken_together(names_of(plan.mesh.batch_axes))
         return CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
+    if node.target is RECEIVE:
+        axis = taken_together(names_of(plan.mesh.pipeline_axes))
+        return CollectiveTraffic(axis, "receive", 1, tensor_type(node).num_bytes)
     if node.target is REDUCE:
         return reduced(plan.layout.chunks[node.args[1]], plan)
     return gathered(plan.layout.chunks[node.args[0]]) if node.target is FETCH else None

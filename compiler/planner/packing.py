@@ -4,12 +4,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import fx, nn
 
 from ...passes.program.program import Program, note, tensor_type
-from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot
+from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Owners, Slot
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
 
@@ -19,9 +20,9 @@ LARGEST_CHUNK_BYTES = 256 * 2**20
 SMALLEST_CHUNK_BYTES = 32 * 2**10
 
 
-_Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str]]
-"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over. By these
-the axes are alike, too, over which their gradients are summed."""
+_Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str], Owners]
+"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over, and who
+along a pipeline has them. By the axes those are alike, too, over which their gradients are summed."""
 
 
 @dataclass
@@ -38,11 +39,13 @@ def pack(
     blocks: tuple[str, ...],
     dtypes: Mapping[str, torch.dtype],
     mesh: Mesh = ONE_PROCESS,
+    owners: Mapping[str, Owners] = MappingProxyType({}),
 ) -> Layout:
-    """The layout of a captured model's parameters.
+    """The layout of a captured model's `parameters`: in a pipeline, whose `owners` are of all, those of one process.
 
     A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
-    over the same axes of the mesh, and whose gradients are summed over the same. Chunks follow the model's blocks:
+    over the same axes of the mesh, whose gradients are summed over the same, and which the same processes of a
+    pipeline have. Chunks follow the model's blocks:
     a chunk is as large as the largest block, within fixed bounds, and where a block begins all chunks end if they
     hold at least half of that. Equal blocks have equal chunks then, and equal programs. A parameter that is larger
     than a chunk has one of its own.
@@ -53,13 +56,16 @@ def pack(
     opened: dict[_Kind, _Open] = defaultdict(_Open)
     closed: list[tuple[_Kind, _Open]] = []
     inside = ""
-    for name in _order_of_use(program, tied):
+    for name in (name for name in _order_of_use(program, tied) if name in inputs):
         parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
         if inside != previous and sum(c.numel * key[0].itemsize for key, c in opened.items()) >= limit_bytes // 2:
             closed += opened.items()
             opened.clear()
         shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
-        key = (dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, sharded_over(placement))
+        key = (
+            dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, sharded_over(placement),
+            owners.get(name, ()),
+        )  # fmt: skip
         alignment = ALIGNMENT_BYTES // key[0].itemsize
         size = -(-prod(shape) // alignment) * alignment
         current = opened[key]
@@ -73,7 +79,7 @@ def pack(
     for i, (key, made) in enumerate(closed):
         axes = mesh.reduction_axes(made.slots[0].placement)
         chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes))
-    return Layout(tuple(chunks), tuple(tied.items()))
+    return Layout(tuple(chunks), tuple(tied.items()), tuple(owners.items()))
 
 
 def divide(layout: Layout, shards: Callable[[ChunkLayout], int]) -> Layout:

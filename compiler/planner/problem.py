@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...passes.canonicalize import canonicalize
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...passes.program.request import Policy, Request
@@ -15,6 +16,7 @@ from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError, StateE
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
+from ...runtime.isa.schedule import Schedule
 from ..capture.results import logits_bytes
 from ..capture.trace import Captured
 from ..lowering import Lowering
@@ -23,6 +25,9 @@ from .check import check_plan
 from .memory import Limits
 from .microbatches import Decision, fewest
 from .packing import divide, pack
+from .pipeline.check import check_schedule
+from .pipeline.cuts import begins, owners
+from .pipeline.schedules import Shape, make_schedule
 from .refusal import HostBudgetError
 from .search import Constraints, Solution, Weighed, check, solve
 
@@ -47,7 +52,8 @@ class _Formats:
 @dataclass
 class Planning:
     """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`.
-    `limits` are those of the machine as it is known by now, `asked_bytes` the budget that was asked for."""
+    `limits` are those of the machine as it is known by now, `asked_bytes` the budget that was asked for. `line` is the
+    rank of the pipeline that this process is."""
 
     options: Options
     limits: Limits
@@ -56,6 +62,7 @@ class Planning:
     parameters: dict[str, nn.Parameter]
     dtypes: dict[str, torch.dtype]
     blocks: tuple[str, ...]
+    line: int = 0
     _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,8 +70,9 @@ class Planning:
 
     @property
     def adapts(self) -> bool:
-        """Whether homes may be chosen anew in training: those that a user put somewhere stay there."""
-        return self.options.placement == "auto" and self.options.plan is None
+        """Whether homes may be chosen anew in training: those that a user put somewhere stay there, and those of a
+        pipeline's ranks, which have chunks of their own each."""
+        return self.options.placement == "auto" and self.options.plan is None and self.schedule is None
 
     def shared(self) -> Plan:
         """What was asked for and the processes that there are, which all plans of the model say alike."""
@@ -79,9 +87,44 @@ class Planning:
             kernels=options.kernels,
         )  # fmt: skip
 
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """What the ranks of a pipeline do in a training step; None without one. Raises ArgumentError for one that
+        cannot run, or does not fit the degrees."""
+        options, degrees = self.options, self.options.degrees
+        if options.plan is not None:
+            return self._fitting(options.plan.schedule)
+        if not degrees.is_staged:
+            return None
+        if isinstance(options.schedule, Schedule):
+            return self._fitting(options.schedule)
+        count = 2 * degrees.pipeline if options.microbatches == "auto" else int(options.microbatches)
+        shape = Shape(degrees.pipeline, count, degrees.stages_per_rank)
+        default = "gpipe" if degrees.pipeline == 1 else "1f1b" if degrees.stages_per_rank == 1 else "interleaved"
+        return make_schedule(options.schedule or default, shape)
+
+    def _fitting(self, schedule: Schedule | None) -> Schedule | None:
+        """A schedule of the user's own."""
+        degrees, found = self.options.degrees, schedule
+        expected = (degrees.pipeline, degrees.pipeline * degrees.stages_per_rank)
+        shape = (1, 1) if found is None else (len(found.ranks), found.stages)
+        if shape != expected:
+            raise ArgumentError(
+                f"the schedule is of {shape[0]} ranks and {shape[1]} stages, and parallel= declares {expected[0]} and "
+                f"{expected[1]}; let both say the same"
+            )
+        asked = self.options.microbatches
+        if found is not None and asked not in ("auto", found.microbatches):
+            raise ArgumentError(f"the schedule is of {found.microbatches} microbatches, and microbatches={asked}")
+        if found is not None:
+            check_schedule(found)
+        return found
+
     @property
     def asked(self) -> int | None:
         """Into how many microbatches a training step's batch is to be divided; None: as it fits."""
+        if self.schedule is not None:
+            return self.schedule.microbatches
         if self.options.plan is not None:
             return self.options.plan.microbatches
         return None if self.options.microbatches == "auto" else self.options.microbatches
@@ -94,6 +137,8 @@ class Planning:
         where its batch cannot be run as so many microbatches as were asked for.
         """
         find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
+        if self.schedule is not None and not captured.trains:
+            return find(self.asked if captured.examples % (self.asked or 1) == 0 else 1)
         if self.asked is None or not captured.trains:
             return fewest(find, captured.examples)
         try:
@@ -104,25 +149,37 @@ class Planning:
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
                 format: OwnFormat | None) -> Decision:  # fmt: skip
         """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
-        runs = self.blocks if microbatches > 1 else ()
+        runs = self.blocks if microbatches > 1 or self.schedule is not None else ()
         given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
+            if given.line != self.line:
+                raise ArgumentError(
+                    f"plan= is of rank {given.line} of the pipeline, and this process is rank {self.line}; each of "
+                    "them has a plan of its own: save one on every rank"
+                )
             request = self._request(given.request.policy)
             if given.microbatches != microbatches:
                 given = replace(given, microbatches=microbatches, blocks=runs)
-            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes)
+            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
+                            schedule=self._scheduled(captured, microbatches))  # fmt: skip
             if before is None:  # parameters may be frozen afterwards
-                check_plan(given, self.parameters, self.blocks, self.dtypes)
+                check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
             accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
             kinds = _Formats(format, torchs, given.format) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
-        layout = before.layout if before else self._layout(captured.program)
+        staged = replace(
+            self.shared(), microbatches=microbatches, blocks=runs, line=self.line,
+            stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches),
+        )  # fmt: skip
+        if staged.schedule is not None and not staged.stages:
+            staged = replace(staged, stages=begins(self._canonical(captured, staged), staged, self.limits.rates))
+        layout = before.layout if before else self._layout(captured, staged)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = microbatches * logits_bytes(captured.by(microbatches).program) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
-        draft = replace(self.shared(), layout=layout, notes=notes, microbatches=microbatches, blocks=runs)
+        draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
         recompute, offload = (self._blocks(name, getattr(options, name)) for name in ("recompute", "offload"))
         constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
@@ -134,8 +191,25 @@ class Planning:
         """Training has begun: programs are lowered once each from here on."""
         self._lowered.clear()
 
-    def _layout(self, program: Program) -> Layout:
-        return divide(pack(program, self.parameters, self.blocks, self.dtypes, self.mesh), self.shared().shards)
+    def _scheduled(self, captured: Captured, microbatches: int) -> Schedule | None:
+        """What the ranks do for a captured step."""
+        if self.schedule is None or captured.trains:
+            return self.schedule
+        return self.schedule.forward_alone(microbatches)
+
+    def _canonical(self, captured: Captured, plan: Plan) -> Program:
+        """What stages are cut out of."""
+        program = captured.by(plan.microbatches).program.copy()
+        canonicalize.rewrite(program, plan)
+        return program
+
+    def _layout(self, captured: Captured, plan: Plan) -> Layout:
+        """Of a pipeline that of this process's parameters."""
+        owned = {}
+        if plan.schedule is not None:
+            owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
+        mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
+        return divide(pack(captured.program, mine, self.blocks, self.dtypes, self.mesh, owned), self.shared().shards)
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
@@ -156,7 +230,8 @@ class Planning:
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
         key = (
-            id(captured), plan.microbatches, plan.layout, plan.recompute, plan.offload, plan.prefetch, plan.fuse_loss,
+            id(captured), plan.microbatches, plan.stages, plan.layout, plan.recompute, plan.offload, plan.prefetch,
+            plan.fuse_loss,
         )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)

@@ -106,6 +106,7 @@ FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
     isa.RELOAD: _copy(Carrier.UP),
     isa.ARRIVE: _begun(0),
     isa.AVERAGE: _exchange,
+    isa.RECEIVE: _exchange,
 }
 """What an instruction is about, by operator; None where it does nothing."""
 

@@ -10,8 +10,11 @@ from typing import Any
 from torch import fx
 
 from .names import identifier
-from .program import Note, Program, annotate, note, type_of
+from .program import Note, Phase, Program, annotate, note, type_of
 from .types import freeze
+
+PHASES: dict[str, Phase] = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
+"""Of the actions of a pipeline, whose backward begins in front of the turn."""
 
 
 def outline(program: Program, segments: Iterable["Segment"], *, fused: bool = False) -> None:
@@ -67,7 +70,7 @@ def _body(program: Program, name: str, segment: Segment) -> Program:
         values[value] = function.add_input(value.name, type_of(value), "")
     for node in segment.nodes:
         values[node] = function.copy_node(node, values.__getitem__, before=function.output)
-        annotate(values[node], module=_relative(note(node).module, home))
+        annotate(values[node], module=_relative(note(node).module, home), action="")
     called = [node.target for node in segment.nodes if node.op == "call_module"]
     function.set_results([values[node] for node in segment.outputs])
     function.functions = {name: program.functions[name] for name in map(str, called)}
@@ -82,7 +85,8 @@ def _call(program: Program, name: str, segment: Segment) -> None:
         call = program.graph.create_node("call_module", name, segment.inputs, {}, name="results")
     types = tuple(type_of(node) for node in segment.outputs)
     origin, inside = note(first), set(segment.nodes)
-    annotate(call, type=types, phase=origin.phase, module=_home(segment), recomputed=origin.recomputed)
+    annotate(call, type=types, phase=origin.phase, module=_home(segment), recomputed=origin.recomputed,
+             action=origin.action)  # fmt: skip
     elements: dict[fx.Node, fx.Node] = {}
     for i, node in reversed(list(enumerate(segment.outputs))):
         with program.graph.inserting_after(call):
@@ -100,7 +104,8 @@ def _call(program: Program, name: str, segment: Segment) -> None:
 
 def _home(segment: Segment) -> str:
     """The module that most of the segment belongs to: the longest path that holds all of it."""
-    paths = [note(node).module.split(".") for node in segment.nodes if note(node).module]
+    modules = {note(node).module for node in segment.nodes}
+    paths = [module.split(".") for module in modules if module]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
     return ".".join(parts[0] for parts in shared)
 
@@ -112,7 +117,7 @@ def _relative(module: str, home: str) -> str:
 def _name(program: Program, segments: list[Segment]) -> str:
     origin: Note = note(segments[0].nodes[0])
     parts = [part for part in _home(segments[0]).split(".") if part and not part.isdigit()]
-    phase = "recompute" if origin.recomputed else origin.phase
+    phase = "recompute" if origin.recomputed else PHASES.get(origin.action[:1], origin.phase)
     base = identifier("_".join([*parts[-1:], phase]) if parts else f"shared_{phase}")
     taken = {*program.functions, *(node.name for node in program.nodes)}
     return next(name for name in chain([base], (f"{base}_{i}" for i in count(2))) if name not in taken)

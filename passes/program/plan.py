@@ -13,6 +13,7 @@ from ...runtime.isa.formats import StateFormat, TorchFormat
 from ...runtime.isa.homes import Home, Homes, Where, numbers
 from ...runtime.isa.layout import ChunkLayout, Layout
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
+from ...runtime.isa.schedule import Schedule
 from ...runtime.isa.units import format_bytes, format_seconds
 from .estimate import Alternative, Estimate
 from .plan_json import read_json, write_json
@@ -33,7 +34,11 @@ class Plan:
         layout: which parameter lives where in which chunk.
         mesh: the processes that train together.
         microbatches: in how many parts a program runs a batch.
-        blocks: names of the blocks that each run for all microbatches before the next one does.
+        blocks: names of the blocks that each run for all microbatches before the next one does, or that stages of a
+            pipeline consist of.
+        stages: of a pipeline the names of the blocks that its stages begin with; "" is where the model begins.
+        schedule: what each rank of the pipeline does, in order.
+        line: which of them this process is, whose program and layout the plan is for.
         recompute: names of the blocks whose activations are computed again in the backward.
         offload: names of the blocks whose activations wait for the backward on the host: of a block that is recomputed
             where it begins, of another all that its backward reads.
@@ -51,6 +56,9 @@ class Plan:
     mesh: Mesh = ONE_PROCESS
     microbatches: int = 1
     blocks: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    schedule: Schedule | None = None
+    line: int = 0
     recompute: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
     prefetch: int = 1
@@ -70,6 +78,11 @@ class Plan:
     def batches(self) -> int:
         """How many batches make one step's."""
         return self.mesh.data_size
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether processes have training state that others lack."""
+        return bool(self.request.zero or self.layout.owned)
 
     def shards(self, chunk: ChunkLayout) -> int:
         """How many processes share out a chunk's training state."""
@@ -162,7 +175,12 @@ class Plan:
         if streamed:
             yield "  updated on their way through", f"{len(streamed)} of {len(chunks)}"
         yield "optimizer", str(self.format)
-        if self.microbatches > 1:
+        if self.schedule is not None:
+            begin = ", ".join(name or "the beginning" for name in self.stages)
+            yield "pipeline", f"{self.schedule.name}, {len(self.stages)} stages from {begin}"
+            yield "  this process", " ".join(map(str, self.schedule.ranks[self.line]))
+            yield "microbatches", str(self.microbatches)
+        elif self.microbatches > 1:
             runs = f"{len(self.blocks)} block(s), each for all of them" if self.blocks else "no blocks"
             yield "microbatches", f"{self.microbatches}, through {runs}"
         yield "prefetch", f"{self.prefetch} chunk(s) ahead"

@@ -1,4 +1,4 @@
-"""Plans as JSON: dtypes by name, formats of training state by kind."""
+"""Plans as JSON: dtypes by name, formats of training state by kind, schedules as their text, line by line."""
 
 from typing import Any, TypeVar
 
@@ -6,6 +6,7 @@ import torch
 from cattrs import Converter
 
 from ...runtime.isa.formats import StateFormat, kinds_of_format
+from ...runtime.isa.schedule import Schedule
 from .strict_json import Text, strict_converter
 
 PLAN_TEXT = Text(
@@ -29,6 +30,8 @@ def _converter() -> Converter:
     converter = strict_converter()
     converter.register_structure_hook(torch.dtype, _dtype)
     converter.register_unstructure_hook(torch.dtype, lambda dtype: str(dtype).removeprefix("torch."))
+    converter.register_structure_hook(Schedule, lambda lines, _: _schedule(lines))
+    converter.register_unstructure_hook(Schedule, lambda schedule: str(schedule).splitlines())
     converter.register_structure_hook_func(
         lambda annotated: annotated is StateFormat, lambda data, _: _format(converter, data)
     )
@@ -44,6 +47,12 @@ def _dtype(name: Any, _: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r}, expected a dtype of torch's, such as 'bfloat16'")
     return dtype
+
+
+def _schedule(lines: Any) -> Schedule:
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{lines!r}, expected the lines of a schedule's text")
+    return Schedule.parse("\n".join(lines))
 
 
 def _format(converter: Converter, data: Any) -> StateFormat:

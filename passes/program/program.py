@@ -2,8 +2,10 @@
 
 A program's inputs and results have *roles* instead of positions::
 
-    parameter:<name>  buffer:<name>  input:<i>  number:<i>  constant:<name>  tangent:<i>         inputs
+    parameter:<name>  buffer:<name>  input:<i>  number:<i>  constant:<name>  tangent:<i>  expected:<i>    inputs
     output:<i>  gradient:<name or input:i>  mutation:<buffer>                        results
+
+Of a pipeline the backward begins in front of the turn, with the tangent that is `expected`.
 
 Every node carries one frozen `Note`. Nodes are created by `Program.emit` alone, which infers their type, so
 a program is well typed at every moment and no pass ever computes a shape.
@@ -31,7 +33,8 @@ class Note:
 
     `module` is the fully qualified name of the model's module the node comes from ("" where none is known),
     `role` is set on inputs only, `tied` names the parameter that an input shares its storage with, `chunk`
-    marks values that live in a chunk, `recomputed` marks copies of forward nodes in the backward phase.
+    marks values that live in a chunk, `recomputed` marks copies of forward nodes in the backward phase. `action` is
+    the work of a pipeline's schedule that it is a part of, such as "B1.0"; its `phase` is then the side of the turn.
     `placement` tells how a sharded program's value lies on the mesh, such as "row=S0 col=S1".
     """
 
@@ -42,6 +45,7 @@ class Note:
     tied: str = ""
     chunk: int | None = None
     recomputed: bool = False
+    action: str = ""
     placement: str = ""
 
 
@@ -137,7 +141,7 @@ class Program:
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args, kwargs, name=identifier(name))
         if target in PLACED:
-            origin = Note(phase=origin.phase)
+            origin = Note(phase=origin.phase, action=origin.action)
         node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None,
                                   placement="")  # fmt: skip
         return node

@@ -34,6 +34,7 @@ from .types import Type, parse_type, type_text
 _WORLD = {"inf": math.inf, "nan": math.nan, "DEVICE": torch.device("cpu")}
 """Names a program may use besides torch's and its own. DEVICE is wherever the program will run."""
 _BETWEEN_FIELDS = "|"
+_CONTEXT = re.compile(r"\s+# (forward|backward|recompute)(?: ([FBIW]\d+\.\d+)( recompute)?)?(?:: (.*))?$", re.ASCII)
 FUSED = "fused"
 """Decorates a function that is compiled to as few kernels as can be."""
 
@@ -88,7 +89,8 @@ class _Printer:
     def _context_line(self, node: fx.Node) -> list[str]:
         """Where a node comes from, if that changes here. What the plan places comes from nowhere in the model."""
         before, origin = self.origin, note(node)
-        if node.op == "output" or (before and node.target in PLACED and before.phase == origin.phase):
+        stays = before is not None and (before.phase, before.action) == (origin.phase, origin.action)
+        if node.op == "output" or (stays and node.target in PLACED):
             return []
         self.origin = origin
         return [f"    # {_context(origin)}"] if before is None or _context(before) != _context(origin) else []
@@ -127,7 +129,10 @@ def _last_readers(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _context(origin: Note) -> str:
-    phase = "recompute" if origin.recomputed else origin.phase
+    if origin.action:
+        phase = f"{origin.phase} {origin.action}" + (" recompute" if origin.recomputed else "")
+    else:
+        phase = "recompute" if origin.recomputed else origin.phase
     return f"{phase}: {escaped(origin.module)}" if origin.module else phase
 
 
@@ -286,15 +291,18 @@ class _Parser:
         self.program.functions[function] = self.functions[function]
         results = self.functions[function].results
         annotate(node, type=tuple(type_of(v) for v in results), module=self.origin.module,
-                 phase=self.origin.phase, recomputed=self.origin.recomputed)  # fmt: skip
+                 phase=self.origin.phase, recomputed=self.origin.recomputed, action=self.origin.action)  # fmt: skip
         return node
 
     def _read_context(self, line: int) -> None:
-        match = re.match(r"\s+# (forward|backward|recompute)(?:: (.*))?$", self.lines[line - 1])
+        match = _CONTEXT.match(self.lines[line - 1])
         if match:
-            recomputed = match[1] == "recompute"
-            phase = "backward" if recomputed else match[1]
-            self.origin = Note(phase=phase, module=unescaped(match[2] or ""), recomputed=recomputed)  # type: ignore[arg-type]
+            phase, action, again, module = match.groups()
+            recomputed = phase == "recompute" or again is not None
+            self.origin = Note(
+                phase="backward" if phase == "recompute" else phase,  # type: ignore[arg-type]
+                action=action or "", module=unescaped(module or ""), recomputed=recomputed,
+            )  # fmt: skip
 
     def _value(self, value: ast.expr) -> Any:
         match value:

@@ -28,6 +28,7 @@ from ...runtime.isa.instructions import (
     REDUCE,
     RELEASE,
     RELOAD,
+    SEND,
     START_ALL_REDUCE,
     STARTS,
     TURN,
@@ -340,7 +341,7 @@ def _left_alone(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None
                 reader, f"reads {value.name}, which has left for the host", "what geminifx.arrive returned"
             )
         overwrites = any(item is value or item in readers for item in overwritten_inputs(reader))
-        if order[reader] > order[offload] and reader is not depart and overwrites:
+        if order[reader] > order[offload] and reader.target not in (DEPART, SEND) and overwrites:
             return Violation(reader, f"overwrites {value.name} on its way to the host", "geminifx.depart before that")
     return None
 

@@ -69,7 +69,7 @@ class LocalShards:
         they exchange by way of `device`."""
         placed = list(zip(self.placements(slot), self._axes, strict=True))
         if placed:
-            self.ranks.meet("putting tensors together, as state_dict() does")
+            self.ranks.meet_alike("putting tensors together, as state_dict() does")
         for placement, axis in reversed(placed):
             if isinstance(placement, Shard):
                 shard = join_shards(self._gather(shard, axis, device), placement)
@@ -91,7 +91,7 @@ class LocalShards:
         axes = self.ranks.mesh.weight_axes
         if not (axes and self.ranks.together):
             return norm
-        self.ranks.meet("the norm of gradients")
+        self.ranks.meet_alike("the norm of gradients")
         squares = norm.square()
         for axis in axes:
             self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axis.name,])

@@ -18,15 +18,21 @@ from ..isa.errors import StateError, as_cause
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
+from .pulse import Pulse, of_process
 
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Digests of all that decides what is exchanged: `inside` with those that share this process's tensors, `between`
-    with all; "" for nothing."""
+    """Digests of all that decides what is exchanged: `inside` with those that share this process's batch, `between`
+    with those that have other batches and the same layers; "" for nothing.
+
+    Where those that share a batch run other layers, each other programs, theirs differ, and `common` is what they have
+    alike.
+    """
 
     inside: str = ""
     between: str = ""
+    common: str = ""
 
 
 NOTHING = Exchanges()
@@ -34,12 +40,16 @@ NOTHING = Exchanges()
 
 @dataclass
 class Clock:
-    """Counts training steps, and has what this process is `doing`, for messages. `due` is what that exchanges, as long
-    as the ranks have not agreed on it."""
+    """Counts training steps, and has what this process is `doing`, and `behind` what, for messages. `due` is what that
+    exchanges, as long as the ranks have not agreed on it."""
 
     step: int = 0
     doing: str = "beginning"
+    behind: str = ""
     due: Exchanges = NOTHING
+
+    def __str__(self) -> str:
+        return self.doing + self.behind
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,11 @@ class Ranks:
     """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
     more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
     that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in. `sharing` is the
-    group, on the host, of those that share this one's batch and tensors, `everyone` the one of all, in which they agree
-    on what they are about to exchange. `apart_group` is the one for what they tell each other, where that is not
-    torch.distributed's own. In an exchange they wait for each other for `timeout`."""
+    group, on the host, of those that share this one's batch, each with a part of the tensors or of the layers, `alike`
+    the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
+    about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
+    own, `channels` are those from one rank of a pipeline to another. In an exchange they wait for each other for
+    `timeout`, and by the `pulse` they tell who has died."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -58,9 +70,11 @@ class Ranks:
     clock: Clock = field(default_factory=Clock)
     reduce_dtype: ReduceDtype = "fp32"
     sharing: Any = None
-    everyone: Any = None
+    alike: Any = None
     timeout: timedelta = timedelta(seconds=300)
     apart_group: Any = None
+    pulse: Pulse | None = None
+    channels: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
@@ -78,24 +92,28 @@ class Ranks:
                 f"with torchrun --nproc-per-node {mesh.size}"
             )
         timeout = timedelta(seconds=timeout_s)
-        with _meeting():
+        with meeting():
             if not dist.is_initialized():
                 _enter(device, timeout)
             sizes, names = tuple(axis.size for axis in mesh.axes), names_of(mesh.axes)
             made = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-            sharing, everyone = _sharing(mesh, timeout), _host_group(timeout)
+            sharing = _host_group(mesh, mesh.data_rank, timeout) if mesh.shares_batches else None
+            alike = _host_group(mesh, mesh.pipeline_rank, timeout)
         groups: dict[tuple[str, ...], Any] = {(name,): made.get_group(name) for name in names}
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
-                    everyone=everyone, timeout=timeout)  # fmt: skip
+                    alike=alike, timeout=timeout, pulse=of_process())  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
         return ranks
 
     def join_axes(self, several: Iterable[tuple[str, ...]], device: torch.device) -> None:
-        """Make the process groups of several axes taken together, as far as they are not there. All ranks call it with
-        the same ones, whose groups are made in one order everywhere."""
-        for names in sorted(set(several) - {()}):
+        """Make the process groups of several axes taken together, as far as they are not there. All ranks call it, and
+        make those that any of them asks for, in one order everywhere."""
+        asked = set(several)
+        if self.mesh.pipeline_axes:  # each has layers of its own
+            asked = set().union(*self.gather(asked))
+        for names in sorted(asked - {()}):
             if self.together and names not in self.groups:
-                with _meeting():
+                with meeting():
                     self.groups[names] = _group(self.mesh, names, device)
 
     def apart(self) -> "Ranks":
@@ -104,9 +122,9 @@ class Ranks:
         if not self.together:
             return self
         self.meet("the first save in the background")
-        with _meeting():
-            group = _host_group(self.timeout)
-        return replace(self, clock=Clock(self.clock.step), everyone=None, apart_group=group)
+        with meeting():
+            group = _host_group(self.mesh, lambda rank: 0, self.timeout)
+        return replace(self, clock=Clock(self.clock.step), alike=None, apart_group=group)
 
     @property
     def size(self) -> int:
@@ -146,6 +164,13 @@ class Ranks:
             self.call(dist.broadcast, there, src=0)
             tensor.copy_(there)
 
+    def from_first_alike_(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the first of those that have the same layers, by way of the host."""
+        if self.alike is not None:
+            there = tensor.cpu()
+            self.call(dist.broadcast, there, group=self.alike, group_src=0)
+            tensor.copy_(there)
+
     def on_any(self, flags: list[bool], device: torch.device) -> list[bool]:
         """Which of them are set on any rank."""
         if not self.together:
@@ -173,10 +198,12 @@ class Ranks:
         if failed:
             raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
 
-    def check_alike(self, what: str, digest: str) -> None:
-        """Raises StateError where the ranks' digests differ, naming those that do."""
-        digests = self.gather(digest)
-        others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    def check_alike(self, what: str, digest: str, of_layers: str = "") -> None:
+        """Raises StateError where the ranks' digests differ, naming those that do. Those `of_layers` are alike where
+        these are the same."""
+        found = list(enumerate(self.gather((digest, of_layers))))
+        firsts = {self.mesh.pipeline_rank(rank): (found[0][1][0], own) for rank, (_, own) in reversed(found)}
+        others = [rank for rank, each in found if each != firsts[self.mesh.pipeline_rank(rank)]]
         if others:
             raise StateError(
                 f"{what} of rank(s) {', '.join(map(str, others))} differs from that of rank 0; every rank must build "
@@ -186,19 +213,25 @@ class Ranks:
     def check_call(self, call: str) -> None:
         """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
         wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
-        self.clock.doing = "a call of the model"
+        self.clock.doing, self.clock.behind = "a call of the model", ""
         told = self._unlike(self.sharing, call, call)
         if told:
             others = [f"rank {rank} with {text}" for rank, text in told.items() if text != call]
             raise StateError(
-                f"ranks that shard tensors together were called in different ways: rank {self.rank} with {call}, "
-                f"{', '.join(others)}; give all of them the same batches, and let all of them evaluate"
+                f"ranks that shard tensors or layers together were called in different ways: rank {self.rank} with "
+                f"{call}, {', '.join(others)}; give all of them the same batches, and let all of them evaluate"
             )
 
-    def begin(self, what: str, exchanges: Exchanges) -> None:
-        """A program starts to run, or goes on: before its first collective the ranks are to agree on it. One that comes
-        to none may be run by some of them."""
-        self.clock.doing, self.clock.due = what, NOTHING if self.everyone is None else exchanges
+    def begin(self, what: str, exchanges: Exchanges, behind: str = "") -> None:
+        """A program starts to run, or goes on, `behind` so many others: before its first collective the ranks are to
+        agree on it. One that comes to none may be run by some of them.
+
+        In a pipeline they agree at once: there each runs a program of its own, which may come to none where others do.
+        """
+        self.clock.doing, self.clock.behind = what, behind
+        self.clock.due = NOTHING if self.alike is None else exchanges
+        if self.mesh.pipeline_axes:
+            self._agree()
 
     def end(self) -> None:
         """It sleeps or has ended."""
@@ -209,12 +242,18 @@ class Ranks:
         self.begin(what, Exchanges(inside=what if self.sharing is not None else "", between=what))
         self._agree()
 
+    def meet_alike(self, what: str) -> None:
+        """As `meet`, of those alone that have the same layers."""
+        self.begin(what, Exchanges(between=what))
+        self._agree()
+
     def _agree(self) -> None:
         """Raises StateError, on all ranks that exchange, where they do not do the same: a collective would wait for
         others that never come to it, or meet another one."""
-        what, exchanges, self.clock.due = self.clock.doing, self.clock.due, NOTHING
-        for group, digest in ((self.sharing, exchanges.inside), (self.everyone, exchanges.between)):
-            told = self._unlike(group, what, f"{what} {digest}") if digest else {}
+        what, exchanges, self.clock.due = str(self.clock), self.clock.due, NOTHING
+        for group, digest in ((self.sharing, exchanges.inside), (self.alike, exchanges.between)):
+            common = f"{self.clock.doing} {exchanges.common}"
+            told = self._unlike(group, what, common, f"{self.clock.behind} {digest}") if digest else {}
             if len(set(told.values())) > 1:
                 doing = "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
                 raise StateError(
@@ -230,13 +269,18 @@ class Ranks:
                     "ranks batches of one shape"
                 )
 
-    def _unlike(self, group: Any, told: str, digest: str) -> dict[int, str]:
-        """What each member of a group tells, where their digests are not all alike."""
+    def _unlike(self, group: Any, told: str, common: str, of_layers: str = "") -> dict[int, str]:
+        """What each member of a group tells, where what they have in `common` is not the same for all of them, or what
+        is `of_layers` for those that have the same ones."""
         members = dist.get_process_group_ranks(group)
-        own = torch.tensor(zlib.crc32(digest.encode()))
+        own = torch.tensor([zlib.crc32(text.encode()) for text in (common, of_layers)])
         found = [torch.empty_like(own) for _ in members]
         self._run(dist.all_gather, found, own, group=group)
-        return {} if all(one == own for one in found) else dict(zip(members, self._tell(group, told), strict=True))
+        distinct = {(self.mesh.pipeline_rank(rank), *each.tolist()) for rank, each in zip(members, found, strict=True)}
+        places, commons = ({each[i] for each in distinct} for i in (0, 1))
+        if len(distinct) == len(places) and len(commons) == 1:
+            return {}
+        return dict(zip(members, self._tell(group, told), strict=True))
 
     def _tell(self, group: Any, value: Any) -> list[Any]:
         """What every member of a group has for `value`."""
@@ -244,22 +288,26 @@ class Ranks:
         self._run(dist.all_gather_object, found, value, group=group)
         return found
 
+    def told_by_sharing(self, value: Any) -> dict[int, Any]:
+        """What each rank that shares this one's batch has for `value`."""
+        return dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, value), strict=True))
+
     def check_batch(self, digest: str) -> None:
         """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
-        found = dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, digest), strict=True))
-        first = next(iter(found.values()))
+        found = self._unlike(self.sharing, digest, digest)
+        first = next(iter(found.values()), digest)
         others = [rank for rank, theirs in found.items() if theirs != first]
         if others:
             own = taken_together(names_of(self.mesh.batch_axes))
             raise StateError(
                 f"rank(s) {', '.join(map(str, others))} called the model with another batch than the ranks that they "
-                "shard tensors with; give all of them the same one (geminifx.shard_dataloader does)"
+                "shard tensors or layers with; give all of them the same one (geminifx.shard_dataloader does)"
                 + (f", and other ones only to ranks elsewhere along {own}" if own else "")
             )
 
     def share_randomness(self) -> None:
         """Seed the ranks that share a batch alike: what each of them computes whole must drop the same elements."""
-        if self.together and self.mesh.tensor_axes:
+        if self.sharing is not None:
             torch.manual_seed(self.gather(torch.initial_seed())[0] + self.data_rank)
 
     def check_launched(self) -> None:
@@ -280,26 +328,29 @@ class Ranks:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
+            ended = [] if self.pulse is None else self.pulse.ended()
+            whom = f"rank(s) {', '.join(map(str, ended))}" if ended else "the others"
+            why = "which ended, see its own error" if ended else (
+                "one of them has died, see its own error, or does something else, such as a step that the others do "
+                "not take"
+            )  # fmt: skip
             raise StateError(
-                f"rank {self.rank} of {self.size} lost the others in {collective.__name__} ({self.clock.doing}), in "
-                f"step {self.clock.step}: one of them has died, see its own error, or does something else, such as a "
-                f"step that the others do not take ({error}). Restart all from the last checkpoint"
+                f"rank {self.rank} of {self.size} lost {whom} in {collective.__name__} ({self.clock}), in step "
+                f"{self.clock.step}: {why} ({error}). Restart all from the last checkpoint"
             ) from error
 
 
-def _sharing(mesh: Mesh, timeout: timedelta) -> Any:
-    """The group of those that share this process's batch; None where tensors are whole."""
-    if not mesh.tensor_axes:
-        return None
-    by_batch: dict[int, list[int]] = {}
+def _host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> Any:
+    """The group, on the host, of those that are of the same kind as this process."""
+    by_kind: dict[int, list[int]] = {}
     for rank in range(mesh.size):
-        by_batch.setdefault(mesh.data_rank(rank), []).append(rank)
-    group, _ = dist.new_subgroups_by_enumeration(list(by_batch.values()), timeout=timeout, backend="gloo")
+        by_kind.setdefault(kind(rank), []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(list(by_kind.values()), timeout=timeout, backend="gloo")
     return group
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
+def meeting() -> Iterator[None]:
     """While process groups are made. Raises StateError where another process does not come to that."""
     try:
         yield
@@ -328,11 +379,6 @@ def _meeting_place(timeout: timedelta) -> dict[str, Any]:
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
-
-
-def _host_group(timeout: timedelta) -> Any:
-    """A group of all processes that exchanges on the host."""
-    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _group(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:

@@ -61,7 +61,7 @@ class Zero:
         """The norm of all shards of chunks that are reduced over these axes, of that of each process's."""
         if self.stage == 0 or not self.ranks.together or not axes:
             return norm
-        self.ranks.meet("the norm of gradients")
+        self.ranks.meet_alike("the norm of gradients")
         squares = norm.square()
         self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[axes])
         return squares.sqrt()
@@ -77,7 +77,7 @@ class Zero:
         """
         if layout.shards == 1:
             return held
-        self.ranks.meet("putting tensors together, as state_dict() does")
+        self.ranks.meet_alike("putting tensors together, as state_dict() does")
         whole, mine = torch.empty(layout.slots[slot].numel, dtype=held.dtype), self.number(layout)
         for number in range(layout.shards):
             there = layout.held(slot, number)

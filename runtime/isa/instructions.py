@@ -46,6 +46,12 @@ A batch that one program runs in parts is read part by part::
     x1 = geminifx.microbatch(x, 1, 4)              # the second of four equal parts of its examples
     geminifx.drawn(rng, y)                         # y was drawn to lead the generator on from the state rng, no more
 
+A pipeline's ranks, by their numbers along its axis, exchange what they read of each other. What one sends to another
+arrives in the order in which it was sent::
+
+    geminifx.send(h, 1)                            # to rank 1, in this rank's own time
+    h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # what rank 0 sent: its shape, strides and dtype
+
 What is random is drawn by numbers that ranks have apart where its shards are::
 
     rng = geminifx.fork_rng(x, ["row", "col"])     # a generator state for each place on these axes
@@ -92,6 +98,8 @@ SCHEMAS = {
     "average": "(Tensor value) -> Tensor",
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
     "microbatch": "(Tensor(a) batch, int index, int count) -> Tensor(a)",
+    "send": "(Tensor(a!) value, int to) -> ()",
+    "receive": "(int[] shape, int[] stride, ScalarType dtype, int source) -> Tensor",
     "all_gather": "(Tensor shard, int dim, str axis, int size) -> Tensor",
     "reduce_scatter": "(Tensor partial, int dim, str axis, int size) -> Tensor",
     "all_reduce": "(Tensor partial, str axis, str reduction) -> Tensor",
@@ -171,6 +179,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "average": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
     "microbatch": microbatch,
+    "send": _no_result,
+    "receive": lambda shape, stride, dtype, source: torch.empty_strided(shape, stride, dtype=dtype),
     "all_gather": lambda shard, dim, axis, size: _resized(shard, dim, shard.shape[dim] * size),
     "reduce_scatter": _local,
     "all_reduce": lambda partial, axis, reduction: torch.empty_like(partial, memory_format=torch.contiguous_format),
@@ -209,6 +219,8 @@ TURN = _ops.turn.default
 AVERAGE = _ops.average.default
 SHARE = _ops.share.default
 MICROBATCH = _ops.microbatch.default
+SEND = _ops.send.default
+RECEIVE = _ops.receive.default
 ALL_GATHER = _ops.all_gather.default
 REDUCE_SCATTER = _ops.reduce_scatter.default
 ALL_REDUCE = _ops.all_reduce.default
@@ -236,7 +248,7 @@ STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, ACCUMULATE_GRAD})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""
 
-PLACED = PER_CHUNK | {DEPART, RELOAD}
+PLACED = PER_CHUNK | {DEPART, RELOAD, SEND, RECEIVE}
 """Instructions that the plan puts wherever copies have time to run, which come from no module."""
 
 

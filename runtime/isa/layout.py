@@ -98,12 +98,27 @@ class ChunkLayout:
         return replace(self, numel=self.shard_numel, slots=tuple(slots), shards=1)
 
 
+Owners = tuple[int, ...]
+"""Who along a pipeline has a parameter: the processes, counted along the pipeline's axis, whose layers read it. A
+parameter that several have, as tied embeddings are, is updated alike by each of them."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """All chunks of a model. `tied` maps each further name of a shared parameter to its first name."""
+    """All chunks that a process has of a model. `tied` maps each further name of a shared parameter to its first name.
+
+    `owned` tells of all parameters of a model that runs as a pipeline, in the model's order, who has them: alike on
+    every process, where chunks are of its own parameters alone. Without pipeline it is empty, and everybody has all.
+    """
 
     chunks: tuple[ChunkLayout, ...]
     tied: tuple[tuple[str, str], ...] = ()
+    owned: tuple[tuple[str, Owners], ...] = ()
+
+    @cached_property
+    def owners(self) -> dict[str, Owners]:
+        """Parameter name -> who along the pipeline has it; empty without pipeline."""
+        return dict(self.owned)
 
     @cached_property
     def places(self) -> dict[str, tuple[ChunkLayout, int]]:

@@ -113,6 +113,16 @@ class Mesh:
         return self._of(OWN_BATCH)
 
     @cached_property
+    def pipeline_axes(self) -> tuple[Axis, ...]:
+        """The axis along which processes run other layers of one batch; none without pipeline."""
+        return self._of(frozenset({"pipeline"}))
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several processes run one batch, each a part of its tensors or of the layers."""
+        return self.data_size < self.size
+
+    @cached_property
     def data_size(self) -> int:
         """How many batches make one step's."""
         return prod(axis.size for axis in self.batch_axes)
@@ -120,6 +130,10 @@ class Mesh:
     def data_rank(self, rank: int) -> int:
         """Which of the step's batches is a process's."""
         return self.number(rank, names_of(self.batch_axes))
+
+    def pipeline_rank(self, rank: int) -> int:
+        """Which of the pipeline's processes one is, counted from those that begin it; 0 without pipeline."""
+        return self.number(rank, names_of(self.pipeline_axes))
 
     def reduction_axes(self, placement: str) -> tuple[str, ...]:
         """The names of the axes over which the gradient of a parameter is summed that lies by `placement`, a

@@ -74,6 +74,14 @@ class Schedule:
         forwards = [i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"]
         return forwards[-1] + 1 if forwards else 0
 
+    def forward_alone(self, microbatches: int) -> "Schedule":
+        """So many microbatches through the same stages, without a backward."""
+        ranks = (
+            tuple(Action(stage, m, "F") for stage in self.stages_of(rank) for m in range(microbatches))
+            for rank in range(len(self.ranks))
+        )
+        return Schedule("forward", self.stages, microbatches, tuple(ranks))
+
     def needs(self, action: Action) -> tuple[Action, ...]:
         """What must be done before an action: a forward waits for the stage in front, a backward for its own forward
         and the stage behind, gradients of weights for those of inputs. What another rank does comes as a message."""

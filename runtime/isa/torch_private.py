@@ -163,6 +163,11 @@ def watch_chosen_inputs(check: Callable[[Sequence[Any], Sequence[Any]], None]) -
     torch.autograd._engine_run_backward = run
 
 
+def default_store() -> Any:
+    """Where the processes of torch.distributed have met."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def will_accumulate(leaf: torch.Tensor) -> bool:
     """In a node's backward: whether this run of autograd brings gradients to `leaf`, which the node reads, as
     `loss.backward()` does and `torch.autograd.grad(loss, others)` does not."""

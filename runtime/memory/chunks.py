@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from ..distributed.local_shards import ALONE, LocalShards
+from ..distributed.ownership import Ownership
 from ..isa.errors import IllegalTransition, StateError
 from ..isa.layout import ChunkLayout, Layout, Slot
+from ..isa.precision import master_dtype
 from ..isa.torch_private import num_references
+from .elsewhere import Elsewhere, Writers
+from .lazy_parameter import become_lazy
 
 
 class State(Enum):
@@ -158,6 +162,49 @@ class ChunkStore:
             chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         """The parameters' names, by their identity."""
+        self.ownership = Ownership(local_shards.ranks, layout.owners)
+        self.writers = Writers()
+        self.has_let_go = False
+        self._lacking = {name: parameters[name] for name in self.ownership.elsewhere}
+        self.elsewhere = {name: self._elsewhere(name, parameter) for name, parameter in self._lacking.items()}
+        """Of the parameters that other processes alone have, what is known here."""
+
+    def _elsewhere(self, name: str, parameter: nn.Parameter) -> Elsewhere:
+        dtype, ranks = master_dtype(parameter.dtype), self.ownership.ranks_of(name)
+        return Elsewhere(name, tuple(parameter.shape), dtype, f"rank(s) {ranks}", self.writers)
+
+    def let_go(self) -> None:
+        """Free the memory of parameters that other processes alone have, if these are there; on meta they will need
+        none."""
+        if not self.local_shards.ranks.launched:
+            return
+        self.has_let_go = True
+        for name, parameter in self._lacking.items():
+            parameter.grad = None
+            become_lazy(parameter, self.elsewhere[name])
+        self._lacking = {}
+
+    def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
+        """The chunk that a parameter lies in, and its slot there. Raises StateError where other processes have it."""
+        if parameter in self.elsewhere:
+            raise self.elsewhere[parameter].lacking()
+        return self.layout.places[parameter]
+
+    def whole(self, parameter: str, part: Tensor, device: torch.device) -> Tensor:
+        """A parameter's whole value, or that of what lies as it does, on the CPU where it is more than this process's
+        `part`, which tells shape and dtype alone where other processes have it. All processes call it, for one after
+        the other; they exchange by way of `device`."""
+        if parameter not in self.elsewhere:
+            layout, slot = self.layout.places[parameter]
+            part = self.local_shards.join(part, layout.slots[slot], device)
+        return self.ownership.share(parameter, part, device)
+
+    def whole_shape(self, parameter: str) -> tuple[int, ...]:
+        """Its shape, of which this process may have a part or nothing."""
+        if parameter in self.elsewhere:
+            return self.elsewhere[parameter].shape
+        layout, slot = self.layout.places[parameter]
+        return self.local_shards.whole_shape(layout.slots[slot])
 
     def place(self, chunk: Chunk, master: Tensor) -> None:
         """Make `master` the chunk's master: values move over, parameters become views of it."""

@@ -36,6 +36,9 @@ class Source(Protocol):
     def write(self, value: Tensor) -> None:
         """Set the master. Raises StateError where it may not be written."""
 
+    def refused(self, by: str) -> StateError:
+        """What to raise where it may not be written, of what was to."""
+
     def gradient(self) -> Tensor | None:
         """The gradient, as a tensor that may be changed in place."""
 
@@ -69,7 +72,7 @@ class LazyParameter(nn.Parameter):
         if isinstance(value, LazyParameter) and value.source is self.source:  # as `p.data += x` ends
             return
         if not self.source.is_writable:
-            raise _refusal(self.source.name, "its .data")
+            raise self.source.refused("its .data")
         self.source.write(_built(value))
 
     @property
@@ -96,6 +99,9 @@ class LazyParameter(nn.Parameter):
             return LazyParameter(args[0].source, False)
         first = args[0] if args else None
         if isinstance(first, LazyParameter) and _writes_to_first_alone(func) and first.source.is_writable:
+            if func is torch.ops.aten.copy_.default:  # what is written over is not read, which others may have parts of
+                first.source.write(_built(args[1]).expand(first.shape))
+                return first
             value = first.source.read()
             func(value, *pytree.tree_map(_built, args[1:]), **pytree.tree_map(_built, kwargs or {}))
             first.source.write(value)
@@ -191,6 +197,19 @@ def refuse_gradient(gradient: Tensor) -> None:
     )
 
 
+def become_lazy(parameter: nn.Parameter, source: Source) -> None:
+    """Let a parameter be read from a source, or from another one than before; the object stays the same."""
+    if isinstance(parameter, LazyParameter):
+        parameter.source = source
+        return
+    trained = parameter.requires_grad
+    takes_gradients = source.dtype.is_floating_point
+    torch.utils.swap_tensors(parameter, LazyParameter(source, takes_gradients))
+    if takes_gradients:
+        parameter.register_hook(refuse_gradient)
+    parameter.requires_grad_(trained)
+
+
 def hooked(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
     """Names of parameters that carry autograd hooks, which a compiled step does not call."""
     for name, parameter in parameters.items():
@@ -230,14 +249,6 @@ def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
     return array
 
 
-def _refusal(name: str, by: str) -> StateError:
-    return StateError(
-        f"parameter {name} was to be written by {by}; model.optimizer(...) keeps the masters, and what is read of them "
-        "is a copy. Set values with model.load_state_dict(...), and step the optimizer that model.optimizer(...) "
-        "returned"
-    )
-
-
 def _gradient_refusal(name: str, by: str) -> StateError:
     return StateError(
         f"the gradient of {name} was to be written by {by}; each process has a shard of it, and what is read is a copy "
@@ -255,7 +266,7 @@ def _refusal_of(value: Any) -> Any:
     """What tells why the first lazy parameter or view in `value` cannot be written to; None where there is none."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, LazyParameter):
-            return partial(_refusal, leaf.source.name)
+            return leaf.source.refused
         if isinstance(leaf, _View):
             return leaf.refusal
     return None

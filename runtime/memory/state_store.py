@@ -72,6 +72,10 @@ class StateStore(Protocol):
     def is_between_steps(self) -> bool:
         """Whether no gradient is there that the next step will use, as far as is known of them."""
 
+    @property
+    def loss_scale(self) -> float:
+        """What a backward that began now would multiply its gradients by."""
+
     # -- where it lies -------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:

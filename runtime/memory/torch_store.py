@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import chain
 
 import torch
@@ -29,6 +29,7 @@ class TorchStore:
     promises memory that the first optimizer step would take.
     """
 
+    loss_scale = 1.0
     host_update_s = 0.0  # updates are the optimizer's own, and no program runs beside them
     is_between_steps = True  # what is in `.grad` is the loop's to know
 
@@ -50,6 +51,7 @@ class TorchStore:
 
     def place(self, homes: Homes) -> None:
         """Move masters and make or drop resident copies; values stay. Raises BudgetError on a full tier."""
+        self.chunks.let_go()
         pairs = list(zip(self.chunks.chunks, homes, strict=True))
         for chunk, home in pairs:  # first make room
             if chunk.resident is not None and not self.format.keeps_copy(chunk.layout, home):
@@ -230,7 +232,8 @@ class TorchStore:
         self.chunks.adopt()
 
     def writable(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        """Those of other processes may not be written to otherwise."""
+        return self.chunks.writers.writing()
 
     def zero_grad(self, set_to_none: bool) -> None:
         for _, parameter in self._parameters():
@@ -242,15 +245,17 @@ class TorchStore:
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         norms, local_shards = [torch.zeros((), device=self.hardware.device)], self.chunks.local_shards
         for slot, parameter in self._parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and self.chunks.ownership.counts(slot.name):
                 norm = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
                 norms.append(norm.to(self.hardware.device) / math.sqrt(local_shards.replicas(slot)))
-        total = local_shards.norm(torch.linalg.vector_norm(torch.stack(norms)))
+        total = self.chunks.ownership.norm(local_shards.norm(torch.linalg.vector_norm(torch.stack(norms))))
         nn.utils.clip_grads_with_norm_([p for _, p in self._parameters()], max_norm, total)
         return total
 
     def stored_master(self, parameter: str) -> Stored:
-        layout, number = self.chunks.layout.places[parameter]
+        if parameter in self.chunks.elsewhere:
+            return self.chunks.elsewhere[parameter].stored
+        layout, number = self.chunks.place_of(parameter)
         slot, master = layout.slots[number], self.chunks.chunks[layout.index].master
         assert master is not None
         return Stored.of(master, self.chunks.local_shards.whole_shape(slot), self.chunks.local_shards.regions(slot))

@@ -1,104 +1,26 @@
 """`model.optimizer(...)`: torch.optim's interface to updates that run beside the program."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakMethod
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
 
-from ..isa.errors import ArgumentError, StateError, wrong_argument
+from ..isa.errors import ArgumentError, StateError
 from ..isa.formats import OwnFormat
 from ..kernels.update_rules import AdamHyper, SgdHyper
-from .hyper_checks import check_group, check_state_dict, is_number
+from .declared import MOMENTS, Declared
+from .hyper_checks import check_group, check_state_dict
 from .own_store import OwnStore
 from .saved_groups import check_rule
 from .states import Hyper
 from .weak_method import weak_method
 
-MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
-"""The optimizers there are, and what torch calls their state."""
-
 GROWTH_STEPS = 2000
 """Steps without an overflow after which the loss scale doubles, as in torch.amp."""
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What `model.optimizer(...)` was asked for.
-
-    Fields:
-        kind: torch.optim.AdamW, Adam or SGD.
-        hyper: its keyword arguments.
-        max_grad_norm: clip the norm of all gradients to this.
-        in_backward: update each chunk as soon as its gradient is complete.
-        accumulate: how many backwards make one step.
-    """
-
-    kind: type[Optimizer]
-    hyper: dict[str, Any]
-    max_grad_norm: float | None = None
-    in_backward: bool = False
-    accumulate: int = 1
-
-    def check(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Raises ArgumentError for what is not there or does not go together."""
-        if isinstance(self.kind, Optimizer):
-            name = type(self.kind).__name__
-            raise ArgumentError(f"kind: model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
-        if not isinstance(self.kind, type) or self.kind not in MOMENTS:
-            names = ", ".join(f"torch.optim.{kind.__name__}" for kind in MOMENTS)
-            raise wrong_argument(
-                "kind",
-                self.kind,
-                f"one of {names}. Any other element-wise optimizer works over model.parameters() instead",
-            )
-        check_group(self.hyper)
-        if type(self.accumulate) is not int or self.accumulate < 1:
-            raise wrong_argument("accumulate", self.accumulate, "how many backwards make one step, 1 or more")
-        if type(self.in_backward) is not bool:
-            raise wrong_argument("in_backward", self.in_backward, "True or False")
-        norm = self.max_grad_norm
-        if norm is not None and not (is_number(norm) and 0 < norm < math.inf):
-            raise wrong_argument("max_grad_norm", norm, "a positive number, or None")
-        if self.in_backward:
-            self._check_in_backward(dtypes)
-
-    def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:
-        if self.max_grad_norm is not None:
-            raise ArgumentError(
-                "in_backward=True updates before the norm of all gradients is known, so that max_grad_norm cannot be "
-                "kept to; leave one of the two out"
-            )
-        if torch.float16 in dtypes:
-            raise ArgumentError(
-                "in_backward=True updates before it is known whether a float16 gradient overflowed; leave it out, or "
-                "compile with precision='bf16'"
-            )
-
-    def of_torch(self, groups: Any) -> Optimizer:
-        """The optimizer of torch's that fills in the defaults. Raises ArgumentError for what it does not take."""
-        try:
-            made = self.kind(groups, **self.hyper)
-        except (TypeError, ValueError, KeyError) as error:
-            raise ArgumentError(
-                f"torch.optim.{self.kind.__name__} does not take these params and options: {error}; expected "
-                "parameters of the model, or groups of them, and options that it has"
-            ) from error
-        for group in made.param_groups:
-            check_group(group)
-        return made
-
-    def format(self, groups: list[dict[str, Any]]) -> OwnFormat:
-        """What memory is planned for, with these groups of parameters."""
-        moments = len(MOMENTS[self.kind])
-        if self.kind is SGD and not any(group["momentum"] for group in groups):
-            moments = 0
-        return OwnFormat(moments, self.in_backward, self.accumulate)
-
 
 Attach = WeakMethod[Callable[[OwnStore], None]]
 """Who is given the store of the states, if he is still there."""
@@ -115,20 +37,21 @@ class ChunkOptimizer(Optimizer):
     next backward starts from none. With in_backward=True the updates are under way before `step()`, which then
     only ends the step. `grad_norm` is the norm of the last step's gradients where `max_grad_norm` is given,
     `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed. `store`
-    has the states; there are none before the model has a plan.
+    has the states; there are none before the model has a plan. `fp16`: whether any parameter computes in float16, of
+    whichever process.
     """
 
     param_groups: list[dict[str, Any]]
 
     def __init__(self, declared: Declared, groups: Any, use: Use, demand: Callable[[], object],
-                 names: dict[int, str]) -> None:  # fmt: skip
+                 names: dict[int, str], fp16: bool) -> None:  # fmt: skip
         model = declared.of_torch(groups)
         self.declared = declared
         self.grad_norm: Tensor | None = None
         self.skipped_steps = 0
         self._names = names
         self._steps_since_overflow = 0
-        self._fp16 = False
+        self._fp16 = fp16
         self._store: OwnStore | None = None
         self._demand = demand
         super().__init__(model.param_groups, model.defaults)
@@ -138,7 +61,6 @@ class ChunkOptimizer(Optimizer):
     def _attach(self, store: OwnStore) -> None:
         """There is a plan, and so there are states to update."""
         self._store = store
-        self._fp16 = any(chunk.dtype == torch.float16 for chunk in store.chunks.layout.chunks)
         store.updater.schedule = weak_method(self._hyper)
         store.check_groups = weak_method(self._check_groups)
         store.held.measures = self.declared.max_grad_norm is not None or self._fp16
@@ -269,17 +191,19 @@ class ChunkOptimizer(Optimizer):
     def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
         """As the torch.optim class writes it. Tensors are the states themselves, not copies.
 
-        Of parameters that are sharded over processes, or lie in divided chunks, they are whole, and copies on the CPU,
-        made by all processes together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
+        Of parameters that are sharded over processes, lie in divided chunks or are of other processes' layers they are
+        whole, and copies on the CPU, made by all processes together; with `first_only` rank 0 alone keeps them, and the
+        others get an empty dict.
         """
         if self._store is None:
             return super().state_dict()
         self._store.finish()
+        updated = self._updated()
         for group in self.param_groups:
             for parameter in group["params"]:
-                found = self._state_of(parameter)
-                if found is not None:
-                    self.state[parameter] = found
+                name = self._names[id(parameter)]
+                if name in updated:
+                    self.state[parameter] = self._state_of(name, *updated[name])
         try:
             saved = super().state_dict()
         finally:
@@ -295,29 +219,35 @@ class ChunkOptimizer(Optimizer):
 
     def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
         """A state_dict of this process's shards with whole tensors instead, made one by one."""
-        local_shards, kept = self.store.chunks.local_shards, not first_only or self.store.zero.ranks.rank == 0
+        store, kept = self.store, not first_only or self.store.zero.ranks.rank == 0
         order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
         for number, values in saved["state"].items():
-            chunk, slot = self.store.place_of(order[number])
-            place = chunk.slots[slot]
-            shared_out = place.placement or chunk.shards > 1
+            parameter = order[number]
+            shared_out = store.is_shared_out(parameter)
             for name in (name for name in MOMENTS[self.declared.kind] if shared_out and name in values):
-                whole = local_shards.join(
-                    self.store.join(values[name], order[number]), place, self.store.hardware.device
-                )
+                whole = store.chunks.whole(parameter, store.join(values[name], parameter), store.hardware.device)
                 values[name] = whole if kept else None
         return saved if kept else {}
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """This process's shard of a parameter's state, in torch's names."""
-        state, slot = self.store.state_of(self._names[id(parameter)])
-        if not state.steps[slot]:
-            return None
-        names = MOMENTS[self.declared.kind]
-        moments = {name: state.slice(m, slot) for name, m in zip(names, state.moments, strict=False)}
-        if self.declared.kind is SGD:
-            return moments
-        return {"step": torch.tensor(float(state.steps[slot])), **moments}
+    def _updated(self) -> dict[str, tuple[int, list[torch.dtype]]]:
+        """Of every parameter that was updated, whoever has it, how often, and the dtypes of its moments."""
+        store, found = self.store, dict[str, tuple[int, list[torch.dtype]]]()
+        for name in store.chunks.ownership.among(self._groups):
+            state, slot = store.state_of(name)
+            if state.steps[slot]:
+                found[name] = state.steps[slot], [moment.dtype for moment in state.moments]
+        return store.chunks.ownership.gather(found)
+
+    def _state_of(self, parameter: str, steps: int, dtypes: list[torch.dtype]) -> dict[str, Any]:
+        """This process's shard of a parameter's state, in torch's names; without memory where others have it."""
+        chunks = self.store.chunks
+        if parameter in chunks.elsewhere:
+            shape = chunks.whole_shape(parameter)
+            parts = [torch.empty(shape, dtype=dtype, device="meta") for dtype in dtypes]
+        else:
+            parts = self.store.moments_of(parameter)
+        moments = dict(zip(MOMENTS[self.declared.kind], parts, strict=False))
+        return moments if self.declared.kind is SGD else {"step": torch.tensor(float(steps)), **moments}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -335,15 +265,15 @@ class ChunkOptimizer(Optimizer):
         before = self.param_groups
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         try:
-            named = [(self._names[id(p)], self.state.get(p, {})) for g in self.param_groups for p in g["params"]]
-            for name, saved in named:
-                self._check_state(name, saved)
+            states = {self._names[id(p)]: self.state.get(p, {}) for g in self.param_groups for p in g["params"]}
+            named = {name: states[name] for name in self.store.chunks.ownership.among(states)}
+            self._check_states(named)
         except BaseException:
             self.param_groups = before
             raise
         finally:
             self.state.clear()
-        for name, saved in named:
+        for name, saved in named.items():
             self._load(name, saved)
         self._take_groups()
         scale = state_dict.get("loss_scale")
@@ -357,11 +287,19 @@ class ChunkOptimizer(Optimizer):
         for group in groups:
             self._check_group(group)
 
+    def _check_states(self, named: dict[str, dict[str, Any]]) -> None:
+        """Raises on all processes where a state does not fit on one of them."""
+        error = None
+        try:
+            for name, saved in named.items():
+                self._check_state(name, saved)
+        except ValueError as caught:
+            error = caught
+        self.store.chunks.ownership.raise_alike(error)
+
     def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
-        (state, slot), (chunk, _) = self.store.state_of(parameter), self.store.place_of(parameter)
-        shape = self.store.chunks.local_shards.whole_shape(chunk.slots[slot])
-        names = MOMENTS[self.declared.kind]
-        for name in names[: len(state.moments)] if saved else ():
+        shape, names = self.store.chunks.whole_shape(parameter), MOMENTS[self.declared.kind]
+        for name in names[: len(self.store.moments_of(parameter))] if saved else ():
             found = saved.get(name)
             if found is None:
                 raise ValueError(

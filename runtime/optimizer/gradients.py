@@ -143,13 +143,15 @@ class HeldGradients:
         for state in self.states:
             # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
             norms = by_axes.setdefault(state.layout.reduced_over, [self._zeros()])
-            if state.present:  # the slots of a chunk are sharded alike
+            # The slots of a chunk are sharded alike, and the same processes have them.
+            if state.present and self.states.chunks.ownership.counts(state.layout.slots[0].name):
                 norms.append(self._norm_of(state) / math.sqrt(local_shards.replicas(state.layout.slots[0])))
         found = [
             zero.norm(local_shards.norm(torch.linalg.vector_norm(torch.stack(norms))), axes)
             for axes, norms in by_axes.items()
-        ]
-        return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found))
+        ] or [self._zeros()]
+        total = found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found))
+        return self.states.chunks.ownership.norm(total)
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip the norm of all gradients to `max_norm`; returns it as it was before.

@@ -4,8 +4,8 @@ A chunk's gradient goes where its training state is updated. What a program read
 alone; see `updater`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -67,7 +67,6 @@ class OwnStore:
         self.updater = Updater(self.states, self.tickets, self.held, kernels, stats)
         self.zeroed = ZeroedGradients()
         self.backwards = 0
-        self._writers = 0
         self.check_groups: Callable[[], None] = optimizer_is_gone
         self._broken = ""
         self._has_updated = False  # in this backward
@@ -76,17 +75,16 @@ class OwnStore:
         self._arrivals: dict[int, Arrival] = {}
 
     @property
-    def is_writable(self) -> bool:
-        """Whether parameters may be copied to just now."""
-        return self._writers > 0
-
-    @property
     def host_update_s(self) -> float:
         return self.updater.host_update_s + self.held.host_sum_s
 
     @property
     def is_between_steps(self) -> bool:
         return self.backwards == 0
+
+    @property
+    def loss_scale(self) -> float:
+        return self.held.loss_scale
 
     # -- where it lies -------------------------------------------------------------------------------------
 
@@ -98,6 +96,7 @@ class OwnStore:
         self.finish()
         self.held.finish()
         self.updater.drop_streams(homes)
+        self.chunks.let_go()
         try:
             self.states.place(homes)
             self.updater.make_streams()
@@ -293,15 +292,30 @@ class OwnStore:
 
     def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
         """The whole chunk that a parameter lies in, and its slot there."""
-        return self.chunks.layout.places[parameter]
+        return self.chunks.place_of(parameter)
 
     def take(self, value: Tensor, parameter: str) -> Tensor:
         """What of a parameter's value lies in this process's training state."""
         return self.zero.take(value, *self.place_of(parameter))
 
     def join(self, held: Tensor, parameter: str) -> Tensor:
-        """The inverse: of what lies in every process's. All processes call it where the chunk is divided."""
+        """The inverse: of what lies in every process's. All processes that have it call it where the chunk is divided;
+        of others' it is what they hold."""
+        if parameter in self.chunks.elsewhere:
+            return held
         return self.zero.join(held, *self.place_of(parameter), self.hardware.device)
+
+    def is_shared_out(self, parameter: str) -> bool:
+        """Whether a process has less than all of it: this one, or one that runs other layers."""
+        if self.chunks.layout.owned:
+            return True
+        layout, slot = self.place_of(parameter)
+        return bool(layout.slots[slot].placement) or layout.shards > 1
+
+    def moments_of(self, parameter: str) -> list[Tensor]:
+        """What this process has of a parameter's moments."""
+        state, slot = self.state_of(parameter)
+        return [state.slice(moment, slot) for moment in state.moments]
 
     def versions(self) -> dict[str, int]:
         return {slot.name: state.version for state in self.states for slot in state.layout.slots}
@@ -309,13 +323,8 @@ class OwnStore:
     def adopt(self) -> None:
         """Nothing was written but by way of this store."""
 
-    @contextmanager
-    def writable(self) -> Iterator[None]:
-        self._writers += 1
-        try:
-            yield
-        finally:
-            self._writers -= 1
+    def writable(self) -> AbstractContextManager[None]:
+        return self.chunks.writers.writing()
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Drop what gradients there are; those that are set to zero must be brought anew before the next step.
@@ -352,6 +361,8 @@ class OwnStore:
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def stored_master(self, parameter: str) -> Stored:
+        if parameter in self.chunks.elsewhere:
+            return self.chunks.elsewhere[parameter].stored
         state, _ = self.state_of(parameter)
         shape, regions = self._lies(parameter)
         return Stored(shape, state.layout.master_dtype, regions, state.read_region, state.write_region)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed.zero import Zero
 from ..isa.errors import StateError
 from ..isa.formats import OwnFormat
 from ..memory.chunks import ChunkStore
-from ..memory.lazy_parameter import Gradient, LazyParameter, UsedUpGradient, gathered_gradient, refuse_gradient
+from ..memory.lazy_parameter import Gradient, LazyParameter, UsedUpGradient, become_lazy, gathered_gradient
 from .gradients import HeldGradients
 from .own_states import OwnStates
 from .states import ChunkState
@@ -32,8 +32,6 @@ class Slots(Protocol):
     def states(self) -> OwnStates: ...
     @property
     def zeroed(self) -> ZeroedGradients: ...
-    @property
-    def is_writable(self) -> bool: ...
     def state_of(self, parameter: str) -> tuple[ChunkState, int]: ...
     def take(self, value: Tensor, parameter: str) -> Tensor: ...
     def join(self, held: Tensor, parameter: str) -> Tensor: ...
@@ -60,14 +58,11 @@ class SlotSource:
 
     @property
     def is_writable(self) -> bool:
-        return self.store.is_writable
+        return self.store.chunks.writers.are_there
 
     def write(self, value: Tensor) -> None:
-        if not self.store.is_writable:
-            raise StateError(
-                f"parameter {self.name} was to be written: model.optimizer(...) keeps the masters. Set values with "
-                "model.load_state_dict(...)"
-            )
+        if not self.is_writable:
+            raise self.refused("an assignment")
         if tuple(value.shape) != self.shape:
             raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
         state, slot = self._state()
@@ -77,6 +72,13 @@ class SlotSource:
         if chunk.resident is not None:
             own = self.store.zero.own(chunk.resident, chunk.layout)
             state.slice(own, slot).copy_(state.slice(state.weights, slot))
+
+    def refused(self, by: str) -> StateError:
+        return StateError(
+            f"parameter {self.name} was to be written by {by}; model.optimizer(...) keeps the masters, and what is "
+            "read of them is a copy. Set values with model.load_state_dict(...), and step the optimizer that "
+            "model.optimizer(...) returned"
+        )
 
     def gradient(self) -> Tensor | None:
         """The gradient itself, or, where its chunk is divided, a copy that refuses to be written to."""
@@ -122,15 +124,5 @@ def make_lazy(store: Slots) -> None:
     for chunk, _ in zip(store.chunks.chunks, store.states, strict=False):
         for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):
             if not isinstance(parameter, LazyParameter):
-                source = SlotSource(store, slot.name, slot.shape, chunk.layout.master_dtype)
-                _make_lazy(parameter, source)
+                become_lazy(parameter, SlotSource(store, slot.name, slot.shape, chunk.layout.master_dtype))
         chunk.parameters = []
-
-
-def _make_lazy(parameter: nn.Parameter, source: SlotSource) -> None:
-    trained = parameter.requires_grad
-    takes_gradients = source.dtype.is_floating_point
-    torch.utils.swap_tensors(parameter, LazyParameter(source, takes_gradients))
-    if takes_gradients:
-        parameter.register_hook(refuse_gradient)
-    parameter.requires_grad_(trained)

@@ -35,6 +35,27 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path, precision: str
     assert same(values(other), values(model))
 
 
+class Recurrent(nn.Module):
+    """Its layer refers weakly to its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0])
+
+
+def test_recurrent_weights_on_meta_come_to_life() -> None:
+    torch.manual_seed(0)
+    plain, x = Recurrent(), torch.randn(2, 3, 6)
+    with geminifx.init_empty():
+        empty = Recurrent()
+    model = geminifx.compile(empty, example_inputs=(x,))
+    model.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(model(x), plain(x))
+
+
 def test_weights_on_meta_come_to_life(tmp_path: Path) -> None:
     model = compiled()
     geminifx.save_checkpoint(model, None, tmp_path / "saved")

@@ -9,7 +9,7 @@ import torch
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.formats import OwnFormat
 from geminifx.runtime.isa.layout import ChunkLayout
-from geminifx.runtime.optimizer.chunk_optimizer import Declared
+from geminifx.runtime.optimizer.declared import Declared
 from optimizing import ADAMW, NET, PLACES, Loop, placed, plain
 from torch.optim import AdamW
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 import geminifx
 import pytest
 import torch
+from geminifx.runtime.distributed.ranks import Ranks
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -39,6 +41,36 @@ def test_parts_cover_the_data_and_are_equally_long(length: int, size: int, batch
 def test_alone_the_loader_is_returned_itself() -> None:
     loader = DataLoader(TensorDataset(torch.arange(4)))
     assert geminifx.shard_dataloader(loader, geminifx.compile(nn.Linear(2, 2))) is loader
+
+
+PIPELINE = Mesh((Axis("pipeline", 2, "pipeline"), Axis("data", 2, "data")))
+TENSORS = Mesh((Axis("tp", 3, "tensor"),))
+
+
+@pytest.mark.parametrize("mesh", [PIPELINE, TENSORS], ids=str)
+@pytest.mark.parametrize("shuffles", [False, True])
+def test_ranks_that_share_a_batch_are_given_the_same(mesh: Mesh, shuffles: bool) -> None:
+    data, model = TensorDataset(torch.arange(24)), geminifx.compile(nn.Linear(2, 2))
+    parts: dict[int, list[list[int]]] = {}
+    for rank in range(mesh.size):
+        torch.manual_seed(rank)  # each process draws numbers of its own
+        model.session.ranks = Ranks(mesh, rank)
+        sharded = geminifx.shard_dataloader(DataLoader(data, batch_size=4, shuffle=shuffles), model)
+        epochs = []
+        for epoch in range(2):
+            if shuffles:
+                sharded.sampler.set_epoch(epoch)
+            epochs.append([int(i) for (rows,) in sharded for i in rows])
+        assert (epochs[0] != epochs[1]) == shuffles
+        assert parts.setdefault(mesh.data_rank(rank), epochs) == epochs
+    assert sorted(i for epochs in parts.values() for i in epochs[0]) == list(range(24))
+
+
+def test_where_all_are_given_the_same_a_sampler_may_decide_itself() -> None:
+    data, model = TensorDataset(torch.arange(4)), geminifx.compile(nn.Linear(2, 2))
+    model.session.ranks = Ranks(TENSORS, 1)
+    for loader in (DataLoader(data), DataLoader(Stream()), DataLoader(data, sampler=WeightedRandomSampler([1.0], 4))):
+        assert geminifx.shard_dataloader(loader, model) is loader
 
 
 class Stream(IterableDataset):

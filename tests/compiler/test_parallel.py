@@ -15,6 +15,8 @@ from torch import Tensor, nn
         ("", Parallel()),
         ("data=2", Parallel(data=2)),
         ("data=2, tensor=2.5d:8:2", Parallel(data=2, mode="2.5d", size=8, depth=2)),
+        ("pipeline=4", Parallel(pipeline=4)),
+        ("pipeline=2:8,data=2", Parallel(data=2, pipeline=2, stages=8)),
         ("zero=3,tensor=1d:4,sequence", Parallel(zero=3, mode="1d", size=4, sequence=True)),
     ],
 )
@@ -24,7 +26,18 @@ def test_text_means_degrees(text: str, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["data", "data=x", "dat=2", "data=2,data=2", "tensor=1d", "tensor=1d:2:2", "tensor=9d:4", "zero=7", "sequence"],
+    [
+        "data",
+        "data=x",
+        "dat=2",
+        "data=2,data=2",
+        "tensor=1d",
+        "tensor=1d:2:2",
+        "tensor=9d:4",
+        "zero=7",
+        "sequence",
+        "pipeline=x",
+    ],
 )
 def test_a_wrong_text_is_told_the_grammar(text: str) -> None:
     with pytest.raises(ValueError, match=r"--parallel .*tensor=MODE:SIZE .* such as data=2,tensor=2\.5d:8:2"):

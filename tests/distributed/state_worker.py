@@ -16,21 +16,27 @@ import geminifx
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from zoo import GPT2, OPT, Case, compiled
+from zoo import GPT2, OPT, Case, compiled, opt
 
 ROWS, STEPS, CLIP = 8, 2, 0.3
 MODELS = {"opt": OPT, "gpt2": GPT2}
+CHAINED = Case("opt of four blocks", lambda: opt(num_hidden_layers=4))
+FOUR_ROWS = {"example_inputs": OPT.batch(batch=ROWS // 2)}
+"""What each of two batches has: a pipeline divides them into as many microbatches."""
 MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "1d": ("opt", "own", {"parallel": {"data": 2, "tensor": "1d:2"}}),
     "1d, zero, bf16": ("opt", "own, bf16", {"parallel": {"data": 2, "tensor": "1d:2", "zero": 3}}),
     "2d": ("opt", "own", {"parallel": {"tensor": "2d:4"}}),
     "zero": ("opt", "own", {"parallel": {"data": 4, "zero": 2}}),
     "fused qkv": ("gpt2", "torch's", {"parallel": {"data": 2, "tensor": "1d:2"}}),
+    "pipeline, zero": ("opt", "own", {"parallel": {"pipeline": 2, "data": 2, "zero": 1}, **FOUR_ROWS}),
+    "pipeline": ("gpt2", "torch's", {"parallel": {"pipeline": 2, "data": 2}, **FOUR_ROWS}),
 }
 """Name -> model, kind of optimizer, how it is compiled."""
 
 CHAIN: dict[str, dict[str, Any]] = {
     "data 8": {"parallel": {"data": 8}},
+    "pipeline 4, data 2": {"parallel": {"pipeline": 4, "data": 2}, "microbatches": 4, **FOUR_ROWS},
     "2.5d, data 2": {"parallel": {"data": 2, "tensor": {"mode": "2.5d", "size": 4}}},
 }
 """How eight ranks go on, one after the other, each from what the one before it saved."""
@@ -97,10 +103,10 @@ def chain(folder: Path) -> dict[str, Any]:
     """What every one of eight ranks finds, by mode."""
     found, saved = {}, folder / "one"
     for number, (name, options) in enumerate(CHAIN.items(), start=1):
-        model, optimizer = make(OPT, "own", **options)
+        model, optimizer = make(CHAINED, "own", **options)
         geminifx.load_checkpoint(model, optimizer, saved)
         mine: dict[str, Any] = {"loaded": values(model), "loaded optimizer": deepcopy(optimizer.state_dict())}
-        mine |= train(model, optimizer, OPT, number * STEPS)
+        mine |= train(model, optimizer, CHAINED, number * STEPS)
         saved = folder / name
         geminifx.save_checkpoint(model, optimizer, saved)
         mine |= {"state": values(model), "optimizer": deepcopy(optimizer.state_dict())}

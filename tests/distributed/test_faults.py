@@ -79,10 +79,24 @@ def test_the_death_of_a_rank_ends_the_others(said) -> None:
     found, text = said[0]["death"]
     assert (
         found == "StateError"
-        and "rank 0 of 2 lost the others in all_gather (the backward of a training step behind 1 update(s)), in step 2"
+        and "rank 0 of 2 lost rank(s) 1 in all_gather (the backward of a training step behind 1 update(s)), in step 2"
         in text
         and "last checkpoint" in text
     )
+
+
+@pytest.mark.slow
+def test_all_of_a_pipeline_tell_who_has_died_wherever_they_stand() -> None:
+    """The ranks next to it lose it first, and the others lose these."""
+    ended = ranks_of(SCRIPT.parent / "chain.py", ranks=5)
+    assert [code for code, _ in ended] == [0, 0, 7, 0, 0]
+    for rank, (code, output) in enumerate(ended):
+        other_schedule, other_call, *death = map(json.loads, output.splitlines())
+        assert "run different programs: in the forward they would not exchange the same" in other_schedule
+        assert "rank 0: an evaluation; rank 1: a forward" in other_call
+        assert len(death) == (code == 0)
+        for told in death:
+            assert f"rank {rank} of 5 lost rank(s) 2 in " in told and "in step 3: which ended" in told
 
 
 def test_alone_a_model_for_several_ranks_is_compiled_and_refuses_to_step() -> None:

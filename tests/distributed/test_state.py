@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from state_worker import CHAIN, CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
+from state_worker import CHAIN, CHAINED, CLIP, MODELS, MODES, STEPS, make, train, values  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("state")]  # they share what the processes found
 
@@ -89,7 +89,7 @@ def test_one_process_goes_on_from_four_ranks(folder: Path, found: Finder, name: 
         assert same_optimizer(last["optimizer"], first["optimizer"])
 
 
-@pytest.mark.parametrize("name", ["1d, zero, bf16", "2d", "1d", "zero"])
+@pytest.mark.parametrize("name", ["1d, zero, bf16", "2d", "1d", "zero", "pipeline, zero"])
 def test_whole_values_are_taken_in_parts(found: Finder, name: str) -> None:
     for number, rank in enumerate(found(name)):
         assert same(rank["loaded again"], rank["loaded"])
@@ -119,8 +119,8 @@ def test_what_fails_on_rank_0_raises_on_all(found: Finder) -> None:
 def chained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one process has saved, from which eight ranks go on in each mode of CHAIN."""
     folder = tmp_path_factory.mktemp("chain")
-    model, optimizer = make(MODELS["opt"], "own")
-    train(model, optimizer, MODELS["opt"], 0)
+    model, optimizer = make(CHAINED, "own")
+    train(model, optimizer, CHAINED, 0)
     geminifx.save_checkpoint(model, optimizer, folder / "one")
     return folder
 
@@ -134,8 +134,8 @@ def by_eight(chained: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def uninterrupted() -> list[dict[str, Any]]:
     """Of one process that does all the steps: losses and norms, from one checkpoint to the next."""
-    model, optimizer = make(MODELS["opt"], "own")
-    return [train(model, optimizer, MODELS["opt"], STEPS * number) for number in range(len(CHAIN) + 2)]
+    model, optimizer = make(CHAINED, "own")
+    return [train(model, optimizer, CHAINED, STEPS * number) for number in range(len(CHAIN) + 2)]
 
 
 def close(found: Finder, expected: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def test_eight_ranks_go_on_from_another_mode(
     if number:
         before = by_eight[list(CHAIN)[number - 1]][0]
     else:
-        model, optimizer = make(MODELS["opt"], "own")
+        model, optimizer = make(CHAINED, "own")
         geminifx.load_checkpoint(model, optimizer, chained / "one")
         before = {"state": values(model), "optimizer": optimizer.state_dict()}
     ranks = by_eight[list(CHAIN)[number]]
@@ -164,9 +164,9 @@ def test_eight_ranks_go_on_from_another_mode(
 def test_one_process_goes_on_from_eight_ranks(
     chained: Path, by_eight: dict[str, Any], uninterrupted: list[dict[str, Any]], name: str
 ) -> None:
-    model, optimizer = make(MODELS["opt"], "own")
+    model, optimizer = make(CHAINED, "own")
     geminifx.load_checkpoint(model, optimizer, chained / name)
     assert same(values(model), by_eight[name][0]["state"])
     assert same_optimizer(optimizer.state_dict(), by_eight[name][0]["optimizer"])
     number = list(CHAIN).index(name) + 2
-    close(train(model, optimizer, MODELS["opt"], STEPS * number), uninterrupted[number])
+    close(train(model, optimizer, CHAINED, STEPS * number), uninterrupted[number])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from geminifx.compiler.planner.check import check_plan
 from geminifx.passes.program.plan import Plan
-from geminifx.runtime.isa.layout import ChunkLayout, Layout
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.isa.precision import parameter_dtypes
 from homes import homes
@@ -24,9 +24,9 @@ def plan() -> Plan:
     return geminifx.compile(model(), example_inputs=(torch.zeros(2, 4),), placement="cpu").plan
 
 
-def check(changed: Plan) -> None:
+def check(changed: Plan, place: int = 0) -> None:
     source = model()
-    check_plan(changed, dict(source.named_parameters()), ("0", "1"), parameter_dtypes(source, None))
+    check_plan(changed, dict(source.named_parameters()), ("0", "1"), parameter_dtypes(source, None), place)
 
 
 def with_chunk(whole: Plan, **changes: object) -> Plan:
@@ -47,6 +47,52 @@ def with_stranger(whole: Plan) -> Plan:
 
 def test_the_planners_own_plan_passes() -> None:
     check(plan())
+
+
+OWNED = (("0.weight", (0,)), ("0.bias", (0,)), ("1.weight", (0, 1)), ("1.bias", (1,)))
+
+
+def staged(owned: tuple[tuple[str, tuple[int, ...]], ...] = OWNED, place: int = 0) -> Plan:
+    """The plan of one process of a pipeline of two."""
+    whole, owners = plan(), dict(owned)
+    (chunk,) = whole.layout.chunks
+    by_owners: dict[tuple[int, ...], list[Slot]] = {}
+    for slot in (slot for slot in chunk.slots if place in owners.get(slot.name, ())):
+        by_owners.setdefault(owners[slot.name], []).append(slot)
+    chunks = tuple(replace(chunk, index=i, slots=tuple(slots)) for i, slots in enumerate(by_owners.values()))
+    mesh = Mesh((Axis("pipeline", 2, "pipeline"),))
+    return replace(whole, layout=Layout(chunks, owned=owned), homes=whole.homes * len(chunks), mesh=mesh)
+
+
+def test_plans_of_a_pipelines_processes_pass_for_these_alone() -> None:
+    for place in range(2):
+        check(staged(place=place), place)
+        with pytest.raises(ValueError, match=r"number of slots of parameter '(0.weight|1.bias)'"):
+            check(staged(place=place), 1 - place)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (lambda: staged(OWNED[1:]), "layout.owned: the names"),
+        (lambda: staged((*OWNED[:3], ("1.bias", ()))), "the owners of '1.bias' is (), expected some of 0 to 1"),
+        (lambda: staged((*OWNED[:3], ("1.bias", (2,)))), "the owners of '1.bias' is (2,)"),
+        (lambda: staged((*OWNED[:2], ("1.weight", (1, 0)), OWNED[3])), "the owners of '1.weight' is (1, 0)"),
+        (lambda: replace(staged(), layout=replace(staged().layout, owned=())), "layout.owned: the names is []"),
+        (lambda: replace(plan(), layout=replace(plan().layout, owned=OWNED)), "layout.owned: the names"),
+        (
+            lambda: replace(staged(), layout=replace(plan().layout, owned=OWNED), homes=plan().homes),
+            "the same ones for all",
+        ),
+    ],
+)
+def test_owners_that_do_not_fit_are_named(damaged: Callable[[], Plan], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(damaged())
+
+
+def test_owners_are_in_the_plans_text() -> None:
+    assert Plan.from_json(staged().to_json()) == staged()
 
 
 def test_a_plan_of_parts_passes() -> None:

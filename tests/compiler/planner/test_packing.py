@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 KB = 1024
+PIPELINE = Mesh((Axis("pipeline", 3, "pipeline"),))
 
 
 def program(parameters: dict[str, nn.Parameter], tied: dict[str, str] | None = None) -> Program:
@@ -94,6 +95,21 @@ def test_parameters_whose_gradients_are_summed_over_other_axes_do_not_mix() -> N
     layout = pack(made, parameters, (), dtypes(parameters), mesh)
     found = {tuple(ns): chunk.reduced_over for ns, chunk in zip(names(layout), layout.chunks, strict=True)}
     assert found == {("router", "head"): ("data", "experts"), ("up", "down"): ("data",)}
+
+
+def test_each_process_of_a_pipeline_has_a_place_for_what_its_layers_read() -> None:
+    parameters = {name: floats(1) for name in ("embed", "first", "shared", "second", "third")}
+    owners = {"embed": (0, 2), "first": (0,), "shared": (0, 2), "second": (1,), "third": (2,)}
+    made = program(parameters)
+    own = [{name: p for name, p in parameters.items() if place in owners[name]} for place in range(3)]
+    layouts = [pack(made, each, (), dtypes(parameters), PIPELINE, owners) for each in own]
+    assert [names(layout) for layout in layouts] == [
+        [["embed", "shared"], ["first"]],  # what others have, too, is apart: it is counted once in all
+        [["second"]],
+        [["embed", "shared"], ["third"]],
+    ]
+    assert all(layout.owners == owners and list(layout.owners) == list(parameters) for layout in layouts)
+    assert [chunk.index for chunk in layouts[2].chunks] == [0, 1]
 
 
 def test_a_tied_parameter_lives_once_where_it_is_used_first() -> None:

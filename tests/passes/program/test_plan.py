@@ -12,6 +12,7 @@ from geminifx.runtime.isa.formats import TorchFormat
 from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from geminifx.runtime.isa.mesh import Axis, Mesh
+from geminifx.runtime.isa.schedule import Schedule
 from geminifx.runtime.isa.units import format_bytes
 
 PLAN = Plan(
@@ -53,8 +54,11 @@ PLAN = Plan(
     notes=("a note",),
 )
 
+SCHEDULE = Schedule.parse("gpipe stages=2 microbatches=1\nrank 0: F0.0 B0.0\nrank 1: F1.0 B1.0")
+PIPELINE = Plan(stages=("", "layers.1"), schedule=SCHEDULE, line=1)
 
-@pytest.mark.parametrize("plan", [PLAN, Plan()])
+
+@pytest.mark.parametrize("plan", [PLAN, PIPELINE, Plan()])
 def test_json_round_trip(plan, tmp_path):
     assert Plan.from_json(plan.to_json()) == plan
     plan.save(tmp_path / "plan.json")

@@ -1,0 +1,305 @@
+"""Run a batch as microbatches through the stages of a pipeline: of all that one rank's part, in its schedule's order.
+
+    before, for two ranks: F0.0 F0.1 B0.0 B0.1            after, on rank 0
+                           F1.0 B1.0 F1.1 B1.1
+    # forward: layers.0                                   # forward F0.0: layers.0
+    x = geminifx.microbatch(batch, 0, 2)                  x = geminifx.microbatch(batch, 0, 2)
+    h = aten.mm.default(x, w)                             h = aten.mm.default(x, w)
+    # forward: layers.1                                   geminifx.send(h, 1)
+    y = aten.mm.default(h, v)                             # forward F0.1: layers.0
+    ...                                                   ... x_1, h_1 likewise
+    # backward: layers.1                                  # backward
+    dv = aten.mm.default(ht, dy)                          scale = aten.div.Tensor(tangent, expected)
+    dh = aten.mm.default(dy, vt)                          # backward B0.0: layers.0
+    # backward: layers.0                                  dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
+    dw = aten.mm.default(xt, dh)                          dw = aten.mm.default(xt, dh)
+                                                          total = aten._to_copy.default(dw, dtype=torch.float32)
+                                                          # backward B0.1: layers.0
+                                                          ... dh_1, dw_1, total_1 likewise
+                                                          total_2 = aten.mul_.Tensor(total_1, scale)
+    return {"gradient:layers.0.weight": dw, ...}          return {"gradient:layers.0.weight": total_2}
+
+A value that is made in a stage of one rank and read in a stage of another is sent as soon as it is there, and received
+in front of its first reader, behind all that was sent before it. A parameter that stages of several ranks read lies on
+each of them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
+
+Backwards that run in front of the turn, which stands behind the rank's last forward, need the tangent before it comes.
+All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the turn over that
+multiplies the sums, behind the turn, where gradients leave.
+Random numbers are those of one process, whose draws every rank leads its generator through.
+"""
+
+from collections import deque
+from math import prod
+
+from torch import fx
+
+from ..runtime.isa.errors import ShardingError
+from ..runtime.isa.instructions import AVERAGE, MICROBATCH, RECEIVE, SEND
+from ..runtime.isa.linear_cross_entropy import ABSENT
+from ..runtime.isa.precision import accumulate_dtype
+from ..runtime.isa.schedule import Action
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Note, Phase, Program, annotate, is_random, note, tensor_type, type_of
+from .program.types import TensorType, contiguous_stride
+from .program.verify import canonical
+from .splitting.parts import Parts, Total, aten, draws_forward
+from .splitting.stages import Item, Made, Output, Stages, Sum, is_number
+
+_FORWARD: Phase = "forward"
+_BACKWARD: Phase = "backward"
+
+
+@graph_pass(requires=(canonical,))
+def split_stages(program: Program, plan: Plan) -> None:
+    if plan.schedule is not None:
+        _check(program)
+        _Cut(program, plan).run()
+
+
+def _check(program: Program) -> None:
+    """Raises ShardingError for what a pipeline cannot run."""
+    tangents = list(program.inputs("tangent").values())
+    if len(tangents) > 1 or not all(map(is_number, tangents)):
+        raise ShardingError(
+            "a pipeline computes the loss in its last stage, and the model returns none, or other outputs with "
+            "gradients beside it: let the model compute its loss (labels=), and leave outputs='all' out"
+        )
+    if any(role.startswith("input:") for role in program.results_of("gradient")):
+        raise ShardingError("an input of a pipeline requires a gradient, which its first stage alone would have")
+
+
+class _Cut:
+    """A walk along one rank's line of the schedule, which writes its program behind what there was.
+
+    `values` has what this rank has made or received, by the rank that made it; `incoming` is what others send, and
+    `outgoing` what this one sends, in order.
+    """
+
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.program, self.plan, self.rank = program, plan, plan.line
+        self.parts = Parts(program, plan.microbatches)
+        self.stages = Stages(program, plan)
+        self.gradients, self.totals = self.parts.totals(lambda term: self.stages.rank_of(term) == self.rank)
+        self.by_gradient = {total.gradient: total for total in self.gradients.values()}
+        self.values: dict[tuple[int, Item], fx.Node] = {}
+        self.outgoing = deque(self.stages.sends(self.rank))
+        self.incoming = {
+            rank: deque(item for item, to in self.stages.sends(rank) if to == self.rank)
+            for rank in range(len(self.stages.schedule.ranks)) if rank != self.rank
+        }  # fmt: skip
+        self.states: dict[tuple[int, int], fx.Node] = {}  # of the generator, by stage and microbatch
+        self.expected: fx.Node | None = None
+        self.scale: fx.Node | None = None  # what came in at the turn over it; behind the turn
+
+    def run(self) -> None:
+        old, parameters = self.program.nodes, self.stages.parameters(self.rank)
+        results, phase = dict[str, fx.Node](), _FORWARD
+        for position, tangent in self.program.inputs("tangent").items():
+            self.expected = self.program.add_input("expected", type_of(tangent), f"expected:{position}")
+        self._draw_ahead()
+        for action, items in self.stages.items(self.rank):
+            behind = self.program.output.prev
+            if action is None:
+                results |= self._outputs(items) | self._buffers()
+                self._mark(behind, _FORWARD)
+                phase = _BACKWARD
+                behind = self.program.output.prev
+                self._begin_behind()
+            else:
+                self._run(action, items)
+            self._mark(behind, phase, action)
+        behind = self.program.output.prev
+        results |= self._gradients()
+        self._mark(behind, phase)
+        self.program.set_results({role: results[role] for role in self.program.results if role in results})
+        self._erase(old, parameters)
+
+    def _mark(self, behind: fx.Node, phase: Phase, action: Action | None = None) -> None:
+        """All that was written behind a node is of an action, and on one side of the turn."""
+        while behind.next is not self.program.output:
+            behind = behind.next
+            annotate(behind, phase=phase, action=str(action or ""))
+
+    def _erase(self, old: list[fx.Node], parameters: frozenset[str]) -> None:
+        others = {node for name, node in self.program.inputs("parameter").items() if name not in parameters}
+        for node in reversed(old):
+            if node.op == "call_function" or node in others:
+                self.program.graph.erase_node(node)
+
+    def _draw_ahead(self) -> None:
+        """Lead the generator through all draws, of all stages, and keep where those of this rank's begin."""
+        drawing = [node for node in self.program.computes if self._draws(node)]
+        for microbatch in range(self.plan.microbatches):
+            state = None
+            for node in drawing:
+                stage = self.stages.stage[node]
+                if state is None or (stage, microbatch) not in self.states:
+                    state = self.states[stage, microbatch] = self.parts.save_state()
+                self.parts.draw(node, state)
+
+    def _draws(self, node: fx.Node) -> bool:
+        return is_random(node) and node in self.stages.needed and note(node).phase == "forward"
+
+    # -- actions -------------------------------------------------------------------------------------------
+
+    def _run(self, action: Action, items: list[Item]) -> None:
+        made = [item.node for item in items if isinstance(item, Made)]
+        draws = action.kind == "F" and draws_forward(made)
+        state = self.states[action.stage, action.microbatch] if draws else None
+        self.parts.swap(state, made[0] if made else self.program.output)
+        for item in items:
+            if isinstance(item, Made):
+                self._keep(item, self._copy(item))
+                self._add_up(item)
+            elif isinstance(item, Sum):
+                self._complete(item)
+        self.parts.swap(state, made[-1] if made else self.program.output)
+
+    def _copy(self, item: Made) -> fx.Node:
+        value = lambda node: self._value(node, item.microbatch)  # noqa: E731
+        copy = self.program.repeat_node(item.node, value, self.program.output)
+        if item.node.target is MICROBATCH:
+            copy.args = (copy.args[0], item.microbatch, self.plan.microbatches)
+        return copy
+
+    def _keep(self, item: Item, value: fx.Node) -> None:
+        """A value is there: send it to whoever waits for it."""
+        self.values[self.rank, item] = value
+        while self.outgoing and self.outgoing[0][0] == item:
+            _, to = self.outgoing.popleft()
+            self.parts.emit(SEND, value, to, like=note(value))
+
+    def _value(self, node: fx.Node, microbatch: int | None) -> fx.Node:
+        """What stands for a value for a microbatch: made, received, or, where it belongs to no stage, made here."""
+        if node.op == "placeholder":
+            return self.expected if note(node).role.startswith("tangent:") else node
+        item = Made(node, microbatch if node in self.parts.own else None)
+        if node in self.stages.stage:
+            return self._received(item, self.stages.rank_of(node))
+        if (self.rank, item) not in self.values:
+            value = self._joined(node) if node.target is AVERAGE else self._copy(item)
+            self.values[self.rank, item] = value
+        return self.values[self.rank, item]
+
+    def _received(self, item: Item, source: int) -> fx.Node:
+        """What a rank has made; of another one's also all that it sends before."""
+        while (source, item) not in self.values:
+            if not self.incoming.get(source):
+                raise ShardingError(
+                    f"rank {self.rank} of the schedule {self.stages.schedule.name} reads what rank {source} makes "
+                    f"later or never, {item}: each action must stand behind those that it needs"
+                )
+            other = self.incoming[source].popleft()
+            self.values[source, other] = self._receive(other, source)
+        return self.values[source, item]
+
+    def _receive(self, item: Item, source: int) -> fx.Node:
+        match item:
+            case Made(node):
+                type, name = tensor_type(node), node.name
+            case Sum(gradient):
+                type, name = tensor_type(gradient), "total"
+                type = TensorType(accumulate_dtype(type.dtype), type.shape, contiguous_stride(type.shape))
+            case Output(role):
+                type, name = tensor_type(self.program.results[f"output:{role}"]), "output"
+        if type.num_bytes < type.dtype.itemsize * prod(type.shape):
+            raise ShardingError(f"{name}, whose elements lie over one another in memory, is read in another stage")
+        args = (list(type.shape), list(type.stride), type.dtype, source)
+        return self.parts.emit(RECEIVE, *args, like=Note(), name=name)
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    def _outputs(self, items: list[Item]) -> dict[str, fx.Node]:
+        """The outputs by their roles; in place of those that this rank has not stands none."""
+        for item in items:
+            if isinstance(item, Output):
+                self._keep(item, self._joined(self.program.results[f"output:{item.role}"]))
+        found = {}
+        for role, node in self.program.results_of("output").items():
+            found[f"output:{role}"] = self._output(role, node)
+        return found
+
+    def _output(self, role: str, node: fx.Node) -> fx.Node:
+        if node not in self.stages.stage:
+            return self._joined(node)
+        source = self.stages.rank_of(node)
+        if source == self.rank or self.stages.is_told(node):
+            return self._received(Output(role), source)
+        return self.parts.emit(ABSENT, self._any_input, like=Note())
+
+    @property
+    def _any_input(self) -> fx.Node:
+        return next(iter(self.program.inputs("input").values()))
+
+    def _joined(self, node: fx.Node) -> fx.Node:
+        """A value of all microbatches."""
+        if node.target is ABSENT:
+            return self.parts.emit(ABSENT, self._any_input, like=note(node))
+        value = node.args[0] if node.target is AVERAGE else node
+        if value not in self.parts.own:
+            return self._averaged(node, self._value(value, None))
+        every = [self._value(value, microbatch) for microbatch in range(self.plan.microbatches)]
+        if node.target is AVERAGE:
+            return self._averaged(node, self.parts.mean(every, note(node)))
+        return self.parts.emit(aten.cat.default, every, like=note(node))
+
+    def _averaged(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Over ranks that have other batches, too."""
+        between = node.target is AVERAGE and self.plan.batches > 1
+        return self.parts.emit(AVERAGE, value, like=note(node)) if between else value
+
+    def _buffers(self) -> dict[str, fx.Node]:
+        found = self.program.results_of("mutation")
+        for name, node in found.items():
+            if node in self.stages.stage:
+                raise ShardingError(
+                    f"the buffer {name} is written by a stage of the pipeline, and others would not know"
+                )
+        return {f"mutation:{name}": self._value(node, None) for name, node in found.items()}
+
+    # -- gradients -----------------------------------------------------------------------------------------
+
+    def _add_up(self, item: Made) -> None:
+        if item.node in self.totals:
+            list(self.parts.add(item.node, self.values[self.rank, item], self.totals[item.node]))
+
+    def _complete(self, item: Sum) -> None:
+        """This rank's part of a gradient is there, which is all of it where no other one has a part."""
+        total = self.by_gradient[item.gradient]
+        assert total.value is not None
+        self._keep(item, total.value)
+        if self.scale is not None and self.stages.holders(item.gradient) == [self.rank]:
+            self._scale(total)
+
+    def _begin_behind(self) -> None:
+        """The first to be computed behind the turn, with what came in there."""
+        if self.expected is None:
+            return
+        tangent = next(iter(self.program.inputs("tangent").values()))
+        self.scale = self.parts.emit(aten.div.Tensor, tangent, self.expected, like=Note(), name="scale")
+        for total in self.by_gradient.values():
+            if not total.missing and self.stages.holders(total.gradient) == [self.rank]:
+                self._scale(total)
+
+    def _gradients(self) -> dict[str, fx.Node]:
+        for total in self.by_gradient.values():
+            if self.stages.holders(total.gradient) != [self.rank]:
+                self._sum(total)
+        return {role: total.value for role, total in self.gradients.items() if total.value is not None}
+
+    def _sum(self, total: Total) -> None:
+        """All ranks' parts, in the order of the ranks, so that all find the same bits."""
+        item = Sum(total.gradient)
+        first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
+        for other in others:
+            first = self.parts.emit(aten.add.Tensor, first, other, like=note(total.gradient), name="total")
+        total.value = first
+        self._scale(total)
+
+    def _scale(self, total: Total) -> None:
+        """By what came in at the turn, before it is rounded."""
+        origin = note(total.gradient)
+        total.value = self.parts.emit(aten.mul_.Tensor, total.value, self.scale, like=origin, name="total")
+        total.value = self.parts.rounded(total, origin)

@@ -1,0 +1,167 @@
+"""What writes a program anew for several microbatches, behind what there was: sums of gradients, and random numbers.
+
+Gradients are added up in float32, in the order of the microbatches, and rounded once. Random numbers are those of one
+call for each microbatch after the other: the generator is led through the draws in front of everything, its states on
+the way are kept, and each microbatch goes on from its own.
+"""
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...runtime.isa.instructions import AVERAGE, DRAWN, MICROBATCH, SAVE_RNG, SWAP_RNG
+from ...runtime.isa.linear_cross_entropy import ABSENT
+from ...runtime.isa.precision import accumulate_dtype
+from ..program.program import Note, Program, is_random, note, tensor_type, type_of
+from ..program.types import TensorType
+
+aten = torch.ops.aten
+JOINS = (AVERAGE, ABSENT)
+"""What is computed once of all microbatches."""
+
+
+def of_microbatches(program: Program) -> set[fx.Node]:
+    """The values that each microbatch has for itself: what is made of examples, or of numbers that it draws."""
+    own: set[fx.Node] = set()
+    for node in program.computes:
+        begins = node.target in (MICROBATCH, SAVE_RNG) or is_random(node)
+        if node.target not in JOINS and (begins or not own.isdisjoint(node.all_input_nodes)):
+            own.add(node)
+    return own
+
+
+def block_finder(blocks: tuple[str, ...]) -> Callable[[str], str]:
+    """Which of the blocks a module is, or is in; "" for none."""
+    return cache(lambda module: next((name for name in blocks if f"{module}.".startswith(f"{name}.")), ""))
+
+
+def terms(gradient: fx.Node) -> list[fx.Node]:
+    """What a gradient is the sum of. That of a weight with several readers is added up reader by reader: the first
+    ones' gradients do not wait for the last one."""
+    if gradient.target is not aten.add.Tensor or gradient.kwargs or len(gradient.users) != 1:
+        return [gradient]
+    values = [value for value in gradient.args if isinstance(value, fx.Node) and type_of(value) == type_of(gradient)]
+    return [term for value in values for term in terms(value)] if len(values) == 2 else [gradient]
+
+
+@dataclass(eq=False)
+class Total:
+    """A gradient that is added up: `missing` counts values still to come, of each of its terms one a microbatch."""
+
+    gradient: fx.Node
+    missing: int
+    value: fx.Node | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return tensor_type(self.gradient).dtype
+
+
+class Parts:
+    """A program that is written for `count` microbatches. `own` are the values that each of them has for itself."""
+
+    def __init__(self, program: Program, count: int) -> None:
+        self.program = program
+        self.count = count
+        self.own = of_microbatches(program)
+
+    def emit(self, target: Any, *args: Any, like: Note, name: str | None = None, **kwargs: Any) -> fx.Node:
+        return self.program.emit(target, args, kwargs, before=self.program.output, like=like, name=name)
+
+    def mean(self, values: list[fx.Node], like: Note) -> fx.Node:
+        """Of a value that each of the microbatches has."""
+        total, *others = values
+        for other in others:
+            total = self.emit(aten.add.Tensor, total, other, like=note(total))
+        return self.emit(aten.div.Tensor, total, self.count, like=like)
+
+    # -- gradients -----------------------------------------------------------------------------------------
+
+    def totals(self, here: Callable[[fx.Node], bool]) -> tuple[dict[str, Total], dict[fx.Node, list[Total]]]:
+        """The gradients that are added up of the terms that are `here`, by their roles, and by their terms. Those of
+        what has a row for each example are put together instead."""
+        inputs, made = self.program.inputs("input"), dict[fx.Node, Total]()
+        batch = {f"input:{name}" for name, node in inputs.items() if any(u.target is MICROBATCH for u in node.users)}
+        by_role, by_term = dict[str, Total](), defaultdict[fx.Node, list[Total]](list)
+        for name, node in self.program.results_of("gradient").items():
+            if name in batch:
+                continue
+            found = [term for term in terms(node) if here(term)]
+            if node not in made and found:
+                made[node] = Total(node, self.count * len(found))
+                for term in found:
+                    by_term[term].append(made[node])
+            if found:
+                by_role[f"gradient:{name}"] = made[node]
+        return by_role, by_term
+
+    def add(self, term: fx.Node, value: fx.Node, totals: list[Total]) -> Iterator[Total]:
+        """Add what a term of gradients is for one microbatch, or, where it is not their own, for all of them. Returns
+        the totals that are complete with it."""
+        if term not in self.own:
+            value = self.emit(aten.mul.Tensor, value, self.count, like=note(term))
+        for total in totals:
+            if total.value is None:
+                wide = accumulate_dtype(total.dtype)
+                total.value = self.emit(aten._to_copy.default, value, dtype=wide, like=note(term), name="total")
+            else:
+                total.value = self.emit(aten.add_.Tensor, total.value, value, like=note(term), name="total")
+            total.missing -= 1 if term in self.own else self.count
+            if not total.missing:
+                yield total
+
+    def rounded(self, total: Total, like: Note) -> fx.Node:
+        assert total.value is not None
+        if tensor_type(total.value).dtype == total.dtype:
+            return total.value
+        return self.emit(aten._to_copy.default, total.value, dtype=total.dtype, like=like, name="rounded")
+
+    # -- random numbers ------------------------------------------------------------------------------------
+
+    def save_state(self) -> fx.Node:
+        batch = next(iter(self.program.inputs("input").values()))
+        return self.emit(SAVE_RNG, batch, like=Note())
+
+    def draw(self, node: fx.Node, state: fx.Node) -> None:
+        """Lead the generator on, from a state that was saved, by what a random operator draws: that follows from its
+        arguments' types alone."""
+        zeros = {value: self._zeros(tensor_type(value), note(node)) for value in node.all_input_nodes}
+        drawn = self.program.repeat_node(node, zeros.__getitem__, self.program.output)
+        if isinstance(type_of(node), tuple):
+            drawn = self.emit(operator.getitem, drawn, 0, like=note(node))
+        self.emit(DRAWN, state, drawn, like=note(node))
+
+    def _zeros(self, type: TensorType, like: Note) -> fx.Node:
+        options = {"dtype": type.dtype, "device": torch.device("cpu")}
+        empty = self.emit(aten.empty_strided.default, list(type.shape), list(type.stride), like=like, **options)
+        return self.emit(aten.zeros_like.default, empty, like=like)
+
+    def swap(self, state: fx.Node | None, like: fx.Node) -> None:
+        """Let the generator go on from a microbatch's state, where it has one, or keep that and go back."""
+        if state is not None:
+            self.emit(SWAP_RNG, state, like=note(like))
+
+
+def draws_forward(nodes: list[fx.Node]) -> bool:
+    """Whether a piece of a forward reads or moves the generator."""
+    return any((is_random(node) or node.target is SAVE_RNG) and note(node).phase == "forward" for node in nodes)
+
+
+def runs(nodes: list[fx.Node], blocks: tuple[str, ...]) -> Iterator[list[fx.Node]]:
+    """Consecutive operators of one block, or of none. Where no module is known, as of sums in the backward, an operator
+    goes with the one in front of it."""
+    block_of, run, block = block_finder(blocks), list[fx.Node](), ""
+    for node in nodes:
+        now = block_of(note(node).module) if note(node).module else block
+        if now != block and run:
+            yield run
+            run = []
+        block = now
+        run.append(node)
+    yield run

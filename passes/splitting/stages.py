@@ -1,0 +1,292 @@
+"""Which stage of a pipeline each operator belongs to, what its ranks do in which order, and what they send each other.
+
+An operator of a block belongs to the block's stage; what lies between blocks goes with the block in front, embeddings
+with the first stage, head and loss with the last. In the backward an operator goes with its module's forward, or else
+with the operator in front of it. What depends on no parameter, such as masks and positions, belongs to no stage: each
+rank makes what it reads of that.
+
+Everything here follows from the program and the plan alone, so that all ranks find the same.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from ...runtime.isa.errors import ShardingError
+from ...runtime.isa.instructions import SAVE_RNG, SWAP_RNG
+from ...runtime.isa.schedule import Action, Schedule
+from ..program.plan import Plan
+from ..program.program import Program, aliased_inputs, is_random, note, tensor_type, type_of
+from ..program.types import TensorType
+from .parts import JOINS, block_finder, of_microbatches, terms
+
+
+@dataclass(frozen=True)
+class Made:
+    """Something of a rank's program, in its order: the value of a node for a microbatch (None: for all of them)."""
+
+    node: fx.Node
+    microbatch: int | None = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A rank's part of a gradient is added up: what all of its stages' readers of the parameter bring."""
+
+    gradient: fx.Node
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of the model, of all microbatches."""
+
+    role: str
+
+
+Item = Made | Sum | Output
+
+
+class Stages:
+    """The stages of a program, by `stage`, which has those of all operators that belong to one."""
+
+    def __init__(self, program: Program, plan: Plan) -> None:
+        assert plan.schedule is not None
+        self.program, self.plan = program, plan
+        self.schedule: Schedule = plan.schedule
+        self.own = of_microbatches(program)
+        self.drawn_in = _swaps_of_draws(program)
+        self.stage = _assigned(program, plan)
+        for swap, drawing in self.drawn_in.items():
+            self.stage[swap] = self.stage[drawing]
+        self.needed = self._needed()
+        self.work = self._work()
+
+    def rank_of(self, node: fx.Node) -> int:
+        return self.schedule.rank_of(self.stage[node])
+
+    # -- what each action is of ----------------------------------------------------------------------------
+
+    def _needed(self) -> set[fx.Node]:
+        """All that results are made of. What leads a generator back and forth is needed where what draws is."""
+        swaps = defaultdict[fx.Node, list[fx.Node]](list)
+        for swap, drawing in self.drawn_in.items():
+            swaps[drawing].append(swap)
+        frontier = [value for value in self._roots() if isinstance(value, fx.Node)]
+        needed: set[fx.Node] = set()
+        while frontier:
+            node = frontier.pop()
+            if node not in needed:
+                needed.add(node)
+                frontier += [*node.all_input_nodes, *swaps[node]]
+        return needed
+
+    def _roots(self) -> Iterator[fx.Node]:
+        for role, node in self.program.results.items():
+            yield from terms(node) if role.startswith("gradient:") else (node,)
+
+    def _work(self) -> dict[tuple[int, str], list[fx.Node]]:
+        """By stage and kind of action the operators, in the program's order; those that join are left to its end."""
+        work = defaultdict[tuple[int, str], list[fx.Node]](list)
+        early = self._of_inputs() if self.schedule.splits_backward else set()
+        for node in self.program.computes:
+            if node not in self.needed or node not in self.stage or node.target in JOINS:
+                continue
+            stage = self.stage[node]
+            if note(node).phase == "forward":
+                work[stage, "F"].append(node)
+            else:
+                work[stage, "B"].append(node)
+                work[stage, "I" if node in early else "W"].append(node)
+        return work
+
+    def _of_inputs(self) -> set[fx.Node]:
+        """The operators of the backward that other stages wait for: of a stage's part I."""
+        early: set[fx.Node] = set()
+        for node in reversed(self.program.computes):
+            backward = note(node).phase == "backward" and node in self.stage and node in self.needed
+            if backward and any(self._waits(user, node, early) for user in self._readers(node)):
+                early.add(node)
+        for swap, drawing in self.drawn_in.items():
+            if drawing in early:
+                early.add(swap)
+        return early
+
+    def _waits(self, user: fx.Node, node: fx.Node, early: set[fx.Node]) -> bool:
+        return user in early or self.stage[user] != self.stage[node]
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The operators of stages that read a value."""
+        return (user for user in node.users if user in self.stage and user in self.needed)
+
+    # -- what ranks do, and send each other ----------------------------------------------------------------
+
+    def items(self, rank: int) -> Iterator[tuple[Action | None, list[Item]]]:
+        """What a rank makes, action by action; at its turn, without any action, the outputs."""
+        actions, turn, once = self.schedule.ranks[rank], self.schedule.turn(rank), set[fx.Node]()
+        missing = {
+            gradient: self.plan.microbatches * len(found) for gradient, found in self._terms_of(rank).items() if found
+        }
+        for i, action in enumerate(actions):
+            if i == turn:
+                yield None, self._outputs(rank)
+            yield action, list(self._items_of(action, once, missing))
+        if turn == len(actions):
+            yield None, self._outputs(rank)
+
+    def _items_of(self, action: Action, once: set[fx.Node], missing: dict[fx.Node, int]) -> Iterator[Item]:
+        for node in self.work[action.stage, action.kind]:
+            is_own = node in self.own
+            if not is_own and node in once:
+                continue
+            once.add(node)
+            yield Made(node, action.microbatch if is_own else None)
+            for gradient in self._gradients[node]:
+                missing[gradient] -= 1 if is_own else self.plan.microbatches
+                if not missing[gradient]:
+                    yield Sum(gradient)
+
+    def _outputs(self, rank: int) -> list[Item]:
+        """Those of the outputs that this rank makes, and others wait for."""
+        outputs = self.program.results_of("output").items()
+        return [Output(role) for role, node in outputs if node in self.stage and self.rank_of(node) == rank]
+
+    def sends(self, rank: int) -> Iterator[tuple[Item, int]]:
+        """What a rank sends, in order, and to which rank."""
+        for _, items in self.items(rank):
+            for item in items:
+                yield from ((item, to) for to in self._receivers(item) if to != rank)
+
+    def _receivers(self, item: Item) -> list[int]:
+        match item:
+            case Made(node):
+                return sorted({self.rank_of(user) for user in self._readers(node) if user.target not in JOINS})
+            case Sum(gradient):
+                return self.holders(gradient)
+            case Output(role):
+                everyone = list(range(len(self.schedule.ranks)))
+                return everyone if self.is_told(self.program.results[f"output:{role}"]) else []
+
+    def is_told(self, output: fx.Node) -> bool:
+        """Whether all ranks have an output: one number, as the loss is, or whatever is asked for."""
+        return is_number(output) or self.plan.request.outputs == "all"
+
+    # -- parameters ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _gradients(self) -> dict[fx.Node, list[fx.Node]]:
+        """By its terms the gradients that are added up."""
+        found = defaultdict[fx.Node, list[fx.Node]](list)
+        for gradient in dict.fromkeys(self.program.results_of("gradient").values()):
+            for term in terms(gradient):
+                found[term].append(gradient)
+        return found
+
+    def _terms_of(self, rank: int) -> dict[fx.Node, list[fx.Node]]:
+        gradients = self.program.results_of("gradient").values()
+        return {node: [term for term in terms(node) if self.rank_of(term) == rank] for node in gradients}
+
+    def holders(self, gradient: fx.Node) -> list[int]:
+        """The ranks that add up a part of a gradient."""
+        return sorted({self.rank_of(term) for term in terms(gradient)})
+
+    def parameters(self, rank: int) -> frozenset[str]:
+        """The names of the parameters that a rank reads or has gradients of; the first one has those, too, that nobody
+        reads."""
+        read = defaultdict[str, set[int]](set)
+        for name, node in self.program.inputs("parameter").items():
+            frontier = [node]
+            while frontier:
+                for user in frontier.pop().users:
+                    if user in self.stage and user in self.needed:
+                        read[name].add(self.rank_of(user))
+                    elif user.op == "call_function" and user not in self.stage:
+                        frontier.append(user)
+        for name, gradient in self.program.results_of("gradient").items():
+            read[name].update(self.holders(gradient))
+        first = self.schedule.rank_of(0)
+        return frozenset(name for name in self.program.inputs("parameter") if rank in (read[name] or {first}))
+
+
+def is_number(node: fx.Node) -> bool:
+    type = type_of(node)
+    return isinstance(type, TensorType) and type.shape == () and tensor_type(node).dtype.is_floating_point
+
+
+def _swaps_of_draws(program: Program) -> dict[fx.Node, fx.Node]:
+    """Those instructions that set the generator apart and back around one operator that draws, by themselves."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in program.computes:
+        if is_random(node):
+            for swap in (node.prev, node.next):
+                if swap.target is SWAP_RNG:
+                    found[swap] = node
+    return found
+
+
+def _assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
+    """The stages of what depends on parameters, or draws."""
+    found: dict[fx.Node, int] = {}
+    in_stages, bound = set[fx.Node](), set(program.inputs("tangent").values())
+    views = set(program.inputs("parameter").values())
+    for node in program.computes:
+        if node.target is SWAP_RNG:
+            continue
+        sources = set(node.all_input_nodes)
+        if not is_random(node) and node.target is not SAVE_RNG and not sources & (in_stages | bound | views):
+            continue
+        if sources <= views and sources == set(aliased_inputs(node)):
+            views.add(node)
+        else:
+            in_stages.add(node)
+    walk = _Walk(plan)
+    for node in program.computes:
+        if node in in_stages:
+            found[node] = walk.forward(node, found) if note(node).phase == "forward" else walk.backward(node, found)
+    return found
+
+
+class _Walk:
+    """Through the operators in order, with the stage that it is in."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.block_of = block_finder(plan.blocks)
+        self.stages = stages_of_blocks(plan.blocks, plan.stages)
+        self.now, self.last = 0, len(plan.stages) - 1
+        self.turned = False
+        self.of_module = defaultdict[str, set[int]](set)
+
+    def forward(self, node: fx.Node, found: dict[fx.Node, int]) -> int:
+        """No earlier than what it reads."""
+        if node.target in JOINS:
+            return found[node.args[0]]
+        module = note(node).module
+        self.now = self.stages.get(self.block_of(module), self.now)
+        stage = max([self.now, *(found[value] for value in node.all_input_nodes if value in found)])
+        self.of_module[module].add(stage)
+        return stage
+
+    def backward(self, node: fx.Node, found: dict[fx.Node, int]) -> int:
+        """No later than what it reads of the backward."""
+        if not self.turned:
+            self.now, self.turned = self.last, True
+        module = note(node).module
+        known = self.of_module[module] if module else set()
+        self.now = self.stages.get(self.block_of(module), next(iter(known)) if len(known) == 1 else self.now)
+        read = (value for value in node.all_input_nodes if note(value).phase == "backward")
+        return min([self.now, *(found[value] for value in read if value in found)])
+
+
+def stages_of_blocks(blocks: tuple[str, ...], begins: tuple[str, ...]) -> dict[str, int]:
+    """The stage of each block. Raises ShardingError where stages do not begin with the model and then, in its order,
+    with blocks."""
+    order = {name: i for i, name in enumerate(blocks)}
+    places = [order.get(name, -1) for name in begins[1:]]
+    if begins[:1] != ("",) or -1 in places or places != sorted(set(places)) or 0 in places:
+        raise ShardingError(
+            f"stages of a pipeline begin with {', '.join(map(repr, begins))}; expected '', for the beginning of the "
+            f"model, and then blocks in their order, none of them the first: {', '.join(blocks) or 'there are none'}"
+        )
+    return {name: sum(i >= place for place in places) for name, i in order.items()}

@@ -1,0 +1,96 @@
+"""Messages between the ranks of a pipeline: what one sends another receives, in the order in which it was sent."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..isa.errors import StateError
+from ..isa.mesh import names_of
+from .ranks import Ranks, meeting
+
+Channel = tuple[int, int]
+"""From one rank of the pipeline to another one."""
+
+
+class Messages:
+    """The instructions `send` and `receive`, and what is on its way.
+
+    Each pair of ranks that exchange has a process group for each direction, so that neither waits for the other, nor
+    one pair for another; those that nobody knew of before go through the group of the pipeline's axis.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.place = ranks.mesh.pipeline_rank(ranks.rank)
+        self._under_way: list[tuple[Any, Tensor]] = []
+
+    def send(self, value: Tensor, to: int) -> None:
+        """The value may be let go of: what is on its way is kept here."""
+        self._under_way = [(work, kept) for work, kept in self._under_way if not work.is_completed()]
+        moving = value.contiguous()
+        group, number = self._group(self.place, to)
+        self._under_way.append((self.ranks.call(dist.isend, moving, group=group, group_dst=number(to)), moving))
+
+    def receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
+                device: torch.device) -> Tensor:  # fmt: skip
+        """Blocks the host where the device is one, and else what is launched behind it."""
+        come = torch.empty(shape, dtype=dtype, device=device)
+        group, number = self._group(source, self.place)
+        self.ranks.call(dist.recv, come, group=group, group_src=number(source))
+        if come.stride() == tuple(stride):
+            return come
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(come)
+
+    def abandon(self) -> None:
+        """Forget what is under way, of a step that failed: who would receive it may be lost."""
+        self._under_way.clear()
+
+    def _group(self, source: int, to: int) -> tuple[Any, Callable[[int], int]]:
+        """The process group of a channel, and which of its members a rank of the pipeline is."""
+        channel = self.ranks.channels.get((source, to))
+        if channel is None:
+            return self.ranks.groups[names_of(self.ranks.mesh.pipeline_axes)], lambda place: place
+        return channel, sorted((source, to)).index
+
+
+def open_channels(ranks: Ranks, asked: Iterable[Channel]) -> None:
+    """Make the process groups of channels, as far as they are not there. All ranks call it, and make those that any of
+    them asks for, in one order everywhere."""
+    if not (ranks.mesh.pipeline_axes and ranks.together):
+        return
+    every = set[Channel]().union(*ranks.gather(set(asked)))
+    for channel in sorted(every - ranks.channels.keys()):
+        columns: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(ranks.mesh.size):
+            columns.setdefault(_column(ranks, rank), []).append(rank)
+        with meeting():
+            for column, members in columns.items():
+                ends = [rank for rank in members if ranks.mesh.pipeline_rank(rank) in channel]
+                group = dist.new_group(ends, timeout=ranks.timeout)
+                if column == _column(ranks, ranks.rank):  # who is no end of it keeps in mind that it is there
+                    ranks.channels[channel] = group
+
+
+def _column(ranks: Ranks, rank: int) -> tuple[int, ...]:
+    """Where a process stands on the other axes: those of one column are a pipeline."""
+    axes = (axis for axis in ranks.mesh.axes if axis.kind != "pipeline")
+    return tuple(ranks.mesh.coordinate(rank, axis.name) for axis in axes)
+
+
+def check_messages(ranks: Ranks, sent: Mapping[int, str], received: Mapping[int, str]) -> None:
+    """Raises StateError, on all ranks of a pipeline, where one waits for other messages than another one sends it. Both
+    are told by the other's place along the pipeline, as they follow one another."""
+    if not ranks.mesh.pipeline_axes:
+        return
+    column, told = _column(ranks, ranks.rank), ranks.told_by_sharing((dict(sent), dict(received)))
+    mine = {ranks.mesh.pipeline_rank(rank): each for rank, each in told.items() if _column(ranks, rank) == column}
+    for source, (leaving, _) in mine.items():
+        for to, (_, coming) in mine.items():
+            if leaving.get(to, "") != coming.get(source, ""):
+                raise StateError(
+                    f"rank {source} of the pipeline sends rank {to} other messages than that one waits for; all ranks "
+                    "must build the same model, with the same options, and recompute blocks alike where stages meet"
+                )

@@ -1,0 +1,79 @@
+"""Parameters of a pipeline's other layers: in the module with name and shape, and without memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..isa.errors import StateError
+from .stored import Stored
+
+
+class Writers:
+    """Who may write to parameters just now."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    @property
+    def are_there(self) -> bool:
+        return self._count > 0
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """The source of one such parameter, whose values other ranks have: `where`, for messages."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    where: str
+    writers: Writers
+
+    def read(self) -> Tensor:
+        raise self.lacking()
+
+    def lacking(self) -> StateError:
+        """What to raise where it is asked for."""
+        return StateError(
+            f"parameter {self.name} was to be read, which is of layers that other ranks run: {self.where}. Read it "
+            "there, or call model.state_dict() on all ranks, which brings every one together"
+        )
+
+    @property
+    def is_writable(self) -> bool:
+        return self.writers.are_there
+
+    def write(self, value: Tensor) -> None:
+        """Its owners take the value."""
+        if tuple(value.shape) != self.shape:
+            raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
+
+    def refused(self, by: str) -> StateError:
+        return StateError(
+            f"parameter {self.name} was to be written by {by}, and is of layers that other ranks run: {self.where}. "
+            "Set values with model.load_state_dict(...) on all ranks"
+        )
+
+    def gradient(self) -> Tensor | None:
+        """Its owners have it: optimizers pass by."""
+        return None
+
+    def set_gradient(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise self.refused("its .grad")
+
+    @property
+    def stored(self) -> Stored:
+        """As a checkpoint sees it: this process reads and writes nothing of it."""
+        return Stored.of(torch.empty(0, dtype=self.dtype), self.shape, ())

@@ -1,0 +1,90 @@
+"""What `model.optimizer(...)` is asked for, and what training state that takes."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ..isa.errors import ArgumentError, wrong_argument
+from ..isa.formats import OwnFormat
+from .hyper_checks import check_group, is_number
+
+MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
+"""The optimizers there are, and what torch calls their state."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `model.optimizer(...)` was asked for.
+
+    Fields:
+        kind: torch.optim.AdamW, Adam or SGD.
+        hyper: its keyword arguments.
+        max_grad_norm: clip the norm of all gradients to this.
+        in_backward: update each chunk as soon as its gradient is complete.
+        accumulate: how many backwards make one step.
+    """
+
+    kind: type[Optimizer]
+    hyper: dict[str, Any]
+    max_grad_norm: float | None = None
+    in_backward: bool = False
+    accumulate: int = 1
+
+    def check(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Raises ArgumentError for what is not there or does not go together."""
+        if isinstance(self.kind, Optimizer):
+            name = type(self.kind).__name__
+            raise ArgumentError(f"kind: model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
+        if not isinstance(self.kind, type) or self.kind not in MOMENTS:
+            names = ", ".join(f"torch.optim.{kind.__name__}" for kind in MOMENTS)
+            raise wrong_argument(
+                "kind",
+                self.kind,
+                f"one of {names}. Any other element-wise optimizer works over model.parameters() instead",
+            )
+        check_group(self.hyper)
+        if type(self.accumulate) is not int or self.accumulate < 1:
+            raise wrong_argument("accumulate", self.accumulate, "how many backwards make one step, 1 or more")
+        if type(self.in_backward) is not bool:
+            raise wrong_argument("in_backward", self.in_backward, "True or False")
+        norm = self.max_grad_norm
+        if norm is not None and not (is_number(norm) and 0 < norm < math.inf):
+            raise wrong_argument("max_grad_norm", norm, "a positive number, or None")
+        if self.in_backward:
+            self._check_in_backward(dtypes)
+
+    def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:
+        if self.max_grad_norm is not None:
+            raise ArgumentError(
+                "in_backward=True updates before the norm of all gradients is known, so that max_grad_norm cannot be "
+                "kept to; leave one of the two out"
+            )
+        if torch.float16 in dtypes:
+            raise ArgumentError(
+                "in_backward=True updates before it is known whether a float16 gradient overflowed; leave it out, or "
+                "compile with precision='bf16'"
+            )
+
+    def of_torch(self, groups: Any) -> Optimizer:
+        """The optimizer of torch's that fills in the defaults. Raises ArgumentError for what it does not take."""
+        try:
+            made = self.kind(groups, **self.hyper)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ArgumentError(
+                f"torch.optim.{self.kind.__name__} does not take these params and options: {error}; expected "
+                "parameters of the model, or groups of them, and options that it has"
+            ) from error
+        for group in made.param_groups:
+            check_group(group)
+        return made
+
+    def format(self, groups: list[dict[str, Any]]) -> OwnFormat:
+        """What memory is planned for, with these groups of parameters."""
+        moments = len(MOMENTS[self.kind])
+        if self.kind is SGD and not any(group["momentum"] for group in groups):
+            moments = 0
+        return OwnFormat(moments, self.in_backward, self.accumulate)

@@ -1,0 +1,112 @@
+"""`parallel={"pipeline": ...}` on one process: all stages on one device, plans for others, and what is refused."""
+
+import geminifx
+import pytest
+import torch
+import torch.nn.functional as F
+from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
+from geminifx.runtime.isa.errors import GeminiError
+from geminifx.runtime.isa.instructions import RECEIVE, SEND
+from torch import nn
+from zoo import OPT, Case, opt
+
+ONE_DEVICE = {"pipeline": {"ranks": 1, "stages": 2}}
+UNTIED = Case("opt, not tied", lambda: opt(tie_word_embeddings=False))
+
+
+def train(case, *, in_backward=False, precision="fp32", steps=3, **options):
+    """Losses and parameters, with the model's own optimizer."""
+    batch = case.batch(batch=8)
+    model = geminifx.compile(case.seeded(), example_inputs=batch, microbatches=4, precision=precision, **options)
+    optimizer = model.optimizer(torch.optim.AdamW, lr=1e-2, in_backward=in_backward)
+    losses = []
+    for step in range(steps):
+        loss = model(**case.batch(batch=8, seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("precision", "in_backward"), [("fp32", False), ("bf16", True), pytest.param("fp16", False, marks=pytest.mark.slow)]
+)
+def test_stages_on_one_device_train_as_microbatches_do(precision, in_backward):
+    losses, state = train(UNTIED, precision=precision)
+    staged, staged_state = train(UNTIED, precision=precision, in_backward=in_backward, parallel=ONE_DEVICE)
+    assert staged == losses
+    assert all(torch.equal(staged_state[name], value) for name, value in state.items())
+
+
+def test_a_rank_of_a_world_is_planned_for_on_one_process():
+    model = geminifx.compile(
+        OPT.seeded(), example_inputs=OPT.batch(batch=8), world_size=4, parallel={"pipeline": 2}, microbatches=4
+    )
+    plan = model.plan
+    assert str(plan.mesh) == "pipeline 2 x data 2" and plan.schedule == make_schedule("1f1b", Shape(2, 4))
+    assert plan.stages == ("", "model.decoder.layers.1")
+    assert geminifx.Plan.from_json(plan.to_json()) == plan
+    flat = model.session.last["training"].flat
+    assert len(flat.calls(SEND)) == 4 + 1, "a forward's of each microbatch, and a part of the tied embedding's gradient"
+    assert len(flat.calls(RECEIVE)) == 4 + 1 + 1, "a backward's, the other part, and the loss"
+    names = {slot.name for chunk in plan.layout.chunks for slot in chunk.slots}
+    assert not any("layers.1." in name or "decoder.final_layer_norm" in name for name in names)
+    received = {traffic.axis: traffic for traffic in plan.estimate.collectives}["pipeline"]
+    assert received.count == len(flat.calls(RECEIVE)) and received.received_bytes > 0
+
+
+def test_a_plan_with_other_stages_is_taken():
+    options = {"example_inputs": OPT.batch(batch=8), "parallel": ONE_DEVICE, "microbatches": 4}
+    plan = geminifx.compile(OPT.seeded(), **options).plan
+    again = geminifx.compile(OPT.seeded(), plan=plan, **options)
+    assert again.plan.schedule == plan.schedule and again.plan.stages == plan.stages
+
+
+class LossOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x
+
+
+class Normed(LossOutside):
+    """A loss inside, behind a norm over the batch."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return ((x - x.mean(0)) / x.std(0)).square().sum()
+
+
+X = torch.ones(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (OPT.seeded, {"parallel": {"pipeline": {"ranks": 1, "stages": 3}}},
+         r"a pipeline of 3 stages needs as many blocks, and the model has 2: .*make fewer stages"),
+        (OPT.seeded, {"parallel": ONE_DEVICE, "microbatches": 3}, r"8 examples do not divide into 3 parts"),
+        (OPT.seeded, {"parallel": {"pipeline": 2}, "world_size": 3}, "pipeline=2 is 2 processes, but the world has 3"),
+        (OPT.seeded, {"parallel": {"pipeline": {"ranks": 2, "stages": 3}}}, "3 stages are not equally many on each of"),
+        (OPT.seeded, {"parallel": {"pipeline": 0}}, "pipeline is 0; expected a whole number of processes"),
+        (OPT.seeded, {"parallel": {"pipeline": {"rank": 2}}}, "did you mean 'ranks'"),
+        (OPT.seeded, {"parallel": {"pipeline": 2}, "schedule": "zbv"}, "zbv does not fit: it has 2 stages per rank"),
+        (OPT.seeded, {"parallel": {"pipeline": 2}, "schedule": "2f2b"}, "there is no schedule '2f2b'; expected one of"),
+        (OPT.seeded, {"schedule": "1f1b"}, r"orders a pipeline, and parallel= has none, such as \{'pipeline': 4\}"),
+        (OPT.seeded, {"parallel": {"pipeline": 2, "tensor": "1d:2"}}, "do not go together yet; leave one of them out"),
+        (OPT.seeded, {"parallel": ONE_DEVICE, "schedule": make_schedule("1f1b", Shape(2, 2))},
+         "the schedule is of 2 ranks and 2 stages, and parallel= declares 1 and 2"),
+        (LossOutside, {"parallel": ONE_DEVICE, "example_inputs": (X,)},
+         r"a pipeline computes the loss in its last stage.*let the model compute its loss"),
+        (Normed, {"parallel": ONE_DEVICE, "example_inputs": (X,)}, r"mixes examples|depends on how many"),
+    ],
+)  # fmt: skip
+def test_what_no_pipeline_can_run_is_refused(model, options, message):
+    given = {"example_inputs": OPT.batch(batch=8), "microbatches": 2, **options}
+    with pytest.raises((GeminiError, ValueError), match=message):
+        geminifx.compile(model(), **given)

@@ -1,0 +1,135 @@
+"""One rank of the tests of pipelines: `torchrun --nproc-per-node 2 pipeline_worker.py OUT NAME...` finds them.
+
+Rank 0 writes what all found to OUT; `test_pipeline.py` compares that with one process that has all stages.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+import geminifx
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from zoo import GPT2, LLAMA, OPT, Case, opt
+
+STEPS, ROWS = 5, 8
+DROPOUT = Case("opt, dropout, four blocks", lambda: opt(dropout=0.1, num_hidden_layers=4))
+UNTIED = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model, how it is compiled, and its optimizer: torch's, or the model's own, in the backward or not.
+
+    `micro`: how many backwards make a step, each with its share of the tangent. `data`: how many batches make one
+    step's. `evaluates`: whether the model is evaluated behind each step.
+    """
+
+    case: Case
+    options: dict[str, Any] = field(default_factory=dict)
+    own: bool = True
+    in_backward: bool = False
+    micro: int = 1
+    data: int = 1
+    evaluates: bool = False
+    max_grad_norm: float | None = None
+
+    def alone(self) -> "Training":
+        """The same for one process, in the simplest way that gives the same numbers."""
+        kept = {
+            name: value for name, value in self.options.items() if name in ("precision", "microbatches", "fuse_loss")
+        }
+        kept["microbatches"] = kept.get("microbatches", 4) * self.data
+        return replace(self, options=kept, data=1, in_backward=False)
+
+    def optimizer(self, model: geminifx.CompiledModule) -> torch.optim.Optimizer:
+        if not self.own:
+            return torch.optim.AdamW(model.parameters(), lr=1e-2)
+        declared = {"in_backward": self.in_backward, "accumulate": self.micro, "max_grad_norm": self.max_grad_norm}
+        return model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """A step's batch; some rows count few tokens, so that microbatches and ranks weigh differently."""
+        whole = self.case.batch(batch=ROWS, seed=step)
+        labels = whole["labels"].clone()
+        labels[0, 3 + step % 3 :] = -100
+        labels[1, 2:] = -100
+        return {"input_ids": whole["input_ids"][rows], "labels": labels[rows]}
+
+
+def pipeline(ranks: int, schedule: str, stages: int | None = None, **options: Any) -> dict[str, Any]:
+    degrees = {"pipeline": {"ranks": ranks, "stages": stages} if stages else ranks}
+    return {"parallel": degrees, "schedule": schedule, "microbatches": 4, **options}
+
+
+IN_TWOS = {
+    "1f1b": Training(UNTIED, pipeline(2, "1f1b")),
+    "gpipe, tied, torch's optimizer": Training(GPT2, pipeline(2, "gpipe"), own=False),
+    "1f1b, tied, in the backward": Training(OPT, pipeline(2, "1f1b", placement="cpu"), in_backward=True),
+    "1f1b, recompute, dropout, evaluation": Training(DROPOUT, pipeline(2, "1f1b", recompute="all"), evaluates=True),
+    "zb1p, clipped": Training(LLAMA, pipeline(2, "zb1p"), max_grad_norm=0.5),
+    "interleaved, two backwards a step": Training(UNTIED, pipeline(2, "interleaved", 4), micro=2),
+    "zbv, in the second backward": Training(DROPOUT, pipeline(2, "zbv", 4), in_backward=True, micro=2),
+}
+IN_FOURS = {
+    "pipeline 4": Training(UNTIED, pipeline(4, "1f1b")),
+    "pipeline 2 x data 2, tied": Training(OPT, pipeline(2, "1f1b", microbatches=2), data=2),
+    "pipeline 2 x data 2, zero 1": Training(
+        UNTIED, {**pipeline(2, "zb1p", microbatches=2), "parallel": {"pipeline": 2, "data": 2, "zero": 1}}, data=2
+    ),
+}
+TRAININGS = {**IN_TWOS, **IN_FOURS}
+
+
+@dataclass
+class Trained:
+    """Losses of every backward, and the parameters behind the last step."""
+
+    losses: list[float]
+    state: dict[str, Tensor]
+
+
+def train(training: Training, rows: slice = slice(None)) -> Trained:
+    torch.manual_seed(7)
+    model = geminifx.compile(training.case.seeded(), example_inputs=training.batch(0, rows), **training.options)
+    torch.manual_seed(1)
+    optimizer, losses = training.optimizer(model), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(training.micro):
+            loss = model(**training.batch(10 * step + part, rows)).loss
+            (loss / training.micro).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        if training.evaluates:
+            model.eval()
+            with torch.no_grad():
+                losses.append(model(**training.batch(step, rows)).loss.item())
+            model.train()
+    return Trained(losses, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def find(name: str) -> Any:
+    """What all ranks find of a training."""
+    training, each = TRAININGS[name], ROWS // TRAININGS[name].data
+    place = int(os.environ["RANK"]) % training.data  # of the mesh's axes the pipeline is the outer one
+    trained = train(training, slice(place * each, (place + 1) * each))
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, trained)
+    return everyones
+
+
+def main(out: Path, *names: str) -> None:
+    found = {name: find(name) for name in names}
+    if dist.get_rank() == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

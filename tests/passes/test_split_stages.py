@@ -1,0 +1,141 @@
+"""split_stages: the programs of all ranks of a pipeline together compute what one program of all stages does."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.split_stages import split_stages
+from geminifx.runtime.isa.errors import ShardingError
+from geminifx.runtime.isa.schedule import Schedule
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+from pipelines import Step, step_of
+from zoo import GPT2, LLAMA, OPT, Case, opt
+
+ONE_F_ONE_B = Schedule.parse("""\
+1f1b stages=2 microbatches=2
+rank 0: F0.0 F0.1 B0.0 B0.1
+rank 1: F1.0 B1.0 F1.1 B1.1""")
+DIVIDED = Schedule.parse("""\
+divided stages=2 microbatches=2
+rank 0: F0.0 F0.1 I0.0 W0.0 I0.1 W0.1
+rank 1: F1.0 I1.0 F1.1 I1.1 W1.0 W1.1""")
+PLAN = Plan(microbatches=2, blocks=("layers.0", "layers.1"), stages=("", "layers.1"))
+
+
+@pytest.mark.parametrize(
+    ("case", "schedule", "line"),
+    [("first_of_two", ONE_F_ONE_B, 0), ("second_of_two", ONE_F_ONE_B, 1), ("weights_later", DIVIDED, 1)],
+)
+def test_before_and_after(golden, case, schedule, line):
+    golden(case, split_stages, replace(PLAN, schedule=schedule, line=line))
+
+
+DROPOUT = Case("opt, dropout", lambda: opt(dropout=0.1, attention_dropout=0.1))
+UNTIED = Case("opt, not tied", lambda: opt(tie_word_embeddings=False, num_hidden_layers=4))
+DEEP = Case("opt of eight blocks", lambda: opt(num_hidden_layers=8, dropout=0.1))
+FROZEN_EMBEDDING = Case("opt, its tied embedding frozen", lambda: _frozen(opt(dropout=0.1)))
+TIED, ROUNDING = ("gradient:model.decoder.embed_tokens.weight", "gradient:transformer.wte.weight"), 2**-22
+"""Of a tied weight's gradient both readers' sums are added up, where one process adds their terms one by one; with both
+on one rank these come in another order."""
+
+
+def _frozen(model):
+    model.model.decoder.embed_tokens.requires_grad_(False)
+    return model
+
+
+def check(step: Step, schedule: Schedule, *, tangent: float = 1.0, **changes):
+    """Every rank's results are those of one process: all bits, but for weights that several stages read."""
+    torch.manual_seed(0)
+    expected = step.whole(tangent, **changes)
+    torch.manual_seed(0)
+    found = step.staged(schedule, tangent, **changes)
+    holders = {role: [results[role] for results in found if role in results] for role in expected}
+    for role, whole in expected.items():
+        assert holders[role], f"nobody has {role}"
+        for value in holders[role]:
+            if value.numel() == 0 != whole.numel():  # logits, elsewhere
+                continue
+            if role.endswith(TIED):
+                assert torch.equal(value, holders[role][0])
+                assert (value - whole).abs().max() <= ROUNDING * whole.abs().max(), role
+            else:
+                assert torch.equal(value, whole), role
+
+
+@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, DROPOUT, FROZEN_EMBEDDING], ids=lambda case: case.name)
+@pytest.mark.parametrize("recompute", ["nothing", "all"])
+def test_two_ranks_find_what_one_process_does(case, recompute):
+    step = step_of(case, 4)
+    blocks = step.blocks if recompute == "all" else ()
+    for name in ("gpipe", "1f1b", "zb1p"):
+        check(step, make_schedule(name, Shape(2, 4)), recompute=blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param("1f1b", Shape(4, 4), marks=pytest.mark.slow),
+        pytest.param("zb1p", Shape(4, 8), marks=pytest.mark.slow),
+        ("interleaved", Shape(2, 4, 2)),
+        pytest.param("interleaved", Shape(4, 4, 2), marks=pytest.mark.slow),
+        ("zbv", Shape(2, 4, 2)),
+        pytest.param("zbv", Shape(4, 8, 2), marks=pytest.mark.slow),
+        ("gpipe", Shape(1, 4, 4)),
+    ],
+)
+def test_every_schedule_gives_the_same_bits(name, shape):
+    step = step_of(DEEP, shape.microbatches)
+    check(step, make_schedule(name, shape), recompute=step.blocks[::2])
+
+
+def test_one_microbatch_is_the_batch():
+    check(step_of(UNTIED, 1), make_schedule("gpipe", Shape(2, 1)))
+
+
+@pytest.mark.parametrize("tangent", [0.25, -8.0, 0.0])
+def test_what_comes_in_at_the_turn_counts(tangent):
+    """Powers of two move no bit, wherever they are multiplied in."""
+    check(step_of(UNTIED, 4), make_schedule("1f1b", Shape(2, 4)), tangent=tangent)
+
+
+def test_a_fused_loss_goes_through_the_stages():
+    check(step_of(UNTIED, 4), make_schedule("1f1b", Shape(4, 4)), fuse_loss=True)
+
+
+def test_evaluation_hands_the_loss_to_all_and_logits_to_the_last():
+    step = step_of(OPT, 4, training=False)
+    schedule = make_schedule("1f1b", Shape(2, 4)).forward_alone(4)
+    expected, (first, last) = step.whole(), step.staged(schedule)
+    assert torch.equal(first["output:0"], expected["output:0"]) and torch.equal(last["output:0"], expected["output:0"])
+    assert first["output:1"].numel() == 0 and torch.equal(last["output:1"], expected["output:1"])
+
+
+def test_every_parameter_is_with_who_reads_it():
+    step = step_of(OPT, 4)
+    first, last = (step.lowered(plan) for plan in step.plans(make_schedule("1f1b", Shape(2, 4))))
+    names = [set(program.inputs("parameter")) for program in (first, last)]
+    assert names[0] & names[1] == {"model.decoder.embed_tokens.weight"}
+    assert names[0] | names[1] == set(step.program.inputs("parameter"))
+    assert {name.split(".")[3] for name in names[1] if ".layers." in name} == {"1"}
+
+
+@pytest.mark.parametrize("stages", [("", "layers.3"), ("", "layers.0"), ("layers.0", "layers.1"), ("", "")])
+def test_stages_that_do_not_begin_with_blocks_are_refused(stages):
+    step, schedule = step_of(OPT, 4), make_schedule("gpipe", Shape(1, 4, 2))
+    plan = replace(step.plans(schedule)[0], stages=stages)
+    with pytest.raises(ShardingError, match=r"stages of a pipeline begin with .*; expected '', for the beginning"):
+        step.lowered(plan)
+
+
+def test_a_schedule_that_reads_what_is_made_later_is_refused():
+    step = step_of(OPT, 2)
+    wrong = Schedule.parse("wrong stages=2 microbatches=2\nrank 0: F0.0 F1.0 B0.0 B1.0 F0.1 F1.1 B1.1 B0.1")
+    with pytest.raises(ShardingError, match=r"rank 0 of the schedule wrong reads what rank 0 makes later or never"):
+        step.staged(wrong)

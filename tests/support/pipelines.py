@@ -1,0 +1,149 @@
+"""The programs of all ranks of a pipeline, run in one process: node by node, each as far as what it reads has come."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from all_ranks import CALLED as CALLED_BY_ALL
+from all_ranks import Values
+from geminifx.compiler.capture.trace import CaptureRequest, capture
+from geminifx.models.adapters import blocks
+from geminifx.passes.average_loss import average_loss
+from geminifx.passes.canonicalize import canonicalize
+from geminifx.passes.fuse_loss import fuse_loss
+from geminifx.passes.partition import partition
+from geminifx.passes.program.manager import run_passes
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import Program, note
+from geminifx.passes.recompute import recompute
+from geminifx.passes.sharding.microbatches import microbatched
+from geminifx.passes.split_batch import split_batch
+from geminifx.passes.split_stages import split_stages
+from geminifx.runtime.isa.instructions import DRAWN, MICROBATCH, RECEIVE, SEND, SHARE, TURN, microbatch
+from geminifx.runtime.isa.mesh import Axis, Mesh
+from geminifx.runtime.isa.schedule import Schedule
+from geminifx.runtime.machine import Machine
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+from zoo import Batch, Case
+
+PASSES = (canonicalize, fuse_loss, average_loss, recompute, split_batch, split_stages, partition)
+CALLED = {**CALLED_BY_ALL, MICROBATCH: microbatch, DRAWN: Machine.drawn, SHARE: Machine.share}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A captured step by microbatches, and a value for each of its inputs."""
+
+    program: Program
+    values: Values
+    blocks: tuple[str, ...]
+    microbatches: int
+
+    def plan(self, **changes: Any) -> Plan:
+        return Plan(microbatches=self.microbatches, blocks=self.blocks, **changes)
+
+    def plans(self, schedule: Schedule, **changes: Any) -> list[Plan]:
+        """Those of all ranks, for stages of equally many blocks."""
+        ranks, each = len(schedule.ranks), len(self.blocks) / schedule.stages
+        stages = ("", *(self.blocks[int(stage * each)] for stage in range(1, schedule.stages)))
+        mesh = Mesh((Axis("pipeline", ranks, "pipeline"),))
+        plan = self.plan(mesh=mesh, stages=stages, schedule=schedule, **changes)
+        return [replace(plan, line=rank) for rank in range(ranks)]
+
+    def lowered(self, plan: Plan) -> Program:
+        program = self.program.copy()
+        run_passes(program, plan, PASSES)
+        return program
+
+    def whole(self, tangent: float = 1.0, **changes: Any) -> Values:
+        """What one process finds that has all stages."""
+        (found,) = run([self.lowered(self.plan(**changes))], self.values, tangent)
+        return found
+
+    def staged(self, schedule: Schedule, tangent: float = 1.0, **changes: Any) -> list[Values]:
+        """What each rank finds."""
+        return run([self.lowered(plan) for plan in self.plans(schedule, **changes)], self.values, tangent)
+
+
+@cache
+def step_of(case: Case, microbatches: int, rows: int = 8, training: bool = True) -> Step:
+    """A case's step with uneven labels, so that microbatches weigh differently."""
+    model, batch = case.seeded().train(training), case.batch(batch=rows, seed=0)
+    labels = batch["labels"].clone()
+    labels[0, 3:] = labels[1, 1:] = -100
+    batch = {**batch, "labels": labels}
+    program, part = (
+        _captured(model, {k: v[:n] for k, v in batch.items()}, training) for n in (rows, rows // microbatches)
+    )
+    divided = microbatched(program, part, microbatches) if microbatches > 1 else program
+    values = {f"parameter:{name}": p.detach() for name, p in model.named_parameters()}
+    values |= {f"buffer:{name}": buffer for name, buffer in model.named_buffers()}
+    values |= {f"constant:{name}": value for name, value in program.constants.items()}
+    values |= {f"input:{i}": value for i, value in enumerate(tree_leaves(((), batch)))}
+    return Step(divided, values, blocks(model), microbatches)
+
+
+def _captured(model: torch.nn.Module, batch: Batch, training: bool) -> Program:
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    program = capture(model, (), batch, CaptureRequest(None, "loss", training, dtypes)).program
+    run_passes(program, Plan(), (canonicalize,))
+    return program
+
+
+def run(programs: list[Program], values: Values, tangent: float = 1.0) -> list[Values]:
+    """Each rank's results by role, all of which draw from generators in one state. Fails where all of them wait."""
+    mail = defaultdict[tuple[int, int], deque[Tensor]](deque)
+    runs = [_run(rank, program, values, torch.tensor(tangent), mail) for rank, program in enumerate(programs)]
+    generators, found = [torch.get_rng_state()] * len(runs), [Values()] * len(runs)
+    waiting = dict(enumerate(runs))
+    while waiting:
+        before = _progress(mail, waiting)
+        for rank, program_run in list(waiting.items()):
+            torch.set_rng_state(generators[rank])
+            try:
+                next(program_run)
+            except StopIteration as stop:
+                found[rank] = stop.value
+                del waiting[rank]
+            generators[rank] = torch.get_rng_state()
+        assert _progress(mail, waiting) != before, "all ranks wait for each other"
+    assert not any(mail.values()), "something was sent that nobody received"
+    assert all(torch.equal(state, generators[0]) for state in generators), "ranks would draw apart from here on"
+    return found
+
+
+def _progress(mail: dict[tuple[int, int], deque[Tensor]], waiting: dict[int, Any]) -> Any:
+    return [list(map(id, letters)) for letters in mail.values()], len(waiting)
+
+
+def _run(rank: int, program: Program, values: Values, tangent: Tensor,
+         mail: dict[tuple[int, int], deque[Tensor]]) -> Iterator[None]:  # fmt: skip
+    """Sleeps where what it reads has not come yet."""
+    found: dict[fx.Node, Any] = {}
+    outputs: Values = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            role = note(node).role
+            found[node] = torch.tensor(1.0) if role.startswith("expected:") else values[role].clone()
+        elif node.target is TURN:
+            outputs = {f"output:{i}": found[value].clone() for i, value in enumerate(node.args[0])}
+            found[node] = [tangent]
+        elif node.target is SEND:
+            mail[rank, node.args[1]].append(found[node.args[0]].clone())
+        elif node.target is RECEIVE:
+            shape, stride, dtype, source = node.args
+            while not mail[source, rank]:
+                yield
+            come = mail[source, rank].popleft()
+            assert (list(come.shape), come.dtype) == (shape, dtype)
+            found[node] = torch.empty_strided(shape, stride, dtype=dtype).copy_(come)
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
+            found[node] = CALLED.get(node.target, node.target)(*args, **kwargs)
+    return outputs | {role: found[node] for role, node in program.results.items()}
