@@ -1,6 +1,5 @@
 """Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,31 +32,18 @@ from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
-from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
 from .capture.weak_references import without_weak_references
 from .captures import Captures
-from .changing_numbers import ChangingNumbers
 from .collector import resting_collector
 from .device import Device
+from .kept_captures import KeptCaptures
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import (
-    Call,
-    Compiled,
-    GuardedKeys,
-    Key,
-    Recaptures,
-    Recent,
-    channels,
-    chunks_alike,
-    exchanged,
-    messages,
-    state_alike,
-)
+from .programs import Call, Compiled, Key, Recent, channels, chunks_alike, exchanged, messages, state_alike
 from .setup import Declaration, Phase, Setup, move, shared_homes
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values
 
@@ -91,7 +77,8 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        self.captures = Captures(source, request, self.lowering, self.planning.shared())
+        captures = Captures(source, request, self.lowering, self.planning.shared())
+        self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
         device_limit = None if self.device.is_cuda else self.limits.device_bytes
         self.hardware = Hardware(
             self.device.torch_device,
@@ -110,10 +97,6 @@ class Session:
         self._are_shared = False
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
-        self._guarded = GuardedKeys()
-        self._numbers = ChangingNumbers(self.planning.schedule is None)
-        self._recaptures = Recaptures()
-        self._captured: Recent[Captured] = Recent()
         self._programs: Recent[Compiled] = Recent()
 
     # -- programs ------------------------------------------------------------------------------------------
@@ -122,10 +105,10 @@ class Session:
         """The program for a call with these arguments, of the submodule `entry` where there is one; captured, planned
         and generated where it is new."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
-        call = self._numbers.taken(Call.of(self.source, entry, args, kwargs))
+        call = self.captures.taken(Call.of(self.source, entry, args, kwargs))
         if self.ranks.sharing is not None:
             self.ranks.check_call(str(call))
-        key = self._guarded.key(call.key)
+        key = self.captures.key(call)
         if key not in self._programs:
             key = self._make(call)
         compiled = self._programs[key]
@@ -134,7 +117,7 @@ class Session:
 
     @resting_collector()
     def _make(self, call: Call) -> Key:
-        key, captured = self._capture(call)
+        key, captured = self.captures.of(call)
         if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
             # Until the first step states may still move, so the first real batch is planned for from scratch.
             self._set_up(key, captured)
@@ -142,23 +125,6 @@ class Session:
             solution = self._further(captured, self.setup.plan)
             self._programs[key] = self._generate(captured, solution, self.setup.machine)
         return key
-
-    def _capture(self, call: Call) -> tuple[Key, Captured]:
-        """The captured step for a call, and the key of its program."""
-        key = self._guarded.key(call.key)
-        if key not in self._captured:
-            call, captured = self._numbers.captured(call, self._captured_anew)
-            self._guarded.add(call.key, captured.guards, self.source.modules())
-            key = self._guarded.key(call.key)
-            self._captured[key] = captured
-        return key, self._captured[key]
-
-    def _captured_anew(self, call: Call) -> Captured:
-        self._recaptures.note(call, self._guarded.changed(call.key))
-        began_s = time.perf_counter()
-        captured = self.captures.of(call)
-        tell_of_slowness(time.perf_counter() - began_s, captured.program)
-        return captured
 
     def _further(self, captured: Captured, plan: Plan) -> Solution:
         """A plan for another program beside those that there are: states stay where they are."""

@@ -152,7 +152,7 @@ def test_programs_of_many_shapes_are_freed_when_others_are_used(
     assert len(programs) == 8 and len(alive) == len(texts() - before)
     # Three, and those that were last used in training and in evaluation, which the graph shows.
     assert len(model.session._programs) == 3 <= len(alive) <= 5
-    assert len(model.session._captured) == 3
+    assert len(model.session.captures.kept) == 3
 
 
 def test_a_forward_that_is_kept_keeps_what_it_needs() -> None:
