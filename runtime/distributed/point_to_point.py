@@ -9,7 +9,8 @@ from torch import distributed as dist
 
 from ..isa.errors import StateError
 from ..isa.mesh import names_of
-from .ranks import Ranks, meeting
+from .meeting import meeting
+from .ranks import Ranks
 
 Channel = tuple[int, int]
 """From one rank of the pipeline to another one."""
