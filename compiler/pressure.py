@@ -138,8 +138,8 @@ class Pressure:
     # -- in a forward --------------------------------------------------------------------------------------
 
     def withstood(self, key: Key, arguments: Any, forward: Callable[[], T]) -> T:
-        """What a training step's forward returns. Where it fails for want of memory, it runs again with less on the
-        device, of the same random numbers, unless something it reads has changed meanwhile."""
+        """What a training step's forward returns. Where it fails for want of the device's memory, it runs again with
+        less there, of the same random numbers, unless something it reads has changed meanwhile."""
         if not self.is_on or self.session.ranks.together:
             return forward()
         machine = self.session.demanded().machine
@@ -147,8 +147,9 @@ class Pressure:
         while True:
             try:
                 return forward()
-            except (BudgetError, torch.cuda.OutOfMemoryError):
-                limits = None if versions != self._versions(arguments) else self._less(key)
+            except (BudgetError, torch.cuda.OutOfMemoryError) as error:
+                is_devices = not isinstance(error, BudgetError) or error.tier == "device"
+                limits = self._less(key) if is_devices and versions == self._versions(arguments) else None
                 if limits is None:
                     raise
             # Behind the handler: the error holds what the program held.
@@ -156,7 +157,8 @@ class Pressure:
             if not self._shrink(key, limits):
                 raise BudgetError(
                     "the device ran out of memory, and the host has no room for what would leave it; nothing was "
-                    "updated. Raise host_budget, or make the batch smaller"
+                    "updated. Raise host_budget, or make the batch smaller",
+                    tier="host",
                 )
 
     def _versions(self, arguments: Any) -> list[int]:

@@ -44,10 +44,6 @@ class WarmUp:
         self._tries = TRIES
         self._before: tuple[Homes, float] | None = None  # a move, and how long a step may take behind it
 
-    @property
-    def is_over(self) -> bool:
-        return self.watch is None
-
     def spoil(self) -> None:
         if self.watch is not None:
             self.watch.spoil()

@@ -113,7 +113,8 @@ class Executor:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise BudgetError(
                     f"the device budget ran out while '{self.code.name}' ran: {error}. {left} Make the batch smaller, "
-                    "raise device_budget, or use placement='cpu'."
+                    "raise device_budget, or use placement='cpu'.",
+                    tier="device",
                 ) from as_cause(error)
             raise
 

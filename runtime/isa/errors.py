@@ -27,11 +27,13 @@ class BudgetError(GeminiError):
 
     Attributes:
         smallest_bytes: the smallest budget that would do, or None where none is known.
+        tier: the tier that was found full, "device" or "host", or "" where it is a plan that does not fit.
     """
 
-    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
+    def __init__(self, message: str, smallest_bytes: int | None = None, tier: str = "") -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+        self.tier = tier
 
 
 class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own term

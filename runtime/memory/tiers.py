@@ -97,6 +97,7 @@ class Tier:
                 f"the {self.name} tier is full: {purpose} needs {num_bytes:,} bytes, {used_bytes:,} of "
                 f"{self.limit_bytes:,} are in use; raise the {self.name} budget or make the batch smaller",
                 smallest_bytes=used_bytes + num_bytes,
+                tier=self.name,
             )
         self.peak_bytes = max(self.peak_bytes, used_bytes + num_bytes)
         self.step_peak_bytes = max(self.step_peak_bytes, used_bytes + num_bytes)

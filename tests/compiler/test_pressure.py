@@ -4,6 +4,7 @@ with the same bits; where there is room again, the plan is as it was."""
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -123,11 +124,11 @@ def test_a_device_that_shrinks_between_steps_and_grows_again(way: dict[str, Any]
 
 
 @pytest.mark.parametrize("at", [0, 3, 11])
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, BudgetError])
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, partial(BudgetError, tier="device")])
 @pytest.mark.parametrize(
     "way", [{"case": DROPPING}, {"case": CNN, "in_backward": True}], ids=["dropping", "batch norms"]
 )
-def test_a_forward_that_finds_no_memory_runs_again(way: dict[str, Any], error: type[Exception], at: int) -> None:
+def test_a_forward_that_finds_no_memory_runs_again(way: dict[str, Any], error: Any, at: int) -> None:
     failure, training = Failure(), Training.of(**way)
     before = training.model.plan
     losses = [training.step(0)]
@@ -147,7 +148,7 @@ def test_each_failure_makes_room_until_there_is_nothing_to_spare() -> None:
     training = Training.of()
     training.step(0)
     with (
-        mock.patch.object(Tier, "watch", side_effect=BudgetError("no room")),
+        mock.patch.object(Tier, "watch", side_effect=BudgetError("no room", tier="device")),
         pytest.raises(BudgetError, match="no room"),
     ):
         training.forward(1)
@@ -180,10 +181,24 @@ def test_what_the_forward_has_changed_is_not_computed_twice() -> None:
     training = Training.of(CNN)
     training.step(0)
     with (
-        mock.patch.object(type(training.model.session.machine), "check_at_rest", side_effect=BudgetError("at the end")),
+        mock.patch.object(
+            type(training.model.session.machine), "check_at_rest", side_effect=BudgetError("at the end", tier="device")
+        ),
         pytest.raises(BudgetError, match="at the end"),
     ):
         training.forward(1)
+
+
+def test_a_host_that_is_full_is_nothing_that_less_on_the_device_helps() -> None:
+    training = Training.of()
+    training.step(0)
+    before = training.model.plan
+    with (
+        mock.patch.object(Tier, "watch", side_effect=BudgetError("the host is full", tier="host")) as failing,
+        pytest.raises(BudgetError, match="the host is full"),
+    ):
+        training.forward(1)
+    assert failing.call_count == 1 and training.model.plan == before
 
 
 def test_masters_of_a_torch_optimizer_stay_and_its_weights_leave() -> None:
