@@ -270,7 +270,7 @@ def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
 
 
 @cache
-def _aliased_positions(target: torch._ops.OpOverload) -> tuple[int, ...]:
+def _aliased_positions(target: Any) -> tuple[int, ...]:
     """The positions of the arguments whose storage an operator's results may share."""
     schema = target._schema
     if target in UNADMITTED_VIEWS:
