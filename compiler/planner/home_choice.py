@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+import torch
+
 from ...passes.program.plan import Plan
 from ...runtime.isa.homes import Home, Homes, Where, moved, resident
 from ...runtime.isa.layout import ChunkLayout
@@ -90,7 +92,7 @@ def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Hom
     """The first and the last of the chunks that are alike and at home alike, elsewhere."""
     if plan.request.policy != "auto":
         return
-    alike: dict[tuple[object, Home], list[ChunkLayout]] = {}
+    alike: dict[tuple[int, torch.dtype, bool, Home], list[ChunkLayout]] = {}
     for chunk, home in plan.placed(homes):
         alike.setdefault(((chunk.numel, chunk.dtype, chunk.trainable), home), []).append(chunk)
     for (_, home), chunks in alike.items():

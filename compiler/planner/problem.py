@@ -230,8 +230,8 @@ class Planning:
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
         key = (
-            id(captured), plan.microbatches, plan.stages, plan.layout, plan.recompute, plan.offload, plan.prefetch,
-            plan.fuse_loss,
+            id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
+            plan.prefetch, plan.fuse_loss,
         )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)

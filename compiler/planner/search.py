@@ -131,11 +131,21 @@ class _Search:
             if best is not None:
                 return self._told(best)
             refused += [one for one in found if given.offload is not None or not self._lacks_host(one)]
+            if self._is_beyond_copies(refused):
+                break
         raise _refused(refused, self.limits)
 
     def _lacks_host(self, solution: Solution) -> bool:
         """Whether what was tried to be offloaded is more than the host has room for: no reason to refuse the rest."""
         return bool(solution.plan.offload) and solution.plan.estimate.host_bytes > self.limits.host_bytes
+
+    def _is_beyond_copies(self, refused: list[Solution]) -> bool:
+        """Whether the host alone lacks more than copies on demand can help with: they take one chunk's weights less
+        of the device, and a state that lies there instead takes no more than twice that of the host."""
+        plans = [one.plan for one in refused if self.limits.allow_on_device(one.plan)]
+        largest_bytes = max((chunk.compute_bytes for plan in plans[:1] for chunk in plan.layout.chunks), default=0)
+        lacking_bytes = [plan.estimate.host_bytes - self.limits.host_bytes for plan in plans]
+        return min(lacking_bytes, default=0) > 2 * largest_bytes
 
     def _best(self, found: list[Solution]) -> Solution | None:
         return min((one for one in found if self.limits.allow(one.plan)), key=_step_s, default=None)

@@ -338,3 +338,19 @@ def test_the_estimate_says_what_the_peak_consists_of() -> None:
     assert sum(n for _, n in memory.at_peak) == memory.peak_bytes
     resident = dict(plan(None).estimate.at_peak)
     assert resident["training state"] == CHUNKS * STATE and "weights in flight" not in resident
+
+
+def test_where_the_host_is_far_too_small_copies_on_demand_are_not_tried() -> None:
+    """They take one chunk's weights less of the device, which helps where the host lacks little."""
+    draft, seen = Plan(Request("auto"), layout()), list[int]()
+
+    def watched(candidate: Plan) -> Weighed:
+        seen.append(candidate.prefetch)
+        return lower(candidate)
+
+    everything = CHUNKS * STATE
+    for host, tried in ((everything // 4, {1}), (everything, {1, 0})):
+        seen.clear()
+        with pytest.raises(HostBudgetError):
+            solve(draft, watched, limits(AHEAD, host), Constraints((), ()))
+        assert set(seen) == tried

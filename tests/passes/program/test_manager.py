@@ -5,7 +5,9 @@ import torch
 from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import Pass, assemble, graph_pass, run_passes
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import annotate
 from geminifx.passes.program.text import parse_program, print_program
+from geminifx.passes.program.types import parse_type
 from geminifx.passes.program.verify import Violation, canonical, chunked, fact, turned
 from geminifx.runtime.isa.errors import ArgumentError, VerificationError
 
@@ -114,6 +116,36 @@ def test_the_pass_that_breaks_a_fact_is_blamed_not_the_one_that_gave_it(program)
     with pytest.raises(VerificationError) as raised:
         run_passes(program, Plan(), [PIPELINE[0], graph_pass()(relapse)])
     assert "after pass 'relapse'" in str(raised.value) and "'canonical'" in str(raised.value)
+
+
+def _retyped(program):
+    annotate(program.placeholders[0], type=parse_type("f32[8]"))
+
+
+def _other_arguments(program):
+    x, y = program.placeholders[0], program.results["output:0"]
+    y.args = (program.emit(aten.view.default, (x, [2, 2]), before=y),)
+
+
+def _other_operator(program):
+    program.results["output:0"].target = aten.sum.default
+
+
+@pytest.mark.parametrize("mistake", [_retyped, _other_arguments, _other_operator])
+def test_what_a_pass_changes_is_inferred_again(program, mistake):
+    """Though an earlier pass has left it as it was found to be right."""
+    careless = Pass("careless", lambda program, plan: mistake(program))
+    passes = [PIPELINE[0], other, other]
+    run_passes(program, Plan(), passes)
+    with pytest.raises(VerificationError, match=r"after pass 'careless'.*breaks 'well_typed'"):
+        run_passes(program, Plan(), [*passes, careless, other])
+
+
+def test_without_verification_requirements_are_checked_all_the_same(program):
+    needs = Pass("needs", lambda program, plan: None, requires=(canonical,))
+    run_passes(program, Plan(), [needs], after=PIPELINE[:1], verified=False)
+    with pytest.raises(VerificationError, match="requires canonical"):
+        run_passes(program, Plan(), [needs], verified=False)
 
 
 def test_an_exception_inside_a_pass_names_it(program):
