@@ -9,6 +9,7 @@ Every node carries one frozen `Note`. Nodes are created by `Program.emit` alone,
 a program is well typed at every moment and no pass ever computes a shape.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from .names import identifier
 from .types import TensorType, Type, infer
 
 Phase = Literal["forward", "backward"]
-_KEY = "geminifx"
+_KEY, _SETTLED = "geminifx", "geminifx_settled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,22 @@ def annotate(node: fx.Node, **changes: Any) -> None:
 
 def type_of(node: fx.Node) -> Type:
     return note(node).type
+
+
+def settle(node: fx.Node) -> None:
+    """Remember that a node's type is right for all that it follows from. Most passes leave most nodes alone."""
+    node.meta[_SETTLED] = _premises(node)
+
+
+def is_settled(node: fx.Node) -> bool:
+    """Whether nothing that a node's type follows from has changed since it was found right. None of it can be changed
+    in place: the very same objects say the same."""
+    found, settled = _premises(node), node.meta.get(_SETTLED, ())
+    return len(found) == len(settled) and all(map(operator.is_, found, settled))
+
+
+def _premises(node: fx.Node) -> tuple[Any, ...]:
+    return (type_of(node), node.target, node.args, node.kwargs, *map(type_of, node.all_input_nodes))
 
 
 def tensor_type(node: fx.Node) -> TensorType:

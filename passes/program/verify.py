@@ -8,7 +8,6 @@ the pass that is blamed.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -36,7 +35,17 @@ from ...runtime.isa.instructions import (
 from ...runtime.isa.mesh import of_gradient, parse_placements, placements_text
 from .names import is_identifier
 from .plan import Plan
-from .program import Program, aliased_inputs, annotate, is_noted, note, overwritten_inputs, type_of
+from .program import (
+    Program,
+    aliased_inputs,
+    annotate,
+    is_noted,
+    is_settled,
+    note,
+    overwritten_inputs,
+    settle,
+    type_of,
+)
 from .text import _context, call_text, target_text
 from .types import Type, infer, type_text
 
@@ -123,17 +132,11 @@ def _well_formed(program: Program, plan: Plan) -> Violation | None:
     return None
 
 
-_PREMISES = "geminifx_premises"
-"""Where a node keeps what its type was found right for: none of it can be changed in place, so that the very same
-objects need no second look. Most passes leave most nodes alone."""
-
-
 def _well_typed(program: Program, plan: Plan) -> Violation | None:
     for node in program.graph.nodes:
-        stated = type_of(node)
-        premises = (stated, node.target, node.args, node.kwargs, *map(type_of, node.all_input_nodes))
-        if _are_the_same(premises, node.meta.get(_PREMISES, ())):
+        if is_settled(node):
             continue
+        stated = type_of(node)
         inferred: Type
         if node.op == "call_module":
             inferred = tuple(type_of(v) for v in program.functions[str(node.target)].results)
@@ -147,12 +150,8 @@ def _well_typed(program: Program, plan: Plan) -> Violation | None:
         if stated != inferred:
             return Violation(node, f"annotated {type_text(stated)}", f"{type_text(inferred)}, as inferred")
         if node.op == "call_function":
-            node.meta[_PREMISES] = premises
+            settle(node)
     return None
-
-
-def _are_the_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _infer(node: fx.Node) -> Type:
