@@ -100,6 +100,7 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.enable()
         gc.freeze()
+        gc.set_threshold(10_000)  # graphs are many objects, of which most stay for a while
 
 
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:

@@ -16,7 +16,7 @@ from geminifx.compiler.capture.guards import PLAIN, Guard
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
 from geminifx.compiler.captures import Captures
 from geminifx.compiler.programs import Call
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
@@ -43,7 +43,7 @@ def _once(of: Hashable, capture: Any, model: nn.Module, args: tuple[Any, ...], k
     if any(map(_is_patched, model.modules())):
         return capture(model, args, kwargs, request)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    key = of, _surroundings(), repr(request), _state(model), spec, *map(leaf_key, leaves)
+    key = of, _surroundings(), repr(request), _state(model), spec, _the_same(leaves), *map(leaf_key, leaves)
     if key not in _CAPTURED:
         found = capture(model, args, kwargs, request)
         if found.program.constants:  # tensors of this model
@@ -62,6 +62,12 @@ def _is_patched(module: nn.Module) -> bool:
 
 def _surroundings() -> Hashable:
     return torch.cuda.is_available(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+
+
+def _the_same(leaves: list[Any]) -> Hashable:
+    """Which arguments are one tensor: inputs are named after where that stands."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
 
 
 def _state(model: nn.Module) -> Hashable:
