@@ -32,13 +32,13 @@ def ranks_table(simulated: Simulated) -> Table:
     return table
 
 
-def _simulated(name: str, shape: Shape, costs: StageCosts) -> Simulated:
+def _simulated(name: str, shape: Shape, costs: StageCosts, loss_awaited: bool) -> Simulated:
     """Raises ValueError where that would take too long, or the shape does not fit the schedule."""
     forwards = shape.stages * shape.microbatches
     if forwards > MOST_FORWARDS:
         raise ValueError(f"{shape.stages} stages with {shape.microbatches} microbatches make {forwards:,} forwards; "
                          f"expected {MOST_FORWARDS:,} or fewer")  # fmt: skip
-    return simulate(make_schedule(name, shape), [costs] * shape.stages)
+    return simulate(make_schedule(name, shape), [costs] * shape.stages, loss_awaited=loss_awaited)
 
 
 @commands.command("simulate")
@@ -51,6 +51,9 @@ def simulate_command(
     input_ms: Annotated[float, typer.Option(min=0, help="Gradients of its inputs.")] = 1.0,
     weight_ms: Annotated[float, typer.Option(min=0, help="Gradients of its weights.")] = 1.0,
     message_ms: Annotated[float, typer.Option(min=0, help="From one rank to another.")] = 0.0,
+    loss_awaited: Annotated[
+        bool, typer.Option(help="Whether the loop reads the loss before it calls backward().")
+    ] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write the timeline here, for chrome://tracing or ui.perfetto.dev.")
     ] = None,
@@ -68,7 +71,7 @@ def simulate_command(
             backward_s=(input_ms + weight_ms) / 1e3,
             message_s=message_ms / 1e3,
         )
-        simulated = _simulated(schedule, Shape(ranks, microbatches, stages_per_rank), costs)
+        simulated = _simulated(schedule, Shape(ranks, microbatches, stages_per_rank), costs, loss_awaited)
         console.print(str(simulated.schedule), highlight=False, markup=False, soft_wrap=True)
         console.print(summary(simulated), highlight=False, markup=False, soft_wrap=True)
         console.print(ranks_table(simulated))

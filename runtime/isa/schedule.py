@@ -45,7 +45,7 @@ class Schedule:
     """What each rank of a pipeline does, one action behind the other.
 
     Stage 0 reads the batch, the last one makes the loss, and a stage's actions are all on one rank, which has its
-    weights. Nothing is wrong with a schedule for which `compiler.planner.schedule_check` finds nothing.
+    weights. Whether a schedule can run is for `compiler.planner.pipeline.check` to say.
     """
 
     name: str

@@ -21,7 +21,7 @@ LAUNCHES = {2: (QUICK, tuple(name for name in IN_TWOS if name not in QUICK)), 4:
 Finder = Callable[[str, int], Any]
 
 LOSS, PARAMETER, LR = 2**-18, 2**-6, 1e-2
-"""Sums in another order, those of tied weights' gradients and of ranks' batches, differ by their last bits. AdamW divides
+"""Sums in another order, of tied weights' gradients and of ranks' batches, differ by their last bits. AdamW divides
 a gradient by its size: where that is nearly nothing a weight goes on by some share of what it goes in all steps."""
 
 

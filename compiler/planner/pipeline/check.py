@@ -60,7 +60,10 @@ def _out_of_range(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _apart(schedule: Schedule) -> Iterator[Violation]:
-    """A stage's weights are on one rank."""
+    """Every rank has stages, and a stage's weights are on one rank."""
+    for rank, actions in enumerate(schedule.ranks):
+        if not actions:
+            yield Violation(f"rank {rank}", "nothing to do", "a stage on every rank, or fewer ranks")
     home: dict[int, int] = {}
     for rank, action in _each(schedule):
         if home.setdefault(action.stage, rank) != rank:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ....runtime.isa.errors import ArgumentError
 from ....runtime.isa.schedule import Action, Schedule
 from ....runtime.isa.torch_private import pipeline_table
+from .check import check_schedule
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def make_schedule(name: str, shape: Shape) -> Schedule:
     misfit = KINDS[name].misfit(shape)
     if misfit:
         raise ArgumentError(f"the schedule {name} does not fit: {misfit}")
-    return Schedule(name, shape.stages, shape.microbatches, KINDS[name].ranks(shape))
+    schedule = Schedule(name, shape.stages, shape.microbatches, KINDS[name].ranks(shape))
+    check_schedule(schedule)  # torch's tables are not the same in all of its versions
+    return schedule
 
 
 def _gpipe(shape: Shape) -> Ranks:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class StageCosts:
         forward_s, input_s, weight_s: seconds of the forward and of the two parts of the backward.
         backward_s: seconds of a whole backward, which may be less than those of its parts.
         message_s: seconds in which its outputs come to the next stage, or their gradients from there, where that is on
-            another rank.
+            another rank; of the last stage, in which the loss comes to all.
         activation_bytes: what it holds from its forward to the end of its backward.
     """
 
@@ -104,11 +104,11 @@ class Simulated:
         return tuple(_peak(actions, held) for actions in self.schedule.ranks)
 
 
-def simulate(schedule: Schedule, costs: Sequence[StageCosts]) -> Simulated:
+def simulate(schedule: Schedule, costs: Sequence[StageCosts], *, loss_awaited: bool = False) -> Simulated:
     """Run one step; `costs` are by stage.
 
-    A rank sends while it computes, to each other rank one message behind the other. Ranks do not wait for one another
-    at their turns: a device goes on with what its loop has called for, and loops that read no loss call at once.
+    A rank sends while it computes, to each other rank one message behind the other. `loss_awaited`: at its turn it
+    waits for the loss, as it must where the training loop reads it before it calls `backward()`.
 
     Raises:
         ArgumentError: the schedule cannot run, or there are not as many costs as stages.
@@ -116,11 +116,15 @@ def simulate(schedule: Schedule, costs: Sequence[StageCosts]) -> Simulated:
     check_schedule(schedule)
     if len(costs) != schedule.stages:
         raise ArgumentError(f"costs of {len(costs)} stages for the schedule {schedule.name} of {schedule.stages}")
-    clock = _Clock(schedule, tuple(costs))
-    for rank, action in runnable(schedule):
-        clock.run(rank, action)
+    clock, turns = _Clock(schedule, tuple(costs)), [schedule.turn(rank) for rank in range(len(schedule.ranks))]
+    behind = {action for rank, turn in enumerate(turns) for action in schedule.ranks[rank][turn:]}
+    order = list(runnable(schedule))
+    clock.run((rank, action) for rank, action in order if action not in behind)
+    if loss_awaited:
+        clock.await_loss()
+    clock.run((rank, action) for rank, action in order if action in behind)
     events = sorted(clock.events.values(), key=lambda event: (event.begin_s, event.rank, event.end_s))
-    messages = sorted(clock.messages.values(), key=lambda message: (message.end_s, str(message.action)))
+    messages = sorted(clock.messages.values(), key=lambda message: (message.end_s, message.action))
     return Simulated(schedule, clock.costs, tuple(events), tuple(messages))
 
 
@@ -134,16 +138,27 @@ class _Clock:
         self.events: dict[Action, Event] = {}
         self.messages: dict[Action, Message] = {}
 
-    def run(self, rank: int, action: Action) -> None:
-        """Run a rank's next action, of which all needs were run."""
-        # What is on no way is on this rank and was done before.
-        there_s = [self.messages[need].end_s for need in self.schedule.needs(action) if need in self.messages]
-        begin_s = max([self.free_s[rank], *there_s])
-        end_s = self.free_s[rank] = begin_s + self.costs[action.stage].seconds(action)
-        self.events[action] = Event(rank, action, begin_s, end_s)
-        reader = self.schedule.reader(action)
-        if reader is not None and self.schedule.rank_of(reader.stage) != rank:
-            self._send(action, reader, end_s)
+    def run(self, order: Iterable[tuple[int, Action]]) -> None:
+        """Run the next actions of ranks, each behind all that it needs."""
+        for rank, action in order:
+            # What is on no way is on this rank and was done before.
+            there_s = [self.messages[need].end_s for need in self.schedule.needs(action) if need in self.messages]
+            begin_s = max([self.free_s[rank], *there_s])
+            end_s = self.free_s[rank] = begin_s + self.costs[action.stage].seconds(action)
+            self.events[action] = Event(rank, action, begin_s, end_s)
+            reader = self.schedule.reader(action)
+            if reader is not None and self.schedule.rank_of(reader.stage) != rank:
+                self._send(action, reader, end_s)
+
+    def await_loss(self) -> None:
+        """All ranks wait for the loss, which is there when the last stage's forwards are done."""
+        last = self.schedule.stages - 1
+        there_s = max(
+            event.end_s for action, event in self.events.items() if (action.stage, action.kind) == (last, "F")
+        )
+        for rank, free_s in enumerate(self.free_s):
+            way_s = self.costs[last].message_s if rank != self.schedule.rank_of(last) else 0.0
+            self.free_s[rank] = max(free_s, there_s + way_s)
 
     def _send(self, action: Action, reader: Action, after_s: float) -> None:
         way = self.schedule.rank_of(action.stage), self.schedule.rank_of(reader.stage)

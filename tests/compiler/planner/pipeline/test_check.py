@@ -82,6 +82,7 @@ def test_an_action_on_another_rank_is_found(schedule: Schedule, data: st.DataObj
         ("microbatches=2", "microbatches=1", "rank 0 at F0.1: microbatch 1; expected microbatches 0 to 0"),
         ("microbatches=2", "microbatches=0", "microbatches: 0 of them; expected 1 or more"),
         ("stages=2", "stages=3", "no rank: no F2.0; expected F once, and B, or I and W, once"),
+        ("W1.0", "W1.0\nrank 2:", "rank 2: nothing to do; expected a stage on every rank, or fewer ranks"),
         ("F1.0 I1.0", "I1.0", "rank 1: no F1.0; expected F once"),
         ("B1.1 W1.0", "B1.1", "rank 1: no W1.0; expected F once, and B, or I and W, once"),
         ("B1.1 W1.0", "B1.1 W1.0 W1.1", "rank 1 at W1.1: a whole backward beside a part of one; expected B, or I"),

@@ -92,3 +92,13 @@ def test_the_numbers_of_microbatches_that_a_refusal_names_do_fit(ranks: int):
         named = [int(word) for word in misfit.partition("expected ")[2].replace(",", "").split() if word.isdigit()]
         assert all(not KINDS["zb1p"].misfit(Shape(ranks, count)) for count in named)
         assert not misfit or named[0] < microbatches < named[1]
+
+
+def test_a_table_of_torch_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """As that of its 1F1B is, whose last rank counts microbatches from 1."""
+    broken = [[(0, 0, "F"), (0, 0, "B")], [(1, 1, "F"), (1, 0, "B")]]
+    monkeypatch.setattr("geminifx.compiler.planner.pipeline.schedules.pipeline_table", lambda *_: broken)
+    with pytest.raises(
+        ArgumentError, match=r"zb1p cannot run: rank 1 at F1\.1: microbatch 1; expected microbatches 0 to"
+    ):
+        make_schedule("zb1p", Shape(ranks=1, microbatches=1, stages_per_rank=2))

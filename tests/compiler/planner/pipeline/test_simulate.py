@@ -97,6 +97,24 @@ def test_every_action_by_hand():
     assert found.step_s == 1126 and found.idle_s == (16, 1026) and found.bubble == pytest.approx(1042 / 2252)
 
 
+def test_a_loss_that_is_read_stops_ranks_at_their_turns():
+    """Rank 0 could do I0.0 from 3 s on, rank 1 has the loss at 4 s, and rank 0 a second later."""
+    schedule = make_schedule("zb1p", Shape(ranks=2, microbatches=2))
+    stages = [StageCosts(1, 1, 1, 2), StageCosts(1, 1, 1, 2, message_s=1)]
+    plain, waiting = simulate(schedule, stages), simulate(schedule, stages, loss_awaited=True)
+    backward = Action(stage=0, microbatch=0, kind="I")
+    assert [event for event in plain.events if event.action == backward] == [Event(0, backward, 3, 4)]
+    assert [event for event in waiting.events if event.action == backward] == [Event(0, backward, 5, 6)]
+    assert (plain.step_s, waiting.step_s) == (7, 9)
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), SHAPES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_one_stage_per_rank_loses_nothing_by_a_loss_that_is_read(name: str, ranks: int, microbatches: int):
+    plain = simulated(name, ranks, microbatches)
+    assert simulate(plain.schedule, plain.costs, loss_awaited=True).step_s == plain.step_s
+
+
 @given(schedules)
 def test_ranks_do_one_thing_at_a_time_and_wait_for_what_they_need(schedule: Schedule):
     found = simulate(schedule, [StageCosts(1 + stage, 2, 3, 4, message_s=0.5) for stage in range(schedule.stages)])
