@@ -86,7 +86,7 @@ class _Cut:
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
         self.incoming = {
-            rank: deque(item for item, to in self.stages.sends(rank) if to == self.rank)
+            rank: deque(sent for sent in self.stages.sends(rank) if sent.to == self.rank)
             for rank in range(len(self.stages.schedule.ranks)) if rank != self.rank
         }  # fmt: skip
         self.states: dict[tuple[int, int], fx.Node] = {}  # of the generator, by stage and microbatch
@@ -167,9 +167,8 @@ class _Cut:
     def _keep(self, item: Item, value: fx.Node) -> None:
         """A value is there: send it to whoever waits for it."""
         self.values[self.rank, item] = value
-        while self.outgoing and self.outgoing[0][0] == item:
-            _, to = self.outgoing.popleft()
-            self.parts.emit(SEND, value, to, like=note(value))
+        while self.outgoing and self.outgoing[0].item == item:
+            self.parts.emit(SEND, value, self.outgoing.popleft().to, like=note(value))
 
     def _value(self, node: fx.Node, microbatch: int | None) -> fx.Node:
         """What stands for a value for a microbatch: made, received, or, where it belongs to no stage, made here."""
@@ -191,9 +190,12 @@ class _Cut:
                     f"rank {self.rank} of the schedule {self.stages.schedule.name} reads what rank {source} makes "
                     f"later or never, {item}: each action must stand behind those that it needs"
                 )
-            other = self.incoming[source].popleft()
-            self.values[source, other] = self._receive(other, source)
+            self._receive_next(source)
         return self.values[source, item]
+
+    def _receive_next(self, source: int) -> None:
+        item = self.incoming[source].popleft().item
+        self.values[source, item] = self._receive(item, source)
 
     def _receive(self, item: Item, source: int) -> fx.Node:
         match item:
@@ -212,13 +214,17 @@ class _Cut:
     # -- results -------------------------------------------------------------------------------------------
 
     def _outputs(self, items: list[Item]) -> dict[str, fx.Node]:
-        """The outputs by their roles; in place of those that this rank has not stands none."""
+        """The outputs by their roles; in place of those that this rank has not stands none. A loop that never comes to
+        the backward leaves no message behind: all come in that left in front of a turn."""
         for item in items:
             if isinstance(item, Output):
                 self._keep(item, self._joined(self.program.results[f"output:{item.role}"]))
         found = {}
         for role, node in self.program.results_of("output").items():
             found[f"output:{role}"] = self._output(role, node)
+        for source, messages in self.incoming.items():
+            while messages and messages[0].early:
+                self._receive_next(source)
         return found
 
     def _output(self, role: str, node: fx.Node) -> fx.Node:

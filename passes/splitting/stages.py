@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import fx
 
@@ -47,6 +48,14 @@ class Output:
 
 
 Item = Made | Sum | Output
+
+
+class Sent(NamedTuple):
+    """A message: of what, to which rank, and whether it leaves in front of the sender's turn."""
+
+    item: Item
+    to: int
+    early: bool
 
 
 class Stages:
@@ -153,11 +162,13 @@ class Stages:
         outputs = self.program.results_of("output").items()
         return [Output(role) for role, node in outputs if node in self.stage and self.rank_of(node) == rank]
 
-    def sends(self, rank: int) -> Iterator[tuple[Item, int]]:
-        """What a rank sends, in order, and to which rank."""
-        for _, items in self.items(rank):
+    def sends(self, rank: int) -> Iterator[Sent]:
+        """What a rank sends, in order."""
+        early = True
+        for action, items in self.items(rank):
             for item in items:
-                yield from ((item, to) for to in self._receivers(item) if to != rank)
+                yield from (Sent(item, to, early) for to in self._receivers(item) if to != rank)
+            early = early and action is not None
 
     def _receivers(self, item: Item) -> list[int]:
         match item:

@@ -1,7 +1,7 @@
 """One rank that meets faults: other models, other batches, and in the end the death of rank 1.
 
-It prints a line of JSON for each fault: what was raised, and what it said. What is none, a batch of another shape on
-one rank, tells the gradient that comes of it.
+With the argument "staged" it meets the last alone, in a pipeline. It prints a line of JSON for each fault: what was
+raised, and what it said. What is none, a batch of another shape on one rank, tells the gradient that comes of it.
 """
 
 import json
@@ -47,10 +47,38 @@ def shorter(examples: bool = False, before: int = 0, **options: Any) -> float:
     return gradient
 
 
-def share() -> None:
-    """Two ranks that shard tensors, each with a batch of its own."""
+def share(before: int = 0) -> None:
+    """Two ranks that shard tensors, each with a batch of its own, at once or behind some that are the same."""
     model = geminifx.compile(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), parallel={"tensor": "1d:2"})
+    for _ in range(before):
+        model(torch.ones(2, 4))
     model(torch.full((2, 4), float(RANK)))
+
+
+class Layers(nn.Module):
+    """Two blocks, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def staged(rows: int = 2, filled: float = 1.0, dies: bool = False) -> None:
+    """A step of two ranks that have layers of their own, and one in which rank 1 has so many rows of this number."""
+    model = geminifx.compile(Layers(), parallel={"pipeline": 2}, microbatches=2, example_inputs=(torch.ones(2, 4),))
+    optimizer = model.optimizer(torch.optim.SGD, lr=0.1, max_grad_norm=1.0)
+    for step in range(2):
+        is_other = step and RANK
+        loss = model(torch.full((rows if is_other else 2, 4), filled if is_other else 1.0))
+        if dies and is_other:
+            os._exit(7)
+        loss.backward()
+        optimizer.step()
 
 
 def sharded(rows: int = 2, evaluates: bool = False) -> None:
@@ -104,6 +132,10 @@ def main() -> None:
     meet("shorter than examples", lambda: shorter(examples=True))
     meet("shorter, zero 2", lambda: shorter(examples=True, before=1, parallel={"data": 2, "zero": 2}))
     meet("shared", share)
+    meet("shared later", lambda: share(before=2))
+    meet("staged", staged)
+    meet("staged, shared later", lambda: staged(filled=2.0))
+    meet("staged, of another shape", lambda: staged(rows=4))
     meet("sharded", lambda: sharded(rows=3))
     meet("evaluates alone", lambda: sharded(evaluates=True))
     meet("all judge", lambda: judged(by=None))
@@ -112,5 +144,8 @@ def main() -> None:
     meet("death", lambda: train(steps=3, dies_at=1))
 
 
-main()
+if sys.argv[1:] == ["staged"]:
+    meet("death", lambda: staged(dies=True))
+else:
+    main()
 os._exit(0)  # gloo's threads may abort a process that ends in order after it has lost a peer

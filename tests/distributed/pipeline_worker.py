@@ -63,8 +63,9 @@ class Training:
 
 
 def pipeline(ranks: int, schedule: str, stages: int | None = None, **options: Any) -> dict[str, Any]:
+    """The loss is whole, as one process computes it: in pieces its gradients would be rounded elsewhere."""
     degrees = {"pipeline": {"ranks": ranks, "stages": stages} if stages else ranks}
-    return {"parallel": degrees, "schedule": schedule, "microbatches": 4, **options}
+    return {"parallel": degrees, "schedule": schedule, "microbatches": 4, "fuse_loss": False, **options}
 
 
 IN_TWOS = {

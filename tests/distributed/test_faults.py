@@ -17,9 +17,9 @@ TOGETHER = pytest.mark.xdist_group("faults")  # they share what the processes sa
 Said = dict[str, tuple[str, str]]
 
 
-def said_by(codes: tuple[int, int]) -> list[Said]:
+def said_by(*arguments: str, codes: tuple[int, int]) -> list[Said]:
     """Per rank, fault -> (error, message)."""
-    ended = ranks_of(SCRIPT)
+    ended = ranks_of(SCRIPT, *arguments)
     assert tuple(code for code, _ in ended) == codes
     lines = [[json.loads(line) for line in output.splitlines() if line.startswith("[")] for _, output in ended]
     return [{fault: (error, message) for fault, error, message in rank} for rank in lines]
@@ -33,7 +33,7 @@ def said() -> list[Said]:
 @pytest.mark.slow
 @TOGETHER
 def test_without_a_fault_nothing_is_raised(said) -> None:
-    assert [rank[name] for rank in said for name in ("none", "all judge")] == [("", "")] * 4
+    assert [rank[name] for rank in said for name in ("none", "all judge", "staged")] == [("", "")] * 6
 
 
 @pytest.mark.slow
@@ -44,6 +44,9 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("world", "ValueError", "world_size=3, but 2 processes were launched"),
         ("models", "StateError", "rank(s) 1 differs from that of rank 0"),
         ("shared", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
+        ("shared later", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
+        ("staged, shared later", "StateError", "rank(s) 1 called the model with another batch than the ranks that"),
+        ("staged, of another shape", "StateError", "a training step of the model ([0] float32[4, 4]; "),
         ("sharded", "StateError", "a training step of the model ([0] float32[3, 4]; "),
         ("evaluates alone", "StateError", "an evaluation of the model ([0] float32[2, 4]; "),
         (
@@ -83,6 +86,14 @@ def test_the_death_of_a_rank_ends_the_others(said) -> None:
         in text
         and "last checkpoint" in text
     )
+
+
+@pytest.mark.slow
+def test_a_death_between_forward_and_backward_ends_a_pipeline() -> None:
+    first, second = said_by("staged", codes=(0, 7))
+    assert not second and first["death"][0] == "StateError"
+    assert "rank 0 of 2 lost rank(s) 1 in " in first["death"][1]
+    assert "(the backward of a training step behind 1 update(s)), in step 2: which ended" in first["death"][1]
 
 
 @pytest.mark.slow

@@ -1,15 +1,22 @@
 """split_stages: the programs of all ranks of a pipeline together compute what one program of all stages does."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
+from geminifx.passes.canonicalize import canonicalize
+from geminifx.passes.partition import partition
+from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.text import parse_program
 from geminifx.passes.split_stages import split_stages
 from geminifx.runtime.isa.errors import ShardingError
+from geminifx.runtime.isa.instructions import RECEIVE, SEND, TURN
 from geminifx.runtime.isa.schedule import Schedule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
@@ -115,6 +122,60 @@ def test_evaluation_hands_the_loss_to_all_and_logits_to_the_last():
     expected, (first, last) = step.whole(), step.staged(schedule)
     assert torch.equal(first["output:0"], expected["output:0"]) and torch.equal(last["output:0"], expected["output:0"])
     assert first["output:1"].numel() == 0 and torch.equal(last["output:1"], expected["output:1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("1f1b", Shape(3, 6)), ("zbv", Shape(3, 6, 2)), ("interleaved", Shape(2, 4, 2))]
+)
+def test_a_step_without_backward_leaves_no_message_behind(name, shape):
+    """The next one would take it for its own."""
+    plan = replace(PLAN, microbatches=shape.microbatches, schedule=make_schedule(name, shape))
+    blocks = tuple(f"layers.{i}" for i in range(shape.stages))
+    plan = replace(plan, blocks=blocks, stages=("", *blocks[1:]))
+    sent, received = Counter(), Counter()
+    for rank in range(shape.ranks):
+        program = parse_program(_chain(shape.stages, shape.microbatches))
+        run_passes(program, replace(plan, line=rank), (canonicalize, split_stages, partition))
+        for node in takewhile(lambda node: node.target is not TURN, program.computes):
+            if node.target is SEND:
+                sent[rank, node.args[1]] += 1
+            elif node.target is RECEIVE:
+                received[node.args[3], rank] += 1
+    assert sent == received and sent
+
+
+def _chain(stages, microbatches):
+    """A step of so many products."""
+    rows = 2 * microbatches
+    weights = [f'    w{i}: "f32[4, 4] | parameter:layers.{i}.weight",' for i in range(stages)]
+    forward = [
+        line
+        for i in range(stages)
+        for line in (f"    # forward: layers.{i}", f'    h{i + 1}: "f32[2, 4]" = aten.mm.default(h{i}, w{i})')
+    ]
+    backward = [
+        line
+        for i in reversed(range(stages))
+        for line in (
+            f"    # backward: layers.{i}",
+            f'    t{i}: "f32[4, 2]{{1, 4}}" = aten.t.default(h{i})',
+            f'    d{i}: "f32[4, 4]" = aten.mm.default(t{i}, g{i + 1})',
+            f'    v{i}: "f32[4, 4]{{1, 4}}" = aten.t.default(w{i})',
+            f'    g{i}: "f32[2, 4]" = aten.mm.default(g{i + 1}, v{i})',
+        )
+    ]
+    results = ", ".join(f'"gradient:layers.{i}.weight": d{i}' for i in range(stages))
+    last = stages
+    return "\n".join([
+        "def training(", f'    batch: "f32[{rows}, 4] | input:0",', *weights, '    tangent: "f32[] | tangent:0",', "):",
+        "    # forward", f'    h0: "f32[2, 4]" = geminifx.microbatch(batch, 0, {microbatches})', *forward,
+        f"    # forward: layers.{last - 1}",
+        f'    square: "f32[2, 4]" = aten.mul.Tensor(h{last}, h{last})', '    loss: "f32[]" = aten.sum.default(square)',
+        '    mean: "f32[]" = geminifx.average(loss)', "    # backward",
+        f'    share: "f32[]" = aten.div.Tensor(tangent, {microbatches})',
+        f'    g{last}: "f32[2, 4]" = aten.mul.Tensor(h{last}, share)', *backward,
+        f'    return {{"output:0": mean, {results}}}',
+    ])  # fmt: skip
 
 
 def test_every_parameter_is_with_who_reads_it():
