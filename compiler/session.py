@@ -94,7 +94,7 @@ class Session:
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
             Tier("host", self.limits.host_bytes),
         )
-        self.saves = Background(self.ranks, self.hardware)
+        self.saves = Background(self.ranks, self.hardware, self._planned_host_bytes)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.phase = Phase.NEW
         self.setup: Setup | None = None
@@ -311,6 +311,11 @@ class Session:
         self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
+
+    def _planned_host_bytes(self) -> int:
+        """What the host holds while the program runs that takes most there."""
+        plans = [] if self.plan is None else [self.plan, *(compiled.plan for _, compiled in self._programs.items())]
+        return max((plan.estimate.host_bytes for plan in plans), default=0)
 
     def _shared_homes(self, plan: Plan) -> Homes:
         """Weights stay on the device only where every program made so far has room for them."""

@@ -1,5 +1,6 @@
 """Planning: from a captured program to a plan, the user's or the planner's, for the optimizer there is."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,12 +85,28 @@ class Planning:
         where its batch cannot be run as so many microbatches as were asked for.
         """
         find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
-        if self.asked is None or not captured.trains:
+        asked = self.asked
+        if asked is None or not captured.trains:
             return fewest(find, captured.examples)
+        if self.options.microbatches == "auto":
+            asked = self._as_far_as_it_divides(asked, captured.examples)
         try:
-            return find(self.asked)
+            return find(asked)
         except SplitError as error:
-            raise SplitError(f"microbatches={self.asked}: {error}; or leave microbatches out") from error
+            raise SplitError(f"microbatches={asked}: {error}; or leave microbatches out") from error
+
+    @staticmethod
+    def _as_far_as_it_divides(planned: int, examples: int) -> int:
+        """A plan is for the batch that it was made for: another, as a loader's last one, is run as fewer microbatches
+        where it does not divide into as many."""
+        count = next(count for count in range(planned, 0, -1) if examples % count == 0)
+        if count != planned:
+            warnings.warn(
+                f"a batch of {examples} examples does not divide into the plan's {planned} microbatches, and is run as "
+                f"{count}; microbatches={planned} refuses such batches, drop_last=True leaves them out",
+                stacklevel=2,
+            )
+        return count
 
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
                 format: OwnFormat | None) -> Decision:  # fmt: skip

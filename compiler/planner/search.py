@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
-from ...runtime.isa.homes import Home, Homes, Where, moved, resident
+from ...runtime.isa.homes import Home, Homes, Where, resident, with_home
 from .communication import collectives
 from .liveness import analyse
 from .memory import Limits, Memory
@@ -255,7 +255,7 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Hom
         homes = grown if memory.fits(grown) else homes
     if given.placed is None:
         for index, home in enumerate(homes):
-            grown = moved(homes, index, replace(home, where=Where.DEVICE))
+            grown = with_home(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
     return homes
 
