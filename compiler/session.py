@@ -30,6 +30,7 @@ from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
+from .agreement import agreed, is_agreed_on, shared_homes
 from .capture.arguments import check_shared
 from .capture.refusals import tell_of_slowness
 from .capture.results import absent_outputs, saved
@@ -94,7 +95,8 @@ class Session:
             Tier("device", device_limit, PATIENCE_S * self.ranks.together),
             Tier("host", self.limits.host_bytes),
         )
-        self.saves = Background(self.ranks, self.hardware, self._planned_host_bytes)
+        taken_bytes = lambda: max((plan.estimate.host_bytes for plan in self._plans()), default=0)  # noqa: E731
+        self.saves = Background(self.ranks, self.hardware, taken_bytes)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.phase = Phase.NEW
         self.setup: Setup | None = None
@@ -128,11 +130,26 @@ class Session:
                 # Until the first step states may still move, so the first real batch is planned for from scratch.
                 self._set_up(key, captured)
             else:
-                solution = self._further(captured, self.setup.plan)
+                # Beside those that there are: states stay where they are.
+                solution, _ = self.planning.decide(captured, self.setup.plan, True, self._format)
                 self._programs[key] = self._generate(captured, solution, self.setup.machine)
+        if self._programs[key].trains and self.phase in (Phase.PLANNED, Phase.PLACED):
+            self._agree(key)
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
         return compiled
+
+    def _agree(self, key: Key) -> None:
+        """Before the first training step: run the plan that suits all ranks where these share out weights."""
+        compiled, setup, error = self._programs[key], self.setup, None
+        if setup is None or setup.refusal is not None or not is_agreed_on(compiled.plan, self.ranks):
+            return
+        self.planning.agreed = agreed(compiled.plan, self.ranks)
+        try:
+            self._set_up(key, compiled.captured)
+        except BudgetError as refusal:
+            error = refusal
+        self.ranks.raise_alike(error)
 
     def _capture(self, call: Call) -> tuple[Key, Captured]:
         """The captured step for a call, and the key of its program."""
@@ -150,11 +167,6 @@ class Session:
         captured = self.captures.of(call)
         tell_of_slowness(time.perf_counter() - began_s, captured.program)
         return captured
-
-    def _further(self, captured: Captured, plan: Plan) -> Solution:
-        """A plan for another program beside those that there are: states stay where they are."""
-        solution, _ = self.planning.decide(captured, plan, True, self._format)
-        return solution
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         flat = solution.program
@@ -295,7 +307,7 @@ class Session:
             return
         if any(parameter.is_meta for parameter in self._parameters.values()):
             return
-        homes = self._shared_homes(setup.plan)
+        homes = shared_homes(setup.plan, self._plans())
         if self.is_placed and homes == self._homes:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -312,18 +324,8 @@ class Session:
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
 
-    def _planned_host_bytes(self) -> int:
-        """What the host holds while the program runs that takes most there."""
-        plans = [] if self.plan is None else [self.plan, *(compiled.plan for _, compiled in self._programs.items())]
-        return max((plan.estimate.host_bytes for plan in plans), default=0)
-
-    def _shared_homes(self, plan: Plan) -> Homes:
-        """Weights stay on the device only where every program made so far has room for them."""
-        others = [compiled.plan.homes for _, compiled in self._programs.items()]
-        return tuple(
-            replace(home, resident=home.resident and all(other.resident for other in same))
-            for home, *same in zip(plan.homes, *others, strict=True)
-        )
+    def _plans(self) -> list[Plan]:
+        return [compiled.plan for _, compiled in self._programs.items()]
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share tensors were called with different ones."""

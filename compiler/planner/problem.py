@@ -47,7 +47,8 @@ class _Formats:
 
 @dataclass
 class Planning:
-    """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`."""
+    """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`. What
+    ranks have `agreed` on is as good as a plan of the user's, but for microbatches, of which each has its own."""
 
     options: Options
     limits: Limits
@@ -56,6 +57,7 @@ class Planning:
     parameters: dict[str, nn.Parameter]
     dtypes: dict[str, torch.dtype]
     blocks: tuple[str, ...]
+    agreed: Plan | None = None
     _lowered: dict[Any, tuple[Captured, Program]] = field(default_factory=dict)
 
     def shared(self) -> Plan:
@@ -112,7 +114,7 @@ class Planning:
                 format: OwnFormat | None) -> Decision:  # fmt: skip
         """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
         runs = self.blocks if microbatches > 1 else ()
-        given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
+        given, options, lower = self.options.plan or self.agreed, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             request = self._request(given.request.policy)
@@ -121,7 +123,7 @@ class Planning:
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes)
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes)
-            accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
+            accept = partial(self._accept, lower)
             kinds = _Formats(format, torchs, given.format) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
         layout = before.layout if before else self._layout(captured.program)
@@ -136,6 +138,17 @@ class Planning:
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
         return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
+
+    def _accept(self, lower: Callable[[Plan], Program], plan: Plan) -> Solution:
+        try:
+            return check(plan, lower, self.limits)
+        except BudgetError as refusal:
+            if self.agreed is not None:
+                refusal.args = (
+                    f"{refusal}. That is by the plan that all ranks keep to since their first training step: begin "
+                    "with the largest batch",
+                )
+            raise
 
     def forget(self) -> None:
         """Training has begun: programs are lowered once each from here on."""
