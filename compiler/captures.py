@@ -11,6 +11,7 @@ from ..passes.sharding.parameters import whole_parameters
 from ..runtime.isa.errors import SplitError
 from .capture.microbatches import Arguments, Microbatches, examples, typed
 from .capture.trace import Captured, CaptureRequest, capture
+from .forward import having_forward
 from .lowering import Lowering
 from .programs import Call
 
@@ -45,12 +46,14 @@ class Captures:
         """A captured step that can be made of a part of the batch, as long as the model is as it was."""
         arguments = typed((call.args, call.kwargs))
         key, asked = call.key, replace(call, args=(), kwargs={}, leaves=[])  # whose values are not kept
+        forward = vars(self.source).get("forward")  # which it has only while it is called
 
         def recapture(part: Arguments) -> Captured:
-            with torch.set_grad_enabled(asked.backward):
-                now = Call.of(self.source, asked.entry, *arguments).taking(asked.inputs)
-            if now.key != key or not all(guard.holds() for guard in captured.guards):
-                raise SplitError("the model is not as it was when it was called; call it again")
-            return self._trace(asked, part)
+            with having_forward(self.source, forward):
+                with torch.set_grad_enabled(asked.backward):
+                    now = Call.of(self.source, asked.entry, *arguments).taking(asked.inputs)
+                if now.key != key or not all(guard.holds() for guard in captured.guards):
+                    raise SplitError("the model is not as it was when it was called; call it again")
+                return self._trace(asked, part)
 
         return replace(captured, examples=examples(arguments), divide=Microbatches(captured, arguments, recapture))

@@ -7,9 +7,12 @@ from functools import cached_property
 
 import torch
 
+from ..runtime.distributed.ranks import Ranks
 from ..runtime.isa.errors import StateError
 from ..runtime.isa.torch_private import use_expandable_segments
 from ..runtime.isa.units import parse_bytes
+from ..runtime.memory.hardware import Hardware
+from ..runtime.memory.tiers import Tier
 from .device_memory import HEADROOM_BYTES, DeviceMemory
 from .host_memory import host_memory
 from .options import Options
@@ -30,6 +33,8 @@ with logits of 3.3 GB among them: once in every step the allocator found no hole
 its cached blocks back to the driver, which took 0.35 s of a step of 1.0 s on an H100. With the loss in pieces,
 where no storage is larger than 0.3 GB, it never had to.
 """
+
+PATIENCE_S = 1.0
 
 HOST_SHARE = 0.9
 """The share of free host memory that is used where no host_budget is given."""
@@ -75,6 +80,13 @@ class Device:
         if self.is_cuda:
             return torch.cuda.get_device_properties(self.torch_device).total_memory
         return host_memory()[0]
+
+    def hardware(self, limits: Limits, ranks: Ranks) -> Hardware:
+        """Accounts of both sides. A GPU's own allocator keeps to the budget there; in the arena, among processes, what
+        gloo's threads still hold a moment longer is waited for."""
+        device_bytes = None if self.is_cuda else limits.device_bytes
+        device = Tier("device", device_bytes, PATIENCE_S * ranks.together)
+        return Hardware(self.torch_device, device, Tier("host", limits.host_bytes))
 
     def limits(self, options: Options, processes: int) -> Limits:
         """Budgets in bytes, and the rates of a machine that so many processes share. On CUDA the allocator is capped so

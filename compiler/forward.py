@@ -82,17 +82,23 @@ class Forward:
     @contextmanager
     def in_source(self) -> Iterator[None]:
         """Within, the source's own forward is this one, uncompiled."""
-        attributes = vars(self._source)
-        before = attributes.get("forward")
-        try:
-            _set_forward(attributes, self.method)
+        with having_forward(self._source, self.method):
             yield
-        finally:
-            _set_forward(attributes, before)
+
+
+@contextmanager
+def having_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within, a module has this forward of its own; None: its class's."""
+    attributes = vars(module)
+    before = attributes.get("forward")
+    try:
+        _set_forward(attributes, forward)
+        yield
+    finally:
+        _set_forward(attributes, before)
 
 
 def _set_forward(attributes: dict[str, Any], forward: Any) -> None:
-    """None: the class's own."""
     if forward is None:
         attributes.pop("forward", None)
     else:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from ..passes.program.plan import Plan
 from ..runtime.isa.errors import BudgetError
 from ..runtime.isa.homes import Homes
+from .agreement import shared_homes
 from .planner.memory import Limits
 from .planner.search import estimated, rehomed
 from .programs import Compiled, Key
 from .session import Session
-from .setup import shared_homes
 
 Plans = Mapping[Key, Plan]
 """One for each program."""

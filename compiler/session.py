@@ -22,15 +22,15 @@ from ..runtime.isa.homes import Homes
 from ..runtime.isa.precision import parameter_dtypes
 from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
-from ..runtime.memory.hardware import Hardware
 from ..runtime.memory.lazy_parameter import hooked
 from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stats import Figures, Stats
-from ..runtime.memory.tiers import MemoryMeter, Tier
+from ..runtime.memory.tiers import MemoryMeter
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
+from .agreement import agreed, is_agreed_on, shared_homes
 from .capture.arguments import check_shared
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
@@ -38,16 +38,15 @@ from .capture.weak_references import without_weak_references
 from .captures import Captures
 from .collector import resting_collector
 from .device import Device
+from .guess import of_a_guess
 from .kept_captures import KeptCaptures
 from .lowering import Lowering, generate
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
 from .programs import Call, Compiled, Key, Recent, channels, chunks_alike, exchanged, messages, state_alike
-from .setup import Declaration, Phase, Setup, move, shared_homes
+from .setup import Declaration, Phase, Setup, move
 from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values
-
-PATIENCE_S = 1.0
 
 
 class Session:
@@ -79,13 +78,8 @@ class Session:
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
         captures = Captures(source, request, self.lowering, self.planning.shared())
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
-        device_limit = None if self.device.is_cuda else self.limits.device_bytes
-        self.hardware = Hardware(
-            self.device.torch_device,
-            Tier("device", device_limit, PATIENCE_S * self.ranks.together),
-            Tier("host", self.limits.host_bytes),
-        )
-        self.saves = Background(self.ranks, self.hardware)
+        self.hardware = self.device.hardware(self.limits, self.ranks)
+        self.saves = Background(self.ranks, self.hardware, self._planned_host_bytes)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.phase = Phase.NEW
         self.setup: Setup | None = None
@@ -111,6 +105,8 @@ class Session:
         key = self.captures.key(call)
         if key not in self._programs:
             key = self._make(call)
+        if self._programs[key].trains and self.phase in (Phase.PLANNED, Phase.PLACED):
+            self._agree(key)
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
         return compiled
@@ -125,6 +121,18 @@ class Session:
             solution = self._further(captured, self.setup.plan)
             self._programs[key] = self._generate(captured, solution, self.setup.machine)
         return key
+
+    def _agree(self, key: Key) -> None:
+        """Before the first training step: run the plan that suits all ranks where these share out weights."""
+        compiled, setup, error = self._programs[key], self.setup, None
+        if setup is None or setup.refusal is not None or not is_agreed_on(compiled.plan, self.ranks):
+            return
+        self.planning.agreed = agreed(compiled.plan, self.ranks)
+        try:
+            self._set_up(key, compiled.captured)
+        except BudgetError as refusal:
+            error = refusal
+        self.ranks.raise_alike(error)
 
     def _further(self, captured: Captured, plan: Plan) -> Solution:
         """A plan for another program beside those that there are: states stay where they are."""
@@ -176,17 +184,8 @@ class Session:
         """Plan for inputs made from the model's configuration; None where it has none that tells."""
         guess = example_inputs(self.source, self.planning.asked or 1)
         if guess is not None:
-            try:
-                with torch.enable_grad():
-                    self.program((), dict(guess))
-            except BudgetError as error:
-                error.args = (f"{error}; these are a guess: pass the batch you train on as example_inputs=",)
-                raise
-            except Exception as error:
-                error.add_note(
-                    "in a batch that was guessed from the model's configuration; example_inputs= has another"
-                )
-                raise
+            with of_a_guess(), torch.enable_grad():
+                self.program((), dict(guess))
         return self.setup
 
     def _set_up(self, key: Key, captured: Captured) -> None:
@@ -310,6 +309,10 @@ class Session:
             self.place()
         except BudgetError as error:
             self.phase, self._failure = move(self.phase, Phase.BROKEN), error
+
+    def _planned_host_bytes(self) -> int:
+        """What the host holds while the program runs that takes most there."""
+        return max((compiled.plan.estimate.host_bytes for compiled in self.programs().values()), default=0)
 
     def programs(self) -> dict[Key, Compiled]:
         """All that are kept."""

@@ -1,13 +1,11 @@
 """What a model is set up with, as one value, what its optimizer declared, and the phases it passes through."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from ..passes.program.plan import Plan
 from ..runtime.isa.errors import IllegalTransition
 from ..runtime.isa.formats import OwnFormat
-from ..runtime.isa.homes import Homes
 from ..runtime.machine import Machine
 from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
@@ -65,11 +63,3 @@ class Setup:
     machine: Machine
     own: OwnStore | None = None
     refusal: Exception | None = None
-
-
-def shared_homes(plan: Plan, others: Iterable[Plan]) -> Homes:
-    """A plan's homes, but weights stay on the device only where the plans of all other programs have room for them."""
-    return tuple(
-        replace(home, resident=home.resident and all(other.resident for other in same))
-        for home, *same in zip(plan.homes, *(other.homes for other in others), strict=True)
-    )

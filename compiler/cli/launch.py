@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from ...models.recipe.finetune import STOPS
+from ...runtime.optimizer.updates import cores
 
 HERE = "127.0.0.1"
 MOST_PROCESSES = 256
@@ -60,7 +61,7 @@ def launch(words: list[str], nprocs: int) -> int:
     # The system chooses the port, and it is listened on from then on: no other program can get it.
     store = TCPStore(HERE, 0, nprocs, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": HERE, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nprocs)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // nprocs)))
     environments = {
         i: address
         | {"RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": threads}

@@ -60,7 +60,7 @@ def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
     for node in program.computes:
         if node.target is FETCH and plan.homes[node.args[0]].resident and node is not first[node.args[0]]:
             continue  # whole from its first use on
-        found = exchanged(node, plan)
+        found = traffic_of(node, plan)
         if found is not None:
             counts[found.axis, found.collective] += found.count
             received[found.axis, found.collective] += found.received_bytes
@@ -70,7 +70,7 @@ def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
     return tuple(CollectiveTraffic(*key, counts[key], received[key]) for key in keys)
 
 
-def exchanged(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
+def traffic_of(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
     """What one instruction exchanges, if anything."""
     if node.target is START_ALL_GATHER:
         received_bytes = (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes

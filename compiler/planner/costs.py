@@ -49,13 +49,13 @@ def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
     """Logits exist in pieces only, but are written and read all the same: in the inputs' dtype so often, and four times
     in float32."""
 
-    def moved(node: fx.Node) -> int:
+    def num_bytes(node: fx.Node) -> int:
         matrices = [type for type in map(tensor_type, node.all_input_nodes) if len(type.shape) == 2]
         hidden, weight = matrices[:2]
         logit_bytes = passes * hidden.dtype.itemsize + 4 * torch.float32.itemsize
         return _every_operand(node) + logit_bytes * hidden.shape[0] * weight.shape[0]
 
-    return moved
+    return num_bytes
 
 
 MOVED: dict[object, Callable[[fx.Node], int]] = {

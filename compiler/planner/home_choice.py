@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from ...passes.program.plan import Plan
-from ...runtime.isa.homes import Home, Homes, Where, moved, resident
+from ...runtime.isa.homes import Home, Homes, Where, resident, with_home
 from ...runtime.isa.layout import ChunkLayout
 from .memory import Memory
 from .simulate import StepTime
@@ -63,7 +63,7 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> H
         homes = grown if memory.fits(grown) else homes
     if placed is None:
         for index, home in enumerate(homes):
-            grown = moved(homes, index, replace(home, where=Where.DEVICE))
+            grown = with_home(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
     return homes
 
@@ -94,10 +94,10 @@ def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Hom
         return
     alike: dict[tuple[int, torch.dtype, bool, Home], list[ChunkLayout]] = {}
     for chunk, home in plan.placed(homes):
-        alike.setdefault(((chunk.numel, chunk.dtype, chunk.trainable), home), []).append(chunk)
-    for (_, home), chunks in alike.items():
+        alike.setdefault((chunk.numel, chunk.dtype, chunk.trainable, home), []).append(chunk)
+    for (_, _, _, home), chunks in alike.items():
         for chunk, other in product(dict.fromkeys((chunks[0], chunks[-1])), _elsewhere(plan, chunks[0], home, placed)):
-            grown = moved(homes, chunk.index, other)
+            grown = with_home(homes, chunk.index, other)
             if memory.fits(grown) and not memory.beyond_host(grown):
                 what = f"chunk {chunk.index}: {other.text}, not {home.text}"
                 yield Move(what, grown, time.seconds(plan, grown))

@@ -1,5 +1,6 @@
 """Planning: from a captured program to a plan, the user's or the planner's, for the optimizer there is."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -29,7 +30,7 @@ from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.schedules import Shape, make_schedule
 from .refusal import HostBudgetError
-from .search import Constraints, Solution, Weighed, check, solve
+from .search import Constraints, Lower, Solution, Weighed, check, solve
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
@@ -53,7 +54,8 @@ class _Formats:
 class Planning:
     """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`.
     `limits` are those of the machine as it is known by now, `asked_bytes` the budget that was asked for. `line` is the
-    rank of the pipeline that this process is."""
+    rank of the pipeline that this process is. What ranks have `agreed` on is as good as a plan of the user's, but for
+    microbatches, of which each has its own."""
 
     options: Options
     limits: Limits
@@ -63,6 +65,7 @@ class Planning:
     dtypes: dict[str, torch.dtype]
     blocks: tuple[str, ...]
     line: int = 0
+    agreed: Plan | None = None
     _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,9 +73,10 @@ class Planning:
 
     @property
     def adapts(self) -> bool:
-        """Whether homes may be chosen anew in training: those that a user put somewhere stay there, and those of a
-        pipeline's ranks, which have chunks of their own each."""
-        return self.options.placement == "auto" and self.options.plan is None and self.schedule is None
+        """Whether homes may be chosen anew in training: those that a user put somewhere stay there, those that ranks
+        agreed on, and those of a pipeline's ranks, which have chunks of their own each."""
+        fixed = self.options.plan is not None or self.agreed is not None or self.schedule is not None
+        return self.options.placement == "auto" and not fixed
 
     def shared(self) -> Plan:
         """What was asked for and the processes that there are, which all plans of the model say alike."""
@@ -139,18 +143,34 @@ class Planning:
         find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
         if self.schedule is not None and not captured.trains:
             return find(self.asked if captured.examples % (self.asked or 1) == 0 else 1)
-        if self.asked is None or not captured.trains:
+        asked = self.asked
+        if asked is None or not captured.trains:
             return fewest(find, captured.examples)
+        if self.options.microbatches == "auto":
+            asked = self._as_far_as_it_divides(asked, captured.examples)
         try:
-            return find(self.asked)
+            return find(asked)
         except SplitError as error:
-            raise SplitError(f"microbatches={self.asked}: {error}; or leave microbatches out") from error
+            raise SplitError(f"microbatches={asked}: {error}; or leave microbatches out") from error
+
+    @staticmethod
+    def _as_far_as_it_divides(planned: int, examples: int) -> int:
+        """A plan is for the batch that it was made for: another, as a loader's last one, is run as fewer microbatches
+        where it does not divide into as many."""
+        count = next(count for count in range(planned, 0, -1) if examples % count == 0)
+        if count != planned:
+            warnings.warn(
+                f"a batch of {examples} examples does not divide into the plan's {planned} microbatches, and is run as "
+                f"{count}; microbatches={planned} refuses such batches, drop_last=True leaves them out",
+                stacklevel=2,
+            )
+        return count
 
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
                 format: OwnFormat | None) -> Decision:  # fmt: skip
         """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
         runs = self.blocks if microbatches > 1 or self.schedule is not None else ()
-        given, options, lower = self.options.plan, self.options, partial(self._lower, captured)
+        given, options, lower = self.options.plan or self.agreed, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
         if given is not None:
             if given.line != self.line:
@@ -165,7 +185,7 @@ class Planning:
                             schedule=self._scheduled(captured, microbatches))  # fmt: skip
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
-            accept = lambda plan: check(plan, lower, self.limits)  # noqa: E731
+            accept = partial(self._accept, lower)
             kinds = _Formats(format, torchs, given.format) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
         staged = replace(
@@ -186,6 +206,17 @@ class Planning:
         ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
         return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
+
+    def _accept(self, lower: Lower, plan: Plan) -> Solution:
+        try:
+            return check(plan, lower, self.limits)
+        except BudgetError as refusal:
+            if self.agreed is not None:
+                refusal.args = (
+                    f"{refusal}. That is by the plan that all ranks keep to since their first training step: begin "
+                    "with the largest batch",
+                )
+            raise
 
     def forget(self) -> None:
         """Training has begun: programs are lowered once each from here on."""

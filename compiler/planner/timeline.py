@@ -16,7 +16,7 @@ from ...passes.program.program import Program, tensor_type, type_of
 from ...passes.program.types import freeze
 from ...runtime.isa import instructions as isa
 from ..rates.rates import Rates
-from .communication import exchanged
+from .communication import traffic_of
 from .costs import is_free, kernel_s, operators
 
 
@@ -78,7 +78,7 @@ def _chunk(argument: int) -> Callable[[fx.Node, _Reading], Subject | None]:
 
 
 def _exchange(node: fx.Node, reading: _Reading) -> Subject | None:
-    traffic = exchanged(node, reading.plan)
+    traffic = traffic_of(node, reading.plan)
     if traffic is None:
         return None
     return reading.begin(node, Carrier.NETWORK, traffic.received_bytes, traffic.count)

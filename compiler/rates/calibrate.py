@@ -15,6 +15,9 @@ import torch
 
 from ...runtime.distributed.ranks import ALONE, Ranks
 from ...runtime.isa.errors import GeminiError
+from ...runtime.isa.formats import OwnFormat
+from ...runtime.isa.homes import Home, Where
+from ...runtime.isa.layout import ChunkLayout
 from .measure import Bench, Effort, Measured
 from .others import HostWatch, used_by_others
 from .presets import NETWORK_LATENCY_S, card_named, preset
@@ -39,9 +42,6 @@ AUTOMATIC = Effort(
     needed_bytes=2**30, sizes=(512, 1024, 2048, 4096), sustained_s=0.08, each_s=0.02, copied_bytes=64 * 2**20,
     operator_bytes=128 * 2**20, host_params=16 * 10**6, device_params=0, updates_on_device=False,
 )  # fmt: skip
-
-TRAVELLING_BYTES = 22
-"""What a parameter's state moves over the bus to be updated on the device: 12 up, 10 down."""
 
 Measure = Callable[[torch.device, Effort, Ranks], Measured]
 
@@ -157,4 +157,6 @@ def _products(effort: Effort, seconds: tuple[float, ...], kernel_s: float) -> Pr
 def _passing(found: Measured) -> float:
     """What passes costs the worker the share of its time that copies cost its updates."""
     lost = max(1 - found.host_params_per_s / found.host_alone_params_per_s, 0.01)
-    return 2 * found.both_bytes_per_s / (lost * TRAVELLING_BYTES)
+    state = ChunkLayout(0, 1, torch.bfloat16, torch.float32, trainable=True, slots=())
+    travelling_bytes = sum(OwnFormat().travelling_bytes(state, Home(Where.STREAMED, resident=True)))
+    return 2 * found.both_bytes_per_s / (lost * travelling_bytes)

@@ -1,6 +1,5 @@
 """Which machine this is, as far as its speed depends on it."""
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ...runtime.isa.torch_private import cuda_driver
+from ...runtime.optimizer.updates import cores
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -37,11 +37,6 @@ class Identity:
             processes=processes,
             torch_version=torch.__version__,
         )
-
-
-def cores() -> int:
-    """Of those that there are, how many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model(cpuinfo: Path = CPUINFO) -> str:

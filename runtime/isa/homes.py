@@ -57,14 +57,14 @@ Homes = tuple[Home, ...]
 """By chunk number."""
 
 
-def moved(homes: Homes, index: int, home: Home) -> Homes:
+def with_home(homes: Homes, index: int, home: Home) -> Homes:
     """The same homes, but for one chunk's."""
     return (*homes[:index], home, *homes[index + 1 :])
 
 
 def resident(homes: Homes, index: int) -> Homes:
     """The same homes, but that one chunk's weights stay on the device."""
-    return moved(homes, index, replace(homes[index], resident=True))
+    return with_home(homes, index, replace(homes[index], resident=True))
 
 
 def numbers(homes: Iterable[Home], where: Where) -> frozenset[int]:

@@ -340,6 +340,7 @@ class OwnStore:
         self._is_partial = True
         self.zeroed.drop() if set_to_none else self.zeroed.zero()
         self.held.forget_all()
+        self.updater.forget_begun()
         self.backwards = 0
         self._is_partial = False
 

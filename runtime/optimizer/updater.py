@@ -175,6 +175,10 @@ class Updater:
         after = self.held.landed(index), self.released.get(index)
         self.tickets.submit(index, partial(self._write_spare, index, early, Gradient(state.gradient)), *after)
 
+    def forget_begun(self) -> None:
+        """What was begun is of gradients that are dropped: the next update is of others, and no other one."""
+        self._begun.clear()
+
     def _write_spare(self, index: int, early: Early, gradient: Gradient) -> Arrival:
         """The worker's job, once the gradient is here and nobody reads any more what the spare held as the state."""
         state = self.states[index]

@@ -85,25 +85,29 @@ def _failure(future: "Future[None]") -> Exception | None:
 
 @dataclass(frozen=True)
 class Copying:
-    """Makes the copies of a save, on the host, where `tier` has to have room for them. Without room the save fails, or,
-    if it `may_wait`, is written of the state itself, while whoever asked for it waits."""
+    """Makes the copies of a save, on the host, where `tier` has to have room for them beside the `planned_bytes` that
+    training takes there at most, whether they are in use or not. Without room the save fails, or, if it `may_wait`, is
+    written of the state itself, while whoever asked for it waits."""
 
     tier: Tier
     saving: Saving
     may_wait: bool
+    planned_bytes: int
 
     def copies(self, items: Sequence[WriteItem], read: Callable[[WriteItem], Tensor | BytesIO]) -> Copies | None:
         """What `read` tells of all that this process writes; None where it is to be read when it is written.
 
         Raises CheckpointError where there is no room for that.
         """
-        needed_bytes, free_bytes = sum(map(_num_bytes, items)), self.tier.free_bytes
-        if free_bytes is not None and needed_bytes > free_bytes:
+        needed_bytes, limit_bytes = sum(map(_num_bytes, items)), self.tier.limit_bytes
+        taken_bytes = max(self.tier.used_bytes, self.planned_bytes)
+        if limit_bytes is not None and taken_bytes + needed_bytes > limit_bytes:
             if self.may_wait:
                 return None
             raise CheckpointError(
                 f"the copy that a checkpoint in the background is written from takes {needed_bytes:,} bytes, of which "
-                f"the host budget has room for {max(free_bytes, 0):,}; raise host_budget, or save without "
+                f"the host budget of {limit_bytes:,} has room for {max(limit_bytes - taken_bytes, 0):,} beside the "
+                f"{taken_bytes:,} of training; raise host_budget by as much as is missing, or save without "
                 "background=True"
             )
         copies = {item.index: self._copy(read(item)) for item in items}
@@ -126,8 +130,9 @@ def _num_bytes(item: WriteItem) -> int:
 class Background:
     """The saves of one model in the background, one at a time."""
 
-    def __init__(self, ranks: Ranks, hardware: Hardware) -> None:
-        self._training, self._hardware = ranks, hardware
+    def __init__(self, ranks: Ranks, hardware: Hardware, planned_bytes: Callable[[], int]) -> None:
+        """`planned_bytes` tells how much of the host's memory training takes at most."""
+        self._training, self._hardware, self._planned_bytes = ranks, hardware, planned_bytes
         self._last: Saving | None = None
 
     @cached_property
@@ -142,7 +147,7 @@ class Background:
         Raises on all of them what fails on one before that.
         """
         saving = self._last = Saving()
-        copying = Copying(self._hardware.host_tier, saving, may_wait)
+        copying = Copying(self._hardware.host_tier, saving, may_wait, self._planned_bytes())
         with quiet():  # not in the thread: filters of warnings are the whole process's
             Thread(target=saving.run, args=(lambda: write(copying), self._context())).start()
             try:

@@ -12,6 +12,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+import zoo
 from geminifx.runtime.isa.errors import CheckpointError
 from geminifx.runtime.state_io import background
 from geminifx.runtime.state_io.filesystem import Writer
@@ -127,16 +128,38 @@ def test_a_copy_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     train(model, optimizer)
     tier = model.session.hardware.host_tier
     needed = sum(t.nbytes for t in model.state_dict().values()) + 2 * 4 * sum(p.numel() for p in model.parameters())
-    tier.limit_bytes = tier.used_bytes + needed - 1
-    with pytest.raises(
-        CheckpointError, match=rf"takes {needed:,} bytes, .* room for {needed - 1:,}; raise host_budget"
-    ):
+    planned = max(tier.used_bytes, model.plan.estimate.host_bytes)
+    tier.limit_bytes = planned + needed - 1
+    told = rf"takes {needed:,} bytes, .* room for {needed - 1:,} beside the {planned:,} of training; raise host_budget"
+    with pytest.raises(CheckpointError, match=told):
         geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", background=True)
     assert os.listdir(tmp_path) == []
     tier.limit_bytes += 1
     before = tier.used_bytes
     geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", background=True).result()
     assert tier.used_bytes == before
+
+
+def test_what_training_takes_later_is_kept_free(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is offloaded nothing is on the host before the first step."""
+    monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 1)
+    case = zoo.Case("opt of four layers", lambda: zoo.opt(num_hidden_layers=4))
+    model = zoo.compiled(case, placement="cuda", recompute="none", offload="all")
+    model.session.placed()
+    tier, planned = model.session.hardware.host_tier, model.plan.estimate.host_bytes
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    assert tier.used_bytes < planned == model.plan.estimate.offloaded_bytes
+    tier.limit_bytes = planned + needed - 1
+    with pytest.raises(CheckpointError, match=rf"room for {needed - 1:,} beside the {planned:,} of training"):
+        geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True)
+    tier.limit_bytes += 1
+    saving = geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True)
+    model(**zoo.OPT.batch()).loss.backward()
+    assert not saving.done() and tier.peak_bytes <= tier.limit_bytes
+    gate.set()
+    saving.result()
 
 
 def test_ctrl_c_while_it_copies_leaves_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

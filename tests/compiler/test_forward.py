@@ -51,6 +51,21 @@ def test_a_method_in_the_place_of_the_forward_is_compiled() -> None:
     check_equal(model, GPT2.seeded())
 
 
+def test_a_method_is_divided_into_microbatches_when_it_does_not_run() -> None:
+    """As a plan for another optimizer does."""
+    plain, model = GPT2.seeded(), compiled(GPT2, microbatches=2)
+    scaled(plain, 2.0), scaled(model, 2.0)
+    losses = [each(**tokens(4))["loss"] for each in (plain, model)]
+    assert model.session.last["training"].captured.by(4).program.inputs("input")
+    optimizer = model.optimizer(torch.optim.SGD, lr=0.1)
+    losses.append(model(**tokens(4))["loss"])
+    losses[-1].backward()
+    optimizer.step()
+    assert model.plan.microbatches == 2
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=2**-20, atol=0)
+
+
 def test_what_a_method_takes_is_its_own_where_it_says_so() -> None:
     def forward(self: Any, ids: Tensor, scale: float = 1.0) -> Tensor:
         return scale * self.transformer(ids).last_hidden_state

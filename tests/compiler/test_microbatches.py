@@ -7,6 +7,7 @@ by themselves.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -295,6 +296,28 @@ def test_a_plan_says_how_many_and_is_fed_back() -> None:
         compiled(case, plan=replace(plan, microbatches=0))
     with pytest.raises(ArgumentError, match="blocks is 'h' among others"):
         compiled(case, plan=replace(plan, blocks=("h",)))
+
+
+@pytest.mark.parametrize(("rows", "count"), [(8, 4), (6, 3), (5, 1)])
+def test_a_batch_that_does_not_divide_as_a_plan_says_is_run_as_fewer(rows: int, count: int) -> None:
+    case = CASES["loss outside"]
+    plan = compiled(case, microbatches=4).plan
+    plain, model = case.seeded(), compiled(case, plan=plan)
+    case.loss(model, case.batch()).backward()
+    model.zero_grad()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for each in (plain, model):
+            case.loss(each, case.batch(batch=rows)).backward()
+            case.loss(each, case.batch(batch=rows)).backward()
+    said = [str(each.message) for each in told if "does not divide" in str(each.message)]
+    assert len(said) == (count < 4) and all(
+        f"a batch of {rows} ex" in one and f"run as {count};" in one for one in said
+    )
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert close(q.grad, p.grad, p.grad.abs().max().item())
+    with pytest.raises(SplitError, match="6 examples do not divide into 4 parts"):
+        compiled(case, plan=plan, microbatches=4)(case.batch(batch=6)["input"])
 
 
 # -- what goes in and out ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Rank 0 writes what it found to OUT; `test_nccl.py` compares that with one process on the whole batches.
 """
 
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -16,7 +15,7 @@ import geminifx
 import torch
 from tensor_worker import Sharded, tensor
 from torch import distributed as dist
-from worker import Own, replicas_agree, train
+from worker import Own, of_all, train, write_found
 from zoo import LLAMA, OPT, Case, llama
 
 MODES: dict[int, dict[str, dict[str, Any]]] = {
@@ -90,19 +89,9 @@ def find(name: str, ranks: int, rank: int) -> Any:
         return save_and_load(ranks, rank)
     training = cases(ranks)[name]
     trained = train(training, training.rows(rank))
-    trained = replace(trained, state={key: value.cuda() for key, value in trained.state.items()})
-    everyones: list[Any] = [None] * ranks
-    dist.all_gather_object(everyones, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
-    state = {key: value.cpu() for key, value in trained.state.items()}
-    return {"ranks": everyones, "state": state, "optimizer": trained.optimizer}
-
-
-def main(out: Path, *names: str) -> None:
-    found = {name: find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) for name in names}
-    if dist.get_rank() == 0:
-        torch.save(found, out)
-    dist.destroy_process_group()
+    on_device = replace(trained, state={key: value.cuda() for key, value in trained.state.items()})
+    return of_all(on_device) | {"state": trained.state}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    write_found(find, Path(sys.argv[1]), sys.argv[2:])

@@ -3,7 +3,6 @@
 Rank 0 writes what it found to OUT; `test_tensor_parallel.py` compares that with one process on the whole batches.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from geminifx.compiler.parallel import Parallel
 from more_models import BERT, DETACHED, QWEN3
 from torch import Tensor
 from torch import distributed as dist
-from worker import Own, Trained, Training, replicas_agree, train
+from worker import Own, Training, of_all, replicas_agree, train, write_found
 from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
 
 ROWS = 8
@@ -164,17 +163,8 @@ def find(name: str, ranks: int, rank: int) -> Any:
         dist.all_gather_object(everyones, drop(DROPPED[name]))
         return everyones
     training = CASES[ranks][name]
-    trained: Trained = train(training, training.rows(rank))
-    dist.all_gather_object(everyones, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
-    return {"ranks": everyones, "state": trained.state, "optimizer": trained.optimizer}
-
-
-def main(out: Path, *names: str) -> None:
-    found = {name: find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) for name in names}
-    if dist.get_rank() == 0:
-        torch.save(found, out)
-    dist.destroy_process_group()
+    return of_all(train(training, training.rows(rank)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    write_found(find, Path(sys.argv[1]), sys.argv[2:])

@@ -6,6 +6,7 @@ Rank 0 writes what it found to OUT; `test_data_parallel.py` compares that with o
 import os
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -241,14 +242,20 @@ def averaged(rank: int) -> tuple[Tensor, Tensor]:
     return x[0], next(model.parameters()).grad[0].clone()
 
 
+def of_all(trained: Trained) -> dict[str, Any]:
+    """What this rank has trained, and of every rank whether it agrees with the others, its losses and bytes."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
+    return {"ranks": ranks, "state": trained.state, "optimizer": trained.optimizer}
+
+
 def find(name: str, ranks: int, rank: int) -> Any:
     """What all ranks find of one of CASES, of EXACT, AVERAGED or OVERFLOW."""
     rows = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
     everyones: list[Any] = [None] * ranks
     if name in CASES:
         trained = train(CASES[name], rows)
-        dist.all_gather_object(everyones, (replicas_agree(trained.state), trained.losses, trained.num_bytes))
-        return {"ranks": everyones, "state": trained.state, "optimizer": trained.optimizer}
+        return of_all(trained)
     if name in EXACT:
         plain = train(replace(EXACT[name], zero=0), rows)
         return same(train(EXACT[name], rows, resume_at=2 if EXACT[name].also else -1), plain)
@@ -258,7 +265,8 @@ def find(name: str, ranks: int, rank: int) -> Any:
     return [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
 
 
-def main(out: Path, *names: str) -> None:
+def write_found(find: Callable[[str, int, int], Any], out: Path, names: Sequence[str]) -> None:
+    """Rank 0 writes what all ranks find of each name."""
     found = {name: find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) for name in names}
     if dist.get_rank() == 0:
         torch.save(found, out)
@@ -266,4 +274,4 @@ def main(out: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    write_found(find, Path(sys.argv[1]), sys.argv[2:])

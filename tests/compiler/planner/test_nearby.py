@@ -18,7 +18,7 @@ from geminifx.passes.program.program import Program
 from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
-from geminifx.runtime.isa.homes import Home, Homes, Where, moved
+from geminifx.runtime.isa.homes import Home, Homes, Where, with_home
 from geminifx.runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
 from geminifx.runtime.isa.layout import ChunkLayout, Layout
 
@@ -90,7 +90,7 @@ def _one_step_away(plan: Plan, blocks: int) -> list[Plan]:
     """One chunk in any other home, or one block recomputed more or less."""
     count = len(plan.recompute)
     recomputed = [names(blocks)[:near] for near in (count - 1, count + 1) if 0 <= near <= blocks]
-    homes = (moved(plan.homes, i, home) for i, home in product(range(blocks), HOMES) if _may_be(home, plan.format))
+    homes = (with_home(plan.homes, i, home) for i, home in product(range(blocks), HOMES) if _may_be(home, plan.format))
     return [*(replace(plan, recompute=near) for near in recomputed), *(replace(plan, homes=near) for near in homes)]
 
 
@@ -118,7 +118,7 @@ def test_what_an_alternative_is_said_to_take_it_takes() -> None:
     plan = solve(draft(4, OwnFormat()), lower, limits, given).plan
     found = {other.what: other for other in plan.alternatives}
     moves: dict[str, Homes] = {
-        f"chunk {i}: {home.text}, not {plan.homes[i].text}": moved(plan.homes, i, home)
+        f"chunk {i}: {home.text}, not {plan.homes[i].text}": with_home(plan.homes, i, home)
         for i, home in product(range(4), HOMES)
     }
     assert found.keys() & moves.keys()
