@@ -174,8 +174,16 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> S
     if plan.request.policy == "auto" and memory.fits(_least(plan, given)):
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
-    _, _, homes = min(timed, key=lambda candidate: candidate[:2])
+    if given.placed is None:
+        apart = _landing_apart(plan, min(timed, key=_order)[-1])
+        timed.append((memory.beyond_host(apart), time.seconds(plan, apart), apart))
+    homes = min(timed, key=_order)[-1]
     return _solution(replace(plan, homes=homes), program, memory, time)
+
+
+def _order(candidate: tuple[int, float, Homes]) -> tuple[int, float]:
+    """Homes that fit the host, then those of the faster step; of equal ones the first."""
+    return candidate[:2]
 
 
 def _step_s(solution: Solution) -> float:
@@ -223,11 +231,9 @@ def _refused(solutions: list[Solution], limits: Limits) -> Exception:
 def _least(plan: Plan, given: Constraints) -> Homes:
     """What the policy puts on the device whatever the room."""
     cuda = plan.request.policy == "cuda"
-    where, spare = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks), [False] * len(plan.layout.chunks)
-    if given.placed is not None:
-        where, spare = [home.where for home in given.placed], [home.spare for home in given.placed]
+    homes = given.placed or (Home(Where.DEVICE if cuda else Where.HOST),) * len(plan.layout.chunks)
     stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
-    return tuple(map(Home, where, stays, spare))
+    return tuple(replace(home, resident=stay) for home, stay in zip(homes, stays, strict=True))
 
 
 def _candidates(plan: Plan, memory: Memory, given: Constraints) -> list[Homes]:
@@ -258,6 +264,12 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Hom
             grown = moved(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
     return homes
+
+
+def _landing_apart(plan: Plan, homes: Homes) -> Homes:
+    """The same homes, but that no gradient on its way to the host waits for a place there."""
+    shares = plan.format.shares_landing
+    return tuple(replace(home, lands_apart=True) if shares(chunk, home) else home for chunk, home in plan.placed(homes))
 
 
 def _every(index: int, share: float) -> bool:

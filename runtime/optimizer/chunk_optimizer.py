@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakMethod
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..isa.errors import ArgumentError, StateError, wrong_argument
 from ..isa.formats import OwnFormat
+from ..isa.moments import Moments
 from ..kernels.update_rules import AdamHyper, SgdHyper
 from .hyper_checks import check_group, check_state_dict, is_number
 from .own_store import OwnStore
@@ -36,6 +37,7 @@ class Declared:
         max_grad_norm: clip the norm of all gradients to this.
         in_backward: update each chunk as soon as its gradient is complete.
         accumulate: how many backwards make one step.
+        moments: how the optimizer's values are stored.
     """
 
     kind: type[Optimizer]
@@ -43,6 +45,7 @@ class Declared:
     max_grad_norm: float | None = None
     in_backward: bool = False
     accumulate: int = 1
+    moments: Moments = "exact"
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ArgumentError for what is not there or does not go together."""
@@ -64,6 +67,8 @@ class Declared:
         norm = self.max_grad_norm
         if norm is not None and not (is_number(norm) and 0 < norm < math.inf):
             raise wrong_argument("max_grad_norm", norm, "a positive number, or None")
+        if self.moments not in get_args(Moments):
+            raise wrong_argument("moments", self.moments, f"one of {', '.join(map(repr, get_args(Moments)))}")
         if self.in_backward:
             self._check_in_backward(dtypes)
 
@@ -97,7 +102,12 @@ class Declared:
         moments = len(MOMENTS[self.kind])
         if self.kind is SGD and not any(group["momentum"] for group in groups):
             moments = 0
-        return OwnFormat(moments, self.in_backward, self.accumulate)
+        if self.moments != "exact" and not moments:
+            raise ArgumentError(
+                f"moments={self.moments!r}: torch.optim.{self.kind.__name__} without momentum has no moments to store; "
+                "leave it out, or give a momentum above 0"
+            )
+        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments)
 
 
 Attach = WeakMethod[Callable[[OwnStore], None]]
@@ -267,7 +277,8 @@ class ChunkOptimizer(Optimizer):
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
-        """As the torch.optim class writes it. Tensors are the states themselves, not copies.
+        """As the torch.optim class writes it. Tensors are the states themselves, not copies; of moments that are not
+        stored exactly, copies in the master's dtype, which are loaded as the same bits again.
 
         Of parameters that are sharded over processes, or lie in divided chunks, they are whole, and copies on the CPU,
         made by all processes together; with `first_only` rank 0 alone keeps them, and the others get an empty dict.
@@ -314,7 +325,7 @@ class ChunkOptimizer(Optimizer):
         if not state.steps[slot]:
             return None
         names = MOMENTS[self.declared.kind]
-        moments = {name: state.slice(m, slot) for name, m in zip(names, state.moments, strict=False)}
+        moments = {names[number]: state.read_moment(number, slot) for number in range(len(state.moments))}
         if self.declared.kind is SGD:
             return moments
         return {"step": torch.tensor(float(state.steps[slot])), **moments}
@@ -377,11 +388,10 @@ class ChunkOptimizer(Optimizer):
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
         store, local_shards = self.store, self.store.chunks.local_shards
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
-        for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
-            target = state.slice(moment, slot)
+        for number, name in enumerate(MOMENTS[self.declared.kind][: len(state.moments)]):
+            values = torch.zeros(state.layout.slots[slot].shape)
             if saved:
-                target.copy_(store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter))
-            else:
-                target.zero_()
+                values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
+            state.write_moment(number, slot, values)
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))

@@ -27,6 +27,7 @@ from .gradients import HeldGradients
 from .own_states import OwnStates
 from .slot_source import make_lazy
 from .states import ChunkState
+from .stored_moments import stored_moment
 from .updater import Updater
 from .updates import UpdateKernels
 from .weak_method import optimizer_is_gone
@@ -96,6 +97,7 @@ class OwnStore:
         try:
             self.states.place(homes)
             self.updater.make_streams()
+            self.held.landings.make(self.format, list(self.states))
         finally:
             make_lazy(self)
 
@@ -353,8 +355,9 @@ class OwnStore:
 
     def stored_moments(self, parameter: str) -> list[Stored]:
         """Its optimizer's state."""
-        state, _ = self.state_of(parameter)
-        return [Stored.of(moment, *self._lies(parameter)) for moment in state.moments]
+        state, slot = self.state_of(parameter)
+        shape, regions = self._lies(parameter)
+        return [stored_moment(state, number, slot, shape, regions) for number in range(len(state.moments))]
 
     def _lies(self, parameter: str) -> tuple[tuple[int, ...], tuple[Region, ...]]:
         """A parameter's whole shape, and what this process has of it."""

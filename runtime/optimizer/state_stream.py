@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..isa.formats import STREAM_BUFFERS, STREAM_PIECE
+from ..isa.moments import BLOCK, stored_numel
 from ..kernels.update_rules import Gradient
 from ..memory.hardware import Hardware
 from ..memory.streams import Arrival
@@ -38,7 +39,9 @@ class StateStream:
         self._settled: dict[int, Arrival] = {}
 
     def _new_buffer(self, like: ChunkState, with_gradient: bool) -> _Buffer:
-        new = lambda tensor: torch.empty(self.numel, dtype=tensor.dtype, device=self._device)  # noqa: E731
+        new = lambda tensor: torch.empty(  # noqa: E731
+            stored_numel(tensor.dtype, self.numel), dtype=tensor.dtype, device=self._device
+        )
         rest = None if like.rest is None else new(like.rest)
         part = StateSlice(new(like.weights), rest, tuple(map(new, like.moments)))
         return _Buffer(part, new(like.weights if like.total is None else like.total) if with_gradient else None)
@@ -59,7 +62,8 @@ class StateStream:
     def _piece(self, gradient: Gradient) -> int:
         """Elements that move at a time: fewer where a sum of gradients needs more room than was made for one."""
         room = self._buffers[0].gradient
-        return self.numel if room is None else min(self.numel, _as(room, gradient.values.dtype).numel())
+        fitting = self.numel if room is None else _as(room, gradient.values.dtype).numel()
+        return self.numel if fitting >= self.numel else max(fitting // BLOCK * BLOCK, 1)
 
     def finish(self, index: int) -> None:
         """Block until the chunk's state on the host is whole."""
@@ -69,7 +73,7 @@ class StateStream:
                       launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
         """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
         home, numel = state.part(piece.start, piece.end), piece.end - piece.start
-        local, values = buffer.part.cut(slice(numel)), job.gradient.values[piece.start : piece.end]
+        local, values = buffer.part.cut(slice(0, numel)), job.gradient.values[piece.start : piece.end]
         travelling = list(zip(local.tensors, home.tensors, strict=True))[job.weights_stay :]
         coming = travelling
         if buffer.gradient is not None:
