@@ -240,6 +240,8 @@ def _candidates(plan: Plan, memory: Memory, given: Constraints) -> list[Homes]:
     """Ways to fill the device: as it is, and with a share of what the host holds updated on the device."""
     least = _least(plan, given)
     found = [_filled(plan, memory, least, given)]
+    if given.placed is None and memory.beyond_host(found[0]):
+        found.append(_filled(plan, memory, _relieved(plan, memory, least), given))
     if not plan.format.beside or given.placed is not None:
         return found
     for share in STREAMED_SHARES:
@@ -263,6 +265,16 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, given: Constraints) -> Hom
         for index, home in enumerate(homes):
             grown = moved(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
+    return homes
+
+
+def _relieved(plan: Plan, memory: Memory, homes: Homes) -> Homes:
+    """States on the device, as far as it has room, until the host has room for the others."""
+    for index, home in enumerate(homes):
+        if not memory.beyond_host(homes):
+            break
+        grown = moved(homes, index, replace(home, where=Where.DEVICE))
+        homes = grown if memory.fits(grown) else homes
     return homes
 
 
