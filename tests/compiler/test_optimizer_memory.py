@@ -13,6 +13,7 @@ from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.formats import LANDINGS, STREAM_BUFFERS, OwnFormat
 from geminifx.runtime.isa.homes import Home, Where
+from geminifx.runtime.optimizer.own_states import OwnStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizing import ADAMW, NET, PLACES, Loop, homes_of, placed, plain, same_weights
@@ -76,8 +77,10 @@ def many_chunks(**options: Any) -> geminifx.CompiledModule:
     """Twelve blocks, of which each is a chunk or more."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(128, 128), nn.GELU()) for _ in range(12)), nn.Linear(128, 3))
-    return geminifx.compile(model, device="cpu", precision="bf16", recompute="none", microbatches=1, rates="rtx4090",
-                            example_inputs={"input": torch.zeros(8, 128)}, **options)  # fmt: skip
+    return geminifx.compile(
+        model, device="cpu", precision="bf16", recompute="none", offload="none", microbatches=1, rates="rtx4090",
+        example_inputs={"input": torch.zeros(8, 128)}, **options,
+    )  # fmt: skip
 
 
 def trained(model: geminifx.CompiledModule, steps: int = 3, backwards: int = 1, **declared: Any) -> list[torch.Tensor]:
@@ -356,3 +359,34 @@ def test_a_saved_plan_that_only_our_optimizer_fits_is_taken(tmp_path: Path) -> N
     optimizer.step()
     assert again.plan.homes == model.plan.homes
     assert again.stats.device_peak_bytes <= budget
+
+
+def test_states_go_to_the_device_where_the_host_has_no_room_for_them() -> None:
+    """Weights that stay would take the device's room first, and leave the host as full as it is."""
+    numel, budget = elements(many_chunks(placement="cpu").plan), 1_600_000
+    tight = many_chunks(device_budget=budget, host_budget=6 * numel)
+    tight.optimizer(AdamW, in_backward=True)
+    on_device = sum(chunk.numel for chunk, home in tight.plan.placed(tight.plan.homes) if home.on_device)
+    assert tight.plan.estimate.host_bytes <= 6 * numel <= 12 * on_device and tight.plan.peak_bytes <= budget
+
+
+@pytest.mark.parametrize("moments", ["exact", "int8"])
+def test_a_model_becomes_a_training_state_without_a_second_copy(moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk: what the host holds of the model as it was made and of its states together is never more than
+    the states take in the end, and one chunk's parameters."""
+    model = many_chunks(placement="cpu")
+    model.optimizer(AdamW, in_backward=True, moments=moments)
+    source, host, taken = model.source, model.session.hardware.host_tier, []
+    expected = many_chunks(placement="cpu").state_dict()
+    place = OwnStates._place
+
+    def measured(self: OwnStates, *args: Any) -> None:
+        place(self, *args)
+        taken.append(sum(p.nbytes for p in source.parameters() if type(p) is nn.Parameter) + host.used_bytes)
+
+    monkeypatch.setattr(OwnStates, "_place", measured)
+    trained_state = model.state_dict()
+    model(torch.zeros(8, 128))
+    longest = max(chunk.numel for chunk in model.plan.layout.chunks)
+    assert len(taken) == len(model.plan.layout.chunks) and max(taken) <= model.plan.estimate.host_bytes + 4 * longest
+    assert all(torch.equal(value, expected[name]) for name, value in trained_state.items())
