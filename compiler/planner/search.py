@@ -175,8 +175,10 @@ def _complete(plan: Plan, lower: Lower, limits: Limits, given: Constraints) -> S
         found = _candidates(plan, memory, given)
     timed = [(memory.beyond_host(homes), time.seconds(plan, homes), homes) for homes in found]
     if given.placed is None:
-        apart = _landing_apart(plan, min(timed, key=_order)[-1])
-        timed.append((memory.beyond_host(apart), time.seconds(plan, apart), apart))
+        best = min(timed, key=_order)[-1]
+        apart = _landing_apart(plan, best)
+        if apart != best:
+            timed.append((memory.beyond_host(apart), time.seconds(plan, apart), apart))
     homes = min(timed, key=_order)[-1]
     return _solution(replace(plan, homes=homes), program, memory, time)
 

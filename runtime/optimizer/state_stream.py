@@ -39,12 +39,15 @@ class StateStream:
         self._settled: dict[int, Arrival] = {}
 
     def _new_buffer(self, like: ChunkState, with_gradient: bool) -> _Buffer:
-        new = lambda tensor: torch.empty(  # noqa: E731
-            stored_numel(tensor.dtype, self.numel), dtype=tensor.dtype, device=self._device
-        )
+        def new(tensor: Tensor, numel: int = self.numel) -> Tensor:
+            return torch.empty(stored_numel(tensor.dtype, numel), dtype=tensor.dtype, device=self._device)
+
         rest = None if like.rest is None else new(like.rest)
         part = StateSlice(new(like.weights), rest, tuple(map(new, like.moments)))
-        return _Buffer(part, new(like.weights if like.total is None else like.total) if with_gradient else None)
+        if not with_gradient:
+            return _Buffer(part, None)
+        # A sum of a block must fit where a gradient does, in half as many bytes.
+        return _Buffer(part, new(like.weights if like.total is None else like.total, max(self.numel, 2 * BLOCK)))
 
     def update(self, state: ChunkState, ranges: list[Range], job: "StreamedUpdate") -> Arrival:
         """Start to update `ranges`. Returns what tells that weights are updated and the gradient is read."""
@@ -63,7 +66,7 @@ class StateStream:
         """Elements that move at a time: fewer where a sum of gradients needs more room than was made for one."""
         room = self._buffers[0].gradient
         fitting = self.numel if room is None else _as(room, gradient.values.dtype).numel()
-        return self.numel if fitting >= self.numel else max(fitting // BLOCK * BLOCK, 1)
+        return self.numel if fitting >= self.numel else fitting // BLOCK * BLOCK
 
     def finish(self, index: int) -> None:
         """Block until the chunk's state on the host is whole."""

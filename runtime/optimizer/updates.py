@@ -17,7 +17,7 @@ from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
 from .states import SQUARES, Hyper, Range, StateSlice
 
 NARROW_PIECE = 2**20
-"""Elements whose moments are widened at a time where they are kept in another dtype than the master's."""
+"""Elements whose moments are widened at a time where no kernel takes them as stored: on a device some 40 MB."""
 
 LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work, and to the driver's."""

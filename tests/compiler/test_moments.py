@@ -225,3 +225,31 @@ def test_a_plan_whose_chunks_are_cut_otherwise_is_refused() -> None:
     model = compiled(NET, precision="bf16", plan=plan)
     with pytest.raises(ArgumentError, match=r"does not fit moments='int8'.* multiples of 256 elements"):
         model.optimizer(AdamW, moments="int8")
+
+
+def test_a_sum_that_was_not_declared_streams_through_a_small_chunk_in_whole_blocks() -> None:
+    """A chunk of one block: a float32 sum of it needs twice the room that was made for its gradient."""
+    found = []
+    for where in ("device", "streamed"):
+        torch.manual_seed(0)
+        source = torch.nn.Linear(15, 16, bias=True)
+        model = geminifx.compile(source, device="cpu", precision="bf16", example_inputs={"input": torch.zeros(4, 15)})
+        model.optimizer(AdamW, moments="int8")
+        plan = replace(model.plan, homes=homes_of(where, model.plan))
+        torch.manual_seed(0)
+        model = geminifx.compile(torch.nn.Linear(15, 16), device="cpu", precision="bf16", plan=plan,
+                                 example_inputs={"input": torch.zeros(4, 15)})  # fmt: skip
+        optimizer = model.optimizer(AdamW, moments="int8", **HYPER)
+        for step in range(2):
+            for part in range(2):
+                inputs = torch.randn(4, 15, generator=torch.Generator().manual_seed(2 * step + part))
+                model(inputs).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(values(model, optimizer))
+    assert plan.layout.chunks[0].numel == 2 * BLOCK and equal(*found)
+
+
+def test_a_plan_says_how_moments_are_stored_and_is_read_back() -> None:
+    plan = plan_for("int8")
+    assert Plan.from_json(plan.to_json()) == plan and plan.format.stored == "int8"

@@ -1,13 +1,19 @@
 """Moments that are not stored as float32: what they stand for, and the same bits on every side."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from geminifx.runtime.isa.layout import ChunkLayout, Slot
 from geminifx.runtime.isa.moments import BLOCK, stored_bytes, stored_numel
 from geminifx.runtime.kernels.host_updates import TORCH, HostKernel, available_variants
 from geminifx.runtime.kernels.moments import narrow, widened
-from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, SgdHyper
+from geminifx.runtime.kernels.split_pairs import SplitPair
+from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+from geminifx.runtime.optimizer import updates
+from geminifx.runtime.optimizer.states import Range, StateSlice
+from geminifx.runtime.optimizer.updates import UpdateKernels
 from torch import Tensor
 from updates import ADAMS, ADAMW, SGDS, Problem, any_bits, same, same_pair, usual
 
@@ -16,7 +22,7 @@ STORED = {"bf16": torch.bfloat16, "int8": torch.uint8}
 
 
 def stored(values: Tensor, dtype: torch.dtype, *, squares: bool) -> Tensor:
-    made = torch.empty(stored_numel(dtype, values.numel()), dtype=dtype)
+    made = torch.empty(stored_numel(dtype, values.numel()), dtype=dtype, device=values.device)
     narrow(values, made, squares=squares)
     return made
 
@@ -83,7 +89,7 @@ def updated(problem: Problem, moments: AdamMoments, hyper: AdamHyper | SgdHyper,
 @pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
 @pytest.mark.parametrize("variant", COMPILED)
 def test_a_compiled_update_has_the_bits_of_widening_updating_and_narrowing(
-    variant: str, dtype: torch.dtype, values: object
+    variant: str, dtype: torch.dtype, values: Callable[[int, int], Tensor]
 ) -> None:
     for numel, hyper in [(2 * BLOCK + 43, rule) for rule in (*ADAMS, *SGDS)] + [(BLOCK, ADAMW), (3, ADAMW)]:
         problem, reference = (Problem(numel, 3, torch.bfloat16, values=values) for _ in range(2))
@@ -128,3 +134,54 @@ def test_a_kernel_refuses_moments_that_it_cannot_take() -> None:
     problem.moments = replace(problem.moments, mean=mixed)
     with pytest.raises(ValueError, match="optimizer state is"):
         problem.update(kernel, ADAMW)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("values", [usual, any_bits], ids=["usual", "any bits"])
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
+def test_a_device_reads_and_stores_the_host_s_bits(dtype: torch.dtype, values: Callable[[int, int], Tensor]) -> None:
+    for squares in (False, True):
+        numbers = values(64 * BLOCK + 9, 5)
+        numbers = numbers.abs() if squares else numbers
+        here, there = (stored(numbers.to(device), dtype, squares=squares) for device in ("cpu", "cuda"))
+        assert same_stored(here, there.cpu(), squares=squares)
+        read_there = read(there, numbers.numel(), squares=squares).cpu()
+        assert same(read(here, numbers.numel(), squares=squares), read_there)
+
+
+def updated_by(kernels: UpdateKernels, device: str, dtype: torch.dtype, hyper: AdamHyper) -> list[Tensor]:
+    """A state of five blocks and a part of one, updated where it lies."""
+    numel = 5 * BLOCK + 11
+    layout = ChunkLayout(0, numel, torch.bfloat16, torch.float32, True, (Slot("weight", 0, (numel,)),))
+    made = Problem(numel, 3, torch.bfloat16, values=usual)
+    moments = (stored(made.moments.mean, dtype, squares=False), stored(made.moments.square, dtype, squares=True))
+    part = StateSlice(made.pair.hi.to(device), made.pair.lo.to(device), tuple(m.to(device) for m in moments))
+    gradient = Gradient(made.gradient.values.to(device), made.gradient.scale)
+    kernels.update(layout, part, gradient, Range(0, numel, hyper))
+    return [tensor.cpu() for tensor in part.tensors]
+
+
+def same_state(a: list[Tensor], b: list[Tensor]) -> bool:
+    moments = zip(a[2:], b[2:], strict=True)
+    return same_pair(SplitPair(*a[:2]), SplitPair(*b[:2])) and all(
+        same_stored(*pair, squares=bool(number)) for number, pair in enumerate(moments)
+    )
+
+
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
+def test_where_no_kernel_takes_them_pieces_are_widened_with_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "NARROW_PIECE", 2 * BLOCK)
+    kernels, plain = (UpdateKernels(torch.device("cpu")) for _ in range(2))
+    plain._host = HostKernel(TORCH)
+    for hyper in ADAMS:
+        assert same_state(*(updated_by(each, "cpu", dtype, hyper) for each in (kernels, plain)))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
+def test_an_update_on_the_device_has_the_host_s_bits(dtype: torch.dtype) -> None:
+    for hyper in ADAMS:
+        places = ((UpdateKernels(torch.device(device)), device) for device in ("cpu", "cuda"))
+        assert same_state(*(updated_by(kernels, device, dtype, hyper) for kernels, device in places))
