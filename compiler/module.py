@@ -12,6 +12,7 @@ from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.isa.errors import StateError, check_path
+from ..runtime.isa.moments import Moments
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from ..runtime.optimizer.declared import Declared
@@ -60,8 +61,10 @@ class CompiledModule(Facade):
         self.session.program(args, kwargs)
 
     def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
-                  in_backward: bool = False, accumulate: int = 1, **hyper: Any) -> ChunkOptimizer:  # fmt: skip
-        """An optimizer whose updates run while the model computes; AdamW keeps 12 bytes per bfloat16 parameter.
+                  in_backward: bool = False, accumulate: int = 1, moments: Moments = "exact",
+                  **hyper: Any) -> ChunkOptimizer:  # fmt: skip
+        """An optimizer whose updates run while the model computes; AdamW keeps 12 bytes per bfloat16 parameter, or 8,
+        or 6, as `moments` are stored.
 
         From here on parameters are read as float32 copies, and only this optimizer changes them. Make it before
         the first step: the plan is made anew for it.
@@ -73,6 +76,8 @@ class CompiledModule(Facade):
             in_backward: update each chunk as soon as its gradient is complete. Faster, and leaves no gradients to
                 look at or to clip.
             accumulate: how many backwards make one step. Needed for in_backward; otherwise it plans the memory.
+            moments: how the optimizer's values are stored: "exact" as float32, "bf16" rounded to nearest, "int8" as
+                codes of which 256 share a scale. Masters are exact in any case.
             hyper: keyword arguments of `kind`, such as lr, betas and weight_decay.
 
         Raises:
@@ -80,7 +85,7 @@ class CompiledModule(Facade):
             StateError: there is no plan yet, or an optimizer of this model was made before.
             BudgetError: nothing fits the budget.
         """
-        declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate)
+        declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate, moments)
         declared.check(self.session.dtypes.values())
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
         return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names(),

@@ -1,6 +1,7 @@
 """An optimizer's state as a checkpoint has it: by its parameters' names, tensors, which lie as the parameters do, and
 numbers."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,8 @@ from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from ..runtime.optimizer.declared import MOMENTS
 from ..runtime.optimizer.saved_groups import check_rule
 from .session import Session
+
+_logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name -> shape and dtype of the tensors in a checkpoint."""
@@ -144,7 +147,7 @@ class _OwnState(OptimizerState):
         self.scaling = optimizer.scaling
 
     def numbers(self) -> dict[str, Any]:
-        return {**super().numbers(), **self.scaling()}
+        return {**super().numbers(), **self.scaling(), "stored": self.store.format.stored}
 
     def _tensors(self, name: str) -> dict[str, Stored]:
         state, slot = self.store.state_of(name)
@@ -173,6 +176,9 @@ class _OwnState(OptimizerState):
 
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         self._load_numbers(saved, {})
+        before, now = saved.get("stored", "exact"), self.store.format.stored
+        if before != now:
+            _logger.warning("the checkpoint's moments were stored as %s, and are now as moments=%r", before, now)
         read: dict[str, Stored] = {}
         for name in self.held:
             keys = self._saved_keys(name, found)

@@ -150,7 +150,7 @@ def _of_dtype(
 ) -> Iterator[Violation]:
     where = f"layout.chunks[{chunk.index}]"
     for name in (slot.name for slot in chunk.slots):
-        master = master_dtype(parameters[name].dtype)
+        master = master_dtype(parameters[name])
         if chunk.dtype != dtypes[name]:
             hint = f"{dtypes[name]}, in which {name!r} computes (precision= decides)"
             yield Violation(f"{where}.dtype", chunk.dtype, hint)

@@ -31,11 +31,9 @@ class Move:
 def least(plan: Plan, placed: Homes | None) -> Homes:
     """What the policy puts on the device whatever the room. States that are `placed` already stay where they are."""
     cuda = plan.request.policy == "cuda"
-    where, spare = [Where.DEVICE if cuda else Where.HOST] * len(plan.layout.chunks), [False] * len(plan.layout.chunks)
-    if placed is not None:
-        where, spare = [home.where for home in placed], [home.spare for home in placed]
+    homes = placed or (Home(Where.DEVICE if cuda else Where.HOST),) * len(plan.layout.chunks)
     stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
-    return tuple(map(Home, where, stays, spare))
+    return tuple(replace(home, resident=stay) for home, stay in zip(homes, stays, strict=True))
 
 
 def candidates(plan: Plan, memory: Memory, placed: Homes | None) -> list[Homes]:
@@ -44,6 +42,8 @@ def candidates(plan: Plan, memory: Memory, placed: Homes | None) -> list[Homes]:
     if plan.request.policy != "auto" or not memory.fits(begin):
         return [begin]
     found = [_filled(plan, memory, begin, placed)]
+    if placed is None and memory.beyond_host(found[0]):
+        found.append(_filled(plan, memory, _relieved(plan, memory, begin), placed))
     for share in STREAMED_SHARES if plan.format.beside and placed is None else ():
         # What is streamed is decided first, since its buffers take room; chunks that then fit whole, stay.
         spread = tuple(
@@ -66,6 +66,22 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> H
             grown = with_home(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
     return homes
+
+
+def _relieved(plan: Plan, memory: Memory, homes: Homes) -> Homes:
+    """States on the device, as far as it has room, until the host has room for the others."""
+    for index, home in enumerate(homes):
+        if not memory.beyond_host(homes):
+            break
+        grown = with_home(homes, index, replace(home, where=Where.DEVICE))
+        homes = grown if memory.fits(grown) else homes
+    return homes
+
+
+def landing_apart(plan: Plan, homes: Homes) -> Homes:
+    """The same homes, but that no gradient on its way to the host waits for a place there."""
+    shares = plan.format.shares_landing
+    return tuple(replace(home, lands_apart=True) if shares(chunk, home) else home for chunk, home in plan.placed(homes))
 
 
 def is_picked(index: int, share: float) -> bool:

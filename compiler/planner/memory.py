@@ -1,13 +1,14 @@
 """Device and host bytes of one program, wherever its chunks have their homes."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
 from ...passes.program.estimate import Estimate
 from ...passes.program.plan import Plan
 from ...runtime.distributed.ranks import Ranks
-from ...runtime.isa.homes import Homes
+from ...runtime.isa.homes import Home, Homes
 from ..rates.rates import Rates, slowest
 from .communication import collective_bytes
 from .liveness import Liveness
@@ -68,6 +69,11 @@ class Memory:
         )
         self.values = values[self.highest]
         self.starts, self.ends = np.searchsorted(stretches, starts), np.searchsorted(stretches, ends)
+        self.fetched = np.array([fetch.chunk for fetch in fetches], dtype=np.intp)
+        # Homes are tried by the thousand, and most of them are those of the try before.
+        self._there_bytes = cache(self._there)
+        self._passing_bytes = cache(self._passing)
+        self._streaming_bytes = cache(self._streaming)
 
     # -- device --------------------------------------------------------------------------------------------
 
@@ -83,28 +89,34 @@ class Memory:
         return int(self.limits.hole_share * self.liveness.largest_bytes)
 
     def static(self, homes: Homes) -> int:
-        per_chunk = (
-            self.format.device_bytes(chunk, home) + self.format.held_bytes(chunk, home)
-            for chunk, home in self.plan.placed(homes)
-        )
+        per_chunk = map(self._there_bytes, range(len(homes)), homes)
         return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + collective_bytes(self.plan)
 
     def streaming(self, homes: Homes) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
-        placed = self.plan.placed(homes)
-        return self.format.stream_bytes(placed) + self.format.waiting_bytes(placed)
+        return self._streaming_bytes(tuple((index, home) for index, home in enumerate(homes) if home.streamed))
 
     def timeline(self, homes: Homes) -> np.ndarray:
         return self.values + self.in_flight(homes)
 
     def in_flight(self, homes: Homes) -> np.ndarray:
         """Bytes of weights that are on the device only while they are used."""
-        passing = [self.format.passing_bytes(chunk, home) for chunk, home in self.plan.placed(homes)]
-        fetched = np.array([passing[fetch.chunk] for fetch in self.liveness.fetches], dtype=np.int64)
+        passing = np.fromiter(map(self._passing_bytes, range(len(homes)), homes), np.int64, len(homes))[self.fetched]
         changes = np.zeros(len(self.highest) + 1, dtype=np.int64)
-        np.add.at(changes, self.starts, fetched)
-        np.subtract.at(changes, self.ends, fetched)
+        np.add.at(changes, self.starts, passing)
+        np.subtract.at(changes, self.ends, passing)
         return changes.cumsum()[:-1]
+
+    def _there(self, index: int, home: Home) -> int:
+        chunk = self.chunks[index]
+        return self.format.device_bytes(chunk, home) + self.format.held_bytes(chunk, home)
+
+    def _passing(self, index: int, home: Home) -> int:
+        return self.format.passing_bytes(self.chunks[index], home)
+
+    def _streaming(self, streamed: tuple[tuple[int, Home], ...]) -> int:
+        placed = [(self.chunks[index], home) for index, home in streamed]
+        return self.format.stream_bytes(placed) + self.format.waiting_bytes(placed)
 
     # -- host ----------------------------------------------------------------------------------------------
 

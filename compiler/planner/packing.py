@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ...passes.program.program import Program, note, tensor_type
-from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Owners, Slot
+from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Owners, Slot, alignment
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
 
@@ -40,6 +40,7 @@ def pack(
     dtypes: Mapping[str, torch.dtype],
     mesh: Mesh = ONE_PROCESS,
     owners: Mapping[str, Owners] = MappingProxyType({}),
+    unit: int = 1,
 ) -> Layout:
     """The layout of a captured model's `parameters`: in a pipeline, whose `owners` are of all, those of one process.
 
@@ -48,7 +49,7 @@ def pack(
     pipeline have. Chunks follow the model's blocks:
     a chunk is as large as the largest block, within fixed bounds, and where a block begins all chunks end if they
     hold at least half of that. Equal blocks have equal chunks then, and equal programs. A parameter that is larger
-    than a chunk has one of its own.
+    than a chunk has one of its own. Where `unit` elements are updated together, no two parameters share any.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
     limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
@@ -63,11 +64,11 @@ def pack(
             opened.clear()
         shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
         key = (
-            dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, sharded_over(placement),
+            dtypes[name], master_dtype(parameter), parameter.requires_grad, sharded_over(placement),
             owners.get(name, ()),
         )  # fmt: skip
-        alignment = ALIGNMENT_BYTES // key[0].itemsize
-        size = -(-prod(shape) // alignment) * alignment
+        apart = alignment(key[0], unit)
+        size = -(-prod(shape) // apart) * apart
         current = opened[key]
         if current.slots and (current.numel + size) * key[0].itemsize > limit_bytes:
             closed.append((key, opened.pop(key)))
@@ -82,14 +83,14 @@ def pack(
     return Layout(tuple(chunks), tuple(tied.items()), tuple(owners.items()))
 
 
-def divide(layout: Layout, shards: Callable[[ChunkLayout], int]) -> Layout:
+def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) -> Layout:
     """The layout with each chunk divided into so many shards: padded so that shards are of one length and start where
     slots may."""
     chunks = []
     for chunk in layout.chunks:
         count = shards(chunk)
-        unit = count * (ALIGNMENT_BYTES // chunk.dtype.itemsize)
-        numel = -(-chunk.numel // unit) * unit if count > 1 else chunk.numel
+        apart = count * alignment(chunk.dtype, unit)
+        numel = -(-chunk.numel // apart) * apart if count > 1 else chunk.numel
         chunks.append(replace(chunk, numel=numel, shards=count))
     return replace(layout, chunks=tuple(chunks))
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -37,17 +38,29 @@ NOT_DIVIDED = (
     "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
     "lr=...) before the first step and step that, or leave zero out of parallel="
 )
+LEANER = (
+    OwnFormat(),
+    OwnFormat(in_backward=True),
+    OwnFormat(in_backward=True, stored="bf16"),
+    OwnFormat(in_backward=True, stored="int8"),
+)
+"""What `model.optimizer(...)` may come to declare, from what takes most memory to what takes least."""
+
+NOT_CUT = (
+    "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
+    "updated together; save a plan that was made after model.optimizer(...) had declared them"
+)
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
 
 @dataclass(frozen=True)
 class _Formats:
     """What training state may consist of: as `model.optimizer(...)` declared it, or, before that, torch's, and ours
-    where that may help."""
+    where that may help: the first of them that fits."""
 
     declared: OwnFormat | None
     torchs: StateFormat
-    ours: StateFormat | None = None
+    ours: tuple[StateFormat, ...] = ()
 
 
 @dataclass
@@ -179,6 +192,8 @@ class Planning:
                     "them has a plan of its own: save one on every rank"
                 )
             request = self._request(given.request.policy)
+            if format is not None and not given.layout.is_cut_for(format.unit):
+                raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
             if given.microbatches != microbatches:
                 given = replace(given, microbatches=microbatches, blocks=runs)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
@@ -186,7 +201,7 @@ class Planning:
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
             accept = partial(self._accept, lower)
-            kinds = _Formats(format, torchs, given.format) if given.format.beside else _Formats(format, given.format)
+            kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
         staged = replace(
             self.shared(), microbatches=microbatches, blocks=runs, line=self.line,
@@ -194,7 +209,8 @@ class Planning:
         )  # fmt: skip
         if staged.schedule is not None and not staged.stages:
             staged = replace(staged, stages=begins(self._canonical(captured, staged), staged, self.limits.rates))
-        layout = before.layout if before else self._layout(captured, staged)
+        unit = 1 if format is None else format.unit
+        layout = before.layout if before and before.layout.is_cut_for(unit) else self._layout(captured, staged, unit)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = microbatches * logits_bytes(captured.by(microbatches).program) if fusible else 0
@@ -203,7 +219,7 @@ class Planning:
         placed = before.homes if before and fixed else None
         recompute, offload = (self._blocks(name, getattr(options, name)) for name in ("recompute", "offload"))
         constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
-        ours = OwnFormat() if any(chunk.casts for chunk in layout.chunks) else None
+        ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
         return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
 
@@ -234,13 +250,14 @@ class Planning:
         canonicalize.rewrite(program, plan)
         return program
 
-    def _layout(self, captured: Captured, plan: Plan) -> Layout:
+    def _layout(self, captured: Captured, plan: Plan, unit: int) -> Layout:
         """Of a pipeline that of this process's parameters."""
         owned = {}
         if plan.schedule is not None:
             owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
-        return divide(pack(captured.program, mine, self.blocks, self.dtypes, self.mesh, owned), self.shared().shards)
+        packed = pack(captured.program, mine, self.blocks, self.dtypes, self.mesh, owned, unit)
+        return divide(packed, self.shared().shards, unit)
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
@@ -250,13 +267,15 @@ class Planning:
         are divided, whose training state is of no other kind."""
         declared, ours = formats.declared, formats.ours
         if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
-            return find(replace(plan, format=ours or OwnFormat())), StateError(NOT_DIVIDED.format(plan.request.zero))
+            return find(replace(plan, format=next(iter(ours), OwnFormat()))), StateError(
+                NOT_DIVIDED.format(plan.request.zero)
+            )
         try:
             return find(replace(plan, format=declared or formats.torchs)), None
         except excused as refusal:
-            if declared is not None or ours is None:
+            if declared is not None or not ours:
                 raise
-            return find(replace(plan, format=ours, notes=(*plan.notes, ONLY_OURS))), refusal
+            return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
@@ -278,3 +297,13 @@ class Planning:
             blocks = ", ".join(self.blocks)
             raise ArgumentError(f"{option} names {unknown[0]!r}, which is no block; the blocks are {blocks}")
         return chosen
+
+
+def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tuple[StateFormat, ...],
+                     excused: type[BudgetError]) -> Solution:  # fmt: skip
+    """The plan for the first format that fits. Raises what tells of the last one where none does."""
+    *others, last = formats
+    for format in others:
+        with suppress(excused):
+            return find(replace(plan, format=format))
+    return find(replace(plan, format=last))

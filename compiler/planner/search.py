@@ -29,7 +29,7 @@ from ...runtime.isa.homes import Homes
 from ..lowering import Flat
 from ..rates.rates import Rates
 from .communication import collectives
-from .home_choice import best_nearby, candidates, is_picked
+from .home_choice import best_nearby, candidates, is_picked, landing_apart
 from .liveness import Liveness, analyse
 from .memory import Limits, Memory
 from .refusal import refusal
@@ -217,11 +217,10 @@ class _Search:
         """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
         weighed = self.lower(plan)
         memory, time = weighed.on(plan, self.limits)
-        timed = [
-            (memory.beyond_host(homes), time.seconds(plan, homes), homes)
-            for homes in candidates(plan, memory, self.given.placed)
-        ]
-        _, _, homes = min(timed, key=lambda candidate: candidate[:2])
+        weigh = lambda homes: (memory.beyond_host(homes), time.seconds(plan, homes))  # noqa: E731
+        homes = min(candidates(plan, memory, self.given.placed), key=weigh)
+        if self.given.placed is None:
+            homes = min(homes, landing_apart(plan, homes), key=weigh)
         solution = _solution(replace(plan, homes=homes), weighed.flat, memory, time)
         self.weighed.append(solution.plan)
         return solution
@@ -259,6 +258,11 @@ def _fastest_of_each_kind(found: list[tuple[str, Alternative]]) -> tuple[Alterna
     for kind, one in sorted(found, key=lambda pair: pair[1].step_s):
         fastest.setdefault(kind, one)
     return tuple(one for kind, one in fastest.items() if kind)
+
+
+def _order(candidate: tuple[int, float, Homes]) -> tuple[int, float]:
+    """Homes that fit the host, then those of the faster step; of equal ones the first."""
+    return candidate[:2]
 
 
 def _step_s(solution: Solution) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...passes.program.estimate import CollectiveTraffic
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
-from ...runtime.isa.formats import STREAMED_GRADIENTS
+from ...runtime.isa.formats import LANDINGS, STREAMED_GRADIENTS
 from ...runtime.isa.homes import Homes
 from ...runtime.isa.instructions import ACCUMULATE_GRAD, AVERAGE, FETCH, REDUCE, WAIT
 from ...runtime.isa.layout import ChunkLayout
@@ -92,6 +92,9 @@ class _Clock:
         self.coming: list[tuple[float, _Job]] = []  # the worker's next ones, and from when on; a heap
         self.come: list[_Job] = []  # those of them that it may begin with; a heap
         self.pending: set[int] = set()  # chunks that the worker is to update
+        self.landing: list[int] = []  # chunks whose gradients have the places on the host that chunks take turns in
+        self.unread: set[int] = set()  # those of them that the worker has not read
+        self.read_s: dict[int, float] = {}  # when it had read the others
         self.reading: list[int] = []  # chunks whose gradients wait on the device for their states to come by
 
     def step(self, instructions: Sequence[Instruction], compute_s: float) -> float:
@@ -148,11 +151,13 @@ class _Clock:
         if self.homes[chunk.index].on_device:
             self.landed_s[chunk.index] = added_s
             self._on_device(chunk.shard_numel / self.rates.device_sums_per_s * self._adds)
-            self._on_device(chunk.shard_numel / self.rates.device_params_per_s * last)
+            self._on_device(chunk.shard_numel / self.rates.device_params_per_s * last * self._share(chunk))
         elif self._waits_for_its_state(chunk.index):
             self._stream(chunk, added_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]
         else:
+            if self.format.shares_landing(chunk, self.homes[chunk.index]):
+                self._take_landing(chunk.index)
             self.landed_s[chunk.index] = self._copied(Carrier.DOWN, chunk.shard_bytes, added_s)
             if self._adds:
                 self._put(chunk, self.landed_s[chunk.index], self.rates.host_sums_per_s)
@@ -160,6 +165,19 @@ class _Clock:
                 self._update(chunk, self.landed_s[chunk.index])
             elif last:
                 self.complete.append(chunk.index)
+
+    def _take_landing(self, index: int) -> None:
+        """A gradient is to land where another one may have to be read first."""
+        freed = next((i for i in self.landing if i == index), None)
+        if freed is None and len(self.landing) == LANDINGS:
+            freed = next((i for i in self.landing if i not in self.unread), min(self.landing))
+        if freed is not None:
+            while freed in self.unread:
+                self._work_on_next()
+            self.landing.remove(freed)
+            self.now_s = max(self.now_s, self.read_s[freed])
+        self.landing.append(index)
+        self.unread.add(index)
 
     def _accumulate_grad(self, index: int) -> None:
         """The gradient's memory is free again."""
@@ -205,6 +223,9 @@ class _Clock:
     def _has_spare(self, chunk: ChunkLayout) -> bool:
         return self.format.has_spare(chunk, self.homes[chunk.index])
 
+    def _share(self, chunk: ChunkLayout) -> float:
+        return self.format.update_share(chunk)
+
     @property
     def _adds(self) -> bool:
         """Whether each gradient is added to the others of its step."""
@@ -218,7 +239,7 @@ class _Clock:
         if self.homes[chunk.index].streamed:
             self._stream(chunk, after_s)
         else:
-            self._put(chunk, after_s, self.rates.host_params_per_s, updates=True)
+            self._put(chunk, after_s, self.rates.host_params_per_s / self._share(chunk), updates=True)
             self.pending.add(chunk.index)
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
@@ -227,19 +248,25 @@ class _Clock:
         self.now_s += STREAM_LAUNCH_S
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
-        self._put(chunk, after_s, self.rates.passing_params_per_s)
+        self._put(chunk, after_s, self.rates.passing_params_per_s / self._share(chunk))
 
     def _work_until_updated(self, index: int) -> None:
         """Let the worker go on, always with the first chunk of those that it may begin with."""
         while index in self.pending:
-            if not self.come:
-                self.host_s = max(self.host_s, self.coming[0][0])
-            while self.coming and self.coming[0][0] <= self.host_s:
-                heapq.heappush(self.come, heapq.heappop(self.coming)[1])
-            number, updates, seconds = heapq.heappop(self.come)
-            self._work(seconds)
-            if updates:
-                self._update_on_host(self.chunks[number])
+            self._work_on_next()
+
+    def _work_on_next(self) -> None:
+        if not self.come:
+            self.host_s = max(self.host_s, self.coming[0][0])
+        while self.coming and self.coming[0][0] <= self.host_s:
+            heapq.heappush(self.come, heapq.heappop(self.coming)[1])
+        number, updates, seconds = heapq.heappop(self.come)
+        self._work(seconds)
+        if updates:
+            self._update_on_host(self.chunks[number])
+        if number in self.unread:
+            self.unread.remove(number)
+            self.read_s[number] = self.host_s
 
     def _update_on_host(self, chunk: ChunkLayout) -> None:
         self.pending.remove(chunk.index)

@@ -1,19 +1,20 @@
 """StateFormat: what a chunk's training state consists of, and how many bytes that takes, where and on the way.
 
-There is one format for masters that any of torch's optimizers updates, and one of our own. Planner, clock, stores and
-reports ask the format, and derive nothing themselves: a new format, of moments in another dtype for one, is a new
-class here. Of a chunk that is divided into shards one process's is counted.
+There is one format for masters that any of torch's optimizers updates, and one of our own, whose moments are stored in
+one of several ways (`moments`). Planner, clock, stores and reports ask the format, and derive nothing themselves. Of a
+chunk that is divided into shards one process's is counted.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from .homes import Home, Where
 from .layout import ChunkLayout
+from .moments import Moments, stored_bytes, stored_dtype, unit
 
 STREAM_PIECE = 16 * 2**20
 """Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
@@ -23,6 +24,9 @@ STREAM_BUFFERS = 3
 
 STREAMED_GRADIENTS = 2
 """Gradients of streamed chunks that may wait on the device for their update at a time."""
+
+LANDINGS = 3
+"""Places on the host that gradients which are used up there take turns in: one comes, one waits, one is read."""
 
 Placed = Iterable[tuple[ChunkLayout, Home]]
 """Chunks, and where each of them is."""
@@ -46,6 +50,11 @@ class StateFormat(ABC):
         """Whether a complete gradient is used where it is, without being held or added to others."""
         return self.in_backward and self.accumulate == 1
 
+    @property
+    def unit(self) -> int:
+        """How many elements are updated together: slots and shards begin at multiples of it."""
+        return 1
+
     # -- for good ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -65,6 +74,10 @@ class StateFormat(ABC):
         """What it takes on the host, the buffers that copies start from and gradients land in included."""
 
     # -- in a step -----------------------------------------------------------------------------------------
+
+    def shares_landing(self, chunk: ChunkLayout, home: Home) -> bool:
+        """Whether gradients come to the host in one of the few places that chunks take turns in."""
+        return False
 
     @abstractmethod
     def held_bytes(self, chunk: ChunkLayout, home: Home) -> int:
@@ -91,6 +104,10 @@ class StateFormat(ABC):
     def travelling_bytes(self, chunk: ChunkLayout, home: Home) -> tuple[int, int]:
         """What a streamed state moves for one update, to the device and back."""
         return 0, 0
+
+    def update_share(self, chunk: ChunkLayout) -> float:
+        """What of the memory's time an update takes, where one by AdamW with exact moments takes all."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,7 @@ class OwnFormat(StateFormat):
 
     Fields:
         moments: values of optimizer state per element (AdamW: 2).
+        stored: how these are stored.
         in_backward: whether a chunk is updated as soon as its gradient is complete.
         accumulate: how many backwards make one step; more than one adds in the master's dtype.
     """
@@ -152,13 +170,19 @@ class OwnFormat(StateFormat):
     moments: int = 2
     in_backward: bool = False
     accumulate: int = 1
+    stored: Moments = "exact"
     kind: ClassVar[str] = "own"
     beside: ClassVar[bool] = True
 
     def __str__(self) -> str:
         when = "in the backward" if self.in_backward else "from step() on"
         many = f", {self.accumulate} backwards each" if self.accumulate > 1 else ""
-        return f"the model's own, {when}{many}"
+        how = f", moments as {self.stored}" if self.moments and self.stored != "exact" else ""
+        return f"the model's own, {when}{many}{how}"
+
+    @property
+    def unit(self) -> int:
+        return unit(stored_dtype(self.stored, torch.float32)) if self.moments else 1
 
     # -- of what it consists -------------------------------------------------------------------------------
 
@@ -170,9 +194,9 @@ class OwnFormat(StateFormat):
         return chunk.master_dtype if chunk.casts else None
 
     def moment_dtypes(self, chunk: ChunkLayout) -> tuple[torch.dtype, ...]:
-        """The dtypes of the optimizer's values; none for what is not trained. Updates compute in the master's dtype,
-        and round to these where they are others."""
-        return (chunk.master_dtype,) * (self.moments * chunk.trainable)
+        """The dtypes that the optimizer's values are stored in; none for what is not trained. Updates compute in the
+        master's dtype, and round to these where they are others."""
+        return (stored_dtype(self.stored, chunk.master_dtype),) * (self.moments * chunk.trainable)
 
     def keeps_sum(self, chunk: ChunkLayout) -> bool:
         """Whether a sum of gradients, in the master's dtype, is always there, and not only made where somebody asks
@@ -183,13 +207,19 @@ class OwnFormat(StateFormat):
         """Whether gradients come to the host."""
         return chunk.trainable and not home.on_device and not (home.streamed and self.at_once)
 
+    def shares_landing(self, chunk: ChunkLayout, home: Home) -> bool:
+        """Of what is updated with, or added to a sum, as soon as it has landed."""
+        is_used_up = self.in_backward or self.accumulate > 1
+        return is_used_up and self.lands(chunk, home) and not home.lands_apart
+
     def state_bytes(self, chunk: ChunkLayout) -> int:
         return chunk.shard_bytes + self._beside_weights_bytes(chunk) + chunk.master_bytes * self.keeps_sum(chunk)
 
-    def _beside_weights_bytes(self, chunk: ChunkLayout) -> int:
-        rest = self.rest_dtype(chunk)
-        dtypes = [*([] if rest is None else [rest]), *self.moment_dtypes(chunk)]
-        return chunk.shard_numel * sum(dtype.itemsize for dtype in dtypes)
+    def _beside_weights_bytes(self, chunk: ChunkLayout, numel: int | None = None) -> int:
+        """Of the chunk's shard, or of so many elements of it."""
+        rest, numel = self.rest_dtype(chunk), chunk.shard_numel if numel is None else numel
+        moments = sum(stored_bytes(dtype, numel) for dtype in self.moment_dtypes(chunk))
+        return moments + (0 if rest is None else numel * rest.itemsize)
 
     # -- for good ------------------------------------------------------------------------------------------
 
@@ -200,9 +230,11 @@ class OwnFormat(StateFormat):
         return self.state_bytes(chunk) + (whole - chunk.shard_bytes if whole else 0)  # the shard is a part of the whole
 
     def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
-        landing = chunk.shard_bytes * self.lands(chunk, home)
+        if home.on_device:
+            return 0
+        landing = chunk.shard_bytes * (self.lands(chunk, home) and not self.shares_landing(chunk, home))
         spare = (chunk.shard_bytes + self._beside_weights_bytes(chunk)) * self.has_spare(chunk, home)
-        return 0 if home.on_device else self.state_bytes(chunk) + landing + spare
+        return self.state_bytes(chunk) - chunk.shard_bytes * home.weights_on_device + landing + spare
 
     def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
         """Of what the host updates when `step()` has said so."""
@@ -228,8 +260,8 @@ class OwnFormat(StateFormat):
     def _buffer_bytes(self, chunk: ChunkLayout) -> int:
         """The pieces on their way where `chunk` is the longest that travels."""
         itemsize = 0 if self.at_once else (chunk.master_dtype if self.accumulate > 1 else chunk.dtype).itemsize
-        state = (chunk.shard_bytes + self._beside_weights_bytes(chunk)) // max(chunk.shard_numel, 1)
-        return STREAM_BUFFERS * min(STREAM_PIECE, chunk.shard_numel) * (state + itemsize)
+        numel = min(STREAM_PIECE, chunk.shard_numel)
+        return STREAM_BUFFERS * (numel * (chunk.dtype.itemsize + itemsize) + self._beside_weights_bytes(chunk, numel))
 
     def waiting_bytes(self, chunks: Placed) -> int:
         """Programs' own buffers, or copies of shards, of the newest too."""
@@ -243,7 +275,15 @@ class OwnFormat(StateFormat):
         return count * chunk.shard_bytes  # all of a chunk that is not divided
 
     def staging_bytes(self, chunks: Placed) -> int:
-        return 0  # every chunk has its own
+        return sum(count * numel * dtype.itemsize for dtype, (count, numel) in self.landings(chunks).items())
+
+    def landings(self, chunks: Placed) -> dict[torch.dtype, tuple[int, int]]:
+        """By dtype of gradients how many places chunks take turns in, and of how many elements."""
+        numels: dict[torch.dtype, list[int]] = {}
+        for chunk, home in chunks:
+            if self.shares_landing(chunk, home):
+                numels.setdefault(chunk.dtype, []).append(chunk.shard_numel)
+        return {dtype: (min(LANDINGS, len(found)), max(found)) for dtype, found in numels.items()}
 
     # -- on the way ----------------------------------------------------------------------------------------
 
@@ -251,6 +291,16 @@ class OwnFormat(StateFormat):
         state = self._beside_weights_bytes(chunk) + (0 if home.resident else chunk.shard_bytes)
         gradient = chunk.master_bytes if self.accumulate > 1 else chunk.shard_bytes
         return state + (0 if self.at_once else gradient), state
+
+    def update_share(self, chunk: ChunkLayout) -> float:
+        if self.stored == "exact" or not self.moments:
+            return 1.0
+        gradient = chunk.master_bytes if self.accumulate > 1 else chunk.shard_bytes
+        exact = replace(self, stored="exact")
+        moved, at_most = (
+            2 * (chunk.shard_bytes + format._beside_weights_bytes(chunk)) + gradient for format in (self, exact)
+        )
+        return moved / max(at_most, 1)
 
 
 def kinds_of_format() -> dict[str, type[StateFormat]]:

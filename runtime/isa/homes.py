@@ -26,11 +26,14 @@ class Where(Enum):
 class Home:
     """One chunk's. `resident`: the weights that programs compute with stay on the device between their uses, and are
     not copied there, or gathered from the processes that share the chunk out, for each. `spare`: the host has a second
-    place for the state, where the next update is made beside the backward, before `step()` says that it counts."""
+    place for the state, where the next update is made beside the backward, before `step()` says that it counts.
+    `lands_apart`: gradients that are used up as they come to the host have a place of their own to land in, where those
+    of other chunks take turns in a few; those that are held until `step()` have one anyway."""
 
     where: Where = Where.HOST
     resident: bool = False
     spare: bool = False
+    lands_apart: bool = False
 
     @property
     def on_device(self) -> bool:
@@ -50,7 +53,8 @@ class Home:
 
     @property
     def text(self) -> str:
-        return self.where.value + ", weights stay" * self.resident + ", with a spare" * self.spare
+        landing = ", gradients land apart" * self.lands_apart
+        return self.where.value + ", weights stay" * self.resident + ", with a spare" * self.spare + landing
 
 
 Homes = tuple[Home, ...]

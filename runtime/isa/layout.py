@@ -2,12 +2,19 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import prod
 
 import torch
 
 ALIGNMENT_BYTES = 256
 """Every slot starts on this boundary, so that vector loads and tensor cores see aligned weights."""
+
+
+def alignment(dtype: torch.dtype, unit: int = 1) -> int:
+    """Of how many elements of a dtype the beginnings of slots and shards are multiples, where `unit` elements are
+    updated together."""
+    return max(ALIGNMENT_BYTES // dtype.itemsize, unit)
 
 
 @dataclass(frozen=True)
@@ -124,3 +131,8 @@ class Layout:
     def places(self) -> dict[str, tuple[ChunkLayout, int]]:
         """Parameter name -> (its chunk, its slot's number)."""
         return {slot.name: (chunk, i) for chunk in self.chunks for i, slot in enumerate(chunk.slots)}
+
+    def is_cut_for(self, unit: int) -> bool:
+        """Whether `unit` elements may be updated together: whether chunks, shards and slots consist of whole units."""
+        starts = (chunk.shard_numel for chunk in self.chunks), (s.offset for c in self.chunks for s in c.slots)
+        return not any(start % unit for start in chain(*starts))

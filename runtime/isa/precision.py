@@ -29,9 +29,10 @@ def cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if casts and dtype is not None else tensor.dtype
 
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Masters of low-precision floats are float32: small updates must not be rounded away."""
-    return torch.float32 if dtype in LOW else dtype
+def master_dtype(parameter: Tensor) -> torch.dtype:
+    """Masters of low-precision floats are float32: small updates must not be rounded away. What is frozen is its own
+    master."""
+    return torch.float32 if parameter.dtype in LOW and parameter.requires_grad else parameter.dtype
 
 
 def sum_dtype(dtype: torch.dtype, reduce_dtype: ReduceDtype) -> torch.dtype:

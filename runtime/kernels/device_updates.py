@@ -57,6 +57,11 @@ class DeviceKernel:
     def __init__(self, variant: str | None = None) -> None:
         self.variant = choose_variant(variant, available_variants())
 
+    @property
+    def widens(self) -> bool:
+        """Whether moments may be stored in another way than as float32."""
+        return False
+
     def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
         """Update `pair` and `moments` in place by AdamW or Adam.
 

@@ -24,12 +24,14 @@
 namespace {
 
 constexpr int64_t kBlock = 32;        // elements per turn of a loop: one cache line of 16-bit values
+constexpr int64_t kShared = 256;      // elements of a stored moment that share a scale
 constexpr int64_t kAhead = 2048;      // bytes that prefetches run ahead of each stream
 constexpr int64_t kFewest = 1 << 14;  // elements below which another thread costs more than it gives
 constexpr int32_t kNan = 0x7fc00000;  // the only NaN that is written into a pair
 enum Variant { kPlain, kAvx2, kAvx512 };
 enum Rule { kAdam, kSgd };
 enum Kind { kBfloat16, kFloat16, kFloat32 };
+enum Stored { kExact, kHalf, kCodes };  // moments: float32, bfloat16, or 8-bit codes, see kernels/moments.py
 
 // One update of n elements. Scalars are what torch.optim computes in double, rounded to float32.
 struct Update {
@@ -37,14 +39,15 @@ struct Update {
   uint16_t* hi;
   int16_t* lo;
   const void* gradient;
-  float* first;   // Adam: running mean; SGD: momentum buffer, or null
-  float* second;  // Adam: running mean of squares
+  void* first;   // Adam: running mean; SGD: momentum buffer, or null
+  void* second;  // Adam: running mean of squares
   uint16_t* new_hi;  // where each is written: the same places, or others apart from all that is read
   int16_t* new_lo;
-  float* new_first;
-  float* new_second;
+  void* new_first;
+  void* new_second;
   int32_t rule;
   int32_t kind;  // of the gradient
+  int32_t stored;  // how moments are
   int32_t threads;
   float scale;  // multiplies the gradient
   float l2;     // this times the weight is added to the gradient
@@ -75,6 +78,7 @@ using Range = void (*)(const Job&, int64_t, int64_t);  // elements from the seco
 
 INLINE float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 INLINE uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+INLINE float* floats(void* p) { return static_cast<float*>(p); }
 INLINE void ahead(const void* p, int64_t line) {
   __builtin_prefetch(static_cast<const char*>(p) + kAhead + 64 * line);
 }
@@ -267,13 +271,13 @@ struct DefaultRounding {
 
 // Runs `range` over blocks shared out evenly; threads meet only on block boundaries.
 template <class Job>
-void run(Range<Job> range, const Job& job) {
-  const int64_t blocks = (job.n + kBlock - 1) / kBlock, useful = (job.n + kFewest - 1) / kFewest;
+void run(Range<Job> range, const Job& job, int64_t block = kBlock) {
+  const int64_t blocks = (job.n + block - 1) / block, useful = (job.n + kFewest - 1) / kFewest;
   const int64_t threads = useful < job.threads ? (useful > 0 ? useful : 1) : job.threads;
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads))
   for (int64_t t = 0; t < threads; t++) {
     const DefaultRounding rounding;
-    const int64_t begin = blocks * t / threads * kBlock, end = blocks * (t + 1) / threads * kBlock;
+    const int64_t begin = blocks * t / threads * block, end = blocks * (t + 1) / threads * block;
     range(job, begin, end < job.n ? end : job.n);
   }
 }
@@ -292,15 +296,16 @@ bool supported(int variant) {
 
 extern "C" int geminifx_supported(int variant) { return supported(variant); }
 
-// Returns 0, or 1 where this CPU lacks the variant or the update names no rule or kind that exists.
+// Returns 0, or 1 where this CPU lacks the variant or the update names no rule, kind or way to store that exists.
 extern "C" int geminifx_update(const Update* u, int variant) {
   if (!supported(variant) || u->rule < 0 || u->rule > kSgd || u->kind < 0 || u->kind > kFloat32) return 1;
+  if (u->stored < 0 || u->stored > kCodes) return 1;
   Range<Update> range = plain::kRanges[u->rule][u->kind];
 #if defined(__x86_64__)
   if (variant == kAvx2) range = avx2::kRanges[u->rule][u->kind];
   if (variant == kAvx512) range = avx512::kRanges[u->rule][u->kind];
 #endif
-  run(range, *u);
+  run(range, *u, u->stored == kExact ? kBlock : kShared);
   return 0;
 }
 
@@ -414,11 +419,11 @@ INLINE bool is_apart(const Streams& s, int64_t i) {
 }
 
 template <class Step>
-TARGET void range(const Update& u, int64_t begin, int64_t end) {
+TARGET void exact_range(const Update& u, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
   const Step rule(u);
-  const Streams s = {u.hi,     u.lo,     u.gradient,  u.first,     u.second,
-                     u.new_hi, u.new_lo, u.new_first, u.new_second};
+  const Streams s = {u.hi,     u.lo,     u.gradient,          floats(u.first),     floats(u.second),
+                     u.new_hi, u.new_lo, floats(u.new_first), floats(u.new_second)};
   const char* g = static_cast<const char*>(u.gradient);
   const int64_t i = begin + (end - begin) / kBlock * kBlock;
   is_apart(s, begin) ? blocks<true>(rule, s, begin, i) : blocks<false>(rule, s, begin, i);
@@ -439,6 +444,93 @@ TARGET void range(const Update& u, int64_t begin, int64_t end) {
   std::memcpy(s.new_lo + i, lo, n * 2);
   if (s.first) std::memcpy(s.new_first + i, first, n * 4);
   if (s.second) std::memcpy(s.new_second + i, second, n * 4);
+}
+
+// Moments as they are stored, in float32: n values of one block, and zeros behind them.
+TARGET inline void widen_half(const uint16_t* from, float* to, int64_t n) {
+  for (int64_t j = 0; j < n; j++) to[j] = from_bits(static_cast<uint32_t>(from[j]) << 16);
+}
+
+TARGET inline void narrow_half(const float* from, uint16_t* to, int64_t n) {
+  for (int64_t j = 0; j < n; j++) {  // to nearest, ties to even
+    const uint32_t bits = to_bits(from[j]), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    to[j] = static_cast<uint16_t>(from[j] != from[j] ? kNan >> 16 : rounded);
+  }
+}
+
+template <bool kSquares>
+TARGET inline void widen_codes(const uint8_t* block, float* to) {
+  float shared;
+  std::memcpy(&shared, block + kShared, 4);
+  for (int64_t j = 0; j < kShared; j++) {
+    const float code = kSquares ? block[j] : static_cast<int8_t>(block[j]);
+    const float x = code * (kSquares ? 1.0f / 255 : 1.0f / 127) * shared;
+    to[j] = kSquares ? x * x : x;
+  }
+}
+
+template <bool kSquares>
+TARGET inline void narrow_codes(float* from, uint8_t* block) {
+  if (kSquares)
+    for (int64_t j = 0; j < kShared; j += kLanes) store(from + j, root(load(from + j)));
+  uint32_t most = 0;  // magnitudes are in the order of their bits, and what is not finite is above the rest
+  for (int64_t j = 0; j < kShared; j++) {
+    const uint32_t size = to_bits(from[j]) & 0x7fffffffu;
+    most = size > most ? size : most;
+  }
+  const bool finite = most < 0x7f800000u;
+  const float shared = from_bits(finite ? most : static_cast<uint32_t>(kNan)), d = most ? shared : 1.0f;
+  for (int64_t j = 0; j < kShared; j++) {
+    const float scaled = from[j] / d * (kSquares ? 255.0f : 127.0f);
+    // Rounds to nearest, ties to even: what is added leaves no bits for a fraction, and the integer in the lowest.
+    int32_t code = static_cast<int32_t>(to_bits(scaled + 0x1.8p23f) - 0x4b400000u);
+    if (kSquares) code = from[j] > 0.0f && code < 1 ? 1 : code;
+    block[j] = static_cast<uint8_t>(finite ? code : 0);
+  }
+  std::memcpy(block + kShared, &shared, 4);
+}
+
+template <int kStored, bool kSquares>
+TARGET inline void widen(const void* moment, int64_t i, int64_t n, float* to) {
+  if (!moment) return;
+  if (kStored == kHalf) return widen_half(static_cast<const uint16_t*>(moment) + i, to, n);
+  const uint8_t* block = static_cast<const uint8_t*>(moment) + i / kShared * (kShared + 4);
+  for (int64_t line = 0; line < 5; line++) ahead(block, line);
+  widen_codes<kSquares>(block, to);
+}
+
+template <int kStored, bool kSquares>
+TARGET inline void narrow(float* from, void* moment, int64_t i, int64_t n) {
+  if (!moment) return;
+  if (kStored == kHalf) return narrow_half(from, static_cast<uint16_t*>(moment) + i, n);
+  for (int64_t j = n; j < kShared; j++) from[j] = 0.0f;
+  narrow_codes<kSquares>(from, static_cast<uint8_t*>(moment) + i / kShared * (kShared + 4));
+}
+
+// One block of stored moments after the other, in float32 while it is updated.
+template <class Step, int kStored>
+TARGET void stored_range(const Update& u, int64_t begin, int64_t end) {
+  constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
+  alignas(64) float first[kShared], second[kShared];
+  Update part = u;
+  part.first = part.new_first = u.first ? first : nullptr;
+  part.second = part.new_second = u.second ? second : nullptr;
+  for (int64_t i = begin; i < end; i += kShared) {
+    part.n = end - i < kShared ? end - i : kShared;
+    part.hi = u.hi + i, part.lo = u.lo + i, part.new_hi = u.new_hi + i, part.new_lo = u.new_lo + i;
+    part.gradient = static_cast<const char*>(u.gradient) + i * kBytes;
+    widen<kStored, false>(u.first, i, part.n, first);
+    widen<kStored, true>(u.second, i, part.n, second);
+    exact_range<Step>(part, 0, part.n);
+    narrow<kStored, false>(first, u.new_first, i, part.n);
+    narrow<kStored, true>(second, u.new_second, i, part.n);
+  }
+}
+
+template <class Step>
+TARGET void range(const Update& u, int64_t begin, int64_t end) {
+  if (u.stored == kExact) return exact_range<Step>(u, begin, end);
+  u.stored == kHalf ? stored_range<Step, kHalf>(u, begin, end) : stored_range<Step, kCodes>(u, begin, end);
 }
 
 template <int kKind>

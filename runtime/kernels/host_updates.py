@@ -20,6 +20,7 @@ from .build import KernelBuildError, load
 from .split_pairs import SplitPair
 from .update_rules import (
     GRADIENT_DTYPES,
+    STORED_DTYPES,
     AdamHyper,
     AdamMoments,
     Gradient,
@@ -38,6 +39,7 @@ TORCH = "torch"
 _COMPILED = {"avx512": 2, "avx2": 1, "plain": 0}
 _ADAM, _SGD = 0, 1
 _KINDS = {dtype: number for number, dtype in enumerate(GRADIENT_DTYPES)}
+_STORED = {dtype: number for number, dtype in enumerate(STORED_DTYPES)}
 _WRITTEN = ("new_hi", "new_lo", "new_first", "new_second")
 _loading = threading.Lock()
 
@@ -48,7 +50,7 @@ class _Update(ctypes.Structure):
     _fields_ = (
         ("n", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("hi", "lo", "gradient", "first", "second", *_WRITTEN)),
-        *((name, ctypes.c_int32) for name in ("rule", "kind", "threads")),
+        *((name, ctypes.c_int32) for name in ("rule", "kind", "stored", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps")),
         *((name, ctypes.c_int32) for name in ("fresh", "nesterov")),
     )
@@ -96,18 +98,24 @@ class HostKernel:
     def __init__(self, variant: str | None = None) -> None:
         self.variant = choose_variant(variant, available_variants())
 
+    @property
+    def widens(self) -> bool:
+        """Whether moments may be stored in another way than as float32."""
+        return self.variant != TORCH
+
     def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper, threads: int,
              into: Pieces | None = None) -> None:  # fmt: skip
         """Update `pair` and `moments` by AdamW or Adam on `threads` threads: in place, or, where `into` has other
         places for the pair and each moment, there, and what is read stays as it is.
 
-        Tensors are contiguous, of equal size and on the host, at any alignment, and do not overlap.
+        Tensors are contiguous, of equal size and on the host, at any alignment, and do not overlap. Moments may be
+        stored in any way where the variant `widens`, and all in one.
 
         Raises:
             ValueError: a tensor has another size, dtype, device or layout, or there is no thread to run on.
         """
         state = (moments.mean, moments.square)
-        _check(pair, gradient, state, threads, into)
+        _check(pair, gradient, state, threads, into, self.widens)
         if self.variant == TORCH:
             pair, state = _copied(pair, state, into)
             flat = AdamMoments(*(moment.view(-1) for moment in state))
@@ -126,7 +134,7 @@ class HostKernel:
         """
         check_momentum(buffer, hyper)
         state = () if buffer is None else (buffer,)
-        _check(pair, gradient, state, threads, into)
+        _check(pair, gradient, state, threads, into, self.widens)
         if self.variant == TORCH:
             pair, state = _copied(pair, state, into)
             host_reference.sgd(_flat(pair), _flat_gradient(gradient), state[0].view(-1) if state else None, hyper)
@@ -188,6 +196,7 @@ def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor,
             into: Pieces | None) -> _Update:  # fmt: skip
     """Return the arguments of one call; factors are rounded to float32 on the way in."""
     update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=float(gradient.scale))
+    update.stored = _STORED[state[0].dtype] if state else 0
     update.hi, update.lo = pair.hi.data_ptr(), pair.lo.data_ptr()
     update.gradient = gradient.values.data_ptr()
     for name, moment in zip(("first", "second"), state, strict=False):
@@ -200,16 +209,18 @@ def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor,
     return update
 
 
-def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threads: int,
-           into: Pieces | None) -> None:  # fmt: skip
+def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threads: int, into: Pieces | None,
+           widens: bool) -> None:  # fmt: skip
     """Refuse what the library would read, or write, out of bounds or misunderstand."""
     if threads < 1:
         raise ValueError(f"an update needs at least one thread, not {threads}")
-    check_update(pair, gradient, state, torch.device("cpu"))
+    check_update(pair, gradient, state, torch.device("cpu"), widens=widens)
     if into is not None:
         if len(into[1]) != len(state) or into[0].hi.numel() != pair.hi.numel():
             raise ValueError(f"an update of {pair.hi.numel()} weights and {len(state)} moments is written to as many")
-        check_update(into[0], gradient, into[1], torch.device("cpu"))
+        check_update(into[0], gradient, into[1], torch.device("cpu"), widens=widens)
+        if any(old.dtype != new.dtype for old, new in zip(state, into[1], strict=True)):
+            raise ValueError("an update stores moments in the way that it finds them")
 
 
 def _copied(pair: SplitPair, state: tuple[Tensor, ...], into: Pieces | None) -> Pieces:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..isa.moments import stored_numel
 from .split_pairs import SplitPair
 
 GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+"""Of moments; what bytes stand for is told in `moments`."""
 SCALE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -124,7 +127,8 @@ def choose_variant(wanted: str | None, available: tuple[str, ...]) -> str:
     return available[0] if wanted is None else wanted
 
 
-def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], device: torch.device) -> None:
+def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], device: torch.device, *,
+                 widens: bool = False) -> None:  # fmt: skip
     """Refuse what a kernel would read out of bounds or misunderstand.
 
     Raises:
@@ -133,10 +137,12 @@ def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...],
     """
     if gradient.values.dtype not in GRADIENT_DTYPES:
         raise ValueError(f"gradients are bfloat16, float16 or float32, not {gradient.values.dtype}")
-    if any(moment.dtype != torch.float32 for moment in state):
+    dtypes = STORED_DTYPES if widens else (torch.float32,)
+    if any(moment.dtype not in dtypes or moment.dtype != state[0].dtype for moment in state):
         raise ValueError(f"optimizer state is float32, not {', '.join(str(moment.dtype) for moment in state)}")
     for tensor in (pair.hi, pair.lo, gradient.values, *state):
-        if tensor.numel() != pair.hi.numel() or not tensor.is_contiguous() or tensor.device != device:
+        numel = stored_numel(tensor.dtype, pair.hi.numel()) if tensor.dtype == torch.uint8 else pair.hi.numel()
+        if tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
             raise ValueError(
                 f"an update of {pair.hi.numel()} weights needs contiguous tensors of that size on {device}, not "
                 f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"

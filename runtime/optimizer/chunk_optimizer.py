@@ -189,7 +189,8 @@ class ChunkOptimizer(Optimizer):
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
-        """As the torch.optim class writes it. Tensors are the states themselves, not copies.
+        """As the torch.optim class writes it. Tensors are the states themselves, not copies; of moments that are not
+        stored exactly, copies in the master's dtype, which are loaded as the same bits again.
 
         Of parameters that are sharded over processes, lie in divided chunks or are of other processes' layers they are
         whole, and copies on the CPU, made by all processes together; with `first_only` rank 0 alone keeps them, and the
@@ -230,12 +231,12 @@ class ChunkOptimizer(Optimizer):
         return saved if kept else {}
 
     def _updated(self) -> dict[str, tuple[int, list[torch.dtype]]]:
-        """Of every parameter that was updated, whoever has it, how often, and the dtypes of its moments."""
+        """Of every parameter that was updated, whoever has it, how often, and the dtypes of its moments as told."""
         store, found = self.store, dict[str, tuple[int, list[torch.dtype]]]()
         for name in store.chunks.ownership.among(self._groups):
             state, slot = store.state_of(name)
             if state.steps[slot]:
-                found[name] = state.steps[slot], [moment.dtype for moment in state.moments]
+                found[name] = state.steps[slot], [state.layout.master_dtype] * len(state.moments)
         return store.chunks.ownership.gather(found)
 
     def _state_of(self, parameter: str, steps: int, dtypes: list[torch.dtype]) -> dict[str, Any]:
@@ -315,11 +316,10 @@ class ChunkOptimizer(Optimizer):
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
         store, local_shards = self.store, self.store.chunks.local_shards
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
-        for name, moment in zip(MOMENTS[self.declared.kind], state.moments, strict=False):
-            target = state.slice(moment, slot)
+        for number, name in enumerate(MOMENTS[self.declared.kind][: len(state.moments)]):
+            values = torch.zeros(state.layout.slots[slot].shape)
             if saved:
-                target.copy_(store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter))
-            else:
-                target.zero_()
+                values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
+            state.write_moment(number, slot, values)
         default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..isa.errors import ArgumentError, wrong_argument
 from ..isa.formats import OwnFormat
+from ..isa.moments import Moments
 from .hyper_checks import check_group, is_number
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
@@ -26,6 +27,7 @@ class Declared:
         max_grad_norm: clip the norm of all gradients to this.
         in_backward: update each chunk as soon as its gradient is complete.
         accumulate: how many backwards make one step.
+        moments: how the optimizer's values are stored.
     """
 
     kind: type[Optimizer]
@@ -33,6 +35,7 @@ class Declared:
     max_grad_norm: float | None = None
     in_backward: bool = False
     accumulate: int = 1
+    moments: Moments = "exact"
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ArgumentError for what is not there or does not go together."""
@@ -54,6 +57,8 @@ class Declared:
         norm = self.max_grad_norm
         if norm is not None and not (is_number(norm) and 0 < norm < math.inf):
             raise wrong_argument("max_grad_norm", norm, "a positive number, or None")
+        if self.moments not in get_args(Moments):
+            raise wrong_argument("moments", self.moments, f"one of {', '.join(map(repr, get_args(Moments)))}")
         if self.in_backward:
             self._check_in_backward(dtypes)
 
@@ -87,4 +92,9 @@ class Declared:
         moments = len(MOMENTS[self.kind])
         if self.kind is SGD and not any(group["momentum"] for group in groups):
             moments = 0
-        return OwnFormat(moments, self.in_backward, self.accumulate)
+        if self.moments != "exact" and not moments:
+            raise ArgumentError(
+                f"moments={self.moments!r}: torch.optim.{self.kind.__name__} without momentum has no moments to store; "
+                "leave it out, or give a momentum above 0"
+            )
+        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments)

@@ -16,6 +16,7 @@ from ..isa.homes import Where
 from ..kernels.update_rules import Gradient
 from ..memory.stats import Stats
 from ..memory.streams import Arrival
+from .landings import Landings
 from .own_states import OwnStates
 from .states import ChunkState
 from .updates import UpdateKernels
@@ -35,6 +36,7 @@ class HeldGradients:
         self.tickets = tickets
         self.copies = tickets.copies
         self.stats = stats
+        self.landings = Landings(states.hardware, tickets)
         self.measures = False
         self.loss_scale = 1.0
         masters = {chunk.layout.master_dtype for chunk in states.chunks.chunks}
@@ -54,8 +56,7 @@ class HeldGradients:
         if not self.states.format.lands(state.layout, state.home):
             state.held = gradients
             return
-        assert state.held is not None
-        self._landed[index] = self._to_host(state.held, gradients)
+        self._landed[index] = self._to_host(self._landing(state), gradients)
 
     def keeps(self, state: ChunkState) -> bool:
         """Whether the gradient of one backward, as it is on the device, is still read when the program is done with
@@ -74,20 +75,26 @@ class HeldGradients:
         if state.where is Where.DEVICE:
             self._accumulate(total, gradients, factor, first)
             return
-        assert state.held is not None
-        landed = self._landed[index] = self._to_host(state.held, gradients)
-        self.tickets.submit(index, partial(self._add_on_host, state, factor, first), landed)
+        landing = self._landing(state)
+        landed = self._landed[index] = self._to_host(landing, gradients)
+        self.tickets.submit(index, partial(self._add_on_host, total, landing, factor, first), landed)
 
-    def _add_on_host(self, state: ChunkState, factor: float, first: bool) -> Arrival:
+    def _add_on_host(self, total: Tensor, gradients: Tensor, factor: float, first: bool) -> Arrival:
         """The worker's job, once the gradient has come."""
-        assert state.total is not None and state.held is not None
         began_s = time.perf_counter()
-        self._accumulate(state.total, state.held, factor, first)
+        self._accumulate(total, gradients, factor, first)
         self.host_sum_s += time.perf_counter() - began_s
         return None
 
     def _accumulate(self, total: Tensor, gradients: Tensor, factor: float, first: bool) -> None:
         self.kernels.add(total, Gradient(gradients, factor), fresh=first)
+
+    def _landing(self, state: ChunkState) -> Tensor:
+        """Where a chunk's gradient is to come to the host."""
+        if self.states.format.shares_landing(state.layout, state.home):
+            state.held = self.landings.take(state)
+        assert state.held is not None
+        return state.held
 
     def _to_host(self, target: Tensor, gradients: Tensor) -> Arrival:
         self.stats.moved(to_host=gradients.nbytes)

@@ -10,6 +10,7 @@ from ..isa.errors import BudgetError
 from ..isa.formats import OwnFormat
 from ..isa.homes import Home, Homes, Where
 from ..isa.layout import ChunkLayout
+from ..isa.moments import stored_numel
 from ..memory.chunks import Chunk, ChunkStore
 from ..memory.hardware import Hardware
 from .states import ChunkState, StateSlice
@@ -142,20 +143,23 @@ class OwnStates:
 
     def _allocate(self, layout: ChunkLayout, home: Home, weights: Tensor) -> ChunkState:
         new = lambda dtype: self._zeros(layout.numel, dtype, home.on_device, pinned=home.streamed)  # noqa: E731
+        stored = lambda dtype: self._zeros(  # noqa: E731
+            stored_numel(dtype, layout.numel), dtype, home.on_device, pinned=home.streamed
+        )
         rest = self.format.rest_dtype(layout)
         state = ChunkState(
             layout, home, weights,
             rest=None if rest is None else new(rest),
-            moments=tuple(map(new, self.format.moment_dtypes(layout))),
+            moments=tuple(map(stored, self.format.moment_dtypes(layout))),
             steps=[0] * len(layout.slots),
         )  # fmt: skip
         if self.format.has_spare(layout, home):
             spare_weights = self._zeros(layout.numel, layout.dtype, False, pinned=True)
             spare_rest = None if rest is None else new(rest)
-            state.spare = StateSlice(spare_weights, spare_rest, tuple(map(new, self.format.moment_dtypes(layout))))
+            state.spare = StateSlice(spare_weights, spare_rest, tuple(map(stored, self.format.moment_dtypes(layout))))
         if self.format.keeps_sum(layout):
             state.total = new(layout.master_dtype)
-        if self.format.lands(layout, home):
+        if self.format.lands(layout, home) and not self.format.shares_landing(layout, home):
             state.held = self._zeros(layout.numel, layout.dtype, False, pinned=True)
         return state
 

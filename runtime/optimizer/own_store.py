@@ -27,6 +27,7 @@ from .gradients import HeldGradients
 from .own_states import OwnStates
 from .slot_source import make_lazy
 from .states import ChunkState
+from .stored_moments import stored_moment
 from .updater import Updater
 from .updates import UpdateKernels
 from .weak_method import optimizer_is_gone
@@ -100,6 +101,7 @@ class OwnStore:
         try:
             self.states.place(homes)
             self.updater.make_streams()
+            self.held.landings.make(self.format, list(self.states))
         finally:
             make_lazy(self)
 
@@ -315,7 +317,7 @@ class OwnStore:
     def moments_of(self, parameter: str) -> list[Tensor]:
         """What this process has of a parameter's moments."""
         state, slot = self.state_of(parameter)
-        return [state.slice(moment, slot) for moment in state.moments]
+        return [state.read_moment(number, slot) for number in range(len(state.moments))]
 
     def versions(self) -> dict[str, int]:
         return {slot.name: state.version for state in self.states for slot in state.layout.slots}
@@ -370,8 +372,9 @@ class OwnStore:
 
     def stored_moments(self, parameter: str) -> list[Stored]:
         """Its optimizer's state."""
-        state, _ = self.state_of(parameter)
-        return [Stored.of(moment, *self._lies(parameter)) for moment in state.moments]
+        state, slot = self.state_of(parameter)
+        shape, regions = self._lies(parameter)
+        return [stored_moment(state, number, slot, shape, regions) for number in range(len(state.moments))]
 
     def _lies(self, parameter: str) -> tuple[tuple[int, ...], tuple[Region, ...]]:
         """A parameter's whole shape, and what this process has of it."""

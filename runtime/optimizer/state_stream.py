@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..isa.formats import STREAM_BUFFERS, STREAM_PIECE
+from ..isa.moments import BLOCK, stored_numel
 from ..kernels.update_rules import Gradient
 from ..memory.hardware import Hardware
 from ..memory.streams import Arrival
@@ -38,10 +39,15 @@ class StateStream:
         self._settled: dict[int, Arrival] = {}
 
     def _new_buffer(self, like: ChunkState, with_gradient: bool) -> _Buffer:
-        new = lambda tensor: torch.empty(self.numel, dtype=tensor.dtype, device=self._device)  # noqa: E731
+        def new(tensor: Tensor, numel: int = self.numel) -> Tensor:
+            return torch.empty(stored_numel(tensor.dtype, numel), dtype=tensor.dtype, device=self._device)
+
         rest = None if like.rest is None else new(like.rest)
         part = StateSlice(new(like.weights), rest, tuple(map(new, like.moments)))
-        return _Buffer(part, new(like.weights if like.total is None else like.total) if with_gradient else None)
+        if not with_gradient:
+            return _Buffer(part, None)
+        # A sum of a block must fit where a gradient does, in half as many bytes.
+        return _Buffer(part, new(like.weights if like.total is None else like.total, max(self.numel, 2 * BLOCK)))
 
     def update(self, state: ChunkState, ranges: list[Range], job: "StreamedUpdate") -> Arrival:
         """Start to update `ranges`. Returns what tells that weights are updated and the gradient is read."""
@@ -59,7 +65,8 @@ class StateStream:
     def _piece(self, gradient: Gradient) -> int:
         """Elements that move at a time: fewer where a sum of gradients needs more room than was made for one."""
         room = self._buffers[0].gradient
-        return self.numel if room is None else min(self.numel, _as(room, gradient.values.dtype).numel())
+        fitting = self.numel if room is None else _as(room, gradient.values.dtype).numel()
+        return self.numel if fitting >= self.numel else fitting // BLOCK * BLOCK
 
     def finish(self, index: int) -> None:
         """Block until the chunk's state on the host is whole."""
@@ -69,7 +76,7 @@ class StateStream:
                       launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
         """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
         home, numel = state.part(piece.start, piece.end), piece.end - piece.start
-        local, values = buffer.part.cut(slice(numel)), job.gradient.values[piece.start : piece.end]
+        local, values = buffer.part.cut(slice(0, numel)), job.gradient.values[piece.start : piece.end]
         travelling = list(zip(local.tensors, home.tensors, strict=True))[job.weights_stay :]
         coming = travelling
         if buffer.gradient is not None:

@@ -14,10 +14,15 @@ from torch import Tensor
 from ..distributed.local_shards import Region
 from ..isa.homes import Home, Where
 from ..isa.layout import ChunkLayout
+from ..isa.moments import stored_at, unit
+from ..kernels.moments import narrow, widened
 from ..kernels.split_pairs import SplitPair, join, split
 from ..kernels.update_rules import AdamHyper, SgdHyper
 
 Hyper = AdamHyper | SgdHyper
+SQUARES = 1
+"""The number of the moment that is a mean of squares."""
+
 Inside = tuple[slice, ...]
 """A part of a region."""
 
@@ -39,9 +44,11 @@ class StateSlice:
         return [self.weights, *([] if self.rest is None else [self.rest]), *self.moments]
 
     def cut(self, cut: slice) -> "StateSlice":
-        """Some of its elements."""
+        """Some of its elements; where moments share scales, from the beginning of a block on."""
         rest = None if self.rest is None else self.rest[cut]
-        return StateSlice(self.weights[cut], rest, tuple(moment[cut] for moment in self.moments))
+        return StateSlice(
+            self.weights[cut], rest, tuple(moment[stored_at(moment.dtype, cut)] for moment in self.moments)
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Early:
 
 @dataclass
 class ChunkState:
-    """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that.
+    """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that, but
+    for moments, which are as long as they are stored.
 
     `held` is a gradient in the compute dtype, times the loss scale, and still to be multiplied by `clipped`; `total` is
     one in the master's dtype, to which several are added. `present` are the slots that either has a gradient for.
@@ -132,6 +140,21 @@ class ChunkState:
             self.slice(self.rest, slot).copy_(value)
             weights.copy_(value)
 
+    def read_moment(self, number: int, slot: int) -> Tensor:
+        """One of a parameter's moments in the master's dtype: itself where it is exact, else a copy."""
+        moment, place = self.moments[number], self.layout.slots[slot]
+        if moment.dtype == self.layout.master_dtype:
+            return self.slice(moment, slot)
+        cut = moment[stored_at(moment.dtype, slice(place.offset, place.offset + place.numel))]
+        values = widened(cut, place.numel, self.layout.master_dtype, squares=number == SQUARES)
+        return values.view(place.shape)
+
+    def write_moment(self, number: int, slot: int, values: Tensor) -> None:
+        """Set one of a parameter's moments."""
+        moment, place = self.moments[number], self.layout.slots[slot]
+        cut = moment[stored_at(moment.dtype, slice(place.offset, place.offset + place.numel))]
+        narrow(values.to(cut.device).reshape(-1), cut, squares=number == SQUARES)
+
     def read_region(self, region: Region) -> Tensor:
         """The masters of a region, which counts elements of the state."""
         weights = region.of(self.weights)
@@ -189,7 +212,7 @@ class ChunkState:
         """What to update, as few and as long as parameters that are updated alike allow; where it `counts`, as one more
         step of each."""
         found: list[Range] = []
-        joins = False
+        joins, together = False, max((unit(moment.dtype) for moment in self.moments), default=1)
         for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
             hyper = schedule(place.name, self.steps[slot] + 1) if slot in self.present else None
             if hyper is None:
@@ -198,7 +221,7 @@ class ChunkState:
             self.steps[slot] += counts  # of every parameter on every process, whoever holds it
             if place.numel == 0:
                 continue
-            end = place.offset + place.numel
+            end = min(place.offset + -(-place.numel // together) * together, self.layout.numel)
             if joins and found[-1].hyper == hyper:
                 found[-1] = Range(found[-1].start, end, hyper)
             else:

@@ -11,12 +11,13 @@ from torch.optim.sgd import sgd
 from ..isa.layout import ChunkLayout
 from ..kernels.device_updates import DeviceKernel
 from ..kernels.host_updates import HostKernel, Pieces
+from ..kernels.moments import narrow, widened
 from ..kernels.split_pairs import SplitPair
 from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
-from .states import Hyper, Range, StateSlice
+from .states import SQUARES, Hyper, Range, StateSlice
 
 NARROW_PIECE = 2**20
-"""Elements whose moments are widened at a time where they are kept in another dtype than the master's."""
+"""Elements whose moments are widened at a time where no kernel takes them as stored: on a device some 40 MB."""
 
 LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work, and to the driver's."""
@@ -36,8 +37,8 @@ class UpdateKernels:
     """The kernels of both sides.
 
     Split pairs are updated by the host's and the device's kernels, which give the same bits. Other masters are
-    updated by `torch.optim`'s own fused functions. Moments that are kept in a narrower dtype are widened for the
-    update and rounded behind it, a few megabytes at a time.
+    updated by `torch.optim`'s own fused functions. Moments that are stored in a narrower way than a kernel takes are
+    widened for the update and stored again behind it, a few megabytes at a time.
     """
 
     def __init__(self, device: torch.device, sharing: int = 1) -> None:
@@ -49,21 +50,32 @@ class UpdateKernels:
                into: StateSlice | None = None) -> None:  # fmt: skip
         """Update `part`, which is that range of a chunk: in place, or `into` another place, as of a chunk's spare; on
         CUDA on the current stream, without waiting for anything."""
-        narrow = any(moment.dtype != layout.master_dtype for moment in part.moments)
-        if into is not None and (narrow or not layout.splits):
+        takes = self._takes(layout, part)
+        if into is not None and not (takes and layout.splits):
             for target, source in zip(into.tensors, part.tensors, strict=True):
                 target.copy_(source)
             part, into = into, None
-        if not narrow:
+        if takes:
             self._update(layout, part, gradient, elements, into)
             return
         for piece in elements.pieces(NARROW_PIECE):
             cut = slice(piece.start - elements.start, piece.end - elements.start)
-            few = part.cut(cut)
-            wide = replace(few, moments=tuple(moment.to(layout.master_dtype) for moment in few.moments))
-            self._update(layout, wide, replace(gradient, values=gradient.values[cut]), piece, None)
-            for kept, updated in zip(few.moments, wide.moments, strict=True):
-                kept.copy_(updated)
+            few, numel = part.cut(cut), piece.end - piece.start
+            values = tuple(
+                widened(moment, numel, layout.master_dtype, squares=number == SQUARES)
+                for number, moment in enumerate(few.moments)
+            )
+            self._update(
+                layout, replace(few, moments=values), replace(gradient, values=gradient.values[cut]), piece, None
+            )
+            for number, moment in enumerate(few.moments):
+                narrow(values[number], moment, squares=number == SQUARES)
+
+    def _takes(self, layout: ChunkLayout, part: StateSlice) -> bool:
+        """Whether the kernel takes moments as they are stored."""
+        kernel = self._device if part.weights.is_cuda else self._host
+        exact = all(moment.dtype == layout.master_dtype for moment in part.moments)
+        return exact or (layout.splits and kernel is not None and kernel.widens)
 
     def add(self, total: Tensor, gradient: Gradient, *, fresh: bool) -> None:
         """Add a gradient times its scale to `total`, on the side where that lies; where `fresh`, total becomes it."""

@@ -187,6 +187,17 @@ class Tickets:
         ticket = self._tickets.pop(index, None)
         return None if ticket is None else self.worker.wait(ticket, self._names(index))
 
+    def is_launched(self, index: int) -> bool:
+        """Whether the chunk's work, if there is any, is done as far as the worker goes."""
+        ticket = self._tickets.get(index)
+        return ticket is None or ticket.is_done(0.0)
+
+    def launched(self, index: int) -> None:
+        """Block until that is so."""
+        ticket = self._tickets.get(index)
+        if ticket is not None:
+            self.worker.wait(ticket, self._names(index))
+
     def arrive(self, index: int) -> None:
         """From here on what is launched sees the chunk as its last work leaves it."""
         self.copies.arrive(self.take(index))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import BudgetError
-from geminifx.runtime.isa.formats import STREAM_BUFFERS, OwnFormat
+from geminifx.runtime.isa.formats import LANDINGS, STREAM_BUFFERS, OwnFormat
 from geminifx.runtime.isa.homes import Home, Where
+from geminifx.runtime.optimizer.own_states import OwnStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizing import ADAMW, NET, PLACES, Loop, homes_of, placed, plain, same_weights
@@ -40,9 +41,9 @@ def elements(plan: Plan) -> int:
 def test_a_bf16_parameter_takes_12_bytes_and_its_gradient(
     declared: dict[str, Any], on_device: int, held_on_device: int
 ) -> None:
-    """2 of weight, 2 of remainder, 4 of each moment; on the host 2 for the gradient, unless it is used up on the device
-    at once; 4 for a sum of them."""
-    on_host = on_device + 2
+    """2 of weight, 2 of remainder, 4 of each moment; on the host 2 for the gradient that is held until `step()`, and a
+    few places for those that are used up as they come; 4 for a sum of them."""
+    held_on_host = 2 * (declared == {})
     model = placed(NET, "device", "bf16")
     model.optimizer(AdamW, **declared)
     numel, tiers = elements(model.plan), model.session.hardware.tiers
@@ -51,19 +52,78 @@ def test_a_bf16_parameter_takes_12_bytes_and_its_gradient(
     assert (state, model.plan.estimate.host_bytes) == ((on_device + held_on_device) * numel, 0)
     model = placed(NET, "host", "bf16")
     model.optimizer(AdamW, **declared)
-    assert [tier.used_bytes for tier in model.session.hardware.tiers] == [0, on_host * numel]
-    assert model.plan.estimate.host_bytes == on_host * numel
+    chunks = model.plan.layout.chunks
+    longest = max(chunk.numel for chunk in chunks)
+    landings = 0 if held_on_host else 2 * longest * min(LANDINGS, len(chunks))
+    on_host = (on_device + held_on_host) * numel + landings
+    assert [tier.used_bytes for tier in model.session.hardware.tiers] == [0, on_host]
+    assert model.plan.estimate.host_bytes == on_host
     model = placed(NET, "host, resident", "bf16")
     model.optimizer(AdamW, **declared)
-    assert [tier.used_bytes for tier in model.session.hardware.tiers] == [2 * numel, on_host * numel]
+    assert [tier.used_bytes for tier in model.session.hardware.tiers] == [2 * numel, on_host]
     model = placed(NET, "streamed", "bf16")
     model.optimizer(AdamW, **declared)
-    longest = max(chunk.numel for chunk in model.plan.layout.chunks)
     gradient = {12: 0 if declared.get("in_backward") else 2, 16: 4}[on_device]
     assert model.session.hardware.tiers[0].used_bytes == STREAM_BUFFERS * longest * (12 + gradient)
     lands = declared != {"in_backward": True}
-    assert model.session.hardware.host_tier.used_bytes == (on_host if lands else on_device) * numel
+    assert model.session.hardware.host_tier.used_bytes == (on_host if lands else on_device * numel)
     assert model.plan.estimate.host_bytes == model.session.hardware.tiers[1].used_bytes
+    model = placed(NET, "streamed, resident", "bf16")
+    model.optimizer(AdamW, **declared)
+    assert model.session.hardware.host_tier.used_bytes == (on_host if lands else on_device * numel) - 2 * numel
+
+
+def many_chunks(**options: Any) -> geminifx.CompiledModule:
+    """Twelve blocks, of which each is a chunk or more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(128, 128), nn.GELU()) for _ in range(12)), nn.Linear(128, 3))
+    return geminifx.compile(
+        model, device="cpu", precision="bf16", recompute="none", offload="none", microbatches=1, rates="rtx4090",
+        example_inputs={"input": torch.zeros(8, 128)}, **options,
+    )  # fmt: skip
+
+
+def trained(model: geminifx.CompiledModule, steps: int = 3, backwards: int = 1, **declared: Any) -> list[torch.Tensor]:
+    optimizer = model.optimizer(AdamW, lr=1e-2, accumulate=backwards, **declared)
+    for step in range(steps):
+        for part in range(backwards):
+            inputs = torch.randn(8, 128, generator=torch.Generator().manual_seed(7 * step + part))
+            model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [value.clone() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize(("backwards", "in_backward"), [(1, True), (2, True), (2, False)])
+def test_of_gradients_that_are_used_up_as_they_come_the_host_holds_those_under_way(
+    backwards: int, in_backward: bool
+) -> None:
+    """Three of them, whatever the number of chunks: 12 bytes per parameter are 12, and sums 4 more. A host that has
+    no room for more is no reason to refuse, and results are those of a host that has."""
+    bytes_each, declared = 12 + 4 * (backwards > 1), {"backwards": backwards, "in_backward": in_backward}
+    roomy = many_chunks(placement="cpu")
+    expected = trained(roomy, **declared)
+    chunks = roomy.plan.layout.chunks
+    numel, longest = elements(roomy.plan), max(chunk.numel for chunk in chunks)
+    assert len(chunks) > 2 * LANDINGS
+    least = bytes_each * numel + LANDINGS * 2 * longest
+    tight = many_chunks(placement="cpu", host_budget=least)
+    assert all(torch.equal(a, b) for a, b in zip(trained(tight, **declared), expected, strict=True))
+    assert tight.plan.estimate.host_bytes == tight.stats.host_peak_bytes == least
+    with pytest.raises(BudgetError, match="host"):
+        trained(many_chunks(placement="cpu", host_budget=least - 1), **declared)
+
+
+def test_where_the_host_has_room_nobody_waits_for_a_place_to_land() -> None:
+    """The planner gives every gradient its own where that makes the modelled step shorter, and no host budget forbids
+    it."""
+    model = many_chunks(placement="cpu", host_budget="1GB")
+    model.optimizer(AdamW, in_backward=True)
+    homes, numel = model.plan.homes, elements(model.plan)
+    assert {home.lands_apart for home in homes} <= {True, False}
+    assert model.plan.estimate.host_bytes >= 12 * numel
+    if all(home.lands_apart for home in homes):
+        assert model.plan.estimate.host_bytes == 14 * numel
 
 
 @pytest.mark.parametrize(("kind", "hyper", "per_weight"), [(SGD, {}, 4), (SGD, {"momentum": 0.9}, 8), (AdamW, {}, 12)])
@@ -299,3 +359,34 @@ def test_a_saved_plan_that_only_our_optimizer_fits_is_taken(tmp_path: Path) -> N
     optimizer.step()
     assert again.plan.homes == model.plan.homes
     assert again.stats.device_peak_bytes <= budget
+
+
+def test_states_go_to_the_device_where_the_host_has_no_room_for_them() -> None:
+    """Weights that stay would take the device's room first, and leave the host as full as it is."""
+    numel, budget = elements(many_chunks(placement="cpu").plan), 1_600_000
+    tight = many_chunks(device_budget=budget, host_budget=6 * numel)
+    tight.optimizer(AdamW, in_backward=True)
+    on_device = sum(chunk.numel for chunk, home in tight.plan.placed(tight.plan.homes) if home.on_device)
+    assert tight.plan.estimate.host_bytes <= 6 * numel <= 12 * on_device and tight.plan.peak_bytes <= budget
+
+
+@pytest.mark.parametrize("moments", ["exact", "int8"])
+def test_a_model_becomes_a_training_state_without_a_second_copy(moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk: what the host holds of the model as it was made and of its states together is never more than
+    the states take in the end, and one chunk's parameters."""
+    model = many_chunks(placement="cpu")
+    model.optimizer(AdamW, in_backward=True, moments=moments)
+    source, host, taken = model.source, model.session.hardware.host_tier, []
+    expected = many_chunks(placement="cpu").state_dict()
+    place = OwnStates._place
+
+    def measured(self: OwnStates, *args: Any) -> None:
+        place(self, *args)
+        taken.append(sum(p.nbytes for p in source.parameters() if type(p) is nn.Parameter) + host.used_bytes)
+
+    monkeypatch.setattr(OwnStates, "_place", measured)
+    trained_state = model.state_dict()
+    model(torch.zeros(8, 128))
+    longest = max(chunk.numel for chunk in model.plan.layout.chunks)
+    assert len(taken) == len(model.plan.layout.chunks) and max(taken) <= model.plan.estimate.host_bytes + 4 * longest
+    assert all(torch.equal(value, expected[name]) for name, value in trained_state.items())

@@ -1,0 +1,54 @@
+"""Places on the host where gradients land that are used up there: a few, in which chunks take turns."""
+
+import torch
+from torch import Tensor
+
+from ..isa.formats import OwnFormat
+from ..memory.hardware import Hardware
+from .states import ChunkState
+from .worker import Tickets
+
+
+class Landings:
+    """The places, and the chunks whose gradients lie in them, by number.
+
+    A gradient lies in one until the worker's job that reads it is done, which is given out right behind `take`.
+    """
+
+    def __init__(self, hardware: Hardware, tickets: Tickets) -> None:
+        self.hardware = hardware
+        self.tickets = tickets
+        self._kinds: dict[torch.dtype, tuple[int, int]] = {}
+        self._free: dict[torch.dtype, list[Tensor]] = {}
+        self._taken: dict[int, Tensor] = {}
+
+    def make(self, format: OwnFormat, states: list[ChunkState]) -> None:
+        """Make the places that states need as they lie now; nothing is under way. Raises BudgetError on a full host."""
+        placed = [(state.layout, state.home) for state in states]
+        kinds = format.landings(placed)
+        if kinds == self._kinds:
+            return
+        self._kinds, self._free, self._taken = {}, {}, {}
+        self.hardware.host_tier.book("gradients on their way to the host", format.staging_bytes(placed))
+        for dtype, (count, numel) in kinds.items():
+            self._free[dtype] = [self.hardware.zeros(numel, dtype, False, pinned=True) for _ in range(count)]
+        self._kinds = kinds
+
+    def take(self, state: ChunkState) -> Tensor:
+        """A place for a gradient of this chunk. Where all are taken, blocks until one is free again."""
+        index, dtype = state.layout.index, state.layout.dtype
+        if index in self._taken:  # the gradient before it: nothing is done with a chunk while that is read
+            return self._taken[index][: state.layout.numel]
+        if not self._free[dtype]:
+            self._free[dtype].append(self._taken.pop(self._first_free(dtype)))
+        self._taken[index] = self._free[dtype].pop()
+        return self._taken[index][: state.layout.numel]
+
+    def _first_free(self, dtype: torch.dtype) -> int:
+        """The chunk whose gradient is used up first: of those that the worker has, it takes the lowest number next."""
+        taken = [index for index, place in self._taken.items() if place.dtype == dtype]
+        done = next((index for index in taken if self.tickets.is_launched(index)), None)
+        if done is None:
+            done = min(taken)
+            self.tickets.launched(done)
+        return done
