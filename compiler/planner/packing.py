@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from ...passes.program.program import Program, note, tensor_type
-from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Slot, alignment
+from ...runtime.isa.layout import ChunkLayout, Layout, Slot, alignment
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
 
@@ -49,7 +49,7 @@ def pack(
     than a chunk has one of its own. Where `unit` elements are updated together, no two parameters share any.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
-    limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
+    limit_bytes = _chunk_bytes(inputs, blocks, dtypes, unit)
     tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
     opened: dict[_Kind, _Open] = defaultdict(_Open)
     closed: list[tuple[_Kind, _Open]] = []
@@ -89,11 +89,14 @@ def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) 
     return replace(layout, chunks=tuple(chunks))
 
 
-def _chunk_bytes(inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> int:
+def _chunk_bytes(
+    inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype], unit: int
+) -> int:
     sizes: dict[str, int] = defaultdict(int)
     for name, node in inputs.items():
-        num_bytes = prod(tensor_type(node).shape) * dtypes[name].itemsize
-        sizes[_block_of(name, blocks)] += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        apart = alignment(dtypes[name], unit)
+        numel = -(-prod(tensor_type(node).shape) // apart) * apart
+        sizes[_block_of(name, blocks)] += numel * dtypes[name].itemsize
     largest = max((size for block, size in sizes.items() if block), default=max(sizes.values(), default=0))
     pieces = -(-largest // LARGEST_CHUNK_BYTES)
     return max(largest // max(pieces, 1), SMALLEST_CHUNK_BYTES)
