@@ -4,13 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from types import MappingProxyType
 
 import torch
 from torch import fx, nn
 
 from ...passes.program.program import Program, note, tensor_type
-from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout, Owners, Slot, alignment
+from ...runtime.isa.layout import ChunkLayout, Layout, Owners, Slot, alignment
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
 
@@ -23,6 +22,14 @@ SMALLEST_CHUNK_BYTES = 32 * 2**10
 _Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str], Owners]
 """What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over, and who
 along a pipeline has them. By the axes those are alike, too, over which their gradients are summed."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The processes that a model is spread over, and, of a pipeline, which of them has which parameters."""
+
+    mesh: Mesh = ONE_PROCESS
+    owners: Mapping[str, Owners] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,21 +45,19 @@ def pack(
     parameters: dict[str, nn.Parameter],
     blocks: tuple[str, ...],
     dtypes: Mapping[str, torch.dtype],
-    mesh: Mesh = ONE_PROCESS,
-    owners: Mapping[str, Owners] = MappingProxyType({}),
+    spread: Spread = Spread(),  # it is frozen
     unit: int = 1,
 ) -> Layout:
-    """The layout of a captured model's `parameters`: in a pipeline, whose `owners` are of all, those of one process.
+    """The layout of a captured model's `parameters`: in a pipeline those of one process.
 
-    A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded
-    over the same axes of the mesh, whose gradients are summed over the same, and which the same processes of a
-    pipeline have. Chunks follow the model's blocks:
-    a chunk is as large as the largest block, within fixed bounds, and where a block begins all chunks end if they
-    hold at least half of that. Equal blocks have equal chunks then, and equal programs. A parameter that is larger
+    A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded over the
+    same axes of the mesh, whose gradients are summed over the same, and which the same processes of a pipeline have.
+    Chunks follow the model's blocks: a chunk is as large as the largest block, within fixed bounds, and where a block
+    begins all chunks end if they hold at least half of that. Equal blocks have equal chunks then, and equal programs. A parameter that is larger
     than a chunk has one of its own. Where `unit` elements are updated together, no two parameters share any.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
-    limit_bytes = _chunk_bytes(inputs, blocks, dtypes)
+    limit_bytes = _chunk_bytes(inputs, blocks, dtypes, unit)
     tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
     opened: dict[_Kind, _Open] = defaultdict(_Open)
     closed: list[tuple[_Kind, _Open]] = []
@@ -65,7 +70,7 @@ def pack(
         shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
         key = (
             dtypes[name], master_dtype(parameter), parameter.requires_grad, sharded_over(placement),
-            owners.get(name, ()),
+            spread.owners.get(name, ()),
         )  # fmt: skip
         apart = alignment(key[0], unit)
         size = -(-prod(shape) // apart) * apart
@@ -78,9 +83,9 @@ def pack(
     closed += opened.items()
     chunks = []
     for i, (key, made) in enumerate(closed):
-        axes = mesh.reduction_axes(made.slots[0].placement)
+        axes = spread.mesh.reduction_axes(made.slots[0].placement)
         chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes))
-    return Layout(tuple(chunks), tuple(tied.items()), tuple(owners.items()))
+    return Layout(tuple(chunks), tuple(tied.items()), tuple(spread.owners.items()))
 
 
 def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) -> Layout:
@@ -95,11 +100,14 @@ def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) 
     return replace(layout, chunks=tuple(chunks))
 
 
-def _chunk_bytes(inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> int:
+def _chunk_bytes(
+    inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype], unit: int
+) -> int:
     sizes: dict[str, int] = defaultdict(int)
     for name, node in inputs.items():
-        num_bytes = prod(tensor_type(node).shape) * dtypes[name].itemsize
-        sizes[_block_of(name, blocks)] += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        apart = alignment(dtypes[name], unit)
+        numel = -(-prod(tensor_type(node).shape) // apart) * apart
+        sizes[_block_of(name, blocks)] += numel * dtypes[name].itemsize
     largest = max((size for block, size in sizes.items() if block), default=max(sizes.values(), default=0))
     pieces = -(-largest // LARGEST_CHUNK_BYTES)
     return max(largest // max(pieces, 1), SMALLEST_CHUNK_BYTES)

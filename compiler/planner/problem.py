@@ -26,7 +26,7 @@ from ..options import Options
 from .check import check_plan
 from .memory import Limits
 from .microbatches import Decision, fewest
-from .packing import divide, pack
+from .packing import Spread, divide, pack
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.schedules import Shape, make_schedule
@@ -256,7 +256,7 @@ class Planning:
         if plan.schedule is not None:
             owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
-        packed = pack(captured.program, mine, self.blocks, self.dtypes, self.mesh, owned, unit)
+        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), unit)
         return divide(packed, self.shared().shards, unit)
 
     @staticmethod

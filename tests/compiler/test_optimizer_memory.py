@@ -375,18 +375,15 @@ def test_a_model_becomes_a_training_state_without_a_second_copy(moments: str, mo
     """Chunk by chunk: what the host holds of the model as it was made and of its states together is never more than
     the states take in the end, and one chunk's parameters."""
     model = many_chunks(placement="cpu")
-    model.optimizer(AdamW, in_backward=True, moments=moments)
-    source, host, taken = model.source, model.session.hardware.host_tier, []
-    expected = many_chunks(placement="cpu").state_dict()
-    place = OwnStates._place
+    source, host, taken = model.source, model.session.hardware.host_tier, list[int]()
+    expected, place = many_chunks(placement="cpu").state_dict(), OwnStates._place
 
     def measured(self: OwnStates, *args: Any) -> None:
         place(self, *args)
         taken.append(sum(p.nbytes for p in source.parameters() if type(p) is nn.Parameter) + host.used_bytes)
 
     monkeypatch.setattr(OwnStates, "_place", measured)
-    trained_state = model.state_dict()
-    model(torch.zeros(8, 128))
+    model.optimizer(AdamW, in_backward=True, moments=moments)
     longest = max(chunk.numel for chunk in model.plan.layout.chunks)
     assert len(taken) == len(model.plan.layout.chunks) and max(taken) <= model.plan.estimate.host_bytes + 4 * longest
-    assert all(torch.equal(value, expected[name]) for name, value in trained_state.items())
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -1,7 +1,7 @@
 """Packing: every parameter has exactly one place, aligned and alone, in chunks of one kind."""
 
 import torch
-from geminifx.compiler.planner.packing import SMALLEST_CHUNK_BYTES, pack
+from geminifx.compiler.planner.packing import SMALLEST_CHUNK_BYTES, Spread, pack
 from geminifx.passes.program.program import Program, annotate
 from geminifx.passes.program.types import TensorType
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout
@@ -92,7 +92,7 @@ def test_parameters_whose_gradients_are_summed_over_other_axes_do_not_mix() -> N
     made = program(parameters)
     for name in ("up", "down"):
         annotate(made.inputs("parameter")[name], placement="experts=S0")
-    layout = pack(made, parameters, (), dtypes(parameters), mesh)
+    layout = pack(made, parameters, (), dtypes(parameters), Spread(mesh))
     found = {tuple(ns): chunk.reduced_over for ns, chunk in zip(names(layout), layout.chunks, strict=True)}
     assert found == {("router", "head"): ("data", "experts"), ("up", "down"): ("data",)}
 
@@ -102,7 +102,7 @@ def test_each_process_of_a_pipeline_has_a_place_for_what_its_layers_read() -> No
     owners = {"embed": (0, 2), "first": (0,), "shared": (0, 2), "second": (1,), "third": (2,)}
     made = program(parameters)
     own = [{name: p for name, p in parameters.items() if place in owners[name]} for place in range(3)]
-    layouts = [pack(made, each, (), dtypes(parameters), PIPELINE, owners) for each in own]
+    layouts = [pack(made, each, (), dtypes(parameters), Spread(PIPELINE, owners)) for each in own]
     assert [names(layout) for layout in layouts] == [
         [["embed", "shared"], ["first"]],  # what others have, too, is apart: it is counted once in all
         [["second"]],
