@@ -53,8 +53,9 @@ def pack(
     A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded over the
     same axes of the mesh, whose gradients are summed over the same, and which the same processes of a pipeline have.
     Chunks follow the model's blocks: a chunk is as large as the largest block, within fixed bounds, and where a block
-    begins all chunks end if they hold at least half of that. Equal blocks have equal chunks then, and equal programs. A parameter that is larger
-    than a chunk has one of its own. Where `unit` elements are updated together, no two parameters share any.
+    begins all chunks end if they hold at least half of that. Equal blocks have equal chunks then, and equal programs. A
+    parameter that is larger than a chunk has one of its own. Where `unit` elements are updated together, no two
+    parameters share any.
     """
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
     limit_bytes = _chunk_bytes(inputs, blocks, dtypes, unit)

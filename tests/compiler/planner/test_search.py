@@ -315,9 +315,10 @@ def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
     tight = limits(everything.peak_bytes - STATE)
     fastest = solved_within(tight)
     assert fastest.recompute == () and fastest.estimate.host_bytes > 0
-    small = replace(tight, host_bytes=fastest.estimate.host_bytes - 1)
-    found = solved_within(small)
-    assert found.recompute and found.estimate.host_bytes < fastest.estimate.host_bytes
+    found = [fastest]
+    while not found[-1].recompute:  # at first less stays on the device that only computes
+        found.append(solved_within(replace(tight, host_bytes=found[-1].estimate.host_bytes - 1)))
+        assert found[-1].estimate.host_bytes < found[-2].estimate.host_bytes
     with pytest.raises(HostBudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
         solved_within(replace(limits(ALL // 2), host_bytes=0))
     assert 0 < refused.value.smallest_bytes < CHUNKS * STATE
