@@ -200,6 +200,7 @@ class Planning:
                             schedule=self._scheduled(captured, microbatches))  # fmt: skip
             if before is None:  # parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
+                self._check_owned(captured, given)
             accept = partial(self._accept, lower)
             kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
@@ -249,6 +250,18 @@ class Planning:
         program = captured.by(plan.microbatches).program.copy()
         canonicalize.rewrite(program, plan)
         return program
+
+    def _check_owned(self, captured: Captured, given: Plan) -> None:
+        """Raises ArgumentError for a plan whose chunks are not those of its stages."""
+        if given.schedule is None:
+            return
+        owned = owners(self._canonical(captured, given), given, tuple(self.parameters))
+        wrong = next((name for name, each in given.layout.owned if owned.get(name) != each), None)
+        if wrong is not None:
+            raise ArgumentError(
+                f"the plan does not fit this model: by its stages rank(s) {owned.get(wrong)} read {wrong!r}, by its "
+                f"layout {given.layout.owners[wrong]} have it; leave stages as they are where several ranks have some"
+            )
 
     def _layout(self, captured: Captured, plan: Plan, unit: int) -> Layout:
         """Of a pipeline that of this process's parameters."""

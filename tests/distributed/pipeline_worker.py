@@ -121,7 +121,7 @@ def find(name: str) -> Any:
     place = int(os.environ["RANK"]) % training.data  # of the mesh's axes the pipeline is the outer one
     trained = train(training, slice(place * each, (place + 1) * each))
     everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, trained)
+    dist.all_gather_object(everyones, vars(trained))
     return everyones
 
 

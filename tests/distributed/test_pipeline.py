@@ -34,9 +34,9 @@ def slow_but(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
-def check(everyones: list[Trained], name: str) -> None:
+def check(found: list[dict[str, Any]], name: str) -> None:
     """All ranks see one process's losses, and have its parameters."""
-    training = TRAININGS[name]
+    everyones, training = [Trained(**each) for each in found], TRAININGS[name]
     expected = train(training.alone())
     exact = training.case is UNTIED and training.data == 1
     for trained in everyones:
