@@ -214,12 +214,12 @@ class Program:
 
 
 def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """A copy of a node in a graph, its node arguments mapped by `value`. Arguments are set once the node is there:
-    where nodes are made, torch looks through all of them for symbolic sizes, which takes longer than the rest."""
+    """A copy of a node in a graph, its node arguments mapped by `value`, which may make nodes in front of it. Arguments
+    are set once the node is there: where nodes are made, torch looks through all of them for symbolic sizes, which
+    takes longer than the rest."""
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value) if node.kwargs else {}
     copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-    copy.args = fx.map_arg(node.args, value)
-    if node.kwargs:
-        copy.kwargs = fx.map_arg(node.kwargs, value)
+    copy.args, copy.kwargs = args, kwargs
     copy.meta.update(node.meta)
     return copy
 

@@ -170,7 +170,7 @@ class ChunkStore:
         """Of the parameters that other processes alone have, what is known here."""
 
     def _elsewhere(self, name: str, parameter: nn.Parameter) -> Elsewhere:
-        dtype, ranks = master_dtype(parameter.dtype), self.ownership.ranks_of(name)
+        dtype, ranks = master_dtype(parameter), self.ownership.ranks_of(name)
         return Elsewhere(name, tuple(parameter.shape), dtype, f"rank(s) {ranks}", self.writers)
 
     def let_go(self) -> None:

@@ -82,7 +82,7 @@ class World:
             placed = tuple(Shard(0) for _ in mesh.tensor_axes) if parameter.ndim > 1 else ()
             shape = local_shape(tuple(parameter.shape), placed, mesh.tensor_axes[: len(placed)])
             placement = placements_text(placed, mesh.tensor_axes) if placed else "R" if mesh.tensor_axes else ""
-            key = dtypes[name], master_dtype(parameter.dtype), parameter.requires_grad, who, placement
+            key = dtypes[name], master_dtype(parameter), parameter.requires_grad, who, placement
             unit = ALIGNMENT_BYTES // dtypes[name].itemsize
             offset = sum(-(-slot.numel // unit) * unit for slot in slots[key])
             slots[key].append(Slot(name, offset, shape, placement))
