@@ -9,7 +9,7 @@ from ...runtime.isa.formats import StateFormat, kinds_of_format
 from .strict_json import Text, strict_converter
 
 PLAN_TEXT = Text(
-    of="geminifx plan", version=4, writer="Plan.to_json",
+    of="geminifx plan", version=5, writer="Plan.to_json",
     remedy="make it anew with geminifx.compile(...).plan.save(path)",
 )  # fmt: skip
 
