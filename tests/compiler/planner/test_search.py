@@ -292,7 +292,7 @@ def test_the_host_holds_what_is_offloaded() -> None:
 
 
 def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
-    """The more blocks are recomputed, the more of the training state fits the device."""
+    """States go to the device before weights do, and the more blocks are recomputed, the more of them fit there."""
     blocks, draft = tuple(f"b{i}" for i in range(16)), Plan(Request("auto"), layout())
 
     def solved_within(found: Limits) -> Plan:
@@ -302,9 +302,10 @@ def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
     tight = limits(everything.peak_bytes - STATE)
     fastest = solved_within(tight)
     assert fastest.recompute == () and fastest.estimate.host_bytes > 0
-    small = replace(tight, host_bytes=fastest.estimate.host_bytes - 1)
-    found = solved_within(small)
-    assert found.recompute and found.estimate.host_bytes < fastest.estimate.host_bytes
+    states_first = solved_within(replace(tight, host_bytes=fastest.estimate.host_bytes - 1))
+    assert states_first.estimate.host_bytes < fastest.estimate.host_bytes
+    found = solved_within(replace(tight, host_bytes=states_first.estimate.host_bytes - 1))
+    assert found.recompute and found.estimate.host_bytes < states_first.estimate.host_bytes
     with pytest.raises(HostBudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
         solved_within(replace(limits(ALL // 2), host_bytes=0))
     assert 0 < refused.value.smallest_bytes < CHUNKS * STATE
