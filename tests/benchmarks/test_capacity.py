@@ -9,15 +9,15 @@ import state_formats
 from geminifx.runtime.isa.errors import BudgetError
 
 TINY = ["--hidden", "64", "--layers", "3", "--heads", "2", "--vocab", "256", "--seq", "32", "--lr", "1e-3"]
-BUDGETS = ["--device-budget", "1.2MB", "--host-budget", "2MB"]
+BUDGETS = ["--device-budget", "1.5MB", "--host-budget", "5MB"]
 
 
 @pytest.mark.parametrize("moments", ["exact", "int8"])
 def test_a_model_that_fits_counts_and_the_plan_is_kept_to(moments: str) -> None:
     told = capacity.main([*TINY, *BUDGETS, "--moments", moments, "--steps", "5"])
     assert told["counts"] and len(told["losses"]) == 5
-    assert told["device_peak_bytes"] <= told["planned_device_bytes"] <= 1_200_000
-    assert told["planned_host_bytes"] <= 2_000_000
+    assert told["device_peak_bytes"] <= told["planned_device_bytes"] <= 1_500_000
+    assert told["planned_host_bytes"] <= 5_000_000
 
 
 def test_fewer_steps_do_not_count() -> None:

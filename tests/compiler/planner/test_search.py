@@ -305,7 +305,7 @@ def test_the_host_holds_what_is_offloaded() -> None:
 
 
 def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
-    """The more blocks are recomputed, the more of the training state fits the device."""
+    """States go to the device before weights do, and the more blocks are recomputed, the more of them fit there."""
     blocks, draft = tuple(f"b{i}" for i in range(16)), Plan(Request("auto"), layout())
 
     def solved_within(found: Limits) -> Plan:

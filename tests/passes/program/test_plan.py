@@ -86,7 +86,7 @@ def test_json_has_the_request_the_decisions_and_the_estimate():
     assert set(data["request"]) == {field.name for field in fields(Request)}
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
     assert data["recompute"] == ["layers.0", "layers.1"]
-    assert data["homes"][1] == {"where": "device", "resident": True, "spare": False}
+    assert data["homes"][1] == {"where": "device", "resident": True, "spare": False, "lands_apart": False}
     assert set(data["estimate"]) == {field.name for field in fields(Estimate)}
     assert data["estimate"]["busy_s"] == [["device", 0.12], ["bus up", 0.0805]]
     assert PLAN.estimate.bound_s == 0.12 and PLAN.estimate.binds == "device" and Plan().estimate.binds == ""
@@ -144,7 +144,7 @@ def _of_version_2():
         (_asking(placement="cpu"), r"placement.* @ plan\.request"),
         (_with(prefetch=1.5), "1.5, expected a whole number @ plan.prefetch"),
         (
-            _with(homes=[{"where": "moon", "resident": False, "spare": False}]),
+            _with(homes=[{"where": "moon", "resident": False, "spare": False, "lands_apart": False}]),
             "'moon' is not a valid Where @ plan.homes\\[0\\].where",
         ),
         (_with(format={"kind": "mine"}), "'mine', expected a kind of training state: torch, own"),
