@@ -163,9 +163,9 @@ class Session:
 
     def _captured_anew(self, call: Call) -> Captured:
         self._recaptures.note(call, self._guarded.changed(call.key))
-        began_s = time.perf_counter()
+        began_s = time.thread_time()
         captured = self.captures.of(call)
-        tell_of_slowness(time.perf_counter() - began_s, captured.program)
+        tell_of_slowness(time.thread_time() - began_s, captured.program)
         return captured
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
