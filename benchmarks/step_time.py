@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
                       "geminifx calibrate")  # fmt: skip
     only.add_argument("--kernels", default="exact", choices=("exact", "fused"), help="fused: by Inductor, between "
                       "products")  # fmt: skip
-    only.add_argument("--no-warmup", action="store_true", help="keep to the first plan, whatever steps take")
+    only.add_argument("--warmup", action="store_true", help="let the first steps decide the plan again")
     only.add_argument("--profile", type=Path, default=None, help="trace one step more to this file; several runs: "
                       "to FILE-MODEL-BATCH-SYSTEM")  # fmt: skip
     return made
@@ -124,7 +124,7 @@ def task_of(args: argparse.Namespace, model: str, batch: int, parallel: str | No
         model, batch, args.seq, args.accumulate, args.microbatches, args.dropout, args.pad,
         None if args.budget == "none" else args.budget, args.nprocs,
         Declared(args.host_budget, args.plan, args.recompute, parallel, args.offload, args.rates,
-                 args.kernels, not args.no_warmup),
+                 args.kernels, args.warmup),
     )  # fmt: skip
 
 

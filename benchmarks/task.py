@@ -27,7 +27,7 @@ class Declared:
     offload: str = "auto"
     rates: str | None = None
     kernels: str = "exact"
-    warmup: bool = True
+    warmup: bool = False
 
     @property
     def degrees(self) -> dict[str, Any] | None:

@@ -31,7 +31,6 @@ from random_models import full_name
 from systems.base import synchronize
 from systems.ours import Ours
 from task import Task
-from torch import nn
 
 STEPS, COUNTED = 5, 3
 
@@ -79,16 +78,9 @@ def key(cell: Cell) -> tuple[Any, ...]:
 # -- measuring -------------------------------------------------------------------------------------------------
 
 
-class Uncorrected(Ours):
-    """As it was planned before anything was measured of it."""
-
-    def _compile(self, source: nn.Module, **options: Any) -> None:
-        super()._compile(source, warmup=False, **options)
-
-
 def measure(task: Task) -> Cell:
     """One cell: what the plan says, and what five steps take."""
-    ours = Uncorrected(task)
+    ours = Ours(task)
     plan, seconds = ours.model.plan, list[float]()
     synchronize()
     before = time.perf_counter()

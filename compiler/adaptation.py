@@ -24,7 +24,7 @@ class Adaptation:
 
     def _warm_up(self) -> WarmUp:
         session = self.session
-        steps = session.options.warmup_steps(session.device.is_cuda) if session.planning.adapts else 0
+        steps = session.options.warmup_steps if session.planning.adapts else 0
         return WarmUp(session, self.rehoming, steps)
 
     def before(self, compiled: Compiled) -> None:

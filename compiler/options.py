@@ -63,9 +63,8 @@ class Options:
         plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.
         rates: how fast the machine is that is planned for: the name of a card, such as "rtx4090", the path of what
             `geminifx calibrate` wrote, or `Rates`. By default what was measured of this one; it changes no result.
-        warmup: how many of the first steps are measured, for the plan to be decided again by what they took; True: 2,
-            False: none. "auto" measures 2 on a GPU, and none in the arena in RAM, whose two sides are one memory. It is
-            for placement="auto" without `plan=`.
+        warmup: how many of the first steps are measured, for the plan to be decided again by what they took; True: 2.
+            It is for placement="auto" without `plan=`.
         passes: further passes, each placed behind the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
         device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
@@ -92,7 +91,7 @@ class Options:
     outputs: Outputs = "loss"
     plan: Plan | None = None
     rates: Rates | None = None
-    warmup: int | Literal["auto"] = "auto"
+    warmup: int = False
     passes: tuple[Pass, ...] = ()
     optimizer_state_bytes: int = 8
     device: str | None = None
@@ -139,8 +138,8 @@ class Options:
             raise wrong_argument(
                 "microbatches", self.microbatches, "'auto', or a number of parts of a batch, 1 or more"
             )
-        if self.warmup != "auto" and (type(self.warmup) not in (int, bool) or self.warmup < 0):
-            raise wrong_argument("warmup", self.warmup, "'auto', True, False, or a number of steps to measure")
+        if type(self.warmup) not in (int, bool) or self.warmup < 0:
+            raise wrong_argument("warmup", self.warmup, "True, False, or a number of steps to measure")
         for name in ("recompute", "offload"):
             if not isinstance(getattr(self, name), str | tuple):
                 raise wrong_argument(name, getattr(self, name), "'auto', 'none', 'all' or names of blocks")
@@ -208,11 +207,10 @@ class Options:
             except OSError as error:
                 raise ArgumentError(f"dump={str(self.dump)!r} cannot be written to: {error}") from error
 
-    def warmup_steps(self, on_cuda: bool) -> int:
+    @property
+    def warmup_steps(self) -> int:
         """How many steps are measured."""
-        if self.warmup == "auto" or self.warmup is True:
-            return WARMUP_STEPS * (on_cuda or self.warmup is True)
-        return int(self.warmup)
+        return WARMUP_STEPS if self.warmup is True else int(self.warmup)
 
     @property
     def degrees(self) -> Parallel:

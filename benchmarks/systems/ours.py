@@ -58,7 +58,7 @@ class Ours(Contestant):
             source, device_budget=task.budget, host_budget=declared.host_budget, plan=declared.plan,
             recompute=first_blocks(source, "recompute", declared.recompute),
             offload=first_blocks(source, "offload", declared.offload), parallel=declared.degrees, rates=declared.rates,
-            kernels=declared.kernels, warmup="auto" if declared.warmup else False,
+            kernels=declared.kernels, warmup=declared.warmup,
             example_inputs=self.backwards[0].inputs, **options,
         )  # fmt: skip
         self.optimizer = self.make_optimizer()

@@ -90,14 +90,16 @@ def _reasons(module: nn.Module) -> Iterator[str]:
 
 
 def tell_of_slowness(captured_in_s: float, program: Program) -> None:
-    """Warn of a capture that took long, with what it consists of: Python's loops are unrolled."""
+    """Warn of a capture that took this thread long, however busy the machine is, with what it consists of: Python's
+    loops are unrolled."""
     if captured_in_s < SLOW_S:
         return
     counts = Counter(note(node).module for node in program.computes)
     (module, most), count = counts.most_common(1)[0], counts.total()
     where = f"{module} ({program.sources[module]})" if program.sources.get(module) else module or "the model itself"
     warnings.warn(
-        f"capturing the model took {captured_in_s:.0f} s: its Python ran {count:,} operators, {most:,} of them in "
-        f"{where}. Loops are unrolled: fewer turns, or an operator that stands for the loop, are captured faster",
+        f"capturing the model took {captured_in_s:.0f} s of a processor: its Python ran {count:,} operators, "
+        f"{most:,} of them in {where}. Loops are unrolled: fewer turns, or an operator that stands for the loop, are "
+        "captured faster",
         stacklevel=2,
     )
