@@ -170,7 +170,7 @@ class Planning:
     def _as_far_as_it_divides(planned: int, examples: int) -> int:
         """A plan is for the batch that it was made for: another, as a loader's last one, is run as fewer microbatches
         where it does not divide into as many."""
-        count = next(count for count in range(planned, 0, -1) if examples % count == 0)
+        count = next((count for count in range(planned, 0, -1) if examples % count == 0), planned)
         if count != planned:
             warnings.warn(
                 f"a batch of {examples} examples does not divide into the plan's {planned} microbatches, and is run as "

@@ -14,10 +14,13 @@ import torch
 
 from .homes import Home, Where
 from .layout import ChunkLayout
-from .moments import Moments, stored_bytes, stored_dtype, unit
+from .moments import BLOCK, Moments, stored_bytes, stored_dtype, unit
 
 STREAM_PIECE = 16 * 2**20
 """Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
+
+SHORTEST_GRADIENT = 2 * BLOCK
+"""Elements of a streamed gradient that have room at least: a sum of a block fits then, in twice as many bytes."""
 
 STREAM_BUFFERS = 3
 """Pieces on the device at a time: one comes up, one is updated, one goes down."""
@@ -261,7 +264,9 @@ class OwnFormat(StateFormat):
         """The pieces on their way where `chunk` is the longest that travels."""
         itemsize = 0 if self.at_once else (chunk.master_dtype if self.accumulate > 1 else chunk.dtype).itemsize
         numel = min(STREAM_PIECE, chunk.shard_numel)
-        return STREAM_BUFFERS * (numel * (chunk.dtype.itemsize + itemsize) + self._beside_weights_bytes(chunk, numel))
+        gradient_bytes = itemsize * max(numel, SHORTEST_GRADIENT)
+        state_bytes = numel * chunk.dtype.itemsize + self._beside_weights_bytes(chunk, numel)
+        return STREAM_BUFFERS * (state_bytes + gradient_bytes)
 
     def waiting_bytes(self, chunks: Placed) -> int:
         """Programs' own buffers, or copies of shards, of the newest too."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..isa.formats import STREAM_BUFFERS, STREAM_PIECE
+from ..isa.formats import SHORTEST_GRADIENT, STREAM_BUFFERS, STREAM_PIECE
 from ..isa.moments import BLOCK, stored_numel
 from ..kernels.update_rules import Gradient
 from ..memory.hardware import Hardware
@@ -46,8 +46,8 @@ class StateStream:
         part = StateSlice(new(like.weights), rest, tuple(map(new, like.moments)))
         if not with_gradient:
             return _Buffer(part, None)
-        # A sum of a block must fit where a gradient does, in half as many bytes.
-        return _Buffer(part, new(like.weights if like.total is None else like.total, max(self.numel, 2 * BLOCK)))
+        gradient = like.weights if like.total is None else like.total
+        return _Buffer(part, new(gradient, max(self.numel, SHORTEST_GRADIENT)))
 
     def update(self, state: ChunkState, ranges: list[Range], job: "StreamedUpdate") -> Arrival:
         """Start to update `ranges`. Returns what tells that weights are updated and the gradient is read."""

@@ -22,7 +22,7 @@ def atomic_directory(path: str | Path, stays_sealed: bool = True) -> Iterator[Pa
     is a file.
     """
     target = put_back(path)
-    if target.exists() and not target.is_dir():
+    if target.is_file():  # one look: another save may be replacing the directory
         raise NotADirectoryError(f"{path} is a file, which a checkpoint would replace; expected a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     with fresh(target) as temporary:

@@ -14,6 +14,7 @@ from functools import cached_property
 from io import BytesIO
 from math import prod
 from threading import Thread
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -130,8 +131,8 @@ def _num_bytes(item: WriteItem) -> int:
 class Background:
     """The saves of one model in the background, one at a time."""
 
-    def __init__(self, ranks: Ranks, hardware: Hardware, planned_bytes: Callable[[], int]) -> None:
-        """`planned_bytes` tells how much of the host's memory training takes at most."""
+    def __init__(self, ranks: Ranks, hardware: Hardware, planned_bytes: WeakMethod[Callable[[], int]]) -> None:
+        """`planned_bytes` tells how much of the host's memory training takes at most, as long as there is any."""
         self._training, self._hardware, self._planned_bytes = ranks, hardware, planned_bytes
         self._last: Saving | None = None
 
@@ -147,7 +148,8 @@ class Background:
         Raises on all of them what fails on one before that.
         """
         saving = self._last = Saving()
-        copying = Copying(self._hardware.host_tier, saving, may_wait, self._planned_bytes())
+        planned_bytes = self._planned_bytes()
+        copying = Copying(self._hardware.host_tier, saving, may_wait, planned_bytes() if planned_bytes else 0)
         with quiet():  # not in the thread: filters of warnings are the whole process's
             Thread(target=saving.run, args=(lambda: write(copying), self._context())).start()
             try:

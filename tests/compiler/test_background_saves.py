@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,9 @@ def test_ctrl_c_while_it_copies_leaves_no_half_of_a_checkpoint(tmp_path: Path, m
 
     def slow(*arguments: Any) -> Any:
         if not interrupted.is_set():
+            # Python tells a thread of a signal that falls between its last operator and its wait when that is over.
+            while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "wait":
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
             assert interrupted.wait(60)
         return copy(*arguments)

@@ -5,6 +5,7 @@ import torch
 from geminifx.passes.program.program import Program, writes
 from geminifx.passes.program.types import TensorType
 from geminifx.runtime.distributed.collectives import Collectives
+from geminifx.runtime.distributed.point_to_point import Messages
 from geminifx.runtime.isa import instructions as ops
 from geminifx.runtime.machine import Machine
 from geminifx.runtime.memory.offloads import Offloads
@@ -17,8 +18,9 @@ VECTOR = TensorType(F32, (64,), (1,))
 
 def test_the_machine_implements_every_instruction_that_code_has() -> None:
     # At the turn the generated program itself yields; whole collectives are written out in two. The machine has those
-    # of the processes' collectives and of offloaded activations.
-    missing = {name for name in ops.SCHEMAS if name not in {**vars(Machine), **vars(Collectives), **vars(Offloads)}}
+    # of the processes' collectives and messages, and of offloaded activations.
+    there = {name for part in (Machine, Collectives, Messages, Offloads) for name in vars(part)}
+    missing = {name for name in ops.SCHEMAS if name not in there}
     assert missing == {"turn", "all_gather", "reduce_scatter", "all_reduce"}
 
 
@@ -36,6 +38,7 @@ def test_schemas_admit_every_write(name: str) -> None:
         "start_all_reduce": ["partial"],
         "drawn": ["state"],
         "swap_rng": ["state"],
+        "send": ["value"],
     }
     assert written == expected.get(name, [])
 
