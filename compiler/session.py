@@ -104,7 +104,8 @@ class Session:
             self.ranks.check_call(str(call))
         key = self.captures.key(call)
         if key not in self._programs:
-            key = self._make(call)
+            with self.ranks.refusing_alike():
+                key = self._make(call)
         if self._programs[key].trains and self.phase in (Phase.PLANNED, Phase.PLACED):
             self._agree(key)
         compiled = self._programs[key]
@@ -275,8 +276,10 @@ class Session:
         with torch.inference_mode(False), torch.no_grad():
             if self.device.is_cuda:
                 move_buffers(self.source, self.device.torch_device)
-            self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), self.device.torch_device)
-            open_channels(self.ranks, channels(setup.plan, self.programs().values()))
+            if self.phase is Phase.PLANNED:  # later homes change, and that on some ranks alone
+                axes = (chunk.reduced_over for chunk in setup.plan.layout.chunks)
+                self.ranks.join_axes(axes, self.device.torch_device)
+                open_channels(self.ranks, channels(setup.plan, self.programs().values()))
             if not self._are_shared:
                 self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
                 share_values(self.source, self.ranks, self.device.torch_device, setup.machine.store.chunks)

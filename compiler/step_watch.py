@@ -51,8 +51,10 @@ class StepWatch:
         return False
 
     def spoil(self) -> None:
-        """Something else ran beside the training steps."""
-        self._is_spoilt |= len(self._steps) > FIRST
+        """Something else ran beside the training steps: nothing is to be learned of them, and no copies are timed."""
+        if len(self._steps) > FIRST:
+            self._is_spoilt = True
+            self.session.hardware.traffic.end()
 
     def measured(self, key: Key, runs: int) -> Measured | None:
         """What a step of so many runs of this program takes: the fastest, since others may use the machine, too. None

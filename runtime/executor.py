@@ -103,6 +103,7 @@ class Executor:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
                 machine.ranks.begin(*self._told(run))
+                machine.messages.begin()
                 try:
                     yield
                 finally:

@@ -27,10 +27,26 @@ class Messages:
         self.ranks = ranks
         self.place = ranks.mesh.pipeline_rank(ranks.rank)
         self._under_way: list[tuple[Any, Tensor]] = []
+        self._exchanged = self._is_broken = False  # since the program was begun; for good
+
+    def begin(self) -> None:
+        """A program begins, or goes on behind its turn, on all ranks, which have received all that was sent before.
+
+        Raises StateError where a step failed between messages: what is still under way would be taken for others.
+        """
+        if self._is_broken:
+            raise StateError(
+                "a step of the pipeline failed while its ranks exchanged values, some of which may still be under "
+                "way: start all ranks again from the last checkpoint"
+            )
+        for work, _ in self._under_way:
+            work.wait()
+        self._under_way.clear()
+        self._exchanged = False
 
     def send(self, value: Tensor, to: int) -> None:
         """The value may be let go of: what is on its way is kept here."""
-        self._under_way = [(work, kept) for work, kept in self._under_way if not work.is_completed()]
+        self._exchanged = True
         moving = value.contiguous()
         group, number = self._group(self.place, to)
         self._under_way.append((self.ranks.call(dist.isend, moving, group=group, group_dst=number(to)), moving))
@@ -38,6 +54,7 @@ class Messages:
     def receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
                 device: torch.device) -> Tensor:  # fmt: skip
         """Blocks the host where the device is one, and else what is launched behind it."""
+        self._exchanged = True
         come = torch.empty(shape, dtype=dtype, device=device)
         group, number = self._group(source, self.place)
         self.ranks.call(dist.recv, come, group=group, group_src=number(source))
@@ -47,6 +64,7 @@ class Messages:
 
     def abandon(self) -> None:
         """Forget what is under way, of a step that failed: who would receive it may be lost."""
+        self._is_broken |= self._exchanged
         self._under_way.clear()
 
     def _group(self, source: int, to: int) -> tuple[Any, Callable[[int], int]]:

@@ -2,7 +2,8 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..isa.errors import StateError
+from ..isa.errors import BudgetError, StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
@@ -190,12 +191,20 @@ class Ranks:
 
     def raise_alike(self, error: Exception | None) -> None:
         """Where any rank has an error, raise: there the error itself, elsewhere a StateError that tells it."""
-        told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        failed = {rank: text for rank, text in enumerate(told) if text is not None}
-        if failed:
-            raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
+        _raise(error, dict(enumerate(self.gather(_text(error)))))
+
+    @contextmanager
+    def refusing_alike(self) -> Iterator[None]:
+        """Where one rank of a pipeline finds no room for its layers, all those raise that would wait for it."""
+        refusal = None
+        try:
+            yield
+        except BudgetError as error:
+            refusal = error
+        if self.mesh.pipeline_axes and self.launched:
+            _raise(refusal, self.told_by_sharing(_text(refusal)))
+        if refusal is not None:
+            raise refusal
 
     def check_alike(self, what: str, digest: str, of_layers: str = "") -> None:
         """Raises StateError where the ranks' digests differ, naming those that do. Those `of_layers` are alike where
@@ -337,6 +346,18 @@ class Ranks:
                 f"rank {self.rank} of {self.size} lost {whom} in {collective.__name__} ({self.clock}), in step "
                 f"{self.clock.step}: {why} ({error}). Restart all from the last checkpoint"
             ) from error
+
+
+def _text(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _raise(error: Exception | None, told: dict[int, str | None]) -> None:
+    if error is not None:
+        raise error
+    failed = {rank: text for rank, text in told.items() if text is not None}
+    if failed:
+        raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
 
 
 ALONE = Ranks()

@@ -69,8 +69,8 @@ __all__ = [
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "cuda_driver", "export_joint",
     "module_of", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
-    "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs", "will_accumulate",
-    "wrapper_parameter",
+    "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs",
+    "watch_clipping", "will_accumulate", "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -161,6 +161,29 @@ def watch_chosen_inputs(check: Callable[[Sequence[Any], Sequence[Any]], None]) -
         return plain(outputs, *args, **kwargs)
 
     torch.autograd._engine_run_backward = run
+
+
+def watch_clipping(check: Callable[[Sequence[Any]], None]) -> None:
+    """From here on torch's clipping of gradients calls `check` with the parameters before it writes, and its scaler
+    of losses before it unscales or steps."""
+    clipping, scaler = torch.nn.utils.clip_grad, torch.amp.GradScaler
+    plain, plain_step, plain_unscale = clipping._clip_grads_with_norm_, scaler.step, scaler.unscale_
+
+    def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        check(parameters)
+        return plain(parameters, *args, **kwargs)
+
+    def of_scaler(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.is_enabled():
+                check([parameter for group in optimizer.param_groups for parameter in group["params"]])
+            return method(self, optimizer, *args, **kwargs)
+
+        return call
+
+    clipping._clip_grads_with_norm_ = clip
+    scaler.step, scaler.unscale_ = of_scaler(plain_step), of_scaler(plain_unscale)
 
 
 def default_store() -> Any:

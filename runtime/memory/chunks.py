@@ -23,6 +23,7 @@ from ..isa.errors import IllegalTransition, StateError
 from ..isa.layout import ChunkLayout, Layout, Slot
 from ..isa.precision import master_dtype
 from ..isa.torch_private import num_references
+from . import local_norms
 from .elsewhere import Elsewhere, Writers
 from .lazy_parameter import become_lazy
 
@@ -168,6 +169,8 @@ class ChunkStore:
         self._lacking = {name: parameters[name] for name in self.ownership.elsewhere}
         self.elsewhere = {name: self._elsewhere(name, parameter) for name, parameter in self._lacking.items()}
         """Of the parameters that other processes alone have, what is known here."""
+        if self.elsewhere:
+            local_norms.refuse_them()
 
     def _elsewhere(self, name: str, parameter: nn.Parameter) -> Elsewhere:
         dtype, ranks = master_dtype(parameter), self.ownership.ranks_of(name)

@@ -50,7 +50,12 @@ class Hardware:
             raise
 
     def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
-        """A flat tensor of zeros on either side; `pinned`: one that copies between the sides start from or end in."""
-        if on_device:
-            return torch.zeros(numel, dtype=dtype, device=self.device)
-        return host_buffer(numel, dtype, pinned and self.is_cuda)
+        """A flat tensor of zeros on either side; `pinned`: one that copies between the sides start from or end in.
+        Raises BudgetError where there is no memory: others may have taken what the tiers account for."""
+        try:
+            if on_device:
+                return torch.zeros(numel, dtype=dtype, device=self.device)
+            return host_buffer(numel, dtype, pinned and self.is_cuda)
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            tier = self.device_tier if on_device else self.host_tier
+            raise BudgetError(f"the {tier.name} has no memory left for states: {error}", tier=tier.name) from error

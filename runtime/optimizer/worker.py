@@ -184,8 +184,12 @@ class Tickets:
 
     def take(self, index: int) -> Arrival:
         """Block until the chunk's work is launched, and return what tells that it is done."""
-        ticket = self._tickets.pop(index, None)
-        return None if ticket is None else self.worker.wait(ticket, self._names(index))
+        ticket = self._tickets.get(index)
+        if ticket is None:
+            return None
+        arrival = self.worker.wait(ticket, self._names(index))
+        self._tickets.pop(index, None)  # not before: who is interrupted while waiting still has to
+        return arrival
 
     def is_launched(self, index: int) -> bool:
         """Whether the chunk's work, if there is any, is done as far as the worker goes."""

@@ -126,3 +126,17 @@ def test_what_lies_elsewhere_is_moved_on_to_another_store() -> None:
         source[1].weight.data.copy_(torch.zeros(4, 4))
     with first.writable(), pytest.raises(StateError, match="written by"), torch.no_grad():
         source[1].weight.zero_()
+
+
+@STORES
+def test_torch_clips_and_scales_no_part_of_the_gradients(store: str) -> None:
+    """Every rank would find another norm, and another rank's overflow would not be seen."""
+    source = model()
+    placed(source, store)
+    with pytest.raises(StateError, match=r"1\.weight is of\s+layers that other ranks run.*model\.clip_grad_norm_"):
+        nn.utils.clip_grad_norm_(source.parameters(), 1.0)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(source.parameters(), lr=0.1)
+    for step in (scaler.unscale_, scaler.step):
+        with pytest.raises(StateError, match="torch clips gradients, or scales them"):
+            step(optimizer)
+    nn.utils.clip_grad_norm_(model().parameters(), 1.0)

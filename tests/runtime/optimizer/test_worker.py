@@ -8,11 +8,13 @@ import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from geminifx.runtime.isa.errors import StateError
+from geminifx.runtime.memory.streams import ImmediateCopies
 from geminifx.runtime.optimizer import worker as worker_module
-from geminifx.runtime.optimizer.worker import Ticket, Worker
+from geminifx.runtime.optimizer.worker import Ticket, Tickets, Worker
 
 
 class Gate:
@@ -246,3 +248,17 @@ def test_waiting_does_not_hold_the_job_up(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Worker, "check", lambda self, *name: looked.set() if name else check(self, *name))
     ticket = worker.submit(0, "slow", lambda: arrival("late") if looked.wait(10) else arrival("never"))
     assert worker.wait(ticket, "slow") == "late"
+
+
+def test_who_is_interrupted_while_it_waits_still_has_to() -> None:
+    worker = Worker()
+    tickets, gate = Tickets(worker, ImmediateCopies(), str), Gate(worker)
+    tickets._tickets[0] = gate.ticket
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "wait", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tickets.take(0)
+    assert tickets.get(0) is gate.ticket and not tickets.is_launched(0)
+    gate.opened.set()
+    tickets.take(0)
+    assert tickets.get(0) is None
