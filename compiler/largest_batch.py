@@ -17,13 +17,15 @@ PARTS = 8
 @dataclass(frozen=True)
 class LargestBatch:
     """For the calls that a `captured` training step is of, with the chunks of the `plan` in force. `only_ours` where
-    that has no room for a torch optimizer, and `format` is the training state's, where it was declared."""
+    that has no room for a torch optimizer, and `format` is the training state's, where it was declared. Where it
+    `trains` already, states stay where they are."""
 
     captured: Captured
     planning: Planning
     plan: Plan
     format: OwnFormat | None
     only_ours: bool
+    trains: bool
 
     def find(self) -> int:
         """Raises StateError where no batch could be too large, or none is known to be larger."""
@@ -47,7 +49,7 @@ class LargestBatch:
         with warnings.catch_warnings(action="ignore"):  # what is to be told was told of the batch that there is
             captured = self.captured.divide.resized(examples)
             try:
-                _, refusal = planning.decide(captured, self.plan, False, self.format)
+                _, refusal = planning.decide(captured, self.plan, self.trains, self.format)
             except BudgetError:
                 return False
         return refusal is None or self.only_ours

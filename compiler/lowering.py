@@ -78,9 +78,6 @@ class Lowering:
             (self.dump / f"{program.name}.py").write_text(print_program(program, executable=True), encoding="utf-8")
         return program, records
 
-    def _flat_passes(self, plan: Plan) -> tuple[Pass, ...]:
-        return self._rest(plan, self.passes[: self._after(CLUSTER) - 1])
-
     def _rest(self, plan: Plan, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
         """What is still to be run of `passes`; repetitions that sharding brought are removed first."""
         return (canonicalize, *passes[self._after(SHARD) :]) if plan.mesh.tensor_axes else passes

@@ -29,6 +29,7 @@ from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
 from .session import Session
+from .setup import Phase
 from .state_dict import local_shards_of, whole_state
 
 
@@ -182,10 +183,10 @@ class CompiledModule(Facade):
         setup, compiled = self.session.demanded(), self.session.last.get("training")
         if compiled is None:
             raise StateError("no training step is known yet: pass example_inputs= to compile, or call the module once")
-        only_ours = setup.refusal is not None
+        only_ours, trains = setup.refusal is not None, self.session.phase is Phase.TRAINING
         with resting_collector():
             return LargestBatch(
-                compiled.captured, self.session.planning, setup.plan, self.session.format, only_ours
+                compiled.captured, self.session.planning, setup.plan, self.session.format, only_ours, trains
             ).find()
 
     @property
@@ -221,7 +222,10 @@ class CompiledModule(Facade):
         return profile(step, steps, trace, None if machine is None else machine.store)
 
     def first_nonfinite(self, *args: Any, **kwargs: Any) -> str | None:
-        """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None."""
+        """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None. Raises
+        StateError in a pipeline, where the other ranks would wait for what comes behind."""
+        if self.session.ranks.mesh.pipeline_axes:
+            raise StateError("first_nonfinite() is for models on one process, or whose layers all ranks run")
         compiled = self.session.program(args, kwargs)
         self.session.ready(backward=False)
         return first_nonfinite(compiled.flat, compiled.executor, self.session.inputs(compiled, args, kwargs))

@@ -95,9 +95,10 @@ class Session:
 
     # -- programs ------------------------------------------------------------------------------------------
 
-    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = "") -> Compiled:
+    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = "", *,
+                agrees: bool = True) -> Compiled:  # fmt: skip
         """The program for a call with these arguments, of the submodule `entry` where there is one; captured, planned
-        and generated where it is new."""
+        and generated where it is new. Ranks that share out weights agree on its plan, unless it is of a guess."""
         check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
         call = self.captures.taken(Call.of(self.source, entry, args, kwargs))
         if self.ranks.sharing is not None:
@@ -106,7 +107,7 @@ class Session:
         if key not in self._programs:
             with self.ranks.refusing_alike():
                 key = self._make(call)
-        if self._programs[key].trains and self.phase in (Phase.PLANNED, Phase.PLACED):
+        if agrees and self._programs[key].trains and self.phase in (Phase.PLANNED, Phase.PLACED):
             self._agree(key)
         compiled = self._programs[key]
         self.last[compiled.program.name] = compiled
@@ -117,9 +118,11 @@ class Session:
         key, captured = self.captures.of(call)
         if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
             # Until the first step states may still move, so the first real batch is planned for from scratch.
+            self.planning.agreed = None
             self._set_up(key, captured)
         else:
-            solution = self._further(captured, self.setup.plan)
+            # Beside those that there are: states stay where they are.
+            solution, _ = self.planning.decide(captured, self.setup.plan, True, self.format)
             self._programs[key] = self._generate(captured, solution, self.setup.machine)
         return key
 
@@ -132,13 +135,8 @@ class Session:
         try:
             self._set_up(key, compiled.captured)
         except BudgetError as refusal:
-            error = refusal
+            error, self.planning.agreed = refusal, None
         self.ranks.raise_alike(error)
-
-    def _further(self, captured: Captured, plan: Plan) -> Solution:
-        """A plan for another program beside those that there are: states stay where they are."""
-        solution, _ = self.planning.decide(captured, plan, True, self.format)
-        return solution
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         plan, flat = solution.plan, solution.program
@@ -186,7 +184,7 @@ class Session:
         guess = example_inputs(self.source, self.planning.asked or 1)
         if guess is not None:
             with of_a_guess(), torch.enable_grad():
-                self.program((), dict(guess))
+                self.program((), dict(guess), agrees=False)
         return self.setup
 
     def _set_up(self, key: Key, captured: Captured) -> None:
@@ -293,14 +291,16 @@ class Session:
     def rehome(self, plans: Mapping[Key, Plan], first: Key) -> None:
         """Let all programs go on by other plans, which differ from theirs in homes and estimates alone, that of `first`
         being the model's, and move states. Raises BudgetError where a tier is full: then all is as it was."""
-        before, programs = (self.demanded(), self._programs), Recent[Compiled]()
+        before, programs = (self.demanded(), self._programs, self.planning.agreed), Recent[Compiled]()
         for key, compiled in self._programs.items():
             programs[key] = replace(compiled, plan=plans[key])
         self.setup, self._programs = replace(before[0], plan=plans[first]), programs
+        if before[2] is not None:
+            self.planning.agreed = replace(before[2], homes=plans[first].homes)
         try:
             self.place()
         except BudgetError:
-            self.setup, self._programs = before
+            self.setup, self._programs, self.planning.agreed = before
             self._place_again()
             raise
         self.last = {compiled.program.name: compiled for _, compiled in programs.items()}
@@ -337,7 +337,7 @@ class Session:
         if training:
             self.phase = move(self.phase, Phase.TRAINING)
             self.ranks.clock.step += 1
-            self.planning.forget()
+        self.planning.forget()
         self._note_peaks()
         for tier in self.hardware.tiers:
             tier.begin_step()

@@ -247,6 +247,8 @@ class _Cut:
         if value not in self.parts.own:
             return self._averaged(node, self._value(value, None))
         every = [self._value(value, microbatch) for microbatch in range(self.plan.microbatches)]
+        if len(every) == 1:
+            return self._averaged(node, every[0])
         if node.target is AVERAGE:
             return self._averaged(node, self.parts.mean(every, note(node)))
         return self.parts.emit(aten.cat.default, every, like=note(node))

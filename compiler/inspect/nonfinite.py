@@ -69,6 +69,8 @@ def _run(node: fx.Node, values: dict[fx.Node, object], executor: Executor) -> ob
     if node.target is operator.getitem:
         return args[0][args[1]]
     name = str(node.target)
+    if node.op == "call_module":
+        return executor.loaded.world[name](*args)
     if name.startswith(NAMESPACE + "."):
         return getattr(executor.called, name.split(".")[1])(*args, **kwargs)
     return node.target(*args, **kwargs)

@@ -86,10 +86,9 @@ class Planning:
 
     @property
     def adapts(self) -> bool:
-        """Whether homes may be chosen anew in training: those that a user put somewhere stay there, those that ranks
-        agreed on, and those of a pipeline's ranks, which have chunks of their own each."""
-        fixed = self.options.plan is not None or self.agreed is not None or self.schedule is not None
-        return self.options.placement == "auto" and not fixed
+        """Whether homes may be chosen anew in training: those that a user put somewhere stay there, and those of a
+        pipeline's ranks, which have chunks of their own each."""
+        return self.options.placement == "auto" and self.options.plan is None and self.schedule is None
 
     def shared(self) -> Plan:
         """What was asked for and the processes that there are, which all plans of the model say alike."""
@@ -159,7 +158,7 @@ class Planning:
         asked = self.asked
         if asked is None or not captured.trains:
             return fewest(find, captured.examples)
-        if self.options.microbatches == "auto":
+        if self.options.microbatches == "auto" and self.schedule is None:
             asked = self._as_far_as_it_divides(asked, captured.examples)
         try:
             return find(asked)
@@ -192,6 +191,8 @@ class Planning:
                     "them has a plan of its own: save one on every rank"
                 )
             request = self._request(given.request.policy)
+            if request.kernels == "exact":
+                request = replace(request, kernels=given.request.kernels)
             if format is not None and not given.layout.is_cut_for(format.unit):
                 raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
             if given.microbatches != microbatches:

@@ -260,11 +260,6 @@ def _fastest_of_each_kind(found: list[tuple[str, Alternative]]) -> tuple[Alterna
     return tuple(one for kind, one in fastest.items() if kind)
 
 
-def _order(candidate: tuple[int, float, Homes]) -> tuple[int, float]:
-    """Homes that fit the host, then those of the faster step; of equal ones the first."""
-    return candidate[:2]
-
-
 def _step_s(solution: Solution) -> float:
     return solution.plan.estimate.step_s
 

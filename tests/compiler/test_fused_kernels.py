@@ -36,3 +36,13 @@ def test_the_plan_keeps_what_was_asked_for_and_others_are_refused() -> None:
     assert geminifx.Plan.from_json(plan.to_json()).request.kernels == "fused" and "fused" in str(plan)
     with pytest.raises(ArgumentError, match="kernels='fast'"):
         compiled(OPT, kernels="fast")
+
+
+def test_a_plan_that_is_fed_back_keeps_its_kernels_and_the_search_for_infinities_goes_through_them() -> None:
+    plan = compiled(OPT, kernels="fused").plan
+    model = compiled(OPT, plan=plan)
+    assert model.plan.request.kernels == "fused" and "@geminifx.fused" in model.graph["training"]
+    assert model.first_nonfinite(**OPT.batch()) is None
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(torch.inf)
+    assert "parameter" in str(model.first_nonfinite(**OPT.batch()))

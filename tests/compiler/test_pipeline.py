@@ -110,3 +110,12 @@ def test_what_no_pipeline_can_run_is_refused(model, options, message):
     given = {"example_inputs": OPT.batch(batch=8), "microbatches": 2, **options}
     with pytest.raises((GeminiError, ValueError), match=message):
         geminifx.compile(model(), **given)
+
+
+def test_one_microbatch_draws_and_a_batch_that_the_schedule_does_not_divide_is_refused():
+    dropout = Case("opt with dropout", lambda: opt(dropout=0.1))
+    model = geminifx.compile(dropout.seeded(), parallel=ONE_DEVICE, microbatches=1, example_inputs=dropout.batch())
+    assert torch.isfinite(model(**dropout.batch()).loss)
+    model = geminifx.compile(OPT.seeded(), parallel=ONE_DEVICE, schedule="gpipe", example_inputs=OPT.batch())
+    with pytest.raises(GeminiError, match="microbatches=2"):
+        model(**OPT.batch(batch=3))
