@@ -53,7 +53,7 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
     saves.finish()
     contents = checkpoint_contents(model, optimizer, extra)
     if background:
-        return saves.start(partial(save, directory, contents, saves.ranks))
+        return saves.start(partial(save, directory, contents, saves.ranks), model.session.planned_host_bytes())
     save(directory, contents, model.ranks)
     return Saving.finished()
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakMethod, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -79,7 +79,7 @@ class Session:
         captures = Captures(source, request, self.lowering, self.planning.shared())
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
-        self.saves = Background(self.ranks, self.hardware, WeakMethod(self._planned_host_bytes))
+        self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
         self.phase = Phase.NEW
         self.setup: Setup | None = None
@@ -313,7 +313,7 @@ class Session:
         except BudgetError as error:
             self.phase, self._failure = move(self.phase, Phase.BROKEN), error
 
-    def _planned_host_bytes(self) -> int:
+    def planned_host_bytes(self) -> int:
         """What the host holds while the program runs that takes most there."""
         return max((compiled.plan.estimate.host_bytes for compiled in self.programs().values()), default=0)
 

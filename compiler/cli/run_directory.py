@@ -91,7 +91,7 @@ class RunDirectory:
             with rest:
                 write(temporary / STATE, contents, ranks, copying)
 
-        return saves.start(go_on, may_wait=True)
+        return saves.start(go_on, self.model.session.planned_host_bytes(), may_wait=True)
 
     def open(self, directory: Path) -> SavedRun:
         """Return what was saved, read through, and not loaded yet.

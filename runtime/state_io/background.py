@@ -14,7 +14,6 @@ from functools import cached_property
 from io import BytesIO
 from math import prod
 from threading import Thread
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -131,9 +130,8 @@ def _num_bytes(item: WriteItem) -> int:
 class Background:
     """The saves of one model in the background, one at a time."""
 
-    def __init__(self, ranks: Ranks, hardware: Hardware, planned_bytes: WeakMethod[Callable[[], int]]) -> None:
-        """`planned_bytes` tells how much of the host's memory training takes at most, as long as there is any."""
-        self._training, self._hardware, self._planned_bytes = ranks, hardware, planned_bytes
+    def __init__(self, ranks: Ranks, hardware: Hardware) -> None:
+        self._training, self._hardware = ranks, hardware
         self._last: Saving | None = None
 
     @cached_property
@@ -142,14 +140,14 @@ class Background:
         atexit.register(self._end)
         return self._training.apart()
 
-    def start(self, write: Callable[[Copying], None], *, may_wait: bool = False) -> Saving:
-        """Let a thread run `write`, and return when the state may change. All processes call it.
+    def start(self, write: Callable[[Copying], None], planned_bytes: int, *, may_wait: bool = False) -> Saving:
+        """Let a thread run `write`, and return when the state may change; training takes `planned_bytes` of the host's
+        memory at most. All processes call it.
 
         Raises on all of them what fails on one before that.
         """
         saving = self._last = Saving()
-        planned_bytes = self._planned_bytes()
-        copying = Copying(self._hardware.host_tier, saving, may_wait, planned_bytes() if planned_bytes else 0)
+        copying = Copying(self._hardware.host_tier, saving, may_wait, planned_bytes)
         with quiet():  # not in the thread: filters of warnings are the whole process's
             Thread(target=saving.run, args=(lambda: write(copying), self._context())).start()
             try:

@@ -1,6 +1,7 @@
 """What the ranks say when one of them goes wrong: each ends with an error that names the rank."""
 
 import json
+import re
 from pathlib import Path
 
 import geminifx
@@ -93,7 +94,9 @@ def test_a_death_between_forward_and_backward_ends_a_pipeline() -> None:
     first, second = said_by("staged", codes=(0, 7))
     assert not second and first["death"][0] == "StateError"
     assert "rank 0 of 2 lost rank(s) 1 in " in first["death"][1]
-    assert "(the backward of a training step behind 1 update(s)), in step 2: which ended" in first["death"][1]
+    # What the dead one sent last may not have left it.
+    half = r"\(the (forward|backward) of a training step behind 1 update\(s\)\), in step 2: which ended"
+    assert re.search(half, first["death"][1])
 
 
 @pytest.mark.slow
