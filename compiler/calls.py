@@ -36,7 +36,7 @@ class Calls:
 
     def facade(self, module: nn.Module) -> nn.Module:
         """The facade of a module; what is none of the model's is returned as it is."""
-        if id(module) in self._facades or any(each is module for each in self.session.source.modules()):
+        if id(module) in self._facades or id(module) in self.session.census.now().identities:
             return self.part(module)
         return module
 
@@ -71,9 +71,12 @@ class Calls:
 
     def _name_of(self, module: nn.Module) -> str:
         """Raises StateError for what is no part of the model any more."""
-        for name, found in self.session.source.named_modules():
-            if found is module:
-                return name
+        if module is self.session.source:
+            return ""
+        found = (name for name, each in self.session.census.now().modules.items() if each is module)
+        name = next(found, None)
+        if name is not None:
+            return name
         raise StateError(f"{type(module).__name__} was called, which is no part of the compiled model any more")
 
     def _train(self, compiled: Compiled, inputs: list[Any]) -> list[Any]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from ..passes.canonicalize import canonicalize
 from ..passes.program.plan import Plan
@@ -13,6 +12,7 @@ from .capture.microbatches import Arguments, Microbatches, examples, typed
 from .capture.trace import Captured, CaptureRequest, capture
 from .forward import having_forward
 from .lowering import Lowering
+from .members import Census
 from .programs import Call
 
 
@@ -20,7 +20,7 @@ from .programs import Call
 class Captures:
     """Captures one model's steps. `request` is what they have in common, and `shared` what all plans say alike."""
 
-    source: nn.Module
+    census: Census
     request: CaptureRequest
     lowering: Lowering
     shared: Plan
@@ -33,7 +33,7 @@ class Captures:
     def _trace(self, call: Call, arguments: Arguments) -> Captured:
         request = replace(self.request, backward=call.backward, entry=call.entry, numbers=call.inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-            return capture(self.source, *arguments, request)
+            return capture(self.census.source, *arguments, request)
 
     def _shard(self, captured: Captured) -> Captured:
         program, records = self.lowering.shard(captured.program, self.shared)
@@ -46,12 +46,12 @@ class Captures:
         """A captured step that can be made of a part of the batch, as long as the model is as it was."""
         arguments = typed((call.args, call.kwargs))
         key, asked = call.key, replace(call, args=(), kwargs={}, leaves=[])  # whose values are not kept
-        forward = vars(self.source).get("forward")  # which it has only while it is called
+        forward = vars(self.census.source).get("forward")  # which it has only while it is called
 
         def recapture(part: Arguments) -> Captured:
-            with having_forward(self.source, forward):
+            with having_forward(self.census.source, forward):
                 with torch.set_grad_enabled(asked.backward):
-                    now = Call.of(self.source, asked.entry, *arguments).taking(asked.inputs)
+                    now = Call.of(self.census.now(), asked.entry, *arguments).taking(asked.inputs)
                 if now.key != key or not all(guard.holds() for guard in captured.guards):
                     raise SplitError("the model is not as it was when it was called; call it again")
                 return self._trace(asked, part)

@@ -33,7 +33,7 @@ class KeptCaptures:
         key = self.key(call)
         if key not in self.kept:
             call, captured = self._numbers.captured(call, self._anew)
-            self._guarded.add(call.key, captured.guards, self.captures.source.modules())
+            self._guarded.add(call.key, captured.guards, self.captures.census.now().modules.values())
             key = self.key(call)
             self.kept[key] = captured
         return key, self.kept[key]

@@ -163,7 +163,7 @@ class Pressure:
 
     def _versions(self, arguments: Any) -> list[int]:
         """Of all that a forward reads beside parameters, and may have written."""
-        tensors: list[Any] = [*pytree.tree_leaves(arguments), *self.session.source.buffers()]
+        tensors: list[Any] = [*pytree.tree_leaves(arguments), *self.session.census.last.buffers.values()]
         return [tensor._version for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()]
 
     def _less(self, key: Key) -> Limits | None:

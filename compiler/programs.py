@@ -28,6 +28,7 @@ from .capture.guards import Guard, forwards_of
 from .capture.numbers import can_be_input
 from .capture.refusals import hooks_of
 from .capture.trace import Captured
+from .members import Members
 
 Key = tuple[Hashable, ...]
 _V = TypeVar("_V")
@@ -98,18 +99,17 @@ class Call:
         return f"{kind} of {self.entry or 'the model'} ({', '.join(told)}; {self.state})"
 
     @classmethod
-    def of(cls, source: nn.Module, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+    def of(cls, members: Members, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
         """A call in the modes that the model is in. Raises ArgumentError for an argument that no program can follow."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        trained = tuple(parameter.requires_grad for parameter in source.parameters())
+        trained = tuple(parameter.requires_grad for parameter in members.parameters.values())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
         backward = torch.is_grad_enabled() and (asked or any(trained))
-        modules = list(source.modules())
+        modules = members.modules.values()
         modes = tuple(module.training for module in modules)
-        identities = tuple(map(id, modules))
         own = hooks_of(modules), forwards_of(modules)
         state = f"{sum(modes)} of {len(modes)} modules in training, {sum(trained)} parameters trained"
-        setting = entry, backward, trained, modes, identities, own, spec
+        setting = entry, backward, trained, modes, members.identities, own, spec
         return cls(entry, args, kwargs, backward, state, setting, leaves)
 
 

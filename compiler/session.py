@@ -41,6 +41,7 @@ from .device import Device
 from .guess import of_a_guess
 from .kept_captures import KeptCaptures
 from .lowering import Lowering, generate
+from .members import Census
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
@@ -66,17 +67,17 @@ class Session:
         self.local_shards = LocalShards(self.ranks)
         self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
-        default = "bf16" if self.device.is_cuda else None
-        self.dtype = DTYPES.get(options.precision or default or "")
+        self.dtype = DTYPES.get(options.precision or ("bf16" if self.device.is_cuda else ""))
         self.dtypes = parameter_dtypes(source, self.dtype)
-        self._parameters = dict(source.named_parameters())
+        self.census = Census(source)
+        self._parameters = self.census.now().parameters
         self.planning = Planning(
             options, self.limits, self.ranks.mesh, self.lowering, self._parameters, self.dtypes, blocks(source),
             self.ranks.mesh.pipeline_rank(self.ranks.rank),
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        captures = Captures(source, request, self.lowering, self.planning.shared())
+        captures = Captures(self.census, request, self.lowering, self.planning.shared())
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
@@ -99,8 +100,9 @@ class Session:
                 agrees: bool = True) -> Compiled:  # fmt: skip
         """The program for a call with these arguments, of the submodule `entry` where there is one; captured, planned
         and generated where it is new. Ranks that share out weights agree on its plan, unless it is of a guess."""
-        check_parameters(self.source, self._parameters, None if self.plan is None else self.plan.layout)
-        call = self.captures.taken(Call.of(self.source, entry, args, kwargs))
+        members = self.census.now()
+        check_parameters(members.parameters, self._parameters, None if self.plan is None else self.plan.layout)
+        call = self.captures.taken(Call.of(members, entry, args, kwargs))
         if self.ranks.sharing is not None:
             self.ranks.check_call(str(call))
         key = self.captures.key(call)
@@ -323,7 +325,7 @@ class Session:
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """A program's inputs. Raises StateError where ranks that share a batch were called with different ones."""
-        inputs = program_inputs(self.source, compiled, (args, kwargs), self.device.torch_device, self.dtype)
+        inputs = program_inputs(self.census, compiled, (args, kwargs), self.device.torch_device, self.dtype)
         if self.ranks.mesh.shares_batches:
             is_new = compiled.executor not in self._met
             check_shared(self.ranks, (args, kwargs), every_element=is_new)
@@ -355,8 +357,6 @@ class Session:
         device, host = self.hardware.tiers
         device_bytes = self.device.step_peak_bytes() if self.device.is_cuda else device.step_peak_bytes
         self._stats.peaked(device_bytes, host.step_peak_bytes)
-
-    # -- refusals ------------------------------------------------------------------------------------------
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""

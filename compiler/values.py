@@ -14,6 +14,7 @@ from ..runtime.isa.errors import StateError
 from ..runtime.isa.layout import Layout
 from ..runtime.isa.precision import cast_dtype
 from ..runtime.memory.chunks import ChunkStore
+from .members import Census
 from .programs import Compiled
 
 
@@ -38,13 +39,13 @@ def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: 
 
 
 def program_inputs(
-    source: nn.Module, compiled: Compiled, arguments: Any, device: torch.device, dtype: torch.dtype | None
+    census: Census, compiled: Compiled, arguments: Any, device: torch.device, dtype: torch.dtype | None
 ) -> list[Any]:
     """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in; numbers are told.
 
     Raises StateError for one that has no values.
     """
-    leaves, buffers = pytree.tree_leaves(arguments), dict(source.named_buffers(remove_duplicate=False))
+    leaves, buffers = pytree.tree_leaves(arguments), census.now().buffers
     inputs = []
     for role in compiled.executor.code.inputs:
         kind, _, name = role.partition(":")
@@ -116,12 +117,12 @@ def check_memory(source: nn.Module) -> None:
             begun.append((end, second))
 
 
-def check_parameters(source: nn.Module, compiled: Mapping[str, nn.Parameter], layout: Layout | None) -> None:
+def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.Parameter],
+                     layout: Layout | None) -> None:  # fmt: skip
     """The chunks hold the parameters that the model was compiled with, and no others.
 
     Raises StateError for one that was added, removed or replaced, and for one that is trained now and was not.
     """
-    now = dict(source.named_parameters())
     if now.keys() != compiled.keys() or any(now[n] is not p for n, p in compiled.items()):
         changed = next((n for n in {**now, **compiled} if now.get(n) is not compiled.get(n)), "")
         raise StateError(
@@ -129,7 +130,8 @@ def check_parameters(source: nn.Module, compiled: Mapping[str, nn.Parameter], la
             "model anew, or assign values with load_state_dict() or parameter.data.copy_()"
         )
     for chunk in layout.chunks if layout else ():
-        thawed = next((s.name for s in chunk.slots if not chunk.trainable and now[s.name].requires_grad), None)
+        slots = () if chunk.trainable else chunk.slots
+        thawed = next((slot.name for slot in slots if now[slot.name].requires_grad), None)
         if thawed is not None:
             raise StateError(
                 f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "

@@ -90,17 +90,17 @@ class Guard:
     label: str
     value: Any
     known: Hashable
+    by_identity: bool
 
     @classmethod
     def of(cls, owner: Any, name: str, path: str) -> "Guard":
         value = vars(owner).get(name, _ABSENT)
-        return cls(owner, name, f"{path}.{name}" if path else name, value, known_by(value))
+        by_identity = not (isinstance(value, _CONTAINERS) or _is_settings(value))
+        return cls(owner, name, f"{path}.{name}" if path else name, value, known_by(value), by_identity)
 
     def holds(self) -> bool:
         now = vars(self.owner).get(self.name, _ABSENT)
-        if now is self.value and not (isinstance(now, _CONTAINERS) or _is_settings(now)):
-            return True
-        return known_by(now) == self.known
+        return (self.by_identity and now is self.value) or known_by(now) == self.known
 
 
 @contextmanager

@@ -213,9 +213,9 @@ def become_lazy(parameter: nn.Parameter, source: Source) -> None:
 def hooked(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
     """Names of parameters that carry autograd hooks, which a compiled step does not call."""
     for name, parameter in parameters.items():
-        hooks = {**(parameter._backward_hooks or {}), **(parameter._post_accumulate_grad_hooks or {})}
-        if any(hook is not refuse_gradient for hook in hooks.values()):
-            yield name
+        for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
+            if hooks and any(hook is not refuse_gradient for hook in hooks.values()):
+                yield name
 
 
 def gathered_gradient(values: Tensor, name: str) -> Tensor:
