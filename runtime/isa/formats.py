@@ -14,7 +14,7 @@ import torch
 
 from .homes import Home, Where
 from .layout import ChunkLayout
-from .moments import BLOCK, Moments, stored_bytes, stored_dtype, unit
+from .moments import BLOCK, Moments, stored_bytes, stored_dtype, unit, update_bytes
 
 STREAM_PIECE = 16 * 2**20
 """Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
@@ -47,6 +47,7 @@ class StateFormat(ABC):
     beside: ClassVar[bool]
     in_backward: bool = False
     accumulate: int = 1
+    stored: Moments = "exact"
 
     @property
     def at_once(self) -> bool:
@@ -109,7 +110,11 @@ class StateFormat(ABC):
         return 0, 0
 
     def update_share(self, chunk: ChunkLayout) -> float:
-        """What of the memory's time an update takes, where one by AdamW with exact moments takes all."""
+        """The bytes that an update moves, of those of one by AdamW whose moments are stored in the same way."""
+        return 1.0
+
+    def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
+        """The bytes that a streamed state moves, of those with exact moments."""
         return 1.0
 
 
@@ -298,14 +303,13 @@ class OwnFormat(StateFormat):
         return state + (0 if self.at_once else gradient), state
 
     def update_share(self, chunk: ChunkLayout) -> float:
-        if self.stored == "exact" or not self.moments:
-            return 1.0
         gradient = chunk.master_bytes if self.accumulate > 1 else chunk.shard_bytes
-        exact = replace(self, stored="exact")
-        moved, at_most = (
-            2 * (chunk.shard_bytes + format._beside_weights_bytes(chunk)) + gradient for format in (self, exact)
-        )
-        return moved / max(at_most, 1)
+        moved = 2 * (chunk.shard_bytes + self._beside_weights_bytes(chunk)) + gradient
+        return moved / max(chunk.shard_numel * update_bytes(self.stored), 1)
+
+    def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
+        moved, exact = (sum(format.travelling_bytes(chunk, home)) for format in (self, replace(self, stored="exact")))
+        return moved / max(exact, 1)
 
 
 def kinds_of_format() -> dict[str, type[StateFormat]]:

@@ -36,6 +36,13 @@ def stored_bytes(dtype: torch.dtype, numel: int) -> int:
     return stored_numel(dtype, numel) * dtype.itemsize
 
 
+def update_bytes(moments: Moments) -> float:
+    """What AdamW's update of one parameter reads and writes where bfloat16 computes: a weight, its remainder, and two
+    moments; a gradient is only read."""
+    state_bytes = 2 + 2 + 2 * stored_bytes(stored_dtype(moments, torch.float32), BLOCK) / BLOCK
+    return 2 * state_bytes + 2
+
+
 def stored_at(dtype: torch.dtype, elements: slice) -> slice:
     """Where in a stored moment a slice of its values lies, which begins with a block."""
     return slice(stored_numel(dtype, elements.start), stored_numel(dtype, elements.stop))
