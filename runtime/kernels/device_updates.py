@@ -17,6 +17,7 @@ from torch import Tensor
 from ..isa.moments import BLOCK
 from . import reference_updates as host_reference
 from . import triton_updates
+from .rounding import Draws
 from .split_pairs import SplitPair
 from .update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper, check_momentum, check_update, choose_variant
 
@@ -74,7 +75,7 @@ class DeviceKernel:
         if self._launches(pair):
             _launch_adam(pair, gradient, moments, hyper)
         else:
-            host_reference.adam(_detached(pair), _detached_gradient(gradient), moments, hyper)
+            host_reference.adam(pair.flat(), _detached_gradient(gradient), moments, hyper)
 
     def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
         """Update `pair` and the momentum `buffer` in place by SGD.
@@ -89,7 +90,7 @@ class DeviceKernel:
         if self._launches(pair):
             _launch_sgd(pair, gradient, buffer, hyper)
         else:
-            host_reference.sgd(_detached(pair), _detached_gradient(gradient), buffer, hyper)
+            host_reference.sgd(pair.flat(), _detached_gradient(gradient), buffer, hyper)
 
     def _launches(self, pair: SplitPair) -> bool:
         """Whether the kernel runs: Triton compiles for GPUs alone, and an empty grid cannot be launched."""
@@ -110,10 +111,6 @@ def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], widen
         raise ValueError(f"an update on {device} needs the gradient's scale there, not on {gradient.scale.device}")
 
 
-def _detached(pair: SplitPair) -> SplitPair:
-    return SplitPair(pair.hi.detach(), pair.lo)
-
-
 def _detached_gradient(gradient: Gradient) -> Gradient:
     return Gradient(gradient.values.detach(), gradient.scale)
 
@@ -123,7 +120,7 @@ def _detached_gradient(gradient: Gradient) -> Gradient:
 
 def _launch_adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
     k = hyper.scalars()
-    tensors = (*_halves(pair), gradient.values, _bits(moments.mean), _bits(moments.square))
+    tensors = (*_weights(pair), gradient.values, _bits(moments.mean), _bits(moments.square))
     factors = (k.l2, k.decay, k.step, k.lerp, k.keep, k.add, k.root, k.eps)
     options = _options(k.l2, gradient, moments.mean.dtype)
     with torch.cuda.device(pair.hi.device):
@@ -132,7 +129,7 @@ def _launch_adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hype
 
 def _launch_sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
     k = hyper.scalars()
-    tensors = (*_halves(pair), gradient.values, None if buffer is None else _bits(buffer))
+    tensors = (*_weights(pair), gradient.values, None if buffer is None else _bits(buffer))
     factors = (k.l2, k.step, k.keep, k.add)
     options = _options(k.l2, gradient, torch.float32 if buffer is None else buffer.dtype)
     flags = {"fresh": bool(hyper.first), "nesterov": bool(hyper.nesterov)} | options
@@ -140,9 +137,15 @@ def _launch_sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hype
         triton_updates.sgd[_grid(pair)](*tensors, _scale(gradient), *map(float, factors), pair.hi.numel(), **flags)
 
 
-def _halves(pair: SplitPair) -> tuple[Tensor, Tensor]:
-    """Return both halves as the integers that their bits are."""
-    return _bits(pair.hi.detach()), pair.lo
+def _weights(pair: SplitPair) -> tuple[Tensor, Tensor | None, int, int, int]:
+    """Return both halves as the integers that their bits are, and what those without the lower one draw from."""
+    draws = Draws(0) if pair.draws is None else pair.draws
+    return _bits(pair.hi.detach()), pair.lo, *map(_signed, (*draws.halves, draws.first))
+
+
+def _signed(number: int) -> int:
+    """Return the integer that has the same lowest 32 bits: kernels add and multiply these alike."""
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -178,7 +181,7 @@ def _compiles() -> bool:
     try:
         if triton_updates.triton is None:
             raise ModuleNotFoundError("triton is not installed")
-        tensors = (torch.int16, torch.int16, torch.bfloat16, None)
+        tensors = (torch.int16, torch.int16, 0, 0, 0, torch.bfloat16, None)
         options = _options(0.0, Gradient(torch.empty(0)), torch.float32) | {"fresh": False, "nesterov": False}
         triton_updates.sgd.warmup(*tensors, 1.0, *[0.0] * 4, 0, **options, grid=(1,))
     except Exception as error:  # whatever it is, updates can do without

@@ -1,7 +1,8 @@
 // AdamW, Adam and SGD over split pairs, and sums of gradients, at the speed of the host's memory.
 //
 // A split pair is the float32 master w kept as `hi`, the bfloat16 weight that computes, and `lo`, a signed 16-bit
-// remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again.
+// remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again. Where
+// there is no `lo` the master is rounded to `hi` by chance, see rounding.py.
 //
 // The arithmetic is that of torch.optim's single-tensor code on CPUs with fused multiply-add, operation by operation:
 // where torch fuses (lerp, addcmul, add with alpha) there is a fused multiply-add here, everywhere else each operation
@@ -60,7 +61,13 @@ struct Update {
   float eps;
   int32_t fresh;     // SGD: the buffer holds nothing yet
   int32_t nesterov;  // SGD
+  uint32_t low, high, element;  // without `lo`: what is drawn with, and the number of the first element there
 };
+
+struct Draws {
+  uint32_t low, high, element;
+};
+constexpr uint32_t kFactor = 0x7feb352d, kNextFactor = 0x846ca68b;
 
 // total += scale * gradient, of n elements; the first of several overwrites what is there.
 struct Sum {
@@ -139,6 +146,14 @@ INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   const uint32_t bits = w != w ? static_cast<uint32_t>(kNan) : to_bits(w);
   *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
   *lo = static_cast<int16_t>(bits);  // `hi << 16` only takes upper bits away
+}
+
+template <bool kApart>
+INLINE void store_rounded(uint16_t* p, F w, const Draws& draws, int64_t i) {
+  uint32_t x = draws.element + static_cast<uint32_t>(i) + draws.low;
+  x = ((x ^ x >> 16) * kFactor) ^ draws.high;
+  x = (x ^ x >> 15) * kNextFactor;
+  *p = static_cast<uint16_t>((w != w ? static_cast<uint32_t>(kNan) : to_bits(w) + ((x ^ x >> 16) >> 16)) >> 16);
 }
 
 INLINE void store_half(uint16_t* p, F x) {  // to nearest, ties to even
@@ -227,6 +242,23 @@ TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
 
 TARGET INLINE __m128i packed_words(__m256i x) {  // unsigned ones of 16 bits
   return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+
+TARGET INLINE __m256i all(uint32_t x) { return _mm256_set1_epi32(static_cast<int32_t>(x)); }
+
+template <bool kApart>
+TARGET INLINE void store_rounded(uint16_t* p, F w, const Draws& draws, int64_t i) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  __m256i x = _mm256_add_epi32(all(draws.element + static_cast<uint32_t>(i) + draws.low), lanes);
+  x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), all(kFactor));
+  x = _mm256_xor_si256(x, all(draws.high));
+  x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)), all(kNextFactor));
+  x = _mm256_srli_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), 16);
+  const F up = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(w), x));
+  const F rounded = _mm256_blendv_ps(up, _mm256_castsi256_ps(all(kNan)), _mm256_cmp_ps(w, w, _CMP_UNORD_Q));
+  const __m128i halves = packed_words(_mm256_srli_epi32(_mm256_castps_si256(rounded), 16));
+  __m128i* place = reinterpret_cast<__m128i*>(p);
+  kApart ? _mm_stream_si128(place, halves) : _mm_storeu_si128(place, halves);
 }
 
 TARGET INLINE void store_half(uint16_t* p, F x) {
@@ -322,6 +354,23 @@ TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   __m256i* places[2] = {reinterpret_cast<__m256i*>(hi), reinterpret_cast<__m256i*>(lo)};
   for (int k = 0; k < 2; k++)
     kApart ? _mm256_stream_si256(places[k], halves[k]) : _mm256_storeu_si256(places[k], halves[k]);
+}
+
+TARGET INLINE __m512i all(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
+
+template <bool kApart>
+TARGET INLINE void store_rounded(uint16_t* p, F w, const Draws& draws, int64_t i) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i x = _mm512_add_epi32(all(draws.element + static_cast<uint32_t>(i) + draws.low), lanes);
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), all(kFactor));
+  x = _mm512_xor_si512(x, all(draws.high));
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), all(kNextFactor));
+  x = _mm512_srli_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), 16);
+  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(w), x);
+  const __m512i rounded = _mm512_mask_set1_epi32(up, _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q), kNan);
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  __m256i* place = reinterpret_cast<__m256i*>(p);
+  kApart ? _mm256_stream_si256(place, halves) : _mm256_storeu_si256(place, halves);
 }
 
 TARGET INLINE void store_half(uint16_t* p, F x) {
@@ -433,7 +482,17 @@ struct Streams {
   uint16_t* new_hi;
   int16_t* new_lo;
   float *new_first, *new_second;
+  Draws draws;  // of the element that the others begin with
 };
+
+TARGET FORCED F master(const Streams& s, int64_t i) {
+  return s.lo ? load_pair(s.hi + i, s.lo + i) : load_gradient<kBfloat16>(s.hi, i);
+}
+
+template <bool kApart>
+TARGET FORCED void put_master(const Streams& s, int64_t i, F w) {
+  s.lo ? store_pair<kApart>(s.new_hi + i, s.new_lo + i, w) : store_rounded<kApart>(s.new_hi + i, w, s.draws, i);
+}
 
 // What is written apart from what is read goes past the caches: nobody reads it soon, and no line is read first.
 template <bool kApart>
@@ -456,7 +515,7 @@ struct Adam {
 
   template <bool kApart>
   TARGET FORCED void at(const Streams& s, int64_t i) const {
-    F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
+    F w = master(s, i), g = load_gradient<kKind>(s.gradient, i) * scale;
     F m = load(s.first + i), v = load(s.second + i);
     if (coupled) g = fma(l2, w, g);
     m = fma(lerp, g - m, near ? m : g);
@@ -465,7 +524,7 @@ struct Adam {
     w = w * decay + step * m / (over(size, correction) + eps);
     put<kApart>(s.new_first + i, m);
     put<kApart>(s.new_second + i, kRoots ? size : v);
-    store_pair<kApart>(s.new_hi + i, s.new_lo + i, w);
+    put_master<kApart>(s, i, w);
   }
 };
 
@@ -482,14 +541,14 @@ struct Sgd {
 
   template <bool kApart>
   TARGET FORCED void at(const Streams& s, int64_t i) const {
-    F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
+    F w = master(s, i), g = load_gradient<kKind>(s.gradient, i) * scale;
     if (coupled) g = fma(l2, w, g);
     if (momentum) {
       const F buffer = fresh ? g : fma(add, g, load(s.first + i) * keep);
       put<kApart>(s.new_first + i, buffer);
       g = nesterov ? fma(keep, buffer, g) : buffer;
     }
-    store_pair<kApart>(s.new_hi + i, s.new_lo + i, fma(step, g, w));
+    put_master<kApart>(s, i, fma(step, g, w));
   }
 };
 
@@ -503,7 +562,8 @@ TARGET FORCED void blocks(const Step& rule, const Streams& s, int64_t begin, int
   constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
   const char* g = static_cast<const char*>(s.gradient);
   for (int64_t i = begin; i < end; i += kBlock) {
-    ahead(s.hi + i, 0), ahead(s.lo + i, 0), ahead(g + i * kBytes, 0);
+    ahead(s.hi + i, 0), ahead(g + i * kBytes, 0);
+    if (s.lo) ahead(s.lo + i, 0);
     if (kBytes == 4) ahead(g + i * kBytes, 1);
     if (s.first) ahead(s.first + i, 0), ahead(s.first + i, 1);
     if (s.second) ahead(s.second + i, 0), ahead(s.second + i, 1);
@@ -514,7 +574,7 @@ TARGET FORCED void blocks(const Step& rule, const Streams& s, int64_t begin, int
 
 // Whether all that is written lies apart, at whole cache lines.
 INLINE bool is_apart(const Streams& s, int64_t i) {
-  const void* places[] = {s.new_hi + i, s.new_lo + i, s.first ? s.new_first + i : nullptr,
+  const void* places[] = {s.new_hi + i, s.lo ? s.new_lo + i : nullptr, s.first ? s.new_first + i : nullptr,
                           s.second ? s.new_second + i : nullptr};
   for (const void* place : places)
     if (reinterpret_cast<uintptr_t>(place) % 64) return false;
@@ -535,21 +595,23 @@ TARGET FORCED void elements(const Step& rule, const Streams& s, int64_t begin, i
   float first[kBlock] = {}, second[kBlock] = {};
   const size_t n = static_cast<size_t>(end - i);
   std::memcpy(hi, s.hi + i, n * 2);
-  std::memcpy(lo, s.lo + i, n * 2);
+  if (s.lo) std::memcpy(lo, s.lo + i, n * 2);
   std::memcpy(gradient, g + i * kBytes, n * kBytes);
   if (s.first) std::memcpy(first, s.first + i, n * 4);
   if (s.second) std::memcpy(second, s.second + i, n * 4);
-  block<false>(rule, {hi, lo, gradient, s.first ? first : nullptr, second, hi, lo, first, second}, 0);
+  const Draws draws = {s.draws.low, s.draws.high, s.draws.element + static_cast<uint32_t>(i)};
+  int16_t* rest = s.lo ? lo : nullptr;
+  block<false>(rule, {hi, rest, gradient, s.first ? first : nullptr, second, hi, rest, first, second, draws}, 0);
   std::memcpy(s.new_hi + i, hi, n * 2);
-  std::memcpy(s.new_lo + i, lo, n * 2);
+  if (s.lo) std::memcpy(s.new_lo + i, lo, n * 2);
   if (s.first) std::memcpy(s.new_first + i, first, n * 4);
   if (s.second) std::memcpy(s.new_second + i, second, n * 4);
 }
 
 template <class Step>
 TARGET void exact_range(const Update& u, int64_t begin, int64_t end) {
-  const Streams s = {u.hi,     u.lo,     u.gradient,          floats(u.first),     floats(u.second),
-                     u.new_hi, u.new_lo, floats(u.new_first), floats(u.new_second)};
+  const Streams s = {u.hi,     u.lo,     u.gradient,          floats(u.first),      floats(u.second),
+                     u.new_hi, u.new_lo, floats(u.new_first), floats(u.new_second), {u.low, u.high, u.element}};
   elements(Step(u), s, begin, end);
 }
 
@@ -628,7 +690,9 @@ TARGET void stored_range(const Update& u, int64_t begin, int64_t end) {
     widen<kStored, false>(u.first, i, n, first);
     widen<kStored, true>(u.second, i, n, second);
     const char* gradient = static_cast<const char*>(u.gradient) + i * kBytes;
-    elements(rule, {u.hi + i, u.lo + i, gradient, a, b, u.new_hi + i, u.new_lo + i, a, b}, 0, n);
+    int16_t *lo = u.lo ? u.lo + i : nullptr, *new_lo = u.lo ? u.new_lo + i : nullptr;
+    const Draws draws = {u.low, u.high, u.element + static_cast<uint32_t>(i)};
+    elements(rule, {u.hi + i, lo, gradient, a, b, u.new_hi + i, new_lo, a, b, draws}, 0, n);
     narrow<kStored, false>(first, u.new_first, i, n);
     narrow<kStored, true>(second, u.new_second, i, n);
   }

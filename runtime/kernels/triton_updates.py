@@ -20,8 +20,8 @@ EXACT, HALF, CODES = 0, 1, 2
 
 
 def _jit(function: Any) -> Any:
-    """Hand a function to Triton where there is one; `numel` is no part of what a kernel is compiled for."""
-    return function if triton is None else triton.jit(function, do_not_specialize=["numel"])
+    """Hand a function to Triton where there is one; no number is a part of what a kernel is compiled for."""
+    return function if triton is None else triton.jit(function, do_not_specialize=["low", "high", "first", "numel"])
 
 
 def _constant(value: float) -> Any:
@@ -30,6 +30,7 @@ def _constant(value: float) -> Any:
 
 
 _EXACT, _HALF, _CODES = _constant(EXACT), _constant(HALF), _constant(CODES)
+_FACTOR, _NEXT_FACTOR = _constant(0x7FEB352D), _constant(0x846CA68B)
 _SCALE_BYTES = _constant(4)
 _SIGNED, _UNSIGNED = _constant(127.0), _constant(255.0)
 _ONE_SIGNED, _ONE_UNSIGNED = _constant(1 / 127), _constant(1 / 255)
@@ -43,6 +44,9 @@ sum's bits are above the other."""
 def adam(
     hi: tl.tensor,
     lo: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    first: tl.tensor,
     gradient: tl.tensor,
     mean: tl.tensor,
     square: tl.tensor,
@@ -62,24 +66,27 @@ def adam(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
-    """Update by AdamW or Adam; arguments are those of `Update` in the host kernel."""
+    """Update by AdamW or Adam; arguments are those of `Update` in the host kernel, and `lo` is None where masters are
+    rounded."""
     start = tl.program_id(0) * rows * columns
     at = _elements(start, rows, columns)
-    pointers = (hi + at, lo + at, gradient + at)
+    pointers = (hi + at, None if lo is None else lo + at, gradient + at)
+    draws = (low, high, first + at)
     mean_at = (_values_at(mean, start, stored, rows, columns), _scales_at(mean, start, stored, rows, columns))
     square_at = (_values_at(square, start, stored, rows, columns), _scales_at(square, start, stored, rows, columns))
     factor = tl.load(scale) if scale_is_read else scale
     factors = (factor, l2, decay, step, lerp, keep, add, root, eps)
     if numel - start >= rows * columns:
-        _adam_tile(pointers, mean_at, square_at, factors, None, None, stored, coupled)
+        _adam_tile(pointers, draws, mean_at, square_at, factors, None, None, stored, coupled)
     else:
         row_mask = start + tl.arange(0, rows)[:, None] * columns < numel
-        _adam_tile(pointers, mean_at, square_at, factors, at < numel, row_mask, stored, coupled)
+        _adam_tile(pointers, draws, mean_at, square_at, factors, at < numel, row_mask, stored, coupled)
 
 
 @_jit
 def _adam_tile(
     pointers: tl.tuple,
+    draws: tl.tuple,
     mean: tl.tuple,
     square: tl.tuple,
     factors: tl.tuple,
@@ -103,13 +110,16 @@ def _adam_tile(
     w = w * decay + tl.div_rn(step * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
     _narrow(m, mean, mask, row_mask, stored, False)
     _narrow(v, square, mask, row_mask, stored, True)
-    _split(w, hi, lo, mask)
+    _split(w, hi, lo, draws, mask)
 
 
 @_jit
 def sgd(
     hi: tl.tensor,
     lo: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    first: tl.tensor,
     gradient: tl.tensor,
     buffer: tl.tensor,
     scale: tl.tensor,
@@ -126,10 +136,12 @@ def sgd(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
-    """Update by SGD; arguments are those of `Update` in the host kernel, and `buffer` is None without momentum."""
+    """Update by SGD; arguments are those of `Update` in the host kernel, `lo` is None where masters are rounded, and
+    `buffer` without momentum."""
     start = tl.program_id(0) * rows * columns
     at = _elements(start, rows, columns)
-    pointers = (hi + at, lo + at, gradient + at)
+    pointers = (hi + at, None if lo is None else lo + at, gradient + at)
+    draws = (low, high, first + at)
     if buffer is None:
         momentum = None
     else:
@@ -137,15 +149,16 @@ def sgd(
     factor = tl.load(scale) if scale_is_read else scale
     factors = (factor, l2, step, keep, add)
     if numel - start >= rows * columns:
-        _sgd_tile(pointers, momentum, factors, None, None, fresh, nesterov, stored, coupled)
+        _sgd_tile(pointers, draws, momentum, factors, None, None, fresh, nesterov, stored, coupled)
     else:
         row_mask = start + tl.arange(0, rows)[:, None] * columns < numel
-        _sgd_tile(pointers, momentum, factors, at < numel, row_mask, fresh, nesterov, stored, coupled)
+        _sgd_tile(pointers, draws, momentum, factors, at < numel, row_mask, fresh, nesterov, stored, coupled)
 
 
 @_jit
 def _sgd_tile(
     pointers: tl.tuple,
+    draws: tl.tuple,
     momentum: tl.tuple,
     factors: tl.tuple,
     mask: tl.tensor,
@@ -166,7 +179,7 @@ def _sgd_tile(
         b = g if fresh else tl.fma(add, g, _widened(momentum, mask, row_mask, stored, False) * keep)
         _narrow(b, momentum, mask, row_mask, stored, False)
         g = tl.fma(keep, b, g) if nesterov else b
-    _split(tl.fma(step, g, w), hi, lo, mask)
+    _split(tl.fma(step, g, w), hi, lo, draws, mask)
 
 
 # -- places ------------------------------------------------------------------------------------------------
@@ -211,17 +224,34 @@ def _row(moment: tl.tensor, start: tl.tensor, rows: tl.constexpr, columns: tl.co
 
 @_jit
 def _joined(hi: tl.tensor, lo: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Return the float32 masters of the pairs at `hi` and `lo`."""
-    upper = tl.load(hi, mask=mask).to(tl.int32) << 16
-    return (upper + tl.load(lo, mask=mask).to(tl.int32)).to(tl.float32, bitcast=True)
+    """Return the float32 masters of the pairs at `hi` and `lo`, or of `hi` alone."""
+    bits = tl.load(hi, mask=mask).to(tl.int32) << 16
+    if lo is not None:
+        bits += tl.load(lo, mask=mask).to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @_jit
-def _split(w: tl.tensor, hi: tl.tensor, lo: tl.tensor, mask: tl.tensor) -> None:
-    """Store the two halves of masters; every NaN becomes the one whose halves are a NaN and 0."""
-    bits = tl.where(w != w, _NAN, w.to(tl.int32, bitcast=True))
-    tl.store(hi, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
-    tl.store(lo, bits.to(tl.int16), mask=mask)
+def _split(w: tl.tensor, hi: tl.tensor, lo: tl.tensor, draws: tl.tuple, mask: tl.tensor) -> None:
+    """Store the two halves of masters, or round to the upper one; every NaN becomes the one whose halves are a NaN and
+    0."""
+    bits = w.to(tl.int32, bitcast=True)
+    if lo is None:
+        low, high, element = draws
+        tl.store(hi, (tl.where(w != w, _NAN, bits + _chance(low, high, element)) >> 16).to(tl.int16), mask=mask)
+    else:
+        bits = tl.where(w != w, _NAN, bits)
+        tl.store(hi, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
+        tl.store(lo, bits.to(tl.int16), mask=mask)
+
+
+@_jit
+def _chance(low: tl.tensor, high: tl.tensor, element: tl.tensor) -> tl.tensor:
+    """Return 16 random bits for each element, as `rounding` has them."""
+    x = (element + low).to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * _FACTOR ^ high.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 15)) * _NEXT_FACTOR
+    return ((x ^ (x >> 16)) >> 16).to(tl.int32)
 
 
 @_jit

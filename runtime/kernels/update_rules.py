@@ -140,7 +140,7 @@ def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...],
     dtypes = STORED_DTYPES if widens else (torch.float32,)
     if any(moment.dtype not in dtypes or moment.dtype != state[0].dtype for moment in state):
         raise ValueError(f"optimizer state is float32, not {', '.join(str(moment.dtype) for moment in state)}")
-    for tensor in (pair.hi, pair.lo, gradient.values, *state):
+    for tensor in (*pair.tensors, gradient.values, *state):
         numel = stored_numel(tensor.dtype, pair.hi.numel()) if tensor.dtype == torch.uint8 else pair.hi.numel()
         if tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
             raise ValueError(

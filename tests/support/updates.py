@@ -9,6 +9,7 @@ from geminifx.runtime.isa.moments import BLOCK, stored_numel
 from geminifx.runtime.kernels.device_updates import DeviceKernel
 from geminifx.runtime.kernels.host_updates import HostKernel
 from geminifx.runtime.kernels.moments import narrow
+from geminifx.runtime.kernels.rounding import Draws, key_of
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
 from torch import Tensor
@@ -60,6 +61,8 @@ def usual(numel: int, seed: int) -> Tensor:
     return torch.randn(numel, generator=source) * sizes
 
 
+DRAWS = Draws(key_of(0, 3, "weight"), 2**32 - 500)
+"""Of elements whose number passes the largest of 32 bits."""
 STORED = {"exact": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 """How moments may be stored."""
 
@@ -88,11 +91,13 @@ def same_stored(a: Tensor, b: Tensor) -> bool:
 
 
 def same_pair(a: SplitPair, b: SplitPair) -> bool:
-    return torch.equal(a.hi.view(torch.int16), b.hi.view(torch.int16)) and torch.equal(a.lo, b.lo)
+    halves = zip(a.tensors, b.tensors, strict=True)
+    return all(torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in halves)
 
 
 class Problem:
-    """Weights, a gradient and moments, stored as `moments` says, with zeros before and after them in their buffers."""
+    """Weights, a gradient and moments, stored as `moments` says, with zeros before and after them in their buffers.
+    Where there are `draws`, masters are rounded by them."""
 
     def __init__(
         self,
@@ -102,13 +107,14 @@ class Problem:
         offset: int = 0,
         values: Callable[[int, int], Tensor] = any_bits,
         moments: torch.dtype = torch.float32,
+        draws: Draws | None = None,
     ) -> None:
         def place(values: Tensor) -> Tensor:
             beside = values.new_zeros(offset * (4 if values.dtype == torch.uint8 else 1))  # where a scale may begin
             return torch.cat([beside, values, beside])[beside.numel() : beside.numel() + values.numel()]
 
         pair = split(values(numel, seed))
-        self.pair = SplitPair(place(pair.hi), place(pair.lo))
+        self.pair = SplitPair(place(pair.hi), place(pair.lo) if draws is None else None, draws)
         self.gradient = Gradient(place(values(numel, seed + 1).to(dtype)), 1.0 if seed % 2 else -0.37)
         mean = stored(values(numel, seed + 2), moments, squares=False)
         square = stored(values(numel, seed + 3).abs(), moments, squares=True)

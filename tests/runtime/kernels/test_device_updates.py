@@ -17,7 +17,7 @@ from geminifx.runtime.kernels.host_updates import HostKernel
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
 from torch import Tensor
-from updates import ADAMS, ADAMW, DTYPES, SGDS, STORED, Problem, any_bits, usual
+from updates import ADAMS, ADAMW, DRAWS, DTYPES, SGDS, STORED, Problem, any_bits, usual
 
 STEPS = 5
 EVERY_RULE = pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
@@ -45,7 +45,7 @@ def moved(problem: Problem, device: str) -> None:
         return buffer(tensor).to(device)[tensor.storage_offset() :][: tensor.numel()]
 
     pair, gradient, moments = problem.pair, problem.gradient, problem.moments
-    problem.pair = SplitPair(move(pair.hi), move(pair.lo))
+    problem.pair = SplitPair(move(pair.hi), None if pair.lo is None else move(pair.lo), pair.draws)
     scale = gradient.scale.to(device) if isinstance(gradient.scale, Tensor) else gradient.scale
     problem.gradient = Gradient(move(gradient.values), scale)
     problem.moments = AdamMoments(move(moments.mean), move(moments.square))
@@ -62,7 +62,7 @@ def check(kernel: DeviceKernel, hyper: AdamHyper | SgdHyper, make: Callable[[], 
         found.update(kernel, at(hyper, number))
         moved(found, "cpu")
         assert found.equals(expected), f"step {number}"
-    for tensor in (found.pair.hi, found.pair.lo, found.moments.mean, found.moments.square):
+    for tensor in (*found.pair.tensors, found.moments.mean, found.moments.square):
         tensor.zero_()
         assert not buffer(tensor).any(), "wrote beside the vector"
 
@@ -78,11 +78,12 @@ def test_plain_torch_gives_the_host_kernels_bits(hyper, dtype, values):
 
 
 @EVERY_RULE
-def test_plain_torch_as_a_device_runs_it(hyper, monkeypatch):
+@pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
+def test_plain_torch_as_a_device_runs_it(hyper, draws, monkeypatch):
     """Without fused operations and in several pieces."""
     monkeypatch.setattr(host_reference, "torch_fuses", lambda: False)
     monkeypatch.setattr(host_reference, "pieces", lambda flat, _: (slice(0, 1000), slice(1000, flat.numel())))
-    check(DeviceKernel("torch"), hyper, lambda: Problem(1500 + 7, 4, torch.bfloat16, 128), "cpu")
+    check(DeviceKernel("torch"), hyper, lambda: Problem(1500 + 7, 4, torch.bfloat16, 128, draws=draws), "cpu")
 
 
 def with_scale_tensor(problem: Problem) -> Problem:
@@ -190,12 +191,13 @@ def test_without_triton_torch_stands_in_after_one_warning(monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
 @EVERY_WAY
 @EVERY_RULE
 @EVERY_DTYPE
 @EVERY_KIND
-def test_triton_gives_the_host_kernels_bits(moments, hyper, dtype, values):
-    check(DeviceKernel("triton"), hyper, lambda: Problem(5 * 1024 + 7, 3, dtype, 128, values, moments), "cuda")
+def test_triton_gives_the_host_kernels_bits(moments, hyper, dtype, values, draws):
+    check(DeviceKernel("triton"), hyper, lambda: Problem(5 * 1024 + 7, 3, dtype, 128, values, moments, draws), "cuda")
 
 
 @pytest.mark.cuda

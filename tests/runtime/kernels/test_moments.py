@@ -18,6 +18,7 @@ from torch import Tensor
 from updates import (
     ADAMS,
     ADAMW,
+    DRAWS,
     SGDS,
     STORED,
     Problem,
@@ -87,8 +88,10 @@ def updated(problem: Problem, moments: AdamMoments, hyper: AdamHyper | SgdHyper,
 def test_a_compiled_update_has_the_bits_of_widening_updating_and_narrowing(
     variant: str, dtype: torch.dtype, values: Callable[[int, int], Tensor]
 ) -> None:
-    for numel, hyper in [(2 * BLOCK + 43, rule) for rule in (*ADAMS, *SGDS)] + [(BLOCK, ADAMW), (3, ADAMW)]:
-        problem, reference = (Problem(numel, 3, torch.bfloat16, values=values) for _ in range(2))
+    cases = [(2 * BLOCK + 43, rule, None) for rule in (*ADAMS, *SGDS)]
+    cases += [(BLOCK, ADAMW, DRAWS), (3, ADAMW, None), (2 * BLOCK + 43, ADAMW, DRAWS), (2 * BLOCK + 43, SGDS[2], DRAWS)]
+    for numel, hyper, draws in cases:
+        problem, reference = (Problem(numel, 3, torch.bfloat16, values=values, draws=draws) for _ in range(2))
         mean = stored(problem.moments.mean, dtype, squares=False)
         square = stored(problem.moments.square, dtype, squares=True)
         wide = AdamMoments(read(mean, numel, squares=False), read(square, numel, squares=True))
