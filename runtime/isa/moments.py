@@ -1,4 +1,5 @@
-"""How an optimizer's moments are stored: as they are, as bfloat16, or as 8-bit codes of which blocks share a scale.
+"""How an optimizer's moments are stored: as they are, as bfloat16, or as 8-bit codes of which blocks share a scale; and
+how masters are.
 
 A stored moment is one flat tensor, whose dtype tells how: the master's is exact; bfloat16 is rounded to nearest; uint8
 holds blocks of `BLOCK` elements, each `BLOCK` codes and then, in four bytes, their scale. What codes mean is for
@@ -10,6 +11,8 @@ from typing import Literal
 import torch
 
 Moments = Literal["exact", "bf16", "int8"]
+Masters = Literal["exact", "bf16-stochastic"]
+"""Exactly, by what the weights that compute lack of them; or as those alone, to which updates are rounded by chance."""
 
 BLOCK = 256
 """Elements that share a scale. Slots begin at multiples of it, and no block is cut."""
