@@ -13,6 +13,7 @@ from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.isa.errors import StateError, check_path
 from ..runtime.isa.moments import Masters, Moments
+from ..runtime.isa.precision import master_dtype
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from ..runtime.optimizer.declared import Declared
@@ -92,7 +93,8 @@ class CompiledModule(Facade):
         """
         declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate, moments, masters, seed)
         declared.check(self.session.dtypes.values())
-        trained = {n: (p.dtype, self.session.dtypes[n]) for n, p in self.named_parameters() if p.requires_grad}
+        dtypes = self.session.dtypes
+        trained = {n: (master_dtype(p), dtypes[n]) for n, p in self.named_parameters() if p.requires_grad}
         declared.check_masters(trained, sharded=bool(self.session.ranks.mesh.tensor_axes))
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
         return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names(),

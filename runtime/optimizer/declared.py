@@ -76,8 +76,8 @@ class Declared:
             self._check_in_backward(dtypes)
 
     def check_masters(self, trained: Mapping[str, tuple[torch.dtype, torch.dtype]], *, sharded: bool) -> None:
-        """Raises ArgumentError where these cannot be the weights alone. `trained`: by name the dtypes that parameters
-        have and compute in; `sharded`: processes have parts of single parameters."""
+        """Raises ArgumentError where these cannot be the weights alone. `trained`: by name the dtypes of parameters'
+        masters, and those that they compute in; `sharded`: processes have parts of single parameters."""
         if self.masters == "exact":
             return
         if sharded:
@@ -85,12 +85,13 @@ class Declared:
                 f"masters={self.masters!r} draws by the numbers of a parameter's elements, which are not known where "
                 "tensors are sharded over processes; leave it out, or tensor= out of parallel="
             )
-        others = {name: dtypes for name, dtypes in trained.items() if dtypes != (torch.float32, torch.bfloat16)}
-        if others:
-            name, (own, computing) = next(iter(others.items()))
+        if (torch.float32, torch.bfloat16) not in trained.values():
+            told = ", ".join(
+                f"{name} is {own} and computes in {computing}" for name, (own, computing) in trained.items()
+            )
             raise ArgumentError(
-                f"masters={self.masters!r} is of float32 parameters that compute in bfloat16, but {name} is {own} and "
-                f"computes in {computing}; compile with precision='bf16', or leave it out"
+                f"masters={self.masters!r} is of float32 masters of weights that compute in bfloat16, and none that is "
+                f"trained does{': ' * bool(told)}{told[:200]}; compile with precision='bf16', or leave it out"
             )
 
     def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:

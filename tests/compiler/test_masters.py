@@ -140,6 +140,22 @@ def test_what_is_too_small_for_bfloat16_is_not_lost() -> None:
     assert model.state_dict()["weight"].mean().item() == pytest.approx(1 - 20 * 2.0**-8 / 10, abs=2.0**-8 / 20)
 
 
+def test_a_model_in_bfloat16_and_norms_in_float32_go_as_well() -> None:
+    """A batch norm keeps computing in float32, and its masters are exact."""
+    source = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).bfloat16()
+    source[1].float()
+    model = geminifx.compile(source, device="cpu", precision="bf16", example_inputs={"input": torch.ones(4, 16)})
+    optimizer = model.optimizer(AdamW, **ROUNDED, **HYPER)
+    for step in range(2):
+        inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        model(inputs).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = model.state_dict()
+    assert torch.equal(found["0.weight"], found["0.weight"].bfloat16().float())
+    assert not torch.equal(found["1.bias"], found["1.bias"].bfloat16().float())
+
+
 # -- state_dict and checkpoints ----------------------------------------------------------------------------
 
 
@@ -186,8 +202,8 @@ def test_a_checkpoint_of_other_masters_is_converted_and_said_so(
     [
         ("bf16", {"masters": "bf16"}, "'bf16'; expected one of 'exact', 'bf16-stochastic'"),
         ("bf16", {"seed": 0.5}, "seed.*0.5; expected an int"),
-        ("fp16", ROUNDED, r"float32 and computes in torch.float16; compile with precision='bf16'"),
-        (None, ROUNDED, r"float32 and computes in torch.float32; compile with precision='bf16'"),
+        ("fp16", ROUNDED, r"none that is trained does: .* computes in torch.float16"),
+        (None, ROUNDED, r"computes in torch.float32.*; compile with precision='bf16'"),
     ],
 )
 def test_what_there_is_not_is_refused(precision: str | None, arguments: dict[str, Any], message: str) -> None:
