@@ -22,7 +22,7 @@ from typing import Any, get_args
 import geminifx
 import psutil
 import torch
-from geminifx.runtime.isa.moments import Moments
+from geminifx.runtime.isa.moments import Masters, Moments
 from geminifx.runtime.isa.units import format_bytes, parse_bytes
 from measuring import bytes_in_use
 from random_models import empty_model, random_model
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
     made.add_argument("--moments", choices=get_args(Moments), default="int8")
+    made.add_argument("--masters", choices=get_args(Masters), default="exact")
     made.add_argument("--device-budget", default="24GB")
     made.add_argument("--host-budget", default="118GiB")
     made.add_argument("--steps", type=int, default=6)
@@ -70,12 +71,14 @@ def planned(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     model = geminifx.compile(
         source, device_budget=args.device_budget, host_budget=args.host_budget, precision="bf16", rates=args.rates
     )
-    optimizer = model.optimizer(torch.optim.AdamW, lr=args.lr, in_backward=True, moments=args.moments)
+    optimizer = model.optimizer(torch.optim.AdamW, lr=args.lr, in_backward=True, moments=args.moments,
+                                masters=args.masters)  # fmt: skip
     model.prepare(**inputs(args))
     plan = model.plan
     print(plan, flush=True)
     told = {
         "parameters": sum(parameter.numel() for parameter in source.parameters()), "moments": args.moments,
+        "masters": args.masters,
         "made_s": round(made_s - began_s, 1), "planned_s": round(time.perf_counter() - made_s, 1),
         "planned_device_bytes": plan.peak_bytes, "planned_host_bytes": plan.estimate.host_bytes,
         "planned_step_s": round(plan.estimate.step_s, 3),

@@ -1,9 +1,9 @@
-"""How training goes by the way in which moments are stored: a loss curve each, of the same model on the same batches.
+"""How training goes by the way in which moments and masters are stored: a loss curve each, of one model on one text.
 
     python benchmarks/state_formats.py --steps 300 --csv docs/state_formats.csv
 
-A small OPT learns the text in the package, byte by byte, by `model.optimizer(AdamW, moments=...)`. The file
-has a line for each step, with a column for each way.
+A small OPT learns the text in the package, byte by byte, by `model.optimizer(AdamW, moments=..., masters=...)`. The
+file has a line for each step, with a column for each way.
 """
 
 import argparse
@@ -15,11 +15,16 @@ from typing import get_args
 import geminifx
 import torch
 from geminifx.models.recipe.text import embedded_texts
-from geminifx.runtime.isa.moments import Moments
+from geminifx.runtime.isa.moments import Masters, Moments
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-WAYS: tuple[Moments, ...] = get_args(Moments)
+WAYS: dict[str, tuple[Moments, Masters]] = {
+    **{moments: (moments, "exact") for moments in get_args(Moments)},
+    "exact, rounded": ("exact", "bf16-stochastic"),
+    "int8, rounded": ("int8", "bf16-stochastic"),
+}
+"""Ways to store moments and masters, by what a column of the file is called."""
 LAST = 20
 """Steps at the end whose mean loss is told."""
 
@@ -45,7 +50,8 @@ def batches(args: argparse.Namespace) -> Iterator[Tensor]:
         yield text[starts + torch.arange(args.seq)]
 
 
-def losses(args: argparse.Namespace, moments: Moments) -> list[float]:
+def losses(args: argparse.Namespace, way: str) -> list[float]:
+    moments, masters = WAYS[way]
     torch.manual_seed(0)
     source = OPTForCausalLM(
         OPTConfig(
@@ -54,7 +60,8 @@ def losses(args: argparse.Namespace, moments: Moments) -> list[float]:
         )
     )  # fmt: skip
     model = geminifx.compile(source.train(), precision="bf16")
-    optimizer = model.optimizer(torch.optim.AdamW, lr=args.lr, in_backward=True, moments=moments)
+    optimizer = model.optimizer(torch.optim.AdamW, lr=args.lr, in_backward=True, moments=moments,
+                                masters=masters)  # fmt: skip
     found = []
     for _, tokens in zip(range(args.steps), batches(args), strict=False):
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -63,13 +70,13 @@ def losses(args: argparse.Namespace, moments: Moments) -> list[float]:
         optimizer.zero_grad()
         found.append(loss.item())
     last = found[-LAST:]
-    print(f"{moments}: the last {len(last)} steps' mean loss is {sum(last) / len(last):.4f}", flush=True)
+    print(f"{way}: the last {len(last)} steps' mean loss is {sum(last) / len(last):.4f}", flush=True)
     return found
 
 
 def main(words: list[str] | None = None) -> None:
     args = parser().parse_args(words)
-    curves = [losses(args, moments) for moments in WAYS]
+    curves = [losses(args, way) for way in WAYS]
     with args.csv.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(["step", *WAYS])

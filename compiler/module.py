@@ -12,7 +12,8 @@ from ..passes.program.plan import Plan
 from ..passes.program.text import print_program
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.isa.errors import StateError, check_path
-from ..runtime.isa.moments import Moments
+from ..runtime.isa.moments import Masters, Moments
+from ..runtime.isa.precision import master_dtype
 from ..runtime.memory.stats import Stats
 from ..runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from ..runtime.optimizer.declared import Declared
@@ -63,9 +64,9 @@ class CompiledModule(Facade):
 
     def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
                   in_backward: bool = False, accumulate: int = 1, moments: Moments = "exact",
-                  **hyper: Any) -> ChunkOptimizer:  # fmt: skip
-        """An optimizer whose updates run while the model computes; AdamW keeps 12 bytes per bfloat16 parameter, or 8,
-        or 6, as `moments` are stored.
+                  masters: Masters = "exact", seed: int = 0, **hyper: Any) -> ChunkOptimizer:  # fmt: skip
+        """An optimizer whose updates run while the model computes; AdamW keeps 12 bytes per bfloat16 parameter, or 8, 6
+        or 4, as `moments` and `masters` are stored.
 
         From here on parameters are read as float32 copies, and only this optimizer changes them. Make it before
         the first step: the plan is made anew for it.
@@ -78,7 +79,11 @@ class CompiledModule(Facade):
                 look at or to clip.
             accumulate: how many backwards make one step. Needed for in_backward; otherwise it plans the memory.
             moments: how the optimizer's values are stored: "exact" as float32, "bf16" rounded to nearest, "int8" as
-                codes of which 256 share a scale. Masters are exact in any case.
+                codes of which 256 share a scale.
+            masters: how float32 masters of weights that compute in bfloat16 are kept: "exact" by a remainder beside the
+                weight, "bf16-stochastic" as the weight alone, to which each update is rounded up or down by chance.
+            seed: what chance is drawn with, beside the number of the step, the parameter's name and the element's
+                number: the same wherever states lie.
             hyper: keyword arguments of `kind`, such as lr, betas and weight_decay.
 
         Raises:
@@ -86,8 +91,11 @@ class CompiledModule(Facade):
             StateError: there is no plan yet, or an optimizer of this model was made before.
             BudgetError: nothing fits the budget.
         """
-        declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate, moments)
+        declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate, moments, masters, seed)
         declared.check(self.session.dtypes.values())
+        dtypes = self.session.dtypes
+        trained = {n: (master_dtype(p), dtypes[n]) for n, p in self.named_parameters() if p.requires_grad}
+        declared.check_masters(trained, sharded=bool(self.session.ranks.mesh.tensor_axes))
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
         return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names(),
                               torch.float16 in self.session.dtypes.values())  # fmt: skip

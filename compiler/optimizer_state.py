@@ -147,7 +147,8 @@ class _OwnState(OptimizerState):
         self.scaling = optimizer.scaling
 
     def numbers(self) -> dict[str, Any]:
-        return {**super().numbers(), **self.scaling(), "stored": self.store.format.stored}
+        format = self.store.format
+        return {**super().numbers(), **self.scaling(), "stored": format.stored, "masters": format.masters}
 
     def _tensors(self, name: str) -> dict[str, Stored]:
         state, slot = self.store.state_of(name)
@@ -155,7 +156,7 @@ class _OwnState(OptimizerState):
 
     def _numbers(self, name: str) -> dict[str, Any]:
         state, slot = self.store.state_of(name)
-        counts = state.steps[slot] and len(self.moments) > 1  # SGD does not count its steps
+        counts = state.steps[slot] and self.own.declared.counts
         return {"step": torch.tensor(float(state.steps[slot]))} if counts else {}
 
     @property
@@ -176,9 +177,11 @@ class _OwnState(OptimizerState):
 
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         self._load_numbers(saved, {})
-        before, now = saved.get("stored", "exact"), self.store.format.stored
-        if before != now:
-            _logger.warning("the checkpoint's moments were stored as %s, and are now as moments=%r", before, now)
+        format = self.store.format
+        for what, key, now in (("moments", "stored", format.stored), ("masters", "masters", format.masters)):
+            before = saved.get(key, "exact")
+            if before != now:
+                _logger.warning("the checkpoint's %s were stored as %s, and are now as %s=%r", what, before, what, now)
         read: dict[str, Stored] = {}
         for name in self.held:
             keys = self._saved_keys(name, found)

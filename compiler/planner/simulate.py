@@ -74,6 +74,7 @@ class _Clock:
     def __init__(self, plan: Plan, homes: Homes, rates: Rates) -> None:
         self.plan, self.homes, self.rates = plan, homes, rates
         self.chunks, self.format = plan.layout.chunks, plan.format
+        self.updates = rates.updates(plan.format.stored)
         self.runs = plan.format.accumulate
         self.streamed = [index for index, home in enumerate(homes) if home.streamed]
         self.bus = Bus(rates)
@@ -151,7 +152,7 @@ class _Clock:
         if self.homes[chunk.index].on_device:
             self.landed_s[chunk.index] = added_s
             self._on_device(chunk.shard_numel / self.rates.device_sums_per_s * self._adds)
-            self._on_device(chunk.shard_numel / self.rates.device_params_per_s * last * self._share(chunk))
+            self._on_device(self._updated_s(chunk, self.updates.device_params_per_s) * last)
         elif self._waits_for_its_state(chunk.index):
             self._stream(chunk, added_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]
@@ -160,7 +161,7 @@ class _Clock:
                 self._take_landing(chunk.index)
             self.landed_s[chunk.index] = self._copied(Carrier.DOWN, chunk.shard_bytes, added_s)
             if self._adds:
-                self._put(chunk, self.landed_s[chunk.index], self.rates.host_sums_per_s)
+                self._put(chunk, self.landed_s[chunk.index], chunk.shard_numel / self.rates.host_sums_per_s)
             if last and (self.format.in_backward or self._has_spare(chunk)):
                 self._update(chunk, self.landed_s[chunk.index])
             elif last:
@@ -223,23 +224,23 @@ class _Clock:
     def _has_spare(self, chunk: ChunkLayout) -> bool:
         return self.format.has_spare(chunk, self.homes[chunk.index])
 
-    def _share(self, chunk: ChunkLayout) -> float:
-        return self.format.update_share(chunk)
+    def _updated_s(self, chunk: ChunkLayout, params_per_s: float) -> float:
+        return chunk.shard_numel * self.format.update_share(chunk) / params_per_s
 
     @property
     def _adds(self) -> bool:
         """Whether each gradient is added to the others of its step."""
         return self.format.beside and self.runs > 1
 
-    def _put(self, chunk: ChunkLayout, after_s: float, elements_per_s: float, updates: bool = False) -> None:
+    def _put(self, chunk: ChunkLayout, after_s: float, takes_s: float, updates: bool = False) -> None:
         """Give the worker something to do with a chunk."""
-        heapq.heappush(self.coming, (after_s, (chunk.index, updates, chunk.shard_numel / elements_per_s)))
+        heapq.heappush(self.coming, (after_s, (chunk.index, updates, takes_s)))
 
     def _update(self, chunk: ChunkLayout, after_s: float) -> None:
         if self.homes[chunk.index].streamed:
             self._stream(chunk, after_s)
         else:
-            self._put(chunk, after_s, self.rates.host_params_per_s / self._share(chunk), updates=True)
+            self._put(chunk, after_s, self._updated_s(chunk, self.updates.host_params_per_s), updates=True)
             self.pending.add(chunk.index)
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
@@ -248,7 +249,8 @@ class _Clock:
         self.now_s += STREAM_LAUNCH_S
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
-        self._put(chunk, after_s, self.rates.passing_params_per_s / self._share(chunk))
+        passing_s = chunk.shard_numel / self.rates.passing_params_per_s
+        self._put(chunk, after_s, passing_s * self.format.travelling_share(chunk, self.homes[chunk.index]))
 
     def _work_until_updated(self, index: int) -> None:
         """Let the worker go on, always with the first chunk of those that it may begin with."""

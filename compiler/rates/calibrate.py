@@ -18,17 +18,18 @@ from ...runtime.isa.errors import GeminiError
 from ...runtime.isa.formats import OwnFormat
 from ...runtime.isa.homes import Home, Where
 from ...runtime.isa.layout import ChunkLayout
+from ...runtime.isa.moments import Moments, update_bytes
 from .measure import Bench, Effort, Measured
 from .others import HostWatch, used_by_others
 from .presets import NETWORK_LATENCY_S, card_named, preset
-from .rates import UPDATE_BYTES, Products, Rates, slowest
+from .rates import Products, Rates, Updates, slowest
 
 SPREAD = 1.15
 """How far measurements of one thing that agree may be apart."""
 
 SPREADS: Mapping[str, float] = {
     "launch_s": 1.5, "kernel_s": 1.3, "network_latency_s": 1.5, "host_alone_params_per_s": 1.3,
-    "host_params_per_s": 1.3, "torch_params_per_s": 1.5,
+    "host_params_per_s": 1.3, "host_bf16_params_per_s": 1.3, "host_int8_params_per_s": 1.3, "torch_params_per_s": 1.5,
 }  # fmt: skip
 """The same of what is never as steady: single microseconds, and memory of the host that lies elsewhere each time."""
 
@@ -140,11 +141,19 @@ def rates_from(found: Measured, effort: Effort, gpu: str) -> Rates:
         host_params_per_s=found.host_params_per_s,
         passing_params_per_s=_passing(found),
         torch_params_per_s=found.torch_params_per_s,
-        device_params_per_s=found.device_params_per_s or found.memory_bytes_per_s / UPDATE_BYTES,
+        device_params_per_s=found.device_params_per_s or found.memory_bytes_per_s / update_bytes("exact"),
         network_bytes_per_s=found.network_bytes_per_s or network,
         network_latency_s=found.network_latency_s or NETWORK_LATENCY_S,
         overlaps=True,
+        bf16_moments=_updates(found, "bf16", found.host_bf16_params_per_s, found.device_bf16_params_per_s),
+        int8_moments=_updates(found, "int8", found.host_int8_params_per_s, found.device_int8_params_per_s),
     )
+
+
+def _updates(found: Measured, moments: Moments, host: float | None, device: float | None) -> Updates | None:
+    """With moments that are stored so; None where the host has no kernel for them."""
+    by_bytes = found.memory_bytes_per_s / update_bytes(moments)
+    return None if host is None else Updates(host, device or by_bytes)
 
 
 def _products(effort: Effort, seconds: tuple[float, ...], kernel_s: float) -> Products:

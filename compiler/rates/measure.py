@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.moments import Moments, stored_dtype, stored_numel
 from ...runtime.kernels.device_updates import DeviceKernel
 from ...runtime.kernels.host_updates import HostKernel
 from ...runtime.kernels.split_pairs import SplitPair
@@ -67,6 +69,10 @@ class Measured:
     host_params_per_s: float
     torch_params_per_s: float
     device_params_per_s: float | None = None
+    host_bf16_params_per_s: float | None = None
+    host_int8_params_per_s: float | None = None
+    device_bf16_params_per_s: float | None = None
+    device_int8_params_per_s: float | None = None
     network_bytes_per_s: float | None = None
     network_latency_s: float | None = None
 
@@ -90,11 +96,12 @@ class Bench:
     def measure(self) -> Measured:
         try:
             up, down, both = self._copies()
-            host_alone, host_beside = self._host_updates()
+            host_alone, beside = self._host_updates()
         finally:
             self.products.end()
             self.wait()
         network = self._network() if self.ranks.together else (None, None)
+        device = self._device_updates() if self.effort.updates_on_device else {}
         return Measured(
             products_s=tuple(tuple(self._product_s(dtype, n) for n in self.effort.sizes) for dtype in DTYPES),
             memory_bytes_per_s=self._memory(),
@@ -104,9 +111,13 @@ class Bench:
             down_bytes_per_s=down,
             both_bytes_per_s=both,
             host_alone_params_per_s=host_alone,
-            host_params_per_s=host_beside,
+            host_params_per_s=beside["exact"],
+            host_bf16_params_per_s=beside.get("bf16"),
+            host_int8_params_per_s=beside.get("int8"),
             torch_params_per_s=self._torch_updates(),
-            device_params_per_s=self._device_updates() if self.effort.updates_on_device else None,
+            device_params_per_s=device.get("exact"),
+            device_bf16_params_per_s=device.get("bf16"),
+            device_int8_params_per_s=device.get("int8"),
             network_bytes_per_s=network[0],
             network_latency_s=network[1],
         )
@@ -188,23 +199,23 @@ class Bench:
 
     # -- updates -------------------------------------------------------------------------------------------
 
-    def _host_updates(self) -> tuple[float, float]:
-        """Parameters in a second by our kernel: alone, and while copies run both ways."""
-        kernel, threads = HostKernel(), host_threads(self.ranks.on_this_host)
-        update = _adam(self.effort.host_params, torch.device("cpu"))
+    def _host_updates(self) -> tuple[float, dict[Moments, float]]:
+        """Parameters in a second by our kernel: alone with exact moments, and with each kind while copies run both
+        ways."""
+        kernel, threads, params = HostKernel(), host_threads(self.ranks.on_this_host), self.effort.host_params
 
-        def run() -> None:
-            kernel.adam(*update, HYPER, threads)
+        def run(moments: Moments, before: Run) -> float:
+            update = _adam(params, moments, torch.device("cpu"))
 
-        alone_s = seconds_each(run, _nothing, self.effort.each_s)
+            def once() -> None:
+                before()
+                kernel.adam(*update, HYPER, threads)
+
+            return params / seconds_each(once, _nothing, self.effort.each_s)
+
+        alone = run("exact", _nothing)
         with self._copying() as keep_copying:
-
-            def beside() -> None:
-                keep_copying()
-                run()
-
-            beside_s = seconds_each(beside, _nothing, self.effort.each_s)
-        return self.effort.host_params / alone_s, self.effort.host_params / beside_s
+            return alone, {moments: run(moments, keep_copying) for moments in _taken_by(kernel)}
 
     @contextmanager
     def _copying(self) -> Iterator[Run]:
@@ -238,11 +249,14 @@ class Bench:
 
         return count / seconds_each(run, _nothing, self.effort.each_s)
 
-    def _device_updates(self) -> float:
-        kernel, update = DeviceKernel(), _adam(self.effort.device_params, self.device)
-        return self.effort.device_params / seconds_each(
-            lambda: kernel.adam(*update, HYPER), self.wait, self.effort.each_s
-        )
+    def _device_updates(self) -> dict[Moments, float]:
+        kernel, params = DeviceKernel(), self.effort.device_params
+
+        def run(moments: Moments) -> float:
+            update = _adam(params, moments, self.device)
+            return params / seconds_each(lambda: kernel.adam(*update, HYPER), self.wait, self.effort.each_s)
+
+        return {moments: run(moments) for moments in _taken_by(kernel)}
 
     # -- other processes -----------------------------------------------------------------------------------
 
@@ -271,12 +285,18 @@ def _nothing() -> None:
     """What a run that is done when it returns waits for."""
 
 
-def _adam(params: int, device: torch.device) -> tuple[SplitPair, Gradient, AdamMoments]:
+def _taken_by(kernel: HostKernel | DeviceKernel) -> tuple[Moments, ...]:
+    """The kinds of moments that a kernel takes as they are stored."""
+    return get_args(Moments) if kernel.widens else ("exact",)
+
+
+def _adam(params: int, moments: Moments, device: torch.device) -> tuple[SplitPair, Gradient, AdamMoments]:
     """What one update reads and writes."""
 
-    def full(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((params,), value, dtype=dtype, device=device)
+    def full(value: float, dtype: torch.dtype, numel: int = params) -> Tensor:
+        return torch.full((numel,), value, dtype=dtype, device=device)
 
+    stored = stored_dtype(moments, torch.float32)
+    mean, square = (full(0, stored, stored_numel(stored, params)) for _ in range(2))
     pair = SplitPair(full(0.02, torch.bfloat16), full(0, torch.int16))
-    moments = AdamMoments(full(0.0, torch.float32), full(0.0, torch.float32))
-    return pair, Gradient(full(1e-3, torch.bfloat16)), moments
+    return pair, Gradient(full(1e-3, torch.bfloat16)), AdamMoments(mean, square)

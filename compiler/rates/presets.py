@@ -5,7 +5,8 @@ They are what a card is planned with before it is measured, and what plans for o
 
 from dataclasses import dataclass
 
-from .rates import UPDATE_BYTES, Products, Rates
+from ...runtime.isa.moments import Moments, update_bytes
+from .rates import Products, Rates, Updates
 
 SHARE_BY_SIZE = ((0.5e-6, 0.12), (4e-6, 0.45), (30e-6, 0.85), (200e-6, 1.0))
 """Of what large products sustain, the share that products reach which would take so many seconds at full speed."""
@@ -24,7 +25,8 @@ PASSING_BYTES = 16
 """What a parameter that passes through takes of the host's memory, measured as 12e9 of them at 190 GB/s."""
 
 CORE_PARAMS_PER_S = 0.4e9
-"""What one core updates: 16 reach 6e9."""
+"""What one core updates: 16 reach 6e9 with exact moments. Of others this, and their bytes at the memory's bandwidth, is
+all that is known so far."""
 
 TORCH_SHARE = 0.6
 """A torch optimizer's speed on the host, of our kernel's."""
@@ -90,7 +92,12 @@ def preset(name: str) -> Rates:
     memory = card.memory_bytes_per_s * MEMORY_SHARE
     # Copies take their bytes from what the host's memory moves, but never all of the time.
     left = max(host.bytes_per_s - 2 * BOTH_SHARE * pcie, host.bytes_per_s / 2)
-    host_params = min(left / UPDATE_BYTES, host.cores * CORE_PARAMS_PER_S)
+
+    def updates(moments: Moments) -> Updates:
+        each_bytes = update_bytes(moments)
+        return Updates(min(left / each_bytes, host.cores * CORE_PARAMS_PER_S), memory / each_bytes)
+
+    exact = updates("exact")
     return Rates(
         name=f"the preset {name}",
         bf16=_products(card.bf16 * card.product_share),
@@ -102,13 +109,15 @@ def preset(name: str) -> Rates:
         up_bytes_per_s=ALONE_SHARE * pcie,
         down_bytes_per_s=ALONE_SHARE * pcie,
         both_bytes_per_s=BOTH_SHARE * pcie,
-        host_params_per_s=host_params,
+        host_params_per_s=exact.host_params_per_s,
         passing_params_per_s=host.bytes_per_s / PASSING_BYTES,
-        torch_params_per_s=TORCH_SHARE * host_params,
-        device_params_per_s=memory / UPDATE_BYTES,
+        torch_params_per_s=TORCH_SHARE * exact.host_params_per_s,
+        device_params_per_s=exact.device_params_per_s,
         network_bytes_per_s=card.network_bytes_per_s,
         network_latency_s=NETWORK_LATENCY_S,
         overlaps=True,
+        bf16_moments=updates("bf16"),
+        int8_moments=updates("int8"),
     )
 
 

@@ -7,11 +7,10 @@ from math import log
 import numpy as np
 import torch
 
+from ...runtime.isa.moments import Moments, update_bytes
+
 STREAM_LAUNCH_S = 1.5e-3
 """What the launching thread needs to send one chunk's state through the device, in pieces."""
-
-UPDATE_BYTES = 26
-"""What one parameter's update reads and writes: bfloat16 weights and gradients, remainders, two float32 moments."""
 
 SUM_BYTES = 10
 """What adding one bfloat16 gradient to a float32 sum reads and writes."""
@@ -57,6 +56,20 @@ class Slowdown:
 
 
 @dataclass(frozen=True)
+class Updates:
+    """How many parameters our kernels update by AdamW in a second: on the host beside copies, and on the device."""
+
+    host_params_per_s: float
+    device_params_per_s: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, (self.host_params_per_s, self.device_params_per_s))
+
+    def slowed(self, by: Slowdown) -> "Updates":
+        return Updates(self.host_params_per_s / by.host, self.device_params_per_s / by.compute)
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a machine does in a second; `name` tells which one, and how that is known.
 
@@ -75,6 +88,8 @@ class Rates:
         network_bytes_per_s, network_latency_s: what a process receives from the others, and what each exchange takes
             however little that is.
         overlaps: whether copies, our updates and exchanges run beside compute.
+        bf16_moments, int8_moments: how fast both sides update where moments are stored so, by default as many bytes a
+            second as where they are exact.
     """
 
     name: str
@@ -94,6 +109,8 @@ class Rates:
     network_bytes_per_s: float
     network_latency_s: float
     overlaps: bool
+    bf16_moments: Updates | None = None
+    int8_moments: Updates | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -104,6 +121,12 @@ class Rates:
 
     def products(self, dtype: torch.dtype) -> Products:
         return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.fp32)
+
+    def updates(self, moments: Moments) -> Updates:
+        """By AdamW, of bfloat16 weights."""
+        measured = {"bf16": self.bf16_moments, "int8": self.int8_moments}.get(moments)
+        faster = update_bytes("exact") / update_bytes(moments)
+        return measured or Updates(self.host_params_per_s * faster, self.device_params_per_s * faster)
 
     def slowed(self, by: Slowdown) -> "Rates":
         """The same machine, as it turned out to be."""
@@ -123,12 +146,14 @@ class Rates:
             host_params_per_s=self.host_params_per_s / by.host,
             passing_params_per_s=self.passing_params_per_s / by.host,
             torch_params_per_s=self.torch_params_per_s / by.host,
+            bf16_moments=self.bf16_moments and self.bf16_moments.slowed(by),
+            int8_moments=self.int8_moments and self.int8_moments.slowed(by),
         )
 
     @property
     def host_sums_per_s(self) -> float:
         """How many elements of gradients the host adds to others: its memory binds, as it does for updates."""
-        return self.host_params_per_s * UPDATE_BYTES / SUM_BYTES
+        return self.host_params_per_s * update_bytes("exact") / SUM_BYTES
 
     @property
     def device_sums_per_s(self) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from .homes import Home, Where
 from .layout import ChunkLayout
-from .moments import BLOCK, Moments, stored_bytes, stored_dtype, unit
+from .moments import BLOCK, Masters, Moments, stored_bytes, stored_dtype, unit, update_bytes
 
 STREAM_PIECE = 16 * 2**20
 """Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
@@ -47,6 +47,7 @@ class StateFormat(ABC):
     beside: ClassVar[bool]
     in_backward: bool = False
     accumulate: int = 1
+    stored: Moments = "exact"
 
     @property
     def at_once(self) -> bool:
@@ -109,7 +110,11 @@ class StateFormat(ABC):
         return 0, 0
 
     def update_share(self, chunk: ChunkLayout) -> float:
-        """What of the memory's time an update takes, where one by AdamW with exact moments takes all."""
+        """The bytes that an update moves, of those of one by AdamW whose moments are stored in the same way."""
+        return 1.0
+
+    def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
+        """The bytes that a streamed state moves, of those with exact moments."""
         return 1.0
 
 
@@ -166,6 +171,7 @@ class OwnFormat(StateFormat):
     Fields:
         moments: values of optimizer state per element (AdamW: 2).
         stored: how these are stored.
+        masters: how masters are, of what is trained.
         in_backward: whether a chunk is updated as soon as its gradient is complete.
         accumulate: how many backwards make one step; more than one adds in the master's dtype.
     """
@@ -174,6 +180,7 @@ class OwnFormat(StateFormat):
     in_backward: bool = False
     accumulate: int = 1
     stored: Moments = "exact"
+    masters: Masters = "exact"
     kind: ClassVar[str] = "own"
     beside: ClassVar[bool] = True
 
@@ -181,7 +188,8 @@ class OwnFormat(StateFormat):
         when = "in the backward" if self.in_backward else "from step() on"
         many = f", {self.accumulate} backwards each" if self.accumulate > 1 else ""
         how = f", moments as {self.stored}" if self.moments and self.stored != "exact" else ""
-        return f"the model's own, {when}{many}{how}"
+        rounded = ", masters as bf16, rounded stochastically" if self.masters != "exact" else ""
+        return f"the model's own, {when}{many}{how}{rounded}"
 
     @property
     def unit(self) -> int:
@@ -191,9 +199,9 @@ class OwnFormat(StateFormat):
 
     def rest_dtype(self, chunk: ChunkLayout) -> torch.dtype | None:
         """The dtype of what the weights lack of their masters: a 16-bit remainder where they are bfloat16, the whole
-        master where they are float16; None where they lack nothing."""
+        master where they are float16; None where they lack nothing, or nothing that is kept."""
         if chunk.splits:
-            return torch.int16
+            return torch.int16 if self.masters == "exact" or not chunk.trainable else None
         return chunk.master_dtype if chunk.casts else None
 
     def moment_dtypes(self, chunk: ChunkLayout) -> tuple[torch.dtype, ...]:
@@ -298,14 +306,13 @@ class OwnFormat(StateFormat):
         return state + (0 if self.at_once else gradient), state
 
     def update_share(self, chunk: ChunkLayout) -> float:
-        if self.stored == "exact" or not self.moments:
-            return 1.0
         gradient = chunk.master_bytes if self.accumulate > 1 else chunk.shard_bytes
-        exact = replace(self, stored="exact")
-        moved, at_most = (
-            2 * (chunk.shard_bytes + format._beside_weights_bytes(chunk)) + gradient for format in (self, exact)
-        )
-        return moved / max(at_most, 1)
+        moved = 2 * (chunk.shard_bytes + self._beside_weights_bytes(chunk)) + gradient
+        return moved / max(chunk.shard_numel * update_bytes(self.stored), 1)
+
+    def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
+        moved, exact = (sum(format.travelling_bytes(chunk, home)) for format in (self, replace(self, stored="exact")))
+        return moved / max(exact, 1)
 
 
 def kinds_of_format() -> dict[str, type[StateFormat]]:

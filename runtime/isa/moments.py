@@ -1,4 +1,5 @@
-"""How an optimizer's moments are stored: as they are, as bfloat16, or as 8-bit codes of which blocks share a scale.
+"""How an optimizer's moments are stored: as they are, as bfloat16, or as 8-bit codes of which blocks share a scale; and
+how masters are.
 
 A stored moment is one flat tensor, whose dtype tells how: the master's is exact; bfloat16 is rounded to nearest; uint8
 holds blocks of `BLOCK` elements, each `BLOCK` codes and then, in four bytes, their scale. What codes mean is for
@@ -10,6 +11,8 @@ from typing import Literal
 import torch
 
 Moments = Literal["exact", "bf16", "int8"]
+Masters = Literal["exact", "bf16-stochastic"]
+"""Exactly, by what the weights that compute lack of them; or as those alone, to which updates are rounded by chance."""
 
 BLOCK = 256
 """Elements that share a scale. Slots begin at multiples of it, and no block is cut."""
@@ -34,6 +37,13 @@ def stored_numel(dtype: torch.dtype, numel: int) -> int:
 
 def stored_bytes(dtype: torch.dtype, numel: int) -> int:
     return stored_numel(dtype, numel) * dtype.itemsize
+
+
+def update_bytes(moments: Moments) -> float:
+    """What AdamW's update of one parameter reads and writes where bfloat16 computes: a weight, its remainder, and two
+    moments; a gradient is only read."""
+    state_bytes = 2 + 2 + 2 * stored_bytes(stored_dtype(moments, torch.float32), BLOCK) / BLOCK
+    return 2 * state_bytes + 2
 
 
 def stored_at(dtype: torch.dtype, elements: slice) -> slice:

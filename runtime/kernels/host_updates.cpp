@@ -1,7 +1,8 @@
 // AdamW, Adam and SGD over split pairs, and sums of gradients, at the speed of the host's memory.
 //
 // A split pair is the float32 master w kept as `hi`, the bfloat16 weight that computes, and `lo`, a signed 16-bit
-// remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again.
+// remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again. Where
+// there is no `lo` the master is rounded to `hi` by chance, see rounding.py.
 //
 // The arithmetic is that of torch.optim's single-tensor code on CPUs with fused multiply-add, operation by operation:
 // where torch fuses (lerp, addcmul, add with alpha) there is a fused multiply-add here, everywhere else each operation
@@ -60,7 +61,13 @@ struct Update {
   float eps;
   int32_t fresh;     // SGD: the buffer holds nothing yet
   int32_t nesterov;  // SGD
+  uint32_t low, high, element;  // without `lo`: what is drawn with, and the number of the first element there
 };
+
+struct Draws {
+  uint32_t low, high, element;
+};
+constexpr uint32_t kFactor = 0x7feb352d, kNextFactor = 0x846ca68b;
 
 // total += scale * gradient, of n elements; the first of several overwrites what is there.
 struct Sum {
@@ -140,6 +147,39 @@ INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   *hi = static_cast<uint16_t>((bits + 0x8000u) >> 16);
   *lo = static_cast<int16_t>(bits);  // `hi << 16` only takes upper bits away
 }
+
+template <bool kApart>
+INLINE void store_rounded(uint16_t* p, F w, const Draws& draws, int64_t i) {
+  uint32_t x = draws.element + static_cast<uint32_t>(i) + draws.low;
+  x = ((x ^ x >> 16) * kFactor) ^ draws.high;
+  x = (x ^ x >> 15) * kNextFactor;
+  *p = static_cast<uint16_t>((w != w ? static_cast<uint32_t>(kNan) : to_bits(w) + ((x ^ x >> 16) >> 16)) >> 16);
+}
+
+INLINE void store_half(uint16_t* p, F x) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(x);
+  *p = static_cast<uint16_t>((x != x ? static_cast<uint32_t>(kNan) : bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// Magnitudes are in the order of their bits, and what is not finite is above the rest.
+INLINE F larger(F most, F x) {
+  const uint32_t a = to_bits(most), b = to_bits(x) & 0x7fffffffu;
+  return from_bits(a > b ? a : b);
+}
+INLINE uint32_t largest(F most) { return to_bits(most); }
+
+template <bool kUnsigned>
+INLINE F load_codes(const uint8_t* p) {
+  return kUnsigned ? static_cast<F>(*p) : static_cast<F>(static_cast<int8_t>(*p));
+}
+
+// The integers nearest to x, ties to even; unsigned ones are at least 1 where `x` is above 0.
+template <bool kUnsigned>
+INLINE void store_codes(uint8_t* p, F x) {
+  // What is added leaves no bits for a fraction, and the integer in the lowest.
+  const int32_t code = static_cast<int32_t>(to_bits(x + 0x1.8p23f) - 0x4b400000u);
+  *p = static_cast<uint8_t>(kUnsigned && x > 0.0f && code < 1 ? 1 : code);
+}
 #define ALGORITHMS
 #include "host_updates.cpp"
 #undef ALGORITHMS
@@ -163,7 +203,7 @@ TARGET INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET INLINE F root(F a) { return _mm256_sqrt_ps(a); }
 TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
 
-// x / d correctly rounded without the divider, which the square root and the other division keep busy: the estimate
+// x / d correctly rounded without the divider, which the square root and the other divisions keep busy: the estimate
 // is corrected by its exact remainder (Markstein, "Computation of elementary functions on the IBM RISC System/6000
 // processor", 1990). Infinity has no remainder and stays.
 TARGET INLINE F over(F x, const Quotient& q) {
@@ -198,6 +238,68 @@ TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   const __m128i halves[2] = {_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)};
   __m128i* places[2] = {reinterpret_cast<__m128i*>(hi), reinterpret_cast<__m128i*>(lo)};
   for (int k = 0; k < 2; k++) kApart ? _mm_stream_si128(places[k], halves[k]) : _mm_storeu_si128(places[k], halves[k]);
+}
+
+TARGET INLINE __m128i packed_words(__m256i x) {  // unsigned ones of 16 bits
+  return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+
+TARGET INLINE __m256i all(uint32_t x) { return _mm256_set1_epi32(static_cast<int32_t>(x)); }
+
+template <bool kApart>
+TARGET INLINE void store_rounded(uint16_t* p, F w, const Draws& draws, int64_t i) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  __m256i x = _mm256_add_epi32(all(draws.element + static_cast<uint32_t>(i) + draws.low), lanes);
+  x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), all(kFactor));
+  x = _mm256_xor_si256(x, all(draws.high));
+  x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)), all(kNextFactor));
+  x = _mm256_srli_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), 16);
+  const F up = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(w), x));
+  const F rounded = _mm256_blendv_ps(up, _mm256_castsi256_ps(all(kNan)), _mm256_cmp_ps(w, w, _CMP_UNORD_Q));
+  const __m128i halves = packed_words(_mm256_srli_epi32(_mm256_castps_si256(rounded), 16));
+  __m128i* place = reinterpret_cast<__m128i*>(p);
+  kApart ? _mm_stream_si128(place, halves) : _mm_storeu_si128(place, halves);
+}
+
+TARGET INLINE void store_half(uint16_t* p, F x) {
+  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(kNan));
+  const F rounded = _mm256_blendv_ps(_mm256_castsi256_ps(up), nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i halves = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed_words(halves));
+}
+
+TARGET INLINE F larger(F most, F x) {
+  const __m256i size = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), size));
+}
+
+TARGET INLINE uint32_t largest(F most) {
+  alignas(32) uint32_t bits[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(bits), _mm256_castps_si256(most));
+  uint32_t found = 0;
+  for (uint32_t each : bits) found = each > found ? each : found;
+  return found;
+}
+
+template <bool kUnsigned>
+TARGET INLINE F load_codes(const uint8_t* p) {
+  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(kUnsigned ? _mm256_cvtepu8_epi32(codes) : _mm256_cvtepi8_epi32(codes));
+}
+
+template <bool kUnsigned>
+TARGET INLINE void store_codes(uint8_t* p, F x) {
+  __m256i codes = _mm256_cvtps_epi32(x);
+  if (kUnsigned) {
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, splat(0.0f), _CMP_GT_OQ));
+    codes = _mm256_max_epi32(codes, _mm256_and_si256(above, _mm256_set1_epi32(1)));
+  }
+  const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
+  const __m128i words = _mm_packs_epi32(low, high);
+  const __m128i bytes = kUnsigned ? _mm_packus_epi16(words, words) : _mm_packs_epi16(words, words);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
 }
 #define ALGORITHMS
 #include "host_updates.cpp"
@@ -252,6 +354,55 @@ TARGET INLINE void store_pair(uint16_t* hi, int16_t* lo, F w) {
   __m256i* places[2] = {reinterpret_cast<__m256i*>(hi), reinterpret_cast<__m256i*>(lo)};
   for (int k = 0; k < 2; k++)
     kApart ? _mm256_stream_si256(places[k], halves[k]) : _mm256_storeu_si256(places[k], halves[k]);
+}
+
+TARGET INLINE __m512i all(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
+
+template <bool kApart>
+TARGET INLINE void store_rounded(uint16_t* p, F w, const Draws& draws, int64_t i) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i x = _mm512_add_epi32(all(draws.element + static_cast<uint32_t>(i) + draws.low), lanes);
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), all(kFactor));
+  x = _mm512_xor_si512(x, all(draws.high));
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), all(kNextFactor));
+  x = _mm512_srli_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), 16);
+  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(w), x);
+  const __m512i rounded = _mm512_mask_set1_epi32(up, _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q), kNan);
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  __m256i* place = reinterpret_cast<__m256i*>(p);
+  kApart ? _mm256_stream_si256(place, halves) : _mm256_storeu_si256(place, halves);
+}
+
+TARGET INLINE void store_half(uint16_t* p, F x) {
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i rounded = _mm512_mask_set1_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), kNan);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+TARGET INLINE F larger(F most, F x) {
+  const __m512i size = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), size));
+}
+
+TARGET INLINE uint32_t largest(F most) {
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(most)));
+}
+
+template <bool kUnsigned>
+TARGET INLINE F load_codes(const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(kUnsigned ? _mm512_cvtepu8_epi32(codes) : _mm512_cvtepi8_epi32(codes));
+}
+
+template <bool kUnsigned>
+TARGET INLINE void store_codes(uint8_t* p, F x) {
+  __m512i codes = _mm512_cvtps_epi32(x);
+  if (kUnsigned) {
+    const __mmask16 above = _mm512_cmp_ps_mask(x, splat(0.0f), _CMP_GT_OQ);
+    codes = _mm512_mask_max_epi32(codes, above, codes, _mm512_set1_epi32(1));
+  }
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
 }
 #define ALGORITHMS
 #include "host_updates.cpp"
@@ -331,7 +482,17 @@ struct Streams {
   uint16_t* new_hi;
   int16_t* new_lo;
   float *new_first, *new_second;
+  Draws draws;  // of the element that the others begin with
 };
+
+TARGET FORCED F master(const Streams& s, int64_t i) {
+  return s.lo ? load_pair(s.hi + i, s.lo + i) : load_gradient<kBfloat16>(s.hi, i);
+}
+
+template <bool kApart>
+TARGET FORCED void put_master(const Streams& s, int64_t i, F w) {
+  s.lo ? store_pair<kApart>(s.new_hi + i, s.new_lo + i, w) : store_rounded<kApart>(s.new_hi + i, w, s.draws, i);
+}
 
 // What is written apart from what is read goes past the caches: nobody reads it soon, and no line is read first.
 template <bool kApart>
@@ -339,8 +500,8 @@ TARGET FORCED void put(float* p, F x) {
   kApart ? stream(p, x) : store(p, x);
 }
 
-// torch.optim.adam._single_tensor_adam on one vector.
-template <int kKind>
+// torch.optim.adam._single_tensor_adam on one vector. kRoots: squares are written as their roots.
+template <int kKind, bool kRoots = false>
 struct Adam {
   static constexpr int kGradient = kKind;
   F scale, l2, decay, step, lerp, keep, add, eps;
@@ -354,15 +515,16 @@ struct Adam {
 
   template <bool kApart>
   TARGET FORCED void at(const Streams& s, int64_t i) const {
-    F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
+    F w = master(s, i), g = load_gradient<kKind>(s.gradient, i) * scale;
     F m = load(s.first + i), v = load(s.second + i);
     if (coupled) g = fma(l2, w, g);
     m = fma(lerp, g - m, near ? m : g);
     v = fma(add * g, g, v * keep);
-    w = w * decay + step * m / (over(root(v), correction) + eps);
+    const F size = root(v);
+    w = w * decay + step * m / (over(size, correction) + eps);
     put<kApart>(s.new_first + i, m);
-    put<kApart>(s.new_second + i, v);
-    store_pair<kApart>(s.new_hi + i, s.new_lo + i, w);
+    put<kApart>(s.new_second + i, kRoots ? size : v);
+    put_master<kApart>(s, i, w);
   }
 };
 
@@ -379,14 +541,14 @@ struct Sgd {
 
   template <bool kApart>
   TARGET FORCED void at(const Streams& s, int64_t i) const {
-    F w = load_pair(s.hi + i, s.lo + i), g = load_gradient<kKind>(s.gradient, i) * scale;
+    F w = master(s, i), g = load_gradient<kKind>(s.gradient, i) * scale;
     if (coupled) g = fma(l2, w, g);
     if (momentum) {
       const F buffer = fresh ? g : fma(add, g, load(s.first + i) * keep);
       put<kApart>(s.new_first + i, buffer);
       g = nesterov ? fma(keep, buffer, g) : buffer;
     }
-    store_pair<kApart>(s.new_hi + i, s.new_lo + i, fma(step, g, w));
+    put_master<kApart>(s, i, fma(step, g, w));
   }
 };
 
@@ -400,7 +562,8 @@ TARGET FORCED void blocks(const Step& rule, const Streams& s, int64_t begin, int
   constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
   const char* g = static_cast<const char*>(s.gradient);
   for (int64_t i = begin; i < end; i += kBlock) {
-    ahead(s.hi + i, 0), ahead(s.lo + i, 0), ahead(g + i * kBytes, 0);
+    ahead(s.hi + i, 0), ahead(g + i * kBytes, 0);
+    if (s.lo) ahead(s.lo + i, 0);
     if (kBytes == 4) ahead(g + i * kBytes, 1);
     if (s.first) ahead(s.first + i, 0), ahead(s.first + i, 1);
     if (s.second) ahead(s.second + i, 0), ahead(s.second + i, 1);
@@ -411,7 +574,7 @@ TARGET FORCED void blocks(const Step& rule, const Streams& s, int64_t begin, int
 
 // Whether all that is written lies apart, at whole cache lines.
 INLINE bool is_apart(const Streams& s, int64_t i) {
-  const void* places[] = {s.new_hi + i, s.new_lo + i, s.first ? s.new_first + i : nullptr,
+  const void* places[] = {s.new_hi + i, s.lo ? s.new_lo + i : nullptr, s.first ? s.new_first + i : nullptr,
                           s.second ? s.new_second + i : nullptr};
   for (const void* place : places)
     if (reinterpret_cast<uintptr_t>(place) % 64) return false;
@@ -419,12 +582,9 @@ INLINE bool is_apart(const Streams& s, int64_t i) {
 }
 
 template <class Step>
-TARGET void exact_range(const Update& u, int64_t begin, int64_t end) {
+TARGET FORCED void elements(const Step& rule, const Streams& s, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
-  const Step rule(u);
-  const Streams s = {u.hi,     u.lo,     u.gradient,          floats(u.first),     floats(u.second),
-                     u.new_hi, u.new_lo, floats(u.new_first), floats(u.new_second)};
-  const char* g = static_cast<const char*>(u.gradient);
+  const char* g = static_cast<const char*>(s.gradient);
   const int64_t i = begin + (end - begin) / kBlock * kBlock;
   is_apart(s, begin) ? blocks<true>(rule, s, begin, i) : blocks<false>(rule, s, begin, i);
   if (i >= end) return;
@@ -435,63 +595,73 @@ TARGET void exact_range(const Update& u, int64_t begin, int64_t end) {
   float first[kBlock] = {}, second[kBlock] = {};
   const size_t n = static_cast<size_t>(end - i);
   std::memcpy(hi, s.hi + i, n * 2);
-  std::memcpy(lo, s.lo + i, n * 2);
+  if (s.lo) std::memcpy(lo, s.lo + i, n * 2);
   std::memcpy(gradient, g + i * kBytes, n * kBytes);
   if (s.first) std::memcpy(first, s.first + i, n * 4);
   if (s.second) std::memcpy(second, s.second + i, n * 4);
-  block<false>(rule, {hi, lo, gradient, s.first ? first : nullptr, second, hi, lo, first, second}, 0);
+  const Draws draws = {s.draws.low, s.draws.high, s.draws.element + static_cast<uint32_t>(i)};
+  int16_t* rest = s.lo ? lo : nullptr;
+  block<false>(rule, {hi, rest, gradient, s.first ? first : nullptr, second, hi, rest, first, second, draws}, 0);
   std::memcpy(s.new_hi + i, hi, n * 2);
-  std::memcpy(s.new_lo + i, lo, n * 2);
+  if (s.lo) std::memcpy(s.new_lo + i, lo, n * 2);
   if (s.first) std::memcpy(s.new_first + i, first, n * 4);
   if (s.second) std::memcpy(s.new_second + i, second, n * 4);
 }
 
-// Moments as they are stored, in float32: n values of one block, and zeros behind them.
-TARGET inline void widen_half(const uint16_t* from, float* to, int64_t n) {
-  for (int64_t j = 0; j < n; j++) to[j] = from_bits(static_cast<uint32_t>(from[j]) << 16);
+template <class Step>
+TARGET void exact_range(const Update& u, int64_t begin, int64_t end) {
+  const Streams s = {u.hi,     u.lo,     u.gradient,          floats(u.first),      floats(u.second),
+                     u.new_hi, u.new_lo, floats(u.new_first), floats(u.new_second), {u.low, u.high, u.element}};
+  elements(Step(u), s, begin, end);
 }
 
-TARGET inline void narrow_half(const float* from, uint16_t* to, int64_t n) {
-  for (int64_t j = 0; j < n; j++) {  // to nearest, ties to even
-    const uint32_t bits = to_bits(from[j]), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-    to[j] = static_cast<uint16_t>(from[j] != from[j] ? kNan >> 16 : rounded);
-  }
+// Moments as they are stored, in float32: n values of one block.
+TARGET FORCED void widen_half(const uint16_t* from, float* to, int64_t n) {
+  uint16_t whole[kShared];
+  if (n < kShared) from = static_cast<uint16_t*>(std::memcpy(whole, from, static_cast<size_t>(n) * 2));
+  for (int64_t j = 0; j < n; j += kLanes) store(to + j, load_gradient<kBfloat16>(from, j));
+}
+
+TARGET FORCED void narrow_half(const float* from, uint16_t* to, int64_t n) {
+  uint16_t whole[kShared];
+  uint16_t* place = n < kShared ? whole : to;
+  for (int64_t j = 0; j < n; j += kLanes) store_half(place + j, load(from + j));
+  if (n < kShared) std::memcpy(to, whole, static_cast<size_t>(n) * 2);
 }
 
 template <bool kSquares>
-TARGET inline void widen_codes(const uint8_t* block, float* to) {
+TARGET FORCED void widen_codes(const uint8_t* block, float* to) {
   float shared;
   std::memcpy(&shared, block + kShared, 4);
-  for (int64_t j = 0; j < kShared; j++) {
-    const float code = kSquares ? block[j] : static_cast<int8_t>(block[j]);
-    const float x = code * (kSquares ? 1.0f / 255 : 1.0f / 127) * shared;
-    to[j] = kSquares ? x * x : x;
+  const F one = splat(kSquares ? 1.0f / 255 : 1.0f / 127), scale = splat(shared);
+  for (int64_t j = 0; j < kShared; j += kLanes) {
+    const F x = load_codes<kSquares>(block + j) * one * scale;
+    store(to + j, kSquares ? x * x : x);
   }
 }
 
+// `from` are roots where they stand for squares.
 template <bool kSquares>
-TARGET inline void narrow_codes(float* from, uint8_t* block) {
-  if (kSquares)
-    for (int64_t j = 0; j < kShared; j += kLanes) store(from + j, root(load(from + j)));
-  uint32_t most = 0;  // magnitudes are in the order of their bits, and what is not finite is above the rest
-  for (int64_t j = 0; j < kShared; j++) {
-    const uint32_t size = to_bits(from[j]) & 0x7fffffffu;
-    most = size > most ? size : most;
-  }
+TARGET FORCED void narrow_codes(const float* from, uint8_t* block) {
+  F sizes = splat(0.0f);
+  for (int64_t j = 0; j < kShared; j += kLanes) sizes = larger(sizes, load(from + j));
+  const uint32_t most = largest(sizes);
   const bool finite = most < 0x7f800000u;
-  const float shared = from_bits(finite ? most : static_cast<uint32_t>(kNan)), d = most ? shared : 1.0f;
-  for (int64_t j = 0; j < kShared; j++) {
-    const float scaled = from[j] / d * (kSquares ? 255.0f : 127.0f);
-    // Rounds to nearest, ties to even: what is added leaves no bits for a fraction, and the integer in the lowest.
-    int32_t code = static_cast<int32_t>(to_bits(scaled + 0x1.8p23f) - 0x4b400000u);
-    if (kSquares) code = from[j] > 0.0f && code < 1 ? 1 : code;
-    block[j] = static_cast<uint8_t>(finite ? code : 0);
+  const float shared = from_bits(finite ? most : static_cast<uint32_t>(kNan));
+  const float d = most ? shared : 1.0f;
+  const F steps = splat(kSquares ? 255.0f : 127.0f);
+  if (d > 0x1p-90f && d < 0x1p90f) {  // a remainder that underflows is one of what becomes 0
+    const Quotient q = quotient(d);
+    for (int64_t j = 0; j < kShared; j += kLanes) store_codes<kSquares>(block + j, over(load(from + j), q) * steps);
+  } else {
+    for (int64_t j = 0; j < kShared; j += kLanes) store_codes<kSquares>(block + j, load(from + j) / splat(d) * steps);
   }
+  if (!finite) std::memset(block, 0, kShared);
   std::memcpy(block + kShared, &shared, 4);
 }
 
 template <int kStored, bool kSquares>
-TARGET inline void widen(const void* moment, int64_t i, int64_t n, float* to) {
+TARGET FORCED void widen(const void* moment, int64_t i, int64_t n, float* to) {
   if (!moment) return;
   if (kStored == kHalf) return widen_half(static_cast<const uint16_t*>(moment) + i, to, n);
   const uint8_t* block = static_cast<const uint8_t*>(moment) + i / kShared * (kShared + 4);
@@ -500,37 +670,43 @@ TARGET inline void widen(const void* moment, int64_t i, int64_t n, float* to) {
 }
 
 template <int kStored, bool kSquares>
-TARGET inline void narrow(float* from, void* moment, int64_t i, int64_t n) {
+TARGET FORCED void narrow(float* from, void* moment, int64_t i, int64_t n) {
   if (!moment) return;
   if (kStored == kHalf) return narrow_half(from, static_cast<uint16_t*>(moment) + i, n);
   for (int64_t j = n; j < kShared; j++) from[j] = 0.0f;
   narrow_codes<kSquares>(from, static_cast<uint8_t*>(moment) + i / kShared * (kShared + 4));
 }
 
-// One block of stored moments after the other, in float32 while it is updated.
+// One block of stored moments after the other, in float32 while it is updated. Roots of squares are what the step
+// leaves where codes are to stand for them.
 template <class Step, int kStored>
 TARGET void stored_range(const Update& u, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = Step::kGradient == kFloat32 ? 4 : 2;
   alignas(64) float first[kShared], second[kShared];
-  Update part = u;
-  part.first = part.new_first = u.first ? first : nullptr;
-  part.second = part.new_second = u.second ? second : nullptr;
+  float *a = u.first ? first : nullptr, *b = u.second ? second : nullptr;
+  const Step rule(u);
   for (int64_t i = begin; i < end; i += kShared) {
-    part.n = end - i < kShared ? end - i : kShared;
-    part.hi = u.hi + i, part.lo = u.lo + i, part.new_hi = u.new_hi + i, part.new_lo = u.new_lo + i;
-    part.gradient = static_cast<const char*>(u.gradient) + i * kBytes;
-    widen<kStored, false>(u.first, i, part.n, first);
-    widen<kStored, true>(u.second, i, part.n, second);
-    exact_range<Step>(part, 0, part.n);
-    narrow<kStored, false>(first, u.new_first, i, part.n);
-    narrow<kStored, true>(second, u.new_second, i, part.n);
+    const int64_t n = end - i < kShared ? end - i : kShared;
+    widen<kStored, false>(u.first, i, n, first);
+    widen<kStored, true>(u.second, i, n, second);
+    const char* gradient = static_cast<const char*>(u.gradient) + i * kBytes;
+    int16_t *lo = u.lo ? u.lo + i : nullptr, *new_lo = u.lo ? u.new_lo + i : nullptr;
+    const Draws draws = {u.low, u.high, u.element + static_cast<uint32_t>(i)};
+    elements(rule, {u.hi + i, lo, gradient, a, b, u.new_hi + i, new_lo, a, b, draws}, 0, n);
+    narrow<kStored, false>(first, u.new_first, i, n);
+    narrow<kStored, true>(second, u.new_second, i, n);
   }
 }
 
-template <class Step>
+template <class Step, class Rooted = Step>
 TARGET void range(const Update& u, int64_t begin, int64_t end) {
   if (u.stored == kExact) return exact_range<Step>(u, begin, end);
-  u.stored == kHalf ? stored_range<Step, kHalf>(u, begin, end) : stored_range<Step, kCodes>(u, begin, end);
+  u.stored == kHalf ? stored_range<Step, kHalf>(u, begin, end) : stored_range<Rooted, kCodes>(u, begin, end);
+}
+
+template <int kKind>
+TARGET void adam_range(const Update& u, int64_t begin, int64_t end) {
+  range<Adam<kKind>, Adam<kKind, true>>(u, begin, end);
 }
 
 template <int kKind>
@@ -566,7 +742,7 @@ TARGET void add(const Sum& s, int64_t begin, int64_t end) {
 constexpr Range<Sum> kSums[3] = {add<kBfloat16>, add<kFloat16>, add<kFloat32>};
 
 constexpr Range<Update> kRanges[][3] = {
-    {range<Adam<kBfloat16>>, range<Adam<kFloat16>>, range<Adam<kFloat32>>},
+    {adam_range<kBfloat16>, adam_range<kFloat16>, adam_range<kFloat32>},
     {range<Sgd<kBfloat16>>, range<Sgd<kFloat16>>, range<Sgd<kFloat32>>},
 };
 #endif

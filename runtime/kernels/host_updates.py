@@ -40,6 +40,7 @@ _COMPILED = {"avx512": 2, "avx2": 1, "plain": 0}
 _ADAM, _SGD = 0, 1
 _KINDS = {dtype: number for number, dtype in enumerate(GRADIENT_DTYPES)}
 _STORED = {dtype: number for number, dtype in enumerate(STORED_DTYPES)}
+_READ = ("hi", "lo", "first", "second")
 _WRITTEN = ("new_hi", "new_lo", "new_first", "new_second")
 _loading = threading.Lock()
 
@@ -53,6 +54,7 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("rule", "kind", "stored", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps")),
         *((name, ctypes.c_int32) for name in ("fresh", "nesterov")),
+        *((name, ctypes.c_uint32) for name in ("low", "high", "element")),
     )
 
 
@@ -119,7 +121,7 @@ class HostKernel:
         if self.variant == TORCH:
             pair, state = _copied(pair, state, into)
             flat = AdamMoments(*(moment.view(-1) for moment in state))
-            host_reference.adam(_flat(pair), _flat_gradient(gradient), flat, hyper)
+            host_reference.adam(pair.flat(), _flat_gradient(gradient), flat, hyper)
         else:
             self._run(_update(_ADAM, pair, gradient, state, hyper.scalars(), into), threads)
 
@@ -137,7 +139,7 @@ class HostKernel:
         _check(pair, gradient, state, threads, into, self.widens)
         if self.variant == TORCH:
             pair, state = _copied(pair, state, into)
-            host_reference.sgd(_flat(pair), _flat_gradient(gradient), state[0].view(-1) if state else None, hyper)
+            host_reference.sgd(pair.flat(), _flat_gradient(gradient), state[0].view(-1) if state else None, hyper)
             return
         update = _update(_SGD, pair, gradient, state, hyper.scalars(), into)
         update.fresh, update.nesterov = hyper.first, hyper.nesterov
@@ -197,13 +199,14 @@ def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor,
     """Return the arguments of one call; factors are rounded to float32 on the way in."""
     update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=float(gradient.scale))
     update.stored = _STORED[state[0].dtype] if state else 0
-    update.hi, update.lo = pair.hi.data_ptr(), pair.lo.data_ptr()
     update.gradient = gradient.values.data_ptr()
-    for name, moment in zip(("first", "second"), state, strict=False):
-        setattr(update, name, moment.data_ptr())
     new_pair, new_state = (pair, state) if into is None else into
-    for name, written in zip(_WRITTEN, (new_pair.hi, new_pair.lo, *new_state), strict=False):
-        setattr(update, name, written.data_ptr())
+    read, written = (pair.hi, pair.lo, *state), (new_pair.hi, new_pair.lo, *new_state)
+    for names, tensors in ((_READ, read), (_WRITTEN, written)):
+        for name, tensor in zip(names, tensors, strict=False):
+            setattr(update, name, None if tensor is None else tensor.data_ptr())
+    if pair.draws is not None:
+        (update.low, update.high), update.element = pair.draws.halves, pair.draws.first
     for name, value in vars(scalars).items():
         setattr(update, name, value)
     return update
@@ -216,7 +219,7 @@ def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threa
         raise ValueError(f"an update needs at least one thread, not {threads}")
     check_update(pair, gradient, state, torch.device("cpu"), widens=widens)
     if into is not None:
-        if len(into[1]) != len(state) or into[0].hi.numel() != pair.hi.numel():
+        if len(into[1]) != len(state) or [t.numel() for t in into[0].tensors] != [t.numel() for t in pair.tensors]:
             raise ValueError(f"an update of {pair.hi.numel()} weights and {len(state)} moments is written to as many")
         check_update(into[0], gradient, into[1], torch.device("cpu"), widens=widens)
         if any(old.dtype != new.dtype for old, new in zip(state, into[1], strict=True)):
@@ -227,13 +230,9 @@ def _copied(pair: SplitPair, state: tuple[Tensor, ...], into: Pieces | None) -> 
     """What to update in place: the state, or a copy of it."""
     if into is None:
         return pair, state
-    for target, source in zip((into[0].hi, into[0].lo, *into[1]), (pair.hi, pair.lo, *state), strict=True):
+    for target, source in zip((*into[0].tensors, *into[1]), (*pair.tensors, *state), strict=True):
         target.copy_(source)
     return into
-
-
-def _flat(pair: SplitPair) -> SplitPair:
-    return SplitPair(pair.hi.detach().view(-1), pair.lo.view(-1))
 
 
 def _flat_gradient(gradient: Gradient) -> Gradient:

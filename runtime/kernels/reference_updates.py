@@ -26,7 +26,7 @@ def adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamH
     k = hyper.scalars()
     root = torch.full((), k.root, dtype=torch.float32, device=pair.hi.device)
     for piece in pieces(pair.hi, _ON_DEVICE):
-        part = SplitPair(pair.hi[piece], pair.lo[piece])
+        part = pair.cut(piece)
         mean, square = moments.mean[piece], moments.square[piece]
         weight = join(part)
         grad = _gradient(gradient, piece, weight, k)
@@ -40,7 +40,7 @@ def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHy
     """Update flat tensors in place by SGD; `buffer` holds the momentum where there is any."""
     k = hyper.scalars()
     for piece in pieces(pair.hi, _ON_DEVICE):
-        part = SplitPair(pair.hi[piece], pair.lo[piece])
+        part = pair.cut(piece)
         weight = join(part)
         grad = _gradient(gradient, piece, weight, k)
         if buffer is not None:

@@ -1,4 +1,5 @@
-"""Split pairs: a float32 master kept exactly in the bfloat16 weight that computes and a signed 16-bit remainder.
+"""Split pairs: a float32 master kept exactly in the bfloat16 weight that computes and a signed 16-bit remainder, or,
+where there is none, rounded to that weight by chance.
 
 With `bits` the 32 bits of the master, hi = (bits + 0x8000) >> 16 and lo = bits - (hi << 16). Ties round up on
 the bits: rounding them to even would leave a remainder of +32768, which does not fit. Finite masters, infinities and
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .rounding import Draws, rounded
+
 PIECE = 1 << 18
 """Elements handled at a time on the host, so that temporaries stay in its caches."""
 
@@ -19,17 +22,33 @@ _NAN = 0x7FC00000
 
 @dataclass(frozen=True)
 class SplitPair:
-    """The two halves of one float32 tensor: `hi` is bfloat16, `lo` int16, both of its shape."""
+    """The two halves of one float32 tensor: `hi` is bfloat16, `lo` int16, both of its shape. Without `lo` the master is
+    rounded to `hi` whenever it is written, by what `draws` says."""
 
     hi: Tensor
-    lo: Tensor
+    lo: Tensor | None
+    draws: Draws | None = None
 
     def __post_init__(self) -> None:
-        if self.hi.dtype != torch.bfloat16 or self.lo.dtype != torch.int16 or self.hi.shape != self.lo.shape:
-            raise ValueError(
-                f"a split pair is bfloat16 and int16 of one shape, not {self.hi.dtype} {tuple(self.hi.shape)} "
-                f"and {self.lo.dtype} {tuple(self.lo.shape)}"
-            )
+        dtypes, shapes = zip(*((half.dtype, tuple(half.shape)) for half in self.tensors), strict=True)
+        if dtypes != (torch.bfloat16, torch.int16)[: len(dtypes)] or len(set(shapes)) > 1:
+            told = " and ".join(f"{dtype} {shape}" for dtype, shape in zip(dtypes, shapes, strict=True))
+            raise ValueError(f"a split pair is bfloat16 and int16 of one shape, not {told}")
+        if (self.lo is None) != (self.draws is not None):
+            raise ValueError("masters are kept by a remainder or rounded by draws: expected one of the two")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.hi,) if self.lo is None else (self.hi, self.lo)
+
+    def flat(self) -> "SplitPair":
+        """The same memory as vectors."""
+        return SplitPair(self.hi.detach().view(-1), None if self.lo is None else self.lo.view(-1), self.draws)
+
+    def cut(self, piece: slice) -> "SplitPair":
+        """Some elements of a pair of vectors."""
+        draws = None if self.draws is None else self.draws.behind(piece.start)
+        return SplitPair(self.hi[piece], None if self.lo is None else self.lo[piece], draws)
 
 
 def pieces(flat: Tensor, on_device: int = 16 * PIECE) -> Iterator[slice]:
@@ -53,13 +72,20 @@ def split(master: Tensor, out: SplitPair | None = None) -> SplitPair:
     if out is None:
         halves = (torch.empty(master.shape, dtype=half, device=master.device) for half in (torch.bfloat16, torch.int16))
         out = SplitPair(*halves)
-    source, hi, lo = master.detach().reshape(-1), *_flat(out, master.shape)
+    source, flat = master.detach().reshape(-1), _flat(out, master.shape)
     for piece in pieces(source):
-        part = source[piece]
-        bits = part.view(torch.int32).masked_fill(part.isnan(), _NAN)
-        hi[piece] = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
-        lo[piece] = (bits << 16 >> 16).to(torch.int16)
+        _split(source[piece], flat.cut(piece))
     return out
+
+
+def _split(master: Tensor, out: SplitPair) -> None:
+    if out.lo is None:
+        assert out.draws is not None
+        out.hi.copy_(rounded(master, out.draws))
+        return
+    bits = master.view(torch.int32).masked_fill(master.isnan(), _NAN)
+    out.hi.copy_((bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16))
+    out.lo.copy_((bits << 16 >> 16).to(torch.int16))
 
 
 def join(pair: SplitPair, out: Tensor | None = None) -> Tensor:
@@ -72,15 +98,15 @@ def join(pair: SplitPair, out: Tensor | None = None) -> Tensor:
         out = torch.empty(pair.hi.shape, dtype=torch.float32, device=pair.hi.device)
     if out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"a master is contiguous float32, not {out.dtype} with strides {out.stride()}")
-    target, hi, lo = out.view(-1), *_flat(pair, out.shape)
+    target, flat = out.view(-1), _flat(pair, out.shape)
     for piece in pieces(target):
-        bits = hi[piece].view(torch.int16).to(torch.int32) << 16
-        target[piece] = (bits + lo[piece]).view(torch.float32)
+        part = flat.cut(piece)
+        bits = part.hi.view(torch.int16).to(torch.int32) << 16
+        target[piece] = (bits if part.lo is None else bits + part.lo).view(torch.float32)
     return out
 
 
-def _flat(pair: SplitPair, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return both halves as vectors that share memory with the pair."""
-    if pair.hi.shape != shape or not pair.hi.is_contiguous() or not pair.lo.is_contiguous():
+def _flat(pair: SplitPair, shape: torch.Size) -> SplitPair:
+    if pair.hi.shape != shape or not all(half.is_contiguous() for half in pair.tensors):
         raise ValueError(f"expected a contiguous split pair of shape {tuple(shape)}, found {tuple(pair.hi.shape)}")
-    return pair.hi.detach().view(-1), pair.lo.view(-1)
+    return pair.flat()

@@ -72,6 +72,7 @@ class AdamHyper:
 
     Attributes:
         step: number of this update, the first being 1.
+        key: what masters are rounded with by chance; None where they are exact.
     """
 
     lr: float
@@ -81,6 +82,7 @@ class AdamHyper:
     weight_decay: float
     step: int
     decoupled: bool = True
+    key: int | None = None
 
     def __post_init__(self) -> None:
         if self.step < 1:
@@ -106,6 +108,7 @@ class SgdHyper:
 
     Attributes:
         first: whether this is the first update, which fills the momentum buffer instead of reading it.
+        key: as `AdamHyper`'s.
     """
 
     lr: float
@@ -114,6 +117,7 @@ class SgdHyper:
     weight_decay: float = 0.0
     nesterov: bool = False
     first: bool = False
+    key: int | None = None
 
     def scalars(self) -> Scalars:
         """Return the factors of this update."""
@@ -140,7 +144,7 @@ def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...],
     dtypes = STORED_DTYPES if widens else (torch.float32,)
     if any(moment.dtype not in dtypes or moment.dtype != state[0].dtype for moment in state):
         raise ValueError(f"optimizer state is float32, not {', '.join(str(moment.dtype) for moment in state)}")
-    for tensor in (pair.hi, pair.lo, gradient.values, *state):
+    for tensor in (*pair.tensors, gradient.values, *state):
         numel = stored_numel(tensor.dtype, pair.hi.numel()) if tensor.dtype == torch.uint8 else pair.hi.numel()
         if tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
             raise ValueError(

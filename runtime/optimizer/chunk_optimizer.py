@@ -7,10 +7,11 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ..isa.errors import ArgumentError, StateError
 from ..isa.formats import OwnFormat
+from ..kernels.rounding import key_of
 from ..kernels.update_rules import AdamHyper, SgdHyper
 from .declared import MOMENTS, Declared
 from .hyper_checks import check_group, check_state_dict
@@ -111,14 +112,16 @@ class ChunkOptimizer(Optimizer):
         group = self._groups.get(name)
         if group is None:
             return None
-        lr = float(group["lr"])
+        lr, key = float(group["lr"]), None
+        if self.declared.masters != "exact":
+            key = key_of(self.declared.seed, number, name)
         if "betas" not in group:
             momentum = float(group["momentum"])
             first = number == 1 and momentum != 0
-            return SgdHyper(lr, momentum, group["dampening"], group["weight_decay"], group["nesterov"], first)
+            return SgdHyper(lr, momentum, group["dampening"], group["weight_decay"], group["nesterov"], first, key)
         beta1, beta2 = map(float, group["betas"])
         decoupled = self.declared.kind is AdamW or bool(group.get("decoupled_weight_decay"))
-        return AdamHyper(lr, beta1, beta2, group["eps"], group["weight_decay"], number, decoupled)
+        return AdamHyper(lr, beta1, beta2, group["eps"], group["weight_decay"], number, decoupled, key)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -248,7 +251,7 @@ class ChunkOptimizer(Optimizer):
         else:
             parts = self.store.moments_of(parameter)
         moments = dict(zip(MOMENTS[self.declared.kind], parts, strict=False))
-        return moments if self.declared.kind is SGD else {"step": torch.tensor(float(steps)), **moments}
+        return {"step": torch.tensor(float(steps)), **moments} if self.declared.counts else moments
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -321,5 +324,5 @@ class ChunkOptimizer(Optimizer):
             if saved:
                 values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
             state.write_moment(number, slot, values)
-        default = 1 if saved else 0  # SGD does not count its steps: with a buffer there was one
+        default = 1 if saved else 0  # torch's SGD does not count its steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))

@@ -1,7 +1,7 @@
 """What `model.optimizer(...)` is asked for, and what training state that takes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..isa.errors import ArgumentError, wrong_argument
 from ..isa.formats import OwnFormat
-from ..isa.moments import Moments
+from ..isa.moments import Masters, Moments
 from .hyper_checks import check_group, is_number
 
 MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
@@ -28,6 +28,8 @@ class Declared:
         in_backward: update each chunk as soon as its gradient is complete.
         accumulate: how many backwards make one step.
         moments: how the optimizer's values are stored.
+        masters: how the float32 masters are.
+        seed: what rounding by chance draws with.
     """
 
     kind: type[Optimizer]
@@ -36,6 +38,13 @@ class Declared:
     in_backward: bool = False
     accumulate: int = 1
     moments: Moments = "exact"
+    masters: Masters = "exact"
+    seed: int = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether steps are a part of a parameter's state: of what rounds by chance always, of torch's SGD not."""
+        return self.kind is not SGD or self.masters != "exact"
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ArgumentError for what is not there or does not go together."""
@@ -59,8 +68,31 @@ class Declared:
             raise wrong_argument("max_grad_norm", norm, "a positive number, or None")
         if self.moments not in get_args(Moments):
             raise wrong_argument("moments", self.moments, f"one of {', '.join(map(repr, get_args(Moments)))}")
+        if self.masters not in get_args(Masters):
+            raise wrong_argument("masters", self.masters, f"one of {', '.join(map(repr, get_args(Masters)))}")
+        if type(self.seed) is not int:
+            raise wrong_argument("seed", self.seed, "an int")
         if self.in_backward:
             self._check_in_backward(dtypes)
+
+    def check_masters(self, trained: Mapping[str, tuple[torch.dtype, torch.dtype]], *, sharded: bool) -> None:
+        """Raises ArgumentError where these cannot be the weights alone. `trained`: by name the dtypes of parameters'
+        masters, and those that they compute in; `sharded`: processes have parts of single parameters."""
+        if self.masters == "exact":
+            return
+        if sharded:
+            raise ArgumentError(
+                f"masters={self.masters!r} draws by the numbers of a parameter's elements, which are not known where "
+                "tensors are sharded over processes; leave it out, or tensor= out of parallel="
+            )
+        if (torch.float32, torch.bfloat16) not in trained.values():
+            told = ", ".join(
+                f"{name} is {own} and computes in {computing}" for name, (own, computing) in trained.items()
+            )
+            raise ArgumentError(
+                f"masters={self.masters!r} is of float32 masters of weights that compute in bfloat16, and none that is "
+                f"trained does{': ' * bool(told)}{told[:200]}; compile with precision='bf16', or leave it out"
+            )
 
     def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:
         if self.max_grad_norm is not None:
@@ -97,4 +129,4 @@ class Declared:
                 f"moments={self.moments!r}: torch.optim.{self.kind.__name__} without momentum has no moments to store; "
                 "leave it out, or give a momentum above 0"
             )
-        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments)
+        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments, self.masters)

@@ -79,7 +79,9 @@ class OwnStates:
         unplanned = previous is not None and previous.total is not None and not self.format.keeps_sum(layout)
         self._book(layout, home, home.on_device if unplanned else None)
         weights, whole = self._weights(layout, home)
-        state = self._allocate(layout.shard(self.zero.number(layout)), home, weights)
+        number = self.zero.number(layout)
+        state = self._allocate(layout.shard(number), home, weights)
+        state.firsts = tuple(layout.held(slot, number).start for slot in range(len(layout.slots)))
         if unplanned:
             state.total = self._zeros(state.layout.numel, layout.master_dtype, home.on_device)
         if previous is None:

@@ -2,7 +2,8 @@
 
 A chunk's *weights* are what programs compute with; the *rest* is what they lack of the float32 master: a 16-bit
 remainder where they are bfloat16 (see `split_pairs`), the whole master where they are float16, nothing where
-they are the master themselves. Beside them lie the moments, and between backward and update a gradient.
+they are the master themselves, or all that is kept of it. Beside them lie the moments, and between backward and update
+a gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from ..isa.homes import Home, Where
 from ..isa.layout import ChunkLayout
 from ..isa.moments import stored_at, unit
 from ..kernels.moments import narrow, widened
+from ..kernels.rounding import Draws
 from ..kernels.split_pairs import SplitPair, join, split
 from ..kernels.update_rules import AdamHyper, SgdHyper
 
@@ -53,16 +55,23 @@ class StateSlice:
 
 @dataclass(frozen=True)
 class Range:
-    """Elements `start` to `end` of a chunk, all of whose parameters are updated by `hyper`."""
+    """Elements `start` to `end` of a chunk, all of whose parameters are updated by `hyper`. Of one that is a single
+    parameter's, `first` is the number of its first element there."""
 
     start: int
     end: int
     hyper: Hyper
+    first: int = 0
 
     def pieces(self, numel: int) -> Iterator["Range"]:
         """The range in pieces of at most `numel` elements."""
         for start in range(self.start, self.end, numel):
-            yield Range(start, min(start + numel, self.end), self.hyper)
+            yield Range(start, min(start + numel, self.end), self.hyper, self.first + start - self.start)
+
+    @property
+    def draws(self) -> Draws | None:
+        """What masters are rounded by, unless they are exact."""
+        return None if self.hyper.key is None else Draws(self.hyper.key, self.first)
 
 
 @dataclass
@@ -80,6 +89,7 @@ class ChunkState:
 
     `held` is a gradient in the compute dtype, times the loss scale, and still to be multiplied by `clipped`; `total` is
     one in the master's dtype, to which several are added. `present` are the slots that either has a gradient for.
+    `firsts` tells of each slot the number of its first element in the parameter, where that is divided.
     `spare` is a second place for all of it, where `early` is being written: the update by this gradient, before the
     step that asks for it.
     """
@@ -90,6 +100,7 @@ class ChunkState:
     rest: Tensor | None
     moments: tuple[Tensor, ...]
     steps: list[int] = field(default_factory=list)
+    firsts: tuple[int, ...] = ()
     held: Tensor | None = None
     total: Tensor | None = None
     added: bool = False
@@ -118,7 +129,7 @@ class ChunkState:
         """One parameter's master, in a tensor of its own."""
         weights = self.slice(self.weights, slot)
         if self.rest is None:
-            return weights.clone()
+            return weights.to(self.layout.master_dtype, copy=True)
         rest = self.slice(self.rest, slot)
         # Of a resident chunk that is streamed only the weights are on the device.
         return join(SplitPair(weights.to(rest.device), rest)) if self.layout.splits else rest.clone()
@@ -159,7 +170,7 @@ class ChunkState:
         """The masters of a region, which counts elements of the state."""
         weights = region.of(self.weights)
         if self.rest is None:
-            return weights
+            return weights.to(self.layout.master_dtype)
         rest = region.of(self.rest)
         if not self.layout.splits:
             return rest
@@ -209,8 +220,8 @@ class ChunkState:
         return found
 
     def ranges(self, schedule: Schedule, *, counts: bool = True) -> list[Range]:
-        """What to update, as few and as long as parameters that are updated alike allow; where it `counts`, as one more
-        step of each."""
+        """What to update, as few and as long as parameters that are updated alike allow, as none are whose masters are
+        rounded; where it `counts`, as one more step of each."""
         found: list[Range] = []
         joins, together = False, max((unit(moment.dtype) for moment in self.moments), default=1)
         for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
@@ -225,7 +236,7 @@ class ChunkState:
             if joins and found[-1].hyper == hyper:
                 found[-1] = Range(found[-1].start, end, hyper)
             else:
-                found.append(Range(place.offset, end, hyper))
+                found.append(Range(place.offset, end, hyper, self.firsts[slot] if self.firsts else 0))
             joins = True
         return found
 

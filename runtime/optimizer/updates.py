@@ -92,26 +92,23 @@ class UpdateKernels:
         if not layout.splits:
             _update_master(part, gradient, hyper, _parameters(layout, elements))
             return
-        assert part.rest is not None
-        pair = SplitPair(part.weights, part.rest)
+        pair = SplitPair(part.weights, part.rest, elements.draws)
         if self._device is not None and part.weights.is_cuda:
             if isinstance(hyper, AdamHyper):
                 self._device.adam(pair, gradient, AdamMoments(*part.moments), hyper)
             else:
                 self._device.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper)
         elif isinstance(hyper, AdamHyper):
-            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads, _pieces(into, 2))
+            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads, _pieces(into, 2, elements))
         else:
             buffer = part.moments[0] if hyper.momentum else None
-            self._host.sgd(pair, gradient, buffer, hyper, self.threads, _pieces(into, int(buffer is not None)))
+            written = _pieces(into, int(buffer is not None), elements)
+            self._host.sgd(pair, gradient, buffer, hyper, self.threads, written)
 
 
-def _pieces(into: StateSlice | None, moments: int) -> Pieces | None:
+def _pieces(into: StateSlice | None, moments: int, elements: Range) -> Pieces | None:
     """Where a kernel of that many moments is to write to."""
-    if into is None:
-        return None
-    assert into.rest is not None
-    return SplitPair(into.weights, into.rest), into.moments[:moments]
+    return None if into is None else (SplitPair(into.weights, into.rest, elements.draws), into.moments[:moments])
 
 
 def _parameters(layout: ChunkLayout, elements: Range) -> list[slice]:

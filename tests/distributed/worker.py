@@ -39,6 +39,7 @@ class Own:
     max_grad_norm: float | None = None
     in_backward: bool = False
     accumulate: int = 1
+    masters: str = "exact"
     scale: float = 0.0
 
     def __call__(self, model: geminifx.CompiledModule) -> torch.optim.Optimizer:
@@ -136,6 +137,9 @@ EXACT = {
     "2, two backwards a step": Training(OPT, Own(accumulate=2), BFLOAT16, where="mixed", zero=2, micro=2),
     "3, streamed, in the backward": Training(OPT, Own(in_backward=True), BFLOAT16, where="streamed", zero=3),
     "3, gradients halved": Training(GPT2, Own(), BFLOAT16, zero=3, also="halve"),
+    "3, masters rounded by chance": Training(
+        OPT, Own(masters="bf16-stochastic"), BFLOAT16, where="mixed", zero=3, also="evaluate"
+    ),
     "1, within the least": Training(OPT, Own(), {**BFLOAT16, "recompute": "all"}, tight=True, zero=1),
     "2, within the least": Training(LLAMA, Own(), {**BFLOAT16, "recompute": "all"}, tight=True, zero=2),
 }

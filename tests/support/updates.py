@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from geminifx.runtime.isa.moments import BLOCK, stored_numel
 from geminifx.runtime.kernels.device_updates import DeviceKernel
 from geminifx.runtime.kernels.host_updates import HostKernel
+from geminifx.runtime.kernels.moments import narrow
+from geminifx.runtime.kernels.rounding import Draws, key_of
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
 from torch import Tensor
@@ -58,18 +61,43 @@ def usual(numel: int, seed: int) -> Tensor:
     return torch.randn(numel, generator=source) * sizes
 
 
+DRAWS = Draws(key_of(0, 3, "weight"), 2**32 - 500)
+"""Of elements whose number passes the largest of 32 bits."""
+STORED = {"exact": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+"""How moments may be stored."""
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, except that the payload of a NaN is free."""
     a, b = a.float().detach(), b.float().detach()
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
+def stored(values: Tensor, dtype: torch.dtype, *, squares: bool) -> Tensor:
+    """A moment as it is stored."""
+    made = torch.empty(stored_numel(dtype, values.numel()), dtype=dtype, device=values.device)
+    narrow(values, made, squares=squares)
+    return made
+
+
+def same_stored(a: Tensor, b: Tensor) -> bool:
+    """Equal codes and scales; which NaN a scale is is free."""
+    if a.dtype != torch.uint8:
+        return same(a, b)
+    blocks = [moment.view(-1, stored_numel(torch.uint8, BLOCK)) for moment in (a, b)]
+    codes, scales = zip(*((each[:, :BLOCK], each[:, BLOCK:].contiguous().view(torch.float32)) for each in blocks),
+                        strict=True)  # fmt: skip
+    return torch.equal(*codes) and same(*scales)
+
+
 def same_pair(a: SplitPair, b: SplitPair) -> bool:
-    return torch.equal(a.hi.view(torch.int16), b.hi.view(torch.int16)) and torch.equal(a.lo, b.lo)
+    halves = zip(a.tensors, b.tensors, strict=True)
+    return all(torch.equal(one.view(torch.int16), other.view(torch.int16)) for one, other in halves)
 
 
 class Problem:
-    """Weights, a gradient and moments with zeros before and after them in their buffers."""
+    """Weights, a gradient and moments, stored as `moments` says, with zeros before and after them in their buffers.
+    Where there are `draws`, masters are rounded by them."""
 
     def __init__(
         self,
@@ -78,14 +106,19 @@ class Problem:
         dtype: torch.dtype,
         offset: int = 0,
         values: Callable[[int, int], Tensor] = any_bits,
+        moments: torch.dtype = torch.float32,
+        draws: Draws | None = None,
     ) -> None:
         def place(values: Tensor) -> Tensor:
-            return torch.cat([values.new_zeros(offset), values, values.new_zeros(offset)])[offset : offset + numel]
+            beside = values.new_zeros(offset * (4 if values.dtype == torch.uint8 else 1))  # where a scale may begin
+            return torch.cat([beside, values, beside])[beside.numel() : beside.numel() + values.numel()]
 
         pair = split(values(numel, seed))
-        self.pair = SplitPair(place(pair.hi), place(pair.lo))
+        self.pair = SplitPair(place(pair.hi), place(pair.lo) if draws is None else None, draws)
         self.gradient = Gradient(place(values(numel, seed + 1).to(dtype)), 1.0 if seed % 2 else -0.37)
-        self.moments = AdamMoments(place(values(numel, seed + 2)), place(values(numel, seed + 3).abs()))
+        mean = stored(values(numel, seed + 2), moments, squares=False)
+        square = stored(values(numel, seed + 3).abs(), moments, squares=True)
+        self.moments = AdamMoments(place(mean), place(square))
 
     def update(self, kernel: HostKernel | DeviceKernel, hyper: AdamHyper | SgdHyper, threads: int = 1) -> None:
         rest = (threads,) if isinstance(kernel, HostKernel) else ()
@@ -98,6 +131,6 @@ class Problem:
     def equals(self, other: "Problem") -> bool:
         return (
             same_pair(self.pair, other.pair)
-            and same(self.moments.mean, other.moments.mean)
-            and same(self.moments.square, other.moments.square)
+            and same_stored(self.moments.mean, other.moments.mean)
+            and same_stored(self.moments.square, other.moments.square)
         )

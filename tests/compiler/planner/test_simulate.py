@@ -9,7 +9,7 @@ from geminifx.compiler.planner import simulate as cost
 from geminifx.compiler.planner.simulate import StepTime
 from geminifx.compiler.planner.timeline import Carrier, Instruction, Timeline, Transfer
 from geminifx.compiler.rates.presets import preset
-from geminifx.compiler.rates.rates import ARENA, STREAM_LAUNCH_S, Products, Rates
+from geminifx.compiler.rates.rates import ARENA, STREAM_LAUNCH_S, Products, Rates, Updates
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.request import Request
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
@@ -43,6 +43,8 @@ RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memo
               host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100,
               network_bytes_per_s=100, network_latency_s=0.0, overlaps=True)  # fmt: skip
 ADDED_S = 100 / RATES.host_sums_per_s
+BY_SUM = 28 / 26
+"""What an update by a float32 sum takes of one by a bfloat16 gradient."""
 TWO: list[Instruction] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
     (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, ACCUMULATE_GRAD, 1), (6, REDUCE, 0),
@@ -75,18 +77,33 @@ def test_everything_on_the_device(format: StateFormat) -> None:
     assert two(format, homes(2, BOTH)) == 6 + 2
 
 
+@pytest.mark.parametrize(
+    "format, share",
+    [(OwnFormat(), 1), (OwnFormat(moments=1), 18 / 26), (OwnFormat(moments=0), 10 / 26), (OwnFormat(stored="bf16"), 1),
+     (OwnFormat(moments=1, stored="bf16"), 14 / 18)],
+    ids=str,
+)  # fmt: skip
+def test_updates_go_by_bytes_and_by_how_moments_are_stored(format: OwnFormat, share: float) -> None:
+    rates = replace(RATES, bf16_moments=Updates(50, 200))
+    on_device_s = {"exact": 1, "bf16": 0.5}[format.stored] * share
+    assert two(format, homes(2, BOTH), rates) == pytest.approx(6 + 2 * on_device_s)
+    timing = step(TWO, 6, rates).timing(plan_of(2, format), homes(2, resident=BOTH))
+    assert dict(timing.busy_s)["host updates"] == pytest.approx(2 * 4 * on_device_s)
+
+
 def test_gradients_that_are_added_up_are_updated_with_once() -> None:
-    assert two(OwnFormat(accumulate=2), homes(2, BOTH)) == 2 * 6 + 2
+    assert two(OwnFormat(accumulate=2), homes(2, BOTH)) == pytest.approx(2 * 6 + 2 * BY_SUM)
 
 
 def test_sums_take_time_where_they_are_made() -> None:
     rates = replace(RATES, memory_bytes_per_s=2000)
     twice = OwnFormat(accumulate=2)
-    assert two(twice, homes(2, BOTH), rates) == 2 * (6 + 2 * 0.5) + 2, "of each chunk half a second, on the device"
+    on_device_s = two(twice, homes(2, BOTH), rates)
+    assert on_device_s == pytest.approx(2 * (6 + 2 * 0.5) + 2 * BY_SUM), "of each chunk half a second"
     # The second chunk's gradient lands at 14, in the second run, the first one's at 16: the worker adds and updates one
     # after the other, and the first chunk's weights, which come up last, are read first.
     late = replace(twice, in_backward=True)
-    assert two(late, homes(2, resident=BOTH), rates) == pytest.approx(14 + 2 * (ADDED_S + 4) + 2)
+    assert two(late, homes(2, resident=BOTH), rates) == pytest.approx(14 + 2 * (ADDED_S + 4 * BY_SUM) + 2)
 
 
 def test_with_spares_the_host_begins_in_the_backward_and_weights_come_after_the_step() -> None:
@@ -105,8 +122,8 @@ def test_with_spares_the_host_begins_in_the_backward_and_weights_come_after_the_
         (AT_ONCE, 8 + 8),
         # Landed at 8, the first chunk's is new at 12 and on the device at 14, the second's at 18 instead of at 15.
         (OwnFormat(), 8 + 6 + 3),
-        # Twice as much compute and as many gradients, and one update.
-        (OwnFormat(accumulate=2), 16 + 6 + 3 + ADDED_S),
+        # Twice as much compute and as many gradients, and one update of each.
+        (OwnFormat(accumulate=2), 16 + 2 * 4 * BY_SUM + 2 - 1 + ADDED_S),
         # Both weights come before they are read, both gradients are waited for, then both updates.
         (TorchFormat(), 8 + 2 * 2 + 2 * 10),
     ],
@@ -223,7 +240,7 @@ def test_a_chain_by_hand_and_who_is_busy_in_it() -> None:
 
 def test_launches_are_busy_too() -> None:
     timing = StepTime(Timeline(TWO, 6, 4, 5.5), RATES).timing(plan_of(2, OwnFormat(accumulate=2)), homes(2, BOTH))
-    assert dict(timing.busy_s) == {"device": 2 * 4 + 2, "launches": 2 * 5.5}
+    assert dict(timing.busy_s) == pytest.approx({"device": 2 * 4 + 2 * BY_SUM, "launches": 2 * 5.5})
 
 
 @pytest.mark.parametrize("overlaps, seconds", [(True, 5), (False, 6)], ids=["beside", "in turn"])

@@ -10,6 +10,7 @@ from geminifx.compiler.rates.calibrate import AUTOMATIC, BusyError, calibrate, d
 from geminifx.compiler.rates.measure import Effort, Measured
 from geminifx.compiler.rates.others import HostWatch, used_by_others
 from geminifx.compiler.rates.presets import preset
+from geminifx.compiler.rates.rates import Updates
 from geminifx.runtime.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -46,6 +47,18 @@ def test_what_was_not_measured_is_the_card_s_or_follows() -> None:
     together = replace(FOUND, network_bytes_per_s=200e9, network_latency_s=3e-5)
     assert rates_from(together, TINY, "NVIDIA H200").network_bytes_per_s == 200e9
     assert rates_from(together, TINY, "NVIDIA H200").network_latency_s == 3e-5
+
+
+def test_narrow_moments_have_rates_of_their_own() -> None:
+    on_host = replace(FOUND, host_bf16_params_per_s=6e9, host_int8_params_per_s=7e9)
+    rates = rates_from(on_host, TINY, "NVIDIA H200")
+    assert rates.updates("bf16") == Updates(6e9, 4e12 / 18) and rates.updates("int8") == Updates(7e9, 4e12 / 14.0625)
+    on_both = replace(on_host, device_bf16_params_per_s=2e11, device_int8_params_per_s=3e11)
+    rates = rates_from(on_both, TINY, "NVIDIA H200")
+    assert rates.updates("bf16") == Updates(6e9, 2e11) and rates.updates("int8") == Updates(7e9, 3e11)
+    assert rates.updates("exact") == Updates(5e9, 130e9)
+    without = rates_from(FOUND, TINY, "NVIDIA H200")
+    assert without.int8_moments is None and without.updates("int8").host_params_per_s == 5e9 * 26 / 14.0625
 
 
 def test_copies_that_do_not_slow_updates_still_cost_a_little() -> None:
@@ -150,7 +163,7 @@ def test_everything_can_be_measured_and_random_numbers_are_nobody_else_s() -> No
     found = measured(CPU, TINY, Ranks())
     assert torch.equal(torch.get_rng_state(), before)
     for field in fields(Measured):
-        if not field.name.startswith("network"):
+        if not field.name.startswith(("network", "device_bf16", "device_int8")):  # whose kernels are the GPU's
             assert min(calibration._numbers(getattr(found, field.name))) > 0, field.name
     assert found.network_bytes_per_s is None, "one process exchanges nothing"
     assert [len(seconds) for seconds in found.products_s] == [2, 2, 2]

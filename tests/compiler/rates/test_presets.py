@@ -1,7 +1,10 @@
 """Presets: by the name that the driver gives a card, and in the order that the cards themselves are in."""
 
+from typing import get_args
+
 import pytest
-from geminifx.compiler.rates.presets import CARDS, card_named, preset
+from geminifx.compiler.rates.presets import CARDS, CORE_PARAMS_PER_S, card_named, preset
+from geminifx.runtime.isa.moments import Moments
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,15 @@ def test_what_was_measured_of_large_servers_is_what_their_presets_say() -> None:
         assert rates.host_params_per_s == pytest.approx(5e9, rel=0.1)
         assert rates.passing_params_per_s == pytest.approx(12e9, rel=0.05)
         assert rates.device_params_per_s > 100e9
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_updates_of_narrow_moments_take_less_time_but_no_more_than_cores_do(name: str) -> None:
+    rates = preset(name)
+    exact, bf16, int8 = (rates.updates(moments) for moments in get_args(Moments))
+    assert exact.host_params_per_s <= bf16.host_params_per_s <= int8.host_params_per_s
+    assert int8.host_params_per_s <= CARDS[name].host.cores * CORE_PARAMS_PER_S
+    assert exact.device_params_per_s < bf16.device_params_per_s < int8.device_params_per_s
 
 
 def test_a_newer_card_is_faster() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from geminifx.compiler.rates.presets import preset
-from geminifx.compiler.rates.rates import ARENA, Products, slowest
+from geminifx.compiler.rates.rates import ARENA, Products, Slowdown, Updates, slowest
 
 SIZES = Products((1e8, 1e10), (1e12, 3e12))
 
@@ -23,6 +23,17 @@ def test_products_of_a_dtype_that_has_no_rate_take_float32_s() -> None:
     rates = preset("rtx2060")
     assert rates.products(torch.float16) is rates.fp16 and rates.products(torch.bfloat16) is rates.bf16
     assert rates.products(torch.float64) is rates.products(torch.float32) is rates.fp32
+
+
+def test_updates_of_narrow_moments_go_by_their_bytes_until_they_are_measured() -> None:
+    rates = replace(preset("h200"), host_params_per_s=1e9, device_params_per_s=1e11, bf16_moments=None)
+    assert rates.updates("exact") == Updates(1e9, 1e11)
+    assert rates.updates("bf16") == Updates(1e9 * (26 / 18), 1e11 * (26 / 18))
+    measured = replace(rates, bf16_moments=Updates(3e9, 4e11))
+    assert measured.updates("bf16") == Updates(3e9, 4e11)
+    assert measured.slowed(Slowdown(compute=4, host=3)).updates("bf16") == Updates(1e9, 1e11)
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        Updates(0.0, 1.0)
 
 
 def test_an_exchange_takes_its_latency_and_its_bytes() -> None:

@@ -1,7 +1,12 @@
 """The device kernel: the host kernel's bits, from Triton on a GPU and from plain torch anywhere."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +17,12 @@ from geminifx.runtime.kernels.host_updates import HostKernel
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
 from torch import Tensor
-from updates import ADAMS, ADAMW, DTYPES, SGDS, Problem, any_bits, usual
+from updates import ADAMS, ADAMW, DRAWS, DTYPES, SGDS, STORED, Problem, any_bits, usual
 
 STEPS = 5
 EVERY_RULE = pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_WAY = pytest.mark.parametrize("moments", STORED.values(), ids=STORED)
 EVERY_KIND = pytest.mark.parametrize("values", (usual, any_bits), ids=("usual", "any"))
 
 
@@ -39,7 +45,7 @@ def moved(problem: Problem, device: str) -> None:
         return buffer(tensor).to(device)[tensor.storage_offset() :][: tensor.numel()]
 
     pair, gradient, moments = problem.pair, problem.gradient, problem.moments
-    problem.pair = SplitPair(move(pair.hi), move(pair.lo))
+    problem.pair = SplitPair(move(pair.hi), None if pair.lo is None else move(pair.lo), pair.draws)
     scale = gradient.scale.to(device) if isinstance(gradient.scale, Tensor) else gradient.scale
     problem.gradient = Gradient(move(gradient.values), scale)
     problem.moments = AdamMoments(move(moments.mean), move(moments.square))
@@ -56,7 +62,7 @@ def check(kernel: DeviceKernel, hyper: AdamHyper | SgdHyper, make: Callable[[], 
         found.update(kernel, at(hyper, number))
         moved(found, "cpu")
         assert found.equals(expected), f"step {number}"
-    for tensor in (found.pair.hi, found.pair.lo, found.moments.mean, found.moments.square):
+    for tensor in (*found.pair.tensors, found.moments.mean, found.moments.square):
         tensor.zero_()
         assert not buffer(tensor).any(), "wrote beside the vector"
 
@@ -72,11 +78,12 @@ def test_plain_torch_gives_the_host_kernels_bits(hyper, dtype, values):
 
 
 @EVERY_RULE
-def test_plain_torch_as_a_device_runs_it(hyper, monkeypatch):
+@pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
+def test_plain_torch_as_a_device_runs_it(hyper, draws, monkeypatch):
     """Without fused operations and in several pieces."""
     monkeypatch.setattr(host_reference, "torch_fuses", lambda: False)
     monkeypatch.setattr(host_reference, "pieces", lambda flat, _: (slice(0, 1000), slice(1000, flat.numel())))
-    check(DeviceKernel("torch"), hyper, lambda: Problem(1500 + 7, 4, torch.bfloat16, 128), "cpu")
+    check(DeviceKernel("torch"), hyper, lambda: Problem(1500 + 7, 4, torch.bfloat16, 128, draws=draws), "cpu")
 
 
 def with_scale_tensor(problem: Problem) -> Problem:
@@ -101,6 +108,20 @@ def test_weights_that_require_gradients_are_updated_in_place():
     problem.update(DeviceKernel("torch"), ADAMW)
     expected.update(HostKernel(), ADAMW)
     assert problem.pair.hi is weight and problem.equals(expected)
+
+
+# -- Triton's interpreter --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which interprets its kernels")
+def test_an_interpreted_kernel_gives_the_host_kernels_bits():
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    script = Path(__file__).parents[2] / "support" / "interpreted_updates.py"
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
@@ -130,6 +151,15 @@ def test_refuses_what_does_not_fit(change, says):
         DeviceKernel().adam(**(call | change))
 
 
+def test_scales_lie_where_a_gpu_can_read_them(monkeypatch):
+    monkeypatch.setattr(DeviceKernel, "widens", True)
+    problem = Problem(256, 3, torch.bfloat16, moments=torch.uint8)
+    moved = torch.zeros(problem.moments.square.numel() + 1, dtype=torch.uint8)[1:]
+    problem.moments = replace(problem.moments, square=moved)
+    with pytest.raises(ValueError, match="multiple of 4 bytes"):
+        problem.update(DeviceKernel(), ADAMW)
+
+
 def test_momentum_and_its_buffer_come_together():
     pair, gradient = split(torch.zeros(8)), Gradient(torch.zeros(8))
     with pytest.raises(ValueError, match="needs a momentum buffer"):
@@ -149,7 +179,7 @@ def test_offsets_fit_32_bits(monkeypatch):
 def test_without_triton_torch_stands_in_after_one_warning(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(device_kernel, "triton", None)
+        patch.setattr(device_kernel.triton_updates, "triton", None)
         device_kernel._compiles.cache_clear()
         with pytest.warns(RuntimeWarning, match="triton is not installed"):
             kernel = DeviceKernel()
@@ -161,20 +191,33 @@ def test_without_triton_torch_stands_in_after_one_warning(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("variant", ("triton", "torch"))
+@pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
+@EVERY_WAY
 @EVERY_RULE
 @EVERY_DTYPE
 @EVERY_KIND
-def test_a_gpu_gives_the_host_kernels_bits(variant, hyper, dtype, values):
-    check(DeviceKernel(variant), hyper, lambda: Problem(5 * 1024 + 7, 3, dtype, 128, values), "cuda")
+def test_triton_gives_the_host_kernels_bits(moments, hyper, dtype, values, draws):
+    check(DeviceKernel("triton"), hyper, lambda: Problem(5 * 1024 + 7, 3, dtype, 128, values, moments, draws), "cuda")
+
+
+@pytest.mark.cuda
+@EVERY_RULE
+@EVERY_DTYPE
+@EVERY_KIND
+def test_plain_torch_on_a_gpu_gives_the_host_kernels_bits(hyper, dtype, values):
+    check(DeviceKernel("torch"), hyper, lambda: Problem(5 * 1024 + 7, 3, dtype, 128, values), "cuda")
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("numel", (0, 1, 16, 1023, 1024, 4096))
 @pytest.mark.parametrize("offset", (0, 1, 128))
-def test_a_gpu_updates_any_size_at_any_offset(numel, offset):
+@EVERY_WAY
+def test_a_gpu_updates_any_size_at_any_offset(numel, offset, moments):
+    def make() -> Problem:
+        return Problem(numel, 4, torch.bfloat16, offset, moments=moments)
+
     for hyper in (ADAMW, SGDS[2]):
-        check(DeviceKernel("triton"), hyper, lambda hyper=hyper: Problem(numel, 4, torch.bfloat16, offset), "cuda")
+        check(DeviceKernel("triton"), hyper, make, "cuda")
 
 
 @pytest.mark.cuda

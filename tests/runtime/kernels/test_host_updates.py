@@ -16,7 +16,7 @@ from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradie
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from updates import ADAMS, ADAMW, DTYPES, SGDS, SPECIAL, Problem, any_bits, floats, same, same_pair
+from updates import ADAMS, ADAMW, DRAWS, DTYPES, SGDS, SPECIAL, Problem, any_bits, floats, same, same_pair
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +72,8 @@ def test_pairs_refuse_other_dtypes():
         split(torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match="bfloat16 and int16"):
         SplitPair(torch.zeros(3), torch.zeros(3, dtype=torch.int16))
+    with pytest.raises(ValueError, match="one of the two"):
+        SplitPair(torch.zeros(3).bfloat16(), None)
     with pytest.raises(ValueError, match="contiguous"):
         join(split(torch.zeros(3)), torch.zeros(6)[::2])
     with pytest.raises(ValueError, match="shape"):
@@ -88,24 +90,26 @@ def test_pairs_refuse_other_dtypes():
     dtype=st.sampled_from(DTYPES),
     hyper=st.sampled_from(ADAMS + SGDS),
     offset=st.integers(0, 3),
+    draws=st.sampled_from((None, DRAWS)),
 )
-def test_variants_agree(numel, seed, dtype, hyper, offset):
-    expected = Problem(numel, seed, dtype)
+def test_variants_agree(numel, seed, dtype, hyper, offset, draws):
+    expected = Problem(numel, seed, dtype, draws=draws)
     expected.update(HostKernel("torch"), hyper)
     for variant in available_variants():
-        found = Problem(numel, seed, dtype, offset)
+        found = Problem(numel, seed, dtype, offset, draws=draws)
         found.update(HostKernel(variant), hyper)
         assert found.equals(expected), variant
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
-def test_threads_pieces_and_bulk_agree(hyper):
-    expected = Problem(PIECE + 77, 5, torch.bfloat16)
+@pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
+def test_threads_pieces_and_bulk_agree(hyper, draws):
+    expected = Problem(PIECE + 77, 5, torch.bfloat16, draws=draws)
     expected.update(HostKernel("torch"), hyper)
     for variant in available_variants():
         for threads in (1, 5):
-            found = Problem(PIECE + 77, 5, torch.bfloat16, offset=1)
+            found = Problem(PIECE + 77, 5, torch.bfloat16, offset=1, draws=draws)
             found.update(HostKernel(variant), hyper, threads)
             assert found.equals(expected), (variant, threads)
 

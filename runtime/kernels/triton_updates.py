@@ -1,0 +1,310 @@
+"""The device's update kernels in Triton, for moments however they are stored: one pass over the memory each.
+
+Each program takes a tile of elements, in rows that share a scale where moments are 8-bit codes. The last one takes
+what is left; the others need no mask, and with one their accesses would be narrow unless the size were a multiple of
+theirs. The arithmetic of updates is that of `host_updates.cpp`, and what moments stand for that of `moments`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch's builds for CPUs come without it
+    triton = None
+
+EXACT, HALF, CODES = 0, 1, 2
+"""How moments are stored: as float32, as bfloat16, which kernels take as 16-bit integers, or as bytes."""
+
+
+def _jit(function: Any) -> Any:
+    """Hand a function to Triton where there is one; no number is a part of what a kernel is compiled for."""
+    return function if triton is None else triton.jit(function, do_not_specialize=["low", "high", "first", "numel"])
+
+
+def _constant(value: float) -> Any:
+    """What kernels may read of a module."""
+    return value if triton is None else tl.constexpr(value)
+
+
+_EXACT, _HALF, _CODES = _constant(EXACT), _constant(HALF), _constant(CODES)
+_FACTOR, _NEXT_FACTOR = _constant(0x7FEB352D), _constant(0x846CA68B)
+_SCALE_BYTES = _constant(4)
+_SIGNED, _UNSIGNED = _constant(127.0), _constant(255.0)
+_ONE_SIGNED, _ONE_UNSIGNED = _constant(1 / 127), _constant(1 / 255)
+_NAN, _INFINITY = _constant(0x7FC00000), _constant(0x7F800000)
+_TO_INTEGER, _INTEGER_BITS = _constant(1.5 * 2**23), _constant(0x4B400000)
+"""Added to a small number the one leaves no bits for a fraction: the integer nearest to it, ties to even, is what the
+sum's bits are above the other."""
+
+
+@_jit
+def adam(
+    hi: tl.tensor,
+    lo: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    first: tl.tensor,
+    gradient: tl.tensor,
+    mean: tl.tensor,
+    square: tl.tensor,
+    scale: tl.tensor,
+    l2: tl.tensor,
+    decay: tl.tensor,
+    step: tl.tensor,
+    lerp: tl.tensor,
+    keep: tl.tensor,
+    add: tl.tensor,
+    root: tl.tensor,
+    eps: tl.tensor,
+    numel: tl.tensor,
+    stored: tl.constexpr,
+    coupled: tl.constexpr,
+    scale_is_read: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+) -> None:
+    """Update by AdamW or Adam; arguments are those of `Update` in the host kernel, and `lo` is None where masters are
+    rounded."""
+    start = tl.program_id(0) * rows * columns
+    at = _elements(start, rows, columns)
+    pointers = (hi + at, None if lo is None else lo + at, gradient + at)
+    draws = (low, high, first + at)
+    mean_at = (_values_at(mean, start, stored, rows, columns), _scales_at(mean, start, stored, rows, columns))
+    square_at = (_values_at(square, start, stored, rows, columns), _scales_at(square, start, stored, rows, columns))
+    factor = tl.load(scale) if scale_is_read else scale
+    factors = (factor, l2, decay, step, lerp, keep, add, root, eps)
+    if numel - start >= rows * columns:
+        _adam_tile(pointers, draws, mean_at, square_at, factors, None, None, stored, coupled)
+    else:
+        row_mask = start + tl.arange(0, rows)[:, None] * columns < numel
+        _adam_tile(pointers, draws, mean_at, square_at, factors, at < numel, row_mask, stored, coupled)
+
+
+@_jit
+def _adam_tile(
+    pointers: tl.tuple,
+    draws: tl.tuple,
+    mean: tl.tuple,
+    square: tl.tuple,
+    factors: tl.tuple,
+    mask: tl.tensor,
+    row_mask: tl.tensor,
+    stored: tl.constexpr,
+    coupled: tl.constexpr,
+) -> None:
+    """Update the elements at `pointers`: all, or those of `mask`, which has something of the rows of `row_mask`."""
+    hi, lo, gradient = pointers
+    factor, l2, decay, step, lerp, keep, add, root, eps = factors
+    w = _joined(hi, lo, mask)
+    g = tl.load(gradient, mask=mask).to(tl.float32) * factor
+    m = _widened(mean, mask, row_mask, stored, False)
+    v = _widened(square, mask, row_mask, stored, True)
+    if coupled:
+        g = tl.fma(l2, w, g)
+    near = lerp < 0.5  # lerp starts from the nearer one, as torch.lerp does
+    m = tl.fma(tl.where(near, lerp, lerp - 1.0), g - m, tl.where(near, m, g))
+    v = tl.fma(add * g, g, v * keep)
+    w = w * decay + tl.div_rn(step * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+    _narrow(m, mean, mask, row_mask, stored, False)
+    _narrow(v, square, mask, row_mask, stored, True)
+    _split(w, hi, lo, draws, mask)
+
+
+@_jit
+def sgd(
+    hi: tl.tensor,
+    lo: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    first: tl.tensor,
+    gradient: tl.tensor,
+    buffer: tl.tensor,
+    scale: tl.tensor,
+    l2: tl.tensor,
+    step: tl.tensor,
+    keep: tl.tensor,
+    add: tl.tensor,
+    numel: tl.tensor,
+    fresh: tl.constexpr,
+    nesterov: tl.constexpr,
+    stored: tl.constexpr,
+    coupled: tl.constexpr,
+    scale_is_read: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+) -> None:
+    """Update by SGD; arguments are those of `Update` in the host kernel, `lo` is None where masters are rounded, and
+    `buffer` without momentum."""
+    start = tl.program_id(0) * rows * columns
+    at = _elements(start, rows, columns)
+    pointers = (hi + at, None if lo is None else lo + at, gradient + at)
+    draws = (low, high, first + at)
+    if buffer is None:
+        momentum = None
+    else:
+        momentum = (_values_at(buffer, start, stored, rows, columns), _scales_at(buffer, start, stored, rows, columns))
+    factor = tl.load(scale) if scale_is_read else scale
+    factors = (factor, l2, step, keep, add)
+    if numel - start >= rows * columns:
+        _sgd_tile(pointers, draws, momentum, factors, None, None, fresh, nesterov, stored, coupled)
+    else:
+        row_mask = start + tl.arange(0, rows)[:, None] * columns < numel
+        _sgd_tile(pointers, draws, momentum, factors, at < numel, row_mask, fresh, nesterov, stored, coupled)
+
+
+@_jit
+def _sgd_tile(
+    pointers: tl.tuple,
+    draws: tl.tuple,
+    momentum: tl.tuple,
+    factors: tl.tuple,
+    mask: tl.tensor,
+    row_mask: tl.tensor,
+    fresh: tl.constexpr,
+    nesterov: tl.constexpr,
+    stored: tl.constexpr,
+    coupled: tl.constexpr,
+) -> None:
+    """Update the elements at `pointers`: all, or those of `mask`, which has something of the rows of `row_mask`."""
+    hi, lo, gradient = pointers
+    factor, l2, step, keep, add = factors
+    w = _joined(hi, lo, mask)
+    g = tl.load(gradient, mask=mask).to(tl.float32) * factor
+    if coupled:
+        g = tl.fma(l2, w, g)
+    if momentum is not None:
+        b = g if fresh else tl.fma(add, g, _widened(momentum, mask, row_mask, stored, False) * keep)
+        _narrow(b, momentum, mask, row_mask, stored, False)
+        g = tl.fma(keep, b, g) if nesterov else b
+    _split(tl.fma(step, g, w), hi, lo, draws, mask)
+
+
+# -- places ------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _elements(start: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
+    """The numbers of a tile's elements: a vector where it is one row."""
+    if rows == 1:
+        at = start + tl.arange(0, columns)
+    else:
+        at = start + tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+    return at
+
+
+@_jit
+def _values_at(
+    moment: tl.tensor, start: tl.tensor, stored: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+) -> tl.tensor:
+    """Where a tile's values of a moment lie."""
+    codes = _row(moment, start, rows, columns) + tl.arange(0, columns)[None, :]
+    return codes if stored == _CODES else moment + _elements(start, rows, columns)
+
+
+@_jit
+def _scales_at(
+    moment: tl.tensor, start: tl.tensor, stored: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+) -> tl.tensor:
+    """Where what the values of each row share lies, if anything is."""
+    scales = _row(moment, start, rows, columns) + columns
+    return scales.to(tl.pointer_type(tl.float32)) if stored == _CODES else moment
+
+
+@_jit
+def _row(moment: tl.tensor, start: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
+    """Where each row's codes begin, behind which its scale lies."""
+    return moment + (start // columns + tl.arange(0, rows))[:, None] * (columns + _SCALE_BYTES)
+
+
+# -- values ------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _joined(hi: tl.tensor, lo: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Return the float32 masters of the pairs at `hi` and `lo`, or of `hi` alone."""
+    bits = tl.load(hi, mask=mask).to(tl.int32) << 16
+    if lo is not None:
+        bits += tl.load(lo, mask=mask).to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@_jit
+def _split(w: tl.tensor, hi: tl.tensor, lo: tl.tensor, draws: tl.tuple, mask: tl.tensor) -> None:
+    """Store the two halves of masters, or round to the upper one; every NaN becomes the one whose halves are a NaN and
+    0."""
+    bits = w.to(tl.int32, bitcast=True)
+    if lo is None:
+        low, high, element = draws
+        tl.store(hi, (tl.where(w != w, _NAN, bits + _chance(low, high, element)) >> 16).to(tl.int16), mask=mask)
+    else:
+        bits = tl.where(w != w, _NAN, bits)
+        tl.store(hi, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
+        tl.store(lo, bits.to(tl.int16), mask=mask)
+
+
+@_jit
+def _chance(low: tl.tensor, high: tl.tensor, element: tl.tensor) -> tl.tensor:
+    """Return 16 random bits for each element, as `rounding` has them."""
+    x = (element + low).to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * _FACTOR ^ high.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 15)) * _NEXT_FACTOR
+    return ((x ^ (x >> 16)) >> 16).to(tl.int32)
+
+
+@_jit
+def _widened(
+    places: tl.tuple, mask: tl.tensor, row_mask: tl.tensor, stored: tl.constexpr, squares: tl.constexpr
+) -> tl.tensor:
+    """Return the values of a moment."""
+    at, scale = places
+    if stored == _EXACT:
+        x = tl.load(at, mask=mask)
+    elif stored == _HALF:
+        x = (tl.load(at, mask=mask).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif squares:
+        x = tl.load(at, mask=row_mask).to(tl.float32) * _ONE_UNSIGNED * tl.load(scale, mask=row_mask)
+        x = x * x
+    else:
+        codes = tl.load(at, mask=row_mask).to(tl.int8, bitcast=True)
+        x = codes.to(tl.float32) * _ONE_SIGNED * tl.load(scale, mask=row_mask)
+    return x
+
+
+@_jit
+def _narrow(
+    x: tl.tensor,
+    places: tl.tuple,
+    mask: tl.tensor,
+    row_mask: tl.tensor,
+    stored: tl.constexpr,
+    squares: tl.constexpr,
+) -> None:
+    """Store the values of a moment."""
+    at, scale = places
+    if stored == _EXACT:
+        tl.store(at, x, mask=mask)
+    elif stored == _HALF:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = tl.where(x != x, _NAN, bits + 0x7FFF + ((bits >> 16) & 1))  # to nearest, ties to even
+        tl.store(at, (rounded >> 16).to(tl.int16), mask=mask)
+    else:
+        x = x if mask is None else tl.where(mask, x, 0.0)
+        _encode(tl.sqrt_rn(x) if squares else x, at, scale, row_mask, squares)
+
+
+@_jit
+def _encode(x: tl.tensor, at: tl.tensor, scale: tl.tensor, row_mask: tl.tensor, squares: tl.constexpr) -> None:
+    """Store values, or roots of squares, as codes, and what each row of them shares."""
+    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # magnitudes are in the order of their bits
+    most = tl.max(size, axis=1, keep_dims=True)
+    is_finite = most < _INFINITY
+    shared = tl.where(is_finite, most, _NAN).to(tl.float32, bitcast=True)
+    scaled = tl.div_rn(x, tl.where(most > 0, shared, 1.0)) * (_UNSIGNED if squares else _SIGNED)
+    code = (scaled + _TO_INTEGER).to(tl.int32, bitcast=True) - _INTEGER_BITS
+    if squares:
+        code = tl.where((x > 0.0) & (code < 1), 1, code)
+    tl.store(at, tl.where(is_finite, code, 0).to(tl.uint8), mask=row_mask)
+    tl.store(scale, shared, mask=row_mask)
