@@ -14,6 +14,7 @@ from .compiler.api import compile
 from .compiler.checkpoint import load_checkpoint, save_checkpoint
 from .compiler.loader import shard_dataloader
 from .compiler.module import CompiledModule
+from .compiler.pretrained import from_pretrained
 from .passes.program.manager import graph_pass
 from .passes.program.plan import Plan
 from .runtime.isa.errors import BudgetError, CaptureError, CheckpointError, GeminiError
@@ -27,6 +28,6 @@ def init_empty() -> _device:
 
 
 __all__ = [
-    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Plan", "compile", "graph_pass",
-    "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
+    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Plan", "compile",
+    "from_pretrained", "graph_pass", "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
 ]  # fmt: skip

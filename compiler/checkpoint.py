@@ -15,7 +15,7 @@ from ..runtime.memory.stored import Stored
 from ..runtime.state_io.background import Saving
 from ..runtime.state_io.sharded import Contents, Saved, save
 from .arguments import check_compiled, check_optimizer
-from .capture.materialize import materialize
+from .capture.materialize import check_loadable, materialize
 from .module import CompiledModule
 from .optimizer_state import OptimizerState, Tensors, is_exact
 from .session import Session
@@ -123,14 +123,13 @@ class OpenCheckpoint:
         tensors = _model_tensors(session, writing=False)
         _check_tensors(tensors, found)
         parts = {"model"} if state is None else {"model", "optimizer"}
-        session.half_loaded |= parts
-        if state is not None:
-            tensors |= state.begin_load(self.objects["optimizer"], found)
-        self.saved.read(tensors)
-        session.store().masters_written()
-        if state is not None:
-            state.end_load(self.objects["optimizer"])
-        session.half_loaded -= parts
+        with session.half_loaded.while_written(*parts):
+            if state is not None:
+                tensors |= state.begin_load(self.objects["optimizer"], found)
+            self.saved.read(tensors)
+            session.store().masters_written()
+            if state is not None:
+                state.end_load(self.objects["optimizer"])
 
 
 def _check(model: Any, optimizer: Any, directory: Any) -> None:
@@ -144,8 +143,9 @@ def _give_values(session: Session) -> None:
     session.demanded()
     source = session.source
     if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
+        check_loadable(source, source.state_dict())
         session.half_loaded.add("model")
-        materialize(source, source.state_dict(), session.store().chunks.let_go)
+        materialize(source, partial(session.take_places, are_alike=True))
     session.settle(backward=False)
 
 

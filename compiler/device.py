@@ -4,6 +4,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import torch
 
@@ -13,11 +14,12 @@ from ..runtime.isa.torch_private import use_expandable_segments
 from ..runtime.isa.units import parse_bytes
 from ..runtime.memory.hardware import Hardware
 from ..runtime.memory.tiers import Tier
-from .device_memory import HEADROOM_BYTES, DeviceMemory
+from .device_memory import CONTEXT_BYTES, HEADROOM_BYTES, DeviceMemory
 from .host_memory import host_memory
 from .options import Options
 from .planner.memory import Limits
 from .rates.choice import rates_of
+from .rates.rates import Rates
 
 WORKSPACE_BYTES = 96 * 2**20
 """What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
@@ -51,6 +53,23 @@ def _own_device() -> int:
             "devices, or show each process one by CUDA_VISIBLE_DEVICES"
         )
     return local
+
+
+def gpu_limits(device_bytes: int | None, host_bytes: int, rates: Rates) -> Limits:
+    """What plans for a GPU that is not here must keep to: of its budget is left free what CUDA may take at most."""
+    if device_bytes is None:
+        return Limits(None, 0, host_bytes, rates, HOLE_SHARE)
+    return _with_allocator(device_bytes, CONTEXT_BYTES + HEADROOM_BYTES, host_bytes, rates)
+
+
+def gpu_budget(tensors_bytes: int) -> int:
+    """The least budget of such a GPU that leaves room for so many bytes of tensors."""
+    return ceil((tensors_bytes + CONTEXT_BYTES + HEADROOM_BYTES + WORKSPACE_BYTES) / (1 - ALLOCATOR_SLACK))
+
+
+def _with_allocator(device_bytes: int, reserve_bytes: int, host_bytes: int, rates: Rates) -> Limits:
+    reserve_bytes += WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
+    return Limits(device_bytes, reserve_bytes, host_bytes, rates, HOLE_SHARE)
 
 
 @dataclass(frozen=True)
@@ -110,8 +129,7 @@ class Device:
         use_expandable_segments()
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-        planned = self.memory.reserve_bytes + WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
-        return Limits(device_bytes, planned, host_bytes, rates, HOLE_SHARE)
+        return _with_allocator(device_bytes, self.memory.reserve_bytes, host_bytes, rates)
 
     def _device_bytes(self, given: int | None) -> int:
         """The budget: as it is given, or all that other processes leave."""

@@ -1,6 +1,8 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ from ..runtime.optimizer.declared import Declared
 from ..runtime.optimizer.hyper_checks import check_norm
 from ..runtime.state_io.atomic_directory import shared_directory
 from ..runtime.state_io.checksums import seal
-from ..runtime.state_io.pretrained import carry_over, save_weights
+from ..runtime.state_io.pretrained import carry_over
 from .calls import Calls
-from .capture.materialize import materialize
+from .capture.materialize import check_loadable, materialize
 from .collector import resting_collector
 from .facade import Facade
+from .incoming import FromFiles, FromInitialisers
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
+from .saving import DEFAULT, SaveRequest, save_streamed
 from .session import Session
 from .setup import Phase
 from .state_dict import local_shards_of, whole_state
@@ -125,6 +129,7 @@ class CompiledModule(Facade):
         over processes: they are whole, and all processes make them together. With `first_only` rank 0 alone keeps
         what it gets, and the others get an empty dict.
         """
+        self._fill()
         keep = not first_only or self.session.ranks.rank == 0
         return whole_state(self.session, *args, keep=keep, **kwargs)
 
@@ -136,43 +141,93 @@ class CompiledModule(Facade):
         """
         if assign:
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
-        if any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
-            setup = self.session.setup
-            materialize(self.source, state_dict, (lambda: None) if setup is None else setup.machine.store.chunks.let_go)
+        session, are_empty = self.session, any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
+        if are_empty:
+            check_loadable(self.source, state_dict)
+        with session.half_loaded.while_written("model") if are_empty else nullcontext():
+            if are_empty:
+                materialize(self.source, partial(session.take_places, are_alike=False))
             with self._facade_calls.lending():
-                loaded = self.source.load_state_dict(state_dict, strict=strict)
-            self.session.place()
-        else:
-            with self._facade_calls.lending():
-                loaded = self.source.load_state_dict(local_shards_of(self.session, state_dict), strict=strict)
+                loaded = self.source.load_state_dict(local_shards_of(session, state_dict), strict=strict)
+        if are_empty:
+            session.place()
         if strict:
             self.session.half_loaded.discard("model")
         return loaded
 
-    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+    def load_pretrained(self, directory: str | Path, *, strict: bool = True) -> None:
+        """Read weights that are on `meta` from Hugging Face's files in `directory`, each right into its chunk: a second
+        copy of them is never there. They are read as soon as it is known where they go: by the first call, or by what
+        asks for state, and by `model.optimizer(...)` where there is a plan. All processes call it.
+
+        With `strict` False what the files lack is drawn by the modules' own initialisers, and a warning tells what.
+
+        Raises:
+            CheckpointError: the files are damaged, or of another model; nothing is changed. Of those that change until
+                they are read, or cannot be read to their end, it tells then, and no step is taken.
+            StateError: the weights have values already.
+        """
+        check_path("directory", directory, "the path of a directory")
+        self._check_empty("load_pretrained")
+        self.session.incoming = FromFiles.found(self.source, directory, strict)
+
+    def initialize(self, seed: int = 0) -> None:
+        """Give weights that are on `meta` random values by each module's own initialiser, drawn from `seed` as plain
+        PyTorch draws them (`models.initialisers` tells where it does not): the same for every layout, budget and number
+        of processes. They are drawn, a block at a time, as soon as it is known where they go.
+
+        Raises StateError where the weights have values already, and, when they are drawn, for a module that has
+        parameters and nothing that initialises them.
+        """
+        self._check_empty("initialize")
+        self.session.incoming = FromInitialisers.of(self.source, seed)
+
+    def _fill(self) -> None:
+        """Let weights on `meta` have the values that something was told to bring."""
+        if self.session.incoming is not None and self.session.places.are_empty:
+            self.session.settle(backward=False)
+
+    def _check_empty(self, name: str) -> None:
+        self.session.half_loaded.check()
+        if not self.session.places.are_empty:
+            raise StateError(
+                f"{name}() gives values to weights on 'meta', and this model's have some; build it inside of "
+                "geminifx.init_empty(), or use load_state_dict()"
+            )
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = DEFAULT.max_shard_bytes,
+                        dtype: torch.dtype | None = None, **options: Any) -> None:  # fmt: skip
         """Save in Hugging Face's format (for other models, the weights as safetensors).
 
         What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay. Of
-        several processes all call it, and rank 0 writes; what fails there raises on all of them.
+        several processes all call it, and rank 0 writes; what fails there raises on all of them. Weights are made whole
+        and written a file at a time; only where Hugging Face writes other tensors than the model has, as for adapters,
+        or is given `options` of its own, are all of them copied before.
+
+        Args:
+            max_shard_size: how large files may be, unless one weight is larger.
+            dtype: in which weights are written, and which the configuration tells; by default the masters', float32.
         """
         check_path("directory", directory, "the path of a directory")
+        request = SaveRequest.of(max_shard_size, dtype, options)
         with shared_directory(directory, self.session.ranks, stays_sealed=False) as temporary:
-            self.write_pretrained(temporary, **options)
+            self.write_pretrained(temporary, request)
             if self.session.ranks.rank == 0:
                 seal(temporary)
                 carry_over(Path(directory), temporary)
 
-    def write_pretrained(self, directory: Path, **options: Any) -> None:
+    def write_pretrained(self, directory: Path, request: SaveRequest = DEFAULT) -> None:
         """What `save_pretrained` saves, into a directory of one that is replaced as a whole."""
-        self.session.check_loaded()
-        weights = self.state_dict(first_only=True)
-        if self.session.ranks.rank != 0:
+        self.session.half_loaded.check()
+        self._fill()
+        if request.streams(self.source):
+            save_streamed(self.session, directory, request)
             return
-        if hasattr(self.source, "save_pretrained"):
-            given = options.pop("state_dict", None)
-            self.source.save_pretrained(directory, state_dict=weights if given is None else given, **options)
-        else:
-            save_weights(weights, directory)
+        weights = self.state_dict(first_only=True)
+        if self.session.ranks.rank == 0:
+            options = {"state_dict": weights, "max_shard_size": request.max_shard_bytes, **request.options}
+            options["state_dict"] = {name: request.cast(value) for name, value in options["state_dict"].items()}
+            self.source.save_pretrained(directory, **options)
 
     # -- inspection ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..models.adapters import blocks, example_inputs
 from ..passes.program.plan import Plan
 from ..runtime.distributed.local_shards import LocalShards
-from ..runtime.distributed.point_to_point import check_messages, open_channels
+from ..runtime.distributed.point_to_point import check_messages
 from ..runtime.distributed.ranks import Ranks
 from ..runtime.distributed.zero import Zero
 from ..runtime.executor import Executor, Outlets
@@ -34,27 +34,28 @@ from .agreement import agreed, is_agreed_on, shared_homes
 from .capture.arguments import check_shared
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
-from .capture.weak_references import without_weak_references
 from .captures import Captures
 from .collector import resting_collector
 from .device import Device
 from .guess import of_a_guess
+from .half_loaded import HalfLoaded
 from .kept_captures import KeptCaptures
 from .lowering import Lowering, generate
 from .members import Census
 from .options import DTYPES, Options
+from .places import Incoming, Places
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, Key, Recent, channels, chunks_alike, exchanged, messages, state_alike
+from .programs import Call, Compiled, Key, Recent, exchanged, messages
 from .setup import Declaration, Phase, Setup, move
-from .values import check_memory, check_parameters, move_buffers, program_inputs, share_values
+from .values import check_memory, check_parameters, program_inputs
 
 
 class Session:
     """One model: its programs, made once each per mode and input shapes, over one setup.
 
     A plan is made for the first call, or, where it is asked for before one, for a guess of what that will be.
-    `half_loaded` are the parts of the state, "model" and "optimizer", that a load has begun to write and not ended.
+    `incoming` is what brings values to weights on `meta`, where something was told to.
     """
 
     def __init__(self, source: nn.Module, options: Options) -> None:
@@ -88,8 +89,9 @@ class Session:
         self._declared: Declaration | None = None
         self._homes: Homes = ()  # in place
         self._failure: Exception | None = None
-        self.half_loaded: set[str] = set()
-        self._are_shared = False
+        self.half_loaded = HalfLoaded()
+        self.places = Places(source, self.ranks, self.device)
+        self.incoming: Incoming | None = None
         self._stats = Stats()
         self._met: WeakSet[Executor] = WeakSet()
         self._programs: Recent[Compiled] = Recent()
@@ -261,31 +263,39 @@ class Session:
 
     # -- memory --------------------------------------------------------------------------------------------
 
+    @property
+    def may_place(self) -> bool:
+        """Whether it is known where values go. Of what other processes have, somebody must be there to have it."""
+        setup = None if self.phase is Phase.BROKEN else self.setup
+        return setup is not None and setup.refusal is None and (self.ranks.launched or not setup.plan.shares_out)
+
     def place(self) -> None:
-        """Put chunks and buffers where the plan wants them; weights on `meta` wait for values."""
-        setup = self.setup
-        if setup is None or self.phase is Phase.BROKEN or setup.refusal is not None:
+        """Put chunks and buffers where the plan wants them; weights on `meta` wait for whatever brings their values."""
+        if not self.may_place:
             return
-        if setup.plan.shares_out and not self.ranks.launched:  # nobody is there to have the other shards and layers
-            return
-        if any(parameter.is_meta for parameter in self._parameters.values()):
-            return
-        homes = shared_homes(setup.plan, [compiled.plan for compiled in self.programs().values()])
+        if not self.places.are_empty:
+            self._put()
+        elif self.incoming is not None:
+            self.incoming.check()
+            with self.half_loaded.while_written("model"):
+                self._put()
+                self.incoming.bring(self.store())
+                self.store().masters_written()
+
+    def take_places(self, are_alike: bool) -> None:
+        """Let weights on `meta` have places in chunks, where it is known which, for whoever brings the values. Those of
+        ranks that may not be alike as yet have none before they are."""
+        if self.may_place and (are_alike or not self.ranks.together):
+            self._put()
+        elif self.setup is not None:
+            self.store().chunks.let_go()
+
+    def _put(self) -> None:
+        setup, programs = self.demanded(), self.programs().values()
+        homes = shared_homes(setup.plan, [compiled.plan for compiled in programs])
         if self.is_placed and homes == self._homes:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            if self.device.is_cuda:
-                move_buffers(self.source, self.device.torch_device)
-            if self.phase is Phase.PLANNED:  # later homes change, and that on some ranks alone
-                axes = (chunk.reduced_over for chunk in setup.plan.layout.chunks)
-                self.ranks.join_axes(axes, self.device.torch_device)
-                open_channels(self.ranks, channels(setup.plan, self.programs().values()))
-            if not self._are_shared:
-                self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
-                share_values(self.source, self.ranks, self.device.torch_device, setup.machine.store.chunks)
-            self._are_shared = True
-            with without_weak_references(self.source):
-                setup.machine.store.place(homes)
+        self.places.put(setup, homes, programs, self.phase)
         self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
@@ -360,17 +370,8 @@ class Session:
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""
-        self.check_loaded()
+        self.half_loaded.check()
         self.settle(backward)
-
-    def check_loaded(self) -> None:
-        """Raises StateError where a load has failed half way."""
-        if self.half_loaded:
-            raise StateError(
-                "a checkpoint could not be read to its end: some values of the "
-                f"{' and the '.join(sorted(self.half_loaded))} are of it, others are older; "
-                "load_checkpoint(...) what is whole before going on"
-            )
 
     def settle(self, backward: bool) -> None:
         """As `ready`, for whoever brings the values."""

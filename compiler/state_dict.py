@@ -1,6 +1,8 @@
 """A state_dict of whole tensors from processes that each have a shard of some parameters, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +52,41 @@ def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
     if not keep:
         found.clear()
     return found
+
+
+@dataclass(frozen=True)
+class Readable:
+    """One tensor of a state: `read` makes it, on the CPU, and all processes call it for one after the other."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class ReadableState:
+    """A state_dict whose values are read one by one: by first names, and all further names of these."""
+
+    first: dict[str, Readable]
+    aliases: dict[str, str]
+
+
+def readable_state(session: Session) -> ReadableState:
+    """The source's state, of which nothing is read yet."""
+    shared_out, names = _shared_out(session), dict[int, str]()
+    first, aliases = dict[str, Readable](), dict[str, str]()
+    for name, value in session.source.state_dict(keep_vars=True).items():
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+            continue
+        names[id(value)], own = name, shared_out.get(name)
+        shape = tuple(value.shape) if own is None else session.store().chunks.whole_shape(own)
+        first[name] = Readable(shape, value.dtype, partial(_cpu_value, session, own, value))
+    return ReadableState(first, aliases)
+
+
+def _cpu_value(session: Session, shared_out: str | None, value: Tensor) -> Tensor:
+    return (_read(value) if shared_out is None else _whole(session, shared_out, value.detach())).cpu()
 
 
 def _whole(session: Session, parameter: str, value: Tensor) -> Tensor:

@@ -26,9 +26,8 @@ def move_buffers(source: nn.Module, device: torch.device) -> None:
 
 
 def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: ChunkStore) -> None:
-    """Every rank starts from the values of rank 0, and those that share a batch draw alike. Where rank 0 has let go of
+    """Every rank starts from the values of rank 0. Where rank 0 has let go of
     what it lacks, parameters are those of the first rank with the same layers."""
-    ranks.share_randomness()
     for name, parameter in source.named_parameters():
         if not chunks.has_let_go:
             ranks.from_first_(parameter.detach(), device)

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..runtime.isa.errors import GeminiError
 
@@ -89,7 +97,7 @@ def load_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     config = _written_config(name)
     if config is not None:
         return _random_model(config, name, seed)
-    with _load_errors(name):
+    with load_errors(name):
         # float32: anything less loses small updates.
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -110,9 +118,12 @@ def empty_model(name: str) -> PreTrainedModel:
         ModelLoadError: likewise.
     """
     config = _written_config(name)
-    with _load_errors(name), torch.device("meta"):
+    with load_errors(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False) if config is None else config
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
+        if (Path(name) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(name)
+        return model
 
 
 def _written_config(name: str) -> PretrainedConfig | None:
@@ -149,19 +160,19 @@ def _read_config(file: Path) -> PretrainedConfig:
     kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
     if kind is None:
         raise ModelLoadError(f"the config file {file} has no 'model_type', such as \"opt\"")
-    with _load_errors(f"the config file {file}"):
+    with load_errors(f"the config file {file}"):
         return AutoConfig.for_model(kind, **fields)
 
 
 def _random_model(config: PretrainedConfig, name: str, seed: int) -> PreTrainedModel:
     """Return a model of `config` with weights drawn from `seed`; the global random state stays as it was."""
-    with torch.random.fork_rng(), _load_errors(name):
+    with torch.random.fork_rng(), load_errors(name):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
 
 
 @contextmanager
-def _load_errors(name: str) -> Iterator[None]:
+def load_errors(name: str) -> Iterator[None]:
     """Whatever transformers does not like about files that people wrote, of whichever kind, is told by their name."""
     try:
         yield

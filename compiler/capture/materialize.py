@@ -11,36 +11,48 @@ from ...runtime.isa.errors import StateError
 from .weak_references import without_weak_references
 
 
-def materialize(model: nn.Module, state_dict: Mapping[str, Any], let_go: Callable[[], None]) -> None:
-    """Replace what is on `meta` by memory for `state_dict` to be copied into; parameters keep their identity. Before
-    that `let_go` is called, which may leave some that need no memory.
-
-    Buffers that no state_dict holds, such as rotary frequencies, are computed as Hugging Face's own loading
-    does. Raises StateError, and changes nothing, where a value is neither in `state_dict` nor computable.
-    """
+def check_loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Raises StateError where a value on `meta` is neither in `state_dict` nor computable."""
     _check_complete(model, state_dict)
+    _check_buffers(model)
+
+
+def materialize(model: nn.Module, take_places: Callable[[], None]) -> None:
+    """Replace what is on `meta` by memory for values to be copied into; parameters keep their identity. What
+    `take_places` gives places in chunks, or none at all, needs no memory of its own."""
+    give_buffers(model)
+    take_places()
+    with without_weak_references(model):
+        for parameter in model.parameters():
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
+
+
+def give_buffers(model: nn.Module) -> None:
+    """Replace buffers on `meta`: those that no state_dict holds, such as rotary frequencies, are computed as Hugging
+    Face's own loading does, the others are zeros until they are loaded. Raises StateError, and changes nothing, where
+    one cannot be computed."""
+    _check_buffers(model)
+    derived = [module for module in model.modules() if _derived(module)]
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    with torch.no_grad(), torch.random.fork_rng():
+        for module in derived:
+            model._init_weights(module)
+
+
+def _check_buffers(model: nn.Module) -> None:
     derived = [(path, module) for path, module in model.named_modules() if _derived(module)]
-    initialize = getattr(model, "_init_weights", None)
-    if derived and initialize is None:
+    if derived and not hasattr(model, "_init_weights"):
         path, module = derived[0]
         name = f"{path}.{_derived(module)[0]}".removeprefix(".")
         raise StateError(
             f"nothing was loaded: buffer {name} is on 'meta' and no state_dict holds it, so its values "
             "are unknown. Make it persistent, or give it values where the module is built (device='cpu')"
         )
-    with without_weak_references(model):
-        let_go()
-        for parameter in model.parameters():
-            if parameter.is_meta:
-                empty = torch.empty_like(parameter, device="cpu")
-                torch.utils.swap_tensors(parameter, nn.Parameter(empty, parameter.requires_grad))
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-    with torch.no_grad(), torch.random.fork_rng():
-        for _, module in derived:
-            initialize(module)  # type: ignore[misc]
 
 
 def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

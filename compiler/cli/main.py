@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import calibrate, compare, simulate, train
+from . import calibrate, compare, estimate, simulate, train
 
 app = typer.Typer(
     help="Train PyTorch models larger than the device.",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(train.commands)
 app.add_typer(compare.commands)
+app.add_typer(estimate.commands)
 app.add_typer(simulate.commands)
 app.add_typer(calibrate.commands)
 

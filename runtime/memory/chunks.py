@@ -210,11 +210,14 @@ class ChunkStore:
         return self.local_shards.whole_shape(layout.slots[slot])
 
     def place(self, chunk: Chunk, master: Tensor) -> None:
-        """Make `master` the chunk's master: values move over, parameters become views of it."""
+        """Make `master` the chunk's master: values move over, parameters become views of it. Those on `meta` have a
+        place then, and wait for values."""
         for slot, parameter in enumerate(chunk.parameters):
             view = chunk.slice(master, slot)
-            if not parameter.is_meta:
-                view.copy_(self.local_shard(chunk.layout.slots[slot], parameter.detach()))
+            if parameter.is_meta:
+                torch.utils.swap_tensors(parameter, nn.Parameter(with_own_storage(view), parameter.requires_grad))
+                continue
+            view.copy_(self.local_shard(chunk.layout.slots[slot], parameter.detach()))
             grad, parameter.grad = parameter.grad, None
             parameter.data = with_own_storage(view)
             if grad is not None:

@@ -166,12 +166,14 @@ class OwnStates:
         return state
 
     def _take_parameters(self, state: ChunkState, chunk: Chunk) -> None:
-        """Take over values, and free the storages that held them as far as nobody else reads these."""
-        for slot, parameter in enumerate(chunk.parameters):
+        """Take over values, and free the storages that held them as far as nobody else reads these. What is on `meta`
+        has none as yet."""
+        given = [(slot, parameter) for slot, parameter in enumerate(chunk.parameters) if not parameter.is_meta]
+        for slot, parameter in given:
             shard = self.chunks.local_shard(chunk.layout.slots[slot], parameter.detach())
             state.write(slot, self.zero.take(shard, chunk.layout, slot))
         self._states.append(state)  # from here on values are read there
-        for parameter in chunk.parameters:
+        for _, parameter in given:
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         chunk.master = chunk.gradient = chunk.cast = None

@@ -1,13 +1,9 @@
-"""What other programs read: weights as safetensors, beside files that are not ours."""
+"""Directories that other programs read, too: weights beside files that are not ours."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 """How files end that hold weights: old ones beside new ones would be another model's."""
@@ -39,16 +35,3 @@ def _files(directory: Path) -> Iterator[Path]:
         for path in (Path(folder, name) for name in (*names, *links)):
             if path.is_symlink() or path.is_file():  # a socket or a pipe is of a process
                 yield path.relative_to(directory)
-
-
-def save_weights(named: dict[str, Tensor], directory: Path) -> None:
-    """The state_dict of a model that is not Hugging Face's, as model.safetensors.
-
-    A tensor with several names is stored under the first: `safetensors.torch.load_model` finds the others.
-    """
-    kept: dict[tuple[int, torch.Size], str] = {}
-    # Names of one tensor share address and shape; parameters of one chunk share no more than its storage.
-    weights = {name: t for name, t in named.items() if kept.setdefault((t.data_ptr(), t.shape), name) == name}
-    aliases = {name: kept[t.data_ptr(), t.shape] for name, t in named.items() if name not in weights}
-    tensors = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
-    save_file(tensors, str(directory / "model.safetensors"), metadata={**aliases, "format": "pt"})

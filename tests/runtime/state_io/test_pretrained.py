@@ -1,12 +1,9 @@
-"""What other programs read beside what they do not: files of others are kept, weights are saved once."""
+"""Files of others in a directory that is replaced: they are kept, and nothing outside is looked at."""
 
 import os
 from pathlib import Path
 
-import torch
-from geminifx.runtime.state_io.pretrained import carry_over, save_weights
-from safetensors.torch import load_file, load_model
-from torch import nn
+from geminifx.runtime.state_io.pretrained import carry_over
 
 
 def test_carry_over_keeps_other_files_but_no_weights(tmp_path: Path) -> None:
@@ -43,25 +40,3 @@ def test_carry_over_looks_at_nothing_outside(tmp_path: Path) -> None:
         "folder": str(secret),
         "gone": "nowhere",
     }
-
-
-class Tied(nn.Module):
-    """Two names for one weight; `packed` as in a chunk, where it lies in a larger storage."""
-
-    def __init__(self, packed: bool) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
-        self.b.weight = self.a.weight
-        if packed:
-            storage = torch.randn(64)
-            self.a.weight.data = storage[:9].view(3, 3)
-            self.b.bias.data = storage[32:35]
-
-
-def test_tied_weights_are_saved_once_and_load_under_every_name(tmp_path: Path) -> None:
-    model, other = Tied(packed=True), Tied(packed=False)
-    save_weights(model.state_dict(), tmp_path)
-    file = tmp_path / "model.safetensors"
-    assert {name: t.numel() for name, t in load_file(file).items()} == {"a.weight": 9, "b.bias": 3}
-    load_model(other, file)
-    assert torch.equal(other.b.weight, model.a.weight) and torch.equal(other.b.bias, model.b.bias)

@@ -1,0 +1,167 @@
+"""What brings values to a model's weights when they have places in chunks: files, or the modules' own initialisers."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.adapters import blocks
+from ..models.initialisers import initialise
+from ..models.weight_names import Matched, matched
+from ..runtime.distributed.local_shards import Region
+from ..runtime.isa.errors import CheckpointError
+from ..runtime.memory.state_store import StateStore
+from ..runtime.memory.stored import Stored
+from ..runtime.state_io.safetensors_files import WeightFiles
+
+SHOWN = 5
+"""How many names an error or a warning tells."""
+
+
+@dataclass(frozen=True)
+class FromInitialisers:
+    """Random values, drawn from `seed` by each module's own initialiser; of `names` alone where these are given.
+    `empty` are the parameters as they are on `meta`, by their first names."""
+
+    source: nn.Module
+    empty: dict[str, Tensor]
+    seed: int
+    names: Collection[str] | None = None
+
+    @classmethod
+    def of(cls, source: nn.Module, seed: int, names: Collection[str] | None = None) -> "FromInitialisers":
+        return cls(source, {name: p.detach() for name, p in source.named_parameters()}, seed, names)
+
+    def check(self) -> None:
+        """They can be drawn at any time."""
+
+    def bring(self, store: StateStore) -> None:
+        def give(name: str, values: Tensor) -> None:
+            if self.names is None or name in self.names:
+                stored = store.stored_master(name)
+                for region in stored.regions:
+                    stored.write(region, _everywhere(region), values[_slices(region)])
+
+        initialise(self.source, self.empty, blocks(self.source), self.seed, give)
+
+
+@dataclass(frozen=True)
+class FromFiles:
+    """Values in safetensors files: each is read from the disk right into its chunk, of a divided one this process's
+    part alone. What the files lack is drawn by the modules' own initialisers."""
+
+    source: nn.Module
+    files: WeightFiles
+    names: Matched
+    rest: FromInitialisers | None
+
+    @classmethod
+    def found(cls, source: nn.Module, directory: Any, strict: bool) -> "FromFiles":
+        """Raises CheckpointError where the files are not for this model, or, if `strict`, lack some of it."""
+        files = WeightFiles.found(directory)
+        names = matched(source, files.entries, files.aliases)
+        _check_shapes(source, files, names)
+        told = f"{len(names.missing)} of the model's weights: {_some(names.missing)}"
+        others = f" (the files have {_some(names.unexpected)} instead)" if names.unexpected else ""
+        if names.missing and strict:
+            raise CheckpointError(
+                f"nothing was loaded: {directory} lacks {told}{others}. With strict=False they are initialised at "
+                "random; files whose weights go by other names transformers loads, whose model compile() takes"
+            )
+        if names.missing:
+            warnings.warn(f"{directory} lacks {told}, which are initialised at random{others}", stacklevel=3)
+        elif names.unexpected:
+            warnings.warn(
+                f"{len(names.unexpected)} weights in {directory} were left out, for the model has none of these names: "
+                f"{_some(names.unexpected)}",
+                stacklevel=3,
+            )
+        rest = FromInitialisers.of(source, torch.initial_seed(), names.missing) if names.missing else None
+        return cls(source, files, names, rest)
+
+    def check(self) -> None:
+        self.files.check()
+
+    def bring(self, store: StateStore) -> None:
+        if self.rest is not None:
+            self.rest.bring(store)
+        targets = self._targets(store)
+        written: set[int] = set()
+
+        def take(name: str, slices: Any) -> None:
+            for target in targets[name]:
+                (_check_same if id(target) in written else _write)(name, target, slices)
+                written.add(id(target))
+
+        self.files.read(targets, take)
+
+    def _targets(self, store: StateStore) -> dict[str, list[Stored]]:
+        """Where each of the files' weights goes."""
+        first = {id(parameter): name for name, parameter in self.source.named_parameters()}
+        own, made = self.source.state_dict(keep_vars=True), dict[int, Stored]()
+        targets: dict[str, list[Stored]] = {}
+        for name, there in self.names.found.items():
+            tensor = own[name]
+            if id(tensor) not in made:
+                of = first.get(id(tensor))
+                made[id(tensor)] = _buffer(tensor) if of is None else store.stored_master(of)
+            found = targets.setdefault(there, [])
+            if all(target is not made[id(tensor)] for target in found):
+                found.append(made[id(tensor)])
+        return targets
+
+
+def _check_shapes(source: nn.Module, files: WeightFiles, names: Matched) -> None:
+    """Raises CheckpointError for a weight of another shape, or of numbers of another kind."""
+    own = source.state_dict(keep_vars=True)
+    for name, there in names.found.items():
+        entry, tensor = files.entries[there], own[name]
+        if entry.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, the model "
+                f"{tuple(tensor.shape)}; the files are of another model"
+            )
+        if entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"nothing was loaded: {name} is {tensor.dtype}, and {entry.dtype} in {entry.file}; load quantised "
+                "weights with the library that made them"
+            )
+
+
+def _buffer(buffer: Tensor) -> Stored:
+    return Stored.of(
+        buffer, tuple(buffer.shape), (Region((0,) * buffer.ndim, tuple(buffer.shape), 0, buffer.stride()),)
+    )
+
+
+def _write(name: str, target: Stored, slices: Any) -> None:
+    for region in target.regions:
+        target.write(region, _everywhere(region), slices[_slices(region)])
+
+
+def _check_same(name: str, target: Stored, slices: Any) -> None:
+    """Raises CheckpointError where two names of one parameter have different values."""
+    for region in target.regions:
+        values = target.read(region)
+        if not torch.equal(values, slices[_slices(region)].to(values.device, values.dtype)):
+            raise CheckpointError(
+                f"{name} and another weight of the files are one parameter of the model, tied, and have different "
+                "values; set tie_word_embeddings=False in the configuration, or take files of this model"
+            )
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    """A region's place in the whole tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(region.offsets, region.sizes, strict=True))
+
+
+def _everywhere(region: Region) -> tuple[slice, ...]:
+    """All of a region."""
+    return tuple(slice(0, size) for size in region.sizes)
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:SHOWN]) + ", ..." * (len(names) > SHOWN)

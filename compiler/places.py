@@ -1,0 +1,61 @@
+"""Where values lie: chunks and buffers are put where a plan wants them, and weights on `meta` wait for theirs."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..runtime.distributed.point_to_point import open_channels
+from ..runtime.distributed.ranks import Ranks
+from ..runtime.isa.homes import Homes
+from ..runtime.memory.state_store import StateStore
+from .capture.materialize import give_buffers
+from .capture.weak_references import without_weak_references
+from .device import Device
+from .programs import Compiled, channels, chunks_alike, state_alike
+from .setup import Phase, Setup
+from .values import move_buffers, share_values
+
+
+class Incoming(Protocol):
+    """What brings values to weights on `meta` when they have places in chunks."""
+
+    def check(self) -> None:
+        """Raises, before anything is changed, where values cannot be had any more."""
+
+    def bring(self, store: StateStore) -> None:
+        """Write all values, on every rank alike."""
+
+
+class Places:
+    """Of one model, whose values all ranks have alike from their first place on."""
+
+    def __init__(self, source: nn.Module, ranks: Ranks, device: Device) -> None:
+        self.source, self.ranks, self.device = source, ranks, device
+        self._are_shared = False
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether weights are on `meta`, without values."""
+        return any(parameter.is_meta for parameter in self.source.parameters())
+
+    def put(self, setup: Setup, homes: Homes, programs: Iterable[Compiled], phase: Phase) -> None:
+        """Put all where `homes` say. What is on `meta` has places then, for the same values on every rank."""
+        are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
+        with torch.inference_mode(False), torch.no_grad():
+            if are_empty:
+                give_buffers(self.source)
+            if self.device.is_cuda:
+                move_buffers(self.source, device)
+            if phase is Phase.PLANNED:  # later homes change, and that on some ranks alone
+                self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), device)
+                open_channels(self.ranks, channels(setup.plan, programs))
+            if not self._are_shared:
+                self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
+                self.ranks.share_randomness()
+                if not are_empty:
+                    share_values(self.source, self.ranks, device, store.chunks)
+            self._are_shared = True
+            with without_weak_references(self.source):
+                store.place(homes)

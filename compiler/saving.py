@@ -1,0 +1,89 @@
+"""Weights written for other programs, a file's worth of them at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.saving import save_all_but_weights, saved_names, saves_plainly
+from ..runtime.isa.errors import ArgumentError, wrong_argument
+from ..runtime.isa.units import parse_bytes
+from ..runtime.state_io.safetensors_files import write
+from .session import Session
+from .state_dict import Readable, readable_state
+
+STREAMED = {"max_shard_size", "is_main_process", "safe_serialization"}
+"""Options of Hugging Face's that say nothing of weights which could not be written one by one."""
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What `save_pretrained` was asked for: how long files may be, in which dtype weights are written (None: their
+    own), and options of Hugging Face's."""
+
+    max_shard_bytes: int
+    dtype: torch.dtype | None
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, max_shard_size: int | str, dtype: torch.dtype | None, options: dict[str, Any]) -> "SaveRequest":
+        """Raises ArgumentError for values that make no sense."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise wrong_argument("dtype", dtype, "a floating-point dtype, such as torch.bfloat16, or None")
+        try:
+            max_shard_bytes = parse_bytes(max_shard_size, of=0)
+        except ValueError as error:
+            raise ArgumentError(f"max_shard_size: {error}") from error
+        given = {name: value for name, value in options.items() if (name, value) != ("state_dict", None)}
+        return cls(max_shard_bytes, dtype, given)
+
+    def streams(self, source: Any) -> bool:
+        """Whether weights can be written one by one: Hugging Face's own way asks for all of them."""
+        if not hasattr(source, "save_pretrained"):
+            return True
+        return self.options.keys() <= STREAMED and saves_plainly(source)
+
+    def cast(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype) if self.dtype is not None and values.is_floating_point() else values
+
+
+DEFAULT = SaveRequest.of("5GB", None, {})
+
+
+def save_streamed(session: Session, directory: Path, request: SaveRequest) -> None:
+    """All ranks read each weight together, and rank 0 writes it. Where that fails there, it reads on for the others."""
+    state, source = readable_state(session), session.source
+    is_hf = hasattr(source, "save_pretrained")
+    names = saved_names(source, list(state.first)) if is_hf else list(state.first)
+    left = dict.fromkeys(names)
+
+    def read(name: str) -> Tensor:
+        del left[name]
+        return request.cast(state.first[name].read())
+
+    if session.ranks.rank == 0:
+        try:
+            tensors = {name: _told(state.first[name], request) for name in names}
+            if is_hf:
+                floats = [dtype for _, dtype in tensors.values() if dtype.is_floating_point]
+                save_all_but_weights(source, directory, next(iter(floats), torch.float32))
+            write(directory, tensors, read, request.max_shard_bytes, {} if is_hf else state.aliases)
+            return
+        except Exception:
+            if session.ranks.together:
+                _read_all(list(left), read)
+            raise
+    _read_all(names, read)
+
+
+def _told(readable: Readable, request: SaveRequest) -> tuple[tuple[int, ...], torch.dtype]:
+    dtype = readable.dtype
+    return readable.shape, request.dtype if request.dtype is not None and dtype.is_floating_point else dtype
+
+
+def _read_all(names: list[str], read: Callable[[str], Tensor]) -> None:
+    for name in names:
+        read(name)

@@ -1,0 +1,170 @@
+"""Random weights by each module's own initialiser, drawn as the model's constructor draws them, a block at a time.
+
+A constructor makes the children of a module in order, then the module's own parameters, by its `reset_parameters`.
+Where it is one of Hugging Face's models it ends with `_init_weights` for each of its modules that has not had it. All
+of this is drawn again here, in that order and from one seed, so that values are those of plain PyTorch under the same
+seed, unless a constructor draws something else (GPT-2's and ViT's do), makes its modules in another order than it keeps
+them, or changes values by code of its own. What is drawn is kept for one block and for what is in no block: where
+`_init_weights` comes later than the draws whose values it may leave as they are, these are drawn once more. A tied
+parameter has the values that are drawn for it under its first name.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..runtime.isa.errors import StateError
+
+Give = Callable[[str, Tensor], None]
+"""Takes a parameter's value, by its first name."""
+
+
+def initialise(model: nn.Module, empty: Mapping[str, Tensor], blocks: Iterable[str], seed: int, give: Give) -> None:
+    """Draw the values of all parameters from `seed` and hand them to `give`; buffers are written in place. `empty` are
+    the parameters without memory, by their first names. The model's own are not looked at, and the global random state
+    stays as it was.
+
+    Raises StateError for a module that has parameters and nothing that initialises them.
+    """
+    replay = _Replay(model, empty, frozenset(blocks), give)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), replay.without_parameters():
+        torch.manual_seed(seed)
+        replay.construct(model)
+        replay.end()
+
+
+class _Replay:
+    def __init__(self, model: nn.Module, empty: Mapping[str, Tensor], blocks: frozenset[str], give: Give) -> None:
+        self.give, self.is_hf = give, isinstance(model, PreTrainedModel)
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.blocks = {id(module) for path, module in model.named_modules() if path in blocks}
+        self.held = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.first: dict[int, tuple[int, str]] = {}
+        for module, name, parameter in self.held:
+            self.first.setdefault(id(parameter), (id(module), name))
+        self.empty = {(id(m), name): empty[self.names[id(p)]] for m, name, p in self.held}
+        self.owners = {(id(m), name): p for m, name, p in self.held}
+        self.states: dict[int, Tensor] = {}  # of the generator, where the construction of a module began
+        self.constructed: set[int] = set()
+        self.initialised: set[int] = set()
+
+    @contextmanager
+    def without_parameters(self) -> Iterator[None]:
+        """Within, parameters have no memory, so that nobody writes to the model's own."""
+        for module, name, _ in self.held:
+            self._take_back(module, name)
+        try:
+            yield
+        finally:
+            for module, name, parameter in self.held:
+                module._parameters[name] = parameter
+
+    def construct(self, module: nn.Module) -> None:
+        """Draw what the constructor of a module draws. Blocks are given their values as soon as these are final."""
+        if id(module) in self.constructed:
+            return
+        self.constructed.add(id(module))
+        self.states[id(module)] = torch.get_rng_state()
+        for child in module.children():
+            self.construct(child)
+        self._lend(module)
+        self._reset(module)
+        if isinstance(module, PreTrainedModel):
+            self._initialise(module, module)
+        elif self.is_hf:
+            self._drop_block(module)
+        elif id(module) in self.blocks:
+            self._hand_over(module)
+
+    def _initialise(self, module: nn.Module, model: PreTrainedModel) -> None:
+        """What ends the construction of a model of Hugging Face's: `_init_weights` from the leaves up."""
+        if id(module) in self.initialised:
+            return
+        self.initialised.add(id(module))
+        is_block = id(module) in self.blocks
+        if is_block:
+            self._construct_again(module)
+        for child in module.children():
+            self._initialise(child, child if isinstance(child, PreTrainedModel) else model)
+        model._init_weights(module)
+        if is_block:
+            self._hand_over(module)
+
+    def _construct_again(self, module: nn.Module) -> None:
+        now = torch.get_rng_state()
+        torch.set_rng_state(self.states[id(module)])
+        for part in _from_the_leaves_up(module):
+            self._lend(part)
+            self._reset(part)
+        torch.set_rng_state(now)
+
+    def _reset(self, module: nn.Module) -> None:
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+        elif not self.is_hf and any(parameter is not None for parameter in module._parameters.values()):
+            raise self._unknown(module)
+
+    def _unknown(self, module: nn.Module) -> StateError:
+        return StateError(
+            f"{self.paths[id(module)] or 'the model'} ({type(module).__name__}) has parameters, and nothing that gives "
+            "them values: expected a method reset_parameters(), as torch's own modules have. Or load values with "
+            "load_state_dict(...)"
+        )
+
+    def _lend(self, module: nn.Module) -> None:
+        """Memory for a module's own parameters: whoever leaves them as they are is found out."""
+        for name in _own(module):
+            values = torch.empty_like(self.empty[id(module), name], device="cpu")
+            module._parameters[name] = nn.Parameter(values.fill_(torch.nan) if values.is_floating_point() else values,
+                                                    requires_grad=False)  # fmt: skip
+
+    def _take_back(self, module: nn.Module, name: str) -> None:
+        module._parameters[name] = nn.Parameter(torch.empty_like(self.empty[id(module), name]), requires_grad=False)
+
+    def _drop_block(self, module: nn.Module) -> None:
+        """Free what was drawn of a block that `_init_weights` comes to later."""
+        if id(module) in self.blocks:
+            for part in module.modules():
+                for name in _own(part):
+                    self._take_back(part, name)
+
+    def _hand_over(self, module: nn.Module) -> None:
+        """A tied parameter has the values that were drawn for it under its first name."""
+        for part in module.modules():
+            for name in _own(part):
+                values = part._parameters[name]
+                if values is None or values.is_meta:
+                    continue
+                if values.is_floating_point() and values.isnan().any():
+                    raise self._unknown(part)
+                owner = self.owners[id(part), name]
+                if self.first[id(owner)] == (id(part), name):
+                    self.give(self.names[id(owner)], values.detach())
+                self._take_back(part, name)
+
+    def end(self) -> None:
+        """Hand over what is in no block. Raises StateError where values of a block came when it was gone already."""
+        for module in dict.fromkeys(module for module, _, _ in self.held):
+            self._hand_over(module)
+        for module, name, _ in self.held:
+            written = module._parameters[name]
+            if written is not None and written._version:
+                raise StateError(
+                    f"{self.paths[id(module)]}.{name} is initialised by a module around its block, once more; load "
+                    "values with load_state_dict(...)"
+                )
+
+
+def _own(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def _from_the_leaves_up(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _from_the_leaves_up(child)
+    yield module

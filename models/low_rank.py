@@ -1,0 +1,30 @@
+"""Adapters of low rank beside frozen layers, of the shapes that PEFT's LoRA has: for plans, which read no values."""
+
+import torch
+from torch import Tensor, nn
+
+
+class _LowRank(nn.Module):
+    """A linear layer, and what is trained beside it."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def adapted(model: nn.Module, blocks: tuple[str, ...], rank: int) -> nn.Module:
+    """The model, frozen in bfloat16, with an adapter beside every linear layer of its blocks. It is changed."""
+    model.requires_grad_(False).to(torch.bfloat16)
+    device = next(model.parameters()).device
+    for path in blocks:
+        for parent in list(model.get_submodule(path).modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and not isinstance(parent, _LowRank):
+                    with device:
+                        setattr(parent, name, _LowRank(child, rank))
+    return model
