@@ -76,7 +76,8 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        captures = Captures(source, request, self.lowering, self.planning.shared())
+        shared = replace(self.planning.shared(), schedule=self.planning.schedule)
+        captures = Captures(source, request, self.lowering, shared)
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
@@ -140,12 +141,13 @@ class Session:
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         plan, flat = solution.plan, solution.program
-        program, records = self.lowering.finish(captured.by(plan.microbatches).program, solution.flat, plan)
+        divided = captured.by(plan.microbatches)
+        program, records = self.lowering.finish(divided.program, solution.flat, plan)
         if captured.divide is not None:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        history = (*captured.records, *records)
+        history = (*divided.records, *records)
         return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
 
     # -- the setup -----------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ Random numbers are those of one process, whose draws every rank leads its genera
 
 from collections import deque
 from math import prod
+from typing import Any
 
 from torch import fx
 
@@ -44,7 +45,7 @@ from .program.plan import Plan
 from .program.program import Note, Phase, Program, annotate, is_random, note, tensor_type, type_of
 from .program.types import TensorType, contiguous_stride
 from .program.verify import canonical
-from .splitting.parts import Parts, Total, aten, draws_forward
+from .splitting.parts import Parts, Total, aten, drawn_apart, draws_forward
 from .splitting.stages import Item, Made, Output, Stages, Sum, is_number
 
 _FORWARD: Phase = "forward"
@@ -82,6 +83,8 @@ class _Cut:
         self.parts = Parts(program, plan.microbatches)
         self.stages = Stages(program, plan)
         self.gradients, self.totals = self.parts.totals(lambda term: self.stages.rank_of(term) == self.rank)
+        for role, gradient in self.stages.gradients_elsewhere(self.rank):
+            self.gradients[role] = Total(gradient, 0)
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
@@ -130,7 +133,8 @@ class _Cut:
 
     def _draw_ahead(self) -> None:
         """Lead the generator through all draws, of all stages, and keep where those of this rank's begin."""
-        drawing = [node for node in self.program.computes if self._draws(node)]
+        apart = drawn_apart(self.program)
+        drawing = [node for node in self.program.computes if self._draws(node) and node not in apart]
         for microbatch in range(self.plan.microbatches):
             state = None
             for node in drawing:
@@ -278,7 +282,7 @@ class _Cut:
         total = self.by_gradient[item.gradient]
         assert total.value is not None
         self._keep(item, total.value)
-        if self.scale is not None and self.stages.holders(item.gradient) == [self.rank]:
+        if self.scale is not None and self._is_only_here(total):
             self._scale(total)
 
     def _begin_behind(self) -> None:
@@ -288,14 +292,18 @@ class _Cut:
         tangent = next(iter(self.program.inputs("tangent").values()))
         self.scale = self.parts.emit(aten.div.Tensor, tangent, self.expected, like=Note(), name="scale")
         for total in self.by_gradient.values():
-            if not total.missing and self.stages.holders(total.gradient) == [self.rank]:
+            if not total.missing and self._is_only_here(total):
                 self._scale(total)
 
     def _gradients(self) -> dict[str, fx.Node]:
         for total in self.by_gradient.values():
-            if self.stages.holders(total.gradient) != [self.rank]:
+            if not self._is_only_here(total):
                 self._sum(total)
         return {role: total.value for role, total in self.gradients.items() if total.value is not None}
+
+    def _is_only_here(self, total: Total) -> bool:
+        """Whether nobody else has the parameter."""
+        return self.stages.owners(total.gradient) == [self.rank]
 
     def _sum(self, total: Total) -> None:
         """All ranks' parts, in the order of the ranks, so that all find the same bits."""
@@ -303,11 +311,12 @@ class _Cut:
         first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
         for other in others:
             first = self.parts.emit(aten.add.Tensor, first, other, like=note(total.gradient), name="total")
+        is_under_way = first is self.values.get((self.rank, item))
         total.value = first
-        self._scale(total)
+        self._scale(total, aten.mul.Tensor if is_under_way else aten.mul_.Tensor)
 
-    def _scale(self, total: Total) -> None:
+    def _scale(self, total: Total, multiply: Any = aten.mul_.Tensor) -> None:
         """By what came in at the turn, before it is rounded."""
         origin = note(total.gradient)
-        total.value = self.parts.emit(aten.mul_.Tensor, total.value, self.scale, like=origin, name="total")
+        total.value = self.parts.emit(multiply, total.value, self.scale, like=origin, name="total")
         total.value = self.parts.rounded(total, origin)
