@@ -76,9 +76,9 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        shared = replace(self.planning.shared(), schedule=self.planning.schedule)
-        captures = Captures(source, request, self.lowering, shared)
-        self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
+        schedule = self.planning.schedule
+        captures = Captures(source, request, self.lowering, replace(self.planning.shared(), schedule=schedule))
+        self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
@@ -143,11 +143,11 @@ class Session:
         plan, flat = solution.plan, solution.program
         divided = captured.by(plan.microbatches)
         program, records = self.lowering.finish(divided.program, solution.flat, plan)
+        history = (*divided.records, *records)
         if captured.divide is not None:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        history = (*divided.records, *records)
         return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
 
     # -- the setup -----------------------------------------------------------------------------------------

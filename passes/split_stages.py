@@ -8,12 +8,12 @@
     # forward: layers.1                                   geminifx.send(h, 1)
     y = aten.mm.default(h, v)                             # forward F0.1: layers.0
     ...                                                   ... x_1, h_1 likewise
-    # backward: layers.1                                  # backward
-    dv = aten.mm.default(ht, dy)                          scale = aten.div.Tensor(tangent, expected)
-    dh = aten.mm.default(dy, vt)                          # backward B0.0: layers.0
-    # backward: layers.0                                  dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
-    dw = aten.mm.default(xt, dh)                          dw = aten.mm.default(xt, dh)
-                                                          total = aten._to_copy.default(dw, dtype=torch.float32)
+    # backward: layers.1                                  # forward B0.0: layers.0
+    dv = aten.mm.default(ht, dy)                          dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
+    dh = aten.mm.default(dy, vt)                          dw = aten.mm.default(xt, dh)
+    # backward: layers.0                                  total = aten._to_copy.default(dw, dtype=torch.float32)
+    dw = aten.mm.default(xt, dh)                          # backward
+                                                          scale = aten.div.Tensor(tangent, expected)
                                                           # backward B0.1: layers.0
                                                           ... dh_1, dw_1, total_1 likewise
                                                           total_2 = aten.mul_.Tensor(total_1, scale)
@@ -23,9 +23,9 @@ A value that is made in a stage of one rank and read in a stage of another is se
 in front of its first reader, behind all that was sent before it. A parameter that stages of several ranks read lies on
 each of them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
 
-Backwards that run in front of the turn, which stands behind the rank's last forward, need the tangent before it comes.
-All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the turn over that
-multiplies the sums, behind the turn, where gradients leave.
+The turn stands where the first of the rank's gradients would be complete. Backwards in front of it need the tangent
+before it comes. All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the
+turn over that multiplies the sums, behind the turn, where gradients leave.
 Random numbers are those of one process, whose draws every rank leads its generator through.
 """
 
@@ -105,7 +105,7 @@ class _Cut:
         for action, items in self.stages.items(self.rank):
             behind = self.program.output.prev
             if action is None:
-                results |= self._outputs(items) | self._buffers()
+                results |= self._outputs() | self._buffers()
                 self._mark(behind, _FORWARD)
                 phase = _BACKWARD
                 behind = self.program.output.prev
@@ -159,6 +159,8 @@ class _Cut:
                 self._add_up(item)
             elif isinstance(item, Sum):
                 self._complete(item)
+            else:
+                self._keep(item, self._joined(self.program.results[f"output:{item.role}"]))
         self.parts.swap(state, made[-1] if made else self.program.output)
 
     def _copy(self, item: Made) -> fx.Node:
@@ -217,12 +219,9 @@ class _Cut:
 
     # -- results -------------------------------------------------------------------------------------------
 
-    def _outputs(self, items: list[Item]) -> dict[str, fx.Node]:
+    def _outputs(self) -> dict[str, fx.Node]:
         """The outputs by their roles; in place of those that this rank has not stands none. A loop that never comes to
         the backward leaves no message behind: all come in that left in front of a turn."""
-        for item in items:
-            if isinstance(item, Output):
-                self._keep(item, self._joined(self.program.results[f"output:{item.role}"]))
         found = {}
         for role, node in self.program.results_of("output").items():
             found[f"output:{role}"] = self._output(role, node)

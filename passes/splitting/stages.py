@@ -133,17 +133,18 @@ class Stages:
     # -- what ranks do, and send each other ----------------------------------------------------------------
 
     def items(self, rank: int) -> Iterator[tuple[Action | None, list[Item]]]:
-        """What a rank makes, action by action; at its turn, without any action, the outputs."""
+        """What a rank makes, action by action, the outputs as soon as they can be. Its turn is without any action."""
         actions, turn, once = self.schedule.ranks[rank], self.schedule.turn(rank), set[fx.Node]()
+        last = self.schedule.last_forward(rank)
         missing = {
             gradient: self.plan.microbatches * len(found) for gradient, found in self._terms_of(rank).items() if found
         }
         for i, action in enumerate(actions):
             if i == turn:
-                yield None, self._outputs(rank)
-            yield action, list(self._items_of(action, once, missing))
+                yield None, []
+            yield action, [*self._items_of(action, once, missing), *(self._outputs(rank) if i == last else ())]
         if turn == len(actions):
-            yield None, self._outputs(rank)
+            yield None, []
 
     def _items_of(self, action: Action, once: set[fx.Node], missing: dict[fx.Node, int]) -> Iterator[Item]:
         for node in self.work[action.stage, action.kind]:
