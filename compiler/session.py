@@ -141,14 +141,15 @@ class Session:
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         plan, flat = solution.plan, solution.program
-        divided = captured.by(plan.microbatches)
-        program, records = self.lowering.finish(divided.program, solution.flat, plan)
-        history = (*divided.records, *records)
+        step = captured.by(plan.microbatches)
+        program, records = self.lowering.finish(step.program, solution.flat, plan)
         if captured.divide is not None:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
+        return Compiled(
+            captured, plan, flat, program, (*step.records, *records), executor, absent_outputs(flat), outlets
+        )
 
     # -- the setup -----------------------------------------------------------------------------------------
 
