@@ -8,7 +8,7 @@ from ..passes.canonicalize import canonicalize
 from ..passes.program.plan import Plan
 from ..passes.sharding.parameters import whole_parameters
 from ..runtime.isa.errors import SplitError
-from .capture.microbatches import Arguments, Microbatches, examples, typed
+from .capture.microbatches import Arguments, Finish, Microbatches, typed
 from .capture.trace import Captured, CaptureRequest, capture
 from .forward import having_forward
 from .lowering import Lowering
@@ -28,21 +28,27 @@ class Captures:
     def of(self, call: Call) -> Captured:
         """The captured step of a call; of this process's parts, where tensors are sharded. Raises ShardingError."""
         captured = self._trace(call, (call.args, call.kwargs))
-        return self._shard(captured) if self.shared.mesh.tensor_axes else self._divisible(call, captured)
+        if not self.shared.mesh.tensor_axes:
+            return self._divisible(call, captured, lambda step, microbatches: step)
+        if self.shared.schedule is None:
+            return self._shard(captured, microbatches=1)
+        return self._divisible(call, captured, self._shard)
 
     def _trace(self, call: Call, arguments: Arguments) -> Captured:
         request = replace(self.request, backward=call.backward, entry=call.entry, numbers=call.inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
             return capture(self.census.source, *arguments, request)
 
-    def _shard(self, captured: Captured) -> Captured:
-        program, records = self.lowering.shard(captured.program, self.shared)
+    def _shard(self, captured: Captured, microbatches: int) -> Captured:
+        """One process's parts of a step that runs as so many microbatches."""
+        plan = replace(self.shared, microbatches=microbatches)
+        program, records = self.lowering.shard(captured.program, plan)
         canonical = captured.program.copy()
-        canonicalize.rewrite(canonical, self.shared)
-        notes = (*captured.notes, *whole_parameters(canonical, self.shared))
+        canonicalize.rewrite(canonical, plan)
+        notes = (*captured.notes, *whole_parameters(canonical, plan))
         return replace(captured, program=program, notes=notes, records=tuple(records))
 
-    def _divisible(self, call: Call, captured: Captured) -> Captured:
+    def _divisible(self, call: Call, captured: Captured, finish: Finish) -> Captured:
         """A captured step that can be made of a part of the batch, as long as the model is as it was."""
         arguments = typed((call.args, call.kwargs))
         key, asked = call.key, replace(call, args=(), kwargs={}, leaves=[])  # whose values are not kept
@@ -56,4 +62,4 @@ class Captures:
                     raise SplitError("the model is not as it was when it was called; call it again")
                 return self._trace(asked, part)
 
-        return replace(captured, examples=examples(arguments), divide=Microbatches(captured, arguments, recapture))
+        return Microbatches(captured, arguments, recapture, finish).undivided()

@@ -182,11 +182,8 @@ class Options:
             raise ArgumentError(
                 f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
             )
-        if self.degrees.is_staged and self.degrees.mode is not None:
-            raise ArgumentError(
-                "parallel= has a pipeline and sharded tensors, which do not go together yet; leave one of them out"
-            )
-        if self.microbatches not in ("auto", 1) and self.degrees.mode is not None:
+        divides_itself = self.degrees.mode is not None and not self.degrees.is_staged
+        if self.microbatches not in ("auto", 1) and divides_itself:
             raise ArgumentError(
                 f"microbatches={self.microbatches} is for models on one process each, not for sharded ones, whose "
                 "processes divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"

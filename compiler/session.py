@@ -78,8 +78,9 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        captures = Captures(self.census, request, self.lowering, self.planning.shared())
-        self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
+        schedule = self.planning.schedule
+        captures = Captures(self.census, request, self.lowering, replace(self.planning.shared(), schedule=schedule))
+        self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
@@ -144,13 +145,15 @@ class Session:
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         plan, flat = solution.plan, solution.program
-        program, records = self.lowering.finish(captured.by(plan.microbatches).program, solution.flat, plan)
+        step = captured.by(plan.microbatches)
+        program, records = self.lowering.finish(step.program, solution.flat, plan)
         if captured.divide is not None:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        history = (*captured.records, *records)
-        return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
+        return Compiled(
+            captured, plan, flat, program, (*step.records, *records), executor, absent_outputs(flat), outlets
+        )
 
     # -- the setup -----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from ..runtime.isa.errors import ShardingError
+from ..runtime.isa.instructions import MICROBATCH
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.mesh import (
     PARTIAL,
@@ -38,7 +39,7 @@ from ..runtime.isa.mesh import (
 )
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Program, annotate, note, type_of
+from .program.program import Program, annotate, microbatches_of, note, type_of
 from .program.types import NumberType, TensorType, contiguous_stride
 from .program.verify import canonical, sharded
 from .sharding.engine import Sharder, Value
@@ -69,7 +70,7 @@ def shard(program: Program, plan: Plan) -> None:
     _want_gradients(sharder, program, found)
     _divide_batch(sharder, program)
     for node in old:
-        if node.op == "call_function":
+        if node.op == "call_function" and node not in sharder.values:
             sharder.at = node
             _lower(sharder, node)
     program.set_results({role: _result(sharder, plan, role, node, found) for role, node in program.results.items()})
@@ -100,30 +101,36 @@ def _place_parameter(sharder: Sharder, node: fx.Node, placements: Placements) ->
 
 
 def _divide_batch(sharder: Sharder, program: Program) -> None:
-    """Inputs that have a row for each example are divided along the axes that shard the batch."""
+    """Inputs that have a row for each example, or their microbatches, are divided along the axes that shard the
+    batch."""
     axes = [axis for axis, role in zip(sharder.axes, sharder.roles, strict=True) if role.activation == "batch"]
     inputs = [node for node in program.inputs("input").values() if sharder.type(node).shape]
     if not axes or not inputs:
         return
-    counts = Counter(sharder.type(node).shape[0] for node in inputs)
+    batches = [batch for node in inputs for batch in microbatches_of(node) or [node]]
+    counts = Counter(sharder.type(node).shape[0] for node in batches)
     rows, ranks = counts.most_common(1)[0][0], prod(axis.size for axis in axes)  # positions [1, length] may come first
     if rows % ranks:
+        parts = next((node.args[2] for node in batches if node.target is MICROBATCH), 1)
         raise ShardingError(
-            f"a batch of {rows} does not divide over {' x '.join(f'{a.name} {a.size}' for a in axes)} ranks; give "
-            f"every group of ranks a multiple of {ranks} examples"
+            f"a {'microbatch' if parts > 1 else 'batch'} of {rows} does not divide over "
+            f"{' x '.join(f'{a.name} {a.size}' for a in axes)} ranks; give every group of ranks a multiple of "
+            f"{ranks * parts} examples"
         )
     placements = tuple(Shard(0) if axis in axes else REPLICATE for axis in sharder.axes)
     sharder.at = next(node for node in program.graph.nodes if node.op != "placeholder")
-    for node in inputs:
+    for node in batches:
         if sharder.type(node).shape[0] == rows:
+            if node.target is MICROBATCH:
+                sharder.lower(node)
             sharder.values[node] = Value(sharder.local(node, placements), placements)
 
 
 def _want_gradients(sharder: Sharder, program: Program, found: dict[str, Placements]) -> None:
-    """A gradient is best made the way its parameter lies: tell the operators that make it, through transposes and the
-    sum that a shared parameter's is."""
+    """A gradient is best made the way it leaves: as its parameter lies, and as terms over the replicas, which are added
+    up in any case. Tell the operators that make it, through transposes and the sum that a shared parameter's is."""
     gradients = program.results_of("gradient").items()
-    rest = [(node, found[name]) for name, node in gradients if name in found]
+    rest = [(node, of_gradient(found[name], sharder.axes)) for name, node in gradients if name in found]
     while rest:
         node, placements = rest.pop()
         if node.target not in MAKERS or len(sharder.type(node).shape) != 2:

@@ -8,12 +8,12 @@
     # forward: layers.1                                   geminifx.send(h, 1)
     y = aten.mm.default(h, v)                             # forward F0.1: layers.0
     ...                                                   ... x_1, h_1 likewise
-    # backward: layers.1                                  # backward
-    dv = aten.mm.default(ht, dy)                          scale = aten.div.Tensor(tangent, expected)
-    dh = aten.mm.default(dy, vt)                          # backward B0.0: layers.0
-    # backward: layers.0                                  dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
-    dw = aten.mm.default(xt, dh)                          dw = aten.mm.default(xt, dh)
-                                                          total = aten._to_copy.default(dw, dtype=torch.float32)
+    # backward: layers.1                                  # forward B0.0: layers.0
+    dv = aten.mm.default(ht, dy)                          dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
+    dh = aten.mm.default(dy, vt)                          dw = aten.mm.default(xt, dh)
+    # backward: layers.0                                  total = aten._to_copy.default(dw, dtype=torch.float32)
+    dw = aten.mm.default(xt, dh)                          # backward
+                                                          scale = aten.div.Tensor(tangent, expected)
                                                           # backward B0.1: layers.0
                                                           ... dh_1, dw_1, total_1 likewise
                                                           total_2 = aten.mul_.Tensor(total_1, scale)
@@ -23,14 +23,15 @@ A value that is made in a stage of one rank and read in a stage of another is se
 in front of its first reader, behind all that was sent before it. A parameter that stages of several ranks read lies on
 each of them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
 
-Backwards that run in front of the turn, which stands behind the rank's last forward, need the tangent before it comes.
-All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the turn over that
-multiplies the sums, behind the turn, where gradients leave.
+The turn stands where the first of the rank's gradients would be complete. Backwards in front of it need the tangent
+before it comes. All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the
+turn over that multiplies the sums, behind the turn, where gradients leave.
 Random numbers are those of one process, whose draws every rank leads its generator through.
 """
 
 from collections import deque
 from math import prod
+from typing import Any
 
 from torch import fx
 
@@ -44,7 +45,7 @@ from .program.plan import Plan
 from .program.program import Note, Phase, Program, annotate, is_random, note, tensor_type, type_of
 from .program.types import TensorType, contiguous_stride
 from .program.verify import canonical
-from .splitting.parts import Parts, Total, aten, draws_forward
+from .splitting.parts import Parts, Total, aten, drawn_apart, draws_forward
 from .splitting.stages import Item, Made, Output, Stages, Sum, is_number
 
 _FORWARD: Phase = "forward"
@@ -82,6 +83,8 @@ class _Cut:
         self.parts = Parts(program, plan.microbatches)
         self.stages = Stages(program, plan)
         self.gradients, self.totals = self.parts.totals(lambda term: self.stages.rank_of(term) == self.rank)
+        for role, gradient in self.stages.gradients_elsewhere(self.rank):
+            self.gradients[role] = Total(gradient, 0)
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
@@ -102,7 +105,7 @@ class _Cut:
         for action, items in self.stages.items(self.rank):
             behind = self.program.output.prev
             if action is None:
-                results |= self._outputs(items) | self._buffers()
+                results |= self._outputs() | self._buffers()
                 self._mark(behind, _FORWARD)
                 phase = _BACKWARD
                 behind = self.program.output.prev
@@ -130,7 +133,8 @@ class _Cut:
 
     def _draw_ahead(self) -> None:
         """Lead the generator through all draws, of all stages, and keep where those of this rank's begin."""
-        drawing = [node for node in self.program.computes if self._draws(node)]
+        apart = drawn_apart(self.program)
+        drawing = [node for node in self.program.computes if self._draws(node) and node not in apart]
         for microbatch in range(self.plan.microbatches):
             state = None
             for node in drawing:
@@ -155,6 +159,8 @@ class _Cut:
                 self._add_up(item)
             elif isinstance(item, Sum):
                 self._complete(item)
+            else:
+                self._keep(item, self._joined(self.program.results[f"output:{item.role}"]))
         self.parts.swap(state, made[-1] if made else self.program.output)
 
     def _copy(self, item: Made) -> fx.Node:
@@ -213,12 +219,9 @@ class _Cut:
 
     # -- results -------------------------------------------------------------------------------------------
 
-    def _outputs(self, items: list[Item]) -> dict[str, fx.Node]:
+    def _outputs(self) -> dict[str, fx.Node]:
         """The outputs by their roles; in place of those that this rank has not stands none. A loop that never comes to
         the backward leaves no message behind: all come in that left in front of a turn."""
-        for item in items:
-            if isinstance(item, Output):
-                self._keep(item, self._joined(self.program.results[f"output:{item.role}"]))
         found = {}
         for role, node in self.program.results_of("output").items():
             found[f"output:{role}"] = self._output(role, node)
@@ -278,7 +281,7 @@ class _Cut:
         total = self.by_gradient[item.gradient]
         assert total.value is not None
         self._keep(item, total.value)
-        if self.scale is not None and self.stages.holders(item.gradient) == [self.rank]:
+        if self.scale is not None and self._is_only_here(total):
             self._scale(total)
 
     def _begin_behind(self) -> None:
@@ -288,14 +291,18 @@ class _Cut:
         tangent = next(iter(self.program.inputs("tangent").values()))
         self.scale = self.parts.emit(aten.div.Tensor, tangent, self.expected, like=Note(), name="scale")
         for total in self.by_gradient.values():
-            if not total.missing and self.stages.holders(total.gradient) == [self.rank]:
+            if not total.missing and self._is_only_here(total):
                 self._scale(total)
 
     def _gradients(self) -> dict[str, fx.Node]:
         for total in self.by_gradient.values():
-            if self.stages.holders(total.gradient) != [self.rank]:
+            if not self._is_only_here(total):
                 self._sum(total)
         return {role: total.value for role, total in self.gradients.items() if total.value is not None}
+
+    def _is_only_here(self, total: Total) -> bool:
+        """Whether nobody else has the parameter."""
+        return self.stages.owners(total.gradient) == [self.rank]
 
     def _sum(self, total: Total) -> None:
         """All ranks' parts, in the order of the ranks, so that all find the same bits."""
@@ -303,11 +310,12 @@ class _Cut:
         first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
         for other in others:
             first = self.parts.emit(aten.add.Tensor, first, other, like=note(total.gradient), name="total")
+        is_under_way = first is self.values.get((self.rank, item))
         total.value = first
-        self._scale(total)
+        self._scale(total, aten.mul.Tensor if is_under_way else aten.mul_.Tensor)
 
-    def _scale(self, total: Total) -> None:
+    def _scale(self, total: Total, multiply: Any = aten.mul_.Tensor) -> None:
         """By what came in at the turn, before it is rounded."""
         origin = note(total.gradient)
-        total.value = self.parts.emit(aten.mul_.Tensor, total.value, self.scale, like=origin, name="total")
+        total.value = self.parts.emit(multiply, total.value, self.scale, like=origin, name="total")
         total.value = self.parts.rounded(total, origin)

@@ -19,6 +19,8 @@ from ...runtime.isa.errors import SplitError
 from .trace import Captured
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Finish = Callable[[Captured, int], Captured]
+"""What becomes of a captured step of whole tensors that runs as so many microbatches."""
 
 
 def typed(arguments: Arguments) -> Arguments:
@@ -40,11 +42,13 @@ def examples(arguments: Arguments) -> int:
 
 @dataclass
 class Microbatches:
-    """Makes the program of so many microbatches of a captured step. `recapture` captures it with other arguments."""
+    """Makes the program of so many microbatches of a captured step. `recapture` captures it with other arguments, and
+    `finish` makes this process's of it."""
 
     whole: Captured
     arguments: Arguments
     recapture: Callable[[Arguments], Captured]
+    finish: Finish
     _made: dict[int, Captured] = field(default_factory=dict)
 
     def __call__(self, count: int) -> Captured:
@@ -53,12 +57,15 @@ class Microbatches:
             self._made[count] = self._make(count)
         return self._made[count]
 
+    def undivided(self) -> Captured:
+        """The step of the whole batch, which can be divided."""
+        return replace(self.finish(self.whole, 1), examples=examples(self.arguments), divide=self)
+
     def resized(self, size: int) -> Captured:
         """The step of a batch with so many examples, captured anew."""
         before = examples(self.arguments)
         arguments = pytree.tree_map_only(Tensor, lambda tensor: _resized(tensor, before, size), self.arguments)
-        captured = self.recapture(arguments)
-        return replace(captured, examples=size, divide=Microbatches(captured, arguments, self.recapture))
+        return Microbatches(self.recapture(arguments), arguments, self.recapture, self.finish).undivided()
 
     def keep_only(self, count: int) -> None:
         """Forget what was made for other numbers, which were not chosen."""
@@ -82,7 +89,7 @@ class Microbatches:
             except Exception as error:
                 raise SplitError(f"the model cannot be captured with a part of the batch: {error}") from error
         program = microbatched(_canonical(self.whole), _canonical(captured), count)
-        return replace(self.whole, program=program, divide=None)
+        return self.finish(replace(self.whole, program=program, divide=None), count)
 
 
 @contextmanager

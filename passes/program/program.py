@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ...runtime.isa.instructions import PLACED
+from ...runtime.isa.instructions import MICROBATCH, PLACED
 from .names import identifier
 from .types import TensorType, Type, infer
 
@@ -246,6 +246,11 @@ def belongs(node: fx.Node, block: str) -> bool:
     """Whether a node comes from a block, or from a module inside of it."""
     module = note(node).module
     return module == block or module.startswith(block + ".")
+
+
+def microbatches_of(batch: fx.Node) -> list[fx.Node]:
+    """What is read of an input that is the whole batch's, where a program runs that as microbatches."""
+    return [user for user in batch.users if user.target is MICROBATCH]
 
 
 def is_random(node: fx.Node) -> bool:

@@ -239,14 +239,16 @@ class Sharder:
                 return inf
             cost += ranks * prod(type.shape) * self._moves(found, self.settled(operand)[place], wanted)
         # Whoever makes terms of a sum pays for it, though it is taken only in front of a reader: at least as one that
-        # is scattered. Operators that pass terms on, such as a view, do not pay again.
+        # is scattered. Operators that pass terms on, such as a view, do not pay again, nor do those that are to make
+        # some.
+        wanted_here = self.wanted.get(call.node)
         for result, placement in zip(call.results, row.results, strict=True):
-            if placement == PARTIAL and PARTIAL not in row.inputs and result is not None:
+            is_asked_for = wanted_here is not None and wanted_here[place] == PARTIAL
+            if placement == PARTIAL and PARTIAL not in row.inputs and result is not None and not is_asked_for:
                 cost += ranks * prod(result.shape)
         if call.node.target is aten.t.default and PARTIAL in row.inputs and call.node not in self.wanted:
             return inf  # a transposed factor has another reader than its own product: let them share the sum
         # A gradient is kept as its parameter lies. Made elsewise, it would be exchanged as soon as it is there.
-        wanted_here = self.wanted.get(call.node)
         if wanted_here is not None and row.results[0] not in (PARTIAL, wanted_here[place]):
             return inf
         return cost

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ...runtime.isa.errors import ShardingError
+from ...runtime.isa.instructions import MICROBATCH
 from ...runtime.isa.mesh import PARTIAL, REPLICATE, Axis, Placement, Placements, Shard, parse_placements
 from ..program.plan import Plan
 from ..program.program import Program, note, type_of
@@ -188,7 +189,7 @@ def _use(node: fx.Node, parameter: fx.Node, origins: dict[fx.Node, fx.Node], tur
 
 def _from_input(indices: fx.Node) -> bool:
     """Whether indices are the caller's, as tokens are; positions are computed."""
-    while indices.op == "call_function" and indices.target in (*_VIEWS, aten.slice.Tensor):
+    while indices.op == "call_function" and indices.target in (*_VIEWS, aten.slice.Tensor, MICROBATCH):
         indices = indices.args[0]
     return indices.op == "placeholder"
 

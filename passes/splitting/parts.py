@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...runtime.isa.instructions import AVERAGE, DRAWN, MICROBATCH, SAVE_RNG, SWAP_RNG
+from ...runtime.isa.instructions import AVERAGE, DRAWN, FORK_RNG, MICROBATCH, SAVE_RNG, SWAP_RNG
 from ...runtime.isa.linear_cross_entropy import ABSENT
 from ...runtime.isa.precision import accumulate_dtype
-from ..program.program import Note, Program, is_random, note, tensor_type, type_of
+from ..program.program import Note, Program, is_random, microbatches_of, note, tensor_type, type_of
 from ..program.types import TensorType
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ class Parts:
         """The gradients that are added up of the terms that are `here`, by their roles, and by their terms. Those of
         what has a row for each example are put together instead."""
         inputs, made = self.program.inputs("input"), dict[fx.Node, Total]()
-        batch = {f"input:{name}" for name, node in inputs.items() if any(u.target is MICROBATCH for u in node.users)}
+        batch = {f"input:{name}" for name, node in inputs.items() if microbatches_of(node)}
         by_role, by_term = dict[str, Total](), defaultdict[fx.Node, list[Total]](list)
         for name, node in self.program.results_of("gradient").items():
             if name in batch:
@@ -146,6 +146,17 @@ class Parts:
         """Let the generator go on from a microbatch's state, where it has one, or keep that and go back."""
         if state is not None:
             self.emit(SWAP_RNG, state, like=note(like))
+
+
+def drawn_apart(program: Program) -> set[fx.Node]:
+    """What draws from a generator that was forked, and leaves the one that it was forked from as it is."""
+    found, is_apart = set[fx.Node](), False
+    for node in program.computes:
+        if node.target is SWAP_RNG and node.args[0].target is FORK_RNG:
+            is_apart = not is_apart
+        elif is_apart:
+            found.add(node)
+    return found
 
 
 def draws_forward(nodes: list[fx.Node]) -> bool:

@@ -133,17 +133,18 @@ class Stages:
     # -- what ranks do, and send each other ----------------------------------------------------------------
 
     def items(self, rank: int) -> Iterator[tuple[Action | None, list[Item]]]:
-        """What a rank makes, action by action; at its turn, without any action, the outputs."""
+        """What a rank makes, action by action, the outputs as soon as they can be. Its turn is without any action."""
         actions, turn, once = self.schedule.ranks[rank], self.schedule.turn(rank), set[fx.Node]()
+        last = self.schedule.last_forward(rank)
         missing = {
             gradient: self.plan.microbatches * len(found) for gradient, found in self._terms_of(rank).items() if found
         }
         for i, action in enumerate(actions):
             if i == turn:
-                yield None, self._outputs(rank)
-            yield action, list(self._items_of(action, once, missing))
+                yield None, []
+            yield action, [*self._items_of(action, once, missing), *(self._outputs(rank) if i == last else ())]
         if turn == len(actions):
-            yield None, self._outputs(rank)
+            yield None, []
 
     def _items_of(self, action: Action, once: set[fx.Node], missing: dict[fx.Node, int]) -> Iterator[Item]:
         for node in self.work[action.stage, action.kind]:
@@ -175,7 +176,7 @@ class Stages:
             case Made(node):
                 return sorted({self.rank_of(user) for user in self._readers(node) if user.target not in JOINS})
             case Sum(gradient):
-                return self.holders(gradient)
+                return self.owners(gradient)
             case Output(role):
                 everyone = list(range(len(self.schedule.ranks)))
                 return everyone if self.is_told(self.program.results[f"output:{role}"]) else []
@@ -203,9 +204,26 @@ class Stages:
         """The ranks that add up a part of a gradient."""
         return sorted({self.rank_of(term) for term in terms(gradient)})
 
+    def owners(self, gradient: fx.Node) -> list[int]:
+        """The ranks that have a parameter with this gradient, each of which updates it: also those that have no part in
+        it, where what they make of the parameter goes by a stage of another one, or into no gradient."""
+        names = (name for name, node in self.program.results_of("gradient").items() if node is gradient)
+        return sorted(set().union(*(self._owners[name] for name in names)))
+
+    def gradients_elsewhere(self, rank: int) -> Iterator[tuple[str, fx.Node]]:
+        """By their roles, the gradients of a rank's parameters in which it has no part."""
+        for name, gradient in self.program.results_of("gradient").items():
+            if name in self._owners and rank in self._owners[name] and rank not in self.holders(gradient):
+                yield f"gradient:{name}", gradient
+
     def parameters(self, rank: int) -> frozenset[str]:
         """The names of the parameters that a rank reads or has gradients of; the first one has those, too, that nobody
         reads."""
+        return frozenset(name for name, owners in self._owners.items() if rank in owners)
+
+    @cached_property
+    def _owners(self) -> dict[str, set[int]]:
+        """By the names of the parameters, in their order."""
         read = defaultdict[str, set[int]](set)
         for name, node in self.program.inputs("parameter").items():
             frontier = [node]
@@ -218,7 +236,7 @@ class Stages:
         for name, gradient in self.program.results_of("gradient").items():
             read[name].update(self.holders(gradient))
         first = self.schedule.rank_of(0)
-        return frozenset(name for name in self.program.inputs("parameter") if rank in (read[name] or {first}))
+        return {name: read[name] or {first} for name in self.program.inputs("parameter")}
 
 
 def is_number(node: fx.Node) -> bool:

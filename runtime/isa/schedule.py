@@ -70,9 +70,16 @@ class Schedule:
 
     def turn(self, rank: int) -> int:
         """How many of a rank's actions lie in front of its turn, where it hands the loss to the training loop and
-        waits for `backward()`: those up to its last forward."""
-        forwards = [i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"]
-        return forwards[-1] + 1 if forwards else 0
+        waits for `backward()`: all but those that complete a stage's gradients of weights, which nobody may see before,
+        and what comes behind the first of these, here or on ranks that this one waits for.
+
+        All forwards are among them: the last backward of a stage waits for every microbatch's.
+        """
+        return self._turns[rank]
+
+    def last_forward(self, rank: int) -> int:
+        """The place of a rank's last forward among its actions; -1 where it has none."""
+        return max((i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"), default=-1)
 
     def forward_alone(self, microbatches: int) -> "Schedule":
         """So many microbatches through the same stages, without a backward."""
@@ -111,6 +118,18 @@ class Schedule:
         return any(action.kind in "IW" for action in self._actions)
 
     @cached_property
+    def _turns(self) -> list[int]:
+        reached, done, before = [0] * len(self.ranks), set[Action](), -1
+        while before < len(done):
+            before = len(done)
+            for rank, actions in enumerate(self.ranks):
+                end = _first_complete(actions)
+                while reached[rank] < end and done.issuperset(self.needs(actions[reached[rank]])):
+                    done.add(actions[reached[rank]])
+                    reached[rank] += 1
+        return reached
+
+    @cached_property
     def _actions(self) -> frozenset[Action]:
         return frozenset(action for actions in self.ranks for action in actions)
 
@@ -132,6 +151,12 @@ class Schedule:
             raise ValueError(f"line 1: {found}, expected a header such as '1f1b stages=2 microbatches=4'")
         ranks = tuple(_parse_rank(line, rank) for rank, line in enumerate(lines[1:]))
         return cls(header[1], int(header[2]), int(header[3]), ranks)
+
+
+def _first_complete(actions: tuple[Action, ...]) -> int:
+    """The place of the first action with which a stage's gradients of weights are complete."""
+    last = {action.stage: i for i, action in enumerate(actions) if action.kind in "BW"}
+    return min(last.values(), default=len(actions))
 
 
 def _parse_rank(line: str, rank: int) -> tuple[Action, ...]:

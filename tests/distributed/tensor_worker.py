@@ -22,6 +22,7 @@ from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
 
 ROWS = 8
 OPT_OF_EIGHT = Case("opt of eight heads", lambda: opt(num_attention_heads=8))
+DEEP = Case("opt of four blocks", lambda: opt(num_hidden_layers=4))
 HOST = {"placement": "cpu"}
 
 
@@ -61,6 +62,11 @@ def tensor(mode: str, size: int, data: int = 1, zero: int = 0, **more: Any) -> d
     return {"data": data, "zero": zero, "tensor": {"mode": mode, "size": size, **more}}
 
 
+def staged(mode: str, size: int, stages: int = 2, **more: Any) -> dict[str, Any]:
+    """Tensors that are sharded within each of a pipeline's two ranks."""
+    return {"pipeline": {"ranks": 2, "stages": stages}, **tensor(mode, size, **more)}
+
+
 CASES: dict[int, dict[str, Sharded]] = {
     4: {
         "1d x 2, data 2, clipped, within the least": Sharded(
@@ -77,6 +83,21 @@ CASES: dict[int, dict[str, Sharded]] = {
             LLAMA, Own(max_grad_norm=0.5), HOST, parallel=tensor("2.5d", 2, data=2, zero=3, depth=2)
         ),
         "2.5d of one layer": Sharded(BERT, Own(), parallel=tensor("2.5d", 4)),
+        "pipeline 2, 1d x 2, 1f1b, tied, clipped": Sharded(
+            GPT2, Own(max_grad_norm=0.5), {"microbatches": 4}, parallel=staged("1d", 2)
+        ),
+        "pipeline 2, 1d x 2, sequence, zb1p, on the host, in the backward": Sharded(
+            LLAMA,
+            Own(in_backward=True),
+            {**HOST, "microbatches": 4, "schedule": "zb1p", "recompute": "all"},
+            parallel=staged("1d", 2, sequence=True),
+        ),
+        "pipeline 2, 2.5d of two layers, interleaved, zero 1": Sharded(
+            DEEP,
+            Own(),
+            {"microbatches": 4, "schedule": "interleaved", "recompute": ("model.decoder.layers.1",)},
+            parallel=staged("2.5d", 2, 4, depth=2) | {"zero": 1},
+        ),
     },
     8: {
         "data 8": Sharded(OPT, Own(), parallel={"data": 8}),
@@ -125,14 +146,22 @@ CASES: dict[int, dict[str, Sharded]] = {
 device and on the host."""
 
 
-DROPPED = {"dropout, recompute none": "none", "dropout, recompute all": "all"}
+_DROPPING = {
+    "": {"parallel": tensor("1d", 2, data=2, sequence=True)},
+    " in stages": {"parallel": staged("1d", 2), "microbatches": 2},
+}
+DROPPED: dict[str, dict[str, Any]] = {
+    f"dropout{where}, recompute {recompute}": {**options, "recompute": recompute}
+    for where, options in _DROPPING.items()
+    for recompute in ("none", "all")
+}
 LOGITS = "logits"
 DROPPING = Case("opt with dropout", lambda: opt(dropout=0.2, attention_dropout=0.2))
 
 
-def drop(recompute: str) -> dict[str, Any]:
+def drop(**options: Any) -> dict[str, Any]:
     """Two steps with dropout: losses, weights, whether replicas agree, and where the generator is behind them."""
-    model = compiled(DROPPING, recompute=recompute, parallel=tensor("1d", 2, data=2, sequence=True))
+    model = compiled(DROPPING, **options)
     optimizer, losses = model.optimizer(torch.optim.AdamW, lr=1e-2), []
     torch.manual_seed(model.ranks.data_rank)
     for step in range(2):
@@ -160,7 +189,7 @@ def find(name: str, ranks: int, rank: int) -> Any:
     if name == LOGITS:
         return logits(parallel=tensor("2d", 4))
     if name in DROPPED:
-        dist.all_gather_object(everyones, drop(DROPPED[name]))
+        dist.all_gather_object(everyones, drop(**DROPPED[name]))
         return everyones
     training = CASES[ranks][name]
     return of_all(train(training, training.rows(rank)))

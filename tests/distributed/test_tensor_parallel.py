@@ -52,8 +52,9 @@ def test_four_ranks_train_as_one_process(found: Finder, name: str) -> None:
 
 
 @SLOW
-def test_random_numbers_are_apart_and_generators_stay_in_step(found: Finder) -> None:
-    dropped = found("dropout, recompute none", 4)
+@pytest.mark.parametrize("where", ["", " in stages"])
+def test_random_numbers_are_apart_and_generators_stay_in_step(found: Finder, where: str) -> None:
+    dropped = found(f"dropout{where}, recompute none", 4)
     for rank in dropped:
         assert rank["agree"]
         for other in dropped:
@@ -63,8 +64,10 @@ def test_random_numbers_are_apart_and_generators_stay_in_step(found: Finder) -> 
 
 
 @SLOW
-def test_what_is_computed_again_drops_the_same(found: Finder) -> None:
-    for kept, again in zip(*(found(name, 4) for name in DROPPED), strict=True):
+@pytest.mark.parametrize("where", ["", " in stages"])
+def test_what_is_computed_again_drops_the_same(found: Finder, where: str) -> None:
+    ways = (found(f"dropout{where}, recompute {recompute}", 4) for recompute in ("none", "all"))
+    for kept, again in zip(*ways, strict=True):
         assert again["losses"] == kept["losses"] and torch.equal(again["generator"], kept["generator"])
         assert all(torch.equal(again["state"][name], value) for name, value in kept["state"].items())
 

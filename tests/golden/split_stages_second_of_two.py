@@ -58,7 +58,6 @@ def after(
     y_2: "f32[2, 4]" = aten.mm.default(h_2, v)
     # forward F1.1
     loss_2: "f32[]" = aten.mean.default(y_2)
-    # forward
     add: "f32[]" = aten.add.Tensor(loss_1, loss_2)
     div: "f32[]" = aten.div.Tensor(add, 2)
     geminifx.send(div, 0)

@@ -55,16 +55,15 @@ def after(
     y_2: "f32[2, 4]" = aten.mm.default(h_2, v)
     # forward F1.1
     loss_2: "f32[]" = aten.mean.default(y_2)
-    # forward
     add: "f32[]" = aten.add.Tensor(loss_1, loss_2)
     div: "f32[]" = aten.div.Tensor(add, 2)
     geminifx.send(div, 0)
-    # backward
-    scale: "f32[]" = aten.div.Tensor(tangent, expected)
-    # backward W1.0: layers.1
+    # forward W1.0: layers.1
     ht_1: "f32[4, 2]{1, 4}" = aten.t.default(h_1)
     dv_1: "f32[4, 4]" = aten.mm.default(ht_1, dy_1)
     total: "f32[4, 4]" = aten._to_copy.default(dv_1, dtype=torch.float32)
+    # backward
+    scale: "f32[]" = aten.div.Tensor(tangent, expected)
     # backward W1.1: layers.1
     ht_2: "f32[4, 2]{1, 4}" = aten.t.default(h_2)
     dv_2: "f32[4, 4]" = aten.mm.default(ht_2, dy_1)

@@ -52,6 +52,23 @@ TIED, ROUNDING = ("gradient:model.decoder.embed_tokens.weight", "gradient:transf
 on one rank these come in another order."""
 
 
+class DetachedHead(torch.nn.Module):
+    """Reads the embedding's weight, and hands it no gradient."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.embedding.weight.detach())
+
+
+def _detached_head():
+    model = opt(tie_word_embeddings=False)
+    model.lm_head = DetachedHead(model.model.decoder.embed_tokens)
+    return model
+
+
 def _frozen(model):
     model.model.decoder.embed_tokens.requires_grad_(False)
     return model
@@ -100,6 +117,15 @@ def test_two_ranks_find_what_one_process_does(case, recompute):
 def test_every_schedule_gives_the_same_bits(name, shape):
     step = step_of(DEEP, shape.microbatches)
     check(step, make_schedule(name, shape), recompute=step.blocks[::2])
+
+
+def test_whoever_reads_a_weight_has_its_gradient():
+    """That of the embedding is made in the first stage alone; the last one's copy is to be updated by it, too."""
+    step = step_of(Case("opt, its head detached", _detached_head), 4)
+    for tangent in (1.0, 0.5):
+        check(step, make_schedule("1f1b", Shape(2, 4)), tangent=tangent)
+    _, last = step.staged(make_schedule("1f1b", Shape(2, 4)))
+    assert "gradient:model.decoder.embed_tokens.weight" in last
 
 
 def test_one_microbatch_is_the_batch():

@@ -1,5 +1,4 @@
-"""Whether a schedule can run: every stage works on every microbatch once, nobody waits for ever, and no training loop
-is handed a loss that waits for its own `backward()`.
+"""Whether a schedule can run: every stage works on every microbatch once, and nobody waits for ever.
 
 Ranks run their actions in order. What one rank makes for another is sent as soon as it is there, and the sender goes
 on; who needs it waits for it.
@@ -44,7 +43,6 @@ def _violations(schedule: Schedule) -> Iterator[Violation]:
     yield from _apart(schedule)
     yield from _not_once(schedule)
     yield from _stuck(schedule)
-    yield from _behind_a_turn(schedule)
 
 
 def _out_of_range(schedule: Schedule) -> Iterator[Violation]:
@@ -109,20 +107,6 @@ def _stuck(schedule: Schedule) -> Iterator[Violation]:
     found = ", ".join(waits[waiter] for waiter in circle)
     action = schedule.ranks[rank][reached[rank]]
     yield Violation(_at(rank, action), found, "every action behind all that it waits for")
-
-
-def _behind_a_turn(schedule: Schedule) -> Iterator[Violation]:
-    """A loop may read the loss before it calls `backward()`: by then every rank comes to its turn."""
-    turns = [schedule.turn(rank) for rank in range(len(schedule.ranks))]
-    later = {action: rank for rank, turn in enumerate(turns) for action in schedule.ranks[rank][turn:]}
-    for rank, turn in enumerate(turns):
-        for action in schedule.ranks[rank][:turn]:
-            for needed in schedule.needs(action):
-                if needed in later:
-                    found = f"it waits for {needed}, which lies behind the turn of rank {later[needed]}"
-                    yield Violation(
-                        _at(rank, action), found, "in front of a turn nothing that waits for what is behind one"
-                    )
 
 
 def _each(schedule: Schedule) -> Iterator[tuple[int, Action]]:

@@ -36,7 +36,7 @@ def test_what_a_schedule_says_of_its_ranks():
     schedule = Schedule.parse(TEXT)
     assert [schedule.rank_of(stage) for stage in range(3)] == [0, 1, 0]
     assert [schedule.stages_of(rank) for rank in range(2)] == [(0, 2), (1,)]
-    assert [schedule.turn(rank) for rank in range(2)] == [5, 2]
+    assert [schedule.turn(rank) for rank in range(2)] == [6, 3]
     assert schedule.splits_backward
     with pytest.raises(ValueError, match="no rank runs stage 3 of 3 of the schedule hand-made"):
         schedule.rank_of(3)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
+from geminifx.compiler.planner.pipeline.schedules import KINDS, Shape, make_schedule
 from geminifx.compiler.planner.pipeline.simulate import Event, Simulated, StageCosts, simulate
 from geminifx.runtime.isa.errors import ArgumentError
 from geminifx.runtime.isa.schedule import Action, Schedule
@@ -98,20 +98,20 @@ def test_every_action_by_hand():
 
 
 def test_a_loss_that_is_read_stops_ranks_at_their_turns():
-    """Rank 0 could do I0.0 from 3 s on, rank 1 has the loss at 4 s, and rank 0 a second later."""
-    schedule = make_schedule("zb1p", Shape(ranks=2, microbatches=2))
-    stages = [StageCosts(1, 1, 1, 2), StageCosts(1, 1, 1, 2, message_s=1)]
+    """Rank 0 could do B0.0 from 4 s on, and has the loss, which is there at 2 s, at 9 s."""
+    schedule = make_schedule("gpipe", Shape(ranks=2, microbatches=1))
+    stages = [StageCosts(1, 1, 1, 2), StageCosts(1, 1, 1, 2, message_s=7)]
     plain, waiting = simulate(schedule, stages), simulate(schedule, stages, loss_awaited=True)
-    backward = Action(stage=0, microbatch=0, kind="I")
-    assert [event for event in plain.events if event.action == backward] == [Event(0, backward, 3, 4)]
-    assert [event for event in waiting.events if event.action == backward] == [Event(0, backward, 5, 6)]
-    assert (plain.step_s, waiting.step_s) == (7, 9)
+    backward = Action(stage=0, microbatch=0, kind="B")
+    assert [event for event in plain.events if event.action == backward] == [Event(0, backward, 4, 6)]
+    assert [event for event in waiting.events if event.action == backward] == [Event(0, backward, 9, 11)]
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), SHAPES)
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-def test_one_stage_per_rank_loses_nothing_by_a_loss_that_is_read(name: str, ranks: int, microbatches: int):
-    plain = simulated(name, ranks, microbatches)
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_is_lost_by_a_loss_that_is_read(name: str, ranks: int, microbatches: int):
+    stages_per_rank = 2 if name in ("interleaved", "zbv") else 1
+    plain = simulated(name, ranks, microbatches, stages_per_rank)
     assert simulate(plain.schedule, plain.costs, loss_awaited=True).step_s == plain.step_s
 
 
