@@ -33,7 +33,8 @@ class Captures:
     def _trace(self, call: Call, arguments: Arguments) -> Captured:
         request = replace(self.request, backward=call.backward, entry=call.entry, numbers=call.inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-            return capture(self.source, *arguments, request)
+            captured = capture(self.source, *arguments, request)
+        return replace(captured, notes=(*self.shared.notes, *captured.notes))
 
     def _shard(self, captured: Captured) -> Captured:
         program, records = self.lowering.shard(captured.program, self.shared)

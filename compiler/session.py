@@ -56,12 +56,12 @@ class Session:
     `half_loaded` are the parts of the state, "model" and "optimizer", that a load has begun to write and not ended.
     """
 
-    def __init__(self, source: nn.Module, options: Options) -> None:
+    def __init__(self, source: nn.Module, options: Options, notes: tuple[str, ...] = ()) -> None:
         check_memory(source)
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        mesh_of = partial(options.degrees.mesh, options.world_size)
+        mesh_of = partial(options.degrees.mesh, options.world)
         self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype, options.timeout_s)
         self.local_shards = LocalShards(self.ranks)
         self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
@@ -76,7 +76,7 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        captures = Captures(source, request, self.lowering, self.planning.shared())
+        captures = Captures(source, request, self.lowering, replace(self.planning.shared(), notes=notes))
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
