@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime.isa.errors import ArgumentError, wrong_argument
+from ..runtime.isa.errors import ArgumentError, BudgetError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
 from .module import CompiledModule
 from .options import Options
+from .world import Settled, settle, settle_otherwise
 
 
 def compile(model: nn.Module, device_budget: int | str | None = None, world_size: int | None = None,
@@ -20,8 +21,9 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     Args:
         model: any nn.Module; its weights may still be on `meta`.
         device_budget: device memory the whole process may use: bytes, "24GB" (10^9), "24GiB" (2^30), "80%".
-        world_size: processes to train on; by default those that torchrun launched. How they share the work is
-            `parallel`, one of the options: each has its part of the batch unless that says otherwise.
+        world_size: processes to train on; by default those that torchrun launched. How they share the work is chosen,
+            unless `parallel`, one of the options, says it; `cluster`, another one, describes what they run on. Without
+            any of these each has its part of the batch.
         options: fields of `Options`.
 
     Returns:
@@ -41,7 +43,17 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         raise ArgumentError("model: it is compiled already; compile the model it was made from with other options")
     refuse(model)
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
-    compiled = CompiledModule(model, chosen)
+    settled = settle(model, chosen)
+    while True:
+        try:
+            return _compiled(model, settled)
+        except BudgetError as refusal:
+            settled = settle_otherwise(settled, chosen, refusal)
+
+
+def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
+    """Where there is something to plan by, planned at once."""
+    compiled, chosen = CompiledModule(model, settled.options, settled), settled.options
     if chosen.example_inputs is not None:
         _prepare(compiled, chosen.example_inputs)
     elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at

@@ -37,7 +37,8 @@ class Captures:
     def _trace(self, call: Call, arguments: Arguments) -> Captured:
         request = replace(self.request, backward=call.backward, entry=call.entry, numbers=call.inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(call.backward):
-            return capture(self.census.source, *arguments, request)
+            captured = capture(self.census.source, *arguments, request)
+        return replace(captured, notes=(*self.shared.notes, *captured.notes))
 
     def _shard(self, captured: Captured, microbatches: int) -> Captured:
         """One process's parts of a step that runs as so many microbatches."""

@@ -36,6 +36,7 @@ from .saving import DEFAULT, SaveRequest, save_streamed
 from .session import Session
 from .setup import Phase
 from .state_dict import local_shards_of, whole_state
+from .world import Settled
 
 
 class CompiledModule(Facade):
@@ -46,14 +47,17 @@ class CompiledModule(Facade):
     evaluation) and input shapes, once each, and share the parameters. `plan`, `graph` and `stats` tell what
     was decided, what runs, and what it used.
 
+    `world` is the plan for how its processes share the work, where that was chosen.
+
     The source model shares its modules with this one: it stays usable for what reads its parameters, such as
     `save_pretrained`, and anything that is not found here is looked up there.
     """
 
-    def __init__(self, source: nn.Module, options: Options) -> None:
-        session = Session(source, options)
+    def __init__(self, source: nn.Module, options: Options, settled: Settled | None = None) -> None:
+        session = Session(source, options, () if settled is None else settled.notes)
         super().__init__(source, Calls(session))
         self.__dict__["session"] = session
+        self.__dict__["world"] = None if settled is None else settled.world
 
     @property
     def source(self) -> nn.Module:

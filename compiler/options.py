@@ -19,8 +19,9 @@ from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
-from .parallel import Parallel
+from .parallel import Parallel, cannot_run
 from .rates.choice import given_rates
+from .rates.clusters import Cluster, given_cluster
 from .rates.rates import Rates
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -40,7 +41,11 @@ class Options:
         example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
         parallel: how the processes share the work, see `Parallel`: {"data": 2, "tensor": {"mode": "2d", "size": 4}}.
-            By default each has its part of the batch.
+            "auto" lets the planner choose for the step that one of `example_inputs` for each process makes; so it is by
+            default where `world_size` or `cluster` is given. Else each process has its part of the batch.
+        cluster: what the processes run on, for the planner to choose by: the name of one, such as "4x8-infiniband", the
+            path of a TOML file, or a dict of nodes, devices, card, and the links within and between nodes. By default
+            one node of as many as there are of this device.
         precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
             otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
         reduce_dtype: in what processes add up their gradients: "fp32" rounds their mean to the compute dtype once;
@@ -79,7 +84,8 @@ class Options:
     world_size: int | None = None
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None
     placement: Policy = "auto"
-    parallel: Mapping[str, Any] | None = None
+    parallel: Mapping[str, Any] | Literal["auto"] | None = None
+    cluster: Cluster | None = None
     precision: Precision | None = None
     reduce_dtype: ReduceDtype = "fp32"
     microbatches: int | Literal["auto"] = "auto"
@@ -112,7 +118,8 @@ class Options:
         values["passes"] = _passes(values.get("passes", ()))
         if isinstance(values.get("plan"), str | PathLike):
             values["plan"] = Plan.load(values["plan"])
-        values["rates"] = given_rates(values.get("rates"))
+        values["cluster"] = given_cluster(values.get("cluster"))
+        values["rates"] = given_rates(values.get("rates")) or (values["cluster"] and values["cluster"].rates)
         for name in ("recompute", "offload", "example_inputs"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
@@ -151,8 +158,8 @@ class Options:
                 self.optimizer_state_bytes,
                 "a whole number of bytes per parameter, 0 or more (AdamW: 8, SGD with momentum: 4)",
             )
-        if self.parallel is not None and not isinstance(self.parallel, Mapping):
-            raise wrong_argument("parallel", self.parallel, "degrees by name, such as parallel={'data': 1}")
+        if self.parallel not in (None, "auto") and not isinstance(self.parallel, Mapping):
+            raise wrong_argument("parallel", self.parallel, "'auto', or degrees by name, such as parallel={'data': 1}")
         if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
             raise wrong_argument("world_size", self.world_size, "a number of processes, 1 or more")
         if not isinstance(self.timeout_s, int | float) or not 0 < self.timeout_s < math.inf:
@@ -182,16 +189,18 @@ class Options:
             raise ArgumentError(
                 f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
             )
-        divides_itself = self.degrees.mode is not None and not self.degrees.is_staged
-        if self.microbatches not in ("auto", 1) and divides_itself:
-            raise ArgumentError(
-                f"microbatches={self.microbatches} is for models on one process each, not for sharded ones, whose "
-                "processes divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"
-            )
+        why_not = cannot_run(self.degrees, 1 if self.microbatches == "auto" else self.microbatches)
+        if why_not:
+            raise ArgumentError(why_not)
         if self.fuse_loss is True and self.degrees.mode is not None:
             raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
-        if self.world_size is not None:
-            self.degrees.mesh(self.world_size, 1)
+        if self.cluster is not None and self.world_size not in (None, self.cluster.size):
+            raise ArgumentError(
+                f"world_size={self.world_size}, but the cluster has {self.cluster.nodes} x {self.cluster.devices} "
+                "devices; expected a process for each: leave world_size out, or describe another cluster"
+            )
+        if self.world is not None:
+            self.degrees.mesh(self.world, 1)
 
     def _check_machine(self) -> None:
         """What this machine has no room for; last, since the directory that is asked for is made."""
@@ -212,7 +221,18 @@ class Options:
     @property
     def degrees(self) -> Parallel:
         """What `parallel` declares."""
-        return Parallel.of(self.parallel)
+        return Parallel.of(self.parallel if isinstance(self.parallel, Mapping) else None)
+
+    @property
+    def world(self) -> int | None:
+        """How many processes are asked for; None: those that were launched."""
+        return self.world_size or (None if self.cluster is None else self.cluster.size)
+
+    @property
+    def leaves_the_world_open(self) -> bool:
+        """Whether how the processes share the work is the planner's to choose."""
+        asked = self.parallel == "auto" or (self.parallel is None and self.world is not None)
+        return asked and self.plan is None
 
 
 _ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"]}

@@ -147,6 +147,16 @@ class Parallel:
         return Mesh((*(axis for axis in outer if axis.size > 1), *self.tensor_axes()))
 
 
+def cannot_run(degrees: Parallel, microbatches: int = 1) -> str:
+    """Why the product cannot run a training step so, and what to change; "" where it can."""
+    if microbatches > 1 and degrees.mode is not None and not degrees.is_staged:
+        return (
+            f"microbatches={microbatches} is for models on one process each, not for sharded ones, whose processes "
+            "divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"
+        )
+    return ""
+
+
 def _tensor(given: Any) -> dict[str, Any]:
     """What `tensor` declares: a dict, or "mode:size" or "mode:size:depth" in short. Raises ArgumentError for anything
     else."""

@@ -58,12 +58,12 @@ class Session:
     `incoming` is what brings values to weights on `meta`, where something was told to.
     """
 
-    def __init__(self, source: nn.Module, options: Options) -> None:
+    def __init__(self, source: nn.Module, options: Options, notes: tuple[str, ...] = ()) -> None:
         check_memory(source)
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        mesh_of = partial(options.degrees.mesh, options.world_size)
+        mesh_of = partial(options.degrees.mesh, options.world)
         self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype, options.timeout_s)
         self.local_shards = LocalShards(self.ranks)
         self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
@@ -78,9 +78,9 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        schedule = self.planning.schedule
-        captures = Captures(self.census, request, self.lowering, replace(self.planning.shared(), schedule=schedule))
-        self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
+        shared = replace(self.planning.shared(), schedule=self.planning.schedule, notes=notes)
+        captures = Captures(self.census, request, self.lowering, shared)
+        self.captures = KeptCaptures(captures, numbers_may_be_inputs=shared.schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)

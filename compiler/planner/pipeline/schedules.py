@@ -51,12 +51,17 @@ def make_schedule(name: str, shape: Shape) -> Schedule:
     ):  # fmt: skip
         if count < 1:
             raise ArgumentError(f"a schedule of {count} {of}; expected 1 or more")
-    misfit = KINDS[name].misfit(shape)
-    if misfit:
-        raise ArgumentError(f"the schedule {name} does not fit: {misfit}")
+    why_not = misfit(name, shape)
+    if why_not:
+        raise ArgumentError(f"the schedule {name} does not fit: {why_not}")
     schedule = Schedule(name, shape.stages, shape.microbatches, KINDS[name].ranks(shape))
     check_schedule(schedule)  # torch's tables are not the same in all of its versions
     return schedule
+
+
+def misfit(name: str, shape: Shape) -> str:
+    """Why a schedule that there is does not fit a shape; "" where it does."""
+    return KINDS[name].misfit(shape)
 
 
 def _gpipe(shape: Shape) -> Ranks:

@@ -1,0 +1,366 @@
+"""What a way to share the work takes: seconds of each stage for one microbatch, bytes of each rank, and the step.
+
+It is a model of the product's programs, by closed formulas: what a block takes is scaled by the examples that a
+microbatch has and divided by those that share it; exchanges are rings. What runs beside compute, where anything does,
+counts as far as it takes longer.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from ....runtime.isa.precision import ReduceDtype
+from ...rates.clusters import Cluster, Link
+from ...rates.rates import Rates
+from ..pipeline.schedules import Shape, make_schedule
+from ..pipeline.simulate import Simulated, StageCosts, simulate
+from .model import Model
+from .units import Unit
+from .ways import Way
+
+SHARES = tuple(step / 8 for step in range(9))
+"""Of the blocks, that may be computed again."""
+
+MOMENTS_BYTES, REMAINDER_BYTES, SUM_BYTES = 8, 2, 4
+"""Of a parameter: two float32 moments, what a 16-bit weight lacks of its master, an element of a float32 sum."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What a model is planned for: a cluster whose devices do what `rates` say, and bytes that may be taken of each
+    device and of its share of the host (None: any). `examples` are a step's, of all processes. `fuses` tells whether
+    the loss over a vocabulary may be computed in pieces, `reduce_dtype` in what gradients are added up, `recomputed`
+    which shares of the blocks may be computed again, the least first."""
+
+    cluster: Cluster
+    rates: Rates
+    examples: int
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    fuses: bool = True
+    reduce_dtype: ReduceDtype = "fp32"
+    recomputed: tuple[float, ...] = SHARES
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Of each stage, for one microbatch: seconds of its forward and of both parts of its backward, and of its exchanges
+    in a forward among those that share tensors; bytes of a message over its end, bytes that it keeps, or keeps where
+    all is computed again, and of the largest block of it; elements of its parameters, and of its largest block's."""
+
+    forward_s: np.ndarray
+    input_s: np.ndarray
+    weight_s: np.ndarray
+    exchange_s: np.ndarray
+    message_bytes: np.ndarray
+    kept_bytes: np.ndarray
+    given_bytes: np.ndarray
+    block_bytes: np.ndarray
+    numel: np.ndarray
+    block_numel: np.ndarray
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A way, and what it takes: `step_s`, by the formulas or, where it was `simulated`, on the clock, the share of all
+    time that ranks have nothing to do, seconds of a rank's exchanges, wherever they are hidden, and bytes of the rank
+    that takes most, on the device and on its share of the host."""
+
+    way: Way
+    step_s: float
+    bubble: float
+    exchange_s: float
+    device_bytes: int
+    host_bytes: int
+    rank_bytes: tuple[int, ...] = ()
+    simulated: Simulated | None = None
+
+
+class Costs:
+    """Prices ways for one model and world. What ways have in common is computed once."""
+
+    def __init__(self, model: Model, world: World) -> None:
+        self.model, self.world, self.rates, self.cluster = model, world, world.rates, world.cluster
+        self._unit_s: dict[tuple[int, float, int, int], tuple[float, ...]] = {}
+        self._stages: dict[Way, Stages] = {}
+
+    # -- a way ---------------------------------------------------------------------------------------------
+
+    def priced(self, way: Way) -> Priced | None:
+        """By the closed formulas, with the least share of blocks computed again that fits; None where none does."""
+        costed = Costed(self, way, self.stages(way))
+        if self.world.host_bytes is not None and costed.host_bytes > self.world.host_bytes:
+            return None
+        for share in self.world.recomputed:
+            found = replace(costed, way=replace(way, recompute=share)) if share else costed
+            if self.world.device_bytes is None or found.rank_bytes.max() <= self.world.device_bytes:
+                return found.priced()
+        return None
+
+    def least_bytes(self, way: Way) -> int:
+        """Of a device, with as many blocks computed again as may be."""
+        return int(Costed(self, replace(way, recompute=self.world.recomputed[-1]), self.stages(way)).rank_bytes.max())
+
+    def simulated(self, way: Way) -> Priced:
+        """On the clock, with the share of blocks computed again that the way says."""
+        return Costed(self, way, self.stages(way)).on_the_clock()
+
+    # -- its stages ----------------------------------------------------------------------------------------
+
+    def stages(self, way: Way) -> Stages:
+        """Of those that share tensors each computes a part; where states are, and how often, does not matter here."""
+        key = replace(way, schedule="", recompute=0.0, zero=0, home="device", stages_per_rank=1, pipeline=way.stages)
+        if key not in self._stages:
+            self._stages[key] = self._cut(key)
+        return self._stages[key]
+
+    def _cut(self, way: Way) -> Stages:
+        parts, units = self.model.parts, self.model.units
+        begins = list(self.model.cuts(way.stages, self.rates))
+        rows = self.world.examples / way.data / way.microbatches / units.examples
+        shared = 1 if way.mode in ("", "1d") else way.tensor
+        each = np.array([np.sum([self._of_unit(unit, rows, way) for unit in part], axis=0) for part in parts])
+        seconds = np.add.reduceat(each, begins)
+        kept = np.array([[sum(self._kept(unit, rows, way) for unit in part[i:]) for i in (0, 1)] for part in parts])
+        given = kept[:, 1] + np.array([part[0].given_bytes for part in parts]) * rows / shared
+        crossing = np.array([part[0].crossing_bytes for part in parts]) * rows / shared
+        ends = [*begins[1:], len(parts)]
+        numel = np.array([self.model.numel(*bounds) for bounds in zip(begins, ends, strict=True)])
+        largest = np.array([max(unit.numel for unit in part) for part in parts])
+        forward_s, input_s, weight_s, exchange_s = seconds.T
+        return Stages(
+            forward_s,
+            input_s,
+            weight_s,
+            exchange_s,
+            message_bytes=np.append(crossing[begins[1:]], 0.0),
+            kept_bytes=np.add.reduceat(kept[:, 0], begins),
+            given_bytes=np.add.reduceat(given, begins),
+            block_bytes=np.maximum.reduceat(kept[:, 0] - kept[:, 1], begins),
+            numel=numel / way.parts,
+            block_numel=np.maximum.reduceat(largest, begins) / way.parts,
+        )
+
+    def _of_unit(self, unit: Unit, rows: float, way: Way) -> tuple[float, ...]:
+        """Seconds of its forward, of gradients of inputs and of weights, and of its exchanges."""
+        wide = 1 if way.mode in ("", "1d") else way.tensor
+        key = id(unit), rows, way.tensor, wide
+        if key not in self._unit_s:
+            self._unit_s[key] = tuple(
+                sum(count * each.seconds(self.rates, rows, way.tensor, wide) for each, count in unit.work[kind].items())
+                for kind in ("F", "I", "W")
+            )
+        return (*self._unit_s[key], self._exchange_s(unit, rows, way))
+
+    def _kept(self, unit: Unit, rows: float, way: Way) -> float:
+        """Logits are kept where the loss is not computed in pieces, and their gradients are as large."""
+        logits = 0 if way.tensor == 1 and self.world.fuses else 2 * unit.logits_bytes
+        wide = unit.kept_wide_bytes if way.mode == "1d" else 0
+        return rows * (wide + (unit.kept_bytes - wide + logits) / way.tensor)
+
+    def _exchange_s(self, unit: Unit, rows: float, way: Way) -> float:
+        """Of a forward, among those that share tensors."""
+        if way.tensor == 1:
+            return 0.0
+        link = self.cluster.ring(1, way.tensor)
+        if way.mode == "1d":
+            received = 2 * (way.tensor - 1) / way.tensor * self.model.units.wide_bytes * rows
+            return link.seconds(unit.sums, unit.sums * received)
+        weights = unit.product_weights * self.model.units.weight_bytes / way.parts
+        return link.seconds(2 * unit.products, (way.side - 1) * (unit.product_bytes * rows / way.tensor + weights))
+
+
+@dataclass(frozen=True)
+class Costed:
+    """A way with its stages."""
+
+    costs: Costs
+    way: Way
+    stages: Stages
+
+    @cached_property
+    def of_rank(self) -> np.ndarray:
+        """The stages of each rank: with zbv the second one comes back from the other end."""
+        found = np.arange(self.way.stages).reshape(self.way.stages_per_rank, self.way.pipeline)
+        if self.way.schedule == "zbv":
+            found[1] = found[1, ::-1]
+        return found.T
+
+    def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
+        return of_stages[self.of_rank].sum(axis=1)
+
+    @cached_property
+    def numel(self) -> np.ndarray:
+        """Of parameters, by rank."""
+        return self._by_rank(self.stages.numel)
+
+    # -- bytes ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rank_bytes(self) -> np.ndarray:
+        """What each rank of the pipeline holds at most on its device."""
+        return self._held() + self._working()
+
+    @cached_property
+    def host_bytes(self) -> int:
+        """What the rank holds on the host that has most there."""
+        if self.way.home == "device":
+            return 0
+        shares = self.way.replicas if self.way.zero else 1
+        return int(self.numel.max() * (2 * self._item + self._state) / shares)
+
+    @property
+    def _item(self) -> int:
+        return self.costs.model.units.weight_bytes
+
+    @property
+    def _state(self) -> int:
+        """Bytes of a parameter's training state beside the weight that computes."""
+        return MOMENTS_BYTES + (REMAINDER_BYTES if self._item == 2 else 0)
+
+    def _held(self) -> np.ndarray:
+        """For good: weights, gradients and states, or of those on the host two blocks' weights and gradients; and two
+        blocks that are being exchanged."""
+        way, weights = self.way, self.numel * self._item
+        passing = 2 * self._item * self.stages.block_numel[self.of_rank].max(axis=1)
+        exchanged = passing if way.replicas > 1 else 0.0
+        if way.home == "host":
+            return 2 * passing + exchanged
+        divided = weights / way.replicas + passing
+        states = self.numel * self._state / (way.replicas if way.zero else 1)
+        return (divided if way.zero == 3 else weights) + (divided if way.zero >= 2 else weights) + states + exchanged
+
+    def _working(self) -> np.ndarray:
+        """Activations: of as many microbatches as are in flight, and of a block that is computed again."""
+        stages, share = self.stages, self.way.recompute
+        kept = self._by_rank(stages.kept_bytes + share * (stages.given_bytes - stages.kept_bytes))
+        again = stages.block_bytes[self.of_rank].max(axis=1) if share else 0.0
+        return in_flight(self.way) * kept / self.way.stages_per_rank + again
+
+    # -- seconds -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _parts_s(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each stage, with all that is exchanged and fetched meanwhile: a forward, gradients of inputs, those of
+        weights, a whole backward, and a message."""
+        way, stages, gather_s = self.way, self.stages, self._gather_s
+        forward_s = stages.forward_s + stages.exchange_s
+        input_s = stages.input_s + self._back * stages.exchange_s + way.recompute * forward_s
+        backward_s = self._beside(input_s + stages.weight_s, gather_s)
+        hop = self.costs.cluster.hop(way.tensor * way.data, way.pipeline)
+        message_s = hop.latency_s + stages.message_bytes / hop.bytes_per_s
+        return self._beside(forward_s, gather_s), backward_s - stages.weight_s, stages.weight_s, backward_s, message_s
+
+    @property
+    def _back(self) -> int:
+        """How many times as long as a forward's a backward's exchanges take: where weights are gathered, twice."""
+        return 2 if self.way.mode in ("2d", "2.5d") else 1
+
+    def _beside(self, compute_s: np.ndarray, other_s: np.ndarray) -> np.ndarray:
+        return np.maximum(compute_s, other_s) if self.costs.rates.overlaps else compute_s + other_s
+
+    @cached_property
+    def _gather_s(self) -> np.ndarray:
+        """Of weights, once: from other ranks' shards, and from the host. Without a pipeline blocks run for all
+        microbatches while they are there."""
+        way, weights = self.way, self.stages.numel * self._item
+        times = way.microbatches if way.pipeline == 1 else 1
+        network_s = weights * (1 - 1 / way.replicas) / self._replicas.bytes_per_s if way.zero == 3 else 0.0
+        share = weights / way.replicas if way.zero == 3 else weights
+        bus_s = share / self.costs.rates.both_bytes_per_s if way.home == "host" else 0.0
+        return np.maximum(network_s, bus_s) / times + np.zeros(way.stages)
+
+    @property
+    def _replicas(self) -> Link:
+        """By which those exchange that have the same weights."""
+        return self.costs.cluster.ring(self.way.parts, self.way.replicas)
+
+    @cached_property
+    def stage_costs(self) -> tuple[StageCosts, ...]:
+        return tuple(
+            StageCosts(float(forward), float(input), float(weight), float(backward), float(message))
+            for forward, input, weight, backward, message in zip(*self._parts_s, strict=True)
+        )
+
+    def priced(self) -> Priced:
+        """By closed formulas: the slowest rank works all the time but while the pipeline fills and empties."""
+        forward_s, _, _, backward_s, _ = self._parts_s
+        work_s = self.way.microbatches * self._by_rank(forward_s + backward_s)
+        running_s = float(work_s.max()) + self._ramp_s()
+        bubble = 1 - float(work_s.mean()) / running_s if running_s else 0.0
+        return self._priced(running_s, bubble)
+
+    def on_the_clock(self) -> Priced:
+        """A schedule of one rank has nothing to wait for."""
+        way = self.way
+        if way.pipeline == 1:
+            return self.priced()
+        schedule = make_schedule(way.schedule, Shape(way.pipeline, way.microbatches, way.stages_per_rank))
+        run = simulate(schedule, self.stage_costs)
+        return replace(self._priced(run.step_s, run.bubble), simulated=run)
+
+    def _priced(self, running_s: float, bubble: float) -> Priced:
+        step_s, rank_bytes = running_s + float(self._tail_s().max()), tuple(map(int, self.rank_bytes))
+        exchange_s = float(self._exchange_s().max())
+        return Priced(self.way, step_s, bubble, exchange_s, max(rank_bytes), self.host_bytes, rank_bytes)
+
+    def _ramp_s(self) -> float:
+        """What it takes beyond the slowest rank's work for the first microbatch to come through all stages and back."""
+        way, (forward_s, input_s, weight_s, backward_s, message_s) = self.way, self._parts_s
+        if way.pipeline == 1:
+            return 0.0
+        messages_s = 2 * float(message_s[:-1].sum())
+        whole_s = forward_s + backward_s
+        if way.schedule in ("1f1b", "interleaved"):
+            ramp_s = float(whole_s.sum() - self._by_rank(whole_s).max())
+        else:
+            hidden_s = weight_s.sum() * (2 if way.schedule == "zbv" else 1)
+            least_s = forward_s.sum() / 4 if way.schedule == "zbv" else 0.0
+            ramp_s = (1 - 1 / way.pipeline) * max(float(forward_s.sum() + input_s.sum() - hidden_s), float(least_s))
+        return (ramp_s + messages_s) / way.stages_per_rank
+
+    def _tail_s(self) -> np.ndarray:
+        """By rank, behind its last backward: what is left of adding gradients up, and updates."""
+        way, rates, (forward_s, *_, backward_s, _) = self.way, self.costs.rates, self._parts_s
+        last = way.microbatches if way.pipeline == 1 else 1
+        hidden_s = last * self._by_rank(backward_s) if rates.overlaps else 0.0
+        left_s = np.maximum(self._reduce_s() - hidden_s, 0.0)
+        updated = self.numel / (way.replicas if way.zero else 1)
+        if way.home == "device":
+            return left_s + updated / rates.device_params_per_s
+        hidden_s = way.microbatches * self._by_rank(forward_s) if rates.overlaps else 0.0
+        update_s = updated / rates.host_params_per_s + updated * self._item / rates.both_bytes_per_s
+        return left_s + np.maximum(update_s - hidden_s, 0.0)
+
+    def _reduce_s(self) -> np.ndarray:
+        """By rank, of gradients over those that have the same weights, and of their new weights coming back to them."""
+        way = self.way
+        if way.replicas == 1:
+            return np.zeros(way.pipeline)
+        item = SUM_BYTES if self.costs.world.reduce_dtype == "fp32" else self._item
+        back = self._item if way.zero in (1, 2) else 0
+        received = self.numel * (1 - 1 / way.replicas) * (item * (1 if way.zero >= 2 else 2) + back)
+        return 2 * self._replicas.latency_s + received / self._replicas.bytes_per_s
+
+    def _exchange_s(self) -> np.ndarray:
+        """By rank, of all that it exchanges in a step, hidden or not."""
+        way, message_s = self.way, self._parts_s[-1]
+        each_s = self._by_rank(self.stages.exchange_s) * (1 + self._back + way.recompute)
+        each_s = each_s + (2 * self._by_rank(message_s) if way.pipeline > 1 else 0.0)
+        gathered_s = 2 * self._by_rank(self._gather_s) if way.zero == 3 else 0.0
+        return way.microbatches * (each_s + gathered_s) + self._reduce_s()
+
+
+def in_flight(way: Way) -> np.ndarray:
+    """By rank, of how many microbatches activations are held at most, of each of its stages counted by itself; without
+    a pipeline of all, which go through a block one behind the other."""
+    count, behind = way.microbatches * way.stages_per_rank, way.pipeline - np.arange(way.pipeline)
+    match way.schedule:
+        case "1f1b":
+            return np.minimum(count, behind)
+        case "interleaved":
+            return np.minimum(count, (way.stages_per_rank - 1) * way.pipeline + 2 * behind - 1)
+        case "zb1p" | "zbv":
+            return np.minimum(count, way.stages) + 0 * behind
+    return count + 0 * behind

@@ -1,0 +1,113 @@
+"""A whole model by its blocks, each of which takes what the one does that stands for it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ....models.adapters import blocks
+from ....passes.canonicalize import canonicalize
+from ....passes.program.plan import Plan
+from ....runtime.isa.errors import CaptureError
+from ...capture.microbatches import Arguments, examples, typed
+from ...capture.results import logits_bytes
+from ...capture.trace import Captured, CaptureRequest, capture
+from ...rates.rates import Rates
+from ..pipeline.cuts import balanced
+from .shortened import Shortened
+from .units import Unit, Units, measured
+
+
+@dataclass(frozen=True)
+class Model:
+    """What each block takes, with all that goes with it, in the order of the model; `heads` is what attention divides
+    by, 0 where nothing is known of it."""
+
+    units: Units
+    shortened: Shortened
+    heads: int = 0
+    _cuts: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, arguments: Arguments, request: CaptureRequest) -> "Model":
+        """From one captured step of a model whose equal blocks are left out but for some, or, where it does not run so,
+        of the whole. Raises CaptureError where it has no backward."""
+        names, given = blocks(model), typed(arguments)
+        short = Shortened.of(model, names)
+        try:
+            with short.applied(model):
+                captured = _captured(model, given, request)
+        except Exception:  # the model counts its blocks, or looks for one that is not there
+            short = Shortened.not_at_all(names)
+            captured = _captured(model, given, request)
+        if not captured.trains:
+            raise CaptureError("nothing takes a gradient here, so there is no training step to plan for a world")
+        saved, program = logits_bytes(captured.program), captured.program.copy()
+        canonicalize.rewrite(program, Plan())
+        return cls(measured(program, short.left, examples(given), saved), short, _heads(model))
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Unit, ...], ...]:
+        """The units of each block, and of what goes beside it: at the beginning of the model or the end of a list."""
+        units, stands_for = self.units, self.shortened.stands_for or ("",)
+        last = {name: i for i, name in enumerate(stands_for)}
+        place = {0 if name == stands_for[0] else last[name]: name for name in last}
+        return tuple(
+            (units.of_block[name], *([units.beside[place[i]]] if i in place else []))
+            for i, name in enumerate(stands_for)
+        )
+
+    def cuts(self, stages: int, rates: Rates) -> tuple[int, ...]:
+        """The blocks that so many stages begin with, for the slowest to take as little as can be."""
+        key = stages, rates.name
+        if key not in self._cuts:
+            seconds = [sum(_seconds(unit, rates) for unit in part) for part in self.parts]
+            self._cuts[key] = tuple(balanced(seconds, stages))
+        return self._cuts[key]
+
+    def numel(self, begin: int, end: int) -> int:
+        """Elements of the parameters of these blocks, those that several of them share counted once."""
+        own, shared = 0, dict[str, int]()
+        for part in self.parts[begin:end]:
+            own += part[0].numel
+            shared |= {name: numel for unit in part[1:] for name, numel in unit.parameters.items()}
+        return own + sum(shared.values())
+
+
+def _captured(model: nn.Module, arguments: Arguments, request: CaptureRequest) -> Captured:
+    with torch.inference_mode(False), torch.enable_grad():
+        return capture(model, *arguments, request)
+
+
+def _seconds(unit: Unit, rates: Rates) -> float:
+    return sum(
+        count * operator.seconds(rates, 1, 1, 1) for work in unit.work.values() for operator, count in work.items()
+    )
+
+
+def _heads(model: nn.Module) -> int:
+    """What the heads of attention and those of keys and values divide by, as the configuration tells it."""
+    found = [getattr(_config(model), name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    return gcd(*(count for count in found if isinstance(count, int)))
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config if config is None or not hasattr(config, "get_text_config") else config.get_text_config()
+
+
+def resized(arguments: Arguments, size: int) -> Arguments:
+    """A call's arguments, by their types, with so many examples."""
+    before = examples(arguments)
+
+    def of(tensor: Tensor) -> Tensor:
+        rest = tensor.shape[1:] if tensor.dim() and tensor.shape[0] == before else None
+        shape = tensor.shape if rest is None else (size, *rest)
+        made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return made.requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(Tensor, of, arguments)

@@ -1,0 +1,136 @@
+"""The choice: of all ways those that fit the memory, ranked by the closed formulas, the best of them on the clock."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ....runtime.isa.errors import BudgetError
+from ....runtime.isa.units import format_bytes, format_seconds
+from .costs import Costs, Priced, World
+from .model import Model
+from .ways import Space, Way
+
+CONFIRMED = 24
+"""So many of the best by the formulas are put on the clock, as long as they are no more than `MOST_FORWARDS`."""
+
+MOST_FORWARDS = 2**16
+TOLD = 5
+"""So many others are told of beside the chosen one, each of other degrees."""
+
+TIE = 0.01
+"""Of ways that take about as long the simplest is chosen."""
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    """How a world shares the work: the way that was `chosen`, the next best, and for what it was planned. Of `weighed`
+    ways `fitting` do fit the memory."""
+
+    world: World
+    chosen: Priced
+    others: tuple[Priced, ...]
+    weighed: int
+    fitting: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def examples_per_group(self) -> int:
+        """Of a step, what each of the groups passes whose processes share a batch."""
+        return self.world.examples // self.chosen.way.data
+
+    def lines(self) -> tuple[str, ...]:
+        """What a plan tells of it, the chosen way first."""
+        size, cluster = self.world.cluster.size, self.world.cluster
+        groups = f"{self.chosen.way.data} group(s) of processes pass {self.examples_per_group} example(s) a step each"
+        return (
+            f"of {size} processes on {cluster}, {self.fitting:,} of {self.weighed:,} ways to share the work fit: "
+            f"{told(self.chosen)}; {groups}",
+            *(f"the next best for {size} processes: {told(other)}" for other in self.others),
+            *self.notes,
+        )
+
+    def without_chosen(self, why: str) -> "WorldPlan | None":
+        """The plan for the next best way; None where there is no other."""
+        if not self.others:
+            return None
+        note = f"not taken, since its program as a whole does not fit: {self.chosen.way} ({why})"
+        return replace(self, chosen=self.others[0], others=self.others[1:], notes=(*self.notes, note))
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def told(priced: Priced) -> str:
+    """A way and what it takes, in words."""
+    host = f", {format_bytes(priced.host_bytes)} on the host" if priced.host_bytes else ""
+    return (
+        f"{priced.way}: a step of {format_seconds(priced.step_s)}, bubble {priced.bubble:.1%}, communication "
+        f"{format_seconds(priced.exchange_s)}, {format_bytes(priced.device_bytes)} a device{host}"
+    )
+
+
+def choose(model: Model, world: World, space: Space, notes: tuple[str, ...] = ()) -> WorldPlan:
+    """The fastest way that fits. Raises BudgetError where none does, with the least that would."""
+    costs, ways = Costs(model, world), list(space.ways())
+    fitting = [found for way in ways if (found := costs.priced(way)) is not None]
+    if not fitting:
+        raise _refusal(model, world, ways)
+    order = {_unsettled(way): i for i, way in enumerate(ways)}
+    confirmed = sorted(confirm(costs, fitting), key=lambda found: found.step_s)
+    tied = [found for found in confirmed if found.step_s <= (1 + TIE) * confirmed[0].step_s]
+    chosen = min(
+        tied, key=lambda found: (found.way.home != "device", found.way.recompute, order[_unsettled(found.way)])
+    )
+    others = tuple(found for found in _of_each_degrees(confirmed) if _degrees(found) != _degrees(chosen))
+    more = (found for found in _of_each_degrees(sorted(fitting, key=lambda found: found.step_s)))
+    known = {_degrees(found) for found in (chosen, *others)}
+    others = (*others, *(found for found in more if _degrees(found) not in known))[:TOLD]
+    return WorldPlan(world, chosen, others, len(ways), len(fitting), notes)
+
+
+def confirm(costs: Costs, fitting: list[Priced]) -> list[Priced]:
+    """The best of them, as the clock has them."""
+    found, forwards = list[Priced](), 0
+    for priced in sorted(fitting, key=lambda priced: priced.step_s)[:CONFIRMED]:
+        forwards += priced.way.stages * priced.way.microbatches if priced.way.pipeline > 1 else 0
+        if found and forwards > MOST_FORWARDS:
+            break
+        found.append(costs.simulated(priced.way))
+    return found
+
+
+def _unsettled(way: Way) -> Way:
+    """A way without what is decided by the memory that it leaves."""
+    return replace(way, recompute=0.0)
+
+
+def _degrees(priced: Priced) -> tuple[object, ...]:
+    way = priced.way
+    return way.data, way.pipeline, way.mode, way.tensor, way.depth, way.home
+
+
+def _of_each_degrees(ranked: Iterable[Priced]) -> list[Priced]:
+    """The first for each of the degrees."""
+    found: dict[tuple[object, ...], Priced] = {}
+    for priced in ranked:
+        found.setdefault(_degrees(priced), priced)
+    return list(found.values())
+
+
+def _refusal(model: Model, world: World, ways: list[Way]) -> BudgetError:
+    costs = Costs(model, world)
+    least = min(((costs.least_bytes(way), str(way)) for way in ways), default=None)
+    budget = "no limit" if world.device_bytes is None else format_bytes(world.device_bytes)
+    host = "" if world.host_bytes is None else f" and {format_bytes(world.host_bytes)} of the host"
+    if least is None:
+        return BudgetError(
+            f"there is no way to divide a step of {world.examples} examples over {world.cluster.size} processes; let "
+            "the examples divide by the processes, or say parallel="
+        )
+    return BudgetError(
+        f"none of {len(ways):,} ways to share the work over {world.cluster.size} processes on {world.cluster} fits "
+        f"{budget} a device{host} by what blocks take; {least[1]} takes least of a device, {format_bytes(least[0])}: "
+        "raise device_budget= or host_budget=, pass smaller batches, plan for more processes, or say parallel= for the "
+        "whole program to be weighed",
+        least[0],
+        "device",
+    )

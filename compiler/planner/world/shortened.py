@@ -1,0 +1,85 @@
+"""A model with one block for all that are equal: what one of them takes is what each of them does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+FEWEST = 2
+"""Blocks of a list that stay: one stands at its beginning, another at its end."""
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A model's `blocks`, and which of them are left; `stands_for` has for each block the one that is like it."""
+
+    blocks: tuple[str, ...]
+    left: tuple[str, ...]
+    stands_for: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: tuple[str, ...]) -> "Shortened":
+        """Of each list as many blocks are left, from its beginning, as there are kinds of them up to there."""
+        stands_for: list[str] = []
+        for names in _lists(model, blocks):
+            kinds = [_kind(model.get_submodule(name)) for name in names]
+            count = max([FEWEST, *(kinds.index(kind) + 1 for kind in kinds)])
+            last = {kind: names[i] for i, kind in enumerate(kinds[:count])}
+            stands_for += [name if i < count else last[kinds[i]] for i, name in enumerate(names)]
+        left = tuple(name for name in blocks if name in set(stands_for))
+        return cls(blocks, left, tuple(stands_for))
+
+    @classmethod
+    def not_at_all(cls, blocks: tuple[str, ...]) -> "Shortened":
+        return cls(blocks, blocks, blocks)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """While the model's lists have the blocks alone that are left."""
+        lists = [model.get_submodule(path) for path in dict.fromkeys(_parent(name) for name in self.blocks)]
+        before, gone = [dict(each._modules) for each in lists], set(self.blocks) - set(self.left)
+        modules = {id(model.get_submodule(name)) for name in gone}
+        try:
+            for each in lists:
+                for name in [name for name, child in each._modules.items() if id(child) in modules]:
+                    del each._modules[name]
+            yield
+        finally:
+            for each, children in zip(lists, before, strict=True):
+                each._modules.clear()
+                each._modules.update(children)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _lists(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[list[str]]:
+    """The blocks list by list. One whose blocks stand elsewhere, too, is none of which some may be left out."""
+    seen: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        seen[id(module)] = seen.get(id(module), 0) + 1
+    for path in dict.fromkeys(map(_parent, blocks)):
+        names = [name for name in blocks if _parent(name) == path]
+        alone = all(seen[id(model.get_submodule(name))] == 1 for name in names)
+        if alone and isinstance(model.get_submodule(path), nn.ModuleList):
+            yield names
+        else:
+            yield from ([name] for name in names)
+
+
+def _kind(block: nn.Module) -> Any:
+    """What equal blocks have in common: modules, parameters, and all that these were told but which layer they are."""
+    parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    told = tuple(
+        (path, name, value)
+        for path, module in block.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, _PLAIN) and not (name.startswith("layer_") and isinstance(value, int))
+    )
+    modules = tuple((path, type(module).__qualname__) for path, module in block.named_modules())
+    return modules, parameters, told

@@ -1,0 +1,155 @@
+"""The ways in which a world of processes can share the work, one after the other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import isqrt
+from typing import Any, Literal
+
+from ...parallel import Parallel, cannot_run
+from ..pipeline.schedules import Shape, misfit
+
+Home = Literal["device", "host"]
+
+SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb1p", 1), ("zbv", 2))
+"""Schedules of a pipeline with stages per rank that are weighed. gpipe is not: it takes as long as 1f1b, and holds
+more."""
+
+MOST_MICROBATCHES, MOST_TENSOR, MOST_PIPELINE = 256, 64, 128
+"""Further ones win nowhere."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """Degrees of parallelism, of tensors by `mode`, `tensor` and `depth` ("" and 1: not at all), the ZeRO stage, in how
+    many microbatches each group's batch runs, by which schedule on how many stages a rank; where training states
+    live, and what share of the blocks is computed again in the backward."""
+
+    data: int = 1
+    pipeline: int = 1
+    mode: str = ""
+    tensor: int = 1
+    depth: int = 1
+    zero: int = 0
+    microbatches: int = 1
+    schedule: str = ""
+    stages_per_rank: int = 1
+    home: Home = "device"
+    recompute: float = 0.0
+
+    @property
+    def replicas(self) -> int:
+        """How many processes have the same weights."""
+        return self.data * self.depth
+
+    @property
+    def side(self) -> int:
+        """Of 2d's square of processes, or one of 2.5d's."""
+        return isqrt(self.tensor // self.depth)
+
+    @property
+    def parts(self) -> int:
+        """Over how many processes weights are sharded."""
+        return self.tensor // self.depth
+
+    @property
+    def stages(self) -> int:
+        return self.pipeline * self.stages_per_rank
+
+    def degrees(self) -> dict[str, Any]:
+        """What `parallel=` is for it."""
+        found: dict[str, Any] = {"data": self.data}
+        if self.zero:
+            found["zero"] = self.zero
+        if self.pipeline > 1:
+            found["pipeline"] = {"ranks": self.pipeline, "stages": self.stages}
+        if self.tensor > 1:
+            depth = {"depth": self.depth} if self.mode == "2.5d" else {}
+            found["tensor"] = {"mode": self.mode, "size": self.tensor, **depth}
+        return found
+
+    def __str__(self) -> str:
+        words = [f"data {self.data}"] if self.data > 1 else []
+        if self.pipeline > 1:
+            stages = f" ({self.stages_per_rank} stages each)" if self.stages_per_rank > 1 else ""
+            words.append(f"pipeline {self.pipeline}{stages} by {self.schedule}")
+        if self.tensor > 1:
+            words.append(f"tensor {self.mode} {self.tensor}" + (f" of depth {self.depth}" if self.depth > 1 else ""))
+        words += [f"ZeRO {self.zero}"] if self.zero else []
+        words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
+        words += [f"{self.recompute:.0%} recomputed"] if self.recompute else []
+        words += ["states on the host"] if self.home == "host" else []
+        return ", ".join(words) or "one process"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What there is to choose from.
+
+    Fields:
+        world: how many processes there are.
+        examples: of a step, of all processes.
+        blocks, heads: of the model, by which stages and shards of tensors go; 0 heads: nothing is known of them.
+        microbatches: a number that was asked for; None: any.
+        homes: where training states may live.
+        refusal: why a way is not to be taken, "" where it is: by default what the product cannot run.
+    """
+
+    world: int
+    examples: int
+    blocks: int
+    heads: int
+    microbatches: int | None = None
+    homes: tuple[Home, ...] = ("device", "host")
+    refusal: Callable[[Way], str] = lambda way: cannot_run(Parallel.of(way.degrees()), way.microbatches)
+
+    def ways(self) -> Iterator[Way]:
+        """All that fit the model and the batch, the simplest first; whether they fit the memory is not asked."""
+        for mode, tensor, depth in self._tensors():
+            for pipeline in _divisors(self.world // tensor, min(MOST_PIPELINE, max(self.blocks, 1))):
+                data = self.world // tensor // pipeline
+                if self.examples % data:
+                    continue
+                for schedule, stages_per_rank in self._schedules(pipeline):
+                    for microbatches in self._microbatches(data, mode, tensor, depth):
+                        way = Way(data, pipeline, mode, tensor, depth, 0, microbatches, schedule, stages_per_rank)
+                        if self._fits(way):
+                            yield from self._of_states(way)
+
+    def _tensors(self) -> Iterator[tuple[str, int, int]]:
+        yield "", 1, 1
+        for size in _divisors(self.world, MOST_TENSOR)[1:]:
+            if self.heads and self.heads % size == 0:
+                yield "1d", size, 1
+            for depth in _divisors(size, size // 4):
+                side = isqrt(size // depth)
+                if side > 1 and side * side * depth == size and self.heads and self.heads % side == 0:
+                    yield ("2d" if depth == 1 else "2.5d"), size, depth
+
+    def _schedules(self, pipeline: int) -> Iterator[tuple[str, int]]:
+        if pipeline == 1:
+            yield "", 1
+        for name, stages_per_rank in SCHEDULES if pipeline > 1 else ():
+            if pipeline * stages_per_rank <= self.blocks:
+                yield name, stages_per_rank
+
+    def _microbatches(self, data: int, mode: str, tensor: int, depth: int) -> Iterator[int]:
+        """Powers of two that divide a group's batch, each part of which divides by what shards examples."""
+        group = self.examples // data
+        shards = 1 if mode in ("", "1d") else depth * isqrt(tensor // depth)
+        counts = [self.microbatches] if self.microbatches else [2**i for i in range(MOST_MICROBATCHES.bit_length())]
+        yield from (count for count in counts if group % (count * shards) == 0)
+
+    def _fits(self, way: Way) -> bool:
+        shape = Shape(way.pipeline, way.microbatches, way.stages_per_rank)
+        if way.pipeline > 1 and (way.microbatches == 1 or misfit(way.schedule, shape)):
+            return False
+        return not self.refusal(way)
+
+    def _of_states(self, way: Way) -> Iterator[Way]:
+        for home in self.homes:
+            for zero in (0, 1, 2, 3) if way.replicas > 1 else (0,):
+                yield replace(way, zero=zero, home=home)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [count for count in range(1, min(number, most) + 1) if number % count == 0]

@@ -1,0 +1,161 @@
+"""How processes share the work where nobody has said: chosen before anything is made, and alike on all of them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import distributed as dist
+from torch import nn
+
+from ..models.adapters import blocks, example_inputs
+from ..runtime.distributed.ranks import Ranks
+from ..runtime.isa.errors import ArgumentError, BudgetError
+from ..runtime.isa.mesh import Axis, Mesh
+from ..runtime.isa.units import parse_bytes
+from .capture.microbatches import Arguments, examples
+from .capture.trace import CaptureRequest
+from .device import HOST_SHARE, Device
+from .host_memory import host_memory
+from .options import DTYPES, Options
+from .planner.memory import Limits
+from .planner.world.costs import SHARES, World
+from .planner.world.model import Model, resized
+from .planner.world.search import WorldPlan, choose
+from .planner.world.ways import Home, Space
+from .rates.choice import rates_of
+from .rates.clusters import one_node
+
+UNKNOWN_INPUTS = (
+    "each process has its part of the batch: nothing is known of the model's inputs to choose another way by"
+)
+HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("device",), "cpu": ("host",)}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Options in which nothing is left open, the plan for the world where one was made, and what plans tell of it."""
+
+    options: Options
+    world: WorldPlan | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def by(cls, world: WorldPlan, options: Options, arguments: Arguments) -> "Settled":
+        return cls(_with(options, world, arguments), world, world.lines())
+
+
+def settle(model: nn.Module, options: Options) -> Settled:
+    """Choose how processes share the work where `options` leave that open. All ranks call it, and choose the same.
+
+    Raises:
+        ArgumentError: the cluster is another than the one that was launched, or nothing is known of the model's inputs.
+        BudgetError: there is no way that fits the memory.
+    """
+    launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    _check_cluster(options, launched)
+    size = options.world or launched
+    if not options.leaves_the_world_open or size == 1 or launched not in (1, size):
+        return Settled(replace(options, parallel=None) if options.parallel == "auto" else options)
+    arguments = _arguments(model, options)
+    if arguments is None or not examples(arguments):
+        if options.parallel == "auto":
+            raise ArgumentError(
+                "parallel='auto' chooses by a training step; pass one process's batch as example_inputs="
+            )
+        return Settled(options, notes=(UNKNOWN_INPUTS,))
+    return Settled.by(choose_world(model, options, arguments, size, launched), options, arguments)
+
+
+def settle_otherwise(settled: Settled, asked: Options, refusal: BudgetError) -> Settled:
+    """The next best way in place of one whose whole program is `refusal`ed. Raises that where there is no other."""
+    why = str(refusal).partition(";")[0]
+    world, arguments = settled.world and settled.world.without_chosen(why), _given(asked)
+    if world is None or arguments is None:
+        raise refusal
+    return Settled.by(world, asked, arguments)
+
+
+def choose_world(model: nn.Module, options: Options, arguments: Arguments, size: int, launched: int = 1) -> WorldPlan:
+    """The plan for `size` processes, each of which would pass a batch such as `arguments` if all had their own."""
+    device = Device.choose(options)
+    ranks = _ranks(device, options, launched)
+    limits = _limits(device, options, size, ranks).agreed(ranks)
+    cluster = options.cluster or one_node(size, limits.rates)
+    precision = options.precision or ("bf16" if device.is_cuda else "")
+    measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
+    names, count = blocks(model), examples(arguments) * size
+    world = World(
+        cluster, limits.rates, count, limits.device_bytes, limits.host_bytes, options.fuse_loss is not False,
+        options.reduce_dtype, _shares(options.recompute, len(names)),
+    )  # fmt: skip
+    asked = None if options.microbatches == "auto" else options.microbatches
+    found = choose(measured, world, Space(size, count, len(names), measured.heads, asked, HOMES[options.placement]))
+    ranks.check_alike("how processes share the work, as planned,", f"{count} {found.chosen.way}")
+    return found
+
+
+def _check_cluster(options: Options, launched: int) -> None:
+    """Raises ArgumentError for a cluster that is not the one that was launched."""
+    cluster, on_this_host = options.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cluster is None or launched == 1 or (cluster.size, cluster.devices) == (launched, on_this_host):
+        return
+    raise ArgumentError(
+        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {launched} processes were launched, "
+        f"{on_this_host} on this machine; expected one for each device: describe the cluster that there is"
+    )
+
+
+def _arguments(model: nn.Module, options: Options) -> Arguments | None:
+    """One process's batch: as it was given, or made from the model's configuration."""
+    made = example_inputs(model) if options.example_inputs is None else None
+    return _given(options) if made is None else ((), dict(made))
+
+
+def _given(options: Options) -> Arguments | None:
+    given = options.example_inputs
+    if given is None:
+        return None
+    return ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
+
+
+def _ranks(device: Device, options: Options, launched: int) -> Ranks:
+    """The processes as far as they are known yet: so many of them."""
+    axes = (Axis("data", launched, "data"),) if launched > 1 else ()
+    return Ranks.of(lambda count: Mesh(axes), device.torch_device, options.reduce_dtype, options.timeout_s)
+
+
+def _limits(device: Device, options: Options, size: int, ranks: Ranks) -> Limits:
+    """What each process may take: of the cluster's devices and hosts where one is described, else of this one's."""
+    cluster, (total, free) = options.cluster, host_memory()
+    device_bytes = None
+    if options.device_budget is not None:
+        device_bytes = parse_bytes(options.device_budget, of=device.total_bytes())
+    elif device.is_cuda and options.cluster is None:
+        device_bytes = device.memory.available_bytes
+    here = ranks.on_this_host if ranks.together else size
+    host_bytes = int(free * HOST_SHARE) if ranks.together else int(free * HOST_SHARE) // here
+    if options.host_budget is not None:
+        host_bytes = parse_bytes(options.host_budget, of=total)
+    elif cluster is not None and cluster.host_bytes is not None:
+        host_bytes = int(cluster.host_bytes * HOST_SHARE) // (1 if ranks.together else cluster.devices)
+    return Limits(device_bytes, 0, host_bytes, rates_of(device.torch_device, options.rates, size, 0))
+
+
+def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:
+    """Of the blocks, that may be computed again: those that were named, or any."""
+    if isinstance(recompute, str):
+        return {"auto": SHARES, "none": (0.0,), "all": (1.0,)}[recompute]
+    return (len(recompute) / max(blocks, 1),)
+
+
+def _with(options: Options, world: WorldPlan, arguments: Arguments) -> Options:
+    """The options as if the chosen way had been asked for. What one process does with its part is decided by its own
+    plan, later: in how many microbatches, where states live, and what is computed again."""
+    way, changes = world.chosen.way, dict[str, Any](parallel=world.chosen.way.degrees())
+    if way.pipeline > 1:
+        changes |= {"schedule": way.schedule, "microbatches": way.microbatches}
+    if options.example_inputs is not None and world.examples_per_group != examples(arguments):
+        args, kwargs = resized(arguments, world.examples_per_group)
+        changes["example_inputs"] = kwargs or args
+    return replace(options, **changes)

@@ -1,0 +1,103 @@
+"""The automatic plan for a world: what `compile` chooses where nobody says how processes share the work."""
+
+from typing import Any
+
+import geminifx
+import pytest
+import torch
+from geminifx.compiler.planner.world.costs import Costed
+from geminifx.runtime.isa.errors import ArgumentError, BudgetError
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+SHAPE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 256, "word_embed_proj_dim": 64,
+         "vocab_size": 128, "max_position_embeddings": 64, "layerdrop": 0.0}  # fmt: skip
+NODE = {"devices": 8, "within": {"latency_s": 1e-5, "bytes_per_s": 1e10}}
+
+
+def opt() -> nn.Module:
+    return OPTForCausalLM(OPTConfig(**SHAPE))
+
+
+def tokens(examples: int) -> dict[str, torch.Tensor]:
+    ids = torch.zeros((examples, 16), dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
+def compiled(**options: Any) -> geminifx.CompiledModule:
+    return geminifx.compile(opt(), **{"example_inputs": tokens(2), **options})
+
+
+def test_a_world_that_is_not_launched_can_be_looked_at() -> None:
+    model = compiled(world_size=8)
+    assert model.world is not None
+    assert model.plan.mesh.size == 8
+    assert model.plan.mesh.data_size == model.world.chosen.way.data
+    notes = "\n".join(model.plan.notes)
+    assert "one node of 8 of this device" in notes
+    assert notes.count("the next best for 8 processes") == len(model.world.others) == 5
+
+
+@pytest.mark.slow
+def test_each_group_passes_its_part_of_the_step() -> None:
+    """Two examples of each of eight processes are sixteen, however they are divided. What blocks take fits for fewer
+    groups than what programs take: the next best is taken, and that is told."""
+    model = compiled(cluster=NODE, device_budget="1.2MB", placement="cuda")
+    assert model.world is not None and model.world.chosen.way.data < 8
+    assert model.world.examples_per_group * model.world.chosen.way.data == 16
+    training = model.session.last["training"]
+    assert training.captured.examples in (0, model.world.examples_per_group), "0: tensors are sharded"
+
+
+@pytest.mark.slow
+def test_the_way_that_was_chosen_is_the_one_that_is_compiled() -> None:
+    model = compiled(world_size=4, microbatches=2, device_budget="2.5MB")
+    way = model.world.chosen.way
+    assert model.plan.mesh == model.session.options.degrees.mesh(4, 1)
+    assert model.plan.request.zero == way.zero and way.microbatches == 2
+
+
+@pytest.mark.slow
+def test_degrees_that_are_given_are_kept() -> None:
+    model = compiled(world_size=4, parallel={"data": 2, "pipeline": 2}, microbatches=2)
+    assert model.world is None and model.plan.mesh.data_size == 2
+
+
+def test_one_process_has_nothing_to_choose() -> None:
+    assert compiled(world_size=1).world is None
+    assert compiled(parallel="auto").world is None
+
+
+def test_of_a_model_whose_inputs_nobody_knows_each_process_has_its_part_of_the_batch() -> None:
+    assert geminifx.compile(nn.Linear(2, 2), world_size=4).session.ranks.mesh.data_size == 4
+    with pytest.raises(ArgumentError, match="pass one process's batch as example_inputs"):
+        geminifx.compile(nn.Linear(2, 2), world_size=4, parallel="auto")
+
+
+@pytest.mark.parametrize("on_this_host, told", [(8, "8 on this machine"), (4, "4 on this machine")])
+def test_a_cluster_that_is_not_the_launched_one_is_refused(
+    on_this_host: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16" if on_this_host == 8 else "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_host))
+    with pytest.raises(ArgumentError, match=told):
+        compiled(cluster=NODE)
+
+
+def test_where_nothing_fits_compile_says_so() -> None:
+    with pytest.raises(BudgetError, match=r"none of .* ways to share the work over 8 processes"):
+        compiled(world_size=8, device_budget="10kB")
+
+
+def test_what_is_given_must_be_degrees_or_auto() -> None:
+    with pytest.raises(ArgumentError, match="'auto', or degrees by name"):
+        compiled(parallel="automatic")
+
+
+@pytest.mark.slow
+def test_a_way_whose_whole_program_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here formulas know nothing of what is held for good."""
+    monkeypatch.setattr(Costed, "_held", lambda self: 0.0 * self.numel)
+    model = compiled(world_size=4, device_budget="2.5MB", placement="cuda", microbatches=2)
+    assert model.plan.mesh.data_size == model.world.chosen.way.data
+    assert any("not taken, since its program as a whole does not fit: data 4" in note for note in model.plan.notes)
