@@ -5,9 +5,9 @@ Combinations of these choices are completed, and the one that fits with the shor
 1. keep all activations, or recompute every block or a quarter, half, three quarters of them, unless the user
    says which; around the best of all combinations, then, a few blocks more or fewer;
 2. copy one chunk ahead, or, where nothing else fits, on demand;
-3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
-   that compute, which saves two copies a step for two bytes each, then whole training states. With our own
-   optimizer, a share of those that remain on the host may travel through the device to be updated there;
+3. under "auto", give chunks the homes that an integer program finds for the room that the program's peak leaves
+   (`home_program`): weights and training states on the device, on the host, or, with our own optimizer, on the host
+   and on their way through the device to be updated there. What room is left then is filled;
 4. offload activations to the host, unless the user says which. Where nothing fits, that is tried of all blocks as they
    are recomputed, and, where all are more than it takes, of fewer. Where recomputing is best, so is offloading where
    the recomputed blocks begin, and a share of them kept on the host instead;
@@ -19,7 +19,7 @@ Of the best one single chunks move to other homes, as long as that makes the ste
 beside it. Where nothing fits, the refusal names the smallest budget that would, and what takes the space.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...passes.program.estimate import Alternative
@@ -29,7 +29,8 @@ from ...runtime.isa.homes import Homes
 from ..lowering import Flat
 from ..rates.rates import Rates
 from .communication import collectives
-from .home_choice import best_nearby, candidates, is_picked, landing_apart
+from .home_choice import best_nearby, candidates, is_picked
+from .home_program import ASSUMED, FIRST_LOOK, Assumed
 from .liveness import Liveness, analyse
 from .memory import Limits, Memory
 from .refusal import refusal
@@ -213,20 +214,19 @@ class _Search:
         found = self._faster(best, plan)
         return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
 
-    def _complete(self, plan: Plan) -> Solution:
+    def _complete(self, plan: Plan, assumed: Sequence[Assumed] = FIRST_LOOK) -> Solution:
         """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
         weighed = self.lower(plan)
         memory, time = weighed.on(plan, self.limits)
         weigh = lambda homes: (memory.beyond_host(homes), time.seconds(plan, homes))  # noqa: E731
-        homes = min(candidates(plan, memory, self.given.placed), key=weigh)
-        if self.given.placed is None:
-            homes = min(homes, landing_apart(plan, homes), key=weigh)
+        homes = min(candidates(plan, memory, time, self.given.placed, assumed), key=weigh)
         solution = _solution(replace(plan, homes=homes), weighed.flat, memory, time)
         self.weighed.append(solution.plan)
         return solution
 
     def _told(self, best: Solution) -> Solution:
         """The best, after moves of single chunks, and what the next-best ones take."""
+        best = self._complete(best.plan, ASSUMED)
         plan = best.plan
         memory, time = self.lower(plan).on(plan, self.limits)
         homes, near = best_nearby(plan, memory, time, self.given.placed)
