@@ -188,7 +188,7 @@ def test_masters_of_a_model_in_training_stay_where_they_are() -> None:
     assert refused.value.smallest_bytes == ON_DEMAND + STATE
 
 
-def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_shares() -> None:
+def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_all_and_none() -> None:
     seen: list[tuple[str, ...]] = []
 
     def watched(candidate: Plan) -> Weighed:
@@ -200,7 +200,7 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
     assert set(seen) == {("b",)}
     seen.clear()
     solution = solve(draft, watched, limits(None), Constraints(None, ("a", "b")))
-    assert set(seen) == {(), ("a",), ("a", "b")}
+    assert {(), ("a", "b")} <= set(seen)
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
 
