@@ -1,6 +1,6 @@
 """Homes for the chunks of a program: as much on the device as fits, and what is one move away from that."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -9,11 +9,12 @@ import torch
 from ...passes.program.plan import Plan
 from ...runtime.isa.homes import Home, Homes, Where, resident, with_home
 from ...runtime.isa.layout import ChunkLayout
+from .home_program import NOT_CHOSEN, Answer, Assumed, Blocks, HomeProgram
 from .memory import Memory
 from .simulate import StepTime
 
-STREAMED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
-"""Shares of the chunks that may be updated on the device although their states lie on the host."""
+MOST_TIGHTER = 4
+"""So often the integer program is solved with less room, before it is given up."""
 
 LEAST_GAIN, MOST_MOVES = 0.01, 16
 """A move is made where the modelled step is shorter by this share, and so many at most."""
@@ -36,45 +37,41 @@ def least(plan: Plan, placed: Homes | None) -> Homes:
     return tuple(replace(home, resident=stay) for home, stay in zip(homes, stays, strict=True))
 
 
-def candidates(plan: Plan, memory: Memory, placed: Homes | None) -> list[Homes]:
-    """Ways to fill the device: as it is, and with a share of what the host holds updated on the device."""
+def candidates(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None,
+               assumed: Sequence[Assumed]) -> list[Homes]:  # fmt: skip
+    """Ways to fill the device: as it comes, and by the integer program's answers to what is `assumed`."""
     begin = least(plan, placed)
     if plan.request.policy != "auto" or not memory.fits(begin):
         return [begin]
-    found = [_filled(plan, memory, begin, placed)]
-    if placed is None and memory.beyond_host(found[0]):
-        found.append(_filled(plan, memory, _relieved(plan, memory, begin), placed))
-    for share in STREAMED_SHARES if plan.format.beside and placed is None else ():
-        # What is streamed is decided first, since its buffers take room; chunks that then fit whole, stay.
-        spread = tuple(
-            replace(home, where=Where.STREAMED) if chunk.trainable and is_picked(chunk.index, share) else home
-            for chunk, home in plan.placed(begin)
-        )
-        found.append(_filled(plan, memory, spread, placed))
-    return [homes for homes in found if memory.fits(homes)]
+    program = HomeProgram(plan, memory, time, begin, placed is not None)
+    answers = [begin, *(answer.homes for each in assumed if (answer := fitting(program, each)) is not None)]
+    found = [_filled(plan, memory, homes, placed) for homes in dict.fromkeys(answers)]
+    return [*found, *(landing_apart(plan, homes) for homes in found if placed is None)]
+
+
+def fitting(program: HomeProgram, assumed: Assumed, blocks: Blocks = NOT_CHOSEN) -> Answer | None:
+    """The program's answer where it fits as a whole: the peak of whole programs may be a little higher than the
+    program knows, and then as much more is left free."""
+    spare_bytes = 0
+    for _ in range(MOST_TIGHTER):
+        answer = program.solve(assumed, blocks, spare_bytes)
+        over_bytes = 0 if answer is None else program.over(answer, blocks)
+        if over_bytes <= 0:
+            return answer
+        spare_bytes += over_bytes
+    return None
 
 
 def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> Homes:
-    """Keep more on the device, chunk by chunk, as long as it fits: first weights, then whole states."""
+    """What room is left is used, chunk by chunk: first for weights that stay, then for whole states."""
     for chunk in plan.layout.chunks:
-        if plan.request.zero == 3 and chunk.shards > 1:
-            continue
-        grown = resident(homes, chunk.index)
-        homes = grown if memory.fits(grown) else homes
-    if placed is None:
-        for index, home in enumerate(homes):
+        if not homes[chunk.index].resident and (plan.request.zero != 3 or chunk.shards == 1):
+            grown = resident(homes, chunk.index)
+            homes = grown if memory.fits(grown) else homes
+    for index, home in enumerate(homes if placed is None else ()):
+        if not home.on_device:
             grown = with_home(homes, index, replace(home, where=Where.DEVICE))
             homes = grown if memory.fits(grown) else homes
-    return homes
-
-
-def _relieved(plan: Plan, memory: Memory, homes: Homes) -> Homes:
-    """States on the device, as far as it has room, until the host has room for the others."""
-    for index, home in enumerate(homes):
-        if not memory.beyond_host(homes):
-            break
-        grown = with_home(homes, index, replace(home, where=Where.DEVICE))
-        homes = grown if memory.fits(grown) else homes
     return homes
 
 

@@ -11,7 +11,7 @@ from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.homes import Home, Homes
 from ..rates.rates import Rates, slowest
 from .communication import collective_bytes
-from .liveness import Liveness
+from .liveness import GRADIENT_BUFFERS, Liveness
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,18 @@ class Memory:
     def static(self, homes: Homes) -> int:
         per_chunk = map(self._there_bytes, range(len(homes)), homes)
         return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + collective_bytes(self.plan)
+
+    @property
+    def beside_states(self) -> int:
+        """Bytes that are there for good wherever chunks are."""
+        return self.limits.reserve_bytes + self.holes() + self.liveness.static_bytes + collective_bytes(self.plan)
+
+    def highest_parts(self, homes: Homes) -> tuple[int, int]:
+        """The highest points of the timeline before the first gradient is there, and from then on."""
+        timeline = self.timeline(homes)
+        gradients = self.liveness.values.get(GRADIENT_BUFFERS, np.zeros(self.liveness.length))[self.highest]
+        first = int((gradients > 0).argmax()) if gradients.any() else len(timeline)
+        return int(timeline[:first].max(initial=0)), int(timeline[first:].max(initial=0))
 
     def streaming(self, homes: Homes) -> int:
         """Bytes of training states on their way through the device, and of gradients that wait for theirs."""

@@ -2,12 +2,12 @@
 
 Combinations of these choices are completed, and the one that fits with the shortest modelled step is taken:
 
-1. keep all activations, or recompute every block or a quarter, half, three quarters of them, unless the user
-   says which; around the best of all combinations, then, a few blocks more or fewer;
+1. keep all activations, recompute every block, or, unless the user says which, as many of them as the integer
+   program finds by what a block takes in these two; of the best of all combinations, then, a few more or fewer;
 2. copy one chunk ahead, or, where nothing else fits, on demand;
-3. under "auto", keep as many chunks on the device as the program's peak leaves room for: first the weights
-   that compute, which saves two copies a step for two bytes each, then whole training states. With our own
-   optimizer, a share of those that remain on the host may travel through the device to be updated there;
+3. under "auto", give chunks the homes that an integer program finds for the room that the program's peak leaves
+   (`home_program`): weights and training states on the device, on the host, or, with our own optimizer, on the host
+   and on their way through the device to be updated there. What room is left then is filled;
 4. offload activations to the host, unless the user says which. Where nothing fits, that is tried of all blocks as they
    are recomputed, and, where all are more than it takes, of fewer. Where recomputing is best, so is offloading where
    the recomputed blocks begin, and a share of them kept on the host instead;
@@ -19,8 +19,10 @@ Of the best one single chunks move to other homes, as long as that makes the ste
 beside it. Where nothing fits, the refusal names the smallest budget that would, and what takes the space.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from ...passes.program.estimate import Alternative
 from ...passes.program.plan import Plan
@@ -29,7 +31,8 @@ from ...runtime.isa.homes import Homes
 from ..lowering import Flat
 from ..rates.rates import Rates
 from .communication import collectives
-from .home_choice import best_nearby, candidates, is_picked, landing_apart
+from .home_choice import best_nearby, candidates, fitting, is_picked, least
+from .home_program import ASSUMED, FIRST_LOOK, Assumed, Blocks, HomeProgram
 from .liveness import Liveness, analyse
 from .memory import Limits, Memory
 from .refusal import refusal
@@ -39,8 +42,14 @@ from .timeline import Timeline, timeline
 LOGITS_SHARE = 0.1
 """The share of a plan's peak from which on it is worth a look whether logits are needed."""
 
+LOOKS = 4
+"""So many programs with blocks that are recomputed and others that are not are lowered at most to find how many."""
+
+NEIGHBOURS = 16
+"""One in so many blocks is recomputed more or less to see whether that is faster."""
+
 SHARES = 4
-"""Into so many shares blocks are divided for a first look at how many to recompute."""
+"""Into so many shares blocks are divided for a first look at how many to offload."""
 
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
@@ -118,9 +127,7 @@ class _Search:
         given, refused = self.given, list[Solution]()
         for ahead in (1, 0):
             plan = replace(draft, prefetch=ahead, offload=given.offload or ())
-            found: list[Solution] = []
-            for recompute in [given.recompute] if given.recompute is not None else _shares(given.blocks):
-                found += self._with_loss(replace(plan, recompute=recompute))
+            found = self._recomputing(plan)
             best = self._best(found)
             if best is not None:
                 best = best if given.recompute is not None else self._refined(best)
@@ -163,17 +170,53 @@ class _Search:
         share = self.given.logits_bytes > LOGITS_SHARE * unfused.plan.peak_bytes
         return self.given.logits_bytes > 0 and (share or not self.limits.allow(unfused.plan))
 
+    def _recomputing(self, plan: Plan) -> list[Solution]:
+        """Plans with all blocks recomputed, with none, and with as many as the integer program says that it takes,
+        where blocks are as between those."""
+        given = self.given
+        if given.recompute is not None or not given.blocks:
+            return self._with_loss(replace(plan, recompute=given.recompute or ()))
+        whole = self._with_loss(replace(plan, recompute=given.blocks))
+        none = self._complete(replace(whole[0].plan, recompute=()))
+        between = [self._between(each, self._blocks(whole[0].plan, none.plan)) for each in whole]
+        return [none, *(solution for found in between for solution in found), *whole]  # the least memory comes last
+
+    def _between(self, whole: Solution, blocks: Blocks) -> list[Solution]:
+        """What the program says of the blocks is lowered, and tells more of them, until it is known already."""
+        found: dict[int, Solution] = {blocks.count: whole}
+        memory, time = self.lower(whole.plan).on(whole.plan, self.limits)
+        program = HomeProgram(whole.plan, memory, time, least(whole.plan, self.given.placed), self._are_placed)
+        for _ in range(LOOKS):
+            answer = fitting(program, FIRST_LOOK[0], blocks)
+            count = blocks.count if answer is None else blocks.count - answer.kept
+            if count in found:
+                break
+            found[count] = self._complete(replace(whole.plan, recompute=self.given.blocks[:count]))
+            blocks = self._blocks(whole.plan, found[count].plan)
+        return list(found.values())[1:]
+
+    def _blocks(self, whole: Plan, fewer: Plan) -> Blocks:
+        """What a block takes that is not recomputed, by two plans."""
+        parts = [self.lower(plan).on(plan, self.limits) for plan in (whole, fewer)]
+        homes, count = least(whole, self.given.placed), len(whole.recompute) - len(fewer.recompute)
+        highest = [memory.beside_states + np.array(memory.highest_parts(homes)) for memory, _ in parts]
+        before, after = (highest[1] - highest[0]) / count
+        seconds = (parts[0][1].program.compute_s - parts[1][1].program.compute_s) / count
+        return Blocks(len(whole.recompute), float(before), float(after), seconds)
+
+    @property
+    def _are_placed(self) -> bool:
+        return self.given.placed is not None
+
     def _refined(self, best: Solution) -> Solution:
-        """Recompute some blocks more or fewer than the best of the shares, half as many each time, where that is
-        faster."""
+        """Recompute some blocks more or fewer, as long as that is faster."""
         blocks = self.given.blocks
-        apart = -(-len(blocks) // SHARES)
-        while apart > 1:
-            apart = -(-apart // 2)
-            count = len(best.plan.recompute)
-            for near in (count - apart, count + apart):
-                if 0 <= near <= len(blocks):
-                    best = self._faster(best, replace(best.plan, recompute=blocks[:near]))
+        apart = -(-len(blocks) // NEIGHBOURS)
+        for step in (-apart, apart):
+            near, better = len(best.plan.recompute) + step, True
+            while better and 0 <= near <= len(blocks):
+                before, best = best, self._faster(best, replace(best.plan, recompute=blocks[:near]))
+                near, better = near + step, best is not before
         return best
 
     def _offloaded_beside(self, plan: Plan) -> list[Solution]:
@@ -213,20 +256,19 @@ class _Search:
         found = self._faster(best, plan)
         return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
 
-    def _complete(self, plan: Plan) -> Solution:
+    def _complete(self, plan: Plan, assumed: Sequence[Assumed] = FIRST_LOOK) -> Solution:
         """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
         weighed = self.lower(plan)
         memory, time = weighed.on(plan, self.limits)
         weigh = lambda homes: (memory.beyond_host(homes), time.seconds(plan, homes))  # noqa: E731
-        homes = min(candidates(plan, memory, self.given.placed), key=weigh)
-        if self.given.placed is None:
-            homes = min(homes, landing_apart(plan, homes), key=weigh)
+        homes = min(candidates(plan, memory, time, self.given.placed, assumed), key=weigh)
         solution = _solution(replace(plan, homes=homes), weighed.flat, memory, time)
         self.weighed.append(solution.plan)
         return solution
 
     def _told(self, best: Solution) -> Solution:
         """The best, after moves of single chunks, and what the next-best ones take."""
+        best = self._complete(best.plan, ASSUMED)
         plan = best.plan
         memory, time = self.lower(plan).on(plan, self.limits)
         homes, near = best_nearby(plan, memory, time, self.given.placed)

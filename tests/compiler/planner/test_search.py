@@ -140,11 +140,10 @@ def test_a_copy_in_another_dtype_costs_beside_its_master() -> None:
 
 
 @given(st.integers(ON_DEMAND, ALL + 1000), st.integers(0, 2000))
-def test_more_budget_keeps_more_on_the_device(budget: int, more: int) -> None:
+def test_more_budget_is_never_slower(budget: int, more: int) -> None:
     small, large = plan(budget), plan(budget + more)
     assert small.peak_bytes <= budget
-    for count in (lambda home: home.on_device, lambda home: home.on_device or home.resident):
-        assert sum(map(count, small.homes)) <= sum(map(count, large.homes))
+    assert large.estimate.step_s <= 1.01 * small.estimate.step_s
 
 
 @given(st.integers(1, ON_DEMAND - 1))
@@ -189,7 +188,7 @@ def test_masters_of_a_model_in_training_stay_where_they_are() -> None:
     assert refused.value.smallest_bytes == ON_DEMAND + STATE
 
 
-def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_shares() -> None:
+def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_all_and_none() -> None:
     seen: list[tuple[str, ...]] = []
 
     def watched(candidate: Plan) -> Weighed:
@@ -201,7 +200,7 @@ def test_the_users_choice_of_blocks_is_taken_and_otherwise_the_planner_tries_sha
     assert set(seen) == {("b",)}
     seen.clear()
     solution = solve(draft, watched, limits(None), Constraints(None, ("a", "b")))
-    assert set(seen) == {(), ("a",), ("a", "b")}
+    assert {(), ("a", "b")} <= set(seen)
     assert solution.plan.recompute == (), "recomputing that saves nothing costs time"
 
 
