@@ -45,7 +45,7 @@ def narrow(values: Tensor, stored: Tensor, *, squares: bool) -> None:
     if squares:
         codes = torch.where(whole > 0, codes.clamp(min=1.0), codes)
     codes = torch.where(scale.isfinite(), codes, 0.0)
-    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    scale = torch.where(scale.isfinite(), scale, torch.nan).view(-1)  # no blocks have no strides to be viewed by
     blocks = stored.view(-1, stored_numel(torch.uint8, BLOCK))
     blocks[:, :BLOCK] = codes.to(torch.int16).to(torch.uint8)  # modulo 256: a signed code's bits
-    blocks[:, BLOCK:] = scale.view(torch.uint8)
+    blocks[:, BLOCK:] = scale.view(torch.uint8).view(-1, 4)
