@@ -17,6 +17,7 @@ from .compiler.module import CompiledModule
 from .passes.program.manager import graph_pass
 from .passes.program.plan import Plan
 from .runtime.isa.errors import BudgetError, CaptureError, CheckpointError, GeminiError
+from .runtime.optimizer.lion import Lion
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,6 @@ def init_empty() -> _device:
 
 
 __all__ = [
-    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Plan", "compile", "graph_pass",
-    "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
+    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Lion", "Plan", "compile",
+    "graph_pass", "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
 ]  # fmt: skip
