@@ -18,6 +18,7 @@ from .compiler.pretrained import from_pretrained
 from .passes.program.manager import graph_pass
 from .passes.program.plan import Plan
 from .runtime.isa.errors import BudgetError, CaptureError, CheckpointError, GeminiError
+from .runtime.optimizer.lion import Lion
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,6 @@ def init_empty() -> _device:
 
 
 __all__ = [
-    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Plan", "compile",
+    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Lion", "Plan", "compile",
     "from_pretrained", "graph_pass", "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
 ]  # fmt: skip

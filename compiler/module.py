@@ -80,7 +80,7 @@ class CompiledModule(Facade):
         the first step: the plan is made anew for it.
 
         Args:
-            kind: torch.optim.AdamW, Adam or SGD, which has the same numbers.
+            kind: torch.optim.AdamW, Adam or SGD, or geminifx.Lion, which has the same numbers.
             params: parameters or groups of them, as torch.optim takes them; by default all that are trained.
             max_grad_norm: clip the norm of all gradients to this in every step.
             in_backward: update each chunk as soon as its gradient is complete. Faster, and leaves no gradients to

@@ -19,7 +19,16 @@ from . import reference_updates as host_reference
 from . import triton_updates
 from .rounding import Draws
 from .split_pairs import SplitPair
-from .update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper, check_momentum, check_update, choose_variant
+from .update_rules import (
+    AdamHyper,
+    AdamMoments,
+    Gradient,
+    LionHyper,
+    SgdHyper,
+    check_momentum,
+    check_update,
+    choose_variant,
+)
 
 TRITON, TORCH = "triton", "torch"
 
@@ -92,6 +101,18 @@ class DeviceKernel:
         else:
             host_reference.sgd(pair.flat(), _detached_gradient(gradient), buffer, hyper)
 
+    def lion(self, pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) -> None:
+        """Update `pair` and `mean` in place by Lion. Tensors are as for `adam`.
+
+        Raises:
+            ValueError: as for `adam`.
+        """
+        _check(pair, gradient, (mean,), self.widens)
+        if self._launches(pair):
+            _launch_lion(pair, gradient, mean, hyper)
+        else:
+            host_reference.lion(pair.flat(), _detached_gradient(gradient), mean, hyper)
+
     def _launches(self, pair: SplitPair) -> bool:
         """Whether the kernel runs: Triton compiles for GPUs alone, and an empty grid cannot be launched."""
         return self.variant == TRITON and pair.hi.is_cuda and pair.hi.numel() > 0
@@ -135,6 +156,16 @@ def _launch_sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hype
     flags = {"fresh": bool(hyper.first), "nesterov": bool(hyper.nesterov)} | options
     with torch.cuda.device(pair.hi.device):
         triton_updates.sgd[_grid(pair)](*tensors, _scale(gradient), *map(float, factors), pair.hi.numel(), **flags)
+
+
+def _launch_lion(pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) -> None:
+    k = hyper.scalars()
+    tensors = (*_weights(pair), gradient.values, _bits(mean))
+    factors = (k.decay, k.step, k.keep, k.add, k.mix_keep, k.mix_add)
+    options = _options(k.l2, gradient, mean.dtype)
+    del options["coupled"]  # decay never goes by way of the gradient
+    with torch.cuda.device(pair.hi.device):
+        triton_updates.lion[_grid(pair)](*tensors, _scale(gradient), *map(float, factors), pair.hi.numel(), **options)
 
 
 def _weights(pair: SplitPair) -> tuple[Tensor, Tensor | None, int, int, int]:

@@ -1,4 +1,4 @@
-// AdamW, Adam and SGD over split pairs, and sums of gradients, at the speed of the host's memory.
+// AdamW, Adam, SGD and Lion over split pairs, and sums of gradients, at the speed of the host's memory.
 //
 // A split pair is the float32 master w kept as `hi`, the bfloat16 weight that computes, and `lo`, a signed 16-bit
 // remainder: hi = (bits(w) + 0x8000) >> 16 and lo = bits(w) - (hi << 16), so that (hi << 16) + lo is w again. Where
@@ -30,7 +30,7 @@ constexpr int64_t kAhead = 2048;      // bytes that prefetches run ahead of each
 constexpr int64_t kFewest = 1 << 14;  // elements below which another thread costs more than it gives
 constexpr int32_t kNan = 0x7fc00000;  // the only NaN that is written into a pair
 enum Variant { kPlain, kAvx2, kAvx512 };
-enum Rule { kAdam, kSgd };
+enum Rule { kAdam, kSgd, kLion };
 enum Kind { kBfloat16, kFloat16, kFloat32 };
 enum Stored { kExact, kHalf, kCodes };  // moments: float32, bfloat16, or 8-bit codes, see kernels/moments.py
 
@@ -40,7 +40,7 @@ struct Update {
   uint16_t* hi;
   int16_t* lo;
   const void* gradient;
-  void* first;   // Adam: running mean; SGD: momentum buffer, or null
+  void* first;   // Adam, Lion: running mean; SGD: momentum buffer, or null
   void* second;  // Adam: running mean of squares
   uint16_t* new_hi;  // where each is written: the same places, or others apart from all that is read
   int16_t* new_lo;
@@ -53,12 +53,14 @@ struct Update {
   float scale;  // multiplies the gradient
   float l2;     // this times the weight is added to the gradient
   float decay;  // multiplies the weight
-  float step;   // SGD: -lr; Adam: -lr / (1 - beta1^t)
+  float step;   // SGD, Lion: -lr; Adam: -lr / (1 - beta1^t)
   float lerp;   // Adam: 1 - beta1
-  float keep;   // Adam: beta2; SGD: momentum
-  float add;    // Adam: 1 - beta2; SGD: 1 - dampening
+  float keep;   // Adam, Lion: beta2; SGD: momentum
+  float add;    // Adam, Lion: 1 - beta2; SGD: 1 - dampening
   float root;   // Adam: sqrt(1 - beta2^t)
   float eps;
+  float mix_keep;  // Lion: steps by the sign of this times the mean
+  float mix_add;   // and this times the gradient
   int32_t fresh;     // SGD: the buffer holds nothing yet
   int32_t nesterov;  // SGD
   uint32_t low, high, element;  // without `lo`: what is drawn with, and the number of the first element there
@@ -103,6 +105,7 @@ INLINE void store(float* p, F x) { *p = x; }
 INLINE void stream(float* p, F x) { *p = x; }
 INLINE void streamed() {}
 INLINE F root(F a) { return std::sqrt(a); }
+INLINE F sign(F a) { return a > 0.0f ? 1.0f : a < 0.0f ? -1.0f : a != a ? a : 0.0f; }
 INLINE Quotient quotient(float d) { return {d}; }
 INLINE F over(F x, const Quotient& q) { return x / q.d; }
 
@@ -201,6 +204,11 @@ TARGET INLINE void stream(float* p, F x) { _mm256_stream_ps(p, x); }
 TARGET INLINE void streamed() { _mm_sfence(); }
 TARGET INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 TARGET INLINE F root(F a) { return _mm256_sqrt_ps(a); }
+TARGET INLINE F sign(F a) {
+  const F zero = splat(0.0f), unordered = _mm256_and_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q), a);
+  const F up = _mm256_and_ps(_mm256_cmp_ps(a, zero, _CMP_GT_OQ), splat(1.0f));
+  return _mm256_or_ps(_mm256_or_ps(up, unordered), _mm256_and_ps(_mm256_cmp_ps(a, zero, _CMP_LT_OQ), splat(-1.0f)));
+}
 TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
 
 // x / d correctly rounded without the divider, which the square root and the other divisions keep busy: the estimate
@@ -321,6 +329,11 @@ TARGET INLINE void stream(float* p, F x) { _mm512_stream_ps(p, x); }
 TARGET INLINE void streamed() { _mm_sfence(); }
 TARGET INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET INLINE F root(F a) { return _mm512_sqrt_ps(a); }
+TARGET INLINE F sign(F a) {
+  const F zero = splat(0.0f), unordered = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  const F up = _mm512_mask_mov_ps(unordered, _mm512_cmp_ps_mask(a, zero, _CMP_GT_OQ), splat(1.0f));
+  return _mm512_mask_mov_ps(up, _mm512_cmp_ps_mask(a, zero, _CMP_LT_OQ), splat(-1.0f));
+}
 TARGET INLINE Quotient quotient(float d) { return {splat(d), splat(1.0f / d), splat(INFINITY)}; }
 
 TARGET INLINE F over(F x, const Quotient& q) {
@@ -449,7 +462,7 @@ extern "C" int geminifx_supported(int variant) { return supported(variant); }
 
 // Returns 0, or 1 where this CPU lacks the variant or the update names no rule, kind or way to store that exists.
 extern "C" int geminifx_update(const Update* u, int variant) {
-  if (!supported(variant) || u->rule < 0 || u->rule > kSgd || u->kind < 0 || u->kind > kFloat32) return 1;
+  if (!supported(variant) || u->rule < 0 || u->rule > kLion || u->kind < 0 || u->kind > kFloat32) return 1;
   if (u->stored < 0 || u->stored > kCodes) return 1;
   Range<Update> range = plain::kRanges[u->rule][u->kind];
 #if defined(__x86_64__)
@@ -549,6 +562,24 @@ struct Sgd {
       g = nesterov ? fma(keep, buffer, g) : buffer;
     }
     put_master<kApart>(s, i, fma(step, g, w));
+  }
+};
+
+// optimizer/lion.py on one vector.
+template <int kKind>
+struct Lion {
+  static constexpr int kGradient = kKind;
+  F scale, decay, step, keep, add, mix_keep, mix_add;
+
+  TARGET FORCED explicit Lion(const Update& u)
+      : scale(splat(u.scale)), decay(splat(u.decay)), step(splat(u.step)), keep(splat(u.keep)), add(splat(u.add)),
+        mix_keep(splat(u.mix_keep)), mix_add(splat(u.mix_add)) {}
+
+  template <bool kApart>
+  TARGET FORCED void at(const Streams& s, int64_t i) const {
+    const F w = master(s, i), g = load_gradient<kKind>(s.gradient, i) * scale, m = load(s.first + i);
+    put<kApart>(s.new_first + i, fma(add, g, m * keep));
+    put_master<kApart>(s, i, w * decay + step * sign(fma(mix_add, g, m * mix_keep)));
   }
 };
 
@@ -744,5 +775,6 @@ constexpr Range<Sum> kSums[3] = {add<kBfloat16>, add<kFloat16>, add<kFloat32>};
 constexpr Range<Update> kRanges[][3] = {
     {adam_range<kBfloat16>, adam_range<kFloat16>, adam_range<kFloat32>},
     {range<Sgd<kBfloat16>>, range<Sgd<kFloat16>>, range<Sgd<kFloat32>>},
+    {range<Lion<kBfloat16>>, range<Lion<kFloat16>>, range<Lion<kFloat32>>},
 };
 #endif

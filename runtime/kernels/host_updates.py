@@ -24,6 +24,7 @@ from .update_rules import (
     AdamHyper,
     AdamMoments,
     Gradient,
+    LionHyper,
     Scalars,
     SgdHyper,
     check_momentum,
@@ -37,7 +38,7 @@ TORCH = "torch"
 """The variant that needs no compiler."""
 
 _COMPILED = {"avx512": 2, "avx2": 1, "plain": 0}
-_ADAM, _SGD = 0, 1
+_ADAM, _SGD, _LION = 0, 1, 2
 _KINDS = {dtype: number for number, dtype in enumerate(GRADIENT_DTYPES)}
 _STORED = {dtype: number for number, dtype in enumerate(STORED_DTYPES)}
 _READ = ("hi", "lo", "first", "second")
@@ -52,7 +53,10 @@ class _Update(ctypes.Structure):
         ("n", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("hi", "lo", "gradient", "first", "second", *_WRITTEN)),
         *((name, ctypes.c_int32) for name in ("rule", "kind", "stored", "threads")),
-        *((name, ctypes.c_float) for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("scale", "l2", "decay", "step", "lerp", "keep", "add", "root", "eps", "mix_keep", "mix_add")
+        ),
         *((name, ctypes.c_int32) for name in ("fresh", "nesterov")),
         *((name, ctypes.c_uint32) for name in ("low", "high", "element")),
     )
@@ -144,6 +148,21 @@ class HostKernel:
         update = _update(_SGD, pair, gradient, state, hyper.scalars(), into)
         update.fresh, update.nesterov = hyper.first, hyper.nesterov
         self._run(update, threads)
+
+    def lion(self, pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper, threads: int,
+             into: Pieces | None = None) -> None:  # fmt: skip
+        """Update `pair` and `mean` by Lion on `threads` threads, in place or `into` other places. Tensors are as for
+        `adam`.
+
+        Raises:
+            ValueError: as for `adam`.
+        """
+        _check(pair, gradient, (mean,), threads, into, self.widens)
+        if self.variant == TORCH:
+            pair, (mean,) = _copied(pair, (mean,), into)
+            host_reference.lion(pair.flat(), _flat_gradient(gradient), mean.view(-1), hyper)
+        else:
+            self._run(_update(_LION, pair, gradient, (mean,), hyper.scalars(), into), threads)
 
     def add(self, total: Tensor, gradient: Gradient, threads: int, *, fresh: bool) -> None:
         """Add a gradient times its scale to the float32 `total`, in place, on `threads` threads; where `fresh`, total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .split_pairs import PIECE, SplitPair, join, pieces, split
-from .update_rules import AdamHyper, AdamMoments, Gradient, Scalars, SgdHyper
+from .update_rules import AdamHyper, AdamMoments, Gradient, LionHyper, Scalars, SgdHyper
 
 _ON_DEVICE = 4 * PIECE
 """Elements handled at a time on a device: some 70 bytes of temporaries each, against launches that cost a few us."""
@@ -51,6 +51,19 @@ def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHy
                 momentum.copy_(_add_scaled(momentum.mul_(k.keep), grad, k.add))
             grad = _add_scaled(grad, momentum, k.keep) if hyper.nesterov else momentum
         split(_add_scaled(weight, grad, k.step), part)
+
+
+def lion(pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) -> None:
+    """Update flat tensors in place by Lion."""
+    k = hyper.scalars()
+    for piece in pieces(pair.hi, _ON_DEVICE):
+        part, moment = pair.cut(piece), mean[piece]
+        weight = join(part)
+        grad = _gradient(gradient, piece, weight, k)
+        mixed = _add_scaled(moment * k.mix_keep, grad, k.mix_add)
+        moment.copy_(_add_scaled(moment.mul_(k.keep), grad, k.add))
+        sign = torch.where(mixed.isnan(), mixed, mixed.sign())
+        split(weight.mul_(k.decay).add_(sign.mul_(k.step)), part)
 
 
 def add(total: Tensor, gradient: Gradient, fresh: bool) -> None:

@@ -182,6 +182,65 @@ def _sgd_tile(
     _split(tl.fma(step, g, w), hi, lo, draws, mask)
 
 
+@_jit
+def lion(
+    hi: tl.tensor,
+    lo: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    first: tl.tensor,
+    gradient: tl.tensor,
+    mean: tl.tensor,
+    scale: tl.tensor,
+    decay: tl.tensor,
+    step: tl.tensor,
+    keep: tl.tensor,
+    add: tl.tensor,
+    mix_keep: tl.tensor,
+    mix_add: tl.tensor,
+    numel: tl.tensor,
+    stored: tl.constexpr,
+    scale_is_read: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+) -> None:
+    """Update by Lion; arguments are those of `Update` in the host kernel; `lo` is None where masters are rounded."""
+    start = tl.program_id(0) * rows * columns
+    at = _elements(start, rows, columns)
+    pointers = (hi + at, None if lo is None else lo + at, gradient + at)
+    draws = (low, high, first + at)
+    mean_at = (_values_at(mean, start, stored, rows, columns), _scales_at(mean, start, stored, rows, columns))
+    factor = tl.load(scale) if scale_is_read else scale
+    factors = (factor, decay, step, keep, add, mix_keep, mix_add)
+    if numel - start >= rows * columns:
+        _lion_tile(pointers, draws, mean_at, factors, None, None, stored)
+    else:
+        row_mask = start + tl.arange(0, rows)[:, None] * columns < numel
+        _lion_tile(pointers, draws, mean_at, factors, at < numel, row_mask, stored)
+
+
+@_jit
+def _lion_tile(
+    pointers: tl.tuple,
+    draws: tl.tuple,
+    mean: tl.tuple,
+    factors: tl.tuple,
+    mask: tl.tensor,
+    row_mask: tl.tensor,
+    stored: tl.constexpr,
+) -> None:
+    """Update the elements at `pointers`: all, or those of `mask`, which has something of the rows of `row_mask`."""
+    hi, lo, gradient = pointers
+    factor, decay, step, keep, add, mix_keep, mix_add = factors
+    w = _joined(hi, lo, mask)
+    g = tl.load(gradient, mask=mask).to(tl.float32) * factor
+    m = _widened(mean, mask, row_mask, stored, False)
+    mixed = tl.fma(mix_add, g, m * mix_keep)
+    sign = tl.where(mixed > 0.0, 1.0, tl.where(mixed < 0.0, -1.0, tl.where(mixed != mixed, mixed, 0.0)))
+    _narrow(tl.fma(add, g, m * keep), mean, mask, row_mask, stored, False)
+    _split(w * decay + step * sign, hi, lo, draws, mask)
+
+
 # -- places ------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,7 @@ class Scalars:
         lerp: how far Adam's mean moves towards the gradient.
         root: the square root of Adam's second bias correction.
         eps: added to Adam's denominator.
+        mix_keep, mix_add: Lion steps by the sign of mix_keep * its mean + mix_add * the gradient.
     """
 
     l2: float
@@ -64,6 +65,8 @@ class Scalars:
     lerp: float = 0.0
     root: float = 1.0
     eps: float = 0.0
+    mix_keep: float = 0.0
+    mix_add: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,33 @@ class SgdHyper:
     def scalars(self) -> Scalars:
         """Return the factors of this update."""
         return Scalars(l2=self.weight_decay, decay=1.0, step=-self.lr, keep=self.momentum, add=1 - self.dampening)
+
+
+@dataclass(frozen=True)
+class LionHyper:
+    """Hyper-parameters of `optimizer.lion.Lion`.
+
+    Attributes:
+        key: as `AdamHyper`'s.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float = 0.0
+    key: int | None = None
+
+    def scalars(self) -> Scalars:
+        """Return the factors of this update."""
+        return Scalars(
+            l2=0.0,
+            decay=1 - self.lr * self.weight_decay,
+            step=-self.lr,
+            keep=self.beta2,
+            add=1 - self.beta2,
+            mix_keep=self.beta1,
+            mix_add=1 - self.beta1,
+        )
 
 
 def choose_variant(wanted: str | None, available: tuple[str, ...]) -> str:

@@ -12,9 +12,10 @@ from torch.optim import AdamW, Optimizer
 from ..isa.errors import ArgumentError, StateError
 from ..isa.formats import OwnFormat
 from ..kernels.rounding import key_of
-from ..kernels.update_rules import AdamHyper, SgdHyper
+from ..kernels.update_rules import AdamHyper, LionHyper, SgdHyper
 from .declared import MOMENTS, Declared
 from .hyper_checks import check_group, check_state_dict
+from .lion import Lion
 from .own_store import OwnStore
 from .saved_groups import check_rule
 from .states import Hyper
@@ -31,7 +32,7 @@ Use = Callable[[OwnFormat, Attach], None]
 
 
 class ChunkOptimizer(Optimizer):
-    """AdamW, Adam or SGD over a compiled model's parameters, updated chunk by chunk where the plan says.
+    """AdamW, Adam, SGD or Lion over a compiled model's parameters, updated chunk by chunk where the plan says.
 
     Groups, schedulers, `state_dict` and `load_state_dict` are those of the torch.optim class, and so are the
     numbers. `step()` starts the updates, which run while the next forward does, and uses the gradients up: the
@@ -120,6 +121,8 @@ class ChunkOptimizer(Optimizer):
             first = number == 1 and momentum != 0
             return SgdHyper(lr, momentum, group["dampening"], group["weight_decay"], group["nesterov"], first, key)
         beta1, beta2 = map(float, group["betas"])
+        if self.declared.kind is Lion:
+            return LionHyper(lr, beta1, beta2, group["weight_decay"], key)
         decoupled = self.declared.kind is AdamW or bool(group.get("decoupled_weight_decay"))
         return AdamHyper(lr, beta1, beta2, group["eps"], group["weight_decay"], number, decoupled, key)
 
@@ -324,5 +327,5 @@ class ChunkOptimizer(Optimizer):
             if saved:
                 values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
             state.write_moment(number, slot, values)
-        default = 1 if saved else 0  # torch's SGD does not count its steps: with a buffer there was one
+        default = 1 if saved else 0  # SGD and Lion do not count their steps: with a buffer there was one
         state.steps[slot] = int(saved.get("step", default))

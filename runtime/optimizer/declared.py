@@ -12,8 +12,11 @@ from ..isa.errors import ArgumentError, wrong_argument
 from ..isa.formats import OwnFormat
 from ..isa.moments import Masters, Moments
 from .hyper_checks import check_group, is_number
+from .lion import Lion
 
-MOMENTS = {Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",)}
+MOMENTS = {
+    Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",), Lion: ("exp_avg",),
+}  # fmt: skip
 """The optimizers there are, and what torch calls their state."""
 
 
@@ -22,7 +25,7 @@ class Declared:
     """What `model.optimizer(...)` was asked for.
 
     Fields:
-        kind: torch.optim.AdamW, Adam or SGD.
+        kind: torch.optim.AdamW, Adam or SGD, or Lion.
         hyper: its keyword arguments.
         max_grad_norm: clip the norm of all gradients to this.
         in_backward: update each chunk as soon as its gradient is complete.
@@ -43,16 +46,16 @@ class Declared:
 
     @property
     def counts(self) -> bool:
-        """Whether steps are a part of a parameter's state: of what rounds by chance always, of torch's SGD not."""
-        return self.kind is not SGD or self.masters != "exact"
+        """Whether steps are a part of a parameter's state: of what rounds by chance always, of SGD and Lion not."""
+        return self.kind in (Adam, AdamW) or self.masters != "exact"
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ArgumentError for what is not there or does not go together."""
         if isinstance(self.kind, Optimizer):
-            name = type(self.kind).__name__
-            raise ArgumentError(f"kind: model.optimizer(...) takes the class torch.optim.{name}, not an instance of it")
+            name = _name(type(self.kind))
+            raise ArgumentError(f"kind: model.optimizer(...) takes the class {name}, not an instance of it")
         if not isinstance(self.kind, type) or self.kind not in MOMENTS:
-            names = ", ".join(f"torch.optim.{kind.__name__}" for kind in MOMENTS)
+            names = ", ".join(map(_name, MOMENTS))
             raise wrong_argument(
                 "kind",
                 self.kind,
@@ -112,7 +115,7 @@ class Declared:
             made = self.kind(groups, **self.hyper)
         except (TypeError, ValueError, KeyError) as error:
             raise ArgumentError(
-                f"torch.optim.{self.kind.__name__} does not take these params and options: {error}; expected "
+                f"{_name(self.kind)} does not take these params and options: {error}; expected "
                 "parameters of the model, or groups of them, and options that it has"
             ) from error
         for group in made.param_groups:
@@ -126,7 +129,12 @@ class Declared:
             moments = 0
         if self.moments != "exact" and not moments:
             raise ArgumentError(
-                f"moments={self.moments!r}: torch.optim.{self.kind.__name__} without momentum has no moments to store; "
+                f"moments={self.moments!r}: {_name(self.kind)} without momentum has no moments to store; "
                 "leave it out, or give a momentum above 0"
             )
         return OwnFormat(moments, self.in_backward, self.accumulate, self.moments, self.masters)
+
+
+def _name(kind: type[Optimizer]) -> str:
+    """As users write it."""
+    return f"geminifx.{kind.__name__}" if kind is Lion else f"torch.optim.{kind.__name__}"

@@ -15,6 +15,8 @@ def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence
                 f"the optimizer is {kind}, and the groups that were saved have no {', '.join(lacking)}; they are of "
                 "another optimizer"
             )
+        if "eps" in group and "eps" not in defaults:
+            raise ValueError(f"the optimizer is {kind}, and the groups that were saved have eps, as another's do")
     for mine, group in zip(own, saved, strict=False):
         key = "decoupled_weight_decay"
         if key in mine and group.get(key, mine[key]) != mine[key]:

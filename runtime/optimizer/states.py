@@ -19,9 +19,9 @@ from ..isa.moments import stored_at, unit
 from ..kernels.moments import narrow, widened
 from ..kernels.rounding import Draws
 from ..kernels.split_pairs import SplitPair, join, split
-from ..kernels.update_rules import AdamHyper, SgdHyper
+from ..kernels.update_rules import AdamHyper, LionHyper, SgdHyper
 
-Hyper = AdamHyper | SgdHyper
+Hyper = AdamHyper | SgdHyper | LionHyper
 SQUARES = 1
 """The number of the moment that is a mean of squares."""
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from ..kernels.device_updates import DeviceKernel
 from ..kernels.host_updates import HostKernel, Pieces
 from ..kernels.moments import narrow, widened
 from ..kernels.split_pairs import SplitPair
-from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient
+from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient, LionHyper, SgdHyper
+from . import lion
 from .states import SQUARES, Hyper, Range, StateSlice
+
+Kernel = HostKernel | DeviceKernel
 
 NARROW_PIECE = 2**20
 """Elements whose moments are widened at a time where no kernel takes them as stored: on a device some 40 MB."""
@@ -92,18 +96,19 @@ class UpdateKernels:
         if not layout.splits:
             _update_master(part, gradient, hyper, _parameters(layout, elements))
             return
-        pair = SplitPair(part.weights, part.rest, elements.draws)
+        pair, moments = SplitPair(part.weights, part.rest, elements.draws), part.moments
+        if isinstance(hyper, SgdHyper) and not hyper.momentum:
+            moments = ()
+        kernel: Kernel = self._host
+        options: tuple[Any, ...] = (hyper, self.threads, _pieces(into, len(moments), elements))
         if self._device is not None and part.weights.is_cuda:
-            if isinstance(hyper, AdamHyper):
-                self._device.adam(pair, gradient, AdamMoments(*part.moments), hyper)
-            else:
-                self._device.sgd(pair, gradient, part.moments[0] if hyper.momentum else None, hyper)
-        elif isinstance(hyper, AdamHyper):
-            self._host.adam(pair, gradient, AdamMoments(*part.moments), hyper, self.threads, _pieces(into, 2, elements))
+            kernel, options = self._device, (hyper,)
+        if isinstance(hyper, AdamHyper):
+            kernel.adam(pair, gradient, AdamMoments(*moments), *options)
+        elif isinstance(hyper, LionHyper):
+            kernel.lion(pair, gradient, *moments, *options)
         else:
-            buffer = part.moments[0] if hyper.momentum else None
-            written = _pieces(into, int(buffer is not None), elements)
-            self._host.sgd(pair, gradient, buffer, hyper, self.threads, written)
+            kernel.sgd(pair, gradient, moments[0] if moments else None, *options)
 
 
 def _pieces(into: StateSlice | None, moments: int, elements: Range) -> Pieces | None:
@@ -136,6 +141,9 @@ def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameter
             beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
             decoupled_weight_decay=hyper.decoupled,
         )  # fmt: skip
+    elif isinstance(hyper, LionHyper):
+        group = {"lr": hyper.lr, "betas": (hyper.beta1, hyper.beta2), "weight_decay": hyper.weight_decay}
+        lion.update(master, grad, part.moments[0], group)
     else:
         # Without momentum there is no buffer, and with it none is read before the first update.
         buffers = list(moments[0]) if hyper.momentum and not hyper.first else [None for _ in cuts]

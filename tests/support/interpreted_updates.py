@@ -8,14 +8,14 @@ import torch
 from geminifx.runtime.kernels import device_updates
 from geminifx.runtime.kernels.device_updates import TRITON, DeviceKernel
 from geminifx.runtime.kernels.host_updates import HostKernel
-from updates import ADAMS, DRAWS, DTYPES, SGDS, STORED, Problem, any_bits, usual
+from updates import DRAWS, DTYPES, RULES, STORED, Problem, any_bits, usual
 
 NUMELS = (1024 + 43, 2 * 1024 + 256 + 43)
 
 
 def differing() -> Iterator[str]:
     """What does not come out alike."""
-    for moments, hyper, dtype, values in product(STORED, ADAMS + SGDS, DTYPES, (usual, any_bits)):
+    for moments, hyper, dtype, values in product(STORED, RULES, DTYPES, (usual, any_bits)):
         for numel, draws in zip(NUMELS, (None, DRAWS), strict=True):
             expected, found = (Problem(numel, 3, dtype, 4, values, STORED[moments], draws) for _ in range(2))
             for problem in (expected, found):

@@ -11,7 +11,7 @@ from geminifx.runtime.kernels.host_updates import HostKernel
 from geminifx.runtime.kernels.moments import narrow
 from geminifx.runtime.kernels.rounding import Draws, key_of
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
-from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, LionHyper, SgdHyper
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,6 +30,13 @@ SGDS = (
     SgdHyper(lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.2),
     SgdHyper(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
 )
+LIONS = (
+    LionHyper(lr=1e-3, beta1=0.9, beta2=0.99),
+    LionHyper(lr=1e-2, beta1=0.95, beta2=0.98, weight_decay=0.3),
+    LionHyper(lr=1e-2, beta1=0.0, beta2=0.0),
+)
+Hyper = AdamHyper | SgdHyper | LionHyper
+RULES = ADAMS + SGDS + LIONS
 SPECIAL = (
     0x00000000, 0x80000000,  # zeros
     0x00000001, 0x80000001, 0x007FFFFF, 0x00008000, 0x80008000,  # denormals, the last two ties
@@ -120,10 +127,12 @@ class Problem:
         square = stored(values(numel, seed + 3).abs(), moments, squares=True)
         self.moments = AdamMoments(place(mean), place(square))
 
-    def update(self, kernel: HostKernel | DeviceKernel, hyper: AdamHyper | SgdHyper, threads: int = 1) -> None:
+    def update(self, kernel: HostKernel | DeviceKernel, hyper: Hyper, threads: int = 1) -> None:
         rest = (threads,) if isinstance(kernel, HostKernel) else ()
         if isinstance(hyper, AdamHyper):
             kernel.adam(self.pair, self.gradient, self.moments, hyper, *rest)
+        elif isinstance(hyper, LionHyper):
+            kernel.lion(self.pair, self.gradient, self.moments.mean, hyper, *rest)
         else:
             buffer = self.moments.mean if hyper.momentum else None
             kernel.sgd(self.pair, self.gradient, buffer, hyper, *rest)

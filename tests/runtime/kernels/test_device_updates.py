@@ -15,21 +15,23 @@ from geminifx.runtime.kernels import reference_updates as host_reference
 from geminifx.runtime.kernels.device_updates import DeviceKernel, available_variants
 from geminifx.runtime.kernels.host_updates import HostKernel
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
-from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, LionHyper, SgdHyper
 from torch import Tensor
-from updates import ADAMS, ADAMW, DRAWS, DTYPES, SGDS, STORED, Problem, any_bits, usual
+from updates import ADAMW, DRAWS, DTYPES, RULES, SGDS, STORED, Hyper, Problem, any_bits, usual
 
 STEPS = 5
-EVERY_RULE = pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
+EVERY_RULE = pytest.mark.parametrize("hyper", RULES, ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_WAY = pytest.mark.parametrize("moments", STORED.values(), ids=STORED)
 EVERY_KIND = pytest.mark.parametrize("values", (usual, any_bits), ids=("usual", "any"))
 
 
-def at(hyper: AdamHyper | SgdHyper, number: int) -> AdamHyper | SgdHyper:
+def at(hyper: Hyper, number: int) -> Hyper:
     """Return the rule at a later step, 0 being the one it is for."""
     if isinstance(hyper, AdamHyper):
         return replace(hyper, step=hyper.step + number)
+    if isinstance(hyper, LionHyper):
+        return hyper
     return replace(hyper, first=hyper.first and number == 0)
 
 
@@ -51,7 +53,7 @@ def moved(problem: Problem, device: str) -> None:
     problem.moments = AdamMoments(move(moments.mean), move(moments.square))
 
 
-def check(kernel: DeviceKernel, hyper: AdamHyper | SgdHyper, make: Callable[[], Problem], device: str) -> None:
+def check(kernel: DeviceKernel, hyper: Hyper, make: Callable[[], Problem], device: str) -> None:
     """Take a few steps with the host kernel and with `kernel`; every bit is the same after each of them."""
     expected, found, host = make(), make(), HostKernel()
     for number in range(STEPS):

@@ -16,7 +16,7 @@ from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradie
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from updates import ADAMS, ADAMW, DRAWS, DTYPES, SGDS, SPECIAL, Problem, any_bits, floats, same, same_pair
+from updates import ADAMS, ADAMW, DRAWS, DTYPES, RULES, SGDS, SPECIAL, Problem, any_bits, floats, same, same_pair
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +88,7 @@ def test_pairs_refuse_other_dtypes():
     numel=st.integers(0, 200),
     seed=st.integers(0, 10_000),
     dtype=st.sampled_from(DTYPES),
-    hyper=st.sampled_from(ADAMS + SGDS),
+    hyper=st.sampled_from(RULES),
     offset=st.integers(0, 3),
     draws=st.sampled_from((None, DRAWS)),
 )
@@ -102,7 +102,7 @@ def test_variants_agree(numel, seed, dtype, hyper, offset, draws):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
+@pytest.mark.parametrize("hyper", RULES, ids=str)
 @pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
 def test_threads_pieces_and_bulk_agree(hyper, draws):
     expected = Problem(PIECE + 77, 5, torch.bfloat16, draws=draws)
@@ -114,7 +114,7 @@ def test_threads_pieces_and_bulk_agree(hyper, draws):
             assert found.equals(expected), (variant, threads)
 
 
-@pytest.mark.parametrize("hyper", ADAMS + SGDS, ids=str)
+@pytest.mark.parametrize("hyper", RULES, ids=str)
 def test_the_fallback_needs_no_fused_torch(hyper, monkeypatch):
     expected, found = Problem(5000, 1, torch.bfloat16), Problem(5000, 1, torch.bfloat16)
     expected.update(HostKernel(), hyper)
