@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,30 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from ..runtime.isa.errors import ArgumentError
 from ..runtime.isa.precision import cast_dtype
-from ..runtime.isa.quantized import Dequantized, Quantized, code_shapes
+from ..runtime.isa.quantized import DEQUANTIZE, Dequantized, Quantized, code_shapes, is_quantized
 from ..runtime.kernels.quantized import quantize
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A quantised weight, as its model keeps it: the names of its codes and scales, and what dequantises them."""
+
+    codes: str
+    scales: str
+    weight: Dequantized
+
+    def values(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return DEQUANTIZE(codes, scales, self.weight.format, list(self.weight.shape), self.weight.dtype)
+
+
+def kept_weights(source: nn.Module) -> dict[str, Kept]:
+    """All quantised weights, by the names that they had."""
+    found: dict[str, Kept] = {}
+    for path, module in source.named_modules():
+        if is_quantized(module):
+            owner, _, name = path.rpartition("parametrizations.")
+            found[owner + name] = Kept(f"{path}.original0", f"{path}.original1", module[0])
+    return found
 
 
 def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: torch.dtype | None) -> None:
@@ -29,7 +52,7 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
         )
     for path, layer in layers:
         weight = layer.weight
-        dequantized = _Quantizing(format, tuple(weight.shape), cast_dtype(weight, compute_dtype))
+        dequantized = _Quantizing(format, tuple(weight.shape), cast_dtype(weight, compute_dtype), weight.dtype)
         try:
             register_parametrization(layer, "weight", dequantized, unsafe=True)  # which would compare dtypes
         except ValueError as error:

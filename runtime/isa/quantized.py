@@ -62,11 +62,14 @@ def _fake(codes: Tensor, scales: Tensor, format: str, shape: list[int], dtype: t
 
 
 class Dequantized(nn.Module):
-    """The parametrization of a weight that is kept as codes and scales: whoever reads it reads its values."""
+    """The parametrization of a weight that is kept as codes and scales: whoever reads it reads its values, in `dtype`.
+    What was quantised is of `dtype_before`."""
 
-    def __init__(self, format: Quantized, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, format: Quantized, shape: tuple[int, ...], dtype: torch.dtype, dtype_before: torch.dtype
+    ) -> None:
         super().__init__()
-        self.format, self.shape, self.dtype = format, shape, dtype
+        self.format, self.shape, self.dtype, self.dtype_before = format, shape, dtype, dtype_before
 
     def forward(self, codes: Tensor, scales: Tensor) -> Tensor:
         return DEQUANTIZE(codes, scales, self.format, list(self.shape), self.dtype)

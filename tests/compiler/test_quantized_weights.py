@@ -7,11 +7,14 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.runtime.isa.errors import StateError
 from geminifx.runtime.isa.quantized import DEQUANTIZE
 from geminifx.runtime.kernels.quantized import quantize
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 WIDTH, DEPTH = 128, 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -125,6 +128,40 @@ def test_evaluation_and_checkpoints(tmp_path: Path) -> None:
     geminifx.load_checkpoint(other, again, tmp_path)
     with torch.no_grad():
         assert torch.equal(other(batch(1)), model(batch(1)))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_files_are_read_into_codes_and_codes_saved_as_values(tmp_path: Path, format: str) -> None:
+    geminifx.compile(Adapted(), device="cpu", example_inputs=(batch(0),)).save_pretrained(tmp_path / "dense")
+    with geminifx.init_empty():
+        empty = Adapted()
+    model = compiled(empty, frozen=format, placement="cpu", example_inputs=(batch(0),))
+    model.load_pretrained(tmp_path / "dense")
+    other = compiled(Adapted(), frozen=format, placement="cpu", example_inputs=(batch(0),))
+    found, expected = model.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    model.save_pretrained(tmp_path / "values")
+    saved, values = load_file(tmp_path / "values" / "model.safetensors"), rounded(format, "bf16").state_dict()
+    assert saved.keys() == values.keys() and all(torch.equal(saved[name].float(), values[name]) for name in values)
+    with geminifx.init_empty():
+        empty = Adapted()
+    with pytest.raises(StateError, match="some of this model's are quantised"):
+        compiled(empty, frozen=format).initialize()
+
+
+def test_hugging_faces_models_generate_and_are_saved_for_transformers(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
+    )
+    source = LlamaForCausalLM(config)
+    source.model.requires_grad_(False)
+    model = compiled(source, frozen="nf4", precision="fp32").eval()
+    ids = torch.arange(4)[None]
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert_close(model(ids).logits, loaded(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), loaded.generate(ids, **options))
 
 
 def test_weights_that_are_trained_or_tied_stay_as_they_are() -> None:
