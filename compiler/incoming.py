@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from ..models.adapters import blocks
 from ..models.initialisers import initialise
 from ..models.weight_names import Matched, matched
 from ..runtime.distributed.local_shards import Region
-from ..runtime.isa.errors import CheckpointError
+from ..runtime.isa.errors import CheckpointError, StateError
+from ..runtime.kernels.quantized import quantize
 from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stored import Stored
 from ..runtime.state_io.safetensors_files import WeightFiles
+from .quantized_weights import Kept, kept_weights
 
 SHOWN = 5
 """How many names an error or a warning tells."""
@@ -33,6 +35,12 @@ class FromInitialisers:
 
     @classmethod
     def of(cls, source: nn.Module, seed: int, names: Collection[str] | None = None) -> "FromInitialisers":
+        """Raises StateError where weights are quantised: nobody draws codes."""
+        if kept_weights(source):
+            raise StateError(
+                "random values are for weights as they are, and some of this model's are quantised: load all of them "
+                "from files, or give them values before compile(frozen=)"
+            )
         return cls(source, {name: p.detach() for name, p in source.named_parameters()}, seed, names)
 
     def check(self) -> None:
@@ -61,9 +69,9 @@ class FromFiles:
     @classmethod
     def found(cls, source: nn.Module, directory: Any, strict: bool) -> "FromFiles":
         """Raises CheckpointError where the files are not for this model, or, if `strict`, lack some of it."""
-        files = WeightFiles.found(directory)
-        names = matched(source, files.entries, files.aliases)
-        _check_shapes(source, files, names)
+        files, own = WeightFiles.found(directory), _own_tensors(source)
+        names = matched(source, own, files.entries, files.aliases)
+        _check_shapes(own, files, names)
         told = f"{len(names.missing)} of the model's weights: {_some(names.missing)}"
         others = f" (the files have {_some(names.unexpected)} instead)" if names.unexpected else ""
         if names.missing and strict:
@@ -89,34 +97,82 @@ class FromFiles:
         if self.rest is not None:
             self.rest.bring(store)
         targets = self._targets(store)
-        written: set[int] = set()
 
         def take(name: str, slices: Any) -> None:
             for target in targets[name]:
-                (_check_same if id(target) in written else _write)(name, target, slices)
-                written.add(id(target))
+                target.take(name, slices)
 
         self.files.read(targets, take)
 
-    def _targets(self, store: StateStore) -> dict[str, list[Stored]]:
+    def _targets(self, store: StateStore) -> dict[str, list["_Target"]]:
         """Where each of the files' weights goes."""
         first = {id(parameter): name for name, parameter in self.source.named_parameters()}
-        own, made = self.source.state_dict(keep_vars=True), dict[int, Stored]()
-        targets: dict[str, list[Stored]] = {}
+        own, kept, made = _own_tensors(self.source), kept_weights(self.source), dict[int, _Target]()
+        targets: dict[str, list[_Target]] = {}
         for name, there in self.names.found.items():
             tensor = own[name]
-            if id(tensor) not in made:
+            if name in kept:
+                made[id(tensor)] = _Codes(kept[name], *map(store.stored_master, (kept[name].codes, kept[name].scales)))
+            elif id(tensor) not in made:
                 of = first.get(id(tensor))
-                made[id(tensor)] = _buffer(tensor) if of is None else store.stored_master(of)
+                made[id(tensor)] = _Values(_buffer(tensor) if of is None else store.stored_master(of))
             found = targets.setdefault(there, [])
             if all(target is not made[id(tensor)] for target in found):
                 found.append(made[id(tensor)])
         return targets
 
 
-def _check_shapes(source: nn.Module, files: WeightFiles, names: Matched) -> None:
+class _Target(Protocol):
+    """Takes a weight, by what gives it by its slices."""
+
+    def take(self, name: str, slices: Any) -> None: ...
+
+
+@dataclass(eq=False)
+class _Values:
+    """A parameter or a buffer. What comes under a further name of it must be the same."""
+
+    stored: Stored
+    is_written: bool = False
+
+    def take(self, name: str, slices: Any) -> None:
+        if self.is_written:
+            _check_same(name, self.stored, slices)
+        else:
+            _write(self.stored, slices)
+        self.is_written = True
+
+
+@dataclass(eq=False)
+class _Codes:
+    """A quantised weight, which is read whole and quantised."""
+
+    kept: Kept
+    codes: Stored
+    scales: Stored
+
+    def take(self, name: str, slices: Any) -> None:
+        weight = self.kept.weight
+        whole = slices[tuple(slice(0, size) for size in weight.shape)]
+        try:
+            codes, scales = quantize(whole.to(weight.dtype_before), weight.format)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        _write(self.codes, codes)
+        _write(self.scales, scales)
+
+
+def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
+    """What a model's state_dict holds, by all names; of quantised weights what they would be, under their own names."""
+    own = dict(source.state_dict(keep_vars=True))
+    for name, kept in kept_weights(source).items():
+        del own[kept.codes], own[kept.scales]
+        own[name] = torch.empty(kept.weight.shape, dtype=kept.weight.dtype, device="meta")
+    return own
+
+
+def _check_shapes(own: dict[str, Tensor], files: WeightFiles, names: Matched) -> None:
     """Raises CheckpointError for a weight of another shape, or of numbers of another kind."""
-    own = source.state_dict(keep_vars=True)
     for name, there in names.found.items():
         entry, tensor = files.entries[there], own[name]
         if entry.shape != tuple(tensor.shape):
@@ -137,7 +193,7 @@ def _buffer(buffer: Tensor) -> Stored:
     )
 
 
-def _write(name: str, target: Stored, slices: Any) -> None:
+def _write(target: Stored, slices: Any) -> None:
     for region in target.regions:
         target.write(region, _everywhere(region), slices[_slices(region)])
 

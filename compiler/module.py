@@ -35,7 +35,7 @@ from .options import Options
 from .saving import DEFAULT, SaveRequest, save_streamed
 from .session import Session
 from .setup import Phase
-from .state_dict import local_shards_of, whole_state
+from .state_dict import dequantized, local_shards_of, whole_state
 from .world import Settled
 
 
@@ -208,6 +208,8 @@ class CompiledModule(Facade):
         and written a file at a time; only where Hugging Face writes other tensors than the model has, as for adapters,
         or is given `options` of its own, are all of them copied before.
 
+        Quantised weights are saved as the values that they stand for.
+
         Args:
             max_shard_size: how large files may be, unless one weight is larger.
             dtype: in which weights are written, and which the configuration tells; by default the masters', float32.
@@ -229,6 +231,7 @@ class CompiledModule(Facade):
             return
         weights = self.state_dict(first_only=True)
         if self.session.ranks.rank == 0:
+            weights = dequantized(self.source, weights)
             options = {"state_dict": weights, "max_shard_size": request.max_shard_bytes, **request.options}
             options["state_dict"] = {name: request.cast(value) for name, value in options["state_dict"].items()}
             self.source.save_pretrained(directory, **options)

@@ -17,6 +17,7 @@ from ..passes.program.plan import Plan
 from ..passes.program.request import Kernels, Outputs, Policy
 from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
+from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
 from .parallel import Parallel, cannot_run
@@ -70,6 +71,9 @@ class Options:
             `geminifx calibrate` wrote, or `Rates`. By default what was measured of this one; it changes no result.
         warmup: how many of the first steps are measured, for the plan to be decided again by what they took; True: 2.
             It is for placement="auto" without `plan=`.
+        frozen: how frozen weights of linear layers are kept: "nf4", 4 bits each and a scale for 64, or "int8", with a
+            scale for each row; by default as they are. They are dequantised on the device where they are read, the
+            model computes with the rounded values, and itself holds codes and scales from then on.
         passes: further passes, each placed behind the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
         device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
@@ -98,6 +102,7 @@ class Options:
     plan: Plan | None = None
     rates: Rates | None = None
     warmup: int = False
+    frozen: Quantized | None = None
     passes: tuple[Pass, ...] = ()
     optimizer_state_bytes: int = 8
     device: str | None = None
@@ -173,6 +178,7 @@ class Options:
         _one_of("kernels", self.kernels, get_args(Kernels))
         _one_of("precision", self.precision, (None, *DTYPES))
         _one_of("reduce_dtype", self.reduce_dtype, get_args(ReduceDtype))
+        _one_of("frozen", self.frozen, (None, *get_args(Quantized)))
         _one_of("device", self.device, (None, "cpu", "cuda"))
         for name in ("recompute", "offload"):
             if isinstance(getattr(self, name), str):
@@ -192,6 +198,8 @@ class Options:
         why_not = cannot_run(self.degrees, 1 if self.microbatches == "auto" else self.microbatches)
         if why_not:
             raise ArgumentError(why_not)
+        if self.frozen is not None and self.degrees.mode is not None:
+            raise ArgumentError(f"frozen={self.frozen!r} is not for sharded tensors yet; leave one of them out")
         if self.fuse_loss is True and self.degrees.mode is not None:
             raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
         if self.cluster is not None and self.world_size not in (None, self.cluster.size):

@@ -47,6 +47,7 @@ from .places import Incoming, Places
 from .planner.problem import Planning
 from .planner.search import Solution
 from .programs import Call, Compiled, Key, Recent, exchanged, messages
+from .quantized_weights import quantize_frozen
 from .setup import Declaration, Phase, Setup, move
 from .values import check_memory, check_parameters, program_inputs
 
@@ -69,6 +70,7 @@ class Session:
         self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         self.dtype = DTYPES.get(options.precision or ("bf16" if self.device.is_cuda else ""))
+        quantize_frozen(source, options.frozen, self.dtype)
         self.dtypes = parameter_dtypes(source, self.dtype)
         self.census = Census(source)
         self._parameters = self.census.now().parameters
@@ -286,8 +288,7 @@ class Session:
                 self.store().masters_written()
 
     def take_places(self, are_alike: bool) -> None:
-        """Let weights on `meta` have places in chunks, where it is known which, for whoever brings the values. Those of
-        ranks that may not be alike as yet have none before they are."""
+        """Let weights on `meta` have places in chunks, where these are known; of ranks, once all are to be alike."""
         if self.may_place and (are_alike or not self.ranks.together):
             self._put()
         elif self.setup is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..runtime.isa.layout import Slot
 from ..runtime.memory.lazy_parameter import LazyParameter
+from .quantized_weights import Kept, kept_weights
 from .session import Session
 
 
@@ -72,7 +73,7 @@ class ReadableState:
 
 
 def readable_state(session: Session) -> ReadableState:
-    """The source's state, of which nothing is read yet."""
+    """The source's state, of which nothing is read yet; quantised weights are dequantised as they are."""
     shared_out, names = _shared_out(session), dict[int, str]()
     first, aliases = dict[str, Readable](), dict[str, str]()
     for name, value in session.source.state_dict(keep_vars=True).items():
@@ -82,7 +83,22 @@ def readable_state(session: Session) -> ReadableState:
         names[id(value)], own = name, shared_out.get(name)
         shape = tuple(value.shape) if own is None else session.store().chunks.whole_shape(own)
         first[name] = Readable(shape, value.dtype, partial(_cpu_value, session, own, value))
+    for name, kept in kept_weights(session.source).items():
+        read = partial(_dequantized, kept, first.pop(kept.codes).read, first.pop(kept.scales).read)
+        first[name] = Readable(kept.weight.shape, kept.weight.dtype, read)
     return ReadableState(first, aliases)
+
+
+def dequantized(source: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state with the values of quantised weights under the names that these had."""
+    found = dict(state)
+    for name, kept in kept_weights(source).items():
+        found[name] = kept.values(found.pop(kept.codes), found.pop(kept.scales))
+    return found
+
+
+def _dequantized(kept: Kept, codes: Callable[[], Tensor], scales: Callable[[], Tensor]) -> Tensor:
+    return kept.values(codes(), scales())
 
 
 def _cpu_value(session: Session, shared_out: str | None, value: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def initialise(model: nn.Module, empty: Mapping[str, Tensor], blocks: Iterable[s
 
 class _Replay:
     def __init__(self, model: nn.Module, empty: Mapping[str, Tensor], blocks: frozenset[str], give: Give) -> None:
-        self.give, self.is_hf = give, isinstance(model, PreTrainedModel)
+        self.give = give
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        self.of_models = {id(part) for module in models for part in module.modules()}  # which `_init_weights` comes to
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.blocks = {id(module) for path, module in model.named_modules() if path in blocks}
         self.held = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
@@ -75,7 +77,7 @@ class _Replay:
         self._reset(module)
         if isinstance(module, PreTrainedModel):
             self._initialise(module, module)
-        elif self.is_hf:
+        elif id(module) in self.of_models:
             self._drop_block(module)
         elif id(module) in self.blocks:
             self._hand_over(module)
@@ -106,7 +108,7 @@ class _Replay:
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset is not None:
             reset()
-        elif not self.is_hf and any(parameter is not None for parameter in module._parameters.values()):
+        elif id(module) not in self.of_models and _own(module):
             raise self._unknown(module)
 
     def _unknown(self, module: nn.Module) -> StateError:

@@ -4,6 +4,7 @@ with one that it lacks."""
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,9 +24,9 @@ class Matched:
     unexpected: tuple[str, ...]
 
 
-def matched(model: nn.Module, names: Collection[str], aliases: Mapping[str, str]) -> Matched:
-    """Match a model's state_dict with the names in a file, and further names that it gives some of them."""
-    own = model.state_dict(keep_vars=True)
+def matched(model: nn.Module, own: Mapping[str, Any], names: Collection[str], aliases: Mapping[str, str]) -> Matched:
+    """Match a model's `own` tensors, by all of their names, with the names in a file, and further names that it gives
+    some of them."""
     found: dict[str, str] = {}
     for name in own:
         there = next((each for each in _spellings(model, name) if each in names or each in aliases), None)

@@ -7,6 +7,7 @@ from .average_loss import average_loss
 from .canonicalize import canonicalize
 from .chunk import chunk
 from .cluster import cluster
+from .dequantize import dequantize
 from .fuse_gradients import fuse_gradients
 from .fuse_loss import fuse_loss
 from .fuse_pointwise import fuse_pointwise
@@ -29,6 +30,7 @@ PIPELINE = (
     split_batch,  #  a batch runs as microbatches, each block for all of them before the next
     split_stages,  # or goes through a pipeline's stages, of which each rank keeps its part
     partition,  #    forward | turn | backward; only activations cross the turn
+    dequantize,  #   quantised weights are dequantised again where the backward reads them
     overlap,  #      collectives start early and are waited for late, small sums are taken together
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
     fuse_gradients,  # a weight's gradient is multiplied right into its chunk

@@ -2,11 +2,11 @@
 
 import torch
 
-from . import attention, draws, linear_cross_entropy
+from . import attention, draws, linear_cross_entropy, quantized
 
 OPERATORS = {
     name: getattr(torch.ops.geminifx, name).default
-    for module in (attention, draws, linear_cross_entropy)
+    for module in (attention, draws, linear_cross_entropy, quantized)
     for name in module.OPERATORS
 }
 """By name."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .quantized import is_quantized
+
 LOW = (torch.bfloat16, torch.float16)
 
 ReduceDtype = Literal["fp32", "compute"]
@@ -16,9 +18,11 @@ def parameter_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, t
     """The compute dtype of every parameter, by each of its names; None leaves all as the model has them.
 
     Batch and instance norms stay in float32 with their running statistics, whose small updates would be
-    rounded away; their kernels take low-precision inputs.
+    rounded away; their kernels take low-precision inputs. So do the scales of quantised weights, which are cast as they
+    are dequantised.
     """
-    kept = {id(p) for m in model.modules() if isinstance(m, _NormBase) for p in m.parameters(recurse=False)}
+    whole = (m for m in model.modules() if isinstance(m, _NormBase) or is_quantized(m))
+    kept = {id(p) for m in whole for p in m.parameters(recurse=False)}
     named = model.named_parameters(remove_duplicate=False)
     return {name: p.dtype if id(p) in kept else cast_dtype(p, dtype) for name, p in named}
 

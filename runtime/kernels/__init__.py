@@ -1,5 +1,5 @@
 """Kernels: of the operators in programs, whose import registers them, and of the optimizer's updates."""
 
-from . import attention, linear_cross_entropy
+from . import attention, linear_cross_entropy, quantized
 
-__all__ = ["attention", "linear_cross_entropy"]
+__all__ = ["attention", "linear_cross_entropy", "quantized"]

@@ -1,0 +1,93 @@
+"""Kernels of `geminifx::dequantize`, and the quantiser: torch's operators, a piece at a time, so that what they need
+besides is small."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..isa.quantized import BLOCK, INT8_STEP, NF4, Quantized, code_shapes
+
+PIECE = 2**22
+"""Elements that are on their way at a time: a multiple of the block."""
+
+
+@torch.library.impl("geminifx::dequantize", "CompositeExplicitAutograd")
+def _dequantize(codes: Tensor, scales: Tensor, format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    values = codes.new_empty(shape, dtype=dtype)
+    if format == "int8":
+        for rows in _pieces(shape[0], max(PIECE * shape[0] // max(values.numel(), 1), 1)):
+            scale = scales[rows].view(-1, *[1] * (len(shape) - 1))
+            values[rows] = codes[rows].float().mul_(scale).mul_(INT8_STEP)
+        return values
+    pairs, flat = _pairs(codes.device), values.view(-1)
+    for piece in _pieces(flat.numel(), PIECE):
+        bytes_of = slice(piece.start // 2, (piece.stop + 1) // 2)
+        found = pairs.index_select(0, codes[bytes_of].int()).view(-1)[: piece.stop - piece.start]
+        flat[piece] = _by_blocks(found, scales[piece.start // BLOCK : -(-piece.stop // BLOCK)])
+    return values
+
+
+def quantize(weight: Tensor, format: Quantized) -> tuple[Tensor, Tensor]:
+    """A weight's codes and scales: the nearest value of the table, or the nearest step. Raises ValueError for one with
+    values that are not finite."""
+    codes_shape, scales_shape = code_shapes(format, tuple(weight.shape))
+    codes = torch.empty(codes_shape, dtype=torch.int8 if format == "int8" else torch.uint8, device=weight.device)
+    scales = torch.empty(scales_shape, dtype=torch.float32, device=weight.device)
+    if format == "int8":
+        for rows in _pieces(weight.shape[0], max(PIECE * weight.shape[0] // max(weight.numel(), 1), 1)):
+            values = weight[rows].float().flatten(1)
+            scales[rows] = _largest(values)
+            codes[rows] = (values * (127 / _divisor(scales[rows])[:, None])).round_().view(weight[rows].shape).char()
+    else:
+        flat = weight.reshape(-1)
+        for piece in _pieces(flat.numel(), PIECE):
+            values = torch.zeros(-(-(piece.stop - piece.start) // BLOCK) * BLOCK, device=weight.device)
+            values[: piece.stop - piece.start] = flat[piece]
+            blocks = values.view(-1, BLOCK)
+            into = scales[piece.start // BLOCK : -(-piece.stop // BLOCK)]
+            into.copy_(_largest(blocks))
+            nearest = torch.bucketize(blocks / _divisor(into)[:, None], _between(weight.device)).to(torch.uint8)
+            high, low = nearest.view(-1, 2).unbind(1)
+            packed = slice(piece.start // 2, (piece.stop + 1) // 2)
+            codes[packed] = (high << 4 | low)[: packed.stop - packed.start]
+    if not scales.isfinite().all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has values that are not finite: {format} has none")
+    return codes, scales
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """Of rows that are all zero any does."""
+    return torch.where(scales == 0, 1.0, scales)
+
+
+def _by_blocks(values: Tensor, scales: Tensor) -> Tensor:
+    """Values, of which the last block may be shorter, times the scale of their block."""
+    whole = values.numel() // BLOCK
+    values[: whole * BLOCK].view(whole, BLOCK).mul_(scales[:whole, None])
+    if values.numel() > whole * BLOCK:
+        values[whole * BLOCK :].mul_(scales[whole])
+    return values
+
+
+def _pieces(numel: int, length: int) -> Iterator[slice]:
+    return (slice(start, min(start + length, numel)) for start in range(0, numel, length))
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """The two values that each byte stands for."""
+    table, codes = torch.tensor(NF4, device=device), torch.arange(256, device=device)
+    return torch.stack([table[codes >> 4], table[codes & 15]], 1)
+
+
+@cache
+def _between(device: torch.device) -> Tensor:
+    """Halfway between neighbouring values of the table."""
+    table = torch.tensor(NF4, dtype=torch.float64)
+    return ((table[1:] + table[:-1]) / 2).float().to(device)
