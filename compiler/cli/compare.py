@@ -99,7 +99,7 @@ def comparison_table(compared: list[Compared], world_size: int) -> Table:
     return table
 
 
-def batch_of(model: PreTrainedModel, batch_size: int, seq_len: int | None) -> dict[str, torch.Tensor]:
+def batch_by_shapes(model: PreTrainedModel, batch_size: int, seq_len: int | None) -> dict[str, torch.Tensor]:
     """A step's inputs by their shapes: plans read nothing else, and a batch of all processes may be large.
 
     Raises:
@@ -134,7 +134,7 @@ def compare(
     transformers.utils.logging.set_verbosity_error()
     with shown_errors():
         loaded = empty_model(model)
-        batch = batch_of(loaded, batch_size, seq_len)
+        batch = batch_by_shapes(loaded, batch_size, seq_len)
         settings = {"device": "cpu", "precision": "bf16", "recompute": recompute, "device_budget": device_budget,
                     "rates": rates}  # fmt: skip
         compared = compare_ways(loaded, world_size, batch, host_budget=ANY_HOST_BYTES, **settings)

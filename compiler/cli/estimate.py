@@ -18,7 +18,7 @@ from ..estimate import ROWS, Estimated, Machine, estimates
 from ..rates.choice import OTHER_CARD, given_rates, rates_of
 from ..rates.rates import Rates
 from .calibrate import RATES_HELP
-from .compare import MOST_EXAMPLES, batch_of
+from .compare import MOST_EXAMPLES, batch_by_shapes
 from .errors import shown_errors
 
 commands = typer.Typer()
@@ -76,7 +76,7 @@ def estimate(
     transformers.utils.logging.set_verbosity_error()
     with shown_errors():
         machine = Machine.of(device_budget, host_budget, _rates(rates))
-        batch = batch_of(empty_model(model), batch_size, seq_len)
+        batch = batch_by_shapes(empty_model(model), batch_size, seq_len)
         tokens = next(iter(batch.values())).numel()
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         found = []

@@ -1,4 +1,5 @@
-"""The command `geminifx simulate`: a schedule of a pipeline on a clock, and its timeline as a trace."""
+"""The command `geminifx simulate`: a model's step on a world, or a schedule of a pipeline alone, on a clock, and its
+timeline as a trace."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,11 +8,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.units import format_seconds
 from ..planner.pipeline.schedules import KINDS, Shape, make_schedule
 from ..planner.pipeline.simulate import Simulated, StageCosts, simulate
 from ..planner.pipeline.trace import chrome_trace
+from ..rates.clusters import CLUSTERS
+from . import worlds
+from .calibrate import RATES_HELP
 from .errors import shown_errors
+from .worlds import Asked
 
 MOST_FORWARDS = 2**18
 """Of all stages in a step: within a minute."""
@@ -41,11 +47,38 @@ def _simulated(name: str, shape: Shape, costs: StageCosts, loss_awaited: bool) -
     return simulate(make_schedule(name, shape), [costs] * shape.stages, loss_awaited=loss_awaited)
 
 
+OF_SCHEDULES = ("ranks", "stages_per_rank", "forward_ms", "input_ms", "weight_ms", "message_ms", "loss_awaited")
+OF_MODELS = ("world_size", "cluster", "rates", "device_budget", "parallel", "batch_size", "seq_len")
+
+
+def _check_of_one_kind(context: typer.Context, model: str | None) -> None:
+    """Raises ArgumentError for an option that means nothing of a model, or of a schedule alone."""
+    others, instead = (OF_MODELS, "a schedule alone; name a MODEL") if model is None else (OF_SCHEDULES, "a model")
+    given = [name for name in others if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        raise ArgumentError(f"--{given[0].replace('_', '-')} means nothing of {instead}")
+
+
 @commands.command("simulate")
 def simulate_command(
-    schedule: Annotated[str, typer.Option(help=f"Which rank does what when: {', '.join(KINDS)}.")] = "1f1b",
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub name, directory, config file (.json) or preset; none: a schedule alone.")
+    ] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Processes that share MODEL's work.")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help="How they share it, such as pipeline=4,data=2; by default as is fastest.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(help=f"Of {', '.join(CLUSTERS)}, or a TOML file.")] = None,
+    rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
+    device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples in a step, of all processes.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
+    schedule: Annotated[str | None, typer.Option(help=f"Which rank does what when: {', '.join(KINDS)}.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that the stages lie on.")] = 4,
-    microbatches: Annotated[int, typer.Option(min=1, help="Microbatches of a step.")] = 8,
+    microbatches: Annotated[
+        int | None, typer.Option(min=1, help="Microbatches of a step; of a schedule alone 8.")
+    ] = None,
     stages_per_rank: Annotated[int, typer.Option(min=1, help="Stages on each rank.")] = 1,
     forward_ms: Annotated[float, typer.Option(min=0, help="A stage's forward of a microbatch.")] = 1.0,
     input_ms: Annotated[float, typer.Option(min=0, help="Gradients of its inputs.")] = 1.0,
@@ -58,12 +91,21 @@ def simulate_command(
         Path | None, typer.Option(help="Write the timeline here, for chrome://tracing or ui.perfetto.dev.")
     ] = None,
 ) -> None:
-    """Run a step of a pipeline on a clock: what each rank does, how long it idles, how much it holds.
+    """Run a step on a clock: what each rank does, how long it idles, how much it holds.
 
-    F0.3 is stage 0's forward of microbatch 3, B0.3 its backward, I0.3 and W0.3 the two parts of a divided one.
+    Of MODEL, whose blocks are priced by what they compute, read and exchange; nothing is run. Without MODEL a step of a
+    pipeline alone, whose stages take what the options say: F0.3 is stage 0's forward of microbatch 3, B0.3 its
+    backward, I0.3 and W0.3 the two parts of a divided one.
     """
     console = Console()
     with shown_errors():
+        _check_of_one_kind(context, model)
+        if model is not None:
+            asked = Asked(
+                model, world_size, cluster, rates, device_budget, parallel, schedule, microbatches, batch_size, seq_len
+            )
+            _show_world(console, asked, trace)
+            return
         costs = StageCosts(
             forward_s=forward_ms / 1e3,
             input_s=input_ms / 1e3,
@@ -71,9 +113,19 @@ def simulate_command(
             backward_s=(input_ms + weight_ms) / 1e3,
             message_s=message_ms / 1e3,
         )
-        simulated = _simulated(schedule, Shape(ranks, microbatches, stages_per_rank), costs, loss_awaited)
+        shape = Shape(ranks, microbatches or 8, stages_per_rank)
+        simulated = _simulated(schedule or "1f1b", shape, costs, loss_awaited)
         console.print(str(simulated.schedule), highlight=False, markup=False, soft_wrap=True)
         console.print(summary(simulated), highlight=False, markup=False, soft_wrap=True)
         console.print(ranks_table(simulated))
         if trace is not None:
             trace.write_text(chrome_trace(simulated), encoding="utf-8")
+
+
+def _show_world(console: Console, asked: Asked, trace: Path | None) -> None:
+    priced, lines = asked.simulated()
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(worlds.ranks_table(priced))
+    if trace is not None:
+        worlds.write_trace(priced, trace)

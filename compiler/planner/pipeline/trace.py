@@ -1,7 +1,7 @@
 """A simulated step for chrome://tracing and ui.perfetto.dev: a track for each rank, an arrow for each message."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .simulate import Simulated
@@ -10,9 +10,9 @@ _KINDS = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gra
 _US_PER_S = 1e6
 
 
-def chrome_trace(simulated: Simulated) -> str:
-    """The JSON of Chrome's trace events."""
-    events = [*_names(simulated), *_slices(simulated), *_arrows(simulated)]
+def chrome_trace(simulated: Simulated, tail_s: Sequence[float] = ()) -> str:
+    """The JSON of Chrome's trace events; `tail_s` is what each rank does behind its last backward."""
+    events = [*_names(simulated), *_slices(simulated), *_tails(simulated, tail_s), *_arrows(simulated)]
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
 
 
@@ -37,6 +37,15 @@ def _slices(simulated: Simulated) -> Iterator[dict[str, Any]]:
             "ph": "X", "name": str(action), "cat": _KINDS[action.kind], "pid": 0, "tid": rank,
             "ts": begin_s * _US_PER_S, "dur": (end_s - begin_s) * _US_PER_S,
             "args": {"stage": action.stage, "microbatch": action.microbatch},
+        }  # fmt: skip
+
+
+def _tails(simulated: Simulated, tail_s: Sequence[float]) -> Iterator[dict[str, Any]]:
+    ends_s = {event.rank: event.end_s for event in sorted(simulated.events, key=lambda event: event.end_s)}
+    for rank, seconds in enumerate(tail_s):
+        yield {
+            "ph": "X", "name": "sums and updates", "cat": "sums and updates", "pid": 0, "tid": rank,
+            "ts": ends_s[rank] * _US_PER_S, "dur": seconds * _US_PER_S,
         }  # fmt: skip
 
 

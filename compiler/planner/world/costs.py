@@ -65,7 +65,8 @@ class Stages:
 class Priced:
     """A way, and what it takes: `step_s`, by the formulas or, where it was `simulated`, on the clock, the share of all
     time that ranks have nothing to do, seconds of a rank's exchanges, wherever they are hidden, and bytes of the rank
-    that takes most, on the device and on its share of the host."""
+    that takes most, on the device and on its share of the host. `tail_s` is what each rank of the pipeline does behind
+    its last backward: what is left of adding gradients up, and updates."""
 
     way: Way
     step_s: float
@@ -73,7 +74,8 @@ class Priced:
     exchange_s: float
     device_bytes: int
     host_bytes: int
-    rank_bytes: tuple[int, ...] = ()
+    rank_bytes: tuple[int, ...]
+    tail_s: tuple[float, ...]
     simulated: Simulated | None = None
 
 
@@ -292,18 +294,17 @@ class Costed:
         return self._priced(running_s, bubble)
 
     def on_the_clock(self) -> Priced:
-        """A schedule of one rank has nothing to wait for."""
         way = self.way
-        if way.pipeline == 1:
-            return self.priced()
-        schedule = make_schedule(way.schedule, Shape(way.pipeline, way.microbatches, way.stages_per_rank))
-        run = simulate(schedule, self.stage_costs)
+        shape = Shape(way.pipeline, way.microbatches, way.stages_per_rank)
+        run = simulate(make_schedule(way.schedule or "gpipe", shape), self.stage_costs)
         return replace(self._priced(run.step_s, run.bubble), simulated=run)
 
     def _priced(self, running_s: float, bubble: float) -> Priced:
-        step_s, rank_bytes = running_s + float(self._tail_s().max()), tuple(map(int, self.rank_bytes))
-        exchange_s = float(self._exchange_s().max())
-        return Priced(self.way, step_s, bubble, exchange_s, max(rank_bytes), self.host_bytes, rank_bytes)
+        tail_s, rank_bytes = tuple(map(float, self._tail_s())), tuple(map(int, self.rank_bytes))
+        return Priced(
+            self.way, running_s + max(tail_s), bubble, float(self._exchange_s().max()), max(rank_bytes),
+            self.host_bytes, rank_bytes, tail_s,
+        )  # fmt: skip
 
     def _ramp_s(self) -> float:
         """What it takes beyond the slowest rank's work for the first microbatch to come through all stages and back."""

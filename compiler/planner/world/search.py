@@ -7,7 +7,7 @@ from ....runtime.isa.errors import BudgetError
 from ....runtime.isa.units import format_bytes, format_seconds
 from .costs import Costs, Priced, World
 from .model import Model
-from .ways import Space, Way
+from .ways import Home, Space, Way
 
 CONFIRMED = 24
 """So many of the best by the formulas are put on the clock, as long as they are no more than `MOST_FORWARDS`."""
@@ -80,11 +80,22 @@ def choose(model: Model, world: World, space: Space, notes: tuple[str, ...] = ()
     chosen = min(
         tied, key=lambda found: (found.way.home != "device", found.way.recompute, order[_unsettled(found.way)])
     )
-    others = tuple(found for found in _of_each_degrees(confirmed) if _degrees(found) != _degrees(chosen))
-    more = (found for found in _of_each_degrees(sorted(fitting, key=lambda found: found.step_s)))
-    known = {_degrees(found) for found in (chosen, *others)}
-    others = (*others, *(found for found in more if _degrees(found) not in known))[:TOLD]
-    return WorldPlan(world, chosen, others, len(ways), len(fitting), notes)
+    known = {_degrees(one): one for one in (*reversed(confirmed), chosen)}
+    ranked = _of_each_degrees(sorted(fitting, key=lambda one: one.step_s))
+    unknown = [one for one in ranked if _degrees(one) not in known][: max(0, TOLD + 1 - len(known))]
+    others = [*(one for one in known.values() if one is not chosen), *(costs.simulated(one.way) for one in unknown)]
+    others = sorted(others, key=lambda one: one.step_s)[:TOLD]
+    return WorldPlan(world, chosen, tuple(others), len(ways), len(fitting), notes)
+
+
+def weigh(model: Model, world: World, way: Way, homes: Iterable[Home]) -> Priced:
+    """One way on the clock, with states in the first of the homes in which they fit. Raises BudgetError where none
+    does, with the least that would."""
+    costs, ways = Costs(model, world), [replace(way, home=home) for home in homes]
+    found = next((priced for each in ways if (priced := costs.priced(each)) is not None), None)
+    if found is None:
+        raise _refusal(model, world, ways)
+    return costs.simulated(found.way)
 
 
 def confirm(costs: Costs, fitting: list[Priced]) -> list[Priced]:

@@ -55,6 +55,15 @@ class Way:
     def stages(self) -> int:
         return self.pipeline * self.stages_per_rank
 
+    @classmethod
+    def of(cls, parallel: Parallel, data: int, microbatches: int = 1, schedule: str = "") -> "Way":
+        """What `parallel=` declares, for so many groups of processes that have a batch of their own."""
+        named = schedule or ("1f1b" if parallel.stages_per_rank == 1 else "interleaved")
+        return cls(
+            data, parallel.pipeline, parallel.mode or "", parallel.size, parallel.depth, parallel.zero, microbatches,
+            named if parallel.pipeline > 1 else "", parallel.stages_per_rank,
+        )  # fmt: skip
+
     def degrees(self) -> dict[str, Any]:
         """What `parallel=` is for it."""
         found: dict[str, Any] = {"data": self.data}

@@ -1,0 +1,123 @@
+"""A model's step on a described world, as the command line says both."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+import transformers
+from rich.table import Table
+
+from ...models.adapters import blocks
+from ...models.presets import empty_model
+from ...runtime.isa.errors import ArgumentError
+from ...runtime.isa.units import format_bytes, format_seconds, parse_bytes
+from ..capture.trace import CaptureRequest
+from ..parallel import Parallel, cannot_run, parse_parallel
+from ..planner.pipeline.schedules import KINDS, Shape, misfit
+from ..planner.pipeline.trace import chrome_trace
+from ..planner.world.costs import Priced, World
+from ..planner.world.model import Model
+from ..planner.world.search import choose, told, weigh
+from ..planner.world.ways import Space, Way
+from ..rates.choice import OTHER_CARD, given_rates
+from ..rates.clusters import Cluster, given_cluster, one_node
+from ..rates.presets import preset
+from .compare import batch_by_shapes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model: the world, the step's examples of all processes, the memory, and how the work is shared
+    (None: as the planner chooses)."""
+
+    model: str
+    world_size: int | None = None
+    cluster: str | None = None
+    rates: str | None = None
+    device_budget: str | None = None
+    parallel: str | None = None
+    schedule: str | None = None
+    microbatches: int | None = None
+    batch_size: int | None = None
+    seq_len: int | None = None
+
+    def simulated(self) -> tuple[Priced, tuple[str, ...]]:
+        """The way on the clock, and what is to be said of it. Raises ArgumentError for what makes no sense, BudgetError
+        where the memory is too small."""
+        transformers.utils.logging.set_verbosity_error()
+        cluster, loaded = self._cluster(), empty_model(self.model)
+        batch = batch_by_shapes(loaded, 1, self.seq_len)
+        model = Model.of(loaded, ((), batch), CaptureRequest(torch.bfloat16))
+        world = self._world(cluster)
+        if self.parallel in (None, "auto"):
+            if self.schedule is not None:
+                raise ArgumentError("--schedule orders the pipeline of --parallel; leave it out to have one chosen")
+            space = Space(cluster.size, world.examples, len(blocks(loaded)), model.heads, self.microbatches)
+            plan = choose(model, world, space)
+            return plan.chosen, plan.lines()
+        way = self._way(world, len(model.parts))
+        why_not = cannot_run(Parallel.of(way.degrees()), way.microbatches)
+        priced = weigh(model, world, way, ("device", "host"))
+        lines = (f"of {cluster.size} processes on {cluster}: {told(priced)}",)
+        return priced, (*lines, *([f"it is modelled, and not run yet: {why_not}"] if why_not else []))
+
+    def _cluster(self) -> Cluster:
+        described, rates = given_cluster(self.cluster), given_rates(self.rates)
+        if described is None:
+            rates = rates or preset(OTHER_CARD)
+            node = one_node(self.world_size or self._declared() or 8, rates)
+            return Cluster(f"one node of {node.size} of {rates.name}", 1, node.size, rates, node.within, node.between)
+        if self.world_size not in (None, described.size):
+            raise ArgumentError(f"--world-size {self.world_size}, but the cluster has {described.size} devices")
+        return described
+
+    def _declared(self) -> int | None:
+        """The processes that --parallel makes, where it says all of them."""
+        parallel = Parallel.of(parse_parallel("" if self.parallel in (None, "auto") else str(self.parallel)))
+        return None if parallel.data is None else prod((parallel.data, parallel.size, parallel.pipeline))
+
+    def _world(self, cluster: Cluster) -> World:
+        """Of the host no more is asked than it is known to have."""
+        rates = given_rates(self.rates) or cluster.rates or preset(OTHER_CARD)
+        budget = None if self.device_budget is None else parse_bytes(self.device_budget)
+        host_bytes = None if cluster.host_bytes is None else cluster.host_bytes // cluster.devices
+        return World(cluster, rates, self.batch_size or cluster.size, budget, host_bytes)
+
+    def _way(self, world: World, count: int) -> Way:
+        """The way that is declared. Raises ArgumentError where it does not fit the world, the batch or the model."""
+        parallel = Parallel.of(parse_parallel(str(self.parallel)))
+        data = parallel.mesh(world.cluster.size, 1).data_size
+        microbatches = self.microbatches or (2 * parallel.pipeline if parallel.is_staged else 1)
+        way = Way.of(parallel, data, microbatches, self.schedule or "")
+        if way.mode == "3d":
+            raise ArgumentError("the mode 3d is not modelled; geminifx compare plans for it")
+        if world.examples % (data * microbatches):
+            raise ArgumentError(
+                f"a step of {world.examples} examples does not divide into {data} batches of {microbatches} "
+                "microbatches; choose another --batch-size or --microbatches"
+            )
+        if way.stages > count:
+            raise ArgumentError(f"{way.stages} stages need as many blocks, and the model has {count}; make fewer")
+        if way.schedule and way.schedule not in KINDS:
+            raise ArgumentError(f"there is no schedule {way.schedule!r}; expected one of {', '.join(KINDS)}")
+        why_not = misfit(way.schedule, Shape(way.pipeline, microbatches, way.stages_per_rank)) if way.schedule else ""
+        if why_not:
+            raise ArgumentError(f"the schedule {way.schedule} does not fit: {why_not}")
+        return way
+
+
+def ranks_table(priced: Priced) -> Table:
+    """What each rank of the pipeline does and holds; so do those beside it that have the same layers."""
+    table = Table("rank of the pipeline", "stages", "idle", "sums and updates", "device peak")
+    run = priced.simulated
+    for rank, num_bytes in enumerate(priced.rank_bytes):
+        stages = "" if run is None else ", ".join(map(str, run.schedule.stages_of(rank)))
+        idle = "" if run is None else format_seconds(run.idle_s[rank])
+        table.add_row(str(rank), stages, idle, format_seconds(priced.tail_s[rank]), format_bytes(num_bytes))
+    return table
+
+
+def write_trace(priced: Priced, path: Path) -> None:
+    assert priced.simulated is not None
+    path.write_text(chrome_trace(priced.simulated, priced.tail_s), encoding="utf-8")
