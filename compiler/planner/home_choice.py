@@ -7,10 +7,10 @@ from itertools import product
 import torch
 
 from ...passes.program.plan import Plan
-from ...runtime.isa.homes import Home, Homes, Where, resident, with_home
+from ...runtime.isa.homes import Home, Homes, Where, with_home
 from ...runtime.isa.layout import ChunkLayout
 from .home_program import NOT_CHOSEN, Answer, Assumed, Blocks, HomeProgram
-from .memory import Memory
+from .memory import Filling, Memory
 from .simulate import StepTime
 
 MOST_TIGHTER = 4
@@ -64,15 +64,14 @@ def fitting(program: HomeProgram, assumed: Assumed, blocks: Blocks = NOT_CHOSEN)
 
 def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> Homes:
     """What room is left is used, chunk by chunk: first for weights that stay, then for whole states."""
-    for chunk in plan.layout.chunks:
-        if not homes[chunk.index].resident and (plan.request.zero != 3 or chunk.shards == 1):
-            grown = resident(homes, chunk.index)
-            homes = grown if memory.fits(grown) else homes
-    for index, home in enumerate(homes if placed is None else ()):
+    filling = Filling(memory, homes)
+    for chunk, home in plan.placed(homes):
+        if not home.resident and (plan.request.zero != 3 or chunk.shards == 1):
+            filling.move(chunk.index, replace(home, resident=True))
+    for index, home in enumerate(tuple(filling.homes) if placed is None else ()):
         if not home.on_device:
-            grown = with_home(homes, index, replace(home, where=Where.DEVICE))
-            homes = grown if memory.fits(grown) else homes
-    return homes
+            filling.move(index, replace(home, where=Where.DEVICE))
+    return tuple(filling.homes)
 
 
 def landing_apart(plan: Plan, homes: Homes) -> Homes:

@@ -7,8 +7,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-GAP = 5e-3
-"""An answer is good enough that is off by no more than this share: rates are not known that well."""
+GAP = 0.02
+"""An answer is good enough that is off by no more than this share: rates are not known better, and the clock is asked
+beside the program."""
 
 MOST_NODES = 2000
 """So far a search goes, and not for so many seconds: all processes are to find the same."""

@@ -51,6 +51,11 @@ class Liveness:
     largest_bytes: int
     offloaded_bytes: int = 0
 
+    @property
+    def activation_bytes(self) -> int:
+        """The most that activations take."""
+        return int(self.values[ACTIVATIONS].max(initial=0))
+
     def total(self) -> np.ndarray:
         return sum(self.values.values(), np.zeros(self.length, dtype=np.int64))
 

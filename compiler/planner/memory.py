@@ -1,5 +1,6 @@
 """Device and host bytes of one program, wherever its chunks have their homes."""
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -70,6 +71,9 @@ class Memory:
         self.values = values[self.highest]
         self.starts, self.ends = np.searchsorted(stretches, starts), np.searchsorted(stretches, ends)
         self.fetched = np.array([fetch.chunk for fetch in fetches], dtype=np.intp)
+        self.stretches_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for chunk, start, end in zip(self.fetched, self.starts, self.ends, strict=True):
+            self.stretches_of[int(chunk)].append((int(start), int(end)))
         # Homes are tried by the thousand, and most of them are those of the try before.
         self._there_bytes = cache(self._there)
         self._passing_bytes = cache(self._passing)
@@ -170,3 +174,28 @@ class Memory:
             host_bytes=self.host(homes),
             offloaded_bytes=self.liveness.offloaded_bytes,
         )
+
+
+class Filling:
+    """Homes to which others are tried, a chunk at a time: each costs what it changes, not all that there is."""
+
+    def __init__(self, memory: Memory, homes: Homes) -> None:
+        self.memory, self.homes = memory, list(homes)
+        self.static_bytes, self.timeline = memory.static(homes), memory.timeline(homes)
+
+    def move(self, index: int, home: Home) -> None:
+        """Let a chunk have another home if that fits."""
+        memory, before = self.memory, self.homes[index]
+        more_bytes = memory._there_bytes(index, home) - memory._there_bytes(index, before)
+        if before.streamed or home.streamed:
+            after = (*self.homes[:index], home, *self.homes[index + 1 :])
+            more_bytes += memory.streaming(after) - memory.streaming(tuple(self.homes))
+        timeline = self.timeline
+        if passing_bytes := memory._passing_bytes(index, home) - memory._passing_bytes(index, before):
+            timeline = timeline.copy()
+            for start, end in memory.stretches_of[index]:
+                timeline[start:end] += passing_bytes
+        limits, high_bytes = memory.limits, int(timeline.max(initial=0))
+        taken_bytes = limits.reserve_bytes + memory.holes() + self.static_bytes + more_bytes + high_bytes
+        if limits.device_bytes is None or taken_bytes <= limits.device_bytes:
+            self.homes[index], self.static_bytes, self.timeline = home, self.static_bytes + more_bytes, timeline

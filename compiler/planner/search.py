@@ -122,6 +122,8 @@ class _Search:
     limits: Limits
     given: Constraints
     weighed: list[Plan] = field(default_factory=list)
+    again_s: float = 0.0
+    """What recomputing a block takes, once that is known."""
 
     def solve(self, draft: Plan) -> Solution:
         given, refused = self.given, list[Solution]()
@@ -201,8 +203,8 @@ class _Search:
         homes, count = least(whole, self.given.placed), len(whole.recompute) - len(fewer.recompute)
         highest = [memory.beside_states + np.array(memory.highest_parts(homes)) for memory, _ in parts]
         before, after = (highest[1] - highest[0]) / count
-        seconds = (parts[0][1].program.compute_s - parts[1][1].program.compute_s) / count
-        return Blocks(len(whole.recompute), float(before), float(after), seconds)
+        self.again_s = (parts[0][1].program.compute_s - parts[1][1].program.compute_s) / count
+        return Blocks(len(whole.recompute), float(before), float(after), self.again_s)
 
     @property
     def _are_placed(self) -> bool:
@@ -232,6 +234,8 @@ class _Search:
         """Where blocks are recomputed, offload where they begin if that is faster, and then, evenly spread over them,
         keep a share on the host instead."""
         recomputed = best.plan.recompute
+        if not self._may_gain(best):
+            return best
         if recomputed:
             best = self._much_faster(best, replace(best.plan, offload=recomputed))
         begins = best.plan.offload
@@ -245,6 +249,16 @@ class _Search:
                 break
             best = better
         return best
+
+    def _may_gain(self, best: Solution) -> bool:
+        """Whether offloading can gain what it must, by the integer program: if the blocks that are recomputed took no
+        time for that, and all activations no room."""
+        memory, time = self.lower(best.plan).on(best.plan, self.limits)
+        program = HomeProgram(best.plan, memory, time, least(best.plan, self.given.placed), self._are_placed)
+        count, assumed = len(best.plan.recompute), FIRST_LOOK[0]
+        blocks = Blocks(count, seconds=self.again_s)
+        now, then = program.solve(assumed), program.solve(assumed, blocks, -memory.liveness.activation_bytes)
+        return now is None or then is None or then.step_s < (1 - OFFLOAD_GAIN) * now.step_s
 
     def _faster(self, best: Solution, plan: Plan) -> Solution:
         """The best so far, or what another plan is completed to where that fits and is faster."""

@@ -17,7 +17,7 @@ from geminifx.passes.program.text import parse_program
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 from homes import homes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CHUNKS, NUMEL = 4, 64
@@ -140,6 +140,7 @@ def test_a_copy_in_another_dtype_costs_beside_its_master() -> None:
 
 
 @given(st.integers(ON_DEMAND, ALL + 1000), st.integers(0, 2000))
+@settings(max_examples=30, deadline=None)
 def test_more_budget_is_never_slower(budget: int, more: int) -> None:
     small, large = plan(budget), plan(budget + more)
     assert small.peak_bytes <= budget
