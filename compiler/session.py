@@ -76,9 +76,8 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        schedule = self.planning.schedule
-        captures = Captures(source, request, self.lowering, replace(self.planning.shared(), schedule=schedule))
-        self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
+        captures = Captures(source, request, self.lowering, self.planning.shared(), self.planning.schedule)
+        self.captures = KeptCaptures(captures, numbers_may_be_inputs=self.planning.schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
@@ -147,9 +146,8 @@ class Session:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        return Compiled(
-            captured, plan, flat, program, (*step.records, *records), executor, absent_outputs(flat), outlets
-        )
+        history = (*step.records, *records)
+        return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
 
     # -- the setup -----------------------------------------------------------------------------------------
 
