@@ -34,14 +34,14 @@ def check_optimizer(model: CompiledModule, optimizer: Any) -> None:
                 )
 
 
-def check_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> None:
+def check_call(model: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> None:
     """Raises ArgumentError for example inputs that the model's forward has no place for."""
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(
-            f"example_inputs: {error}; expected the arguments of {type(model).__name__}.forward{signature}"
+            f"example_inputs: {error}; expected the arguments of {type(model.source).__name__}.forward{signature}"
         ) from None
 
 

@@ -8,6 +8,7 @@ from ..passes.canonicalize import canonicalize
 from ..passes.program.plan import Plan
 from ..passes.sharding.parameters import whole_parameters
 from ..runtime.isa.errors import SplitError
+from ..runtime.isa.schedule import Schedule
 from .capture.microbatches import Arguments, Finish, Microbatches, typed
 from .capture.trace import Captured, CaptureRequest, capture
 from .forward import having_forward
@@ -18,19 +19,21 @@ from .programs import Call
 
 @dataclass(frozen=True)
 class Captures:
-    """Captures one model's steps. `request` is what they have in common, and `shared` what all plans say alike."""
+    """Captures one model's steps. `request` is what they have in common, `shared` what all plans say alike, and
+    `schedule` is a pipeline's."""
 
     census: Census
     request: CaptureRequest
     lowering: Lowering
     shared: Plan
+    schedule: Schedule | None
 
     def of(self, call: Call) -> Captured:
         """The captured step of a call; of this process's parts, where tensors are sharded. Raises ShardingError."""
         captured = self._trace(call, (call.args, call.kwargs))
         if not self.shared.mesh.tensor_axes:
             return self._divisible(call, captured, lambda step, microbatches: step)
-        if self.shared.schedule is None:
+        if self.schedule is None:
             return self._shard(captured, microbatches=1)
         return self._divisible(call, captured, self._shard)
 
@@ -42,7 +45,7 @@ class Captures:
 
     def _shard(self, captured: Captured, microbatches: int) -> Captured:
         """One process's parts of a step that runs as so many microbatches."""
-        plan = replace(self.shared, microbatches=microbatches)
+        plan = replace(self.shared, microbatches=microbatches, schedule=self.schedule)
         program, records = self.lowering.shard(captured.program, plan)
         canonical = captured.program.copy()
         canonicalize.rewrite(canonical, plan)

@@ -68,7 +68,8 @@ class CompiledModule(Facade):
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture, plan and generate the program for a call with these arguments, without running it."""
-        self.session.program(args, kwargs)
+        with self._facade_forward.in_source():
+            self.session.program(args, kwargs)
 
     def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
                   in_backward: bool = False, accumulate: int = 1, moments: Moments = "exact",

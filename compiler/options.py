@@ -20,6 +20,7 @@ from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
+from .loss_outside import LossFn, targets
 from .parallel import Parallel, cannot_run
 from .rates.choice import given_rates
 from .rates.clusters import Cluster, given_cluster
@@ -64,6 +65,9 @@ class Options:
             reading them raises; "auto" does so where that makes the step faster or lets it fit.
         kernels: "exact" runs torch's kernels, one for each operator, with the bits of plain PyTorch; "fused" lets
             Inductor compile what lies between products to one kernel, which is faster on a GPU and rounds otherwise.
+        loss_fn: computes the loss of what the model returns, where the model does not: a function of that and of
+            arguments by name, or a module without parameters. The compiled model takes those arguments beside its own,
+            and then returns what this does: `model(x, labels=y)`. It is captured as the model is.
         outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
             outputs beside the loss, such as logits, are put together under "all" alone.
         plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.
@@ -98,6 +102,7 @@ class Options:
     offload: str | tuple[str, ...] = "auto"
     fuse_loss: bool | Literal["auto"] = "auto"
     kernels: Kernels = "exact"
+    loss_fn: LossFn | None = None
     outputs: Outputs = "loss"
     plan: Plan | None = None
     rates: Rates | None = None
@@ -171,6 +176,8 @@ class Options:
             raise wrong_argument("timeout_s", self.timeout_s, "a positive number of seconds")
         if self.dump is not None:
             check_path("dump", self.dump, "a directory for programs")
+        if self.loss_fn is not None:
+            targets(self.loss_fn)
 
     def _check_values(self) -> None:
         _one_of("placement", self.placement, get_args(Policy))

@@ -80,9 +80,9 @@ class Session:
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
-        shared = replace(self.planning.shared(), schedule=self.planning.schedule, notes=notes)
-        captures = Captures(self.census, request, self.lowering, shared)
-        self.captures = KeptCaptures(captures, numbers_may_be_inputs=shared.schedule is None)
+        shared, schedule = replace(self.planning.shared(), notes=notes), self.planning.schedule
+        captures = Captures(self.census, request, self.lowering, shared, schedule)
+        self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
@@ -153,9 +153,8 @@ class Session:
             captured.divide.keep_only(plan.microbatches)
         executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
         outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        return Compiled(
-            captured, plan, flat, program, (*step.records, *records), executor, absent_outputs(flat), outlets
-        )
+        history = (*step.records, *records)
+        return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
 
     # -- the setup -----------------------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ def _check(program: Program) -> None:
     if len(tangents) > 1 or not all(map(is_number, tangents)):
         raise ShardingError(
             "a pipeline computes the loss in its last stage, and the model returns none, or other outputs with "
-            "gradients beside it: let the model compute its loss (labels=), and leave outputs='all' out"
+            "gradients beside it: let the model compute its loss (labels=), or give compile a function that does "
+            "(loss_fn=), and leave outputs='all' out"
         )
     if any(role.startswith("input:") for role in program.results_of("gradient")):
         raise ShardingError("an input of a pipeline requires a gradient, which its first stage alone would have")

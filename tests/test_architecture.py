@@ -26,7 +26,14 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "runtime": ({"isa"}, {"kernels", "distributed"}, {"memory"}, {"optimizer"}, {"state_io"}, {""}),
     "passes": ({"program"}, {"patterns", "sharding", "splitting"}, {""}),
     "models": ({""}, {"recipe"}),
-    "compiler": ({"parallel", "rates", "options", "lowering"}, {"capture"}, {"planner"}, {"inspect"}, {""}, {"cli"}),
+    "compiler": (
+        {"parallel", "rates", "options", "loss_outside", "lowering"},
+        {"capture"},
+        {"planner"},
+        {"inspect"},
+        {""},
+        {"cli"},
+    ),
 }
 """The sub-rooms and modules of a room from the ground up; "" are all its other modules. Imports run downwards."""
 

@@ -36,12 +36,7 @@ class Collectives:
     def start(self, filled: Tensor, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Start one of torch.distributed's functions, which fills a tensor: nobody may read that before `finish`."""
         work = self.call(collective, *args, **kwargs, async_op=True)
-
-        @wraps(collective)  # whose name errors tell
-        def wait() -> None:
-            work.wait()
-
-        self._under_way[id(filled)] = filled, wait
+        self._under_way[id(filled)] = filled, waiting(work, collective)
         return filled
 
     def is_under_way(self, filled: Tensor) -> bool:
@@ -55,7 +50,7 @@ class Collectives:
     def abandon(self) -> None:
         """Wait for all that is under way, of a step that failed: whatever ended it may have ended other processes."""
         for filled, _ in list(self._under_way.values()):
-            with suppress(StateError):
+            with suppress(StateError, RuntimeError):
                 self.finish(filled)
 
     # -- instructions --------------------------------------------------------------------------------------
@@ -88,3 +83,13 @@ class Collectives:
     def offset(self, like: Tensor, axis: str, extent: int) -> Tensor:
         """Where this process's shard begins, of shards of `extent`: an int64 scalar."""
         return torch.full((), self.mesh.coordinate(self.rank, axis) * extent, dtype=torch.int64, device=like.device)
+
+
+def waiting(work: Any, collective: Callable[..., Any]) -> Callable[[], None]:
+    """A function that waits for what a collective has begun, by whose name errors tell of it."""
+
+    @wraps(collective)
+    def wait() -> None:
+        work.wait()
+
+    return wait

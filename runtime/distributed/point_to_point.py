@@ -9,6 +9,7 @@ from torch import distributed as dist
 
 from ..isa.errors import StateError
 from ..isa.mesh import names_of
+from .collectives import waiting
 from .meeting import meeting
 from .ranks import Ranks
 
@@ -26,21 +27,22 @@ class Messages:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.place = ranks.mesh.pipeline_rank(ranks.rank)
-        self._under_way: list[tuple[Any, Tensor]] = []
+        self._under_way: list[tuple[Callable[[], None], Tensor]] = []
         self._exchanged = self._is_broken = False  # since the program was begun; for good
 
     def begin(self) -> None:
         """A program begins, or goes on behind its turn, on all ranks, which have received all that was sent before.
 
-        Raises StateError where a step failed between messages: what is still under way would be taken for others.
+        Raises StateError where a step failed between messages, since what is still under way would be taken for others,
+        and where another process is lost.
         """
         if self._is_broken:
             raise StateError(
                 "a step of the pipeline failed while its ranks exchanged values, some of which may still be under "
                 "way: start all ranks again from the last checkpoint"
             )
-        for work, _ in self._under_way:
-            work.wait()
+        for wait, _ in self._under_way:
+            self.ranks.call(wait)
         self._under_way.clear()
         self._exchanged = False
 
@@ -49,7 +51,8 @@ class Messages:
         self._exchanged = True
         moving = value.contiguous()
         group, number = self._group(self.place, to)
-        self._under_way.append((self.ranks.call(dist.isend, moving, group=group, group_dst=number(to)), moving))
+        work = self.ranks.call(dist.isend, moving, group=group, group_dst=number(to))
+        self._under_way.append((waiting(work, dist.isend), moving))
 
     def receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
                 device: torch.device) -> Tensor:  # fmt: skip

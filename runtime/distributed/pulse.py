@@ -30,13 +30,19 @@ class Pulse:
         self._rank, self._others = rank, [other for other in range(size) if other != rank]
         self._ended = Event()
         self._beating.add(f"beats of {rank}", 1)
-        atexit.register(self._ended.set)
-        Thread(target=self._beat, name="geminifx pulse", daemon=True).start()
+        self._thread = Thread(target=self._beat, name="geminifx pulse", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # the store has ended with the process that held it
             while not self._ended.wait(BEAT_S):
                 self._beating.add(f"beats of {self._rank}", 1)
+
+    def _end(self) -> None:
+        """The process ends: nothing may be written through what is taken apart then."""
+        self._ended.set()
+        self._thread.join(PATIENCE_S)
 
     def ended(self) -> list[int]:
         """Who has ended without a word; where nobody has, all that have ended. It takes a few seconds.

@@ -328,7 +328,7 @@ class Ranks:
 
     def call(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a collective of torch.distributed. Raises StateError where another process is lost, or does something
-        else."""
+        else, and what it raises where it fails on this one."""
         self._agree()
         return self._run(collective, *args, **kwargs)
 
@@ -337,6 +337,8 @@ class Ranks:
             return collective(*args, **kwargs)
         except RuntimeError as error:
             ended = [] if self.pulse is None else self.pulse.ended()
+            if not ended and not _is_of_others(error):
+                raise
             whom = f"rank(s) {', '.join(map(str, ended))}" if ended else "the others"
             why = "which ended, see its own error" if ended else (
                 "one of them has died, see its own error, or does something else, such as a step that the others do "
@@ -346,6 +348,12 @@ class Ranks:
                 f"rank {self.rank} of {self.size} lost {whom} in {collective.__name__} ({self.clock}), in step "
                 f"{self.clock.step}: {why} ({error}). Restart all from the last checkpoint"
             ) from error
+
+
+def _is_of_others(error: RuntimeError) -> bool:
+    """Whether an exchange failed for want of others, and not on this process alone, as for want of memory. Errors of
+    gloo have no type of their own, and tell the place in its source."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _text(error: Exception | None) -> str | None:

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import geminifx
 import pytest
 import torch
 from geminifx.runtime.distributed import ranks as ranks_module
+from geminifx.runtime.distributed.point_to_point import Messages
 from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.machine import Machine
 from geminifx.runtime.state_io.filesystem import Writer
@@ -38,7 +40,10 @@ WORLDS: dict[str, dict[str, Any]] = {
     "zero 2": {"data": 2, "zero": 2},
     "zero 3": {"data": 2, "zero": 3},
     "1d": {"tensor": "1d:2"},
+    "pipeline": {"pipeline": 2},
 }
+ONE_BATCH = ("1d", "pipeline")
+"""Worlds whose ranks have the same batch."""
 
 
 class Network(nn.Module):
@@ -46,10 +51,11 @@ class Network(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+        self.layers = nn.ModuleList([nn.Linear(4, width), nn.Linear(width, 4)])
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        found = self.layers(x)
+        first, second = self.layers
+        found = second(first(x).relu())
         return found if y is None else (found - y).square().mean()
 
 
@@ -74,7 +80,7 @@ class Rank:
     hooks: dict[str, Callable[["Rank"], None]] = field(default_factory=dict)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        return batch(self.step, self.rank if self.world != "1d" else 0, self.rows)
+        return batch(self.step, self.rank if self.world not in ONE_BATCH else 0, self.rows)
 
     def hook(self, moment: str) -> None:
         if self.rank == 1 and moment in self.hooks:
@@ -83,7 +89,8 @@ class Rank:
     def run(self) -> dict[str, list[float]]:
         """Train; returns the parameters."""
         self.hook("compile")
-        self.model = geminifx.compile(network(self.width), parallel=WORLDS[self.world], timeout_s=TIMEOUT_S)
+        options = {"microbatches": 2} if self.world == "pipeline" else {}
+        self.model = geminifx.compile(network(self.width), parallel=WORLDS[self.world], timeout_s=TIMEOUT_S, **options)
         self.optimizer = self.model.optimizer(torch.optim.SGD, lr=LR)
         for step in range(self.steps):
             self.step = step
@@ -109,7 +116,7 @@ def expected(world: str, rows: tuple[int, int], steps: int, always: bool) -> dic
     always."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    numbers = (0,) if world == "1d" else (0, 1)
+    numbers = (0,) if world in ONE_BATCH else (0, 1)
     for step in range(steps):
         parts = [batch(step, number, rows[number] if always or step == STEPS - 1 else 6) for number in numbers]
         sum(model(*part) for part in parts).div(len(parts)).backward()
@@ -136,6 +143,30 @@ def at(step: int, action: Callable[[Rank], object]) -> Callable[[Rank], None]:
 def patched(owner: Any, name: str) -> Callable[[Rank], None]:
     """From here on the process dies in this function."""
     return lambda rank: setattr(owner, name, die)
+
+
+def instructed(owner: Any, name: str, calls: int = 0) -> Callable[[Rank], None]:
+    """The process dies in an instruction, from step 2 on, behind so many calls of it. To be set before programs are
+    made, which keep the instructions that they find."""
+
+    def sets(rank: Rank) -> None:
+        run, left, kind = getattr(owner, name), iter(range(calls)), type(vars(owner)[name])
+
+        def call(*args: Any) -> Any:
+            if rank.step >= 2 and next(left, None) is None:
+                die()
+            return run(*args)
+
+        setattr(owner, name, staticmethod(call) if kind is staticmethod else call)
+
+    return sets
+
+
+def killed(number: int) -> Callable[[Rank], None]:
+    """The process dies by chance at some of what a pipeline's ranks do."""
+    chance = Random(number)
+    moments = ((Messages, "send"), (Messages, "receive"), (Machine, "wait"), (Machine, "release"), (Machine, "put"))
+    return instructed(*chance.choice(moments), calls=chance.randrange(4))
 
 
 def own_error(rank: Rank) -> None:
@@ -211,9 +242,9 @@ FAULTS: dict[str, Setup] = {
     "fewer steps, and a save": hooked(step=at(2, save)),
     "dies before compile": hooked(compile=die),
     "dies before a forward": hooked(step=at(2, die)),
-    "dies in a forward": hooked(step=at(2, patched(Machine, "wait"))),
+    "dies in a forward": hooked(compile=instructed(Machine, "wait")),
     "dies before a backward": hooked(forward=at(2, die)),
-    "dies in a backward": hooked(forward=at(2, patched(Machine, "gradients"))),
+    "dies in a backward": hooked(compile=instructed(Machine, "gradients")),
     "dies when it agrees": hooked(step=at(2, patched(ranks_module.Ranks, "_agree"))),
     "dies in an exchange": hooked(forward=at(2, patched(ranks_module.Ranks, "_run"))),
     "dies before an update": hooked(backward=at(2, die)),
@@ -238,7 +269,9 @@ FAULTS: dict[str, Setup] = {
     "an update less": hooked(backward=at(1, skip_step)),
     "reads the state alone": hooked(step=at(2, lambda rank: rank.model.state_dict())),
 }
-CASES = [(fault, world) for fault in FAULTS for world in WORLDS]
+KILLS: dict[str, Setup] = {f"is killed, {number}": hooked(compile=killed(number)) for number in range(20)}
+"""In the middle of a pipeline's schedule."""
+CASES = [*((fault, world) for fault in FAULTS for world in WORLDS), *((fault, "pipeline") for fault in KILLS)]
 SIZE = len(CASES)
 RIGHT = ("none", "is slow", "both save", "both save in the background")
 """What is no fault."""
@@ -260,7 +293,7 @@ def started(fault: str, rank: Rank, port: int) -> int:
     os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
     try:
-        FAULTS[fault](rank)
+        (FAULTS | KILLS)[fault](rank)
         ended: Any = rank.run()
     except BaseException as error:
         of_ours = isinstance(error, (GeminiError, ZeroDivisionError))
@@ -292,6 +325,8 @@ def check(number: int, folder: Path) -> None:
     files = [folder / f"{rank}.json" for rank in range(2)]
     ended = [json.loads(file.read_text()) if file.exists() else ["killed", ""] for file in files]
     assert not any(each[0] == "raw" for each in ended if isinstance(each, list)), f"{told}: {ended}"
+    if fault in KILLS:
+        assert ended[1] == ["killed", ""] and "rank 0 of 2 lost rank(s) 1" in ended[0][1], f"{told}: {ended}"
     values = {rank: each for rank, each in enumerate(ended) if isinstance(each, dict)}
     if fault in RIGHT:
         assert len(values) == 2, f"{told}: {ended}"

@@ -21,7 +21,7 @@ class Filling:
 
     def wait(self) -> None:
         if self.lost:
-            raise RuntimeError("Connection closed by peer")
+            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
         self.filled.fill_(1.0)
 
 
@@ -47,6 +47,14 @@ def test_the_loss_of_another_process_is_told_with_the_collective(collectives: Co
     pending = collectives.start(torch.zeros(2), all_gather, torch.zeros(2), lost=True)
     with pytest.raises(StateError, match=r"rank 0 of 2 lost the others in all_gather .*, in step 0.*Connection closed"):
         collectives.finish_collective(pending)
+
+
+def test_an_error_of_this_process_alone_is_told_as_it_is(collectives: Collectives) -> None:
+    def all_reduce(**options: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        collectives.start(torch.zeros(2), all_reduce)
 
 
 def test_a_step_that_failed_leaves_nothing_under_way(collectives: Collectives) -> None:
