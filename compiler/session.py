@@ -24,7 +24,7 @@ from ..runtime.machine import Machine
 from ..runtime.memory.chunks import ChunkStore
 from ..runtime.memory.lazy_parameter import hooked
 from ..runtime.memory.state_store import StateStore
-from ..runtime.memory.stats import Figures, Stats
+from ..runtime.memory.stats import Stats
 from ..runtime.memory.tiers import MemoryMeter
 from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
@@ -49,6 +49,7 @@ from .planner.search import Solution
 from .programs import Call, Compiled, Key, Recent, exchanged, messages
 from .quantized_weights import quantize_frozen
 from .setup import Declaration, Phase, Setup, move
+from .usage import StepUsage
 from .values import check_memory, check_parameters, program_inputs
 
 
@@ -95,7 +96,7 @@ class Session:
         self.half_loaded = HalfLoaded()
         self.places = Places(source, self.ranks, self.device)
         self.incoming: Incoming | None = None
-        self._stats = Stats()
+        self.usage = StepUsage(self.device, self.hardware)
         self._met: WeakSet[Executor] = WeakSet()
         self._programs: Recent[Compiled] = Recent()
 
@@ -215,10 +216,10 @@ class Session:
         chunks = ChunkStore(solution.plan.layout, self._parameters, self.local_shards)
         if format is None:
             torchs = TorchFormat(self.options.optimizer_state_bytes)
-            store = TorchStore(chunks, self.hardware, torchs, self._stats, self.ranks)
+            store = TorchStore(chunks, self.hardware, torchs, self.usage.stats, self.ranks)
             return Setup(solution.plan, Machine(store, self.ranks), None, refusal), solution
         zero = Zero(self.ranks, solution.plan.request.zero)
-        own = OwnStore(chunks, self.hardware, format, self._stats, zero)
+        own = OwnStore(chunks, self.hardware, format, self.usage.stats, zero)
         return Setup(solution.plan, Machine(own, self.ranks), own, refusal), solution
 
     def names(self) -> dict[int, str]:
@@ -353,23 +354,11 @@ class Session:
             self.phase = move(self.phase, Phase.TRAINING)
             self.ranks.clock.step += 1
         self.planning.forget()
-        self._note_peaks()
-        for tier in self.hardware.tiers:
-            tier.begin_step()
-        self.device.begin_step()
-        self._stats.begin_step()
+        self.usage.begin_step()
 
     @property
     def stats(self) -> Stats:
-        self._note_peaks()
-        if self.plan is not None:
-            self._stats.planned = Figures(self.plan.estimate.step_s, self.plan.peak_bytes)
-        return self._stats
-
-    def _note_peaks(self) -> None:
-        device, host = self.hardware.tiers
-        device_bytes = self.device.step_peak_bytes() if self.device.is_cuda else device.step_peak_bytes
-        self._stats.peaked(device_bytes, host.step_peak_bytes)
+        return self.usage.beside(self.plan)
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""
