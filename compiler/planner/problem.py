@@ -43,6 +43,7 @@ LEANER = (
     OwnFormat(in_backward=True),
     OwnFormat(in_backward=True, stored="bf16"),
     OwnFormat(in_backward=True, stored="int8"),
+    OwnFormat(in_backward=True, stored="int8", masters="bf16-stochastic"),
 )
 """What `model.optimizer(...)` may come to declare, from what takes most memory to what takes least."""
 

@@ -41,6 +41,6 @@ def _host_refusal(expected: Estimate, limits: Limits) -> HostBudgetError:
     return HostBudgetError(
         f"{needs}, {format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget{less}, or raise "
         "device_budget so that more of it lies on the device. model.optimizer(..., in_backward=True) needs less, and "
-        "with moments='bf16' or 'int8' less still",
+        "with moments='bf16' or 'int8', and masters='bf16-stochastic', less still",
         smallest_bytes=expected.host_bytes,
     )

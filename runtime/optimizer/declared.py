@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from ..isa.errors import ArgumentError, wrong_argument
 from ..isa.formats import OwnFormat
@@ -54,6 +54,11 @@ class Declared:
         if isinstance(self.kind, Optimizer):
             name = _name(type(self.kind))
             raise ArgumentError(f"kind: model.optimizer(...) takes the class {name}, not an instance of it")
+        if self.kind is Muon:
+            raise ArgumentError(
+                "kind: torch.optim.Muon updates whole matrices, and updates here are of single elements; pass "
+                f"{', '.join(map(_name, MOMENTS))}"
+            )
         if not isinstance(self.kind, type) or self.kind not in MOMENTS:
             names = ", ".join(map(_name, MOMENTS))
             raise wrong_argument(

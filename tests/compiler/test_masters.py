@@ -15,6 +15,7 @@ from geminifx.runtime.kernels.host_updates import TORCH, HostKernel
 from geminifx.runtime.kernels.rounding import Draws, key_of
 from geminifx.runtime.kernels.split_pairs import SplitPair
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient
+from geminifx.runtime.optimizer.declared import Declared
 from optimizing import NET, PLACES, Loop, homes_of
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -209,3 +210,12 @@ def test_a_checkpoint_of_other_masters_is_converted_and_said_so(
 def test_what_there_is_not_is_refused(precision: str | None, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         compiled(NET, precision=precision).optimizer(AdamW, **arguments)
+
+
+def test_tensors_that_are_sharded_over_processes_are_refused() -> None:
+    declared = Declared(AdamW, {}, **ROUNDED)
+    trained = {"weight": (torch.float32, torch.bfloat16)}
+    declared.check_masters(trained, sharded=False)
+    with pytest.raises(ArgumentError, match=r"not known where tensors are sharded .* tensor= out of parallel="):
+        declared.check_masters(trained, sharded=True)
+    Declared(AdamW, {}).check_masters(trained, sharded=True)

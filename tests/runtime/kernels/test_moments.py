@@ -9,8 +9,8 @@ from geminifx.runtime.isa.layout import ChunkLayout, Slot
 from geminifx.runtime.isa.moments import BLOCK, stored_bytes
 from geminifx.runtime.kernels.host_updates import TORCH, HostKernel, available_variants
 from geminifx.runtime.kernels.moments import narrow, widened
-from geminifx.runtime.kernels.split_pairs import SplitPair
-from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
+from geminifx.runtime.kernels.rounding import key_of
+from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, LionHyper, SgdHyper
 from geminifx.runtime.optimizer import updates
 from geminifx.runtime.optimizer.states import Range, StateSlice
 from geminifx.runtime.optimizer.updates import UpdateKernels
@@ -19,6 +19,7 @@ from updates import (
     ADAMS,
     ADAMW,
     DRAWS,
+    LIONS,
     RULES,
     SGDS,
     STORED,
@@ -150,21 +151,27 @@ def test_a_device_reads_and_stores_the_host_s_bits(dtype: torch.dtype, values: C
         assert same(read(here, numbers.numel(), squares=squares), read_there)
 
 
-def updated_by(kernels: UpdateKernels, device: str, dtype: torch.dtype, hyper: AdamHyper) -> list[Tensor]:
+KEY = key_of(0, 3, "weight")
+STATEFUL = (*ADAMS, *LIONS, replace(ADAMW, key=KEY), replace(LIONS[1], key=KEY))
+"""Rules of AdamW and Lion, the last ones of masters that are rounded."""
+
+
+def updated_by(kernels: UpdateKernels, device: str, dtype: torch.dtype, hyper: AdamHyper | LionHyper) -> list[Tensor]:
     """A state of five blocks and a part of one, updated where it lies."""
     numel = 5 * BLOCK + 11
     layout = ChunkLayout(0, numel, torch.bfloat16, torch.float32, True, (Slot("weight", 0, (numel,)),))
     made = Problem(numel, 3, torch.bfloat16, values=usual)
     moments = (stored(made.moments.mean, dtype, squares=False), stored(made.moments.square, dtype, squares=True))
-    part = StateSlice(made.pair.hi.to(device), made.pair.lo.to(device), tuple(m.to(device) for m in moments))
+    kept = moments[: 2 if isinstance(hyper, AdamHyper) else 1]
+    rest = made.pair.lo.to(device) if hyper.key is None else None
+    part = StateSlice(made.pair.hi.to(device), rest, tuple(m.to(device) for m in kept))
     gradient = Gradient(made.gradient.values.to(device), made.gradient.scale)
-    kernels.update(layout, part, gradient, Range(0, numel, hyper))
+    kernels.update(layout, part, gradient, Range(0, numel, hyper, first=77))
     return [tensor.cpu() for tensor in part.tensors]
 
 
 def same_state(a: list[Tensor], b: list[Tensor]) -> bool:
-    moments = zip(a[2:], b[2:], strict=True)
-    return same_pair(SplitPair(*a[:2]), SplitPair(*b[:2])) and all(same_stored(*pair) for pair in moments)
+    return all(same_stored(*pair) for pair in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
@@ -174,13 +181,13 @@ def test_where_no_kernel_takes_them_pieces_are_widened_with_the_same_bits(
     monkeypatch.setattr(updates, "NARROW_PIECE", 2 * BLOCK)
     kernels, plain = (UpdateKernels(torch.device("cpu")) for _ in range(2))
     plain._host = HostKernel(TORCH)
-    for hyper in ADAMS:
+    for hyper in STATEFUL:
         assert same_state(*(updated_by(each, "cpu", dtype, hyper) for each in (kernels, plain)))
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("dtype", STORED.values(), ids=STORED)
 def test_an_update_on_the_device_has_the_host_s_bits(dtype: torch.dtype) -> None:
-    for hyper in ADAMS:
+    for hyper in STATEFUL:
         places = ((UpdateKernels(torch.device(device)), device) for device in ("cpu", "cuda"))
         assert same_state(*(updated_by(kernels, device, dtype, hyper) for kernels, device in places))
