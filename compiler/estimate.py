@@ -12,6 +12,7 @@ from ..models.low_rank import adapted
 from ..passes.program.plan import Plan
 from ..runtime.isa.errors import BudgetError
 from ..runtime.isa.formats import OwnFormat
+from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.units import parse_bytes
 from .collector import resting_collector
 from .device import gpu_budget, gpu_limits
@@ -77,6 +78,7 @@ class _Row:
     state: str
     format: OwnFormat
     is_adapted: bool = False
+    frozen: Quantized | None = None
 
 
 ROWS = (
@@ -84,27 +86,33 @@ ROWS = (
     _Row("bf16 moments", OwnFormat(in_backward=True, stored="bf16")),
     _Row("int8 moments", OwnFormat(in_backward=True, stored="int8")),
     _Row(f"LoRA of rank {RANK}, frozen bf16", OwnFormat(in_backward=True), is_adapted=True),
+    _Row(f"LoRA of rank {RANK}, frozen nf4", OwnFormat(in_backward=True), is_adapted=True, frozen="nf4"),
 )
 
 
 def estimates(build: Callable[[], nn.Module], batch: Mapping[str, Any], machine: Machine) -> Iterator[Estimated]:
     """Plan AdamW's step on `batch` for each format, from the one that takes most to the one that takes least. `build`
     makes the model on `meta`; the step computes in bfloat16 on a GPU."""
-    full = _Captured(build(), batch, machine)
+    step = _Captured(build(), batch, machine)
     for row in ROWS:
         if row.is_adapted:
             source = build()
-            full = _Captured(adapted(source, blocks(source), RANK), batch, machine)
-        yield full.estimated(row.state, row.format)
+            step = _Captured(adapted(source, blocks(source), RANK), batch, machine, row.frozen)
+        yield step.estimated(row.state, row.format)
 
 
 class _Captured:
     """A step that was captured once, for all formats."""
 
     @resting_collector()
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], machine: Machine) -> None:
-        self.parameters = list(model.parameters())
-        options = Options.of({"device": "cpu", "precision": "bf16", "host_budget": machine.host_bytes})
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], machine: Machine,
+                 frozen: Quantized | None = None) -> None:  # fmt: skip
+        numels = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        self.parameters = sum(numel for numel, _ in numels)
+        self.trained = sum(numel for numel, is_trained in numels if is_trained)
+        options = Options.of(
+            {"device": "cpu", "precision": "bf16", "host_budget": machine.host_bytes, "frozen": frozen}
+        )
         session = Session(model, options)
         self.planning = session.planning
         self.planning.limits = gpu_limits(machine.device_bytes, machine.host_bytes, machine.rates)
@@ -113,9 +121,7 @@ class _Captured:
 
     @resting_collector()
     def estimated(self, state: str, format: OwnFormat) -> Estimated:
-        numels = [parameter.numel() for parameter in self.parameters]
-        trained = sum(parameter.numel() for parameter in self.parameters if parameter.requires_grad)
-        told = Estimated(state, sum(numels), trained, None)
+        told = Estimated(state, self.parameters, self.trained, None)
         try:
             solution, _ = self.planning.decide(self.step, None, False, format)
         except BudgetError as refusal:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..models.adapters import blocks
 from ..models.initialisers import initialise
+from ..models.lora import adapter_names, initialise_adapters
 from ..models.weight_names import Matched, matched
 from ..runtime.distributed.local_shards import Region
 from ..runtime.isa.errors import CheckpointError, StateError
@@ -49,37 +50,51 @@ class FromInitialisers:
     def bring(self, store: StateStore) -> None:
         def give(name: str, values: Tensor) -> None:
             if self.names is None or name in self.names:
-                stored = store.stored_master(name)
-                for region in stored.regions:
-                    stored.write(region, _everywhere(region), values[_slices(region)])
+                _write(store.stored_master(name), values)
 
         initialise(self.source, self.empty, blocks(self.source), self.seed, give)
 
 
 @dataclass(frozen=True)
+class FromPeft:
+    """Values of adapters, as PEFT draws them. `empty` are the parameters as they are on `meta`, by their names."""
+
+    source: nn.Module
+    empty: dict[str, Tensor]
+    seed: int
+
+    def bring(self, store: StateStore) -> None:
+        give = lambda name, values: _write(store.stored_master(name), values)  # noqa: E731
+        initialise_adapters(self.source, self.empty, self.seed, give)
+
+
+@dataclass(frozen=True)
 class FromFiles:
     """Values in safetensors files: each is read from the disk right into its chunk, of a divided one this process's
-    part alone. What the files lack is drawn by the modules' own initialisers."""
+    part alone. What the files lack is drawn by the modules' own initialisers, and adapters by PEFT's."""
 
     source: nn.Module
     files: WeightFiles
     names: Matched
-    rest: FromInitialisers | None
+    rest: tuple[FromInitialisers | FromPeft, ...]
 
     @classmethod
-    def found(cls, source: nn.Module, directory: Any, strict: bool) -> "FromFiles":
-        """Raises CheckpointError where the files are not for this model, or, if `strict`, lack some of it."""
+    def found(cls, source: nn.Module, directory: Any, strict: bool, seed: int) -> "FromFiles":
+        """What the files lack is drawn from `seed`. Raises CheckpointError where they are not for this model, or, if
+        `strict`, lack some of it."""
         files, own = WeightFiles.found(directory), _own_tensors(source)
         names = matched(source, own, files.entries, files.aliases)
         _check_shapes(own, files, names)
-        told = f"{len(names.missing)} of the model's weights: {_some(names.missing)}"
+        adapters = set(adapter_names(source))
+        missing = [name for name in names.missing if name not in adapters]
+        told = f"{len(missing)} of the model's weights: {_some(missing)}"
         others = f" (the files have {_some(names.unexpected)} instead)" if names.unexpected else ""
-        if names.missing and strict:
+        if missing and strict:
             raise CheckpointError(
                 f"nothing was loaded: {directory} lacks {told}{others}. With strict=False they are initialised at "
                 "random; files whose weights go by other names transformers loads, whose model compile() takes"
             )
-        if names.missing:
+        if missing:
             warnings.warn(f"{directory} lacks {told}, which are initialised at random{others}", stacklevel=3)
         elif names.unexpected:
             warnings.warn(
@@ -87,15 +102,19 @@ class FromFiles:
                 f"{_some(names.unexpected)}",
                 stacklevel=3,
             )
-        rest = FromInitialisers.of(source, torch.initial_seed(), names.missing) if names.missing else None
-        return cls(source, files, names, rest)
+        rest: list[FromInitialisers | FromPeft] = []
+        if missing:
+            rest.append(FromInitialisers.of(source, seed, missing))
+        if not adapters.isdisjoint(names.missing):
+            rest.append(FromPeft(source, {name: p.detach() for name, p in source.named_parameters()}, seed))
+        return cls(source, files, names, tuple(rest))
 
     def check(self) -> None:
         self.files.check()
 
     def bring(self, store: StateStore) -> None:
-        if self.rest is not None:
-            self.rest.bring(store)
+        for each in self.rest:
+            each.bring(store)
         targets = self._targets(store)
 
         def take(name: str, slices: Any) -> None:

@@ -160,12 +160,13 @@ class CompiledModule(Facade):
             self.session.half_loaded.discard("model")
         return loaded
 
-    def load_pretrained(self, directory: str | Path, *, strict: bool = True) -> None:
+    def load_pretrained(self, directory: str | Path, *, strict: bool = True, seed: int = 0) -> None:
         """Read weights that are on `meta` from Hugging Face's files in `directory`, each right into its chunk: a second
         copy of them is never there. They are read as soon as it is known where they go: by the first call, or by what
         asks for state, and by `model.optimizer(...)` where there is a plan. All processes call it.
 
-        With `strict` False what the files lack is drawn by the modules' own initialisers, and a warning tells what.
+        With `strict` False what the files lack is drawn from `seed` by the modules' own initialisers, and a warning
+        tells what. PEFT's adapters, which files of a base model lack, are drawn as PEFT draws them in any case.
 
         Raises:
             CheckpointError: the files are damaged, or of another model; nothing is changed. Of those that change until
@@ -174,7 +175,7 @@ class CompiledModule(Facade):
         """
         check_path("directory", directory, "the path of a directory")
         self._check_empty("load_pretrained")
-        self.session.incoming = FromFiles.found(self.source, directory, strict)
+        self.session.incoming = FromFiles.found(self.source, directory, strict, seed)
 
     def initialize(self, seed: int = 0) -> None:
         """Give weights that are on `meta` random values by each module's own initialiser, drawn from `seed` as plain

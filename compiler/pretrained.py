@@ -23,7 +23,7 @@ def from_pretrained(name: str | Path, device_budget: int | str | None = None, *,
             "opt-1.3b", or a config file (.json) the weights are random, drawn from `seed` by the modules' own
             initialisers.
         device_budget: as `geminifx.compile` has it, and so are the other `options`.
-        strict: whether files must have all of the model's weights; else a warning tells which are random.
+        strict: whether files must have all of the model's weights; else a warning tells which are drawn from `seed`.
 
     Returns:
         The model, in training mode with float32 parameters. Its weights are read when it is known where they go, by the
@@ -41,7 +41,7 @@ def from_pretrained(name: str | Path, device_budget: int | str | None = None, *,
     if directory is None:
         model.initialize(seed)
     else:
-        model.load_pretrained(directory, strict=strict)
+        model.load_pretrained(directory, strict=strict, seed=seed)
     return model
 
 

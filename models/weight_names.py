@@ -1,5 +1,5 @@
 """Which of a model's weights are which of a file's: Hugging Face's files may name a model's parts without its head, or
-with one that it lacks."""
+with one that it lacks, and know nothing of PEFT's names."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from .lora import plain_name
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ def matched(model: nn.Module, own: Mapping[str, Any], names: Collection[str], al
 
 
 def _spellings(model: nn.Module, name: str) -> tuple[str, ...]:
-    prefix = getattr(model, "base_model_prefix", "")
-    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if prefix else (name,)
+    prefix, plain = getattr(model, "base_model_prefix", ""), plain_name(name)
+    others = (plain.removeprefix(f"{prefix}."), f"{prefix}.{plain}") if prefix else ()
+    return name, plain, *others
 
 
 def _left_out(model: nn.Module, names: Collection[str]) -> set[str]:

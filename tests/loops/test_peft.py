@@ -144,3 +144,23 @@ def test_dropout_within_adapters(dropout: float) -> None:
     model.eval()
     plain = copy.deepcopy(model.source)
     assert torch.allclose(model(**tokens()).loss, plain(**tokens()).loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [None, "nf4"])
+def test_a_base_of_files_is_read_beside_adapters_that_peft_draws(frozen: str | None, tmp_path: Path) -> None:
+    """Without ever making the base: it is read into chunks, or into codes."""
+    LLAMA.seeded().save_pretrained(tmp_path)
+    with geminifx.init_empty():
+        empty = adapted(LLAMA, init_lora_weights=True)
+    model = geminifx.compile(empty, frozen=frozen, placement="cpu")
+    model.load_pretrained(tmp_path, seed=1)
+    optimizer = model.optimizer(torch.optim.AdamW, lr=1e-2)
+    with torch.no_grad():
+        other = geminifx.compile(adapted(LLAMA, init_lora_weights=True), frozen=frozen, placement="cpu")
+        assert torch.equal(model(**tokens()).loss, other(**tokens()).loss), "adapters begin with nothing"
+    state = model.state_dict()
+    drawn = [value for name, value in state.items() if "lora_A" in name]
+    assert all(0 < value.std() < 1 / value.shape[1] ** 0.5 for value in drawn) and len(drawn) > 1
+    losses = train(model, optimizer)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
+    assert changed and all("lora_" in name for name in changed) and losses[-1].isfinite()
