@@ -1,27 +1,68 @@
 """Data for several ranks: each loads its own part."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from ..runtime.isa.errors import ArgumentError, wrong_argument
 from .arguments import check_compiled
 from .module import CompiledModule
 
+EXPECTED = (
+    "a torch.utils.data.DataLoader, or an iterable of batches, such as a list or an object with __iter__, that has the "
+    "same ones on every rank"
+)
 
-def shard_dataloader(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[Any]:
+
+def shard_dataloader(loader: Iterable[Any], model: CompiledModule) -> Any:
     """A loader of this rank's part of `loader`'s data, in batches of the same size; alone, `loader` itself.
 
     Ranks that share a batch, each with a part of the tensors or of the layers, have the same part. The parts are
     equally long: where the data does not divide, some examples come twice. A loader that shuffles is shuffled anew in
     each epoch for which `sharded.sampler.set_epoch(epoch)` is called, and alike on all ranks.
 
-    Raises ArgumentError for what is no loader or no compiled model, and for iterable datasets and samplers of the
-    user's own, whose parts are theirs to make.
+    Of any other iterable, which has to have the same batches on every rank, each takes its share, batch by batch.
+
+    Raises ArgumentError for what has no batches or is no compiled model, and for iterable datasets and samplers of the
+    user's own in a DataLoader, whose parts are theirs to make.
     """
-    if not isinstance(loader, DataLoader):
-        raise wrong_argument("loader", loader, "a torch.utils.data.DataLoader")
     check_compiled(model)
+    if isinstance(loader, DataLoader):
+        return _of_examples(loader, model)
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes | Mapping | Tensor | Dataset):
+        raise wrong_argument("loader", loader, EXPECTED)
+    mesh = model.session.ranks.mesh
+    return loader if mesh.data_size == 1 else Batches(loader, model.session.ranks.data_rank, mesh.data_size)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Of `whole`'s batches the one numbered `part` of each `parts`, anew each time that it is gone through. Where they
+    do not divide, those that would have one less take their first one, or the very first, once more."""
+
+    whole: Iterable[Any]
+    part: int
+    parts: int
+
+    def __iter__(self) -> Iterator[Any]:
+        spare, count = None, 0
+        for count, batch in enumerate(self.whole, 1):
+            if count == 1 or count == self.part + 1:
+                spare = batch
+            if (count - 1) % self.parts == self.part:
+                yield batch
+        if self.part >= count % self.parts > 0:
+            yield spare
+
+    def __len__(self) -> int:
+        """Raises TypeError where the whole has no length."""
+        return -(-len(self.whole) // self.parts)  # type: ignore[arg-type]  # which is what it raises of
+
+
+def _of_examples(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[Any]:
     ranks, own = model.session.ranks, _decides_itself(loader)
     shuffles = isinstance(loader.sampler, RandomSampler)
     if ranks.mesh.data_size == 1 and (own is not None or not (shuffles and ranks.mesh.shares_batches)):

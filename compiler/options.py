@@ -202,7 +202,8 @@ class Options:
             raise ArgumentError(
                 f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
             )
-        why_not = cannot_run(self.degrees, 1 if self.microbatches == "auto" else self.microbatches)
+        asked = 1 if self.microbatches == "auto" else self.microbatches
+        why_not = cannot_run(self.degrees, asked, self.schedule if self.plan is None else self.plan.schedule)
         if why_not:
             raise ArgumentError(why_not)
         if self.frozen is not None and self.degrees.mode is not None:

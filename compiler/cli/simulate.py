@@ -74,7 +74,9 @@ def simulate_command(
     device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples in a step, of all processes.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
-    schedule: Annotated[str | None, typer.Option(help=f"Which rank does what when: {', '.join(KINDS)}.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"Which rank does what when: {', '.join(KINDS)}; of MODEL roundrobin, too.")
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that the stages lie on.")] = 4,
     microbatches: Annotated[
         int | None, typer.Option(min=1, help="Microbatches of a step; of a schedule alone 8.")

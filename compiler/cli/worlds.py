@@ -1,6 +1,6 @@
 """A model's step on a described world, as the command line says both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..planner.pipeline.trace import chrome_trace
 from ..planner.world.costs import Priced, World
 from ..planner.world.model import Model
 from ..planner.world.search import choose, told, weigh
-from ..planner.world.ways import Space, Way
+from ..planner.world.ways import ROUND_ROBIN, Space, Way
 from ..rates.choice import OTHER_CARD, given_rates
 from ..rates.clusters import Cluster, given_cluster, one_node
 from ..rates.presets import preset
@@ -57,8 +57,8 @@ class Asked:
             plan = choose(model, world, space)
             return plan.chosen, plan.lines()
         way = self._way(world, len(model.parts))
-        why_not = cannot_run(Parallel.of(way.degrees()), way.microbatches)
-        priced = weigh(model, world, way, ("device", "host"))
+        why_not = cannot_run(Parallel.of(way.degrees()), way.microbatches, way.schedule)
+        priced = weigh(model, world, way, ("host",) if way.schedule == ROUND_ROBIN else ("device", "host"))
         lines = (f"of {cluster.size} processes on {cluster}: {told(priced)}",)
         return priced, (*lines, *([f"it is modelled, and not run yet: {why_not}"] if why_not else []))
 
@@ -97,10 +97,14 @@ class Asked:
                 f"a step of {world.examples} examples does not divide into {data} batches of {microbatches} "
                 "microbatches; choose another --batch-size or --microbatches"
             )
+        if way.schedule == ROUND_ROBIN and way.pipeline > 1:
+            return replace(way, stages_per_rank=count)
         if way.stages > count:
             raise ArgumentError(f"{way.stages} stages need as many blocks, and the model has {count}; make fewer")
         if way.schedule and way.schedule not in KINDS:
-            raise ArgumentError(f"there is no schedule {way.schedule!r}; expected one of {', '.join(KINDS)}")
+            raise ArgumentError(
+                f"there is no schedule {way.schedule!r}; expected one of {', '.join((*KINDS, ROUND_ROBIN))}"
+            )
         why_not = misfit(way.schedule, Shape(way.pipeline, microbatches, way.stages_per_rank)) if way.schedule else ""
         if why_not:
             raise ArgumentError(f"the schedule {way.schedule} does not fit: {why_not}")

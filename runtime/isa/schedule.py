@@ -7,6 +7,12 @@ data that prints as text and parses back.
 
 F0.2 is stage 0's forward of microbatch 2, and B0.2 its whole backward. A backward may be in two parts: I0.2 computes
 the gradients of what the stage was given, which the stage in front waits for, and W0.2, later, those of its weights.
+
+Where weights live on the hosts a stage needs no rank of its own, and any rank may run any of its actions:
+
+    roundrobin stages=2 microbatches=1 weights=host
+    rank 0: F0.0 B0.0
+    rank 1: F1.0 B1.0
 """
 
 import re
@@ -16,7 +22,7 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
 
-_HEADER = re.compile(r"(\S+) stages=(\d+) microbatches=(\d+)", re.ASCII)
+_HEADER = re.compile(r"(\S+) stages=(\d+) microbatches=(\d+)( weights=host)?", re.ASCII)
 _RANK = re.compile(r"rank (\d+):(.*)", re.ASCII)
 _ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)", re.ASCII)
 
@@ -45,20 +51,28 @@ class Schedule:
     """What each rank of a pipeline does, one action behind the other.
 
     Stage 0 reads the batch, the last one makes the loss, and a stage's actions are all on one rank, which has its
-    weights. Whether a schedule can run is for `compiler.planner.pipeline.check` to say.
+    `weights`, unless these are on the hosts. Whether a schedule can run is for `compiler.planner.pipeline.check` to
+    say.
     """
 
     name: str
     stages: int
     microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
+    weights: Literal["rank", "host"] = "rank"
 
     def __post_init__(self) -> None:
         if len(self.name.split()) != 1 or self.name != self.name.strip():
             raise ValueError(f"a schedule is named {self.name!r}; expected one word")
 
+    def runner(self, action: Action) -> int:
+        """The rank that runs an action."""
+        return self._rank_by_action[action]
+
     def rank_of(self, stage: int) -> int:
-        """The rank that runs a stage. Raises ValueError where none does."""
+        """The rank that runs a stage. Raises ValueError where none does, or any may."""
+        if self.weights == "host":
+            raise ValueError(f"no stage of the schedule {self.name} has a rank of its own: weights live on the hosts")
         rank = self._rank_by_stage.get(stage)
         if rank is None:
             raise ValueError(f"no rank runs stage {stage} of {self.stages} of the schedule {self.name}")
@@ -66,7 +80,7 @@ class Schedule:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank runs, in the order of the model."""
-        return tuple(stage for stage, runs in sorted(self._rank_by_stage.items()) if runs == rank)
+        return tuple(sorted({action.stage for action in self.ranks[rank]}))
 
     def turn(self, rank: int) -> int:
         """How many of a rank's actions lie in front of its turn, where it hands the loss to the training loop and
@@ -134,12 +148,17 @@ class Schedule:
         return frozenset(action for actions in self.ranks for action in actions)
 
     @cached_property
+    def _rank_by_action(self) -> dict[Action, int]:
+        return {action: rank for rank, actions in enumerate(self.ranks) for action in actions}
+
+    @cached_property
     def _rank_by_stage(self) -> dict[int, int]:
         return {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
 
     def __str__(self) -> str:
         lines = (f"rank {rank}: {' '.join(map(str, actions))}".rstrip() for rank, actions in enumerate(self.ranks))
-        return "\n".join([f"{self.name} stages={self.stages} microbatches={self.microbatches}", *lines])
+        header = f"{self.name} stages={self.stages} microbatches={self.microbatches}"
+        return "\n".join([header + (" weights=host" if self.weights == "host" else ""), *lines])
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -150,7 +169,7 @@ class Schedule:
             found = repr(lines[0]) if lines else "nothing"
             raise ValueError(f"line 1: {found}, expected a header such as '1f1b stages=2 microbatches=4'")
         ranks = tuple(_parse_rank(line, rank) for rank, line in enumerate(lines[1:]))
-        return cls(header[1], int(header[2]), int(header[3]), ranks)
+        return cls(header[1], int(header[2]), int(header[3]), ranks, "host" if header[4] else "rank")
 
 
 def _first_complete(actions: tuple[Action, ...]) -> int:

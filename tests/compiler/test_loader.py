@@ -89,3 +89,37 @@ def test_what_decides_itself_is_refused() -> None:
     for loader in loaders:
         with pytest.raises(ValueError, match="its own part \\(part 1 of 2 here\\)"):
             geminifx.shard_dataloader(loader, as_rank(1, 2))
+
+
+@given(st.integers(0, 20), st.integers(2, 5))
+def test_of_any_iterable_each_rank_takes_its_batches(count: int, size: int) -> None:
+    """Equally many, each of them by somebody, and in their order."""
+    parts = [list(geminifx.shard_dataloader(range(count), as_rank(rank, size))) for rank in range(size)]
+    assert {len(part) for part in parts} == {-(-count // size)}
+    assert all(len(geminifx.shard_dataloader(range(count), as_rank(rank, size))) == len(parts[0]) for rank in (0, 1))
+    assert sorted({batch for part in parts for batch in part}) == list(range(count))
+    whole = count // size
+    assert [batch for step in zip(*parts, strict=True) for batch in step][: whole * size] == list(range(whole * size))
+
+
+def test_an_iterable_is_gone_through_anew_in_every_epoch() -> None:
+    sharded = geminifx.shard_dataloader([0, 1, 2, 3], as_rank(1, 2))
+    assert [list(sharded), list(sharded)] == [[1, 3], [1, 3]]
+
+
+def test_ranks_that_share_a_batch_take_the_same_of_an_iterable() -> None:
+    model = geminifx.compile(nn.Linear(2, 2))
+    for rank, expected in ((0, [0, 2]), (1, [1, 3]), (2, [0, 2]), (3, [1, 3])):
+        model.session.ranks = Ranks(PIPELINE, rank)
+        assert list(geminifx.shard_dataloader(iter(range(4)), model)) == expected
+
+
+def test_alone_an_iterable_is_returned_itself() -> None:
+    batches = iter([0])
+    assert geminifx.shard_dataloader(batches, geminifx.compile(nn.Linear(2, 2))) is batches
+
+
+@pytest.mark.parametrize("given", [8, "batches", {"input_ids": [0]}, torch.zeros(4), TensorDataset(torch.zeros(4))])
+def test_what_has_no_batches_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match=r"expected a torch.utils.data.DataLoader, or an iterable of batches"):
+        geminifx.shard_dataloader(given, as_rank(0, 2))

@@ -58,15 +58,15 @@ def _out_of_range(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _apart(schedule: Schedule) -> Iterator[Violation]:
-    """Every rank has stages, and a stage's weights are on one rank."""
+    """Every rank has stages, and a stage's weights are on one rank, unless they are on the hosts."""
     for rank, actions in enumerate(schedule.ranks):
         if not actions:
             yield Violation(f"rank {rank}", "nothing to do", "a stage on every rank, or fewer ranks")
     home: dict[int, int] = {}
-    for rank, action in _each(schedule):
+    for rank, action in _each(schedule) if schedule.weights == "rank" else ():
         if home.setdefault(action.stage, rank) != rank:
             found = f"stage {action.stage} is on rank {home[action.stage]}, too"
-            yield Violation(_at(rank, action), found, "all actions of a stage on one rank")
+            yield Violation(_at(rank, action), found, "all actions of a stage on one rank, or weights=host")
 
 
 def _not_once(schedule: Schedule) -> Iterator[Violation]:

@@ -95,12 +95,18 @@ class Simulated:
     @cached_property
     def in_flight(self) -> tuple[int, ...]:
         """How many microbatches a rank holds activations of at most, each of its stages counted by itself."""
-        return tuple(_peak(actions, [1] * self.schedule.stages) for actions in self.schedule.ranks)
+        return self._peaks([1] * self.schedule.stages)
 
     @cached_property
     def activation_bytes(self) -> tuple[int, ...]:
         """Activations that a rank holds at most."""
-        held = [stage.activation_bytes for stage in self.costs]
+        return self._peaks([stage.activation_bytes for stage in self.costs])
+
+    def _peaks(self, held: Sequence[int]) -> tuple[int, ...]:
+        """By rank. Where weights live on the hosts, what a backward reads waits for it there, and a rank holds what it
+        works on."""
+        if self.schedule.weights == "host":
+            return tuple(max((held[action.stage] for action in actions), default=0) for actions in self.schedule.ranks)
         return tuple(_peak(actions, held) for actions in self.schedule.ranks)
 
 
@@ -141,13 +147,13 @@ class _Clock:
     def run(self, order: Iterable[tuple[int, Action]]) -> None:
         """Run the next actions of ranks, each behind all that it needs."""
         for rank, action in order:
-            # What is on no way is on this rank and was done before.
+            # What is on no way is on this rank, or was left on a host long ago, and was done before.
             there_s = [self.messages[need].end_s for need in self.schedule.needs(action) if need in self.messages]
             begin_s = max([self.free_s[rank], *there_s])
             end_s = self.free_s[rank] = begin_s + self.costs[action.stage].seconds(action)
             self.events[action] = Event(rank, action, begin_s, end_s)
             reader = self.schedule.reader(action)
-            if reader is not None and self.schedule.rank_of(reader.stage) != rank:
+            if reader is not None and self.schedule.runner(reader) != rank:
                 self._send(action, reader, end_s)
 
     def await_loss(self) -> None:
@@ -156,12 +162,13 @@ class _Clock:
         there_s = max(
             event.end_s for action, event in self.events.items() if (action.stage, action.kind) == (last, "F")
         )
+        makers = {self.events[action].rank for action in self.events if (action.stage, action.kind) == (last, "F")}
         for rank, free_s in enumerate(self.free_s):
-            way_s = self.costs[last].message_s if rank != self.schedule.rank_of(last) else 0.0
+            way_s = self.costs[last].message_s if {rank} != makers else 0.0
             self.free_s[rank] = max(free_s, there_s + way_s)
 
     def _send(self, action: Action, reader: Action, after_s: float) -> None:
-        way = self.schedule.rank_of(action.stage), self.schedule.rank_of(reader.stage)
+        way = self.schedule.runner(action), self.schedule.runner(reader)
         begin_s = max(after_s, self.way_free_s[way])
         end_s = begin_s + self.costs[min(action.stage, reader.stage)].message_s
         self.way_free_s[way] = end_s

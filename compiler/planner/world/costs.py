@@ -13,14 +13,18 @@ import numpy as np
 from ....runtime.isa.precision import ReduceDtype
 from ...rates.clusters import Cluster, Link
 from ...rates.rates import Rates
+from ..pipeline.round_robin import round_robin
 from ..pipeline.schedules import Shape, make_schedule
 from ..pipeline.simulate import Simulated, StageCosts, simulate
 from .model import Model
 from .units import Unit
-from .ways import Way
+from .ways import ROUND_ROBIN, Way
 
 SHARES = tuple(step / 8 for step in range(9))
 """Of the blocks, that may be computed again."""
+
+SLOT_BLOCKS = 4
+"""Whose weights a rank has at a time that works on several blocks in turns."""
 
 MOMENTS_BYTES, REMAINDER_BYTES, SUM_BYTES = 8, 2, 4
 """Of a parameter: two float32 moments, what a 16-bit weight lacks of its master, an element of a float32 sum."""
@@ -94,7 +98,7 @@ class Costs:
         costed = Costed(self, way, self.stages(way))
         if self.world.host_bytes is not None and costed.host_bytes > self.world.host_bytes:
             return None
-        for share in self.world.recomputed:
+        for share in self.world.recomputed if way.schedule != ROUND_ROBIN else (1.0,):
             found = replace(costed, way=replace(way, recompute=share)) if share else costed
             if self.world.device_bytes is None or found.rank_bytes.max() <= self.world.device_bytes:
                 return found.priced()
@@ -183,14 +187,21 @@ class Costed:
 
     @cached_property
     def of_rank(self) -> np.ndarray:
-        """The stages of each rank: with zbv the second one comes back from the other end."""
+        """The stages of each rank: with zbv the second one comes back from the other end; all, where any may be its."""
+        if self.takes_turns:
+            return np.tile(np.arange(self.way.stages), (self.way.pipeline, 1))
         found = np.arange(self.way.stages).reshape(self.way.stages_per_rank, self.way.pipeline)
         if self.way.schedule == "zbv":
             found[1] = found[1, ::-1]
         return found.T
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether ranks take turns in all stages."""
+        return self.way.schedule == ROUND_ROBIN
+
     def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
-        return of_stages[self.of_rank].sum(axis=1)
+        return of_stages[self.of_rank].sum(axis=1) / (self.way.pipeline if self.takes_turns else 1)
 
     @cached_property
     def numel(self) -> np.ndarray:
@@ -226,6 +237,7 @@ class Costed:
         blocks that are being exchanged."""
         way, weights = self.way, self.numel * self._item
         passing = 2 * self._item * self.stages.block_numel[self.of_rank].max(axis=1)
+        passing = passing * (SLOT_BLOCKS if self.takes_turns else 1)
         exchanged = passing if way.replicas > 1 else 0.0
         if way.home == "host":
             return 2 * passing + exchanged
@@ -248,7 +260,9 @@ class Costed:
         weights, a whole backward, and a message."""
         way, stages, gather_s = self.way, self.stages, self._gather_s
         forward_s = stages.forward_s + stages.exchange_s
-        input_s = stages.input_s + self._back * stages.exchange_s + way.recompute * forward_s
+        again_s = way.recompute * forward_s
+        again_s[-1] *= not self.takes_turns  # its backward follows at once
+        input_s = stages.input_s + self._back * stages.exchange_s + again_s
         backward_s = self._beside(input_s + stages.weight_s, gather_s)
         hop = self.costs.cluster.hop(way.tensor * way.data, way.pipeline)
         message_s = hop.latency_s + stages.message_bytes / hop.bytes_per_s
@@ -264,10 +278,10 @@ class Costed:
 
     @cached_property
     def _gather_s(self) -> np.ndarray:
-        """Of weights, once: from other ranks' shards, and from the host. Without a pipeline blocks run for all
-        microbatches while they are there."""
+        """Of weights, once: from other ranks' shards, and from the host. Without a pipeline, or where ranks take turns,
+        blocks run for all microbatches while they are there."""
         way, weights = self.way, self.stages.numel * self._item
-        times = way.microbatches if way.pipeline == 1 else 1
+        times = way.microbatches if way.pipeline == 1 or self.takes_turns else 1
         network_s = weights * (1 - 1 / way.replicas) / self._replicas.bytes_per_s if way.zero == 3 else 0.0
         share = weights / way.replicas if way.zero == 3 else weights
         bus_s = share / self.costs.rates.both_bytes_per_s if way.home == "host" else 0.0
@@ -295,8 +309,12 @@ class Costed:
 
     def on_the_clock(self) -> Priced:
         way = self.way
-        shape = Shape(way.pipeline, way.microbatches, way.stages_per_rank)
-        run = simulate(make_schedule(way.schedule or "gpipe", shape), self.stage_costs)
+        if self.takes_turns:
+            schedule = round_robin(self.stage_costs, way.pipeline, way.microbatches)
+        else:
+            shape = Shape(way.pipeline, way.microbatches, way.stages_per_rank)
+            schedule = make_schedule(way.schedule or "gpipe", shape)
+        run = simulate(schedule, self.stage_costs)
         return replace(self._priced(run.step_s, run.bubble), simulated=run)
 
     def _priced(self, running_s: float, bubble: float) -> Priced:
@@ -313,6 +331,8 @@ class Costed:
             return 0.0
         messages_s = 2 * float(message_s[:-1].sum())
         whole_s = forward_s + backward_s
+        if self.takes_turns:
+            return (way.pipeline - 1) * float(whole_s.max() + message_s.max())
         if way.schedule in ("1f1b", "interleaved"):
             ramp_s = float(whole_s.sum() - self._by_rank(whole_s).max())
         else:
@@ -364,4 +384,6 @@ def in_flight(way: Way) -> np.ndarray:
             return np.minimum(count, (way.stages_per_rank - 1) * way.pipeline + 2 * behind - 1)
         case "zb1p" | "zbv":
             return np.minimum(count, way.stages) + 0 * behind
+        case "roundrobin":
+            return 1 + 0 * behind
     return count + 0 * behind

@@ -14,6 +14,9 @@ SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb1p", 1), (
 """Schedules of a pipeline with stages per rank that are weighed. gpipe is not: it takes as long as 1f1b, and holds
 more."""
 
+ROUND_ROBIN = "roundrobin"
+"""Stages have no rank of their own, so that each rank may run all of them: simulated where it is asked for."""
+
 MOST_MICROBATCHES, MOST_TENSOR, MOST_PIPELINE = 256, 64, 128
 """Further ones win nowhere."""
 
@@ -53,7 +56,7 @@ class Way:
 
     @property
     def stages(self) -> int:
-        return self.pipeline * self.stages_per_rank
+        return self.stages_per_rank * (1 if self.schedule == ROUND_ROBIN else self.pipeline)
 
     @classmethod
     def of(cls, parallel: Parallel, data: int, microbatches: int = 1, schedule: str = "") -> "Way":
@@ -70,7 +73,8 @@ class Way:
         if self.zero:
             found["zero"] = self.zero
         if self.pipeline > 1:
-            found["pipeline"] = {"ranks": self.pipeline, "stages": self.stages}
+            stages = self.pipeline if self.schedule == ROUND_ROBIN else self.stages
+            found["pipeline"] = {"ranks": self.pipeline, "stages": stages}
         if self.tensor > 1:
             depth = {"depth": self.depth} if self.mode == "2.5d" else {}
             found["tensor"] = {"mode": self.mode, "size": self.tensor, **depth}
@@ -79,7 +83,8 @@ class Way:
     def __str__(self) -> str:
         words = [f"data {self.data}"] if self.data > 1 else []
         if self.pipeline > 1:
-            stages = f" ({self.stages_per_rank} stages each)" if self.stages_per_rank > 1 else ""
+            stages = f" ({self.stages_per_rank} stages each)" if self.stages > self.pipeline else ""
+            stages = f" ({self.stages} stages of any rank)" if self.schedule == ROUND_ROBIN else stages
             words.append(f"pipeline {self.pipeline}{stages} by {self.schedule}")
         if self.tensor > 1:
             words.append(f"tensor {self.mode} {self.tensor}" + (f" of depth {self.depth}" if self.depth > 1 else ""))
@@ -109,7 +114,7 @@ class Space:
     heads: int
     microbatches: int | None = None
     homes: tuple[Home, ...] = ("device", "host")
-    refusal: Callable[[Way], str] = lambda way: cannot_run(Parallel.of(way.degrees()), way.microbatches)
+    refusal: Callable[[Way], str] = lambda way: cannot_run(Parallel.of(way.degrees()), way.microbatches, way.schedule)
 
     def ways(self) -> Iterator[Way]:
         """All that fit the model and the batch, the simplest first; whether they fit the memory is not asked."""
