@@ -45,7 +45,7 @@ class LargestBatch:
 
     def _fits(self, examples: int) -> bool:
         assert self.captured.divide is not None
-        planning = replace(self.planning, _lowered={})  # of programs that nobody will run
+        planning = replace(self.planning, _lowered={}, _logits={})  # of programs that nobody will run
         with warnings.catch_warnings(action="ignore"):  # what is to be told was told of the batch that there is
             captured = self.captured.divide.resized(examples)
             try:

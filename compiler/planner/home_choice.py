@@ -22,8 +22,9 @@ LEAST_GAIN, MOST_MOVES = 0.01, 16
 
 @dataclass(frozen=True)
 class Move:
-    """One chunk goes elsewhere: homes then, and what a step takes."""
+    """One chunk goes elsewhere, to a home of a `kind`: homes then, and what a step takes."""
 
+    kind: str
     what: str
     homes: Homes
     step_s: float
@@ -112,7 +113,7 @@ def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Hom
             grown = with_home(homes, chunk.index, other)
             if memory.fits(grown) and not memory.beyond_host(grown):
                 what = f"chunk {chunk.index}: {other.text}, not {home.text}"
-                yield Move(what, grown, time.seconds(plan, grown))
+                yield Move(other.text, what, grown, time.seconds(plan, grown))
 
 
 def _elsewhere(plan: Plan, chunk: ChunkLayout, home: Home, placed: Homes | None) -> Iterator[Home]:

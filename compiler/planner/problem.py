@@ -81,6 +81,7 @@ class Planning:
     line: int = 0
     agreed: Plan | None = None
     _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
+    _logits: dict[int, tuple[Captured, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.asked_bytes = self.limits.device_bytes
@@ -216,7 +217,7 @@ class Planning:
         layout = before.layout if before and before.layout.is_cut_for(unit) else self._layout(captured, staged, unit)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
-        saves = microbatches * logits_bytes(captured.by(microbatches).program) if fusible else 0
+        saves = microbatches * self._logits_bytes(captured.by(microbatches)) if fusible else 0
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
@@ -240,6 +241,7 @@ class Planning:
     def forget(self) -> None:
         """Training has begun: programs are lowered once each from here on."""
         self._lowered.clear()
+        self._logits.clear()
 
     def _scheduled(self, captured: Captured, microbatches: int) -> Schedule | None:
         """What the ranks do for a captured step."""
@@ -302,6 +304,12 @@ class Planning:
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
             self._lowered[key] = captured, Weighed.of(flat, plan, self.limits.rates)
         return self._lowered[key][1]
+
+    def _logits_bytes(self, captured: Captured) -> int:
+        """Found once: a plan is made anew for an optimizer, and for each format that its state may have."""
+        if id(captured) not in self._logits:
+            self._logits[id(captured)] = captured, logits_bytes(captured.program)
+        return self._logits[id(captured)][1]
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves them to the planner."""

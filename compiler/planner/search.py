@@ -288,7 +288,7 @@ class _Search:
         homes, near = best_nearby(plan, memory, time, self.given.placed)
         best = _solution(replace(plan, homes=homes), best.flat, memory, time)
         found: list[tuple[str, Alternative]] = [
-            ("homes", Alternative(move.what, move.step_s, memory.peak(move.homes))) for move in near
+            (move.kind, Alternative(move.what, move.step_s, memory.peak(move.homes))) for move in near
         ]
         for other in filter(self.limits.allow, self.weighed):
             told = difference(best.plan, other)
@@ -355,7 +355,7 @@ def rehomed(plan: Plan, program: Program, limits: Limits, placed: Homes | None =
     """A plan whose program runs already, with homes that are chosen anew; where training states are `placed`, if they
     are, they stay. Where nothing fits it has the least on the device."""
     weighed = Weighed.of(Flat(program, ()), plan, limits.rates)
-    return _Search(lambda _: weighed, limits, Constraints(plan.recompute, (), placed))._complete(plan)
+    return _Search(lambda _: weighed, limits, Constraints(plan.recompute, (), placed))._complete(plan, ASSUMED)
 
 
 def _refused(solutions: list[Solution], limits: Limits) -> Exception:
