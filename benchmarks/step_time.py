@@ -4,6 +4,7 @@
     python benchmarks/step_time.py --points llama-3b:8 --accumulate 8 --budget 24GiB --systems ours roundpipe
     python benchmarks/step_time.py --points 1.3b:8 gpt2-xl:1 --pad --dropout 0.1 --systems ours plain compile
     python benchmarks/step_time.py --points 1.3b:16 --budget none --nprocs 8 --systems ours fsdp2 --parallel zero=3
+    python benchmarks/step_time.py --points gpt2-xl:8 --systems ours --microbatches 8 --parallel data=1 pipeline=1:4
     python benchmarks/step_time.py --points opt-175b:1 --plan-only --recompute all --host-budget 4TB
     python benchmarks/step_time.py --points 1.3b:4 --plan-only --rates rtx4090 --budget 22GiB --host-budget 100GB
     python benchmarks/step_time.py --plot step_time.json -o step_time.svg    # needs matplotlib

@@ -24,11 +24,15 @@ MODES: dict[int, dict[str, dict[str, Any]]] = {
         "1d": tensor("1d", 2),
         "1d along the sequence": tensor("1d", 2, sequence=True),
         "2.5d of two layers, zero 3": tensor("2.5d", 1, depth=2, zero=3),
+        "pipeline": {"pipeline": 2},
+        "pipeline, zb1p": {"pipeline": 2},
     },
     4: {
         **{f"data, zero {zero}": {"data": 4, "zero": zero} for zero in range(4)},
         "1d": tensor("1d", 4),
         "1d along the sequence, data, zero 2": tensor("1d", 2, data=2, zero=2, sequence=True),
+        "pipeline, 1d": {"pipeline": 2, **tensor("1d", 2)},
+        "pipeline, data, zero 1": {"pipeline": 2, "data": 2, "zero": 1},
         "2d": tensor("2d", 4),
         "2.5d of one layer": tensor("2.5d", 4),
         "2.5d of two layers, data": tensor("2.5d", 2, data=2, depth=2),
@@ -45,6 +49,8 @@ MODES: dict[int, dict[str, dict[str, Any]]] = {
 }
 """By how many GPUs there are."""
 
+SCHEDULES = {"pipeline, zb1p": {"schedule": "zb1p"}}
+
 LLAMA_OF_FOUR = Case("llama of four key heads", lambda: llama(key_heads=4), exact=False)
 """So many as can be divided over four."""
 
@@ -57,7 +63,7 @@ def cases(ranks: int) -> dict[str, Sharded]:
     """Every way to be parallel, of two models and both placements."""
     return {
         f"{case.name}, {mode}, placement {placement}":
-            Sharded(case, optimizer, {**EXACT, "placement": placement}, parallel=parallel)
+            Sharded(case, optimizer, {**EXACT, "placement": placement, **SCHEDULES.get(mode, {})}, parallel=parallel)
         for case in (OPT, LLAMA_OF_FOUR) for mode, parallel in MODES[ranks].items()
         for placement, optimizer in OPTIMIZERS.items()
     }  # fmt: skip

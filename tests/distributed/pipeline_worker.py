@@ -13,12 +13,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
+from more_models import T5
 from torch import Tensor
 from torch import distributed as dist
-from zoo import GPT2, LLAMA, OPT, Case, opt
+from zoo import GPT2, LLAMA, OPT, Case, gpt2, llama, opt
 
 STEPS, ROWS = 5, 8
 DROPOUT = Case("opt, dropout, four blocks", lambda: opt(dropout=0.1, num_hidden_layers=4))
+OPT_OF_EIGHT = Case("opt, eight blocks, not tied", lambda: opt(num_hidden_layers=8, tie_word_embeddings=False))
+GPT2_OF_EIGHT = Case("gpt2, eight blocks", lambda: gpt2(layers=8))
+LLAMA_OF_EIGHT = Case("llama, eight blocks", lambda: llama(layers=8))
 UNTIED = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
 
 
@@ -84,7 +88,20 @@ IN_FOURS = {
         UNTIED, {**pipeline(2, "zb1p", microbatches=2), "parallel": {"pipeline": 2, "data": 2, "zero": 1}}, data=2
     ),
 }
-TRAININGS = {**IN_TWOS, **IN_FOURS}
+IN_EIGHTS = {
+    "pipeline 8, 1f1b": Training(OPT_OF_EIGHT, pipeline(8, "1f1b", microbatches=8)),
+    "pipeline 8, zb1p, tied, on the host, in the backward": Training(
+        GPT2_OF_EIGHT, pipeline(8, "zb1p", microbatches=8, placement="cpu", offload="all"), in_backward=True
+    ),
+    "pipeline 4 x data 2, interleaved": Training(OPT_OF_EIGHT, pipeline(4, "interleaved", 8), data=2),
+    "pipeline 4 x data 2, zbv, recompute, clipped": Training(
+        LLAMA_OF_EIGHT, pipeline(4, "zbv", 8, recompute="all"), data=2, max_grad_norm=0.5
+    ),
+    "pipeline 4 x data 2, gpipe, encoder and decoder, zero 1": Training(
+        T5, {**pipeline(4, "gpipe"), "parallel": {"pipeline": 4, "data": 2, "zero": 1}}, data=2
+    ),
+}
+TRAININGS = {**IN_TWOS, **IN_FOURS, **IN_EIGHTS}
 
 
 @dataclass

@@ -38,6 +38,8 @@ CHAIN: dict[str, dict[str, Any]] = {
     "data 8": {"parallel": {"data": 8}},
     "pipeline 4, data 2": {"parallel": {"pipeline": 4, "data": 2}, "microbatches": 4, **FOUR_ROWS},
     "2.5d, data 2": {"parallel": {"data": 2, "tensor": {"mode": "2.5d", "size": 4}}},
+    "pipeline 2, 1d, data 2": {"parallel": {"pipeline": 2, "data": 2, "tensor": "1d:2"}, **FOUR_ROWS},
+    "pipeline 4, data 2, again": {"parallel": {"pipeline": 4, "data": 2}, "microbatches": 4, **FOUR_ROWS},
 }
 """How eight ranks go on, one after the other, each from what the one before it saved."""
 

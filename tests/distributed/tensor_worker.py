@@ -136,6 +136,15 @@ CASES: dict[int, dict[str, Sharded]] = {
         "3d, zero 2, clipped, on the host, within the least": Sharded(
             OPT, Own(max_grad_norm=0.5), HOST, tight=True, parallel=tensor("3d", 8, zero=2)
         ),
+        "pipeline 2, 1d x 2, data 2, zbv, zero 1": Sharded(
+            DEEP,
+            Own(max_grad_norm=0.5),
+            {"microbatches": 4, "schedule": "zbv"},
+            parallel=staged("1d", 2, 4, data=2, zero=1),
+        ),
+        "pipeline 2, 2.5d of one layer, offload, in the backward": Sharded(
+            GPT2, Own(in_backward=True), {**HOST, "microbatches": 4, "offload": "all"}, parallel=staged("2.5d", 4)
+        ),
         "3d": Sharded(GPT2, Own(max_grad_norm=0.5), parallel=tensor("3d", 8)),
         "3d, on the host, within the least": Sharded(
             LLAMA, Own(in_backward=True), {**HOST, "recompute": "all"}, tight=True, parallel=tensor("3d", 8)

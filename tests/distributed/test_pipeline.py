@@ -12,12 +12,26 @@ from launching import finder
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from pipeline_worker import IN_FOURS, IN_TWOS, STEPS, TRAININGS, UNTIED, Trained, train  # noqa: E402
+from pipeline_worker import (  # noqa: E402
+    IN_EIGHTS,
+    IN_FOURS,
+    IN_TWOS,
+    OPT_OF_EIGHT,
+    STEPS,
+    TRAININGS,
+    UNTIED,
+    Trained,
+    train,
+)
 
 pytestmark = pytest.mark.xdist_group("pipelines")  # they share what the processes find
 QUICK = ("1f1b", "1f1b, tied, in the backward")
 """`make test` runs no others."""
-LAUNCHES = {2: (QUICK, tuple(name for name in IN_TWOS if name not in QUICK)), 4: (tuple(IN_FOURS),)}
+LAUNCHES = {
+    2: (QUICK, tuple(name for name in IN_TWOS if name not in QUICK)),
+    4: (tuple(IN_FOURS),),
+    8: (tuple(IN_EIGHTS),),
+}
 Finder = Callable[[str, int], Any]
 
 LOSS, PARAMETER, LR = 2**-18, 2**-6, 1e-2
@@ -38,7 +52,7 @@ def check(found: list[dict[str, Any]], name: str) -> None:
     """All ranks see one process's losses, and have its parameters."""
     everyones, training = [Trained(**each) for each in found], TRAININGS[name]
     expected = train(training.alone())
-    exact = training.case is UNTIED and training.data == 1
+    exact = training.case in (UNTIED, OPT_OF_EIGHT) and training.data == 1
     for trained in everyones:
         assert trained.losses == everyones[0].losses
         assert all(torch.equal(value, everyones[0].state[key]) for key, value in trained.state.items())
@@ -62,3 +76,9 @@ def test_two_ranks_train_as_one_process(found: Finder, name: str) -> None:
 @pytest.mark.parametrize("name", IN_FOURS)
 def test_four_ranks_train_as_one_process(found: Finder, name: str) -> None:
     check(found(name, 4), name)
+
+
+@pytest.mark.campaign(whole=True)
+@pytest.mark.parametrize("name", IN_EIGHTS)
+def test_eight_ranks_train_as_one_process(found: Finder, name: str) -> None:
+    check(found(name, 8), name)

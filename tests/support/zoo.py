@@ -33,16 +33,16 @@ def opt(**changes: Any) -> nn.Module:
     return OPTForCausalLM(OPTConfig(**{**sizes, **config, **changes})).train()
 
 
-def gpt2(dropout: float = 0.0) -> nn.Module:
+def gpt2(dropout: float = 0.0, layers: int = 2) -> nn.Module:
     """Its head is tied to its embedding."""
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": 0.0}
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 32}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes, **rates)).train()
 
 
-def llama(key_heads: int = 2) -> nn.Module:
+def llama(key_heads: int = 2, layers: int = 2) -> nn.Module:
     """Grouped key and value heads, rotary positions, RMS norm."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 32}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "max_position_embeddings": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": key_heads}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes, **heads)).train()
 
