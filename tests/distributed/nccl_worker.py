@@ -23,7 +23,7 @@ MODES: dict[int, dict[str, dict[str, Any]]] = {
         **{f"data, zero {zero}": {"data": 2, "zero": zero} for zero in range(4)},
         "1d": tensor("1d", 2),
         "1d along the sequence": tensor("1d", 2, sequence=True),
-        "2.5d of two layers, zero 3": tensor("2.5d", 1, depth=2, zero=3),
+        "2.5d of two layers, zero 3": tensor("2.5d", 2, depth=2, zero=3),
         "pipeline": {"pipeline": 2},
         "pipeline, zb1p": {"pipeline": 2},
     },
