@@ -9,7 +9,7 @@ from torch import nn
 from ..runtime.isa.errors import ArgumentError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
-from .loss_outside import with_loss
+from .forward import with_loss
 from .module import CompiledModule
 from .options import Options
 
@@ -44,7 +44,7 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
     compiled = CompiledModule(model, chosen)
     if chosen.loss_fn is not None:
-        compiled.forward = with_loss(compiled, chosen.loss_fn)
+        compiled.forward = with_loss(model, chosen.loss_fn)
     if chosen.example_inputs is not None:
         _prepare(compiled, chosen.example_inputs)
     elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at
