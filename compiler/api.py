@@ -9,7 +9,7 @@ from torch import nn
 from ..runtime.isa.errors import ArgumentError, BudgetError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
-from .loss_outside import with_loss
+from .forward import with_loss
 from .module import CompiledModule
 from .options import Options
 from .world import Settled, settle, settle_otherwise
@@ -56,7 +56,7 @@ def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
     """Where there is something to plan by, planned at once."""
     compiled, chosen = CompiledModule(model, settled.options, settled), settled.options
     if chosen.loss_fn is not None:
-        compiled.forward = with_loss(compiled, chosen.loss_fn)
+        compiled.forward = with_loss(model, chosen.loss_fn)
     if chosen.example_inputs is not None:
         _prepare(compiled, chosen.example_inputs)
     elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at

@@ -1,7 +1,8 @@
 """The forward of a compiled module, and what tools put in its place.
 
-A method that is assigned, as one that computes a loss from hidden states, is the model's new forward: it is captured. A
-function that is assigned, as accelerate's that converts outputs, runs around the compiled forward.
+A method that is assigned, as one that computes a loss from hidden states, is the model's new forward: it is captured,
+as is that of the model and of a loss function that is given to compile. A function that is assigned, as accelerate's
+that converts outputs, runs around the compiled forward.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from .options import LossFn, loss_targets
 
 
 class OwnForward:
@@ -50,11 +53,7 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._running:
             return self._step(self, args, kwargs)
-        model, method = self._running[-1], self.method
-        if isinstance(method, MethodType | OwnForward):
-            function = method.__func__ if isinstance(method, MethodType) else method.function
-            return function(model, *args, **kwargs)
-        return type(model).forward(model, *args, **kwargs) if method is None else method(*args, **kwargs)
+        return _called(self._running[-1], self.method, args, kwargs)
 
     def replaced_by(self, method: MethodType) -> Forward:
         """The compiled forward of a method of the compiled module."""
@@ -84,6 +83,40 @@ class Forward:
         """Within, the source's own forward is this one, uncompiled."""
         with having_forward(self._source, self.method):
             yield
+
+
+def _called(model: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a model's forward returns. `method` is what it, or what it is a copy of, has of its own for that."""
+    if isinstance(method, MethodType | OwnForward):
+        function = method.__func__ if isinstance(method, MethodType) else method.function
+        return function(model, *args, **kwargs)
+    return type(model).forward(model, *args, **kwargs) if method is None else method(*args, **kwargs)
+
+
+def with_loss(source: nn.Module, loss_fn: LossFn) -> MethodType:
+    """A forward that returns the loss where it is called with arguments of the loss function, and else what the model
+    does. Those are by name; all others are the model's."""
+    targets, method = loss_targets(loss_fn), vars(source).get("forward")
+
+    def computing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = {target.name: kwargs.pop(target.name) for target in targets if target.name in kwargs}
+        output = _called(model, method, args, kwargs)
+        return loss_fn(output, **given) if given else output
+
+    computing.__signature__ = _signature(inspect.signature(source.forward), targets)  # type: ignore[attr-defined]
+    return MethodType(computing, source)
+
+
+def _signature(model: inspect.Signature, targets: list[inspect.Parameter]) -> inspect.Signature:
+    """The model's, with what the loss takes, where there is one; a name of both is the loss's. The first is the
+    method's self."""
+    names = {target.name for target in targets}
+    every = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    every += [parameter for parameter in model.parameters.values() if parameter.name not in names]
+    for target in targets:
+        default = None if target.default is inspect.Parameter.empty else target.default
+        every.append(target.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=default))
+    return inspect.Signature(sorted(every, key=lambda parameter: parameter.kind))
 
 
 @contextmanager

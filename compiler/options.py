@@ -1,9 +1,10 @@
 """Everything `geminifx.compile` can be told, as one frozen dataclass with the checks for each field."""
 
+import inspect
 import math
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from os import PathLike
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from ..passes.program.manager import Pass
 from ..passes.program.plan import Plan
@@ -20,7 +22,6 @@ from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
-from .loss_outside import LossFn, targets
 from .parallel import Parallel, cannot_run
 from .rates.choice import given_rates
 from .rates.clusters import Cluster, given_cluster
@@ -30,6 +31,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 WARMUP_STEPS = 2
+
+LossFn = Callable[..., Any]
+LOSS = "a function of what the model returns and of arguments by name, such as lambda output, labels: ..."
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Options:
         if self.dump is not None:
             check_path("dump", self.dump, "a directory for programs")
         if self.loss_fn is not None:
-            targets(self.loss_fn)
+            loss_targets(self.loss_fn)
 
     def _check_values(self) -> None:
         _one_of("placement", self.placement, get_args(Policy))
@@ -264,6 +268,22 @@ def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
         near = []
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise wrong_argument(name, value, f"one of {', '.join(map(repr, valid))}{hint}")
+
+
+def loss_targets(loss_fn: LossFn) -> list[inspect.Parameter]:
+    """What a loss function takes behind the model's output. Raises ArgumentError for what is no such function."""
+    if not callable(loss_fn):
+        raise wrong_argument("loss_fn", loss_fn, LOSS)
+    if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
+        raise ArgumentError("loss_fn has parameters, which nobody would train; make it a part of the model")
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except ValueError:
+        raise wrong_argument("loss_fn", loss_fn, LOSS) from None
+    _, *behind = signature.parameters.values() or (None,)
+    if not behind or any(p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in behind):
+        raise ArgumentError(f"loss_fn takes {signature}; expected {LOSS}")
+    return behind
 
 
 def _check_budget(name: str, budget: Any) -> None:

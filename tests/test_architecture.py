@@ -27,7 +27,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "passes": ({"program"}, {"patterns", "sharding", "splitting"}, {""}),
     "models": ({""}, {"recipe"}),
     "compiler": (
-        {"parallel", "rates", "options", "loss_outside", "lowering"},
+        {"parallel", "rates", "options", "lowering"},
         {"capture"},
         {"planner"},
         {"inspect"},

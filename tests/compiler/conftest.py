@@ -1,5 +1,7 @@
 """What tests of compiled models share."""
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,3 +20,11 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(module, "capture", counted)
     return seen
+
+
+@pytest.fixture
+def without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -1,6 +1,7 @@
 """A loss that the model does not compute, given to compile: trained as plain PyTorch does, also through stages."""
 
 import inspect
+import weakref
 from typing import Any
 
 import geminifx
@@ -102,6 +103,14 @@ class Learned(nn.Module):
 def test_what_is_no_loss_function_is_refused(loss_fn: Any, message: str) -> None:
     with pytest.raises(GeminiError, match=message):
         geminifx.compile(network(), loss_fn=loss_fn)
+
+
+def test_it_keeps_no_model_alive(without_garbage_collection: None) -> None:
+    model, (x, y) = geminifx.compile(network(), loss_fn=error), batch(0)
+    model(x, y=y).backward()
+    held = [weakref.ref(each) for each in (model, model.source, model.session)]
+    del model
+    assert [one() for one in held] == [None] * 3
 
 
 def test_an_argument_of_neither_is_refused() -> None:

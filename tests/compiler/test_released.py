@@ -1,9 +1,7 @@
 """What a compiled model held is free when it is gone, and nothing grows from shape to shape."""
 
-import gc
 import linecache
 import weakref
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -15,14 +13,6 @@ from geminifx.runtime.isa.errors import StateError
 from optimizing import NET, Loop, placed
 from torch import Tensor, nn
 from torch.optim import AdamW
-
-
-@pytest.fixture
-def without_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def network() -> nn.Module:
