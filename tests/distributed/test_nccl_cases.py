@@ -8,7 +8,7 @@ from geminifx.compiler.parallel import Parallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from nccl_worker import MODES, cases  # noqa: E402
+from nccl_worker import MODES, cases
 
 
 @pytest.mark.parametrize("gpus", MODES)
