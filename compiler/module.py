@@ -233,10 +233,7 @@ class CompiledModule(Facade):
             return
         weights = self.state_dict(first_only=True)
         if self.session.ranks.rank == 0:
-            weights = dequantized(self.source, weights)
-            options = {"state_dict": weights, "max_shard_size": request.max_shard_bytes, **request.options}
-            options["state_dict"] = {name: request.cast(value) for name, value in options["state_dict"].items()}
-            self.source.save_pretrained(directory, **options)
+            self.source.save_pretrained(directory, **request.with_all(dequantized(self.source, weights)))
 
     # -- inspection ----------------------------------------------------------------------------------------
 

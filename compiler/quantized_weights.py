@@ -38,19 +38,22 @@ def kept_weights(source: nn.Module) -> dict[str, Kept]:
 
 def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: torch.dtype | None) -> None:
     """Keep each weight of a linear layer that is frozen, and no other module's, too, in `format`; where it is read it
-    is dequantised to what the model computes in. Nothing is done without a format.
+    is dequantised to what the model computes in, and so are weights that an earlier compile() quantised. Without a
+    format no others are.
 
     Raises ArgumentError where there is no such weight, or one has values that are not finite.
     """
-    if format is None:
-        return
-    layers = list(_frozen_layers(source))
-    if not layers:
+    earlier = [kept.weight for kept in kept_weights(source).values()]
+    for dequantized in earlier:
+        dequantized.dtype = cast_dtype(torch.empty(0, dtype=dequantized.dtype_before), compute_dtype)
+    layers = [] if format is None else list(_frozen_layers(source))
+    if format is not None and not layers and not earlier:
         raise ArgumentError(
             f"frozen={format!r} is for weights of nn.Linear that are not trained, and the model has none; call "
             "requires_grad_(False) on what is to be frozen before compile()"
         )
     for path, layer in layers:
+        assert format is not None
         weight = layer.weight
         dequantized = _Quantizing(format, tuple(weight.shape), cast_dtype(weight, compute_dtype), weight.dtype)
         try:

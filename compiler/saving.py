@@ -46,6 +46,12 @@ class SaveRequest:
             return True
         return self.options.keys() <= STREAMED and saves_plainly(source)
 
+    def with_all(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments for a `save_pretrained` that is given all weights at once. Not each knows what is the default."""
+        sized = {} if self.max_shard_bytes == DEFAULT.max_shard_bytes else {"max_shard_size": self.max_shard_bytes}
+        given = self.options.get("state_dict", weights)
+        return {**sized, **self.options, "state_dict": {name: self.cast(value) for name, value in given.items()}}
+
     def cast(self, values: Tensor) -> Tensor:
         return values.to(self.dtype) if self.dtype is not None and values.is_floating_point() else values
 

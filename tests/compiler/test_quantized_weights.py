@@ -149,6 +149,14 @@ def test_files_are_read_into_codes_and_codes_saved_as_values(tmp_path: Path, for
         compiled(empty, frozen=format).initialize()
 
 
+def test_a_quantised_model_is_compiled_again_for_another_precision() -> None:
+    source = Adapted()
+    compiled(source, frozen="nf4")
+    for options in ({}, {"frozen": "nf4"}):
+        found = compiled(source, precision="fp32", placement="cpu", **options)(batch(0))
+        assert torch.equal(found, compiled(rounded("nf4", "fp32"), precision="fp32", placement="cpu")(batch(0)))
+
+
 def test_hugging_faces_models_generate_and_are_saved_for_transformers(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
