@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime.isa.errors import ArgumentError, BudgetError, wrong_argument
+from ..runtime.isa.errors import ArgumentError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
 from .forward import with_loss
 from .module import CompiledModule
 from .options import Options
-from .world import Settled, settle, settle_otherwise
+from .world import REFUSALS, Settled, settle, settle_otherwise
 
 
 def compile(model: nn.Module, device_budget: int | str | None = None, world_size: int | None = None,
@@ -48,7 +48,7 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     while True:
         try:
             return _compiled(model, settled)
-        except BudgetError as refusal:
+        except REFUSALS as refusal:
             settled = settle_otherwise(settled, chosen, refusal)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..models.adapters import blocks, example_inputs
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.isa.errors import ArgumentError, BudgetError
+from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError, ShardingError, SplitError
 from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
@@ -64,10 +64,19 @@ def settle(model: nn.Module, options: Options) -> Settled:
                 "parallel='auto' chooses by a training step; pass one process's batch as example_inputs="
             )
         return Settled(options, notes=(UNKNOWN_INPUTS,))
-    return Settled.by(choose_world(model, options, arguments, size, launched), options, arguments)
+    try:
+        return Settled.by(choose_world(model, options, arguments, size, launched), options, arguments)
+    except CaptureError as error:  # there may be no training step at all
+        if options.parallel == "auto":
+            raise
+        return Settled(options, notes=(f"each process has its part of the batch, no other way was weighed: {error}",))
 
 
-def settle_otherwise(settled: Settled, asked: Options, refusal: BudgetError) -> Settled:
+REFUSALS = (BudgetError, ShardingError, SplitError)
+"""What the whole program may tell that its blocks do not: it does not fit, or cannot be divided so."""
+
+
+def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:
     """The next best way in place of one whose whole program is `refusal`ed. Raises that where there is no other."""
     why = str(refusal).partition(";")[0]
     world, arguments = settled.world and settled.world.without_chosen(why), _given(asked)
@@ -90,7 +99,8 @@ def choose_world(model: nn.Module, options: Options, arguments: Arguments, size:
         options.reduce_dtype, _shares(options.recompute, len(names)),
     )  # fmt: skip
     asked = None if options.microbatches == "auto" else options.microbatches
-    found = choose(measured, world, Space(size, count, len(names), measured.heads, asked, HOMES[options.placement]))
+    stages = len(names) if measured.makes_its_loss else 0
+    found = choose(measured, world, Space(size, count, stages, measured.heads, asked, HOMES[options.placement]))
     ranks.check_alike("how processes share the work, as planned,", f"{count} {found.chosen.way}")
     return found
 

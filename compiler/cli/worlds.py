@@ -53,7 +53,13 @@ class Asked:
         if self.parallel in (None, "auto"):
             if self.schedule is not None:
                 raise ArgumentError("--schedule orders the pipeline of --parallel; leave it out to have one chosen")
-            space = Space(cluster.size, world.examples, len(blocks(loaded)), model.heads, self.microbatches)
+            space = Space(
+                cluster.size,
+                world.examples,
+                len(blocks(loaded)) if model.makes_its_loss else 0,
+                model.heads,
+                self.microbatches,
+            )
             plan = choose(model, world, space)
             return plan.chosen, plan.lines()
         way = self._way(world, len(model.parts))

@@ -100,4 +100,44 @@ def test_a_way_whose_whole_program_does_not_fit_gives_way_to_the_next(monkeypatc
     monkeypatch.setattr(Costed, "_held", lambda self: 0.0 * self.numel)
     model = compiled(world_size=4, device_budget="2.5MB", placement="cuda", microbatches=2)
     assert model.plan.mesh.data_size == model.world.chosen.way.data
-    assert any("not taken, since its program as a whole does not fit: data 4" in note for note in model.plan.notes)
+    assert any("not taken: data 4" in note for note in model.plan.notes)
+
+
+class Stack(nn.Module):
+    """Its loss is made by whoever calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x
+
+
+def test_a_model_whose_loss_is_made_outside_gets_no_pipeline() -> None:
+    model = geminifx.compile(Stack(), world_size=4, example_inputs=(torch.zeros(2, 64),))
+    assert model.world.chosen.way.pipeline == 1
+    assert all(other.way.pipeline == 1 for other in model.world.others)
+
+
+def test_a_model_that_does_not_train_is_not_planned_for() -> None:
+    frozen = Stack().requires_grad_(False)
+    model = geminifx.compile(frozen, world_size=4, example_inputs=(torch.zeros(2, 64),))
+    assert model.world is None and model.plan.mesh.data_size == 4
+    assert any("no other way was weighed" in note for note in model.plan.notes)
+
+
+class Mixing(Stack):
+    """Its examples depend on each other, so that no part of a batch can run alone, though a pipeline would be fast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(0)).square().mean()
+
+
+def test_a_way_that_the_model_cannot_be_divided_by_is_not_taken() -> None:
+    far = {"devices": 4, "within": {"latency_s": 1e-4, "bytes_per_s": 1e7}}
+    model = geminifx.compile(Mixing(), cluster=far, example_inputs=(torch.zeros(8, 64),))
+    assert model.plan.mesh.data_size == 4
+    assert any("not taken: " in note and "pipeline" in note for note in model.plan.notes)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ....models.adapters import blocks
 from ....passes.canonicalize import canonicalize
 from ....passes.program.plan import Plan
+from ....passes.splitting.stages import is_number
 from ....runtime.isa.errors import CaptureError
 from ...capture.microbatches import Arguments, examples, typed
 from ...capture.results import logits_bytes
@@ -25,11 +26,13 @@ from .units import Unit, Units, measured
 @dataclass(frozen=True)
 class Model:
     """What each block takes, with all that goes with it, in the order of the model; `heads` is what attention divides
-    by, 0 where nothing is known of it."""
+    by, 0 where nothing is known of it. `makes_its_loss` tells whether one number is all that is differentiable, as
+    a pipeline needs it."""
 
     units: Units
     shortened: Shortened
     heads: int = 0
+    makes_its_loss: bool = True
     _cuts: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -48,7 +51,8 @@ class Model:
             raise CaptureError("nothing takes a gradient here, so there is no training step to plan for a world")
         saved, program = logits_bytes(captured.program), captured.program.copy()
         canonicalize.rewrite(program, Plan())
-        return cls(measured(program, short.left, examples(given), saved), short, _heads(model))
+        units = measured(program, short.left, examples(given), saved)
+        return cls(units, short, _heads(model), _makes_its_loss(captured))
 
     @cached_property
     def parts(self) -> tuple[tuple[Unit, ...], ...]:
@@ -81,6 +85,11 @@ class Model:
 def _captured(model: nn.Module, arguments: Arguments, request: CaptureRequest) -> Captured:
     with torch.inference_mode(False), torch.enable_grad():
         return capture(model, *arguments, request)
+
+
+def _makes_its_loss(captured: Captured) -> bool:
+    outputs = captured.program.results_of("output")
+    return all(is_number(outputs[str(i)]) for i in captured.differentiable)
 
 
 def _seconds(unit: Unit, rates: Rates) -> float:

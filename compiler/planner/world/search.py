@@ -52,7 +52,7 @@ class WorldPlan:
         """The plan for the next best way; None where there is no other."""
         if not self.others:
             return None
-        note = f"not taken, since its program as a whole does not fit: {self.chosen.way} ({why})"
+        note = f"not taken: {self.chosen.way}, of which the whole program tells: {why}"
         return replace(self, chosen=self.others[0], others=self.others[1:], notes=(*self.notes, note))
 
     def __str__(self) -> str:

@@ -102,7 +102,7 @@ class Space:
     Fields:
         world: how many processes there are.
         examples: of a step, of all processes.
-        blocks, heads: of the model, by which stages and shards of tensors go; 0 heads: nothing is known of them.
+        blocks, heads: of the model, by which stages and shards of tensors go; 0: there are none of them.
         microbatches: a number that was asked for; None: any.
         homes: where training states may live.
         refusal: why a way is not to be taken, "" where it is: by default what the product cannot run.
