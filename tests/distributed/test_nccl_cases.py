@@ -1,4 +1,4 @@
-"""What several GPUs are asked for can be asked for: looked at on any machine, since machines of several GPUs are rare."""
+"""What several GPUs are asked for can be asked for: a look on any machine, since those of several GPUs are rare."""
 
 import sys
 from pathlib import Path
