@@ -10,7 +10,7 @@ from torch import nn
 from ..models.adapters import blocks
 from ..models.low_rank import adapted
 from ..passes.program.plan import Plan
-from ..runtime.isa.errors import BudgetError
+from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.formats import OwnFormat
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.units import parse_bytes
@@ -50,6 +50,7 @@ class Estimated:
         parameters, trained: how many the model has, and how many of them are trained.
         plan: what would be done; None where nothing fits.
         lacking: then the tier, "device" or "host", that is too small, and the smallest budget of it that would do.
+        reason: why the model cannot be trained so at all, "" where it can.
     """
 
     state: str
@@ -57,13 +58,14 @@ class Estimated:
     trained: int
     plan: Plan | None
     lacking: tuple[str, int] | None = None
+    reason: str = ""
 
     def to_dict(self, tokens: int) -> dict[str, Any]:
         """For JSON; `tokens` are those of a step."""
         told: dict[str, Any] = {"state": self.state, "parameters": self.parameters, "trained": self.trained}
         if self.plan is None:
             tier, smallest_bytes = self.lacking or ("", 0)
-            return told | {"fits": False, "lacking": tier, "smallest_bytes": smallest_bytes}
+            return told | {"fits": False, "lacking": tier, "smallest_bytes": smallest_bytes, "reason": self.reason}
         expected = self.plan.estimate
         return told | {
             "fits": True, "device_bytes": self.plan.peak_bytes, "host_bytes": expected.host_bytes,
@@ -97,8 +99,19 @@ def estimates(build: Callable[[], nn.Module], batch: Mapping[str, Any], machine:
     for row in ROWS:
         if row.is_adapted:
             source = build()
-            step = _Captured(adapted(source, blocks(source), RANK), batch, machine, row.frozen)
+            source = adapted(source, blocks(source), RANK)
+            try:
+                step = _Captured(source, batch, machine, row.frozen)
+            except (ArgumentError, CaptureError) as refusal:
+                yield Estimated(row.state, *_parameters(source), plan=None, reason=str(refusal))
+                continue
         yield step.estimated(row.state, row.format)
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """How many there are, and how many are trained."""
+    numels = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(numel for numel, _ in numels), sum(numel for numel, is_trained in numels if is_trained)
 
 
 class _Captured:
@@ -107,9 +120,7 @@ class _Captured:
     @resting_collector()
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], machine: Machine,
                  frozen: Quantized | None = None) -> None:  # fmt: skip
-        numels = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        self.parameters = sum(numel for numel, _ in numels)
-        self.trained = sum(numel for numel, is_trained in numels if is_trained)
+        self.parameters, self.trained = _parameters(model)
         options = Options.of(
             {"device": "cpu", "precision": "bf16", "host_budget": machine.host_bytes, "frozen": frozen}
         )
@@ -117,7 +128,9 @@ class _Captured:
         self.planning = session.planning
         self.planning.limits = gpu_limits(machine.device_bytes, machine.host_bytes, machine.rates)
         with torch.enable_grad():
-            _, self.step = session.captures.of(session.captures.taken(Call.of(model, "", (), dict(batch))))
+            _, self.step = session.captures.of(
+                session.captures.taken(Call.of(session.census.now(), "", (), dict(batch)))
+            )
 
     @resting_collector()
     def estimated(self, state: str, format: OwnFormat) -> Estimated:

@@ -41,9 +41,16 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
     is dequantised to what the model computes in, and so are weights that an earlier compile() quantised. Without a
     format no others are.
 
-    Raises ArgumentError where there is no such weight, or one has values that are not finite.
+    Raises ArgumentError where there is no such weight, one has values that are not finite, or some are kept in another
+    format already.
     """
     earlier = [kept.weight for kept in kept_weights(source).values()]
+    others = {dequantized.format for dequantized in earlier} - {format}
+    if format is not None and others:
+        raise ArgumentError(
+            f"frozen={format!r}, but weights of the model are kept as {', '.join(sorted(others))} already, by "
+            "an earlier compile(); leave frozen= out, or build the model anew"
+        )
     for dequantized in earlier:
         dequantized.dtype = cast_dtype(torch.empty(0, dtype=dequantized.dtype_before), compute_dtype)
     layers = [] if format is None else list(_frozen_layers(source))

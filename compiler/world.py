@@ -29,6 +29,7 @@ from .rates.clusters import one_node
 UNKNOWN_INPUTS = (
     "each process has its part of the batch: nothing is known of the model's inputs to choose another way by"
 )
+FROZEN = "each process has its part of the batch: another way is chosen only where frozen= keeps no weights as codes"
 HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("device",), "cpu": ("host",)}
 
 
@@ -57,6 +58,13 @@ def settle(model: nn.Module, options: Options) -> Settled:
     size = options.world or launched
     if not options.leaves_the_world_open or size == 1 or launched not in (1, size):
         return Settled(replace(options, parallel=None) if options.parallel == "auto" else options)
+    if options.frozen is not None:
+        if options.parallel == "auto":
+            raise ArgumentError(
+                f"parallel='auto' does not know what weights take that are kept as {options.frozen} codes; say how the "
+                "processes share the work, such as parallel={'data': 8}"
+            )
+        return Settled(options, notes=(FROZEN,))
     arguments = _arguments(model, options)
     if arguments is None or not examples(arguments):
         if options.parallel == "auto":
@@ -94,13 +102,14 @@ def choose_world(model: nn.Module, options: Options, arguments: Arguments, size:
     precision = options.precision or ("bf16" if device.is_cuda else "")
     measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
     names, count = blocks(model), examples(arguments) * size
+    heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces is for whole tensors
     world = World(
         cluster, limits.rates, count, limits.device_bytes, limits.host_bytes, options.fuse_loss is not False,
         options.reduce_dtype, _shares(options.recompute, len(names)),
     )  # fmt: skip
     asked = None if options.microbatches == "auto" else options.microbatches
     stages = len(names) if measured.makes_its_loss else 0
-    found = choose(measured, world, Space(size, count, stages, measured.heads, asked, HOMES[options.placement]))
+    found = choose(measured, world, Space(size, count, stages, heads, asked, HOMES[options.placement]))
     ranks.check_alike("how processes share the work, as planned,", f"{count} {found.chosen.way}")
     return found
 

@@ -2,16 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class _LowRank(nn.Module):
     """A linear layer, and what is trained beside it."""
 
-    def __init__(self, layer: nn.Linear, rank: int) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
         self.layer = layer
-        self.down = nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
+        wide = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.nx, layer.nf)
+        self.down = nn.Linear(wide[0], rank, bias=False)
+        self.up = nn.Linear(rank, wide[1], bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.up(self.down(x))
@@ -24,7 +26,7 @@ def adapted(model: nn.Module, blocks: tuple[str, ...], rank: int) -> nn.Module:
     for path in blocks:
         for parent in list(model.get_submodule(path).modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and not isinstance(parent, _LowRank):
+                if isinstance(child, nn.Linear | Conv1D) and not isinstance(parent, _LowRank):
                     with device:
                         setattr(parent, name, _LowRank(child, rank))
     return model

@@ -31,14 +31,14 @@ def estimate_table(found: list[Estimated], tokens: int, title: str) -> Table:
         trained = _count(each.trained)
         if each.plan is None:
             tier, smallest_bytes = each.lacking or ("", 0)
-            table.add_row(
-                each.state, trained, "-", "-", "-", "-", f"the {tier}: {format_bytes(smallest_bytes)} would do"
-            )
+            told = each.reason or f"the {tier}: {format_bytes(smallest_bytes)} would do"
+            table.add_row(each.state, trained, "-", "-", "-", "-", told)
             continue
         expected = each.plan.estimate
+        speed = f"{tokens / expected.step_s:,.0f}" if expected.step_s else "-"
         table.add_row(
             each.state, trained, format_bytes(each.plan.peak_bytes), format_bytes(expected.host_bytes),
-            format_seconds(expected.step_s), f"{tokens / expected.step_s:,.0f}", expected.binds,
+            format_seconds(expected.step_s), speed, expected.binds,
         )  # fmt: skip
     return table
 

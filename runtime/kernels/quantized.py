@@ -39,7 +39,7 @@ def quantize(weight: Tensor, format: Quantized) -> tuple[Tensor, Tensor]:
         for rows in _pieces(weight.shape[0], max(PIECE * weight.shape[0] // max(weight.numel(), 1), 1)):
             values = weight[rows].float().flatten(1)
             scales[rows] = _largest(values)
-            codes[rows] = (values * (127 / _divisor(scales[rows])[:, None])).round_().view(weight[rows].shape).char()
+            codes[rows] = (values / _divisor(scales[rows])[:, None]).mul_(127).round_().view(weight[rows].shape).char()
     else:
         flat = weight.reshape(-1)
         for piece in _pieces(flat.numel(), PIECE):

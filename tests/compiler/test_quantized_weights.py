@@ -183,6 +183,13 @@ def test_weights_that_are_trained_or_tied_stay_as_they_are() -> None:
     ]
 
 
+def test_codes_of_one_format_are_not_asked_for_as_anothers() -> None:
+    source = Adapted()
+    geminifx.compile(source, frozen="nf4")
+    with pytest.raises(ValueError, match="are kept as nf4 already"):
+        geminifx.compile(source, frozen="int8")
+
+
 def test_what_cannot_be_quantised_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weights of nn.Linear that are not trained, and the model has none"):
         geminifx.compile(nn.Linear(3, 3), frozen="nf4")

@@ -74,6 +74,17 @@ def test_of_a_model_whose_inputs_nobody_knows_each_process_has_its_part_of_the_b
         geminifx.compile(nn.Linear(2, 2), world_size=4, parallel="auto")
 
 
+def test_no_way_is_chosen_for_weights_that_are_kept_as_codes() -> None:
+    source = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    source[0].requires_grad_(False)
+    batch = (torch.zeros(4, 4),)
+    with pytest.raises(ArgumentError, match="say how the processes share the work"):
+        geminifx.compile(source, frozen="int8", world_size=4, parallel="auto", example_inputs=batch)
+    model = geminifx.compile(source, frozen="int8", world_size=4, example_inputs=batch)
+    assert model.world is None and model.plan.mesh.data_size == 4
+    assert any("frozen=" in note for note in model.plan.notes)
+
+
 @pytest.mark.parametrize("on_this_host, told", [(8, "8 on this machine"), (4, "4 on this machine")])
 def test_a_cluster_that_is_not_the_launched_one_is_refused(
     on_this_host: int, told: str, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ from geminifx.compiler.cli.main import app
 from geminifx.models.low_rank import adapted
 from geminifx.models.presets import PRESETS
 from torch import nn
+from transformers import GPT2Config
 from typer.testing import CliRunner
 
 TINY = ["estimate", "opt-mini", "--seq-len", "16"]
@@ -21,6 +22,24 @@ def told(*words: str) -> dict[str, dict[str, Any]]:
     result = CliRunner().invoke(app, [*TINY, *words, "--json"])
     assert result.exit_code == 0, result.output
     return {row["state"]: row for row in json.loads(result.stdout)}
+
+
+def test_a_row_is_told_for_each_format() -> None:
+    rows = told("--device-budget", "1B", "--host-budget", "1GB")
+    assert list(rows) == ["exact", "bf16 moments", "int8 moments", LORA, QLORA]
+    assert all(row["lacking"] == "device" and row["smallest_bytes"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_layers_of_gpt2_have_adapters_and_a_format_that_they_lack_is_told(tmp_path: Path) -> None:
+    GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, n_positions=32).to_json_file(tmp_path / "config.json")
+    words = ["estimate", str(tmp_path), "--seq-len", "16", "--json", "--device-budget", "2GB", "--host-budget", "1GB"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    rows = {row["state"]: row for row in json.loads(result.stdout)}
+    layers = ((32, 96), (32, 32), (32, 128), (128, 32))
+    assert rows[LORA]["fits"] and rows[LORA]["trained"] == 2 * 16 * sum(map(sum, layers))
+    assert not rows[QLORA]["fits"] and "weights of nn.Linear that are not trained" in rows[QLORA]["reason"]
 
 
 @pytest.mark.slow

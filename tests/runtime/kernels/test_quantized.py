@@ -67,6 +67,12 @@ def test_what_is_zero_stays_zero_and_what_is_not_finite_is_refused() -> None:
             quantize(torch.tensor([[1.0, torch.inf]]), format)
 
 
+def test_rows_of_the_smallest_values_keep_them() -> None:
+    values = torch.randn(3, 70) * 1e-38
+    found = DEQUANTIZE(*quantize(values, "int8"), "int8", [3, 70], torch.float32)
+    assert (found - values).abs().max() <= values.abs().max() / 200
+
+
 def test_types_are_told_without_values_and_shapes_are_checked() -> None:
     codes, scales = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in zip(
         code_shapes("nf4", (5, 13)), (torch.uint8, torch.float32), strict=True))  # fmt: skip
