@@ -84,8 +84,9 @@ class _Cut:
         self.parts = Parts(program, plan.microbatches)
         self.stages = Stages(program, plan)
         self.gradients, self.totals = self.parts.totals(lambda term: self.stages.rank_of(term) == self.rank)
+        elsewhere: dict[fx.Node, Total] = {}  # one node may be the gradient of several parameters
         for role, gradient in self.stages.gradients_elsewhere(self.rank):
-            self.gradients[role] = Total(gradient, 0)
+            self.gradients[role] = elsewhere.setdefault(gradient, Total(gradient, 0))
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
@@ -299,7 +300,10 @@ class _Cut:
         for total in self.by_gradient.values():
             if not self._is_only_here(total):
                 self._sum(total)
-        return {role: total.value for role, total in self.gradients.items() if total.value is not None}
+        values = {role: total.value for role, total in self.gradients.items()}
+        lost = [role for role, value in values.items() if value is None]
+        assert not lost, f"nobody has brought {', '.join(lost)} to rank {self.rank}"
+        return {role: value for role, value in values.items() if value is not None}
 
     def _is_only_here(self, total: Total) -> bool:
         """Whether nobody else has the parameter."""

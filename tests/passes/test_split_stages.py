@@ -71,6 +71,33 @@ def _detached_head():
     return model
 
 
+class Biased(torch.nn.Embedding):
+    """Adds two biases of its own, and hands them no gradient."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.one, self.other = (torch.nn.Parameter(torch.randn(sizes[1])) for _ in range(2))
+
+    def forward(self, ids):
+        return super().forward(ids) + (self.one + self.other).detach()
+
+
+class BiasedHead(torch.nn.Linear):
+    """Adds the embedding's biases to what it reads, too."""
+
+    def forward(self, hidden):
+        return super().forward(hidden + (self.embedding.one + self.embedding.other))
+
+
+def _two_biases():
+    model = opt(tie_word_embeddings=False)
+    sizes = model.model.decoder.embed_tokens.weight.shape
+    model.model.decoder.embed_tokens = Biased(*sizes)
+    model.lm_head = BiasedHead(sizes[1], sizes[0], bias=False)
+    model.lm_head.embedding = model.model.decoder.embed_tokens
+    return model
+
+
 def _frozen(model):
     model.model.decoder.embed_tokens.requires_grad_(False)
     return model
@@ -119,6 +146,15 @@ def test_two_ranks_find_what_one_process_does(case, recompute):
 def test_every_schedule_gives_the_same_bits(name, shape):
     step = step_of(DEEP, shape.microbatches)
     check(step, make_schedule(name, shape), recompute=step.blocks[::2])
+
+
+def test_parameters_that_share_a_gradient_all_have_it_everywhere():
+    """One node is the gradient of both, made in the last stage, and the first one's copies are to be updated by it."""
+    step = step_of(Case("opt, two biases", _two_biases), 4)
+    check(step, make_schedule("1f1b", Shape(2, 4)))
+    for results in step.staged(make_schedule("1f1b", Shape(2, 4))):
+        found = [results[f"gradient:model.decoder.embed_tokens.{name}"] for name in ("one", "other")]
+        assert torch.equal(*found) and found[0].abs().sum() > 0
 
 
 def test_whoever_reads_a_weight_has_its_gradient():
