@@ -42,11 +42,11 @@ def candidates(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None,
                assumed: Sequence[Assumed]) -> list[Homes]:  # fmt: skip
     """Ways to fill the device: as it comes, and by the integer program's answers to what is `assumed`."""
     begin = least(plan, placed)
-    if plan.request.policy != "auto" or not memory.fits(begin):
-        return [begin]
-    program = HomeProgram(plan, memory, time, begin, placed is not None)
-    answers = [begin, *(answer.homes for each in assumed if (answer := fitting(program, each)) is not None)]
-    found = [_filled(plan, memory, homes, placed) for homes in dict.fromkeys(answers)]
+    found = [begin]
+    if plan.request.policy == "auto" and memory.fits(begin):
+        program = HomeProgram(plan, memory, time, begin, placed is not None)
+        answers = [begin, *(answer.homes for each in assumed if (answer := fitting(program, each)) is not None)]
+        found = [_filled(plan, memory, homes, placed) for homes in dict.fromkeys(answers)]
     return [*found, *(landing_apart(plan, homes) for homes in found if placed is None)]
 
 

@@ -125,8 +125,8 @@ def test_a_budget_as_text_and_as_a_share() -> None:
 
 def test_a_plan_too_optimistic_is_stopped_and_training_goes_on_afterwards() -> None:
     """A plan for the smallest budget, in an arena that has a byte less than the step takes."""
-    least = smallest_budget(OPT)
-    model, undisturbed = (compiled(OPT, device_budget=least) for _ in range(2))
+    least = smallest_budget(OPT, placement="cpu")  # where states do not move to make room
+    model, undisturbed = (compiled(OPT, device_budget=least, placement="cpu") for _ in range(2))
     for each in (model, undisturbed):
         train(OPT, each, steps=1)
         each.zero_grad()
