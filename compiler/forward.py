@@ -95,13 +95,17 @@ def _called(model: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def with_loss(source: nn.Module, loss_fn: LossFn) -> MethodType:
     """A forward that returns the loss where it is called with arguments of the loss function, and else what the model
-    does. Those are by name; all others are the model's."""
+    does: also where None is all that it gets for those that the loss function cannot do without. Those are by name; all
+    others are the model's."""
     targets, method = loss_targets(loss_fn), vars(source).get("forward")
+    needed = [target.name for target in targets if target.default is inspect.Parameter.empty]
 
     def computing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = {target.name: kwargs.pop(target.name) for target in targets if target.name in kwargs}
         output = _called(model, method, args, kwargs)
-        return loss_fn(output, **given) if given else output
+        told = [given[name] for name in needed if name in given]
+        has_none = bool(told) and all(value is None for value in told)
+        return output if has_none or not given else loss_fn(output, **given)
 
     computing.__signature__ = _signature(inspect.signature(source.forward), targets)  # type: ignore[attr-defined]
     return MethodType(computing, source)

@@ -24,16 +24,24 @@ def shard_dataloader(loader: Iterable[Any], model: CompiledModule) -> Any:
     equally long: where the data does not divide, some examples come twice. A loader that shuffles is shuffled anew in
     each epoch for which `sharded.sampler.set_epoch(epoch)` is called, and alike on all ranks.
 
-    Of any other iterable, which has to have the same batches on every rank, each takes its share, batch by batch.
+    Of any other iterable, which has to have the same batches on every rank, each takes its share, batch by batch. One
+    of them may be shorter, as the last often is: the mean of torch's cross entropy is over all ranks' targets, and of
+    any other loss each batch's mean counts alike, so that the examples of the shorter one weigh more.
 
-    Raises ArgumentError for what has no batches or is no compiled model, and for iterable datasets and samplers of the
-    user's own in a DataLoader, whose parts are theirs to make.
+    Raises ArgumentError for what has no batches or is no compiled model, for generators and other iterators, which end
+    with their first epoch, and for iterable datasets and samplers of the user's own in a DataLoader, whose parts are
+    theirs to make.
     """
     check_compiled(model)
     if isinstance(loader, DataLoader):
         return _of_examples(loader, model)
     if not isinstance(loader, Iterable) or isinstance(loader, str | bytes | Mapping | Tensor | Dataset):
         raise wrong_argument("loader", loader, EXPECTED)
+    if isinstance(loader, Iterator):
+        raise ArgumentError(
+            f"loader: this {type(loader).__name__} ends with its first epoch, and would give no batches in the next; "
+            "expected a list of them, or an object whose __iter__ begins anew"
+        )
     mesh = model.session.ranks.mesh
     return loader if mesh.data_size == 1 else Batches(loader, model.session.ranks.data_rank, mesh.data_size)
 

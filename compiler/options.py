@@ -71,7 +71,8 @@ class Options:
             Inductor compile what lies between products to one kernel, which is faster on a GPU and rounds otherwise.
         loss_fn: computes the loss of what the model returns, where the model does not: a function of that and of
             arguments by name, or a module without parameters. The compiled model takes those arguments beside its own,
-            and then returns what this does: `model(x, labels=y)`. It is captured as the model is.
+            and then returns what this does: `model(x, labels=y)`. It is captured as the model is, and anew where an
+            attribute that it has read of its modules, or of objects that it is made of, is not as it was.
         outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
             outputs beside the loss, such as logits, are put together under "all" alone.
         plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.

@@ -80,7 +80,9 @@ class Session:
             self.ranks.mesh.pipeline_rank(self.ranks.rank),
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        request = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes)
+        request = CaptureRequest(
+            self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes, loss_fn=options.loss_fn
+        )
         shared, schedule = replace(self.planning.shared(), notes=notes), self.planning.schedule
         captures = Captures(self.census, request, self.lowering, shared, schedule)
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)

@@ -3,13 +3,16 @@
 A forward reads them from its modules and their configurations, and what it finds is baked into the program. Every
 attribute that is read while a model is traced becomes a guard, and a program is used as long as its guards hold: the
 idea is torch.compile's. What nothing reads, such as a history that a training loop keeps on the model, guards nothing.
+
+A loss function that is given to compile stands outside of the model: of its modules and objects all that is read is a
+guard, modes, buffers and hooks, too, which for the model's own modules are part of a call's key.
 """
 
 import enum
 import functools
 import inspect
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -19,6 +22,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+from .owners import owners_in
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 """Values that hold no tensors and do not change."""
@@ -104,13 +109,13 @@ class Guard:
 
 
 @contextmanager
-def recorded(copies: nn.Module, originals: nn.Module) -> Iterator[list[Guard]]:
+def recorded(copies: nn.Module, originals: nn.Module, loss_fn: Callable[..., Any] | None) -> Iterator[list[Guard]]:
     """While it is open, what is read of `copies`, which is traced, is recorded; on leaving the list has a guard for
-    each, of `originals`."""
-    owners: dict[int, tuple[Any, str]] = {}
-    for (path, copied), original in zip(copies.named_modules(), originals.modules(), strict=True):
-        owners[id(copied)] = original, path
-        _add_configs(owners, vars(copied).get("config"), vars(original).get("config"), path)
+    each, of `originals`. Of what a loss function is made of, which is not copied, it has guards as well."""
+    owners = _owners_of(copies, originals)
+    beside = {id(owner): (owner, path) for owner, path in owners_in(loss_fn, "loss_fn")}
+    owners |= beside
+    outside = beside.keys() - set(map(id, originals.modules()))  # a method of the model may compute the loss
     reads: dict[tuple[int, str], None] = {}
     guards: list[Guard] = []
 
@@ -118,24 +123,48 @@ def recorded(copies: nn.Module, originals: nn.Module) -> Iterator[list[Guard]]:
         plain: Any = cls.__getattribute__
 
         def read(self: Any, name: str) -> Any:
-            if name not in _INTERNAL and id(self) in owners and not _is_private(self, name):
+            if id(self) in owners and not _is_private(self, name, id(self) in outside):
                 reads[id(self), name] = None
             return plain(self, name)
 
         return mock.patch.object(cls, "__getattribute__", read)
 
-    with recording(nn.Module), recording(PreTrainedConfig):
+    classes = {type(owner) for owner, _ in beside.values() if not isinstance(owner, nn.Module)}
+    with ExitStack() as stack:
+        for cls in {nn.Module, PreTrainedConfig, *classes}:
+            stack.enter_context(recording(cls))
         yield guards
-    for identity, name in reads:
+    guarded = {(identity, _keeper(owners[identity][0], name, identity in outside)): None for identity, name in reads}
+    for identity, name in guarded:
         owner, path = owners[identity]
-        name = getattr(type(owner), "attribute_map", {}).get(name, name)
-        if name in vars(owner) or _is_missing(owner, name):
+        if name in vars(owner) or _is_missing(owner, name) or (name == "forward" and identity in outside):
             guards.append(Guard.of(owner, name, path))
 
 
-def _is_private(owner: Any, name: str) -> bool:
-    """Whether an attribute is Python's own, or of torch's modules: these follow from what they were made with."""
-    return name.startswith("__") or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
+def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, str]]:
+    """By the identity of each module's and configuration's copy the original, and its full name."""
+    owners: dict[int, tuple[Any, str]] = {}
+    for (path, copied), original in zip(copies.named_modules(), originals.modules(), strict=True):
+        owners[id(copied)] = original, path
+        _add_configs(owners, vars(copied).get("config"), vars(original).get("config"), path)
+    return owners
+
+
+def _keeper(owner: Any, name: str, is_outside: bool) -> str:
+    """Under which name an object keeps what was read by `name`: a module its buffers in a dict of them."""
+    if is_outside and isinstance(owner, nn.Module):
+        for held in ("_parameters", "_buffers", "_modules"):
+            if name in vars(owner)[held]:
+                return held
+    return str(getattr(type(owner), "attribute_map", {}).get(name, name))
+
+
+def _is_private(owner: Any, name: str, is_outside: bool) -> bool:
+    """Whether an attribute is Python's own; or, within the model, what nn.Module keeps, and of torch's modules what
+    follows from what they were made with."""
+    if name.startswith("__") or is_outside:
+        return name.startswith("__")
+    return name in _INTERNAL or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
 
 
 def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any, path: str) -> None:

@@ -7,7 +7,7 @@ The model is not touched: a copy is traced whose tensors are fake.
 
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +94,8 @@ class CaptureRequest:
     whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
     decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
     only its parts by now. `entry` names the submodule that is called; by default the model itself is. `numbers` are the
-    positions of the arguments that are numbers, and inputs of the program."""
+    positions of the arguments that are numbers, and inputs of the program. `loss_fn` is what the model's forward calls
+    beside its own modules."""
 
     dtype: torch.dtype | None = None
     outputs: Outputs = "loss"
@@ -103,6 +104,7 @@ class CaptureRequest:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     entry: str = ""
     numbers: frozenset[int] = frozenset()
+    loss_fn: Callable[..., Any] | None = None
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
@@ -128,7 +130,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
         notes = stack.enter_context(capturable(step.model, named))
         stack.enter_context(private.plain_dispatch())
         stack.enter_context(nullcontext() if request.backward else torch.no_grad())
-        with recorded(step.model, model) as guards, no_types_asked(model) if numbers else nullcontext():
+        asked = no_types_asked(model) if numbers else nullcontext()
+        with recorded(step.model, model, request.loss_fn) as guards, asked:
             graph_module = _trace(stack, step, tuple(fakes.values()))
         if mode.shape_env is not None:
             check_only_computed(graph_module.graph, mode.shape_env)

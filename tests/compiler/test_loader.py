@@ -111,12 +111,24 @@ def test_ranks_that_share_a_batch_take_the_same_of_an_iterable() -> None:
     model = geminifx.compile(nn.Linear(2, 2))
     for rank, expected in ((0, [0, 2]), (1, [1, 3]), (2, [0, 2]), (3, [1, 3])):
         model.session.ranks = Ranks(PIPELINE, rank)
-        assert list(geminifx.shard_dataloader(iter(range(4)), model)) == expected
+        assert list(geminifx.shard_dataloader(range(4), model)) == expected
 
 
 def test_alone_an_iterable_is_returned_itself() -> None:
-    batches = iter([0])
+    batches = [0]
     assert geminifx.shard_dataloader(batches, geminifx.compile(nn.Linear(2, 2))) is batches
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "given", [(i for i in range(4)), iter([0, 1]), map(abs, [0, 1])], ids=lambda g: type(g).__name__
+)
+def test_what_ends_with_its_first_epoch_is_refused(given: Iterator[int], size: int) -> None:
+    message = (
+        f"this {type(given).__name__} ends with its first epoch.*expected a list of them, or an object whose __iter__"
+    )
+    with pytest.raises(ValueError, match=message):
+        geminifx.shard_dataloader(given, as_rank(0, size))
 
 
 @pytest.mark.parametrize("given", [8, "batches", {"input_ids": [0]}, torch.zeros(4), TensorDataset(torch.zeros(4))])

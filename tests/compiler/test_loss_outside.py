@@ -1,7 +1,9 @@
 """A loss that the model does not compute, given to compile: trained as plain PyTorch does, also through stages."""
 
+import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import geminifx
@@ -80,6 +82,127 @@ def test_a_model_that_has_a_loss_may_be_given_another() -> None:
     expected.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class Weighted(nn.Module):
+    """A loss that has all kinds of state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(4))
+        self.entropy, self.scale = nn.CrossEntropyLoss(label_smoothing=0.1), 1.0
+        self.seen: list[int] = []
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        return self.entropy(output * self.weight, y) * self.scale * (1.0 if self.training else 3.0)
+
+
+class Plain:
+    """An object that is called, and is no module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.inner, self.factor = inner, 1.0
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        return self.inner(output, y) * self.factor
+
+
+def closing(loss: nn.Module) -> Any:
+    return lambda output, y: loss(output, y)
+
+
+def partial(loss: nn.Module) -> Any:
+    return functools.partial(lambda output, inner, y: inner(output, y), inner=loss)
+
+
+GIVEN: dict[str, Callable[[nn.Module], Any]] = {
+    "itself": lambda loss: loss,
+    "its method": lambda loss: loss.forward,
+    "a closure": closing,
+    "an object": Plain,
+    "an object's method": lambda loss: Plain(loss).__call__,
+    "a partial": partial,
+}
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "an attribute": lambda loss: setattr(loss, "scale", 2.0),
+    "a part's attribute": lambda loss: setattr(loss.entropy, "label_smoothing", 0.5),
+    "a part": lambda loss: setattr(loss, "entropy", nn.CrossEntropyLoss()),
+    "a buffer": lambda loss: setattr(loss, "weight", torch.full((4,), 2.0)),
+    "a buffer's values": lambda loss: loss.weight.fill_(2.0),
+    "its mode": lambda loss: loss.eval(),
+    "a forward": lambda loss: setattr(loss.entropy, "forward", lambda output, y: 2 * F.cross_entropy(output, y)),
+    "a hook": lambda loss: loss.entropy.register_forward_hook(lambda _, given, found: 2 * found),
+}
+
+
+def check_changed(given: str, change: Callable[[Any], Any]) -> None:
+    loss, (x, y) = Weighted(), batch(0)
+    model, plain = geminifx.compile(network(), loss_fn=GIVEN[given](loss)), network()
+    before = model(x, y=y)
+    assert torch.equal(before, loss(plain(x), y))
+    change(loss)
+    for _ in range(2):
+        now, expected = model(x, y=y), loss(plain(x), y)
+        assert torch.equal(now, expected) and not torch.equal(now, before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_it_reads_of_itself_is_followed(change: str) -> None:
+    check_changed("itself", CHANGES[change])
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_whatever_leads_to_the_module_that_computes_it_is_followed(given: str) -> None:
+    check_changed(given, CHANGES["a part's attribute"])
+
+
+def test_what_it_reads_of_an_object_is_followed() -> None:
+    loss, (x, y) = Plain(nn.CrossEntropyLoss()), batch(0)
+    model, plain = geminifx.compile(network(), loss_fn=loss), network()
+    for loss.factor in (1.0, 2.0):
+        assert torch.equal(model(x, y=y), loss(plain(x), y))
+
+
+def test_what_it_does_not_read_makes_no_program(captures: list[bool]) -> None:
+    loss, (x, y) = Weighted(), batch(0)
+    model = geminifx.compile(network(), loss_fn=loss)
+    for step in range(3):
+        model(x, y=y)
+        loss.seen.append(step)
+    assert len(captures) == 1
+
+
+def test_a_method_of_the_model_may_be_it(captures: list[bool]) -> None:
+    class Own(Network):
+        scale = 1.0
+
+        def error(self, output: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(output, y) * self.scale
+
+    source, plain, (x, y) = Own(), network(), batch(0)
+    source.load_state_dict(plain.state_dict())
+    model = geminifx.compile(source, loss_fn=source.error)
+    for scale in (1.0, 1.0, 2.0, 2.0):
+        source.scale = scale
+        torch.testing.assert_close(model(x, y=y), F.cross_entropy(plain(x), y) * scale)
+    assert len(captures) == 2
+
+
+def test_of_what_it_needs_none_is_not_given() -> None:
+    model, (x, y) = geminifx.compile(network(), loss_fn=error), batch(0)
+    output = network()(x)
+    for given in ({"y": None}, {"y": None, "weight": 0.5}):
+        assert torch.equal(model(x, **given), output)
+
+    def masked(output: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        found = F.cross_entropy(output, y, reduction="none")
+        return (found if mask is None else found * mask).mean()
+
+    model = geminifx.compile(network(), loss_fn=masked)
+    assert torch.equal(model(x, y=y, mask=None), masked(output, y, None))
+    assert torch.equal(model(x, y=None, mask=None), output)
+    with pytest.raises(TypeError, match="mask"):
+        model(x, y=y)
 
 
 class Learned(nn.Module):

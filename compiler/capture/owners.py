@@ -1,0 +1,43 @@
+"""What a function may read attributes of, as a loss function does that stands outside of the model."""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+Owners = Iterator[tuple[Any, str]]
+"""Modules and objects of the user's, each with its full name."""
+_DEEPEST = 4
+_IMMUTABLE = 1 << 8
+"""Py_TPFLAGS_IMMUTABLETYPE, of classes that are written in C."""
+
+
+def owners_in(value: Any, path: str, depth: int = 0) -> Owners:
+    """Of a function or what else can be called: itself, whose method it is, and of what it is made or closes over what
+    can be called. Functions by global names are left out: they lead into torch, and through it."""
+    if isinstance(value, nn.Module):
+        yield from ((module, f"{path}.{name}" if name else path) for name, module in value.named_modules())
+        return
+    inside: dict[str, Any] = {}
+    if isinstance(value, MethodType):
+        inside = {"__self__": value.__self__, "__func__": value.__func__}
+    elif isinstance(value, functools.partial):
+        inside = {"func": value.func, **{str(i): each for i, each in enumerate(value.args)}, **value.keywords}
+    elif inspect.isfunction(value):
+        closed = inspect.getclosurevars(value)
+        inside = {n: each for n, each in closed.globals.items() if not inspect.isroutine(each)} | dict(closed.nonlocals)
+    elif _is_users(value):
+        yield value, path
+        inside = vars(value)
+    for name, each in inside.items() if depth < _DEEPEST else ():
+        if name == "__self__" or (callable(each) and not isinstance(each, type)):
+            yield from owners_in(each, path if name == "__self__" else f"{path}.{name}", depth + 1)
+
+
+def _is_users(value: Any) -> bool:
+    """Whether it is an object whose attributes can be seen being read: of a class that Python lets be changed."""
+    is_object = hasattr(value, "__dict__") and not (isinstance(value, type) or inspect.ismodule(value))
+    return is_object and not type(value).__flags__ & _IMMUTABLE
