@@ -9,8 +9,8 @@ from torch import distributed as dist
 from torch import nn
 
 from ..models.adapters import blocks, example_inputs
-from ..runtime.distributed.ranks import Ranks
-from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError, ShardingError, SplitError
+from ..runtime.distributed.ranks import ALONE, Ranks
+from ..runtime.isa.errors import ArgumentError, CaptureError
 from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
@@ -35,15 +35,17 @@ HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("devi
 
 @dataclass(frozen=True)
 class Settled:
-    """Options in which nothing is left open, the plan for the world where one was made, and what plans tell of it."""
+    """Options in which nothing is left open, the plan for the world where one was made, what plans tell of it, and the
+    processes that go by it, as far as they are known before."""
 
     options: Options
     world: WorldPlan | None = None
     notes: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
 
     @classmethod
-    def by(cls, world: WorldPlan, options: Options, arguments: Arguments) -> "Settled":
-        return cls(_with(options, world, arguments), world, world.lines())
+    def by(cls, world: WorldPlan, options: Options, arguments: Arguments, ranks: Ranks) -> "Settled":
+        return cls(_with(options, world, arguments), world, world.lines(), ranks)
 
 
 def settle(model: nn.Module, options: Options) -> Settled:
@@ -73,15 +75,12 @@ def settle(model: nn.Module, options: Options) -> Settled:
             )
         return Settled(options, notes=(UNKNOWN_INPUTS,))
     try:
-        return Settled.by(choose_world(model, options, arguments, size, launched), options, arguments)
+        ranks = _ranks(Device.choose(options), options, launched)
+        return Settled.by(choose_world(model, options, arguments, size, ranks), options, arguments, ranks)
     except CaptureError as error:  # there may be no training step at all
         if options.parallel == "auto":
             raise
         return Settled(options, notes=(f"each process has its part of the batch, no other way was weighed: {error}",))
-
-
-REFUSALS = (BudgetError, ShardingError, SplitError)
-"""What the whole program may tell that its blocks do not: it does not fit, or cannot be divided so."""
 
 
 def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:
@@ -90,13 +89,14 @@ def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Se
     world, arguments = settled.world and settled.world.without_chosen(why), _given(asked)
     if world is None or arguments is None:
         raise refusal
-    return Settled.by(world, asked, arguments)
+    return Settled.by(world, asked, arguments, settled.ranks)
 
 
-def choose_world(model: nn.Module, options: Options, arguments: Arguments, size: int, launched: int = 1) -> WorldPlan:
+def choose_world(
+    model: nn.Module, options: Options, arguments: Arguments, size: int, ranks: Ranks = ALONE
+) -> WorldPlan:
     """The plan for `size` processes, each of which would pass a batch such as `arguments` if all had their own."""
     device = Device.choose(options)
-    ranks = _ranks(device, options, launched)
     limits = _limits(device, options, size, ranks).agreed(ranks)
     cluster = options.cluster or one_node(size, limits.rates)
     precision = options.precision or ("bf16" if device.is_cuda else "")
