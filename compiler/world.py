@@ -16,6 +16,7 @@ from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
 from .capture.trace import CaptureRequest
 from .device import HOST_SHARE, Device
+from .forward import computing_loss
 from .host_memory import host_memory
 from .options import DTYPES, Options
 from .planner.memory import Limits
@@ -100,7 +101,8 @@ def choose_world(
     limits = _limits(device, options, size, ranks).agreed(ranks)
     cluster = options.cluster or one_node(size, limits.rates)
     precision = options.precision or ("bf16" if device.is_cuda else "")
-    measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
+    with computing_loss(model, options.loss_fn):
+        measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
     names, count = blocks(model), examples(arguments) * size
     heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces is for whole tensors
     world = World(

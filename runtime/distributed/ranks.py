@@ -196,7 +196,8 @@ class Ranks:
 
     @contextmanager
     def refusing_alike(self) -> Iterator[None]:
-        """Where one rank of a pipeline finds no room for its layers, or no way to run them, all those raise that would wait for it."""
+        """Where one rank of a pipeline finds no room for its layers, or no way to run them, all those raise that would
+        wait for it."""
         refusal = None
         try:
             yield

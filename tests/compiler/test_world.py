@@ -5,7 +5,9 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.compiler.capture.trace import CaptureRequest
 from geminifx.compiler.planner.world.costs import Costed
+from geminifx.compiler.planner.world.model import Model
 from geminifx.runtime.isa.errors import ArgumentError, BudgetError
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -131,6 +133,18 @@ def test_a_model_whose_loss_is_made_outside_gets_no_pipeline() -> None:
     model = geminifx.compile(Stack(), world_size=4, example_inputs=(torch.zeros(2, 64),))
     assert model.world.chosen.way.pipeline == 1
     assert all(other.way.pipeline == 1 for other in model.world.others)
+
+
+def test_a_loss_that_is_given_is_measured_with_the_model() -> None:
+    source, loss_fn = Stack(), lambda output, y: (output - y).square().mean()
+    batch = {"x": torch.randn(2, 64), "y": torch.randn(2, 64)}
+    model = geminifx.compile(source, world_size=4, loss_fn=loss_fn, example_inputs=batch)
+    assert model.world is not None
+    assert "forward" not in vars(source)
+    assert Model.of(source, ((batch["x"],), {}), CaptureRequest()).makes_its_loss is False
+    far = {"devices": 4, "within": {"latency_s": 1e-4, "bytes_per_s": 1e7}}
+    examples = {name: torch.zeros(8, 64) for name in batch}
+    assert geminifx.compile(source, cluster=far, loss_fn=loss_fn, example_inputs=examples).plan.mesh.pipeline_axes
 
 
 def test_a_model_that_does_not_train_is_not_planned_for() -> None:
