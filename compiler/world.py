@@ -20,10 +20,10 @@ from .forward import computing_loss
 from .host_memory import host_memory
 from .options import DTYPES, Options
 from .planner.memory import Limits
-from .planner.world.costs import SHARES, World
 from .planner.world.model import Model, resized
 from .planner.world.search import WorldPlan, choose
 from .planner.world.ways import Home, Space
+from .planner.world.world import SHARES, World
 from .rates.choice import rates_of
 from .rates.clusters import one_node
 
@@ -107,7 +107,7 @@ def choose_world(
     heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces is for whole tensors
     world = World(
         cluster, limits.rates, count, limits.device_bytes, limits.host_bytes, options.fuse_loss is not False,
-        options.reduce_dtype, _shares(options.recompute, len(names)),
+        options.reduce_dtype, _shares(options.recompute, len(names)), options.optimizer_state_bytes,
     )  # fmt: skip
     asked = None if options.microbatches == "auto" else options.microbatches
     stages = len(names) if measured.makes_its_loss else 0

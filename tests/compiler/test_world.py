@@ -6,8 +6,12 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.capture.trace import CaptureRequest
-from geminifx.compiler.planner.world.costs import Costed
+from geminifx.compiler.planner.world.costs import Costed, Costs
 from geminifx.compiler.planner.world.model import Model
+from geminifx.compiler.planner.world.ways import Way
+from geminifx.compiler.planner.world.world import World
+from geminifx.compiler.rates.clusters import one_node
+from geminifx.compiler.rates.rates import ARENA
 from geminifx.runtime.isa.errors import ArgumentError, BudgetError
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -133,6 +137,47 @@ def test_a_model_whose_loss_is_made_outside_gets_no_pipeline() -> None:
     model = geminifx.compile(Stack(), world_size=4, example_inputs=(torch.zeros(2, 64),))
     assert model.world.chosen.way.pipeline == 1
     assert all(other.way.pipeline == 1 for other in model.world.others)
+
+
+def costed(source: nn.Module, way: Way, **world: Any) -> Costed:
+    cluster = one_node(4, ARENA)
+    model = Model.of(source, ((torch.zeros(2, 64),), {}), CaptureRequest())
+    return Costed(costs := Costs(model, World(cluster, ARENA, 8, **world)), way, costs.stages(way))
+
+
+FROZEN, TRAINED = 3 * (64 * 64 + 64), 64 * 64 + 64
+"""Parameters of a stack of whose four layers three are frozen."""
+
+
+def half_frozen() -> nn.Module:
+    source = Stack()
+    source.layers[:3].requires_grad_(False)
+    return source
+
+
+@pytest.mark.parametrize(
+    "way", [Way(), Way(home="host"), Way(data=4), Way(data=4, zero=2), Way(data=4, zero=3)], ids=str
+)
+def test_of_frozen_weights_nothing_is_held_but_themselves(way: Way) -> None:
+    whole, partly = costed(Stack(), way), costed(half_frozen(), way)
+    shares = way.replicas if way.zero else 1
+    spared = 4 * FROZEN / (shares if way.zero >= 2 else 1) + 8 * FROZEN / shares
+    if way.home == "host":
+        assert whole.host_bytes - partly.host_bytes == 12 * FROZEN
+    else:
+        assert whole._held() - partly._held() == pytest.approx(spared)
+    assert list(partly.numel) == list(whole.numel) == [FROZEN + TRAINED]
+    assert list(partly.trained_numel) == [TRAINED]
+    assert partly._tail_s()[0] == pytest.approx(whole._tail_s()[0] / 4) or way.home == "host" or way.data > 1
+    assert partly._reduce_s()[0] <= whole._reduce_s()[0]
+
+
+def test_what_the_optimizer_keeps_is_counted() -> None:
+    none, two = (costed(Stack(), Way(), optimizer_state_bytes=each) for each in (0, 8))
+    assert two._held() - none._held() == 8 * (FROZEN + TRAINED)
+    batch = (torch.zeros(2, 64),)
+    model = geminifx.compile(Stack(), world_size=4, optimizer_state_bytes=0, example_inputs=batch)
+    assert model.world.world.optimizer_state_bytes == 0
 
 
 def test_a_loss_that_is_given_is_measured_with_the_model() -> None:
