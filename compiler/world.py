@@ -15,7 +15,7 @@ from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
 from .capture.trace import CaptureRequest
-from .device import HOST_SHARE, Device
+from .device import HOST_SHARE, Device, gpu_limits, with_allocator
 from .forward import computing_loss
 from .host_memory import host_memory
 from .options import DTYPES, Options
@@ -108,6 +108,7 @@ def choose_world(
     world = World(
         cluster, limits.rates, count, limits.device_bytes, limits.host_bytes, options.fuse_loss is not False,
         options.reduce_dtype, _shares(options.recompute, len(names)), options.optimizer_state_bytes,
+        limits.reserve_bytes,
     )  # fmt: skip
     asked = None if options.microbatches == "auto" else options.microbatches
     stages = len(names) if measured.makes_its_loss else 0
@@ -118,12 +119,15 @@ def choose_world(
 
 def _check_cluster(options: Options, launched: int) -> None:
     """Raises ArgumentError for a cluster that is not the one that was launched."""
-    cluster, on_this_host = options.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if cluster is None or launched == 1 or (cluster.size, cluster.devices) == (launched, on_this_host):
+    cluster, on_this_host = options.cluster, os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; others may tell nothing
+    if cluster is None or launched == 1:
         return
+    if cluster.size == launched and on_this_host in (None, str(cluster.devices)):
+        return
+    here = "" if on_this_host is None else f", {on_this_host} on this machine (LOCAL_WORLD_SIZE)"
     raise ArgumentError(
-        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {launched} processes were launched, "
-        f"{on_this_host} on this machine; expected one for each device: describe the cluster that there is"
+        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {launched} processes were launched{here}; "
+        "expected one for each device: describe the cluster that there is"
     )
 
 
@@ -148,19 +152,38 @@ def _ranks(device: Device, options: Options, launched: int) -> Ranks:
 
 def _limits(device: Device, options: Options, size: int, ranks: Ranks) -> Limits:
     """What each process may take: of the cluster's devices and hosts where one is described, else of this one's."""
+    host_bytes = _host_bytes(options, size, ranks)
+    rates = rates_of(device.torch_device, options.rates, size, 0)
+    if not device.is_cuda:
+        budget = options.device_budget
+        device_bytes = None if budget is None else parse_bytes(budget, of=device.total_bytes())
+        return Limits(device_bytes, 0, host_bytes, rates)
+    if options.cluster is None or options.cluster.rates is None or ranks.together:
+        return with_allocator(_device_bytes(device, options), device.memory.reserve_bytes, host_bytes, rates)
+    if options.device_budget is None:
+        raise ArgumentError(
+            f"the cluster is {options.cluster}, whose devices have a memory that is not known here: say "
+            "device_budget=, what may be taken of each"
+        )
+    return gpu_limits(parse_bytes(options.device_budget, of=device.total_bytes()), host_bytes, rates)
+
+
+def _device_bytes(device: Device, options: Options) -> int:
+    """Of each GPU, which are all such as this one."""
+    if options.device_budget is None:
+        return device.memory.available_bytes
+    return min(parse_bytes(options.device_budget, of=device.total_bytes()), device.total_bytes())
+
+
+def _host_bytes(options: Options, size: int, ranks: Ranks) -> int:
     cluster, (total, free) = options.cluster, host_memory()
-    device_bytes = None
-    if options.device_budget is not None:
-        device_bytes = parse_bytes(options.device_budget, of=device.total_bytes())
-    elif device.is_cuda and options.cluster is None:
-        device_bytes = device.memory.available_bytes
     here = ranks.on_this_host if ranks.together else size
     host_bytes = int(free * HOST_SHARE) if ranks.together else int(free * HOST_SHARE) // here
     if options.host_budget is not None:
         host_bytes = parse_bytes(options.host_budget, of=total)
     elif cluster is not None and cluster.host_bytes is not None:
         host_bytes = int(cluster.host_bytes * HOST_SHARE) // (1 if ranks.together else cluster.devices)
-    return Limits(device_bytes, 0, host_bytes, rates_of(device.torch_device, options.rates, size, 0))
+    return host_bytes
 
 
 def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:

@@ -203,8 +203,8 @@ class Costed:
 
     @cached_property
     def rank_bytes(self) -> np.ndarray:
-        """What each rank of the pipeline holds at most on its device."""
-        return self._held() + self._working()
+        """What each rank of the pipeline holds at most on its device, tensors or not."""
+        return self.costs.world.reserve_bytes + self._held() + self._working()
 
     @cached_property
     def host_bytes(self) -> int:
