@@ -15,10 +15,11 @@ from pathlib import Path
 import geminifx
 import torch
 from geminifx.compiler.capture.trace import CaptureRequest
-from geminifx.compiler.planner.world.costs import Costs, Priced, World
+from geminifx.compiler.planner.world.costs import Costs, Priced
 from geminifx.compiler.planner.world.model import Model
 from geminifx.compiler.planner.world.search import choose
 from geminifx.compiler.planner.world.ways import Space
+from geminifx.compiler.planner.world.world import World
 from geminifx.compiler.rates.clusters import CLUSTERS, Cluster, given_cluster
 from geminifx.compiler.rates.rates import ARENA
 from geminifx.runtime.isa.errors import BudgetError

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runtime.isa.errors import ArgumentError, wrong_argument
+from ..runtime.isa.errors import REFUSALS, ArgumentError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
 from .forward import with_loss
 from .module import CompiledModule
 from .options import Options
-from .world import REFUSALS, Settled, settle, settle_otherwise
+from .world import Settled, settle, settle_otherwise
 
 
 def compile(model: nn.Module, device_budget: int | str | None = None, world_size: int | None = None,
@@ -47,9 +47,21 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     settled = settle(model, chosen)
     while True:
         try:
-            return _compiled(model, settled)
+            return _compiled_alike(model, settled)
         except REFUSALS as refusal:
             settled = settle_otherwise(settled, chosen, refusal)
+
+
+def _compiled_alike(model: nn.Module, settled: Settled) -> CompiledModule:
+    """Where one of the processes that chose a way together refuses it, all do, and go on to the next one."""
+    compiled = refusal = None
+    try:
+        compiled = _compiled(model, settled)
+    except REFUSALS as error:
+        refusal = error
+    settled.ranks.raise_alike(refusal)
+    assert compiled is not None
+    return compiled
 
 
 def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:

@@ -59,7 +59,7 @@ def gpu_limits(device_bytes: int | None, host_bytes: int, rates: Rates) -> Limit
     """What plans for a GPU that is not here must keep to: of its budget is left free what CUDA may take at most."""
     if device_bytes is None:
         return Limits(None, 0, host_bytes, rates, HOLE_SHARE)
-    return _with_allocator(device_bytes, CONTEXT_BYTES + HEADROOM_BYTES, host_bytes, rates)
+    return with_allocator(device_bytes, CONTEXT_BYTES + HEADROOM_BYTES, host_bytes, rates)
 
 
 def gpu_budget(tensors_bytes: int) -> int:
@@ -67,7 +67,8 @@ def gpu_budget(tensors_bytes: int) -> int:
     return ceil((tensors_bytes + CONTEXT_BYTES + HEADROOM_BYTES + WORKSPACE_BYTES) / (1 - ALLOCATOR_SLACK))
 
 
-def _with_allocator(device_bytes: int, reserve_bytes: int, host_bytes: int, rates: Rates) -> Limits:
+def with_allocator(device_bytes: int, reserve_bytes: int, host_bytes: int, rates: Rates) -> Limits:
+    """What plans for a GPU must keep to, of which so many bytes are not torch's allocator's."""
     reserve_bytes += WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
     return Limits(device_bytes, reserve_bytes, host_bytes, rates, HOLE_SHARE)
 
@@ -129,7 +130,7 @@ class Device:
         use_expandable_segments()
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-        return _with_allocator(device_bytes, self.memory.reserve_bytes, host_bytes, rates)
+        return with_allocator(device_bytes, self.memory.reserve_bytes, host_bytes, rates)
 
     def _device_bytes(self, given: int | None) -> int:
         """The budget: as it is given, or all that other processes leave."""

@@ -11,7 +11,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -109,6 +109,11 @@ def with_loss(source: nn.Module, loss_fn: LossFn) -> MethodType:
 
     computing.__signature__ = _signature(inspect.signature(source.forward), targets)  # type: ignore[attr-defined]
     return MethodType(computing, source)
+
+
+def computing_loss(source: nn.Module, loss_fn: LossFn | None) -> AbstractContextManager[None]:
+    """Within, the source's own forward is the one that returns the loss, where there is a function for it."""
+    return nullcontext() if loss_fn is None else having_forward(source, with_loss(source, loss_fn))
 
 
 def _signature(model: inspect.Signature, targets: list[inspect.Parameter]) -> inspect.Signature:

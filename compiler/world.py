@@ -9,20 +9,21 @@ from torch import distributed as dist
 from torch import nn
 
 from ..models.adapters import blocks, example_inputs
-from ..runtime.distributed.ranks import Ranks
-from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError, ShardingError, SplitError
+from ..runtime.distributed.ranks import ALONE, Ranks
+from ..runtime.isa.errors import ArgumentError, CaptureError
 from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
 from .capture.trace import CaptureRequest
-from .device import HOST_SHARE, Device
+from .device import HOST_SHARE, Device, gpu_limits, with_allocator
+from .forward import computing_loss
 from .host_memory import host_memory
 from .options import DTYPES, Options
 from .planner.memory import Limits
-from .planner.world.costs import SHARES, World
 from .planner.world.model import Model, resized
 from .planner.world.search import WorldPlan, choose
 from .planner.world.ways import Home, Space
+from .planner.world.world import SHARES, World
 from .rates.choice import rates_of
 from .rates.clusters import one_node
 
@@ -35,15 +36,17 @@ HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("devi
 
 @dataclass(frozen=True)
 class Settled:
-    """Options in which nothing is left open, the plan for the world where one was made, and what plans tell of it."""
+    """Options in which nothing is left open, the plan for the world where one was made, what plans tell of it, and the
+    processes that go by it, as far as they are known before."""
 
     options: Options
     world: WorldPlan | None = None
     notes: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
 
     @classmethod
-    def by(cls, world: WorldPlan, options: Options, arguments: Arguments) -> "Settled":
-        return cls(_with(options, world, arguments), world, world.lines())
+    def by(cls, world: WorldPlan, options: Options, arguments: Arguments, ranks: Ranks) -> "Settled":
+        return cls(_with(options, world, arguments), world, world.lines(), ranks)
 
 
 def settle(model: nn.Module, options: Options) -> Settled:
@@ -73,15 +76,12 @@ def settle(model: nn.Module, options: Options) -> Settled:
             )
         return Settled(options, notes=(UNKNOWN_INPUTS,))
     try:
-        return Settled.by(choose_world(model, options, arguments, size, launched), options, arguments)
+        ranks = _ranks(Device.choose(options), options, launched)
+        return Settled.by(choose_world(model, options, arguments, size, ranks), options, arguments, ranks)
     except CaptureError as error:  # there may be no training step at all
         if options.parallel == "auto":
             raise
         return Settled(options, notes=(f"each process has its part of the batch, no other way was weighed: {error}",))
-
-
-REFUSALS = (BudgetError, ShardingError, SplitError)
-"""What the whole program may tell that its blocks do not: it does not fit, or cannot be divided so."""
 
 
 def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:
@@ -90,22 +90,25 @@ def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Se
     world, arguments = settled.world and settled.world.without_chosen(why), _given(asked)
     if world is None or arguments is None:
         raise refusal
-    return Settled.by(world, asked, arguments)
+    return Settled.by(world, asked, arguments, settled.ranks)
 
 
-def choose_world(model: nn.Module, options: Options, arguments: Arguments, size: int, launched: int = 1) -> WorldPlan:
+def choose_world(
+    model: nn.Module, options: Options, arguments: Arguments, size: int, ranks: Ranks = ALONE
+) -> WorldPlan:
     """The plan for `size` processes, each of which would pass a batch such as `arguments` if all had their own."""
     device = Device.choose(options)
-    ranks = _ranks(device, options, launched)
     limits = _limits(device, options, size, ranks).agreed(ranks)
     cluster = options.cluster or one_node(size, limits.rates)
     precision = options.precision or ("bf16" if device.is_cuda else "")
-    measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
+    with computing_loss(model, options.loss_fn):
+        measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
     names, count = blocks(model), examples(arguments) * size
     heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces is for whole tensors
     world = World(
         cluster, limits.rates, count, limits.device_bytes, limits.host_bytes, options.fuse_loss is not False,
-        options.reduce_dtype, _shares(options.recompute, len(names)),
+        options.reduce_dtype, _shares(options.recompute, len(names)), options.optimizer_state_bytes,
+        limits.reserve_bytes,
     )  # fmt: skip
     asked = None if options.microbatches == "auto" else options.microbatches
     stages = len(names) if measured.makes_its_loss else 0
@@ -116,12 +119,15 @@ def choose_world(model: nn.Module, options: Options, arguments: Arguments, size:
 
 def _check_cluster(options: Options, launched: int) -> None:
     """Raises ArgumentError for a cluster that is not the one that was launched."""
-    cluster, on_this_host = options.cluster, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if cluster is None or launched == 1 or (cluster.size, cluster.devices) == (launched, on_this_host):
+    cluster, on_this_host = options.cluster, os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; others may tell nothing
+    if cluster is None or launched == 1:
         return
+    if cluster.size == launched and on_this_host in (None, str(cluster.devices)):
+        return
+    here = "" if on_this_host is None else f", {on_this_host} on this machine (LOCAL_WORLD_SIZE)"
     raise ArgumentError(
-        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {launched} processes were launched, "
-        f"{on_this_host} on this machine; expected one for each device: describe the cluster that there is"
+        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {launched} processes were launched{here}; "
+        "expected one for each device: describe the cluster that there is"
     )
 
 
@@ -146,19 +152,38 @@ def _ranks(device: Device, options: Options, launched: int) -> Ranks:
 
 def _limits(device: Device, options: Options, size: int, ranks: Ranks) -> Limits:
     """What each process may take: of the cluster's devices and hosts where one is described, else of this one's."""
+    host_bytes = _host_bytes(options, size, ranks)
+    rates = rates_of(device.torch_device, options.rates, size, 0)
+    if not device.is_cuda:
+        budget = options.device_budget
+        device_bytes = None if budget is None else parse_bytes(budget, of=device.total_bytes())
+        return Limits(device_bytes, 0, host_bytes, rates)
+    if options.cluster is None or options.cluster.rates is None or ranks.together:
+        return with_allocator(_device_bytes(device, options), device.memory.reserve_bytes, host_bytes, rates)
+    if options.device_budget is None:
+        raise ArgumentError(
+            f"the cluster is {options.cluster}, whose devices have a memory that is not known here: say "
+            "device_budget=, what may be taken of each"
+        )
+    return gpu_limits(parse_bytes(options.device_budget, of=device.total_bytes()), host_bytes, rates)
+
+
+def _device_bytes(device: Device, options: Options) -> int:
+    """Of each GPU, which are all such as this one."""
+    if options.device_budget is None:
+        return device.memory.available_bytes
+    return min(parse_bytes(options.device_budget, of=device.total_bytes()), device.total_bytes())
+
+
+def _host_bytes(options: Options, size: int, ranks: Ranks) -> int:
     cluster, (total, free) = options.cluster, host_memory()
-    device_bytes = None
-    if options.device_budget is not None:
-        device_bytes = parse_bytes(options.device_budget, of=device.total_bytes())
-    elif device.is_cuda and options.cluster is None:
-        device_bytes = device.memory.available_bytes
     here = ranks.on_this_host if ranks.together else size
     host_bytes = int(free * HOST_SHARE) if ranks.together else int(free * HOST_SHARE) // here
     if options.host_budget is not None:
         host_bytes = parse_bytes(options.host_budget, of=total)
     elif cluster is not None and cluster.host_bytes is not None:
         host_bytes = int(cluster.host_bytes * HOST_SHARE) // (1 if ranks.together else cluster.devices)
-    return Limits(device_bytes, 0, host_bytes, rates_of(device.torch_device, options.rates, size, 0))
+    return host_bytes
 
 
 def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:

@@ -16,10 +16,11 @@ from ..capture.trace import CaptureRequest
 from ..parallel import Parallel, cannot_run, parse_parallel
 from ..planner.pipeline.schedules import KINDS, Shape, misfit
 from ..planner.pipeline.trace import chrome_trace
-from ..planner.world.costs import Priced, World
+from ..planner.world.costs import Priced
 from ..planner.world.model import Model
 from ..planner.world.search import choose, told, weigh
 from ..planner.world.ways import ROUND_ROBIN, Space, Way
+from ..planner.world.world import World
 from ..rates.choice import OTHER_CARD, given_rates
 from ..rates.clusters import Cluster, given_cluster, one_node
 from ..rates.presets import preset

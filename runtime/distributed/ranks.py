@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..isa.errors import BudgetError, StateError
+from ..isa.errors import REFUSALS, GeminiError, StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
@@ -190,19 +190,21 @@ class Ranks:
         return found
 
     def raise_alike(self, error: Exception | None) -> None:
-        """Where any rank has an error, raise: there the error itself, elsewhere a StateError that tells it."""
-        _raise(error, dict(enumerate(self.gather(_text(error)))))
+        """Where any rank has an error, raise: there the error itself, elsewhere one that tells it: a StateError, or for
+        a refusal one of its kind, which all then meet alike."""
+        _raise(error, dict(enumerate(self.gather(_told(error)))))
 
     @contextmanager
     def refusing_alike(self) -> Iterator[None]:
-        """Where one rank of a pipeline finds no room for its layers, all those raise that would wait for it."""
+        """Where one rank of a pipeline finds no room for its layers, or no way to run them, all those raise that would
+        wait for it."""
         refusal = None
         try:
             yield
-        except BudgetError as error:
+        except REFUSALS as error:
             refusal = error
         if self.mesh.pipeline_axes and self.launched:
-            _raise(refusal, self.told_by_sharing(_text(refusal)))
+            _raise(refusal, self.told_by_sharing(_told(refusal)))
         if refusal is not None:
             raise refusal
 
@@ -356,16 +358,23 @@ def _is_of_others(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _text(error: Exception | None) -> str | None:
-    return None if error is None else f"{type(error).__name__}: {error}"
+Told = tuple[type[GeminiError], str]
+"""What others raise for a rank's error, and its text."""
 
 
-def _raise(error: Exception | None, told: dict[int, str | None]) -> None:
+def _told(error: Exception | None) -> Told | None:
+    if error is None:
+        return None
+    kind = next((kind for kind in REFUSALS if isinstance(error, kind)), StateError)
+    return kind, f"{type(error).__name__}: {error}"
+
+
+def _raise(error: Exception | None, told: dict[int, Told | None]) -> None:
     if error is not None:
         raise error
-    failed = {rank: text for rank, text in told.items() if text is not None}
-    if failed:
-        raise StateError("; ".join(f"rank {rank} failed with {text}" for rank, text in failed.items()))
+    failed = {rank: each for rank, each in told.items() if each is not None}
+    for kind, _ in failed.values():
+        raise kind("; ".join(f"rank {rank} failed with {text}" for rank, (_, text) in failed.items()))
 
 
 ALONE = Ranks()

@@ -56,6 +56,10 @@ class SplitError(ArgumentError):
     """A batch cannot be run as microbatches: names what stands in the way."""
 
 
+REFUSALS = (BudgetError, ShardingError, SplitError)
+"""What a whole program may tell that its blocks do not: it does not fit, or cannot be divided so."""
+
+
 def as_cause(error: BaseException) -> BaseException:
     """Return an error that a context manager was given, for another one to be raised from.
 

@@ -5,8 +5,22 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.compiler.planner.world.costs import Costed
+from geminifx.compiler.capture.trace import CaptureRequest
+from geminifx.compiler.device import ALLOCATOR_SLACK, WORKSPACE_BYTES, Device
+from geminifx.compiler.device_memory import DeviceMemory
+from geminifx.compiler.options import Options
+from geminifx.compiler.planner.world.costs import Costed, Costs
+from geminifx.compiler.planner.world.model import Model
+from geminifx.compiler.planner.world.search import WorldPlan
+from geminifx.compiler.planner.world.ways import Way
+from geminifx.compiler.planner.world.world import World
+from geminifx.compiler.rates.clusters import one_node
+from geminifx.compiler.rates.rates import ARENA
+from geminifx.compiler.world import FROZEN as FROZEN_NOTE
+from geminifx.compiler.world import choose_world, settle
+from geminifx.runtime.distributed.ranks import ALONE, Ranks
 from geminifx.runtime.isa.errors import ArgumentError, BudgetError
+from geminifx.runtime.isa.mesh import Axis, Mesh
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -95,6 +109,70 @@ def test_a_cluster_that_is_not_the_launched_one_is_refused(
         compiled(cluster=NODE)
 
 
+def test_where_nobody_tells_how_many_run_on_a_machine_their_number_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of processes that srun or mpirun started. Of weights kept as codes nothing is weighed, so that none meet."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    options = Options.of({"cluster": NODE, "frozen": "int8"})
+    assert settle(nn.Linear(2, 2), options).notes == (FROZEN_NOTE,)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    with pytest.raises(ArgumentError, match="16 processes were launched; expected one for each device"):
+        settle(nn.Linear(2, 2), options)
+
+
+GPU_BYTES = 10 * 2**30
+
+
+class Gpu(Device):
+    """One that others leave nine tenths of, for plans: computed is on the CPU."""
+
+    is_cuda = True
+    memory = DeviceMemory(torch.device("cpu"), GPU_BYTES, 2**30, GPU_BYTES * 9 // 10)
+
+    @classmethod
+    def choose(cls, options: Options) -> Device:
+        return cls(torch.device("cpu"))
+
+    def total_bytes(self) -> int:
+        return GPU_BYTES
+
+
+def planned_for_gpus(monkeypatch: pytest.MonkeyPatch, ranks: Ranks = ALONE, **options: Any) -> WorldPlan:
+    monkeypatch.setattr("geminifx.compiler.world.Device", Gpu)
+    batch = (torch.zeros(2, 64),)
+    return choose_world(Stack(), Options.of({"precision": "fp32", **options}), (batch, {}), 8, ranks)
+
+
+def test_what_is_not_torchs_is_left_free_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve_bytes = Gpu.memory.reserve_bytes + WORKSPACE_BYTES
+    for options, device_bytes in (
+        ({}, Gpu.memory.available_bytes),
+        ({"cluster": NODE}, Gpu.memory.available_bytes),
+        ({"device_budget": 2**32}, 2**32),
+        ({"device_budget": 2**35}, GPU_BYTES),
+    ):
+        plan = planned_for_gpus(monkeypatch, **options)
+        assert plan.world.device_bytes == device_bytes
+        assert plan.world.reserve_bytes == reserve_bytes + int(device_bytes * ALLOCATOR_SLACK)
+        assert plan.chosen.device_bytes > plan.world.reserve_bytes
+    with pytest.raises(BudgetError, match="none of") as refused:
+        planned_for_gpus(monkeypatch, device_budget=2**30)
+    assert refused.value.smallest_bytes > 2**30
+
+
+def test_of_a_cluster_of_cards_that_are_not_here_the_budget_must_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="say device_budget="):
+        planned_for_gpus(monkeypatch, cluster="8-nvlink")
+    assert planned_for_gpus(monkeypatch, cluster="8-nvlink", device_budget=2**36).world.device_bytes == 2**36
+
+
+def test_of_a_launched_cluster_the_devices_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Ranks(Mesh((Axis("data", 8, "data"),)))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
+    world = planned_for_gpus(monkeypatch, together, cluster="8-nvlink").world
+    assert together.together and world.device_bytes == Gpu.memory.available_bytes
+
+
 def test_where_nothing_fits_compile_says_so() -> None:
     with pytest.raises(BudgetError, match=r"none of .* ways to share the work over 8 processes"):
         compiled(world_size=8, device_budget="10kB")
@@ -131,6 +209,59 @@ def test_a_model_whose_loss_is_made_outside_gets_no_pipeline() -> None:
     model = geminifx.compile(Stack(), world_size=4, example_inputs=(torch.zeros(2, 64),))
     assert model.world.chosen.way.pipeline == 1
     assert all(other.way.pipeline == 1 for other in model.world.others)
+
+
+def costed(source: nn.Module, way: Way, **world: Any) -> Costed:
+    cluster = one_node(4, ARENA)
+    model = Model.of(source, ((torch.zeros(2, 64),), {}), CaptureRequest())
+    return Costed(costs := Costs(model, World(cluster, ARENA, 8, **world)), way, costs.stages(way))
+
+
+FROZEN, TRAINED = 3 * (64 * 64 + 64), 64 * 64 + 64
+"""Parameters of a stack of whose four layers three are frozen."""
+
+
+def half_frozen() -> nn.Module:
+    source = Stack()
+    source.layers[:3].requires_grad_(False)
+    return source
+
+
+@pytest.mark.parametrize(
+    "way", [Way(), Way(home="host"), Way(data=4), Way(data=4, zero=2), Way(data=4, zero=3)], ids=str
+)
+def test_of_frozen_weights_nothing_is_held_but_themselves(way: Way) -> None:
+    whole, partly = costed(Stack(), way), costed(half_frozen(), way)
+    shares = way.replicas if way.zero else 1
+    spared = 4 * FROZEN / (shares if way.zero >= 2 else 1) + 8 * FROZEN / shares
+    if way.home == "host":
+        assert whole.host_bytes - partly.host_bytes == 12 * FROZEN
+    else:
+        assert whole._held() - partly._held() == pytest.approx(spared)
+    assert list(partly.numel) == list(whole.numel) == [FROZEN + TRAINED]
+    assert list(partly.trained_numel) == [TRAINED]
+    assert partly._tail_s()[0] == pytest.approx(whole._tail_s()[0] / 4) or way.home == "host" or way.data > 1
+    assert partly._reduce_s()[0] <= whole._reduce_s()[0]
+
+
+def test_what_the_optimizer_keeps_is_counted() -> None:
+    none, two = (costed(Stack(), Way(), optimizer_state_bytes=each) for each in (0, 8))
+    assert two._held() - none._held() == 8 * (FROZEN + TRAINED)
+    batch = (torch.zeros(2, 64),)
+    model = geminifx.compile(Stack(), world_size=4, optimizer_state_bytes=0, example_inputs=batch)
+    assert model.world.world.optimizer_state_bytes == 0
+
+
+def test_a_loss_that_is_given_is_measured_with_the_model() -> None:
+    source, loss_fn = Stack(), lambda output, y: (output - y).square().mean()
+    batch = {"x": torch.randn(2, 64), "y": torch.randn(2, 64)}
+    model = geminifx.compile(source, world_size=4, loss_fn=loss_fn, example_inputs=batch)
+    assert model.world is not None
+    assert "forward" not in vars(source)
+    assert Model.of(source, ((batch["x"],), {}), CaptureRequest()).makes_its_loss is False
+    far = {"devices": 4, "within": {"latency_s": 1e-4, "bytes_per_s": 1e7}}
+    examples = {name: torch.zeros(8, 64) for name in batch}
+    assert geminifx.compile(source, cluster=far, loss_fn=loss_fn, example_inputs=examples).plan.mesh.pipeline_axes
 
 
 def test_a_model_that_does_not_train_is_not_planned_for() -> None:

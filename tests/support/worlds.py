@@ -5,9 +5,9 @@ from functools import cache
 import geminifx
 import torch
 from geminifx.compiler.capture.trace import CaptureRequest
-from geminifx.compiler.planner.world.costs import World
 from geminifx.compiler.planner.world.model import Model
 from geminifx.compiler.planner.world.ways import Space
+from geminifx.compiler.planner.world.world import World
 from geminifx.compiler.rates.clusters import Cluster
 from geminifx.compiler.rates.rates import ARENA
 from torch import nn

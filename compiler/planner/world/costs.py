@@ -10,48 +10,28 @@ from functools import cached_property
 
 import numpy as np
 
-from ....runtime.isa.precision import ReduceDtype
-from ...rates.clusters import Cluster, Link
-from ...rates.rates import Rates
+from ...rates.clusters import Link
 from ..pipeline.round_robin import round_robin
 from ..pipeline.schedules import Shape, make_schedule
 from ..pipeline.simulate import Simulated, StageCosts, simulate
 from .model import Model
 from .units import Unit
 from .ways import ROUND_ROBIN, Way
-
-SHARES = tuple(step / 8 for step in range(9))
-"""Of the blocks, that may be computed again."""
+from .world import World
 
 SLOT_BLOCKS = 4
 """Whose weights a rank has at a time that works on several blocks in turns."""
 
-MOMENTS_BYTES, REMAINDER_BYTES, SUM_BYTES = 8, 2, 4
-"""Of a parameter: two float32 moments, what a 16-bit weight lacks of its master, an element of a float32 sum."""
-
-
-@dataclass(frozen=True)
-class World:
-    """What a model is planned for: a cluster whose devices do what `rates` say, and bytes that may be taken of each
-    device and of its share of the host (None: any). `examples` are a step's, of all processes. `fuses` tells whether
-    the loss over a vocabulary may be computed in pieces, `reduce_dtype` in what gradients are added up, `recomputed`
-    which shares of the blocks may be computed again, the least first."""
-
-    cluster: Cluster
-    rates: Rates
-    examples: int
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    fuses: bool = True
-    reduce_dtype: ReduceDtype = "fp32"
-    recomputed: tuple[float, ...] = SHARES
+REMAINDER_BYTES, SUM_BYTES = 2, 4
+"""Of a parameter: what a 16-bit weight lacks of its master, an element of a float32 sum."""
 
 
 @dataclass(frozen=True)
 class Stages:
     """Of each stage, for one microbatch: seconds of its forward and of both parts of its backward, and of its exchanges
     in a forward among those that share tensors; bytes of a message over its end, bytes that it keeps, or keeps where
-    all is computed again, and of the largest block of it; elements of its parameters, and of its largest block's."""
+    all is computed again, and of the largest block of it; elements of its parameters, and of its largest block's, of
+    all and of those that are trained."""
 
     forward_s: np.ndarray
     input_s: np.ndarray
@@ -63,6 +43,8 @@ class Stages:
     block_bytes: np.ndarray
     numel: np.ndarray
     block_numel: np.ndarray
+    trained_numel: np.ndarray
+    block_trained_numel: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -132,8 +114,10 @@ class Costs:
         given = kept[:, 1] + np.array([part[0].given_bytes for part in parts]) * rows / shared
         crossing = np.array([part[0].crossing_bytes for part in parts]) * rows / shared
         ends = [*begins[1:], len(parts)]
-        numel = np.array([self.model.numel(*bounds) for bounds in zip(begins, ends, strict=True)])
-        largest = np.array([max(unit.numel for unit in part) for part in parts])
+        bounds = list(zip(begins, ends, strict=True))
+        numel = np.array([(self.model.numel(*each), self.model.trained_numel(*each)) for each in bounds]) / way.parts
+        blocks = np.array([np.max([(unit.numel, unit.trained_numel) for unit in part], axis=0) for part in parts])
+        largest = np.maximum.reduceat(blocks, begins) / way.parts
         forward_s, input_s, weight_s, exchange_s = seconds.T
         return Stages(
             forward_s,
@@ -144,8 +128,10 @@ class Costs:
             kept_bytes=np.add.reduceat(kept[:, 0], begins),
             given_bytes=np.add.reduceat(given, begins),
             block_bytes=np.maximum.reduceat(kept[:, 0] - kept[:, 1], begins),
-            numel=numel / way.parts,
-            block_numel=np.maximum.reduceat(largest, begins) / way.parts,
+            numel=numel[:, 0],
+            block_numel=largest[:, 0],
+            trained_numel=numel[:, 1],
+            block_trained_numel=largest[:, 1],
         )
 
     def _of_unit(self, unit: Unit, rows: float, way: Way) -> tuple[float, ...]:
@@ -208,12 +194,17 @@ class Costed:
         """Of parameters, by rank."""
         return self._by_rank(self.stages.numel)
 
+    @cached_property
+    def trained_numel(self) -> np.ndarray:
+        """Of those that are trained, by rank."""
+        return self._by_rank(self.stages.trained_numel)
+
     # -- bytes ---------------------------------------------------------------------------------------------
 
     @cached_property
     def rank_bytes(self) -> np.ndarray:
-        """What each rank of the pipeline holds at most on its device."""
-        return self._held() + self._working()
+        """What each rank of the pipeline holds at most on its device, tensors or not."""
+        return self.costs.world.reserve_bytes + self._held() + self._working()
 
     @cached_property
     def host_bytes(self) -> int:
@@ -221,7 +212,8 @@ class Costed:
         if self.way.home == "device":
             return 0
         shares = self.way.replicas if self.way.zero else 1
-        return int(self.numel.max() * (2 * self._item + self._state) / shares)
+        held = self.numel * self._item + self.trained_numel * (self._item + self._state)
+        return int(held.max() / shares)
 
     @property
     def _item(self) -> int:
@@ -230,20 +222,32 @@ class Costed:
     @property
     def _state(self) -> int:
         """Bytes of a parameter's training state beside the weight that computes."""
-        return MOMENTS_BYTES + (REMAINDER_BYTES if self._item == 2 else 0)
+        return self.costs.world.optimizer_state_bytes + (REMAINDER_BYTES if self._item == 2 else 0)
 
     def _held(self) -> np.ndarray:
         """For good: weights, gradients and states, or of those on the host two blocks' weights and gradients; and two
         blocks that are being exchanged."""
-        way, weights = self.way, self.numel * self._item
-        passing = 2 * self._item * self.stages.block_numel[self.of_rank].max(axis=1)
-        passing = passing * (SLOT_BLOCKS if self.takes_turns else 1)
-        exchanged = passing if way.replicas > 1 else 0.0
+        way = self.way
+        passing, gradients_passing = (
+            self._passing(self.stages.block_numel),
+            self._passing(self.stages.block_trained_numel),
+        )
+        exchanged = (passing if way.zero == 3 else gradients_passing) if way.replicas > 1 else 0.0
         if way.home == "host":
-            return 2 * passing + exchanged
-        divided = weights / way.replicas + passing
-        states = self.numel * self._state / (way.replicas if way.zero else 1)
-        return (divided if way.zero == 3 else weights) + (divided if way.zero >= 2 else weights) + states + exchanged
+            return passing + gradients_passing + exchanged
+        weights = self._shared(self.numel * self._item, passing, way.zero == 3)
+        gradients = self._shared(self.trained_numel * self._item, gradients_passing, way.zero >= 2)
+        states = self.trained_numel * self._state / (way.replicas if way.zero else 1)
+        return weights + gradients + states + exchanged
+
+    def _passing(self, block_numel: np.ndarray) -> np.ndarray:
+        """Bytes of the blocks that a rank has at a time, of those that come and go."""
+        blocks = 2 * (SLOT_BLOCKS if self.takes_turns else 1)
+        return blocks * self._item * block_numel[self.of_rank].max(axis=1)
+
+    def _shared(self, num_bytes: np.ndarray, passing: np.ndarray, is_divided: bool) -> np.ndarray:
+        """What is left of bytes that are divided over those with the same weights, with what passes then."""
+        return num_bytes / self.way.replicas + passing if is_divided else num_bytes
 
     def _working(self) -> np.ndarray:
         """Activations: of as many microbatches as are in flight, and of a block that is computed again."""
@@ -347,7 +351,7 @@ class Costed:
         last = way.microbatches if way.pipeline == 1 else 1
         hidden_s = last * self._by_rank(backward_s) if rates.overlaps else 0.0
         left_s = np.maximum(self._reduce_s() - hidden_s, 0.0)
-        updated = self.numel / (way.replicas if way.zero else 1)
+        updated = self.trained_numel / (way.replicas if way.zero else 1)
         if way.home == "device":
             return left_s + updated / rates.device_params_per_s
         hidden_s = way.microbatches * self._by_rank(forward_s) if rates.overlaps else 0.0
@@ -361,7 +365,7 @@ class Costed:
             return np.zeros(way.pipeline)
         item = SUM_BYTES if self.costs.world.reduce_dtype == "fp32" else self._item
         back = self._item if way.zero in (1, 2) else 0
-        received = self.numel * (1 - 1 / way.replicas) * (item * (1 if way.zero >= 2 else 2) + back)
+        received = self.trained_numel * (1 - 1 / way.replicas) * (item * (1 if way.zero >= 2 else 2) + back)
         return 2 * self._replicas.latency_s + received / self._replicas.bytes_per_s
 
     def _exchange_s(self) -> np.ndarray:

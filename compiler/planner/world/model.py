@@ -75,11 +75,15 @@ class Model:
 
     def numel(self, begin: int, end: int) -> int:
         """Elements of the parameters of these blocks, those that several of them share counted once."""
-        own, shared = 0, dict[str, int]()
-        for part in self.parts[begin:end]:
-            own += part[0].numel
-            shared |= {name: numel for unit in part[1:] for name, numel in unit.parameters.items()}
-        return own + sum(shared.values())
+        parts = self.parts[begin:end]
+        shared = {name: numel for part in parts for unit in part[1:] for name, numel in unit.parameters.items()}
+        return sum(part[0].numel for part in parts) + sum(shared.values())
+
+    def trained_numel(self, begin: int, end: int) -> int:
+        """As `numel`, of those that are trained."""
+        parts = self.parts[begin:end]
+        shared = {name: numel for part in parts for unit in part[1:] for name, numel in unit.trained.items()}
+        return sum(part[0].trained_numel for part in parts) + sum(shared.values())
 
 
 def _captured(model: nn.Module, arguments: Arguments, request: CaptureRequest) -> Captured:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from ....runtime.isa.errors import BudgetError
 from ....runtime.isa.units import format_bytes, format_seconds
-from .costs import Costs, Priced, World
+from .costs import Costs, Priced
 from .model import Model
 from .ways import Home, Space, Way
+from .world import World
 
 CONFIRMED = 24
 """So many of the best by the formulas are put on the clock, as long as they are no more than `MOST_FORWARDS`."""

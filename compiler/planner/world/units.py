@@ -51,7 +51,7 @@ class Unit:
 
     Fields:
         work: operators of the forward, of gradients of inputs, and of gradients of weights, and how many of each.
-        parameters: elements by name.
+        parameters, trained: elements by name, of all and of those that are trained.
         kept_bytes, kept_wide_bytes: what the backward reads of the forward, and that which is as wide as what is
             handed on.
         logits_bytes: what is kept for a loss over a vocabulary that may be computed in pieces.
@@ -66,6 +66,7 @@ class Unit:
         default_factory=lambda: {"F": Counter(), "I": Counter(), "W": Counter()}
     )
     parameters: dict[str, int] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)
     kept_bytes: int = 0
     kept_wide_bytes: int = 0
     logits_bytes: int = 0
@@ -79,6 +80,15 @@ class Unit:
     @property
     def numel(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def trained_numel(self) -> int:
+        return sum(self.trained.values())
+
+    def add_parameter(self, name: str, numel: int, is_trained: bool) -> None:
+        self.parameters[name] = numel
+        if is_trained:
+            self.trained[name] = numel
 
 
 @dataclass(frozen=True)
@@ -180,14 +190,15 @@ class _Counting:
         return found
 
     def _add_parameters(self) -> None:
+        trained = self.program.results_of("gradient").keys()
         for name, node in self.program.inputs("parameter").items():
             numel, owner = prod(tensor_type(node).shape), self.block_of(name)
             if owner:
-                self.of_block[owner].parameters[name] = numel
+                self.of_block[owner].add_parameter(name, numel, name in trained)
                 continue
             read = {self.stages.stage[user] for user in _readers(node) if user in self.stages.stage}
             for stage in read or {0}:
-                self.beside[self.blocks[stage]].parameters[name] = numel
+                self.beside[self.blocks[stage]].add_parameter(name, numel, name in trained)
 
     def _add_values(self) -> None:
         """What is kept, and what comes over the beginnings of blocks."""

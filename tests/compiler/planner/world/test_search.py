@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from geminifx.compiler.planner.world.costs import Costs, World, in_flight
+from geminifx.compiler.planner.world.costs import Costs, in_flight
 from geminifx.compiler.planner.world.search import choose
 from geminifx.compiler.planner.world.ways import Space, Way
+from geminifx.compiler.planner.world.world import World
 from geminifx.compiler.rates.clusters import CLUSTERS
 from geminifx.runtime.isa.errors import BudgetError
 from worlds import measured, space_of, world_of
