@@ -162,6 +162,16 @@ def test_tied_weights_that_differ_in_the_files_are_refused(tmp_path: Path) -> No
         model(input_ids=IDS)
 
 
+def test_tied_weights_that_the_files_have_twice_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+    """Masters are float32 in the files and bfloat16 in the chunks."""
+    plain = saved(tmp_path)
+    weights = one_file(tmp_path)
+    rewrite(tmp_path, weights | {"lm_head.weight": weights["model.decoder.embed_tokens.weight"].clone()})
+    model = geminifx.from_pretrained(tmp_path, precision="bf16")
+    model.optimizer(AdamW, masters="bf16-stochastic")
+    assert same(model.state_dict(), plain.bfloat16().float())
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "missing", "index"])
 def test_damaged_files_are_named_before_anything_is_loaded(tmp_path: Path, damage: str) -> None:
     plain = saved(tmp_path, max_shard_size="20kB")
