@@ -47,6 +47,9 @@ class FromInitialisers:
     def check(self) -> None:
         """They can be drawn at any time."""
 
+    def digest(self) -> str:
+        return repr((self.seed, self.names))
+
     def bring(self, store: StateStore) -> None:
         def give(name: str, values: Tensor) -> None:
             if self.names is None or name in self.names:
@@ -62,6 +65,9 @@ class FromPeft:
     source: nn.Module
     empty: dict[str, Tensor]
     seed: int
+
+    def digest(self) -> str:
+        return repr(self.seed)
 
     def bring(self, store: StateStore) -> None:
         give = lambda name, values: _write(store.stored_master(name), values)  # noqa: E731
@@ -111,6 +117,9 @@ class FromFiles:
 
     def check(self) -> None:
         self.files.check()
+
+    def digest(self) -> str:
+        return repr((self.files.digest(self.names.found.values()), [each.digest() for each in self.rest]))
 
     def bring(self, store: StateStore) -> None:
         for each in self.rest:

@@ -1,5 +1,6 @@
 """Weights as safetensors files, read and written tensor by tensor: what a model takes is never there twice."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,6 +74,19 @@ class WeightFiles:
                 "load_pretrained() again to take these"
             )
 
+    def digest(self, names: Iterable[str]) -> str:
+        """Tells tensors of these names from others, wherever the files lie: by their shapes, dtypes and some values."""
+        found = hashlib.sha256()
+
+        def take(name: str, slices: Any) -> None:
+            entry = self.entries[name]
+            found.update(repr((name, entry.shape, entry.dtype)).encode())
+            for values in _some_rows(slices, entry.shape):
+                found.update(values.reshape(-1).view(torch.uint8).numpy())
+
+        self.read(sorted(names), take)
+        return found.hexdigest()
+
     def read(self, names: Iterable[str], take: Callable[[str, Any], None]) -> None:
         """Hand each tensor to `take`, as what gives it by its slices; one file is open at a time.
 
@@ -128,6 +142,13 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{file}{size} is damaged or cut off: {error}; fetch it anew, or load another checkpoint"
         ) from as_cause(error)
+
+
+def _some_rows(slices: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The first, the middle and the last row of a tensor, all of one that has no rows, and nothing of an empty one."""
+    corners = {tuple((size - 1) * half // 2 for size in shape[:-1]) for half in range(3)} if prod(shape) else ()
+    for corner in sorted(corners):
+        yield slices[(*corner, *(slice(0, size) for size in shape[-1:]))]
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
