@@ -175,7 +175,8 @@ class CompiledModule(Facade):
         """
         check_path("directory", directory, "the path of a directory")
         self._check_empty("load_pretrained")
-        self.session.incoming = FromFiles.found(self.source, directory, strict, seed)
+        with self.session.ranks.failing_alike():
+            self.session.incoming = FromFiles.found(self.source, directory, strict, seed)
 
     def initialize(self, seed: int = 0) -> None:
         """Give weights that are on `meta` random values by each module's own initialiser, drawn from `seed` as plain

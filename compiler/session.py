@@ -228,7 +228,7 @@ class Session:
         """The parameters' names, by their identity."""
         return {id(parameter): name for name, parameter in self._parameters.items()}
 
-    def use(self, format: OwnFormat, optimizer: Attach) -> None:
+    def use(self, format: OwnFormat, optimizer: Attach, digest: str) -> None:
         """Plan for our own optimizer: now where there is a plan already, else with the first one. It is given its store
         then.
 
@@ -239,7 +239,7 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
-        declared = Declaration(format, optimizer)
+        declared = Declaration(format, optimizer, digest)
         if self.setup is None:
             self._declared = declared
         else:
@@ -283,10 +283,11 @@ class Session:
         if not self.places.are_empty:
             self._put()
         elif self.incoming is not None:
-            self.incoming.check()
+            self.places.check(self.incoming)
             with self.half_loaded.while_written("model"):
                 self._put()
-                self.incoming.bring(self.store())
+                with self.ranks.failing_alike():
+                    self.incoming.bring(self.store())
                 self.store().masters_written()
 
     def take_places(self, are_alike: bool) -> None:
@@ -301,7 +302,7 @@ class Session:
         homes = shared_homes(setup.plan, [compiled.plan for compiled in programs])
         if self.is_placed and homes == self._homes:
             return
-        self.places.put(setup, homes, programs, self.phase)
+        self.places.put(setup, homes, programs, self.phase, self._declared)
         self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)

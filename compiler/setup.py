@@ -40,10 +40,12 @@ def move(now: Phase, then: Phase) -> Phase:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there."""
+    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there.
+    `digest` tells it from others, which some ranks may have declared."""
 
     format: OwnFormat
     optimizer: Attach
+    digest: str
 
     def attach(self, store: OwnStore) -> None:
         attach = self.optimizer()

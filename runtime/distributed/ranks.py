@@ -195,6 +195,16 @@ class Ranks:
         _raise(error, dict(enumerate(self.gather(_told(error)))))
 
     @contextmanager
+    def failing_alike(self) -> Iterator[None]:
+        """Where what all ranks do within fails on any of them, all raise, as `raise_alike` does."""
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.raise_alike(error)
+
+    @contextmanager
     def refusing_alike(self) -> Iterator[None]:
         """Where one rank of a pipeline finds no room for its layers, or no way to run them, all those raise that would
         wait for it."""

@@ -1,5 +1,6 @@
 """`model.optimizer(...)`: torch.optim's interface to updates that run beside the program."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,9 @@ GROWTH_STEPS = 2000
 Attach = WeakMethod[Callable[[OwnStore], None]]
 """Who is given the store of the states, if he is still there."""
 
-Use = Callable[[OwnFormat, Attach], None]
-"""Declares of what states are to consist, and who is given the store of them once there is a plan."""
+Use = Callable[[OwnFormat, Attach, str], None]
+"""Declares of what states are to consist, who is given the store of them once there is a plan, and what tells them from
+others that another process may declare."""
 
 
 class ChunkOptimizer(Optimizer):
@@ -58,7 +60,12 @@ class ChunkOptimizer(Optimizer):
         self._demand = demand
         super().__init__(model.param_groups, model.defaults)
         self._format = declared.format(self.param_groups)
-        use(self._format, WeakMethod(self._attach))
+        use(self._format, WeakMethod(self._attach), self._digest())
+
+    def _digest(self) -> str:
+        """Tells what was declared from other declarations, in any process."""
+        groups = [{**group, "params": [self._names[id(p)] for p in group["params"]]} for group in self.param_groups]
+        return hashlib.sha256(repr((self.declared, groups)).encode()).hexdigest()
 
     def _attach(self, store: OwnStore) -> None:
         """There is a plan, and so there are states to update."""

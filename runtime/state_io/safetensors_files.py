@@ -1,5 +1,6 @@
 """Weights as safetensors files, read and written tensor by tensor: what a model takes is never there twice."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,11 +37,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The tensors of a directory, by name. `aliases` are further names of some, as files of ours have them."""
+    """The tensors of a directory, by name. `aliases` are further names of some, as files of ours have them; `stamps`
+    tell a file from what another writes in its place, by its inode, size and time."""
 
     directory: Path
     entries: dict[str, Entry]
     aliases: dict[str, str]
+    stamps: dict[Path, tuple[int, int, int]]
 
     @classmethod
     def found(cls, directory: str | Path) -> "WeightFiles":
@@ -51,25 +54,44 @@ class WeightFiles:
         folder = Path(directory)
         entries: dict[str, Entry] = {}
         aliases: dict[str, str] = {}
+        stamps: dict[Path, tuple[int, int, int]] = {}
         for file, expected in _files(folder).items():
             with _opened(file) as opened:
+                stamps[file] = _stamp(file)
                 told = {name: _entry(file, name, opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
                 aliases |= {alias: name for alias, name in (opened.metadata() or {}).items() if name in told}
             missing = sorted(set(expected) - told.keys())
             if missing:
                 raise CheckpointError(f"nothing was loaded: {file} lacks {missing[0]}, which {INDEX} says is in it")
             entries |= told
-        return cls(folder, entries, aliases)
+        return cls(folder, entries, aliases, stamps)
 
     def check(self) -> None:
         """Raises CheckpointError where the files are not what they were any more."""
         if WeightFiles.found(self.directory) != self:
             raise CheckpointError(
-                f"nothing was loaded: the files in {self.directory} were replaced by others meanwhile"
+                f"nothing was loaded: the files in {self.directory} were replaced by others meanwhile; call "
+                "load_pretrained() again to take these"
             )
 
+    def digest(self, names: Iterable[str]) -> str:
+        """Tells tensors of these names from others, wherever the files lie: by their shapes, dtypes and some values."""
+        found = hashlib.sha256()
+
+        def take(name: str, slices: Any) -> None:
+            entry = self.entries[name]
+            found.update(repr((name, entry.shape, entry.dtype)).encode())
+            for values in _some_rows(slices, entry.shape):
+                found.update(values.reshape(-1).view(torch.uint8).numpy())
+
+        self.read(sorted(names), take)
+        return found.hexdigest()
+
     def read(self, names: Iterable[str], take: Callable[[str, Any], None]) -> None:
-        """Hand each tensor to `take`, as what gives it by its slices; one file is open at a time."""
+        """Hand each tensor to `take`, as what gives it by its slices; one file is open at a time.
+
+        Raises CheckpointError where a file is damaged, or was replaced since it was found: by then some are taken.
+        """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.entries[name].file, []).append(name)
@@ -77,6 +99,11 @@ class WeightFiles:
             with _opened(file) as opened:
                 for name in inside:
                     take(name, opened.get_slice(name) if self.entries[name].shape else opened.get_tensor(name))
+                if _stamp(file) != self.stamps[file]:
+                    raise CheckpointError(
+                        f"{file} was replaced by another while weights were read: some are of the one and some of the "
+                        "other; load them anew when nobody writes there"
+                    )
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
@@ -115,6 +142,18 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{file}{size} is damaged or cut off: {error}; fetch it anew, or load another checkpoint"
         ) from as_cause(error)
+
+
+def _some_rows(slices: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The first, the middle and the last row of a tensor, all of one that has no rows, and nothing of an empty one."""
+    corners = {tuple((size - 1) * half // 2 for size in shape[:-1]) for half in range(3)} if prod(shape) else ()
+    for corner in sorted(corners):
+        yield slices[(*corner, *(slice(0, size) for size in shape[-1:]))]
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    told = file.stat()
+    return told.st_ino, told.st_size, told.st_mtime_ns
 
 
 def _entry(file: Path, name: str, slices: Any) -> Entry:

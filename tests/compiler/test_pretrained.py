@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_tied_weights_that_differ_in_the_files_are_refused(tmp_path: Path) -> No
         model(input_ids=IDS)
 
 
+def test_tied_weights_that_the_files_have_twice_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+    """Masters are float32 in the files and bfloat16 in the chunks."""
+    plain = saved(tmp_path)
+    weights = one_file(tmp_path)
+    rewrite(tmp_path, weights | {"lm_head.weight": weights["model.decoder.embed_tokens.weight"].clone()})
+    model = geminifx.from_pretrained(tmp_path, precision="bf16")
+    model.optimizer(AdamW, masters="bf16-stochastic")
+    assert same(model.state_dict(), plain.bfloat16().float())
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "missing", "index"])
 def test_damaged_files_are_named_before_anything_is_loaded(tmp_path: Path, damage: str) -> None:
     plain = saved(tmp_path, max_shard_size="20kB")
@@ -179,15 +190,21 @@ def test_damaged_files_are_named_before_anything_is_loaded(tmp_path: Path, damag
         model(input_ids=IDS)
     assert all(parameter.is_meta for parameter in model.parameters())
     (tmp_path / name).write_bytes(whole)
+    model.load_pretrained(tmp_path)
     assert same(model.state_dict(), plain), "what is whole again is read"
 
 
-def test_files_that_others_replace_meanwhile_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [Tensor.bfloat16, lambda value: value + 1], ids=["dtype", "values"])
+def test_files_that_others_replace_meanwhile_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
     saved(tmp_path)
     model = geminifx.from_pretrained(tmp_path)
-    rewrite(tmp_path, {name: value.bfloat16() for name, value in one_file(tmp_path).items()})
-    with pytest.raises(CheckpointError, match="were replaced by others meanwhile"):
+    others = {name: change(value) for name, value in one_file(tmp_path).items()}
+    rewrite(tmp_path, others)
+    with pytest.raises(CheckpointError, match=r"were replaced by others meanwhile; call load_pretrained\(\) again"):
         model(input_ids=IDS)
+    model.load_pretrained(tmp_path)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value.float()) for name, value in others.items())
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
@@ -225,6 +242,7 @@ def test_files_of_a_given_size_and_dtype_load_with_transformers(tmp_path: Path, 
 
 MEASURED = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 import geminifx, torch
 from geminifx.models.presets import Shape

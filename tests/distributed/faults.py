@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 RANK = int(os.environ["RANK"])
@@ -114,6 +116,55 @@ def one_update_less() -> None:
             optimizer.step()
 
 
+class Fails(nn.Linear):
+    """Its values cannot be drawn on rank 1."""
+
+    def reset_parameters(self) -> None:
+        if RANK and not self.weight.is_meta:
+            raise OSError("there is no room")
+        super().reset_parameters()
+
+
+def empty(kind: type[nn.Linear] = nn.Linear) -> geminifx.CompiledModule:
+    with geminifx.init_empty():
+        source = nn.Sequential(kind(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    return geminifx.compile(source)
+
+
+def drawn(seed: int = 0, kind: type[nn.Linear] = nn.Linear) -> None:
+    model = empty(kind)
+    model.initialize(seed)
+    model(torch.ones(2, 4))
+
+
+def read(added: float = 0.0, damage: str = "") -> None:
+    """Two ranks that read files of their own; those of rank 1 differ by so much in one weight, or are damaged there
+    "before" they are found or "later"."""
+    values = {
+        "0.weight": torch.ones(4, 4),
+        "0.bias": torch.ones(4),
+        "2.weight": torch.ones(1, 4),
+        "2.bias": torch.ones(1),
+    }
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file(values | {"2.bias": torch.full((1,), 1.0 + added * RANK)}, file)
+        whole, model = file.read_bytes(), empty()
+        for when in ("before", "later"):
+            if when == damage and RANK:
+                file.write_bytes(whole[:-4])
+            if when == "before":
+                model.load_pretrained(folder)
+        model(torch.ones(2, 4))
+
+
+def declared(examples: bool = False, **options: Any) -> None:
+    inputs = {"example_inputs": (torch.ones(2, 4),)} if examples else {}
+    model = geminifx.compile(WithLoss(4, 4), precision="bf16", **inputs)
+    model.optimizer(**{"kind": torch.optim.SGD, "lr": 0.1, "masters": "bf16-stochastic"} | options)
+    model(torch.ones(2, 4)).backward()
+
+
 def meet(fault: str, action: Callable[[], float | None]) -> None:
     try:
         told = action()
@@ -141,6 +192,17 @@ def main() -> None:
     meet("all judge", lambda: judged(by=None))
     meet("judges alone", lambda: judged(by=1))
     meet("an update less", one_update_less)
+    meet("drawn", drawn)
+    meet("drawn from other seeds", lambda: drawn(seed=RANK))
+    meet("cannot be drawn", lambda: drawn(kind=Fails))
+    meet("read", read)
+    meet("other files", lambda: read(added=1.0))
+    meet("damaged files", lambda: read(damage="before"))
+    meet("files damaged later", lambda: read(damage="later"))
+    meet("declared", declared)
+    meet("other chances", lambda: declared(seed=RANK))
+    meet("other chances later", lambda: declared(examples=True, seed=RANK))
+    meet("other rates", lambda: declared(lr=0.1 + RANK))
     meet("death", lambda: train(steps=3, dies_at=1))
 
 

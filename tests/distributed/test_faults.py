@@ -14,6 +14,7 @@ from torch import nn
 SCRIPT = Path(__file__).parent / "faults.py"
 
 
+FAULTLESS = ("none", "all judge", "staged", "drawn", "read", "declared")
 TOGETHER = pytest.mark.xdist_group("faults")  # they share what the processes said
 Said = dict[str, tuple[str, str]]
 
@@ -34,7 +35,7 @@ def said() -> list[Said]:
 @pytest.mark.slow
 @TOGETHER
 def test_without_a_fault_nothing_is_raised(said) -> None:
-    assert [rank[name] for rank in said for name in ("none", "all judge", "staged")] == [("", "")] * 6
+    assert [rank[name] for rank in said for name in FAULTLESS] == [("", "")] * 2 * len(FAULTLESS)
 
 
 @pytest.mark.slow
@@ -55,6 +56,15 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
             "StateError",
             "rank 0: the forward of a training step behind 0 update(s); rank 1: an evaluation.",
         ),
+        (
+            "drawn from other seeds",
+            "StateError",
+            "what gives the weights values, a seed or files, of rank(s) 1 differs",
+        ),
+        ("other files", "StateError", "what gives the weights values, a seed or files, of rank(s) 1 differs from that"),
+        ("other chances", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
+        ("other chances later", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs"),
+        ("other rates", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
         ("an update less", "StateError", "rank 1: the forward of a training step behind 0 update(s). All of them must"),
     ],
 )
@@ -62,6 +72,22 @@ def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
     for rank in said:
         found, text = rank[fault]
         assert found == error and message in text
+
+
+@pytest.mark.slow
+@TOGETHER
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("cannot be drawn", "OSError", "there is no room"),
+        ("damaged files", "CheckpointError", "model.safetensors, "),
+        ("files damaged later", "CheckpointError", "model.safetensors, "),
+    ],
+)
+def test_what_fails_on_one_rank_is_told_on_the_others(said, fault: str, error: str, message: str) -> None:
+    (others, told), (own, text) = (rank[fault] for rank in said)
+    assert own == error and message in text
+    assert others == "StateError" and told == f"rank 1 failed with {error}: {text}"
 
 
 @pytest.mark.slow
