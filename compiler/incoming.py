@@ -171,6 +171,8 @@ class _Codes:
     scales: Stored
 
     def take(self, name: str, slices: Any) -> None:
+        if not self.codes.regions and not self.scales.regions:  # another stage's
+            return
         weight = self.kept.weight
         whole = slices[tuple(slice(0, size) for size in weight.shape)]
         try:
