@@ -9,8 +9,10 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.compiler import pretrained
 from geminifx.models.presets import load_model
 from geminifx.runtime.isa.errors import CheckpointError, StateError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -99,6 +101,33 @@ def test_files_of_the_model_without_its_head_and_with_one_more_prefix(tmp_path: 
     plain = saved(tmp_path)
     rewrite(tmp_path, {name.removeprefix("model."): value for name, value in one_file(tmp_path).items()})
     assert same(geminifx.from_pretrained(tmp_path).state_dict(), plain)
+
+
+def test_one_file_wins_over_the_index_of_a_former_model(tmp_path: Path) -> None:
+    saved(tmp_path, max_shard_size="20kB")
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    del weights["lm_head.weight"]
+    rewrite(tmp_path, {name: value + 1 for name, value in weights.items()})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(plain.lm_head.weight, weights["model.decoder.embed_tokens.weight"])
+    assert same(geminifx.from_pretrained(tmp_path).state_dict(), plain)
+
+
+def test_of_the_hub_nothing_is_fetched_but_a_configuration_and_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = saved(tmp_path, max_shard_size="20kB")
+    ours = {file.name for file in tmp_path.iterdir()}
+    others = {"consolidated.safetensors", "original/model.safetensors", "tokenizer.json", "pytorch_model.bin"}
+    fetched = set[str]()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        fetched.update(filter_repo_objects(ours | others, allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    assert same(geminifx.from_pretrained("someone/some-model").state_dict(), plain)
+    assert fetched == ours
 
 
 @pytest.mark.parametrize("name", ["opt-mini", "config.json"])
