@@ -32,10 +32,11 @@ from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
+from .places import Incoming
 from .saving import DEFAULT, SaveRequest, save_streamed
 from .session import Session
 from .setup import Phase
-from .state_dict import dequantized, local_shards_of, whole_state
+from .state_dict import dequantized, local_shards_of, whole_shapes, whole_state
 from .world import Settled
 
 
@@ -149,6 +150,7 @@ class CompiledModule(Facade):
         session, are_empty = self.session, any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         if are_empty:
             check_loadable(self.source, state_dict)
+        session.incoming = None
         with session.half_loaded.while_written("model") if are_empty else nullcontext():
             if are_empty:
                 materialize(self.source, partial(session.take_places, are_alike=False))
@@ -171,29 +173,37 @@ class CompiledModule(Facade):
         Raises:
             CheckpointError: the files are damaged, or of another model; nothing is changed. Of those that change until
                 they are read, or cannot be read to their end, it tells then, and no step is taken.
-            StateError: the weights have values already.
+            StateError: the weights have values already, all of them; a load that failed may be made up for.
         """
         check_path("directory", directory, "the path of a directory")
         self._check_empty("load_pretrained")
-        self.session.incoming = FromFiles.found(self.source, directory, strict, seed)
+        self._take(FromFiles.found(self.source, directory, strict, seed, whole_shapes(self.session)))
 
     def initialize(self, seed: int = 0) -> None:
         """Give weights that are on `meta` random values by each module's own initialiser, drawn from `seed` as plain
         PyTorch draws them (`models.initialisers` tells where it does not): the same for every layout, budget and number
         of processes. They are drawn, a block at a time, as soon as it is known where they go.
 
-        Raises StateError where the weights have values already, and, when they are drawn, for a module that has
+        Raises StateError where the weights have values already, and, before any is drawn, for a module that has
         parameters and nothing that initialises them.
         """
         self._check_empty("initialize")
-        self.session.incoming = FromInitialisers.of(self.source, seed)
+        self._take(FromInitialisers.of(self.source, seed, whole_shapes(self.session)))
+
+    def _take(self, incoming: Incoming) -> None:
+        """Let `incoming` bring values: at once to weights that have places, as where others have failed to."""
+        self.session.incoming = incoming
+        if not self.session.places.are_empty:
+            self.session.place()
 
     def _fill(self) -> None:
-        """Let weights on `meta` have the values that something was told to bring."""
-        if self.session.incoming is not None and self.session.places.are_empty:
+        """Let weights have the values that something was told to bring."""
+        if self.session.incoming is not None:
             self.session.settle(backward=False)
 
     def _check_empty(self, name: str) -> None:
+        if self.session.half_loaded == {"model"}:
+            return
         self.session.half_loaded.check()
         if not self.session.places.are_empty:
             raise StateError(

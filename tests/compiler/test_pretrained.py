@@ -191,6 +191,76 @@ def test_tied_weights_that_differ_in_the_files_are_refused(tmp_path: Path) -> No
         model(input_ids=IDS)
 
 
+@pytest.mark.parametrize(
+    ("by", "way"),
+    [("state_dict", "load_pretrained"), ("optimizer", "load_pretrained"), ("call", "load_state_dict"),
+     ("call", "load_checkpoint"), ("call", "initialize")],
+)  # fmt: skip
+def test_what_is_whole_makes_up_for_files_that_failed(tmp_path: Path, by: str, way: str) -> None:
+    plain = saved(tmp_path / "good")
+    saved(tmp_path / "bad")
+    weights = one_file(tmp_path / "bad")
+    rewrite(tmp_path / "bad", weights | {"lm_head.weight": weights["model.decoder.embed_tokens.weight"] + 1})
+    model = geminifx.from_pretrained(tmp_path / "bad", example_inputs={"input_ids": IDS, "labels": IDS})
+    fails = {
+        "state_dict": model.state_dict,
+        "call": lambda: model(input_ids=IDS),
+        "optimizer": lambda: [model.plan, model.optimizer(AdamW)],
+    }
+    with pytest.raises(CheckpointError, match="different values"):
+        fails[by]()
+    with pytest.raises(StateError, match=r"load_checkpoint\(\.\.\.\), load_state_dict\(\.\.\.\) or load_pretrained\("):
+        model(input_ids=IDS)
+    if way == "load_pretrained":
+        model.load_pretrained(tmp_path / "good")
+    elif way == "load_state_dict":
+        model.load_state_dict(plain.state_dict())
+    elif way == "initialize":
+        model.initialize(seed=5)
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS["tied"].to_dict()))
+        plain = load_model(str(tmp_path / "config.json"), seed=5)
+    else:
+        geminifx.save_checkpoint(geminifx.from_pretrained(tmp_path / "good"), None, tmp_path / "checkpoint")
+        geminifx.load_checkpoint(model, None, tmp_path / "checkpoint")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert same(model.state_dict(), plain)
+
+
+def test_files_that_cannot_be_had_any_more_leave_weights_to_be_loaded(tmp_path: Path) -> None:
+    """Also where a plan was made anew for an optimizer."""
+    plain = saved(tmp_path / "good")
+    saved(tmp_path / "gone")
+    model = geminifx.from_pretrained(tmp_path / "gone", example_inputs={"input_ids": IDS, "labels": IDS})
+    assert model.plan.layout.chunks
+    (tmp_path / "gone" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="there are no weights"):
+        model.optimizer(AdamW)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_pretrained(tmp_path / "good")
+    assert same(model.state_dict(), plain)
+
+
+def test_modules_that_nobody_initialises_are_told_before_anything_is_drawn() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.scale
+
+    x, plain = torch.randn(3, 4), Scaled()
+    with geminifx.init_empty():
+        model = geminifx.compile(Scaled(), example_inputs=(x,))
+    model.initialize()
+    with pytest.raises(StateError, match=r"the model \(Scaled\) has parameters, and nothing that gives them values"):
+        model(x)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(x), plain(x))
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "missing", "index"])
 def test_damaged_files_are_named_before_anything_is_loaded(tmp_path: Path, damage: str) -> None:
     plain = saved(tmp_path, max_shard_size="20kB")
