@@ -33,7 +33,7 @@ from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
 from .places import Incoming
-from .saving import DEFAULT, SaveRequest, save_streamed
+from .saving import DEFAULT, SaveRequest, save_at_once, save_streamed
 from .session import Session
 from .setup import Phase
 from .state_dict import dequantized, local_shards_of, whole_shapes, whole_state
@@ -225,12 +225,14 @@ class CompiledModule(Facade):
         Args:
             max_shard_size: how large files may be, unless one weight is larger.
             dtype: in which weights are written, and which the configuration tells; by default the masters', float32.
+            options: as the model's own save_pretrained has them. Raises ArgumentError for those that it has not.
         """
         check_path("directory", directory, "the path of a directory")
-        request = SaveRequest.of(max_shard_size, dtype, options)
-        with shared_directory(directory, self.session.ranks, stays_sealed=False) as temporary:
+        request, ranks = SaveRequest.of(max_shard_size, dtype, options), self.session.ranks
+        ranks.raise_alike(request.refusal(self.source, ranks.rank))
+        with shared_directory(directory, ranks, stays_sealed=False) as temporary:
             self.write_pretrained(temporary, request)
-            if self.session.ranks.rank == 0:
+            if ranks.rank == 0:
                 seal(temporary)
                 carry_over(Path(directory), temporary)
 
@@ -238,12 +240,12 @@ class CompiledModule(Facade):
         """What `save_pretrained` saves, into a directory of one that is replaced as a whole."""
         self.session.half_loaded.check()
         self._fill()
-        if request.streams(self.source):
+        if all(self.session.ranks.gather(request.streams(self.source))):
             save_streamed(self.session, directory, request)
             return
         weights = self.state_dict(first_only=True)
         if self.session.ranks.rank == 0:
-            self.source.save_pretrained(directory, **request.with_all(dequantized(self.source, weights)))
+            save_at_once(self.source, directory, request, dequantized(self.source, weights))
 
     # -- inspection ----------------------------------------------------------------------------------------
 
