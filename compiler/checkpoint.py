@@ -146,6 +146,7 @@ def _give_values(session: Session) -> None:
         check_loadable(source, source.state_dict())
         session.half_loaded.add("model")
         materialize(source, partial(session.take_places, are_alike=True))
+    session.incoming = None
     session.settle(backward=False)
 
 

@@ -19,7 +19,8 @@ class HalfLoaded(set[str]):
     def check(self) -> None:
         """Raises StateError where a load has failed half way."""
         if self:
+            others = ", load_state_dict(...) or load_pretrained(...)" if self == {"model"} else ""
             raise StateError(
                 f"a checkpoint could not be read to its end: some values of the {' and the '.join(sorted(self))} are "
-                "of it, others are older; load_checkpoint(...) what is whole before going on"
+                f"of it, others are older; load_checkpoint(...){others} what is whole before going on"
             )

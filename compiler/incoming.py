@@ -1,7 +1,7 @@
 """What brings values to a model's weights when they have places in chunks: files, or the modules' own initialisers."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapters import blocks
-from ..models.initialisers import initialise
+from ..models.initialisers import check_initialisers, initialise
 from ..models.lora import adapter_names, initialise_adapters
 from ..models.weight_names import Matched, matched
 from ..runtime.distributed.local_shards import Region
@@ -19,6 +19,9 @@ from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stored import Stored
 from ..runtime.state_io.safetensors_files import WeightFiles
 from .quantized_weights import Kept, kept_weights
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Those of whole parameters, by all of their names, where the model has parts of them."""
 
 SHOWN = 5
 """How many names an error or a warning tells."""
@@ -35,17 +38,20 @@ class FromInitialisers:
     names: Collection[str] | None = None
 
     @classmethod
-    def of(cls, source: nn.Module, seed: int, names: Collection[str] | None = None) -> "FromInitialisers":
+    def of(
+        cls, source: nn.Module, seed: int, shapes: Shapes, names: Collection[str] | None = None
+    ) -> "FromInitialisers":
         """Raises StateError where weights are quantised: nobody draws codes."""
         if kept_weights(source):
             raise StateError(
                 "random values are for weights as they are, and some of this model's are quantised: load all of them "
                 "from files, or give them values before compile(frozen=)"
             )
-        return cls(source, {name: p.detach() for name, p in source.named_parameters()}, seed, names)
+        return cls(source, _empty(source, shapes), seed, names)
 
     def check(self) -> None:
-        """They can be drawn at any time."""
+        """Raises StateError for a module that has parameters and nothing that initialises them."""
+        check_initialisers(self.source)
 
     def digest(self) -> str:
         return repr((self.seed, self.names))
@@ -66,6 +72,10 @@ class FromPeft:
     empty: dict[str, Tensor]
     seed: int
 
+    def check(self) -> None:
+        """Raises StateError for adapters that PEFT does not draw: they are few, and drawn to find out."""
+        initialise_adapters(self.source, self.empty, self.seed, lambda name, values: None)
+
     def digest(self) -> str:
         return repr(self.seed)
 
@@ -85,12 +95,12 @@ class FromFiles:
     rest: tuple[FromInitialisers | FromPeft, ...]
 
     @classmethod
-    def found(cls, source: nn.Module, directory: Any, strict: bool, seed: int) -> "FromFiles":
+    def found(cls, source: nn.Module, directory: Any, strict: bool, seed: int, shapes: Shapes) -> "FromFiles":
         """What the files lack is drawn from `seed`. Raises CheckpointError where they are not for this model, or, if
         `strict`, lack some of it."""
         files, own = WeightFiles.found(directory), _own_tensors(source)
         names = matched(source, own, files.entries, files.aliases)
-        _check_shapes(own, files, names)
+        _check_shapes(own, shapes, files, names)
         adapters = set(adapter_names(source))
         missing = [name for name in names.missing if name not in adapters]
         told = f"{len(missing)} of the model's weights: {_some(missing)}"
@@ -110,13 +120,15 @@ class FromFiles:
             )
         rest: list[FromInitialisers | FromPeft] = []
         if missing:
-            rest.append(FromInitialisers.of(source, seed, missing))
+            rest.append(FromInitialisers.of(source, seed, shapes, missing))
         if not adapters.isdisjoint(names.missing):
-            rest.append(FromPeft(source, {name: p.detach() for name, p in source.named_parameters()}, seed))
+            rest.append(FromPeft(source, _empty(source, shapes), seed))
         return cls(source, files, names, tuple(rest))
 
     def check(self) -> None:
         self.files.check()
+        for each in self.rest:
+            each.check()
 
     def digest(self) -> str:
         return repr((self.files.digest(self.names.found.values()), [each.digest() for each in self.rest]))
@@ -180,6 +192,8 @@ class _Codes:
     scales: Stored
 
     def take(self, name: str, slices: Any) -> None:
+        if not self.codes.regions and not self.scales.regions:  # another stage's
+            return
         weight = self.kept.weight
         whole = slices[tuple(slice(0, size) for size in weight.shape)]
         try:
@@ -199,14 +213,23 @@ def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
     return own
 
 
-def _check_shapes(own: dict[str, Tensor], files: WeightFiles, names: Matched) -> None:
+def _empty(source: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
+    """All parameters as they are on `meta`, by their first names."""
+    return {
+        name: p.detach() if p.is_meta else torch.empty(shapes.get(name, p.shape), dtype=p.dtype, device="meta")
+        for name, p in source.named_parameters()
+    }
+
+
+def _check_shapes(own: dict[str, Tensor], shapes: Shapes, files: WeightFiles, names: Matched) -> None:
     """Raises CheckpointError for a weight of another shape, or of numbers of another kind."""
     for name, there in names.found.items():
         entry, tensor = files.entries[there], own[name]
-        if entry.shape != tuple(tensor.shape):
+        shape = shapes.get(name, tuple(tensor.shape))
+        if entry.shape != shape:
             raise CheckpointError(
                 f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, the model "
-                f"{tuple(tensor.shape)}; the files are of another model"
+                f"{shape}; the files are of another model"
             )
         if entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise CheckpointError(

@@ -32,10 +32,11 @@ from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
-from .saving import DEFAULT, SaveRequest, save_streamed
+from .places import Incoming
+from .saving import DEFAULT, SaveRequest, save_at_once, save_streamed
 from .session import Session
 from .setup import Phase
-from .state_dict import dequantized, local_shards_of, whole_state
+from .state_dict import dequantized, local_shards_of, whole_shapes, whole_state
 from .world import Settled
 
 
@@ -149,6 +150,7 @@ class CompiledModule(Facade):
         session, are_empty = self.session, any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         if are_empty:
             check_loadable(self.source, state_dict)
+        session.incoming = None
         with session.half_loaded.while_written("model") if are_empty else nullcontext():
             if are_empty:
                 materialize(self.source, partial(session.take_places, are_alike=False))
@@ -171,30 +173,39 @@ class CompiledModule(Facade):
         Raises:
             CheckpointError: the files are damaged, or of another model; nothing is changed. Of those that change until
                 they are read, or cannot be read to their end, it tells then, and no step is taken.
-            StateError: the weights have values already.
+            StateError: the weights have values already, all of them; a load that failed may be made up for.
         """
         check_path("directory", directory, "the path of a directory")
         self._check_empty("load_pretrained")
         with self.session.ranks.failing_alike():
-            self.session.incoming = FromFiles.found(self.source, directory, strict, seed)
+            found = FromFiles.found(self.source, directory, strict, seed, whole_shapes(self.session))
+        self._take(found)
 
     def initialize(self, seed: int = 0) -> None:
         """Give weights that are on `meta` random values by each module's own initialiser, drawn from `seed` as plain
         PyTorch draws them (`models.initialisers` tells where it does not): the same for every layout, budget and number
         of processes. They are drawn, a block at a time, as soon as it is known where they go.
 
-        Raises StateError where the weights have values already, and, when they are drawn, for a module that has
+        Raises StateError where the weights have values already, and, before any is drawn, for a module that has
         parameters and nothing that initialises them.
         """
         self._check_empty("initialize")
-        self.session.incoming = FromInitialisers.of(self.source, seed)
+        self._take(FromInitialisers.of(self.source, seed, whole_shapes(self.session)))
+
+    def _take(self, incoming: Incoming) -> None:
+        """Let `incoming` bring values: at once to weights that have places, as where others have failed to."""
+        self.session.incoming = incoming
+        if not self.session.places.are_empty:
+            self.session.place()
 
     def _fill(self) -> None:
-        """Let weights on `meta` have the values that something was told to bring."""
-        if self.session.incoming is not None and self.session.places.are_empty:
+        """Let weights have the values that something was told to bring."""
+        if self.session.incoming is not None:
             self.session.settle(backward=False)
 
     def _check_empty(self, name: str) -> None:
+        if self.session.half_loaded == {"model"}:
+            return
         self.session.half_loaded.check()
         if not self.session.places.are_empty:
             raise StateError(
@@ -216,12 +227,14 @@ class CompiledModule(Facade):
         Args:
             max_shard_size: how large files may be, unless one weight is larger.
             dtype: in which weights are written, and which the configuration tells; by default the masters', float32.
+            options: as the model's own save_pretrained has them. Raises ArgumentError for those that it has not.
         """
         check_path("directory", directory, "the path of a directory")
-        request = SaveRequest.of(max_shard_size, dtype, options)
-        with shared_directory(directory, self.session.ranks, stays_sealed=False) as temporary:
+        request, ranks = SaveRequest.of(max_shard_size, dtype, options), self.session.ranks
+        ranks.raise_alike(request.refusal(self.source, ranks.rank))
+        with shared_directory(directory, ranks, stays_sealed=False) as temporary:
             self.write_pretrained(temporary, request)
-            if self.session.ranks.rank == 0:
+            if ranks.rank == 0:
                 seal(temporary)
                 carry_over(Path(directory), temporary)
 
@@ -229,12 +242,12 @@ class CompiledModule(Facade):
         """What `save_pretrained` saves, into a directory of one that is replaced as a whole."""
         self.session.half_loaded.check()
         self._fill()
-        if request.streams(self.source):
+        if all(self.session.ranks.gather(request.streams(self.source))):
             save_streamed(self.session, directory, request)
             return
         weights = self.state_dict(first_only=True)
         if self.session.ranks.rank == 0:
-            self.source.save_pretrained(directory, **request.with_all(dequantized(self.source, weights)))
+            save_at_once(self.source, directory, request, dequantized(self.source, weights))
 
     # -- inspection ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from ..runtime.isa.errors import check_path
 from .api import compile
 from .module import CompiledModule
 
-PATTERNS = ("*.json", "*.safetensors")
+PATTERNS = ("config.json", "generation_config.json", "model.safetensors.index.json", "model*.safetensors")
+"""What is fetched of the Hub: neither tokenizers nor weights in other formats, such as consolidated.safetensors."""
 
 
 def from_pretrained(name: str | Path, device_budget: int | str | None = None, *, seed: int = 0, strict: bool = True,

@@ -265,7 +265,8 @@ class Session:
         try:
             self.place()
         except Exception as error:
-            self.phase, self._failure = move(self.phase, Phase.BROKEN), error
+            if not self.is_placed and self.incoming is None:  # values that did not come may be brought by others
+                self.phase, self._failure = move(self.phase, Phase.BROKEN), error
             raise
 
     # -- memory --------------------------------------------------------------------------------------------
@@ -278,16 +279,16 @@ class Session:
 
     def place(self) -> None:
         """Put chunks and buffers where the plan wants them; weights on `meta` wait for whatever brings their values."""
-        if not self.may_place:
+        if not self.may_place or (self.places.are_empty and self.incoming is None):
             return
-        if not self.places.are_empty:
-            self._put()
-        elif self.incoming is not None:
+        if self.incoming is not None:
             self.places.check(self.incoming)
+        self._put()
+        incoming, self.incoming = self.incoming, None
+        if incoming is not None:
             with self.half_loaded.while_written("model"):
-                self._put()
                 with self.ranks.failing_alike():
-                    self.incoming.bring(self.store())
+                    incoming.bring(self.store())
                 self.store().masters_written()
 
     def take_places(self, are_alike: bool) -> None:
@@ -365,8 +366,8 @@ class Session:
 
     def ready(self, backward: bool) -> None:
         """Raises StateError where a step cannot be run as asked."""
-        self.half_loaded.check()
         self.settle(backward)
+        self.half_loaded.check()
 
     def settle(self, backward: bool) -> None:
         """As `ready`, for whoever brings the values."""

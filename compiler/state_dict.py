@@ -24,6 +24,11 @@ def _shared_out(session: Session) -> dict[str, str]:
     return {name: own for name, own in named if own in sharded or own in layout.owners}
 
 
+def whole_shapes(session: Session) -> dict[str, tuple[int, ...]]:
+    """The shapes that parameters have as a whole, of which a process has less, by all of their names."""
+    return {name: session.store().chunks.whole_shape(own) for name, own in _shared_out(session).items()}
+
+
 def sharded_slots(session: Session) -> dict[str, Slot]:
     """Of which parameters this process has a shard, by all of their names, and where that lies."""
     shared_out = _shared_out(session)

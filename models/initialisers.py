@@ -29,6 +29,7 @@ def initialise(model: nn.Module, empty: Mapping[str, Tensor], blocks: Iterable[s
 
     Raises StateError for a module that has parameters and nothing that initialises them.
     """
+    check_initialisers(model)
     replay = _Replay(model, empty, frozenset(blocks), give)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), replay.without_parameters():
         torch.manual_seed(seed)
@@ -36,11 +37,18 @@ def initialise(model: nn.Module, empty: Mapping[str, Tensor], blocks: Iterable[s
         replay.end()
 
 
+def check_initialisers(model: nn.Module) -> None:
+    """Raises StateError for a module that has parameters and nothing that initialises them."""
+    of_models = _of_models(model)
+    for path, module in model.named_modules():
+        if _initialiser(module) is None and id(module) not in of_models and _own(module):
+            raise _unknown(path, module)
+
+
 class _Replay:
     def __init__(self, model: nn.Module, empty: Mapping[str, Tensor], blocks: frozenset[str], give: Give) -> None:
         self.give = give
-        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        self.of_models = {id(part) for module in models for part in module.modules()}  # which `_init_weights` comes to
+        self.of_models = _of_models(model)
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.blocks = {id(module) for path, module in model.named_modules() if path in blocks}
         self.held = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
@@ -74,7 +82,7 @@ class _Replay:
         for child in module.children():
             self.construct(child)
         self._lend(module)
-        self._reset(module)
+        _reset(module)
         if isinstance(module, PreTrainedModel):
             self._initialise(module, module)
         elif id(module) in self.of_models:
@@ -101,22 +109,8 @@ class _Replay:
         torch.set_rng_state(self.states[id(module)])
         for part in _from_the_leaves_up(module):
             self._lend(part)
-            self._reset(part)
+            _reset(part)
         torch.set_rng_state(now)
-
-    def _reset(self, module: nn.Module) -> None:
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-        if reset is not None:
-            reset()
-        elif id(module) not in self.of_models and _own(module):
-            raise self._unknown(module)
-
-    def _unknown(self, module: nn.Module) -> StateError:
-        return StateError(
-            f"{self.paths[id(module)] or 'the model'} ({type(module).__name__}) has parameters, and nothing that gives "
-            "them values: expected a method reset_parameters(), as torch's own modules have. Or load values with "
-            "load_state_dict(...)"
-        )
 
     def _lend(self, module: nn.Module) -> None:
         """Memory for a module's own parameters: whoever leaves them as they are is found out."""
@@ -143,7 +137,7 @@ class _Replay:
                 if values is None or values.is_meta:
                     continue
                 if values.is_floating_point() and values.isnan().any():
-                    raise self._unknown(part)
+                    raise _unknown(self.paths[id(part)], part)
                 owner = self.owners[id(part), name]
                 if self.first[id(owner)] == (id(part), name):
                     self.give(self.names[id(owner)], values.detach())
@@ -160,6 +154,30 @@ class _Replay:
                     f"{self.paths[id(module)]}.{name} is initialised by a module around its block, once more; load "
                     "values with load_state_dict(...)"
                 )
+
+
+def _of_models(model: nn.Module) -> set[int]:
+    """The modules that `_init_weights` of one of Hugging Face's models comes to, by their ids."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return {id(part) for module in models for part in module.modules()}
+
+
+def _initialiser(module: nn.Module) -> Callable[[], object] | None:
+    """What a module's constructor draws its parameters by."""
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+
+
+def _reset(module: nn.Module) -> None:
+    initialiser = _initialiser(module)
+    if initialiser is not None:
+        initialiser()
+
+
+def _unknown(path: str, module: nn.Module) -> StateError:
+    return StateError(
+        f"{path or 'the model'} ({type(module).__name__}) has parameters, and nothing that gives them values: expected "
+        "a method reset_parameters(), as torch's own modules have. Or load values with load_state_dict(...)"
+    )
 
 
 def _own(module: nn.Module) -> list[str]:

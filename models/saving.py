@@ -1,6 +1,7 @@
 """What Hugging Face's `save_pretrained` writes beside weights, where these are written by others."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,11 +26,19 @@ def saved_names(model: PreTrainedModel, names: list[str]) -> list[str]:
     return [name for name in names if name not in left_out]
 
 
-def save_all_but_weights(model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:
-    """Write the configurations and what else belongs to the model; the weights are told to be of `dtype`."""
+def save_all_but_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Write the configurations and what else belongs to the model."""
     model.save_pretrained(directory, state_dict={})
+
+
+def tell_dtype(directory: Path, dtypes: Iterable[torch.dtype]) -> None:
+    """Let a Hugging Face model's configuration tell the first of the weights' dtypes that is a floating-point one, as
+    it is read. Adapters have no configuration that does."""
     file = directory / CONFIG_NAME
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "dtype" not in config:
+        return
+    dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
     file.write_text(
         json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2, sort_keys=True) + "\n",
         encoding="utf-8",

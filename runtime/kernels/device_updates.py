@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..isa.moments import BLOCK
-from . import reference_updates as host_reference
-from . import triton_updates
+from . import reference_updates, triton_updates
 from .rounding import Draws
 from .split_pairs import SplitPair
 from .update_rules import (
@@ -84,7 +83,7 @@ class DeviceKernel:
         if self._launches(pair):
             _launch_adam(pair, gradient, moments, hyper)
         else:
-            host_reference.adam(pair.flat(), _detached_gradient(gradient), moments, hyper)
+            reference_updates.adam(pair.flat(), _detached_gradient(gradient), moments, hyper)
 
     def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
         """Update `pair` and the momentum `buffer` in place by SGD.
@@ -99,7 +98,7 @@ class DeviceKernel:
         if self._launches(pair):
             _launch_sgd(pair, gradient, buffer, hyper)
         else:
-            host_reference.sgd(pair.flat(), _detached_gradient(gradient), buffer, hyper)
+            reference_updates.sgd(pair.flat(), _detached_gradient(gradient), buffer, hyper)
 
     def lion(self, pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) -> None:
         """Update `pair` and `mean` in place by Lion. Tensors are as for `adam`.
@@ -111,7 +110,7 @@ class DeviceKernel:
         if self._launches(pair):
             _launch_lion(pair, gradient, mean, hyper)
         else:
-            host_reference.lion(pair.flat(), _detached_gradient(gradient), mean, hyper)
+            reference_updates.lion(pair.flat(), _detached_gradient(gradient), mean, hyper)
 
     def _launches(self, pair: SplitPair) -> bool:
         """Whether the kernel runs: Triton compiles for GPUs alone, and an empty grid cannot be launched."""

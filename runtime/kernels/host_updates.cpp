@@ -7,7 +7,7 @@
 // The arithmetic is that of torch.optim's single-tensor code on CPUs with fused multiply-add, operation by operation:
 // where torch fuses (lerp, addcmul, add with alpha) there is a fused multiply-add here, everywhere else each operation
 // rounds once. Built with -ffp-contract=off, every variant therefore gives the same bits, whatever the number of
-// threads, and host_reference.py gives them too. NaN weights are written as 0x7fc00000: the carry of the split
+// threads, and reference_updates.py gives them too. NaN weights are written as 0x7fc00000: the carry of the split
 // would turn some NaNs into a finite `hi`.
 //
 // The file includes itself once per instruction set: first the lanes of that set, then the algorithms over them.

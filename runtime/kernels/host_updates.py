@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference_updates as host_reference
+from . import reference_updates
 from .build import KernelBuildError, load
 from .split_pairs import SplitPair
 from .update_rules import (
@@ -125,7 +125,7 @@ class HostKernel:
         if self.variant == TORCH:
             pair, state = _copied(pair, state, into)
             flat = AdamMoments(*(moment.view(-1) for moment in state))
-            host_reference.adam(pair.flat(), _flat_gradient(gradient), flat, hyper)
+            reference_updates.adam(pair.flat(), _flat_gradient(gradient), flat, hyper)
         else:
             self._run(_update(_ADAM, pair, gradient, state, hyper.scalars(), into), threads)
 
@@ -143,7 +143,7 @@ class HostKernel:
         _check(pair, gradient, state, threads, into, self.widens)
         if self.variant == TORCH:
             pair, state = _copied(pair, state, into)
-            host_reference.sgd(pair.flat(), _flat_gradient(gradient), state[0].view(-1) if state else None, hyper)
+            reference_updates.sgd(pair.flat(), _flat_gradient(gradient), state[0].view(-1) if state else None, hyper)
             return
         update = _update(_SGD, pair, gradient, state, hyper.scalars(), into)
         update.fresh, update.nesterov = hyper.first, hyper.nesterov
@@ -160,7 +160,7 @@ class HostKernel:
         _check(pair, gradient, (mean,), threads, into, self.widens)
         if self.variant == TORCH:
             pair, (mean,) = _copied(pair, (mean,), into)
-            host_reference.lion(pair.flat(), _flat_gradient(gradient), mean.view(-1), hyper)
+            reference_updates.lion(pair.flat(), _flat_gradient(gradient), mean.view(-1), hyper)
         else:
             self._run(_update(_LION, pair, gradient, (mean,), hyper.scalars(), into), threads)
 
@@ -173,7 +173,7 @@ class HostKernel:
         """
         check_sum(total, gradient, threads)
         if self.variant == TORCH:
-            host_reference.add(total.view(-1), _flat_gradient(gradient), fresh)
+            reference_updates.add(total.view(-1), _flat_gradient(gradient), fresh)
             return
         values = gradient.values
         job = _Sum(n=total.numel(), total=total.data_ptr(), gradient=values.data_ptr(), kind=_KINDS[values.dtype],

@@ -107,7 +107,10 @@ class WeightFiles:
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
-    """The files of a model, and the tensors that are expected in each."""
+    """The files of a model, and the tensors that are expected in each. One file comes before an index, as in
+    transformers: what a former model's index names may lie there still."""
+    if (folder / ONE_FILE).is_file():
+        return {folder / ONE_FILE: []}
     index = folder / INDEX
     if index.is_file():
         try:
@@ -122,8 +125,6 @@ def _files(folder: Path) -> dict[Path, list[str]]:
                 f"nothing was loaded: cannot read {index}: {error or type(error).__name__}"
             ) from error
         return found
-    if (folder / ONE_FILE).is_file():
-        return {folder / ONE_FILE: []}
     others = sorted(file.name for file in folder.glob("*.bin"))
     hint = f"; {others[0]} is of another format: load it with transformers and save_pretrained() it" if others else ""
     raise CheckpointError(f"there are no weights in {folder}: neither {ONE_FILE} nor {INDEX}{hint}")

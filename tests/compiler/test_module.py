@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import operator
 import re
 from dataclasses import replace
@@ -18,7 +19,7 @@ from geminifx.passes.program.manager import Pass
 from geminifx.passes.program.program import Program, annotate, note
 from geminifx.passes.program.types import TensorType
 from geminifx.passes.program.verify import released
-from geminifx.runtime.isa.errors import CaptureError, StateError, VerificationError
+from geminifx.runtime.isa.errors import ArgumentError, CaptureError, StateError, VerificationError
 from geminifx.runtime.isa.units import format_seconds
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
@@ -94,6 +95,35 @@ def test_other_models_save_as_safetensors(tmp_path: Path) -> None:
     assert "head.weight" not in load_file(file), "tied weights are saved once, and load under every name"
     load_model(other, file)
     assert same(other, model)
+
+
+@pytest.mark.parametrize("case", [OPT, GPT2], ids=lambda case: case.name)
+def test_options_of_transformers_are_honoured_or_refused(case: Case, tmp_path: Path) -> None:
+    model = compiled(case, placement="cpu")
+    given = {name: value + 1 for name, value in model.source.state_dict().items()}
+    asks_for_nothing = {"is_main_process": True, "safe_serialization": True, "push_to_hub": False}
+    for name, options in (("own", asks_for_nothing), ("given", {"state_dict": given}), ("variant", {"variant": "v"})):
+        model.save_pretrained(tmp_path / name, dtype=torch.bfloat16, **options)
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, variant=options.get("variant"))
+        expected = given if name == "given" else model.state_dict()
+        found = loaded.state_dict()
+        assert all(torch.equal(found[each], expected[each].to(found[each].dtype)) for each in found)
+        assert next(loaded.parameters()).dtype == torch.bfloat16
+    for refused in ("is_main_process", "safe_serialization"):
+        with pytest.raises(ArgumentError, match=f"{refused}=False; expected True"):
+            model.save_pretrained(tmp_path / "refused", **{refused: False})
+    assert not (tmp_path / "refused").exists()
+
+
+def test_other_models_refuse_options_that_would_be_dropped(tmp_path: Path) -> None:
+    model = compiled(BLOCKS)
+    for refused in ({"state_dict": {"head.weight": torch.zeros(1)}}, {"push_to_hub": True}, {"nosuch": 1}):
+        with pytest.raises(ArgumentError, match=f"{next(iter(refused))}= is for models with a save_pretrained"):
+            model.save_pretrained(tmp_path / "ck", **refused)
+    assert not (tmp_path / "ck").exists()
+    model.save_pretrained(tmp_path / "ck", safe_serialization=True, state_dict=None)
+    assert (tmp_path / "ck" / "model.safetensors").exists()
 
 
 def test_modes_reach_the_models_own_forward() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.compiler import pretrained
 from geminifx.models.presets import load_model
 from geminifx.runtime.isa.errors import CheckpointError, StateError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -102,6 +104,33 @@ def test_files_of_the_model_without_its_head_and_with_one_more_prefix(tmp_path: 
     assert same(geminifx.from_pretrained(tmp_path).state_dict(), plain)
 
 
+def test_one_file_wins_over_the_index_of_a_former_model(tmp_path: Path) -> None:
+    saved(tmp_path, max_shard_size="20kB")
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    del weights["lm_head.weight"]
+    rewrite(tmp_path, {name: value + 1 for name, value in weights.items()})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(plain.lm_head.weight, weights["model.decoder.embed_tokens.weight"])
+    assert same(geminifx.from_pretrained(tmp_path).state_dict(), plain)
+
+
+def test_of_the_hub_nothing_is_fetched_but_a_configuration_and_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = saved(tmp_path, max_shard_size="20kB")
+    ours = {file.name for file in tmp_path.iterdir()}
+    others = {"consolidated.safetensors", "original/model.safetensors", "tokenizer.json", "pytorch_model.bin"}
+    fetched = set[str]()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        fetched.update(filter_repo_objects(ours | others, allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    assert same(geminifx.from_pretrained("someone/some-model").state_dict(), plain)
+    assert fetched == ours
+
+
 @pytest.mark.parametrize("name", ["opt-mini", "config.json"])
 def test_without_files_values_are_those_of_plain_pytorch(tmp_path: Path, name: str) -> None:
     if name == "config.json":
@@ -171,6 +200,76 @@ def test_tied_weights_that_the_files_have_twice_are_compared_as_they_are_stored(
     model = geminifx.from_pretrained(tmp_path, precision="bf16")
     model.optimizer(AdamW, masters="bf16-stochastic")
     assert same(model.state_dict(), plain.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("by", "way"),
+    [("state_dict", "load_pretrained"), ("optimizer", "load_pretrained"), ("call", "load_state_dict"),
+     ("call", "load_checkpoint"), ("call", "initialize")],
+)  # fmt: skip
+def test_what_is_whole_makes_up_for_files_that_failed(tmp_path: Path, by: str, way: str) -> None:
+    plain = saved(tmp_path / "good")
+    saved(tmp_path / "bad")
+    weights = one_file(tmp_path / "bad")
+    rewrite(tmp_path / "bad", weights | {"lm_head.weight": weights["model.decoder.embed_tokens.weight"] + 1})
+    model = geminifx.from_pretrained(tmp_path / "bad", example_inputs={"input_ids": IDS, "labels": IDS})
+    fails = {
+        "state_dict": model.state_dict,
+        "call": lambda: model(input_ids=IDS),
+        "optimizer": lambda: [model.plan, model.optimizer(AdamW)],
+    }
+    with pytest.raises(CheckpointError, match="different values"):
+        fails[by]()
+    with pytest.raises(StateError, match=r"load_checkpoint\(\.\.\.\), load_state_dict\(\.\.\.\) or load_pretrained\("):
+        model(input_ids=IDS)
+    if way == "load_pretrained":
+        model.load_pretrained(tmp_path / "good")
+    elif way == "load_state_dict":
+        model.load_state_dict(plain.state_dict())
+    elif way == "initialize":
+        model.initialize(seed=5)
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS["tied"].to_dict()))
+        plain = load_model(str(tmp_path / "config.json"), seed=5)
+    else:
+        geminifx.save_checkpoint(geminifx.from_pretrained(tmp_path / "good"), None, tmp_path / "checkpoint")
+        geminifx.load_checkpoint(model, None, tmp_path / "checkpoint")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert same(model.state_dict(), plain)
+
+
+def test_files_that_cannot_be_had_any_more_leave_weights_to_be_loaded(tmp_path: Path) -> None:
+    """Also where a plan was made anew for an optimizer."""
+    plain = saved(tmp_path / "good")
+    saved(tmp_path / "gone")
+    model = geminifx.from_pretrained(tmp_path / "gone", example_inputs={"input_ids": IDS, "labels": IDS})
+    assert model.plan.layout.chunks
+    (tmp_path / "gone" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="there are no weights"):
+        model.optimizer(AdamW)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_pretrained(tmp_path / "good")
+    assert same(model.state_dict(), plain)
+
+
+def test_modules_that_nobody_initialises_are_told_before_anything_is_drawn() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.scale
+
+    x, plain = torch.randn(3, 4), Scaled()
+    with geminifx.init_empty():
+        model = geminifx.compile(Scaled(), example_inputs=(x,))
+    model.initialize()
+    with pytest.raises(StateError, match=r"the model \(Scaled\) has parameters, and nothing that gives them values"):
+        model(x)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "missing", "index"])

@@ -7,9 +7,12 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.compiler.incoming import _Codes
+from geminifx.compiler.quantized_weights import Kept
 from geminifx.runtime.isa.errors import StateError
-from geminifx.runtime.isa.quantized import DEQUANTIZE
+from geminifx.runtime.isa.quantized import DEQUANTIZE, Dequantized
 from geminifx.runtime.kernels.quantized import quantize
+from geminifx.runtime.memory.stored import Stored
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -147,6 +150,16 @@ def test_files_are_read_into_codes_and_codes_saved_as_values(tmp_path: Path, for
         empty = Adapted()
     with pytest.raises(StateError, match="some of this model's are quantised"):
         compiled(empty, frozen=format).initialize()
+
+
+def test_weights_of_other_stages_are_not_read() -> None:
+    class Unread:
+        def __getitem__(self, place: Any) -> Tensor:
+            raise AssertionError("nothing of it is kept here")
+
+    elsewhere = Stored.of(torch.empty(0), (WIDTH, WIDTH), ())
+    kept = Kept("codes", "scales", Dequantized("nf4", (WIDTH, WIDTH), torch.float32, torch.float32))
+    _Codes(kept, elsewhere, elsewhere).take("weight", Unread())
 
 
 def test_a_quantised_model_is_compiled_again_for_another_precision() -> None:

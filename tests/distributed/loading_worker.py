@@ -5,11 +5,15 @@ each has for its whole state, and what it has read of it; it saves each model be
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import geminifx
 import torch
+from geminifx.runtime.isa.errors import CheckpointError
+from geminifx.runtime.state_io.safetensors_files import WeightFiles
 from torch import distributed as dist
 from torch.optim import AdamW
 
@@ -28,12 +32,28 @@ def whole(model: geminifx.CompiledModule) -> dict[str, Any]:
     return {"state": {name: value.clone() for name, value in model.state_dict().items()}, "loss": loss.detach()}
 
 
+def fail(*arguments: Any) -> None:
+    raise CheckpointError("the disk is gone")
+
+
+def read_anew(directory: Path, options: dict[str, Any]) -> geminifx.CompiledModule:
+    """By a model whose weights had places when another load of them failed."""
+    model = geminifx.from_pretrained(directory, placement="cpu", **options)
+    model.optimizer(AdamW, lr=1e-3)
+    with mock.patch.object(WeightFiles, "read", fail), suppress(CheckpointError):
+        model(input_ids=IDS, labels=IDS)
+    assert model.session.half_loaded == {"model"}
+    model.load_pretrained(directory)
+    return model
+
+
 def main(out: Path) -> None:
     found = {}
     for mode, options in MODES.items():
         read = geminifx.from_pretrained(out.parent / "model", placement="cpu", **options)
         found[f"{mode}, read"] = whole(read)
         read.save_pretrained(out.parent / mode, max_shard_size="20kB", dtype=torch.bfloat16)
+        found[f"{mode}, read anew"] = {"state": read_anew(out.parent / "model", options).state_dict()}
         drawn = geminifx.from_pretrained(str(out.parent / "config.json"), seed=SEED, placement="cpu", **options)
         found[f"{mode}, drawn"] = whole(drawn)
     if dist.get_rank() == 0:

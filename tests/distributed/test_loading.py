@@ -46,6 +46,12 @@ def test_the_whole_is_what_plain_pytorch_has(folder: Path, mode: str, how: str) 
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_files_are_read_anew_where_weights_have_places(folder: Path, mode: str) -> None:
+    found = launched(HERE / "loading_worker.py", folder / "found.pt", ranks=2)[f"{mode}, read anew"]
+    assert same(found["state"], expected(folder, "read").state_dict())
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_what_is_saved_is_the_whole(folder: Path, mode: str) -> None:
     launched(HERE / "loading_worker.py", folder / "found.pt", ranks=2)
     saved = AutoModelForCausalLM.from_pretrained(folder / mode)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from geminifx.runtime.kernels import device_updates as device_kernel
-from geminifx.runtime.kernels import reference_updates as host_reference
+from geminifx.runtime.kernels import reference_updates
 from geminifx.runtime.kernels.device_updates import DeviceKernel, available_variants
 from geminifx.runtime.kernels.host_updates import HostKernel
 from geminifx.runtime.kernels.split_pairs import SplitPair, split
@@ -83,8 +83,8 @@ def test_plain_torch_gives_the_host_kernels_bits(hyper, dtype, values):
 @pytest.mark.parametrize("draws", [None, DRAWS], ids=["exact", "rounded"])
 def test_plain_torch_as_a_device_runs_it(hyper, draws, monkeypatch):
     """Without fused operations and in several pieces."""
-    monkeypatch.setattr(host_reference, "torch_fuses", lambda: False)
-    monkeypatch.setattr(host_reference, "pieces", lambda flat, _: (slice(0, 1000), slice(1000, flat.numel())))
+    monkeypatch.setattr(reference_updates, "torch_fuses", lambda: False)
+    monkeypatch.setattr(reference_updates, "pieces", lambda flat, _: (slice(0, 1000), slice(1000, flat.numel())))
     check(DeviceKernel("torch"), hyper, lambda: Problem(1500 + 7, 4, torch.bfloat16, 128, draws=draws), "cpu")
 
 

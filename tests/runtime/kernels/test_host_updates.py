@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from geminifx.runtime.kernels import host_updates as host_kernel
-from geminifx.runtime.kernels import reference_updates as host_reference
+from geminifx.runtime.kernels import reference_updates
 from geminifx.runtime.kernels.host_updates import HostKernel, available_variants
 from geminifx.runtime.kernels.split_pairs import PIECE, SplitPair, join, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient, SgdHyper
@@ -118,7 +118,7 @@ def test_threads_pieces_and_bulk_agree(hyper, draws):
 def test_the_fallback_needs_no_fused_torch(hyper, monkeypatch):
     expected, found = Problem(5000, 1, torch.bfloat16), Problem(5000, 1, torch.bfloat16)
     expected.update(HostKernel(), hyper)
-    monkeypatch.setattr(host_reference, "torch_fuses", lambda: False)
+    monkeypatch.setattr(reference_updates, "torch_fuses", lambda: False)
     found.update(HostKernel("torch"), hyper)
     assert found.equals(expected)
 
@@ -148,7 +148,7 @@ def test_fused_multiply_add_rounds_once():
     b = torch.cat([any_bits(3000, 2), near_tie[1:2], -near_tie[1:2]])
     c = torch.cat([any_bits(3000, 3), near_tie[2:], -near_tie[2:]])
     exact = torch.tensor([libm(*row) for row in torch.stack([a, b, c], 1).tolist()], dtype=torch.float32)
-    assert same(host_reference.fused_multiply_add(a, b, c), exact)
+    assert same(reference_updates.fused_multiply_add(a, b, c), exact)
 
 
 def test_a_callers_floating_point_mode_does_not_matter():
@@ -181,7 +181,7 @@ def test_sums_agree(numel, seed, dtype, scale, fresh, offset):
     for variant in available_variants():
         found[variant] = start.clone()
         HostKernel(variant).add(found[variant], Gradient(values, scale), 2, fresh=fresh)
-    expected = values.float() * scale if fresh else host_reference._add_exactly(start, values.float(), scale)
+    expected = values.float() * scale if fresh else reference_updates._add_exactly(start, values.float(), scale)
     for variant, total in found.items():
         assert same(total, expected), variant
 
@@ -189,7 +189,7 @@ def test_sums_agree(numel, seed, dtype, scale, fresh, offset):
 @pytest.mark.parametrize("variant", ("avx512", "avx2", "plain", "torch"))
 def test_sums_are_torch_s(variant):
     values, total = gradients(1), gradients(2).float()
-    expected = total.add(values, alpha=0.3) if host_reference.torch_fuses() else None
+    expected = total.add(values, alpha=0.3) if reference_updates.torch_fuses() else None
     kernel_or_skip(variant).add(total, Gradient(values, 0.3), 5, fresh=False)
     assert expected is None or torch.equal(total, expected)
 
@@ -212,7 +212,7 @@ def test_sums_that_would_be_read_wrong_are_refused(total, values, threads, messa
 # -- torch.optim ---------------------------------------------------------------------------------------------
 
 STEPS, NUMEL = 50, 4096 + 13
-fused = pytest.mark.skipif(not host_reference.torch_fuses(), reason="torch itself rounds twice on this CPU")
+fused = pytest.mark.skipif(not reference_updates.torch_fuses(), reason="torch itself rounds twice on this CPU")
 EVERY_VARIANT = pytest.mark.parametrize("variant", ("avx512", "avx2", "plain", "torch"))
 
 
