@@ -3,7 +3,8 @@
 import functools
 import inspect
 from collections.abc import Iterator
-from types import MethodType
+from contextlib import suppress
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -27,14 +28,23 @@ def owners_in(value: Any, path: str, depth: int = 0) -> Owners:
     elif isinstance(value, functools.partial):
         inside = {"func": value.func, **{str(i): each for i, each in enumerate(value.args)}, **value.keywords}
     elif inspect.isfunction(value):
-        closed = inspect.getclosurevars(value)
-        inside = {n: each for n, each in closed.globals.items() if not inspect.isroutine(each)} | dict(closed.nonlocals)
+        inside = _named_in(value)
     elif _is_users(value):
         yield value, path
         inside = vars(value)
     for name, each in inside.items() if depth < _DEEPEST else ():
         if name == "__self__" or (callable(each) and not isinstance(each, type)):
             yield from owners_in(each, path if name == "__self__" else f"{path}.{name}", depth + 1)
+
+
+def _named_in(function: FunctionType) -> dict[str, Any]:
+    """What a function names: globals, and variables of the functions around it, as far as they have values."""
+    known, code = function.__globals__, function.__code__
+    named = {name: known[name] for name in code.co_names if name in known and not inspect.isroutine(known[name])}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # which is what an empty cell raises, and inspect.getclosurevars with it
+            named[name] = cell.cell_contents
+    return named
 
 
 def _is_users(value: Any) -> bool:

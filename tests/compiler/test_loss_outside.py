@@ -111,6 +111,13 @@ def closing(loss: nn.Module) -> Any:
     return lambda output, y: loss(output, y)
 
 
+def closing_over_nothing(loss: nn.Module) -> Any:
+    """Over a variable that has no value, besides."""
+    if not isinstance(loss, nn.Module):
+        unset = None
+    return lambda output, y: loss(output, y) if isinstance(output, Tensor) else unset
+
+
 def partial(loss: nn.Module) -> Any:
     return functools.partial(lambda output, inner, y: inner(output, y), inner=loss)
 
@@ -119,6 +126,7 @@ GIVEN: dict[str, Callable[[nn.Module], Any]] = {
     "itself": lambda loss: loss,
     "its method": lambda loss: loss.forward,
     "a closure": closing,
+    "a closure over an unset variable": closing_over_nothing,
     "an object": Plain,
     "an object's method": lambda loss: Plain(loss).__call__,
     "a partial": partial,
