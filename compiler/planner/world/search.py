@@ -57,10 +57,11 @@ class WorldPlan:
     def without_chosen(self, why: str, of_memory: bool, needed_bytes: int) -> "WorldPlan | None":
         """The plan for the next best way; None where there is no other, or enough were refused. One that was refused
         for want of device memory, of which its program needs so many bytes (0: nobody knows), gives way to one that
-        takes less in proportion."""
+        takes less in proportion, one that cannot be divided so to one that divides the model otherwise."""
         if not self.fallbacks or len(self.notes) == MOST_REFUSED:
             return None
-        chosen = min(self.fallbacks, key=self._priority(needed_bytes)) if of_memory else self.fallbacks[0]
+        by_kind = lambda one: (_kind(one.way) == _kind(self.chosen.way), one.step_s)  # noqa: E731
+        chosen = min(self.fallbacks, key=self._priority(needed_bytes) if of_memory else by_kind)
         note = f"not taken: {self.chosen.way}, of which the whole program tells: {why}"
         return replace(
             self,
@@ -148,6 +149,11 @@ def _of_each_degrees(ranked: Iterable[Priced]) -> list[Priced]:
     for priced in ranked:
         found.setdefault(_degrees(priced), priced)
     return list(found.values())
+
+
+def _kind(way: Way) -> tuple[bool, str]:
+    """What a way divides of the model: layers, and tensors by a mode."""
+    return way.pipeline > 1, way.mode
 
 
 def _of_other_programs(found: Iterable[Priced], chosen: Priced) -> tuple[Priced, ...]:
