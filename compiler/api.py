@@ -10,6 +10,7 @@ from ..runtime.isa.errors import REFUSALS, ArgumentError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
 from .forward import with_loss
+from .guess import of_a_guess
 from .module import CompiledModule
 from .options import Options
 from .world import Settled, settle, settle_otherwise
@@ -28,9 +29,9 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         options: fields of `Options`.
 
     Returns:
-        A module with the same call, outputs and parameter names. A model with `example_inputs=` is captured and planned
-        at once; any other at its first call, by what it is called with, or, a Hugging Face model, when its plan, graph
-        or state is asked for, by inputs made from its configuration.
+        A module with the same call, outputs and parameter names. A model with `example_inputs=`, or for whose processes
+        a way was chosen, is captured and planned at once; any other at its first call, by what it is called with, or, a
+        Hugging Face model, when its plan, graph or state is asked for, by inputs made from its configuration.
 
     Raises:
         ArgumentError: an option is unknown or makes no sense; it is a ValueError, too.
@@ -71,6 +72,9 @@ def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
         compiled.forward = with_loss(model, chosen.loss_fn)
     if chosen.example_inputs is not None:
         _prepare(compiled, chosen.example_inputs)
+    elif settled.guess is not None:
+        with of_a_guess():
+            _prepare(compiled, settled.guess)
     elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at
         compiled.session.plan_by_guess()
     return compiled

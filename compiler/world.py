@@ -10,7 +10,7 @@ from torch import nn
 
 from ..models.adapters import blocks, example_inputs
 from ..runtime.distributed.ranks import ALONE, Ranks
-from ..runtime.isa.errors import ArgumentError, CaptureError
+from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
@@ -36,17 +36,25 @@ HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("devi
 
 @dataclass(frozen=True)
 class Settled:
-    """Options in which nothing is left open, the plan for the world where one was made, what plans tell of it, and the
-    processes that go by it, as far as they are known before."""
+    """Options in which nothing is left open, the plan for the world where one was made, what plans tell of it, one
+    process's batch by which it was made, and the processes that go by it, as far as they are known before."""
 
     options: Options
     world: WorldPlan | None = None
     notes: tuple[str, ...] = ()
+    arguments: Arguments = ((), {})
     ranks: Ranks = ALONE
 
     @classmethod
     def by(cls, world: WorldPlan, options: Options, arguments: Arguments, ranks: Ranks) -> "Settled":
-        return cls(_with(options, world, arguments), world, world.lines(), ranks)
+        return cls(_with(options, world, arguments), world, world.lines(), arguments, ranks)
+
+    @property
+    def guess(self) -> Mapping[str, Any] | None:
+        """A group's batch, made from the model's configuration, where nothing else told how to share the work."""
+        if self.world is None or self.options.example_inputs is not None:
+            return None
+        return resized(self.arguments, self.world.examples_per_group)[1]
 
 
 def settle(model: nn.Module, options: Options) -> Settled:
@@ -85,12 +93,18 @@ def settle(model: nn.Module, options: Options) -> Settled:
 
 
 def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:
-    """The next best way in place of one whose whole program is `refusal`ed. Raises that where there is no other."""
-    why = str(refusal).partition(";")[0]
-    world, arguments = settled.world and settled.world.without_chosen(why), _given(asked)
-    if world is None or arguments is None:
+    """The next best way in place of one whose whole program is `refusal`ed, the same for all processes. Raises that
+    where there is no other."""
+    if settled.world is None:
         raise refusal
-    return Settled.by(world, asked, arguments, settled.ranks)
+    of_memory = isinstance(refusal, BudgetError) and refusal.tier != "host"
+    needed_bytes = getattr(refusal, "smallest_bytes", None) if of_memory else None
+    world = settled.world.without_chosen(
+        str(refusal).partition(";")[0], *max(settled.ranks.gather((of_memory, needed_bytes or 0)))
+    )
+    if world is None:
+        raise refusal
+    return Settled.by(world, asked, settled.arguments, settled.ranks)
 
 
 def choose_world(
@@ -194,11 +208,8 @@ def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:
 
 
 def _with(options: Options, world: WorldPlan, arguments: Arguments) -> Options:
-    """The options as if the chosen way had been asked for. What one process does with its part is decided by its own
-    plan, later: in how many microbatches, where states live, and what is computed again."""
-    way, changes = world.chosen.way, dict[str, Any](parallel=world.chosen.way.degrees())
-    if way.pipeline > 1:
-        changes |= {"schedule": way.schedule, "microbatches": way.microbatches}
+    """The options as if the chosen way had been asked for."""
+    changes = world.chosen.way.options()
     if options.example_inputs is not None and world.examples_per_group != examples(arguments):
         args, kwargs = resized(arguments, world.examples_per_group)
         changes["example_inputs"] = kwargs or args

@@ -9,6 +9,7 @@ from geminifx.compiler.capture.trace import CaptureRequest
 from geminifx.compiler.device import ALLOCATOR_SLACK, WORKSPACE_BYTES, Device
 from geminifx.compiler.device_memory import DeviceMemory
 from geminifx.compiler.options import Options
+from geminifx.compiler.planner.problem import Planning
 from geminifx.compiler.planner.world.costs import Costed, Costs
 from geminifx.compiler.planner.world.model import Model
 from geminifx.compiler.planner.world.search import WorldPlan
@@ -190,6 +191,21 @@ def test_a_way_whose_whole_program_does_not_fit_gives_way_to_the_next(monkeypatc
     model = compiled(world_size=4, device_budget="2.5MB", placement="cuda", microbatches=2)
     assert model.plan.mesh.data_size == model.world.chosen.way.data
     assert any("not taken: data 4" in note for note in model.plan.notes)
+
+
+def test_a_refused_program_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where inputs are made from the configuration."""
+    tried: list[dict[str, Any]] = []
+
+    def refuse(self: Planning, *args: Any) -> None:
+        tried.append({"parallel": self.options.parallel, "schedule": self.options.schedule})
+        raise BudgetError("no room; here", 2 * 10**9)
+
+    monkeypatch.setattr(Planning, "decide", refuse)
+    monkeypatch.setattr("geminifx.compiler.planner.world.search.MOST_REFUSED", 2)
+    with pytest.raises(BudgetError, match="no room"):
+        geminifx.compile(opt(), world_size=4, device_budget="1GB")
+    assert len(tried) == len({str(each) for each in tried}) == 3
 
 
 class Stack(nn.Module):

@@ -250,11 +250,13 @@ class Costed:
         return num_bytes / self.way.replicas + passing if is_divided else num_bytes
 
     def _working(self) -> np.ndarray:
-        """Activations: of as many microbatches as are in flight, and of a block that is computed again."""
-        stages, share = self.stages, self.way.recompute
+        """A group's batch, and activations: of as many microbatches as are in flight, and of a block that is computed
+        again."""
+        model, stages, share = self.costs.model, self.stages, self.way.recompute
+        given = model.input_bytes * self.costs.world.examples / self.way.data / model.units.examples
         kept = self._by_rank(stages.kept_bytes + share * (stages.given_bytes - stages.kept_bytes))
         again = stages.block_bytes[self.of_rank].max(axis=1) if share else 0.0
-        return in_flight(self.way) * kept / self.way.stages_per_rank + again
+        return given + in_flight(self.way) * kept / self.way.stages_per_rank + again
 
     # -- seconds -------------------------------------------------------------------------------------------
 

@@ -27,12 +27,13 @@ from .units import Unit, Units, measured
 class Model:
     """What each block takes, with all that goes with it, in the order of the model; `heads` is what attention divides
     by, 0 where nothing is known of it. `makes_its_loss` tells whether one number is all that is differentiable, as
-    a pipeline needs it."""
+    a pipeline needs it; `input_bytes` are what the call brings that was captured."""
 
     units: Units
     shortened: Shortened
     heads: int = 0
     makes_its_loss: bool = True
+    input_bytes: int = 0
     _cuts: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -52,7 +53,7 @@ class Model:
         saved, program = logits_bytes(captured.program), captured.program.copy()
         canonicalize.rewrite(program, Plan())
         units = measured(program, short.left, examples(given), saved)
-        return cls(units, short, _heads(model), _makes_its_loss(captured))
+        return cls(units, short, _heads(model), _makes_its_loss(captured), _num_bytes(given))
 
     @cached_property
     def parts(self) -> tuple[tuple[Unit, ...], ...]:
@@ -94,6 +95,10 @@ def _captured(model: nn.Module, arguments: Arguments, request: CaptureRequest) -
 def _makes_its_loss(captured: Captured) -> bool:
     outputs = captured.program.results_of("output")
     return all(is_number(outputs[str(i)]) for i in captured.differentiable)
+
+
+def _num_bytes(arguments: Arguments) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
 
 
 def _seconds(unit: Unit, rates: Rates) -> float:

@@ -1,6 +1,6 @@
 """The choice: of all ways those that fit the memory, ranked by the closed formulas, the best of them on the clock."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ....runtime.isa.errors import BudgetError
@@ -17,20 +17,25 @@ MOST_FORWARDS = 2**16
 TOLD = 5
 """So many others are told of beside the chosen one, each of other degrees."""
 
+MOST_REFUSED = 8
+"""So many ways are given up whose whole programs tell that they cannot run, each of which takes a compilation."""
+
 TIE = 0.01
 """Of ways that take about as long the simplest is chosen."""
 
 
 @dataclass(frozen=True)
 class WorldPlan:
-    """How a world shares the work: the way that was `chosen`, the next best, and for what it was planned. Of `weighed`
-    ways `fitting` do fit the memory."""
+    """How a world shares the work: the way that was `chosen`, the next best of other degrees, and for what it was
+    planned. Of `weighed` ways `fitting` do fit the memory. `fallbacks` are all those of other programs, the fastest
+    first."""
 
     world: World
     chosen: Priced
     others: tuple[Priced, ...]
     weighed: int
     fitting: int
+    fallbacks: tuple[Priced, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -49,12 +54,29 @@ class WorldPlan:
             *self.notes,
         )
 
-    def without_chosen(self, why: str) -> "WorldPlan | None":
-        """The plan for the next best way; None where there is no other."""
-        if not self.others:
+    def without_chosen(self, why: str, of_memory: bool, needed_bytes: int) -> "WorldPlan | None":
+        """The plan for the next best way; None where there is no other, or enough were refused. One that was refused
+        for want of device memory, of which its program needs so many bytes (0: nobody knows), gives way to one that
+        takes less in proportion, one that cannot be divided so to one that divides the model otherwise."""
+        if not self.fallbacks or len(self.notes) == MOST_REFUSED:
             return None
+        by_kind = lambda one: (_kind(one.way) == _kind(self.chosen.way), one.step_s)  # noqa: E731
+        chosen = min(self.fallbacks, key=self._priority(needed_bytes) if of_memory else by_kind)
         note = f"not taken: {self.chosen.way}, of which the whole program tells: {why}"
-        return replace(self, chosen=self.others[0], others=self.others[1:], notes=(*self.notes, note))
+        return replace(
+            self,
+            chosen=chosen,
+            others=tuple(other for other in self.others if other.way.options() != chosen.way.options()),
+            fallbacks=tuple(other for other in self.fallbacks if other is not chosen),
+            notes=(*self.notes, note),
+        )
+
+    def _priority(self, needed_bytes: int) -> Callable[[Priced], tuple[float, float]]:
+        """Those first that take little enough, by time, then the others, by what they take."""
+        budget, most_bytes = self.world.device_bytes, float(self.chosen.device_bytes)
+        if budget is not None and needed_bytes > budget:
+            most_bytes *= budget / needed_bytes
+        return lambda one: (one.device_bytes if one.device_bytes >= most_bytes else 0, one.step_s)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -69,7 +91,7 @@ def told(priced: Priced) -> str:
     )
 
 
-def choose(model: Model, world: World, space: Space, notes: tuple[str, ...] = ()) -> WorldPlan:
+def choose(model: Model, world: World, space: Space) -> WorldPlan:
     """The fastest way that fits. Raises BudgetError where none does, with the least that would."""
     costs, ways = Costs(model, world), list(space.ways())
     fitting = [found for way in ways if (found := costs.priced(way)) is not None]
@@ -86,7 +108,8 @@ def choose(model: Model, world: World, space: Space, notes: tuple[str, ...] = ()
     unknown = [one for one in ranked if _degrees(one) not in known][: max(0, TOLD + 1 - len(known))]
     others = [*(one for one in known.values() if one is not chosen), *(costs.simulated(one.way) for one in unknown)]
     others = sorted(others, key=lambda one: one.step_s)[:TOLD]
-    return WorldPlan(world, chosen, tuple(others), len(ways), len(fitting), notes)
+    fallbacks = _of_other_programs([*confirmed, *others, *fitting], chosen)
+    return WorldPlan(world, chosen, tuple(others), len(ways), len(fitting), fallbacks)
 
 
 def weigh(model: Model, world: World, way: Way, homes: Iterable[Home]) -> Priced:
@@ -126,6 +149,19 @@ def _of_each_degrees(ranked: Iterable[Priced]) -> list[Priced]:
     for priced in ranked:
         found.setdefault(_degrees(priced), priced)
     return list(found.values())
+
+
+def _kind(way: Way) -> tuple[bool, str]:
+    """What a way divides of the model: layers, and tensors by a mode."""
+    return way.pipeline > 1, way.mode
+
+
+def _of_other_programs(found: Iterable[Priced], chosen: Priced) -> tuple[Priced, ...]:
+    """The first for each of what compile can be told but the chosen one, the fastest first."""
+    programs = {str(chosen.way.options()): chosen}
+    for priced in found:
+        programs.setdefault(str(priced.way.options()), priced)
+    return tuple(sorted(list(programs.values())[1:], key=lambda one: one.step_s))
 
 
 def _refusal(model: Model, world: World, ways: list[Way]) -> BudgetError:

@@ -80,6 +80,12 @@ class Way:
             found["tensor"] = {"mode": self.mode, "size": self.tensor, **depth}
         return found
 
+    def options(self) -> dict[str, Any]:
+        """The options of compile that say it. What one process does with its part is decided by its own plan: in how
+        many microbatches, where states live, and what is computed again."""
+        found: dict[str, Any] = {"parallel": self.degrees()}
+        return found | ({"schedule": self.schedule, "microbatches": self.microbatches} if self.pipeline > 1 else {})
+
     def __str__(self) -> str:
         words = [f"data {self.data}"] if self.data > 1 else []
         if self.pipeline > 1:

@@ -107,6 +107,31 @@ def test_heads_decide_over_how_many_tensors_are_sharded() -> None:
     assert {way.tensor for way in Space(8, 64, 4, heads=0).ways()} == {1}
 
 
+def test_fallbacks_are_other_programs_and_take_less_where_memory_was_short() -> None:
+    world = world_of(CLUSTERS["8-pcie"], 24 * GB)
+    plan = choose(measured("gpt2-xl"), world, space_of(measured("gpt2-xl"), world))
+    programs = [str(each.way.options()) for each in (plan.chosen, *plan.fallbacks)]
+    assert len(set(programs)) == len(programs)
+    assert {each.way.zero for each in plan.fallbacks if each.way.data == 8} >= {1, 2, 3} - {plan.chosen.way.zero}
+    least = plan.without_chosen("no room", True, 240 * GB)
+    assert least is not None
+    assert least.chosen.device_bytes == min(each.device_bytes for each in plan.fallbacks)
+    less = plan.without_chosen("no room", True, 0)
+    smaller = [each for each in plan.fallbacks if each.device_bytes < plan.chosen.device_bytes]
+    assert less is not None and less.chosen is smaller[0]
+    other = plan.without_chosen("no way to divide it", False, 0)
+    assert plan.chosen.way.pipeline > 1 and other is not None
+    assert other.chosen.way.pipeline == 1 or other.chosen.way.mode != plan.chosen.way.mode
+
+
+def test_what_the_batch_takes_is_counted() -> None:
+    model, world = measured("gpt2-xl"), world_of(CLUSTERS["8-pcie"], None)
+    with_batch, without = (
+        Costs(each, world).least_bytes(Way(data=8)) for each in (model, replace(model, input_bytes=0))
+    )
+    assert with_batch - without == pytest.approx(2 * 2 * 1024 * 8, abs=1), "tokens and labels of two examples"
+
+
 def test_where_nothing_fits_it_says_what_takes_least() -> None:
     world = replace(world_of(CLUSTERS["8-pcie"], GB // 10), host_bytes=None)
     with pytest.raises(BudgetError, match="takes least of a device") as refused:
