@@ -13,6 +13,7 @@ from ...models.presets import empty_model
 from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.units import format_bytes, format_seconds, parse_bytes
 from ..capture.trace import CaptureRequest
+from ..device import HOST_SHARE
 from ..parallel import Parallel, cannot_run, parse_parallel
 from ..planner.pipeline.schedules import KINDS, Shape, misfit
 from ..planner.pipeline.trace import chrome_trace
@@ -63,7 +64,7 @@ class Asked:
             )
             plan = choose(model, world, space)
             return plan.chosen, plan.lines()
-        way = self._way(world, len(model.parts))
+        way = self._way(world, len(model.parts), model.heads)
         why_not = cannot_run(Parallel.of(way.degrees()), way.microbatches, way.schedule)
         priced = weigh(model, world, way, ("host",) if way.schedule == ROUND_ROBIN else ("device", "host"))
         lines = (f"of {cluster.size} processes on {cluster}: {told(priced)}",)
@@ -88,17 +89,23 @@ class Asked:
         """Of the host no more is asked than it is known to have."""
         rates = given_rates(self.rates) or cluster.rates or preset(OTHER_CARD)
         budget = None if self.device_budget is None else parse_bytes(self.device_budget)
-        host_bytes = None if cluster.host_bytes is None else cluster.host_bytes // cluster.devices
+        host_bytes = None if cluster.host_bytes is None else int(cluster.host_bytes * HOST_SHARE) // cluster.devices
         return World(cluster, rates, self.batch_size or cluster.size, budget, host_bytes)
 
-    def _way(self, world: World, count: int) -> Way:
+    def _way(self, world: World, count: int, heads: int) -> Way:
         """The way that is declared. Raises ArgumentError where it does not fit the world, the batch or the model."""
         parallel = Parallel.of(parse_parallel(str(self.parallel)))
         data = parallel.mesh(world.cluster.size, 1).data_size
         microbatches = self.microbatches or (2 * parallel.pipeline if parallel.is_staged else 1)
         way = Way.of(parallel, data, microbatches, self.schedule or "")
-        if way.mode == "3d":
-            raise ArgumentError("the mode 3d is not modelled; geminifx compare plans for it")
+        unknown = [name for name in ("sequence", "table") if getattr(parallel, name)]
+        if way.mode == "3d" or unknown:
+            what = "the mode 3d" if way.mode == "3d" else f"tensor={', '.join(unknown)}"
+            raise ArgumentError(f"{what} is not modelled; geminifx compare plans for it")
+        if self.schedule and way.pipeline == 1:
+            raise ArgumentError(f"--schedule {self.schedule} orders a pipeline, and --parallel has none; leave it out")
+        if way.mode == "1d" and heads % way.tensor:
+            raise ArgumentError(f"{heads} heads are not divided over {way.tensor} processes; choose another size")
         if world.examples % (data * microbatches):
             raise ArgumentError(
                 f"a step of {world.examples} examples does not divide into {data} batches of {microbatches} "

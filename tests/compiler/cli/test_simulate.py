@@ -104,6 +104,12 @@ def test_of_a_model_the_fastest_way_is_taken_where_none_is_named(config: Path) -
         (("--schedule", "zbv"), "--schedule orders the pipeline of --parallel"),
         (("--parallel", "data=2", "--device-budget", "1kB"), "takes least of a device"),
         (("--parallel", "tensor=3d:8"), "the mode 3d is not modelled"),
+        (("--parallel", "tensor=1d:2,sequence"), "tensor=sequence is not modelled"),
+        (("--parallel", "data=2", "--schedule", "zb1p"), "--schedule zb1p orders a pipeline, and --parallel has none"),
+        (
+            ("--world-size", 16, "--parallel", "tensor=1d:16", "--batch-size", 1),
+            "heads are not divided over 16 processes",
+        ),
     ],
 )
 def test_what_makes_no_sense_of_a_model_is_refused(config: Path, options: tuple[object, ...], message: str) -> None:
