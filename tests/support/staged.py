@@ -112,11 +112,11 @@ def placed(model: geminifx.CompiledModule, world: World, home: Home = HOST) -> g
     homes = tuple(home if chunk.trainable else replace(home, spare=False) for chunk in layout.chunks)
     if declared is None:
         plan = replace(plan, format=TorchFormat(8), homes=homes)
-        own, store = None, TorchStore(chunks, session.hardware, plan.format, session._stats, session.ranks)
+        own, store = None, TorchStore(chunks, session.hardware, plan.format, session.usage.stats, session.ranks)
     else:
         plan = replace(plan, format=declared.format, homes=homes)
         own = store = OwnStore(
-            chunks, session.hardware, declared.format, session._stats, Zero(session.ranks, world.zero)
+            chunks, session.hardware, declared.format, session.usage.stats, Zero(session.ranks, world.zero)
         )
     session.setup, session.phase = Setup(plan, Machine(store, session.ranks), own), Phase.PLANNED
     if declared is not None:
