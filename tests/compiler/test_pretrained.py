@@ -1,6 +1,7 @@
 """Weights that are read right into chunks and written a file at a time: the same values, and never a second copy."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -376,11 +377,11 @@ print("read", *placed(geminifx.from_pretrained(str(folder / "out"), "1GB", **opt
 @pytest.mark.slow
 def test_the_host_holds_what_is_planned_and_one_file(tmp_path: Path) -> None:
     """21 million parameters of 4 bytes: a second copy would be 84 MB."""
-    ended = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300
-    )
+    gives_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed, or it would count as held
+    words = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=gives_back)
     assert not ended.returncode, ended.stderr
     rows = [line.split() for line in ended.stdout.splitlines()]
     for name, planned, peak in [(name, int(planned), int(peak)) for name, planned, peak in rows]:
-        assert peak < planned + 40e6, (name, planned, peak)
+        assert peak < planned + 50e6, (name, planned, peak)
     assert int(rows[0][1]) > 80e6

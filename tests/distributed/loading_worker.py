@@ -12,8 +12,8 @@ from unittest import mock
 
 import geminifx
 import torch
+from geminifx.compiler.incoming import FromFiles
 from geminifx.runtime.isa.errors import CheckpointError
-from geminifx.runtime.state_io.safetensors_files import WeightFiles
 from torch import distributed as dist
 from torch.optim import AdamW
 
@@ -40,7 +40,7 @@ def read_anew(directory: Path, options: dict[str, Any]) -> geminifx.CompiledModu
     """By a model whose weights had places when another load of them failed."""
     model = geminifx.from_pretrained(directory, placement="cpu", **options)
     model.optimizer(AdamW, lr=1e-3)
-    with mock.patch.object(WeightFiles, "read", fail), suppress(CheckpointError):
+    with mock.patch.object(FromFiles, "bring", fail), suppress(CheckpointError):
         model(input_ids=IDS, labels=IDS)
     assert model.session.half_loaded == {"model"}
     model.load_pretrained(directory)
