@@ -8,6 +8,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from exported import equal, values
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import ArgumentError
 from geminifx.runtime.isa.moments import BLOCK
@@ -17,7 +18,7 @@ from geminifx.runtime.kernels.split_pairs import SplitPair
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient
 from geminifx.runtime.optimizer.declared import Declared
 from optimizing import NET, PLACES, Loop, homes_of
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW
 from zoo import compiled
 
@@ -36,15 +37,6 @@ def plan_for(moments: str, masters: str = "bf16-stochastic") -> Plan:
 def placed(where: str, moments: str = "exact", masters: str = "bf16-stochastic") -> geminifx.CompiledModule:
     plan = plan_for(moments, masters)
     return compiled(NET, precision="bf16", plan=replace(plan, homes=homes_of(where, plan)))
-
-
-def values(model: geminifx.CompiledModule, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    states = optimizer.state_dict()["state"].values()
-    return [*model.state_dict().values(), *(tensor.clone() for state in states for tensor in state.values())]
-
-
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 # -- bytes -------------------------------------------------------------------------------------------------

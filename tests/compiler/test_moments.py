@@ -9,6 +9,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from exported import equal, values
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import ArgumentError
 from geminifx.runtime.isa.moments import BLOCK, stored_numel
@@ -17,7 +18,6 @@ from geminifx.runtime.kernels.moments import narrow, widened
 from geminifx.runtime.kernels.split_pairs import join, split
 from geminifx.runtime.kernels.update_rules import AdamHyper, AdamMoments, Gradient
 from optimizing import NET, PLACES, Loop, homes_of
-from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 from zoo import compiled
 
@@ -36,15 +36,6 @@ def plan_for(moments: str, precision: str | None = "bf16") -> Plan:
 def placed(where: str, moments: str, precision: str | None = "bf16") -> geminifx.CompiledModule:
     plan = plan_for(moments, precision)
     return compiled(NET, precision=precision, plan=replace(plan, homes=homes_of(where, plan)))
-
-
-def values(model: geminifx.CompiledModule, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    states = optimizer.state_dict()["state"].values()
-    return [*model.state_dict().values(), *(tensor.clone() for state in states for tensor in state.values())]
-
-
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
