@@ -9,10 +9,10 @@ from torch import nn
 from ..runtime.isa.errors import REFUSALS, ArgumentError, wrong_argument
 from .arguments import check_call, forward_failure
 from .capture.refusals import refuse
-from .forward import with_loss
-from .guess import of_a_guess
 from .module import CompiledModule
 from .options import Options
+from .programs.forward import with_loss
+from .programs.guess import of_a_guess
 from .world import Settled, settle, settle_otherwise
 
 

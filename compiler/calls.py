@@ -13,15 +13,15 @@ from torch.utils import _pytree as pytree
 from ..runtime import chosen_gradients
 from ..runtime.executor import NoGradient, Step, TrainingRun
 from ..runtime.isa.errors import StateError
-from .adaptation import Adaptation
+from .adaptation.adaptation import Adaptation
 from .capture.results import AbsentOutput
 from .capture.trace import rebuild_result
 from .facade import Facade
-from .forward import Forward
-from .programs import Compiled
+from .programs.forward import Forward
+from .programs.programs import Compiled
 from .session import Session
-from .streamed_weights import streamed_weights
-from .values import on_device
+from .state.streamed_weights import streamed_weights
+from .weights.values import on_device
 
 
 class Calls:

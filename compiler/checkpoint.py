@@ -17,8 +17,8 @@ from ..runtime.state_io.sharded import Contents, Saved, save
 from .arguments import check_compiled, check_optimizer
 from .capture.materialize import check_loadable, materialize
 from .module import CompiledModule
-from .optimizer_state import OptimizerState, Tensors, is_exact
 from .session import Session
+from .state.optimizer_state import OptimizerState, Tensors, is_exact
 
 
 def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path,

@@ -14,11 +14,11 @@ from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.formats import OwnFormat
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.units import parse_bytes
-from .collector import resting_collector
-from .device import gpu_budget, gpu_limits
+from .memory.device import gpu_budget, gpu_limits
 from .options import Options
 from .planner.refusal import HostBudgetError
-from .programs import Call
+from .programs.collector import resting_collector
+from .programs.programs import Call
 from .rates.rates import Rates
 from .session import Session
 

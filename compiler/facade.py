@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.adapters import exchanges_modules
 from ..runtime.isa.errors import StateError
-from .forward import Forward
+from .programs.forward import Forward
 
 
 class _Calls(Protocol):

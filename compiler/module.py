@@ -25,18 +25,18 @@ from ..runtime.state_io.checksums import seal
 from ..runtime.state_io.pretrained import carry_over
 from .calls import Calls
 from .capture.materialize import check_loadable, materialize
-from .collector import resting_collector
 from .facade import Facade
-from .incoming import FromFiles, FromInitialisers
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
-from .places import Incoming
-from .saving import DEFAULT, SaveRequest, save_at_once, save_streamed
+from .programs.collector import resting_collector
 from .session import Session
 from .setup import Phase
-from .state_dict import dequantized, local_shards_of, whole_shapes, whole_state
+from .state.saving import DEFAULT, SaveRequest, save_at_once, save_streamed
+from .state.state_dict import dequantized, local_shards_of, whole_shapes, whole_state
+from .weights.incoming import FromFiles, FromInitialisers
+from .weights.places import Incoming
 from .world import Settled
 
 

@@ -30,27 +30,27 @@ from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
-from .agreement import agreed, is_agreed_on, shared_homes
 from .capture.arguments import check_shared
 from .capture.results import absent_outputs, saved
 from .capture.trace import Captured, CaptureRequest
-from .captures import Captures
-from .collector import resting_collector
-from .device import Device
-from .guess import of_a_guess
-from .half_loaded import HalfLoaded
-from .kept_captures import KeptCaptures
 from .lowering import Lowering, generate
-from .members import Census
+from .memory.device import Device
+from .memory.usage import StepUsage
 from .options import DTYPES, Options
-from .places import Incoming, Places
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs import Call, Compiled, Key, Recent, exchanged, messages
-from .quantized_weights import quantize_frozen
+from .programs.agreement import agreed, is_agreed_on, shared_homes
+from .programs.captures import Captures
+from .programs.collector import resting_collector
+from .programs.guess import of_a_guess
+from .programs.kept_captures import KeptCaptures
+from .programs.members import Census
+from .programs.programs import Call, Compiled, Key, Recent, exchanged, messages
 from .setup import Declaration, Phase, Setup, move
-from .usage import StepUsage
-from .values import check_memory, check_parameters, program_inputs
+from .weights.half_loaded import HalfLoaded
+from .weights.places import Incoming, Places
+from .weights.quantized_weights import quantize_frozen
+from .weights.values import check_memory, check_parameters, program_inputs
 
 
 class Session:

@@ -15,15 +15,15 @@ from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, examples
 from .capture.trace import CaptureRequest
-from .device import HOST_SHARE, Device, gpu_limits, with_allocator
-from .forward import computing_loss
-from .host_memory import host_memory
+from .memory.device import HOST_SHARE, Device, gpu_limits, with_allocator
+from .memory.host_memory import host_memory
 from .options import DTYPES, Options
 from .planner.memory import Limits
 from .planner.world.model import Model, resized
 from .planner.world.search import WorldPlan, choose
 from .planner.world.ways import Home, Space
 from .planner.world.world import SHARES, World
+from .programs.forward import computing_loss
 from .rates.choice import rates_of
 from .rates.clusters import one_node
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...runtime.distributed.ranks import Ranks
-from ..device import Device
+from ..memory.device import Device
 from ..options import Options
 from ..rates.calibrate import THOROUGH, BusyError, calibrate
 from ..rates.identity import Identity

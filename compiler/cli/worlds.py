@@ -13,7 +13,7 @@ from ...models.presets import empty_model
 from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.units import format_bytes, format_seconds, parse_bytes
 from ..capture.trace import CaptureRequest
-from ..device import HOST_SHARE
+from ..memory.device import HOST_SHARE
 from ..parallel import Parallel, cannot_run, parse_parallel
 from ..planner.pipeline.schedules import KINDS, Shape, misfit
 from ..planner.pipeline.trace import chrome_trace

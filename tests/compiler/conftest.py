@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from geminifx.compiler import captures as module
+from geminifx.compiler.programs import captures as module
 
 
 @pytest.fixture

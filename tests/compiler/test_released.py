@@ -8,7 +8,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.compiler.programs import Recent
+from geminifx.compiler.programs.programs import Recent
 from geminifx.runtime.isa.errors import StateError
 from optimizing import NET, Loop, placed
 from torch import Tensor, nn

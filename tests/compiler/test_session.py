@@ -6,7 +6,7 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler import session
-from geminifx.compiler.programs import Recent
+from geminifx.compiler.programs.programs import Recent
 from geminifx.compiler.setup import LEGAL, Phase, move
 from geminifx.runtime.isa.errors import BudgetError, IllegalTransition, StateError
 from optimizing import ADAMW, NET, Loop, plain, same_moments, same_weights

@@ -6,8 +6,8 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.capture.trace import CaptureRequest
-from geminifx.compiler.device import ALLOCATOR_SLACK, WORKSPACE_BYTES, Device
-from geminifx.compiler.device_memory import DeviceMemory
+from geminifx.compiler.memory.device import ALLOCATOR_SLACK, WORKSPACE_BYTES, Device
+from geminifx.compiler.memory.device_memory import DeviceMemory
 from geminifx.compiler.options import Options
 from geminifx.compiler.planner.problem import Planning
 from geminifx.compiler.planner.world.costs import Costed, Costs

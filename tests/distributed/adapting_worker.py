@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
-from geminifx.compiler import pressure
+from geminifx.compiler.adaptation import pressure
+from geminifx.compiler.adaptation.rehoming import Rehoming
+from geminifx.compiler.adaptation.step_watch import StepWatch
 from geminifx.compiler.planner.correction import Measured
-from geminifx.compiler.rehoming import Rehoming
-from geminifx.compiler.step_watch import StepWatch
 from geminifx.passes.program.plan import Plan
 from optimizing import homes_of
 from torch import distributed as dist

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
-from geminifx.compiler import captures
+from geminifx.compiler.programs import captures
 from geminifx.runtime.isa.errors import StateError
 from torch import Tensor, nn
 

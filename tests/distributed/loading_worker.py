@@ -12,7 +12,7 @@ from unittest import mock
 
 import geminifx
 import torch
-from geminifx.compiler.incoming import FromFiles
+from geminifx.compiler.weights.incoming import FromFiles
 from geminifx.runtime.isa.errors import CheckpointError
 from torch import distributed as dist
 from torch.optim import AdamW

@@ -10,12 +10,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from geminifx.compiler import captures, session
+from geminifx.compiler import session
 from geminifx.compiler.capture.arguments import leaf_key
 from geminifx.compiler.capture.guards import PLAIN, Guard
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
-from geminifx.compiler.captures import Captures
-from geminifx.compiler.programs import Call
+from geminifx.compiler.programs import captures
+from geminifx.compiler.programs.captures import Captures
+from geminifx.compiler.programs.programs import Call
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

@@ -9,7 +9,7 @@ from typing import Any
 import geminifx
 import pytest
 import torch
-from geminifx.compiler import captures as captured_calls
+from geminifx.compiler.programs import captures as captured_calls
 from geminifx.passes.program.text import parse_program, print_program
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from geminifx.compiler.planner.correction import Measured, corrected
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.search import estimated
 from geminifx.compiler.planner.timeline import timeline
-from geminifx.compiler.programs import Compiled
+from geminifx.compiler.programs.programs import Compiled
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import Rates, Slowdown
 from optimizing import NET

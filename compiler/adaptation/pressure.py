@@ -1,0 +1,185 @@
+"""Pressure: the device has less memory than was planned for, as others took some, or than a step needs.
+
+Training goes on with fewer weights and states on the device, and the same bits: before a step, where it is seen to lack
+room, and behind a forward that failed for want of it, which has changed nothing and runs again. Where there is room
+again, everything returns. Several processes tell each other how much they have every few steps, and move together.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ...passes.program.plan import Plan
+from ...runtime.isa.errors import BudgetError
+from ..planner.memory import Limits
+from ..programs.programs import Key
+from ..session import Session
+from .rehoming import Plans, Rehoming
+
+LESS = 0.9
+"""What is kept of the room for a step that has failed for want of some, each time."""
+
+AGREED_STEPS = 16
+"""Training steps after which several processes tell each other how much room they have."""
+
+PATIENT_STEPS = 16
+"""Training steps without a failure after which a plan grows again where there is room; after each failure behind that,
+twice as many."""
+
+MOST_PATIENT_STEPS = 1024
+
+WORTH = 0.02
+"""The share of the room that more of it must be for a plan to be made anew: what others hold goes up and down."""
+
+T = TypeVar("T")
+
+
+class Pressure:
+    """Of one model. `is_on`: whether its homes may be chosen anew."""
+
+    def __init__(self, session: Session, rehoming: Rehoming) -> None:
+        self.session, self.rehoming = session, rehoming
+        self.is_on = session.planning.adapts
+        self.is_shrunk = False
+        self._steps = 0
+        self._patience = PATIENT_STEPS
+        self._grows_at = self._shrinks_at = 0  # not before this step
+
+    # -- before a step -------------------------------------------------------------------------------------
+
+    def call(self, key: Key) -> bool:
+        """An optimizer's step begins with a call of this program. Returns whether homes are others now. Raises
+        BudgetError where one that updates in its backward would fail in the middle."""
+        self._steps += 1
+        if not self.is_on or (self.session.ranks.together and self._steps % AGREED_STEPS):
+            return False
+        room_bytes, needed_bytes = self._room_bytes(), self._needed_bytes(key)
+        told = self.session.ranks.gather((room_bytes, needed_bytes))
+        least_bytes = min((room for room, _ in told if room is not None), default=None)
+        if any(room is not None and room < needed for room, needed in told):
+            assert least_bytes is not None
+            return self._shrink_before(key, least_bytes)
+        return self.is_shrunk and self._steps >= self._grows_at and self._grow(key, least_bytes)
+
+    def _room_bytes(self) -> int | None:
+        """What the process may hold of the device now; None where nothing limits it."""
+        session = self.session
+        if not session.device.is_cuda:
+            return session.hardware.device_tier.limit_bytes
+        room, asked = session.device.memory.room_bytes(), session.planning.asked_bytes
+        return room if asked is None else min(room, asked)
+
+    def _needed_bytes(self, key: Key) -> int:
+        """What a step takes at its peak. Half of what is left to the driver and the allocator is not counted: what
+        others hold goes up and down."""
+        return self._plan(key).peak_bytes - self.session.planning.limits.reserve_bytes // 2
+
+    def _plan(self, key: Key) -> Plan:
+        return self.session.programs()[key].plan
+
+    def _limits(self, device_bytes: int | None) -> Limits:
+        return replace(self.session.planning.limits, device_bytes=device_bytes)
+
+    def _shrink(self, key: Key, limits: Limits) -> bool:
+        """Go on within less, if the program fits on every process."""
+        plans = self._agreed(key, limits)
+        if plans is None or not self.rehoming.move(key, plans):
+            return False
+        self.session.planning.limits = limits
+        self.is_shrunk = True
+        self._grows_at, self._patience = self._steps + self._patience, min(2 * self._patience, MOST_PATIENT_STEPS)
+        if self.session.device.is_cuda:
+            torch.cuda.empty_cache()  # for those who need it
+        return True
+
+    def _shrink_before(self, key: Key, room_bytes: int) -> bool:
+        """Go on within the room that there is. Where that is not to be, the step may fail, and be made again. Raises
+        BudgetError where it could not be."""
+        in_backward = self._plan(key).format.in_backward
+        if self._steps < self._shrinks_at and not in_backward:
+            return False
+        if self._shrink(key, self._limits(room_bytes)):
+            return True
+        self._shrinks_at = self._steps + PATIENT_STEPS
+        if not in_backward:
+            return False
+        least_bytes = self._least_bytes(key)
+        raise BudgetError(
+            f"the device has room for {room_bytes:,} bytes by now, and the step needs {least_bytes:,} with all that "
+            "can go on the host there, if that has room; nothing was updated. Free memory, as of other processes, or "
+            "make the batch smaller, and call the model again",
+            smallest_bytes=least_bytes,
+        )
+
+    def _grow(self, key: Key, room_bytes: int | None) -> bool:
+        now_bytes, asked_bytes = self.session.planning.limits.device_bytes, self.session.planning.asked_bytes
+        self._grows_at = self._steps + PATIENT_STEPS
+        if room_bytes is not None and now_bytes is not None and room_bytes < now_bytes * (1 + WORTH):
+            return False
+        limits = self._limits(room_bytes)
+        plans = self._agreed(key, limits)
+        if plans is None or not self.rehoming.move(key, plans):
+            return False
+        self.session.planning.limits = limits
+        self.is_shrunk = room_bytes is not None and (asked_bytes is None or room_bytes < asked_bytes * (1 - WORTH))
+        return True
+
+    def _agreed(self, key: Key, limits: Limits) -> Plans | None:
+        """Plans with the homes that rank 0 chooses; None where the program does not fit on all of them."""
+        ranks = self.session.ranks
+        homes = ranks.gather(self.rehoming.chosen(key, limits).homes if ranks.rank == 0 else None)[0]
+        plans = self.rehoming.plans(key, homes, limits)
+        return plans if all(ranks.gather(limits.allow(plans[key]))) else None
+
+    # -- in a forward --------------------------------------------------------------------------------------
+
+    def withstood(self, key: Key, arguments: Any, forward: Callable[[], T]) -> T:
+        """What a training step's forward returns. Where it fails for want of the device's memory, it runs again with
+        less there, of the same random numbers, unless something it reads has changed meanwhile."""
+        if not self.is_on or self.session.ranks.together:
+            return forward()
+        machine = self.session.demanded().machine
+        random_state, versions = machine.random_state, self._versions(arguments)
+        while True:
+            try:
+                return forward()
+            except (BudgetError, torch.cuda.OutOfMemoryError) as error:
+                is_devices = not isinstance(error, BudgetError) or error.tier == "device"
+                limits = self._less(key) if is_devices and versions == self._versions(arguments) else None
+                if limits is None:
+                    raise
+            # Behind the handler: the error holds what the program held.
+            machine.random_state = random_state
+            if not self._shrink(key, limits):
+                raise BudgetError(
+                    "the device ran out of memory, and the host has no room for what would leave it; nothing was "
+                    "updated. Raise host_budget, or make the batch smaller",
+                    tier="host",
+                )
+
+    def _versions(self, arguments: Any) -> list[int]:
+        """Of all that a forward reads beside parameters, and may have written."""
+        tensors: list[Any] = [*pytree.tree_leaves(arguments), *self.session.census.last.buffers.values()]
+        return [tensor._version for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()]
+
+    def _less(self, key: Key) -> Limits | None:
+        """Limits within which less of the program's chunks is on the device; None where there is nothing to spare."""
+        now, room_bytes = self._plan(key), self._room_bytes()
+        least_bytes = self._least_bytes(key)
+        device_bytes = now.peak_bytes if room_bytes is None else min(now.peak_bytes, room_bytes)
+        while device_bytes >= least_bytes:
+            limits = self._limits(device_bytes)
+            chosen = self.rehoming.chosen(key, limits)
+            if chosen.homes != now.homes and chosen.peak_bytes < now.peak_bytes:
+                return limits
+            less_bytes = int(min(device_bytes, chosen.peak_bytes) * LESS)
+            device_bytes = max(less_bytes, least_bytes) if device_bytes > least_bytes else 0
+        return None
+
+    def _least_bytes(self, key: Key) -> int:
+        """The peak with all on the host that can go there."""
+        return self.rehoming.chosen(key, self._limits(0)).peak_bytes

@@ -1,0 +1,74 @@
+"""Homes that are chosen anew in training: for all programs that there are, and on all processes alike."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ...passes.program.plan import Plan
+from ...runtime.isa.errors import BudgetError
+from ...runtime.isa.homes import Homes
+from ..planner.memory import Limits
+from ..planner.search import estimated, rehomed
+from ..programs.agreement import shared_homes
+from ..programs.programs import Compiled, Key
+from ..session import Session
+
+Plans = Mapping[Key, Plan]
+"""One for each program."""
+
+
+class Rehoming:
+    """Chooses homes by one program, the training step's, and lets the others follow. Programs stay as they are: which
+    homes their chunks have is nothing that they say."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    @property
+    def now(self) -> Plans:
+        return {key: compiled.plan for key, compiled in self.session.programs().items()}
+
+    def key_of(self, compiled: Compiled) -> Key:
+        return next(key for key, each in self.session.programs().items() if each.executor is compiled.executor)
+
+    def chosen(self, key: Key, limits: Limits) -> Plan:
+        """The program's plan with the homes that are the best within these limits, or, where it does not fit, with the
+        least on the device. Masters that a torch optimizer updates stay where they are."""
+        compiled = self.session.programs()[key]
+        placed = None if compiled.plan.format.beside else compiled.plan.homes
+        return rehomed(compiled.plan, compiled.flat, limits, placed).plan
+
+    def plans(self, key: Key, homes: Homes, limits: Limits) -> dict[Key, Plan]:
+        """Plans for all programs where that of `key` has these homes: the others keep of their weights on the device
+        what they have room for."""
+        found = {each: self._following(each, homes, limits) for each in self.session.programs()}
+        compiled = self.session.programs()[key]
+        found[key] = estimated(replace(compiled.plan, homes=homes), compiled.flat, limits).plan
+        return found
+
+    def _following(self, key: Key, homes: Homes, limits: Limits) -> Plan:
+        compiled = self.session.programs()[key]
+        return rehomed(compiled.plan, compiled.flat, limits, homes).plan
+
+    def estimated(self, limits: Limits) -> dict[Key, Plan]:
+        """The plans as they are, with what they are expected to take within these limits."""
+        programs = self.session.programs().items()
+        return {key: estimated(compiled.plan, compiled.flat, limits).plan for key, compiled in programs}
+
+    def step_s(self, key: Key, plans: Plans, limits: Limits) -> float:
+        """What a step takes by these plans, whose programs share what stays on the device."""
+        homes = shared_homes(plans[key], plans.values())
+        plan = replace(plans[key], homes=homes)
+        return estimated(plan, self.session.programs()[key].flat, limits).plan.estimate.step_s
+
+    def move(self, key: Key, plans: Plans) -> bool:
+        """Go on by these plans, on all processes or on none. Returns whether it could be done."""
+        before, failed = self.now, False
+        try:
+            self.session.rehome(plans, key)
+        except BudgetError:
+            failed = True
+        if any(self.session.ranks.gather(failed)):
+            if not failed:
+                self.session.rehome(before, key)
+            return False
+        return True

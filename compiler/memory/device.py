@@ -1,0 +1,155 @@
+"""The device a model is compiled for, and the memory that can be had on either side."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+import torch
+
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.errors import StateError
+from ...runtime.isa.torch_private import use_expandable_segments
+from ...runtime.isa.units import parse_bytes
+from ...runtime.memory.hardware import Hardware
+from ...runtime.memory.tiers import Tier
+from ..options import Options
+from ..planner.memory import Limits
+from ..rates.choice import rates_of
+from ..rates.rates import Rates
+from .device_memory import CONTEXT_BYTES, HEADROOM_BYTES, DeviceMemory
+from .host_memory import host_memory
+
+WORKSPACE_BYTES = 96 * 2**20
+"""What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
+
+ALLOCATOR_SLACK = 0.02
+"""The share of the budget left to rounding in torch's allocator."""
+
+HOLE_SHARE = 0.5
+"""The share of a step's largest storage that is left to holes in torch's allocator, too small for it.
+
+A storage needs one contiguous hole. Under a cap of 24.4 GB, OPT-2.7B at batch 16 was planned to 24.2 GB of tensors
+with logits of 3.3 GB among them: once in every step the allocator found no hole, waited for all streams and gave
+its cached blocks back to the driver, which took 0.35 s of a step of 1.0 s on an H100. With the loss in pieces,
+where no storage is larger than 0.3 GB, it never had to.
+"""
+
+PATIENCE_S = 1.0
+
+HOST_SHARE = 0.9
+"""The share of free host memory that is used where no host_budget is given."""
+
+
+def _own_device() -> int:
+    """Raises StateError where there are fewer devices than processes."""
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count == 1:  # launchers may show each process its own alone
+        return 0
+    if local >= count:
+        raise StateError(
+            f"LOCAL_RANK is {local}, but {count} devices are visible; launch as many processes on a machine as it has "
+            "devices, or show each process one by CUDA_VISIBLE_DEVICES"
+        )
+    return local
+
+
+def gpu_limits(device_bytes: int | None, host_bytes: int, rates: Rates) -> Limits:
+    """What plans for a GPU that is not here must keep to: of its budget is left free what CUDA may take at most."""
+    if device_bytes is None:
+        return Limits(None, 0, host_bytes, rates, HOLE_SHARE)
+    return with_allocator(device_bytes, CONTEXT_BYTES + HEADROOM_BYTES, host_bytes, rates)
+
+
+def gpu_budget(tensors_bytes: int) -> int:
+    """The least budget of such a GPU that leaves room for so many bytes of tensors."""
+    return ceil((tensors_bytes + CONTEXT_BYTES + HEADROOM_BYTES + WORKSPACE_BYTES) / (1 - ALLOCATOR_SLACK))
+
+
+def with_allocator(device_bytes: int, reserve_bytes: int, host_bytes: int, rates: Rates) -> Limits:
+    """What plans for a GPU must keep to, of which so many bytes are not torch's allocator's."""
+    reserve_bytes += WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
+    return Limits(device_bytes, reserve_bytes, host_bytes, rates, HOLE_SHARE)
+
+
+@dataclass(frozen=True)
+class Device:
+    """`torch_device` computes; on "cpu" it stands for a budgeted arena in RAM."""
+
+    torch_device: torch.device
+
+    @classmethod
+    def choose(cls, options: Options) -> "Device":
+        name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.current_device() == 0:
+            torch.cuda.set_device(_own_device())  # each of torchrun's processes has one
+        index = torch.cuda.current_device() if name == "cuda" else None
+        return cls(torch.device(name, index))
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    @cached_property
+    def memory(self) -> DeviceMemory:
+        """A GPU's, measured when it is first asked for."""
+        return DeviceMemory.measured(self.torch_device)
+
+    def total_bytes(self) -> int:
+        if self.is_cuda:
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        return host_memory()[0]
+
+    def hardware(self, limits: Limits, ranks: Ranks) -> Hardware:
+        """Accounts of both sides. A GPU's own allocator keeps to the budget there; in the arena, among processes, what
+        gloo's threads still hold a moment longer is waited for."""
+        device_bytes = None if self.is_cuda else limits.device_bytes
+        device = Tier("device", device_bytes, PATIENCE_S * ranks.together)
+        return Hardware(self.torch_device, device, Tier("host", limits.host_bytes))
+
+    def limits(self, options: Options, processes: int) -> Limits:
+        """Budgets in bytes, and the rates of a machine that so many processes share. On CUDA the allocator is capped so
+        that the whole process keeps to the budget.
+
+        Raises ValueError for a budget that makes no sense.
+        """
+        total, free = host_memory()
+        wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
+        host_bytes = parse_bytes(wanted, of=total)
+        given = None
+        if options.device_budget is not None:
+            given = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
+        if not self.is_cuda:
+            return Limits(given, 0, host_bytes, rates_of(self.torch_device, options.rates, processes, 0))
+        room_bytes = min(given or self.total_bytes(), torch.cuda.mem_get_info(self.torch_device)[0]) - HEADROOM_BYTES
+        # Measured before the memory is: libraries that this loads stay.
+        rates = rates_of(self.torch_device, options.rates, processes, room_bytes)
+        device_bytes = self._device_bytes(given)
+        share = max(0.0, min(1.0, (device_bytes - self.memory.reserve_bytes) / self.total_bytes()))
+        use_expandable_segments()
+        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        return with_allocator(device_bytes, self.memory.reserve_bytes, host_bytes, rates)
+
+    def _device_bytes(self, given: int | None) -> int:
+        """The budget: as it is given, or all that other processes leave."""
+        if given is None:
+            return self.memory.available_bytes
+        if given > self.memory.available_bytes:
+            warnings.warn(
+                f"device_budget is {given:,} bytes, but other processes hold {self.memory.others_bytes:,} of the "
+                f"{self.memory.total_bytes:,} of {self.torch_device}: unless they give some back, a step that needs "
+                f"more than {self.memory.available_bytes:,} runs out of memory",
+                stacklevel=2,
+            )
+        return given
+
+    def begin_step(self) -> None:
+        """From here on `step_peak_bytes` counts anew; torch's own peak statistics are reset for it."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def step_peak_bytes(self) -> int:
+        """The process's highest device memory in this step, as the driver would report it of this process."""
+        return self.memory.peak_bytes()

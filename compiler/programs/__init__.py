@@ -1,0 +1,1 @@
+"""From calls of a model to the programs that run them, and the cache of those."""

@@ -1,0 +1,36 @@
+"""One plan for several programs and ranks: which weights stay on the device, and when the others are fetched."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ...passes.program.plan import Plan
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.homes import Homes
+from .programs import chunks_alike
+
+
+def shared_homes(plan: Plan, others: Iterable[Plan]) -> Homes:
+    """Weights stay on the device only where every program made so far has room for them."""
+    return tuple(
+        replace(home, resident=home.resident and all(other.resident for other in same))
+        for home, *same in zip(plan.homes, *(other.homes for other in others), strict=True)
+    )
+
+
+def is_agreed_on(plan: Plan, ranks: Ranks) -> bool:
+    """Whether ranks that run a plan share out weights, and meet in every fetch of those that do not stay. Ranks of a
+    pipeline have chunks of their own each, and plans."""
+    return ranks.together and not plan.mesh.pipeline_axes and any(chunk.shards > 1 for chunk in plan.layout.chunks)
+
+
+def agreed(plan: Plan, ranks: Ranks) -> Plan:
+    """The plan of the rank that has least room for weights and activations, as one with a larger batch than others has.
+    All ranks call it. Raises StateError where they have other models."""
+    ranks.check_alike("the model", chunks_alike(plan))
+    plans = [Plan.from_json(text) for text in ranks.gather(plan.to_json())]
+    return replace(min(plans, key=_room), prefetch=min(each.prefetch for each in plans))
+
+
+def _room(plan: Plan) -> tuple[int, int]:
+    stays = sum(chunk.compute_bytes for chunk, home in plan.placed(plan.homes) if home.resident or home.on_device)
+    return stays, -len(plan.recompute)

@@ -1,0 +1,267 @@
+"""Calls of a model, the programs that run them, and a cache of what was made for which call.
+
+Nothing here decides anything or changes what a model is set up with.
+"""
+
+import hashlib
+import warnings
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...passes.program.manager import Record
+from ...passes.program.plan import Plan
+from ...passes.program.program import Program, tensor_type
+from ...passes.program.text import print_program
+from ...runtime.distributed.point_to_point import Channel
+from ...runtime.distributed.ranks import Exchanges
+from ...runtime.executor import Executor, Outlets
+from ...runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
+from ..capture.arguments import leaf_key
+from ..capture.guards import Guard, forwards_of
+from ..capture.numbers import can_be_input
+from ..capture.refusals import hooks_of
+from ..capture.trace import Captured
+from .members import Members
+
+Key = tuple[Hashable, ...]
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program: for one mode, one set of input shapes. `flat` is what its memory was planned for; `absent` are the
+    outputs that it does not compute, `outlets` what autograd sees of the others."""
+
+    captured: Captured
+    plan: Plan
+    flat: Program
+    program: Program
+    records: tuple[Record, ...]
+    executor: Executor
+    absent: frozenset[int]
+    outlets: Outlets
+
+    @property
+    def trains(self) -> bool:
+        return self.captured.trains
+
+    @property
+    def expected(self) -> torch.dtype:
+        """Of the tangent that the backward begins with where it does not wait for one."""
+        return next(tensor_type(node).dtype for node in self.program.inputs("expected").values())
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the model, or of its submodule `entry` alone: the arguments, whether a backward is wanted, and the
+    `key` of programs for it, of which guards tell which one can be used. `setting` is all that is part of it beside the
+    arguments, and `state` tells of the model's. `inputs` are the positions of numbers that are inputs of programs."""
+
+    entry: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    backward: bool
+    state: str
+    setting: Key
+    leaves: list[Any]
+    inputs: frozenset[int] = frozenset()
+
+    @cached_property
+    def key(self) -> Key:
+        return *self.setting, *(leaf_key(leaf, i in self.inputs) for i, leaf in enumerate(self.leaves))
+
+    @cached_property
+    def kind(self) -> Key:
+        """The key of all calls that differ in numbers alone."""
+        return self.taking(frozenset(self.numbers)).key
+
+    @cached_property
+    def numbers(self) -> dict[int, float]:
+        """The numbers among the arguments, by position."""
+        return {i: leaf for i, leaf in enumerate(self.leaves) if can_be_input(leaf)}
+
+    def taking(self, inputs: frozenset[int]) -> "Call":
+        """The call, with numbers as inputs."""
+        return self if inputs == self.inputs else replace(self, inputs=inputs)
+
+    def __str__(self) -> str:
+        """What ranks that share it have alike."""
+        leaves = pytree.tree_leaves_with_path((self.args, self.kwargs))
+        told = (f"{pytree.keystr(path[1:])} {_told(leaf)}" for path, leaf in leaves)
+        kind = "a training step" if self.backward else "an evaluation"
+        return f"{kind} of {self.entry or 'the model'} ({', '.join(told)}; {self.state})"
+
+    @classmethod
+    def of(cls, members: Members, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        """A call in the modes that the model is in. Raises ArgumentError for an argument that no program can follow."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        trained = tuple(parameter.requires_grad for parameter in members.parameters.values())
+        asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+        backward = torch.is_grad_enabled() and (asked or any(trained))
+        modules = members.modules.values()
+        modes = tuple(module.training for module in modules)
+        own = hooks_of(modules), forwards_of(modules)
+        state = f"{sum(modes)} of {len(modes)} modules in training, {sum(trained)} parameters trained"
+        setting = entry, backward, trained, modes, members.identities, own, spec
+        return cls(entry, args, kwargs, backward, state, setting, leaves)
+
+
+def exchanged(program: Program, plan: Plan) -> Exchanges:
+    """All that decides what a process exchanges with others by a program.
+
+    Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
+    batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
+    """
+    layout, mesh = plan.layout, plan.mesh
+    divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
+    order = [
+        (str(node.target), node.args[0 if node.target is FETCH else 1 :])
+        for node in program.computes
+        if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
+    ]
+    return Exchanges(
+        inside=_digest(print_program(program)) if mesh.shares_batches else "",
+        between=_digest(f"{state_alike(plan)} {chunks_alike(plan)} {order}") if order and mesh.data_size > 1 else "",
+        common=f"{state_alike(plan)} {plan.stages} {plan.schedule}" if mesh.pipeline_axes else "",
+    )
+
+
+def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
+    """What a process sends to others of a pipeline, and receives from them, by their places: dtypes and shapes."""
+    sent, received = defaultdict[int, str](str), defaultdict[int, str](str)
+    for node in program.computes:
+        if node.target is SEND:
+            type = tensor_type(node.args[0])
+            sent[node.args[1]] += f"{type.dtype}{list(type.shape)} "
+        elif node.target is RECEIVE:
+            received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
+    return dict(sent), dict(received)
+
+
+def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
+    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, the
+    last stage tells all, and who have a parameter alike exchange its gradients."""
+    if plan.schedule is None:
+        return set()
+    last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
+    pairs = {(one, other) for each in plan.layout.owners.values() for one in each for other in each}
+    pairs |= {(last, rank) for rank in ranks}
+    for compiled in programs:
+        pairs |= {(plan.line, other) for told in messages(compiled.flat) for other in told}
+    return {channel for one, other in pairs for channel in ((one, other), (other, one)) if one != other}
+
+
+def state_alike(plan: Plan) -> str:
+    """A digest of what all ranks must have alike of the training state before any program runs."""
+    return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout.owned}")
+
+
+def chunks_alike(plan: Plan) -> str:
+    """A digest of what those must have alike, too, that have the same layers."""
+    return _digest(str(plan.layout))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _told(leaf: Any) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+class Recaptures:
+    """Warns of what makes one program after the other: an argument, or an attribute of the model."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[Key, str], set[Hashable]] = defaultdict(set)  # by what else is the same
+        self._changes: Counter[str] = Counter()
+
+    def note(self, call: Call, changed: str) -> None:
+        """Take note of a call that is captured; `changed` is the attribute that is not as it was, or ""."""
+        for i, (path, leaf) in enumerate(pytree.tree_leaves_with_path((call.args, call.kwargs))):
+            values = self._values[call.kind, pytree.keystr(path[1:])]
+            is_constant = not isinstance(leaf, Tensor) and i not in call.inputs
+            if is_constant and len(values) < self.MOST and leaf_key(leaf) not in values:
+                values.add(leaf_key(leaf))
+                if len(values) == self.MOST:
+                    self._warn(f"the argument {pytree.keystr(path[1:])} came with a {self.MOST}th value, {leaf!r}")
+        self._changes[changed] += 1
+        if changed and self._changes[changed] == self.MOST - 1:
+            self._warn(f"{changed} of the model has a {self.MOST}th value")
+
+    @staticmethod
+    def _warn(what: str) -> None:
+        warnings.warn(
+            f"{what}, and for each the model is captured anew; a number that changes from step to step can be a tensor "
+            "of no dimensions, among the arguments or the buffers, or an argument that is only computed with",
+            stacklevel=2,
+        )
+
+
+class Recent(Generic[_V]):
+    """By key, the values that were read or written last, at most `most` of them."""
+
+    most = 64
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[Key, _V] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: Key) -> _V:
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def get(self, key: Key) -> _V | None:
+        if key not in self:
+            return None
+        return self[key]
+
+    def __setitem__(self, key: Key, value: _V) -> None:
+        self._values[key] = value
+        if len(self._values) > self.most:
+            self._values.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def items(self) -> list[tuple[Key, _V]]:
+        """All of them, the one that was used longest ago first."""
+        return list(self._values.items())
+
+
+class GuardedKeys:
+    """By the key of a call, the states of the model that programs were captured in for it, the last one first."""
+
+    most = 8
+
+    def __init__(self) -> None:
+        self._states: Recent[list[tuple[int, tuple[Guard, ...], list[nn.Module]]]] = Recent()
+        self._count = 0
+
+    def key(self, call: Key) -> Key:
+        """The key of the program for a call with the model as it is; for a program that there is not yet, of none."""
+        found = (number for number, guards, _ in self._states.get(call) or () if all(guard.holds() for guard in guards))
+        return call, next(found, None)
+
+    def add(self, call: Key, guards: tuple[Guard, ...], modules: Iterable[nn.Module]) -> None:
+        """Take note of what a capture for this call has read. `modules` are kept with it: their identities are part of
+        the call's key."""
+        if self.key(call)[1] is None:
+            self._count += 1
+            self._states[call] = [(self._count, guards, list(modules)), *(self._states.get(call) or ())][: self.most]
+
+    def changed(self, call: Key) -> str:
+        """What is not as it was when a program was captured last for this call; "" where there was none."""
+        last = (guard for _, guards, _ in (self._states.get(call) or ())[:1] for guard in guards)
+        return next((guard.label for guard in last if not guard.holds()), "")

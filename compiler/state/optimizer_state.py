@@ -1,0 +1,250 @@
+"""An optimizer's state as a checkpoint has it: by its parameters' names, tensors, which lie as the parameters do, and
+numbers."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...runtime.isa.errors import CheckpointError, StateError
+from ...runtime.memory.stored import Stored
+from ...runtime.optimizer.chunk_optimizer import ChunkOptimizer
+from ...runtime.optimizer.declared import MOMENTS
+from ...runtime.optimizer.saved_groups import check_rule
+from ..session import Session
+
+_logger = logging.getLogger(__name__)
+
+Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name -> shape and dtype of the tensors in a checkpoint."""
+
+
+class OptimizerState(ABC):
+    """Reads and writes one optimizer's state; there is one for ours and one for torch's."""
+
+    def __init__(self, session: Session, optimizer: Optimizer) -> None:
+        self.session = session
+        self.optimizer = optimizer
+        self.names = session.names()
+        self.parameters = {self.names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+        self.ownership = session.store().chunks.ownership
+        self.held = self.ownership.among(self.parameters)
+
+    @staticmethod
+    def of(session: Session, optimizer: Optimizer) -> "OptimizerState":
+        if isinstance(optimizer, ChunkOptimizer):
+            return _OwnState(session, optimizer)
+        return _TorchState(session, optimizer)
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Stored]:
+        found = ((name, self._tensors(name)) for name in self.held)
+        return {f"optimizer.{key}.{name}": stored for name, own in found for key, stored in own.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything else, with names for parameters: of all of them, whoever has them."""
+        own = self.optimizer.param_groups
+        groups = [{**group, "params": [self.names[id(p)] for p in group["params"]]} for group in own]
+        numbers = {name: found for name in self.held if (found := self._numbers(name))}
+        return {"kind": self.kind, "param_groups": groups, "numbers": self.ownership.gather(numbers)}
+
+    @property
+    def kind(self) -> str:
+        """The name of the class of torch.optim whose rule it follows."""
+        return type(self.optimizer).__name__
+
+    @abstractmethod
+    def _tensors(self, name: str) -> dict[str, Stored]: ...
+
+    @abstractmethod
+    def _numbers(self, name: str) -> dict[str, Any]: ...
+
+    # -- loading -------------------------------------------------------------------------------------------
+
+    def check(self, saved: Any, found: Tensors) -> None:
+        """Raises CheckpointError where the checkpoint is of another optimizer."""
+        if saved is None:
+            raise CheckpointError("the checkpoint holds no optimizer's state; load it with optimizer=None")
+        if not isinstance(saved, dict) or not {"param_groups", "numbers"} <= saved.keys():
+            raise CheckpointError("what the checkpoint holds of an optimizer was not saved by save_checkpoint")
+        kind = saved.get("kind", self.kind)  # older checkpoints do not tell
+        if kind != self.kind:
+            raise CheckpointError(
+                f"the checkpoint is of {kind}, the optimizer is {self.kind}; make one of that kind, or load the model "
+                "alone with optimizer=None"
+            )
+        self._check_groups(saved["param_groups"])
+        for name, parameter in self.parameters.items():
+            self._check_tensors(name, parameter, found)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raises CheckpointError where they are of other parameters, or have other options than this kind."""
+        before = [set(group["params"]) for group in groups]
+        now = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
+        if before != now:
+            raise CheckpointError(
+                f"the optimizer has {len(now)} group(s) of {', '.join(str(len(g)) for g in now)} parameters, in the "
+                f"checkpoint {len(before)} of {', '.join(str(len(g)) for g in before)}, or others in them; make the "
+                "same groups"
+            )
+        try:
+            self._check_rule(groups)
+        except (ValueError, StateError) as error:
+            raise CheckpointError(f"nothing was loaded: {error}") from error
+
+    def _check_rule(self, groups: list[dict[str, Any]]) -> None:
+        """Raises ValueError or StateError where another rule was followed."""
+        check_rule(self.kind, self.optimizer.defaults, self.optimizer.param_groups, groups)
+
+    def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
+        """Raises CheckpointError where a parameter's state would not stay the same."""
+        for key in self._saved_keys(name, found):
+            shape, dtype = found[f"optimizer.{key}.{name}"]
+            expected, _ = found.get(f"model.{name}", (shape, dtype))
+            if shape != expected:
+                raise CheckpointError(f"the checkpoint has {key} of shape {shape} for {name}, which has {expected}")
+            if not is_exact(dtype, parameter.dtype):
+                raise CheckpointError(f"the checkpoint has {key} of {name} as {dtype}, expected {parameter.dtype}")
+
+    @abstractmethod
+    def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
+        """What is to be read into."""
+
+    @abstractmethod
+    def end_load(self, saved: dict[str, Any]) -> None:
+        """Everything was read."""
+
+    def _load_numbers(self, saved: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
+        order = {name: i for i, name in enumerate(self.parameters)}
+        groups = [
+            {**group, "params": [order[self.names[id(p)]] for p in own["params"]]}
+            for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        by_number = {order[name]: state for name, state in states.items() if state}
+        scale = {key: saved[key] for key in ("loss_scale",) if key in saved}
+        self.optimizer.load_state_dict({"state": by_number, "param_groups": groups, **scale})
+
+    def _saved_keys(self, name: str, found: Tensors) -> list[str]:
+        """What a checkpoint has of the optimizer's state for a parameter."""
+        keys = sorted({name.split(".")[1] for name in found if name.startswith("optimizer.")})
+        return [key for key in keys if f"optimizer.{key}.{name}" in found]
+
+
+class _OwnState(OptimizerState):
+    """Of `model.optimizer(...)`: states lie in the store, and are read there in place."""
+
+    def __init__(self, session: Session, optimizer: ChunkOptimizer) -> None:
+        super().__init__(session, optimizer)
+        self.store = optimizer.store
+        self.own = optimizer
+        self.moments = MOMENTS[optimizer.declared.kind]
+        self.scaling = optimizer.scaling
+
+    def numbers(self) -> dict[str, Any]:
+        format = self.store.format
+        return {**super().numbers(), **self.scaling(), "stored": format.stored, "masters": format.masters}
+
+    def _tensors(self, name: str) -> dict[str, Stored]:
+        state, slot = self.store.state_of(name)
+        return dict(zip(self.moments, self.store.stored_moments(name), strict=False)) if state.steps[slot] else {}
+
+    def _numbers(self, name: str) -> dict[str, Any]:
+        state, slot = self.store.state_of(name)
+        counts = state.steps[slot] and self.own.declared.counts
+        return {"step": torch.tensor(float(state.steps[slot]))} if counts else {}
+
+    @property
+    def kind(self) -> str:
+        return self.own.declared.kind.__name__
+
+    def _check_rule(self, groups: list[dict[str, Any]]) -> None:
+        self.own.check_saved(groups)
+
+    def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
+        super()._check_tensors(name, parameter, found)
+        keys = self._saved_keys(name, found)
+        if keys and set(keys) != set(self.moments):
+            raise CheckpointError(
+                f"the checkpoint has {', '.join(keys)} of the optimizer, expected {', '.join(self.moments)}; it is of "
+                "another optimizer"
+            )
+
+    def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
+        self._load_numbers(saved, {})
+        format = self.store.format
+        for what, key, now in (("moments", "stored", format.stored), ("masters", "masters", format.masters)):
+            before = saved.get(key, "exact")
+            if before != now:
+                _logger.warning("the checkpoint's %s were stored as %s, and are now as %s=%r", what, before, what, now)
+        read: dict[str, Stored] = {}
+        for name in self.held:
+            keys = self._saved_keys(name, found)
+            state, slot = self.store.state_of(name)
+            state.steps[slot] = int(saved["numbers"].get(name, {}).get("step", 1 if keys else 0))
+            if keys:
+                pairs = zip(self.moments, self.store.stored_moments(name), strict=False)
+                read |= {f"optimizer.{key}.{name}": stored for key, stored in pairs}
+        return read
+
+    def end_load(self, saved: dict[str, Any]) -> None:
+        """It was read in place."""
+
+
+class _TorchState(OptimizerState):
+    """Of torch's optimizers, which have tensors of their own for each parameter."""
+
+    def __init__(self, session: Session, optimizer: Optimizer) -> None:
+        super().__init__(session, optimizer)
+        self.loading: dict[str, dict[str, Any]] = {}
+
+    def _tensors(self, name: str) -> dict[str, Stored]:
+        values = self.optimizer.state.get(self.parameters[name], {})
+        lie = {key: value for key, value in values.items() if _lies_like(self.parameters[name], key, value)}
+        return {key: self._stored(name, value) for key, value in lie.items()}
+
+    def _numbers(self, name: str) -> dict[str, Any]:
+        values = self.optimizer.state.get(self.parameters[name], {})
+        return {key: value for key, value in values.items() if not _lies_like(self.parameters[name], key, value)}
+
+    def _stored(self, name: str, value: Tensor) -> Stored:
+        chunks = self.session.store().chunks
+        layout, number = chunks.place_of(name)
+        slot = layout.slots[number]
+        if tuple(value.shape) != slot.shape:
+            raise CheckpointError(
+                f"the optimizer keeps a tensor of shape {tuple(value.shape)} for {name}, which has {slot.shape}; only "
+                "the state of element-wise optimizers can be saved"
+            )
+        if not value.is_contiguous():
+            raise CheckpointError(f"the optimizer's state of {name} is not contiguous; only contiguous state is saved")
+        alone = replace(slot, offset=0)
+        return Stored.of(value, chunks.local_shards.whole_shape(slot), chunks.local_shards.regions(alone))
+
+    def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
+        read: dict[str, Stored] = {}
+        for name in self.held:
+            self.loading[name] = {key: torch.zeros_like(self.parameters[name]) for key in self._saved_keys(name, found)}
+            read |= {f"optimizer.{key}.{name}": self._stored(name, v) for key, v in self.loading[name].items()}
+        return read
+
+    def end_load(self, saved: dict[str, Any]) -> None:
+        """The optimizer takes over what was read."""
+        states = {name: {**saved["numbers"].get(name, {}), **self.loading[name]} for name in self.held}
+        self._load_numbers(saved, states)
+
+
+def _lies_like(parameter: nn.Parameter, key: str, value: Any) -> bool:
+    """Whether an optimizer's state is a tensor that lies as the parameter does, and not a number in a tensor."""
+    return isinstance(value, Tensor) and (value.ndim > 0 or (parameter.ndim == 0 and key != "step"))
+
+
+def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
+    """Whether values of one dtype are the same in the other."""
+    is_floating = saved.is_floating_point and kept.is_floating_point
+    return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)

@@ -1,0 +1,133 @@
+"""A model's own Python on the weights that programs compute with: for generation, whose every token would be a program.
+
+For as long as the context is open, each parameter is a stand-in that has no memory. The first operator that reads one
+brings its chunk to the device, in the compute dtype, and the chunk leaves again when others need the room: the same
+weights, copies and accounts as a program's, without one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...runtime.isa.errors import BudgetError, StateError, as_cause
+from ...runtime.isa.layout import ChunkLayout, Slot
+from ...runtime.isa.torch_private import wrapper_parameter
+from ...runtime.machine import Machine
+from ...runtime.memory.state_store import Run
+from ...runtime.memory.tiers import MemoryMeter
+from ..session import Session
+
+KEPT = 2
+"""Chunks that are on the device at a time where there is room, beside those that stay there anyway."""
+
+
+class _Chunks:
+    """The weights of the chunks that were read last."""
+
+    def __init__(self, machine: Machine, meter: MemoryMeter | None) -> None:
+        self.machine, self.meter = machine, meter
+        self.weights: OrderedDict[int, Tensor] = OrderedDict()
+
+    def read(self, layout: ChunkLayout) -> Tensor:
+        """All of a chunk's weights, on the device."""
+        index = layout.index
+        if index not in self.weights:
+            while len(self.weights) >= KEPT:
+                self._release(next(iter(self.weights)))
+            try:
+                self.weights[index] = self._fetch(layout)
+            except (BudgetError, torch.cuda.OutOfMemoryError):
+                self.release_all()
+                self.weights[index] = self._fetch(layout)
+        self.weights.move_to_end(index)
+        return self.weights[index]
+
+    def _fetch(self, layout: ChunkLayout) -> Tensor:
+        chunk = self.machine.chunks[layout.index]
+        try:
+            fetched = self.machine.fetch(layout.index, layout.numel, layout.dtype)
+            if self.meter is not None:  # which sees results of operators alone
+                self.meter.watch(fetched, is_booked=self.machine.store.stays(chunk))
+            return self.machine.wait(fetched, layout.index)
+        except BaseException:
+            chunk.rest()
+            raise
+
+    def _release(self, index: int) -> None:
+        self.machine.release(self.weights.pop(index), index)
+
+    def release_all(self) -> None:
+        for index in list(self.weights):
+            self._release(index)
+
+
+class StreamedWeight(nn.Parameter):
+    """In the place of a parameter: any operator on it runs on the weights themselves."""
+
+    chunks: _Chunks
+    chunk: ChunkLayout
+    place: Slot
+
+    def __new__(cls, chunks: _Chunks, chunk: ChunkLayout, place: Slot) -> "StreamedWeight":
+        strides = torch.empty(place.shape, device="meta").stride()
+        weight = wrapper_parameter(cls, place.shape, strides, chunk.dtype, False, chunks.machine.device)
+        weight.chunks, weight.chunk, weight.place = chunks, chunk, place
+        return weight
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"StreamedWeight {self.place.name}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(StreamedWeight, cls._values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _values(self) -> Tensor:
+        weights = self.chunks.read(self.chunk)
+        return weights.narrow(0, self.place.offset, self.place.numel).view(self.place.shape)
+
+
+@contextmanager
+def streamed_weights(session: Session) -> Iterator[None]:
+    """Within, the source's forward computes as an evaluation does, in the compute dtype; nothing is captured. What it
+    needs besides weights is not planned for, and kept within the budget all the same.
+
+    Raises BudgetError, in there, where that is too small, and StateError where parameters are divided over processes.
+    """
+    session.ready(backward=False)
+    setup = session.demanded()
+    layout = setup.plan.layout
+    if setup.plan.mesh.tensor_axes or layout.owned or any(chunk.shards > 1 for chunk in layout.chunks):
+        raise StateError(
+            "generate() runs the model as it is, and its parameters are divided over processes; save the model with "
+            "save_pretrained() and generate with what is loaded from there"
+        )
+    chunks = _Chunks(setup.machine, session.meter)
+    weights = {name: StreamedWeight(chunks, chunk, chunk.slots[slot]) for name, (chunk, slot) in layout.places.items()}
+    names = {id(parameter): name for name, parameter in session.source.named_parameters()}
+    held = [(m, name, p) for m in session.source.modules() for name, p in m._parameters.items() if p is not None]
+    setup.machine.run = Run()
+    for module, name, parameter in held:
+        module._parameters[name] = weights[names[id(parameter)]]
+    try:
+        with torch.no_grad(), session.meter or nullcontext():
+            yield
+        chunks.release_all()
+        setup.machine.store.rest()
+    except BaseException as error:
+        chunks.weights.clear()
+        setup.machine.abort()
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise BudgetError(
+                f"the device budget ran out while the model generated: {error}. Take fewer sequences or tokens at a "
+                "time, or raise device_budget"
+            ) from as_cause(error)
+        raise
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter

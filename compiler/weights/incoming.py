@@ -1,0 +1,276 @@
+"""What brings values to a model's weights when they have places in chunks: files, or the modules' own initialisers."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...models.adapters import blocks
+from ...models.initialisers import check_initialisers, initialise
+from ...models.lora import adapter_names, initialise_adapters
+from ...models.weight_names import Matched, matched
+from ...runtime.distributed.local_shards import Region
+from ...runtime.isa.errors import CheckpointError, StateError
+from ...runtime.kernels.quantized import quantize
+from ...runtime.memory.state_store import StateStore
+from ...runtime.memory.stored import Stored
+from ...runtime.state_io.safetensors_files import WeightFiles
+from .quantized_weights import Kept, kept_weights
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Those of whole parameters, by all of their names, where the model has parts of them."""
+
+SHOWN = 5
+"""How many names an error or a warning tells."""
+
+
+@dataclass(frozen=True)
+class FromInitialisers:
+    """Random values, drawn from `seed` by each module's own initialiser; of `names` alone where these are given.
+    `empty` are the parameters as they are on `meta`, by their first names."""
+
+    source: nn.Module
+    empty: dict[str, Tensor]
+    seed: int
+    names: Collection[str] | None = None
+
+    @classmethod
+    def of(
+        cls, source: nn.Module, seed: int, shapes: Shapes, names: Collection[str] | None = None
+    ) -> "FromInitialisers":
+        """Raises StateError where weights are quantised: nobody draws codes."""
+        if kept_weights(source):
+            raise StateError(
+                "random values are for weights as they are, and some of this model's are quantised: load all of them "
+                "from files, or give them values before compile(frozen=)"
+            )
+        return cls(source, _empty(source, shapes), seed, names)
+
+    def check(self) -> None:
+        """Raises StateError for a module that has parameters and nothing that initialises them."""
+        check_initialisers(self.source)
+
+    def digest(self) -> str:
+        return repr((self.seed, self.names))
+
+    def bring(self, store: StateStore) -> None:
+        def give(name: str, values: Tensor) -> None:
+            if self.names is None or name in self.names:
+                _write(store.stored_master(name), values)
+
+        initialise(self.source, self.empty, blocks(self.source), self.seed, give)
+
+
+@dataclass(frozen=True)
+class FromPeft:
+    """Values of adapters, as PEFT draws them. `empty` are the parameters as they are on `meta`, by their names."""
+
+    source: nn.Module
+    empty: dict[str, Tensor]
+    seed: int
+
+    def check(self) -> None:
+        """Raises StateError for adapters that PEFT does not draw: they are few, and drawn to find out."""
+        initialise_adapters(self.source, self.empty, self.seed, lambda name, values: None)
+
+    def digest(self) -> str:
+        return repr(self.seed)
+
+    def bring(self, store: StateStore) -> None:
+        give = lambda name, values: _write(store.stored_master(name), values)  # noqa: E731
+        initialise_adapters(self.source, self.empty, self.seed, give)
+
+
+@dataclass(frozen=True)
+class FromFiles:
+    """Values in safetensors files: each is read from the disk right into its chunk, of a divided one this process's
+    part alone. What the files lack is drawn by the modules' own initialisers, and adapters by PEFT's."""
+
+    source: nn.Module
+    files: WeightFiles
+    names: Matched
+    rest: tuple[FromInitialisers | FromPeft, ...]
+
+    @classmethod
+    def found(cls, source: nn.Module, directory: Any, strict: bool, seed: int, shapes: Shapes) -> "FromFiles":
+        """What the files lack is drawn from `seed`. Raises CheckpointError where they are not for this model, or, if
+        `strict`, lack some of it."""
+        files, own = WeightFiles.found(directory), _own_tensors(source)
+        names = matched(source, own, files.entries, files.aliases)
+        _check_shapes(own, shapes, files, names)
+        adapters = set(adapter_names(source))
+        missing = [name for name in names.missing if name not in adapters]
+        told = f"{len(missing)} of the model's weights: {_some(missing)}"
+        others = f" (the files have {_some(names.unexpected)} instead)" if names.unexpected else ""
+        if missing and strict:
+            raise CheckpointError(
+                f"nothing was loaded: {directory} lacks {told}{others}. With strict=False they are initialised at "
+                "random; files whose weights go by other names transformers loads, whose model compile() takes"
+            )
+        if missing:
+            warnings.warn(f"{directory} lacks {told}, which are initialised at random{others}", stacklevel=3)
+        elif names.unexpected:
+            warnings.warn(
+                f"{len(names.unexpected)} weights in {directory} were left out, for the model has none of these names: "
+                f"{_some(names.unexpected)}",
+                stacklevel=3,
+            )
+        rest: list[FromInitialisers | FromPeft] = []
+        if missing:
+            rest.append(FromInitialisers.of(source, seed, shapes, missing))
+        if not adapters.isdisjoint(names.missing):
+            rest.append(FromPeft(source, _empty(source, shapes), seed))
+        return cls(source, files, names, tuple(rest))
+
+    def check(self) -> None:
+        self.files.check()
+        for each in self.rest:
+            each.check()
+
+    def digest(self) -> str:
+        return repr((self.files.digest(self.names.found.values()), [each.digest() for each in self.rest]))
+
+    def bring(self, store: StateStore) -> None:
+        for each in self.rest:
+            each.bring(store)
+        targets = self._targets(store)
+
+        def take(name: str, slices: Any) -> None:
+            for target in targets[name]:
+                target.take(name, slices)
+
+        self.files.read(targets, take)
+
+    def _targets(self, store: StateStore) -> dict[str, list["_Target"]]:
+        """Where each of the files' weights goes."""
+        first = {id(parameter): name for name, parameter in self.source.named_parameters()}
+        own, kept, made = _own_tensors(self.source), kept_weights(self.source), dict[int, _Target]()
+        targets: dict[str, list[_Target]] = {}
+        for name, there in self.names.found.items():
+            tensor = own[name]
+            if name in kept:
+                made[id(tensor)] = _Codes(kept[name], *map(store.stored_master, (kept[name].codes, kept[name].scales)))
+            elif id(tensor) not in made:
+                of = first.get(id(tensor))
+                made[id(tensor)] = _Values(_buffer(tensor) if of is None else store.stored_master(of))
+            found = targets.setdefault(there, [])
+            if all(target is not made[id(tensor)] for target in found):
+                found.append(made[id(tensor)])
+        return targets
+
+
+class _Target(Protocol):
+    """Takes a weight, by what gives it by its slices."""
+
+    def take(self, name: str, slices: Any) -> None: ...
+
+
+@dataclass(eq=False)
+class _Values:
+    """A parameter or a buffer. What comes under a further name of it must be the same."""
+
+    stored: Stored
+    is_written: bool = False
+
+    def take(self, name: str, slices: Any) -> None:
+        if self.is_written:
+            _check_same(name, self.stored, slices)
+        else:
+            _write(self.stored, slices)
+        self.is_written = True
+
+
+@dataclass(eq=False)
+class _Codes:
+    """A quantised weight, which is read whole and quantised."""
+
+    kept: Kept
+    codes: Stored
+    scales: Stored
+
+    def take(self, name: str, slices: Any) -> None:
+        if not self.codes.regions and not self.scales.regions:  # another stage's
+            return
+        weight = self.kept.weight
+        whole = slices[tuple(slice(0, size) for size in weight.shape)]
+        try:
+            codes, scales = quantize(whole.to(weight.dtype_before), weight.format)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        _write(self.codes, codes)
+        _write(self.scales, scales)
+
+
+def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
+    """What a model's state_dict holds, by all names; of quantised weights what they would be, under their own names."""
+    own = dict(source.state_dict(keep_vars=True))
+    for name, kept in kept_weights(source).items():
+        del own[kept.codes], own[kept.scales]
+        own[name] = torch.empty(kept.weight.shape, dtype=kept.weight.dtype, device="meta")
+    return own
+
+
+def _empty(source: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
+    """All parameters as they are on `meta`, by their first names."""
+    return {
+        name: p.detach() if p.is_meta else torch.empty(shapes.get(name, p.shape), dtype=p.dtype, device="meta")
+        for name, p in source.named_parameters()
+    }
+
+
+def _check_shapes(own: dict[str, Tensor], shapes: Shapes, files: WeightFiles, names: Matched) -> None:
+    """Raises CheckpointError for a weight of another shape, or of numbers of another kind."""
+    for name, there in names.found.items():
+        entry, tensor = files.entries[there], own[name]
+        shape = shapes.get(name, tuple(tensor.shape))
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, the model "
+                f"{shape}; the files are of another model"
+            )
+        if entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"nothing was loaded: {name} is {tensor.dtype}, and {entry.dtype} in {entry.file}; load quantised "
+                "weights with the library that made them"
+            )
+
+
+def _buffer(buffer: Tensor) -> Stored:
+    return Stored.of(
+        buffer, tuple(buffer.shape), (Region((0,) * buffer.ndim, tuple(buffer.shape), 0, buffer.stride()),)
+    )
+
+
+def _write(target: Stored, slices: Any) -> None:
+    for region in target.regions:
+        target.write(region, _everywhere(region), slices[_slices(region)])
+
+
+def _check_same(name: str, target: Stored, slices: Any) -> None:
+    """Raises CheckpointError where two names of one parameter have different values: what is stored of them is
+    compared, which may be rounded."""
+    for region in target.regions:
+        before = target.read(region).clone()
+        target.write(region, _everywhere(region), slices[_slices(region)])
+        if not torch.equal(before, target.read(region)):
+            raise CheckpointError(
+                f"{name} and another weight of the files are one parameter of the model, tied, and have different "
+                "values; set tie_word_embeddings=False in the configuration, or take files of this model"
+            )
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    """A region's place in the whole tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(region.offsets, region.sizes, strict=True))
+
+
+def _everywhere(region: Region) -> tuple[slice, ...]:
+    """All of a region."""
+    return tuple(slice(0, size) for size in region.sizes)
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:SHOWN]) + ", ..." * (len(names) > SHOWN)

@@ -1,0 +1,82 @@
+"""Where values lie: chunks and buffers are put where a plan wants them, and weights on `meta` wait for theirs."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ...runtime.distributed.point_to_point import open_channels
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.homes import Homes
+from ...runtime.memory.state_store import StateStore
+from ..capture.materialize import give_buffers
+from ..capture.weak_references import without_weak_references
+from ..memory.device import Device
+from ..programs.programs import Compiled, channels, chunks_alike, state_alike
+from ..setup import Declaration, Phase, Setup
+from .values import move_buffers, share_values
+
+
+class Incoming(Protocol):
+    """What brings values to weights on `meta` when they have places in chunks."""
+
+    def check(self) -> None:
+        """Raises, before anything is changed, where values cannot be had any more."""
+
+    def digest(self) -> str:
+        """Tells these values from others, which some ranks may have been told to bring."""
+
+    def bring(self, store: StateStore) -> None:
+        """Write all values, on every rank alike."""
+
+
+class Places:
+    """Of one model, whose values all ranks have alike from their first place on."""
+
+    def __init__(self, source: nn.Module, ranks: Ranks, device: Device) -> None:
+        self.source, self.ranks, self.device = source, ranks, device
+        self._are_shared = False
+        self._declared: Declaration | None = None
+
+    @property
+    def are_empty(self) -> bool:
+        """Whether weights are on `meta`, without values."""
+        return any(parameter.is_meta for parameter in self.source.parameters())
+
+    def check(self, incoming: Incoming) -> None:
+        """Raises, on all ranks, where values cannot be had any more on one of them, or it was told to bring others."""
+        with self.ranks.failing_alike():
+            incoming.check()
+            digest = incoming.digest()
+        self.ranks.check_alike("what gives the weights values, a seed or files,", digest)
+
+    def put(self, setup: Setup, homes: Homes, programs: Iterable[Compiled], phase: Phase,
+            declared: Declaration | None) -> None:  # fmt: skip
+        """Put all where `homes` say. What is on `meta` has places then, for the same values on every rank."""
+        are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
+        with torch.inference_mode(False), torch.no_grad():
+            if are_empty:
+                give_buffers(self.source)
+            if self.device.is_cuda:
+                move_buffers(self.source, device)
+            if phase is Phase.PLANNED:  # later homes change, and that on some ranks alone
+                self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), device)
+                open_channels(self.ranks, channels(setup.plan, programs))
+            self._check_alike(setup, declared)
+            if not self._are_shared:
+                self.ranks.share_randomness()
+                if not are_empty:
+                    share_values(self.source, self.ranks, device, store.chunks)
+            self._are_shared = True
+            with without_weak_references(self.source):
+                store.place(homes)
+
+    def _check_alike(self, setup: Setup, declared: Declaration | None) -> None:
+        """Raises StateError where ranks differ in what they place first, or in the optimizer that they have now."""
+        if not self._are_shared:
+            self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
+        if not self._are_shared or declared is not self._declared:
+            digest = "" if declared is None else declared.digest
+            self.ranks.check_alike("model.optimizer(...), with its seed and options,", digest)
+        self._declared = declared

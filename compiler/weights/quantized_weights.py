@@ -1,0 +1,89 @@
+"""Frozen weights of linear layers as codes and scales, by which the model's own Python computes from then on."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from ...runtime.isa.errors import ArgumentError
+from ...runtime.isa.precision import cast_dtype
+from ...runtime.isa.quantized import DEQUANTIZE, Dequantized, Quantized, code_shapes, is_quantized
+from ...runtime.kernels.quantized import quantize
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A quantised weight, as its model keeps it: the names of its codes and scales, and what dequantises them."""
+
+    codes: str
+    scales: str
+    weight: Dequantized
+
+    def values(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return DEQUANTIZE(codes, scales, self.weight.format, list(self.weight.shape), self.weight.dtype)
+
+
+def kept_weights(source: nn.Module) -> dict[str, Kept]:
+    """All quantised weights, by the names that they had."""
+    found: dict[str, Kept] = {}
+    for path, module in source.named_modules():
+        if is_quantized(module):
+            owner, _, name = path.rpartition("parametrizations.")
+            found[owner + name] = Kept(f"{path}.original0", f"{path}.original1", module[0])
+    return found
+
+
+def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: torch.dtype | None) -> None:
+    """Keep each weight of a linear layer that is frozen, and no other module's, too, in `format`; where it is read it
+    is dequantised to what the model computes in, and so are weights that an earlier compile() quantised. Without a
+    format no others are.
+
+    Raises ArgumentError where there is no such weight, one has values that are not finite, or some are kept in another
+    format already.
+    """
+    earlier = [kept.weight for kept in kept_weights(source).values()]
+    others = {dequantized.format for dequantized in earlier} - {format}
+    if format is not None and others:
+        raise ArgumentError(
+            f"frozen={format!r}, but weights of the model are kept as {', '.join(sorted(others))} already, by "
+            "an earlier compile(); leave frozen= out, or build the model anew"
+        )
+    for dequantized in earlier:
+        dequantized.dtype = cast_dtype(torch.empty(0, dtype=dequantized.dtype_before), compute_dtype)
+    layers = [] if format is None else list(_frozen_layers(source))
+    if format is not None and not layers and not earlier:
+        raise ArgumentError(
+            f"frozen={format!r} is for weights of nn.Linear that are not trained, and the model has none; call "
+            "requires_grad_(False) on what is to be frozen before compile()"
+        )
+    for path, layer in layers:
+        assert format is not None
+        weight = layer.weight
+        dequantized = _Quantizing(format, tuple(weight.shape), cast_dtype(weight, compute_dtype), weight.dtype)
+        try:
+            register_parametrization(layer, "weight", dequantized, unsafe=True)  # which would compare dtypes
+        except ValueError as error:
+            raise ArgumentError(f"frozen={format!r}: {path}: {error}") from error
+
+
+class _Quantizing(Dequantized):
+    """A parametrization that torch asks for codes and scales, of a weight that may be on `meta`."""
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if not weight.is_meta:
+            return quantize(weight.detach(), self.format)
+        codes, scales = code_shapes(self.format, self.shape)
+        kind = torch.int8 if self.format == "int8" else torch.uint8
+        return torch.empty(codes, dtype=kind, device="meta"), torch.empty(scales, device="meta")
+
+
+def _frozen_layers(source: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    held = Counter(id(p) for module in source.modules() for p in module._parameters.values() if p is not None)
+    for path, module in source.named_modules():
+        if isinstance(module, nn.Linear):
+            weight = module._parameters.get("weight")
+            if weight is not None and not weight.requires_grad and weight.is_floating_point() and held[id(weight)] == 1:
+                yield path, module

@@ -1,0 +1,138 @@
+"""The values of a model: its parameters and buffers, and what a call brings."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...runtime.distributed.ranks import Ranks
+from ...runtime.isa.errors import StateError
+from ...runtime.isa.layout import Layout
+from ...runtime.isa.precision import cast_dtype
+from ...runtime.memory.chunks import ChunkStore
+from ..programs.members import Census
+from ..programs.programs import Compiled
+
+
+def move_buffers(source: nn.Module, device: torch.device) -> None:
+    for module in source.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: ChunkStore) -> None:
+    """Every rank starts from the values of rank 0. Where rank 0 has let go of
+    what it lacks, parameters are those of the first rank with the same layers."""
+    for name, parameter in source.named_parameters():
+        if not chunks.has_let_go:
+            ranks.from_first_(parameter.detach(), device)
+        elif name not in chunks.elsewhere:
+            ranks.from_first_alike_(parameter.detach())
+    for buffer in source.buffers():
+        ranks.from_first_(buffer.detach(), device)
+
+
+def program_inputs(
+    census: Census, compiled: Compiled, arguments: Any, device: torch.device, dtype: torch.dtype | None
+) -> list[Any]:
+    """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in; numbers are told.
+
+    Raises StateError for one that has no values.
+    """
+    leaves, buffers = pytree.tree_leaves(arguments), census.now().buffers
+    inputs = []
+    for role in compiled.executor.code.inputs:
+        kind, _, name = role.partition(":")
+        if kind == "buffer":
+            inputs.append(buffers[name])
+        elif kind == "constant":
+            inputs.append(compiled.captured.program.constants[name].to(device))
+        elif kind == "number":
+            inputs.append(leaves[int(name)])
+        elif kind == "expected":
+            scale = compiled.executor.machine.store.loss_scale
+            inputs.append(torch.full((), scale, dtype=compiled.expected, device=device))
+        else:
+            leaf = leaves[int(name)]
+            if leaf.is_meta:
+                raise StateError(
+                    f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
+                    f"the CPU or on {device}"
+                )
+            inputs.append(on_device(leaf, device, dtype))
+    return inputs
+
+
+def on_device(tensor: Tensor, device: torch.device, compute_dtype: torch.dtype | None) -> Tensor:
+    """An input where programs run, as they take it.
+
+    Page-locked memory is copied from while the caller goes on, and he may fill it anew: such a copy is waited for, on a
+    stream of its own, which waits for nothing that computes.
+    """
+    dtype = cast_dtype(tensor, compute_dtype)
+    if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.is_pinned():
+        return tensor.to(device, dtype, non_blocking=True)
+    current, beside = torch.cuda.current_stream(device), _copy_stream(device)
+    with torch.cuda.stream(beside):
+        moved = tensor.to(device, dtype, non_blocking=True)
+    current.wait_stream(beside)
+    moved.record_stream(current)
+    beside.synchronize()
+    return moved
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def check_memory(source: nn.Module) -> None:
+    """Raises ValueError where a parameter that is trained shares memory with another tensor of the model: chunks give
+    each a place of its own, and the two would part."""
+    parameters, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+    held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in {**parameters, **buffers}.items():
+        if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
+            start = tensor.storage_offset()
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            held[tensor.untyped_storage()._cdata].append((start, start + extent, name))
+    for places in held.values():
+        begun: list[tuple[int, str]] = []
+        for start, end, second in sorted(places):
+            begun = [(other, name) for other, name in begun if other > start]
+            for _, first in begun:
+                if not any(n in parameters and parameters[n].requires_grad for n in (first, second)):
+                    continue
+                raise ValueError(
+                    f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
+                    "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
+                    "and transpose it where it is used"
+                )
+            begun.append((end, second))
+
+
+def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.Parameter],
+                     layout: Layout | None) -> None:  # fmt: skip
+    """The chunks hold the parameters that the model was compiled with, and no others.
+
+    Raises StateError for one that was added, removed or replaced, and for one that is trained now and was not.
+    """
+    if now.keys() != compiled.keys() or any(now[n] is not p for n, p in compiled.items()):
+        changed = next((n for n in {**now, **compiled} if now.get(n) is not compiled.get(n)), "")
+        raise StateError(
+            f"parameter {changed} was added, removed or replaced after the model was compiled; compile the changed "
+            "model anew, or assign values with load_state_dict() or parameter.data.copy_()"
+        )
+    for chunk in layout.chunks if layout else ():
+        slots = () if chunk.trainable else chunk.slots
+        thawed = next((slot.name for slot in slots if now[slot.name].requires_grad), None)
+        if thawed is not None:
+            raise StateError(
+                f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "
+                "gradient; compile with it trainable, and freeze it afterwards for as long as you like"
+            )
