@@ -47,6 +47,12 @@ class LocalShards:
         """The parameter's own shape, of which the slot has a shard."""
         return whole_shape(slot.shape, self.placements(slot), self._axes)
 
+    def elsewhere(self, slot: Slot) -> str:
+        """What other processes have of the parameter that this one lacks, for messages; nothing where it is whole."""
+        placed = zip(self.placements(slot), self._axes, strict=True)
+        cut = self.ranks.together and any(isinstance(p, Shard) and axis.size > 1 for p, axis in placed)
+        return f"{slot.name} is sharded: other ranks have other parts of it" if cut else ""
+
     def replicas(self, slot: Slot) -> int:
         """How many of the processes along the axes that weights are sharded over have the same shard."""
         placed = dict(zip(self._axes, self.placements(slot), strict=True))

@@ -10,6 +10,7 @@ all its tensors:
     READY_FOR_REDUCE       its gradients are complete and on their way to the master
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from enum import Enum
 
@@ -169,8 +170,15 @@ class ChunkStore:
         self._lacking = {name: parameters[name] for name in self.ownership.elsewhere}
         self.elsewhere = {name: self._elsewhere(name, parameter) for name, parameter in self._lacking.items()}
         """Of the parameters that other processes alone have, what is known here."""
-        if self.elsewhere:
-            local_norms.refuse_them()
+        if self.elsewhere or local_shards.ranks.mesh.weight_axes:
+            local_norms.refuse_them(self)
+
+    def sharded(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """Those of the parameters it has that are local shards, and what to tell of each."""
+        for chunk in self.chunks:
+            for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):
+                if told := self.local_shards.elsewhere(slot):
+                    yield parameter, told
 
     def _elsewhere(self, name: str, parameter: nn.Parameter) -> Elsewhere:
         dtype, ranks = master_dtype(parameter), self.ownership.ranks_of(name)

@@ -40,6 +40,10 @@ class Elsewhere:
     where: str
     writers: Writers
 
+    @property
+    def elsewhere(self) -> str:
+        return f"{self.name} is of layers that other ranks run: {self.where}"
+
     def read(self) -> Tensor:
         raise self.lacking()
 

@@ -26,6 +26,10 @@ class Source(Protocol):
     def dtype(self) -> torch.dtype:
         """The master's."""
 
+    @property
+    def elsewhere(self) -> str:
+        """What other processes have of the parameter that this one lacks, for messages; nothing where it is whole."""
+
     def read(self) -> Tensor:
         """The master, in a tensor of its own."""
 

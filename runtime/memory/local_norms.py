@@ -1,28 +1,46 @@
 """What torch computes over the parameters of one process alone, where others have more of them, is refused."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from torch import nn
 
 from ..isa.errors import StateError
 from ..isa.torch_private import watch_clipping
-from .elsewhere import Elsewhere
 from .lazy_parameter import LazyParameter
 
 
+class Holder(Protocol):
+    """Whoever has parameters as plain tensors of this process's parts."""
+
+    def sharded(self) -> Iterator[tuple[nn.Parameter, str]]:
+        """Those of which other processes have other parts, and what to tell of each."""
+
+
+_HOLDERS: WeakSet[Holder] = WeakSet()
+
+
+def refuse_them(holder: Holder) -> None:
+    """From here on, in this process: of lazy parameters, whose sources tell, and of this holder's."""
+    _watch()
+    _HOLDERS.add(holder)
+
+
 @cache
-def refuse_them() -> None:
-    """From here on, in this process."""
+def _watch() -> None:
     watch_clipping(_check)
 
 
 def _check(parameters: Sequence[Any]) -> None:
-    """Raises StateError where some of the parameters are of layers that other ranks run."""
+    """Raises StateError where other ranks have some of the parameters, or parts of them."""
+    sharded = {id(parameter): told for holder in _HOLDERS for parameter, told in holder.sharded()}
     for parameter in parameters:
-        source = parameter.source if isinstance(parameter, LazyParameter) else None
-        if isinstance(source, Elsewhere):
+        told = parameter.source.elsewhere if isinstance(parameter, LazyParameter) else sharded.get(id(parameter))
+        if told:
             raise StateError(
-                f"torch clips gradients, or scales them, by what this process has of them, and {source.name} is of "
-                f"layers that other ranks run: {source.where}. Every rank would find something else: clip with "
-                "model.clip_grad_norm_(...), or max_grad_norm= of model.optimizer(...), whose float16 has a loss scale"
+                f"torch clips gradients, or scales them, by what this process has of them, and {told}. Every rank "
+                "would find something else: clip with model.clip_grad_norm_(...), or max_grad_norm= of "
+                "model.optimizer(...), whose float16 has a loss scale"
             )

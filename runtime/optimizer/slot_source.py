@@ -57,6 +57,11 @@ class SlotSource:
         return self.store.join(state.read(slot), self.name).cpu()
 
     @property
+    def elsewhere(self) -> str:
+        state, slot = self._state()
+        return self.store.chunks.local_shards.elsewhere(state.layout.slots[slot])
+
+    @property
     def is_writable(self) -> bool:
         return self.store.chunks.writers.are_there
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
+from geminifx.runtime.isa.errors import StateError
 from optimizing import homes_of
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -188,9 +189,21 @@ def train(training: Training, rows: slice, resume_at: int = -1) -> Trained:
         if training.also == "evaluate":
             with torch.no_grad():
                 losses.append(model(**training.batch(step, rows)).loss.item())
+    if model.session.ranks.mesh.weight_axes and not getattr(training.optimizer, "in_backward", False):
+        check_torchs_clipping(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     skipped = getattr(optimizer, "skipped_steps", 0)
     return Trained(losses, state, deepcopy(optimizer.state_dict()), skipped, state_bytes(model))
+
+
+def check_torchs_clipping(model: nn.Module) -> None:
+    """Every rank would find another norm, that of its own parts."""
+    try:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    except StateError as error:
+        assert "is sharded: other ranks have other parts of it" in str(error)
+    else:
+        raise AssertionError("torch has clipped by the norm of one rank's parts")
 
 
 def delay(updater: Any) -> None:
