@@ -137,16 +137,19 @@ class Session:
         return key
 
     def _agree(self, key: Key) -> None:
-        """Before the first training step: run the plan that suits all ranks where these share out weights."""
-        compiled, setup, error = self._programs[key], self.setup, None
-        if setup is None or setup.refusal is not None or not is_agreed_on(compiled.plan, self.ranks):
+        """Before the first training step: run the plan that suits all ranks where these share out weights. Where one
+        of them finds no room, all refuse."""
+        compiled, setup = self._programs[key], self.setup
+        if setup is None or not is_agreed_on(compiled.plan, self.ranks):
             return
+        self.ranks.raise_alike(setup.refusal)
         self.planning.agreed = agreed(compiled.plan, self.ranks)
         try:
-            self._set_up(key, compiled.captured)
-        except BudgetError as refusal:
-            error, self.planning.agreed = refusal, None
-        self.ranks.raise_alike(error)
+            with self.ranks.failing_alike():
+                self._set_up(key, compiled.captured)
+        except Exception:
+            self.planning.agreed = None
+            raise
 
     def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
         plan, flat = solution.plan, solution.program

@@ -107,12 +107,10 @@ class RunDirectory:
 
     def _save_tokenizer(self, directory: Path) -> None:
         """Of several processes rank 0 writes it; what fails there raises on all of them."""
-        ranks, error = self.model.ranks, None
-        try:
-            if ranks.rank == 0:
-                self.tokenizer.save_pretrained(directory)
-        # tokenizers tells of a full disk by a bare Exception.
-        except Exception as caught:
-            error = OSError(f"the tokenizer: {caught}")
-            error.__cause__ = caught
-        ranks.raise_alike(error)
+        with self.model.ranks.failing_alike():
+            try:
+                if self.model.ranks.rank == 0:
+                    self.tokenizer.save_pretrained(directory)
+            # tokenizers tells of a full disk by a bare Exception.
+            except Exception as error:
+                raise OSError(f"the tokenizer: {error}") from error

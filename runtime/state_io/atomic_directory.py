@@ -46,23 +46,13 @@ def shared_directory(path: str | Path, ranks: Ranks, stays_sealed: bool = True) 
     Raises what the body raises, and on ranks on which it raised nothing StateError, naming the others' errors.
     """
     with ExitStack() as stack:
-        made, error = None, None
-        try:
+        with ranks.failing_alike():
             made = stack.enter_context(atomic_directory(path, stays_sealed)) if ranks.rank == 0 else None
-        except Exception as caught:
-            error = caught
-        ranks.raise_alike(error)
         directory = ranks.gather(made)[0]
-        try:
+        with ranks.failing_alike():
             yield directory
-        except Exception as caught:
-            error = caught
-        ranks.raise_alike(error)
-        try:
+        with ranks.failing_alike():
             stack.close()
-        except Exception as caught:
-            error = caught
-        ranks.raise_alike(error)
 
 
 def _flush(directory: Path) -> None:

@@ -111,18 +111,14 @@ class Saved:
         Raises CheckpointError where there is none, or it is damaged; then the error tells what of it is.
         """
         directory = ranks.gather(put_back(path) if ranks.rank == 0 else None)[0]
-        sealed, metadata, error = verify(directory, ranks), None, None
-        try:
+        sealed = verify(directory, ranks)
+        with ranks.failing_alike():
             metadata = read_metadata(directory)
-        except CheckpointError as caught:
-            error = caught
-        ranks.raise_alike(error)
         if not sealed:
             warnings.warn(
                 f"{directory} has no {CHECKSUMS}, so that damage in it may go unnoticed; save it anew to have one",
                 stacklevel=4,
             )
-        assert metadata is not None
         return cls(directory, metadata, ranks)
 
     @property
