@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from .rates.choice import given_rates
 from .rates.clusters import Cluster, given_cluster
 from .rates.rates import Rates
 
+F = TypeVar("F", bound=Callable[..., Any])
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -119,6 +120,20 @@ class Options:
     timeout_s: float = 300.0
     dump: str | Path | None = None
     config: str | Path | None = None
+
+    @classmethod
+    def shown_by(cls, function: F) -> F:
+        """Lets help() and editors at run time show every option where `function` takes `**options`."""
+        own = inspect.signature(function)
+        *named, _ = own.parameters.values()
+        kind = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(field.name, kind, default=field.default, annotation=field.type)
+            for field in fields(cls)
+            if field.name not in own.parameters
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        return function
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Options":
