@@ -16,6 +16,7 @@ from torch import fx
 from ...passes.program.program import Program, aliased_inputs, note, tensor_type, type_of
 from ...runtime.isa.instructions import FETCH, GRADIENTS, OFFLOAD, SEND, TURN
 from ...runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, backward_workspace_bytes, forward_workspace_bytes
+from ...runtime.isa.quantized import DEQUANTIZE, workspace_bytes
 from .storages import storage_bytes, tensors_of
 
 ON_THE_WAY = 2
@@ -105,6 +106,8 @@ def _workspace_bytes(node: fx.Node, program: Program) -> int:
         hidden, weight = map(tensor_type, node.args[1:3])
         chunk, softcap = min(node.args[-2], weight.shape[0]), node.args[8]
         return backward_workspace_bytes(hidden.shape, chunk, hidden.dtype, softcap)
+    if node.target is DEQUANTIZE:
+        return workspace_bytes(str(node.args[2]), tensor_type(node).shape)
     return 0
 
 

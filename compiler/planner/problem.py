@@ -26,7 +26,7 @@ from ..options import Options
 from .check import check_plan
 from .memory import Limits
 from .microbatches import Decision, fewest
-from .packing import Spread, divide, pack
+from .packing import Spread, Together, divide, pack
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.schedules import Shape, make_schedule
@@ -50,6 +50,10 @@ LEANER = (
 NOT_CUT = (
     "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
     "updated together; save a plan that was made after model.optimizer(...) had declared them"
+)
+NOT_TOGETHER = (
+    "the plan's chunks do not hold what the optimizer updates together: parameters by one rule each, and whole ones "
+    "on the device or streamed through it; save a plan that was made after model.optimizer(...) had declared them"
 )
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
@@ -195,8 +199,8 @@ class Planning:
             request = self._request(given.request.policy)
             if request.kernels == "exact":
                 request = replace(request, kernels=given.request.kernels)
-            if format is not None and not given.layout.is_cut_for(format.unit):
-                raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
+            if format is not None:
+                _check_cut(given, format)
             if given.microbatches != microbatches:
                 given = replace(given, microbatches=microbatches, blocks=runs)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
@@ -213,8 +217,8 @@ class Planning:
         )  # fmt: skip
         if staged.schedule is not None and not staged.stages:
             staged = replace(staged, stages=begins(self._canonical(captured, staged), staged, self.limits.rates))
-        unit = 1 if format is None else format.unit
-        layout = before.layout if before and before.layout.is_cut_for(unit) else self._layout(captured, staged, unit)
+        layout = before.layout if before and _is_cut_for(before.layout, format) else None
+        layout = layout or self._layout(captured, staged, format)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = microbatches * self._logits_bytes(captured.by(microbatches)) if fusible else 0
@@ -267,14 +271,15 @@ class Planning:
                 f"layout {given.layout.owners[wrong]} have it; leave stages as they are where several ranks have some"
             )
 
-    def _layout(self, captured: Captured, plan: Plan, unit: int) -> Layout:
+    def _layout(self, captured: Captured, plan: Plan, format: OwnFormat | None) -> Layout:
         """Of a pipeline that of this process's parameters."""
         owned = {}
+        together = Together() if format is None else Together(format.unit, dict(format.rules))
         if plan.schedule is not None:
             owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
-        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), unit)
-        return divide(packed, self.shared().shards, unit)
+        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
+        return divide(packed, self.shared().shards, together.unit)
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
@@ -330,3 +335,17 @@ def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tupl
         with suppress(excused):
             return find(replace(plan, format=format))
     return find(replace(plan, format=last))
+
+
+def _is_cut_for(layout: Layout, format: OwnFormat | None) -> bool:
+    """Whether what is updated together lies together."""
+    return format is None or (layout.is_cut_for(format.unit) and layout.follows(dict(format.rules)))
+
+
+def _check_cut(given: Plan, format: OwnFormat) -> None:
+    """Raises ArgumentError for a plan whose chunks are not what updates of this format need."""
+    if not given.layout.is_cut_for(format.unit):
+        raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
+    there = all(home.where in format.wheres(chunk) for chunk, home in given.placed(given.homes) if chunk.is_whole)
+    if not there or not given.layout.follows(dict(format.rules)):
+        raise ArgumentError(NOT_TOGETHER)

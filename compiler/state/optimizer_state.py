@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from ...runtime.isa.errors import CheckpointError, StateError
 from ...runtime.memory.stored import Stored
 from ...runtime.optimizer.chunk_optimizer import ChunkOptimizer
-from ...runtime.optimizer.declared import MOMENTS
 from ...runtime.optimizer.saved_groups import check_rule
 from ..session import Session
 
@@ -106,11 +105,16 @@ class OptimizerState(ABC):
         """Raises CheckpointError where a parameter's state would not stay the same."""
         for key in self._saved_keys(name, found):
             shape, dtype = found[f"optimizer.{key}.{name}"]
-            expected, _ = found.get(f"model.{name}", (shape, dtype))
+            whole, _ = found.get(f"model.{name}", (None, None))
+            expected = shape if whole is None else self._shape_of(name, key, whole)
             if shape != expected:
                 raise CheckpointError(f"the checkpoint has {key} of shape {shape} for {name}, which has {expected}")
             if not is_exact(dtype, parameter.dtype):
                 raise CheckpointError(f"the checkpoint has {key} of {name} as {dtype}, expected {parameter.dtype}")
+
+    def _shape_of(self, name: str, key: str, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """That of a part of the state of a parameter which has the shape `whole`."""
+        return whole
 
     @abstractmethod
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
@@ -143,7 +147,6 @@ class _OwnState(OptimizerState):
         super().__init__(session, optimizer)
         self.store = optimizer.store
         self.own = optimizer
-        self.moments = MOMENTS[optimizer.declared.kind]
         self.scaling = optimizer.scaling
 
     def numbers(self) -> dict[str, Any]:
@@ -152,11 +155,17 @@ class _OwnState(OptimizerState):
 
     def _tensors(self, name: str) -> dict[str, Stored]:
         state, slot = self.store.state_of(name)
-        return dict(zip(self.moments, self.store.stored_moments(name), strict=False)) if state.steps[slot] else {}
+        return self._stored(name) if state.steps[slot] else {}
+
+    def _stored(self, name: str) -> dict[str, Stored]:
+        return dict(zip(self.own.moments_of(name), self.store.stored_moments(name), strict=False))
+
+    def _shape_of(self, name: str, key: str, whole: tuple[int, ...]) -> tuple[int, ...]:
+        return self.own.moments_of(name).get(key, whole)
 
     def _numbers(self, name: str) -> dict[str, Any]:
         state, slot = self.store.state_of(name)
-        counts = state.steps[slot] and self.own.declared.counts
+        counts = state.steps[slot] and self.own.counts(name)
         return {"step": torch.tensor(float(state.steps[slot]))} if counts else {}
 
     @property
@@ -168,10 +177,10 @@ class _OwnState(OptimizerState):
 
     def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
         super()._check_tensors(name, parameter, found)
-        keys = self._saved_keys(name, found)
-        if keys and set(keys) != set(self.moments):
+        keys, expected = self._saved_keys(name, found), self.own.moments_of(name)
+        if keys and set(keys) != set(expected):
             raise CheckpointError(
-                f"the checkpoint has {', '.join(keys)} of the optimizer, expected {', '.join(self.moments)}; it is of "
+                f"the checkpoint has {', '.join(keys)} of the optimizer, expected {', '.join(expected)}; it is of "
                 "another optimizer"
             )
 
@@ -188,8 +197,7 @@ class _OwnState(OptimizerState):
             state, slot = self.store.state_of(name)
             state.steps[slot] = int(saved["numbers"].get(name, {}).get("step", 1 if keys else 0))
             if keys:
-                pairs = zip(self.moments, self.store.stored_moments(name), strict=False)
-                read |= {f"optimizer.{key}.{name}": stored for key, stored in pairs}
+                read |= {f"optimizer.{key}.{name}": stored for key, stored in self._stored(name).items()}
         return read
 
     def end_load(self, saved: dict[str, Any]) -> None:

@@ -26,6 +26,16 @@ LLAMA_OF_EIGHT = Case("llama, eight blocks", lambda: llama(layers=8))
 UNTIED = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
 
 
+def half_frozen() -> Any:
+    model = UNTIED.build()
+    for block in model.model.decoder.layers[1:3]:
+        block.requires_grad_(False)
+    return model
+
+
+FROZEN = Case("opt, four blocks, not tied, two of them frozen", half_frozen)
+
+
 @dataclass(frozen=True)
 class Training:
     """A model, how it is compiled, and its optimizer: torch's, or the model's own, in the backward or not.
@@ -42,11 +52,14 @@ class Training:
     data: int = 1
     evaluates: bool = False
     max_grad_norm: float | None = None
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
 
     def alone(self) -> "Training":
         """The same for one process, in the simplest way that gives the same numbers."""
         kept = {
-            name: value for name, value in self.options.items() if name in ("precision", "microbatches", "fuse_loss")
+            name: value
+            for name, value in self.options.items()
+            if name in ("precision", "microbatches", "fuse_loss", "frozen")
         }
         kept["microbatches"] = kept.get("microbatches", 4) * self.data
         return replace(self, options=kept, data=1, in_backward=False)
@@ -55,7 +68,7 @@ class Training:
         if not self.own:
             return torch.optim.AdamW(model.parameters(), lr=1e-2)
         declared = {"in_backward": self.in_backward, "accumulate": self.micro, "max_grad_norm": self.max_grad_norm}
-        return model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
+        return model.optimizer(self.kind, lr=1e-2, **declared)
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
         """A step's batch; some rows count few tokens, so that microbatches and ranks weigh differently."""
@@ -79,6 +92,11 @@ IN_TWOS = {
     "1f1b, recompute, dropout, evaluation": Training(DROPOUT, pipeline(2, "1f1b", recompute="all"), evaluates=True),
     "zb1p, clipped": Training(LLAMA, pipeline(2, "zb1p"), max_grad_norm=0.5),
     "interleaved, two backwards a step": Training(UNTIED, pipeline(2, "interleaved", 4), micro=2),
+    "1f1b, Adafactor": Training(UNTIED, pipeline(2, "1f1b"), kind=torch.optim.Adafactor),
+    "1f1b, frozen blocks of 4 bits": Training(FROZEN, pipeline(2, "1f1b", frozen="nf4")),
+    "zb1p, frozen blocks of 8 bits, streamed": Training(
+        FROZEN, pipeline(2, "zb1p", frozen="int8", placement="cpu"), in_backward=True
+    ),
     "zbv, in the second backward": Training(DROPOUT, pipeline(2, "zbv", 4), in_backward=True, micro=2),
 }
 IN_FOURS = {

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from pipeline_worker import (  # noqa: E402
+    FROZEN,
     IN_EIGHTS,
     IN_FOURS,
     IN_TWOS,
@@ -52,7 +53,7 @@ def check(found: list[dict[str, Any]], name: str) -> None:
     """All ranks see one process's losses, and have its parameters."""
     everyones, training = [Trained(**each) for each in found], TRAININGS[name]
     expected = train(training.alone())
-    exact = training.case in (UNTIED, OPT_OF_EIGHT) and training.data == 1
+    exact = training.case in (UNTIED, FROZEN, OPT_OF_EIGHT) and training.data == 1
     for trained in everyones:
         assert trained.losses == everyones[0].losses
         assert all(torch.equal(value, everyones[0].state[key]) for key, value in trained.state.items())
