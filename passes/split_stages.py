@@ -31,12 +31,11 @@ Random numbers are those of one process, whose draws every rank leads its genera
 
 from collections import deque
 from math import prod
-from typing import Any
 
 from torch import fx
 
 from ..runtime.isa.errors import ShardingError
-from ..runtime.isa.instructions import AVERAGE, MICROBATCH, RECEIVE, SEND
+from ..runtime.isa.instructions import AVERAGE, MICROBATCH, RECEIVE, SAVE_RNG, SEND
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.precision import accumulate_dtype
 from ..runtime.isa.schedule import Action
@@ -83,7 +82,7 @@ class _Cut:
         self.program, self.plan, self.rank = program, plan, plan.line
         self.parts = Parts(program, plan.microbatches)
         self.stages = Stages(program, plan)
-        self.gradients, self.totals = self.parts.totals(lambda term: self.stages.rank_of(term) == self.rank)
+        self.gradients, self.totals = self.parts.totals(lambda term: self.stages.share(term, self.rank))
         elsewhere: dict[fx.Node, Total] = {}  # one node may be the gradient of several parameters
         for role, gradient in self.stages.gradients_elsewhere(self.rank):
             self.gradients[role] = elsewhere.setdefault(gradient, Total(gradient, 0))
@@ -140,13 +139,18 @@ class _Cut:
         for microbatch in range(self.plan.microbatches):
             state = None
             for node in drawing:
+                if node.target is SAVE_RNG:
+                    self.values[self.rank, Made(node, microbatch)] = self.parts.save_state()
+                    continue
                 stage = self.stages.stage[node]
                 if state is None or (stage, microbatch) not in self.states:
                     state = self.states[stage, microbatch] = self.parts.save_state()
                 self.parts.draw(node, state)
 
     def _draws(self, node: fx.Node) -> bool:
-        return is_random(node) and node in self.stages.needed and note(node).phase == "forward"
+        """Or keeps the generator's state for any rank that draws the same again."""
+        is_kept = node.target is SAVE_RNG and node not in self.stages.stage
+        return (is_random(node) or is_kept) and node in self.stages.needed and note(node).phase == "forward"
 
     # -- actions -------------------------------------------------------------------------------------------
 
@@ -184,7 +188,7 @@ class _Cut:
             return self.expected if note(node).role.startswith("tangent:") else node
         item = Made(node, microbatch if node in self.parts.own else None)
         if node in self.stages.stage:
-            return self._received(item, self.stages.rank_of(node))
+            return self._received(item, self.stages.rank_of(node, item.microbatch))
         if (self.rank, item) not in self.values:
             value = self._joined(node) if node.target is AVERAGE else self._copy(item)
             self.values[self.rank, item] = value
@@ -235,7 +239,7 @@ class _Cut:
     def _output(self, role: str, node: fx.Node) -> fx.Node:
         if node not in self.stages.stage:
             return self._joined(node)
-        source = self.stages.rank_of(node)
+        source = self.stages.joiner(node)
         if source == self.rank or self.stages.is_told(node):
             return self._received(Output(role), source)
         return self.parts.emit(ABSENT, self._any_input, like=Note())
@@ -283,7 +287,7 @@ class _Cut:
         total = self.by_gradient[item.gradient]
         assert total.value is not None
         self._keep(item, total.value)
-        if self.scale is not None and self._is_only_here(total):
+        if self.scale is not None and self._is_whole(total):
             self._scale(total)
 
     def _begin_behind(self) -> None:
@@ -293,21 +297,27 @@ class _Cut:
         tangent = next(iter(self.program.inputs("tangent").values()))
         self.scale = self.parts.emit(aten.div.Tensor, tangent, self.expected, like=Note(), name="scale")
         for total in self.by_gradient.values():
-            if not total.missing and self._is_only_here(total):
+            if not total.missing and self._is_whole(total):
                 self._scale(total)
 
     def _gradients(self) -> dict[str, fx.Node]:
-        for total in self.by_gradient.values():
-            if not self._is_only_here(total):
+        for total in self._by_arrival():
+            if not self._is_whole(total):
                 self._sum(total)
         values = {role: total.value for role, total in self.gradients.items()}
         lost = [role for role, value in values.items() if value is None]
         assert not lost, f"nobody has brought {', '.join(lost)} to rank {self.rank}"
         return {role: value for role, value in values.items() if value is not None}
 
-    def _is_only_here(self, total: Total) -> bool:
-        """Whether nobody else has the parameter."""
-        return self.stages.owners(total.gradient) == [self.rank]
+    def _by_arrival(self) -> list[Total]:
+        """What comes first is used up first."""
+        coming = [sent.item for messages in self.incoming.values() for sent in messages]
+        places = {item.gradient: i for i, item in enumerate(coming) if isinstance(item, Sum)}
+        return sorted(self.by_gradient.values(), key=lambda total: places.get(total.gradient, -1))
+
+    def _is_whole(self, total: Total) -> bool:
+        """Whether nobody else has a part in it."""
+        return self.stages.holders(total.gradient) == [self.rank]
 
     def _sum(self, total: Total) -> None:
         """All ranks' parts, in the order of the ranks, so that all find the same bits."""
@@ -315,12 +325,13 @@ class _Cut:
         first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
         for other in others:
             first = self.parts.emit(aten.add.Tensor, first, other, like=note(total.gradient), name="total")
-        is_under_way = first is self.values.get((self.rank, item))
         total.value = first
-        self._scale(total, aten.mul.Tensor if is_under_way else aten.mul_.Tensor)
+        self._scale(total)
 
-    def _scale(self, total: Total, multiply: Any = aten.mul_.Tensor) -> None:
+    def _scale(self, total: Total) -> None:
         """By what came in at the turn, before it is rounded."""
-        origin = note(total.gradient)
+        origin, own = note(total.gradient), self.values.get((self.rank, Sum(total.gradient)))
+        is_under_way = total.value is own and self.stages.owners(total.gradient) != [self.rank]
+        multiply = aten.mul.Tensor if is_under_way else aten.mul_.Tensor
         total.value = self.parts.emit(multiply, total.value, self.scale, like=origin, name="total")
         total.value = self.parts.rounded(total, origin)
