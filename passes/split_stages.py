@@ -10,9 +10,10 @@
     ...                                                   ... x_1, h_1 likewise
     # backward: layers.1                                  # forward B0.0: layers.0
     dv = aten.mm.default(ht, dy)                          dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
-    dh = aten.mm.default(dy, vt)                          dw = aten.mm.default(xt, dh)
-    # backward: layers.0                                  total = aten._to_copy.default(dw, dtype=torch.float32)
-    dw = aten.mm.default(xt, dh)                          # backward
+    dh = aten.mm.default(dy, vt)                          geminifx.finish_send(h, 1)
+    # backward: layers.0                                  dw = aten.mm.default(xt, dh)
+    dw = aten.mm.default(xt, dh)                          total = aten._to_copy.default(dw, dtype=torch.float32)
+                                                          # backward
                                                           scale = aten.div.Tensor(tangent, expected)
                                                           # backward B0.1: layers.0
                                                           ... dh_1, dw_1, total_1 likewise
@@ -20,8 +21,10 @@
     return {"gradient:layers.0.weight": dw, ...}          return {"gradient:layers.0.weight": total_2}
 
 A value that is made in a stage of one rank and read in a stage of another is sent as soon as it is there, and received
-in front of its first reader, behind all that was sent before it. A parameter that stages of several ranks read lies on
-each of them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
+in front of its first reader, behind all that was sent before it. The sender waits for that when the other rank has sent
+something back behind it, or at its turn, or at the end: in front of these every rank receives all that is sent to it
+until then, so that none waits for one that waits for it. A parameter that stages of several ranks read lies on each of
+them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
 
 The turn stands where the first of the rank's gradients would be complete. Backwards in front of it need the tangent
 before it comes. All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the
@@ -29,13 +32,13 @@ turn over that multiplies the sums, behind the turn, where gradients leave.
 Random numbers are those of one process, whose draws every rank leads its generator through.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from math import prod
 
 from torch import fx
 
 from ..runtime.isa.errors import ShardingError
-from ..runtime.isa.instructions import AVERAGE, MICROBATCH, RECEIVE, SAVE_RNG, SEND
+from ..runtime.isa.instructions import AVERAGE, FINISH_SEND, MICROBATCH, RECEIVE, SAVE_RNG, SEND
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.precision import accumulate_dtype
 from ..runtime.isa.schedule import Action
@@ -89,6 +92,9 @@ class _Cut:
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
+        self.under_way: dict[int, deque[tuple[fx.Node, float]]] = defaultdict(
+            deque
+        )  # by where to, and when it is there
         self.incoming = {
             rank: deque(sent for sent in self.stages.sends(rank) if sent.to == self.rank)
             for rank in range(len(self.stages.schedule.ranks)) if rank != self.rank
@@ -107,6 +113,7 @@ class _Cut:
             behind = self.program.output.prev
             if action is None:
                 results |= self._outputs() | self._buffers()
+                self._finish_all_sends()
                 self._mark(behind, _FORWARD)
                 phase = _BACKWARD
                 behind = self.program.output.prev
@@ -116,6 +123,7 @@ class _Cut:
             self._mark(behind, phase, action)
         behind = self.program.output.prev
         results |= self._gradients()
+        self._finish_all_sends()
         self._mark(behind, phase)
         self.program.set_results({role: results[role] for role in self.program.results if role in results})
         self._erase(old, parameters)
@@ -180,7 +188,21 @@ class _Cut:
         """A value is there: send it to whoever waits for it."""
         self.values[self.rank, item] = value
         while self.outgoing and self.outgoing[0].item == item:
-            self.parts.emit(SEND, value, self.outgoing.popleft().to, like=note(value))
+            sent = self.outgoing.popleft()
+            self.parts.emit(SEND, value, sent.to, like=note(value))
+            self.under_way[sent.to].append((value, sent.by))
+
+    def _finish_sends(self, to: int, at: int) -> None:
+        """What was sent to a rank is there that this has read before a place of its own."""
+        messages = self.under_way[to]
+        while messages and messages[0][1] < at:
+            self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
+
+    def _finish_all_sends(self) -> None:
+        """At the turn and at the end: in front of either every rank reads what was sent to it until then."""
+        for to, messages in self.under_way.items():
+            while messages:
+                self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
 
     def _value(self, node: fx.Node, microbatch: int | None) -> fx.Node:
         """What stands for a value for a microbatch: made, received, or, where it belongs to no stage, made here."""
@@ -206,8 +228,9 @@ class _Cut:
         return self.values[source, item]
 
     def _receive_next(self, source: int) -> None:
-        item = self.incoming[source].popleft().item
-        self.values[source, item] = self._receive(item, source)
+        sent = self.incoming[source].popleft()
+        self.values[source, sent.item] = self._receive(sent.item, source)
+        self._finish_sends(source, sent.at)
 
     def _receive(self, item: Item, source: int) -> fx.Node:
         match item:

@@ -22,7 +22,7 @@ from ...passes.program.text import print_program
 from ...runtime.distributed.point_to_point import Channel
 from ...runtime.distributed.ranks import Exchanges
 from ...runtime.executor import Executor, Outlets
-from ...runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
+from ...runtime.isa.instructions import AVERAGE, FETCH, REDUCE, SEND, START_RECEIVE
 from ...runtime.isa.schedule import Action
 from ..capture.arguments import leaf_key
 from ..capture.guards import Guard, forwards_of
@@ -141,7 +141,7 @@ def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
         if node.target is SEND:
             type = tensor_type(node.args[0])
             sent[node.args[1]] += f"{type.dtype}{list(type.shape)} "
-        elif node.target is RECEIVE:
+        elif node.target is START_RECEIVE:
             received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
     return dict(sent), dict(received)
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 from torch import fx
@@ -53,11 +54,14 @@ Item = Made | Sum | Output
 
 
 class Sent(NamedTuple):
-    """A message: of what, to which rank, and whether it leaves in front of the sender's turn."""
+    """A message: of what, to which rank, at which place of the sender's it leaves, and whether that is in front of its
+    turn. By which place of the other's, at its end, it has come: infinity is never."""
 
     item: Item
     to: int
+    at: int
     early: bool
+    by: float
 
 
 class Stages:
@@ -180,12 +184,36 @@ class Stages:
         return [Output(role) for role, node in outputs if node in self.stage and self.joiner(node) == rank]
 
     def sends(self, rank: int) -> Iterator[Sent]:
-        """What a rank sends, in order."""
-        early = True
-        for action, items in self.items(rank):
+        """What a rank sends, in order. All that was sent to one before a message comes before it."""
+        early, messages = True, list[Sent]()
+        for place, (action, items) in enumerate(self.items(rank)):
             for item in items:
-                yield from (Sent(item, to, early) for to in self._receivers(item) if to != rank)
+                others = (to for to in self._receivers(item) if to != rank)
+                messages += (Sent(item, to, place, early, self._read_by(item, to, early)) for to in others)
             early = early and action is not None
+        soonest = defaultdict[int, float](lambda: inf)
+        for i, sent in reversed(list(enumerate(messages))):
+            soonest[sent.to] = min(soonest[sent.to], sent.by)
+            messages[i] = sent._replace(by=soonest[sent.to])
+        return iter(messages)
+
+    def _read_by(self, item: Item, rank: int, early: bool) -> float:
+        """The first place at which a rank surely reads what another one sends it."""
+        turn, places = self.schedule.turn(rank), list[float]()
+        if isinstance(item, Made):
+            every = range(self.plan.microbatches) if item.microbatch is None else (item.microbatch,)
+            users = [user for user in self._readers(item.node) if user.target not in JOINS]
+            actions = (Action(self.stage[user], microbatch, self._kind(user)) for user in users for microbatch in every)
+            places += (self._place[action] for action in actions if self.schedule.runner(action) == rank)
+        return min([*places, *([turn] if early or isinstance(item, Output) else [])], default=inf)
+
+    @cached_property
+    def _place(self) -> dict[Action, int]:
+        """Of each action among what its rank does, the turn included."""
+        ranks = enumerate(self.schedule.ranks)
+        return {
+            action: i + (i >= self.schedule.turn(rank)) for rank, actions in ranks for i, action in enumerate(actions)
+        }
 
     def _receivers(self, item: Item) -> list[int]:
         match item:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.runtime.isa.errors import GeminiError
-from geminifx.runtime.isa.instructions import RECEIVE, SEND
+from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
 from geminifx.runtime.isa.schedule import Action
 from torch import nn
 from zoo import OPT, Case, opt
@@ -51,11 +51,11 @@ def test_a_rank_of_a_world_is_planned_for_on_one_process():
     assert geminifx.Plan.from_json(plan.to_json()) == plan
     flat = model.session.last["training"].flat
     assert len(flat.calls(SEND)) == 4 + 1, "a forward's of each microbatch, and a part of the tied embedding's gradient"
-    assert len(flat.calls(RECEIVE)) == 4 + 1 + 1, "a backward's, the other part, and the loss"
+    assert len(flat.calls(START_RECEIVE)) == 4 + 1 + 1, "a backward's, the other part, and the loss"
     names = {slot.name for chunk in plan.layout.chunks for slot in chunk.slots}
     assert not any("layers.1." in name or "decoder.final_layer_norm" in name for name in names)
     received = {traffic.axis: traffic for traffic in plan.estimate.collectives}["pipeline"]
-    assert received.count == len(flat.calls(RECEIVE)) and received.received_bytes > 0
+    assert received.count == len(flat.calls(START_RECEIVE)) and received.received_bytes > 0
 
 
 def test_ranks_of_a_round_robin_have_what_they_run():

@@ -202,7 +202,7 @@ class Costed:
 
     @property
     def _copies(self) -> int:
-        """Of a parameter, along a pipeline: where ranks take turns those of its stage's forward and backward have it."""
+        """Of a parameter, along a pipeline: where ranks take turns its stage's forward and backward each have one."""
         return 2 if self.takes_turns else 1
 
     # -- bytes ---------------------------------------------------------------------------------------------
