@@ -61,7 +61,8 @@ class Options:
             next block; "auto" divides it where it does not fit whole. In a pipeline they go through its stages, by
             default two for each rank.
         schedule: in which order a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved", "zb1p",
-            "zbv", or a `Schedule`. By default 1f1b, or interleaved where ranks have several stages each.
+            "zbv", "roundrobin", in which stages have no rank of their own, or a `Schedule`. By default 1f1b, or
+            interleaved where ranks have several stages each.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         offload: "auto", "none", "all", or names of the blocks whose activations wait for the backward on the host: of a
             block that is recomputed where it begins, of another all that its backward reads. "auto" does so where

@@ -35,6 +35,7 @@ from ..runtime.isa.instructions import (
     DEPART,
     FETCH,
     FINISH_COLLECTIVE,
+    FINISH_RECEIVE,
     OFFLOAD,
     PER_CHUNK,
     RELOAD,
@@ -119,8 +120,9 @@ def _storages(program: Program) -> dict[fx.Node, set[fx.Node]]:
         fixed.update(holder[value] for value in overwritten_inputs(node) if value in holder)
         if note(node).phase == "backward":
             continue
-        # What a collective has brought is read by way of its finish alone.
-        sources = [] if node.target is FINISH_COLLECTIVE else [holder[value] for value in aliased_inputs(node)]
+        # What a collective, or a message, has brought is read by way of its finish alone.
+        has_come = node.target in (FINISH_COLLECTIVE, FINISH_RECEIVE)
+        sources = [] if has_come else [holder[value] for value in aliased_inputs(node)]
         if sources and isinstance(type_of(sources[0]), tuple):  # a result of several, each with a storage of its own
             sources = [elements.setdefault((sources[0], node.args[1]), node)]
         if len(set(sources)) > 1 or node.target in PER_CHUNK:

@@ -55,7 +55,7 @@ class _Split:
         self.parts = Parts(program, plan.microbatches)
         self.count, self.own = self.parts.count, self.parts.own
         self.copies: list[dict[fx.Node, fx.Node]] = [{} for _ in range(self.count)]
-        self.gradients, self.totals = self.parts.totals(lambda term: True)
+        self.gradients, self.totals = self.parts.totals(lambda term: self.count)
         self.states: list[fx.Node] = []
 
     def run(self) -> None:

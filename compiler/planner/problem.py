@@ -18,7 +18,7 @@ from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError, StateE
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
-from ...runtime.isa.schedule import Schedule
+from ...runtime.isa.schedule import ROUND_ROBIN, Schedule
 from ..capture.results import logits_bytes
 from ..capture.trace import Captured
 from ..lowering import Lowering
@@ -29,6 +29,7 @@ from .microbatches import Decision, fewest
 from .packing import Spread, Together, divide, pack
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
+from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
 from .refusal import HostBudgetError
 from .search import Constraints, Lower, Solution, Weighed, check, solve
@@ -122,6 +123,8 @@ class Planning:
             return self._fitting(options.schedule)
         count = 2 * degrees.pipeline if options.microbatches == "auto" else int(options.microbatches)
         shape = Shape(degrees.pipeline, count, degrees.stages_per_rank)
+        if options.schedule == ROUND_ROBIN:
+            return round_robin([EVEN] * shape.stages, shape.ranks, shape.microbatches)
         default = "gpipe" if degrees.pipeline == 1 else "1f1b" if degrees.stages_per_rank == 1 else "interleaved"
         return make_schedule(options.schedule or default, shape)
 
@@ -318,6 +321,8 @@ class Planning:
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves them to the planner."""
+        if chosen == "auto" and option == "recompute" and self.schedule is not None and self.schedule.weights == "host":
+            return self.blocks  # what another rank's backward reads is a message, and all ranks must choose alike
         if isinstance(chosen, str):
             return {"auto": None, "none": (), "all": self.blocks}[chosen]
         unknown = [name for name in chosen if name not in self.blocks]

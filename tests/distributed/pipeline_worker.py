@@ -23,6 +23,7 @@ DROPOUT = Case("opt, dropout, four blocks", lambda: opt(dropout=0.1, num_hidden_
 OPT_OF_EIGHT = Case("opt, eight blocks, not tied", lambda: opt(num_hidden_layers=8, tie_word_embeddings=False))
 GPT2_OF_EIGHT = Case("gpt2, eight blocks", lambda: gpt2(layers=8))
 LLAMA_OF_EIGHT = Case("llama, eight blocks", lambda: llama(layers=8))
+TIED = Case("opt, four blocks", lambda: opt(num_hidden_layers=4))
 UNTIED = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
 
 
@@ -98,12 +99,27 @@ IN_TWOS = {
         FROZEN, pipeline(2, "zb1p", frozen="int8", placement="cpu"), in_backward=True
     ),
     "zbv, in the second backward": Training(DROPOUT, pipeline(2, "zbv", 4), in_backward=True, micro=2),
+    "roundrobin, recompute, on the host, evaluation": Training(
+        UNTIED, pipeline(2, "roundrobin", 4, recompute="all", placement="cpu"), evaluates=True
+    ),
+    "roundrobin, tied, dropout, clipped": Training(DROPOUT, pipeline(2, "roundrobin", 4), max_grad_norm=0.5),
+    "roundrobin, torch's optimizer, two backwards a step": Training(
+        GPT2, pipeline(2, "roundrobin", recompute="all"), own=False, micro=2
+    ),
 }
 IN_FOURS = {
     "pipeline 4": Training(UNTIED, pipeline(4, "1f1b")),
     "pipeline 2 x data 2, tied": Training(OPT, pipeline(2, "1f1b", microbatches=2), data=2),
     "pipeline 2 x data 2, zero 1": Training(
         UNTIED, {**pipeline(2, "zb1p", microbatches=2), "parallel": {"pipeline": 2, "data": 2, "zero": 1}}, data=2
+    ),
+    "roundrobin 4, on the host, in the backward": Training(
+        OPT_OF_EIGHT, pipeline(4, "roundrobin", 8, recompute="all", placement="cpu"), in_backward=True
+    ),
+    "roundrobin 2 x data 2, tied, zero 3": Training(
+        TIED,
+        {**pipeline(2, "roundrobin"), "parallel": {"pipeline": {"ranks": 2, "stages": 4}, "data": 2, "zero": 3}},
+        data=2,
     ),
 }
 IN_EIGHTS = {
