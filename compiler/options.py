@@ -60,6 +60,9 @@ class Options:
         microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
             next block; "auto" divides it where it does not fit whole. In a pipeline they go through its stages, by
             default two for each rank.
+        rounds: in how many rounds microbatches run, of as many each: a round's forward and backward come before the
+            next's. "auto" takes more than one where that makes the step faster or lets it fit. All but the last
+            backward run before `loss.backward()`, and are multiplied by what comes in there.
         schedule: in which order a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved", "zb1p",
             "zbv", "roundrobin", in which stages have no rank of their own, or a `Schedule`. By default 1f1b, or
             interleaved where ranks have several stages each.
@@ -104,6 +107,7 @@ class Options:
     precision: Precision | None = None
     reduce_dtype: ReduceDtype = "fp32"
     microbatches: int | Literal["auto"] = "auto"
+    rounds: int | Literal["auto"] = "auto"
     schedule: str | Schedule | None = None
     recompute: str | tuple[str, ...] = "auto"
     offload: str | tuple[str, ...] = "auto"
@@ -176,6 +180,8 @@ class Options:
             raise wrong_argument(
                 "microbatches", self.microbatches, "'auto', or a number of parts of a batch, 1 or more"
             )
+        if self.rounds != "auto" and (type(self.rounds) is not int or self.rounds < 1):
+            raise wrong_argument("rounds", self.rounds, "'auto', or a number of rounds of microbatches, 1 or more")
         if type(self.warmup) not in (int, bool) or self.warmup < 0:
             raise wrong_argument("warmup", self.warmup, "True, False, or a number of steps to measure")
         for name in ("recompute", "offload"):
@@ -223,6 +229,7 @@ class Options:
             raise ArgumentError(
                 f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
             )
+        self._check_rounds()
         asked = 1 if self.microbatches == "auto" else self.microbatches
         why_not = cannot_run(self.degrees, asked, self.schedule if self.plan is None else self.plan.schedule)
         if why_not:
@@ -238,6 +245,19 @@ class Options:
             )
         if self.world is not None:
             self.degrees.mesh(self.world, 1)
+
+    def _check_rounds(self) -> None:
+        if self.rounds in ("auto", 1):
+            return
+        if self.degrees.is_staged:
+            raise ArgumentError(f"rounds={self.rounds} is for models on one process each: a pipeline has a schedule")
+        if self.plan is not None and self.plan.rounds != self.rounds:
+            raise ArgumentError(f"rounds={self.rounds}, and plan= has {self.plan.rounds}; leave one of them out")
+        if self.plan is None and (self.microbatches == "auto" or self.microbatches % self.rounds):
+            raise ArgumentError(
+                f"rounds={self.rounds} are of as many microbatches each, and microbatches={self.microbatches!r}; "
+                f"expected a multiple of {self.rounds}"
+            )
 
     def _check_machine(self) -> None:
         """What this machine has no room for; last, since the directory that is asked for is made."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -161,7 +162,8 @@ class Planning:
         Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
         where its batch cannot be run as so many microbatches as were asked for.
         """
-        find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
+        rounds = 1 if self.options.rounds == "auto" else self.options.rounds
+        find = lambda count: self._decide(captured, count, before, fixed, format, gcd(rounds, count))  # noqa: E731
         if self.schedule is not None and not captured.trains:
             return find(self.asked if captured.examples % (self.asked or 1) == 0 else 1)
         asked = self.asked
@@ -188,8 +190,9 @@ class Planning:
         return count
 
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
-                format: OwnFormat | None) -> Decision:  # fmt: skip
-        """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
+                format: OwnFormat | None, rounds: int = 1) -> Decision:  # fmt: skip
+        """A plan for so many microbatches, in so many rounds unless a plan is given, which says it. Raises SplitError
+        where the batch cannot be divided so."""
         runs = self.blocks if microbatches > 1 or self.schedule is not None else ()
         given, options, lower = self.options.plan or self.agreed, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
@@ -205,7 +208,9 @@ class Planning:
             if format is not None:
                 _check_cut(given, format)
             if given.microbatches != microbatches:
-                given = replace(given, microbatches=microbatches, blocks=runs)
+                given = replace(given, microbatches=microbatches, rounds=gcd(given.rounds, microbatches), blocks=runs)
+            if not captured.trains:
+                given = replace(given, rounds=1)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
                             schedule=self._scheduled(captured, microbatches))  # fmt: skip
             if before is None:  # parameters may be frozen afterwards
@@ -215,7 +220,7 @@ class Planning:
             kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
         staged = replace(
-            self.shared(), microbatches=microbatches, blocks=runs, line=self.line,
+            self.shared(), microbatches=microbatches, rounds=rounds, blocks=runs, line=self.line,
             stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches),
         )  # fmt: skip
         if staged.schedule is not None and not staged.stages:
@@ -306,7 +311,7 @@ class Planning:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
         key = (
             id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
-            plan.prefetch, plan.fuse_loss,
+            plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
         )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)

@@ -349,8 +349,8 @@ def _round_trip(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None
     if list(reload.users) != [arrive]:
         readers = ", ".join(user.name for user in reload.users) or "nobody"
         return Violation(reload, f"read by {readers}", "one reader, its arrive")
-    if (note(depart).phase, note(reload).phase) != ("forward", "backward"):
-        return Violation(reload, "on one side of the turn with its depart", "the turn between them")
+    if note(depart).sweep == note(reload).sweep:
+        return Violation(reload, "on one side of the turn with its depart", "the turn, or a round, between them")
     return None
 
 
