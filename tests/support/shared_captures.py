@@ -1,4 +1,5 @@
-"""One capture for all tests that compile the same model alike: it takes longest of all, and does not see weights."""
+"""One capture for all tests that compile the same model alike: it takes longest of all, and does not see weights. What
+planners lower it to for the same decisions is shared, too."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -14,14 +15,21 @@ from geminifx.compiler import session
 from geminifx.compiler.capture.arguments import leaf_key
 from geminifx.compiler.capture.guards import PLAIN, Guard
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
+from geminifx.compiler.planner.problem import Planning
+from geminifx.compiler.planner.search import Weighed
 from geminifx.compiler.programs import captures
 from geminifx.compiler.programs.captures import Captures
-from geminifx.compiler.programs.programs import Call
+from geminifx.compiler.programs.programs import Call, Recent
+from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import Program
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
 """Without guards, which hold the model that was captured: instead of these the owner's and the attribute's names."""
+
+_LOWERED: Recent[tuple[Program, Weighed]] = Recent()
+"""With the captured program, whose id is then nobody else's."""
 
 
 @contextmanager
@@ -35,8 +43,25 @@ def shared_captures(of: Hashable) -> Iterator[None]:
             with mock.patch.object(captures, "capture", partial(_once, of, captures.capture)):
                 return super()._trace(call, arguments)
 
-    with mock.patch.object(session, "Captures", Shared):
+    with mock.patch.object(session, "Captures", Shared), mock.patch.object(session, "Planning", _SharedPlanning):
         yield
+
+
+class _SharedPlanning(Planning):
+    """Lowers a shared program once for all models. Not where it offloads, for which tests have other constants."""
+
+    def _lower(self, captured: Captured, plan: Plan) -> Weighed:
+        program = captured.by(plan.microbatches).program
+        if plan.offload or all(program is not shared.program for shared, _ in _CAPTURED.values()):
+            return super()._lower(captured, plan)
+        key = (
+            id(program), self.lowering, self.limits.rates, replace(plan.request, budget_bytes=None), plan.mesh,
+            plan.microbatches, plan.blocks, plan.stages, plan.schedule, plan.line, plan.layout, plan.recompute,
+            plan.prefetch, plan.fuse_loss,
+        )  # fmt: skip
+        if key not in _LOWERED:
+            _LOWERED[key] = program, super()._lower(captured, plan)
+        return _LOWERED[key][1]
 
 
 def _once(of: Hashable, capture: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
