@@ -20,6 +20,7 @@ import operator
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -156,6 +157,7 @@ def call_text(node: fx.Node) -> str:
     return f"{target_text(node.target)}({', '.join(arguments)})"
 
 
+@cache
 def target_text(target: Any) -> str:
     if getattr(target, "__module__", "") == "_operator":  # arithmetic on numbers
         return f"operator.{target.__name__}"
