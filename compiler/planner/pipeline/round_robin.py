@@ -64,7 +64,7 @@ def _numbers(costs: Sequence[StageCosts], microbatches: int) -> Iterator[Slots]:
     stages = len(costs) - 1
     forward_s, backward_s = (sum(seconds) for seconds in (_forwards(costs), _backwards(costs)))
     last_s = costs[-1].forward_s + costs[-1].backward_s
-    for together, more, longer in product((1, 2, 3), (1.0, 1.25, 1.5), (1.0, 1.5, 2.0)):
+    for together, more, longer in product((1, 2, 3), (1.0, 1.25, 1.5), (1.0, 1.5, 2.0, 2.5, 3.0)):
         backwards = -(-stages // together)
         slot_s = backward_s / backwards if backwards else 0.0
         forwards = round(more * forward_s / slot_s) if slot_s else stages
