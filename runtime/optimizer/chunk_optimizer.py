@@ -18,7 +18,7 @@ from .declared import MOMENTS, Declared
 from .hyper_checks import check_group, check_state_dict
 from .lion import Lion
 from .own_store import OwnStore
-from .saved_groups import check_rule
+from .saved_states import Expected, SavedState, check_rule
 from .states import Hyper
 from .weak_method import weak_method
 
@@ -261,7 +261,7 @@ class ChunkOptimizer(Optimizer):
         else:
             parts = self.store.moments_of(parameter)
         moments = dict(zip(MOMENTS[self.declared.kind], parts, strict=False))
-        return {"step": torch.tensor(float(steps)), **moments} if self.declared.counts else moments
+        return {"step": torch.tensor(float(steps)), **moments} if self.declared.saves_steps else moments
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -301,38 +301,28 @@ class ChunkOptimizer(Optimizer):
         for group in groups:
             self._check_group(group)
 
+    def check_state(self, parameter: str, saved: SavedState) -> None:
+        """Raises ValueError where what was saved of a parameter is not all that this optimizer keeps of it."""
+        moments = MOMENTS[self.declared.kind][: self._format.moments]
+        saved.check(parameter, self.store.chunks.whole_shape(parameter), Expected(moments, self.declared.counts))
+
     def _check_states(self, named: dict[str, dict[str, Any]]) -> None:
         """Raises on all processes where a state does not fit on one of them."""
         error = None
         try:
             for name, saved in named.items():
-                self._check_state(name, saved)
+                self.check_state(name, SavedState.of(saved))
         except ValueError as caught:
             error = caught
         self.store.chunks.ownership.raise_alike(error)
 
-    def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
-        shape, names = self.store.chunks.whole_shape(parameter), MOMENTS[self.declared.kind]
-        for name in names[: len(self.store.moments_of(parameter))] if saved else ():
-            found = saved.get(name)
-            if found is None:
-                raise ValueError(
-                    f"the optimizer state of {parameter} has {', '.join(saved)}, expected {', '.join(names)}; it is of "
-                    "another optimizer"
-                )
-            if tuple(found.shape) != shape:
-                raise ValueError(
-                    f"the optimizer state of {parameter} has {name} of shape {tuple(found.shape)}, expected {shape}; "
-                    "it is of another model"
-                )
-
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
         store, local_shards = self.store, self.store.chunks.local_shards
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
+        told = SavedState.of(saved)
         for number, name in enumerate(MOMENTS[self.declared.kind][: len(state.moments)]):
             values = torch.zeros(state.layout.slots[slot].shape)
-            if saved:
+            if not told.is_empty:
                 values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
             state.write_moment(number, slot, values)
-        default = 1 if saved else 0  # SGD and Lion do not count their steps: with a buffer there was one
-        state.steps[slot] = int(saved.get("step", default))
+        state.steps[slot] = told.steps

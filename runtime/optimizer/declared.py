@@ -46,8 +46,14 @@ class Declared:
 
     @property
     def counts(self) -> bool:
-        """Whether steps are a part of a parameter's state: of what rounds by chance always, of SGD and Lion not."""
-        return self.kind in (Adam, AdamW) or self.masters != "exact"
+        """Whether the rule goes by how many steps a parameter has taken."""
+        return self.kind in (Adam, AdamW)
+
+    @property
+    def saves_steps(self) -> bool:
+        """Whether steps are a part of a parameter's state: those of what rounds by chance are, too, which draws by
+        them."""
+        return self.counts or self.masters != "exact"
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ArgumentError for what is not there or does not go together."""
