@@ -13,10 +13,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..isa.errors import REFUSALS, GeminiError, StateError
+from ..isa.errors import REFUSALS, StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
+from .failures import Failure, raise_any
 from .meeting import enter, group_along, host_group, meeting
 from .pulse import Pulse, of_process
 
@@ -189,10 +190,15 @@ class Ranks:
             self.call(dist.all_gather_object, found, value, group=self.apart_group)
         return found
 
+    def failures(self, error: Exception | None) -> dict[int, Failure | None]:
+        """What each rank tells of its error, if it has one."""
+        self.meet("telling each other whether something failed")
+        return dict(enumerate(self.gather(Failure.of(error))))
+
     def raise_alike(self, error: Exception | None) -> None:
         """Where any rank has an error, raise: there the error itself, elsewhere one that tells it: a StateError, or for
         a refusal one of its kind, which all then meet alike."""
-        _raise(error, dict(enumerate(self.gather(_told(error)))))
+        raise_any(error, self.failures(error))
 
     @contextmanager
     def failing_alike(self) -> Iterator[None]:
@@ -214,7 +220,7 @@ class Ranks:
         except REFUSALS as error:
             refusal = error
         if self.mesh.pipeline_axes and self.launched:
-            _raise(refusal, self.told_by_sharing(_told(refusal)))
+            raise_any(refusal, self.told_by_sharing(Failure.of(refusal)))
         if refusal is not None:
             raise refusal
 
@@ -366,25 +372,6 @@ def _is_of_others(error: RuntimeError) -> bool:
     """Whether an exchange failed for want of others, and not on this process alone, as for want of memory. Errors of
     gloo have no type of their own, and tell the place in its source."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-Told = tuple[type[GeminiError], str]
-"""What others raise for a rank's error, and its text."""
-
-
-def _told(error: Exception | None) -> Told | None:
-    if error is None:
-        return None
-    kind = next((kind for kind in REFUSALS if isinstance(error, kind)), StateError)
-    return kind, f"{type(error).__name__}: {error}"
-
-
-def _raise(error: Exception | None, told: dict[int, Told | None]) -> None:
-    if error is not None:
-        raise error
-    failed = {rank: each for rank, each in told.items() if each is not None}
-    for kind, _ in failed.values():
-        raise kind("; ".join(f"rank {rank} failed with {text}" for rank, (_, text) in failed.items()))
 
 
 ALONE = Ranks()

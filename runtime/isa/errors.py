@@ -27,7 +27,8 @@ class BudgetError(GeminiError):
 
     Attributes:
         smallest_bytes: the smallest budget that would do, or None where none is known.
-        tier: the tier that was found full, "device" or "host", or "" where it is a plan that does not fit.
+        tier: "host" where that is too small for a plan, or was found full, "device" where the device was found full,
+            "" where a plan does not fit it.
     """
 
     def __init__(self, message: str, smallest_bytes: int | None = None, tier: str = "") -> None:
