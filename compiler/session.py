@@ -39,7 +39,7 @@ from .memory.usage import StepUsage
 from .options import DTYPES, Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs.agreement import agreed, is_agreed_on, shared_homes
+from .programs.agreement import agreed, all_refuse, is_agreed_on, shared_homes
 from .programs.captures import Captures
 from .programs.collector import resting_collector
 from .programs.guess import of_a_guess
@@ -140,9 +140,8 @@ class Session:
         """Before the first training step: run the plan that suits all ranks where these share out weights. Where one
         of them finds no room, all refuse."""
         compiled, setup = self._programs[key], self.setup
-        if setup is None or not is_agreed_on(compiled.plan, self.ranks):
+        if setup is None or not is_agreed_on(compiled.plan, self.ranks) or all_refuse(setup.refusal, self.ranks):
             return
-        self.ranks.raise_alike(setup.refusal)
         self.planning.agreed = agreed(compiled.plan, self.ranks)
         try:
             with self.ranks.failing_alike():
