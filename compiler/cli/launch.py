@@ -61,7 +61,7 @@ def launch(words: list[str], nprocs: int) -> int:
     # The system chooses the port, and it is listened on from then on: no other program can get it.
     store = TCPStore(HERE, 0, nprocs, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": HERE, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // nprocs)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(cores()) // nprocs)))
     environments = {
         i: address
         | {"RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": threads}
