@@ -42,7 +42,8 @@ class Options:
 
     Fields:
         device_budget: device memory the whole process may use, as bytes or text ("24GB", "24GiB", "80%").
-        host_budget: host memory the training state may use; default 90% of what is free.
+        host_budget: memory of one host that training states may use there, shared by the processes on it; default 90%
+            of what is free.
         world_size: processes to train on; by default those that torchrun launched.
         example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
@@ -215,6 +216,12 @@ class Options:
             raise ArgumentError(f"frozen={self.frozen!r} is not for sharded tensors yet; leave one of them out")
         if self.fuse_loss is True and self.degrees.mode is not None:
             raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
+    @property
+    def of_ranks(self) -> tuple[ReduceDtype, float, int | None]:
+        """What the processes go by: in what they add up, how long they wait, and how many that are planned for run on
+        one host (None: all)."""
+        return self.reduce_dtype, self.timeout_s, None if self.cluster is None else self.cluster.devices
+
         if self.cluster is not None and self.world_size not in (None, self.cluster.size):
             raise ArgumentError(
                 f"world_size={self.world_size}, but the cluster has {self.cluster.nodes} x {self.cluster.devices} "

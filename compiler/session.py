@@ -36,7 +36,7 @@ from .capture.trace import Captured, CaptureRequest
 from .lowering import Lowering, generate
 from .memory.device import Device
 from .memory.usage import StepUsage
-from .options import DTYPES, Options
+from .options import Options
 from .planner.problem import Planning
 from .planner.search import Solution
 from .programs.agreement import agreed, all_refuse, is_agreed_on, shared_homes
@@ -65,12 +65,11 @@ class Session:
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        mesh_of = partial(options.degrees.mesh, options.world)
-        self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype, options.timeout_s)
+        self.ranks = Ranks.of(partial(options.degrees.mesh, options.world), self.device.torch_device, *options.of_ranks)
         self.local_shards = LocalShards(self.ranks)
-        self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
+        self.limits = self.device.limits(options, self.ranks).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
-        self.dtype = DTYPES.get(options.precision or ("bf16" if self.device.is_cuda else ""))
+        self.dtype = self.device.dtype(options)
         quantize_frozen(source, options.frozen, self.dtype)
         self.dtypes = parameter_dtypes(source, self.dtype)
         self.census = Census(source)

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from ...models.recipe.finetune import STOPS
+from ...runtime.distributed.meeting import launched
 from ...runtime.optimizer.updates import cores
 
 HERE = "127.0.0.1"
@@ -25,7 +26,7 @@ MOST_PROCESSES = 256
 
 def is_launched() -> bool:
     """Return whether this process is one of several, of ours or of torchrun's."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and launched() > 1
 
 
 def rank() -> int:
