@@ -240,6 +240,8 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
+        if self._failure is not None:
+            raise self._failure
         declared = Declaration(format, optimizer, digest)
         if self.setup is None:
             self._declared = declared

@@ -38,7 +38,7 @@ class BudgetError(GeminiError):
 
 
 class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own term
-    """A chunk was asked to move between two states that the state machine does not connect."""
+    """A chunk or a model was asked to move between two states that its state machine does not connect."""
 
 
 class StateError(GeminiError):

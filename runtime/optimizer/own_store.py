@@ -99,9 +99,10 @@ class OwnStore:
         self.updater.drop_streams(homes)
         self.chunks.let_go()
         try:
-            self.states.place(homes)
-            self.updater.make_streams()
-            self.held.landings.make(self.format, list(self.states))
+            with self.hardware.placing():
+                self.states.place(homes)
+                self.updater.make_streams()
+                self.held.landings.make(self.format, list(self.states))
         finally:
             make_lazy(self)
 
