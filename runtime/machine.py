@@ -185,9 +185,9 @@ class Machine:
         """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
         self.collectives.abandon()
         self.messages.abandon()
-        self.store.copies.join()  # copies under way still write to what the program's death has freed
         left = self.store.abort(self.run)
         for chunk in self.chunks:
+        self.store.copies.join()  # copies under way still write to what the program's death has freed
             chunk.rest()
         if self._apart:  # ranks would draw apart from here on
             self.random_state = self._apart[0][1]

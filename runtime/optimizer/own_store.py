@@ -273,6 +273,7 @@ class OwnStore:
 
     def abort(self, run: Run) -> str:
         self.collectives.abandon()
+        self.tickets.forget()  # copies into what the program's death frees
         if self._has_updated and run.counts:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."
