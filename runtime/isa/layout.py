@@ -1,11 +1,13 @@
 """Where every parameter lives: plain layout dataclasses shared by plans, passes and the machine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
 
 import torch
+from torch import Tensor
 
 ALIGNMENT_BYTES = 256
 """Every slot starts on this boundary, so that vector loads and tensor cores see aligned weights."""
@@ -15,6 +17,11 @@ def alignment(dtype: torch.dtype, unit: int = 1) -> int:
     """Of how many elements of a dtype the beginnings of slots and shards are multiples, where `unit` elements are
     updated together."""
     return max(ALIGNMENT_BYTES // dtype.itemsize, unit)
+
+
+def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
+    """One parameter of a flat chunk; `offset` counts elements."""
+    return flat.narrow(0, offset, prod(shape)).view(shape)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,10 @@ class Slot:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """What lies here of a chunk, or of what is as long as a chunk."""
+        return parameter_view(flat, self.offset, self.shape)
 
 
 @dataclass(frozen=True)

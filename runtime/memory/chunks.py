@@ -99,8 +99,7 @@ class Chunk:
         self.state = State.FREE
 
     def slice(self, flat: Tensor, slot: int) -> Tensor:
-        place = self.layout.slots[slot]
-        return flat.narrow(0, place.offset, place.numel).view(place.shape)
+        return self.layout.slots[slot].of(flat)
 
     def accumulate(self, source: Tensor, slots: list[int]) -> None:
         """Add complete gradients in `source` (flat, any float dtype, on the master's device) to `.grad`."""
