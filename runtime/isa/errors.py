@@ -1,5 +1,7 @@
 """Errors a user may meet: each says what happened, what was expected and how to go on."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
@@ -71,11 +73,17 @@ def as_cause(error: BaseException) -> BaseException:
     return error.with_traceback(traceback.tb_next if traceback else None)
 
 
-def wrong_argument(name: str, value: Any, expected: str) -> ArgumentError:
+def did_you_mean(name: object, names: Iterable[str], otherwise: str = "") -> str:
+    """A question after the nearest of some names, where what was given is near to one, or what is said `otherwise`."""
+    near = get_close_matches(name, names, 1) if isinstance(name, str) else []
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def wrong_argument(name: str, value: Any, expected: str, hint: str = "") -> ArgumentError:
     """The error of an argument that was given `value`, of which the beginning is shown."""
     shown = " ".join(repr(value).split())
     shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
-    return ArgumentError(f"{name}={shown}; expected {expected}")
+    return ArgumentError(f"{name}={shown}; expected {expected}{hint and f'; {hint}'}")
 
 
 def check_path(name: str, value: Any, expected: str) -> None:
