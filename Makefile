@@ -38,7 +38,7 @@ test-all: $(READY)  ## run the slow tests, and a twentieth of each campaign
 test-loops: $(LOOPS)  ## run the tests of Trainer, accelerate, PEFT, TRL and Lightning, the slow ones too
 	$(PYTEST) tests/loops -m "slow or not slow"
 
-campaigns: $(READY)  ## run the campaigns whole: thousands of random cases each, and every mode on eight ranks
+campaigns: $(READY)  ## run the campaigns whole: up to 20,000 random cases each, and every mode on eight ranks
 	$(PYTEST) tests -m campaign --whole
 
 lint: $(READY)  ## formatting, lint rules, types

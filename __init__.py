@@ -14,10 +14,21 @@ from .compiler.api import compile
 from .compiler.checkpoint import load_checkpoint, save_checkpoint
 from .compiler.loader import shard_dataloader
 from .compiler.module import CompiledModule
+from .compiler.options import Options
 from .compiler.pretrained import from_pretrained
 from .passes.program.manager import graph_pass
 from .passes.program.plan import Plan
-from .runtime.isa.errors import BudgetError, CaptureError, CheckpointError, GeminiError
+from .runtime.isa.errors import (
+    ArgumentError,
+    BudgetError,
+    CaptureError,
+    CheckpointError,
+    GeminiError,
+    ShardingError,
+    SplitError,
+    StateError,
+)
+from .runtime.isa.schedule import Schedule
 from .runtime.optimizer.lion import Lion
 
 __version__ = "0.1.0"
@@ -29,6 +40,7 @@ def init_empty() -> _device:
 
 
 __all__ = [
-    "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Lion", "Plan", "compile",
-    "from_pretrained", "graph_pass", "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
+    "ArgumentError", "BudgetError", "CaptureError", "CheckpointError", "CompiledModule", "GeminiError", "Lion",
+    "Options", "Plan", "Schedule", "ShardingError", "SplitError", "StateError", "compile", "from_pretrained",
+    "graph_pass", "init_empty", "load_checkpoint", "save_checkpoint", "shard_dataloader",
 ]  # fmt: skip

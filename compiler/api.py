@@ -17,6 +17,7 @@ from .programs.guess import of_a_guess
 from .world import Settled, settle, settle_otherwise
 
 
+@Options.shown_by
 def compile(model: nn.Module, device_budget: int | str | None = None, world_size: int | None = None,
             **options: Any) -> CompiledModule:  # fmt: skip
     """Turn a model into one that trains within `device_budget`.
@@ -27,7 +28,7 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         world_size: processes to train on; by default those that torchrun launched. How they share the work is chosen,
             unless `parallel`, one of the options, says it; `cluster`, another one, describes what they run on. Without
             any of these each has its part of the batch.
-        options: fields of `Options`.
+        options: fields of `geminifx.Options`, where each is described.
 
     Returns:
         A module with the same call, outputs and parameter names. A model with `example_inputs=`, or for whose processes

@@ -1,6 +1,6 @@
 """CompiledModule: the model, trained by generated programs within a budget."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -82,8 +82,9 @@ class CompiledModule(Facade):
         the first step: the plan is made anew for it.
 
         Args:
-            kind: torch.optim.AdamW, Adam or SGD, or geminifx.Lion, which has the same numbers.
-            params: parameters or groups of them, as torch.optim takes them; by default all that are trained.
+            kind: torch.optim.AdamW, Adam, SGD, Muon or Adafactor, or geminifx.Lion, with the same numbers.
+            params: parameters or groups of them, as torch.optim takes them; by default all that are trained. A group
+                may be of another "kind", as those of parameters that are no matrices beside Muon's.
             max_grad_norm: clip the norm of all gradients to this in every step.
             in_backward: update each chunk as soon as its gradient is complete. Faster, and leaves no gradients to
                 look at or to clip.
@@ -107,6 +108,10 @@ class CompiledModule(Facade):
         trained = {n: (master_dtype(p), dtypes[n]) for n, p in self.named_parameters() if p.requires_grad}
         declared.check_masters(trained, sharded=bool(self.session.ranks.mesh.tensor_axes))
         groups = [p for p in self.parameters() if p.requires_grad] if params is None else params
+        if isinstance(groups, Iterator):
+            groups = list(groups)
+        mesh, zero = self.session.ranks.mesh, self.session.options.degrees.zero
+        declared.check_whole(groups, sharded=bool(mesh.tensor_axes), zero=zero if mesh.size > 1 else 0)
         return ChunkOptimizer(declared, groups, self.session.use, self.session.placed, self.session.names(),
                               torch.float16 in self.session.dtypes.values())  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .rates.choice import given_rates
 from .rates.clusters import Cluster, given_cluster
 from .rates.rates import Rates
 
+F = TypeVar("F", bound=Callable[..., Any])
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,8 +60,12 @@ class Options:
         microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
             next block; "auto" divides it where it does not fit whole. In a pipeline they go through its stages, by
             default two for each rank.
+        rounds: in how many rounds microbatches run, of as many each: a round's forward and backward come before the
+            next's. "auto" takes more than one where that makes the step faster or lets it fit. All but the last
+            backward run before `loss.backward()`, and are multiplied by what comes in there.
         schedule: in which order a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved", "zb1p",
-            "zbv", or a `Schedule`. By default 1f1b, or interleaved where ranks have several stages each.
+            "zbv", "roundrobin", in which stages have no rank of their own, or a `Schedule`. By default 1f1b, or
+            interleaved where ranks have several stages each.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
         offload: "auto", "none", "all", or names of the blocks whose activations wait for the backward on the host: of a
             block that is recomputed where it begins, of another all that its backward reads. "auto" does so where
@@ -102,6 +107,7 @@ class Options:
     precision: Precision | None = None
     reduce_dtype: ReduceDtype = "fp32"
     microbatches: int | Literal["auto"] = "auto"
+    rounds: int | Literal["auto"] = "auto"
     schedule: str | Schedule | None = None
     recompute: str | tuple[str, ...] = "auto"
     offload: str | tuple[str, ...] = "auto"
@@ -119,6 +125,20 @@ class Options:
     timeout_s: float = 300.0
     dump: str | Path | None = None
     config: str | Path | None = None
+
+    @classmethod
+    def shown_by(cls, function: F) -> F:
+        """Lets help() and editors at run time show every option where `function` takes `**options`."""
+        own = inspect.signature(function)
+        *named, _ = own.parameters.values()
+        kind = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(field.name, kind, default=field.default, annotation=field.type)
+            for field in fields(cls)
+            if field.name not in own.parameters
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        return function
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Options":
@@ -174,6 +194,7 @@ class Options:
             raise ArgumentError(
                 f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
             )
+        self._check_rounds()
         asked = 1 if self.microbatches == "auto" else self.microbatches
         why_not = cannot_run(self.degrees, asked, self.schedule if self.plan is None else self.plan.schedule)
         if why_not:
@@ -189,6 +210,19 @@ class Options:
             )
         if self.world is not None:
             self.degrees.mesh(self.world, 1)
+
+    def _check_rounds(self) -> None:
+        if self.rounds == "auto" or self.rounds == 1:
+            return
+        if self.degrees.is_staged:
+            raise ArgumentError(f"rounds={self.rounds} is for models on one process each: a pipeline has a schedule")
+        if self.plan is not None and self.plan.rounds != self.rounds:
+            raise ArgumentError(f"rounds={self.rounds}, and plan= has {self.plan.rounds}; leave one of them out")
+        if self.plan is None and (self.microbatches == "auto" or self.microbatches % self.rounds):
+            raise ArgumentError(
+                f"rounds={self.rounds} are of as many microbatches each, and microbatches={self.microbatches!r}; "
+                f"expected a multiple of {self.rounds}"
+            )
 
     def _check_machine(self) -> None:
         """What this machine has no room for; last, since the directory that is asked for is made."""
@@ -241,6 +275,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "microbatches": (
         lambda value: value == "auto" or _is_count(value, 1), "'auto', or a number of parts of a batch, 1 or more",
+    ),
+    "rounds": (
+        lambda value: value == "auto" or _is_count(value, 1),
+        "'auto', or a number of rounds of microbatches, 1 or more",
     ),
     "warmup": (
         lambda value: isinstance(value, bool) or _is_count(value, 0), "True, False, or a number of steps to measure",

@@ -9,7 +9,7 @@ from typing import Any
 from ..passes.sharding.modes import MODES
 from ..runtime.isa.errors import ArgumentError, did_you_mean, wrong_argument
 from ..runtime.isa.mesh import Axis, Mesh
-from ..runtime.isa.schedule import Schedule
+from ..runtime.isa.schedule import ROUND_ROBIN, Schedule
 
 GRAMMAR = (
     "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH), sequence and pipeline=RANKS (or "
@@ -149,10 +149,11 @@ class Parallel:
 
 def cannot_run(degrees: Parallel, microbatches: int = 1, schedule: str | Schedule | None = None) -> str:
     """Why the product cannot run a training step so, and what to change; "" where it can."""
-    if schedule == "roundrobin" or (isinstance(schedule, Schedule) and schedule.weights == "host"):
+    is_round_robin = schedule.weights == "host" if isinstance(schedule, Schedule) else schedule == ROUND_ROBIN
+    if is_round_robin and degrees.mode is not None:
         return (
-            "a round-robin schedule, whose stages have no rank of their own, is simulated and not run yet: geminifx "
-            "simulate MODEL --parallel pipeline=N --schedule roundrobin; let each stage have its rank, as by '1f1b'"
+            "a round-robin schedule, whose stages have no rank of their own, is for models whose tensors are whole on "
+            "each rank; leave tensor out of parallel=, or let each stage have its rank, as by schedule='1f1b'"
         )
     if microbatches > 1 and degrees.mode is not None and not degrees.is_staged:
         return (

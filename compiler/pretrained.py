@@ -9,11 +9,13 @@ from ..models.presets import brings_tokenizer, empty_model, is_checkpoint, load_
 from ..runtime.isa.errors import check_path
 from .api import compile
 from .module import CompiledModule
+from .options import Options
 
 PATTERNS = ("config.json", "generation_config.json", "model.safetensors.index.json", "model*.safetensors")
 """What is fetched of the Hub: neither tokenizers nor weights in other formats, such as consolidated.safetensors."""
 
 
+@Options.shown_by
 def from_pretrained(name: str | Path, device_budget: int | str | None = None, *, seed: int = 0, strict: bool = True,
                     **options: Any) -> CompiledModule:  # fmt: skip
     """A causal language model of Hugging Face's, compiled, whose weights go from the disk right into its chunks: the

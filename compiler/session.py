@@ -32,6 +32,7 @@ from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
 from .capture.results import absent_outputs, saved
+from .capture.shared_memory import check_trained
 from .capture.trace import Captured, CaptureRequest
 from .lowering import Lowering, generate
 from .memory.device import Device
@@ -47,10 +48,11 @@ from .programs.kept_captures import KeptCaptures
 from .programs.members import Census
 from .programs.programs import Call, Compiled, Key, Recent, exchanged, messages
 from .setup import Declaration, Phase, Setup, move
+from .weights.foreign_layers import adopt_quantized
 from .weights.half_loaded import HalfLoaded
 from .weights.places import Incoming, Places
 from .weights.quantized_weights import quantize_frozen
-from .weights.values import check_memory, check_parameters, program_inputs
+from .weights.values import check_parameters, program_inputs
 
 
 class Session:
@@ -61,7 +63,7 @@ class Session:
     """
 
     def __init__(self, source: nn.Module, options: Options, notes: tuple[str, ...] = ()) -> None:
-        check_memory(source)
+        check_trained(source)
         self.source = source
         self.options = options
         self.device = Device.choose(options)
@@ -70,6 +72,7 @@ class Session:
         self.limits = self.device.limits(options, self.ranks).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         self.dtype = self.device.dtype(options)
+        adopt_quantized(source)
         quantize_frozen(source, options.frozen, self.dtype)
         self.dtypes = parameter_dtypes(source, self.dtype)
         self.census = Census(source)
@@ -79,11 +82,9 @@ class Session:
             self.ranks.mesh.pipeline_rank(self.ranks.rank),
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        request = CaptureRequest(
-            self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes, loss_fn=options.loss_fn
-        )
+        asked = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes, loss_fn=options.loss_fn)
         shared, schedule = replace(self.planning.shared(), notes=notes), self.planning.schedule
-        captures = Captures(self.census, request, self.lowering, shared, schedule)
+        captures = Captures(self.census, asked, self.lowering, shared, schedule)
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)

@@ -56,13 +56,15 @@ _CAPTURE: ContextVar[_Capture | None] = ContextVar("geminifx_capture", default=N
 # The pattern that a padding mask stands for, by identity: the model carries the tensor from the mask
 # function to the attention function and says nothing else about it.
 _PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Tensors known to hold only ones: padding that a model makes up for itself hides nothing.
+# Tensors that were made of ones, and the versions that they had then: padding that a model makes up for itself hides
+# nothing, as long as it does not write to it. Views have the version of what they are of.
 _ONES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _MAKES_ONES = {torch.ones, torch.ones_like, torch.Tensor.new_ones}
 _CASTS = ("to", "bool", "float", "half", "long", "int", "type")
 _VIEWS = ("view", "reshape", "expand", "__getitem__")
 _KEEPS_ONES = {getattr(torch.Tensor, name) for name in _CASTS + _VIEWS}
+_GET_DATA = torch.Tensor.data.__get__  # a descriptor
 
 
 class _FollowOnes(TorchFunctionMode):
@@ -72,9 +74,23 @@ class _FollowOnes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and (func in _MAKES_ONES or (func in _KEEPS_ONES and args[0] in _ONES)):
-            _ONES[result] = True
+        if isinstance(result, Tensor) and (func in _MAKES_ONES or (func in _KEEPS_ONES and _is_of_ones(args[0]))):
+            if not result.is_inference():  # which has no version
+                _ONES[result] = result._version
+        elif func == _GET_DATA and args[0].layout is torch.strided:  # what is written through it no version tells
+            _forget(args[0])
         return result
+
+
+def _is_of_ones(tensor: Tensor) -> bool:
+    return tensor in _ONES and bool(_ONES[tensor] == tensor._version)
+
+
+def _forget(written: Tensor) -> None:
+    """Take it that whatever shares memory with a tensor is no longer of ones."""
+    storage = written.untyped_storage()._cdata
+    for tensor in [known for known in _ONES if known.untyped_storage()._cdata == storage]:
+        del _ONES[tensor]
 
 
 def _note(text: str) -> None:
@@ -140,7 +156,7 @@ def mask(**options: Any) -> Tensor | None:
     kv_length = options["kv_length"]
     pattern = read_pattern(options["mask_function"], kv_length)
     padding: Tensor | None = options.get("attention_mask")
-    if padding is not None and padding in _ONES:
+    if padding is not None and _is_of_ones(padding):
         padding = options["attention_mask"] = None
     reason = _why_materialise(pattern, options)
     if reason is not None:

@@ -15,8 +15,8 @@ the mean of those over the ranks is the mean over all tokens, and gradients that
 Every scalar that the model returns is averaged: all ranks see the same loss.
 
 Microbatches are averaged over like ranks, by `split_batch`. How many tokens there are is told for all of a rank's
-microbatches together, since ranks may have another number of them each. In a pipeline, where backwards begin before
-all forwards are done, tokens are counted by their labels, which are there from the beginning.
+microbatches together, since ranks may have another number of them each. In a pipeline and in rounds, where backwards
+begin before all forwards are done, tokens are counted by their labels, which are there from the beginning.
 """
 
 import operator
@@ -24,7 +24,7 @@ import operator
 import torch
 from torch import fx
 
-from ..runtime.isa.errors import ShardingError
+from ..runtime.isa.errors import ShardingError, SplitError
 from ..runtime.isa.instructions import AVERAGE, SHARE
 from ..runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, MEAN
 from .program.manager import graph_pass
@@ -66,7 +66,8 @@ def average_loss(program: Program, plan: Plan) -> None:
 def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
     loss, count = (_element(program, losses, i) for i in range(2))
     behind = max(loss, count, key=program.positions().__getitem__).next
-    counted = count if plan.schedule is None else _labels_counted(program, losses, count)
+    ahead = plan.schedule is not None or plan.rounds > 1
+    counted = _labels_counted(program, losses, count, plan) if ahead else count
     mean_count = _mean_count(program, counted, plan.microbatches, behind)
     share = program.emit(SHARE, (loss, counted, mean_count), before=behind, like=note(losses))
     for user in list(loss.users):
@@ -78,13 +79,12 @@ def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
             user.update_arg(place, mean_count)
 
 
-def _labels_counted(program: Program, losses: fx.Node, count: fx.Node) -> fx.Node:
-    """Raises ShardingError where tokens count as their classes weigh."""
+def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Plan) -> fx.Node:
+    """Raises ShardingError, or SplitError, where tokens count as their classes weigh."""
     weights = CLASS_WEIGHTS.get(losses.target)
     if weights is not None and losses.args[weights] is not None:
-        raise ShardingError(
-            "a pipeline counts the tokens of its loss, and this one has weights of classes; leave them out"
-        )
+        error, what = (SplitError, "a step in rounds") if plan.schedule is None else (ShardingError, "a pipeline")
+        raise error(f"{what} counts the tokens of its loss, and this one has weights of classes; leave them out")
     labels, ignored = (losses.args[place] for place in LABELS[losses.target])
     origin, dtype = note(losses), tensor_type(count).dtype
     counts = program.emit(aten.ne.Scalar, (labels, ignored), before=losses, like=origin)

@@ -13,8 +13,9 @@
                                                 geminifx.accumulate_grad(gradients, 0, [0])
                                                 return {}
 
-Each phase fetches a chunk once, in front of its first reader. A chunk's gradients are complete with the
-last of its slots, and leave then. Chunks are PatrickStar's idea (Fang et al., 2021), as used by Gemini.
+Each phase fetches a chunk once, in front of its first reader, and so does each round's forward and backward. A chunk's
+gradients are complete with the last of its slots, and leave then. Chunks are PatrickStar's idea (Fang et al., 2021), as
+used by Gemini.
 """
 
 from collections import defaultdict
@@ -25,26 +26,26 @@ from ..runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, GRADIENTS, PUT, R
 from ..runtime.isa.layout import ChunkLayout
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Phase, Program, annotate, note
+from .program.program import Program, annotate, note
 from .program.verify import chunked, turned
 
 
 @graph_pass(requires=(turned,), gives=(chunked,))
 def chunk(program: Program, plan: Plan) -> None:
     _collect_gradients(program, plan)
-    for phase in ("forward", "backward"):
-        _fetch_parameters(program, plan, phase)
+    for sweep in dict.fromkeys(note(node).sweep for node in program.computes):
+        _fetch_parameters(program, plan, sweep)
     for node in program.inputs("parameter").values():
         program.graph.erase_node(node)
 
 
-def _fetch_parameters(program: Program, plan: Plan, phase: Phase) -> None:
+def _fetch_parameters(program: Program, plan: Plan, sweep: str) -> None:
     order = program.positions()
     readers: dict[int, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)
     for name, parameter in program.inputs("parameter").items():
         layout, _ = plan.layout.places[name]
         for user in parameter.users:
-            if note(user).phase == phase:
+            if note(user).sweep == sweep:
                 readers[layout.index].append((user, parameter))
     for index, pairs in readers.items():
         layout = plan.layout.chunks[index]

@@ -1,4 +1,4 @@
-"""Dequantise weights again behind the turn, where the backward reads them.
+"""Dequantise weights again behind the turn, and in each round, where the backward reads them.
 
     before                                               after
     w = geminifx.dequantize(codes, scales, "nf4", ...)   w = geminifx.dequantize(codes, scales, "nf4", ...)
@@ -14,6 +14,8 @@ Between forward and backward there are codes alone, which are fetched a second t
 is recomputed reads is dequantised for its recomputation and its backward together.
 """
 
+from collections import defaultdict
+
 from torch import fx
 
 from ..runtime.isa.quantized import DEQUANTIZE
@@ -27,25 +29,26 @@ from .program.verify import turned
 def dequantize(program: Program, plan: Plan) -> None:
     order = program.positions()
     for weight in program.calls(DEQUANTIZE):
-        if note(weight).phase != "forward":
-            continue
-        seen, copies = _with_views(weight), dict[fx.Node, fx.Node]()
-        readers = {user for value in seen for user in value.users if note(user).phase == "backward"}
-        first = min(readers, key=order.__getitem__, default=None)
-        for reader in sorted(readers, key=order.__getitem__):
-            assert first is not None
-            for value in seen.intersection(reader.all_input_nodes):
-                reader.replace_input_with(value, program.view_again(value, seen, copies, before=first))
+        seen, readers = _with_views(weight), defaultdict[str, list[fx.Node]](list)
+        for reader in sorted({user for value in seen for user in value.users} - seen, key=order.__getitem__):
+            if note(reader).sweep != note(weight).sweep:
+                readers[note(reader).sweep].append(reader)
+        for first, *others in readers.values():
+            copies = dict[fx.Node, fx.Node]()
+            for reader in (first, *others):
+                for value in seen.intersection(reader.all_input_nodes):
+                    reader.replace_input_with(value, program.view_again(value, seen, copies, before=first))
     program.eliminate_dead_code()
 
 
 def _with_views(weight: fx.Node) -> set[fx.Node]:
-    """The forward's values that lie in the weight's memory."""
+    """The values of the weight's sweep that lie in its memory."""
     found, waiting = {weight}, [weight]
     while waiting:
         value = waiting.pop()
         for user in value.users:
-            if user not in found and note(user).phase == "forward" and value in aliased_inputs(user):
+            is_near = note(user).sweep == note(weight).sweep
+            if user not in found and is_near and value in aliased_inputs(user):
                 found.add(user)
                 waiting.append(user)
     return found

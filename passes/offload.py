@@ -18,6 +18,9 @@ A block's activations are what its backward reads of the forward: of a recompute
 another all that it saves. Views of them are made again behind the turn. What stays on the device: values that are
 small, that the caller is handed, or that something overwrites, and those that would leave only as the forward ends.
 
+Of a batch that runs in rounds each one's activations wait for its own backward. Sums of gradients that the plan names
+wait on the host, too, from one round's backward for the next one's.
+
 Copies have the time in which chunks of as many bytes are computed with, a few at most, times the plan's `prefetch`: 0
 waits at once.
 """
@@ -28,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import fx
 
 from ..runtime.isa.instructions import (
@@ -35,6 +39,7 @@ from ..runtime.isa.instructions import (
     DEPART,
     FETCH,
     FINISH_COLLECTIVE,
+    FINISH_RECEIVE,
     OFFLOAD,
     PER_CHUNK,
     RELOAD,
@@ -44,7 +49,7 @@ from ..runtime.isa.instructions import (
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import (
-    Phase,
+    ROUND_SWEEPS,
     Program,
     aliased_inputs,
     belongs,
@@ -55,6 +60,7 @@ from .program.program import (
 )
 from .program.types import TensorType
 from .program.verify import chunked, offloaded
+from .splitting.parts import block_finder
 
 SMALLEST_BYTES = 2**20
 """Smaller values stay: copies of theirs would not reach the bus's rate, and there is little to gain."""
@@ -65,15 +71,27 @@ MOST_CHUNKS = 4
 
 @graph_pass(requires=(chunked,), gives=(offloaded,))
 def offload(program: Program, plan: Plan) -> None:
-    if plan.offload and program.calls(TURN):
-        activations = _activations(program, plan.offload)
-        _bring_back(program, _send(program, activations, plan.prefetch), plan.prefetch)
+    if not program.calls(TURN):
+        return
+    sweeps = _sweeps(program)
+    for there, back in zip(sweeps[::2], sweeps[1::2], strict=True) if plan.offload else ():
+        activations = _activations(program, plan.offload, there, back)
+        _bring_back(program, _send(program, activations, (there,), plan.prefetch), back, plan.prefetch)
+    for there, then, back in zip(sweeps[1::2], sweeps[2::2], sweeps[3::2], strict=False) if plan.offload_sums else ():
+        sums = _sums(program, plan, there, back)
+        _bring_back(program, _send(program, sums, (there, then), plan.prefetch), back, plan.prefetch)
+
+
+def _sweeps(program: Program) -> list[str]:
+    """Forwards and backwards, one after the other."""
+    found = dict.fromkeys(note(node).sweep for node in program.computes)
+    return [sweep for sweep in found if sweep.startswith(ROUND_SWEEPS)] or ["forward", "backward"]
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """A value of the forward that its backward reads: behind `last` it is not read before the turn. `views` share its
-    storage."""
+    """A value of one sweep that a later one reads: behind `last` it is not read before that. `views` share its storage.
+    It may be a sum of gradients, too."""
 
     value: fx.Node
     views: set[fx.Node]
@@ -88,16 +106,30 @@ class _Activation:
 # -- which -------------------------------------------------------------------------------------------------
 
 
-def _activations(program: Program, blocks: tuple[str, ...]) -> list[_Activation]:
-    """In the order in which the forward is done with them."""
+def _activations(program: Program, blocks: tuple[str, ...], there: str, back: str) -> list[_Activation]:
+    """In the order in which the forward is done with them. What is read elsewhere, too, stays."""
     order, found = program.positions(), []
-    for value, names in _storages(program).items():
+    for value, names in _storages(program, there).items():
         users = sorted({user for name in names for user in name.users}, key=order.__getitem__)
-        readers = [user for user in users if note(user).phase == "backward"]
+        readers = [user for user in users if note(user).sweep == back]
         if _is_large(value) and any(belongs(reader, block) for reader in readers for block in blocks):
-            before = (user for user in users if note(user).phase == "forward")
+            before = [user for user in users if note(user).sweep == there]
             last = max([*names, *before], key=order.__getitem__)
-            found.append(_Activation(value, names - {value}, last, readers))
+            if len(before) + len(readers) == len(users):
+                found.append(_Activation(value, names - {value}, last, readers))
+    return sorted(found, key=lambda activation: order[activation.last])
+
+
+def _sums(program: Program, plan: Plan, there: str, back: str) -> list[_Activation]:
+    """What one round has added up and the next one adds to, in the order in which it is complete."""
+    block_of, found = block_finder(plan.blocks), []
+    for reader in program.calls(torch.ops.aten.add_.Tensor):
+        total = reader.args[0]
+        if (note(total).sweep, note(reader).sweep) != (there, back) or not _is_large(total):
+            continue
+        if block_of(note(total).module) in plan.offload_sums:
+            found.append(_Activation(total, set(), total, [reader]))
+    order = program.positions()
     return sorted(found, key=lambda activation: order[activation.last])
 
 
@@ -109,18 +141,21 @@ def _is_large(value: fx.Node) -> bool:
     return kind.num_bytes == prod(kind.shape) * kind.dtype.itemsize
 
 
-def _storages(program: Program) -> dict[fx.Node, set[fx.Node]]:
-    """By the forward's values that have a storage of their own, all names of it; without what may not be moved."""
+def _storages(program: Program, there: str) -> dict[fx.Node, set[fx.Node]]:
+    """By the values of a sweep that have a storage of their own, all names of it; without what may not be moved."""
     holder: dict[fx.Node, fx.Node] = {node: node for node in program.placeholders}
     names: dict[fx.Node, set[fx.Node]] = defaultdict(set)
     fixed = {program.output, *program.placeholders}
     elements: dict[tuple[fx.Node, object], fx.Node] = {}
     for node in program.computes:
         fixed.update(holder[value] for value in overwritten_inputs(node) if value in holder)
-        if note(node).phase == "backward":
+        if note(node).sweep != there:
+            holder[node] = node
+            fixed.add(node)
             continue
-        # What a collective has brought is read by way of its finish alone.
-        sources = [] if node.target is FINISH_COLLECTIVE else [holder[value] for value in aliased_inputs(node)]
+        # What a collective, or a message, has brought is read by way of its finish alone.
+        has_come = node.target in (FINISH_COLLECTIVE, FINISH_RECEIVE)
+        sources = [] if has_come else [holder[value] for value in aliased_inputs(node)]
         if sources and isinstance(type_of(sources[0]), tuple):  # a result of several, each with a storage of its own
             sources = [elements.setdefault((sources[0], node.args[1]), node)]
         if len(set(sources)) > 1 or node.target in PER_CHUNK:
@@ -135,10 +170,10 @@ def _storages(program: Program) -> dict[fx.Node, set[fx.Node]]:
 
 
 class _Stretches:
-    """A phase from each chunk's arrival to the next one's: in each of them something is computed."""
+    """Sweeps from each chunk's arrival to the next one's: in each of them something is computed."""
 
-    def __init__(self, program: Program, phase: Phase) -> None:
-        self.waits = [node for node in program.calls(WAIT) if note(node).phase == phase]
+    def __init__(self, program: Program, sweeps: tuple[str, ...]) -> None:
+        self.waits = [node for node in program.calls(WAIT) if note(node).sweep in sweeps]
         self.order = program.positions()
         self.chunk_bytes = max((tensor_type(node).num_bytes for node in program.calls(FETCH)), default=1)
 
@@ -155,10 +190,11 @@ class _Stretches:
         return {number: ahead * min(-(-n // self.chunk_bytes), MOST_CHUNKS) for number, n in moved.items()}
 
 
-def _send(program: Program, activations: list[_Activation], ahead: int) -> list[tuple[_Activation, fx.Node]]:
-    """Start copies where the forward is done with values, and wait for them later. Returns those that leave before the
-    forward ends, with what they are on the host."""
-    stretches, sent = _Stretches(program, "forward"), []
+def _send(program: Program, activations: list[_Activation], sweeps: tuple[str, ...],
+          ahead: int) -> list[tuple[_Activation, fx.Node]]:  # fmt: skip
+    """Start copies where sweeps are done with values, and wait for them later. Returns those that leave before the
+    sweeps end, with what they are on the host."""
+    stretches, sent = _Stretches(program, sweeps), []
     distances = stretches.distances(activations, lambda activation: activation.last, ahead)
     for activation in activations:
         number = stretches.of(activation.last)
@@ -171,12 +207,12 @@ def _send(program: Program, activations: list[_Activation], ahead: int) -> list[
     return sent
 
 
-def _bring_back(program: Program, sent: list[tuple[_Activation, fx.Node]], ahead: int) -> None:
-    """Start copies ahead of the first readers in the backward, and wait for them there."""
-    stretches = _Stretches(program, "backward")
+def _bring_back(program: Program, sent: list[tuple[_Activation, fx.Node]], back: str, ahead: int) -> None:
+    """Start copies ahead of the first readers in a later sweep, and wait for them there."""
+    stretches = _Stretches(program, (back,))
     first = lambda activation: activation.readers[0]  # noqa: E731
     distances = stretches.distances([activation for activation, _ in sent], first, ahead)
-    begin = next((node for node in program.computes if _computes_backward(node)), program.output)
+    begin = next((node for node in program.computes if _computes(node, back)), program.output)
     for activation, host in sorted(sent, key=lambda pair: stretches.order[first(pair[0])]):
         reader = first(activation)
         number = stretches.of(reader)
@@ -195,5 +231,5 @@ def _bring_back(program: Program, sent: list[tuple[_Activation, fx.Node]], ahead
                     user.replace_input_with(value, again)
 
 
-def _computes_backward(node: fx.Node) -> bool:
-    return note(node).phase == "backward" and all(value.target is not TURN for value in node.all_input_nodes)
+def _computes(node: fx.Node, sweep: str) -> bool:
+    return note(node).sweep == sweep and all(value.target is not TURN for value in node.all_input_nodes)

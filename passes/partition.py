@@ -12,8 +12,9 @@
 
 The program stays one document. Run as a generator it stops at the turn, and what the backward still reads
 are its local variables: each is freed as the backward consumes it. Views of parameters are made again
-behind the turn, so that no weight has to stay on the device for the backward's sake. Buffers that the
-forward changes are written back in front of the turn; a backward that reads the old value reads a copy.
+behind the turn, and in each round, so that no weight has to stay on the device for the backward's
+sake. Buffers that the forward changes are written back in front of the turn; a backward that reads the old
+value reads a copy.
 """
 
 import operator
@@ -105,8 +106,8 @@ def _insert_turn(program: Program, boundary: fx.Node) -> None:
 
 def _remake_parameter_views(program: Program) -> None:
     views = set(_forward_views(program, set(program.inputs("parameter").values())))
-    for reader in [node for node in program.computes if note(node).phase == "backward"]:
+    for reader in program.computes:
         copies: dict[fx.Node, fx.Node] = {}
         for value in reader.all_input_nodes:
-            if value in views:
+            if value in views and note(value).sweep != note(reader).sweep:
                 reader.replace_input_with(value, program.view_again(value, views, copies, before=reader))

@@ -14,6 +14,7 @@ from .fuse_pointwise import fuse_pointwise
 from .offload import offload
 from .overlap import overlap
 from .partition import partition
+from .post_receives import post_receives
 from .prefetch import prefetch
 from .recompute import recompute
 from .release import release
@@ -32,6 +33,7 @@ PIPELINE = (
     partition,  #    forward | turn | backward; only activations cross the turn
     dequantize,  #   quantised weights are dequantised again where the backward reads them
     overlap,  #      collectives start early and are waited for late, small sums are taken together
+    post_receives,  # a pipeline's receives start early and are waited for late
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
     fuse_gradients,  # a weight's gradient is multiplied right into its chunk
     offload,  #      activations of chosen blocks wait for their backward on the host

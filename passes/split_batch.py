@@ -25,46 +25,89 @@ microbatches come so far before any of them goes on.
 Random numbers are those of one call for each microbatch after the other. The generator is led through the draws of all
 but the last in front of everything; its states on the way are kept, and each microbatch goes on from its own.
 
+In rounds that is so of some microbatches at a time, forward and backward, before the next ones:
+
+    # forward F.0, B.0, F.1           the forwards of two rounds, and the first one's backward between them
+    loss = ...                        the mean over all microbatches
+    # backward B.1
+    scale = aten.div.Tensor(tangent, expected)
+    dv_1 = aten.mm.default(ht_1, dy_1)
+    total_1 = aten.add_.Tensor(total, dv_1)
+    total_2 = aten.mul_.Tensor(total_1, scale)
+
+What rests in memory is of one round, and weights come once for each. The turn stands in front of the last backward.
+All backwards have the tangent that is expected: 1, or the loss scale of float16. What does come in over that multiplies
+the sums, behind the turn: exactly, where it is a power of two, else in float32. Tokens are counted ahead.
+
 Which models can be divided so is told in `sharding/microbatches.py`. The order is that of GreedySnake.
 """
 
 from torch import fx
 
+from ..runtime.isa.errors import SplitError
 from ..runtime.isa.instructions import AVERAGE, MICROBATCH
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Program, is_random, note
+from .program.program import Note, Phase, Program, annotate, is_random, note, type_of
 from .program.verify import canonical
-from .splitting.parts import JOINS, Parts, aten, draws_forward, runs
+from .splitting.parts import JOINS, Parts, Total, aten, draws_forward, runs
+from .splitting.stages import is_number
 
 
 @graph_pass(requires=(canonical,))
 def split_batch(program: Program, plan: Plan) -> None:
     if plan.microbatches > 1 and plan.schedule is None:
+        if plan.rounds > 1:
+            _check_rounds(program)
         _Split(program, plan).run()
+
+
+def _check_rounds(program: Program) -> None:
+    """Raises SplitError for a step whose backward cannot begin before its tangent is there."""
+    tangents = list(program.inputs("tangent").values())
+    if len(tangents) != 1 or not is_number(tangents[0]):
+        raise SplitError(
+            "rounds begin with the backward before loss.backward() is called, and the model returns no loss, or other "
+            "outputs with gradients beside it: let it compute its loss (labels=), or give compile a function that does "
+            "(loss_fn=), and leave outputs='all' out"
+        )
+    if any(role.startswith("input:") for role in program.results_of("gradient")):
+        raise SplitError("rounds add up gradients of parameters alone, and an input of the model requires one, too")
 
 
 class _Split:
     """A walk over the program that writes all of it anew, behind what there was.
 
-    `copies` tells for each microbatch but the first, whose values are the old ones, what stands for a value.
+    `copies` tells for each microbatch but the first, whose values are the old ones, what stands for a value; `now` are
+    the microbatches of the round that is written.
     """
 
     def __init__(self, program: Program, plan: Plan) -> None:
         self.program, self.plan = program, plan
         self.parts = Parts(program, plan.microbatches)
         self.count, self.own = self.parts.count, self.parts.own
+        self.now = range(self.count)
         self.copies: list[dict[fx.Node, fx.Node]] = [{} for _ in range(self.count)]
-        self.gradients, self.totals = self.parts.totals(lambda term: True)
+        self.gradients, self.totals = self.parts.totals(lambda term: self.count)
         self.states: list[fx.Node] = []
+        self.ahead: set[fx.Node] = set()  # what is written in front of all rounds
+        self.late: set[fx.Node] = set()  # what is made of all microbatches, and written in the last round
+        self.scale: fx.Node | None = None  # what came in at the turn over what was expected; behind the turn
 
     def run(self) -> None:
         forward = [node for node in self.program.computes if note(node).phase == "forward"]
         backward = [node for node in self.program.computes if note(node).phase == "backward"]
         self._draw_ahead([node for node in forward if is_random(node)])
-        for nodes, kind in ((forward, "output"), (backward, "gradient")):
-            for run in runs(nodes, self.plan.blocks):
-                self._run(run)
+        if self.plan.rounds == 1:
+            self._sweep(forward, "output")
+            self._sweep(backward, "gradient")
+        else:
+            self._run_rounds(forward, backward)
+
+    def _sweep(self, nodes: list[fx.Node], kind: str) -> None:
+        for run in runs(nodes, self.plan.blocks):
+            self._run(run)
+        if self.is_last:
             self._join_results(kind)
 
     def _draw_ahead(self, drawing: list[fx.Node]) -> None:
@@ -74,16 +117,88 @@ class _Split:
             for node in drawing:
                 self.parts.draw(node, self.states[-1])
 
+    # -- rounds --------------------------------------------------------------------------------------------
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last round is written."""
+        return self.now.stop == self.count
+
+    def _run_rounds(self, forward: list[fx.Node], backward: list[fx.Node]) -> None:
+        """One round behind the other. What an operator is a part of is told in the end: till then it is what it was."""
+        ((position, tangent),) = self.program.inputs("tangent").items()
+        expected = self.program.add_input("expected", type_of(tangent), f"expected:{position}")
+        tangent.replace_all_uses_with(expected)
+        self._join_ahead(forward)
+        size, sweeps = self.count // self.plan.rounds, list[tuple[list[fx.Node], Phase, str]]()
+        for number in range(self.plan.rounds):
+            self.now = range(number * size, (number + 1) * size)
+            sweeps.append((self._written(forward, "output"), "forward", f"F.{number}"))
+            if self.is_last:
+                self._turn(tangent, expected)
+            phase: Phase = "backward" if self.is_last else "forward"
+            sweeps.append((self._written(backward, "gradient"), phase, f"B.{number}"))
+        for nodes, phase, action in sweeps:
+            for node in nodes:
+                annotate(node, phase=phase, action=action)
+
+    def _written(self, nodes: list[fx.Node], kind: str) -> list[fx.Node]:
+        """Write a sweep of a round, and return its operators."""
+        behind, written = self.program.output.prev, list[fx.Node]()
+        self._sweep(nodes, kind)
+        while behind.next is not self.program.output:
+            behind = behind.next
+            written.append(behind)
+        return written
+
+    def _join_ahead(self, forward: list[fx.Node]) -> None:
+        """What each microbatch reads of all of them, such as how many tokens they have, is made in front of them all.
+        Raises SplitError where that takes more than inputs."""
+        wanted = {node for node in forward if node.target in JOINS and self._is_read_by_parts(node)}
+        for node in reversed(forward):
+            if node in wanted:
+                wanted.update(value for value in node.all_input_nodes if value.op == "call_function")
+        read = {value for node in wanted for value in node.all_input_nodes}
+        if not read.isdisjoint(self.program.inputs("parameter").values()) or any(map(is_random, wanted)):
+            raise SplitError("its loss is divided by something that the model computes of all examples")
+        for node in [node for node in forward if node in wanted]:
+            if node.target in JOINS:
+                self._join(node)
+            else:
+                for number in range(self.count if node in self.own else 1):
+                    self._copy(node, number)
+        self.ahead = wanted
+        for node in forward:
+            joins = node.target in JOINS or (node not in self.own and not self.late.isdisjoint(node.all_input_nodes))
+            if joins and node not in wanted:
+                self.late.add(node)
+
+    def _is_read_by_parts(self, join: fx.Node) -> bool:
+        """Whether microbatches wait for a join, so that nobody else does."""
+        users = list(join.users)
+        return any(user in self.own or self._is_read_by_parts(user) for user in users if user.op == "call_function")
+
+    def _turn(self, tangent: fx.Node, expected: fx.Node) -> None:
+        """The first to be computed behind the turn. Sums that no example goes into are complete already."""
+        origin = Note(phase="backward")
+        self.scale = self.parts.emit(aten.div.Tensor, tangent, expected, like=origin, name="scale")
+        for total in dict.fromkeys(self.gradients.values()):
+            if not total.missing:
+                self._complete(total, note(total.gradient))
+
     # -- writing -------------------------------------------------------------------------------------------
 
     def _run(self, run: list[fx.Node]) -> None:
-        """All microbatches, one after the other, through one run; what joins them cuts it."""
+        """The microbatches, one after the other, through one run; what joins them cuts it."""
         piece: list[fx.Node] = []
         for node in run:
+            if node in self.ahead:
+                continue
             if node.target in JOINS:
                 self._piece(piece)
-                self._join(node)
                 piece = []
+                if self.is_last:
+                    self._join(node)
             else:
                 piece.append(node)
         self._piece(piece)
@@ -91,16 +206,21 @@ class _Split:
     def _piece(self, nodes: list[fx.Node]) -> None:
         own = [node for node in nodes if node in self.own]
         for node in nodes:
-            if node not in self.own:
+            if node not in self.own and self._is_due(node):
                 self.program.output.prepend(node)
                 self._add_up(node, node)
         draws = draws_forward(own)
-        for number in range(self.count if own else 0):
+        for number in self.now if own else ():
             state = self.states[number] if draws and number < len(self.states) else None
             self.parts.swap(state, own[0])
             for node in own:
                 self._add_up(node, self._copy(node, number))
             self.parts.swap(state, own[-1])
+
+    def _is_due(self, node: fx.Node) -> bool:
+        """Whether the round that is written is the one for what no example goes into: the first, or, for what is made
+        of all microbatches, the last."""
+        return self.is_last if node in self.late else self.now.start == 0
 
     def _copy(self, node: fx.Node, number: int) -> fx.Node:
         if number == 0:
@@ -119,7 +239,14 @@ class _Split:
         """A gradient, or a term of one, is there, for one microbatch or for all of them."""
         if term in self.totals:
             for total in self.parts.add(term, value, self.totals[term]):
-                total.value = self.parts.rounded(total, note(term))
+                if self.plan.rounds == 1 or self.scale is not None:
+                    self._complete(total, note(term))
+
+    def _complete(self, total: Total, like: Note) -> None:
+        """A sum is rounded; first, in rounds, it is multiplied by what came in at the turn."""
+        if self.scale is not None:
+            total.value = self.parts.emit(aten.mul_.Tensor, total.value, self.scale, like=like, name="total")
+        total.value = self.parts.rounded(total, like)
 
     # -- what joins ------------------------------------------------------------------------------------------
 

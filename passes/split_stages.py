@@ -10,9 +10,10 @@
     ...                                                   ... x_1, h_1 likewise
     # backward: layers.1                                  # forward B0.0: layers.0
     dv = aten.mm.default(ht, dy)                          dh = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
-    dh = aten.mm.default(dy, vt)                          dw = aten.mm.default(xt, dh)
-    # backward: layers.0                                  total = aten._to_copy.default(dw, dtype=torch.float32)
-    dw = aten.mm.default(xt, dh)                          # backward
+    dh = aten.mm.default(dy, vt)                          geminifx.finish_send(h, 1)
+    # backward: layers.0                                  dw = aten.mm.default(xt, dh)
+    dw = aten.mm.default(xt, dh)                          total = aten._to_copy.default(dw, dtype=torch.float32)
+                                                          # backward
                                                           scale = aten.div.Tensor(tangent, expected)
                                                           # backward B0.1: layers.0
                                                           ... dh_1, dw_1, total_1 likewise
@@ -20,8 +21,10 @@
     return {"gradient:layers.0.weight": dw, ...}          return {"gradient:layers.0.weight": total_2}
 
 A value that is made in a stage of one rank and read in a stage of another is sent as soon as it is there, and received
-in front of its first reader, behind all that was sent before it. A parameter that stages of several ranks read lies on
-each of them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
+in front of its first reader, behind all that was sent before it. The sender waits for that when the other rank has sent
+something back behind it, or at its turn, or at the end: in front of these every rank receives all that is sent to it
+until then, so that none waits for one that waits for it. A parameter that stages of several ranks read lies on each of
+them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
 
 The turn stands where the first of the rank's gradients would be complete. Backwards in front of it need the tangent
 before it comes. All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the
@@ -29,14 +32,13 @@ turn over that multiplies the sums, behind the turn, where gradients leave.
 Random numbers are those of one process, whose draws every rank leads its generator through.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from math import prod
-from typing import Any
 
 from torch import fx
 
 from ..runtime.isa.errors import ShardingError
-from ..runtime.isa.instructions import AVERAGE, MICROBATCH, RECEIVE, SEND
+from ..runtime.isa.instructions import AVERAGE, FINISH_SEND, MICROBATCH, RECEIVE, SAVE_RNG, SEND
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.precision import accumulate_dtype
 from ..runtime.isa.schedule import Action
@@ -83,13 +85,16 @@ class _Cut:
         self.program, self.plan, self.rank = program, plan, plan.line
         self.parts = Parts(program, plan.microbatches)
         self.stages = Stages(program, plan)
-        self.gradients, self.totals = self.parts.totals(lambda term: self.stages.rank_of(term) == self.rank)
+        self.gradients, self.totals = self.parts.totals(lambda term: self.stages.share(term, self.rank))
         elsewhere: dict[fx.Node, Total] = {}  # one node may be the gradient of several parameters
         for role, gradient in self.stages.gradients_elsewhere(self.rank):
             self.gradients[role] = elsewhere.setdefault(gradient, Total(gradient, 0))
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
+        self.under_way: dict[int, deque[tuple[fx.Node, float]]] = defaultdict(
+            deque
+        )  # by where to, and when it is there
         self.incoming = {
             rank: deque(sent for sent in self.stages.sends(rank) if sent.to == self.rank)
             for rank in range(len(self.stages.schedule.ranks)) if rank != self.rank
@@ -108,6 +113,7 @@ class _Cut:
             behind = self.program.output.prev
             if action is None:
                 results |= self._outputs() | self._buffers()
+                self._finish_all_sends()
                 self._mark(behind, _FORWARD)
                 phase = _BACKWARD
                 behind = self.program.output.prev
@@ -117,6 +123,7 @@ class _Cut:
             self._mark(behind, phase, action)
         behind = self.program.output.prev
         results |= self._gradients()
+        self._finish_all_sends()
         self._mark(behind, phase)
         self.program.set_results({role: results[role] for role in self.program.results if role in results})
         self._erase(old, parameters)
@@ -140,13 +147,18 @@ class _Cut:
         for microbatch in range(self.plan.microbatches):
             state = None
             for node in drawing:
+                if node.target is SAVE_RNG:
+                    self.values[self.rank, Made(node, microbatch)] = self.parts.save_state()
+                    continue
                 stage = self.stages.stage[node]
                 if state is None or (stage, microbatch) not in self.states:
                     state = self.states[stage, microbatch] = self.parts.save_state()
                 self.parts.draw(node, state)
 
     def _draws(self, node: fx.Node) -> bool:
-        return is_random(node) and node in self.stages.needed and note(node).phase == "forward"
+        """Or keeps the generator's state for any rank that draws the same again."""
+        is_kept = node.target is SAVE_RNG and node not in self.stages.stage
+        return (is_random(node) or is_kept) and node in self.stages.needed and note(node).phase == "forward"
 
     # -- actions -------------------------------------------------------------------------------------------
 
@@ -176,7 +188,21 @@ class _Cut:
         """A value is there: send it to whoever waits for it."""
         self.values[self.rank, item] = value
         while self.outgoing and self.outgoing[0].item == item:
-            self.parts.emit(SEND, value, self.outgoing.popleft().to, like=note(value))
+            sent = self.outgoing.popleft()
+            self.parts.emit(SEND, value, sent.to, like=note(value))
+            self.under_way[sent.to].append((value, sent.by))
+
+    def _finish_sends(self, to: int, at: int) -> None:
+        """What was sent to a rank is there that this has read before a place of its own."""
+        messages = self.under_way[to]
+        while messages and messages[0][1] < at:
+            self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
+
+    def _finish_all_sends(self) -> None:
+        """At the turn and at the end: in front of either every rank reads what was sent to it until then."""
+        for to, messages in self.under_way.items():
+            while messages:
+                self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
 
     def _value(self, node: fx.Node, microbatch: int | None) -> fx.Node:
         """What stands for a value for a microbatch: made, received, or, where it belongs to no stage, made here."""
@@ -184,7 +210,7 @@ class _Cut:
             return self.expected if note(node).role.startswith("tangent:") else node
         item = Made(node, microbatch if node in self.parts.own else None)
         if node in self.stages.stage:
-            return self._received(item, self.stages.rank_of(node))
+            return self._received(item, self.stages.rank_of(node, item.microbatch))
         if (self.rank, item) not in self.values:
             value = self._joined(node) if node.target is AVERAGE else self._copy(item)
             self.values[self.rank, item] = value
@@ -202,8 +228,9 @@ class _Cut:
         return self.values[source, item]
 
     def _receive_next(self, source: int) -> None:
-        item = self.incoming[source].popleft().item
-        self.values[source, item] = self._receive(item, source)
+        sent = self.incoming[source].popleft()
+        self.values[source, sent.item] = self._receive(sent.item, source)
+        self._finish_sends(source, sent.at)
 
     def _receive(self, item: Item, source: int) -> fx.Node:
         match item:
@@ -235,7 +262,7 @@ class _Cut:
     def _output(self, role: str, node: fx.Node) -> fx.Node:
         if node not in self.stages.stage:
             return self._joined(node)
-        source = self.stages.rank_of(node)
+        source = self.stages.joiner(node)
         if source == self.rank or self.stages.is_told(node):
             return self._received(Output(role), source)
         return self.parts.emit(ABSENT, self._any_input, like=Note())
@@ -283,7 +310,7 @@ class _Cut:
         total = self.by_gradient[item.gradient]
         assert total.value is not None
         self._keep(item, total.value)
-        if self.scale is not None and self._is_only_here(total):
+        if self.scale is not None and self._is_whole(total):
             self._scale(total)
 
     def _begin_behind(self) -> None:
@@ -293,21 +320,27 @@ class _Cut:
         tangent = next(iter(self.program.inputs("tangent").values()))
         self.scale = self.parts.emit(aten.div.Tensor, tangent, self.expected, like=Note(), name="scale")
         for total in self.by_gradient.values():
-            if not total.missing and self._is_only_here(total):
+            if not total.missing and self._is_whole(total):
                 self._scale(total)
 
     def _gradients(self) -> dict[str, fx.Node]:
-        for total in self.by_gradient.values():
-            if not self._is_only_here(total):
+        for total in self._by_arrival():
+            if not self._is_whole(total):
                 self._sum(total)
         values = {role: total.value for role, total in self.gradients.items()}
         lost = [role for role, value in values.items() if value is None]
         assert not lost, f"nobody has brought {', '.join(lost)} to rank {self.rank}"
         return {role: value for role, value in values.items() if value is not None}
 
-    def _is_only_here(self, total: Total) -> bool:
-        """Whether nobody else has the parameter."""
-        return self.stages.owners(total.gradient) == [self.rank]
+    def _by_arrival(self) -> list[Total]:
+        """What comes first is used up first."""
+        coming = [sent.item for messages in self.incoming.values() for sent in messages]
+        places = {item.gradient: i for i, item in enumerate(coming) if isinstance(item, Sum)}
+        return sorted(self.by_gradient.values(), key=lambda total: places.get(total.gradient, -1))
+
+    def _is_whole(self, total: Total) -> bool:
+        """Whether nobody else has a part in it."""
+        return self.stages.holders(total.gradient) == [self.rank]
 
     def _sum(self, total: Total) -> None:
         """All ranks' parts, in the order of the ranks, so that all find the same bits."""
@@ -315,12 +348,13 @@ class _Cut:
         first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
         for other in others:
             first = self.parts.emit(aten.add.Tensor, first, other, like=note(total.gradient), name="total")
-        is_under_way = first is self.values.get((self.rank, item))
         total.value = first
-        self._scale(total, aten.mul.Tensor if is_under_way else aten.mul_.Tensor)
+        self._scale(total)
 
-    def _scale(self, total: Total, multiply: Any = aten.mul_.Tensor) -> None:
+    def _scale(self, total: Total) -> None:
         """By what came in at the turn, before it is rounded."""
-        origin = note(total.gradient)
+        origin, own = note(total.gradient), self.values.get((self.rank, Sum(total.gradient)))
+        is_under_way = total.value is own and self.stages.owners(total.gradient) != [self.rank]
+        multiply = aten.mul.Tensor if is_under_way else aten.mul_.Tensor
         total.value = self.parts.emit(multiply, total.value, self.scale, like=origin, name="total")
         total.value = self.parts.rounded(total, origin)

@@ -34,7 +34,8 @@ class Machine:
         self.finish_collective = collectives.finish_collective
         self.local, self.offset = collectives.local, collectives.offset
         self.messages = Messages(ranks)
-        self.send = self.messages.send
+        self.send, self.finish_send = self.messages.send, self.messages.finish_send
+        self.finish_receive = self.messages.finish_receive
         self.offloads = offloads = Offloads(store.hardware, store.copies, store.stats)
         self.offload, self.depart = offloads.offload, offloads.depart
         self.reload, self.arrive = offloads.reload, offloads.arrive
@@ -118,9 +119,9 @@ class Machine:
         """The mean of a value over the ranks."""
         return self.ranks.average_(value.clone())
 
-    def receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int) -> Tensor:
-        """What another rank of the pipeline has sent."""
-        return self.messages.receive(shape, stride, dtype, source, self.device)
+    def start_receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int) -> Tensor:
+        """What another rank of the pipeline sends, when it has come."""
+        return self.messages.start_receive(shape, stride, dtype, source, self.device)
 
     @staticmethod
     def share(loss: Tensor, count: Tensor, average: Tensor) -> Tensor:

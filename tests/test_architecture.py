@@ -57,7 +57,7 @@ PRIVATE_TORCH: dict[str, str] = {
 }
 TOUCH_META: dict[str, str] = {
     "passes/program/program.py": "owns the annotations of nodes",
-    "compiler/capture/trace.py": "reads what torch's tracer leaves, and makes notes of it",
+    "compiler/capture/to_program.py": "reads what torch's tracer leaves, and makes notes of it",
     "compiler/capture/numbers.py": "reads what torch's tracer leaves of numbers",
     "runtime/isa/torch_private.py": "sets what torch's tracer reads",
 }

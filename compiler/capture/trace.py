@@ -19,10 +19,9 @@ from torch.utils import _pytree as pytree
 
 from ...models.adapters import capturable
 from ...passes.program.manager import Record
-from ...passes.program.names import identifier
-from ...passes.program.program import Note, Phase, Program, annotate, note, type_of
+from ...passes.program.program import Program, note, type_of
 from ...passes.program.request import Outputs
-from ...passes.program.types import NumberType, TensorType, type_of_value
+from ...passes.program.types import TensorType
 from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError, SplitError
 from ...runtime.isa.fakes import FaithfulFakeMode
@@ -31,10 +30,12 @@ from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
 from .fake_model import fake, fake_copy
 from .guards import PLAIN, Guard, recorded
-from .numbers import check_only_computed, is_taken_out, no_types_asked, number_type, standing_for, taken_out
+from .held_elsewhere import HeldElsewhere
+from .numbers import check_only_computed, no_types_asked, number_type, standing_for, taken_out
 from .refusals import tell_of_hooks
 from .results import gradient_sources
-from .roles import input_role, result_role, without_prefix
+from .shared_memory import check_written
+from .to_program import to_program
 
 _ROOMS = ("compiler", "models", "passes", "runtime")
 
@@ -137,12 +138,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
             check_only_computed(graph_module.graph, mode.shape_env)
         names = {id(value): name for name, value in named.items()}
         names_by_leaf = [names.get(id(leaves[i]), f"input_{i}") for i in fakes]
-        program = _to_program(graph_module, model, names_by_leaf, list(fakes), originals, numbers)
+        program = to_program(graph_module, model, names_by_leaf, list(fakes), originals, numbers)
     if request.backward and not step.differentiable:  # nothing takes a gradient: what is left is an evaluation
         return capture(model, args, kwargs, replace(request, backward=False))
     program.name = "training" if request.backward else "evaluation"
     program.sources = {name: _forward_line(module) for name, module in model.named_modules()}
     _check_dtypes(program)
+    check_written(model, program)
     assert step.result_spec is not None
     return Captured(program, step.result_spec, step.result_leaves, step.differentiable, step.detached, tuple(notes),
                     gradient_sources(program), tuple(guards))  # fmt: skip
@@ -162,7 +164,7 @@ class _Step(nn.Module):
         self.differentiable: tuple[int, ...] = ()
         self.detached: frozenset[int] = frozenset()
         self.replaced: set[str] = set()  # buffers
-        self.shared = shared_buffers(model)
+        self.shared, self.held_elsewhere = shared_buffers(model), HeldElsewhere(model)
 
     def named_buffers(self, prefix: str = "", recurse: bool = True,
                       remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
@@ -176,7 +178,10 @@ class _Step(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         for buffers, name, first, first_name in self.shared:
             buffers[name] = first[first_name]
-        with followed_assignments(self.model, self.replaced), SameDraws():
+        with ExitStack() as stack:
+            stack.enter_context(followed_assignments(self.model, self.replaced))
+            stack.enter_context(SameDraws())
+            stack.enter_context(self.held_elsewhere.standing_in(self.replaced))
             result = self.model.get_submodule(self.request.entry)(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)
@@ -204,6 +209,7 @@ class _Step(nn.Module):
             )
         self.result_leaves, self.detached = tuple(described), frozenset(detached)
         self.differentiable = tuple(i for i, t in enumerate(outputs) if t.requires_grad)
+        self.held_elsewhere.check_gradients(outputs)
         return tuple(outputs)
 
     def _is_for_a_loss_outside(self, result: Any) -> bool:
@@ -306,76 +312,3 @@ def _check_dtypes(program: Program) -> None:
                 f"{note(node).module or 'the model'} ({program.sources.get(note(node).module, '')}) multiplies "
                 f"{' and '.join(sorted(dtypes))}. {advice}"
             )
-
-
-# -- from torch's graph to ours ----------------------------------------------------------------------------
-
-
-def _to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str], leaves: list[int],
-                originals: Mapping[int, Tensor], numbers: Mapping[int, NumberType]) -> Program:  # fmt: skip
-    """`originals`: by the identity of a copy that was traced, the model's own tensor. `numbers`: by their positions."""
-    program = Program("captured")
-    program.set_results({})
-    values: dict[fx.Node, fx.Node] = {}
-    tied = _tied(model)
-    nodes = list(graph_module.graph.nodes)
-    for node in nodes:
-        if node.op == "placeholder":
-            role, name = input_role(node.meta["desc"], names, leaves)
-            type = type_of_value(node.meta["val"])
-            kind, _, position = role.partition(":")
-            if kind == "input" and int(position) in numbers:
-                role, type = f"number:{position}", numbers[int(position)]
-            values[node] = program.add_input(name, type, role, tied.get(role.removeprefix("parameter:"), ""))
-        elif node.op == "get_attr":
-            values[node] = _add_constant(program, node, getattr(graph_module, str(node.target)), originals)
-    calls, backward = [node for node in nodes if node.op == "call_function"], set[fx.Node]()
-    for node in calls:
-        if "backward" in str(node.meta.get("partitioner_tag", "")) or not backward.isdisjoint(node.all_input_nodes):
-            backward.add(node)
-    for node in sorted(calls, key=backward.__contains__):  # views that are handed out are made behind it all
-        if is_taken_out(node):
-            values[node] = values[node.args[0]]
-        else:
-            values[node] = _add_call(program, node, "backward" if node in backward else "forward", values)
-    output = next(node for node in nodes if node.op == "output")
-    program.set_results({
-        result_role(description, names, leaves): values[value]
-        for value, description in zip(output.args[0], output.meta["desc"], strict=True)
-        if value is not None  # inputs and parameters that get no gradient
-    })  # fmt: skip
-    return program
-
-
-def _add_call(program: Program, node: fx.Node, phase: Phase, values: dict[fx.Node, fx.Node]) -> fx.Node:
-    if not hasattr(node.target, "_schema") and getattr(node.target, "__module__", "") != "_operator":
-        raise CaptureError(
-            f"{private.module_of(node) or 'the model'}: {node.target} has no schema, so its effects are unknown; "
-            "expected operators that torch or torch.library defines"
-        )
-    origin = Note(phase=phase, module=without_prefix(private.module_of(node)))
-    args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
-    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    return program.emit(node.target, args, kwargs, before=program.output, like=origin, name=node.name)
-
-
-def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mapping[int, Tensor]) -> fx.Node:
-    if isinstance(value, nn.Parameter):
-        raise CaptureError(
-            f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that is "
-            "not among model.parameters(): its module stands in a plain list, dict or tuple. Expected nn.ModuleList, "
-            "nn.ModuleDict, nn.ParameterList or an attribute, so that it is trained and saved"
-        )
-    if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
-        raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
-    name = identifier(str(node.target).lstrip("_"))
-    program.constants[name] = originals.get(id(value), value)
-    placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
-    annotate(placeholder, module=without_prefix(private.module_of(node)))
-    return placeholder
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    names = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in names if first.setdefault(id(p), name) != name}

@@ -57,6 +57,8 @@ class TrainOptions:
     microbatches: str = "auto"
     offload: str = "auto"
     rates: str | None = None
+    moments: str = "exact"
+    masters: str = "exact"
     steps: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -199,6 +201,8 @@ def _recipe(options: TrainOptions, blocks: TokenBlocks) -> Recipe:
         steps=steps or (_MINI_STEPS if small else _STEPS),
         batch_size=batch_size,
         lr=lr if options.lr is None else options.lr,
+        moments=options.moments,
+        masters=options.masters,
         seed=options.seed,
         **_saves(options.save_every),
     )

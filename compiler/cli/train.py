@@ -7,7 +7,7 @@ from dataclasses import replace
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import transformers
 import typer
@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from ...models.recipe.records import GRAMMAR as GRAMMAR_OF_FIELDS
+from ...runtime.isa.moments import Masters, Moments
 from ..parallel import GRAMMAR
 from .calibrate import RATES_HELP
 from .errors import shown_errors
@@ -67,6 +68,12 @@ def train(
     microbatches: Annotated[str, typer.Option(help="Parts that a batch runs in: auto, or how many.")] = "auto",
     offload: Annotated[str, typer.Option(help="Offload activations to the host: auto, all or none.")] = "auto",
     rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
+    moments: Annotated[
+        str, typer.Option(help=f"How AdamW's moments are stored: {', '.join(get_args(Moments))}.")
+    ] = "exact",
+    masters: Annotated[
+        str, typer.Option(help=f"How bfloat16 weights' masters are kept: {', '.join(get_args(Masters))}.")
+    ] = "exact",
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Times through the data, instead of --steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -107,6 +114,8 @@ def train(
         microbatches=microbatches,
         offload=offload,
         rates=rates,
+        moments=moments,
+        masters=masters,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,

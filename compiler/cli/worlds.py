@@ -11,6 +11,7 @@ from rich.table import Table
 from ...models.adapters import blocks
 from ...models.presets import empty_model
 from ...runtime.isa.errors import ArgumentError
+from ...runtime.isa.schedule import ROUND_ROBIN
 from ...runtime.isa.units import format_bytes, format_seconds, parse_bytes
 from ..capture.trace import CaptureRequest
 from ..memory.device import HOST_SHARE
@@ -20,7 +21,7 @@ from ..planner.pipeline.trace import chrome_trace
 from ..planner.world.costs import Priced
 from ..planner.world.model import Model
 from ..planner.world.search import choose, told, weigh
-from ..planner.world.ways import ROUND_ROBIN, Space, Way
+from ..planner.world.ways import Space, Way
 from ..planner.world.world import World
 from ..rates.choice import OTHER_CARD, given_rates
 from ..rates.clusters import Cluster, given_cluster, one_node

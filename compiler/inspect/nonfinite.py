@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from ...passes.program.program import Program, note
 from ...runtime.executor import Executor
-from ...runtime.isa.instructions import NAMESPACE, OFFLOAD, STARTS, TURN, VIEW
+from ...runtime.isa.instructions import NAMESPACE, OFFLOAD, START_RECEIVE, STARTS, TURN, VIEW
 from ...runtime.memory.state_store import Run
 
-_UNDER_WAY = STARTS | {OFFLOAD}
+_UNDER_WAY = STARTS | {OFFLOAD, START_RECEIVE}
 """Operators whose results have not come when they return."""
 
 

@@ -172,9 +172,14 @@ def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[Violation]:
             yield Violation(f"homes[{index}].where", repr(home.where.value), expected)
     if not _is_count(plan.microbatches) or plan.microbatches < 1:
         yield Violation("microbatches", repr(plan.microbatches), "1 or more")
+    elif not _is_count(plan.rounds) or plan.rounds < 1 or plan.microbatches % plan.rounds:
+        yield Violation("rounds", repr(plan.rounds), f"rounds of as many of the {plan.microbatches} microbatches each")
+    elif plan.rounds > 1 and plan.schedule is not None:
+        yield Violation("rounds", repr(plan.rounds), "1: a pipeline has a schedule instead")
     if not _is_count(plan.prefetch):
         yield Violation("prefetch", repr(plan.prefetch), "0 or more chunks")
-    for field, names in (("recompute", plan.recompute), ("offload", plan.offload), ("blocks", plan.blocks)):
+    for field, names in (("recompute", plan.recompute), ("offload", plan.offload), ("offload_sums", plan.offload_sums),
+                         ("blocks", plan.blocks)):  # fmt: skip
         for name in names:
-            if name not in blocks:
+            if name not in blocks and not (name == "" and field == "offload_sums"):
                 yield Violation(field, f"{name!r} among others", f"names of blocks: {', '.join(blocks) or 'none'}")

@@ -11,10 +11,10 @@ from ...runtime.distributed.reduction import casts, piece_numel
 from ...runtime.isa.instructions import (
     AVERAGE,
     FETCH,
-    RECEIVE,
     REDUCE,
     START_ALL_GATHER,
     START_ALL_REDUCE,
+    START_RECEIVE,
     START_REDUCE_SCATTER,
 )
 from ...runtime.isa.layout import ChunkLayout
@@ -84,7 +84,7 @@ def traffic_of(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
     if plan.batches > 1 and node.target is AVERAGE:
         together = taken_together(names_of(plan.mesh.batch_axes))
         return CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
-    if node.target is RECEIVE:
+    if node.target is START_RECEIVE:
         axis = taken_together(names_of(plan.mesh.pipeline_axes))
         return CollectiveTraffic(axis, "receive", 1, tensor_type(node).num_bytes)
     if node.target is REDUCE:

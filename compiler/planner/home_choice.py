@@ -33,7 +33,11 @@ class Move:
 def least(plan: Plan, placed: Homes | None) -> Homes:
     """What the policy puts on the device whatever the room. States that are `placed` already stay where they are."""
     cuda = plan.request.policy == "cuda"
-    homes = placed or (Home(Where.DEVICE if cuda else Where.HOST),) * len(plan.layout.chunks)
+    wheres = [Where.DEVICE] if cuda else [Where.HOST, Where.STREAMED]
+    may_be = plan.format.wheres
+    homes = placed or tuple(
+        Home(next(where for where in wheres if where in may_be(chunk))) for chunk in plan.layout.chunks
+    )
     stays = [cuda and chunk.shards > 1 and plan.request.zero != 3 for chunk in plan.layout.chunks]
     return tuple(replace(home, resident=stay) for home, stay in zip(homes, stays, strict=True))
 
@@ -123,6 +127,5 @@ def _elsewhere(plan: Plan, chunk: ChunkLayout, home: Home, placed: Homes | None)
     for where, stay in product(wheres, stays):
         other = replace(home, where=where, resident=stay)
         is_same = other == home or (where is home.where is Where.DEVICE and chunk.shards == 1)
-        may_stream = chunk.trainable and plan.format.beside
-        if not is_same and (where is not Where.STREAMED or may_stream):
+        if not is_same and where in plan.format.wheres(chunk):
             yield other

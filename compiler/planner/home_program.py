@@ -193,7 +193,7 @@ class HomeProgram:
             yield begin
             return
         for where in [begin.where] if self.is_placed else list(Where):
-            if where is Where.STREAMED is not begin.where and not (chunk.trainable and plan.format.beside):
+            if where is not begin.where and where not in plan.format.wheres(chunk):
                 continue
             may_stay = plan.request.zero != 3 or chunk.shards == 1
             yield from (replace(begin, where=where, resident=stays) for stays in (True, False)[not may_stay :])

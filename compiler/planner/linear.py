@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -17,6 +18,9 @@ MOST_NODES = 2000
 Terms = dict[int, float]
 """Coefficients by column."""
 
+_Items = tuple[tuple[int, float], ...]
+"""The same, to be compared by."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -28,8 +32,8 @@ class Columns:
     def of(self, coefficients: Iterable[float]) -> Terms:
         return {self.first + i: value for i, value in enumerate(coefficients) if value}
 
-    def values(self, found: np.ndarray) -> list[float]:
-        return [float(value) for value in found[self.first : self.first + self.count]]
+    def values(self, found: Sequence[float]) -> Sequence[float]:
+        return found[self.first : self.first + self.count]
 
 
 @dataclass
@@ -50,16 +54,26 @@ class Rows:
     def add(self, terms: Terms, most: float, least: float = -np.inf) -> None:
         self.rows.append((terms, least, most))
 
-    def minimise(self, cost: Terms) -> np.ndarray | None:
+    def minimise(self, cost: Terms) -> tuple[float, ...] | None:
         """The variables' values; None where there are none."""
-        entries = [(value, row, column) for row, (terms, *_) in enumerate(self.rows) for column, value in terms.items()]
-        values, at_row, at_column = zip(*entries, strict=True)
-        matrix = csr_array((values, (at_row, at_column)), shape=(len(self.rows), len(self.most)))
-        costs = np.zeros(len(self.most))
-        costs[list(cost)] = list(cost.values())
-        _, least, most = zip(*self.rows, strict=True)
-        found = milp(
-            costs, constraints=LinearConstraint(matrix, least, most), bounds=Bounds(0, self.most),
-            integrality=np.array(self.integer, int), options={"mip_rel_gap": GAP, "node_limit": MOST_NODES},
-        )  # fmt: skip
-        return None if found.x is None else np.asarray(found.x)
+        rows = tuple((tuple(terms.items()), least, most) for terms, least, most in self.rows)
+        return _minimum(tuple(cost.items()), rows, tuple(self.most), tuple(self.integer))
+
+
+@lru_cache(maxsize=1024)
+def _minimum(cost: _Items, rows: tuple[tuple[_Items, float, float], ...], most: tuple[float, ...],
+             integer: tuple[bool, ...]) -> tuple[float, ...] | None:  # fmt: skip
+    """One search weighs a lowered program several times, and for each format of training state: what differs between
+    these is often not in the program."""
+    entries = [(value, row, column) for row, (terms, *_) in enumerate(rows) for column, value in terms]
+    values, at_row, at_column = zip(*entries, strict=True)
+    matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(most)))
+    costs = np.zeros(len(most))
+    for column, value in cost:
+        costs[column] = value
+    _, lower, upper = zip(*rows, strict=True)
+    found = milp(
+        costs, constraints=LinearConstraint(matrix, lower, upper), bounds=Bounds(0, most),
+        integrality=np.array(integer, int), options={"mip_rel_gap": GAP, "node_limit": MOST_NODES},
+    )  # fmt: skip
+    return None if found.x is None else tuple(found.x.tolist())

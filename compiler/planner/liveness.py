@@ -1,8 +1,7 @@
 """How many bytes of what are on the device at every point of a program, by exact liveness, and the most on the host.
 
-A value's storage lives from the operator that makes it to the last reader of any name for it; views share
-their storage. What is sent is taken to be on its way until the message behind the next one leaves. What a program
-hands to the caller at its turn is taken to live to the end, and on until the next call returns, as in
+A value's storage lives from the operator that makes it to the last reader of any name for it; views share theirs. What
+a program hands to the caller at its turn is taken to live to the end, and on until the next call returns, as in
 `out = model(...)` in a loop. The result is compared with measurements in the tests: planned is never below measured.
 """
 
@@ -14,12 +13,10 @@ import numpy as np
 from torch import fx
 
 from ...passes.program.program import Program, aliased_inputs, note, tensor_type, type_of
-from ...runtime.isa.instructions import FETCH, GRADIENTS, OFFLOAD, SEND, TURN
+from ...runtime.isa.instructions import FETCH, GRADIENTS, OFFLOAD, TURN
 from ...runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, backward_workspace_bytes, forward_workspace_bytes
+from ...runtime.isa.quantized import DEQUANTIZE, workspace_bytes
 from .storages import storage_bytes, tensors_of
-
-ON_THE_WAY = 2
-"""Messages of a pipeline."""
 
 ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS = "activations", "gradients on their way", "outputs"
 
@@ -105,6 +102,8 @@ def _workspace_bytes(node: fx.Node, program: Program) -> int:
         hidden, weight = map(tensor_type, node.args[1:3])
         chunk, softcap = min(node.args[-2], weight.shape[0]), node.args[8]
         return backward_workspace_bytes(hidden.shape, chunk, hidden.dtype, softcap)
+    if node.target is DEQUANTIZE:
+        return workspace_bytes(str(node.args[2]), tensor_type(node).shape)
     return 0
 
 
@@ -154,9 +153,6 @@ class _Storages:
 
     def spans(self, nodes: list[fx.Node]) -> dict[Hashable, tuple[int, int]]:
         order = {node: i for i, node in enumerate(nodes)}
-        sends = [node for node in nodes if node.target is SEND]
-        arrived = [*sends[ON_THE_WAY:], *nodes[-1:] * ON_THE_WAY]
-        order |= {send: order[until] for send, until in zip(sends, arrived, strict=False)}
         spans: dict[Hashable, tuple[int, int]] = {}
         for node, held in self.held.items():
             end = max((order[user] for user in node.users), default=order[node])

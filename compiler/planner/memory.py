@@ -61,6 +61,7 @@ class Memory:
         self.chunks = plan.layout.chunks
         self.liveness = liveness
         self.limits = limits
+        self.working_bytes = plan.format.working_bytes(self.chunks)
         fetches, values = liveness.fetches, liveness.total()
         starts, ends = [fetch.start for fetch in fetches], [fetch.end + 1 for fetch in fetches]
         stretches = np.unique([0, *starts, *ends])
@@ -94,12 +95,16 @@ class Memory:
 
     def static(self, homes: Homes) -> int:
         per_chunk = map(self._there_bytes, range(len(homes)), homes)
-        return self.liveness.static_bytes + sum(per_chunk) + self.streaming(homes) + collective_bytes(self.plan)
+        return self._always_bytes + sum(per_chunk) + self.streaming(homes)
+
+    @property
+    def _always_bytes(self) -> int:
+        return self.liveness.static_bytes + self.working_bytes + collective_bytes(self.plan)
 
     @property
     def beside_states(self) -> int:
         """Bytes that are there for good wherever chunks are."""
-        return self.limits.reserve_bytes + self.holes() + self.liveness.static_bytes + collective_bytes(self.plan)
+        return self.limits.reserve_bytes + self.holes() + self._always_bytes
 
     def highest_parts(self, homes: Homes) -> tuple[int, int]:
         """The highest points of the timeline before the first gradient is there, and from then on."""
@@ -159,6 +164,7 @@ class Memory:
             "resident weights": there - state,
             "being exchanged": collective_bytes(self.plan),
             "states on their way": self.streaming(homes),
+            "updates of whole parameters": self.working_bytes,
             "inputs and buffers": self.liveness.static_bytes,
             "weights in flight": int(self.in_flight(homes)[at]) if len(timeline) else 0,
             "driver and libraries": self.limits.reserve_bytes,

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from ...passes.program.program import Program, note, tensor_type
-from ...runtime.isa.layout import ChunkLayout, Layout, Owners, Slot, alignment
+from ...runtime.isa.layout import ChunkLayout, Layout, Owners, Rule, Slot, alignment
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
 
@@ -19,9 +19,10 @@ LARGEST_CHUNK_BYTES = 256 * 2**20
 SMALLEST_CHUNK_BYTES = 32 * 2**10
 
 
-_Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str], Owners]
-"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over, and who
-along a pipeline has them. By the axes those are alike, too, over which their gradients are summed."""
+_Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str], Owners, Rule]
+"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over, who
+along a pipeline has them, and the rule that they are updated by. By the axes those are alike, too, over which their
+gradients are summed."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Spread:
 
     mesh: Mesh = ONE_PROCESS
     owners: Mapping[str, Owners] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Together:
+    """What is updated together: so many elements, and, of the parameters that these `rules` name, more than that."""
+
+    unit: int = 1
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+    def rule_of(self, name: str, parameter: nn.Parameter) -> Rule:
+        return self.rules.get(name, "elements") if parameter.requires_grad else "elements"
 
 
 @dataclass
@@ -46,17 +58,18 @@ def pack(
     blocks: tuple[str, ...],
     dtypes: Mapping[str, torch.dtype],
     spread: Spread = Spread(),  # it is frozen
-    unit: int = 1,
+    together: Together = Together(),
 ) -> Layout:
     """The layout of a captured model's `parameters`: in a pipeline those of one process.
 
     A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded over the
-    same axes of the mesh, whose gradients are summed over the same, and which the same processes of a pipeline have.
-    Chunks follow the model's blocks: a chunk is as large as the largest block, within fixed bounds, and where a block
-    begins all chunks end if they hold at least half of that. Equal blocks have equal chunks then, and equal programs. A
-    parameter that is larger than a chunk has one of its own. Where `unit` elements are updated together, no two
-    parameters share any.
+    same axes of the mesh, whose gradients are summed over the same, which the same processes of a pipeline have, and
+    which are updated by one rule. Chunks follow the model's blocks: a chunk is as large as the largest block, within
+    fixed bounds, and where a block begins all chunks end if they hold at least half of that. Equal blocks have equal
+    chunks then, and equal programs. A parameter that is larger than a chunk has one of its own. Of elements that are
+    updated together no two parameters share any.
     """
+    unit = together.unit
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
     limit_bytes = _chunk_bytes(inputs, blocks, dtypes, unit)
     tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
@@ -71,7 +84,7 @@ def pack(
         shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
         key = (
             dtypes[name], master_dtype(parameter), parameter.requires_grad, sharded_over(placement),
-            spread.owners.get(name, ()),
+            spread.owners.get(name, ()), together.rule_of(name, parameter),
         )  # fmt: skip
         apart = alignment(key[0], unit)
         size = -(-prod(shape) // apart) * apart
@@ -85,7 +98,7 @@ def pack(
     chunks = []
     for i, (key, made) in enumerate(closed):
         axes = spread.mesh.reduction_axes(made.slots[0].placement)
-        chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes))
+        chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes, rule=key[5]))
     return Layout(tuple(chunks), tuple(tied.items()), tuple(spread.owners.items()))
 
 

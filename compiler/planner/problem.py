@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError, StateE
 from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
-from ...runtime.isa.schedule import Schedule
+from ...runtime.isa.schedule import ROUND_ROBIN, Schedule
 from ..capture.results import logits_bytes
 from ..capture.trace import Captured
 from ..lowering import Lowering
@@ -26,9 +27,10 @@ from ..options import Options
 from .check import check_plan
 from .memory import Limits
 from .microbatches import Decision, fewest
-from .packing import Spread, divide, pack
+from .packing import Spread, Together, divide, pack
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
+from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
 from .refusal import HostBudgetError
 from .search import Constraints, Lower, Solution, Weighed, check, solve
@@ -50,6 +52,10 @@ LEANER = (
 NOT_CUT = (
     "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
     "updated together; save a plan that was made after model.optimizer(...) had declared them"
+)
+NOT_TOGETHER = (
+    "the plan's chunks do not hold what the optimizer updates together: parameters by one rule each, and whole ones "
+    "on the device or streamed through it; save a plan that was made after model.optimizer(...) had declared them"
 )
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
@@ -118,6 +124,8 @@ class Planning:
             return self._fitting(options.schedule)
         count = 2 * degrees.pipeline if options.microbatches == "auto" else int(options.microbatches)
         shape = Shape(degrees.pipeline, count, degrees.stages_per_rank)
+        if options.schedule == ROUND_ROBIN:
+            return round_robin([EVEN] * shape.stages, shape.ranks, shape.microbatches)
         default = "gpipe" if degrees.pipeline == 1 else "1f1b" if degrees.stages_per_rank == 1 else "interleaved"
         return make_schedule(options.schedule or default, shape)
 
@@ -154,7 +162,8 @@ class Planning:
         Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
         where its batch cannot be run as so many microbatches as were asked for.
         """
-        find = lambda count: self._decide(captured, count, before, fixed, format)  # noqa: E731
+        rounds = 1 if self.options.rounds == "auto" else self.options.rounds
+        find = lambda count: self._decide(captured, count, before, fixed, format, gcd(rounds, count))  # noqa: E731
         if self.schedule is not None and not captured.trains:
             return find(self.asked if captured.examples % (self.asked or 1) == 0 else 1)
         asked = self.asked
@@ -181,8 +190,9 @@ class Planning:
         return count
 
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
-                format: OwnFormat | None) -> Decision:  # fmt: skip
-        """A plan for so many microbatches. Raises SplitError where the batch cannot be divided so."""
+                format: OwnFormat | None, rounds: int = 1) -> Decision:  # fmt: skip
+        """A plan for so many microbatches, in so many rounds unless a plan is given, which says it. Raises SplitError
+        where the batch cannot be divided so."""
         runs = self.blocks if microbatches > 1 or self.schedule is not None else ()
         given, options, lower = self.options.plan or self.agreed, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
@@ -195,10 +205,12 @@ class Planning:
             request = self._request(given.request.policy)
             if request.kernels == "exact":
                 request = replace(request, kernels=given.request.kernels)
-            if format is not None and not given.layout.is_cut_for(format.unit):
-                raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
+            if format is not None:
+                _check_cut(given, format)
             if given.microbatches != microbatches:
-                given = replace(given, microbatches=microbatches, blocks=runs)
+                given = replace(given, microbatches=microbatches, rounds=gcd(given.rounds, microbatches), blocks=runs)
+            if not captured.trains:
+                given = replace(given, rounds=1)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
                             schedule=self._scheduled(captured, microbatches))  # fmt: skip
             if before is None:  # parameters may be frozen afterwards
@@ -208,13 +220,13 @@ class Planning:
             kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
             return self._either(accept, given, kinds, BudgetError)
         staged = replace(
-            self.shared(), microbatches=microbatches, blocks=runs, line=self.line,
+            self.shared(), microbatches=microbatches, rounds=rounds, blocks=runs, line=self.line,
             stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches),
         )  # fmt: skip
         if staged.schedule is not None and not staged.stages:
             staged = replace(staged, stages=begins(self._canonical(captured, staged), staged, self.limits.rates))
-        unit = 1 if format is None else format.unit
-        layout = before.layout if before and before.layout.is_cut_for(unit) else self._layout(captured, staged, unit)
+        layout = before.layout if before and _is_cut_for(before.layout, format) else None
+        layout = layout or self._layout(captured, staged, format)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
         saves = microbatches * self._logits_bytes(captured.by(microbatches)) if fusible else 0
@@ -267,14 +279,15 @@ class Planning:
                 f"layout {given.layout.owners[wrong]} have it; leave stages as they are where several ranks have some"
             )
 
-    def _layout(self, captured: Captured, plan: Plan, unit: int) -> Layout:
+    def _layout(self, captured: Captured, plan: Plan, format: OwnFormat | None) -> Layout:
         """Of a pipeline that of this process's parameters."""
         owned = {}
+        together = Together() if format is None else Together(format.unit, dict(format.rules))
         if plan.schedule is not None:
             owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
-        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), unit)
-        return divide(packed, self.shared().shards, unit)
+        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
+        return divide(packed, self.shared().shards, together.unit)
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
@@ -298,7 +311,7 @@ class Planning:
         """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
         key = (
             id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
-            plan.prefetch, plan.fuse_loss,
+            plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
         )  # fmt: skip
         if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
@@ -313,6 +326,8 @@ class Planning:
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves them to the planner."""
+        if chosen == "auto" and option == "recompute" and self.schedule is not None and self.schedule.weights == "host":
+            return self.blocks  # what another rank's backward reads is a message, and all ranks must choose alike
         if isinstance(chosen, str):
             return {"auto": None, "none": (), "all": self.blocks}[chosen]
         unknown = [name for name in chosen if name not in self.blocks]
@@ -330,3 +345,17 @@ def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tupl
         with suppress(excused):
             return find(replace(plan, format=format))
     return find(replace(plan, format=last))
+
+
+def _is_cut_for(layout: Layout, format: OwnFormat | None) -> bool:
+    """Whether what is updated together lies together."""
+    return format is None or (layout.is_cut_for(format.unit) and layout.follows(dict(format.rules)))
+
+
+def _check_cut(given: Plan, format: OwnFormat) -> None:
+    """Raises ArgumentError for a plan whose chunks are not what updates of this format need."""
+    if not given.layout.is_cut_for(format.unit):
+        raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
+    there = all(home.where in format.wheres(chunk) for chunk, home in given.placed(given.homes) if chunk.is_whole)
+    if not there or not given.layout.follows(dict(format.rules)):
+        raise ArgumentError(NOT_TOGETHER)

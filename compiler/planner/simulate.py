@@ -152,7 +152,8 @@ class _Clock:
         if self.homes[chunk.index].on_device:
             self.landed_s[chunk.index] = added_s
             self._on_device(chunk.shard_numel / self.rates.device_sums_per_s * self._adds)
-            self._on_device(self._updated_s(chunk, self.updates.device_params_per_s) * last)
+            update_s = self._updated_s(chunk, self.updates.device_params_per_s) + self._products_s(chunk)
+            self._on_device(update_s * last)
         elif self._waits_for_its_state(chunk.index):
             self._stream(chunk, added_s)
             self.reading = [*(i for i in self.reading if i != chunk.index), chunk.index]
@@ -227,6 +228,10 @@ class _Clock:
     def _updated_s(self, chunk: ChunkLayout, params_per_s: float) -> float:
         return chunk.shard_numel * self.format.update_share(chunk) / params_per_s
 
+    def _products_s(self, chunk: ChunkLayout) -> float:
+        """What the device takes to multiply matrices for an update."""
+        return self.rates.bf16.seconds(self.format.update_flop(chunk))
+
     @property
     def _adds(self) -> bool:
         """Whether each gradient is added to the others of its step."""
@@ -247,6 +252,7 @@ class _Clock:
         """Up, update and down, piece by piece; the worker is the slower for what passes through its memory."""
         up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += STREAM_LAUNCH_S
+        self._on_device(self._products_s(chunk))
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
         passing_s = chunk.shard_numel / self.rates.passing_params_per_s

@@ -106,7 +106,8 @@ FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
     isa.RELOAD: _copy(Carrier.UP),
     isa.ARRIVE: _begun(0),
     isa.AVERAGE: _exchange,
-    isa.RECEIVE: _exchange,
+    isa.START_RECEIVE: _exchange,
+    isa.FINISH_RECEIVE: _begun(0),
 }
 """What an instruction is about, by operator; None where it does nothing."""
 

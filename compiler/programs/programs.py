@@ -22,7 +22,8 @@ from ...passes.program.text import print_program
 from ...runtime.distributed.point_to_point import Channel
 from ...runtime.distributed.ranks import Exchanges
 from ...runtime.executor import Executor, Outlets
-from ...runtime.isa.instructions import AVERAGE, FETCH, RECEIVE, REDUCE, SEND
+from ...runtime.isa.instructions import AVERAGE, FETCH, REDUCE, SEND, START_RECEIVE
+from ...runtime.isa.schedule import Action
 from ..capture.arguments import leaf_key
 from ..capture.guards import Guard, forwards_of
 from ..capture.numbers import can_be_input
@@ -51,6 +52,11 @@ class Compiled:
     @property
     def trains(self) -> bool:
         return self.captured.trains
+
+    @cached_property
+    def written(self) -> tuple[str, ...]:
+        """The buffers that it writes to."""
+        return tuple(self.captured.program.results_of("mutation"))
 
     @property
     def expected(self) -> torch.dtype:
@@ -140,19 +146,20 @@ def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
         if node.target is SEND:
             type = tensor_type(node.args[0])
             sent[node.args[1]] += f"{type.dtype}{list(type.shape)} "
-        elif node.target is RECEIVE:
+        elif node.target is START_RECEIVE:
             received[node.args[3]] += f"{node.args[2]}{list(node.args[0])} "
     return dict(sent), dict(received)
 
 
 def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
-    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, the
-    last stage tells all, and who have a parameter alike exchange its gradients."""
+    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, who has
+    the loss tells all, and who have a parameter alike exchange its gradients."""
     if plan.schedule is None:
         return set()
-    last, ranks = plan.schedule.rank_of(plan.schedule.stages - 1), range(len(plan.schedule.ranks))
+    schedule, ranks = plan.schedule, range(len(plan.schedule.ranks))
+    teller = schedule.runner(Action(schedule.stages - 1, schedule.microbatches - 1, "F"))
     pairs = {(one, other) for each in plan.layout.owners.values() for one in each for other in each}
-    pairs |= {(last, rank) for rank in ranks}
+    pairs |= {(teller, rank) for rank in ranks}
     for compiled in programs:
         pairs |= {(plan.line, other) for told in messages(compiled.flat) for other in told}
     return {channel for one, other in pairs for channel in ((one, other), (other, one)) if one != other}

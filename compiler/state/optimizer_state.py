@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from ...runtime.isa.errors import CheckpointError, StateError
 from ...runtime.memory.stored import Stored
 from ...runtime.optimizer.chunk_optimizer import ChunkOptimizer
-from ...runtime.optimizer.declared import MOMENTS
-from ...runtime.optimizer.saved_states import Expected, SavedState, check_rule
+from ...runtime.optimizer.saved_states import SavedState, check_rule
 from ..session import Session
 
 _logger = logging.getLogger(__name__)
@@ -105,8 +104,8 @@ class OptimizerState(ABC):
 
     def _check_state(self, name: str, saved: SavedState) -> None:
         """Raises ValueError where what was saved of a parameter is not its state."""
-        shape = tuple(self.session.store().chunks.whole_shape(name))
-        saved.check(name, shape, Expected(tuple(saved.shapes), counts=False))
+        shape = self.session.store().chunks.whole_shape(name)
+        saved.check(name, dict.fromkeys(saved.shapes, shape), counts=False)
 
     def _check_dtypes(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
         """Raises CheckpointError where a parameter's state would not stay the same."""
@@ -150,7 +149,6 @@ class _OwnState(OptimizerState):
         super().__init__(session, optimizer)
         self.store = optimizer.store
         self.own = optimizer
-        self.moments = MOMENTS[optimizer.declared.kind]
         self.scaling = optimizer.scaling
 
     def numbers(self) -> dict[str, Any]:
@@ -159,11 +157,14 @@ class _OwnState(OptimizerState):
 
     def _tensors(self, name: str) -> dict[str, Stored]:
         state, slot = self.store.state_of(name)
-        return dict(zip(self.moments, self.store.stored_moments(name), strict=False)) if state.steps[slot] else {}
+        return self._stored(name) if state.steps[slot] else {}
+
+    def _stored(self, name: str) -> dict[str, Stored]:
+        return dict(zip(self.own.moments_of(name), self.store.stored_moments(name), strict=False))
 
     def _numbers(self, name: str) -> dict[str, Any]:
         state, slot = self.store.state_of(name)
-        counts = state.steps[slot] and self.own.declared.saves_steps
+        counts = state.steps[slot] and self.own.counts(name)
         return {"step": torch.tensor(float(state.steps[slot]))} if counts else {}
 
     @property
@@ -189,8 +190,7 @@ class _OwnState(OptimizerState):
             state, slot = self.store.state_of(name)
             state.steps[slot] = self._saved_state(name, saved, found).steps
             if keys:
-                pairs = zip(self.moments, self.store.stored_moments(name), strict=False)
-                read |= {f"optimizer.{key}.{name}": stored for key, stored in pairs}
+                read |= {f"optimizer.{key}.{name}": stored for key, stored in self._stored(name).items()}
         return read
 
     def end_load(self, saved: dict[str, Any]) -> None:

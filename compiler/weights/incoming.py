@@ -14,10 +14,12 @@ from ...models.lora import adapter_names, initialise_adapters
 from ...models.weight_names import Matched, matched
 from ...runtime.distributed.local_shards import Region
 from ...runtime.isa.errors import CheckpointError, StateError
+from ...runtime.kernels.packed import Packed
 from ...runtime.kernels.quantized import quantize
 from ...runtime.memory.state_store import StateStore
 from ...runtime.memory.stored import Stored
-from ...runtime.state_io.safetensors_files import WeightFiles
+from ...runtime.state_io.safetensors_files import Entry, WeightFiles
+from .packed_files import PackedEntry, own_names, packed_entries
 from .quantized_weights import Kept, kept_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -92,6 +94,7 @@ class FromFiles:
     source: nn.Module
     files: WeightFiles
     names: Matched
+    packed: dict[str, PackedEntry]
     rest: tuple[FromInitialisers | FromPeft, ...]
 
     @classmethod
@@ -99,8 +102,10 @@ class FromFiles:
         """What the files lack is drawn from `seed`. Raises CheckpointError where they are not for this model, or, if
         `strict`, lack some of it."""
         files, own = WeightFiles.found(directory), _own_tensors(source)
-        names = matched(source, own, files.entries, files.aliases)
-        _check_shapes(own, shapes, files, names)
+        packed = packed_entries(files)
+        entries = own_names(packed, files)
+        names = matched(source, own, entries, files.aliases)
+        _check_shapes(own, shapes, entries, names)
         adapters = set(adapter_names(source))
         missing = [name for name in names.missing if name not in adapters]
         told = f"{len(missing)} of the model's weights: {_some(missing)}"
@@ -123,7 +128,7 @@ class FromFiles:
             rest.append(FromInitialisers.of(source, seed, shapes, missing))
         if not adapters.isdisjoint(names.missing):
             rest.append(FromPeft(source, _empty(source, shapes), seed))
-        return cls(source, files, names, tuple(rest))
+        return cls(source, files, names, packed, tuple(rest))
 
     def check(self) -> None:
         self.files.check()
@@ -131,7 +136,9 @@ class FromFiles:
             each.check()
 
     def digest(self) -> str:
-        return repr((self.files.digest(self.names.found.values()), [each.digest() for each in self.rest]))
+        parts = (part for each in self.packed.values() for part in each.parts.values())
+        read = {*self.names.found.values(), *parts}
+        return repr((self.files.digest(read), [each.digest() for each in self.rest]))
 
     def bring(self, store: StateStore) -> None:
         for each in self.rest:
@@ -139,6 +146,8 @@ class FromFiles:
         targets = self._targets(store)
 
         def take(name: str, slices: Any) -> None:
+            if name in self.packed:
+                slices = self.packed[name].packed(name, slices[:], self.files)
             for target in targets[name]:
                 target.take(name, slices)
 
@@ -195,6 +204,10 @@ class _Codes:
         if not self.codes.regions and not self.scales.regions:  # another stage's
             return
         weight = self.kept.weight
+        if isinstance(slices, Packed) and slices.format == weight.format:
+            _write(self.codes, slices.codes)
+            _write(self.scales, slices.scales)
+            return
         whole = slices[tuple(slice(0, size) for size in weight.shape)]
         try:
             codes, scales = quantize(whole.to(weight.dtype_before), weight.format)
@@ -221,10 +234,10 @@ def _empty(source: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
     }
 
 
-def _check_shapes(own: dict[str, Tensor], shapes: Shapes, files: WeightFiles, names: Matched) -> None:
+def _check_shapes(own: dict[str, Tensor], shapes: Shapes, entries: dict[str, Entry], names: Matched) -> None:
     """Raises CheckpointError for a weight of another shape, or of numbers of another kind."""
     for name, there in names.found.items():
-        entry, tensor = files.entries[there], own[name]
+        entry, tensor = entries[there], own[name]
         shape = shapes.get(name, tuple(tensor.shape))
         if entry.shape != shape:
             raise CheckpointError(
@@ -233,8 +246,8 @@ def _check_shapes(own: dict[str, Tensor], shapes: Shapes, files: WeightFiles, na
             )
         if entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise CheckpointError(
-                f"nothing was loaded: {name} is {tensor.dtype}, and {entry.dtype} in {entry.file}; load quantised "
-                "weights with the library that made them"
+                f"nothing was loaded: {name} is {tensor.dtype}, and {entry.dtype} in {entry.file}; of quantised "
+                "weights those of bitsandbytes are read"
             )
 
 

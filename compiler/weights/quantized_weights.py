@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.precision import cast_dtype
 from ...runtime.isa.quantized import DEQUANTIZE, Dequantized, Quantized, code_shapes, is_quantized
+from ...runtime.kernels.packed import Packed
 from ...runtime.kernels.quantized import quantize
 
 
@@ -67,6 +68,15 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
             register_parametrization(layer, "weight", dequantized, unsafe=True)  # which would compare dtypes
         except ValueError as error:
             raise ArgumentError(f"frozen={format!r}: {path}: {error}") from error
+
+
+def keep_packed(layer: nn.Linear, packed: Packed) -> None:
+    """Let a layer on `meta` have a weight that is quantised already."""
+    dequantized = _Quantizing(packed.format, packed.shape, packed.dtype, packed.dtype)
+    register_parametrization(layer, "weight", dequantized, unsafe=True)
+    kept = layer.parametrizations["weight"]
+    kept.original0 = nn.Parameter(packed.codes.contiguous(), requires_grad=False)
+    kept.original1 = nn.Parameter(packed.scales.contiguous(), requires_grad=False)
 
 
 class _Quantizing(Dequantized):

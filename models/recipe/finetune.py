@@ -189,7 +189,14 @@ def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
     ]
     groups = [group for group in groups if group["params"]]
     return model.optimizer(
-        torch.optim.AdamW, groups, lr=recipe.lr, betas=(0.9, 0.95), max_grad_norm=recipe.max_grad_norm
+        torch.optim.AdamW,
+        groups,
+        lr=recipe.lr,
+        betas=(0.9, 0.95),
+        max_grad_norm=recipe.max_grad_norm,
+        moments=recipe.moments,
+        masters=recipe.masters,
+        seed=recipe.seed,
     )
 
 

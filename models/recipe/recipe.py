@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from ...runtime.isa.moments import Masters, Moments
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Recipe:
         warmup: steps over which the learning rate rises; it then falls to zero at `steps`.
         save_every: steps between checkpoints; 0 saves only the last.
         save_every_s: seconds between them, which the end of a step is waited for after.
+        moments, masters: how training state is stored, as `model.optimizer` has it.
         held_out_batches: how many held-out batches are judged at most.
     """
 
@@ -26,6 +29,8 @@ class Recipe:
     weight_decay: float = 0.01
     warmup: int = 10
     max_grad_norm: float = 1.0
+    moments: str = "exact"
+    masters: str = "exact"
     seed: int = 0
     save_every: int = field(default=0, metadata={"curve": False})
     save_every_s: float = field(default=0.0, metadata={"curve": False})
@@ -39,6 +44,9 @@ class Recipe:
         for name in ("warmup", "save_every", "save_every_s", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name, known in (("moments", get_args(Moments)), ("masters", get_args(Masters))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}")
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, but is {getattr(self, name)}")

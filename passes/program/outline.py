@@ -14,7 +14,7 @@ from .program import Note, Phase, Program, annotate, note, type_of
 from .types import freeze
 
 PHASES: dict[str, Phase] = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
-"""Of the actions of a pipeline, whose backward begins in front of the turn."""
+"""Of the actions of pipelines and rounds, whose backwards begin in front of the turn."""
 
 
 def outline(program: Program, segments: Iterable["Segment"], *, fused: bool = False) -> None:

@@ -34,14 +34,17 @@ class Plan:
         layout: which parameter lives where in which chunk.
         mesh: the processes that train together.
         microbatches: in how many parts a program runs a batch.
-        blocks: names of the blocks that each run for all microbatches before the next one does, or that stages of a
-            pipeline consist of.
+        rounds: in how many rounds these run, of as many each: a round's forward and backward come before the next's.
+        blocks: names of the blocks that each run for all microbatches of a round before the next one does, or that
+            stages of a pipeline consist of.
         stages: of a pipeline the names of the blocks that its stages begin with; "" is where the model begins.
         schedule: what each rank of the pipeline does, in order.
         line: which of them this process is, whose program and layout the plan is for.
         recompute: names of the blocks whose activations are computed again in the backward.
         offload: names of the blocks whose activations wait for the backward on the host: of a block that is recomputed
             where it begins, of another all that its backward reads.
+        offload_sums: names of the blocks whose sums of gradients wait on the host from one round for the next; "" is
+            what lies in no block.
         prefetch: how many chunks ahead of their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
         homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
@@ -55,12 +58,14 @@ class Plan:
     layout: Layout = field(default_factory=lambda: Layout(()))
     mesh: Mesh = ONE_PROCESS
     microbatches: int = 1
+    rounds: int = 1
     blocks: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
     schedule: Schedule | None = None
     line: int = 0
     recompute: tuple[str, ...] = ()
     offload: tuple[str, ...] = ()
+    offload_sums: tuple[str, ...] = ()
     prefetch: int = 1
     fuse_loss: bool = False
     homes: Homes = ()
@@ -181,8 +186,12 @@ class Plan:
             yield "  this process", " ".join(map(str, self.schedule.ranks[self.line]))
             yield "microbatches", str(self.microbatches)
         elif self.microbatches > 1:
-            runs = f"{len(self.blocks)} block(s), each for all of them" if self.blocks else "no blocks"
+            each = "all of them" if self.rounds == 1 else "a round's"
+            runs = f"{len(self.blocks)} block(s), each for {each}" if self.blocks else "no blocks"
             yield "microbatches", f"{self.microbatches}, through {runs}"
+            if self.rounds > 1:
+                where = f", sums of {len(self.offload_sums)} wait on the host" if self.offload_sums else ""
+                yield "  in rounds", f"{self.rounds}, of {self.microbatches // self.rounds} microbatch(es) each{where}"
         yield "prefetch", f"{self.prefetch} chunk(s) ahead"
         yield "recompute", f"{len(self.recompute)} block(s)"
         if self.offload:

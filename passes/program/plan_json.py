@@ -10,7 +10,7 @@ from ...runtime.isa.schedule import Schedule
 from .strict_json import Text, strict_converter
 
 PLAN_TEXT = Text(
-    of="geminifx plan", version=5, writer="Plan.to_json",
+    of="geminifx plan", version=6, writer="Plan.to_json",
     remedy="make it anew with geminifx.compile(...).plan.save(path)",
 )  # fmt: skip
 

@@ -5,7 +5,8 @@ A program's inputs and results have *roles* instead of positions::
     parameter:<name>  buffer:<name>  input:<i>  number:<i>  constant:<name>  tangent:<i>  expected:<i>    inputs
     output:<i>  gradient:<name or input:i>  mutation:<buffer>                        results
 
-Of a pipeline the backward begins in front of the turn, with the tangent that is `expected`.
+Of a pipeline, and of a batch that runs in rounds, the backward begins in front of the turn, with the tangent that is
+`expected`.
 
 Every node carries one frozen `Note`. Nodes are created by `Program.emit` alone, which infers their type, so
 a program is well typed at every moment and no pass ever computes a shape.
@@ -24,6 +25,8 @@ from .names import identifier
 from .types import TensorType, Type, infer
 
 Phase = Literal["forward", "backward"]
+ROUND_SWEEPS = ("F.", "B.")
+"""What the actions of rounds begin with: F.1 is the second round's forward."""
 _KEY = "geminifx"
 
 
@@ -34,8 +37,9 @@ class Note:
     `module` is the fully qualified name of the model's module the node comes from ("" where none is known),
     `role` is set on inputs only, `tied` names the parameter that an input shares its storage with, `chunk`
     marks values that live in a chunk, `recomputed` marks copies of forward nodes in the backward phase. `action` is
-    the work of a pipeline's schedule that it is a part of, such as "B1.0"; its `phase` is then the side of the turn.
-    `placement` tells how a sharded program's value lies on the mesh, such as "row=S0 col=S1".
+    the work of a pipeline's schedule that it is a part of, such as "B1.0", or of a round, such as "B.0"; its `phase` is
+    then the side of the turn. `placement` tells how a sharded program's value lies on the mesh, such as "row=S0
+    col=S1".
     """
 
     type: Type = None
@@ -47,6 +51,12 @@ class Note:
     recomputed: bool = False
     action: str = ""
     placement: str = ""
+
+    @property
+    def sweep(self) -> str:
+        """The way through the model that it is a part of, for which weights come and go: the one side of the turn or
+        the other, or, of a batch that runs in rounds, the forward or the backward of one."""
+        return self.action if self.action.startswith(ROUND_SWEEPS) else self.phase
 
 
 def note(node: fx.Node) -> Note:
@@ -163,12 +173,13 @@ class Program:
 
     def view_again(self, view: fx.Node, views: set[fx.Node], copies: dict[fx.Node, fx.Node],
                    before: fx.Node) -> fx.Node:  # fmt: skip
-        """Emit one of the forward's `views` once more for its reader in the backward. `copies` is what there is already
-        in place of what nodes; what is neither there nor a view is read as it is."""
+        """Emit one of a sweep's `views` once more for its reader in a later one. `copies` is what there is already in
+        place of what nodes; what is neither there nor a view is read as it is."""
         if view not in copies and view in views:
             value = lambda node: self.view_again(node, views, copies, before)  # noqa: E731
             copies[view] = self.copy_node(view, value, before=before)
-            annotate(copies[view], phase="backward", recomputed=note(before).recomputed)
+            reader = note(before)
+            annotate(copies[view], phase=reader.phase, action=reader.action, recomputed=reader.recomputed)
         return copies.get(view, view)
 
     def add_input(self, name: str, type: Type, role: str, tied: str = "") -> fx.Node:

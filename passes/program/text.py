@@ -34,7 +34,7 @@ from .types import Type, parse_type, type_text
 _WORLD = {"inf": math.inf, "nan": math.nan, "DEVICE": torch.device("cpu")}
 """Names a program may use besides torch's and its own. DEVICE is wherever the program will run."""
 _BETWEEN_FIELDS = "|"
-_CONTEXT = re.compile(r"\s+# (forward|backward|recompute)(?: ([FBIW]\d+\.\d+)( recompute)?)?(?:: (.*))?$", re.ASCII)
+_CONTEXT = re.compile(r"\s+# (forward|backward|recompute)(?: ([FBIW]\d*\.\d+)( recompute)?)?(?:: (.*))?$", re.ASCII)
 FUSED = "fused"
 """Decorates a function that is compiled to as few kernels as can be."""
 

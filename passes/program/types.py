@@ -202,9 +202,13 @@ _STATISTICS = {
 """Results that kernels keep in float32 where their fakes tell the input's narrower dtype."""
 
 
+_FAKES = FaithfulFakeMode()
+"""One for all: to make one, which records where it was made, takes longer than most fake kernels."""
+
+
 @lru_cache(maxsize=16384)
 def _infer(target: Callable[..., Any], args: Any, kwargs: Any) -> Type:
-    with FaithfulFakeMode(), torch.no_grad():
+    with _FAKES, torch.no_grad():
         result = type_of_value(target(*_thaw(args), **_thaw(kwargs)))
     if target not in _STATISTICS or not isinstance(result, tuple):
         return result

@@ -21,15 +21,19 @@ from ...runtime.isa.instructions import (
     DEPART,
     FETCH,
     FINISH_COLLECTIVE,
+    FINISH_RECEIVE,
+    FINISH_SEND,
     GRADIENTS,
     OFFLOAD,
     PUT,
     PUTS,
+    RECEIVE,
     REDUCE,
     RELEASE,
     RELOAD,
     SEND,
     START_ALL_REDUCE,
+    START_RECEIVE,
     STARTS,
     TURN,
     WAIT,
@@ -250,6 +254,24 @@ def _collective(start: fx.Node) -> Violation | None:
 
 
 @fact
+def posted(program: Program, plan: Plan) -> Violation | None:
+    """Every receive starts and is waited for once, in one phase; before that nobody reads what comes."""
+    for node in program.computes:
+        if node.target is RECEIVE:
+            return Violation(node, "a receive in one piece", "its start, and geminifx.finish_receive")
+        if node.target is FINISH_RECEIVE and getattr(node.args[0], "target", None) is not START_RECEIVE:
+            return Violation(node, f"waits for {node.args[0]}", "the start of a receive")
+        if node.target is START_RECEIVE and [user.target for user in node.users] != [FINISH_RECEIVE]:
+            readers = ", ".join(user.name for user in node.users) or "nobody"
+            return Violation(node, f"read by {readers}", "one reader, its finish")
+        if node.target is FINISH_RECEIVE and note(node).phase != note(node.args[0]).phase:
+            return Violation(
+                node, f"waits for {node.args[0].name} of the other phase", "the finish in front of the turn"
+            )
+    return None
+
+
+@fact
 def chunked(program: Program, plan: Plan) -> Violation | None:
     """Parameters come out of chunks and gradients go into them."""
     for node in program.placeholders:
@@ -327,8 +349,8 @@ def _round_trip(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None
     if list(reload.users) != [arrive]:
         readers = ", ".join(user.name for user in reload.users) or "nobody"
         return Violation(reload, f"read by {readers}", "one reader, its arrive")
-    if (note(depart).phase, note(reload).phase) != ("forward", "backward"):
-        return Violation(reload, "on one side of the turn with its depart", "the turn between them")
+    if note(depart).sweep == note(reload).sweep:
+        return Violation(reload, "on one side of the turn with its depart", "the turn, or a round, between them")
     return None
 
 
@@ -341,7 +363,7 @@ def _left_alone(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None
                 reader, f"reads {value.name}, which has left for the host", "what geminifx.arrive returned"
             )
         overwrites = any(item is value or item in readers for item in overwritten_inputs(reader))
-        if order[reader] > order[offload] and reader.target not in (DEPART, SEND) and overwrites:
+        if order[reader] > order[offload] and reader.target not in (DEPART, SEND, FINISH_SEND) and overwrites:
             return Violation(reader, f"overwrites {value.name} on its way to the host", "geminifx.depart before that")
     return None
 

@@ -83,19 +83,19 @@ class Parts:
 
     # -- gradients -----------------------------------------------------------------------------------------
 
-    def totals(self, here: Callable[[fx.Node], bool]) -> tuple[dict[str, Total], dict[fx.Node, list[Total]]]:
-        """The gradients that are added up of the terms that are `here`, by their roles, and by their terms. Those of
-        what has a row for each example are put together instead."""
+    def totals(self, here: Callable[[fx.Node], int]) -> tuple[dict[str, Total], dict[fx.Node, list[Total]]]:
+        """The gradients that are added up, by their roles, and by their terms: of each of these, as it is for as many
+        microbatches as are `here`. Those of what has a row for each example are put together instead."""
         inputs, made = self.program.inputs("input"), dict[fx.Node, Total]()
         batch = {f"input:{name}" for name, node in inputs.items() if microbatches_of(node)}
         by_role, by_term = dict[str, Total](), defaultdict[fx.Node, list[Total]](list)
         for name, node in self.program.results_of("gradient").items():
             if name in batch:
                 continue
-            found = [term for term in terms(node) if here(term)]
+            found = [(term, here(term)) for term in terms(node) if here(term)]
             if node not in made and found:
-                made[node] = Total(node, self.count * len(found))
-                for term in found:
+                made[node] = Total(node, sum(count for _, count in found))
+                for term, _ in found:
                     by_term[term].append(made[node])
             if found:
                 by_role[f"gradient:{name}"] = made[node]

@@ -3,7 +3,8 @@
 An operator of a block belongs to the block's stage; what lies between blocks goes with the block in front, embeddings
 with the first stage, head and loss with the last. In the backward an operator goes with its module's forward, or else
 with the operator in front of it. What depends on no parameter, such as masks and positions, belongs to no stage: each
-rank makes what it reads of that.
+rank makes what it reads of that. Where weights live on the hosts, and a stage has no rank of its own, so it is with all
+that no example goes into: there each rank has the weights that it reads.
 
 Everything here follows from the program and the plan alone, so that all ranks find the same.
 """
@@ -12,13 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 from torch import fx
 
 from ...runtime.isa.errors import ShardingError
 from ...runtime.isa.instructions import SAVE_RNG, SWAP_RNG
-from ...runtime.isa.schedule import Action, Schedule
+from ...runtime.isa.linear_cross_entropy import ABSENT
+from ...runtime.isa.schedule import Action, Kind, Schedule
 from ..program.plan import Plan
 from ..program.program import Program, aliased_inputs, is_random, note, tensor_type, type_of
 from ..program.types import TensorType
@@ -51,11 +54,14 @@ Item = Made | Sum | Output
 
 
 class Sent(NamedTuple):
-    """A message: of what, to which rank, and whether it leaves in front of the sender's turn."""
+    """A message: of what, to which rank, at which place of the sender's it leaves, and whether that is in front of its
+    turn. By which place of the other's, at its end, it has come: infinity is never."""
 
     item: Item
     to: int
+    at: int
     early: bool
+    by: float
 
 
 class Stages:
@@ -71,10 +77,32 @@ class Stages:
         for swap, drawing in self.drawn_in.items():
             self.stage[swap] = self.stage[drawing]
         self.needed = self._needed()
+        self.early = self._of_inputs() if self.schedule.splits_backward else set[fx.Node]()
         self.work = self._work()
 
-    def rank_of(self, node: fx.Node) -> int:
-        return self.schedule.rank_of(self.stage[node])
+    def rank_of(self, node: fx.Node, microbatch: int | None = None) -> int:
+        """The rank that makes the value of a stage's operator for a microbatch (None: for all of them)."""
+        if node.target in JOINS:
+            return self.joiner(node)
+        return self.schedule.runner(Action(self.stage[node], microbatch or 0, self._kind(node)))
+
+    def joiner(self, node: fx.Node) -> int:
+        """The rank that puts together what a stage's forward makes for each microbatch: where the last one is made."""
+        return self.schedule.runner(Action(self.stage[node], self.plan.microbatches - 1, "F"))
+
+    def ranks_of(self, node: fx.Node) -> list[int]:
+        """By microbatches, or for all of them at once, the ranks that make the value of a stage's operator."""
+        if node in self.own:
+            return [self.rank_of(node, microbatch) for microbatch in range(self.plan.microbatches)]
+        return [self.rank_of(node)]
+
+    def _kind(self, node: fx.Node) -> Kind:
+        """Of the action that an operator is a part of."""
+        if note(node).phase == "forward":
+            return "F"
+        if not self.schedule.splits_backward:
+            return "B"
+        return "I" if node in self.early else "W"
 
     # -- what each action is of ----------------------------------------------------------------------------
 
@@ -99,16 +127,9 @@ class Stages:
     def _work(self) -> dict[tuple[int, str], list[fx.Node]]:
         """By stage and kind of action the operators, in the program's order; those that join are left to its end."""
         work = defaultdict[tuple[int, str], list[fx.Node]](list)
-        early = self._of_inputs() if self.schedule.splits_backward else set()
         for node in self.program.computes:
-            if node not in self.needed or node not in self.stage or node.target in JOINS:
-                continue
-            stage = self.stage[node]
-            if note(node).phase == "forward":
-                work[stage, "F"].append(node)
-            else:
-                work[stage, "B"].append(node)
-                work[stage, "I" if node in early else "W"].append(node)
+            if node in self.needed and node in self.stage and node.target not in JOINS:
+                work[self.stage[node], self._kind(node)].append(node)
         return work
 
     def _of_inputs(self) -> set[fx.Node]:
@@ -135,10 +156,9 @@ class Stages:
     def items(self, rank: int) -> Iterator[tuple[Action | None, list[Item]]]:
         """What a rank makes, action by action, the outputs as soon as they can be. Its turn is without any action."""
         actions, turn, once = self.schedule.ranks[rank], self.schedule.turn(rank), set[fx.Node]()
-        last = self.schedule.last_forward(rank)
-        missing = {
-            gradient: self.plan.microbatches * len(found) for gradient, found in self._terms_of(rank).items() if found
-        }
+        # Where a rank puts together what others make, it waits for them when all forwards are done.
+        last = turn - 1 if self.schedule.weights == "host" else self.schedule.last_forward(rank)
+        missing = self._missing(rank)
         for i, action in enumerate(actions):
             if i == turn:
                 yield None, []
@@ -161,20 +181,47 @@ class Stages:
     def _outputs(self, rank: int) -> list[Item]:
         """Those of the outputs that this rank makes, and others wait for."""
         outputs = self.program.results_of("output").items()
-        return [Output(role) for role, node in outputs if node in self.stage and self.rank_of(node) == rank]
+        return [Output(role) for role, node in outputs if node in self.stage and self.joiner(node) == rank]
 
     def sends(self, rank: int) -> Iterator[Sent]:
-        """What a rank sends, in order."""
-        early = True
-        for action, items in self.items(rank):
+        """What a rank sends, in order. All that was sent to one before a message comes before it."""
+        early, messages = True, list[Sent]()
+        for place, (action, items) in enumerate(self.items(rank)):
             for item in items:
-                yield from (Sent(item, to, early) for to in self._receivers(item) if to != rank)
+                others = (to for to in self._receivers(item) if to != rank)
+                messages += (Sent(item, to, place, early, self._read_by(item, to, early)) for to in others)
             early = early and action is not None
+        soonest = defaultdict[int, float](lambda: inf)
+        for i, sent in reversed(list(enumerate(messages))):
+            soonest[sent.to] = min(soonest[sent.to], sent.by)
+            messages[i] = sent._replace(by=soonest[sent.to])
+        return iter(messages)
+
+    def _read_by(self, item: Item, rank: int, early: bool) -> float:
+        """The first place at which a rank surely reads what another one sends it."""
+        turn, places = self.schedule.turn(rank), list[float]()
+        if isinstance(item, Made):
+            every = range(self.plan.microbatches) if item.microbatch is None else (item.microbatch,)
+            users = [user for user in self._readers(item.node) if user.target not in JOINS]
+            actions = (Action(self.stage[user], microbatch, self._kind(user)) for user in users for microbatch in every)
+            places += (self._place[action] for action in actions if self.schedule.runner(action) == rank)
+        return min([*places, *([turn] if early or isinstance(item, Output) else [])], default=inf)
+
+    @cached_property
+    def _place(self) -> dict[Action, int]:
+        """Of each action among what its rank does, the turn included."""
+        ranks = enumerate(self.schedule.ranks)
+        return {
+            action: i + (i >= self.schedule.turn(rank)) for rank, actions in ranks for i, action in enumerate(actions)
+        }
 
     def _receivers(self, item: Item) -> list[int]:
         match item:
-            case Made(node):
-                return sorted({self.rank_of(user) for user in self._readers(node) if user.target not in JOINS})
+            case Made(node, microbatch):
+                readers = [user for user in self._readers(node) if user.target is not ABSENT]
+                ranks = {self.rank_of(user, microbatch) for user in readers}
+                is_output = node in self.program.results_of("output").values()
+                return sorted(ranks | {self.joiner(node)} if is_output else ranks)
             case Sum(gradient):
                 return self.owners(gradient)
             case Output(role):
@@ -196,13 +243,19 @@ class Stages:
                 found[term].append(gradient)
         return found
 
-    def _terms_of(self, rank: int) -> dict[fx.Node, list[fx.Node]]:
-        gradients = self.program.results_of("gradient").values()
-        return {node: [term for term in terms(node) if self.rank_of(term) == rank] for node in gradients}
+    def share(self, term: fx.Node, rank: int) -> int:
+        """For how many microbatches a rank makes a term of gradients."""
+        each = 1 if term in self.own else self.plan.microbatches
+        return each * self.ranks_of(term).count(rank)
+
+    def _missing(self, rank: int) -> dict[fx.Node, int]:
+        """What a rank's parts of gradients are added up of: how many values of each."""
+        gradients = dict.fromkeys(self.program.results_of("gradient").values())
+        return {node: sum(self.share(term, rank) for term in terms(node)) for node in gradients}
 
     def holders(self, gradient: fx.Node) -> list[int]:
         """The ranks that add up a part of a gradient."""
-        return sorted({self.rank_of(term) for term in terms(gradient)})
+        return sorted({rank for term in terms(gradient) for rank in self.ranks_of(term)})
 
     def owners(self, gradient: fx.Node) -> list[int]:
         """The ranks that have a parameter with this gradient, each of which updates it: also those that have no part in
@@ -230,12 +283,12 @@ class Stages:
             while frontier:
                 for user in frontier.pop().users:
                     if user in self.stage and user in self.needed:
-                        read[name].add(self.rank_of(user))
+                        read[name].update(self.ranks_of(user))
                     elif user.op == "call_function" and user not in self.stage:
                         frontier.append(user)
         for name, gradient in self.program.results_of("gradient").items():
             read[name].update(self.holders(gradient))
-        first = self.schedule.rank_of(0)
+        first = self.schedule.runner(Action(0, 0, "F"))
         return {name: read[name] or {first} for name in self.program.inputs("parameter")}
 
 
@@ -257,11 +310,13 @@ def _swaps_of_draws(program: Program) -> dict[fx.Node, fx.Node]:
 
 def _assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
     """The stages of what depends on parameters, or draws."""
+    assert plan.schedule is not None
     found: dict[fx.Node, int] = {}
     in_stages, bound = set[fx.Node](), set(program.inputs("tangent").values())
     views = set(program.inputs("parameter").values())
+    everywhere = _of_no_example(program) if plan.schedule.weights == "host" else set[fx.Node]()
     for node in program.computes:
-        if node.target is SWAP_RNG:
+        if node.target is SWAP_RNG or node in everywhere:
             continue
         sources = set(node.all_input_nodes)
         if not is_random(node) and node.target is not SAVE_RNG and not sources & (in_stages | bound | views):
@@ -274,6 +329,21 @@ def _assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
     for node in program.computes:
         if node in in_stages:
             found[node] = walk.forward(node, found) if note(node).phase == "forward" else walk.backward(node, found)
+    return found
+
+
+def _of_no_example(program: Program) -> set[fx.Node]:
+    """What all ranks can make of weights and of what is known before the first action. Raises ShardingError where that
+    is a gradient, which all of them would add up."""
+    own = of_microbatches(program)
+    found = {node for node in program.computes if node.target is SAVE_RNG}
+    found |= {node for node in program.computes if node not in own and node.target not in JOINS}
+    for name, gradient in program.results_of("gradient").items():
+        if not found.isdisjoint(terms(gradient)):
+            raise ShardingError(
+                f"the gradient of {name} does not depend on the batch, as of a penalty on weights, and in a round-robin"
+                " schedule no rank has that weight alone; let each stage have its rank, as by schedule='1f1b'"
+            )
     return found
 
 

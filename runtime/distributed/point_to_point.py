@@ -1,5 +1,6 @@
 """Messages between the ranks of a pipeline: what one sends another receives, in the order in which it was sent."""
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ Channel = tuple[int, int]
 
 
 class Messages:
-    """The instructions `send` and `receive`, and what is on its way.
+    """The instructions that send and receive, and what is on its way.
 
     Each pair of ranks that exchange has a process group for each direction, so that neither waits for the other, nor
     one pair for another; those that nobody knew of before go through the group of the pipeline's axis.
@@ -27,7 +28,8 @@ class Messages:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.place = ranks.mesh.pipeline_rank(ranks.rank)
-        self._under_way: list[tuple[Callable[[], None], Tensor]] = []
+        self._leaving: dict[int, deque[tuple[Callable[[], None], Tensor]]] = defaultdict(deque)  # by where to
+        self._coming: dict[int, tuple[Callable[[], None], Tensor, tuple[int, ...]]] = {}
         self._exchanged = self._is_broken = False  # since the program was begun; for good
 
     def begin(self) -> None:
@@ -41,9 +43,6 @@ class Messages:
                 "a step of the pipeline failed while its ranks exchanged values, some of which may still be under "
                 "way: start all ranks again from the last checkpoint"
             )
-        for wait, _ in self._under_way:
-            self.ranks.call(wait)
-        self._under_way.clear()
         self._exchanged = False
 
     def send(self, value: Tensor, to: int) -> None:
@@ -52,23 +51,36 @@ class Messages:
         moving = value.contiguous()
         group, number = self._group(self.place, to)
         work = self.ranks.call(dist.isend, moving, group=group, group_dst=number(to))
-        self._under_way.append((waiting(work, dist.isend), moving))
+        self._leaving[to].append((waiting(work, dist.isend), moving))
 
-    def receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
-                device: torch.device) -> Tensor:  # fmt: skip
-        """Blocks the host where the device is one, and else what is launched behind it."""
+    def finish_send(self, value: Tensor, to: int) -> None:
+        """The oldest of what is on its way to a rank, which is this value, is there. Blocks the host where the device
+        is one, and else what is launched behind it."""
+        wait, _ = self._leaving[to].popleft()
+        self.ranks.call(wait)
+
+    def start_receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
+                      device: torch.device) -> Tensor:  # fmt: skip
+        """Nobody may read it before `finish_receive`."""
         self._exchanged = True
-        come = torch.empty(shape, dtype=dtype, device=device)
+        coming = torch.empty(shape, dtype=dtype, device=device)
         group, number = self._group(source, self.place)
-        self.ranks.call(dist.recv, come, group=group, group_src=number(source))
-        if come.stride() == tuple(stride):
+        work = self.ranks.call(dist.irecv, coming, group=group, group_src=number(source))
+        self._coming[id(coming)] = waiting(work, dist.irecv), coming, tuple(stride)
+        return coming
+
+    def finish_receive(self, coming: Tensor) -> Tensor:
+        """Blocks as `finish_send` does."""
+        wait, come, stride = self._coming.pop(id(coming))
+        self.ranks.call(wait)
+        if come.stride() == stride:
             return come
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(come)
+        return torch.empty_strided(come.shape, stride, dtype=come.dtype, device=come.device).copy_(come)
 
     def abandon(self) -> None:
-        """Forget what is under way, of a step that failed: who would receive it may be lost."""
+        """Of a step that failed: who would send or receive what is under way may be lost. Its memory stays as long as
+        this process does, for messages may still write to it."""
         self._is_broken |= self._exchanged
-        self._under_way.clear()
 
     def _group(self, source: int, to: int) -> tuple[Any, Callable[[int], int]]:
         """The process group of a channel, and which of its members a rank of the pipeline is."""

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 import torch
 
+from . import whole_updates
 from .homes import Home, Where
-from .layout import ChunkLayout
+from .layout import ChunkLayout, Rule
 from .moments import BLOCK, Masters, Moments, stored_bytes, stored_dtype, unit, update_bytes
 
 STREAM_PIECE = 16 * 2**20
@@ -30,6 +31,9 @@ STREAMED_GRADIENTS = 2
 
 LANDINGS = 3
 """Places on the host that gradients which are used up there take turns in: one comes, one waits, one is read."""
+
+Kind = tuple[torch.dtype, torch.dtype, Rule]
+"""Of chunks whose states consist of the same: what weights compute in, masters are, and the rule of updates."""
 
 Placed = Iterable[tuple[ChunkLayout, Home]]
 """Chunks, and where each of them is."""
@@ -60,6 +64,10 @@ class StateFormat(ABC):
         return 1
 
     # -- for good ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def wheres(self, chunk: ChunkLayout) -> tuple[Where, ...]:
+        """Where a chunk's training state may lie."""
 
     @abstractmethod
     def state_bytes(self, chunk: ChunkLayout) -> int:
@@ -103,6 +111,10 @@ class StateFormat(ABC):
     def staging_bytes(self, chunks: Placed) -> int:
         """Host memory that all chunks share, for gradients to land in."""
 
+    def working_bytes(self, chunks: Iterable[ChunkLayout]) -> int:
+        """What updates of whole parameters take on the device while they run."""
+        return 0
+
     # -- on the way ----------------------------------------------------------------------------------------
 
     def travelling_bytes(self, chunk: ChunkLayout, home: Home) -> tuple[int, int]:
@@ -112,6 +124,10 @@ class StateFormat(ABC):
     def update_share(self, chunk: ChunkLayout) -> float:
         """The bytes that an update moves, of those of one by AdamW whose moments are stored in the same way."""
         return 1.0
+
+    def update_flop(self, chunk: ChunkLayout) -> float:
+        """What an update computes beside passing over its state once."""
+        return 0.0
 
     def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
         """The bytes that a streamed state moves, of those with exact moments."""
@@ -129,6 +145,9 @@ class TorchFormat(StateFormat):
 
     def __str__(self) -> str:
         return "any of torch's, over parameters()"
+
+    def wheres(self, chunk: ChunkLayout) -> tuple[Where, ...]:
+        return Where.DEVICE, Where.HOST
 
     def state_bytes(self, chunk: ChunkLayout) -> int:
         gradient_and_optimizer = chunk.master_bytes + chunk.shard_numel * self.optimizer_bytes
@@ -169,9 +188,10 @@ class OwnFormat(StateFormat):
     lack of them, and gradients keep the compute dtype until they are accumulated.
 
     Fields:
-        moments: values of optimizer state per element (AdamW: 2).
+        moments: values of optimizer state per element (AdamW: 2), of what is updated element by element.
         stored: how these are stored.
         masters: how masters are, of what is trained.
+        rules: of the parameters that are not updated element by element, by name.
         in_backward: whether a chunk is updated as soon as its gradient is complete.
         accumulate: how many backwards make one step; more than one adds in the master's dtype.
     """
@@ -181,19 +201,24 @@ class OwnFormat(StateFormat):
     accumulate: int = 1
     stored: Moments = "exact"
     masters: Masters = "exact"
+    rules: tuple[tuple[str, Rule], ...] = ()
     kind: ClassVar[str] = "own"
     beside: ClassVar[bool] = True
 
     def __str__(self) -> str:
         when = "in the backward" if self.in_backward else "from step() on"
         many = f", {self.accumulate} backwards each" if self.accumulate > 1 else ""
-        how = f", moments as {self.stored}" if self.moments and self.stored != "exact" else ""
+        how = f", moments as {self.stored}" if self._stores_moments and self.stored != "exact" else ""
         rounded = ", masters as bf16, rounded stochastically" if self.masters != "exact" else ""
         return f"the model's own, {when}{many}{how}{rounded}"
 
     @property
     def unit(self) -> int:
-        return unit(stored_dtype(self.stored, torch.float32)) if self.moments else 1
+        return unit(stored_dtype(self.stored, torch.float32)) if self._stores_moments else 1
+
+    @property
+    def _stores_moments(self) -> bool:
+        return self.moments > 0 or any(rule == "matrices" for _, rule in self.rules)
 
     # -- of what it consists -------------------------------------------------------------------------------
 
@@ -207,7 +232,12 @@ class OwnFormat(StateFormat):
     def moment_dtypes(self, chunk: ChunkLayout) -> tuple[torch.dtype, ...]:
         """The dtypes that the optimizer's values are stored in; none for what is not trained. Updates compute in the
         master's dtype, and round to these where they are others."""
-        return (stored_dtype(self.stored, chunk.master_dtype),) * (self.moments * chunk.trainable)
+        count = {"elements": self.moments, "matrices": 1, "factored": 0}[chunk.rule]
+        return (stored_dtype(self.stored, chunk.master_dtype),) * (count * chunk.trainable)
+
+    def factors_bytes(self, chunk: ChunkLayout) -> int:
+        """Factors of second moments, which are on the device wherever the rest of the state is."""
+        return chunk.factor_numel * chunk.master_dtype.itemsize
 
     def keeps_sum(self, chunk: ChunkLayout) -> bool:
         """Whether a sum of gradients, in the master's dtype, is always there, and not only made where somebody asks
@@ -224,7 +254,8 @@ class OwnFormat(StateFormat):
         return is_used_up and self.lands(chunk, home) and not home.lands_apart
 
     def state_bytes(self, chunk: ChunkLayout) -> int:
-        return chunk.shard_bytes + self._beside_weights_bytes(chunk) + chunk.master_bytes * self.keeps_sum(chunk)
+        total = chunk.master_bytes * self.keeps_sum(chunk)
+        return chunk.shard_bytes + self._beside_weights_bytes(chunk) + self.factors_bytes(chunk) + total
 
     def _beside_weights_bytes(self, chunk: ChunkLayout, numel: int | None = None) -> int:
         """Of the chunk's shard, or of so many elements of it."""
@@ -234,10 +265,16 @@ class OwnFormat(StateFormat):
 
     # -- for good ------------------------------------------------------------------------------------------
 
+    def wheres(self, chunk: ChunkLayout) -> tuple[Where, ...]:
+        """Whole parameters are updated on the device, which multiplies matrices."""
+        if not chunk.trainable:
+            return Where.DEVICE, Where.HOST
+        return (Where.DEVICE, Where.STREAMED) if chunk.is_whole else tuple(Where)
+
     def device_bytes(self, chunk: ChunkLayout, home: Home) -> int:
         whole = chunk.compute_bytes * self.keeps_whole(chunk, home)
         if not home.on_device:
-            return whole
+            return whole + self.factors_bytes(chunk)
         return self.state_bytes(chunk) + (whole - chunk.shard_bytes if whole else 0)  # the shard is a part of the whole
 
     def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
@@ -245,7 +282,8 @@ class OwnFormat(StateFormat):
             return 0
         landing = chunk.shard_bytes * (self.lands(chunk, home) and not self.shares_landing(chunk, home))
         spare = (chunk.shard_bytes + self._beside_weights_bytes(chunk)) * self.has_spare(chunk, home)
-        return self.state_bytes(chunk) - chunk.shard_bytes * home.weights_on_device + landing + spare
+        there = chunk.shard_bytes * home.weights_on_device + self.factors_bytes(chunk)
+        return self.state_bytes(chunk) - there + landing + spare
 
     def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
         """Of what the host updates when `step()` has said so."""
@@ -271,7 +309,7 @@ class OwnFormat(StateFormat):
     def _buffer_bytes(self, chunk: ChunkLayout) -> int:
         """The pieces on their way where `chunk` is the longest that travels."""
         itemsize = 0 if self.at_once else (chunk.master_dtype if self.accumulate > 1 else chunk.dtype).itemsize
-        numel = min(STREAM_PIECE, chunk.shard_numel)
+        numel = chunk.piece_numel(STREAM_PIECE)
         gradient_bytes = itemsize * max(numel, SHORTEST_GRADIENT)
         state_bytes = numel * chunk.dtype.itemsize + self._beside_weights_bytes(chunk, numel)
         return STREAM_BUFFERS * (state_bytes + gradient_bytes)
@@ -280,7 +318,7 @@ class OwnFormat(StateFormat):
         """Programs' own buffers, or copies of shards, of the newest too."""
         if not self.at_once:
             return 0
-        return max(map(self._gradients_bytes, longest_of_each_kind(chunks)), default=0)
+        return max((self._gradients_bytes(chunk) for chunk, home in chunks if home.streamed), default=0)
 
     @staticmethod
     def _gradients_bytes(chunk: ChunkLayout) -> int:
@@ -298,7 +336,17 @@ class OwnFormat(StateFormat):
                 numels.setdefault(chunk.dtype, []).append(chunk.shard_numel)
         return {dtype: (min(LANDINGS, len(found)), max(found)) for dtype, found in numels.items()}
 
+    def working_bytes(self, chunks: Iterable[ChunkLayout]) -> int:
+        """The longest of each kind, twice: beside a state on its way one may be updated that lies on the device."""
+        longest: dict[Kind, int] = {}
+        for chunk in chunks:
+            longest[kind_of(chunk)] = max(longest.get(kind_of(chunk), 0), whole_updates.working_bytes(chunk))
+        return 2 * sum(longest.values())
+
     # -- on the way ----------------------------------------------------------------------------------------
+
+    def update_flop(self, chunk: ChunkLayout) -> float:
+        return whole_updates.flop(chunk)
 
     def travelling_bytes(self, chunk: ChunkLayout, home: Home) -> tuple[int, int]:
         state = self._beside_weights_bytes(chunk) + (0 if home.resident else chunk.shard_bytes)
@@ -325,11 +373,18 @@ def kinds_of_format() -> dict[str, type[StateFormat]]:
     return found
 
 
+def kind_of(chunk: ChunkLayout) -> Kind:
+    """Those of one kind that are streamed share buffers."""
+    return chunk.dtype, chunk.master_dtype, chunk.rule
+
+
 def longest_of_each_kind(chunks: Placed) -> list[ChunkLayout]:
-    """Of the chunks that are streamed the longest of each pair of dtypes: those that share dtypes share buffers."""
-    kinds: dict[tuple[torch.dtype, torch.dtype], ChunkLayout] = {}
+    """Of the chunks that are streamed that of each kind whose pieces are longest."""
+    kinds: dict[Kind, ChunkLayout] = {}
     for chunk, home in chunks:
         if home.streamed:
-            longest = kinds.setdefault((chunk.dtype, chunk.master_dtype), chunk)
-            kinds[chunk.dtype, chunk.master_dtype] = max(longest, chunk, key=lambda layout: layout.shard_numel)
+            longest = kinds.setdefault(kind_of(chunk), chunk)
+            kinds[kind_of(chunk)] = max(
+                longest, chunk, key=lambda one: (one.piece_numel(STREAM_PIECE), one.shard_numel)
+            )
     return list(kinds.values())

@@ -49,8 +49,14 @@ A batch that one program runs in parts is read part by part::
 A pipeline's ranks, by their numbers along its axis, exchange what they read of each other. What one sends to another
 arrives in the order in which it was sent::
 
-    geminifx.send(h, 1)                            # to rank 1, in this rank's own time
+    geminifx.send(h, 1)                            # to rank 1, in this rank's own time; nobody writes to `h`
+    geminifx.finish_send(h, 1)                     # it is there: the memory of `h` is free
     h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # what rank 0 sent: its shape, strides and dtype
+
+No machine carries out the last: `post_receives` writes it as a receive that starts, and one that is waited for::
+
+    p = geminifx.start_receive([2, 4], [4, 1], torch.float32, 0)
+    h = geminifx.finish_receive(p)                 # the same tensor
 
 What is random is drawn by numbers that ranks have apart where its shards are::
 
@@ -100,7 +106,10 @@ SCHEMAS = {
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
     "microbatch": "(Tensor(a) batch, int index, int count) -> Tensor(a)",
     "send": "(Tensor(a!) value, int to) -> ()",
+    "finish_send": "(Tensor(a!) value, int to) -> ()",
     "receive": "(int[] shape, int[] stride, ScalarType dtype, int source) -> Tensor",
+    "start_receive": "(int[] shape, int[] stride, ScalarType dtype, int source) -> Tensor",
+    "finish_receive": "(Tensor(a) coming) -> Tensor(a)",
     "all_gather": "(Tensor shard, int dim, str axis, int size) -> Tensor",
     "reduce_scatter": "(Tensor partial, int dim, str axis, int size) -> Tensor",
     "all_reduce": "(Tensor partial, str axis, str reduction) -> Tensor",
@@ -153,6 +162,10 @@ def _local(tensor: Tensor, dim: int, axis: str, size: int) -> Tensor:
     return _resized(tensor, dim, tensor.shape[dim] // size)
 
 
+def _received(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype)
+
+
 def _no_result(*_: object) -> None:
     return None
 
@@ -176,7 +189,10 @@ FAKES: dict[str, Callable[..., object]] = {
     "share": lambda loss, count, average: torch.empty_like(loss),
     "microbatch": microbatch,
     "send": _no_result,
-    "receive": lambda shape, stride, dtype, source: torch.empty_strided(shape, stride, dtype=dtype),
+    "finish_send": _no_result,
+    "receive": _received,
+    "start_receive": _received,
+    "finish_receive": lambda coming: coming.view(coming.shape),
     "all_gather": lambda shard, dim, axis, size: _resized(shard, dim, shard.shape[dim] * size),
     "reduce_scatter": _local,
     "all_reduce": lambda partial, axis, reduction: torch.empty_like(partial, memory_format=torch.contiguous_format),
@@ -216,7 +232,10 @@ AVERAGE = _ops.average.default
 SHARE = _ops.share.default
 MICROBATCH = _ops.microbatch.default
 SEND = _ops.send.default
+FINISH_SEND = _ops.finish_send.default
 RECEIVE = _ops.receive.default
+START_RECEIVE = _ops.start_receive.default
+FINISH_RECEIVE = _ops.finish_receive.default
 ALL_GATHER = _ops.all_gather.default
 REDUCE_SCATTER = _ops.reduce_scatter.default
 ALL_REDUCE = _ops.all_reduce.default
@@ -234,8 +253,8 @@ FORK_RNG = _ops.fork_rng.default
 COLLECTIVES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
 """What `shard` writes, and `overlap` replaces."""
 
-INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", *(op._schema.name.split("::")[1] for op in COLLECTIVES)}
-"""The names that a machine implements: a turn is Python's `yield`, and what `shard` writes is replaced."""
+INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", "receive", *(op._schema.name.split("::")[1] for op in COLLECTIVES)}
+"""The names that a machine implements: a turn is Python's `yield`, what `shard` writes, and receives, are replaced."""
 
 PUTS = frozenset({PUT, PUT_MM})
 
@@ -244,7 +263,7 @@ STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, ACCUMULATE_GRAD})
 """Instructions that name a chunk. Programs of equal layers differ in these alone."""
 
-PLACED = PER_CHUNK | {DEPART, RELOAD, SEND, RECEIVE}
+PLACED = PER_CHUNK | {DEPART, RELOAD, SEND, FINISH_SEND, RECEIVE, START_RECEIVE, FINISH_RECEIVE}
 """Instructions that the plan puts wherever copies have time to run, which come from no module."""
 
 

@@ -1,16 +1,25 @@
 """Where every parameter lives: plain layout dataclasses shared by plans, passes and the machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 ALIGNMENT_BYTES = 256
 """Every slot starts on this boundary, so that vector loads and tensor cores see aligned weights."""
+
+
+LONGEST_UNIT = 256
+"""Of how many elements at most the beginnings of slots are multiples."""
+
+Rule = Literal["elements", "matrices", "factored"]
+"""How an optimizer updates parameters: element by element; whole matrices, each element with a moment; or whole
+parameters, of whose second moments factors are kept, one for each row and one for each column."""
 
 
 def alignment(dtype: torch.dtype, unit: int = 1) -> int:
@@ -45,10 +54,19 @@ class Slot:
         """What lies here of a chunk, or of what is as long as a chunk."""
         return parameter_view(flat, self.offset, self.shape)
 
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the factors of its second moments, which are of the last two dimensions; a vector's are all kept."""
+        if len(self.shape) < 2:
+            return (self.shape,)
+        *first, rows, columns = self.shape
+        return (*first, rows, 1), (*first, 1, columns)
+
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """A contiguous 1-D buffer of parameters that share dtypes, trainability and axes, in order of first use.
+    """A contiguous 1-D buffer of parameters that share dtypes, trainability, axes and the rule that they are updated
+    by, in order of first use.
 
     `dtype` is what the program computes with, `master_dtype` what the optimizer updates. Along the mesh's axes
     `reduced_over`, in their order there, processes have the same weights, and gradients are summed. Of the training
@@ -63,6 +81,7 @@ class ChunkLayout:
     slots: tuple[Slot, ...]
     shards: int = 1
     reduced_over: tuple[str, ...] = ()
+    rule: Rule = "elements"
 
     @property
     def name(self) -> str:
@@ -97,6 +116,40 @@ class ChunkLayout:
     def splits(self) -> bool:
         """Whether the master can be kept exactly as the weight that computes and a 16-bit remainder."""
         return self.dtype == torch.bfloat16 and self.master_dtype == torch.float32
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether parameters are updated as wholes: no part of one alone."""
+        return self.trainable and self.rule != "elements"
+
+    @property
+    def longest_numel(self) -> int:
+        """The longest of its parameters, and what lies behind it up to where another may begin."""
+        longest = max((slot.numel for slot in self.slots), default=0)
+        return min(-(-longest // LONGEST_UNIT) * LONGEST_UNIT, self.numel)
+
+    def piece_numel(self, most: int) -> int:
+        """How many elements of its state are updated at a time, `most` of them unless parameters are longer wholes."""
+        return self.longest_numel if self.is_whole else min(most, self.shard_numel)
+
+    @cached_property
+    def factors(self) -> tuple[tuple[Slot, ...], ...]:
+        """By slot the places of the factors of its second moments, which all lie in one vector."""
+        found, offset = [], 0
+        for slot in self.slots:
+            places = []
+            for shape in slot.factor_shapes:
+                places.append(Slot(slot.name, offset, shape))
+                offset += prod(shape)
+            found.append(tuple(places))
+        return tuple(found)
+
+    @property
+    def factor_numel(self) -> int:
+        """All factors together, of what is updated by them; 0 of what has none."""
+        if self.rule != "factored" or not self.trainable:
+            return 0
+        return sum(place.numel for places in self.factors for place in places)
 
     def held(self, slot: int, number: int) -> slice:
         """Which elements of a parameter, counted flat, lie in shard `number`; an empty slice where none do."""
@@ -142,6 +195,11 @@ class Layout:
     def places(self) -> dict[str, tuple[ChunkLayout, int]]:
         """Parameter name -> (its chunk, its slot's number)."""
         return {slot.name: (chunk, i) for chunk in self.chunks for i, slot in enumerate(chunk.slots)}
+
+    def follows(self, rules: Mapping[str, Rule]) -> bool:
+        """Whether chunks hold what is updated by the same of these rules, and by no other than they say."""
+        trained = (chunk for chunk in self.chunks if chunk.trainable)
+        return all(chunk.rule == rules.get(slot.name, "elements") for chunk in trained for slot in chunk.slots)
 
     def is_cut_for(self, unit: int) -> bool:
         """Whether `unit` elements may be updated together: whether chunks, shards and slots consist of whole units."""

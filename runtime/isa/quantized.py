@@ -31,6 +31,12 @@ NF4 = (
 INT8_STEP = 7.874015718698502e-3
 """1 / 127, as bitsandbytes has it."""
 
+PIECE = 2**22
+"""Elements that are on their way at a time: a multiple of the block."""
+
+_PIECE_BYTES = {"nf4": 6, "int8": 4}
+"""Of each element: its value in float32, and, in nf4, half of a code as an index."""
+
 OPERATORS = ("dequantize",)
 """What is defined here."""
 
@@ -48,6 +54,18 @@ def code_shapes(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
         raise ValueError(f"dequantize: format {format!r}; expected one of {', '.join(get_args(Quantized))}")
     numel = prod(shape)
     return (((numel + 1) // 2,), (-(-numel // BLOCK),)) if format == "nf4" else (tuple(shape), (shape[0],))
+
+
+def rows_at_a_time(shape: tuple[int, ...]) -> int:
+    """Of a weight whose rows have a scale each how many are on their way."""
+    return max(PIECE * shape[0] // max(prod(shape), 1), 1)
+
+
+def workspace_bytes(format: str, shape: tuple[int, ...]) -> int:
+    """What a weight takes besides its values while it is dequantised."""
+    numel = prod(shape)
+    at_a_time = PIECE if format == "nf4" or not shape[0] else rows_at_a_time(shape) * (numel // shape[0])
+    return min(at_a_time, numel) * _PIECE_BYTES[format]
 
 
 @torch.library.register_fake("geminifx::dequantize")

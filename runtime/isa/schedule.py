@@ -22,6 +22,9 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
 
+ROUND_ROBIN = "roundrobin"
+"""The name of schedules whose weights live on the hosts."""
+
 _HEADER = re.compile(r"(\S+) stages=(\d+) microbatches=(\d+)( weights=host)?", re.ASCII)
 _RANK = re.compile(r"rank (\d+):(.*)", re.ASCII)
 _ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)", re.ASCII)
@@ -87,7 +90,8 @@ class Schedule:
         waits for `backward()`: all but those that complete a stage's gradients of weights, which nobody may see before,
         and what comes behind the first of these, here or on ranks that this one waits for.
 
-        All forwards are among them: the last backward of a stage waits for every microbatch's.
+        All forwards are among them: the last backward of a stage waits for every microbatch's. (Where weights live on
+        the hosts each rank has the last backward of some of them, and the schedule's checker sees to it.)
         """
         return self._turns[rank]
 
@@ -96,12 +100,14 @@ class Schedule:
         return max((i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"), default=-1)
 
     def forward_alone(self, microbatches: int) -> "Schedule":
-        """So many microbatches through the same stages, without a backward."""
+        """So many microbatches through the same stages, without a backward: each stage where its first one is run."""
+        stages: dict[int, list[int]] = {rank: [] for rank in range(len(self.ranks))}
+        for stage in range(self.stages):
+            stages[self.runner(Action(stage, 0, "F"))].append(stage)
         ranks = (
-            tuple(Action(stage, m, "F") for stage in self.stages_of(rank) for m in range(microbatches))
-            for rank in range(len(self.ranks))
+            tuple(Action(stage, m, "F") for stage in each for m in range(microbatches)) for each in stages.values()
         )
-        return Schedule("forward", self.stages, microbatches, tuple(ranks))
+        return Schedule("forward", self.stages, microbatches, tuple(ranks), self.weights)
 
     def needs(self, action: Action) -> tuple[Action, ...]:
         """What must be done before an action: a forward waits for the stage in front, a backward for its own forward

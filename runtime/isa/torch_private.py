@@ -54,6 +54,7 @@ try:
     )
     from torch.distributed.pipelining.schedules import get_schedule_class
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.optim._muon import muon
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 except ImportError as error:
     raise ImportError(
@@ -68,7 +69,7 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "cuda_driver", "export_joint",
-    "module_of", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
+    "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
     "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs",
     "watch_clipping", "will_accumulate", "wrapper_parameter",
 ]  # fmt: skip

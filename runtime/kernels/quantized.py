@@ -7,25 +7,25 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..isa.quantized import BLOCK, INT8_STEP, NF4, Quantized, code_shapes
-
-PIECE = 2**22
-"""Elements that are on their way at a time: a multiple of the block."""
+from ..isa.quantized import BLOCK, INT8_STEP, NF4, PIECE, Quantized, code_shapes, rows_at_a_time
 
 
 @torch.library.impl("geminifx::dequantize", "CompositeExplicitAutograd")
 def _dequantize(codes: Tensor, scales: Tensor, format: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     values = codes.new_empty(shape, dtype=dtype)
     if format == "int8":
-        for rows in _pieces(shape[0], max(PIECE * shape[0] // max(values.numel(), 1), 1)):
+        for rows in _pieces(shape[0], rows_at_a_time(tuple(shape))):
             scale = scales[rows].view(-1, *[1] * (len(shape) - 1))
             values[rows] = codes[rows].float().mul_(scale).mul_(INT8_STEP)
         return values
     pairs, flat = _pairs(codes.device), values.view(-1)
     for piece in _pieces(flat.numel(), PIECE):
         bytes_of = slice(piece.start // 2, (piece.stop + 1) // 2)
-        found = pairs.index_select(0, codes[bytes_of].int()).view(-1)[: piece.stop - piece.start]
-        flat[piece] = _by_blocks(found, scales[piece.start // BLOCK : -(-piece.stop // BLOCK)])
+        # Without a name what one piece takes is free before the next begins, as `workspace_bytes` has it.
+        flat[piece] = _by_blocks(
+            pairs.index_select(0, codes[bytes_of].int()).view(-1)[: piece.stop - piece.start],
+            scales[piece.start // BLOCK : -(-piece.stop // BLOCK)],
+        )
     return values
 
 
@@ -36,7 +36,7 @@ def quantize(weight: Tensor, format: Quantized) -> tuple[Tensor, Tensor]:
     codes = torch.empty(codes_shape, dtype=torch.int8 if format == "int8" else torch.uint8, device=weight.device)
     scales = torch.empty(scales_shape, dtype=torch.float32, device=weight.device)
     if format == "int8":
-        for rows in _pieces(weight.shape[0], max(PIECE * weight.shape[0] // max(weight.numel(), 1), 1)):
+        for rows in _pieces(weight.shape[0], rows_at_a_time(tuple(weight.shape))):
             values = weight[rows].float().flatten(1)
             scales[rows] = _largest(values)
             codes[rows] = (values / _divisor(scales[rows])[:, None]).mul_(127).round_().view(weight[rows].shape).char()

@@ -154,6 +154,44 @@ class LionHyper:
         )
 
 
+@dataclass(frozen=True)
+class MuonHyper:
+    """Hyper-parameters of `torch.optim.Muon`.
+
+    Attributes:
+        key: as `AdamHyper`'s.
+    """
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    ns_coefficients: tuple[float, float, float]
+    eps: float
+    ns_steps: int
+    adjust_lr_fn: str | None = None
+    key: int | None = None
+
+
+@dataclass(frozen=True)
+class AdafactorHyper:
+    """Hyper-parameters of `torch.optim.Adafactor`, whose `eps` are `eps1` and `eps2`.
+
+    Attributes:
+        step: number of this update, the first being 1.
+        key: as `AdamHyper`'s.
+    """
+
+    lr: float
+    beta2_decay: float
+    eps1: float | None
+    eps2: float
+    d: float
+    weight_decay: float
+    step: int
+    key: int | None = None
+
+
 def choose_variant(wanted: str | None, available: tuple[str, ...]) -> str:
     """Return the wanted variant of a kernel, by default the first. Raises ValueError where this machine lacks it."""
     if wanted is not None and wanted not in available:

@@ -8,17 +8,16 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from ..isa.errors import ArgumentError, StateError
 from ..isa.formats import OwnFormat
 from ..kernels.rounding import key_of
-from ..kernels.update_rules import AdamHyper, LionHyper, SgdHyper
-from .declared import MOMENTS, Declared
+from .declared import Declared
 from .hyper_checks import check_group, check_state_dict
-from .lion import Lion
+from .kinds import KINDS
 from .own_store import OwnStore
-from .saved_states import Expected, SavedState, check_rule
+from .saved_states import SavedState, check_rule
 from .states import Hyper
 from .weak_method import weak_method
 
@@ -34,7 +33,7 @@ others that another process may declare."""
 
 
 class ChunkOptimizer(Optimizer):
-    """AdamW, Adam, SGD or Lion over a compiled model's parameters, updated chunk by chunk where the plan says.
+    """One of `KINDS`, or several, over a compiled model's parameters, updated chunk by chunk where the plan says.
 
     Groups, schedulers, `state_dict` and `load_state_dict` are those of the torch.optim class, and so are the
     numbers. `step()` starts the updates, which run while the next forward does, and uses the gradients up: the
@@ -46,10 +45,10 @@ class ChunkOptimizer(Optimizer):
     """
 
     param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
 
     def __init__(self, declared: Declared, groups: Any, use: Use, demand: Callable[[], object],
                  names: dict[int, str], fp16: bool) -> None:  # fmt: skip
-        model = declared.of_torch(groups)
         self.declared = declared
         self.grad_norm: Tensor | None = None
         self.skipped_steps = 0
@@ -57,9 +56,10 @@ class ChunkOptimizer(Optimizer):
         self._steps_since_overflow = 0
         self._fp16 = fp16
         self._store: OwnStore | None = None
+        self._format: OwnFormat | None = None
         self._demand = demand
-        super().__init__(model.param_groups, model.defaults)
-        self._format = declared.format(self.param_groups)
+        super().__init__(declared.filled(groups), declared.defaults_of(declared.kind))
+        self._format = declared.format(self.param_groups, names)
         use(self._format, WeakMethod(self._attach), self._digest())
 
     def _digest(self) -> str:
@@ -89,15 +89,36 @@ class ChunkOptimizer(Optimizer):
         return self.store.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's. Raises ArgumentError for parameters of another model."""
-        super().add_param_group(param_group)
+        """As torch.optim's. Raises ArgumentError for parameters of another model, and StateError where their memory was
+        planned for another kind."""
+        defaults, kind = self.defaults, self.declared.kind_of(param_group)
+        self.defaults = self.declared.defaults_of(kind)
+        try:
+            super().add_param_group(param_group | {"kind": kind.__name__} if "kind" in param_group else param_group)
+        finally:
+            self.defaults = defaults
         unknown = [p for p in self.param_groups[-1]["params"] if id(p) not in self._names]
         if unknown:
             del self.param_groups[-1]
             raise ArgumentError(
                 f"params: one of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
             )
+        self._check_planned(self.param_groups[-1])
         self._take_groups()
+
+    def _check_planned(self, group: dict[str, Any]) -> None:
+        """Raises StateError for a new group where no memory was planned for what it keeps."""
+        kind = self.declared.kind_of(group)
+        if self._format is None:
+            return
+        rules, own = dict(self._format.rules), KINDS[kind].rule
+        other = next((n for p in group["params"] if rules.get(n := self._names[id(p)], "elements") != own), None)
+        if other is not None or (own == "elements" and len(KINDS[kind].moments) > self._format.moments > 0):
+            del self.param_groups[-1]
+            raise StateError(
+                f"a group of the kind {kind.__name__} was added whose memory model.optimizer(...) planned for another "
+                "kind; pass the group when the optimizer is made"
+            )
 
     def _take_groups(self) -> None:
         self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
@@ -105,7 +126,8 @@ class ChunkOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Groups may be changed at any time, but not to what makes no sense or was not planned for."""
         check_group(group)
-        if group.get("momentum") and not self._format.moments:
+        assert self._format is not None
+        if self.declared.kind_of(group) is SGD and group["momentum"] and not self._format.moments:
             raise StateError(
                 f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
                 "its memory; make the optimizer with a momentum above 0, however small"
@@ -120,18 +142,19 @@ class ChunkOptimizer(Optimizer):
         group = self._groups.get(name)
         if group is None:
             return None
-        lr, key = float(group["lr"]), None
-        if self.declared.masters != "exact":
-            key = key_of(self.declared.seed, number, name)
-        if "betas" not in group:
-            momentum = float(group["momentum"])
-            first = number == 1 and momentum != 0
-            return SgdHyper(lr, momentum, group["dampening"], group["weight_decay"], group["nesterov"], first, key)
-        beta1, beta2 = map(float, group["betas"])
-        if self.declared.kind is Lion:
-            return LionHyper(lr, beta1, beta2, group["weight_decay"], key)
-        decoupled = self.declared.kind is AdamW or bool(group.get("decoupled_weight_decay"))
-        return AdamHyper(lr, beta1, beta2, group["eps"], group["weight_decay"], number, decoupled, key)
+        key = None if self.declared.masters == "exact" else key_of(self.declared.seed, number, name)
+        return KINDS[self.declared.kind_of(group)].make(group, number, key)
+
+    def moments_of(self, name: str) -> dict[str, tuple[int, ...]]:
+        """What is kept of a parameter, in torch's names, and the whole shapes of that."""
+        return KINDS[self._kind_of(name)].moments_of(self.store.chunks.whole_shape(name))
+
+    def counts(self, name: str) -> bool:
+        """Whether the number of its updates is a part of a parameter's state."""
+        return self.declared.counts(self._kind_of(name))
+
+    def _kind_of(self, name: str) -> type[Optimizer]:
+        return self.declared.kind_of(self._groups[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -238,7 +261,7 @@ class ChunkOptimizer(Optimizer):
         for number, values in saved["state"].items():
             parameter = order[number]
             shared_out = store.is_shared_out(parameter)
-            for name in (name for name in MOMENTS[self.declared.kind] if shared_out and name in values):
+            for name in (name for name in self.moments_of(parameter) if shared_out and name in values):
                 whole = store.chunks.whole(parameter, store.join(values[name], parameter), store.hardware.device)
                 values[name] = whole if kept else None
         return saved if kept else {}
@@ -249,19 +272,20 @@ class ChunkOptimizer(Optimizer):
         for name in store.chunks.ownership.among(self._groups):
             state, slot = store.state_of(name)
             if state.steps[slot]:
-                found[name] = state.steps[slot], [state.layout.master_dtype] * len(state.moments)
+                found[name] = state.steps[slot], [state.layout.master_dtype] * len(state.moment_places(slot))
         return store.chunks.ownership.gather(found)
 
     def _state_of(self, parameter: str, steps: int, dtypes: list[torch.dtype]) -> dict[str, Any]:
         """This process's shard of a parameter's state, in torch's names; without memory where others have it."""
         chunks = self.store.chunks
+        shapes = self.moments_of(parameter)
         if parameter in chunks.elsewhere:
-            shape = chunks.whole_shape(parameter)
-            parts = [torch.empty(shape, dtype=dtype, device="meta") for dtype in dtypes]
+            pairs = zip(shapes.values(), dtypes, strict=False)
+            parts = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in pairs]
         else:
             parts = self.store.moments_of(parameter)
-        moments = dict(zip(MOMENTS[self.declared.kind], parts, strict=False))
-        return {"step": torch.tensor(float(steps)), **moments} if self.declared.saves_steps else moments
+        moments = dict(zip(shapes, parts, strict=False))
+        return {"step": torch.tensor(float(steps)), **moments} if self.counts(parameter) else moments
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,14 +321,18 @@ class ChunkOptimizer(Optimizer):
     def check_saved(self, groups: list[dict[str, Any]]) -> None:
         """Raises ValueError where saved groups are of another optimizer, and StateError where no memory was planned for
         what they ask for."""
-        check_rule(self.declared.kind.__name__, self.defaults, self.param_groups, groups)
+        for own, group in zip(self.param_groups, groups, strict=False):
+            kind = self.declared.kind_of(own)
+            check_rule(kind.__name__, self.declared.defaults_of(kind), [own], [group])
         for group in groups:
             self._check_group(group)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
         """Raises ValueError where what was saved of a parameter is not all that this optimizer keeps of it."""
-        moments = MOMENTS[self.declared.kind][: self._format.moments]
-        saved.check(parameter, self.store.chunks.whole_shape(parameter), Expected(moments, self.declared.counts))
+        assert self._format is not None
+        kind = KINDS[self._kind_of(parameter)]
+        keeps_any = kind.rule != "elements" or self._format.moments > 0
+        saved.check(parameter, self.moments_of(parameter) if keeps_any else {}, counts=kind.counts)
 
     def _check_states(self, named: dict[str, dict[str, Any]]) -> None:
         """Raises on all processes where a state does not fit on one of them."""
@@ -319,9 +347,9 @@ class ChunkOptimizer(Optimizer):
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
         store, local_shards = self.store, self.store.chunks.local_shards
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
-        told = SavedState.of(saved)
-        for number, name in enumerate(MOMENTS[self.declared.kind][: len(state.moments)]):
-            values = torch.zeros(state.layout.slots[slot].shape)
+        told, places = SavedState.of(saved), state.moment_places(slot)
+        for number, (name, (_, place)) in enumerate(zip(self.moments_of(parameter), places, strict=False)):
+            values = torch.zeros(place.shape)
             if not told.is_empty:
                 values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
             state.write_moment(number, slot, values)

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
+from torch.optim import SGD, Optimizer
 
 from ..isa.errors import ArgumentError, wrong_argument
 from ..isa.formats import OwnFormat
+from ..isa.layout import Rule
 from ..isa.moments import Masters, Moments
 from .hyper_checks import check_group, is_number
-from .lion import Lion
-
-MOMENTS = {
-    Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum_buffer",), Lion: ("exp_avg",),
-}  # fmt: skip
-"""The optimizers there are, and what torch calls their state."""
+from .kinds import ALL, KINDS, name_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class Declared:
     """What `model.optimizer(...)` was asked for.
 
     Fields:
-        kind: torch.optim.AdamW, Adam or SGD, or Lion.
+        kind: one of `KINDS`, by which groups go that name no other one as their "kind".
         hyper: its keyword arguments.
         max_grad_norm: clip the norm of all gradients to this.
         in_backward: update each chunk as soon as its gradient is complete.
@@ -44,33 +40,35 @@ class Declared:
     masters: Masters = "exact"
     seed: int = 0
 
-    @property
-    def counts(self) -> bool:
-        """Whether the rule goes by how many steps a parameter has taken."""
-        return self.kind in (Adam, AdamW)
+    def counts(self, kind: type[Optimizer]) -> bool:
+        """Whether steps are a part of a parameter's state: of what rounds by chance always."""
+        return KINDS[kind].counts or self.masters != "exact"
 
-    @property
-    def saves_steps(self) -> bool:
-        """Whether steps are a part of a parameter's state: those of what rounds by chance are, too, which draws by
-        them."""
-        return self.counts or self.masters != "exact"
+    def kind_of(self, group: Mapping[str, Any]) -> type[Optimizer]:
+        """What a group's parameters are updated by. Raises ArgumentError for what there is not."""
+        asked = group.get("kind", self.kind)
+        found = next((kind for kind in KINDS if asked in (kind, kind.__name__)), None)
+        if found is None:
+            raise wrong_argument("the kind of a group", asked, f"one of {ALL}")
+        return found
+
+    def defaults_of(self, kind: type[Optimizer]) -> dict[str, Any]:
+        """The options that a group has unless it says otherwise."""
+        return kind([torch.empty(1, 1)], **self._hyper_of(kind)).defaults
+
+    def _hyper_of(self, kind: type[Optimizer]) -> dict[str, Any]:
+        return self.hyper if kind is self.kind else {}
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
         """Raises ArgumentError for what is not there or does not go together."""
         if isinstance(self.kind, Optimizer):
-            name = _name(type(self.kind))
+            name = name_of(type(self.kind))
             raise ArgumentError(f"kind: model.optimizer(...) takes the class {name}, not an instance of it")
-        if self.kind is Muon:
-            raise ArgumentError(
-                "kind: torch.optim.Muon updates whole matrices, and updates here are of single elements; pass "
-                f"{', '.join(map(_name, MOMENTS))}"
-            )
-        if not isinstance(self.kind, type) or self.kind not in MOMENTS:
-            names = ", ".join(map(_name, MOMENTS))
+        if not isinstance(self.kind, type) or self.kind not in KINDS:
             raise wrong_argument(
                 "kind",
                 self.kind,
-                f"one of {names}. Any other element-wise optimizer works over model.parameters() instead",
+                f"one of {ALL}. Any other element-wise optimizer works over model.parameters() instead",
             )
         check_group(self.hyper)
         if type(self.accumulate) is not int or self.accumulate < 1:
@@ -108,6 +106,18 @@ class Declared:
                 f"trained does{': ' * bool(told)}{told[:200]}; compile with precision='bf16', or leave it out"
             )
 
+    def check_whole(self, groups: Any, *, sharded: bool, zero: int) -> None:
+        """Raises ArgumentError where parameters that are updated as wholes would be cut: where processes have parts of
+        single parameters, or divide their states."""
+        kinds = [self.kind, *map(self.kind_of, _dicts(groups))]
+        whole = next((kind for kind in kinds if KINDS[kind].rule != "elements"), None)
+        if whole is not None and (sharded or zero):
+            cut = "tensor= shards" if sharded else f"zero={zero} divides"
+            raise ArgumentError(
+                f"{name_of(whole)} updates whole parameters, which {cut} over processes; leave that out of parallel=, "
+                "or take an optimizer of single elements, such as torch.optim.AdamW"
+            )
+
     def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:
         if self.max_grad_norm is not None:
             raise ArgumentError(
@@ -120,32 +130,67 @@ class Declared:
                 "compile with precision='bf16'"
             )
 
-    def of_torch(self, groups: Any) -> Optimizer:
-        """The optimizer of torch's that fills in the defaults. Raises ArgumentError for what it does not take."""
+    def filled(self, groups: Any) -> list[dict[str, Any]]:
+        """Groups of parameters with all options, as the classes of torch's fill them in, and, where there is more than
+        one kind, the names of these. Raises ArgumentError for what a class does not take."""
+        if not any("kind" in group for group in _dicts(groups)):
+            return self._filled(self.kind, groups)
+        kinds, given = [self.kind_of(group) for group in _dicts(groups)], _dicts(groups)
+        found = [
+            self._filled(kind, [{key: value for key, value in group.items() if key != "kind"}])[0]
+            for kind, group in zip(kinds, given, strict=True)
+        ]
+        return [group | {"kind": kind.__name__} for kind, group in zip(kinds, found, strict=True)]
+
+    def _filled(self, kind: type[Optimizer], groups: Any) -> list[dict[str, Any]]:
         try:
-            made = self.kind(groups, **self.hyper)
+            made = kind(groups, **self._hyper_of(kind)).param_groups
         except (TypeError, ValueError, KeyError) as error:
             raise ArgumentError(
-                f"{_name(self.kind)} does not take these params and options: {error}; expected "
-                "parameters of the model, or groups of them, and options that it has"
+                f"{name_of(kind)} does not take these params and options: {error}; expected "
+                f"parameters of the model, or groups of them, and options that it has{self._other_kinds(kind)}"
             ) from error
-        for group in made.param_groups:
+        for group in made:
             check_group(group)
         return made
 
-    def format(self, groups: list[dict[str, Any]]) -> OwnFormat:
-        """What memory is planned for, with these groups of parameters."""
-        moments = len(MOMENTS[self.kind])
-        if self.kind is SGD and not any(group["momentum"] for group in groups):
-            moments = 0
-        if self.moments != "exact" and not moments:
+    @staticmethod
+    def _other_kinds(kind: type[Optimizer]) -> str:
+        if KINDS[kind].rule != "matrices":
+            return ""
+        return (
+            '. What is no matrix is for a group of another kind: model.optimizer(torch.optim.Muon, [{"params": '
+            'matrices}, {"params": others, "kind": torch.optim.AdamW, "lr": 3e-4}], lr=2e-2)'
+        )
+
+    def format(self, groups: list[dict[str, Any]], names: Mapping[int, str]) -> OwnFormat:
+        """What memory is planned for, with these groups of parameters, which have these `names` by their identity."""
+        kinds = {self.kind_of(group) for group in groups} or {self.kind}
+        single = {kind for kind in kinds if KINDS[kind].rule == "elements"}
+        if len(single) > 1:
             raise ArgumentError(
-                f"moments={self.moments!r}: {_name(self.kind)} without momentum has no moments to store; "
-                "leave it out, or give a momentum above 0"
+                f"groups of parameters are of the kinds {', '.join(sorted(map(name_of, single)))}, which all update "
+                "single elements; expected one of these, beside torch.optim.Muon and torch.optim.Adafactor"
             )
-        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments, self.masters)
+        kind = next(iter(single), None)
+        moments = 0 if kind is None else len(KINDS[kind].moments)
+        if kind is SGD and not any(group.get("momentum") for group in groups if self.kind_of(group) is SGD):
+            moments = 0
+        rules: list[tuple[str, Rule]] = [
+            (names[id(parameter)], KINDS[self.kind_of(group)].rule)
+            for group in groups
+            for parameter in group["params"]
+            if KINDS[self.kind_of(group)].rule != "elements"
+        ]
+        if self.moments != "exact" and not moments and not any(rule == "matrices" for _, rule in rules):
+            told = "keeps factors of its moments" if rules else "without momentum has no moments to store"
+            raise ArgumentError(
+                f"moments={self.moments!r}: {name_of(self.kind)} {told}; leave it out"
+                f"{'' if rules else ', or give a momentum above 0'}"
+            )
+        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments, self.masters, tuple(rules))
 
 
-def _name(kind: type[Optimizer]) -> str:
-    """As users write it."""
-    return f"geminifx.{kind.__name__}" if kind is Lion else f"torch.optim.{kind.__name__}"
+def _dicts(groups: Any) -> list[dict[str, Any]]:
+    """Those of the groups that have options, where they are such."""
+    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list | tuple) else []

@@ -28,8 +28,11 @@ def check_group(group: Mapping[str, Any]) -> None:
     asked = next((name for name in UNSUPPORTED if group.get(name)), None)
     if asked is not None:
         raise ArgumentError(f"model.optimizer({asked}=True) is not supported; leave {asked} out")
-    for name in NOT_NEGATIVE:
-        if name in group and not 0 <= number(group[name]) < math.inf:
+    numbers = (name for name in NOT_NEGATIVE if name in group)
+    if "beta2_decay" in group:  # Adafactor's eps are two, which it checks itself
+        numbers = (name for name in numbers if name != "eps")
+    for name in numbers:
+        if not 0 <= number(group[name]) < math.inf:
             raise wrong_argument(name, group[name], "a number, 0 or more")
     if "dampening" in group and not math.isfinite(number(group["dampening"])):
         raise wrong_argument("dampening", group["dampening"], "a number")

@@ -148,11 +148,13 @@ class OwnStates:
         stored = lambda dtype: self._zeros(  # noqa: E731
             stored_numel(dtype, layout.numel), dtype, home.on_device, pinned=home.streamed
         )
-        rest = self.format.rest_dtype(layout)
+        rest, moments = self.format.rest_dtype(layout), tuple(map(stored, self.format.moment_dtypes(layout)))
+        if layout.factor_numel:
+            moments = (self._zeros(layout.factor_numel, layout.master_dtype, True),)
         state = ChunkState(
             layout, home, weights,
             rest=None if rest is None else new(rest),
-            moments=tuple(map(stored, self.format.moment_dtypes(layout))),
+            moments=moments,
             steps=[0] * len(layout.slots),
         )  # fmt: skip
         if self.format.has_spare(layout, home):

@@ -319,7 +319,7 @@ class OwnStore:
     def moments_of(self, parameter: str) -> list[Tensor]:
         """What this process has of a parameter's moments."""
         state, slot = self.state_of(parameter)
-        return [state.read_moment(number, slot) for number in range(len(state.moments))]
+        return [state.read_moment(number, slot) for number in range(len(state.moment_places(slot)))]
 
     def versions(self) -> dict[str, int]:
         return {slot.name: state.version for state in self.states for slot in state.layout.slots}
@@ -375,6 +375,9 @@ class OwnStore:
     def stored_moments(self, parameter: str) -> list[Stored]:
         """Its optimizer's state."""
         state, slot = self.state_of(parameter)
+        if state.layout.rule == "factored":
+            regions_of = self.chunks.local_shards.regions
+            return [Stored.of(flat, place.shape, regions_of(place)) for flat, place in state.moment_places(slot)]
         shape, regions = self._lies(parameter)
         return [stored_moment(state, number, slot, shape, regions) for number in range(len(state.moments))]
 

@@ -14,14 +14,6 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What an optimizer keeps of each parameter: tensors of these names, and, where its rule `counts`, its steps."""
-
-    moments: tuple[str, ...]
-    counts: bool
-
-
-@dataclass(frozen=True)
 class SavedState:
     """What was saved of one parameter: the shapes of tensors, by their names, None of what is no tensor, and how many
     steps it has taken."""
@@ -45,18 +37,19 @@ class SavedState:
         """Optimizers that do not count have taken one where there is anything."""
         return int(not self.is_empty) if self.step is None else int(self.step)
 
-    def check(self, parameter: str, shape: Shape, expected: Expected) -> None:
-        """Raises ValueError for anything but the whole state of a parameter of this shape, or nothing at all."""
+    def check(self, parameter: str, expected: Mapping[str, Shape], *, counts: bool) -> None:
+        """Raises ValueError for anything but nothing at all or a parameter's whole state: tensors of the `expected`
+        shapes, and, where its rule `counts`, its steps."""
         if self.is_empty:
             return
         found = [*self.shapes, *(() if self.step is None else ("step",))]
-        names = [*expected.moments, *(("step",) if expected.counts else ())]
+        names = [*expected, *(("step",) if counts else ())]
         if not set(names) <= set(found):
             raise ValueError(
                 f"the optimizer state of {parameter} has {', '.join(found)}, expected {', '.join(names)}; it is of "
                 "another optimizer, or not whole"
             )
-        for name in expected.moments:
+        for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise ValueError(
                     f"the optimizer state of {parameter} has {name} of shape {self.shapes[name]}, expected {shape}; "

@@ -30,7 +30,7 @@ class StateStream:
 
     def __init__(self, hardware: Hardware, like: ChunkState, *, with_gradients: bool) -> None:
         self.copies = hardware.new_copies()
-        self.numel = min(STREAM_PIECE, like.layout.numel)
+        self.numel = like.layout.piece_numel(STREAM_PIECE)
         self._device = hardware.device
         self._buffers = [self._new_buffer(like, with_gradients) for _ in range(STREAM_BUFFERS)]
         for buffer in self._buffers:
@@ -43,7 +43,7 @@ class StateStream:
             return torch.empty(stored_numel(tensor.dtype, numel), dtype=tensor.dtype, device=self._device)
 
         rest = None if like.rest is None else new(like.rest)
-        part = StateSlice(new(like.weights), rest, tuple(map(new, like.moments)))
+        part = StateSlice(new(like.weights), rest, tuple(map(new, like.travelling_moments)))
         if not with_gradient:
             return _Buffer(part, None)
         gradient = like.weights if like.total is None else like.total
@@ -75,9 +75,10 @@ class StateStream:
     def _update_piece(self, state: ChunkState, piece: Range, job: "StreamedUpdate", buffer: _Buffer,
                       launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
         """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
-        home, numel = state.part(piece.start, piece.end), piece.end - piece.start
-        local, values = buffer.part.cut(slice(0, numel)), job.gradient.values[piece.start : piece.end]
-        travelling = list(zip(local.tensors, home.tensors, strict=True))[job.weights_stay :]
+        home, numel = state.part(piece), piece.end - piece.start
+        local, values = buffer.part.room_for(home), job.gradient.values[piece.start : piece.end]
+        # Factors of moments are on the device, behind all that has a place in the buffer.
+        travelling = list(zip(local.tensors, home.tensors, strict=False))[job.weights_stay :]
         coming = travelling
         if buffer.gradient is not None:
             landing = _as(buffer.gradient, values.dtype)[:numel]
@@ -85,6 +86,7 @@ class StateStream:
         arrival = self.copies.all_to_device(coming, buffer.free, *before)
         with self.copies.aside(arrival, launched):
             part = replace(local, weights=home.weights) if job.weights_stay else local
+            part = part if state.travelling_moments else replace(part, moments=home.moments)
             job.kernels.update(state.layout, part, Gradient(values, job.gradient.scale), piece)
             done = self.copies.mark()
         buffer.free = self.copies.all_to_host([(there, here) for here, there in travelling], done)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..distributed.local_shards import Region
 from ..isa.homes import Home, Where
-from ..isa.layout import ChunkLayout
+from ..isa.layout import ChunkLayout, Slot
 from ..isa.moments import stored_at, unit
 from ..kernels.moments import narrow, widened
 from ..kernels.rounding import Draws
 from ..kernels.split_pairs import SplitPair, join, split
-from ..kernels.update_rules import AdamHyper, LionHyper, SgdHyper
+from ..kernels.update_rules import AdafactorHyper, AdamHyper, LionHyper, MuonHyper, SgdHyper
 
-Hyper = AdamHyper | SgdHyper | LionHyper
+Hyper = AdamHyper | SgdHyper | LionHyper | MuonHyper | AdafactorHyper
 SQUARES = 1
 """The number of the moment that is a mean of squares."""
 
@@ -47,24 +47,36 @@ class StateSlice:
 
     def cut(self, cut: slice) -> "StateSlice":
         """Some of its elements; where moments share scales, from the beginning of a block on."""
-        rest = None if self.rest is None else self.rest[cut]
-        return StateSlice(
-            self.weights[cut], rest, tuple(moment[stored_at(moment.dtype, cut)] for moment in self.moments)
-        )
+        return self.with_moments(cut, tuple(moment[stored_at(moment.dtype, cut)] for moment in self.moments))
+
+    def with_moments(self, cut: slice, moments: tuple[Tensor, ...]) -> "StateSlice":
+        """Some of its elements, and their moments."""
+        return StateSlice(self.weights[cut], None if self.rest is None else self.rest[cut], moments)
+
+    def room_for(self, other: "StateSlice") -> "StateSlice":
+        """As much of it as another one takes."""
+        pairs = zip(self.moments, other.moments, strict=False)
+        moments = tuple(mine[: theirs.numel()] for mine, theirs in pairs)
+        return self.with_moments(slice(0, other.weights.numel()), moments)
 
 
 @dataclass(frozen=True)
 class Range:
     """Elements `start` to `end` of a chunk, all of whose parameters are updated by `hyper`. Of one that is a single
-    parameter's, `first` is the number of its first element there."""
+    parameter's, `first` is the number of its first element there. `shape` is that of a parameter which is updated as a
+    whole."""
 
     start: int
     end: int
     hyper: Hyper
     first: int = 0
+    shape: tuple[int, ...] | None = None
 
     def pieces(self, numel: int) -> Iterator["Range"]:
-        """The range in pieces of at most `numel` elements."""
+        """The range in pieces of at most `numel` elements; a whole parameter as it is."""
+        if self.shape is not None:
+            yield self
+            return
         for start in range(self.start, self.end, numel):
             yield Range(start, min(start + numel, self.end), self.hyper, self.first + start - self.start)
 
@@ -150,18 +162,29 @@ class ChunkState:
             self.slice(self.rest, slot).copy_(value)
             weights.copy_(value)
 
+    @property
+    def travelling_moments(self) -> tuple[Tensor, ...]:
+        """Those that lie where the rest of the state does: factors are on the device."""
+        return () if self.layout.rule == "factored" else self.moments
+
+    def moment_places(self, slot: int) -> list[tuple[Tensor, Slot]]:
+        """What a parameter's moments lie in, and where in there."""
+        if self.layout.rule == "factored":
+            return [(self.moments[0], place) for place in self.layout.factors[slot]]
+        return [(moment, self.layout.slots[slot]) for moment in self.moments]
+
     def read_moment(self, number: int, slot: int) -> Tensor:
         """One of a parameter's moments in the master's dtype: itself where it is exact, else a copy."""
-        moment, place = self.moments[number], self.layout.slots[slot]
+        moment, place = self.moment_places(slot)[number]
         if moment.dtype == self.layout.master_dtype:
-            return self.slice(moment, slot)
+            return moment.narrow(0, place.offset, place.numel).view(place.shape)
         cut = moment[stored_at(moment.dtype, slice(place.offset, place.offset + place.numel))]
         values = widened(cut, place.numel, self.layout.master_dtype, squares=number == SQUARES)
         return values.view(place.shape)
 
     def write_moment(self, number: int, slot: int, values: Tensor) -> None:
         """Set one of a parameter's moments."""
-        moment, place = self.moments[number], self.layout.slots[slot]
+        moment, place = self.moment_places(slot)[number]
         cut = moment[stored_at(moment.dtype, slice(place.offset, place.offset + place.numel))]
         narrow(values.to(cut.device).reshape(-1), cut, squares=number == SQUARES)
 
@@ -208,8 +231,13 @@ class ChunkState:
     def _beside_weights(self) -> tuple[Tensor, ...]:
         return self.moments if self.rest is None else (self.rest, *self.moments)
 
-    def part(self, start: int, end: int) -> StateSlice:
-        return StateSlice(self.weights, self.rest, self.moments).cut(slice(start, end))
+    def part(self, elements: Range) -> StateSlice:
+        """What is updated together; of moments that are factors those of the parameter."""
+        cut, state = slice(elements.start, elements.end), StateSlice(self.weights, self.rest, self.moments)
+        if self.layout.rule != "factored":
+            return state.cut(cut)
+        slot = next(i for i, s in enumerate(self.layout.slots) if s.offset == elements.start and s.numel)
+        return state.with_moments(cut, tuple(self.read_moment(n, slot) for n in range(len(self.layout.factors[slot]))))
 
     @property
     def gradient(self) -> Tensor:
@@ -235,8 +263,9 @@ class ChunkState:
             if joins and found[-1].hyper == hyper:
                 found[-1] = Range(found[-1].start, end, hyper)
             else:
-                found.append(Range(place.offset, end, hyper, self.firsts[slot] if self.firsts else 0))
-            joins = True
+                first = self.firsts[slot] if self.firsts else 0
+                found.append(Range(place.offset, end, hyper, first, place.shape if self.layout.is_whole else None))
+            joins = not self.layout.is_whole
         return found
 
     def call_off(self) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..isa.formats import STREAM_PIECE, STREAMED_GRADIENTS, longest_of_each_kind
+from ..isa.formats import STREAM_PIECE, STREAMED_GRADIENTS, Kind, kind_of, longest_of_each_kind
 from ..isa.homes import Homes, Where
 from ..isa.layout import ChunkLayout
 from ..kernels.update_rules import Gradient
@@ -35,6 +35,8 @@ class Factor:
 
 
 UNSCALED = Factor(1.0, 1.0, None)
+
+WHOLE_UPDATES = "updates of whole parameters"
 
 ON_THEIR_WAY = "states on their way through the device"
 
@@ -77,7 +79,7 @@ class Updater:
         self.stats = stats
         self.kernels = kernels
         self.schedule: Schedule = lambda name, number: None
-        self.streams: dict[tuple[torch.dtype, torch.dtype], StateStream] = {}
+        self.streams: dict[Kind, StateStream] = {}
         self.released: dict[int, Arrival] = {}
         self.host_update_s = 0.0
         self._streamed: list[tuple[Arrival, Tensor]] = []
@@ -97,6 +99,7 @@ class Updater:
         """Buffers for the states that travel, as they are placed now. Raises BudgetError on a full tier."""
         states, format, hardware = self.states, self.states.format, self.states.hardware
         placed = [(state.layout, state.home) for state in states]
+        hardware.device_tier.book(WHOLE_UPDATES, format.working_bytes(state.layout for state in states))
         longest = longest_of_each_kind(placed)
         if longest == self._longest:
             return
@@ -104,7 +107,7 @@ class Updater:
         hardware.device_tier.book(ON_THEIR_WAY, format.stream_bytes(placed))
         for layout in longest:
             stream = StateStream(hardware, states[layout.index], with_gradients=not format.at_once)
-            self.streams[_kind(layout)] = stream
+            self.streams[kind_of(layout)] = stream
         self._longest = longest
 
     # -- starting ------------------------------------------------------------------------------------------
@@ -189,8 +192,7 @@ class Updater:
                 for elements in early.ranges:
                     cut = slice(elements.start, elements.end)
                     scaled = Gradient(gradient.values[cut], gradient.scale)
-                    part = state.part(elements.start, elements.end)
-                    self.kernels.update(state.layout, part, scaled, elements, state.spare.cut(cut))
+                    self.kernels.update(state.layout, state.part(elements), scaled, elements, state.spare.cut(cut))
             self.host_update_s += time.perf_counter() - began_s
         return None
 
@@ -198,7 +200,7 @@ class Updater:
         # A sum that found no room on the device comes in pieces.
         pieces = [elements] if gradient.values.device == state.weights.device else elements.pieces(STREAM_PIECE)
         for piece in pieces:
-            part, values = state.part(piece.start, piece.end), gradient.values[piece.start : piece.end]
+            part, values = state.part(piece), gradient.values[piece.start : piece.end]
             values = values.to(state.weights.device)
             self.kernels.update(state.layout, part, Gradient(values, gradient.scale), piece)
 
@@ -227,7 +229,7 @@ class Updater:
             self.tickets.take(index)
         after = () if at_once else (self.held.landed(index),)
         job = StreamedUpdate(gradient, self.kernels, state.home.weights_on_device, after)
-        done = self.streams[_kind(state.layout)].update(state, ranges, job)
+        done = self.streams[kind_of(state.layout)].update(state, ranges, job)
         self.tickets.put(index, done)
         if at_once:  # the gradient is the program's own: `accumulate_grad` keeps few of them waiting
             self._streamed.append((done, gradient.values))
@@ -247,7 +249,3 @@ class Updater:
         self.tickets.finish(index)  # it may be of the weights alone, while other states are on their way back
         for stream in self.streams.values():
             stream.finish(index)
-
-
-def _kind(layout: ChunkLayout) -> tuple[torch.dtype, torch.dtype]:
-    return layout.dtype, layout.master_dtype

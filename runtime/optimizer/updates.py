@@ -1,5 +1,6 @@
 """One update of one range of training state, on whichever side it lies, by the fastest kernel there is."""
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,20 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from ..isa.layout import ChunkLayout
+from ..kernels import whole_updates
 from ..kernels.device_updates import DeviceKernel
 from ..kernels.host_updates import HostKernel, Pieces
 from ..kernels.moments import narrow, widened
-from ..kernels.split_pairs import SplitPair
-from ..kernels.update_rules import AdamHyper, AdamMoments, Gradient, LionHyper, SgdHyper
+from ..kernels.split_pairs import SplitPair, join, split
+from ..kernels.update_rules import (
+    AdafactorHyper,
+    AdamHyper,
+    AdamMoments,
+    Gradient,
+    LionHyper,
+    MuonHyper,
+    SgdHyper,
+)
 from . import lion
 from .states import SQUARES, Hyper, Range, StateSlice
 
@@ -54,6 +64,9 @@ class UpdateKernels:
                into: StateSlice | None = None) -> None:  # fmt: skip
         """Update `part`, which is that range of a chunk: in place, or `into` another place, as of a chunk's spare; on
         CUDA on the current stream, without waiting for anything."""
+        if elements.shape is not None:
+            _update_whole(layout, part, gradient, elements, elements.shape)
+            return
         takes = self._takes(layout, part)
         if into is not None and not (takes and layout.splits):
             for target, source in zip(into.tensors, part.tensors, strict=True):
@@ -107,8 +120,32 @@ class UpdateKernels:
             kernel.adam(pair, gradient, AdamMoments(*moments), *options)
         elif isinstance(hyper, LionHyper):
             kernel.lion(pair, gradient, *moments, *options)
-        else:
+        elif isinstance(hyper, SgdHyper):
             kernel.sgd(pair, gradient, moments[0] if moments else None, *options)
+
+
+def _update_whole(layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range,
+                  shape: tuple[int, ...]) -> None:  # fmt: skip
+    """Update one parameter as a whole, on the device."""
+    pair = SplitPair(part.weights, part.rest, elements.draws) if layout.splits else None
+    master = part.weights if part.rest is None else part.rest
+    if pair is not None:
+        master = join(pair)
+    numel = math.prod(shape)
+    whole, grad = master[:numel].view(shape), gradient.values[:numel].view(shape).to(master.dtype)
+    if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:
+        grad = grad * gradient.scale
+    if isinstance(elements.hyper, MuonHyper):
+        momentum = widened(part.moments[0], numel, layout.master_dtype, squares=False)
+        whole_updates.muon(whole, grad, momentum.view(shape), elements.hyper)
+        narrow(momentum, part.moments[0], squares=False)
+    else:
+        assert isinstance(elements.hyper, AdafactorHyper)
+        whole_updates.adafactor(whole, grad, part.moments, elements.hyper)
+    if pair is not None:
+        split(master, pair)
+    elif part.rest is not None:
+        part.weights.copy_(master)
 
 
 def _pieces(into: StateSlice | None, moments: int, elements: Range) -> Pieces | None:
@@ -144,7 +181,7 @@ def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameter
     elif isinstance(hyper, LionHyper):
         group = {"lr": hyper.lr, "betas": (hyper.beta1, hyper.beta2), "weight_decay": hyper.weight_decay}
         lion.update(master, grad, part.moments[0], group)
-    else:
+    elif isinstance(hyper, SgdHyper):
         # Without momentum there is no buffer, and with it none is read before the first update.
         buffers = list(moments[0]) if hyper.momentum and not hyper.first else [None for _ in cuts]
         sgd(

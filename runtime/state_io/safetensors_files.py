@@ -87,6 +87,11 @@ class WeightFiles:
         self.read(sorted(names), take)
         return found.hexdigest()
 
+    def tensor(self, name: str) -> Tensor:
+        """One of them, a small one. Raises CheckpointError where its file is damaged."""
+        with _opened(self.entries[name].file) as opened:
+            return opened.get_tensor(name)
+
     def read(self, names: Iterable[str], take: Callable[[str, Any], None]) -> None:
         """Hand each tensor to `take`, as what gives it by its slices; one file is open at a time.
 

@@ -27,7 +27,7 @@ class HalfMoments(OwnFormat):
 @pytest.fixture(autouse=True)
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     """`model.optimizer(...)` declares it."""
-    monkeypatch.setattr(Declared, "format", lambda self, _: HalfMoments(2, self.in_backward, self.accumulate))
+    monkeypatch.setattr(Declared, "format", lambda self, *_: HalfMoments(2, self.in_backward, self.accumulate))
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

@@ -13,7 +13,7 @@ from geminifx.runtime.isa.errors import ArgumentError, CheckpointError
 from geminifx.runtime.isa.moments import BLOCK
 from optimizing import NET, PLACES, Loop, homes_of
 from torch import Tensor
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 from zoo import compiled
 
 HYPER: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -117,8 +117,8 @@ REFUSED: dict[str, tuple[Callable[[geminifx.CompiledModule], object], str]] = {
     "a rate": (lambda model: model.optimizer(Lion, lr=-1.0), "lr=-1.0; expected a number, 0 or more"),
     "an option": (lambda model: model.optimizer(Lion, eps=1e-8), "geminifx.Lion does not take these"),
     "another kind": (
-        lambda model: model.optimizer(Muon),
-        "Muon updates whole matrices, .* torch.optim.SGD, geminifx.Lion",
+        lambda model: model.optimizer(torch.optim.Rprop),
+        "kind=.*Rprop.*; expected one of .*torch.optim.SGD, geminifx.Lion",
     ),
 }
 

@@ -19,94 +19,31 @@ import torch
 import torch.nn.functional as F
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import ArgumentError, BudgetError, SplitError
-from more_models import t5
+from microbatches import (
+    CASES,
+    STEPS,
+    UNTIED,
+    Loss,
+    assert_near,
+    assert_near_state,
+    both,
+    close,
+    dropping,
+    parts,
+    pixels,
+    sgd,
+    train,
+    whole,
+)
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
-from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, VOCAB, Batch, Case, Trace, cnn, compiled, cross_entropy, next_token, opt
+from zoo import BLOCKS, OPT, Trace, cnn, compiled, next_token, opt
 
 SLOW, WHOLE = pytest.mark.slow, pytest.mark.campaign(whole=True)
-ROWS = 4
-STEPS = 3
-
-
-def padded(batch: int = ROWS, seed: int = 0) -> Batch:
-    """Rows of 8, 7, 3 and 1 tokens, on the right and on the left."""
-    ids = torch.randint(1, VOCAB, (batch, 8), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    mask[1, 7:], mask[2, :5], mask[3, 1:] = 0, 0, 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def pixels(batch: int = ROWS, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    return {"input": torch.randn(batch, 3, 8, 8, generator=generator), "target": torch.arange(batch) % 3}
-
-
-def convolutions() -> nn.Module:
-    stages = (nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2))
-    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(16, 3))
-
-
-def whole(case: Case) -> Case:
-    return replace(case, batch=lambda batch=ROWS, seed=0: case.batch(batch=batch, seed=seed))
-
-
-UNTIED = replace(whole(OPT), build=lambda: opt(tie_word_embeddings=False))
-T5 = Case("t5", t5, padded, exact=False)
-CASES = {
-    "opt": whole(OPT),
-    "opt, padded": replace(OPT, batch=padded),
-    "gpt2, tied, padded": replace(GPT2, batch=padded),
-    "llama": whole(LLAMA),
-    "t5, padded": T5,
-    "convolutions": Case("convolutions", convolutions, pixels, cross_entropy),
-    "loss outside": whole(MLP),
-    "no gradient for some": whole(BLOCKS),
-}
 QUICK = ("opt, padded", "gpt2, tied, padded", "convolutions", "no gradient for some")
 
 
 def slow_but(quick: tuple[str, ...], names: Any) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
-
-
-def train(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int = 1,
-          clip: Callable[[], Any] | None = None) -> Trace:  # fmt: skip
-    trace = Trace()
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        for part in range(accumulate):
-            loss = case.loss(model, case.batch(seed=10 * step + part)) / accumulate
-            loss.backward()
-        trace.record(model, loss)
-        if clip is not None:
-            clip()
-        optimizer.step()
-    return trace
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def close(found: Tensor, expected: Tensor, scale: float) -> bool:
-    """As `test_numerics.close`: two sums of the same terms, here below 2^9 of them, in any order."""
-    return (found - expected).abs().max().item() <= scale * 2**-15
-
-
-def assert_near(found: Trace, expected: Trace) -> None:
-    for a, b in zip(found.losses, expected.losses, strict=True):
-        assert close(a, b, b.item())
-    for a, b in zip(found.gradients, expected.gradients, strict=True):
-        scale = max(gradient.abs().max().item() for gradient in b.values() if gradient is not None)
-        for name in b:
-            assert (a[name] is None) == (b[name] is None), name
-            assert a[name] is None or close(a[name], b[name], scale), f"{name}: {(a[name] - b[name]).abs().max()}"
-
-
-def assert_near_state(found: nn.Module, expected: nn.Module) -> None:
-    for name, value in expected.state_dict().items():
-        assert close(found.state_dict()[name], value, max(1.0, value.abs().max().item())), name
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -117,11 +54,6 @@ def test_training_is_plain_pytorchs_with_the_whole_batch(name: str, count: int) 
     assert model.plan.microbatches == count
     assert_near(train(case, model, sgd(model)), train(case, plain, sgd(plain)))
     assert_near_state(model, plain)
-
-
-def parts(batch: Batch, count: int) -> list[Batch]:
-    pieces = {name: value.chunk(count) for name, value in batch.items()}
-    return [{name: value[i] for name, value in pieces.items()} for i in range(count)]
 
 
 @pytest.mark.parametrize("options", [{"recompute": "none"}, {"recompute": "all", "placement": "cpu"}], ids=str)
@@ -160,11 +92,6 @@ def test_a_number_that_changes_is_the_same_for_all_parts() -> None:
         torch.testing.assert_close(loss, expected, rtol=2**-20, atol=0)
         gradient = model.get_parameter("fc.weight").grad
         torch.testing.assert_close(gradient, plain.fc.weight.grad, rtol=2**-18, atol=2**-24)
-
-
-def dropping() -> nn.Module:
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32, **rates))
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
@@ -358,17 +285,6 @@ def half_frozen() -> nn.Module:
     return model
 
 
-class Loss(nn.Module):
-    """A linear layer under a loss."""
-
-    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer, self.of = nn.Linear(4, 3), of
-
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.of(self.layer(x), y)}
-
-
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": F.mse_loss,
     "sum": lambda a, b: (a - b).square().sum(),
@@ -378,11 +294,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a mean and a penalty": lambda a, b: F.mse_loss(a, b) + 0.5,
     "segments": lambda a, b: F.cross_entropy(a.view(-1, 3, 1), b.argmax(-1, keepdim=True), ignore_index=0),
 }
-
-
-def both() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator)
 
 
 @pytest.mark.parametrize("count", [2, 3])

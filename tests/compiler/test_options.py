@@ -1,6 +1,8 @@
 """Options: every mistake is answered before anything is captured, with what would have been right."""
 
+import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,11 @@ def test_only_who_gave_no_batch_is_told_to_give_one() -> None:
             geminifx.compile(opt(), device_budget=1000, **options).plan  # noqa: B018
         assert told.value.smallest_bytes is not None
         assert ("these are a guess: pass the batch you train on" in str(told.value)) == (not options)
+
+
+@pytest.mark.parametrize("function", [geminifx.compile, geminifx.from_pretrained])
+def test_help_shows_every_option(function: Any) -> None:
+    shown = inspect.signature(function).parameters
+    assert {field.name for field in fields(Options)} <= set(shown)
+    assert shown["placement"].default == "auto" and shown["plan"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in shown.values())

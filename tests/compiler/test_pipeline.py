@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.runtime.isa.errors import GeminiError
-from geminifx.runtime.isa.instructions import RECEIVE, SEND
+from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
+from geminifx.runtime.isa.schedule import Action
 from torch import nn
 from zoo import OPT, Case, opt
 
 ONE_DEVICE = {"pipeline": {"ranks": 1, "stages": 2}}
+DEEP = Case("opt, four blocks", lambda: opt(num_hidden_layers=4))
 UNTIED = Case("opt, not tied", lambda: opt(tie_word_embeddings=False))
 
 
@@ -49,11 +51,22 @@ def test_a_rank_of_a_world_is_planned_for_on_one_process():
     assert geminifx.Plan.from_json(plan.to_json()) == plan
     flat = model.session.last["training"].flat
     assert len(flat.calls(SEND)) == 4 + 1, "a forward's of each microbatch, and a part of the tied embedding's gradient"
-    assert len(flat.calls(RECEIVE)) == 4 + 1 + 1, "a backward's, the other part, and the loss"
+    assert len(flat.calls(START_RECEIVE)) == 4 + 1 + 1, "a backward's, the other part, and the loss"
     names = {slot.name for chunk in plan.layout.chunks for slot in chunk.slots}
     assert not any("layers.1." in name or "decoder.final_layer_norm" in name for name in names)
     received = {traffic.axis: traffic for traffic in plan.estimate.collectives}["pipeline"]
-    assert received.count == len(flat.calls(RECEIVE)) and received.received_bytes > 0
+    assert received.count == len(flat.calls(START_RECEIVE)) and received.received_bytes > 0
+
+
+def test_ranks_of_a_round_robin_have_what_they_run():
+    """Rank 0 runs the first stage's forwards and backwards, rank 1 the last one's; between, one has either."""
+    options = {"example_inputs": DEEP.batch(batch=8), "world_size": 2, "microbatches": 4, "schedule": "roundrobin"}
+    plan = geminifx.compile(DEEP.seeded(), parallel={"pipeline": {"ranks": 2, "stages": 4}}, **options).plan
+    assert [plan.schedule.runner(Action(1, 0, kind)) for kind in "FB"] == [0, 1]
+    owners = {f"model.decoder.layers.{i}.fc1.weight": plan.layout.owners for i in range(4)}
+    assert [owners[name][name] for name in owners] == [(0,), (0, 1), (0,), (1,)]
+    assert set(plan.recompute) == set(plan.blocks), "what the forward keeps would go to the backward's rank"
+    assert geminifx.Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_plan_with_other_stages_is_taken():

@@ -41,7 +41,9 @@ def watched(model: geminifx.CompiledModule) -> list[weakref.ref[Any]]:
     session, store = model.session, model.session.machine.store
     tensors = [getattr(c, name) for c in session.machine.chunks for name in ("master", "gradient", "cast", "resident")]
     if session.setup.own is not None:
-        tensors += [tensor for state in store.states for tensor in (*state.part(0, None).tensors, state.total)]
+        tensors += [
+            tensor for state in store.states for tensor in (state.weights, state.rest, *state.moments, state.total)
+        ]
     programs = [program.executor for _, program in session._programs.items()]
     held = [session, session.machine, store, *programs]
     return [weakref.ref(one) for one in (*held, *(t.untyped_storage() for t in tensors if t is not None))]

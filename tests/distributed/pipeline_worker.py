@@ -23,7 +23,18 @@ DROPOUT = Case("opt, dropout, four blocks", lambda: opt(dropout=0.1, num_hidden_
 OPT_OF_EIGHT = Case("opt, eight blocks, not tied", lambda: opt(num_hidden_layers=8, tie_word_embeddings=False))
 GPT2_OF_EIGHT = Case("gpt2, eight blocks", lambda: gpt2(layers=8))
 LLAMA_OF_EIGHT = Case("llama, eight blocks", lambda: llama(layers=8))
+TIED = Case("opt, four blocks", lambda: opt(num_hidden_layers=4))
 UNTIED = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
+
+
+def half_frozen() -> Any:
+    model = UNTIED.build()
+    for block in model.model.decoder.layers[1:3]:
+        block.requires_grad_(False)
+    return model
+
+
+FROZEN = Case("opt, four blocks, not tied, two of them frozen", half_frozen)
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,14 @@ class Training:
     data: int = 1
     evaluates: bool = False
     max_grad_norm: float | None = None
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
 
     def alone(self) -> "Training":
         """The same for one process, in the simplest way that gives the same numbers."""
         kept = {
-            name: value for name, value in self.options.items() if name in ("precision", "microbatches", "fuse_loss")
+            name: value
+            for name, value in self.options.items()
+            if name in ("precision", "microbatches", "fuse_loss", "frozen")
         }
         kept["microbatches"] = kept.get("microbatches", 4) * self.data
         return replace(self, options=kept, data=1, in_backward=False)
@@ -55,7 +69,7 @@ class Training:
         if not self.own:
             return torch.optim.AdamW(model.parameters(), lr=1e-2)
         declared = {"in_backward": self.in_backward, "accumulate": self.micro, "max_grad_norm": self.max_grad_norm}
-        return model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
+        return model.optimizer(self.kind, lr=1e-2, **declared)
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Tensor]:
         """A step's batch; some rows count few tokens, so that microbatches and ranks weigh differently."""
@@ -79,13 +93,33 @@ IN_TWOS = {
     "1f1b, recompute, dropout, evaluation": Training(DROPOUT, pipeline(2, "1f1b", recompute="all"), evaluates=True),
     "zb1p, clipped": Training(LLAMA, pipeline(2, "zb1p"), max_grad_norm=0.5),
     "interleaved, two backwards a step": Training(UNTIED, pipeline(2, "interleaved", 4), micro=2),
+    "1f1b, Adafactor": Training(UNTIED, pipeline(2, "1f1b"), kind=torch.optim.Adafactor),
+    "1f1b, frozen blocks of 4 bits": Training(FROZEN, pipeline(2, "1f1b", frozen="nf4")),
+    "zb1p, frozen blocks of 8 bits, streamed": Training(
+        FROZEN, pipeline(2, "zb1p", frozen="int8", placement="cpu"), in_backward=True
+    ),
     "zbv, in the second backward": Training(DROPOUT, pipeline(2, "zbv", 4), in_backward=True, micro=2),
+    "roundrobin, recompute, on the host, evaluation": Training(
+        UNTIED, pipeline(2, "roundrobin", 4, recompute="all", placement="cpu"), evaluates=True
+    ),
+    "roundrobin, tied, dropout, clipped": Training(DROPOUT, pipeline(2, "roundrobin", 4), max_grad_norm=0.5),
+    "roundrobin, torch's optimizer, two backwards a step": Training(
+        GPT2, pipeline(2, "roundrobin", recompute="all"), own=False, micro=2
+    ),
 }
 IN_FOURS = {
     "pipeline 4": Training(UNTIED, pipeline(4, "1f1b")),
     "pipeline 2 x data 2, tied": Training(OPT, pipeline(2, "1f1b", microbatches=2), data=2),
     "pipeline 2 x data 2, zero 1": Training(
         UNTIED, {**pipeline(2, "zb1p", microbatches=2), "parallel": {"pipeline": 2, "data": 2, "zero": 1}}, data=2
+    ),
+    "roundrobin 4, on the host, in the backward": Training(
+        OPT_OF_EIGHT, pipeline(4, "roundrobin", 8, recompute="all", placement="cpu"), in_backward=True
+    ),
+    "roundrobin 2 x data 2, tied, zero 3": Training(
+        TIED,
+        {**pipeline(2, "roundrobin"), "parallel": {"pipeline": {"ranks": 2, "stages": 4}, "data": 2, "zero": 3}},
+        data=2,
     ),
 }
 IN_EIGHTS = {

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from pipeline_worker import (  # noqa: E402
+    FROZEN,
     IN_EIGHTS,
     IN_FOURS,
     IN_TWOS,
@@ -25,6 +26,8 @@ from pipeline_worker import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.xdist_group("pipelines")  # they share what the processes find
+DIVIDED = ("roundrobin 4, on the host, in the backward",)
+"""Several ranks run the last stage, each for some of the microbatches."""
 QUICK = ("1f1b", "1f1b, tied, in the backward")
 """`make test` runs no others."""
 LAUNCHES = {
@@ -52,13 +55,13 @@ def check(found: list[dict[str, Any]], name: str) -> None:
     """All ranks see one process's losses, and have its parameters."""
     everyones, training = [Trained(**each) for each in found], TRAININGS[name]
     expected = train(training.alone())
-    exact = training.case in (UNTIED, OPT_OF_EIGHT) and training.data == 1
+    exact = training.case in (UNTIED, FROZEN, OPT_OF_EIGHT) and training.data == 1 and name not in DIVIDED
     for trained in everyones:
         assert trained.losses == everyones[0].losses
         assert all(torch.equal(value, everyones[0].state[key]) for key, value in trained.state.items())
     assert len(expected.losses) == STEPS * (training.micro + training.evaluates)
     for loss, whole in zip(everyones[0].losses, expected.losses, strict=True):
-        assert loss == whole if exact else abs(loss - whole) <= LOSS * abs(whole)
+        assert loss == whole if exact and not training.evaluates else abs(loss - whole) <= LOSS * abs(whole)
     for key, whole in expected.state.items():
         value = everyones[0].state[key]
         if exact:

@@ -37,15 +37,17 @@ class Torchs:
 class Own:
     """The model's own optimizer. `scale` is the loss scale of float16 to start from."""
 
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
     max_grad_norm: float | None = None
     in_backward: bool = False
     accumulate: int = 1
+    moments: str = "exact"
     masters: str = "exact"
     scale: float = 0.0
 
     def __call__(self, model: geminifx.CompiledModule) -> torch.optim.Optimizer:
         declared = {name: value for name, value in vars(self).items() if name != "scale"}
-        optimizer = model.optimizer(torch.optim.AdamW, lr=1e-2, **declared)
+        optimizer = model.optimizer(lr=1e-2, **declared)
         if self.scale:
             model.session.machine.store.held.loss_scale = self.scale
         return optimizer
@@ -82,7 +84,7 @@ class Training:
     def alone(self) -> "Training":
         """The same for one process, in the simplest way that gives the same numbers."""
         plain = replace(self.optimizer, in_backward=False) if isinstance(self.optimizer, Own) else self.optimizer
-        options = {name: value for name, value in self.options.items() if name == "fuse_loss"}
+        options = {name: value for name, value in self.options.items() if name in ("fuse_loss", "frozen")}
         also = "" if self.also == "late" else self.also
         return replace(self, optimizer=plain, options=options, tight=False, where="", zero=0, also=also)
 
@@ -113,6 +115,7 @@ CASES = {
     "microbatches, zero 2, tied weights, in the backward": Training(
         GPT2, Own(in_backward=True), {"microbatches": 2, "placement": "cpu"}, zero=2
     ),
+    "a frozen block of 4 bits": Training(FROZEN, Own(), {"frozen": "nf4"}),
     "zero 1": Training(OPT, Own(), {"placement": "cuda"}, zero=1),
     "zero 2, tied weights": Training(GPT2, Own(), zero=2),
     "zero 3": Training(LLAMA, Own(), {"placement": "cuda"}, zero=3),
@@ -140,6 +143,16 @@ EXACT = {
     "3, gradients halved": Training(GPT2, Own(), BFLOAT16, zero=3, also="halve"),
     "3, masters rounded by chance": Training(
         OPT, Own(masters="bf16-stochastic"), BFLOAT16, where="mixed", zero=3, also="evaluate"
+    ),
+    "3, masters rounded by chance, moments of 8 bits": Training(
+        OPT, Own(masters="bf16-stochastic", moments="int8", in_backward=True), BFLOAT16, zero=3, also="evaluate"
+    ),
+    "2, Lion's moment of 8 bits": Training(
+        OPT, Own(kind=geminifx.Lion, moments="int8"), {**BFLOAT16, "placement": "cpu"}, zero=2, also="evaluate"
+    ),
+    "3, a frozen block of 4 bits": Training(FROZEN, Own(), {**BFLOAT16, "frozen": "nf4"}, zero=3, also="evaluate"),
+    "1, a frozen block of 8 bits, streamed": Training(
+        FROZEN, Own(in_backward=True), {**BFLOAT16, "frozen": "int8"}, where="streamed", zero=1, also="evaluate"
     ),
     "1, within the least": Training(OPT, Own(), {**BFLOAT16, "recompute": "all"}, tight=True, zero=1),
     "2, within the least": Training(LLAMA, Own(), {**BFLOAT16, "recompute": "all"}, tight=True, zero=2),

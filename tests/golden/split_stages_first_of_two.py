@@ -49,10 +49,12 @@ def after(
     # forward B0.0: layers.0
     xt_1: "f32[4, 2]{1, 4}" = aten.t.default(x_1)
     dh_1: "f32[2, 4]" = geminifx.receive([2, 4], [4, 1], torch.float32, 1)
+    geminifx.finish_send(h_1, 1)
     dw_1: "f32[4, 4]" = aten.mm.default(xt_1, dh_1)
     total: "f32[4, 4]" = aten._to_copy.default(dw_1, dtype=torch.float32)
     # forward
     output_1: "f32[]" = geminifx.receive([], [], torch.float32, 1)
+    geminifx.finish_send(h_2, 1)
     # backward
     scale: "f32[]" = aten.div.Tensor(tangent, expected)
     # backward B0.1: layers.0

@@ -62,6 +62,9 @@ def after(
     ht_1: "f32[4, 2]{1, 4}" = aten.t.default(h_1)
     dv_1: "f32[4, 4]" = aten.mm.default(ht_1, dy_1)
     total: "f32[4, 4]" = aten._to_copy.default(dv_1, dtype=torch.float32)
+    # forward
+    geminifx.finish_send(dh_1, 0)
+    geminifx.finish_send(div, 0)
     # backward
     scale: "f32[]" = aten.div.Tensor(tangent, expected)
     # backward W1.1: layers.1

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import geminifx
 import pytest
 import torch
 import transformers
@@ -125,6 +126,53 @@ def test_the_graph_holds_one_node_per_layer_and_nothing_square(family, side):
         # Padding that the model makes up is not a mask.
         assert (key_mask is None) == (side == "no")
         assert causal == (family != "Bert") and window == (5 if family == "Mistral" else 0)
+
+
+WRITES = {
+    "an assignment": lambda ones, hidden: ones.__setitem__(hidden, 0),
+    "a method": lambda ones, hidden: ones.masked_fill_(hidden, 0),
+    "a view": lambda ones, hidden: ones.view(-1).mul_(~hidden.view(-1)),
+    "out=": lambda ones, hidden: torch.mul(ones, ~hidden, out=ones),
+    ".detach()": lambda ones, hidden: ones.detach().masked_fill_(hidden, 0),
+    ".data": lambda ones, hidden: ones.data.masked_fill_(hidden, 0),
+    ".data of a view": lambda ones, hidden: ones.t().data.masked_fill_(hidden.t(), 0),
+}
+
+
+class MasksItself(torch.nn.Module):
+    """Padding begins as ones, of which a view is taken, and is then written to."""
+
+    def __init__(self, bert, write):
+        super().__init__()
+        self.bert, self.write = bert, write
+
+    def forward(self, ids):
+        ones = torch.ones_like(ids)
+        mask = ones.view(ids.shape)
+        self.write(ones, ids == 0)
+        logits = self.bert(input_ids=ids, attention_mask=mask).logits
+        return (logits.square().mean(-1) * (ids != 0)).sum()
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_padding_that_a_model_writes_into_ones_is_seen(write):
+    plain, source = (
+        MasksItself(build("Bert", implementation, initializer_range=0.3), WRITES[write])
+        for implementation in ("eager", "sdpa")
+    )
+    ids = torch.randint(1, 64, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[0, -4:] = 0
+    expected, without = plain(ids), MasksItself(plain.bert, lambda ones, hidden: None)(ids)
+    assert not torch.allclose(without, expected, rtol=1e-2)  # padding that is not seen would show
+    torch.testing.assert_close(geminifx.compile(source)(ids), expected, rtol=1e-5, atol=0)
+
+
+def test_ones_of_inference_mode_are_a_mask_as_any_other():
+    model, ids = build("Bert", "eager").eval(), torch.randint(1, 64, (BATCH, LENGTH))
+    expected = model(input_ids=ids).logits
+    with torch.inference_mode(), capturable(model, {}):
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_softcap_stays_eager_and_says_so():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.partition import partition
@@ -17,7 +18,7 @@ from geminifx.passes.program.text import parse_program
 from geminifx.passes.split_stages import split_stages
 from geminifx.runtime.isa.errors import ShardingError
 from geminifx.runtime.isa.instructions import RECEIVE, SEND, TURN
-from geminifx.runtime.isa.schedule import Schedule
+from geminifx.runtime.isa.schedule import Action, Schedule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
@@ -104,7 +105,10 @@ def _frozen(model):
 
 
 def check(step: Step, schedule: Schedule, *, tangent: float = 1.0, **changes):
-    """Every rank's results are those of one process: all bits, but for weights that several stages read."""
+    """Every rank's results are those of one process: all bits, but for weights that several stages read, and those of a
+    stage whose microbatches several ranks share."""
+    last = [Action(schedule.stages - 1, microbatch, "F") for microbatch in range(schedule.microbatches)]
+    shared = len(set(map(schedule.runner, last))) > 1
     torch.manual_seed(0)
     expected = step.whole(tangent, **changes)
     torch.manual_seed(0)
@@ -115,7 +119,7 @@ def check(step: Step, schedule: Schedule, *, tangent: float = 1.0, **changes):
         for value in holders[role]:
             if value.numel() == 0 != whole.numel():  # logits, elsewhere
                 continue
-            if role.endswith(TIED):
+            if role.endswith(TIED) or (shared and role.startswith("gradient:")):
                 assert torch.equal(value, holders[role][0])
                 assert (value - whole).abs().max() <= ROUNDING * whole.abs().max(), role
             else:
@@ -146,6 +150,32 @@ def test_two_ranks_find_what_one_process_does(case, recompute):
 def test_every_schedule_gives_the_same_bits(name, shape):
     step = step_of(DEEP, shape.microbatches)
     check(step, make_schedule(name, shape), recompute=step.blocks[::2])
+
+
+@pytest.mark.parametrize(
+    ("case", "stages", "ranks"),
+    [
+        (OPT, 2, 2),
+        (DROPOUT, 2, 3),
+        (UNTIED, 4, 2),
+        pytest.param(T5, 4, 2, marks=pytest.mark.slow),
+        pytest.param(DEEP, 8, 4, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+@pytest.mark.parametrize("recompute", ["nothing", "all"])
+def test_stages_without_ranks_of_their_own_find_what_one_process_does(case, stages, ranks, recompute):
+    step = step_of(case, 4)
+    schedule = round_robin([EVEN] * stages, ranks, 4)
+    check(step, schedule, tangent=0.5, recompute=step.blocks if recompute == "all" else ())
+
+
+def test_a_gradient_of_no_example_has_no_rank_in_a_round_robin():
+    text = _chain(2, 2).replace('weight": d0', 'weight": twice')
+    text = text.replace("    return", '    twice: "f32[4, 4]" = aten.mul.Tensor(w0, 2)\n    return')
+    plan, program = replace(PLAN, schedule=round_robin([EVEN] * 2, 2, 2)), parse_program(text)
+    with pytest.raises(ShardingError, match=r"the gradient of layers\.0\.weight does not depend on the batch"):
+        run_passes(program, plan, (canonicalize, split_stages, partition))
 
 
 def test_parameters_that_share_a_gradient_all_have_it_everywhere():

@@ -17,6 +17,7 @@ from geminifx.passes.average_loss import average_loss
 from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.fuse_loss import fuse_loss
 from geminifx.passes.partition import partition
+from geminifx.passes.post_receives import post_receives
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program, note
@@ -24,7 +25,17 @@ from geminifx.passes.recompute import recompute
 from geminifx.passes.sharding.microbatches import microbatched
 from geminifx.passes.split_batch import split_batch
 from geminifx.passes.split_stages import split_stages
-from geminifx.runtime.isa.instructions import DRAWN, MICROBATCH, RECEIVE, SEND, SHARE, TURN, microbatch
+from geminifx.runtime.isa.instructions import (
+    DRAWN,
+    FINISH_RECEIVE,
+    FINISH_SEND,
+    MICROBATCH,
+    SEND,
+    SHARE,
+    START_RECEIVE,
+    TURN,
+    microbatch,
+)
 from geminifx.runtime.isa.mesh import Axis, Mesh
 from geminifx.runtime.isa.schedule import Schedule
 from geminifx.runtime.machine import Machine
@@ -32,7 +43,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 from zoo import Batch, Case
 
-PASSES = (canonicalize, fuse_loss, average_loss, recompute, split_batch, split_stages, partition)
+PASSES = (canonicalize, fuse_loss, average_loss, recompute, split_batch, split_stages, partition, post_receives)
 CALLED = {**CALLED_BY_ALL, MICROBATCH: microbatch, DRAWN: Machine.drawn, SHARE: Machine.share}
 
 
@@ -98,7 +109,7 @@ def _captured(model: torch.nn.Module, batch: Batch, training: bool) -> Program:
 
 def run(programs: list[Program], values: Values, tangent: float = 1.0) -> list[Values]:
     """Each rank's results by role, all of which draw from generators in one state. Fails where all of them wait."""
-    mail = defaultdict[tuple[int, int], deque[Tensor]](deque)
+    mail = defaultdict[tuple[int, int], deque[Letter]](deque)
     runs = [_run(rank, program, values, torch.tensor(tangent), mail) for rank, program in enumerate(programs)]
     generators, found = [torch.get_rng_state()] * len(runs), [Values()] * len(runs)
     waiting = dict(enumerate(runs))
@@ -118,14 +129,25 @@ def run(programs: list[Program], values: Values, tangent: float = 1.0) -> list[V
     return found
 
 
-def _progress(mail: dict[tuple[int, int], deque[Tensor]], waiting: dict[int, Any]) -> Any:
-    return [list(map(id, letters)) for letters in mail.values()], len(waiting)
+@dataclass(eq=False)
+class Letter:
+    """What is sent, and has a place of its own in the mail."""
+
+    value: Tensor
 
 
-def _run(rank: int, program: Program, values: Values, tangent: Tensor,
-         mail: dict[tuple[int, int], deque[Tensor]]) -> Iterator[None]:  # fmt: skip
-    """Sleeps where what it reads has not come yet."""
+Mail = dict[tuple[int, int], deque[Letter]]
+"""What was sent and has not come, by from where and where to."""
+
+
+def _progress(mail: Mail, waiting: dict[int, Any]) -> Any:
+    return [list(letters) for letters in mail.values()], len(waiting)
+
+
+def _run(rank: int, program: Program, values: Values, tangent: Tensor, mail: Mail) -> Iterator[None]:
+    """Sleeps where what it reads has not come yet, and where what it sent has not been received."""
     found: dict[fx.Node, Any] = {}
+    leaving, coming = defaultdict[int, deque[Letter]](deque), defaultdict[int, deque[fx.Node]](deque)
     outputs: Values = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -135,12 +157,22 @@ def _run(rank: int, program: Program, values: Values, tangent: Tensor,
             outputs = {f"output:{i}": found[value].clone() for i, value in enumerate(node.args[0])}
             found[node] = [tangent]
         elif node.target is SEND:
-            mail[rank, node.args[1]].append(found[node.args[0]].clone())
-        elif node.target is RECEIVE:
-            shape, stride, dtype, source = node.args
+            letter = Letter(found[node.args[0]].clone())
+            mail[rank, node.args[1]].append(letter)
+            leaving[node.args[1]].append(letter)
+        elif node.target is FINISH_SEND:
+            letter = leaving[node.args[1]].popleft()
+            assert torch.equal(letter.value, found[node.args[0]]), "another value was sent, or it was overwritten"
+            while letter in mail[rank, node.args[1]]:
+                yield
+        elif node.target is START_RECEIVE:
+            coming[node.args[3]].append(node)
+        elif node.target is FINISH_RECEIVE:
+            shape, stride, dtype, source = node.args[0].args
+            assert coming[source].popleft() is node.args[0], "what was sent first comes first"
             while not mail[source, rank]:
                 yield
-            come = mail[source, rank].popleft()
+            come = mail[source, rank].popleft().value
             assert (list(come.shape), come.dtype) == (shape, dtype)
             found[node] = torch.empty_strided(shape, stride, dtype=dtype).copy_(come)
         elif node.op == "call_function":

@@ -27,10 +27,12 @@ class ClippedAdamW(torch.optim.AdamW):
 
     loss_scale = 1.0
 
-    def __init__(self, kind: type, groups: Any, max_grad_norm: float, **hyper: Any) -> None:
+    def __init__(self, kind: type, groups: Any, max_grad_norm: float, *, moments: str = "exact", masters: str = "exact",
+                 seed: int = 0, **hyper: Any) -> None:  # fmt: skip
         assert kind is torch.optim.AdamW
         super().__init__(groups, **hyper)
         self.max_grad_norm = max_grad_norm
+        self.stored = (moments, masters, seed)
 
     def gradients(self) -> list[torch.Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -43,6 +43,9 @@ def _violations(schedule: Schedule) -> Iterator[Violation]:
     yield from _apart(schedule)
     yield from _not_once(schedule)
     yield from _stuck(schedule)
+    if schedule.weights == "host":
+        yield from _parted(schedule)
+        yield from _late(schedule)
 
 
 def _out_of_range(schedule: Schedule) -> Iterator[Violation]:
@@ -107,6 +110,23 @@ def _stuck(schedule: Schedule) -> Iterator[Violation]:
     found = ", ".join(waits[waiter] for waiter in circle)
     action = schedule.ranks[rank][reached[rank]]
     yield Violation(_at(rank, action), found, "every action behind all that it waits for")
+
+
+def _parted(schedule: Schedule) -> Iterator[Violation]:
+    """The parts of one backward on several ranks, which would send each other all that it computes."""
+    for rank, action in _each(schedule):
+        before = schedule.runner(schedule.needs(action)[0]) if action.kind == "W" else rank
+        if before != rank:
+            yield Violation(_at(rank, action), f"its first part is on rank {before}", "both parts on one rank")
+
+
+def _late(schedule: Schedule) -> Iterator[Violation]:
+    """A forward behind the turn of its rank, where the loss of all microbatches is handed out."""
+    for rank, actions in enumerate(schedule.ranks):
+        turn, last = schedule.turn(rank), schedule.last_forward(rank)
+        if last >= turn:
+            found = f"it stands behind {actions[turn]}, with which the rank's gradients of a stage are complete"
+            yield Violation(_at(rank, actions[last]), found, "all forwards of a rank in front of its last backwards")
 
 
 def _each(schedule: Schedule) -> Iterator[tuple[int, Action]]:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from itertools import product
 
 from ....runtime.isa.errors import ArgumentError
-from ....runtime.isa.schedule import Action, Schedule
+from ....runtime.isa.schedule import ROUND_ROBIN, Action, Schedule
 from .cuts import balanced
 from .simulate import StageCosts, simulate
 
 MOST_ACTIONS = 2**18
 """Of all schedules that are tried."""
+
+EVEN = StageCosts(forward_s=1.0, input_s=1.0, weight_s=1.0, backward_s=3.0)
+"""Of stages that were cut to take equally long, and compute their activations again in the backward."""
 
 Slot = tuple[Action, ...]
 
@@ -87,7 +90,7 @@ def _schedule(costs: Sequence[StageCosts], slots: Slots, ranks: int, microbatche
     for run in _runs(_backwards(costs), slots.backwards):
         found.append(tuple(Action(last - 1 - i, m, "B") for m in every for i in run))
     turns = tuple(tuple(action for slot in found[rank::ranks] for action in slot) for rank in range(ranks))
-    return Schedule("roundrobin", len(costs), microbatches, turns, "host")
+    return Schedule(ROUND_ROBIN, len(costs), microbatches, turns, "host")
 
 
 def _runs(seconds: list[float], count: int) -> list[range]:

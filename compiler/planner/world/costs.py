@@ -10,13 +10,14 @@ from functools import cached_property
 
 import numpy as np
 
+from ....runtime.isa.schedule import ROUND_ROBIN
 from ...rates.clusters import Link
 from ..pipeline.round_robin import round_robin
 from ..pipeline.schedules import Shape, make_schedule
 from ..pipeline.simulate import Simulated, StageCosts, simulate
 from .model import Model
 from .units import Unit
-from .ways import ROUND_ROBIN, Way
+from .ways import Way
 from .world import World
 
 SLOT_BLOCKS = 4
@@ -192,12 +193,17 @@ class Costed:
     @cached_property
     def numel(self) -> np.ndarray:
         """Of parameters, by rank."""
-        return self._by_rank(self.stages.numel)
+        return self._copies * self._by_rank(self.stages.numel)
 
     @cached_property
     def trained_numel(self) -> np.ndarray:
         """Of those that are trained, by rank."""
-        return self._by_rank(self.stages.trained_numel)
+        return self._copies * self._by_rank(self.stages.trained_numel)
+
+    @property
+    def _copies(self) -> int:
+        """Of a parameter, along a pipeline: where ranks take turns its stage's forward and backward each have one."""
+        return 2 if self.takes_turns else 1
 
     # -- bytes ---------------------------------------------------------------------------------------------
 
@@ -228,10 +234,8 @@ class Costed:
         """For good: weights, gradients and states, or of those on the host two blocks' weights and gradients; and two
         blocks that are being exchanged."""
         way = self.way
-        passing, gradients_passing = (
-            self._passing(self.stages.block_numel),
-            self._passing(self.stages.block_trained_numel),
-        )
+        passing = self._passing(self.stages.block_numel)
+        gradients_passing = self._passing(self.stages.block_trained_numel)
         exchanged = (passing if way.zero == 3 else gradients_passing) if way.replicas > 1 else 0.0
         if way.home == "host":
             return passing + gradients_passing + exchanged

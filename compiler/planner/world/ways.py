@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, Literal
 
+from ....runtime.isa.schedule import ROUND_ROBIN
 from ...parallel import Parallel, cannot_run
 from ..pipeline.schedules import Shape, misfit
 
@@ -13,9 +14,6 @@ Home = Literal["device", "host"]
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb1p", 1), ("zbv", 2))
 """Schedules of a pipeline with stages per rank that are weighed. gpipe is not: it takes as long as 1f1b, and holds
 more."""
-
-ROUND_ROBIN = "roundrobin"
-"""Stages have no rank of their own, so that each rank may run all of them: simulated where it is asked for."""
 
 MOST_MICROBATCHES, MOST_TENSOR, MOST_PIPELINE = 256, 64, 128
 """Further ones win nowhere."""
@@ -73,7 +71,7 @@ class Way:
         if self.zero:
             found["zero"] = self.zero
         if self.pipeline > 1:
-            stages = self.pipeline if self.schedule == ROUND_ROBIN else self.stages
+            stages = self.stages - self.stages % self.pipeline
             found["pipeline"] = {"ranks": self.pipeline, "stages": stages}
         if self.tensor > 1:
             depth = {"depth": self.depth} if self.mode == "2.5d" else {}

@@ -32,6 +32,7 @@ class Compiled(torch.nn.Module):
     def __init__(self, model: Any, options: dict[str, Any], interrupt_at: int | None, by: int) -> None:
         super().__init__()
         self.model, self.options, self.interrupt_at, self.by, self.calls = model, options, interrupt_at, by, 0
+        self.optimizers: list[ClippedAdamW] = []
         self.plan = Plan(Request(options["placement"], 1000), estimate=Estimate(peak_bytes=900))
         self.stats = SimpleNamespace(
             device_peak_bytes=950, host_peak_bytes=4000, to_device_bytes=70_000, to_host_bytes=60_000
@@ -44,7 +45,8 @@ class Compiled(torch.nn.Module):
         return self.model(**batch)
 
     def optimizer(self, kind: type, params: Any, *, max_grad_norm: float, **hyper: Any) -> ClippedAdamW:
-        return ClippedAdamW(kind, params, max_grad_norm, **hyper)
+        self.optimizers.append(ClippedAdamW(kind, params, max_grad_norm, **hyper))
+        return self.optimizers[-1]
 
     def first_nonfinite(self, **_: torch.Tensor) -> str | None:
         return None
@@ -96,6 +98,14 @@ def test_trains_a_config_file_and_reports(bench: Bench) -> None:
     assert re.search(r"device, planned peak 900 B 90%", shown)
     assert "plain PyTorch" not in shown and "saved to runs/tiny" in shown
     assert len(AutoTokenizer.from_pretrained("runs/tiny")("quick fox")["input_ids"]) > 1
+
+
+def test_formats_of_training_state_are_the_optimizers(bench: Bench) -> None:
+    result = bench.train("tiny.json", "--moments", "int8", "--masters", "bf16-stochastic", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert [optimizer.stored for optimizer in bench.calls[0].optimizers] == [("int8", "bf16-stochastic", 3)]
+    resumed = bench.train("tiny.json", "--resume")
+    assert resumed.exit_code == 2 and "moments was int8, now exact" in _says(resumed)
 
 
 def test_a_checkpoint_is_fine_tuned_further_elsewhere(bench: Bench) -> None:
@@ -158,6 +168,7 @@ def test_a_signal_saves_and_the_shown_command_resumes(bench: Bench, number: int)
         (["tiny.json", "--placement", "gpu"], "placement='gpu'; expected one of 'cuda', 'cpu', 'auto'"),
         (["tiny.json", "--precision", "int4"], "precision='int4'; expected one of None, 'fp32', 'bf16', 'fp16'"),
         (["tiny.json", "--lr", "nan"], "lr must be a positive number"),
+        (["tiny.json", "--moments", "int4"], "moments must be one of exact, bf16, int8, but is 'int4'"),
         (["tiny.json", "--data", "none.txt"], "there is no data at none.txt"),
         (["tiny.json", "--data", "bad.txt"], "bad.txt is not UTF-8: byte 0xff at offset 3 (line 1)"),
         (["tiny.json", "--data", "empty.txt"], "empty.txt holds no text"),

@@ -116,7 +116,7 @@ def test_planned_and_held_are_codes_and_scales(format: str, taken: float) -> Non
     assert model.stats.device_peak_bytes <= model.plan.peak_bytes
     # Between forward and backward there is no dequantised weight.
     dense = compiled(rounded(format, "bf16"), placement="cpu", recompute="none", example_inputs=(batch(0),))
-    assert model.plan.peak_bytes <= dense.plan.peak_bytes + 4 * WIDTH * WIDTH
+    assert model.plan.peak_bytes <= dense.plan.peak_bytes + 6 * WIDTH * WIDTH
 
 
 def test_evaluation_and_checkpoints(tmp_path: Path) -> None:

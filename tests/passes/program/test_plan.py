@@ -82,7 +82,7 @@ def test_json_can_be_edited_by_hand():
 
 def test_json_has_the_request_the_decisions_and_the_estimate():
     data = json.loads(PLAN.to_json())
-    assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 5
+    assert list(data) == ["version", *(field.name for field in fields(Plan))] and data["version"] == 6
     assert set(data["request"]) == {field.name for field in fields(Request)}
     assert data["request"]["policy"] == "cpu" and data["request"]["zero"] == 2
     assert data["recompute"] == ["layers.0", "layers.1"]
@@ -126,8 +126,8 @@ def _of_version_2():
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("{}", "it has no version, expected 5; make it anew"),
-        (_of_version_2(), r"its version is 2, expected 5; make it anew with geminifx\.compile"),
+        ("{}", "it has no version, expected 6; make it anew"),
+        (_of_version_2(), r"its version is 2, expected 6; make it anew with geminifx\.compile"),
         (_without("layout"), "layout"),
         ("[1, 2]", "not a geminifx plan"),
         ("null", "not a geminifx plan"),

@@ -273,7 +273,7 @@ OFFLOAD_DAMAGES = {
         _emit(aten.relu.default, "reload", before="back"), "reload", "read by back, relu", "one reader, its arrive",
     ),
     "a value comes back in front of the turn": (
-        _note("reload", phase="forward"), "reload", "on one side of the turn", "the turn between them",
+        _note("reload", phase="forward"), "reload", "on one side of the turn", "the turn, or a round, between them",
     ),
     "a value is read after it has left": (
         _emit(aten.relu.default, "y", before="dx"), "relu", "reads y, which has left for the host",

@@ -18,11 +18,11 @@ VECTOR = TensorType(F32, (64,), (1,))
 
 
 def test_the_machine_implements_every_instruction_that_code_has() -> None:
-    # At the turn the generated program itself yields; whole collectives are written out in two. The machine has those
-    # of the processes' collectives and messages, and of offloaded activations.
+    # At the turn the generated program itself yields; whole collectives and receives are written out in
+    # two. The machine has those of the processes' collectives and messages, and of offloaded activations.
     there = {name for part in (Machine, Collectives, Messages, Offloads) for name in vars(part)}
     missing = {name for name in ops.SCHEMAS if name not in there}
-    assert missing == {"turn", "all_gather", "reduce_scatter", "all_reduce"}
+    assert missing == {"turn", "all_gather", "reduce_scatter", "all_reduce", "receive"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -40,11 +40,12 @@ def test_schemas_admit_every_write(name: str) -> None:
         "drawn": ["state"],
         "swap_rng": ["state"],
         "send": ["value"],
+        "finish_send": ["value"],
     }
     assert written == expected.get(name, [])
 
 
-@pytest.mark.parametrize("name", ["wait", "view", "arrive", "finish_collective", "microbatch"])
+@pytest.mark.parametrize("name", ["wait", "view", "arrive", "finish_collective", "finish_receive", "microbatch"])
 def test_results_that_share_their_arguments_storage_say_so(name: str) -> None:
     schema = OPERATORS[name]._schema
     assert schema.returns[0].alias_info is not None and not schema.is_mutable
@@ -62,6 +63,8 @@ FAKE_RESULTS = {
     "start_reduce_scatter": (lambda: ops.START_REDUCE_SCATTER(torch.empty(8, 3), "tp", 4), F32, (2, 3)),
     "start_all_reduce": (lambda: ops.START_ALL_REDUCE(torch.empty(2, 3), "tp", "sum"), F32, (2, 3)),
     "finish_collective": (lambda: ops.FINISH_COLLECTIVE(torch.empty(2, 3)), F32, (2, 3)),
+    "start_receive": (lambda: ops.START_RECEIVE([2, 3], [1, 2], F32, 0), F32, (2, 3)),
+    "finish_receive": (lambda: ops.FINISH_RECEIVE(torch.empty(2, 3)), F32, (2, 3)),
     "microbatch": (lambda: ops.MICROBATCH(torch.empty(6, 2), 2, 3), F32, (2, 2)),
     "save_rng": (lambda: ops.SAVE_RNG(torch.empty(2)), torch.uint8, (torch.get_rng_state().numel(),)),
     "fork_rng": (lambda: ops.FORK_RNG(torch.empty(2), ["a"]), torch.uint8, (torch.get_rng_state().numel(),)),
@@ -84,6 +87,7 @@ def test_instructions_without_results_give_none() -> None:
         assert ops.PUT_MM(flat, 0, torch.empty(2, 3), torch.empty(3, 4)) is None
         assert ops.REDUCE(flat, 0, [0]) is None and ops.ACCUMULATE_GRAD(flat, 0, [0]) is None
         assert ops.DEPART(flat, torch.empty(64)) is None
+        assert ops.SEND(flat, 1) is None and ops.FINISH_SEND(flat, 1) is None
         assert ops.SWAP_RNG(torch.empty(16, dtype=torch.uint8)) is None
         tangents = ops.TURN([torch.empty(2), torch.empty(3), torch.empty(4)], [0, 2])
     assert [tuple(t.shape) for t in tangents] == [(2,), (4,)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from geminifx.runtime.isa import quantized as isa
 from geminifx.runtime.isa.quantized import BLOCK, DEQUANTIZE, NF4, code_shapes
 from geminifx.runtime.kernels import quantized
 from geminifx.runtime.kernels.quantized import quantize
@@ -31,7 +32,8 @@ def by_definition(codes: Tensor, scales: Tensor, format: str, shape: tuple[int, 
 def test_values_are_those_of_the_definition(
     shape: tuple[int, int], format: str, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized, "PIECE", piece)
+    for module in (quantized, isa):
+        monkeypatch.setattr(module, "PIECE", piece)
     weight = values(shape, dtype)
     codes, scales = quantize(weight, format)
     assert (tuple(codes.shape), tuple(scales.shape)) == code_shapes(format, shape)
@@ -82,3 +84,22 @@ def test_types_are_told_without_values_and_shapes_are_checked() -> None:
         DEQUANTIZE(codes, scales, "nf4", [5, 14], torch.bfloat16)
     with pytest.raises(ValueError, match="format 'fp4'; expected one of nf4, int8"):
         DEQUANTIZE(codes, scales, "fp4", [5, 13], torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_what_dequantising_takes_besides_is_told(format: str) -> None:
+    """As a device's allocator counts it, where there is one."""
+    numel = 5 * 2**20
+    told = isa.workspace_bytes(format, (numel // 4096, 4096))
+    assert told == {"nf4": 6, "int8": 4}[format] * 4 * 2**20
+    assert isa.workspace_bytes(format, (8, 64)) == {"nf4": 6, "int8": 4}[format] * 512
+    assert isa.workspace_bytes(format, (0, 64)) == 0
+    if torch.cuda.is_available():
+        codes, scales = (tensor.cuda() for tensor in quantize(values((numel // 4096, 4096)), format))
+        for _ in range(2):  # the first call makes a table that stays
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            found = DEQUANTIZE(codes, scales, format, [numel // 4096, 4096], torch.bfloat16)
+            taken = torch.cuda.max_memory_allocated() - before - found.nbytes
+            del found
+        assert 0 < taken <= told + 4096

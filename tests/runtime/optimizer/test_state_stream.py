@@ -79,7 +79,7 @@ def test_a_streamed_update_is_the_update(
     stream.update(state, ranges, StreamedUpdate(gradient, kernels, stay))
     stream.finish(0)
     for elements in ranges:
-        part = expected.part(elements.start, elements.end)
+        part = expected.part(elements)
         values = Gradient(gradient.values[elements.start : elements.end], gradient.scale)
         kernels.update(expected.layout, part, values, elements)
     found, wanted = everything(state), everything(expected)

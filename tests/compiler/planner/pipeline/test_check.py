@@ -98,6 +98,21 @@ def test_a_violation_names_rank_and_action(old: str, new: str, message: str):
     assert str(violation).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("F0.0 F0.1 B0.0 W0.1", "F1.0 B1.0 F1.1 B1.1 I0.1",
+         "rank 0 at W0.1: its first part is on rank 1; expected both parts on one rank"),
+        ("F0.0 F1.0 B1.0 B0.0 F0.1", "F1.1 B1.1 B0.1",
+         "rank 0 at F0.1: it stands behind B1.0, with which the rank's gradients of a stage are complete; expected all "
+         "forwards of a rank in front of its last backwards"),
+    ],
+)  # fmt: skip
+def test_where_any_rank_may_run_an_action_some_need_more(first: str, second: str, message: str):
+    schedule = f"by-hand stages=2 microbatches=2 weights=host\nrank 0: {first}\nrank 1: {second}"
+    assert str(check(Schedule.parse(schedule))) == message
+
+
 def test_ranks_that_wait_for_one_another_are_all_named():
     schedule = Schedule.parse("""\
     by-hand stages=3 microbatches=2

@@ -83,9 +83,9 @@ def test_nothing_makes_no_schedule(counts: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["roundrobin", round_robin([LAYER] * 2, 2, 2)], ids=["by name", "as data"])
-def test_compile_refuses_it(schedule: str | Schedule) -> None:
-    with pytest.raises(ArgumentError, match="is simulated and not run yet"):
-        geminifx.compile(nn.Linear(2, 2), parallel={"pipeline": 2}, schedule=schedule)
+def test_compile_refuses_it_for_sharded_tensors(schedule: str | Schedule) -> None:
+    with pytest.raises(ArgumentError, match="is for models whose tensors are whole on each rank"):
+        geminifx.compile(nn.Linear(2, 2), parallel={"pipeline": 2, "tensor": "1d:2"}, schedule=schedule)
 
 
 def test_llama_8b_on_eight_devices_on_pcie() -> None:

@@ -1,0 +1,45 @@
+"""Start a pipeline's receives early, and wait for them where they are read, so that messages travel beside compute.
+
+    before                                             after
+    # forward F1.0: layers.1                           # forward F1.0: layers.1
+                                                       p = geminifx.start_receive([2, 4], [4, 1], torch.float32, 0)
+    y = aten.mm.default(h, w)                          y = aten.mm.default(h, w)
+    # forward F1.1: layers.1                           # forward F1.1: layers.1
+    h_1 = geminifx.receive([2, 4], [4, 1], ..., 0)     h_1 = geminifx.finish_receive(p)
+    y_1 = aten.mm.default(h_1, w)                      y_1 = aten.mm.default(h_1, w)
+
+What an action reads is awaited from the beginning of the action in front of it, so that its memory is taken for no
+longer. Receives from one rank stay in their order, and none crosses the turn: a step that is never run backward must
+not wait for what nobody sends. Nothing is sent later than it was, and nothing waited for earlier, so ranks that did not
+wait for each other for ever do not now.
+"""
+
+from torch import fx
+
+from ..runtime.isa.instructions import FINISH_RECEIVE, RECEIVE, START_RECEIVE
+from .program.manager import graph_pass
+from .program.plan import Plan
+from .program.program import Program, annotate, note
+from .program.verify import posted, turned
+
+
+@graph_pass(requires=(turned,), gives=(posted,))
+def post_receives(program: Program, plan: Plan) -> None:
+    point = begin = program.output  # where the action in front, and this one, begin
+    now = None
+    for node in program.computes:
+        phase, action = note(node).phase, note(node).action
+        if (phase, action) != now:
+            point, begin = begin if now is not None and now[0] == phase else node, node
+            now = phase, action
+        if node.target is RECEIVE:
+            finish = _post(program, node, point)
+            point, begin = (finish if place is node else place for place in (point, begin))
+
+
+def _post(program: Program, receive: fx.Node, point: fx.Node) -> fx.Node:
+    start = program.emit(START_RECEIVE, receive.args, before=point, like=note(receive))
+    annotate(start, action=note(point).action)
+    finish = program.emit(FINISH_RECEIVE, (start,), before=receive, like=note(receive), name=receive.name)
+    program.replace(receive, finish)
+    return finish

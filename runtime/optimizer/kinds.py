@@ -1,0 +1,95 @@
+"""The optimizers that `model.optimizer(...)` takes: what each keeps of a parameter, and how it updates one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer
+
+from ..isa.layout import Rule, Slot
+from ..kernels.update_rules import AdafactorHyper, AdamHyper, LionHyper, MuonHyper, SgdHyper
+from .lion import Lion
+from .states import Hyper
+
+Group = Mapping[str, Any]
+Make = Callable[[Group, int, int | None], Hyper]
+"""From a group of parameters, the number of an update, and what masters are rounded by, to how that update goes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of them.
+
+    Fields:
+        moments: what torch calls the values that it keeps of a parameter.
+        make: how an update goes.
+        rule: what is updated together.
+        counts: whether the number of updates is a part of a parameter's state.
+    """
+
+    moments: tuple[str, ...]
+    make: Make
+    rule: Rule = "elements"
+    counts: bool = False
+
+    def moments_of(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """What it keeps of a parameter of this shape, and the shapes of that."""
+        if self.rule != "factored":
+            return dict.fromkeys(self.moments, shape)
+        names = self.moments[:2] if len(shape) > 1 else self.moments[2:]
+        return dict(zip(names, Slot("", 0, shape).factor_shapes, strict=True))
+
+
+def _adam(group: Group, number: int, key: int | None, *, decoupled: bool = False) -> Hyper:
+    beta1, beta2 = map(float, group["betas"])
+    decoupled = decoupled or bool(group.get("decoupled_weight_decay"))
+    return AdamHyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], number, decoupled, key)
+
+
+def _adamw(group: Group, number: int, key: int | None) -> Hyper:
+    return _adam(group, number, key, decoupled=True)
+
+
+def _sgd(group: Group, number: int, key: int | None) -> Hyper:
+    momentum = float(group["momentum"])
+    return SgdHyper(
+        float(group["lr"]), momentum, group["dampening"], group["weight_decay"], group["nesterov"],
+        number == 1 and momentum != 0, key,
+    )  # fmt: skip
+
+
+def _lion(group: Group, number: int, key: int | None) -> Hyper:
+    beta1, beta2 = map(float, group["betas"])
+    return LionHyper(float(group["lr"]), beta1, beta2, group["weight_decay"], key)
+
+
+def _muon(group: Group, number: int, key: int | None) -> Hyper:
+    return MuonHyper(
+        float(group["lr"]), group["weight_decay"], group["momentum"], group["nesterov"],
+        tuple(group["ns_coefficients"]), group["eps"], group["ns_steps"], group["adjust_lr_fn"], key,
+    )  # fmt: skip
+
+
+def _adafactor(group: Group, number: int, key: int | None) -> Hyper:
+    eps1, eps2 = group["eps"]
+    return AdafactorHyper(
+        float(group["lr"]), group["beta2_decay"], eps1, eps2, group["d"], group["weight_decay"], number, key
+    )
+
+
+KINDS: dict[type[Optimizer], Kind] = {
+    Adam: Kind(("exp_avg", "exp_avg_sq"), _adam, counts=True),
+    AdamW: Kind(("exp_avg", "exp_avg_sq"), _adamw, counts=True),
+    SGD: Kind(("momentum_buffer",), _sgd),
+    Lion: Kind(("exp_avg",), _lion),
+    Muon: Kind(("momentum_buffer",), _muon, "matrices"),
+    Adafactor: Kind(("row_var", "col_var", "variance"), _adafactor, "factored", counts=True),
+}
+
+
+def name_of(kind: type[Optimizer]) -> str:
+    """As users write it."""
+    return f"geminifx.{kind.__name__}" if kind is Lion else f"torch.optim.{kind.__name__}"
+
+
+ALL = ", ".join(map(name_of, KINDS))
