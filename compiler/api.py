@@ -8,6 +8,7 @@ from torch import nn
 
 from ..runtime.isa.errors import REFUSALS, ArgumentError, wrong_argument
 from .arguments import check_call, forward_failure
+from .capture.microbatches import as_arguments
 from .capture.refusals import refuse
 from .module import CompiledModule
 from .options import Options
@@ -84,7 +85,7 @@ def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
 def _prepare(compiled: CompiledModule, examples: Mapping[str, Any] | tuple[Any, ...]) -> None:
     """Capture and plan by example inputs. Raises ArgumentError where the model does not take them."""
     source = compiled.session.source
-    args, kwargs = ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
+    args, kwargs = as_arguments(examples)
     check_call(compiled, args, kwargs)
     try:
         with torch.enable_grad():

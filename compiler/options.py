@@ -6,7 +6,6 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -17,7 +16,7 @@ from torch import nn
 from ..passes.program.manager import Pass
 from ..passes.program.plan import Plan
 from ..passes.program.request import Kernels, Outputs, Policy
-from ..runtime.isa.errors import ArgumentError, check_path, wrong_argument
+from ..runtime.isa.errors import ArgumentError, check_path, did_you_mean, wrong_argument
 from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.schedule import Schedule
@@ -43,7 +42,8 @@ class Options:
 
     Fields:
         device_budget: device memory the whole process may use, as bytes or text ("24GB", "24GiB", "80%").
-        host_budget: host memory the training state may use; default 90% of what is free.
+        host_budget: memory of one host that training states may use there, shared by the processes on it; default 90%
+            of what is free.
         world_size: processes to train on; by default those that torchrun launched.
         example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
@@ -147,8 +147,7 @@ class Options:
         names = [field.name for field in fields(cls)]
         for name in values:
             if name not in names:
-                near = get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(names)}"
+                hint = did_you_mean(name, names, f"the options are {', '.join(names)}")
                 raise ArgumentError(f"geminifx.compile has no option {name!r}; {hint}")
         values["passes"] = _passes(values.get("passes", ()))
         if isinstance(values.get("plan"), str | PathLike):
@@ -168,39 +167,9 @@ class Options:
     def _check_kinds(self) -> None:
         for name in ("device_budget", "host_budget"):
             _check_budget(name, getattr(self, name))
-        inputs = self.example_inputs
-        if inputs is not None and not isinstance(inputs, Mapping | tuple):
-            raise wrong_argument(
-                "example_inputs",
-                inputs,
-                "the model's arguments: a dict of keyword ones, or a tuple of positional ones, such as "
-                "example_inputs=(x,)",
-            )
-        if self.microbatches != "auto" and (type(self.microbatches) is not int or self.microbatches < 1):
-            raise wrong_argument(
-                "microbatches", self.microbatches, "'auto', or a number of parts of a batch, 1 or more"
-            )
-        if self.rounds != "auto" and (type(self.rounds) is not int or self.rounds < 1):
-            raise wrong_argument("rounds", self.rounds, "'auto', or a number of rounds of microbatches, 1 or more")
-        if type(self.warmup) not in (int, bool) or self.warmup < 0:
-            raise wrong_argument("warmup", self.warmup, "True, False, or a number of steps to measure")
-        for name in ("recompute", "offload"):
-            if not isinstance(getattr(self, name), str | tuple):
-                raise wrong_argument(name, getattr(self, name), "'auto', 'none', 'all' or names of blocks")
-        if not isinstance(self.plan, Plan | None):
-            raise wrong_argument("plan", self.plan, "a geminifx.Plan, or the path of one that plan.save wrote")
-        if type(self.optimizer_state_bytes) is not int or self.optimizer_state_bytes < 0:
-            raise wrong_argument(
-                "optimizer_state_bytes",
-                self.optimizer_state_bytes,
-                "a whole number of bytes per parameter, 0 or more (AdamW: 8, SGD with momentum: 4)",
-            )
-        if self.parallel not in (None, "auto") and not isinstance(self.parallel, Mapping):
-            raise wrong_argument("parallel", self.parallel, "'auto', or degrees by name, such as parallel={'data': 1}")
-        if self.world_size is not None and (type(self.world_size) is not int or self.world_size < 1):
-            raise wrong_argument("world_size", self.world_size, "a number of processes, 1 or more")
-        if not isinstance(self.timeout_s, int | float) or not 0 < self.timeout_s < math.inf:
-            raise wrong_argument("timeout_s", self.timeout_s, "a positive number of seconds")
+        for name, (is_kind, expected) in _KINDS.items():
+            if not is_kind(getattr(self, name)):
+                raise wrong_argument(name, getattr(self, name), expected)
         if self.dump is not None:
             check_path("dump", self.dump, "a directory for programs")
         if self.loss_fn is not None:
@@ -217,14 +186,10 @@ class Options:
         for name in ("recompute", "offload"):
             if isinstance(getattr(self, name), str):
                 _one_of(name, getattr(self, name), ("auto", "none", "all"))
-        if not isinstance(self.fuse_loss, bool) and self.fuse_loss != "auto":
-            raise wrong_argument("fuse_loss", self.fuse_loss, "'auto', True or False")
         if self.fuse_loss is True and self.outputs == "all":
             raise ArgumentError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
 
     def _check_parallel(self) -> None:
-        if self.schedule is not None and not isinstance(self.schedule, str | Schedule):
-            raise wrong_argument("schedule", self.schedule, "the name of a schedule, such as '1f1b', or a Schedule")
         if self.schedule is not None and not self.degrees.is_staged:
             raise ArgumentError(
                 f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
@@ -247,7 +212,7 @@ class Options:
             self.degrees.mesh(self.world, 1)
 
     def _check_rounds(self) -> None:
-        if self.rounds in ("auto", 1):
+        if self.rounds == "auto" or self.rounds == 1:
             return
         if self.degrees.is_staged:
             raise ArgumentError(f"rounds={self.rounds} is for models on one process each: a pipeline has a schedule")
@@ -286,25 +251,73 @@ class Options:
         return self.world_size or (None if self.cluster is None else self.cluster.size)
 
     @property
+    def of_ranks(self) -> tuple[ReduceDtype, float, int | None]:
+        """What the processes go by: in what they add up, how long they wait, and how many that are planned for run on
+        one host (None: all)."""
+        return self.reduce_dtype, self.timeout_s, None if self.cluster is None else self.cluster.devices
+
+    @property
     def leaves_the_world_open(self) -> bool:
         """Whether how the processes share the work is the planner's to choose."""
         asked = self.parallel == "auto" or (self.parallel is None and self.world is not None)
         return asked and self.plan is None
 
 
-_ALIASES = {"gpu": ["cuda"], "host": ["cpu"], "float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"]}
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+_BLOCKS = "'auto', 'none', 'all' or names of blocks"
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "example_inputs": (
+        lambda value: isinstance(value, Mapping | tuple | None),
+        "the model's arguments: a dict of keyword ones, or a tuple of positional ones, such as example_inputs=(x,)",
+    ),
+    "microbatches": (
+        lambda value: value == "auto" or _is_count(value, 1), "'auto', or a number of parts of a batch, 1 or more",
+    ),
+    "rounds": (
+        lambda value: value == "auto" or _is_count(value, 1),
+        "'auto', or a number of rounds of microbatches, 1 or more",
+    ),
+    "warmup": (
+        lambda value: isinstance(value, bool) or _is_count(value, 0), "True, False, or a number of steps to measure",
+    ),
+    "recompute": (lambda value: isinstance(value, str | tuple), _BLOCKS),
+    "offload": (lambda value: isinstance(value, str | tuple), _BLOCKS),
+    "plan": (
+        lambda value: isinstance(value, Plan | None), "a geminifx.Plan, or the path of one that plan.save wrote",
+    ),
+    "optimizer_state_bytes": (
+        lambda value: _is_count(value, 0),
+        "a whole number of bytes per parameter, 0 or more (AdamW: 8, SGD with momentum: 4)",
+    ),
+    "parallel": (
+        lambda value: value == "auto" or isinstance(value, Mapping | None),
+        "'auto', or degrees by name, such as parallel={'data': 1}",
+    ),
+    "world_size": (lambda value: value is None or _is_count(value, 1), "a number of processes, 1 or more"),
+    "timeout_s": (
+        lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a positive number of seconds",
+    ),
+    "fuse_loss": (lambda value: value == "auto" or isinstance(value, bool), "'auto', True or False"),
+    "schedule": (
+        lambda value: isinstance(value, str | Schedule | None),
+        "the name of a schedule, such as '1f1b', or a Schedule",
+    ),
+}  # fmt: skip
+"""What options may be that are not one of a few values, and how that is told."""
+
+_ALIASES = {"gpu": "cuda", "host": "cpu", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """What people call our values, and what a spelling checker would take for something else."""
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
-    if value is None or isinstance(value, str):
-        if value in valid:
-            return
-        near = _ALIASES.get(str(value), get_close_matches(str(value), [v for v in valid if v], 1))
-    else:
-        near = []
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise wrong_argument(name, value, f"one of {', '.join(map(repr, valid))}{hint}")
+    if (value is None or isinstance(value, str)) and value in valid:
+        return
+    meant = _ALIASES.get(value, "") if isinstance(value, str) else ""
+    hint = f"did you mean {meant!r}?" if meant in valid else did_you_mean(value, filter(None, valid))
+    raise wrong_argument(name, value, f"one of {', '.join(map(repr, valid))}", hint)
 
 
 def loss_targets(loss_fn: LossFn) -> list[inspect.Parameter]:

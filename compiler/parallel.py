@@ -3,12 +3,11 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isqrt
 from typing import Any
 
 from ..passes.sharding.modes import MODES
-from ..runtime.isa.errors import ArgumentError, wrong_argument
+from ..runtime.isa.errors import ArgumentError, did_you_mean, wrong_argument
 from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.schedule import ROUND_ROBIN, Schedule
 
@@ -79,8 +78,8 @@ class Parallel:
         if type(self.sequence) is not bool:
             raise ArgumentError(f"parallel={given}: sequence is {self.sequence!r}; expected True or False")
         if self.mode is not None and (not isinstance(self.mode, str) or self.mode not in MODES):
-            near = get_close_matches(str(self.mode), MODES, 1) or list(MODES)
-            raise ArgumentError(f"parallel={given}: the mode {self.mode!r} is unknown; expected {' or '.join(near)}")
+            hint = did_you_mean(self.mode, MODES, f"expected {' or '.join(MODES)}")
+            raise ArgumentError(f"parallel={given}: the mode {self.mode!r} is unknown; {hint}")
         if self.depth > 1 and self.mode != "2.5d":
             raise ArgumentError(f"parallel={given}: only the mode '2.5d' has a depth")
         if self.sequence and self.mode != "1d":
@@ -233,6 +232,5 @@ def parse_parallel(text: str) -> dict[str, Any]:
 def _known(values: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
     unknown = next((name for name in values if name not in names), None)
     if unknown is not None:
-        near = get_close_matches(str(unknown), names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}, {EXPECTED}"
+        hint = did_you_mean(unknown, names, f"expected {', '.join(names)}, {EXPECTED}")
         raise ArgumentError(f"{where} has {unknown!r}; {hint}")

@@ -37,10 +37,10 @@ from .capture.trace import Captured, CaptureRequest
 from .lowering import Lowering, generate
 from .memory.device import Device
 from .memory.usage import StepUsage
-from .options import DTYPES, Options
+from .options import Options
 from .planner.problem import Planning
 from .planner.search import Solution
-from .programs.agreement import agreed, is_agreed_on, shared_homes
+from .programs.agreement import agreed, all_refuse, is_agreed_on, shared_homes
 from .programs.captures import Captures
 from .programs.collector import resting_collector
 from .programs.guess import of_a_guess
@@ -67,12 +67,11 @@ class Session:
         self.source = source
         self.options = options
         self.device = Device.choose(options)
-        mesh_of = partial(options.degrees.mesh, options.world)
-        self.ranks = Ranks.of(mesh_of, self.device.torch_device, options.reduce_dtype, options.timeout_s)
+        self.ranks = Ranks.of(partial(options.degrees.mesh, options.world), self.device.torch_device, *options.of_ranks)
         self.local_shards = LocalShards(self.ranks)
-        self.limits = self.device.limits(options, self.ranks.on_this_host).agreed(self.ranks)
+        self.limits = self.device.limits(options, self.ranks).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
-        self.dtype = DTYPES.get(options.precision or ("bf16" if self.device.is_cuda else ""))
+        self.dtype = self.device.dtype(options)
         adopt_quantized(source)
         quantize_frozen(source, options.frozen, self.dtype)
         self.dtypes = parameter_dtypes(source, self.dtype)
@@ -83,11 +82,9 @@ class Session:
             self.ranks.mesh.pipeline_rank(self.ranks.rank),
         )  # fmt: skip
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        request = CaptureRequest(
-            self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes, loss_fn=options.loss_fn
-        )
+        asked = CaptureRequest(self.dtype, options.outputs, dtypes=self.dtypes, shapes=shapes, loss_fn=options.loss_fn)
         shared, schedule = replace(self.planning.shared(), notes=notes), self.planning.schedule
-        captures = Captures(self.census, request, self.lowering, shared, schedule)
+        captures = Captures(self.census, asked, self.lowering, shared, schedule)
         self.captures = KeptCaptures(captures, numbers_may_be_inputs=schedule is None)
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
@@ -143,9 +140,8 @@ class Session:
         """Before the first training step: run the plan that suits all ranks where these share out weights. Where one
         of them finds no room, all refuse."""
         compiled, setup = self._programs[key], self.setup
-        if setup is None or not is_agreed_on(compiled.plan, self.ranks):
+        if setup is None or not is_agreed_on(compiled.plan, self.ranks) or all_refuse(setup.refusal, self.ranks):
             return
-        self.ranks.raise_alike(setup.refusal)
         self.planning.agreed = agreed(compiled.plan, self.ranks)
         try:
             with self.ranks.failing_alike():
@@ -245,6 +241,8 @@ class Session:
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
                 "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
             )
+        if self._failure is not None:
+            raise self._failure
         declared = Declaration(format, optimizer, digest)
         if self.setup is None:
             self._declared = declared

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..passes.program.plan import Plan
-from ..runtime.isa.errors import IllegalTransition
 from ..runtime.isa.formats import OwnFormat
+from ..runtime.isa.transitions import transition
 from ..runtime.machine import Machine
 from ..runtime.optimizer.chunk_optimizer import Attach
 from ..runtime.optimizer.own_store import OwnStore
@@ -24,7 +24,7 @@ class Phase(Enum):
 LEGAL: dict[Phase, frozenset[Phase]] = {
     Phase.NEW: frozenset({Phase.PLANNED}),
     Phase.PLANNED: frozenset({Phase.PLANNED, Phase.PLACED, Phase.BROKEN}),
-    Phase.PLACED: frozenset({Phase.PLANNED, Phase.TRAINING}),
+    Phase.PLACED: frozenset({Phase.PLANNED, Phase.TRAINING, Phase.BROKEN}),
     Phase.TRAINING: frozenset({Phase.TRAINING, Phase.PLANNED, Phase.BROKEN}),
     Phase.BROKEN: frozenset(),
 }
@@ -33,9 +33,7 @@ LEGAL: dict[Phase, frozenset[Phase]] = {
 
 def move(now: Phase, then: Phase) -> Phase:
     """Raises IllegalTransition where there is no such way."""
-    if then not in LEGAL[now]:
-        raise IllegalTransition(f"a model cannot go from {now.name} ({now.value}) to {then.name} ({then.value})")
-    return then
+    return transition(LEGAL, "a model", now, then)
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import distributed as dist
 from torch import nn
 
 from ..models.adapters import blocks, example_inputs
+from ..runtime.distributed.meeting import launched
 from ..runtime.distributed.ranks import ALONE, Ranks
 from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.mesh import Axis, Mesh
 from ..runtime.isa.units import parse_bytes
-from .capture.microbatches import Arguments, examples
+from .capture.microbatches import Arguments, as_arguments, examples
 from .capture.trace import CaptureRequest
-from .memory.device import HOST_SHARE, Device, gpu_limits, with_allocator
-from .memory.host_memory import host_memory
-from .options import DTYPES, Options
+from .memory.device import Device, gpu_limits, host_share, with_allocator
+from .options import Options
 from .planner.memory import Limits
 from .planner.world.model import Model, resized
 from .planner.world.search import WorldPlan, choose
@@ -64,10 +63,10 @@ def settle(model: nn.Module, options: Options) -> Settled:
         ArgumentError: the cluster is another than the one that was launched, or nothing is known of the model's inputs.
         BudgetError: there is no way that fits the memory.
     """
-    launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    _check_cluster(options, launched)
-    size = options.world or launched
-    if not options.leaves_the_world_open or size == 1 or launched not in (1, size):
+    count = launched()
+    _check_cluster(options, count)
+    size = options.world or count
+    if not options.leaves_the_world_open or size == 1 or count not in (1, size):
         return Settled(replace(options, parallel=None) if options.parallel == "auto" else options)
     if options.frozen is not None:
         if options.parallel == "auto":
@@ -84,8 +83,8 @@ def settle(model: nn.Module, options: Options) -> Settled:
             )
         return Settled(options, notes=(UNKNOWN_INPUTS,))
     try:
-        ranks = _ranks(Device.choose(options), options, launched)
-        return Settled.by(choose_world(model, options, arguments, size, ranks), options, arguments, ranks)
+        ranks = _ranks(Device.choose(options), options, size)
+        return Settled.by(choose_world(model, options, arguments, ranks), options, arguments, ranks)
     except CaptureError as error:  # there may be no training step at all
         if options.parallel == "auto":
             raise
@@ -107,16 +106,13 @@ def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Se
     return Settled.by(world, asked, settled.arguments, settled.ranks)
 
 
-def choose_world(
-    model: nn.Module, options: Options, arguments: Arguments, size: int, ranks: Ranks = ALONE
-) -> WorldPlan:
-    """The plan for `size` processes, each of which would pass a batch such as `arguments` if all had their own."""
-    device = Device.choose(options)
-    limits = _limits(device, options, size, ranks).agreed(ranks)
+def choose_world(model: nn.Module, options: Options, arguments: Arguments, ranks: Ranks) -> WorldPlan:
+    """The plan for these processes, each of which would pass a batch such as `arguments` if all had their own."""
+    device, size = Device.choose(options), ranks.size
+    limits = _limits(device, options, ranks).agreed(ranks)
     cluster = options.cluster or one_node(size, limits.rates)
-    precision = options.precision or ("bf16" if device.is_cuda else "")
     with computing_loss(model, options.loss_fn):
-        measured = Model.of(model, arguments, CaptureRequest(DTYPES.get(precision), options.outputs))
+        measured = Model.of(model, arguments, CaptureRequest(device.dtype(options), options.outputs))
     names, count = blocks(model), examples(arguments) * size
     heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces is for whole tensors
     world = World(
@@ -131,73 +127,47 @@ def choose_world(
     return found
 
 
-def _check_cluster(options: Options, launched: int) -> None:
+def _check_cluster(options: Options, count: int) -> None:
     """Raises ArgumentError for a cluster that is not the one that was launched."""
     cluster, on_this_host = options.cluster, os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; others may tell nothing
-    if cluster is None or launched == 1:
+    if cluster is None or count == 1:
         return
-    if cluster.size == launched and on_this_host in (None, str(cluster.devices)):
+    if cluster.size == count and on_this_host in (None, str(cluster.devices)):
         return
     here = "" if on_this_host is None else f", {on_this_host} on this machine (LOCAL_WORLD_SIZE)"
     raise ArgumentError(
-        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {launched} processes were launched{here}; "
+        f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {count} processes were launched{here}; "
         "expected one for each device: describe the cluster that there is"
     )
 
 
 def _arguments(model: nn.Module, options: Options) -> Arguments | None:
     """One process's batch: as it was given, or made from the model's configuration."""
-    made = example_inputs(model) if options.example_inputs is None else None
-    return _given(options) if made is None else ((), dict(made))
+    given = example_inputs(model) if options.example_inputs is None else options.example_inputs
+    return None if given is None else as_arguments(given)
 
 
-def _given(options: Options) -> Arguments | None:
-    given = options.example_inputs
-    if given is None:
-        return None
-    return ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
-
-
-def _ranks(device: Device, options: Options, launched: int) -> Ranks:
+def _ranks(device: Device, options: Options, size: int) -> Ranks:
     """The processes as far as they are known yet: so many of them."""
-    axes = (Axis("data", launched, "data"),) if launched > 1 else ()
-    return Ranks.of(lambda count: Mesh(axes), device.torch_device, options.reduce_dtype, options.timeout_s)
+    mesh = Mesh((Axis("data", size, "data"),))
+    return Ranks.of(lambda launched: mesh, device.torch_device, *options.of_ranks)
 
 
-def _limits(device: Device, options: Options, size: int, ranks: Ranks) -> Limits:
+def _limits(device: Device, options: Options, ranks: Ranks) -> Limits:
     """What each process may take: of the cluster's devices and hosts where one is described, else of this one's."""
-    host_bytes = _host_bytes(options, size, ranks)
-    rates = rates_of(device.torch_device, options.rates, size, 0)
+    host_bytes, budget_bytes = host_share(options, ranks), device.budget_bytes(options)
+    rates = rates_of(device.torch_device, options.rates, ranks.on_this_host, 0)
     if not device.is_cuda:
-        budget = options.device_budget
-        device_bytes = None if budget is None else parse_bytes(budget, of=device.total_bytes())
-        return Limits(device_bytes, 0, host_bytes, rates)
+        return Limits(budget_bytes, 0, host_bytes, rates)
     if options.cluster is None or options.cluster.rates is None or ranks.together:
-        return with_allocator(_device_bytes(device, options), device.memory.reserve_bytes, host_bytes, rates)
+        device_bytes = device.memory.available_bytes if budget_bytes is None else budget_bytes
+        return with_allocator(device_bytes, device.memory.reserve_bytes, host_bytes, rates)
     if options.device_budget is None:
         raise ArgumentError(
             f"the cluster is {options.cluster}, whose devices have a memory that is not known here: say "
             "device_budget=, what may be taken of each"
         )
     return gpu_limits(parse_bytes(options.device_budget, of=device.total_bytes()), host_bytes, rates)
-
-
-def _device_bytes(device: Device, options: Options) -> int:
-    """Of each GPU, which are all such as this one."""
-    if options.device_budget is None:
-        return device.memory.available_bytes
-    return min(parse_bytes(options.device_budget, of=device.total_bytes()), device.total_bytes())
-
-
-def _host_bytes(options: Options, size: int, ranks: Ranks) -> int:
-    cluster, (total, free) = options.cluster, host_memory()
-    here = ranks.on_this_host if ranks.together else size
-    host_bytes = int(free * HOST_SHARE) if ranks.together else int(free * HOST_SHARE) // here
-    if options.host_budget is not None:
-        host_bytes = parse_bytes(options.host_budget, of=total)
-    elif cluster is not None and cluster.host_bytes is not None:
-        host_bytes = int(cluster.host_bytes * HOST_SHARE) // (1 if ranks.together else cluster.devices)
-    return host_bytes
 
 
 def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from .distributed.point_to_point import Messages
 from .distributed.ranks import ALONE, Ranks
 from .isa.errors import GeminiError
-from .isa.instructions import microbatch, parameter_view, put_product
+from .isa.instructions import microbatch, put_product
+from .isa.layout import parameter_view
 from .kernels.random_state import fork, generator_of
 from .memory.chunks import Chunk, State
 from .memory.offloads import Offloads
@@ -186,8 +187,8 @@ class Machine:
         """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
         self.collectives.abandon()
         self.messages.abandon()
-        self.store.copies.join()  # copies under way still write to what the program's death has freed
         left = self.store.abort(self.run)
+        self.store.copies.join()  # copies under way still write to what the program's death has freed
         for chunk in self.chunks:
             chunk.rest()
         if self._apart:  # ranks would draw apart from here on

@@ -11,6 +11,7 @@ from ..planner.search import estimated, rehomed
 from ..programs.agreement import shared_homes
 from ..programs.programs import Compiled, Key
 from ..session import Session
+from ..setup import Phase
 
 Plans = Mapping[Key, Plan]
 """One for each program."""
@@ -61,14 +62,19 @@ class Rehoming:
         return estimated(plan, self.session.programs()[key].flat, limits).plan.estimate.step_s
 
     def move(self, key: Key, plans: Plans) -> bool:
-        """Go on by these plans, on all processes or on none. Returns whether it could be done."""
-        before, failed = self.now, False
-        try:
-            self.session.rehome(plans, key)
-        except BudgetError:
-            failed = True
-        if any(self.session.ranks.gather(failed)):
-            if not failed:
+        """Go on by these plans, on all processes or on none. Returns whether it could be done. Raises, on all, where
+        one cannot go on by either."""
+        before, is_moved, ranks = self.now, True, self.session.ranks
+        with ranks.failing_alike():
+            try:
+                self.session.rehome(plans, key)
+            except BudgetError:
+                if self.session.phase is Phase.BROKEN:
+                    raise
+                is_moved = False
+        if all(ranks.gather(is_moved)):
+            return True
+        with ranks.failing_alike():
+            if is_moved:
                 self.session.rehome(before, key)
-            return False
-        return True
+        return False

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...runtime.isa.errors import CaptureError
 from .guards import attributes_of
+from .owners import full_name
 
 _set_data = torch.Tensor.data.__set__
 
@@ -49,14 +50,14 @@ def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]
     before = [(path, module, _State.of(module)) for path, module in model.named_modules()]
     for path, module, _ in before:
         for name, buffer in module._buffers.items():
-            if _joined(path, name) in replaced:
+            if full_name(path, name) in replaced:
                 module._buffers[name] = buffer.clone()
     with _DataIsWritten():
         yield
     # All values are read before one is written: they may be of other buffers.
     values = [(path, name, buffer, module._buffers.get(name)) for path, module, state in before
               for name, buffer in state.buffers.items() if buffer is not None]  # fmt: skip
-    written = [(_joined(path, name), buffer, now) for path, name, buffer, now in values if now is not buffer]
+    written = [(full_name(path, name), buffer, now) for path, name, buffer, now in values if now is not buffer]
     replaced |= {path for path, _, _ in written}
     shared = next((path for path, buffer, _ in written if sum(b is buffer for _, _, b, _ in values) > 1), None)
     if shared is not None:
@@ -82,10 +83,6 @@ def shared_buffers(model: nn.Module) -> list[tuple[_Buffers, str, _Buffers, str]
     return [place for place in held if place[0][place[1]] is not None and place[:2] != place[2:]]
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 @dataclass(frozen=True)
 class _State:
     """What a module held before its forward."""
@@ -105,7 +102,7 @@ class _State:
 
     def restore(self, module: nn.Module, path: str) -> None:
         """Take back what the forward has assigned. Warns of it, or raises CaptureError, where that may be missed."""
-        prefix = _joined(path, "")
+        prefix = full_name(path, "")
         now = module._parameters
         changed = [name for name in {**self.parameters, **now} if now.get(name) is not self.parameters.get(name)]
         if changed:

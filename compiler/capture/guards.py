@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .owners import owners_in
+from .owners import full_name, owners_in
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 """Values that hold no tensors and do not change."""
@@ -102,7 +102,7 @@ class Guard:
     def of(cls, owner: Any, name: str, path: str) -> "Guard":
         value = vars(owner).get(name, _ABSENT)
         by_identity = not (isinstance(value, _CONTAINERS) or _is_settings(value))
-        return cls(owner, name, f"{path}.{name}" if path else name, value, known_by(value), by_identity)
+        return cls(owner, name, full_name(path, name), value, known_by(value), by_identity)
 
     def holds(self) -> bool:
         now = vars(self.owner).get(self.name, _ABSENT)
@@ -170,7 +170,7 @@ def _is_private(owner: Any, name: str, is_outside: bool) -> bool:
 
 def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any, path: str) -> None:
     if isinstance(copied, PreTrainedConfig) and id(copied) not in owners:
-        path = f"{path}.config" if path else "config"
+        path = full_name(path, "config")
         owners[id(copied)] = original, path
         for name, part in list(vars(copied).items()):
             _add_configs(owners, part, vars(original).get(name), path)

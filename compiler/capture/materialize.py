@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.isa.errors import StateError
+from .owners import full_name
 from .weak_references import without_weak_references
 
 
@@ -54,10 +55,10 @@ def _check_buffers(model: nn.Module) -> None:
     derived = [(path, module) for path, module in model.named_modules() if _derived(module)]
     if derived and not hasattr(model, "_init_weights"):
         path, module = derived[0]
-        name = f"{path}.{_derived(module)[0]}".removeprefix(".")
         raise StateError(
-            f"nothing was loaded: buffer {name} is on 'meta' and no state_dict holds it, so its values "
-            "are unknown. Make it persistent, or give it values where the module is built (device='cpu')"
+            f"nothing was loaded: buffer {full_name(path, _derived(module)[0])} is on 'meta' and no state_dict holds "
+            "it, so its values are unknown. Make it persistent, or give it values where the module is built "
+            "(device='cpu')"
         )
 
 

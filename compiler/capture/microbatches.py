@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +21,11 @@ from .trace import Captured
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Finish = Callable[[Captured, int], Captured]
 """What becomes of a captured step of whole tensors that runs as so many microbatches."""
+
+
+def as_arguments(examples: Mapping[str, Any] | tuple[Any, ...]) -> Arguments:
+    """Example inputs, keyword or positional ones, as a call has them."""
+    return ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
 
 
 def typed(arguments: Arguments) -> Arguments:

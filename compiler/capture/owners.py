@@ -16,6 +16,11 @@ _IMMUTABLE = 1 << 8
 """Py_TPFLAGS_IMMUTABLETYPE, of classes that are written in C."""
 
 
+def full_name(path: str, name: str) -> str:
+    """What a module at `path`, "" for the whole model, has under a name, as the model names it."""
+    return f"{path}.{name}" if path else name
+
+
 def owners_in(value: Any, path: str, depth: int = 0) -> Owners:
     """Of a function or what else can be called: itself, whose method it is, and of what it is made or closes over what
     can be called. Functions by global names are left out: they lead into torch, and through it."""

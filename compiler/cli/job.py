@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -20,6 +19,7 @@ from ...models.recipe.finetune import check_output, finetune
 from ...models.recipe.recipe import Recipe, Report
 from ...models.recipe.records import Chat, Fields, Record, Text, plain_texts, read_records, summary
 from ...models.recipe.text import embedded_texts, train_tokenizer
+from ...runtime.distributed.meeting import launched
 from ...runtime.isa.errors import CheckpointError
 from ...runtime.isa.mesh import Mesh
 from ...runtime.isa.units import format_bytes, parse_seconds
@@ -87,8 +87,8 @@ class TrainOptions:
         Raises:
             ValueError: the degrees do not multiply to their number.
         """
-        launched = int(os.environ["WORLD_SIZE"]) if is_launched() else self.nprocs
-        return self.degrees.mesh(launched, launched or 1)
+        count = launched() if is_launched() else self.nprocs
+        return self.degrees.mesh(count, count or 1)
 
     @property
     def directory(self) -> Path:

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from ...models.recipe.finetune import STOPS
+from ...runtime.distributed.meeting import launched
 from ...runtime.optimizer.updates import cores
 
 HERE = "127.0.0.1"
@@ -25,7 +26,7 @@ MOST_PROCESSES = 256
 
 def is_launched() -> bool:
     """Return whether this process is one of several, of ours or of torchrun's."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and launched() > 1
 
 
 def rank() -> int:
@@ -61,7 +62,7 @@ def launch(words: list[str], nprocs: int) -> int:
     # The system chooses the port, and it is listened on from then on: no other program can get it.
     store = TCPStore(HERE, 0, nprocs, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": HERE, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // nprocs)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(cores()) // nprocs)))
     environments = {
         i: address
         | {"RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": threads}

@@ -99,10 +99,12 @@ class RunDirectory:
         Raises:
             CheckpointError: there is no state in `directory`, or it is damaged.
         """
-        state = put_back(directory) / STATE
+        ranks = self.model.ranks
         with advised():
-            if not state.is_dir():
-                raise CheckpointError(f"there is nothing to resume in {directory}: no {STATE}")
+            with ranks.failing_alike():
+                state = (put_back(directory) if ranks.rank == 0 else directory) / STATE
+                if ranks.rank == 0 and not state.is_dir():
+                    raise CheckpointError(f"there is nothing to resume in {directory}: no {STATE}")
             return SavedRun(open_checkpoint(self.model, state))
 
     def _save_tokenizer(self, directory: Path) -> None:

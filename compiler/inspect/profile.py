@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity
 
 from ...runtime.isa.errors import check_path, wrong_argument
 from ...runtime.memory.state_store import StateStore
+from ...runtime.memory.traffic import covered_s
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,4 @@ def _is_mark(event: Any) -> bool:
 
 def _covered_s(events: Iterable[Any]) -> float:
     """Seconds in which at least one of the events was under way."""
-    covered_us, end_us = 0.0, float("-inf")
-    for start, stop in sorted((event.time_range.start, event.time_range.end) for event in events):
-        covered_us += max(0.0, stop - max(start, end_us))
-        end_us = max(end_us, stop)
-    return covered_us * 1e-6
+    return covered_s((event.time_range.start * 1e-6, event.time_range.end * 1e-6) for event in events)

@@ -14,7 +14,7 @@ from ...runtime.isa.torch_private import use_expandable_segments
 from ...runtime.isa.units import parse_bytes
 from ...runtime.memory.hardware import Hardware
 from ...runtime.memory.tiers import Tier
-from ..options import Options
+from ..options import DTYPES, Options
 from ..planner.memory import Limits
 from ..rates.choice import rates_of
 from ..rates.rates import Rates
@@ -73,6 +73,16 @@ def with_allocator(device_bytes: int, reserve_bytes: int, host_bytes: int, rates
     return Limits(device_bytes, reserve_bytes, host_bytes, rates, HOLE_SHARE)
 
 
+def host_share(options: Options, ranks: Ranks) -> int:
+    """Bytes that each of the ranks on one host may hold there: a part of the budget, or of what is free. Where they are
+    planned for, the cluster may tell what its hosts have."""
+    total, free = host_memory()
+    if not ranks.launched and options.cluster is not None and options.cluster.host_bytes is not None:
+        total = free = options.cluster.host_bytes
+    wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
+    return parse_bytes(wanted, of=total) // ranks.on_this_host
+
+
 @dataclass(frozen=True)
 class Device:
     """`torch_device` computes; on "cpu" it stands for a budgeted arena in RAM."""
@@ -108,18 +118,23 @@ class Device:
         device = Tier("device", device_bytes, PATIENCE_S * ranks.together)
         return Hardware(self.torch_device, device, Tier("host", limits.host_bytes))
 
-    def limits(self, options: Options, processes: int) -> Limits:
-        """Budgets in bytes, and the rates of a machine that so many processes share. On CUDA the allocator is capped so
-        that the whole process keeps to the budget.
+    def dtype(self, options: Options) -> torch.dtype | None:
+        """What parameters compute in; None: their own dtypes."""
+        return DTYPES.get(options.precision or ("bf16" if self.is_cuda else ""))
+
+    def budget_bytes(self, options: Options) -> int | None:
+        """The device budget that is given, of this device. Raises ValueError for one that makes no sense."""
+        if options.device_budget is None:
+            return None
+        return min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
+
+    def limits(self, options: Options, ranks: Ranks) -> Limits:
+        """Budgets of each of the ranks, in bytes, and the rates of a machine that they share. On CUDA the allocator is
+        capped so that the whole process keeps to the budget.
 
         Raises ValueError for a budget that makes no sense.
         """
-        total, free = host_memory()
-        wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
-        host_bytes = parse_bytes(wanted, of=total)
-        given = None
-        if options.device_budget is not None:
-            given = min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
+        host_bytes, given, processes = host_share(options, ranks), self.budget_bytes(options), ranks.on_this_host
         if not self.is_cuda:
             return Limits(given, 0, host_bytes, rates_of(self.torch_device, options.rates, processes, 0))
         room_bytes = min(given or self.total_bytes(), torch.cuda.mem_get_info(self.torch_device)[0]) - HEADROOM_BYTES

@@ -20,8 +20,9 @@ class Limits:
     """What a plan must keep to, in bytes, and how fast the machine is.
 
     `device_bytes` is the budget (None: no limit), of which `reserve_bytes` are not the tensors': the driver's
-    context and libraries. `host_bytes` is what the host may hold. `hole_share` is the share of a program's largest
-    storage that the device's allocator may lose to holes too small for it: 0 where it cannot fragment, as the arena.
+    context and libraries. `host_bytes` is what this process may hold on its host. `hole_share` is the share of a
+    program's largest storage that the device's allocator may lose to holes too small for it: 0 where it cannot
+    fragment, as the arena.
     """
 
     device_bytes: int | None
@@ -38,13 +39,12 @@ class Limits:
         return self.device_bytes is None or plan.peak_bytes <= self.device_bytes
 
     def agreed(self, ranks: Ranks) -> "Limits":
-        """What every rank can keep to, so that all make the same plan; ranks on one machine share its memory."""
+        """What every rank can keep to, so that all make the same plan."""
         found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes, self.rates))
         budgets, reserves, hosts, rates = zip(*found, strict=True)
         device_bytes = min((budget for budget in budgets if budget is not None), default=None)
-        host_bytes = min(hosts) // ranks.on_this_host
         return replace(
-            self, device_bytes=device_bytes, reserve_bytes=max(reserves), host_bytes=host_bytes, rates=slowest(rates)
+            self, device_bytes=device_bytes, reserve_bytes=max(reserves), host_bytes=min(hosts), rates=slowest(rates)
         )
 
 

@@ -43,4 +43,5 @@ def _host_refusal(expected: Estimate, limits: Limits) -> HostBudgetError:
         "device_budget so that more of it lies on the device. model.optimizer(..., in_backward=True) needs less, and "
         "with moments='bf16' or 'int8', and masters='bf16-stochastic', less still",
         smallest_bytes=expected.host_bytes,
+        tier="host",
     )

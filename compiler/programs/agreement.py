@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ...passes.program.plan import Plan
+from ...runtime.distributed.failures import raise_any
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.homes import Homes
 from .programs import chunks_alike
@@ -21,6 +22,16 @@ def is_agreed_on(plan: Plan, ranks: Ranks) -> bool:
     """Whether ranks that run a plan share out weights, and meet in every fetch of those that do not stay. Ranks of a
     pipeline have chunks of their own each, and plans."""
     return ranks.together and not plan.mesh.pipeline_axes and any(chunk.shards > 1 for chunk in plan.layout.chunks)
+
+
+def all_refuse(refusal: Exception | None, ranks: Ranks) -> bool:
+    """Whether every rank refuses steps, as before `model.optimizer(...)` is called, which may still come; the step
+    raises it. Raises where some do."""
+    told = ranks.failures(refusal)
+    if all(told.values()):
+        return True
+    raise_any(refusal, told)
+    return False
 
 
 def agreed(plan: Plan, ranks: Ranks) -> Plan:

@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 
 import torch
 
-from ...runtime.isa.errors import check_path, wrong_argument
+from ...runtime.isa.errors import check_path, did_you_mean, wrong_argument
 from .calibrate import AUTOMATIC, BusyError, calibrate
 from .identity import Identity
 from .kept import Kept, keep, kept_for, read
@@ -32,8 +31,7 @@ def given_rates(given: Given) -> Rates | None:
     if str(given) in CARDS:
         return preset(str(given))
     if not Path(given).exists() and Path(given).suffix != ".json":
-        near = get_close_matches(str(given), CARDS, 1)
-        raise wrong_argument("rates", str(given), EXPECTED + "".join(f"; did you mean {name!r}?" for name in near))
+        raise wrong_argument("rates", str(given), EXPECTED, did_you_mean(str(given), CARDS))
     return read(Path(given)).rates
 
 

@@ -3,12 +3,11 @@
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ...runtime.isa.errors import ArgumentError, check_path, wrong_argument
+from ...runtime.isa.errors import ArgumentError, check_path, did_you_mean, wrong_argument
 from ...runtime.isa.units import parse_bytes
 from .presets import CARDS, preset
 from .rates import Rates
@@ -120,8 +119,7 @@ def given_cluster(given: Given) -> Cluster | None:
     if str(given) in CLUSTERS:
         return CLUSTERS[str(given)]
     if Path(given).suffix != ".toml":
-        near = get_close_matches(str(given), CLUSTERS, 1)
-        raise wrong_argument("cluster", str(given), EXPECTED + "".join(f"; did you mean {name!r}?" for name in near))
+        raise wrong_argument("cluster", str(given), EXPECTED, did_you_mean(str(given), CLUSTERS))
     try:
         return _described(tomllib.loads(Path(given).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -138,8 +136,7 @@ def _described(given: Mapping[str, Any]) -> Cluster:
     """A cluster by its fields; those that are left out are those of the one that it is `like`."""
     unknown = next((name for name in given if name not in FIELDS), None)
     if unknown is not None:
-        near = get_close_matches(str(unknown), FIELDS, 1)
-        raise ArgumentError(f"cluster has {unknown!r}; {f'did you mean {near[0]!r}?' if near else EXPECTED}")
+        raise ArgumentError(f"cluster has {unknown!r}; {did_you_mean(unknown, FIELDS, EXPECTED)}")
     like, card = given.get("like"), given.get("card")
     if like is not None and like not in CLUSTERS:
         raise ArgumentError(f"cluster is like {like!r}, which there is not; expected {', '.join(CLUSTERS)}")

@@ -33,7 +33,7 @@ class Identity:
             driver=cuda_driver(),
             cuda=torch.version.cuda or torch.version.hip or "",
             cpu=_cpu_model(),
-            cores=cores(),
+            cores=len(cores()),
             processes=processes,
             torch_version=torch.__version__,
         )

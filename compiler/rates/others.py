@@ -1,12 +1,12 @@
 """Who else uses a machine while it is measured."""
 
-import os
 import time
 
 import psutil
 import torch
 
 from ...runtime.isa.units import format_bytes
+from ...runtime.optimizer.updates import cores
 
 OTHERS_BYTES = 2 * 2**30
 """Device memory that nobody of this process holds, and that is more than its driver context."""
@@ -40,23 +40,18 @@ class HostWatch:
 
     def others(self, processes: int = 1) -> str | None:
         """That others keep the host busy, if they do. Of so many of our processes each takes as much as this one."""
-        cores, passed_s = len(_cores()), time.perf_counter() - self.began_s
+        count, passed_s = len(cores()), time.perf_counter() - self.began_s
         theirs_s = _all_busy_s() - self.all_s - processes * (_own_busy_s() - self.own_s)
-        percent = 100 * theirs_s / (cores * passed_s)
+        percent = 100 * theirs_s / (count * passed_s)
         if percent <= BUSY_PERCENT:
             return None
-        return f"others keep {percent:.0f} % of the host's {cores} cores busy"
-
-
-def _cores() -> set[int]:
-    """Those that this process may run on."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+        return f"others keep {percent:.0f} % of the host's {count} cores busy"
 
 
 def _all_busy_s() -> float:
     """Of these cores, since the machine was started."""
     idle = lambda times: times.idle + getattr(times, "iowait", 0.0)  # noqa: E731
-    found = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in _cores()]
+    found = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in cores()]
     counted_twice = lambda times: getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # noqa: E731
     return sum(sum(times) - idle(times) - counted_twice(times) for times in found)
 

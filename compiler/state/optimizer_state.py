@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ...runtime.isa.errors import CheckpointError, StateError
 from ...runtime.memory.stored import Stored
 from ...runtime.optimizer.chunk_optimizer import ChunkOptimizer
-from ...runtime.optimizer.saved_groups import check_rule
+from ...runtime.optimizer.saved_states import SavedState, check_rule
 from ..session import Session
 
 _logger = logging.getLogger(__name__)
@@ -79,11 +79,16 @@ class OptimizerState(ABC):
                 "alone with optimizer=None"
             )
         self._check_groups(saved["param_groups"])
-        for name, parameter in self.parameters.items():
-            self._check_tensors(name, parameter, found)
+        try:
+            self._check_rule(saved["param_groups"])
+            for name, parameter in self.parameters.items():
+                self._check_state(name, self._saved_state(name, saved, found))
+                self._check_dtypes(name, parameter, found)
+        except (ValueError, StateError) as error:
+            raise CheckpointError(f"nothing was loaded: {error}") from error
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Raises CheckpointError where they are of other parameters, or have other options than this kind."""
+        """Raises CheckpointError where they are of other parameters."""
         before = [set(group["params"]) for group in groups]
         now = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
         if before != now:
@@ -92,29 +97,22 @@ class OptimizerState(ABC):
                 f"checkpoint {len(before)} of {', '.join(str(len(g)) for g in before)}, or others in them; make the "
                 "same groups"
             )
-        try:
-            self._check_rule(groups)
-        except (ValueError, StateError) as error:
-            raise CheckpointError(f"nothing was loaded: {error}") from error
 
     def _check_rule(self, groups: list[dict[str, Any]]) -> None:
         """Raises ValueError or StateError where another rule was followed."""
         check_rule(self.kind, self.optimizer.defaults, self.optimizer.param_groups, groups)
 
-    def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
+    def _check_state(self, name: str, saved: SavedState) -> None:
+        """Raises ValueError where what was saved of a parameter is not its state."""
+        shape = self.session.store().chunks.whole_shape(name)
+        saved.check(name, dict.fromkeys(saved.shapes, shape), counts=False)
+
+    def _check_dtypes(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
         """Raises CheckpointError where a parameter's state would not stay the same."""
         for key in self._saved_keys(name, found):
-            shape, dtype = found[f"optimizer.{key}.{name}"]
-            whole, _ = found.get(f"model.{name}", (None, None))
-            expected = shape if whole is None else self._shape_of(name, key, whole)
-            if shape != expected:
-                raise CheckpointError(f"the checkpoint has {key} of shape {shape} for {name}, which has {expected}")
+            _, dtype = found[f"optimizer.{key}.{name}"]
             if not is_exact(dtype, parameter.dtype):
                 raise CheckpointError(f"the checkpoint has {key} of {name} as {dtype}, expected {parameter.dtype}")
-
-    def _shape_of(self, name: str, key: str, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """That of a part of the state of a parameter which has the shape `whole`."""
-        return whole
 
     @abstractmethod
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
@@ -133,6 +131,10 @@ class OptimizerState(ABC):
         by_number = {order[name]: state for name, state in states.items() if state}
         scale = {key: saved[key] for key in ("loss_scale",) if key in saved}
         self.optimizer.load_state_dict({"state": by_number, "param_groups": groups, **scale})
+
+    def _saved_state(self, name: str, saved: dict[str, Any], found: Tensors) -> SavedState:
+        shapes = {key: found[f"optimizer.{key}.{name}"][0] for key in self._saved_keys(name, found)}
+        return SavedState(shapes, saved["numbers"].get(name, {}).get("step"))
 
     def _saved_keys(self, name: str, found: Tensors) -> list[str]:
         """What a checkpoint has of the optimizer's state for a parameter."""
@@ -160,9 +162,6 @@ class _OwnState(OptimizerState):
     def _stored(self, name: str) -> dict[str, Stored]:
         return dict(zip(self.own.moments_of(name), self.store.stored_moments(name), strict=False))
 
-    def _shape_of(self, name: str, key: str, whole: tuple[int, ...]) -> tuple[int, ...]:
-        return self.own.moments_of(name).get(key, whole)
-
     def _numbers(self, name: str) -> dict[str, Any]:
         state, slot = self.store.state_of(name)
         counts = state.steps[slot] and self.own.counts(name)
@@ -175,14 +174,8 @@ class _OwnState(OptimizerState):
     def _check_rule(self, groups: list[dict[str, Any]]) -> None:
         self.own.check_saved(groups)
 
-    def _check_tensors(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
-        super()._check_tensors(name, parameter, found)
-        keys, expected = self._saved_keys(name, found), self.own.moments_of(name)
-        if keys and set(keys) != set(expected):
-            raise CheckpointError(
-                f"the checkpoint has {', '.join(keys)} of the optimizer, expected {', '.join(expected)}; it is of "
-                "another optimizer"
-            )
+    def _check_state(self, name: str, saved: SavedState) -> None:
+        self.own.check_state(name, saved)
 
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
         self._load_numbers(saved, {})
@@ -195,7 +188,7 @@ class _OwnState(OptimizerState):
         for name in self.held:
             keys = self._saved_keys(name, found)
             state, slot = self.store.state_of(name)
-            state.steps[slot] = int(saved["numbers"].get(name, {}).get("step", 1 if keys else 0))
+            state.steps[slot] = self._saved_state(name, saved, found).steps
             if keys:
                 read |= {f"optimizer.{key}.{name}": stored for key, stored in self._stored(name).items()}
         return read

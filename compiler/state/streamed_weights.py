@@ -88,8 +88,7 @@ class StreamedWeight(nn.Parameter):
         return func(*args, **kwargs)
 
     def _values(self) -> Tensor:
-        weights = self.chunks.read(self.chunk)
-        return weights.narrow(0, self.place.offset, self.place.numel).view(self.place.shape)
+        return self.place.of(self.chunks.read(self.chunk))
 
 
 @contextmanager

@@ -130,8 +130,9 @@ def finetune(
         CheckpointError: a checkpoint cannot be written, or the one to resume does not belong to this run.
         ValueError: `recipe.output` holds something else than a checkpoint.
     """
-    check_output(recipe.output)
     ranks, part, data = model.ranks, _part(model), blocks.fingerprint()
+    with ranks.failing_alike():
+        check_output(recipe.output)
     ranks.check_alike("the data", data)
     ranks.check_alike("where to begin, at a checkpoint or anew,", str(resume))
     optimizer = make_optimizer(model, recipe)
@@ -146,8 +147,7 @@ def finetune(
         return checkpoints.save(recipe.output, optimizer, state.extra(), background=background)
 
     saves = _Saves(recipe, write)
-    losses: list[float] = []
-    began_s = time.perf_counter()
+    losses, began_s = list[float](), time.perf_counter()
     with _Interrupt() as interrupt:
         for step in range(first, recipe.steps):
             stops, is_due, is_saved = _asked(ranks, interrupt.requested, saves.is_due(step), saves.is_done())

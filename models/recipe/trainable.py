@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,10 @@ class Processes(Protocol):
     @property
     def data_rank(self) -> int:
         """Which part of every batch is this process's."""
+        ...
+
+    def failing_alike(self) -> AbstractContextManager[None]:
+        """Where what all of them do within fails on one, all raise."""
         ...
 
     def gather(self, value: Any) -> list[Any]:

@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
 
-from ...runtime.isa.errors import ArgumentError, VerificationError, wrong_argument
+from ...runtime.isa.errors import ArgumentError, VerificationError, did_you_mean, wrong_argument
 from .plan import Plan
 from .program import Program
 from .text import print_program, target_text
@@ -74,8 +73,8 @@ def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass
     for added in extra:
         names = [p.name for p in passes]
         if added.after not in names:
-            near = get_close_matches(added.after, names, 1) or names
-            raise ArgumentError(f"passes: pass {added.name!r}: after={added.after!r} names no pass; try {near[0]!r}")
+            hint = did_you_mean(added.after, names, f"expected one of {', '.join(names)}")
+            raise ArgumentError(f"passes: pass {added.name!r}: after={added.after!r} names no pass; {hint}")
         place = names.index(added.after) + 1
         while place < len(passes) and passes[place] in placed and passes[place].after == added.after:
             place += 1  # behind the user's earlier passes that go to the same place

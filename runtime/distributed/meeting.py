@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..isa.errors import StateError, as_cause
 from ..isa.mesh import Mesh
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Another one at each start of a machine: names of hosts may be alike."""
 
 
 def host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> Any:
@@ -34,6 +39,20 @@ def meeting() -> Iterator[None]:
             "the processes did not meet: one of them has ended, see its own error, or came too late for timeout_s "
             f"({error}). Start all of them again"
         ) from as_cause(error)
+
+
+def launched() -> int:
+    """How many processes were started together, or have met already."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def this_host() -> tuple[str, str]:
+    """What tells this process's host from others, and from other containers, which have memory of their own."""
+    try:
+        boot = BOOT.read_text().strip()
+    except OSError:  # not Linux
+        boot = ""
+    return platform.node(), boot
 
 
 def enter(device: torch.device, timeout: timedelta) -> None:

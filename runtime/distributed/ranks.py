@@ -1,6 +1,5 @@
 """The processes that train one model together, by `torch.distributed`."""
 
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..isa.errors import REFUSALS, GeminiError, StateError
+from ..isa.errors import REFUSALS, StateError
 from ..isa.mesh import ONE_PROCESS, Mesh, names_of, taken_together
 from ..isa.precision import ReduceDtype
 from .collectives import Collectives
-from .meeting import enter, group_along, host_group, meeting
+from .failures import Failure, raise_any
+from .meeting import enter, group_along, host_group, launched, meeting, this_host
 from .pulse import Pulse, of_process
 
 
@@ -61,11 +61,13 @@ class Ranks:
     the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
     about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
     own, `channels` are those from one rank of a pipeline to another. In an exchange they wait for each other for
-    `timeout`, and by the `pulse` they tell who has died."""
+    `timeout`, and by the `pulse` they tell who has died. `on_this_host` of them share this machine's memory, or will
+    where they are planned for."""
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
     launched: bool = True
+    on_this_host: int = 1
     groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     reduce_dtype: ReduceDtype = "fp32"
@@ -78,17 +80,18 @@ class Ranks:
 
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
-           timeout_s: float = 300.0) -> "Ranks":  # fmt: skip
-        """The ranks that torchrun launched, or those that are planned for; `mesh_of` tells the mesh of so many
-        launched ones, and raises ValueError where there is none. After `timeout_s` in a collective the others are
-        taken for dead. Raises StateError where they do not come."""
-        launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-        mesh = mesh_of(launched)
-        if launched == 1:
-            return cls(mesh, 0, launched=mesh.size == 1, reduce_dtype=reduce_dtype)
-        if mesh.size != launched:
+           timeout_s: float = 300.0, per_host: int | None = None) -> "Ranks":  # fmt: skip
+        """The ranks that were launched, or those that are planned for, `per_host` of them on a host, or all; `mesh_of`
+        tells the mesh of so many launched ones, and raises ValueError where there is none. After `timeout_s` in a
+        collective the others are taken for dead. Raises StateError where they do not come."""
+        count = launched()
+        mesh = mesh_of(count)
+        if count == 1:
+            together = min(per_host or mesh.size, mesh.size)
+            return cls(mesh, 0, launched=mesh.size == 1, on_this_host=together, reduce_dtype=reduce_dtype)
+        if mesh.size != count:
             raise ValueError(
-                f"world_size={mesh.size}, but {launched} processes were launched; leave world_size out, or launch "
+                f"world_size={mesh.size}, but {count} processes were launched; leave world_size out, or launch "
                 f"with torchrun --nproc-per-node {mesh.size}"
             )
         timeout = timedelta(seconds=timeout_s)
@@ -103,7 +106,8 @@ class Ranks:
         ranks = cls(mesh, dist.get_rank(), groups=groups, reduce_dtype=reduce_dtype, sharing=sharing,
                     alike=alike, timeout=timeout, pulse=of_process())  # fmt: skip
         ranks.join_axes([names_of(mesh.batch_axes)], device)
-        return ranks
+        host = this_host()
+        return replace(ranks, on_this_host=ranks.gather(host).count(host))
 
     def join_axes(self, several: Iterable[tuple[str, ...]], device: torch.device) -> None:
         """Make the process groups of several axes taken together, as far as they are not there. All ranks call it, and
@@ -134,11 +138,6 @@ class Ranks:
     def data_rank(self) -> int:
         """Which of the step's batches is this process's."""
         return self.mesh.data_rank(self.rank)
-
-    @property
-    def on_this_host(self) -> int:
-        """How many of the ranks share this machine's memory."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.together else 1
 
     @property
     def together(self) -> bool:
@@ -189,10 +188,15 @@ class Ranks:
             self.call(dist.all_gather_object, found, value, group=self.apart_group)
         return found
 
+    def failures(self, error: Exception | None) -> dict[int, Failure | None]:
+        """What each rank tells of its error, if it has one."""
+        self.meet("telling each other whether something failed")
+        return dict(enumerate(self.gather(Failure.of(error))))
+
     def raise_alike(self, error: Exception | None) -> None:
         """Where any rank has an error, raise: there the error itself, elsewhere one that tells it: a StateError, or for
         a refusal one of its kind, which all then meet alike."""
-        _raise(error, dict(enumerate(self.gather(_told(error)))))
+        raise_any(error, self.failures(error))
 
     @contextmanager
     def failing_alike(self) -> Iterator[None]:
@@ -214,7 +218,7 @@ class Ranks:
         except REFUSALS as error:
             refusal = error
         if self.mesh.pipeline_axes and self.launched:
-            _raise(refusal, self.told_by_sharing(_told(refusal)))
+            raise_any(refusal, self.told_by_sharing(Failure.of(refusal)))
         if refusal is not None:
             raise refusal
 
@@ -366,25 +370,6 @@ def _is_of_others(error: RuntimeError) -> bool:
     """Whether an exchange failed for want of others, and not on this process alone, as for want of memory. Errors of
     gloo have no type of their own, and tell the place in its source."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-Told = tuple[type[GeminiError], str]
-"""What others raise for a rank's error, and its text."""
-
-
-def _told(error: Exception | None) -> Told | None:
-    if error is None:
-        return None
-    kind = next((kind for kind in REFUSALS if isinstance(error, kind)), StateError)
-    return kind, f"{type(error).__name__}: {error}"
-
-
-def _raise(error: Exception | None, told: dict[int, Told | None]) -> None:
-    if error is not None:
-        raise error
-    failed = {rank: each for rank, each in told.items() if each is not None}
-    for kind, _ in failed.values():
-        raise kind("; ".join(f"rank {rank} failed with {text}" for rank, (_, text) in failed.items()))
 
 
 ALONE = Ranks()

@@ -1,5 +1,7 @@
 """Errors a user may meet: each says what happened, what was expected and how to go on."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
@@ -27,7 +29,8 @@ class BudgetError(GeminiError):
 
     Attributes:
         smallest_bytes: the smallest budget that would do, or None where none is known.
-        tier: the tier that was found full, "device" or "host", or "" where it is a plan that does not fit.
+        tier: "host" where that is too small for a plan, or was found full, "device" where the device was found full,
+            "" where a plan does not fit it.
     """
 
     def __init__(self, message: str, smallest_bytes: int | None = None, tier: str = "") -> None:
@@ -37,7 +40,7 @@ class BudgetError(GeminiError):
 
 
 class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own term
-    """A chunk was asked to move between two states that the state machine does not connect."""
+    """A chunk or a model was asked to move between two states that its state machine does not connect."""
 
 
 class StateError(GeminiError):
@@ -70,11 +73,17 @@ def as_cause(error: BaseException) -> BaseException:
     return error.with_traceback(traceback.tb_next if traceback else None)
 
 
-def wrong_argument(name: str, value: Any, expected: str) -> ArgumentError:
+def did_you_mean(name: object, names: Iterable[str], otherwise: str = "") -> str:
+    """A question after the nearest of some names, where what was given is near to one, or what is said `otherwise`."""
+    near = get_close_matches(name, names, 1) if isinstance(name, str) else []
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def wrong_argument(name: str, value: Any, expected: str, hint: str = "") -> ArgumentError:
     """The error of an argument that was given `value`, of which the beginning is shown."""
     shown = " ".join(repr(value).split())
     shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
-    return ArgumentError(f"{name}={shown}; expected {expected}")
+    return ArgumentError(f"{name}={shown}; expected {expected}{hint and f'; {hint}'}")
 
 
 def check_path(name: str, value: Any, expected: str) -> None:

@@ -77,12 +77,13 @@ a contiguous tensor, and one that is waited for. In between nobody reads what is
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from .layout import parameter_view
 
 NAMESPACE = "geminifx"
 
@@ -131,11 +132,6 @@ CPU_RNG_STATE_BYTES = torch.Generator().get_state().numel()
 
 def _flat(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(numel, dtype=dtype)
-
-
-def parameter_view(weights: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
-    """One parameter of a flat chunk; `offset` counts elements."""
-    return weights.narrow(0, offset, prod(shape)).view(shape)
 
 
 def microbatch(batch: Tensor, index: int, count: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Where every parameter lives: plain layout dataclasses shared by plans, passes and the machine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 ALIGNMENT_BYTES = 256
 """Every slot starts on this boundary, so that vector loads and tensor cores see aligned weights."""
@@ -27,6 +28,11 @@ def alignment(dtype: torch.dtype, unit: int = 1) -> int:
     return max(ALIGNMENT_BYTES // dtype.itemsize, unit)
 
 
+def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
+    """One parameter of a flat chunk; `offset` counts elements."""
+    return flat.narrow(0, offset, prod(shape)).view(shape)
+
+
 @dataclass(frozen=True)
 class Slot:
     """One parameter's place in a chunk: `offset` and `numel` count elements of the chunk's dtype.
@@ -43,6 +49,10 @@ class Slot:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """What lies here of a chunk, or of what is as long as a chunk."""
+        return parameter_view(flat, self.offset, self.shape)
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], ...]:

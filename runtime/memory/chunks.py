@@ -20,10 +20,11 @@ from torch.utils.dlpack import from_dlpack
 
 from ..distributed.local_shards import ALONE, LocalShards
 from ..distributed.ownership import Ownership
-from ..isa.errors import IllegalTransition, StateError
+from ..isa.errors import StateError
 from ..isa.layout import ChunkLayout, Layout, Slot
 from ..isa.precision import master_dtype
 from ..isa.torch_private import num_references
+from ..isa.transitions import transition
 from . import local_norms
 from .elsewhere import Elsewhere, Writers
 from .lazy_parameter import become_lazy
@@ -88,23 +89,17 @@ class Chunk:
         return self.gradient is not None and any(map(self._owns_grad, range(len(self.parameters))))
 
     def move(self, state: State) -> None:
-        """Raises IllegalTransition where the state machine has no such edge."""
-        if state not in LEGAL[self.state]:
-            names = ", ".join(slot.name for slot in self.layout.slots[:3])
-            legal = ", ".join(sorted(s.value for s in LEGAL[self.state]))
-            raise IllegalTransition(
-                f"chunk {self.layout.index} ({names}, ...) cannot go from {self.state.value} to {state.value}; "
-                f"expected {legal}. The program's instructions for this chunk are out of order."
-            )
-        self.state = state
+        """Raises IllegalTransition where the program's instructions for this chunk are out of order."""
+        names = ", ".join(slot.name for slot in self.layout.slots[:3])
+        hint = ". The program's instructions for this chunk are out of order"
+        self.state = transition(LEGAL, f"chunk {self.layout.index} ({names}, ...)", self.state, state, hint)
 
     def rest(self) -> None:
         """Back to FREE from wherever an interrupted step left the chunk; masters are never touched."""
         self.state = State.FREE
 
     def slice(self, flat: Tensor, slot: int) -> Tensor:
-        place = self.layout.slots[slot]
-        return flat.narrow(0, place.offset, place.numel).view(place.shape)
+        return self.layout.slots[slot].of(flat)
 
     def accumulate(self, source: Tensor, slots: list[int]) -> None:
         """Add complete gradients in `source` (flat, any float dtype, on the master's device) to `.grad`."""

@@ -1,11 +1,13 @@
 """The two sides of the machine: a device and the host, the accounts of their memory, and who copies between them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..isa.errors import BudgetError
+from ..isa.errors import BudgetError, as_cause
 from .streams import CopyEngine, copy_engine, host_buffer
 from .tiers import Tier
 from .traffic import Traffic
@@ -51,11 +53,20 @@ class Hardware:
 
     def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
         """A flat tensor of zeros on either side; `pinned`: one that copies between the sides start from or end in.
-        Raises BudgetError where there is no memory: others may have taken what the tiers account for."""
-        try:
+        Raises BudgetError where there is no memory."""
+        with self.placing():
             if on_device:
                 return torch.zeros(numel, dtype=dtype, device=self.device)
             return host_buffer(numel, dtype, pinned and self.is_cuda)
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """While states are made and moved. Raises BudgetError where there is no memory for them, or for what moves
+        them: others may have taken what the tiers account for."""
+        try:
+            yield
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-            tier = self.device_tier if on_device else self.host_tier
-            raise BudgetError(f"the {tier.name} has no memory left for states: {error}", tier=tier.name) from error
+            tier = self.device_tier if isinstance(error, torch.cuda.OutOfMemoryError) else self.host_tier
+            raise BudgetError(f"the {tier.name} has no memory left for states: {error}", tier=tier.name) from as_cause(
+                error
+            )

@@ -52,6 +52,10 @@ class TorchStore:
     def place(self, homes: Homes) -> None:
         """Move masters and make or drop resident copies; values stay. Raises BudgetError on a full tier."""
         self.chunks.let_go()
+        with self.hardware.placing():
+            self._place(homes)
+
+    def _place(self, homes: Homes) -> None:
         pairs = list(zip(self.chunks.chunks, homes, strict=True))
         for chunk, home in pairs:  # first make room
             if chunk.resident is not None and not self.format.keeps_copy(chunk.layout, home):
@@ -64,7 +68,7 @@ class TorchStore:
         for chunk, home in pairs:
             self._book(chunk, home, purpose="the weights")
             if chunk.resident is None and self.format.keeps_copy(chunk.layout, home):
-                chunk.resident = torch.empty(chunk.layout.numel, dtype=chunk.layout.dtype, device=self.hardware.device)
+                chunk.resident = self.hardware.zeros(chunk.layout.numel, chunk.layout.dtype, on_device=True)
             self.homes[chunk.layout.index] = home
 
     def leave(self) -> None:

@@ -4,6 +4,7 @@ A moment of a device is an event: taking one costs a launch and waits for nothin
 them are apart waits for them.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -72,13 +73,14 @@ class Traffic:
             spans = [(begin, end) for which, begin, end in copies if which is direction]
             if spans:
                 first = spans[0][0]
-                found[direction] = _covered((seconds(first, begin), seconds(first, end)) for begin, end in spans)
+                found[direction] = covered_s((seconds(first, begin), seconds(first, end)) for begin, end in spans)
         return found
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """How long it is together what spans cover, which may overlap: several streams copy the same way."""
-    covered, until = 0.0, -float("inf")
+def covered_s(spans: Iterable[tuple[float, float]]) -> float:
+    """How long it is together what spans cover, from second to second, which may overlap: several streams may copy the
+    same way."""
+    covered, until = 0.0, -math.inf
     for begin, end in sorted(spans):
         covered += max(0.0, end - max(begin, until))
         until = max(until, end)

@@ -17,7 +17,7 @@ from .declared import Declared
 from .hyper_checks import check_group, check_state_dict
 from .kinds import KINDS
 from .own_store import OwnStore
-from .saved_groups import check_rule
+from .saved_states import SavedState, check_rule
 from .states import Hyper
 from .weak_method import weak_method
 
@@ -327,40 +327,30 @@ class ChunkOptimizer(Optimizer):
         for group in groups:
             self._check_group(group)
 
+    def check_state(self, parameter: str, saved: SavedState) -> None:
+        """Raises ValueError where what was saved of a parameter is not all that this optimizer keeps of it."""
+        assert self._format is not None
+        kind = KINDS[self._kind_of(parameter)]
+        keeps_any = kind.rule != "elements" or self._format.moments > 0
+        saved.check(parameter, self.moments_of(parameter) if keeps_any else {}, counts=kind.counts)
+
     def _check_states(self, named: dict[str, dict[str, Any]]) -> None:
         """Raises on all processes where a state does not fit on one of them."""
         error = None
         try:
             for name, saved in named.items():
-                self._check_state(name, saved)
+                self.check_state(name, SavedState.of(saved))
         except ValueError as caught:
             error = caught
         self.store.chunks.ownership.raise_alike(error)
 
-    def _check_state(self, parameter: str, saved: dict[str, Any]) -> None:
-        names = self.moments_of(parameter)
-        kept = zip(names.items(), self.store.moments_of(parameter), strict=False) if saved else ()
-        for (name, shape), _ in kept:
-            found = saved.get(name)
-            if found is None:
-                raise ValueError(
-                    f"the optimizer state of {parameter} has {', '.join(saved)}, expected {', '.join(names)}; it is of "
-                    "another optimizer"
-                )
-            if tuple(found.shape) != shape:
-                raise ValueError(
-                    f"the optimizer state of {parameter} has {name} of shape {tuple(found.shape)}, expected {shape}; "
-                    "it is of another model"
-                )
-
     def _load(self, parameter: str, saved: dict[str, Any]) -> None:
         store, local_shards = self.store, self.store.chunks.local_shards
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
-        places = state.moment_places(slot)
+        told, places = SavedState.of(saved), state.moment_places(slot)
         for number, (name, (_, place)) in enumerate(zip(self.moments_of(parameter), places, strict=False)):
             values = torch.zeros(place.shape)
-            if saved:
+            if not told.is_empty:
                 values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
             state.write_moment(number, slot, values)
-        default = 1 if saved else 0  # not all kinds count their steps: with a buffer there was one
-        state.steps[slot] = int(saved.get("step", default))
+        state.steps[slot] = told.steps

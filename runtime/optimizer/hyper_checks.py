@@ -32,13 +32,13 @@ def check_group(group: Mapping[str, Any]) -> None:
     if "beta2_decay" in group:  # Adafactor's eps are two, which it checks itself
         numbers = (name for name in numbers if name != "eps")
     for name in numbers:
-        if not 0 <= _number(group[name]) < math.inf:
+        if not 0 <= number(group[name]) < math.inf:
             raise wrong_argument(name, group[name], "a number, 0 or more")
-    if "dampening" in group and not math.isfinite(_number(group["dampening"])):
+    if "dampening" in group and not math.isfinite(number(group["dampening"])):
         raise wrong_argument("dampening", group["dampening"], "a number")
     if "betas" in group:
         betas = group["betas"]
-        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= _number(beta) < 1 for beta in betas):
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= number(beta) < 1 for beta in betas):
             raise wrong_argument("betas", betas, "two numbers, 0 or more and below 1, such as (0.9, 0.999)")
 
 
@@ -53,7 +53,7 @@ def check_state_dict(given: Any) -> None:
         check_group(group)
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A number, or the one in a tensor, as schedulers may keep it; NaN for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)

@@ -18,7 +18,7 @@ class Landings:
     def __init__(self, hardware: Hardware, tickets: Tickets) -> None:
         self.hardware = hardware
         self.tickets = tickets
-        self._kinds: dict[torch.dtype, tuple[int, int]] = {}
+        self._kinds: dict[torch.dtype, tuple[int, int]] | None = {}  # None: half made
         self._free: dict[torch.dtype, list[Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
 
@@ -28,7 +28,7 @@ class Landings:
         kinds = format.landings(placed)
         if kinds == self._kinds:
             return
-        self._kinds, self._free, self._taken = {}, {}, {}
+        self._kinds, self._free, self._taken = None, {}, {}
         self.hardware.host_tier.book("gradients on their way to the host", format.staging_bytes(placed))
         for dtype, (count, numel) in kinds.items():
             self._free[dtype] = [self.hardware.zeros(numel, dtype, False, pinned=True) for _ in range(count)]

@@ -99,9 +99,10 @@ class OwnStore:
         self.updater.drop_streams(homes)
         self.chunks.let_go()
         try:
-            self.states.place(homes)
-            self.updater.make_streams()
-            self.held.landings.make(self.format, list(self.states))
+            with self.hardware.placing():
+                self.states.place(homes)
+                self.updater.make_streams()
+                self.held.landings.make(self.format, list(self.states))
         finally:
             make_lazy(self)
 
@@ -272,6 +273,7 @@ class OwnStore:
 
     def abort(self, run: Run) -> str:
         self.collectives.abandon()
+        self.tickets.forget()  # copies into what the program's death frees
         if self._has_updated and run.counts:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."

@@ -134,8 +134,7 @@ class ChunkState:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def slice(self, flat: Tensor, slot: int) -> Tensor:
-        place = self.layout.slots[slot]
-        return flat.narrow(0, place.offset, place.numel).view(place.shape)
+        return self.layout.slots[slot].of(flat)
 
     def read(self, slot: int) -> Tensor:
         """One parameter's master, in a tensor of its own."""

@@ -84,7 +84,7 @@ class Updater:
         self.host_update_s = 0.0
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[tuple[bool, int], Factor] = {}
-        self._longest: list[ChunkLayout] = []  # of the states that travel, of each kind
+        self._longest: list[ChunkLayout] | None = []  # of the states that travel, of each kind; None: half made
         self.bets = Bets()
         self._begun: set[int] = set()
 
@@ -103,7 +103,7 @@ class Updater:
         longest = longest_of_each_kind(placed)
         if longest == self._longest:
             return
-        self.streams = {}
+        self.streams, self._longest = {}, None
         hardware.device_tier.book(ON_THEIR_WAY, format.stream_bytes(placed))
         for layout in longest:
             stream = StateStream(hardware, states[layout.index], with_gradients=not format.at_once)

@@ -37,14 +37,14 @@ LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work, and to the driver's."""
 
 
-def cores() -> int:
-    """Of those that there are, how many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> set[int]:
+    """Those of the host's that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def host_threads(sharing: int) -> int:
     """How many threads the host's updates run on, where so many processes share the machine."""
-    return max(1, cores() // sharing - LAUNCHER_CORES)
+    return max(1, len(cores()) // sharing - LAUNCHER_CORES)
 
 
 class UpdateKernels:

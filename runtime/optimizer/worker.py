@@ -37,6 +37,11 @@ class Ticket:
                 return
         self.arrival = action(self.arrival)
 
+    def forget(self) -> None:
+        """Let nothing follow that has not begun; what has is launched when this returns."""
+        with self._lock:
+            self._next = None
+
     def complete(self, arrival: Arrival) -> None:
         with self._lock:
             action, self._next = self._next, None  # which holds the store of the tickets
@@ -190,6 +195,11 @@ class Tickets:
         arrival = self.worker.wait(ticket, self._names(index))
         self._tickets.pop(index, None)  # not before: who is interrupted while waiting still has to
         return arrival
+
+    def forget(self) -> None:
+        """Let nothing follow on the work under way any more."""
+        for ticket in self._tickets.values():
+            ticket.forget()
 
     def is_launched(self, index: int) -> bool:
         """Whether the chunk's work, if there is any, is done as far as the worker goes."""

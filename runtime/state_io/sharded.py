@@ -61,11 +61,16 @@ def save(directory: str | Path, contents: Contents, ranks: Ranks, copying: Copyi
 
     Raises CheckpointError where it cannot be written; what was saved before is intact.
     """
-    target = put_back(directory)
-    if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
-        raise CheckpointError(f"{directory} holds files but no such checkpoint, and saving replaces it; choose another")
+    with ranks.failing_alike():
+        if ranks.rank == 0:  # the others may see a shared file system as it was
+            _check_replaced(put_back(directory))
     with replacing(directory, ranks) as temporary:
         write(temporary, contents, ranks, copying)
+
+
+def _check_replaced(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
+        raise CheckpointError(f"{target} holds files but no such checkpoint, and saving replaces it; choose another")
 
 
 @contextmanager
@@ -110,7 +115,9 @@ class Saved:
 
         Raises CheckpointError where there is none, or it is damaged; then the error tells what of it is.
         """
-        directory = ranks.gather(put_back(path) if ranks.rank == 0 else None)[0]
+        with ranks.failing_alike():
+            directory = put_back(path) if ranks.rank == 0 else None
+        directory = ranks.gather(directory)[0]
         sealed = verify(directory, ranks)
         with ranks.failing_alike():
             metadata = read_metadata(directory)

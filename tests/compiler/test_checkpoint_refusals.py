@@ -2,14 +2,17 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import geminifx
 import pytest
 import torch
+from geminifx.compiler.checkpoint import checkpoint_contents
 from geminifx.runtime.isa.errors import CheckpointError, StateError
 from geminifx.runtime.state_io.checksums import CHECKSUMS, seal
+from geminifx.runtime.state_io.sharded import save
 from saving import OPTIMIZERS, compiled, network, same, train, values
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, RAdam
@@ -157,6 +160,28 @@ def test_other_groups_are_refused(tmp_path: Path) -> None:
     part = SGD([next(model.parameters())], lr=0.1)
     with pytest.raises(geminifx.CheckpointError, match=r"1 group\(s\) of 1 parameters, .* 1 of 6"):
         geminifx.load_checkpoint(model, part, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda numbers, tensors: numbers.pop("0.bias"), "state of 0.bias has exp_avg, exp_avg_sq, expected .*, step;"),
+        (lambda numbers, tensors: numbers["0.bias"].update(step=-1), "state of 0.bias has step=-1, expected how many"),
+        (lambda numbers, tensors: tensors.pop("optimizer.exp_avg.0.bias"), "state of 0.bias has exp_avg_sq, step, exp"),
+    ],
+)
+def test_half_of_a_parameters_state_is_refused(tmp_path: Path, spoil: Callable[..., object], says: str) -> None:
+    """Taken for the first step's, old moments would be corrected for a bias that they do not have."""
+    model = compiled()
+    optimizer = KINDS["own AdamW"](model)
+    train(model, optimizer)
+    contents, before = checkpoint_contents(model, optimizer, None), state_of(optimizer)
+    tensors = dict(contents.tensors)
+    spoil(contents.objects["optimizer"]["numbers"], tensors)
+    save(tmp_path / "saved", replace(contents, tensors=tensors), model.ranks)
+    with pytest.raises(CheckpointError, match=f"nothing was loaded: the optimizer {says}"):
+        geminifx.load_checkpoint(model, optimizer, tmp_path / "saved")
+    assert state_of(optimizer) == before
 
 
 class Counting(nn.Module):

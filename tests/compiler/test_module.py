@@ -317,7 +317,7 @@ def test_a_pass_of_the_users_own_runs_where_it_asks_to() -> None:
         found = geminifx.compile(copy.deepcopy(source), passes=(halve_the_learning,))(x)
         assert torch.equal(found, source[0](x).sigmoid())
     assert set(seen) == {"evaluation"}
-    with pytest.raises(ValueError, match="after='relaese' names no pass; try 'release'"):
+    with pytest.raises(ValueError, match="after='relaese' names no pass; did you mean 'release'"):
         geminifx.compile(source, passes=(Pass("p", lambda program, plan: None, after="relaese"),))
 
 

@@ -446,6 +446,10 @@ def spoiled(saved: dict[str, Any], how: str) -> dict[str, Any]:
         saved["state"][1] = {"momentum_buffer": torch.zeros(48)}
     elif how == "shape":
         saved["state"][5]["exp_avg_sq"] = torch.zeros(1)
+    elif how == "no steps":
+        del saved["state"][5]["step"]
+    elif how == "steps":
+        saved["state"][5]["step"] = torch.tensor(torch.nan)
     else:
         saved["param_groups"][0]["amsgrad"] = True
     saved["param_groups"][0]["lr"] = 5.0
@@ -455,8 +459,10 @@ def spoiled(saved: dict[str, Any], how: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("kind", "the optimizer state of 0.0.bias has momentum_buffer, expected exp_avg, exp_avg_sq; it is of another"),
+        ("kind", "the optimizer state of 0.0.bias has momentum_buffer, expected exp_avg, exp_avg_sq, step; it is"),
         ("shape", "has exp_avg_sq of shape (1,), expected"),
+        ("no steps", "has exp_avg, exp_avg_sq, expected exp_avg, exp_avg_sq, step; it is of another optimizer, or not"),
+        ("steps", "has step=tensor(nan), expected how many steps it has taken"),
         ("option", "amsgrad=True"),
     ],
 )

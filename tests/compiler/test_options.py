@@ -42,7 +42,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"data": 0}}, "data is 0; expected a whole number of processes"),
     ({"parallel": {"data": 2, "zero": 4}}, "zero is 4; expected 0, 1, 2 or 3"),
     ({"parallel": {"tensor": {"size": 4}}}, "tensor has no mode"),
-    ({"parallel": {"tensor": {"mode": "2.5"}}}, "the mode '2.5' is unknown; expected 2.5d"),
+    ({"parallel": {"tensor": {"mode": "2.5"}}}, "the mode '2.5' is unknown; did you mean '2.5d'"),
     ({"parallel": {"tensor": "2d:6"}}, "a square of processes; size=6 is not"),
     ({"parallel": {"tensor": {"mode": "2.5d", "size": 6, "depth": 2}}}, "2 square(s)"),
     ({"parallel": {"tensor": "3d:4"}}, "a cube of processes"),

@@ -115,7 +115,7 @@ def test_phases_go_no_other_way() -> None:
             if then in LEGAL[now]:
                 assert move(now, then) is then
             else:
-                with pytest.raises(IllegalTransition, match=f"from {now.name} .* to {then.name}"):
+                with pytest.raises(IllegalTransition, match=f"from {now.name} to {then.name}"):
                     move(now, then)
 
 

@@ -18,8 +18,8 @@ from geminifx.compiler.planner.world.world import World
 from geminifx.compiler.rates.clusters import one_node
 from geminifx.compiler.rates.rates import ARENA
 from geminifx.compiler.world import FROZEN as FROZEN_NOTE
-from geminifx.compiler.world import choose_world, settle
-from geminifx.runtime.distributed.ranks import ALONE, Ranks
+from geminifx.compiler.world import choose_world, settle, settle_otherwise
+from geminifx.runtime.distributed.ranks import Ranks
 from geminifx.runtime.isa.errors import ArgumentError, BudgetError
 from geminifx.runtime.isa.mesh import Axis, Mesh
 from torch import nn
@@ -51,6 +51,24 @@ def test_a_world_that_is_not_launched_can_be_looked_at() -> None:
     notes = "\n".join(model.plan.notes)
     assert "one node of 8 of this device" in notes
     assert notes.count("the next best for 8 processes") == len(model.world.others) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "host_bytes"),
+    [
+        ({"world_size": 8, "host_budget": "8GB"}, 10**9),
+        ({"world_size": 8, "parallel": {"data": 8}, "host_budget": "8GB"}, 10**9),
+        ({"cluster": {**NODE, "nodes": 2, "devices": 4, "between": NODE["within"]}, "host_budget": "8GB"}, 2 * 10**9),
+        ({"cluster": {**NODE, "host_memory": "80GB"}}, 9 * 10**9),
+        ({"cluster": {**NODE, "host_memory": "80GB"}, "host_budget": "10%"}, 10**9),
+        ({"host_budget": "8GB"}, 8 * 10**9),
+    ],
+)
+def test_processes_share_the_memory_of_their_host(options: dict[str, Any], host_bytes: int) -> None:
+    """As those do that are launched: what is planned for them is of the same machine."""
+    model = compiled(**options)
+    assert model.session.limits.host_bytes == host_bytes
+    assert model.world is None or model.world.world.host_bytes == host_bytes
 
 
 @pytest.mark.slow
@@ -138,10 +156,14 @@ class Gpu(Device):
         return GPU_BYTES
 
 
-def planned_for_gpus(monkeypatch: pytest.MonkeyPatch, ranks: Ranks = ALONE, **options: Any) -> WorldPlan:
+EIGHT = Mesh((Axis("data", 8, "data"),))
+PLANNED = Ranks(EIGHT, launched=False, on_this_host=8)
+
+
+def planned_for_gpus(monkeypatch: pytest.MonkeyPatch, ranks: Ranks = PLANNED, **options: Any) -> WorldPlan:
     monkeypatch.setattr("geminifx.compiler.world.Device", Gpu)
     batch = (torch.zeros(2, 64),)
-    return choose_world(Stack(), Options.of({"precision": "fp32", **options}), (batch, {}), 8, ranks)
+    return choose_world(Stack(), Options.of({"precision": "fp32", **options}), (batch, {}), ranks)
 
 
 def test_what_is_not_torchs_is_left_free_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +190,7 @@ def test_of_a_cluster_of_cards_that_are_not_here_the_budget_must_be_said(monkeyp
 
 
 def test_of_a_launched_cluster_the_devices_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    together = Ranks(Mesh((Axis("data", 8, "data"),)))
+    together = Ranks(EIGHT)
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
     world = planned_for_gpus(monkeypatch, together, cluster="8-nvlink").world
     assert together.together and world.device_bytes == Gpu.memory.available_bytes
@@ -206,6 +228,23 @@ def test_a_refused_program_is_not_made_again(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BudgetError, match="no room"):
         geminifx.compile(opt(), world_size=4, device_budget="1GB")
     assert len(tried) == len({str(each) for each in tried}) == 3
+
+
+@pytest.mark.parametrize(
+    ("budgets", "is_of_the_device"), [({"device_budget": "10kB"}, True), ({"host_budget": "1kB"}, False)]
+)
+def test_what_the_host_lacks_is_not_asked_of_the_device(
+    budgets: dict[str, Any], is_of_the_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A way that takes less of the device is no answer to it."""
+    asked: list[tuple[bool, int]] = []
+    monkeypatch.setattr(WorldPlan, "without_chosen", lambda self, why, *how: asked.append(how))
+    settled = settle(opt(), Options.of({"world_size": 4, "example_inputs": tokens(2)}))
+    with pytest.raises(BudgetError) as refused:
+        compiled(placement="cpu", **budgets)
+    with pytest.raises(BudgetError):
+        settle_otherwise(settled, settled.options, refused.value)
+    assert asked == [(is_of_the_device, refused.value.smallest_bytes if is_of_the_device else 0)]
 
 
 class Stack(nn.Module):

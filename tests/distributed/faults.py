@@ -158,6 +158,24 @@ def read(added: float = 0.0, damage: str = "") -> None:
         model(torch.ones(2, 4))
 
 
+def saved(sees_others: int) -> None:
+    """A checkpoint in a place where one rank sees files that are not its own."""
+    model = geminifx.compile(WithLoss(4, 4))
+    model(torch.ones(2, 4)).backward()
+    with TemporaryDirectory() as folder:
+        if sees_others == RANK:
+            (Path(folder) / "mine").touch()
+        geminifx.save_checkpoint(model, None, folder)
+
+
+def declared_by(*ranks: int) -> None:
+    """A step of two ranks that share out weights, which is refused before model.optimizer(...) is called."""
+    model = geminifx.compile(WithLoss(4, 4), parallel={"data": 2, "zero": 2}, example_inputs=(torch.ones(2, 4),))
+    if RANK in ranks:
+        model.optimizer(torch.optim.SGD, lr=0.1)
+    model(torch.ones(2, 4))
+
+
 def declared(examples: bool = False, **options: Any) -> None:
     inputs = {"example_inputs": (torch.ones(2, 4),)} if examples else {}
     model = geminifx.compile(WithLoss(4, 4), precision="bf16", **inputs)
@@ -199,6 +217,11 @@ def main() -> None:
     meet("other files", lambda: read(added=1.0))
     meet("damaged files", lambda: read(damage="before"))
     meet("files damaged later", lambda: read(damage="later"))
+    meet("saved where rank 0 sees room", lambda: saved(sees_others=1))
+    meet("saved where rank 0 sees none", lambda: saved(sees_others=0))
+    meet("declared by all", lambda: declared_by(0, 1))
+    meet("declared by none", declared_by)
+    meet("declared by one", lambda: declared_by(0))
     meet("declared", declared)
     meet("other chances", lambda: declared(seed=RANK))
     meet("other chances later", lambda: declared(examples=True, seed=RANK))

@@ -14,7 +14,16 @@ from torch import nn
 SCRIPT = Path(__file__).parent / "faults.py"
 
 
-FAULTLESS = ("none", "all judge", "staged", "drawn", "read", "declared")
+FAULTLESS = (
+    "none",
+    "all judge",
+    "staged",
+    "drawn",
+    "read",
+    "saved where rank 0 sees room",
+    "declared",
+    "declared by all",
+)
 TOGETHER = pytest.mark.xdist_group("faults")  # they share what the processes said
 Said = dict[str, tuple[str, str]]
 
@@ -65,6 +74,8 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("other chances", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
         ("other chances later", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs"),
         ("other rates", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
+        ("declared by none", "StateError", "zero=2 divides the training state of the model's own optimizer alone"),
+        ("declared by one", "StateError", "ranks came to exchange different things. rank 0: an exchange of objects"),
         ("an update less", "StateError", "rank 1: the forward of a training step behind 0 update(s). All of them must"),
     ],
 )
@@ -88,6 +99,14 @@ def test_what_fails_on_one_rank_is_told_on_the_others(said, fault: str, error: s
     (others, told), (own, text) = (rank[fault] for rank in said)
     assert own == error and message in text
     assert others == "StateError" and told == f"rank 1 failed with {error}: {text}"
+
+
+@pytest.mark.slow
+@TOGETHER
+def test_rank_0_alone_looks_at_what_a_save_replaces(said) -> None:
+    (own, text), (others, told) = (rank["saved where rank 0 sees none"] for rank in said)
+    assert own == "CheckpointError" and "holds files but no such checkpoint" in text
+    assert others == "StateError" and told == f"rank 0 failed with CheckpointError: {text}"
 
 
 @pytest.mark.slow

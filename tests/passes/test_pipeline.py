@@ -19,9 +19,8 @@ from geminifx.runtime.isa.instructions import (
     RELEASE,
     TURN,
     WAIT,
-    parameter_view,
 )
-from geminifx.runtime.isa.layout import ALIGNMENT_BYTES
+from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, parameter_view
 
 
 def test_every_pass_has_its_file_and_finds_what_it_requires():

@@ -38,8 +38,7 @@ def forked(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.Complet
     command = [sys.executable, str(Path(__file__).with_name("forked.py")), str(ranks), str(script), *arguments]
     with _meeting(ranks, meeting_store()) as environment:
         return subprocess.run(
-            command, env=environment | {"LOCAL_WORLD_SIZE": str(ranks)},
-            capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
 
 

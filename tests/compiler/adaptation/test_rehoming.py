@@ -1,7 +1,7 @@
 """Homes that change between steps: training goes on with the same bits, wherever states go and whenever."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,8 +9,10 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.adaptation.rehoming import Rehoming
+from geminifx.compiler.setup import Phase
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.homes import Homes
+from geminifx.runtime.optimizer import updater
 from optimizing import NET, PLACES, homes_of, same_moments, same_weights
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -143,17 +145,62 @@ def test_where_there_is_no_room_all_is_as_it_was() -> None:
     assert all(map(torch.equal, trained(way, model, optimizer, {}), trained(way, stays, other, {})))
 
 
-def test_states_that_find_no_way_back_are_used_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("way", "place", "fails"),
+    [
+        ("torch's", "resident", (torch, "zeros")),
+        ("ours", "device", (torch, "zeros")),
+        ("ours", "streamed", (updater, "StateStream")),
+    ],
+)
+def test_where_a_device_has_not_what_its_account_says_all_is_as_it_was(
+    way: str, place: str, fails: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU of which others have taken the memory meanwhile."""
+    (model, optimizer), (stays, other) = WAYS[way].made(placement="cpu"), WAYS[way].made(placement="cpu")
+    for each, step in ((model, optimizer), (stays, other)):
+        trained(WAYS[way], each, step, {})
+    before, used = model.plan, [tier.used_bytes for tier in model.session.hardware.tiers]
+    rehoming, failed = Rehoming(model.session), list[bool]()
+    key = next(iter(model.session.programs()))
+    resident = tuple(replace(home, resident=True) for home in before.homes)
+    homes = resident if place == "resident" else homes_of(place, before)
+    plans = rehoming.plans(key, homes, model.session.planning.limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(*fails, failing_once(getattr(*fails), failed))
+        assert not rehoming.move(key, plans) and failed
+    assert (model.plan, [tier.used_bytes for tier in model.session.hardware.tiers]) == (before, used)
+    losses = trained(WAYS[way], model, optimizer, {})
+    assert all(map(torch.equal, losses, trained(WAYS[way], stays, other, {})))
+
+
+def failing_once(function: Callable[..., Any], failed: list[bool]) -> Callable[..., Any]:
+    """The function, whose first call finds no memory on a GPU."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if failed:
+            return function(*args, **kwargs)
+        failed.append(True)
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    return call
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_states_that_find_no_way_back_are_used_no_more(begun: bool) -> None:
+    """Before the first step as behind it."""
     model, optimizer = Way().made(placement="cuda")
-    trained(Way(), model, optimizer, {})
+    if begun:
+        trained(Way(), model, optimizer, {})
     device, host = model.session.hardware.tiers
-    host.limit_bytes = 60_000  # for a part of the states, whose place others take meanwhile
+    host.limit_bytes = 137_000  # for the first of two chunks, whose place others take meanwhile
     device.limit_bytes = 0
     rehoming = Rehoming(model.session)
     key = next(iter(model.session.programs()))
     plans = rehoming.plans(key, homes_of("host", model.plan), model.session.planning.limits)
     with pytest.raises(BudgetError):
         model.session.rehome(plans, key)
+    assert model.session.phase is Phase.BROKEN
     with pytest.raises(BudgetError, match="the device tier is full"):
         NET.loss(model, NET.batch())
 

@@ -11,6 +11,7 @@ from geminifx.compiler.memory.device import Device
 from geminifx.compiler.memory.device_memory import CONTEXT_BYTES, HEADROOM_BYTES, DeviceMemory
 from geminifx.compiler.options import Options
 from geminifx.compiler.rates.rates import ARENA
+from geminifx.runtime.distributed.ranks import ALONE
 from torch import nn
 
 TOTAL, CONTEXT = 80 * 10**9, 5 * 10**8
@@ -50,7 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 def budget(gpu: Gpu, given: int | str | None = None) -> tuple[int, int]:
     """The budget in bytes, and what torch's allocator may take of it."""
-    limits = Device(GPU).limits(Options(device_budget=given, rates=ARENA), processes=1)
+    limits = Device(GPU).limits(Options(device_budget=given, rates=ARENA), ALONE)
     assert limits.device_bytes is not None
     return limits.device_bytes, round(gpu.share * TOTAL)
 

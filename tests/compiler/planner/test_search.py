@@ -321,7 +321,7 @@ def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
         assert found[-1].estimate.host_bytes < found[-2].estimate.host_bytes
     with pytest.raises(HostBudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
         solved_within(replace(limits(ALL // 2), host_bytes=0))
-    assert 0 < refused.value.smallest_bytes < CHUNKS * STATE
+    assert 0 < refused.value.smallest_bytes < CHUNKS * STATE and refused.value.tier == "host"
 
 
 def test_a_plan_made_elsewhere_is_estimated_anew_and_refused_where_it_does_not_fit() -> None:

@@ -80,7 +80,7 @@ def test_users_passes_are_placed_by_name_in_the_order_given():
 
 def test_an_unknown_place_gets_the_nearest_name():
     lost = Pass("lost", lambda program, plan: None, after="canonicalise")
-    with pytest.raises(ValueError, match=r"'lost'.*'canonicalise' names no pass; try 'canonicalize'"):
+    with pytest.raises(ValueError, match=r"'lost'.*'canonicalise' names no pass; did you mean 'canonicalize'"):
         assemble(PIPELINE, [lost])
 
 

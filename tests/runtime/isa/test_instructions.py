@@ -7,6 +7,7 @@ from geminifx.passes.program.types import TensorType
 from geminifx.runtime.distributed.collectives import Collectives
 from geminifx.runtime.distributed.point_to_point import Messages
 from geminifx.runtime.isa import instructions as ops
+from geminifx.runtime.isa.layout import parameter_view
 from geminifx.runtime.machine import Machine
 from geminifx.runtime.memory.offloads import Offloads
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -112,8 +113,8 @@ def test_dead_code_elimination_keeps_what_writes_and_drops_what_only_reads() -> 
 
 def test_a_parameters_view_shares_the_chunks_memory() -> None:
     flat = torch.arange(64.0)
-    view = ops.parameter_view(flat, 8, [2, 3])
+    view = parameter_view(flat, 8, [2, 3])
     assert view.tolist() == [[8, 9, 10], [11, 12, 13]]
     assert view.data_ptr() == flat.data_ptr() + 8 * 4
-    assert ops.parameter_view(flat, 64, [0, 4]).shape == (0, 4)
-    assert ops.parameter_view(flat, 5, []).item() == 5
+    assert parameter_view(flat, 64, [0, 4]).shape == (0, 4)
+    assert parameter_view(flat, 5, []).item() == 5

@@ -131,6 +131,22 @@ def chunks_are(two: Two, values: list[float]) -> None:
     assert [two.weights(index)[0].item() for index in (0, 1)] == values
 
 
+def test_a_fetch_that_was_given_up_during_an_update_is_not_copied_any_more() -> None:
+    """Its memory may be the next step's by then."""
+    two, opened = Two("host"), threading.Event()
+    two.backward(1.0)
+    two.store.worker.submit(-1, "the gate", lambda: None if opened.wait(10) else pytest.fail("never opened"))
+    two.step()
+    fetched = two.machine.fetch(0, 128, torch.float32)
+    two.machine.abort()
+    fetched.fill_(7)
+    opened.set()
+    two.store.finish()
+    two.store.copies.join()
+    assert fetched.eq(7).all()
+    assert torch.equal(two.weights(0)[:4], torch.arange(4.0) - 1)
+
+
 def test_an_update_that_the_backward_began_is_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Two("host, spare")
     made = updates_of(two, monkeypatch)

@@ -1,0 +1,85 @@
+"""Whether what was saved is of an optimizer, in a state_dict, which does not name its class, or in a checkpoint: by the
+options of its groups, and by what it has for each parameter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .hyper_checks import number
+
+Group = Mapping[str, Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What was saved of one parameter: the shapes of tensors, by their names, None of what is no tensor, and how many
+    steps it has taken."""
+
+    shapes: Mapping[str, Shape | None]
+    step: Any = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "SavedState":
+        """A parameter's state as a state_dict has it."""
+        there = {name: value for name, value in values.items() if name != "step" and value is not None}
+        shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in there.items()}
+        return cls(shapes, values.get("step"))
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.shapes and self.step is None
+
+    @property
+    def steps(self) -> int:
+        """Optimizers that do not count have taken one where there is anything."""
+        return int(not self.is_empty) if self.step is None else int(self.step)
+
+    def check(self, parameter: str, expected: Mapping[str, Shape], *, counts: bool) -> None:
+        """Raises ValueError for anything but nothing at all or a parameter's whole state: tensors of the `expected`
+        shapes, and, where its rule `counts`, its steps."""
+        if self.is_empty:
+            return
+        found = [*self.shapes, *(() if self.step is None else ("step",))]
+        names = [*expected, *(("step",) if counts else ())]
+        if not set(names) <= set(found):
+            raise ValueError(
+                f"the optimizer state of {parameter} has {', '.join(found)}, expected {', '.join(names)}; it is of "
+                "another optimizer, or not whole"
+            )
+        for name, shape in expected.items():
+            if self.shapes[name] != shape:
+                raise ValueError(
+                    f"the optimizer state of {parameter} has {name} of shape {self.shapes[name]}, expected {shape}; "
+                    "it is of another model"
+                )
+        if self.step is not None and not (number(self.step) >= 0 and number(self.step).is_integer()):
+            raise ValueError(
+                f"the optimizer state of {parameter} has step={self.step!r}, expected how many steps it has taken"
+            )
+
+
+def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Raises ValueError where saved groups are of another rule than `own` groups of the class `kind`."""
+    for group in saved:
+        lacking = [key for key, default in defaults.items() if _tells(key, default) and key not in group]
+        if lacking:
+            raise ValueError(
+                f"the optimizer is {kind}, and the groups that were saved have no {', '.join(lacking)}; they are of "
+                "another optimizer"
+            )
+        if "eps" in group and "eps" not in defaults:
+            raise ValueError(f"the optimizer is {kind}, and the groups that were saved have eps, as another's do")
+    for mine, group in zip(own, saved, strict=False):
+        key = "decoupled_weight_decay"
+        if key in mine and group.get(key, mine[key]) != mine[key]:
+            theirs = "AdamW" if group[key] else "Adam"
+            raise ValueError(f"the optimizer is {kind}, and what was saved has the weight decay of {theirs}")
+
+
+def _tells(key: str, default: object) -> bool:
+    """Whether every version of a class has an option: most switches come and go with torch's. `amsgrad` is one that
+    stays, and that other optimizers with betas lack."""
+    return key == "amsgrad" or not isinstance(default, bool | None)
