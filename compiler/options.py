@@ -231,7 +231,7 @@ class Options:
             self.degrees.mesh(self.world, 1)
 
     def _check_rounds(self) -> None:
-        if self.rounds in ("auto", 1):
+        if self.rounds == "auto" or self.rounds == 1:
             return
         if self.degrees.is_staged:
             raise ArgumentError(f"rounds={self.rounds} is for models on one process each: a pipeline has a schedule")

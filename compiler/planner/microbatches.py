@@ -59,13 +59,13 @@ def _are_too_few(count: int, whole: BudgetError, most: int, device_bytes: int | 
     return whole.smallest_bytes / count > device_bytes >= whole.smallest_bytes / most
 
 
-def in_rounds(find: Callable[[int], Decision], microbatches: int, copied_s: float) -> Decision:
-    """The decision for one round, or for more of them where that is faster: what rests in memory is of one round, so
-    that less is recomputed. `copied_s` is for how long one round more keeps the bus busy each way."""
-    best = find(1)
+def in_rounds(find: Callable[[int], Decision], best: Decision, copied_s: float) -> Decision:
+    """The best decision for one round, or that for more of them where it is faster: what rests in memory is of one
+    round, so that less is recomputed. `copied_s` is for how long one round more keeps the bus busy each way."""
     plan = best[0].plan
-    bounds = [(_least_s(plan, rounds, copied_s), rounds) for rounds in _counts(microbatches) if rounds > 1]
-    for least_s, rounds in sorted(bounds)[:MOST_ROUNDS_WEIGHED]:
+    # Of those that are as good the most come first, which leave the most room.
+    bounds = [(_least_s(plan, rounds, copied_s), -rounds) for rounds in _counts(plan.microbatches) if rounds > 1]
+    for least_s, rounds in ((least_s, -negative) for least_s, negative in sorted(bounds)[:MOST_ROUNDS_WEIGHED]):
         if not _is_less(least_s, best[0].plan.estimate.step_s):
             break
         try:

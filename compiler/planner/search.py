@@ -119,14 +119,17 @@ def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solu
     """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does. Sums of
     gradients stay on the device from round to round where they fit there, else they wait on the host."""
     if draft.rounds > 1:
-        sums = (
-            chunk.numel * accumulate_dtype(chunk.dtype).itemsize for chunk in draft.layout.chunks if chunk.trainable
-        )
-        if sums_stay(sum(sums), limits):
+        if sums_stay(sum_bytes(draft), limits):
             with suppress(BudgetError):
                 return _Search(lower, limits, given).solve(draft)
         draft = replace(draft, offload_sums=("", *draft.blocks))
     return _Search(lower, limits, given).solve(draft)
+
+
+def sum_bytes(plan: Plan) -> int:
+    """Of the sums of all gradients, between two rounds."""
+    trained = (chunk for chunk in plan.layout.chunks if chunk.trainable)
+    return sum(chunk.numel * accumulate_dtype(chunk.dtype).itemsize for chunk in trained)
 
 
 def sums_stay(sums_bytes: int, limits: Limits) -> bool:

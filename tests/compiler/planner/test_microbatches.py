@@ -77,20 +77,20 @@ def rounds_of(
         plan = Plan(microbatches=8, rounds=rounds, blocks=blocks, recompute=blocks[:recomputed], estimate=estimate)
         return Solution(plan, Flat(Program("training"))), None
 
-    return in_rounds(find, 8, copied_s), tried
+    return in_rounds(find, find(1), copied_s), tried
 
 
 def test_rounds_are_taken_where_they_are_faster() -> None:
-    (solution, _), tried = rounds_of({1: 1.0, 2: 0.9, 4: 0.8})
-    assert solution.plan.rounds == 4 and tried == [1, 2, 4]
-    assert [told.what for told in solution.plan.alternatives] == ["2 round(s)"]
-    (solution, _), tried = rounds_of({1: 1.0, 2: 0.99})
-    assert solution.plan.rounds == 1 and tried == [1, 2]
-    assert [(told.what, told.step_s) for told in solution.plan.alternatives] == [("2 round(s)", 0.99)]
-    (solution, _), tried = rounds_of({1: 1.0, 2: BudgetError("no room"), 4: 0.9})
-    assert solution.plan.rounds == 4 and tried == [1, 2, 4]
-    (solution, _), tried = rounds_of({1: 1.0, 2: SplitError("the loss is outside")})
-    assert solution.plan.rounds == 1 and tried == [1, 2]
+    (solution, _), tried = rounds_of({1: 1.0, 8: 0.9, 4: 0.8})
+    assert solution.plan.rounds == 4 and tried == [1, 8, 4]
+    assert [told.what for told in solution.plan.alternatives] == ["8 round(s)"]
+    (solution, _), tried = rounds_of({1: 1.0, 8: 0.99})
+    assert solution.plan.rounds == 1 and tried == [1, 8]
+    assert [(told.what, told.step_s) for told in solution.plan.alternatives] == [("8 round(s)", 0.99)]
+    (solution, _), tried = rounds_of({1: 1.0, 8: BudgetError("no room"), 4: 0.9})
+    assert solution.plan.rounds == 4 and tried == [1, 8, 4]
+    (solution, _), tried = rounds_of({1: 1.0, 8: SplitError("the loss is outside")})
+    assert solution.plan.rounds == 1 and tried == [1, 8]
 
 
 def test_rounds_that_cannot_gain_are_not_planned_for() -> None:
