@@ -4,17 +4,20 @@
     python benchmarks/trust.py --models opt-1.3b opt-2.7b --budgets 6GB 12GB 24GB --batches 1 8 16 --json trust.json
     python benchmarks/trust.py --models llama-3b --budgets 24GB --batches 8 --accumulate 4 --json trust.json
     python benchmarks/trust.py --models llama-3b --batches 64 --microbatches auto 8 16 --json trust.json
+    python benchmarks/trust.py --docs --within-s 560 --json trust.json --table docs/trust.md    # the docs' cells
     python benchmarks/trust.py --json trust.json --table docs/trust.md    # measures nothing
 
 A model has a process of its own, in which it is planned anew for each cell, with five steps: the last three count.
 Cells that the file has already are not measured again, so that a table may be filled in several goes, and one that
-failed is tried again. On a machine without a GPU the arena is the device: `--models mini --seq 128 --budgets none`
-shows that it runs.
+failed is tried again; none is begun that would not be done `--within-s`, going by the longest so far of its model. On a
+machine without a GPU the arena is the device: `--models mini --seq 128 --budgets none` shows that it runs.
 """
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -35,6 +38,16 @@ from task import Task
 STEPS, COUNTED = 5, 3
 
 Cell = dict[str, Any]
+DOCS = (
+    ("opt-1.3b", ("6GB", "12GB", "24GB", "48GB"), (1, 8), (None,)),
+    ("llama-1b", ("6GB", "12GB", "24GB"), (8,), (None,)),
+    ("opt-2.7b", ("12GB", "24GB", "48GB"), (4, 16), (None,)),
+    ("gpt2-xl", ("6GB", "24GB"), (4,), (None,)),
+    ("llama-3b", ("24GB", "48GB"), (8,), (None,)),
+    ("llama-3b", ("24GB",), (64,), (8, 16)),
+)
+"""The cells of the docs' table: models, budgets, batches and microbatches."""
+
 POINT = ("model", "batch", "seq", "accumulate", "microbatches", "budget")
 """What a cell is of."""
 
@@ -42,6 +55,8 @@ POINT = ("model", "batch", "seq", "accumulate", "microbatches", "budget")
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--models", nargs="+", type=full_name, default=[], help="such as opt-1.3b or llama-3b")
+    made.add_argument("--docs", action="store_true", help="the cells of the docs' table, beside those that are named")
+    made.add_argument("--within-s", type=float, default=math.inf, help="begin no cell that would end later")
     made.add_argument("--budgets", nargs="+", default=["24GB"], help='of device memory, or "none"')
     made.add_argument("--batches", nargs="+", type=int, default=[8], help="sequences of one backward")
     made.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
@@ -50,7 +65,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--json", type=Path, required=True, help="the cells, to which this call's are added")
     made.add_argument("--table", type=Path, default=None, help="write all cells of --json here, as Markdown")
     made.add_argument("--timeout-s", type=float, default=3600.0, help="for one model")
-    made.add_argument("--worker", action="store_true", help="measure the first model right here")
+    made.add_argument("--worker", default=None, metavar="MODEL", help="measure this one right here")
     return made.parse_args(words)
 
 
@@ -64,7 +79,20 @@ def tasks(args: argparse.Namespace, model: str, known: Iterable[Cell]) -> list[T
     budgets = [None if budget == "none" else budget for budget in args.budgets]
     wanted = [Task(model, batch, args.seq, args.accumulate, microbatches, budget=budget)
               for budget in budgets for batch in args.batches for microbatches in args.microbatches]  # fmt: skip
-    return [task for task in wanted if tuple(point(task).values()) not in done]
+    named = wanted if model in args.models else []
+    return [task for task in (*named, *documented(args, model)) if tuple(point(task).values()) not in done]
+
+
+def documented(args: argparse.Namespace, model: str) -> list[Task]:
+    """What the docs' table has of a model, where that is asked for."""
+    rows = [row[1:] for row in DOCS if args.docs and full_name(row[0]) == model]
+    points = (each for row in rows for each in itertools.product(*row))
+    return [Task(model, batch, args.seq, 1, microbatches, budget=budget) for budget, batch, microbatches in points]
+
+
+def models(args: argparse.Namespace) -> list[str]:
+    """Those that are named, and the docs'."""
+    return list(dict.fromkeys([*args.models, *(full_name(row[0]) for row in DOCS if args.docs)]))
 
 
 def point(task: Task) -> Cell:
@@ -97,11 +125,15 @@ def measure(task: Task) -> Cell:
     }  # fmt: skip
 
 
-def work(wanted: list[Task]) -> None:
-    """Measure, tell after every cell of all so far, and end the process."""
+def work(wanted: list[Task], within_s: float) -> None:
+    """Measure as many as can be, tell after every cell of all so far, and end the process."""
+    begin_s, longest_s = time.monotonic(), 0.0
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     cells: list[Cell] = []
     for task in wanted:
+        cell_s = time.monotonic()
+        if cell_s - begin_s + longest_s > within_s:
+            break
         cells.append({**point(task), "device": device, "torch": torch.__version__})
         try:
             cells[-1] |= measure(task)
@@ -112,6 +144,7 @@ def work(wanted: list[Task]) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        longest_s = max(longest_s, time.monotonic() - cell_s)
     tell({"done": True})
     sys.stderr.flush()
     os._exit(0)  # an orderly end unpins and frees all host memory, which takes longer than the steps
@@ -119,11 +152,12 @@ def work(wanted: list[Task]) -> None:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Each model in a process of its own; the file has what is measured as soon as its process ends."""
-    for model in args.models:
-        known = read(args.json)
-        if tasks(args, model, known):
-            words = [__file__, *sys.argv[1:], "--worker", "--models", model]
-            found = run_worker(words, 1, args.timeout_s, expandable=False).get("cells", [])
+    end_s = time.monotonic() + args.within_s
+    for model in models(args):
+        known, left_s = read(args.json), end_s - time.monotonic()
+        if left_s > 0 and tasks(args, model, known):
+            words = [__file__, *sys.argv[1:], "--worker", model, "--within-s", str(left_s)]
+            found = run_worker(words, 1, min(args.timeout_s, left_s), expandable=False).get("cells", [])
             again = set(map(key, found))
             kept = [cell for cell in known if key(cell) not in again]
             args.json.write_text(json.dumps([*kept, *found], indent=1) + "\n")
@@ -184,7 +218,7 @@ def line(cell: Cell) -> str:
 def main() -> None:
     args = parse_args()
     if args.worker:
-        work(tasks(args, args.models[0], read(args.json)))
+        work(tasks(args, args.worker, read(args.json)), args.within_s)
     measure_all(args)
     cells = read(args.json)
     if args.table is not None:

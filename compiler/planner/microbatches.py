@@ -1,12 +1,15 @@
-"""How many microbatches a batch is run as where the user does not say: as few as fit, or more where that is faster."""
+"""How many microbatches a batch is run as, and in how many rounds, where the user does not say: as few as fit, or more
+where that is faster."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ...passes.program.estimate import Alternative
+from ...passes.program.plan import Plan
 from ...runtime.isa.errors import BudgetError, SplitError
 from .refusal import HostBudgetError
 from .search import Solution
+from .simulate import DEVICE, LAUNCHES
 
 Decision = tuple[Solution, Exception | None]
 """What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
@@ -15,24 +18,75 @@ GAIN = 0.03
 """Twice as many microbatches are worth it where the modelled step, or the least memory, is less by this share."""
 
 
-def fewest(find: Callable[[int], Decision], examples: int) -> Decision:
+AGAIN_SHARE = 0.25
+"""What recomputing a block is of all that it takes, about: its forward once more."""
+
+MOST_ROUNDS_WEIGHED = 2
+"""So many numbers of rounds are planned for at most: each takes as long to plan for as one round, or longer."""
+
+
+def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | None = None) -> Decision:
     """The decision for the whole batch where that fits; else for 2, 4, 8, ... parts of it, as long as more of them need
-    less. Raises BudgetError where nothing fits."""
+    less. Raises BudgetError where nothing fits.
+
+    `device_bytes` is the room that there is: parts that need more if all that the whole takes were divided are not
+    planned for, as long as there are smaller ones.
+    """
     refused: list[BudgetError] = []
-    for count in _counts(examples):
+    counts = list(_counts(examples))
+    for count in counts:
+        if refused and _are_too_few(count, refused[0], counts[-1], device_bytes):
+            continue
         try:
             return _faster(find, count, find(count), examples)
         except HostBudgetError:
             raise
         except BudgetError as refusal:
             refused.append(refusal)
-            # Two need sums of gradients that one does not: only from there on activations alone decide.
-            if count > 2 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):
+            # Parts need sums of gradients that the whole does not: only from there on activations alone decide.
+            if len(refused) > 2 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):
                 break
         except SplitError as error:
             refused[0].args = (f"{refused[0]}. The batch is not run as microbatches: {error}",)
             break
     raise min(refused, key=lambda refusal: refusal.smallest_bytes or 0)
+
+
+def _are_too_few(count: int, whole: BudgetError, most: int, device_bytes: int | None) -> bool:
+    """Whether so many parts cannot fit, and more of them may, by what the whole batch needs."""
+    if device_bytes is None or whole.smallest_bytes is None:
+        return False
+    return whole.smallest_bytes / count > device_bytes >= whole.smallest_bytes / most
+
+
+def in_rounds(find: Callable[[int], Decision], best: Decision, copied_s: float) -> Decision:
+    """The best decision for one round, or that for more of them where it is faster: what rests in memory is of one
+    round, so that less is recomputed. `copied_s` is for how long one round more keeps the bus busy each way."""
+    plan = best[0].plan
+    # Of those that are as good the most come first, which leave the most room.
+    bounds = [(_least_s(plan, rounds, copied_s), -rounds) for rounds in _counts(plan.microbatches) if rounds > 1]
+    for least_s, rounds in ((least_s, -negative) for least_s, negative in sorted(bounds)[:MOST_ROUNDS_WEIGHED]):
+        if not _is_less(least_s, best[0].plan.estimate.step_s):
+            break
+        try:
+            other = find(rounds)
+        except BudgetError:
+            continue
+        except SplitError:
+            break
+        if not _is_less(other[0].plan.estimate.step_s, best[0].plan.estimate.step_s):
+            best = _beside(other, best)
+            break
+        best = _beside(best, other)
+    return best
+
+
+def _least_s(plan: Plan, rounds: int, copied_s: float) -> float:
+    """What a step in so many rounds takes at least, by the plan for one: if no block were recomputed, and sums were all
+    that is copied."""
+    again = AGAIN_SHARE * len(plan.recompute) / max(1, len(plan.blocks))
+    computed = (seconds for name, seconds in plan.estimate.busy_s if name in (DEVICE, LAUNCHES))
+    return max((1 - again) * max(computed, default=0.0), (rounds - 1) * copied_s)
 
 
 def _is_less(after: float | None, before: float | None) -> bool:
@@ -65,6 +119,9 @@ def _beside(instead: Decision, decision: Decision) -> Decision:
     """A decision that tells of the one that was not taken."""
     solution, refusal = decision
     other, plan = instead[0].plan, solution.plan
-    told = Alternative(f"{other.microbatches} microbatches", other.estimate.step_s, other.peak_bytes)
+    what = (
+        f"{other.microbatches} microbatches" if other.microbatches != plan.microbatches else f"{other.rounds} round(s)"
+    )
+    told = Alternative(what, other.estimate.step_s, other.peak_bytes)
     alternatives = sorted((*plan.alternatives, told), key=lambda one: one.step_s)
     return replace(solution, plan=replace(plan, alternatives=tuple(alternatives))), refusal

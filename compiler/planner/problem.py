@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import gcd
+from math import gcd, inf
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ from ..lowering import Lowering
 from ..options import Options
 from .check import check_plan
 from .memory import Limits
-from .microbatches import Decision, fewest
+from .microbatches import Decision, fewest, in_rounds
 from .packing import Spread, Together, divide, pack
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
 from .refusal import HostBudgetError
-from .search import Constraints, Lower, Solution, Weighed, check, solve
+from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
@@ -162,19 +162,42 @@ class Planning:
         Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
         where its batch cannot be run as so many microbatches as were asked for.
         """
-        rounds = 1 if self.options.rounds == "auto" else self.options.rounds
-        find = lambda count: self._decide(captured, count, before, fixed, format, gcd(rounds, count))  # noqa: E731
+        given = 1 if self.options.rounds == "auto" or not captured.trains else self.options.rounds
+
+        def find(count: int, rounds: int = given) -> Decision:
+            return self._decide(captured, count, before, fixed, format, gcd(rounds, count))
+
         if self.schedule is not None and not captured.trains:
-            return find(self.asked if captured.examples % (self.asked or 1) == 0 else 1)
+            count = self.asked or 1
+            return find(count if captured.examples % count == 0 else 1)
         asked = self.asked
         if asked is None or not captured.trains:
-            return fewest(find, captured.examples)
+            best = fewest(find, captured.examples, self.limits.device_bytes)
+            return self._in_rounds(find, best) if captured.trains else best
         if self.options.microbatches == "auto" and self.schedule is None:
             asked = self._as_far_as_it_divides(asked, captured.examples)
         try:
-            return find(asked)
+            return self._in_rounds(find, find(asked))
         except SplitError as error:
             raise SplitError(f"microbatches={asked}: {error}; or leave microbatches out") from error
+
+    def _in_rounds(self, find: Callable[[int, int], Decision], best: Decision) -> Decision:
+        """The best decision for one round, or one for more rounds where that is faster and nobody has said how many.
+        Ranks that share out weights meet in every fetch, and blocks that are recomputed anyway gain nothing."""
+        options, plan = self.options, best[0].plan
+        is_given = options.plan is not None or self.agreed is not None or self.schedule is not None
+        if is_given or options.degrees.zero or options.rounds != "auto" or options.recompute != "auto":
+            return best
+        return in_rounds(lambda rounds: find(plan.microbatches, rounds), best, self._waits_s(plan))
+
+    def _waits_s(self, plan: Plan) -> float:
+        """For how long the bus is busy each way with sums of gradients between two rounds; where they have no room on
+        the host, either, forever."""
+        sums_bytes = sum_bytes(plan)
+        if sums_stay(sums_bytes, self.limits):
+            return 0.0
+        left_bytes = self.limits.host_bytes - plan.estimate.host_bytes + plan.estimate.offloaded_bytes
+        return sums_bytes / self.limits.rates.both_bytes_per_s if sums_bytes <= left_bytes else inf
 
     @staticmethod
     def _as_far_as_it_divides(planned: int, examples: int) -> int:

@@ -20,6 +20,7 @@ beside it. Where nothing fits, the refusal names the smallest budget that would,
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,7 +28,9 @@ import numpy as np
 from ...passes.program.estimate import Alternative
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
+from ...runtime.isa.errors import BudgetError
 from ...runtime.isa.homes import Homes
+from ...runtime.isa.precision import accumulate_dtype
 from ..lowering import Flat
 from ..rates.rates import Rates
 from .communication import collectives
@@ -53,6 +56,9 @@ SHARES = 4
 
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 """Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
+
+SUMS_SHARE = 0.5
+"""The share of the device up to which sums of gradients may stay there from round to round."""
 
 OFFLOAD_GAIN = 0.05
 """The share of a step's time that activations on the host must save where everything fits without. It is a margin for
@@ -110,8 +116,25 @@ class Solution:
 
 
 def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does."""
+    """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does. Sums of
+    gradients stay on the device from round to round where they fit there, else they wait on the host."""
+    if draft.rounds > 1:
+        if sums_stay(sum_bytes(draft), limits):
+            with suppress(BudgetError):
+                return _Search(lower, limits, given).solve(draft)
+        draft = replace(draft, offload_sums=("", *draft.blocks))
     return _Search(lower, limits, given).solve(draft)
+
+
+def sum_bytes(plan: Plan) -> int:
+    """Of the sums of all gradients, between two rounds."""
+    trained = (chunk for chunk in plan.layout.chunks if chunk.trainable)
+    return sum(chunk.numel * accumulate_dtype(chunk.dtype).itemsize for chunk in trained)
+
+
+def sums_stay(sums_bytes: int, limits: Limits) -> bool:
+    """Whether it is worth a look whether sums of gradients fit on the device."""
+    return limits.device_bytes is None or sums_bytes < SUMS_SHARE * limits.device_bytes
 
 
 @dataclass

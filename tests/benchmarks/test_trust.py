@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trust
+from task import Task
 from trust import errors, measure_all, parse_args, summary, table, tasks
 
 SCRIPT = Path(trust.__file__)
@@ -29,6 +30,34 @@ def test_what_is_known_is_not_measured_again_and_what_failed_is() -> None:
     assert [(task.budget, task.batch, task.microbatches) for task in left] == [
         ("24GB", 16, None), ("24GB", 16, 4), (None, 8, None), (None, 8, 4), (None, 16, None), (None, 16, 4),
     ]  # fmt: skip
+
+
+def test_the_docs_have_cells_of_their_own() -> None:
+    args = parse_args(["--docs", "--json", "trust.json", "--accumulate", "4", "--batches", "2"])
+    found = {model: tasks(args, model, []) for model in trust.models(args)}
+    assert sum(map(len, found.values())) >= 20 and len(found) == len({row[0] for row in trust.DOCS})
+    assert all(task.accumulate == 1 and task.budget for each in found.values() for task in each)
+    assert [task.microbatches for task in found["llama-3b"]] == [None, None, 8, 16]
+    assert not trust.models(parse_args(["--json", "trust.json"]))
+
+
+def test_no_cell_is_begun_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = [0.0], list[int]()
+
+    def measured(task: Task) -> trust.Cell:
+        now[0] += 40.0
+        return {"measured_s": 1.0}
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(trust, "measure", measured)
+    monkeypatch.setattr(trust.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trust, "tell", lambda result: told.append(len(result.get("cells", ()))))
+    monkeypatch.setattr(trust.os, "_exit", end)
+    with pytest.raises(SystemExit):
+        trust.work(tasks(parse_args(WORDS), "opt-1.3b", []), 100.0)
+    assert told == [1, 2, 0], "a third one would end after 120 s"
 
 
 def test_cells_of_several_goes_are_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

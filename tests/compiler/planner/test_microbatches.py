@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 from geminifx.compiler.lowering import Flat
-from geminifx.compiler.planner.microbatches import Decision, fewest
+from geminifx.compiler.planner.microbatches import Decision, fewest, in_rounds
 from geminifx.compiler.planner.refusal import HostBudgetError
 from geminifx.compiler.planner.search import Solution
 from geminifx.passes.program.estimate import Estimate
@@ -49,6 +49,55 @@ def test_as_few_as_fit_or_twice_as_many_where_those_are_faster() -> None:
     assert chosen(finding(needs, 60, {4: 1.0, 8: 0.96}), 8) == 8
     assert chosen(finding(needs, 60, {4: 1.0, 8: 0.98}), 8) == 4
     assert chosen(finding(needs, 60, {4: 1.0, 8: 0.5}), 12) == 4  # 12 examples do not divide by 8
+
+
+def test_parts_that_cannot_fit_are_not_planned_for() -> None:
+    tried, find = [], finding({1: 90, 2: 50, 4: 29, 8: 20}, 30)
+    decide = lambda count: tried.append(count) or find(count)  # noqa: E731
+    assert fewest(decide, 8, 30)[0].plan.microbatches == 4 and tried == [1, 4, 8]
+    tried.clear()
+    with pytest.raises(BudgetError, match="8 need 20") as refused:  # none may fit: the least is still told
+        fewest(lambda count: tried.append(count) or finding({1: 90, 2: 50, 4: 29, 8: 20}, 10)(count), 8, 10)
+    assert refused.value.smallest_bytes == 20 and tried == [1, 2, 4, 8]
+
+
+def rounds_of(
+    seconds: dict[int, float | Exception], recomputed: int = 4, copied_s: float = 0.0
+) -> tuple[Decision, list[int]]:
+    """The decision among numbers of rounds that take so many seconds, of 8 microbatches, and those that were tried."""
+    tried = list[int]()
+
+    def find(rounds: int) -> Decision:
+        tried.append(rounds)
+        step_s = seconds[rounds]
+        if isinstance(step_s, Exception):
+            raise step_s
+        blocks = tuple(map(str, range(4)))
+        estimate = Estimate(step_s=step_s, busy_s=(("device", step_s),))
+        plan = Plan(microbatches=8, rounds=rounds, blocks=blocks, recompute=blocks[:recomputed], estimate=estimate)
+        return Solution(plan, Flat(Program("training"))), None
+
+    return in_rounds(find, find(1), copied_s), tried
+
+
+def test_rounds_are_taken_where_they_are_faster() -> None:
+    (solution, _), tried = rounds_of({1: 1.0, 8: 0.9, 4: 0.8})
+    assert solution.plan.rounds == 4 and tried == [1, 8, 4]
+    assert [told.what for told in solution.plan.alternatives] == ["8 round(s)"]
+    (solution, _), tried = rounds_of({1: 1.0, 8: 0.99})
+    assert solution.plan.rounds == 1 and tried == [1, 8]
+    assert [(told.what, told.step_s) for told in solution.plan.alternatives] == [("8 round(s)", 0.99)]
+    (solution, _), tried = rounds_of({1: 1.0, 8: BudgetError("no room"), 4: 0.9})
+    assert solution.plan.rounds == 4 and tried == [1, 8, 4]
+    (solution, _), tried = rounds_of({1: 1.0, 8: SplitError("the loss is outside")})
+    assert solution.plan.rounds == 1 and tried == [1, 8]
+
+
+def test_rounds_that_cannot_gain_are_not_planned_for() -> None:
+    (solution, _), tried = rounds_of({1: 1.0}, recomputed=0)
+    assert solution.plan.rounds == 1 and tried == [1], "nothing is recomputed"
+    (solution, _), tried = rounds_of({1: 1.0, 2: 0.9}, copied_s=0.5)
+    assert solution.plan.rounds == 2 and tried == [1, 2], "the sums of 4 rounds alone take longer"
 
 
 def test_where_nothing_fits_the_least_of_all_is_told() -> None:
