@@ -62,6 +62,7 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama-1b": (LlamaConfig, {**_sizes(2048, 16, 32, 8, 8192), **_llama3(32.0), "tie_word_embeddings": True}),
     "llama-3b": (LlamaConfig, {**_sizes(3072, 28, 24, 8, 8192), **_llama3(32.0), "tie_word_embeddings": True}),
     "llama-8b": (LlamaConfig, {**_sizes(4096, 32, 32, 8, 14336), **_llama3(8.0), "tie_word_embeddings": False}),
+    "llama-70b": (LlamaConfig, {**_sizes(8192, 80, 64, 8, 28672), **_llama3(8.0), "tie_word_embeddings": False}),
     "gpt2-xl": (GPT2Config, {"n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024, "vocab_size": 50_257}),
     "qwen2.5-1.5b": (Qwen2Config, {
         **_sizes(1536, 28, 12, 2, 8960), "vocab_size": 151_936, "max_position_embeddings": 131_072,

@@ -20,6 +20,28 @@ def test_a_model_that_fits_counts_and_the_plan_is_kept_to(moments: str) -> None:
     assert told["planned_host_bytes"] <= 5_000_000
 
 
+TRAINED: dict[str, list[str]] = {
+    "fp16": ["--precision", "fp16"],
+    "adapters": ["--lora", "4"],
+    "adapters beside codes of 4 bits": ["--lora", "4", "--frozen", "nf4"],
+    "4 bytes": ["--row", "30b-8k", "--batch", "2"],
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_other_formats_count_and_keep_to_their_plans(name: str) -> None:
+    told = capacity.main([*TRAINED[name], *TINY, *BUDGETS, "--steps", "5"])
+    assert told["counts"] and told["device_peak_bytes"] <= told["planned_device_bytes"]
+
+
+def test_rows_are_options_that_others_overrule() -> None:
+    args = capacity.arguments(["--row", "70b-qlora", "--batch", "2"])
+    assert (args.model, args.lora, args.frozen, args.batch, args.host_budget) == ("llama-70b", 16, "nf4", 2, "50GB")
+    assert capacity.arguments([]).batch == 1
+    for row in capacity.ROWS:
+        assert capacity.config(capacity.arguments(["--row", row])).num_hidden_layers >= 32
+
+
 def test_fewer_steps_do_not_count() -> None:
     assert not capacity.main([*TINY, *BUDGETS, "--steps", "2"])["counts"]
 
