@@ -32,6 +32,7 @@ from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
 from .capture.results import absent_outputs, saved
+from .capture.shared_memory import check_trained
 from .capture.trace import Captured, CaptureRequest
 from .lowering import Lowering, generate
 from .memory.device import Device
@@ -50,7 +51,7 @@ from .setup import Declaration, Phase, Setup, move
 from .weights.half_loaded import HalfLoaded
 from .weights.places import Incoming, Places
 from .weights.quantized_weights import quantize_frozen
-from .weights.values import check_memory, check_parameters, program_inputs
+from .weights.values import check_parameters, program_inputs
 
 
 class Session:
@@ -61,7 +62,7 @@ class Session:
     """
 
     def __init__(self, source: nn.Module, options: Options, notes: tuple[str, ...] = ()) -> None:
-        check_memory(source)
+        check_trained(source)
         self.source = source
         self.options = options
         self.device = Device.choose(options)

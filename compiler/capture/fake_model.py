@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import cast_dtype
+from .shared_memory import attributes
 
 
 def fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -27,10 +28,10 @@ def fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, tor
             made = torch.empty(shapes.get(name, parameter.shape), dtype=dtypes[name])
         memo[id(parameter)] = nn.Parameter(made, requires_grad=parameter.requires_grad)
     memo |= {id(buffer): fake(mode, buffer.detach(), None) for buffer in model.buffers()}
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo |= {id(value): value.detach() for value in kept if not value.is_leaf}  # of an earlier forward
+    computed = [value for value in attributes(model).values() if not value.is_leaf]
+    memo |= {id(value): value.detach() for value in computed}  # which deepcopy refuses
     fake_model = copy.deepcopy(model, memo)
-    copied = memo.get(id(memo), ())  # where deepcopy keeps alive what it has copied
+    copied = (*memo.get(id(memo), ()), *computed)  # where deepcopy keeps alive what it has copied
     return fake_model, {
         id(memo[id(value)]): value for value in copied if isinstance(value, Tensor) and id(value) in memo
     }

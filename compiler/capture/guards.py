@@ -28,7 +28,8 @@ from .owners import owners_in
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 """Values that hold no tensors and do not change."""
 _CONTAINERS = (list, tuple, set, frozenset, dict)
-_INTERNAL = frozenset(vars(nn.Module()))
+INTERNAL = frozenset(vars(nn.Module()))
+"""What nn.Module itself keeps in a module."""
 _ABSENT = object()
 _LONGEST, _DEEPEST = 64, 4
 """Containers with more elements, and what lies deeper in objects of objects, are known by their identity."""
@@ -83,7 +84,7 @@ def forwards_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, Hashable], ...
 
 def attributes_of(module: nn.Module) -> dict[str, Hashable]:
     """What a module's attributes are known by, but for what nn.Module keeps."""
-    return {name: known_by(value) for name, value in vars(module).items() if name not in _INTERNAL}
+    return {name: known_by(value) for name, value in vars(module).items() if name not in INTERNAL}
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _is_private(owner: Any, name: str, is_outside: bool) -> bool:
     follows from what they were made with."""
     if name.startswith("__") or is_outside:
         return name.startswith("__")
-    return name in _INTERNAL or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
+    return name in INTERNAL or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
 
 
 def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any, path: str) -> None:

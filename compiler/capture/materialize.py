@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...runtime.isa.errors import StateError
 from .weak_references import without_weak_references
@@ -35,13 +35,19 @@ def give_buffers(model: nn.Module) -> None:
     one cannot be computed."""
     _check_buffers(model)
     derived = [module for module in model.modules() if _derived(module)]
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    replace_buffers(model, lambda buffer: torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer)
     with torch.no_grad(), torch.random.fork_rng():
         for module in derived:
             model._init_weights(module)
+
+
+def replace_buffers(model: nn.Module, by: Callable[[Tensor], Tensor]) -> None:
+    """Put another buffer in the place of each, and the same one wherever several modules hold the same."""
+    made = {id(buffer): by(buffer) for buffer in model.buffers()}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made[id(buffer)]
 
 
 def _check_buffers(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ...passes.program.names import identifier
@@ -66,13 +67,20 @@ def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mappin
     if isinstance(value, nn.Parameter):
         raise CaptureError(
             f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that is "
-            "not among model.parameters(): its module stands in a plain list, dict or tuple. Expected nn.ModuleList, "
-            "nn.ModuleDict, nn.ParameterList or an attribute, so that it is trained and saved"
+            "not among model.parameters(): its module stands in a plain list, dict or tuple, or a function "
+            "holds it. Expected nn.ModuleList, nn.ModuleDict, nn.ParameterList or an attribute, so that it is trained "
+            "and saved"
         )
     if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
         raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
-    name = identifier(str(node.target).lstrip("_"))
-    program.constants[name] = originals.get(id(value), value)
+    name, original = identifier(str(node.target).lstrip("_")), originals.get(id(value), value)
+    if original.requires_grad and torch.is_grad_enabled():
+        raise CaptureError(
+            f"{private.module_of(node) or 'the model'} computes with a tensor of shape {list(value.shape)} from "
+            "outside of the forward that requires a gradient, which it would not get; expected an nn.Parameter of a "
+            "module, what is computed of parameters to be computed in the forward, or .detach() for a constant"
+        )
+    program.constants[name] = original
     placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")
     annotate(placeholder, module=without_prefix(private.module_of(node)))
     return placeholder

@@ -30,9 +30,11 @@ from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
 from .fake_model import fake, fake_copy
 from .guards import PLAIN, Guard, recorded
+from .held_elsewhere import HeldElsewhere
 from .numbers import check_only_computed, no_types_asked, number_type, standing_for, taken_out
 from .refusals import tell_of_hooks
 from .results import gradient_sources
+from .shared_memory import check_written
 from .to_program import to_program
 
 _ROOMS = ("compiler", "models", "passes", "runtime")
@@ -142,6 +144,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     program.name = "training" if request.backward else "evaluation"
     program.sources = {name: _forward_line(module) for name, module in model.named_modules()}
     _check_dtypes(program)
+    check_written(model, program)
     assert step.result_spec is not None
     return Captured(program, step.result_spec, step.result_leaves, step.differentiable, step.detached, tuple(notes),
                     gradient_sources(program), tuple(guards))  # fmt: skip
@@ -161,7 +164,7 @@ class _Step(nn.Module):
         self.differentiable: tuple[int, ...] = ()
         self.detached: frozenset[int] = frozenset()
         self.replaced: set[str] = set()  # buffers
-        self.shared = shared_buffers(model)
+        self.shared, self.held_elsewhere = shared_buffers(model), HeldElsewhere(model)
 
     def named_buffers(self, prefix: str = "", recurse: bool = True,
                       remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
@@ -175,7 +178,10 @@ class _Step(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         for buffers, name, first, first_name in self.shared:
             buffers[name] = first[first_name]
-        with followed_assignments(self.model, self.replaced), SameDraws():
+        with ExitStack() as stack:
+            stack.enter_context(followed_assignments(self.model, self.replaced))
+            stack.enter_context(SameDraws())
+            stack.enter_context(self.held_elsewhere.standing_in(self.replaced))
             result = self.model.get_submodule(self.request.entry)(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
         leaves, self.result_spec = pytree.tree_flatten(result)
@@ -203,6 +209,7 @@ class _Step(nn.Module):
             )
         self.result_leaves, self.detached = tuple(described), frozenset(detached)
         self.differentiable = tuple(i for i, t in enumerate(outputs) if t.requires_grad)
+        self.held_elsewhere.check_gradients(outputs)
         return tuple(outputs)
 
     def _is_for_a_loss_outside(self, result: Any) -> bool:

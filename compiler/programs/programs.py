@@ -52,6 +52,11 @@ class Compiled:
     def trains(self) -> bool:
         return self.captured.trains
 
+    @cached_property
+    def written(self) -> tuple[str, ...]:
+        """The buffers that it writes to."""
+        return tuple(self.captured.program.results_of("mutation"))
+
     @property
     def expected(self) -> torch.dtype:
         """Of the tangent that the backward begins with where it does not wait for one."""

@@ -1,6 +1,5 @@
 """The values of a model: its parameters and buffers, and what a call brings."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -14,15 +13,13 @@ from ...runtime.isa.errors import StateError
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.precision import cast_dtype
 from ...runtime.memory.chunks import ChunkStore
+from ..capture.materialize import replace_buffers
 from ..programs.members import Census
 from ..programs.programs import Compiled
 
 
 def move_buffers(source: nn.Module, device: torch.device) -> None:
-    for module in source.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    replace_buffers(source, lambda buffer: buffer.to(device))
 
 
 def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: ChunkStore) -> None:
@@ -42,9 +39,10 @@ def program_inputs(
 ) -> list[Any]:
     """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in; numbers are told.
 
-    Raises StateError for one that has no values.
+    Raises StateError for one that has no values, or that would change under the program.
     """
     leaves, buffers = pytree.tree_leaves(arguments), census.now().buffers
+    written = {buffers[name].untyped_storage()._cdata: name for name in compiled.written}
     inputs = []
     for role in compiled.executor.code.inputs:
         kind, _, name = role.partition(":")
@@ -59,13 +57,24 @@ def program_inputs(
             inputs.append(torch.full((), scale, dtype=compiled.expected, device=device))
         else:
             leaf = leaves[int(name)]
-            if leaf.is_meta:
-                raise StateError(
-                    f"an input of shape {tuple(leaf.shape)} is on 'meta', which has no values; pass a tensor on "
-                    f"the CPU or on {device}"
-                )
+            _check_input(leaf, written, device)
             inputs.append(on_device(leaf, device, dtype))
     return inputs
+
+
+def _check_input(tensor: Tensor, written: Mapping[int, str], device: torch.device) -> None:
+    """`written` names the buffers that the program writes to, by their memory."""
+    if tensor.is_meta:
+        raise StateError(
+            f"an input of shape {tuple(tensor.shape)} is on 'meta', which has no values; pass a tensor on "
+            f"the CPU or on {device}"
+        )
+    buffer = written.get(tensor.untyped_storage()._cdata) if written else None
+    if buffer is not None:
+        raise StateError(
+            f"an input of shape {tuple(tensor.shape)} lies in the memory of the buffer {buffer}, to which the forward "
+            "writes, and would not follow; pass a copy, .clone(), or take the buffer in the forward"
+        )
 
 
 def on_device(tensor: Tensor, device: torch.device, compute_dtype: torch.dtype | None) -> Tensor:
@@ -89,31 +98,6 @@ def on_device(tensor: Tensor, device: torch.device, compute_dtype: torch.dtype |
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def check_memory(source: nn.Module) -> None:
-    """Raises ValueError where a parameter that is trained shares memory with another tensor of the model: chunks give
-    each a place of its own, and the two would part."""
-    parameters, buffers = dict(source.named_parameters()), dict(source.named_buffers())
-    held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    for name, tensor in {**parameters, **buffers}.items():
-        if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
-            start = tensor.storage_offset()
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            held[tensor.untyped_storage()._cdata].append((start, start + extent, name))
-    for places in held.values():
-        begun: list[tuple[int, str]] = []
-        for start, end, second in sorted(places):
-            begun = [(other, name) for other, name in begun if other > start]
-            for _, first in begun:
-                if not any(n in parameters and parameters[n].requires_grad for n in (first, second)):
-                    continue
-                raise ValueError(
-                    f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
-                    "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
-                    "and transpose it where it is used"
-                )
-            begun.append((end, second))
 
 
 def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.Parameter],

@@ -99,6 +99,23 @@ def test_weights_that_are_tied_by_their_memory_are_refused(how: str) -> None:
         geminifx.compile(model)
 
 
+HELD: dict[str, tuple[Callable[[Any], Any], str]] = {
+    ".data": (lambda m: setattr(m, "old", m[0].weight.data), "old"),
+    "a view with a gradient": (lambda m: setattr(m[1], "t", m[0].weight.t()), "1.t"),
+    "a row, in a dict of lists": (lambda m: setattr(m, "rows", {"a": [1, m[0].weight.detach()[1]]}), "rows['a'][1]"),
+    "the same bytes of another dtype": (lambda m: setattr(m, "bits", m[0].weight.data.view(torch.int32)), "bits"),
+}
+
+
+@pytest.mark.parametrize("how", HELD)
+def test_attributes_over_the_memory_of_a_trained_parameter_are_refused(how: str) -> None:
+    hold, name = HELD[how]
+    model = pair()
+    hold(model)
+    with pytest.raises(ValueError, match=re.escape(f"{name} is a tensor over the memory of parameter 0.weight")):
+        geminifx.compile(model)
+
+
 DISJOINT: dict[str, Callable[[Any], Any]] = {
     "cut out of one tensor": cut,
     "frozen": frozen,
@@ -106,6 +123,9 @@ DISJOINT: dict[str, Callable[[Any], Any]] = {
     "frozen and a buffer": lambda m: (m[0].requires_grad_(False), m[1].register_buffer("row", m[0].weight.detach()[1])),
     "two buffers": lambda m: (m.register_buffer("one", torch.ones(4)), m.register_buffer("two", m.one[1:])),
     "one parameter": lambda m: setattr(m[1], "weight", m[0].weight),
+    "the parameters in a list": lambda m: setattr(m, "all", list(m.parameters())),
+    "a copy": lambda m: setattr(m, "old", [m[0].weight.detach().clone()]),
+    "a list that holds itself": lambda m: (setattr(m, "loop", []), m.loop.append(m.loop)),
     "nothing in it": lambda m: (setattr(m[0], "none", nn.Parameter(m[0].weight.detach()[:0])),),
 }  # fmt: skip
 

@@ -1,0 +1,68 @@
+"""Parameters and buffers that the forward takes from elsewhere than their modules: from a list of them, an object, or
+another name. While it is traced its modules hold other tensors in their place, and so has to be what it takes there."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ...runtime.isa.errors import CaptureError
+
+
+class HeldElsewhere:
+    """Made of a copy of a model that is to be traced, while it holds what its lists and objects hold, too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: dict[int, str] = {}
+        self._kept: list[Tensor] = []  # whose identities are not to be given anew
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._names[id(tensor)] = name
+            self._kept.append(tensor)
+
+    def standing_in(self, replaced: set[str]) -> TorchFunctionMode:
+        """Within, operators on those are on what is traced. Raises CaptureError for one of the buffers of these names,
+        which the forward replaces by others."""
+        now = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return _StandIn({identity: now[name] for identity, name in self._names.items()}, self._names, replaced)
+
+    def check_gradients(self, outputs: Iterable[Tensor]) -> None:
+        """Raises CaptureError where a gradient would go to one of those itself, of what no operator is given."""
+        waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set[Any]()
+        while waiting:
+            node = waiting.pop()
+            name = self._names.get(id(getattr(node, "variable", None)))
+            if name is not None:
+                raise CaptureError(
+                    f"the forward gives the parameter {name}, which it takes from elsewhere than its module, to an "
+                    "autograd.Function: its gradient would be lost; expected self."
+                    f"{name.rpartition('.')[2]} there, or a clone()"
+                )
+            new = {found for found, _ in node.next_functions if found is not None} - seen
+            seen |= new
+            waiting.extend(new)
+
+
+class _StandIn(TorchFunctionMode):
+    def __init__(self, now: dict[int, Tensor], names: dict[int, str], replaced: set[str]) -> None:
+        super().__init__()
+        self._now, self._names, self._replaced = now, names, replaced
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._now.keys().isdisjoint(map(id, pytree.arg_tree_leaves(*args, **kwargs))):
+            args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _traced(self, tensor: Tensor) -> Tensor:
+        name = self._names.get(id(tensor))
+        if name is None:
+            return tensor
+        if name in self._replaced:
+            raise CaptureError(
+                f"the forward replaces the buffer {name}, which it takes from elsewhere than self, too: that would "
+                "follow, and stays in plain PyTorch. Keep a copy there, or write to the buffer in place"
+            )
+        return self._now[id(tensor)]

@@ -1,0 +1,102 @@
+"""Tensors over one memory. Programs have places of their own for parameters, and read each buffer once: where one of
+two is written to, the other would stay as it is."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...passes.program.program import Program
+from ...runtime.isa.errors import CaptureError
+from .guards import INTERNAL
+
+_DEEPEST = 4
+
+
+def attributes(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that modules hold besides parameters and buffers, alone or in lists, tuples and dicts, by name."""
+    own = set(map(id, (*model.parameters(), *model.buffers())))
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in INTERNAL:
+                held = _tensors_in(value, f"{path}.{name}" if path else name)
+                found |= {label: tensor for label, tensor in held if id(tensor) not in own}
+    return found
+
+
+def _tensors_in(value: Any, label: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield label, value
+    elif isinstance(value, list | tuple | dict) and depth < _DEEPEST:
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(each, f"{label}[{key!r}]", depth + 1)
+
+
+def check_trained(model: nn.Module) -> None:
+    """Raises ValueError where a parameter that is trained shares memory with another tensor of the model: chunks give
+    each a place of its own, and the two would part."""
+    parameters, others = dict(model.named_parameters()), attributes(model)
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    for first, second in overlapping({**parameters, **dict(model.named_buffers()), **others}, trained):
+        if first in others or second in others:
+            first, second = (second, first) if first in others else (first, second)
+            raise ValueError(
+                f"{second} is a tensor over the memory of parameter {first}, as .data, .detach() and views make them, "
+                "and would keep its values while the parameter is trained; take it in the forward, where it is used, "
+                "or copy it, .clone(), if it is to stay as it is"
+            )
+        raise ValueError(
+            f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
+            "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
+            "and transpose it where it is used"
+        )
+
+
+def check_written(model: nn.Module, program: Program) -> None:
+    """Raises CaptureError where the forward writes to a buffer over whose memory the model has another tensor, and
+    where it computes with one over the memory of a parameter that is trained, wherever it has that from."""
+    parameters, written = dict(model.named_parameters()), program.results_of("mutation").keys()
+    others = attributes(model)
+    known = set(map(id, others.values()))
+    constants = {name: tensor for name, tensor in program.constants.items() if id(tensor) not in known}
+    for first, second in overlapping({**parameters, **dict(model.named_buffers()), **others, **constants}, written):
+        buffer, other = (first, second) if first in written else (second, first)
+        raise CaptureError(
+            f"the forward writes to the buffer {buffer}, over whose memory {_told(other, constants)} is a tensor, too, "
+            f"which would not follow; expected one tensor for each memory: take the other from self."
+            f"{buffer.rpartition('.')[2]} where it is used, as a view of it"
+        )
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    for first, second in overlapping({**{name: parameters[name] for name in trained}, **constants}, trained):
+        parameter, other = (first, second) if first in trained else (second, first)
+        raise CaptureError(
+            f"the forward computes with {_told(other, constants)}, a tensor over the memory of parameter {parameter}, "
+            "which would keep its values while the parameter is trained; take it from the module in the forward"
+        )
+
+
+def _told(name: str, constants: Mapping[str, Tensor]) -> str:
+    if name not in constants:
+        return name
+    return f"a {list(constants[name].shape)} tensor that is no attribute of a module"
+
+
+def overlapping(tensors: Mapping[str, Tensor], some: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of names whose tensors share memory, one of them being of `some`."""
+    chosen = set(some)
+    held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
+            size = tensor.element_size()
+            start = tensor.storage_offset() * size
+            extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            held[tensor.untyped_storage()._cdata].append((start, start + extent * size, name))
+    for places in held.values():
+        begun: list[tuple[int, str]] = []
+        for start, end, second in sorted(places):
+            begun = [(other, name) for other, name in begun if other > start]
+            yield from ((first, second) for _, first in begun if first in chosen or second in chosen)
+            begun.append((end, second))
