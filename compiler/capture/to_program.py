@@ -67,7 +67,7 @@ def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mappin
     if isinstance(value, nn.Parameter):
         raise CaptureError(
             f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that is "
-            "not found through model.parameters(): its module stands in a plain list, dict or tuple, or a function "
+            "not among model.parameters(): its module stands in a plain list, dict or tuple, or a function "
             "holds it. Expected nn.ModuleList, nn.ModuleDict, nn.ParameterList or an attribute, so that it is trained "
             "and saved"
         )
