@@ -113,7 +113,7 @@ def test_others_are_seen_by_the_processors_time_that_is_not_ours(monkeypatch: py
     clock = {"_all_busy_s": 100.0, "_own_busy_s": 10.0}
     for name in clock:
         monkeypatch.setattr(others, name, lambda name=name: clock[name])
-    monkeypatch.setattr(others, "_cores", lambda: set(range(4)))
+    monkeypatch.setattr(others, "cores", lambda: set(range(4)))
     monkeypatch.setattr(others.time, "perf_counter", lambda: clock["_all_busy_s"] - 100)
     watch = HostWatch()
     clock.update(_all_busy_s=110.0, _own_busy_s=19.0)
