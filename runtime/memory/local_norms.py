@@ -1,11 +1,13 @@
-"""What torch computes over the parameters of one process alone, where others have more of them, is refused."""
+"""Refuses what torch would compute over this process's parts of parameters, where other processes have the rest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import nn
+from torch.optim import LBFGS, Adafactor, Muon, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..isa.errors import StateError
 from ..isa.torch_private import watch_clipping
@@ -13,34 +15,55 @@ from .lazy_parameter import LazyParameter
 
 
 class Holder(Protocol):
-    """Whoever has parameters as plain tensors of this process's parts."""
+    """An object that holds local shards of parameters as plain tensors."""
 
     def sharded(self) -> Iterator[tuple[nn.Parameter, str]]:
-        """Those of which other processes have other parts, and what to tell of each."""
+        """Yields each parameter of which other processes hold other shards, and a sentence that says so."""
 
 
 _HOLDERS: WeakSet[Holder] = WeakSet()
 
 
 def refuse_them(holder: Holder) -> None:
-    """From here on, in this process: of lazy parameters, whose sources tell, and of this holder's."""
+    """Refuses them from here on, in this process: for lazy parameters, whose sources tell, and for this holder's."""
     _watch()
     _HOLDERS.add(holder)
 
 
 @cache
 def _watch() -> None:
-    watch_clipping(_check)
+    watch_clipping(_check_norm)
+    register_optimizer_step_pre_hook(_check_step)
 
 
-def _check(parameters: Sequence[Any]) -> None:
+def _check_norm(parameters: Sequence[Any]) -> None:
     """Raises StateError where other ranks have some of the parameters, or parts of them."""
+    for told in _elsewhere(parameters):
+        raise StateError(
+            f"torch clips gradients, or scales them, by what this process has of them, and {told}. Every rank "
+            "would find something else: clip with model.clip_grad_norm_(...), or max_grad_norm= of "
+            "model.optimizer(...), whose float16 has a loss scale"
+        )
+
+
+def _check_step(optimizer: Optimizer, *_: Any) -> None:
+    """Raises StateError where an optimizer of torch's is not element-wise, and would take a shard for the whole."""
+    if not isinstance(optimizer, LBFGS | Adafactor | Muon):
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(optimizer, LBFGS):  # it computes over each parameter alone
+        parameters = [parameter for parameter in parameters if not isinstance(parameter, LazyParameter)]
+    for told in _elsewhere(parameters):
+        raise StateError(
+            f"torch.optim.{type(optimizer).__name__} is not element-wise: it computes over whole parameters, and "
+            f"{told}. Every rank would update by something else: take an element-wise optimizer, such as AdamW"
+        )
+
+
+def _elsewhere(parameters: Iterable[Any]) -> Iterator[str]:
+    """What other ranks have of the parameters, a sentence for each that this process lacks in whole or in part."""
     sharded = {id(parameter): told for holder in _HOLDERS for parameter, told in holder.sharded()}
     for parameter in parameters:
         told = parameter.source.elsewhere if isinstance(parameter, LazyParameter) else sharded.get(id(parameter))
         if told:
-            raise StateError(
-                f"torch clips gradients, or scales them, by what this process has of them, and {told}. Every rank "
-                "would find something else: clip with model.clip_grad_norm_(...), or max_grad_norm= of "
-                "model.optimizer(...), whose float16 has a loss scale"
-            )
+            yield told

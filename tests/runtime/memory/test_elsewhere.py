@@ -139,4 +139,6 @@ def test_torch_clips_and_scales_no_part_of_the_gradients(store: str) -> None:
     for step in (scaler.unscale_, scaler.step):
         with pytest.raises(StateError, match="torch clips gradients, or scales them"):
             step(optimizer)
+    with pytest.raises(StateError, match="LBFGS is not element-wise"):
+        torch.optim.LBFGS(source.parameters()).step(lambda: 0.0)
     nn.utils.clip_grad_norm_(model().parameters(), 1.0)
