@@ -17,8 +17,8 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception | None) -> "Failure | None":
-        """Describes an error, if there is one: a refusal keeps its type, so that all ranks raise it alike; any other
-        becomes a StateError."""
+        """Describes an error, if there is one: others raise a refusal as its type in `REFUSALS`, any other error as a
+        StateError."""
         if error is None:
             return None
         text = f"{type(error).__name__}: {error}"

@@ -48,7 +48,7 @@ class LocalShards:
         return whole_shape(slot.shape, self.placements(slot), self._axes)
 
     def elsewhere(self, slot: Slot) -> str:
-        """Tells, for messages, that other processes have other parts of the parameter; "" if this one has all of it."""
+        """Message text if other ranks have other parts of the parameter; "" if this process has all of it."""
         placed = zip(self.placements(slot), self._axes, strict=True)
         cut = self.ranks.together and any(isinstance(p, Shard) and axis.size > 1 for p, axis in placed)
         return f"{slot.name} is sharded: other ranks have other parts of it" if cut else ""

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ownership:
-    """Which parameters this process, one of `ranks`, has: those that list it in `owners`, or all if `owners` is
-    empty."""
+    """Tells which parameters this process, one of `ranks`, has: those whose `owners` include its pipeline rank, or all
+    if `owners` is empty."""
 
     ranks: Ranks
     owners: Mapping[str, Owners] = field(default_factory=dict)

@@ -70,7 +70,8 @@ class Messages:
         return coming
 
     def finish_receive(self, coming: Tensor) -> Tensor:
-        """Waits for a message, blocking as `finish_send` does, and returns it in its strides."""
+        """Waits for a message, blocking as `finish_send` does; returns it in the strides that `start_receive` was
+        given."""
         wait, come, stride = self._coming.pop(id(coming))
         self.ranks.call(wait)
         if come.stride() == stride:
@@ -78,8 +79,8 @@ class Messages:
         return torch.empty_strided(come.shape, stride, dtype=come.dtype, device=come.device).copy_(come)
 
     def abandon(self) -> None:
-        """After a step that failed: processes at the other end may be lost. The memory of messages under way is kept
-        until the process ends, since they may still write to it."""
+        """Gives up the messages of a failed step, whose other ends may be lost. Their memory is kept until the process
+        ends, since they may still write to it."""
         self._is_broken |= self._exchanged
 
     def _group(self, source: int, to: int) -> tuple[Any, Callable[[int], int]]:

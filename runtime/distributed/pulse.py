@@ -1,8 +1,8 @@
 """Tells which processes are alive: each adds a heartbeat once a second, in the store that torch.distributed met at.
 
 A process that loses another one in an exchange need not be a neighbour of the one that died: in a ring or a pipeline,
-processes end one after the other, each because its neighbour did. So every process announces when it ends because of
-others, and the one that died first is the one that is silent without an announcement.
+processes end one after the other, each because its neighbour did. So every process that ends because of others
+announces it, and the first to die is the one that is silent without an announcement.
 """
 
 import atexit

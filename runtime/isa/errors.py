@@ -60,8 +60,8 @@ class SplitError(ArgumentError):
 
 
 REFUSALS = (BudgetError, ShardingError, SplitError)
-"""Errors that say that a whole program does not fit or cannot be divided; its blocks, compiled alone, may still
-work."""
+"""Refusals: a program does not fit, or cannot be divided as asked. `compile` goes on to another setting if there is
+one, and ranks report refusals to each other by type."""
 
 
 def as_cause(error: BaseException) -> BaseException:

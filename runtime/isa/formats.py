@@ -22,7 +22,7 @@ STREAM_PIECE = 16 * 2**20
 launches."""
 
 SHORTEST_GRADIENT = 2 * BLOCK
-"""The least elements that a streamed gradient has room for: they fit the sum of a block, in twice as many bytes."""
+"""Minimum length of a streamed gradient's buffer, in elements: a block's sum must fit, in a dtype twice as wide."""
 
 STREAM_BUFFERS = 3
 """Pieces on the device at a time: one arrives, one is updated, one leaves."""

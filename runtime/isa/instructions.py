@@ -50,7 +50,7 @@ in the order in which they were sent::
 
     geminifx.send(h, 1)                            # to rank 1, asynchronously; `h` must not be written
     geminifx.finish_send(h, 1)                     # it was sent: the memory of `h` is free
-    h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # from rank 0: shape, strides and dtype
+    h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # from rank 0, in this shape
 
 The machine does not implement `receive`: `post_receives` replaces it by a start and a wait::
 
