@@ -1,7 +1,7 @@
-"""Gradients of chosen parameters, by torch.autograd.grad and backward(inputs=...), are refused: a step brings them all.
+"""Refuses torch.autograd.grad and backward(inputs=...) on parameters: a compiled step computes all gradients.
 
-In autograd's graph a step has no edges to parameters, which would cost microseconds each in every step. Without them
-autograd finds nothing, and with `inputs=` says nothing of it either.
+A step has no edges to the parameters in autograd's graph, as they would cost microseconds each in every step. Without
+them autograd finds no gradient, and with `inputs=` it does not even report that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ from .isa.torch_private import watch_chosen_inputs
 
 @cache
 def refuse_them() -> None:
-    """From here on, in this process."""
+    """Hooks the check into autograd, for the rest of this process."""
     watch_chosen_inputs(_check)
 
 
 def _check(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
-    """Raises StateError for inputs that are parameters of a step which the outputs come from."""
+    """Raises StateError if any of the chosen inputs is a parameter of a step that `outputs` come from."""
     asked = {id(each) for each in inputs if isinstance(each, Tensor) and each.is_leaf}
     for run in _runs(outputs) if asked else ():
         names = run.executor.machine.store.chunks.names
@@ -38,7 +38,7 @@ def _check(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
 
 
 def _runs(outputs: Sequence[Any]) -> Iterator[TrainingRun]:
-    """The steps that outputs come from."""
+    """Yields the training steps in the autograd graph of `outputs`."""
     found: set[Node] = set()
     ahead = [each.grad_fn if isinstance(each, Tensor) else each.node for each in outputs]
     while ahead:

@@ -1,8 +1,8 @@
-"""Runs generated programs, and joins them to autograd so that they fit into any training loop.
+"""Runs generated programs and connects them to autograd, so that they fit into any training loop.
 
-A program's text is compiled by Python once and run as it stands: there is no dispatch per node. A training
-program is a generator that sleeps between forward and backward; its local variables are what the backward
-needs, and they die as it goes, or with the graph when no backward comes.
+A program's text is compiled by Python once and runs as it is: there is no per-node dispatch. A training program is a
+generator that sleeps between forward and backward. Its local variables are what the backward needs; they are freed as
+the backward proceeds, or with the autograd graph if no backward comes.
 """
 
 import linecache
@@ -36,9 +36,13 @@ _numbers = count()
 class Code:
     """A generated program ready to be loaded.
 
-    `inputs` are the roles of the function's parameters in order; `namespaces` the operator libraries that
-    the text names; `reduces` the chunks that the backward reduces; `turns` the strides of what comes in at each turn,
-    such as the gradients of outputs; `input_gradients` the roles returned.
+    Fields:
+        name: the name of the function that `source` defines.
+        inputs: the roles of the function's parameters, in order.
+        namespaces: the operator libraries of `torch.ops` that the text names.
+        reduces: the chunks that the backward reduces.
+        turns: for each turn, the strides of the tensors that it receives, such as the gradients of outputs.
+        input_gradients: the roles of the input gradients that the program returns.
     """
 
     name: str
@@ -51,15 +55,17 @@ class Code:
 
 
 def called_by_programs(machine: Machine) -> SimpleNamespace:
-    """What programs call as `geminifx`: the machine's instructions, and compute operators, which are torch's to run."""
+    """What programs call as `geminifx`: the machine's instructions, and the compute operators, which torch
+    dispatches."""
     instructions = {name: getattr(machine, name) for name in INSTRUCTIONS}
     return SimpleNamespace(**instructions, **OPERATORS, fused=kernel_of(machine.device))
 
 
 class Loaded:
-    """Python's function for a program; tracebacks through it show the program's lines.
+    """A program's compiled Python function; tracebacks through it show the program's lines.
 
-    The function's globals hold it and those that it calls, each of which holds the globals: here they are let go.
+    The function's globals reference the function and what it calls, which references the globals: `__del__` breaks this
+    cycle.
     """
 
     def __init__(self, code: Code, called: SimpleNamespace, device: torch.device) -> None:
@@ -79,7 +85,7 @@ class Loaded:
 
 
 class Executor:
-    """Runs one program on a machine; `exchanges` is what that exchanges with other processes."""
+    """Runs one program on a machine; `exchanges` describes what the program exchanges with other processes."""
 
     def __init__(self, code: Code, machine: Machine, meter: MemoryMeter | None,
                  exchanges: Exchanges = NOTHING) -> None:  # fmt: skip
@@ -91,13 +97,14 @@ class Executor:
         self.loaded = Loaded(code, self.called, machine.device)
 
     def evaluate(self, inputs: list[Any]) -> dict[str, Tensor]:
-        """Run a program without a backward; returns its results by role. Inputs are tensors and numbers."""
+        """Runs a program that has no backward, on tensors and numbers; returns its results by role."""
         with self.resume(Run(), _bytes_of(inputs)):
             return self.loaded.function(*inputs)
 
     @contextmanager
     def resume(self, run: Run, input_bytes: int) -> Iterator[None]:
-        """While a program runs: no autograd and no autocast, its run is the machine's, its tensors are metered."""
+        """Context in which a program runs: `run` is the machine's current run, autograd and autocast are off, memory is
+        metered."""
         machine = self.machine
         try:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
@@ -120,14 +127,14 @@ class Executor:
             raise
 
     def _exchanges_now(self) -> Exchanges:
-        """With which of the divided chunks are whole on the device: those are not gathered."""
+        """The program's exchanges, and which of the sharded chunks are whole on the device: those are not gathered."""
         stays = [chunk.resident is not None for chunk in self.machine.chunks if chunk.layout.shards > 1]
         if not stays or not self.exchanges.between:
             return self.exchanges
         return replace(self.exchanges, between=f"{self.exchanges.between} {stays}")
 
     def _told(self, run: Run) -> tuple[str, Exchanges, str]:
-        """What this process does, what that exchanges, and behind what it comes, for others."""
+        """What this process is doing, what it exchanges, and how many updates came before, for `Ranks.begin`."""
         exchanges = self._exchanges_now()
         if self.code.name != "training":
             return f"an {self.code.name}", exchanges, ""
@@ -152,9 +159,9 @@ def _bytes_of(inputs: list[Any]) -> int:
 
 
 class ProgramRun:
-    """One run of a program: a generator that sleeps at each of its turns.
+    """One run of a program: a generator that sleeps at each turn.
 
-    A machine may have any number of them under way, since nothing is read from chunks while a program sleeps.
+    A machine may have any number of runs under way, because a sleeping program does not read from chunks.
     """
 
     def __init__(self, executor: Executor, inputs: list[Any]) -> None:
@@ -166,8 +173,9 @@ class ProgramRun:
         self.turns = 0
 
     def advance(self, received: list[Tensor] | None = None) -> list[Tensor]:
-        """Go on to the next turn, with what comes in at the one where the program sleeps; returns what it hands out
-        there. At its end nothing: `results` then has everything by role."""
+        """Resumes the program with the tensors `received` at the turn where it sleeps (None at the start), and runs it
+        to the next turn. Returns what the program yields there, or an empty list at its end, when `results` holds its
+        results by role."""
         assert self.generator is not None
         generator, self.generator = self.generator, None  # a run that fails cannot go on
         if received is not None:
@@ -187,10 +195,10 @@ class ProgramRun:
 
 @dataclass(frozen=True)
 class Outlets:
-    """What autograd sees of a training program's inputs and outputs, by their positions.
+    """What autograd sees of a training program's inputs and outputs, by position.
 
-    `differentiable` outputs take a gradient; `saved_inputs` and `saved_outputs` are read by the backward. `sources`
-    tells by a gradient's role, such as gradient:fc.weight, which outputs it comes from.
+    `differentiable` outputs take a gradient; the backward reads `saved_inputs` and `saved_outputs`. `sources` maps the
+    role of each gradient, such as gradient:fc.weight, to the positions of the outputs it comes from.
     """
 
     differentiable: tuple[int, ...]
@@ -200,31 +208,31 @@ class Outlets:
 
 
 class TrainingRun(ProgramRun):
-    """One step of a training program: `forward` up to the turn, `backward` from there to the end."""
+    """One step of a training program: `forward` runs up to the turn, `backward` from there to the end."""
 
     def __init__(self, executor: Executor, inputs: list[Any], outlets: Outlets) -> None:
         super().__init__(executor, inputs)
         self.outlets = outlets
-        self.likes: list[Tensor] = []  # of the outputs that take a gradient, without memory
+        self.likes: list[Tensor] = []  # meta tensors like the outputs that take a gradient
         self.versions = executor.machine.store.versions()
         self.run.updates = executor.machine.updates(self.versions)
         self.inputs = [(weakref.ref(inputs[i]), inputs[i]._version) for i in outlets.saved_inputs]
         self.saved: list[tuple[Tensor, int]] = []
 
     def forward(self) -> list[Tensor]:
-        """Run up to the turn, and take note of what the backward will read. Returns the outputs."""
+        """Runs up to the turn and records the versions of tensors that the backward will read. Returns the outputs."""
         outputs = self.advance()
         self.likes = [torch.empty_like(outputs[i], device="meta") for i in self.outlets.differentiable]
         self.saved = [(_counter(outputs[i]), outputs[i]._version) for i in self.outlets.saved_outputs]
-        # The forward itself writes buffers; whoever writes after it changes what the backward reads.
+        # The forward itself writes buffers; a write after it changes what the backward reads.
         self.inputs = [(ref, t._version) for ref, _ in self.inputs if (t := ref()) is not None]
         return outputs
 
     def backward(self, tangents: list[Tensor | None], of_parameters: bool = True) -> dict[str, Tensor]:
-        """Returns the gradients of inputs; those of parameters are in `.grad`, unless none are wanted. `tangents` are
-        the outputs', None where nothing read one: what only such outputs reach gets no gradient. Raises StateError
-        twice.
-        """
+        """Runs the backward and returns the gradients of inputs by role; those of parameters are left in `.grad`, or
+        dropped if not `of_parameters`. `tangents` are the gradients of the differentiable outputs, None for an output
+        that nothing used: what only such outputs reach gets no gradient. Raises StateError on a second call, and after
+        an in-place change of a tensor that the backward reads."""
         if self.generator is None:
             raise StateError(
                 "backward() ran a second time through the same step, whose activations are freed as they are "
@@ -242,7 +250,8 @@ class TrainingRun(ProgramRun):
             self.run.counts = True
         else:
             scale, self.run.absent = 1.0, self._all_parameters()
-        # A loss scale goes through the backward: the store takes it out of parameters' gradients, and this of inputs'.
+        # The loss scale passes through the backward: the store takes it out of parameters' gradients, this method out
+        # of inputs'.
         self.advance([tangent * scale for tangent in received] if scale != 1.0 else received)
         if self.generator is not None:
             raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
@@ -253,9 +262,10 @@ class TrainingRun(ProgramRun):
         return found
 
     def _unreached(self, tangents: list[Tensor | None]) -> set[str]:
-        """The gradients that come from no output that was used on any rank; the machine is told of parameters'."""
+        """The roles of gradients that depend on no output used on any rank; sets `run.absent` to the parameters among
+        them."""
         if len(tangents) == 1 and (tangents[0] is not None or self.executor.machine.ranks.together):
-            return set()  # among ranks an only output is taken to be used: asking would cost every step
+            return set()  # with several ranks a sole output counts as used: asking would cost every step
         machine = self.executor.machine
         used = machine.ranks.on_any([tangent is not None for tangent in tangents], machine.device)
         positions = {i for i, is_used in zip(self.outlets.differentiable, used, strict=True) if is_used}
@@ -270,7 +280,8 @@ class TrainingRun(ProgramRun):
         return frozenset((chunk.index, slot) for chunk in chunks for slot in range(len(chunk.slots)))
 
     def _check_unchanged(self) -> None:
-        """Weights are read again in the backward: others than the forward's would give wrong gradients."""
+        """Raises StateError if a tensor that the backward reads has changed since the forward: gradients would be
+        wrong."""
         now = self.executor.machine.store.versions()
         changed = next((name for name, version in now.items() if version != self.versions[name]), None)
         if changed is not None:
@@ -291,40 +302,40 @@ class TrainingRun(ProgramRun):
 
 
 def _laid_out(tangent: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The backward was traced for gradients laid out like the outputs; autograd may bring views of any kind."""
+    """`tangent` in its output's strides, which the backward was traced for; autograd may pass views of any kind."""
     if tangent.stride() == stride:
         return tangent
     return torch.empty_strided(tangent.shape, stride, dtype=tangent.dtype, device=tangent.device).copy_(tangent)
 
 
 def _counter(tensor: Tensor) -> Tensor:
-    """An empty tensor that counts the writes to another one, and does not keep it alive."""
+    """An empty tensor that shares the version counter of `tensor` without keeping its memory alive."""
     counter = tensor.detach()
     counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return counter
 
 
 class Step(torch.autograd.Function):
-    """One training step as one node of the autograd graph."""
+    """One training step as a single node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, run: TrainingRun, anchor: Tensor, *inputs: Tensor) -> Any:
-        # The program sleeps with its own outputs in hand: handed out themselves, they would hold it and it them,
-        # and a loss that is dropped without a backward would keep its activations.
+        # The sleeping program holds its own outputs. If these were returned, outputs and program would hold each other,
+        # and a loss dropped without a backward would keep its activations.
         outputs = [output.detach() for output in run.forward()]
         ctx.run, ctx.anchor = run, anchor
         ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in run.outlets.differentiable))
-        ctx.set_materialize_grads(False)  # an output that nothing reads has no gradient, which is not a zero
+        ctx.set_materialize_grads(False)  # an output that nothing uses has no gradient, rather than a zero one
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # what this returned would pass for a constant
+        if torch.is_grad_enabled():  # what this returns would be taken for a constant
             raise StateError(
                 "a gradient of a gradient was asked for (create_graph=True, as gradient penalties do), and a compiled "
                 "step is differentiated once. Leave create_graph out, or train this model without geminifx"
             )
-        # torch.autograd.grad(loss, inputs) leaves parameters' gradients alone, and the anchor's, too.
+        # torch.autograd.grad(loss, inputs) accumulates into no parameter, and so not into the anchor.
         of_parameters = will_accumulate(ctx.anchor)
         results = ctx.run.backward([tangents[i] for i in ctx.run.outlets.differentiable], of_parameters)
         gradients = (results.get(role) for role in ctx.run.executor.code.input_gradients)
@@ -332,7 +343,7 @@ class Step(torch.autograd.Function):
 
 
 class NoGradient(torch.autograd.Function):
-    """Marks an output that was compiled without a gradient: one that reaches it is an error, not a zero."""
+    """Marks an output that was compiled without a gradient: a gradient that reaches it is an error, not a zero."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The machine: it implements the instruction set over chunks, and over a store of their training state.
+"""The machine: implements the instruction set over chunks and a store of their training state.
 
-Generated programs call it as `geminifx`. Its methods carry the instructions' names and arguments; each does
-one thing: the machine leads chunks through their states, and what is moved where is the store's to decide.
+Generated programs call it as `geminifx`; its methods have the instructions' names and arguments. The machine moves
+chunks through their states, and the store decides which bytes move.
 """
 
 import torch
@@ -21,7 +21,7 @@ from .memory.state_store import Run, StateStore
 class Machine:
     """Runs the instructions of one model's programs on one device ("cpu": the budgeted arena in RAM).
 
-    `run` is the run whose program is at work. Others may be under way, each asleep at a turn of its program.
+    `run` is the run whose program is executing. Others may be under way, each asleep at a turn of its program.
     """
 
     def __init__(self, store: StateStore, ranks: Ranks = ALONE) -> None:
@@ -42,21 +42,21 @@ class Machine:
         self.chunks = store.chunks.chunks
         self.device = store.hardware.device
         self.run = Run()
-        self._versions: list[dict[str, int]] = []  # the last that a training step has met
+        self._versions: list[dict[str, int]] = []  # of the last training step's parameters; empty before the first
         self._updates = 0
-        self._apart: list[tuple[Tensor, Tensor]] = []  # what the generator's state is exchanged with, and what it was
+        self._apart: list[tuple[Tensor, Tensor]] = []  # open swaps: what was swapped in, the state before
 
     # -- weights -------------------------------------------------------------------------------------------
 
     def fetch(self, index: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """Start to bring a chunk's weights to the device, in the compute dtype."""
+        """Starts to bring a chunk's weights to the device, in the compute dtype."""
         chunk = self.chunks[index]
         if chunk.state is State.FREE:
             chunk.move(State.HOLD)
         return self.store.fetch(chunk, self.run)
 
     def wait(self, fetched: Tensor, index: int) -> Tensor:
-        """From here on the chunk's weights are read."""
+        """Completes a `fetch`: the program reads the chunk's weights from here on."""
         self.store.arrive(self.chunks[index], fetched)
         self.chunks[index].move(State.COMPUTE)
         return fetched
@@ -64,7 +64,7 @@ class Machine:
     view = staticmethod(parameter_view)
 
     def release(self, weights: Tensor, index: int) -> None:
-        """Nobody reads the weights any more; a copy that does not stay dies with its last name."""
+        """The program no longer reads the weights; a copy that does not stay is freed with its last reference."""
         chunk = self.chunks[index]
         self.store.release(chunk)
         if self.run.backward and index in self.run.reduces:
@@ -90,21 +90,21 @@ class Machine:
     put_mm = staticmethod(put_product)
 
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
-        """A chunk's gradients are complete: start to move them to where its master is."""
+        """A chunk's gradients are complete: starts to move those of `slots` to the chunk's master."""
         chunk = self.chunks[index]
-        if chunk.state in (State.FREE, State.HOLD):  # its backward never read its weights, as an embedding's
+        if chunk.state in (State.FREE, State.HOLD):  # the backward never reads its weights, as for an embedding
             chunk.move(State.COMPUTE)
             chunk.move(State.HOLD_AFTER_BACKWARD)
         chunk.move(State.READY_FOR_REDUCE)
         reached = self.run.reached(index, slots)
-        for slot in set(slots).difference(reached):  # of zeros, infinities make what would spoil norms and sums
+        for slot in set(slots).difference(reached):  # zero tangents times infinity are NaN: keep it out of norms, sums
             place = chunk.layout.slots[slot]
             gradients.narrow(0, place.offset, place.numel).zero_()
         if reached:
             self.store.reduce(chunk, gradients, reached)
 
     def accumulate_grad(self, gradients: Tensor, index: int, slots: list[int]) -> None:
-        """The gradients have landed, and are used up by the program."""
+        """Completes a `reduce`: the store no longer needs the program's buffer, which may be freed."""
         if reached := self.run.reached(index, slots):
             self.store.accumulate_grad(self.chunks[index], gradients, reached)
         self._hold(self.chunks[index])
@@ -120,23 +120,24 @@ class Machine:
         return self.ranks.average_(value.clone())
 
     def start_receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int) -> Tensor:
-        """What another rank of the pipeline sends, when it has come."""
+        """A buffer for the next tensor from rank `source` of the pipeline; it may be read after `finish_receive`."""
         return self.messages.start_receive(shape, stride, dtype, source, self.device)
 
     @staticmethod
     def share(loss: Tensor, count: Tensor, average: Tensor) -> Tensor:
-        """A mean over `count` tokens as a part of the mean over all ranks' tokens, `average` on each; 0 without any."""
+        """Scales a mean over `count` tokens to this rank's term of the mean over all ranks' tokens, where `average` is
+        the mean of `count` over the ranks; 0 where `count` is 0."""
         return torch.where(count == 0, torch.zeros_like(loss), loss * (count / average).to(loss.dtype))
 
     # -- random numbers ------------------------------------------------------------------------------------
 
     @staticmethod
     def drawn(state: Tensor, value: Tensor) -> None:
-        """A value was drawn for the generator to be where it is now."""
+        """Does nothing: marks that `value` was drawn only to advance the generator from `state`."""
 
     @property
     def random_state(self) -> Tensor:
-        """The state of the generator that the next random operator draws from."""
+        """The state of the generator that random operators draw from."""
         return generator_of(self.device).get_state()
 
     @random_state.setter
@@ -147,7 +148,7 @@ class Machine:
         return self.random_state
 
     def swap_rng(self, state: Tensor) -> None:
-        """Exchange the generator's state with `state`."""
+        """Swaps the generator's state with `state`."""
         current, comes_back = self.random_state, bool(self._apart) and self._apart[-1][0] is state
         if not comes_back:
             self._apart.append((state, current))
@@ -157,20 +158,20 @@ class Machine:
             self._apart.pop()
 
     def fork_rng(self, like: Tensor, axes: list[str]) -> Tensor:
-        """A state of the generator for each place on these axes of the mesh."""
+        """A generator state that differs between the places on these axes of the mesh."""
         return fork(self.device, tuple(self.ranks.mesh.coordinate(self.ranks.rank, axis) for axis in axes))
 
     # -- runs ------------------------------------------------------------------------------------------
 
     def updates(self, versions: dict[str, int]) -> int:
-        """Behind how many updates a training step is that meets parameters of these versions. How often one was written
-        does not count: that may differ between ranks that hold the same values."""
+        """How many parameter updates came before a training step that finds parameters at these versions. Counts
+        changes between steps, not writes, which may differ in number between ranks that hold the same values."""
         self._updates += self._versions not in ([], [versions])
         self._versions = [versions]
         return self._updates
 
     def check_at_rest(self, program: str) -> None:
-        """Raises GeminiError where a program that is about to sleep still reads a chunk: other runs may use it next."""
+        """Raises GeminiError if a program is about to sleep while it reads a chunk, which other runs may use next."""
         reading = next((chunk for chunk in self.chunks if chunk.state is State.COMPUTE), None)
         if reading is not None:
             raise GeminiError(
@@ -179,19 +180,19 @@ class Machine:
             )
 
     def leave(self) -> None:
-        """Give all memory back to the tiers: another machine takes over."""
+        """Returns all memory to the tiers: another machine takes over."""
         self.store.leave()
         self.offloads.drop()
 
     def abort(self) -> str:
-        """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
+        """Forgets a run that failed half way. Returns what to tell the user about the state that remains."""
         self.collectives.abandon()
         self.messages.abandon()
         left = self.store.abort(self.run)
-        self.store.copies.join()  # copies under way still write to what the program's death has freed
+        self.store.copies.join()  # copies under way still write to memory that dies with the program
         for chunk in self.chunks:
             chunk.rest()
-        if self._apart:  # ranks would draw apart from here on
+        if self._apart:  # otherwise ranks would draw differently from here on
             self.random_state = self._apart[0][1]
             self._apart.clear()
         self.run = Run()

@@ -1,1 +1,1 @@
-"""Processes that train together, and the shards of tensors and chunks that each of them has."""
+"""Processes that train together, and each one's shards of tensors and chunks."""

@@ -1,4 +1,4 @@
-"""What the ranks raise where one of them fails."""
+"""The errors that ranks raise when one of them fails."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from ..isa.errors import REFUSALS, GeminiError, StateError
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank's error as it is told to others: what kind of one they raise, its text, and its attributes."""
+    """A rank's error as reported to the others: the type of error that they raise, its text, and its attributes."""
 
     kind: type[GeminiError]
     text: str
@@ -17,7 +17,8 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception | None) -> "Failure | None":
-        """A refusal stays one of its kind, which all then meet alike."""
+        """Describes an error, if there is one: others raise a refusal as its type in `REFUSALS`, any other error as a
+        StateError."""
         if error is None:
             return None
         text = f"{type(error).__name__}: {error}"
@@ -32,7 +33,8 @@ class Failure:
 
 
 def raise_any(own: Exception | None, told: Mapping[int, Failure | None]) -> None:
-    """Raise where any rank has failed: this one's own error, or one that tells the others'."""
+    """Raises if any rank has failed: this rank's `own` error, or one that reports the errors of others, by rank in
+    `told`."""
     if own is not None:
         raise own
     failed = {rank: failure for rank, failure in told.items() if failure is not None}

@@ -1,4 +1,4 @@
-"""What a process has of parameters that lie on the mesh: from the whole to its shard and back."""
+"""A process's shards of parameters that are placed on the mesh: from the whole to the shard and back."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from .collectives import all_gather_single
 from .ranks import Ranks
 
 PIECE = 4 * 2**20
-"""Elements of a shard that are gathered at a time: what that takes on the device beside the model stays small."""
+"""Elements of a shard that are gathered at a time, to keep the device memory that this takes beside the model small."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of a whole tensor, and where a process has it: `start` and `strides` count elements of a flat
-    tensor, such as a chunk."""
+    """A rectangle of a whole tensor (`offsets`, `sizes`), and where a process has it: `start` and `strides` count
+    elements of a flat tensor, such as a chunk."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -30,13 +30,13 @@ class Region:
     strides: tuple[int, ...]
 
     def of(self, flat: Tensor) -> Tensor:
-        """The view of it."""
+        """The view of this region in `flat`."""
         return flat.as_strided(self.sizes, self.strides, flat.storage_offset() + self.start)
 
 
 @dataclass(frozen=True)
 class LocalShards:
-    """Cuts parameters into the shards of the processes of `ranks`, and joins them."""
+    """Cuts parameters into the shards of the processes of `ranks`, and joins shards."""
 
     ranks: Ranks
 
@@ -44,25 +44,23 @@ class LocalShards:
         return parse_placements(slot.placement, self._axes)
 
     def whole_shape(self, slot: Slot) -> tuple[int, ...]:
-        """The parameter's own shape, of which the slot has a shard."""
+        """The shape of the whole parameter that the slot has a shard of."""
         return whole_shape(slot.shape, self.placements(slot), self._axes)
 
     def elsewhere(self, slot: Slot) -> str:
-        """What other processes have of the parameter that this one lacks, for messages; nothing where it is whole."""
+        """Message text if other ranks have other parts of the parameter; "" if this process has all of it."""
         placed = zip(self.placements(slot), self._axes, strict=True)
         cut = self.ranks.together and any(isinstance(p, Shard) and axis.size > 1 for p, axis in placed)
         return f"{slot.name} is sharded: other ranks have other parts of it" if cut else ""
 
     def replicas(self, slot: Slot) -> int:
-        """How many of the processes along the axes that weights are sharded over have the same shard."""
+        """How many processes have the same shard, along the axes that weights are sharded over."""
         placed = dict(zip(self._axes, self.placements(slot), strict=True))
         return prod(axis.size for axis in self.ranks.mesh.weight_axes if not isinstance(placed[axis], Shard))
 
     def take(self, whole: Tensor, slot: Slot) -> Tensor:
-        """This process's shard; a view where the shard is one rectangle.
-
-        Raises ValueError where `whole` has another shape than the parameter.
-        """
+        """This process's shard; a view if the shard is one rectangle. Raises ValueError if `whole` does not have the
+        parameter's shape."""
         if not slot.placement:
             return whole
         expected = self.whole_shape(slot)
@@ -71,8 +69,8 @@ class LocalShards:
         return local_shard(whole, self.placements(slot), self.ranks.mesh, self.ranks.rank)
 
     def join(self, shard: Tensor, slot: Slot, device: torch.device) -> Tensor:
-        """The whole, on the CPU where it is more than this shard. All processes call it, one shard after the other;
-        they exchange by way of `device`."""
+        """The whole parameter; on the CPU if it is more than this shard. All processes call it, for one shard after the
+        other; they exchange through `device`."""
         placed = list(zip(self.placements(slot), self._axes, strict=True))
         if placed:
             self.ranks.meet_alike("putting tensors together, as state_dict() does")
@@ -92,8 +90,8 @@ class LocalShards:
         return [row.view(shard.shape) for row in found]
 
     def norm(self, norm: Tensor) -> Tensor:
-        """The norm of whole tensors, of each process's `norm` of its shards, in which one that several have is divided
-        by the root of `replicas`."""
+        """The norm over all shards along the weight axes, from the `norm` of each process's. To count once, a shard
+        that several processes have must enter divided by the square root of `replicas`."""
         axes = self.ranks.mesh.weight_axes
         if not (axes and self.ranks.together):
             return norm
@@ -104,10 +102,10 @@ class LocalShards:
         return squares.sqrt()
 
     def regions(self, slot: Slot, held: tuple[int, int] | None = None) -> tuple[Region, ...]:
-        """The rectangles of the parameter that this process has, in the slot's chunk.
+        """The rectangles of the parameter that this process has, as places in the slot's chunk.
 
-        `held` are the elements of the chunk, from and to, that it has where the chunk is shared out; regions then
-        count from the first of them.
+        If the chunk is divided, `held` is the (start, end) of the chunk's elements that this process has, and regions
+        count from that start.
         """
         first, last = (0, slot.offset + slot.numel) if held is None else held
         lo, hi = max(slot.offset, first), min(slot.offset + slot.numel, last)
@@ -125,7 +123,7 @@ class LocalShards:
         )
 
     def _runs(self, slot: Slot, dim: int) -> list["_Run"]:
-        """Which indices of a dimension this process has, as few runs of neighbours."""
+        """The indices along a dimension that this process has, as a minimal list of contiguous runs."""
         mesh, whole = self.ranks.mesh, self.whole_shape(slot)[dim]
         sharded = [(p, axis) for p, axis in zip(self.placements(slot), self._axes, strict=True) if _shards(p, dim)]
         if not sharded:
@@ -147,7 +145,7 @@ ALONE = LocalShards(Ranks())
 
 @dataclass(frozen=True)
 class _Run:
-    """Indices of one dimension: from where in the whole, from where in the shard, how many."""
+    """A run of indices along one dimension: its start in the whole, its start in the shard, and its length."""
 
     whole: int
     local: int
@@ -159,7 +157,7 @@ def _shards(placement: object, dim: int) -> bool:
 
 
 def _within(runs: Iterable[_Run], start: int, end: int) -> Iterator[_Run]:
-    """What of `runs` lies between two indices of the shard."""
+    """The parts of `runs` that lie between two indices of the shard."""
     for run in runs:
         lo, hi = max(run.local, start), min(run.local + run.length, end)
         if lo < hi:
@@ -167,7 +165,7 @@ def _within(runs: Iterable[_Run], start: int, end: int) -> Iterator[_Run]:
 
 
 def _boxes(shape: tuple[int, ...], lo: int, hi: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """The elements `lo` to `hi` of a contiguous tensor as rectangles: from and to in every dimension."""
+    """Divides the elements `lo` to `hi` of a contiguous tensor into rectangles, each a (start, end) per dimension."""
     if lo >= hi:
         return
     if not shape:

@@ -1,4 +1,4 @@
-"""How the processes that were launched meet, and the process groups that they make."""
+"""Initialises torch.distributed, and creates process groups."""
 
 import atexit
 import os
@@ -17,11 +17,11 @@ from ..isa.errors import StateError, as_cause
 from ..isa.mesh import Mesh
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-"""Another one at each start of a machine: names of hosts may be alike."""
+"""Differs between boots, and so between hosts of the same name."""
 
 
 def host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> Any:
-    """The group, on the host, of those that are of the same kind as this process."""
+    """The host-side (gloo) group of all ranks with the same `kind` as this process. All ranks call it."""
     by_kind: dict[int, list[int]] = {}
     for rank in range(mesh.size):
         by_kind.setdefault(kind(rank), []).append(rank)
@@ -31,7 +31,7 @@ def host_group(mesh: Mesh, kind: Callable[[int], int], timeout: timedelta) -> An
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """While process groups are made. Raises StateError where another process does not come to that."""
+    """Context in which process groups are created. Raises StateError if another process does not join."""
     try:
         yield
     except RuntimeError as error:
@@ -42,12 +42,12 @@ def meeting() -> Iterator[None]:
 
 
 def launched() -> int:
-    """How many processes were started together, or have met already."""
+    """How many processes were launched together, or have initialised torch.distributed already."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def this_host() -> tuple[str, str]:
-    """What tells this process's host from others, and from other containers, which have memory of their own."""
+    """Identifies this process's host among others, and its container, which has memory of its own."""
     try:
         boot = BOOT.read_text().strip()
     except OSError:  # not Linux
@@ -56,10 +56,10 @@ def this_host() -> tuple[str, str]:
 
 
 def enter(device: torch.device, timeout: timedelta) -> None:
-    """Meet the others that were launched."""
+    """Initialises torch.distributed with the other launched processes."""
     if device.type == "cuda":
-        # Kernels of several communicators that wait for each other on the same device may lock each other out, unless
-        # NCCL runs them one behind the other, in the order in which they were started: the program's.
+        # Kernels of several communicators that wait for each other on the same device may deadlock, unless NCCL runs
+        # them one after the other, in the order in which they were started: the program's.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group("nccl", timeout=timeout, device_id=device, **_meeting_place(timeout))
     else:
@@ -68,16 +68,16 @@ def enter(device: torch.device, timeout: timedelta) -> None:
 
 
 def _meeting_place(timeout: timedelta) -> dict[str, Any]:
-    """Where `init_process_group` finds the others: in the store of who launched them, by names of this start alone.
-    torchrun keeps one store for all of its starts, and what is there from the last leads to processes that died."""
+    """Arguments of `init_process_group`: the launcher's store, under a prefix for this start alone. torchrun keeps one
+    store across restarts, and keys left from the last start lead to processes that died."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
 
 
 def group_along(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any:
-    """This process's group of those along several axes, wherever these stand in the mesh. torch.distributed numbers its
-    members by their ranks, as `Mesh.number` does."""
+    """This process's group along several axes, wherever they are in the mesh. torch.distributed numbers its members by
+    rank, as `Mesh.number` does."""
     sizes, places = [axis.size for axis in mesh.axes], range(len(mesh.axes))
     along = [i for i in places if mesh.axes[i].name in names]
     ranks = torch.arange(mesh.size).view(sizes).permute(*(i for i in places if i not in along), *along)
@@ -88,6 +88,6 @@ def group_along(mesh: Mesh, names: tuple[str, ...], device: torch.device) -> Any
 
 
 def _leave() -> None:
-    """Join gloo's threads: the C++ runtime aborts a process that ends while they run."""
+    """Joins gloo's threads: the C++ runtime aborts a process that exits while they run."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Who along a pipeline has which parameters: what owners have is told to all, and what several have counts once."""
+"""Which pipeline ranks have which parameters: shares values with the ranks that lack them, and counts each value
+once."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ownership:
-    """Which parameters this process, one of `ranks`, has: those that it is among the `owners` of, or all, where there
-    are none."""
+    """Tells which parameters this process, one of `ranks`, has: those whose `owners` include its pipeline rank, or all
+    if `owners` is empty."""
 
     ranks: Ranks
     owners: Mapping[str, Owners] = field(default_factory=dict)
@@ -30,17 +31,19 @@ class Ownership:
         return tuple(name for name, owners in self.owners.items() if self._place not in owners)
 
     def counts(self, name: str) -> bool:
-        """Whether this process is the one of a parameter's owners whose copy counts in sums over all parameters."""
+        """Whether this process's copy of a parameter counts in sums over all parameters: only the first owner's
+        does."""
         return not self.owners or self.owners[name][0] == self._place
 
     def ranks_of(self, name: str) -> str:
-        """Who has a parameter, for messages."""
+        """The ranks that have a parameter, for messages."""
         mesh, owners = self.ranks.mesh, self.owners[name]
         return ", ".join(str(rank) for rank in range(mesh.size) if mesh.pipeline_rank(rank) in owners)
 
     def share(self, name: str, value: Tensor, device: torch.device) -> Tensor:
-        """The first owner's `value` of what belongs to a parameter; elsewhere that tells shape and dtype alone, and
-        what comes is on the CPU. All processes call it, for one after the other; they exchange by way of `device`."""
+        """Broadcasts the first owner's `value` of a tensor that belongs to a parameter. On other ranks `value` gives
+        only shape and dtype, and the result is on the CPU. All processes call it, for one value after the other; they
+        exchange through `device`."""
         if not (self.owners and self.ranks.together):
             return value
         self.ranks.meet("putting parameters together, as state_dict() does")
@@ -55,8 +58,8 @@ class Ownership:
         return whole
 
     def gather(self, values: Mapping[str, T]) -> dict[str, T]:
-        """What the owners of parameters have for them, in the order of all parameters: objects that are small. All
-        processes call it."""
+        """Every parameter's value from the first rank that has one, in the model's order; values are small picklable
+        objects. All processes call it."""
         if not (self.owners and self.ranks.together):
             return dict(values)
         everyones = reversed(self.ranks.gather(dict(values)))
@@ -64,23 +67,23 @@ class Ownership:
         return {name: found[name] for name in self.owners if name in found}
 
     def raise_alike(self, error: Exception | None) -> None:
-        """Raise where any of the processes that have other parameters has an error."""
+        """If any pipeline rank has an error, raises on all, as `Ranks.raise_alike` does."""
         if self.owners:
             self.ranks.raise_alike(error)
         elif error is not None:
             raise error
 
     def norm(self, norm: Tensor) -> Tensor:
-        """The norm of all parameters' gradients, of that of the ones which count on each process."""
+        """The norm over all parameters' gradients, from the `norm` of those that count on each process."""
         if not (self.owners and self.ranks.together):
             return norm
         self.ranks.meet("the norm of gradients")
-        squares = norm.double().square()  # not every process need have parameters of every dtype
+        squares = norm.double().square()  # processes need not have parameters of the same dtypes
         self.ranks.call(dist.all_reduce, squares, group=self.ranks.groups[names_of(self.ranks.mesh.pipeline_axes)])
         return squares.sqrt().to(norm.dtype)
 
     def among(self, names: Iterable[str]) -> list[str]:
-        """Those of some parameters that this process has."""
+        """The names among `names` whose parameters this process has."""
         elsewhere = set(self.elsewhere)
         return [name for name in names if name not in elsewhere]
 

@@ -1,4 +1,4 @@
-"""Messages between the ranks of a pipeline: what one sends another receives, in the order in which it was sent."""
+"""Messages between pipeline ranks, received in the order in which they were sent."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,28 +15,28 @@ from .meeting import meeting
 from .ranks import Ranks
 
 Channel = tuple[int, int]
-"""From one rank of the pipeline to another one."""
+"""(source, destination), as pipeline ranks."""
 
 
 class Messages:
-    """The instructions that send and receive, and what is on its way.
+    """The instructions that send and receive, and the messages under way.
 
-    Each pair of ranks that exchange has a process group for each direction, so that neither waits for the other, nor
-    one pair for another; those that nobody knew of before go through the group of the pipeline's axis.
+    Each pair of ranks that exchange has one process group per direction, so that no message waits for the other
+    direction or another pair. Channels that were not opened ahead use the process group of the pipeline axis.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.place = ranks.mesh.pipeline_rank(ranks.rank)
-        self._leaving: dict[int, deque[tuple[Callable[[], None], Tensor]]] = defaultdict(deque)  # by where to
+        self._leaving: dict[int, deque[tuple[Callable[[], None], Tensor]]] = defaultdict(deque)  # by destination
         self._coming: dict[int, tuple[Callable[[], None], Tensor, tuple[int, ...]]] = {}
-        self._exchanged = self._is_broken = False  # since the program was begun; for good
+        self._exchanged = self._is_broken = False  # since the program began; for good
 
     def begin(self) -> None:
-        """A program begins, or goes on behind its turn, on all ranks, which have received all that was sent before.
+        """A program begins, or resumes after its turn, on all ranks, which have received everything sent before.
 
-        Raises StateError where a step failed between messages, since what is still under way would be taken for others,
-        and where another process is lost.
+        Raises StateError if an earlier step failed between messages: what is still under way would be taken for new
+        messages.
         """
         if self._is_broken:
             raise StateError(
@@ -46,7 +46,7 @@ class Messages:
         self._exchanged = False
 
     def send(self, value: Tensor, to: int) -> None:
-        """The value may be let go of: what is on its way is kept here."""
+        """Starts to send; `value` may be freed, since this object keeps what is under way."""
         self._exchanged = True
         moving = value.contiguous()
         group, number = self._group(self.place, to)
@@ -54,14 +54,14 @@ class Messages:
         self._leaving[to].append((waiting(work, dist.isend), moving))
 
     def finish_send(self, value: Tensor, to: int) -> None:
-        """The oldest of what is on its way to a rank, which is this value, is there. Blocks the host where the device
-        is one, and else what is launched behind it."""
+        """Waits for the oldest message under way to a rank, which is `value`. Blocks the host if the device is the CPU,
+        otherwise only work launched afterwards."""
         wait, _ = self._leaving[to].popleft()
         self.ranks.call(wait)
 
     def start_receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
                       device: torch.device) -> Tensor:  # fmt: skip
-        """Nobody may read it before `finish_receive`."""
+        """Starts to receive a tensor, which must not be read before `finish_receive`."""
         self._exchanged = True
         coming = torch.empty(shape, dtype=dtype, device=device)
         group, number = self._group(source, self.place)
@@ -70,7 +70,8 @@ class Messages:
         return coming
 
     def finish_receive(self, coming: Tensor) -> Tensor:
-        """Blocks as `finish_send` does."""
+        """Waits for a message, blocking as `finish_send` does; returns it in the strides that `start_receive` was
+        given."""
         wait, come, stride = self._coming.pop(id(coming))
         self.ranks.call(wait)
         if come.stride() == stride:
@@ -78,12 +79,12 @@ class Messages:
         return torch.empty_strided(come.shape, stride, dtype=come.dtype, device=come.device).copy_(come)
 
     def abandon(self) -> None:
-        """Of a step that failed: who would send or receive what is under way may be lost. Its memory stays as long as
-        this process does, for messages may still write to it."""
+        """Gives up the messages of a failed step, whose other ends may be lost. Their memory is kept until the process
+        ends, since they may still write to it."""
         self._is_broken |= self._exchanged
 
     def _group(self, source: int, to: int) -> tuple[Any, Callable[[int], int]]:
-        """The process group of a channel, and which of its members a rank of the pipeline is."""
+        """The process group of a channel, and a function from a pipeline rank to its rank in that group."""
         channel = self.ranks.channels.get((source, to))
         if channel is None:
             return self.ranks.groups[names_of(self.ranks.mesh.pipeline_axes)], lambda place: place
@@ -91,8 +92,8 @@ class Messages:
 
 
 def open_channels(ranks: Ranks, asked: Iterable[Channel]) -> None:
-    """Make the process groups of channels, as far as they are not there. All ranks call it, and make those that any of
-    them asks for, in one order everywhere."""
+    """Creates the missing process groups of channels. All ranks call it, and each creates the channels that any of them
+    asks for, in the same order."""
     if not (ranks.mesh.pipeline_axes and ranks.together):
         return
     every = set[Channel]().union(*ranks.gather(set(asked)))
@@ -104,19 +105,19 @@ def open_channels(ranks: Ranks, asked: Iterable[Channel]) -> None:
             for column, members in columns.items():
                 ends = [rank for rank in members if ranks.mesh.pipeline_rank(rank) in channel]
                 group = dist.new_group(ends, timeout=ranks.timeout)
-                if column == _column(ranks, ranks.rank):  # who is no end of it keeps in mind that it is there
+                if column == _column(ranks, ranks.rank):  # ranks that are not an end of it record that it exists
                     ranks.channels[channel] = group
 
 
 def _column(ranks: Ranks, rank: int) -> tuple[int, ...]:
-    """Where a process stands on the other axes: those of one column are a pipeline."""
+    """A process's coordinates on the axes other than the pipeline's: the processes of one column form a pipeline."""
     axes = (axis for axis in ranks.mesh.axes if axis.kind != "pipeline")
     return tuple(ranks.mesh.coordinate(rank, axis.name) for axis in axes)
 
 
 def check_messages(ranks: Ranks, sent: Mapping[int, str], received: Mapping[int, str]) -> None:
-    """Raises StateError, on all ranks of a pipeline, where one waits for other messages than another one sends it. Both
-    are told by the other's place along the pipeline, as they follow one another."""
+    """Raises StateError on all ranks of a pipeline if one of them waits for other messages than another one sends it.
+    `sent` and `received` describe this rank's messages in order, by the pipeline rank at the other end."""
     if not ranks.mesh.pipeline_axes:
         return
     column, told = _column(ranks, ranks.rank), ranks.told_by_sharing((dict(sent), dict(received)))

@@ -1,8 +1,8 @@
-"""Who of the processes is alive: each says so once a second, in the store at which all of them have met.
+"""Tells which processes are alive: each adds a heartbeat once a second, in the store that torch.distributed met at.
 
-Whoever loses another one in an exchange need not have been next to the one that died: of a ring, or of a pipeline,
-processes end one after the other, each because its neighbour did. So the first of them is the one whose end nobody has
-announced, and the others announce theirs.
+A process that loses another one in an exchange need not be a neighbour of the one that died: in a ring or a pipeline,
+processes end one after the other, each because its neighbour did. So every process that ends because of others
+announces it, and the first to die is the one that is silent without an announcement.
 """
 
 import atexit
@@ -18,14 +18,14 @@ from ..isa.torch_private import default_store
 
 BEAT_S = 1.0
 PATIENCE_S = 5.0
-"""How long a process that is alive may be silent."""
+"""How long a living process may be silent."""
 
 
 class Pulse:
-    """This process's, number `rank` of `size`, and what it knows of the others'."""
+    """The heartbeat of process `rank` of `size`, and the check for others' heartbeats."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        # A store of its own each, with which one may wait while the others write.
+        # Two connections to the store, so that one can wait while the other writes.
         self._beating, self._asking = (dist.PrefixStore("geminifx pulse", store.clone()) for _ in range(2))
         self._rank, self._others = rank, [other for other in range(size) if other != rank]
         self._ended = Event()
@@ -35,19 +35,19 @@ class Pulse:
         atexit.register(self._end)
 
     def _beat(self) -> None:
-        with suppress(RuntimeError):  # the store has ended with the process that held it
+        with suppress(RuntimeError):  # the store ended with the process that held it
             while not self._ended.wait(BEAT_S):
                 self._beating.add(f"beats of {self._rank}", 1)
 
     def _end(self) -> None:
-        """The process ends: nothing may be written through what is taken apart then."""
+        """Stops the heartbeat at exit, before the store that it writes to is torn down."""
         self._ended.set()
         self._thread.join(PATIENCE_S)
 
     def ended(self) -> list[int]:
-        """Who has ended without a word; where nobody has, all that have ended. It takes a few seconds.
+        """The ranks that ended without an announcement or, if there are none, all that ended. Takes a few seconds.
 
-        From here on it is known of this process that it ends for others' sake.
+        Also announces that this process ends because of others.
         """
         try:
             before = self._all("beats")
@@ -64,7 +64,7 @@ class Pulse:
 
 
 def of_process() -> Pulse:
-    """The one of this process, whatever models it trains with those that it met."""
+    """The pulse of this process, shared by all models that it trains with the same processes."""
     return _met_at(default_store())
 
 

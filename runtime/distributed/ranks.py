@@ -1,4 +1,4 @@
-"""The processes that train one model together, by `torch.distributed`."""
+"""The processes that train one model together, on top of `torch.distributed`."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +23,10 @@ from .pulse import Pulse, of_process
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Digests of all that decides what is exchanged: `inside` with those that share this process's batch, `between`
-    with those that have other batches and the same layers; "" for nothing.
+    """Digests of everything that determines what a program exchanges: `inside` with the ranks that share this process's
+    batch, `between` with those that have other batches and the same layers; "" if nothing is exchanged.
 
-    Where those that share a batch run other layers, each other programs, theirs differ, and `common` is what they have
-    alike.
+    Pipeline ranks that share a batch run different programs, so their digests differ: they agree on `common` instead.
     """
 
     inside: str = ""
@@ -40,8 +39,8 @@ NOTHING = Exchanges()
 
 @dataclass
 class Clock:
-    """Counts training steps, and has what this process is `doing`, and `behind` what, for messages. `due` is what that
-    exchanges, as long as the ranks have not agreed on it."""
+    """Counts training steps and records, for messages, what this process is `doing` and what came before (`behind`,
+    such as " behind 3 update(s)"). `due` are the exchanges that the ranks have yet to agree on."""
 
     step: int = 0
     doing: str = "beginning"
@@ -54,15 +53,25 @@ class Clock:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of `mesh`, of which this is number `rank`. Alone, nothing is exchanged; `launched` is False where
-    more than one is planned for and only one is there. `groups` are the process groups of the mesh's axes, and of those
-    that are taken together, by the axes' names; `reduce_dtype` is what gradients are added up in. `sharing` is the
-    group, on the host, of those that share this one's batch, each with a part of the tensors or of the layers, `alike`
-    the one of those that have the same layers, which are all without pipeline: in these they agree on what they are
-    about to exchange. `apart_group` is the one for what they tell each other, where that is not torch.distributed's
-    own, `channels` are those from one rank of a pipeline to another. In an exchange they wait for each other for
-    `timeout`, and by the `pulse` they tell who has died. `on_this_host` of them share this machine's memory, or will
-    where they are planned for."""
+    """The processes of a mesh, seen from one of them. A process that is alone exchanges nothing.
+
+    Fields:
+        mesh: all processes.
+        rank: the number of this process.
+        launched: False if the mesh has several processes and only this one was launched, to look at plans.
+        on_this_host: how many of the processes share this host's memory, or will once they are launched.
+        groups: the process groups, by the names of the mesh axes that they span.
+        clock: the step and the activity of this process.
+        reduce_dtype: the dtype that gradients are summed in.
+        sharing: the host-side group of the ranks that share this one's batch, each with a part of the tensors or
+            layers.
+        alike: the host-side group of the ranks that have the same layers: all ranks, without a pipeline. In `sharing`
+            and `alike`, ranks agree on what they are about to exchange.
+        timeout: how long ranks wait for each other in an exchange.
+        apart_group: the host-side group that `gather` uses instead of torch.distributed's default group, if any.
+        pulse: tells which processes have died.
+        channels: the process groups from one pipeline rank to another, by (source, destination).
+    """
 
     mesh: Mesh = ONE_PROCESS
     rank: int = 0
@@ -81,9 +90,10 @@ class Ranks:
     @classmethod
     def of(cls, mesh_of: Callable[[int], Mesh], device: torch.device, reduce_dtype: ReduceDtype = "fp32",
            timeout_s: float = 300.0, per_host: int | None = None) -> "Ranks":  # fmt: skip
-        """The ranks that were launched, or those that are planned for, `per_host` of them on a host, or all; `mesh_of`
-        tells the mesh of so many launched ones, and raises ValueError where there is none. After `timeout_s` in a
-        collective the others are taken for dead. Raises StateError where they do not come."""
+        """The ranks that were launched or, if only this process was, those that are planned for, `per_host` of them on
+        a host (None: all). `mesh_of` returns the mesh for a number of launched processes, or raises ValueError if there
+        is none. After `timeout_s` seconds in a collective the others are taken for dead. Raises StateError if they do
+        not come."""
         count = launched()
         mesh = mesh_of(count)
         if count == 1:
@@ -110,10 +120,10 @@ class Ranks:
         return replace(ranks, on_this_host=ranks.gather(host).count(host))
 
     def join_axes(self, several: Iterable[tuple[str, ...]], device: torch.device) -> None:
-        """Make the process groups of several axes taken together, as far as they are not there. All ranks call it, and
-        make those that any of them asks for, in one order everywhere."""
+        """Creates the missing process groups, each over several axes together. All ranks call it, and each creates the
+        groups that any of them asks for, in the same order."""
         asked = set(several)
-        if self.mesh.pipeline_axes:  # each has layers of its own
+        if self.mesh.pipeline_axes:  # pipeline ranks have different layers, and may ask for different groups
             asked = set().union(*self.gather(asked))
         for names in sorted(asked - {()}):
             if self.together and names not in self.groups:
@@ -121,8 +131,8 @@ class Ranks:
                     self.groups[names] = group_along(self.mesh, names, device)
 
     def apart(self) -> "Ranks":
-        """The same processes, which tell each other what they do over a group of its own, on the host: a thread may,
-        whatever its process exchanges meanwhile. All ranks call it."""
+        """The same processes with a separate host-side group for `gather`, so that a background thread can exchange
+        objects while the process itself is in other exchanges. All ranks call it."""
         if not self.together:
             return self
         self.meet("the first save in the background")
@@ -136,7 +146,7 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        """Which of the step's batches is this process's."""
+        """The index of this process's batch among the step's batches."""
         return self.mesh.data_rank(self.rank)
 
     @property
@@ -146,42 +156,42 @@ class Ranks:
 
     @property
     def collectives(self) -> Collectives:
-        """What a sharded program exchanges with."""
+        """The instructions that a sharded program communicates with."""
         return Collectives(self.mesh, self.rank, self.groups, self.call)
 
     def average_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its mean over the batches."""
+        """Replaces a tensor by its mean over the batches."""
         if self.together and self.mesh.data_size > 1:
             group = self.groups[names_of(self.mesh.batch_axes)]
             self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=group)
         return tensor
 
     def from_first_(self, tensor: Tensor, device: torch.device) -> None:
-        """Replace a tensor by that of rank 0, by way of `device`, where the ranks exchange."""
+        """Replaces a tensor by rank 0's; `device` is where the ranks exchange."""
         if self.together:
             there = tensor.to(device)
             self.call(dist.broadcast, there, src=0)
             tensor.copy_(there)
 
     def from_first_alike_(self, tensor: Tensor) -> None:
-        """Replace a tensor by that of the first of those that have the same layers, by way of the host."""
+        """Replaces a tensor by that of the first rank with the same layers, through the host."""
         if self.alike is not None:
             there = tensor.cpu()
             self.call(dist.broadcast, there, group=self.alike, group_src=0)
             tensor.copy_(there)
 
     def on_any(self, flags: list[bool], device: torch.device) -> list[bool]:
-        """Which of them are set on any rank."""
+        """Which of the flags are set on any rank."""
         if not self.together:
             return flags
         self.meet("a backward of several outputs")
         found = torch.tensor(flags, dtype=torch.int32, device=device)
         self.call(dist.all_reduce, found, op=dist.ReduceOp.MAX)
-        # Whoever knows the answer already does not wait for the device.
+        # If all flags are set here, the answer is known without waiting for the device.
         return flags if all(flags) else [flag != 0 for flag in found.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank has for `value`."""
+        """Every rank's `value`, by rank."""
         found: list[Any] = [value] * self.size
         if self.together:
             self.meet("an exchange of objects, as compiling, saving and loading make")
@@ -189,18 +199,18 @@ class Ranks:
         return found
 
     def failures(self, error: Exception | None) -> dict[int, Failure | None]:
-        """What each rank tells of its error, if it has one."""
+        """Every rank's failure, None for a rank without an error."""
         self.meet("telling each other whether something failed")
         return dict(enumerate(self.gather(Failure.of(error))))
 
     def raise_alike(self, error: Exception | None) -> None:
-        """Where any rank has an error, raise: there the error itself, elsewhere one that tells it: a StateError, or for
-        a refusal one of its kind, which all then meet alike."""
+        """If any rank has an error, raises on all: the error itself where it happened, elsewhere one that reports it,
+        which is a StateError or, for a refusal, an error of the refusal's type."""
         raise_any(error, self.failures(error))
 
     @contextmanager
     def failing_alike(self) -> Iterator[None]:
-        """Where what all ranks do within fails on any of them, all raise, as `raise_alike` does."""
+        """If the body fails on any rank, all ranks raise, as in `raise_alike`. All ranks enter it."""
         error = None
         try:
             yield
@@ -210,8 +220,8 @@ class Ranks:
 
     @contextmanager
     def refusing_alike(self) -> Iterator[None]:
-        """Where one rank of a pipeline finds no room for its layers, or no way to run them, all those raise that would
-        wait for it."""
+        """If one rank of a pipeline has no room for its layers, or no way to run them, all ranks that would wait for it
+        raise."""
         refusal = None
         try:
             yield
@@ -223,8 +233,8 @@ class Ranks:
             raise refusal
 
     def check_alike(self, what: str, digest: str, of_layers: str = "") -> None:
-        """Raises StateError where the ranks' digests differ, naming those that do. Those `of_layers` are alike where
-        these are the same."""
+        """Raises StateError, naming the ranks that differ, unless `digest` is the same on all ranks and `of_layers` on
+        those that have the same layers."""
         found = list(enumerate(self.gather((digest, of_layers))))
         firsts = {self.mesh.pipeline_rank(rank): (found[0][1][0], own) for rank, (_, own) in reversed(found)}
         others = [rank for rank, each in found if each != firsts[self.mesh.pipeline_rank(rank)]]
@@ -235,8 +245,8 @@ class Ranks:
             )
 
     def check_call(self, call: str) -> None:
-        """Raises StateError, on all ranks that share tensors, where one of them is called in another way: each would
-        wait for others that do something else. It is the host's to find out; the device goes on meanwhile."""
+        """Raises StateError on all ranks that share a batch if one of them is called in another way: each would wait
+        for others that do something else. The check runs on the host, while the device continues."""
         self.clock.doing, self.clock.behind = "a call of the model", ""
         told = self._unlike(self.sharing, call, call)
         if told:
@@ -247,10 +257,10 @@ class Ranks:
             )
 
     def begin(self, what: str, exchanges: Exchanges, behind: str = "") -> None:
-        """A program starts to run, or goes on, `behind` so many others: before its first collective the ranks are to
-        agree on it. One that comes to none may be run by some of them.
+        """A program starts or resumes; `behind` tells how many updates came before. The ranks agree on it before its
+        first collective, so a program without collectives may run on some of them only.
 
-        In a pipeline they agree at once: there each runs a program of its own, which may come to none where others do.
+        In a pipeline they agree at once: each rank runs its own program, which may have no collective where others do.
         """
         self.clock.doing, self.clock.behind = what, behind
         self.clock.due = NOTHING if self.alike is None else exchanges
@@ -258,22 +268,22 @@ class Ranks:
             self._agree()
 
     def end(self) -> None:
-        """It sleeps or has ended."""
+        """The program sleeps or has ended."""
         self.clock.due = NOTHING
 
     def meet(self, what: str) -> None:
-        """Raises StateError, on all ranks, where one of them is about to exchange something else than this."""
+        """Raises StateError on all ranks if one of them is about to exchange something other than `what`."""
         self.begin(what, Exchanges(inside=what if self.sharing is not None else "", between=what))
         self._agree()
 
     def meet_alike(self, what: str) -> None:
-        """As `meet`, of those alone that have the same layers."""
+        """Like `meet`, but only among the ranks that have the same layers."""
         self.begin(what, Exchanges(between=what))
         self._agree()
 
     def _agree(self) -> None:
-        """Raises StateError, on all ranks that exchange, where they do not do the same: a collective would wait for
-        others that never come to it, or meet another one."""
+        """Raises StateError on all ranks of a group if they are not about to do the same: a collective would wait for
+        ranks that never join it, or be paired with another one."""
         what, exchanges, self.clock.due = str(self.clock), self.clock.due, NOTHING
         for group, digest in ((self.sharing, exchanges.inside), (self.alike, exchanges.between)):
             common = f"{self.clock.doing} {exchanges.common}"
@@ -294,8 +304,8 @@ class Ranks:
                 )
 
     def _unlike(self, group: Any, told: str, common: str, of_layers: str = "") -> dict[int, str]:
-        """What each member of a group tells, where what they have in `common` is not the same for all of them, or what
-        is `of_layers` for those that have the same ones."""
+        """What each member of a group tells, by rank, unless `common` is the same on all members and `of_layers` on
+        those that have the same layers; {} if so."""
         members = dist.get_process_group_ranks(group)
         own = torch.tensor([zlib.crc32(text.encode()) for text in (common, of_layers)])
         found = [torch.empty_like(own) for _ in members]
@@ -307,17 +317,17 @@ class Ranks:
         return dict(zip(members, self._tell(group, told), strict=True))
 
     def _tell(self, group: Any, value: Any) -> list[Any]:
-        """What every member of a group has for `value`."""
+        """Every group member's `value`, in group order."""
         found: list[Any] = [None] * dist.get_world_size(group)
         self._run(dist.all_gather_object, found, value, group=group)
         return found
 
     def told_by_sharing(self, value: Any) -> dict[int, Any]:
-        """What each rank that shares this one's batch has for `value`."""
+        """The `value` of each rank that shares this one's batch, by rank."""
         return dict(zip(dist.get_process_group_ranks(self.sharing), self._tell(self.sharing, value), strict=True))
 
     def check_batch(self, digest: str) -> None:
-        """Raises StateError where ranks that share a batch have other digests of it, naming those that do."""
+        """Raises StateError, naming the ranks that differ, if ranks that share a batch have different digests of it."""
         found = self._unlike(self.sharing, digest, digest)
         first = next(iter(found.values()), digest)
         others = [rank for rank, theirs in found.items() if theirs != first]
@@ -330,12 +340,12 @@ class Ranks:
             )
 
     def share_randomness(self) -> None:
-        """Seed the ranks that share a batch alike: what each of them computes whole must drop the same elements."""
+        """Seeds ranks that share a batch alike: what each of them computes whole must drop the same elements."""
         if self.sharing is not None:
             torch.manual_seed(self.gather(torch.initial_seed())[0] + self.data_rank)
 
     def check_launched(self) -> None:
-        """Raises StateError where the other ranks are missing."""
+        """Raises StateError if the other ranks were not launched."""
         if not self.launched:
             raise StateError(
                 f"the model is compiled for {self.size} processes, of which this is the only one: launch them with "
@@ -343,8 +353,8 @@ class Ranks:
             )
 
     def call(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run a collective of torch.distributed. Raises StateError where another process is lost, or does something
-        else, and what it raises where it fails on this one."""
+        """Runs a collective of torch.distributed. Raises StateError if another process is lost or does something else;
+        an error of this process alone is raised as it is."""
         self._agree()
         return self._run(collective, *args, **kwargs)
 
@@ -367,10 +377,10 @@ class Ranks:
 
 
 def _is_of_others(error: RuntimeError) -> bool:
-    """Whether an exchange failed for want of others, and not on this process alone, as for want of memory. Errors of
-    gloo have no type of their own, and tell the place in its source."""
+    """Whether an exchange failed because of other processes, rather than on this one alone, such as for lack of memory.
+    Errors of gloo have no type of their own, but name the place in its source."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 ALONE = Ranks()
-"""This process and no others."""
+"""This process alone."""

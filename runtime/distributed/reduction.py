@@ -1,13 +1,13 @@
-"""Sums of gradients over the processes that have the same weights, and the means over batches that they become.
+"""Sums gradients over the processes that have the same weights, and divides by the number of batches.
 
-A bfloat16 has 8 bits: added up in it, the terms of 64 processes are off by 0.8 %, of 256 by 1.5 %, where their mean
-rounded once is off by 0.17 %. So they are added in float32, then divided by the number of batches, and rounded once,
-unless `reduce_dtype="compute"` asks for half of the bytes: then they are divided first, in their own dtype, so that
-sums of float16 stay in range. torch.distributed adds in the dtype that it is given, which is why gradients are cast, a
-piece at a time: what that takes on the device stays small, however long the chunk.
+bfloat16 has 8 significant bits: summed in it, the terms of 64 processes are off by 0.8 %, of 256 by 1.5 %, where their
+mean rounded once is off by 0.17 %. So gradients are summed in float32, then divided by the number of batches, and
+rounded once. `reduce_dtype="compute"` halves the traffic: gradients are divided first, in their own dtype, so that sums
+of float16 stay in range. torch.distributed sums in the dtype that it is given, so gradients are cast, a piece at a
+time, which takes little device memory however long the chunk.
 
-Of gradients in float32 the order matters little: dividing by a power of two rounds nothing, before the sum or behind
-it, and by another number each term is rounded once less behind it, by 2^-24 of itself.
+For float32 gradients the order matters little: dividing by a power of two is exact, before the sum or after it, and
+dividing by another number after the sum saves each term one rounding, of 2^-24 of itself.
 """
 
 import torch
@@ -22,7 +22,7 @@ from .ranks import Ranks
 
 
 def all_reduce_(gradients: Tensor, layout: ChunkLayout, ranks: Ranks) -> None:
-    """Replace this process's gradients of a chunk by those of the step."""
+    """Replaces this process's gradients of a chunk by the step's: the mean over its batches."""
     if not (ranks.together and layout.reduced_over):
         return
     group, batches = ranks.groups[layout.reduced_over], ranks.mesh.data_size
@@ -34,7 +34,7 @@ def all_reduce_(gradients: Tensor, layout: ChunkLayout, ranks: Ranks) -> None:
         _divided(gradients, batches)
         return
     length = piece_numel(layout)
-    # One temporary for all pieces: a collective under way may hold on to its own until it has the next.
+    # One temporary for all pieces: a collective under way may hold on to its own until the next one starts.
     wide = torch.empty(length, dtype=sum_dtype(layout.dtype, ranks.reduce_dtype), device=gradients.device)
     for piece in gradients.split(length):
         total = wide[: piece.numel()].copy_(piece)
@@ -43,7 +43,8 @@ def all_reduce_(gradients: Tensor, layout: ChunkLayout, ranks: Ranks) -> None:
 
 
 def reduce_scatter_(gradients: Tensor, mine: Tensor, layout: ChunkLayout, ranks: Ranks) -> None:
-    """Make `mine`, this process's shard of its gradients of a chunk, that of the step's. The others are used up."""
+    """Reduces a chunk's gradients into `mine`, this process's shard of `gradients`; the other shards are
+    overwritten."""
     group, batches = ranks.groups[layout.reduced_over], ranks.mesh.data_size
     if ranks.reduce_dtype == "compute":
         ranks.call(reduce_scatter_single, mine, _divided(gradients, batches), group=group)
@@ -55,7 +56,7 @@ def reduce_scatter_(gradients: Tensor, mine: Tensor, layout: ChunkLayout, ranks:
     length = piece_numel(layout, scattered=True)
     number = ranks.mesh.number(ranks.rank, layout.reduced_over)
     wide = torch.empty(length, dtype=sum_dtype(layout.dtype, ranks.reduce_dtype), device=gradients.device)
-    # A piece is the same range of every shard, so that each process has its shard of it.
+    # A piece is the same range of every shard, so that each process gets its shard of it.
     ranges = gradients.view(layout.shards, -1).split(length // layout.shards, dim=1)
     for elements, shard in zip(ranges, mine.split(length // layout.shards), strict=True):
         terms = wide[: elements.numel()].view(elements.shape).copy_(elements)
@@ -64,13 +65,13 @@ def reduce_scatter_(gradients: Tensor, mine: Tensor, layout: ChunkLayout, ranks:
 
 
 def casts(layout: ChunkLayout, reduce_dtype: ReduceDtype) -> bool:
-    """Whether gradients of a chunk are summed in another dtype than their own."""
+    """Whether gradients of a chunk are summed in a dtype other than their own."""
     return sum_dtype(layout.dtype, reduce_dtype) != layout.dtype
 
 
 def piece_numel(layout: ChunkLayout, *, scattered: bool = False) -> int:
-    """How many elements of a chunk are cast and summed at a time: about `STREAM_PIECE` at most, as many of every shard
-    where sums are scattered."""
+    """How many elements of a chunk are cast and summed at a time: at most about `STREAM_PIECE`, and, if scattered,
+    equally many of every shard."""
     shards = layout.shards if scattered else 1
     return shards * max(min(STREAM_PIECE, layout.numel) // shards, 1)
 

@@ -1,1 +1,1 @@
-"""The ground floor: what programs and machine agree on. It knows torch and itself only."""
+"""What programs and machine agree on. It imports nothing but torch and itself."""

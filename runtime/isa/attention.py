@@ -1,8 +1,8 @@
 """`geminifx::attention`: the one attention operator of the program, the same node on every device.
 
-torch lowers scaled-dot-product attention differently for each device it is traced on, and an explicit mask
-costs the flash kernel and an S x S tensor. One operator with its own fake kernel, backward and FLOP formula
-keeps the captured program device independent; the kernel is chosen when it runs (`runtime/kernels/attention.py`).
+torch lowers scaled-dot-product attention differently for each device that it is traced on, and an explicit mask rules
+out the flash kernel and takes an S x S tensor. One operator with its own fake kernel, backward and FLOP formula keeps
+the captured program device independent; the kernel is chosen when it runs (`runtime/kernels/attention.py`).
 
 Definition, for query row i and key column j of one head:
 
@@ -14,7 +14,7 @@ A row that sees no key gives zeros (and zero gradients), not NaN; its logsumexp 
 Dropout draws from torch's default generator of the device. On CPU it makes the same single draw that
 `torch.nn.functional.scaled_dot_product_attention` makes, so a seeded run drops the same weights as a model
 that calls that function; on CUDA the numbers are those of the kernel that runs. `rng` is the generator state
-for backward to draw again: uint8 [RNG_BYTES], or [0] where dropout is 0.
+from which the backward draws again: uint8 [RNG_BYTES], or [0] if dropout is 0.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch.utils.flop_counter import register_flop_formula
 from .precision import accumulate_dtype
 
 OPERATORS = ("attention", "attention_backward")
-"""What is defined here."""
+"""The operators defined in this module."""
 
 # A CPU generator's state. One size on every device, so that a plan made on CPU fakes also holds on a GPU.
 RNG_BYTES = torch.Generator().get_state().numel()
 
-# Seeded randomness is in the tag, so that whoever recomputes the node also restores the generator.
+# The tag marks seeded randomness, so that recomputation also restores the generator.
 torch.library.define(
     "geminifx::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale, bool causal, float dropout, "
@@ -52,7 +52,7 @@ torch.library.define(
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one attention that are not tensors; `scale` multiplies scores, `window` 0 is none."""
+    """The non-tensor arguments of one attention; `scale` multiplies scores, `window` 0 means none."""
 
     scale: float
     causal: bool
@@ -61,7 +61,7 @@ class Problem:
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem) -> None:
-    """Raise ValueError where the arguments do not describe an attention; runs on fakes too, at capture."""
+    """Raises ValueError if the arguments do not describe an attention; also runs on fake tensors, at capture."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ValueError(f"attention: expected [batch, heads, length, size] tensors, got {shapes}; reshape them")
@@ -81,7 +81,7 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor 
 
 
 def _empty(like: Tensor, heads: int, length: int, size: int) -> Tensor:
-    """A tensor [B, H, S, D] in the memory order of [B, S, H, D], as the kernels lay it out."""
+    """A tensor [B, H, S, D] in the memory order of [B, S, H, D], in which kernels write their results."""
     return like.new_empty((like.shape[0], length, heads, size)).transpose(1, 2)
 
 
@@ -164,17 +164,17 @@ def attention_flops(
     window: int = 0,
     backward: bool = False,
 ) -> int:
-    """FLOPs of one call from the shapes of query [B, H, Sq, D] and value [B, Hkv, Sk, Dv].
+    """FLOPs of one call, from the shapes of query [B, H, Sq, D] and value [B, Hkv, Sk, Dv].
 
-    A multiply and an add for each visible query-key pair; keys that a key mask hides are counted too, since
-    their number is data. Forward: scores and output. Backward: the scores again, then the gradients of
-    weights, values, queries and keys.
+    Counts a multiply and an add for each visible query-key pair, including keys that a key mask hides, since their
+    number is data. Forward: scores and output. Backward: the scores again, then the gradients of weights, values,
+    queries and keys.
     """
     batch, heads, queries, size = query
     keys, value_size = value[2], value[3]
     pairs = queries * keys
     if causal:
-        # Row i sees the columns before i + 1, without those before i + 1 - window.
+        # Row i sees the columns before i + 1, except those before i + 1 - window.
         pairs = _ramp(queries, keys) - (_ramp(max(queries - window, 0), keys) if window else 0)
     products = 3 * size + 2 * value_size if backward else size + value_size
     return 2 * batch * heads * pairs * products

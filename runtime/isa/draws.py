@@ -1,14 +1,14 @@
-"""`geminifx::bernoulli_like`: what `Tensor.bernoulli_(p)` writes to a tensor of any layout.
+"""`geminifx::bernoulli_like`: what `Tensor.bernoulli_(p)` writes into a tensor of any layout.
 
-Kernels that draw in place go through memory, so that which element gets which number depends on the tensor's strides.
-torch's functional form of this one, `aten.bernoulli.p`, makes a contiguous result instead.
+Kernels that draw in place traverse memory in order, so the strides decide which element gets which number. torch's
+functional form, `aten.bernoulli.p`, returns a contiguous tensor instead.
 """
 
 import torch
 from torch import Tensor
 
 OPERATORS = ("bernoulli_like",)
-"""What is defined here."""
+"""The operators defined in this module."""
 
 torch.library.define(
     "geminifx::bernoulli_like",

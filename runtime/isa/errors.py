@@ -1,4 +1,4 @@
-"""Errors a user may meet: each says what happened, what was expected and how to go on."""
+"""Errors that users may meet: each says what happened, what was expected and how to go on."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ class GeminiError(RuntimeError):
 
 
 class ArgumentError(GeminiError, ValueError):
-    """An argument makes no sense: names it, what was given and what was expected."""
+    """An argument is invalid: names it, what was given and what was expected."""
 
 
 class CaptureError(GeminiError):
@@ -25,12 +25,12 @@ class VerificationError(GeminiError):
 
 
 class BudgetError(GeminiError):
-    """The plan does not fit a memory budget.
+    """A plan does not fit a memory budget, or memory ran out.
 
     Attributes:
-        smallest_bytes: the smallest budget that would do, or None where none is known.
-        tier: "host" where that is too small for a plan, or was found full, "device" where the device was found full,
-            "" where a plan does not fit it.
+        smallest_bytes: the smallest budget that would do; None if unknown.
+        tier: the tier that was full, "host" or "device"; also "host" if the host is too small for any plan, and "" if
+            the plan does not fit the device.
     """
 
     def __init__(self, message: str, smallest_bytes: int | None = None, tier: str = "") -> None:
@@ -40,19 +40,19 @@ class BudgetError(GeminiError):
 
 
 class IllegalTransition(GeminiError):  # noqa: N818  # the state machine's own term
-    """A chunk or a model was asked to move between two states that its state machine does not connect."""
+    """A chunk or a model was asked for a transition that its state machine does not have."""
 
 
 class StateError(GeminiError):
-    """A call came at a moment when it cannot be honoured, such as a second backward."""
+    """A call came at a moment when it cannot be served, such as a second backward."""
 
 
 class CheckpointError(GeminiError):
-    """A checkpoint cannot be written or read; whatever was saved before is still there."""
+    """A checkpoint cannot be written or read; anything saved before is still there."""
 
 
 class ShardingError(GeminiError, ValueError):
-    """A model cannot be sharded as `parallel=` declares."""
+    """A model cannot be sharded as `parallel=` asks."""
 
 
 class SplitError(ArgumentError):
@@ -60,34 +60,35 @@ class SplitError(ArgumentError):
 
 
 REFUSALS = (BudgetError, ShardingError, SplitError)
-"""What a whole program may tell that its blocks do not: it does not fit, or cannot be divided so."""
+"""Refusals: a program does not fit, or cannot be divided as asked. `compile` goes on to another setting if there is
+one, and ranks report refusals to each other by type."""
 
 
 def as_cause(error: BaseException) -> BaseException:
-    """Return an error that a context manager was given, for another one to be raised from.
+    """Returns `error`, caught by a context manager, for another error to be raised from.
 
-    Its traceback begins in the context manager's own frame, whose caller holds the error: since Python 3.12 they hold
-    each other, with all the tensors of the frames below, until garbage is collected. That frame is taken off.
+    Its traceback begins in the context manager's own frame, whose caller holds the error: since Python 3.12 the two
+    reference each other, and keep all tensors of the frames below alive until garbage collection. That frame is
+    removed.
     """
     traceback = error.__traceback__
     return error.with_traceback(traceback.tb_next if traceback else None)
 
 
 def did_you_mean(name: object, names: Iterable[str], otherwise: str = "") -> str:
-    """A question after the nearest of some names, where what was given is near to one, or what is said `otherwise`."""
+    """A question that suggests the nearest of `names`, or `otherwise` if none is near."""
     near = get_close_matches(name, names, 1) if isinstance(name, str) else []
     return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def wrong_argument(name: str, value: Any, expected: str, hint: str = "") -> ArgumentError:
-    """The error of an argument that was given `value`, of which the beginning is shown."""
+    """The error for an argument with the wrong `value`, which is shown truncated."""
     shown = " ".join(repr(value).split())
     shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
     return ArgumentError(f"{name}={shown}; expected {expected}{hint and f'; {hint}'}")
 
 
 def check_path(name: str, value: Any, expected: str) -> None:
-    """Raises ArgumentError where an argument is no path. An empty one would be the directory that one happens to be
-    in."""
+    """Raises ArgumentError if an argument is not a path. An empty one would mean the current directory."""
     if not isinstance(value, str | PathLike) or str(value) == "" or "\0" in str(value):
         raise wrong_argument(name, value, expected)

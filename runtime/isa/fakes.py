@@ -1,13 +1,12 @@
-"""Fake tensors whose strides are those of the tensors that kernels make.
+"""Fake tensors with the strides of real kernels' results.
 
-torch's fake kernels tell shapes and dtypes rightly. Some are written in Python from other operators, though, and lay
-their results out as those would: elu's backward as torch.where of a condition, a product and the gradient, where the
-kernel looks at the gradient first. Traced on such strides, a program takes views that real tensors do not allow, and
-copies where plain PyTorch takes views.
+torch's fake kernels give correct shapes and dtypes. But some are written in Python in terms of other operators, and
+have the strides of their results: elu's backward is torch.where of a condition, a product and the gradient, whereas the
+kernel goes by the gradient's strides first. Traced on such strides, a program takes views that real tensors do not
+allow, and copies where plain PyTorch takes views.
 
-Here stands what those operators' kernels do. All follow one of three rules: they are contiguous, contiguous or
-channels last as an argument is, or laid out as pointwise kernels are, which go by the strides of their operands, the
-first operand's first.
+This module holds the strides of those operators' kernels. All follow one of three rules: contiguous; contiguous or
+channels last, like an argument; or as pointwise kernels do, by the strides of their operands, in order.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +19,11 @@ from .torch_private import FakeTensorMode, suggest_memory_format, unmetered
 
 _aten = torch.ops.aten
 _Rule = Callable[[Tensor, Mapping[str, Any]], tuple[int, ...]]
-"""The strides of a result, from its fake and the operator's arguments by their names."""
+"""The strides of a result, given its fake and the operator's arguments by name."""
 
 
 class FaithfulFakeMode(FakeTensorMode):
-    """Makes fake tensors that are laid out like real ones."""
+    """Makes fake tensors with the strides of real ones."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().dispatch(func, types, args, kwargs)
@@ -51,10 +50,10 @@ def _contiguous(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _channels_last_as(name: str) -> _Rule:
-    """Contiguous, or channels last if the argument of this name is laid out in that way rather than in the other."""
+    """Contiguous, or channels last if the argument of this name is."""
 
     def rule(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        if fake.dim() != arguments[name].dim():  # of statistics and weights
+        if fake.dim() != arguments[name].dim():  # statistics and weights
             return _contiguous(fake, arguments)
         memory_format = suggest_memory_format(arguments[name])
         return torch.empty(fake.shape, device="meta", memory_format=memory_format).stride()
@@ -63,9 +62,9 @@ def _channels_last_as(name: str) -> _Rule:
 
 
 def _like(*names: str) -> _Rule:
-    """As pointwise kernels do it whose operands are the arguments of these names, in this order.
+    """The strides that pointwise kernels give a result whose operands are the arguments of these names, in this order.
 
-    Operators of one, two and three operands whose fakes are laid out rightly tell how.
+    They are taken from the fakes of pointwise operators with one, two or three operands, which are correct.
     """
 
     def rule(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ...]:
@@ -73,7 +72,7 @@ def _like(*names: str) -> _Rule:
         pointwise: Callable[..., Tensor] = (torch.neg, torch.add, torch.addcmul)[len(operands) - 1]
         with unmetered():
             like = pointwise(*(torch.empty_strided(t.shape, t.stride(), device="meta") for t in operands))
-        return like.stride() if like.shape == fake.shape else fake.stride()  # a mean is none of theirs
+        return like.stride() if like.shape == fake.shape else fake.stride()  # a mean keeps its own
 
     return rule
 
@@ -87,7 +86,7 @@ def _rrelu_backward(fake: Tensor, arguments: Mapping[str, Any]) -> tuple[int, ..
 
 
 LAYOUTS: Mapping[Any, _Rule] = {
-    # Pointwise, and the backwards of such.
+    # Pointwise operators and their backwards.
     _aten._prelu_kernel_backward.default: _like("self", "weight", "grad_output"),
     _aten.binary_cross_entropy.default: _like("self"),
     _aten.binary_cross_entropy_backward.default: _like("self"),
@@ -118,7 +117,7 @@ LAYOUTS: Mapping[Any, _Rule] = {
     _aten.special_xlog1py.default: _like("self", "other"),
     _aten.threshold_backward.default: _like("self", "grad_output"),
     _aten.xlogy.Tensor: _like("self", "other"),
-    # Contiguous, whatever they are given.
+    # Always contiguous.
     _aten._log_softmax_backward_data.default: _contiguous,
     _aten._standard_gamma.default: _contiguous,
     _aten.glu_backward.default: _contiguous,
@@ -145,7 +144,7 @@ LAYOUTS: Mapping[Any, _Rule] = {
     _aten.replication_pad2d_backward.default: _channels_last_as("self"),
     _aten.roll.default: _channels_last_as("self"),
 }
-"""By operator, how its kernel lays out each of its results, where torch's fake kernel tells another layout."""
+"""By operator, the rule for the strides of all its results, where torch's fake kernel differs from the real one."""
 
 OF_CPUS = frozenset({
     _aten._native_batch_norm_legit_functional.default,
@@ -159,4 +158,4 @@ OF_CPUS = frozenset({
     _aten.replication_pad2d_backward.default,
     _aten.roll.default,
 })  # fmt: skip
-"""Those that a GPU has other kernels for, whose layouts were not looked at: there torch's fakes are believed."""
+"""Operators with different kernels on GPUs, whose strides were not examined: there torch's fakes are trusted."""

@@ -1,8 +1,8 @@
-"""StateFormat: what a chunk's training state consists of, and how many bytes that takes, where and on the way.
+"""StateFormat: what a chunk's training state consists of, and the bytes it takes on device and host and in transfers.
 
-There is one format for masters that any of torch's optimizers updates, and one of our own, whose moments are stored in
-one of several ways (`moments`). Planner, clock, stores and reports ask the format, and derive nothing themselves. Of a
-chunk that is divided into shards one process's is counted.
+One format describes masters that any torch optimizer updates, the other our own optimizer's state, whose moments are
+stored in one of several ways (`moments`). Planner, simulation, stores and reports all ask the format for bytes. If a
+chunk is sharded, all numbers are those of one process's shard.
 """
 
 from abc import ABC, abstractmethod
@@ -18,33 +18,34 @@ from .layout import ChunkLayout, Rule
 from .moments import BLOCK, Masters, Moments, stored_bytes, stored_dtype, unit, update_bytes
 
 STREAM_PIECE = 16 * 2**20
-"""Elements of a streamed training state that move at a time: few enough for little memory, enough for few launches."""
+"""Elements of a streamed training state that move at a time: small enough to save memory, large enough for few
+launches."""
 
 SHORTEST_GRADIENT = 2 * BLOCK
-"""Elements of a streamed gradient that have room at least: a sum of a block fits then, in twice as many bytes."""
+"""Minimum length of a streamed gradient's buffer, in elements: a block's sum must fit, in a dtype twice as wide."""
 
 STREAM_BUFFERS = 3
-"""Pieces on the device at a time: one comes up, one is updated, one goes down."""
+"""Pieces on the device at a time: one arrives, one is updated, one leaves."""
 
 STREAMED_GRADIENTS = 2
-"""Gradients of streamed chunks that may wait on the device for their update at a time."""
+"""How many gradients of streamed chunks may wait on the device for their update."""
 
 LANDINGS = 3
-"""Places on the host that gradients which are used up there take turns in: one comes, one waits, one is read."""
+"""Landings that chunks take turns in, for gradients used on arrival: one being filled, one waiting, one being read."""
 
 Kind = tuple[torch.dtype, torch.dtype, Rule]
-"""Of chunks whose states consist of the same: what weights compute in, masters are, and the rule of updates."""
+"""What chunks with the same make-up of state share: compute dtype, master dtype, update rule."""
 
 Placed = Iterable[tuple[ChunkLayout, Home]]
-"""Chunks, and where each of them is."""
+"""Chunks, each with its home."""
 
 
 class StateFormat(ABC):
-    """What a chunk's training state consists of. Formats are frozen dataclasses, and a plan's JSON has their fields
-    and their `kind`.
+    """What a chunk's training state consists of. Formats are frozen dataclasses; a plan's JSON has their fields and
+    `kind`.
 
-    `beside` tells whether updates run beside programs, chunk by chunk, and leave new weights wherever these are read;
-    else they are all made in the optimizer's `step()`, and programs copy from the masters themselves.
+    If `beside` is true, updates run beside programs, chunk by chunk, and write new weights to wherever they are read.
+    Otherwise all are made in the optimizer's `step()`, and programs copy from the masters themselves.
     """
 
     kind: ClassVar[str]
@@ -55,89 +56,89 @@ class StateFormat(ABC):
 
     @property
     def at_once(self) -> bool:
-        """Whether a complete gradient is used where it is, without being held or added to others."""
+        """Whether a complete gradient is used right away, where it is, without being held or added to others."""
         return self.in_backward and self.accumulate == 1
 
     @property
     def unit(self) -> int:
-        """How many elements are updated together: slots and shards begin at multiples of it."""
+        """How many elements are updated together: slots and shards start at multiples of it."""
         return 1
 
-    # -- for good ------------------------------------------------------------------------------------------
+    # -- between steps -------------------------------------------------------------------------------------
 
     @abstractmethod
     def wheres(self, chunk: ChunkLayout) -> tuple[Where, ...]:
-        """Where a chunk's training state may lie."""
+        """The places where a chunk's training state may lie."""
 
     @abstractmethod
     def state_bytes(self, chunk: ChunkLayout) -> int:
-        """A chunk's whole training state where it is all in one place, without what moves need."""
+        """Bytes of a chunk's training state if all of it is in one place, without buffers for transfers."""
 
     @abstractmethod
     def device_bytes(self, chunk: ChunkLayout, home: Home) -> int:
-        """What a chunk takes on the device between steps: its state, or the weights of it that stay."""
+        """Device bytes of a chunk between steps: its state, or the weights that stay."""
 
     def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Whether there is a second place for the state, where the next update is made before `step()`."""
+        """Whether the state has a spare: a second place where the next update is made before `step()`."""
         return False
 
     @abstractmethod
     def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
-        """What it takes on the host, the buffers that copies start from and gradients land in included."""
+        """Host bytes of a chunk, including the buffers that copies start from and that gradients land in."""
 
     # -- in a step -----------------------------------------------------------------------------------------
 
     def shares_landing(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Whether gradients come to the host in one of the few places that chunks take turns in."""
+        """Whether the chunk's gradients land on the host in one of the few buffers that chunks take turns in."""
         return False
 
     @abstractmethod
     def held_bytes(self, chunk: ChunkLayout, home: Home) -> int:
-        """A gradient that stays on the device, as a program made it, until its step is over."""
+        """Device bytes of a gradient, in the compute dtype, that stays there until its step is over."""
 
     @abstractmethod
     def passing_bytes(self, chunk: ChunkLayout, home: Home) -> int:
-        """What the weights take on the device only while a program reads them; 0 where they are there for good."""
+        """Device bytes of the weights while a program reads them; 0 if they are on the device anyway."""
 
     @abstractmethod
     def stream_bytes(self, chunks: Placed) -> int:
-        """Buffers on the device for the states among `chunks` that travel through it."""
+        """Device bytes of the buffers through which the streamed states among `chunks` pass."""
 
     @abstractmethod
     def waiting_bytes(self, chunks: Placed) -> int:
-        """Gradients on the device that wait there for states on their way."""
+        """Device bytes of gradients that wait for streamed states."""
 
     @abstractmethod
     def staging_bytes(self, chunks: Placed) -> int:
-        """Host memory that all chunks share, for gradients to land in."""
+        """Host bytes of the landings that chunks share."""
 
     def working_bytes(self, chunks: Iterable[ChunkLayout]) -> int:
-        """What updates of whole parameters take on the device while they run."""
+        """Device bytes that updates of whole parameters take while they run."""
         return 0
 
-    # -- on the way ----------------------------------------------------------------------------------------
+    # -- transfers and updates -----------------------------------------------------------------------------
 
     def travelling_bytes(self, chunk: ChunkLayout, home: Home) -> tuple[int, int]:
-        """What a streamed state moves for one update, to the device and back."""
+        """Bytes that one update of a streamed state copies, to the device and back."""
         return 0, 0
 
     def update_share(self, chunk: ChunkLayout) -> float:
-        """The bytes that an update moves, of those of one by AdamW whose moments are stored in the same way."""
+        """Bytes that an update reads and writes, relative to an AdamW update with moments stored in the same way."""
         return 1.0
 
     def update_flop(self, chunk: ChunkLayout) -> float:
-        """What an update computes beside passing over its state once."""
+        """FLOPs of an update beyond the element-wise pass over its state."""
         return 0.0
 
     def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
-        """The bytes that a streamed state moves, of those with exact moments."""
+        """Bytes that a streamed state copies, relative to the same state with exact moments."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class TorchFormat(StateFormat):
-    """Masters are tensors that any element-wise torch optimizer updates, gradients in the master's dtype beside them,
-    and the optimizer's state: `optimizer_bytes` per element (AdamW: 8)."""
+    """State that any element-wise torch optimizer updates: a master, a gradient in the master's dtype, and the
+    optimizer's own state, `optimizer_bytes` per element (AdamW: 8)."""
 
     optimizer_bytes: int = 8
     kind: ClassVar[str] = "torch"
@@ -178,22 +179,22 @@ class TorchFormat(StateFormat):
 
     @staticmethod
     def keeps_copy(chunk: ChunkLayout, home: Home) -> bool:
-        """Whether the device keeps a copy of the weights, apart from the master."""
+        """Whether the device keeps a copy of the weights, separate from the master."""
         return home.resident and (chunk.casts or not home.on_device)
 
 
 @dataclass(frozen=True)
 class OwnFormat(StateFormat):
-    """Our own optimizer's, as `model.optimizer(...)` declared it: masters are the weights that compute and what these
-    lack of them, and gradients keep the compute dtype until they are accumulated.
+    """State of our own optimizer, as `model.optimizer(...)` declares it: a master is the weight that computes and the
+    remainder that it lacks; gradients keep the compute dtype until they are accumulated.
 
     Fields:
-        moments: values of optimizer state per element (AdamW: 2), of what is updated element by element.
-        stored: how these are stored.
-        masters: how masters are, of what is trained.
-        rules: of the parameters that are not updated element by element, by name.
+        moments: optimizer values per element (AdamW: 2) of parameters that are updated element by element.
+        stored: how moments are stored.
+        masters: how masters of trained parameters are stored.
+        rules: name and rule of each parameter that is not updated element by element.
         in_backward: whether a chunk is updated as soon as its gradient is complete.
-        accumulate: how many backwards make one step; more than one adds in the master's dtype.
+        accumulate: how many backwards make one step; if more than one, gradients are added in the master's dtype.
     """
 
     moments: int = 2
@@ -220,36 +221,36 @@ class OwnFormat(StateFormat):
     def _stores_moments(self) -> bool:
         return self.moments > 0 or any(rule == "matrices" for _, rule in self.rules)
 
-    # -- of what it consists -------------------------------------------------------------------------------
+    # -- contents ------------------------------------------------------------------------------------------
 
     def rest_dtype(self, chunk: ChunkLayout) -> torch.dtype | None:
-        """The dtype of what the weights lack of their masters: a 16-bit remainder where they are bfloat16, the whole
-        master where they are float16; None where they lack nothing, or nothing that is kept."""
+        """The dtype of what the master has beyond the weights: a 16-bit remainder if these are bfloat16, the whole
+        master if they are float16; None if there is nothing, or nothing is kept."""
         if chunk.splits:
             return torch.int16 if self.masters == "exact" or not chunk.trainable else None
         return chunk.master_dtype if chunk.casts else None
 
     def moment_dtypes(self, chunk: ChunkLayout) -> tuple[torch.dtype, ...]:
-        """The dtypes that the optimizer's values are stored in; none for what is not trained. Updates compute in the
-        master's dtype, and round to these where they are others."""
+        """The dtypes that the optimizer's values are stored in; none for a frozen chunk. Updates compute in the
+        master's dtype, and round to these."""
         count = {"elements": self.moments, "matrices": 1, "factored": 0}[chunk.rule]
         return (stored_dtype(self.stored, chunk.master_dtype),) * (count * chunk.trainable)
 
     def factors_bytes(self, chunk: ChunkLayout) -> int:
-        """Factors of second moments, which are on the device wherever the rest of the state is."""
+        """Bytes of the factors of second moments, which stay on the device wherever the rest of the state is."""
         return chunk.factor_numel * chunk.master_dtype.itemsize
 
     def keeps_sum(self, chunk: ChunkLayout) -> bool:
-        """Whether a sum of gradients, in the master's dtype, is always there, and not only made where somebody asks
+        """Whether a sum of gradients in the master's dtype is kept at all times, rather than made when the user asks
         for one."""
         return chunk.trainable and self.accumulate > 1
 
     def lands(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Whether gradients come to the host."""
+        """Whether gradients land on the host."""
         return chunk.trainable and not home.on_device and not (home.streamed and self.at_once)
 
     def shares_landing(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Of what is updated with, or added to a sum, as soon as it has landed."""
+        """Only gradients that are used on arrival, for an update or added to a sum, share landings."""
         is_used_up = self.in_backward or self.accumulate > 1
         return is_used_up and self.lands(chunk, home) and not home.lands_apart
 
@@ -258,15 +259,15 @@ class OwnFormat(StateFormat):
         return chunk.shard_bytes + self._beside_weights_bytes(chunk) + self.factors_bytes(chunk) + total
 
     def _beside_weights_bytes(self, chunk: ChunkLayout, numel: int | None = None) -> int:
-        """Of the chunk's shard, or of so many elements of it."""
+        """Bytes of moments and remainder, for the chunk's shard or for `numel` elements of it."""
         rest, numel = self.rest_dtype(chunk), chunk.shard_numel if numel is None else numel
         moments = sum(stored_bytes(dtype, numel) for dtype in self.moment_dtypes(chunk))
         return moments + (0 if rest is None else numel * rest.itemsize)
 
-    # -- for good ------------------------------------------------------------------------------------------
+    # -- between steps -------------------------------------------------------------------------------------
 
     def wheres(self, chunk: ChunkLayout) -> tuple[Where, ...]:
-        """Whole parameters are updated on the device, which multiplies matrices."""
+        """Whole parameters are updated on the device only, as that takes products of matrices."""
         if not chunk.trainable:
             return Where.DEVICE, Where.HOST
         return (Where.DEVICE, Where.STREAMED) if chunk.is_whole else tuple(Where)
@@ -275,7 +276,7 @@ class OwnFormat(StateFormat):
         whole = chunk.compute_bytes * self.keeps_whole(chunk, home)
         if not home.on_device:
             return whole + self.factors_bytes(chunk)
-        return self.state_bytes(chunk) + (whole - chunk.shard_bytes if whole else 0)  # the shard is a part of the whole
+        return self.state_bytes(chunk) + (whole - chunk.shard_bytes if whole else 0)  # the shard is part of the whole
 
     def host_bytes(self, chunk: ChunkLayout, home: Home) -> int:
         if home.on_device:
@@ -286,11 +287,11 @@ class OwnFormat(StateFormat):
         return self.state_bytes(chunk) - there + landing + spare
 
     def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Of what the host updates when `step()` has said so."""
+        """Only a trained state that the host updates, and not in the backward, has a spare."""
         return home.spare and home.where is Where.HOST and chunk.trainable and not self.in_backward
 
     def keeps_whole(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Whether the device keeps all of the weights, apart from, or around, those of this process's state."""
+        """Whether the device keeps all of the weights, separate from this process's state or around its shard."""
         return home.resident and (not home.on_device or chunk.shards > 1)
 
     # -- in a step -----------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ class OwnFormat(StateFormat):
         return sum(map(self._buffer_bytes, longest_of_each_kind(chunks)))
 
     def _buffer_bytes(self, chunk: ChunkLayout) -> int:
-        """The pieces on their way where `chunk` is the longest that travels."""
+        """Bytes of the streaming buffers of one kind, whose longest streamed chunk is `chunk`."""
         itemsize = 0 if self.at_once else (chunk.master_dtype if self.accumulate > 1 else chunk.dtype).itemsize
         numel = chunk.piece_numel(STREAM_PIECE)
         gradient_bytes = itemsize * max(numel, SHORTEST_GRADIENT)
@@ -315,7 +316,7 @@ class OwnFormat(StateFormat):
         return STREAM_BUFFERS * (state_bytes + gradient_bytes)
 
     def waiting_bytes(self, chunks: Placed) -> int:
-        """Programs' own buffers, or copies of shards, of the newest too."""
+        """Gradients wait in programs' own buffers or, if sharded, as copies of shards, including the newest."""
         if not self.at_once:
             return 0
         return max((self._gradients_bytes(chunk) for chunk, home in chunks if home.streamed), default=0)
@@ -323,13 +324,13 @@ class OwnFormat(StateFormat):
     @staticmethod
     def _gradients_bytes(chunk: ChunkLayout) -> int:
         count = STREAMED_GRADIENTS + (chunk.shards > 1)
-        return count * chunk.shard_bytes  # all of a chunk that is not divided
+        return count * chunk.shard_bytes  # the whole chunk if it is not sharded
 
     def staging_bytes(self, chunks: Placed) -> int:
         return sum(count * numel * dtype.itemsize for dtype, (count, numel) in self.landings(chunks).items())
 
     def landings(self, chunks: Placed) -> dict[torch.dtype, tuple[int, int]]:
-        """By dtype of gradients how many places chunks take turns in, and of how many elements."""
+        """By gradient dtype: how many landings chunks share, and the elements of each."""
         numels: dict[torch.dtype, list[int]] = {}
         for chunk, home in chunks:
             if self.shares_landing(chunk, home):
@@ -337,13 +338,13 @@ class OwnFormat(StateFormat):
         return {dtype: (min(LANDINGS, len(found)), max(found)) for dtype, found in numels.items()}
 
     def working_bytes(self, chunks: Iterable[ChunkLayout]) -> int:
-        """The longest of each kind, twice: beside a state on its way one may be updated that lies on the device."""
+        """Twice the longest of each kind: a state that lies on the device may be updated beside a streamed one."""
         longest: dict[Kind, int] = {}
         for chunk in chunks:
             longest[kind_of(chunk)] = max(longest.get(kind_of(chunk), 0), whole_updates.working_bytes(chunk))
         return 2 * sum(longest.values())
 
-    # -- on the way ----------------------------------------------------------------------------------------
+    # -- transfers and updates -----------------------------------------------------------------------------
 
     def update_flop(self, chunk: ChunkLayout) -> float:
         return whole_updates.flop(chunk)
@@ -364,7 +365,7 @@ class OwnFormat(StateFormat):
 
 
 def kinds_of_format() -> dict[str, type[StateFormat]]:
-    """All formats that are defined, by kind."""
+    """All defined formats, by kind."""
     found, known = {}, [StateFormat]
     for parent in known:
         for child in parent.__subclasses__():
@@ -374,12 +375,12 @@ def kinds_of_format() -> dict[str, type[StateFormat]]:
 
 
 def kind_of(chunk: ChunkLayout) -> Kind:
-    """Those of one kind that are streamed share buffers."""
+    """The kind of a chunk; streamed chunks of one kind share buffers."""
     return chunk.dtype, chunk.master_dtype, chunk.rule
 
 
 def longest_of_each_kind(chunks: Placed) -> list[ChunkLayout]:
-    """Of the chunks that are streamed that of each kind whose pieces are longest."""
+    """For each kind of streamed chunk, the one with the longest pieces."""
     kinds: dict[Kind, ChunkLayout] = {}
     for chunk, home in chunks:
         if home.streamed:

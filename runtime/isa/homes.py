@@ -1,7 +1,7 @@
 """Home: where a chunk's training state lies, where it is updated, and whether its weights stay on the device.
 
-A plan has one for each chunk, and everybody who must know where a chunk is asks it: the planner and its clock, the
-stores of states, reports. How many bytes that takes is for a state's format to say (`formats`).
+A plan has one home per chunk, and all code that needs to know where a chunk is asks it: the planner and its simulation,
+the state stores, reports. The bytes that a home takes follow from the state's format (`formats`).
 """
 
 from collections.abc import Iterable
@@ -19,16 +19,23 @@ class Where(Enum):
     """On the host, and updated there."""
 
     STREAMED = "streamed"
-    """On the host, and updated on the device, through which it travels once a step."""
+    """On the host, and updated on the device, through which it is streamed once a step."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """One chunk's. `resident`: the weights that programs compute with stay on the device between their uses, and are
-    not copied there, or gathered from the processes that share the chunk out, for each. `spare`: the host has a second
-    place for the state, where the next update is made beside the backward, before `step()` says that it counts.
-    `lands_apart`: gradients that are used up as they come to the host have a place of their own to land in, where those
-    of other chunks take turns in a few; those that are held until `step()` have one anyway."""
+    """The home of one chunk.
+
+    Fields:
+        where: where the training state lies and is updated.
+        resident: the weights that programs compute with stay on the device between uses, instead of being copied there,
+            or gathered from the processes that shard the chunk, for each use.
+        spare: the host has a second place for the state, where the next update is made during the backward, before
+            `step()` confirms it.
+        lands_apart: gradients that are used as soon as they reach the host land in a buffer of this chunk's own,
+            instead of one of the few that chunks take turns in. Gradients that are held until `step()` have their own
+            anyway.
+    """
 
     where: Where = Where.HOST
     resident: bool = False
@@ -42,13 +49,13 @@ class Home:
 
     @property
     def streamed(self) -> bool:
-        """Whether the state travels through the device to be updated."""
+        """Whether the state is streamed through the device to be updated."""
         return self.where is Where.STREAMED
 
     @property
     def weights_on_device(self) -> bool:
-        """Whether the weights that belong to the state lie on the device: with the state, or because they stay there
-        while the rest of it travels."""
+        """Whether the state's own weights lie on the device: with the rest of the state, or staying there while it is
+        streamed."""
         return self.on_device or (self.streamed and self.resident)
 
     @property
@@ -62,12 +69,12 @@ Homes = tuple[Home, ...]
 
 
 def with_home(homes: Homes, index: int, home: Home) -> Homes:
-    """The same homes, but for one chunk's."""
+    """`homes` with another home for one chunk."""
     return (*homes[:index], home, *homes[index + 1 :])
 
 
 def resident(homes: Homes, index: int) -> Homes:
-    """The same homes, but that one chunk's weights stay on the device."""
+    """`homes` with one chunk's weights staying on the device."""
     return with_home(homes, index, replace(homes[index], resident=True))
 
 

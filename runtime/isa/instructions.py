@@ -1,72 +1,72 @@
-"""The instruction set: the only bridge between the passes and the machine that runs their programs.
+"""The instruction set: the only interface between the passes and the machine that runs their programs.
 
-Passes emit these operators into a graph; `runtime.machine` implements each under the same name. Nothing
-else is shared. Every effect stands in the schema (`Tensor(a!)`): dead-code elimination keeps an operator
-that writes and deletes one that only appears to do nothing. Fake kernels give result types, so that the
-type checker treats an instruction like any other operator.
+Passes emit these operators into a graph; `runtime.machine` implements each under the same name. Nothing else is shared.
+Every effect is in the schema (`Tensor(a!)`), so that dead-code elimination keeps operators that write and deletes those
+without effect. Fake kernels give result types, so that the type checker treats an instruction like any other operator.
 
 A chunk's life in a program::
 
     c3 = geminifx.fetch(3, 4096, torch.float32)    # the copy to the device starts
-    w3 = geminifx.wait(c3, 3)                      # and has arrived
+    w3 = geminifx.wait(c3, 3)                      # the copy has arrived
     w = geminifx.view(w3, 128, [32, 64])           # one parameter of the chunk
     ...
-    geminifx.release(w3, 3)                        # nobody reads it any more
+    geminifx.release(w3, 3)                        # the chunk is no longer read
 
-and its gradients'::
+and that of its gradients::
 
     g3 = geminifx.gradients(4096, torch.float32)
     geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
-    geminifx.put_mm(g3, 2176, dy, x)               # another's is this product, computed right in its place
-    geminifx.reduce(g3, 3, [0, 1])                 # the way to the chunk's master starts
+    geminifx.put_mm(g3, 2176, dy, x)               # another's is this matrix product, computed in place
+    geminifx.reduce(g3, 3, [0, 1])                 # the transfer to the chunk's master starts
     geminifx.accumulate_grad(g3, 3, [0, 1])        # and is done: accumulated beside the master
 
-An activation that waits for its backward on the host::
+An activation is offloaded to the host until its backward::
 
     host = geminifx.offload(x)                     # the copy to the host starts
-    geminifx.depart(x, host)                       # and is done: the memory of `x` is free
+    geminifx.depart(x, host)                       # the copy is done: the memory of `x` is free
     back = geminifx.reload(host)                   # the copy to the device starts
-    x = geminifx.arrive(back, host)                # and has arrived; `host` is free
+    x = geminifx.arrive(back, host)                # the copy has arrived; `host` is free
 
-Among several ranks gradients are summed over the replicas on that way, and losses are averaged::
+With several ranks `reduce` also sums gradients over the replicas, and losses are averaged::
 
     n = geminifx.average(count)                    # the mean over the ranks
-    mine = geminifx.share(loss, count, n)          # this rank's part in the mean over all tokens
+    mine = geminifx.share(loss, count, n)          # this rank's term of the mean over all tokens
 
-A sharded program exchanges along the axes of the mesh::
+A sharded program communicates along the axes of the mesh::
 
-    whole = geminifx.all_gather(x, 1, "col", 2)    # what is sharded along dimension 1 over the 2 ranks of axis col
-    x = geminifx.reduce_scatter(p, 1, "col", 2)    # a shard of the sum of what is partial
-    y = geminifx.all_reduce(p, "row", "sum")       # all of it
-    x = geminifx.local(whole, 1, "col", 2)         # a shard of what every rank has
-    first = geminifx.offset(x, "col", 16)          # where this rank's part of 16 begins
+    whole = geminifx.all_gather(x, 1, "col", 2)    # `x` is sharded along dimension 1 over the 2 ranks of axis col
+    x = geminifx.reduce_scatter(p, 1, "col", 2)    # this rank's shard of the sum of partial tensors
+    y = geminifx.all_reduce(p, "row", "sum")       # the whole sum
+    x = geminifx.local(whole, 1, "col", 2)         # this rank's shard of a replicated tensor
+    first = geminifx.offset(x, "col", 16)          # where this rank's shard of length 16 starts
 
-A batch that one program runs in parts is read part by part::
+A program that splits its batch reads one microbatch at a time::
 
-    x1 = geminifx.microbatch(x, 1, 4)              # the second of four equal parts of its examples
-    geminifx.drawn(rng, y)                         # y was drawn to lead the generator on from the state rng, no more
+    x1 = geminifx.microbatch(x, 1, 4)              # the second of four equal parts of the batch
+    geminifx.drawn(rng, y)                         # y was drawn only to advance the generator from the state rng
 
-A pipeline's ranks, by their numbers along its axis, exchange what they read of each other. What one sends to another
-arrives in the order in which it was sent::
+Pipeline ranks, numbered along the pipeline axis, exchange activations and gradients. Messages between two ranks arrive
+in the order in which they were sent::
 
-    geminifx.send(h, 1)                            # to rank 1, in this rank's own time; nobody writes to `h`
-    geminifx.finish_send(h, 1)                     # it is there: the memory of `h` is free
-    h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # what rank 0 sent: its shape, strides and dtype
+    geminifx.send(h, 1)                            # to rank 1, asynchronously; `h` must not be written
+    geminifx.finish_send(h, 1)                     # it was sent: the memory of `h` is free
+    h = geminifx.receive([2, 4], [4, 1], torch.float32, 0)   # from rank 0, in this shape
 
-No machine carries out the last: `post_receives` writes it as a receive that starts, and one that is waited for::
+The machine does not implement `receive`: `post_receives` replaces it by a start and a wait::
 
     p = geminifx.start_receive([2, 4], [4, 1], torch.float32, 0)
     h = geminifx.finish_receive(p)                 # the same tensor
 
-What is random is drawn by numbers that ranks have apart where its shards are::
+Random operators on sharded tensors draw different numbers on each shard's rank::
 
-    rng = geminifx.fork_rng(x, ["row", "col"])     # a generator state for each place on these axes
-    geminifx.swap_rng(rng)                         # the generator's, and what was the generator's is kept
+    rng = geminifx.fork_rng(x, ["row", "col"])     # a generator state that differs by coordinate on these axes
+    geminifx.swap_rng(rng)                         # the generator takes this state; `rng` keeps the previous one
     y = aten.native_dropout.default(x, 0.1, True)
-    geminifx.swap_rng(rng)                         # all ranks' generators are in one state again
+    geminifx.swap_rng(rng)                         # all ranks' generators are in the same state again
 
-No machine carries out the first three: `overlap` writes each as a collective that starts, along the first dimension of
-a contiguous tensor, and one that is waited for. In between nobody reads what is being filled, nor writes `x`::
+The machine does not implement `all_gather`, `reduce_scatter` and `all_reduce` either: `overlap` replaces each by an
+asynchronous collective, along the first dimension of a contiguous tensor, and a wait. In between the result must not be
+read, nor `x` written::
 
     p = geminifx.start_all_gather(x, "col", 2)
     whole = geminifx.finish_collective(p, x)       # the same tensor; `x` lives until here
@@ -125,7 +125,7 @@ SCHEMAS = {
     "fork_rng": "(Tensor like, str[] axes) -> Tensor",
 }
 RANDOM = frozenset({"fork_rng"})
-"""Instructions that draw: two of them with the same arguments are not one."""
+"""Instructions that draw random numbers: two calls with the same arguments have different results."""
 
 CPU_RNG_STATE_BYTES = torch.Generator().get_state().numel()
 
@@ -135,7 +135,7 @@ def _flat(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def microbatch(batch: Tensor, index: int, count: int) -> Tensor:
-    """One of `count` equal parts of a batch, along its first dimension. Raises ValueError where there are none."""
+    """One of `count` equal parts of a batch along its first dimension. Raises ValueError if there is no such part."""
     examples, rest = divmod(batch.shape[0], count)
     if rest or not 0 <= index < count:
         raise ValueError(f"there is no microbatch {index} of {count} of {list(batch.shape)}")
@@ -143,12 +143,12 @@ def microbatch(batch: Tensor, index: int, count: int) -> Tensor:
 
 
 def put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> None:
-    """left @ right as one parameter's gradient in a flat chunk of them."""
+    """Writes left @ right as one parameter's gradient into a flat chunk of gradients."""
     torch.mm(left, right, out=parameter_view(gradients, offset, (left.shape[0], right.shape[1])))
 
 
 def _alike(tensor: Tensor) -> Tensor:
-    """Of the same type, dense as it is."""
+    """A tensor of the same shape, strides and dtype."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
@@ -251,20 +251,21 @@ SWAP_RNG = _ops.swap_rng.default
 FORK_RNG = _ops.fork_rng.default
 
 COLLECTIVES = frozenset({ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE})
-"""What `shard` writes, and `overlap` replaces."""
+"""What the pass `shard` emits and `overlap` replaces."""
 
 INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", "receive", *(op._schema.name.split("::")[1] for op in COLLECTIVES)}
-"""The names that a machine implements: a turn is Python's `yield`, what `shard` writes, and receives, are replaced."""
+"""The names that a machine implements. A `turn` becomes Python's `yield`; receives and the `COLLECTIVES` are
+replaced."""
 
 PUTS = frozenset({PUT, PUT_MM})
 
 STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, ACCUMULATE_GRAD})
-"""Instructions that name a chunk. Programs of equal layers differ in these alone."""
+"""Instructions that name a chunk: programs of identical layers differ only in these."""
 
 PLACED = PER_CHUNK | {DEPART, RELOAD, SEND, FINISH_SEND, RECEIVE, START_RECEIVE, FINISH_RECEIVE}
-"""Instructions that the plan puts wherever copies have time to run, which come from no module."""
+"""Instructions that are placed wherever the plan finds time for copies, rather than by the module they belong to."""
 
 
 @register_flop_formula(torch.ops.geminifx.put_mm)

@@ -15,21 +15,20 @@ ALIGNMENT_BYTES = 256
 
 
 LONGEST_UNIT = 256
-"""Of how many elements at most the beginnings of slots are multiples."""
+"""The largest alignment of slots, in elements; see `alignment`."""
 
 Rule = Literal["elements", "matrices", "factored"]
-"""How an optimizer updates parameters: element by element; whole matrices, each element with a moment; or whole
-parameters, of whose second moments factors are kept, one for each row and one for each column."""
+"""How an optimizer updates a parameter: "elements" element by element; "matrices" as a whole matrix, with a moment per
+element; "factored" as a whole, with second moments kept as factors, one value per row and one per column."""
 
 
 def alignment(dtype: torch.dtype, unit: int = 1) -> int:
-    """Of how many elements of a dtype the beginnings of slots and shards are multiples, where `unit` elements are
-    updated together."""
+    """The alignment of slots and shards, in elements of `dtype`, if `unit` elements are updated together."""
     return max(ALIGNMENT_BYTES // dtype.itemsize, unit)
 
 
 def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
-    """One parameter of a flat chunk; `offset` counts elements."""
+    """One parameter's view of a flat chunk; `offset` counts elements."""
     return flat.narrow(0, offset, prod(shape)).view(shape)
 
 
@@ -37,8 +36,8 @@ def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
 class Slot:
     """One parameter's place in a chunk: `offset` and `numel` count elements of the chunk's dtype.
 
-    `shape` is of this process's part; `placement` tells how the parameter lies on the mesh, such as "row=S1 col=S0"
-    ("": every process has all of it).
+    `shape` is that of this process's shard; `placement` is how the parameter lies on the mesh, such as "row=S1 col=S0"
+    ("" if every process has all of it).
     """
 
     name: str
@@ -51,12 +50,13 @@ class Slot:
         return prod(self.shape)
 
     def of(self, flat: Tensor) -> Tensor:
-        """What lies here of a chunk, or of what is as long as a chunk."""
+        """The view of this slot in `flat`, a buffer as long as the chunk."""
         return parameter_view(flat, self.offset, self.shape)
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the factors of its second moments, which are of the last two dimensions; a vector's are all kept."""
+        """The shapes of the factors of its second moments, over the last two dimensions; a vector's moments are kept in
+        full."""
         if len(self.shape) < 2:
             return (self.shape,)
         *first, rows, columns = self.shape
@@ -65,12 +65,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """A contiguous 1-D buffer of parameters that share dtypes, trainability, axes and the rule that they are updated
-    by, in order of first use.
+    """A contiguous 1-D buffer of parameters that share dtypes, trainability, reduction axes and update rule, in order
+    of first use.
 
-    `dtype` is what the program computes with, `master_dtype` what the optimizer updates. Along the mesh's axes
-    `reduced_over`, in their order there, processes have the same weights, and gradients are summed. Of the training
-    state each of `shards` of those processes keeps one of as many ranges of equal length, its shard.
+    `dtype` is what programs compute in, `master_dtype` what the optimizer updates. Processes along the mesh axes
+    `reduced_over`, in mesh order, have the same weights, and gradients are summed over them. If `shards` is above 1,
+    that many processes each keep one shard of the training state: equal ranges of the chunk.
     """
 
     index: int
@@ -85,7 +85,7 @@ class ChunkLayout:
 
     @property
     def name(self) -> str:
-        """For accounts and messages."""
+        """Names the chunk in memory bookings and messages."""
         return f"chunk {self.index}"
 
     @property
@@ -94,47 +94,48 @@ class ChunkLayout:
 
     @property
     def compute_bytes(self) -> int:
-        """What programs compute with: all of it."""
+        """Bytes of the whole chunk in the compute dtype."""
         return self.numel * self.dtype.itemsize
 
     @property
     def shard_bytes(self) -> int:
-        """One shard in the compute dtype."""
+        """Bytes of one shard in the compute dtype."""
         return self.shard_numel * self.dtype.itemsize
 
     @property
     def master_bytes(self) -> int:
-        """One shard in the master's dtype."""
+        """Bytes of one shard in the master's dtype."""
         return self.shard_numel * self.master_dtype.itemsize
 
     @property
     def casts(self) -> bool:
-        """Whether computing needs a copy in another dtype than the master's."""
+        """Whether computing needs a copy in a dtype other than the master's."""
         return self.dtype != self.master_dtype
 
     @property
     def splits(self) -> bool:
-        """Whether the master can be kept exactly as the weight that computes and a 16-bit remainder."""
+        """Whether the master can be kept exactly as the bfloat16 weight and a 16-bit remainder."""
         return self.dtype == torch.bfloat16 and self.master_dtype == torch.float32
 
     @property
     def is_whole(self) -> bool:
-        """Whether parameters are updated as wholes: no part of one alone."""
+        """Whether parameters are updated as a whole, never a part of one alone."""
         return self.trainable and self.rule != "elements"
 
     @property
     def longest_numel(self) -> int:
-        """The longest of its parameters, and what lies behind it up to where another may begin."""
+        """Elements of the longest parameter, rounded up to where another parameter may start."""
         longest = max((slot.numel for slot in self.slots), default=0)
         return min(-(-longest // LONGEST_UNIT) * LONGEST_UNIT, self.numel)
 
     def piece_numel(self, most: int) -> int:
-        """How many elements of its state are updated at a time, `most` of them unless parameters are longer wholes."""
+        """How many elements of its state are updated at a time: at most `most`, or the longest parameter if updates are
+        whole."""
         return self.longest_numel if self.is_whole else min(most, self.shard_numel)
 
     @cached_property
     def factors(self) -> tuple[tuple[Slot, ...], ...]:
-        """By slot the places of the factors of its second moments, which all lie in one vector."""
+        """By slot, the places of the factors of its second moments, which all lie in one vector."""
         found, offset = [], 0
         for slot in self.slots:
             places = []
@@ -146,19 +147,19 @@ class ChunkLayout:
 
     @property
     def factor_numel(self) -> int:
-        """All factors together, of what is updated by them; 0 of what has none."""
+        """Elements of all factors together; 0 if the chunk is not updated by factors."""
         if self.rule != "factored" or not self.trainable:
             return 0
         return sum(place.numel for places in self.factors for place in places)
 
     def held(self, slot: int, number: int) -> slice:
-        """Which elements of a parameter, counted flat, lie in shard `number`; an empty slice where none do."""
+        """The elements of a parameter, counted flat, that lie in shard `number`; an empty slice if none do."""
         place, begin = self.slots[slot], number * self.shard_numel
         start, stop = (min(max(at - place.offset, 0), place.numel) for at in (begin, begin + self.shard_numel))
         return slice(start, stop)
 
     def shard(self, number: int) -> "ChunkLayout":
-        """One shard as a chunk of its own, in whose slots, flat, is what it has of each parameter."""
+        """One shard as a chunk of its own, whose flat slots are what the shard holds of each parameter."""
         if self.shards == 1:
             return self
         begin, slots = number * self.shard_numel, []
@@ -170,16 +171,17 @@ class ChunkLayout:
 
 
 Owners = tuple[int, ...]
-"""Who along a pipeline has a parameter: the processes, counted along the pipeline's axis, whose layers read it. A
-parameter that several have, as tied embeddings are, is updated alike by each of them."""
+"""The pipeline ranks whose layers read a parameter, and which therefore have it. If there are several, as for tied
+embeddings, each of them makes the same update."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """All chunks that a process has of a model. `tied` maps each further name of a shared parameter to its first name.
 
-    `owned` tells of all parameters of a model that runs as a pipeline, in the model's order, who has them: alike on
-    every process, where chunks are of its own parameters alone. Without pipeline it is empty, and everybody has all.
+    `owned` lists all parameters of a pipelined model with their owners, in the model's order: the same on every
+    process, whereas `chunks` hold only the process's own parameters. Without a pipeline it is empty, and every process
+    has all.
     """
 
     chunks: tuple[ChunkLayout, ...]
@@ -188,20 +190,21 @@ class Layout:
 
     @cached_property
     def owners(self) -> dict[str, Owners]:
-        """Parameter name -> who along the pipeline has it; empty without pipeline."""
+        """Parameter name -> the pipeline ranks that have it; empty without a pipeline."""
         return dict(self.owned)
 
     @cached_property
     def places(self) -> dict[str, tuple[ChunkLayout, int]]:
-        """Parameter name -> (its chunk, its slot's number)."""
+        """Parameter name -> (its chunk, its slot's index)."""
         return {slot.name: (chunk, i) for chunk in self.chunks for i, slot in enumerate(chunk.slots)}
 
     def follows(self, rules: Mapping[str, Rule]) -> bool:
-        """Whether chunks hold what is updated by the same of these rules, and by no other than they say."""
+        """Whether every trainable chunk has the rule that `rules` give each of its parameters, "elements" where they
+        give none."""
         trained = (chunk for chunk in self.chunks if chunk.trainable)
         return all(chunk.rule == rules.get(slot.name, "elements") for chunk in trained for slot in chunk.slots)
 
     def is_cut_for(self, unit: int) -> bool:
-        """Whether `unit` elements may be updated together: whether chunks, shards and slots consist of whole units."""
+        """Whether `unit` elements may be updated together: shards and slots start at multiples of `unit`."""
         starts = (chunk.shard_numel for chunk in self.chunks), (s.offset for c in self.chunks for s in c.slots)
         return not any(start % unit for start in chain(*starts))

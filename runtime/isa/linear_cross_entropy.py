@@ -1,13 +1,13 @@
 """`geminifx::linear_cross_entropy`: projection onto the vocabulary and cross-entropy, in pieces.
 
 The logits of a language model, [tokens, vocabulary], are often its largest tensor by far, and the loss makes
-several float32 copies of them. Here no more than a piece of them exists at any time. Definition, per token:
+several float32 copies of them. Here only a piece of them exists at any time. Definition, per token:
 
-    logits = scale * (hidden @ weight.T + bias);  where softcap is not 0: logits = softcap * tanh(logits)
+    logits = scale * (hidden @ weight.T + bias);  if softcap is not 0: logits = softcap * tanh(logits)
     loss   = mean (reduction 1) or sum (reduction 2) of -log_softmax(logits)[label] where label != ignore_index
 
-As in torch's own loss, a mean over no token at all is NaN and its gradients are zero. How the pieces are taken stands
-with the kernels, in `runtime/kernels/linear_cross_entropy.py`.
+As in torch's own loss, a mean over no tokens is NaN and its gradients are zero. The kernels, in
+`runtime/kernels/linear_cross_entropy.py`, describe the pieces.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from torch.utils.flop_counter import register_flop_formula
 from .precision import accumulate_dtype
 
 OPERATORS = ("linear_cross_entropy", "linear_cross_entropy_backward", "absent")
-"""What is defined here."""
+"""The operators defined in this module."""
 
 MEAN, SUM = 1, 2
 """Reductions, as torch numbers them."""
 
 PIECE_BYTES = 128 * 2**20
-"""One piece of the logits in float32. On an H200, 8,192 tokens of 2,048 features and 50,272 classes cost 7% more
-time in pieces of this size than in ones four times as large, and another 9% in ones half as large."""
+"""Bytes of one piece of the logits in float32. On an H200, 8,192 tokens of 2,048 features and 50,272 classes take 7%
+more time in pieces of this size than in pieces four times as large, and another 9% in pieces half as large."""
 
 SMALLEST_PIECE, PIECES = 256, 8
-"""Products of fewer rows wait for the weight to be read. Small problems are cut too, into at most `PIECES`."""
+"""Matrix products of fewer rows are bound by reading the weight. Small problems are split too, into at most
+`PIECES`."""
 
 torch.library.define(
     "geminifx::linear_cross_entropy",
@@ -47,17 +48,17 @@ torch.library.define(
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# What a pass puts in the place of an output that is not computed, so that the others keep their positions.
+# Replaces an output that is not computed, so that the others keep their positions.
 torch.library.define("geminifx::absent", "(Tensor loss) -> Tensor")
 
 
 def token_chunk(tokens: int, vocabulary: int) -> int:
-    """Tokens per piece of the forward: a multiple of 128 within PIECE_BYTES, SMALLEST_PIECE at least."""
+    """Tokens per piece of the forward: a multiple of 128 within PIECE_BYTES, at least SMALLEST_PIECE."""
     return _piece(tokens, vocabulary)
 
 
 def vocabulary_chunk(tokens: int, vocabulary: int) -> int:
-    """Columns per piece of the backward: a multiple of 128 within PIECE_BYTES, SMALLEST_PIECE at least."""
+    """Columns per piece of the backward: a multiple of 128 within PIECE_BYTES, at least SMALLEST_PIECE."""
     return _piece(vocabulary, tokens)
 
 
@@ -69,7 +70,7 @@ def _piece(length: int, width: int) -> int:
 def check_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, reduction: int, chunk: int
 ) -> None:
-    """Raise ValueError where the arguments do not describe a loss; runs on fakes too."""
+    """Raises ValueError if the arguments do not describe a loss; also runs on fake tensors."""
     found = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"linear_cross_entropy: expected [tokens, size] and [vocabulary, size], got {found}")
@@ -87,7 +88,7 @@ def check_loss(
 def new_gradients(
     hidden: Tensor, weight: Tensor, mask: Sequence[bool], wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradients; what is not wanted is empty."""
+    """Allocates the gradients of hidden, weight and bias; those that `mask` does not ask for are empty."""
     return (
         hidden.new_zeros(hidden.shape if mask[0] else (0,), dtype=wide),
         weight.new_empty(weight.shape if mask[1] else (0,)),
@@ -171,18 +172,18 @@ def _forward_flops(hidden: Sequence[int], weight: Sequence[int], *_: Any, **__: 
 
 @register_flop_formula(torch.ops.geminifx.linear_cross_entropy_backward)
 def _backward_flops(grad: object, hidden: Sequence[int], weight: Sequence[int], *args: Any, **_: Any) -> int:
-    products = 1 + sum(args[-1][:2])  # the logits again, then what is wanted of the two gradients
+    products = 1 + sum(args[-1][:2])  # the logits again, then the requested ones of the two gradients
     return products * 2 * hidden[0] * weight[0] * weight[1]
 
 
 def forward_workspace_bytes(tokens: int, vocabulary: int, chunk: int, dtype: torch.dtype) -> int:
-    """Device memory inside the forward besides its results: two wide pieces, and a few numbers per token."""
+    """Device bytes that the forward takes besides its results: two wide pieces and a few numbers per token."""
     wide = accumulate_dtype(dtype).itemsize
     return min(chunk, tokens) * vocabulary * 2 * wide + tokens * 32
 
 
 def backward_workspace_bytes(hidden: Sequence[int], chunk: int, dtype: torch.dtype, softcap: float) -> int:
-    """Device memory inside the backward besides its results; `chunk` are the columns of a piece."""
+    """Device bytes that the backward takes besides its results; `chunk` is the number of columns per piece."""
     tokens, size = hidden
     wide = accumulate_dtype(dtype).itemsize
     narrow = dtype.itemsize if dtype.itemsize < wide else 0

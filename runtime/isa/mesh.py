@@ -1,8 +1,8 @@
 """The mesh of processes, and how a tensor lies on it: plain dataclasses shared by plans, passes and the machine.
 
-A mesh names its axes; a process has one coordinate on each, the last axis running fastest. On every axis a tensor
-is replicated, sharded along one of its dimensions, or partial: a term of a sum that is still to be taken. What the
-processes along an axis have in common is its kind, which whoever makes a mesh sets; names are for people alone.
+A mesh names its axes; a process has one coordinate on each, and the last axis varies fastest with the rank. On every
+axis a tensor is replicated, sharded along one of its dimensions, or partial: a term of a sum that is still to be taken.
+An axis's kind, set by the code that makes the mesh, says what processes along it have in common; names are for people.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 AxisKind = Literal["data", "tensor", "replica", "pipeline", "expert"]
-"""What processes along an axis have of a step's examples, and of the weights:
+"""Which of a step's examples, and which weights, the processes along an axis have:
 
     kind        examples                             weights
-    data        each a batch of its own              the same
-    replica     each other rows of one batch         the same
-    tensor      as the mode says, of one batch       each a part
-    expert      each a batch of its own              the same, but each other experts
-    pipeline    the same batch                       each those of other layers
+    data        a batch each                         the same
+    replica     different rows of one batch          the same
+    tensor      one batch, divided as the mode says  a shard each
+    expert      a batch each                         the same, except for different experts
+    pipeline    the same batch                       those of different layers
 """
 
 OWN_BATCH: frozenset[AxisKind] = frozenset({"data", "expert"})
@@ -34,8 +34,8 @@ ONE_BATCH_IN_PARTS: frozenset[AxisKind] = frozenset({"tensor", "replica"})
 class Shard:
     """One of equal parts along dimension `dim`.
 
-    Of a fused projection, such as one that makes query, key and value in one, every process has its shard of each
-    of the `sections`, which lie one behind the other.
+    If the tensor is a fused projection, such as query, key and value in one, its `sections` lie one behind the other,
+    and every process has its part of each section.
     """
 
     dim: int
@@ -55,7 +55,7 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Partial:
-    """A term; the tensor is the sum over the axis."""
+    """A term: the tensor is the sum over the axis."""
 
     def __str__(self) -> str:
         return "P"
@@ -69,7 +69,7 @@ Placements = tuple[Placement, ...]
 
 @dataclass(frozen=True)
 class Axis:
-    """`size` processes in a row. Raises ValueError for a kind that there is not."""
+    """`size` processes along one dimension of the mesh. Raises ValueError for an unknown kind."""
 
     name: str
     size: int
@@ -83,7 +83,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All processes, by coordinates. Axes of size 1 are left out; no axes: one process."""
+    """All processes, by coordinates. Axes of size 1 are left out; without axes there is one process."""
 
     axes: tuple[Axis, ...] = ()
 
@@ -93,59 +93,59 @@ class Mesh:
 
     @cached_property
     def tensor_axes(self) -> tuple[Axis, ...]:
-        """The axes that the tensors of a program are placed on: its processes share one batch."""
+        """The axes that a program's tensors are placed on: processes along them share one batch."""
         return self._of(ONE_BATCH_IN_PARTS)
 
     @cached_property
     def weight_axes(self) -> tuple[Axis, ...]:
-        """Those of them that weights are sharded over."""
+        """The tensor axes that weights are sharded over."""
         return self._of(frozenset({"tensor"}))
 
     @cached_property
     def replica_axes(self) -> tuple[Axis, ...]:
-        """The axes along which weights are the same, unless they are an expert's. A program leaves gradients partial
-        along them; they are summed, and ZeRO divides training states, by chunk."""
+        """The axes along which all weights but experts' are the same. Programs leave gradients partial along them; the
+        machine sums gradients and ZeRO divides training states over them, chunk by chunk."""
         return self._of(SAME_WEIGHTS)
 
     @cached_property
     def batch_axes(self) -> tuple[Axis, ...]:
-        """The axes along which every process has a batch of its own."""
+        """The axes along which every process has its own batch."""
         return self._of(OWN_BATCH)
 
     @cached_property
     def pipeline_axes(self) -> tuple[Axis, ...]:
-        """The axis along which processes run other layers of one batch; none without pipeline."""
+        """The axis along which processes run different layers on one batch; empty without a pipeline."""
         return self._of(frozenset({"pipeline"}))
 
     @property
     def shares_batches(self) -> bool:
-        """Whether several processes run one batch, each a part of its tensors or of the layers."""
+        """Whether several processes run one batch, each with a part of the tensors or of the layers."""
         return self.data_size < self.size
 
     @cached_property
     def data_size(self) -> int:
-        """How many batches make one step's."""
+        """How many batches make up a step."""
         return prod(axis.size for axis in self.batch_axes)
 
     def data_rank(self, rank: int) -> int:
-        """Which of the step's batches is a process's."""
+        """The index of a process's batch among the step's batches."""
         return self.number(rank, names_of(self.batch_axes))
 
     def pipeline_rank(self, rank: int) -> int:
-        """Which of the pipeline's processes one is, counted from those that begin it; 0 without pipeline."""
+        """A process's coordinate along the pipeline; 0 without a pipeline."""
         return self.number(rank, names_of(self.pipeline_axes))
 
     def reduction_axes(self, placement: str) -> tuple[str, ...]:
-        """The names of the axes over which the gradient of a parameter is summed that lies by `placement`, a
-        `placements_text`: those along which processes have the same weights, and this one whole."""
+        """The names of the axes that a parameter's gradient is summed over, given its `placements_text`: the axes along
+        which processes have the same weights, without those that this parameter is sharded over."""
         return tuple(name for name in names_of(self.replica_axes) if name not in sharded_over(placement))
 
     def ranks_over(self, names: tuple[str, ...]) -> int:
-        """How many processes differ in their places on these axes alone."""
+        """How many processes differ only in their coordinates on these axes."""
         return prod(axis.size for axis in self.axes if axis.name in names)
 
     def number(self, rank: int, names: tuple[str, ...]) -> int:
-        """Which of them a process is, counted in the order of their ranks."""
+        """A process's index among the processes of `ranks_over`, in rank order."""
         found = 0
         for axis in self.axes:
             if axis.name in names:
@@ -153,7 +153,7 @@ class Mesh:
         return found
 
     def coordinate(self, rank: int, name: str) -> int:
-        """Where a process stands on an axis; 0 on one that the mesh does not have."""
+        """A process's coordinate on an axis; 0 on an axis that the mesh does not have."""
         for axis in reversed(self.axes):
             rank, coordinate = divmod(rank, axis.size)
             if axis.name == name:
@@ -175,12 +175,12 @@ def names_of(axes: Iterable[Axis]) -> tuple[str, ...]:
 
 
 def taken_together(names: tuple[str, ...]) -> str:
-    """What several axes are called where they are one: "data x depth"."""
+    """The name of several axes taken as one: "data x depth"."""
     return " x ".join(names)
 
 
 def of_gradient(parameter: Placements, axes: tuple[Axis, ...]) -> Placements:
-    """How a gradient leaves a program: as its parameter lies, and a term of a sum over the replicas."""
+    """A gradient's placement at the end of a program: its parameter's, but partial along axes with the same weights."""
     return tuple(
         PARTIAL if axis.kind in SAME_WEIGHTS else placement for placement, axis in zip(parameter, axes, strict=True)
     )
@@ -205,7 +205,7 @@ def whole_shape(shard: tuple[int, ...], placements: Placements, axes: tuple[Axis
 
 
 def take_shard(whole: Tensor, placement: Placement, coordinate: int, size: int) -> Tensor:
-    """One process's shard of a tensor on one axis. A view, unless there are several sections."""
+    """One process's shard of a tensor along one axis; a view, unless there are several sections."""
     if not isinstance(placement, Shard):
         return whole
     sections = [section.chunk(size, placement.dim)[coordinate] for section in _sections(whole, placement)]
@@ -213,7 +213,7 @@ def take_shard(whole: Tensor, placement: Placement, coordinate: int, size: int) 
 
 
 def join_shards(shards: list[Tensor], placement: Placement) -> Tensor:
-    """The tensor of all processes' shards on one axis: the inverse of `take_shard`."""
+    """Joins all processes' shards along one axis: the inverse of `take_shard`."""
     if not isinstance(placement, Shard):
         return shards[0]
     by_section = zip(*(_sections(shard, placement) for shard in shards), strict=True)
@@ -221,7 +221,7 @@ def join_shards(shards: list[Tensor], placement: Placement) -> Tensor:
 
 
 def local_shard(whole: Tensor, placements: Placements, mesh: Mesh, rank: int) -> Tensor:
-    """One process's shard of a tensor that lies on the mesh by `placements`."""
+    """One process's shard of a tensor that is placed on the mesh by `placements`."""
     for placement, axis in zip(placements, mesh.tensor_axes, strict=True):
         whole = take_shard(whole, placement, mesh.coordinate(rank, axis.name), axis.size)
     return whole
@@ -242,7 +242,8 @@ def parse_placement(text: str) -> Placement:
 
 
 def placements_text(placements: Placements, axes: tuple[Axis, ...]) -> str:
-    """Such as "row=S0 col=S1"; axes on which the tensor is replicated are left out."""
+    """Text such as "row=S0 col=S1", or "R" for a tensor that is replicated on all axes; axes on which it is are left
+    out."""
     named = zip(placements, axes, strict=True)
     return " ".join(f"{axis.name}={placement}" for placement, axis in named if placement != REPLICATE) or "R"
 
@@ -253,7 +254,7 @@ def sharded_over(text: str) -> frozenset[str]:
 
 
 def parse_placements(text: str, axes: tuple[Axis, ...]) -> Placements:
-    """The inverse of `placements_text`. Raises ValueError for an axis that is not there."""
+    """The inverse of `placements_text`. Raises ValueError for an unknown axis."""
     given: Mapping[str, str] = dict(item.split("=") for item in text.split()) if text != "R" else {}
     unknown = next((name for name in given if name not in {axis.name for axis in axes}), None)
     if unknown is not None:

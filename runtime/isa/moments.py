@@ -1,9 +1,9 @@
-"""How an optimizer's moments are stored: as they are, as bfloat16, or as 8-bit codes of which blocks share a scale; and
-how masters are.
+"""How an optimizer's moments are stored: exactly, as bfloat16, or as 8-bit codes with a scale per block; and how
+masters are.
 
-A stored moment is one flat tensor, whose dtype tells how: the master's is exact; bfloat16 is rounded to nearest; uint8
-holds blocks of `BLOCK` elements, each `BLOCK` codes and then, in four bytes, their scale. What codes mean is for
-`kernels.moments` to say.
+A stored moment is one flat tensor whose dtype identifies the format: the master's dtype is exact; bfloat16 is rounded
+to nearest; uint8 holds blocks of `BLOCK` elements, each `BLOCK` codes followed by their float32 scale in four bytes.
+`kernels.moments` defines the codes.
 """
 
 from typing import Literal
@@ -12,26 +12,27 @@ import torch
 
 Moments = Literal["exact", "bf16", "int8"]
 Masters = Literal["exact", "bf16-stochastic"]
-"""Exactly, by what the weights that compute lack of them; or as those alone, to which updates are rounded by chance."""
+"""Masters as the compute weights and what these lack of them ("exact"), or as the compute weights alone, to which
+updates are rounded stochastically ("bf16-stochastic")."""
 
 BLOCK = 256
-"""Elements that share a scale. Slots begin at multiples of it, and no block is cut."""
+"""Elements that share a scale. Slots begin at multiples of it, so that no block is cut."""
 
 _BLOCK_BYTES = BLOCK + torch.float32.itemsize
 
 
 def stored_dtype(moments: Moments, master: torch.dtype) -> torch.dtype:
-    """The dtype of the tensor that such moments are stored in."""
+    """The dtype of the tensor that moments are stored in; `master` is the masters' dtype."""
     return {"exact": master, "bf16": torch.bfloat16, "int8": torch.uint8}[moments]
 
 
 def unit(dtype: torch.dtype) -> int:
-    """How many elements are stored, and updated, together."""
+    """How many elements are stored and updated together, in a moment of this dtype."""
     return BLOCK if dtype == torch.uint8 else 1
 
 
 def stored_numel(dtype: torch.dtype, numel: int) -> int:
-    """How many elements of its dtype a stored moment of `numel` values has."""
+    """How many elements of `dtype` a stored moment of `numel` values has."""
     return -(-numel // BLOCK) * _BLOCK_BYTES if dtype == torch.uint8 else numel
 
 
@@ -40,12 +41,12 @@ def stored_bytes(dtype: torch.dtype, numel: int) -> int:
 
 
 def update_bytes(moments: Moments) -> float:
-    """What AdamW's update of one parameter reads and writes where bfloat16 computes: a weight, its remainder, and two
-    moments; a gradient is only read."""
+    """Bytes that AdamW's update of one parameter reads and writes under bfloat16 compute: a weight, its remainder and
+    two moments; the gradient is only read."""
     state_bytes = 2 + 2 + 2 * stored_bytes(stored_dtype(moments, torch.float32), BLOCK) / BLOCK
     return 2 * state_bytes + 2
 
 
 def stored_at(dtype: torch.dtype, elements: slice) -> slice:
-    """Where in a stored moment a slice of its values lies, which begins with a block."""
+    """The slice of a stored moment that holds a slice of its values, which begins at a block."""
     return slice(stored_numel(dtype, elements.start), stored_numel(dtype, elements.stop))

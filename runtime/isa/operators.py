@@ -1,4 +1,4 @@
-"""The compute operators of the namespace, which programs call beside the instructions: torch runs them by kernels."""
+"""The compute operators of the geminifx namespace, which programs call beside the instructions and torch dispatches."""
 
 import torch
 

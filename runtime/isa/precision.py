@@ -1,4 +1,4 @@
-"""In which dtype each parameter and each input computes, and gradients are summed."""
+"""The dtypes that parameters and inputs are computed in, and gradients are summed in."""
 
 from typing import Literal
 
@@ -11,15 +11,15 @@ from .quantized import is_quantized
 LOW = (torch.bfloat16, torch.float16)
 
 ReduceDtype = Literal["fp32", "compute"]
-"""In what processes add up their gradients: at least float32, or the dtype that these are computed in."""
+"""The dtype that processes sum gradients in: at least float32, or the gradients' own."""
 
 
 def parameter_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The compute dtype of every parameter, by each of its names; None leaves all as the model has them.
+    """The compute dtype of every parameter, under each of its names; None leaves all as the model has them.
 
-    Batch and instance norms stay in float32 with their running statistics, whose small updates would be
-    rounded away; their kernels take low-precision inputs. So do the scales of quantised weights, which are cast as they
-    are dequantised.
+    Batch and instance norms stay in float32 with their running statistics, whose small updates would be rounded away;
+    their kernels take low-precision inputs. So do the scales of quantised weights, which are cast as they are
+    dequantised.
     """
     whole = (m for m in model.modules() if isinstance(m, _NormBase) or is_quantized(m))
     kept = {id(p) for m in whole for p in m.parameters(recurse=False)}
@@ -34,16 +34,16 @@ def cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def master_dtype(parameter: Tensor) -> torch.dtype:
-    """Masters of low-precision floats are float32: small updates must not be rounded away. What is frozen is its own
-    master."""
+    """The dtype of a parameter's master: float32 if it is trained in a 16-bit dtype, whose rounding would lose small
+    updates. A frozen parameter is its own master."""
     return torch.float32 if parameter.dtype in LOW and parameter.requires_grad else parameter.dtype
 
 
 def sum_dtype(dtype: torch.dtype, reduce_dtype: ReduceDtype) -> torch.dtype:
-    """In which dtype processes add up gradients of one that is computed in."""
+    """The dtype that processes sum gradients of `dtype` in."""
     return torch.promote_types(dtype, torch.float32) if reduce_dtype == "fp32" else dtype
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of scores and logsumexp: fp32, or fp64 for fp64 inputs."""
+    """The dtype of scores and logsumexp: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

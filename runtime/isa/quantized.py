@@ -1,7 +1,7 @@
 """`geminifx::dequantize`: a frozen weight from codes and scales, in the formats of bitsandbytes.
 
-    nf4     codes uint8 [(n + 1) // 2], two to a byte, the first in the high bits: places in a table of 16 values
-            (Dettmers et al., "QLoRA", 2023); scales float32 [(n + 63) // 64], of 64 neighbouring elements each
+    nf4     codes uint8 [(n + 1) // 2], two to a byte, the first in the high bits: indices into a table of 16 values
+            (Dettmers et al., "QLoRA", 2023); scales float32 [(n + 63) // 64], one per 64 neighbouring elements
     int8    codes int8, in the weight's shape; scales float32 [rows], the largest magnitude of each row
 
 A value is table[code] * scale, or code * scale * (1 / 127), computed in float32 and rounded to `dtype` once. Scales are
@@ -26,19 +26,19 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""What the codes stand for, from 0 to 15: quantiles of a normal distribution."""
+"""The values of the codes 0 to 15: quantiles of a normal distribution."""
 
 INT8_STEP = 7.874015718698502e-3
-"""1 / 127, as bitsandbytes has it."""
+"""1 / 127, with bitsandbytes' rounding."""
 
 PIECE = 2**22
-"""Elements that are on their way at a time: a multiple of the block."""
+"""Elements that are dequantised at a time: a multiple of the block."""
 
 _PIECE_BYTES = {"nf4": 6, "int8": 4}
-"""Of each element: its value in float32, and, in nf4, half of a code as an index."""
+"""Workspace bytes per element: its float32 value and, in nf4, half of the int32 index of its byte."""
 
 OPERATORS = ("dequantize",)
-"""What is defined here."""
+"""The operators defined in this module."""
 
 torch.library.define(
     "geminifx::dequantize",
@@ -49,7 +49,7 @@ DEQUANTIZE = torch.ops.geminifx.dequantize.default
 
 
 def code_shapes(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a weight's codes and scales. Raises ValueError for another format."""
+    """The shapes of a weight's codes and scales. Raises ValueError for an unknown format."""
     if format not in get_args(Quantized):
         raise ValueError(f"dequantize: format {format!r}; expected one of {', '.join(get_args(Quantized))}")
     numel = prod(shape)
@@ -57,12 +57,12 @@ def code_shapes(format: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], t
 
 
 def rows_at_a_time(shape: tuple[int, ...]) -> int:
-    """Of a weight whose rows have a scale each how many are on their way."""
+    """How many rows of an int8 weight are dequantised at a time."""
     return max(PIECE * shape[0] // max(prod(shape), 1), 1)
 
 
 def workspace_bytes(format: str, shape: tuple[int, ...]) -> int:
-    """What a weight takes besides its values while it is dequantised."""
+    """Bytes that dequantising a weight takes besides its values."""
     numel = prod(shape)
     at_a_time = PIECE if format == "nf4" or not shape[0] else rows_at_a_time(shape) * (numel // shape[0])
     return min(at_a_time, numel) * _PIECE_BYTES[format]
@@ -80,8 +80,8 @@ def _fake(codes: Tensor, scales: Tensor, format: str, shape: list[int], dtype: t
 
 
 class Dequantized(nn.Module):
-    """The parametrization of a weight that is kept as codes and scales: whoever reads it reads its values, in `dtype`.
-    What was quantised is of `dtype_before`."""
+    """The parametrization of a weight stored as codes and scales: reading it computes its values in `dtype`. The weight
+    had `dtype_before` before it was quantised."""
 
     def __init__(
         self, format: Quantized, shape: tuple[int, ...], dtype: torch.dtype, dtype_before: torch.dtype
@@ -94,5 +94,5 @@ class Dequantized(nn.Module):
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is that by which a quantised weight is kept: its parameters are codes and scales."""
+    """Whether a module is the parametrization list of a quantised weight, whose parameters are codes and scales."""
     return isinstance(module, ParametrizationList) and isinstance(module[0], Dequantized)

@@ -1,14 +1,14 @@
-"""The schedule of a pipeline: which rank runs which stage's work on which microbatch, and in which order, as frozen
-data that prints as text and parses back.
+"""The schedule of a pipeline: which rank runs which stage on which microbatch, and in which order, as frozen data that
+prints as text and parses back.
 
     1f1b stages=2 microbatches=3
     rank 0: F0.0 F0.1 B0.0 F0.2 B0.1 B0.2
     rank 1: F1.0 B1.0 F1.1 B1.1 F1.2 B1.2
 
-F0.2 is stage 0's forward of microbatch 2, and B0.2 its whole backward. A backward may be in two parts: I0.2 computes
-the gradients of what the stage was given, which the stage in front waits for, and W0.2, later, those of its weights.
+F0.2 is stage 0's forward of microbatch 2, and B0.2 its whole backward. A backward may be split in two: I0.2 computes
+the gradients of the stage's inputs, which the previous stage waits for, and W0.2, later, those of its weights.
 
-Where weights live on the hosts a stage needs no rank of its own, and any rank may run any of its actions:
+If weights live on the hosts, a stage is not bound to a rank, and any rank may run any of its actions:
 
     roundrobin stages=2 microbatches=1 weights=host
     rank 0: F0.0 B0.0
@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["F", "B", "I", "W"]
 
 ROUND_ROBIN = "roundrobin"
-"""The name of schedules whose weights live on the hosts."""
+"""The name of the schedule whose weights live on the hosts."""
 
 _HEADER = re.compile(r"(\S+) stages=(\d+) microbatches=(\d+)( weights=host)?", re.ASCII)
 _RANK = re.compile(r"rank (\d+):(.*)", re.ASCII)
@@ -31,7 +31,8 @@ _ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)", re.ASCII)
 
 
 class Action(NamedTuple):
-    """One stage's work on one microbatch: F forward, B whole backward, I gradients of inputs, W those of weights."""
+    """One stage's work on one microbatch: F forward, B whole backward, I gradients of inputs, W gradients of
+    weights."""
 
     stage: int
     microbatch: int
@@ -51,11 +52,10 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What each rank of a pipeline does, one action behind the other.
+    """What each rank of a pipeline does, as its actions in order.
 
-    Stage 0 reads the batch, the last one makes the loss, and a stage's actions are all on one rank, which has its
-    `weights`, unless these are on the hosts. Whether a schedule can run is for `compiler.planner.pipeline.check` to
-    say.
+    Stage 0 reads the batch and the last one computes the loss. All actions of a stage are on one rank, which has its
+    `weights`, unless these are on the hosts. `compiler.planner.pipeline.check` decides whether a schedule can run.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Schedule:
         return self._rank_by_action[action]
 
     def rank_of(self, stage: int) -> int:
-        """The rank that runs a stage. Raises ValueError where none does, or any may."""
+        """The rank that runs a stage. Raises ValueError if none does, or any may."""
         if self.weights == "host":
             raise ValueError(f"no stage of the schedule {self.name} has a rank of its own: weights live on the hosts")
         rank = self._rank_by_stage.get(stage)
@@ -86,21 +86,23 @@ class Schedule:
         return tuple(sorted({action.stage for action in self.ranks[rank]}))
 
     def turn(self, rank: int) -> int:
-        """How many of a rank's actions lie in front of its turn, where it hands the loss to the training loop and
-        waits for `backward()`: all but those that complete a stage's gradients of weights, which nobody may see before,
-        and what comes behind the first of these, here or on ranks that this one waits for.
+        """How many of a rank's actions come before its turn, where it returns the loss to the training loop and waits
+        for `backward()`. An action that completes a stage's weight gradients comes after the turn, since these must not
+        be seen before `backward()`; so does all that follows the first such action, here or on ranks that this one
+        waits for.
 
-        All forwards are among them: the last backward of a stage waits for every microbatch's. (Where weights live on
-        the hosts each rank has the last backward of some of them, and the schedule's checker sees to it.)
+        All forwards come before the turn: the last backward of a stage waits for those of every microbatch. (If weights
+        live on the hosts, each rank runs the last backward of some stages, as the schedule's checker ensures.)
         """
         return self._turns[rank]
 
     def last_forward(self, rank: int) -> int:
-        """The place of a rank's last forward among its actions; -1 where it has none."""
+        """The index of a rank's last forward among its actions; -1 if it has none."""
         return max((i for i, action in enumerate(self.ranks[rank]) if action.kind == "F"), default=-1)
 
     def forward_alone(self, microbatches: int) -> "Schedule":
-        """So many microbatches through the same stages, without a backward: each stage where its first one is run."""
+        """A schedule of `microbatches` forwards through the same stages, each on the rank that runs its first
+        forward."""
         stages: dict[int, list[int]] = {rank: [] for rank in range(len(self.ranks))}
         for stage in range(self.stages):
             stages[self.runner(Action(stage, 0, "F"))].append(stage)
@@ -110,8 +112,9 @@ class Schedule:
         return Schedule("forward", self.stages, microbatches, tuple(ranks), self.weights)
 
     def needs(self, action: Action) -> tuple[Action, ...]:
-        """What must be done before an action: a forward waits for the stage in front, a backward for its own forward
-        and the stage behind, gradients of weights for those of inputs. What another rank does comes as a message."""
+        """The actions that must be done before an action: a forward waits for the previous stage, a backward for its
+        own forward and the next stage, weight gradients for input gradients. Results of another rank's actions come as
+        messages."""
         stage, microbatch = action.stage, action.microbatch
         if action.kind == "F":
             return (Action(stage - 1, microbatch, "F"),) if stage else ()
@@ -121,20 +124,21 @@ class Schedule:
         return (forward,) if stage + 1 == self.stages else (forward, self.backward(stage + 1, microbatch))
 
     def reader(self, action: Action) -> Action | None:
-        """The action of the next stage that waits for a forward, or of the stage in front that waits for a backward."""
+        """The action of another stage that reads an action's result: the next stage's forward, or the previous stage's
+        backward; None if there is none."""
         if action.kind == "F":
             last = action.stage + 1 == self.stages
             return None if last else Action(action.stage + 1, action.microbatch, "F")
         return None if action.kind == "W" or not action.stage else self.backward(action.stage - 1, action.microbatch)
 
     def backward(self, stage: int, microbatch: int) -> Action:
-        """The action that computes the gradients of a stage's inputs: a whole backward, or its first part."""
+        """The action that computes the gradients of a stage's inputs: the whole backward, or its first part."""
         divided = Action(stage, microbatch, "I")
         return divided if divided in self._actions else Action(stage, microbatch, "B")
 
     @cached_property
     def splits_backward(self) -> bool:
-        """Whether backwards are in two parts."""
+        """Whether backwards are split in two."""
         return any(action.kind in "IW" for action in self._actions)
 
     @cached_property
@@ -179,7 +183,7 @@ class Schedule:
 
 
 def _first_complete(actions: tuple[Action, ...]) -> int:
-    """The place of the first action with which a stage's gradients of weights are complete."""
+    """The index of the first action that completes a stage's weight gradients."""
     last = {action.stage: i for i, action in enumerate(actions) if action.kind in "BW"}
     return min(last.values(), default=len(actions))
 

@@ -1,7 +1,7 @@
 """Every use of torch's private interfaces, behind one version check.
 
-Capture stands on torch's ahead-of-time autograd, whose entry points are not public. They were checked on
-the versions below; on any other the import says so instead of failing somewhere inside.
+Capture relies on torch's ahead-of-time autograd, whose entry points are not public. They were checked on the versions
+below: the import refuses older ones, and warns about newer ones.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 CHECKED = ((2, 11), (2, 13))
-"""The oldest and the newest release whose private interfaces were checked."""
+"""The oldest and the newest torch release whose private interfaces were checked."""
 
 _version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 if _version < CHECKED[0]:
@@ -63,7 +63,7 @@ except ImportError as error:
     ) from error
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-"""What tracing raises where a model's Python depends on the values of tensors."""
+"""The errors that tracing raises if a model's Python depends on tensor values."""
 
 __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
@@ -78,15 +78,15 @@ __all__ = [
 def export_joint(stack: ExitStack, module: nn.Module, args: tuple[Any, ...]) -> torch.fx.GraphModule:
     """The ATen graph of forward and backward of `module(*args)`, or of the forward alone under no_grad.
 
-    `stack` keeps the tracing contexts open: read the graph inside it, run nothing inside it.
+    `stack` keeps the tracing contexts open: read the graph while they are, but run nothing.
     """
-    # Hugging Face asks whether it is being traced and then takes branches without data-dependent Python.
+    # Hugging Face's code asks whether it is being traced, and then avoids data-dependent Python.
     with _compiling_state_context(), fx_traceback.preserve_node_meta():
         return aot_export_joint_with_descriptors(stack, module, args).graph_module
 
 
 def annotate_modules(module: nn.Module) -> None:
-    """Make every operator traced inside a submodule carry the submodule's fully qualified name."""
+    """Makes every operator traced inside a submodule carry the submodule's fully qualified name."""
     for name, submodule in module.named_modules():
         if name:
             submodule.forward = _annotated(submodule.forward, name)
@@ -97,13 +97,13 @@ def _annotated(forward: Any, name: str) -> Any:
         with fx_traceback.annotate({"module_fqn": name}):
             return forward(*args, **kwargs)
 
-    call.__wrapped__ = forward  # type: ignore[attr-defined]  # inspect.signature still tells the model's own
+    call.__wrapped__ = forward  # type: ignore[attr-defined]  # inspect.signature still sees the model's own
     return call
 
 
 @contextlib.contextmanager
 def plain_dispatch() -> Iterator[None]:
-    """Trace operators as they are written: no autocast around them, none that only one CPU library has."""
+    """Traces operators as written: no autocast, and none that only one CPU library has."""
     enabled = torch._C._get_mkldnn_enabled()
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         torch._C._set_mkldnn_enabled(False)  # its LSTM's backward cannot be called from a program
@@ -118,18 +118,18 @@ plain_results = torch._C._disabled_torch_function_impl
 
 
 def num_references(tensor: torch.Tensor) -> int:
-    """How many tensors and storage objects share a tensor's memory."""
+    """The reference count of a tensor's storage: how many tensors and storage objects share it."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def unmetered() -> contextlib.AbstractContextManager[Any]:
-    """A context that dispatch modes, such as the memory meter, do not see into."""
+    """A context in which dispatch modes, such as the memory meter, see nothing."""
     return _disable_current_modes()
 
 
 def wrapper_parameter(cls: type, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
                       requires_grad: bool, device: torch.device | str = "cpu") -> Any:  # fmt: skip
-    """A tensor of class `cls` that has a type but no memory; `cls` answers every operator itself."""
+    """A tensor of class `cls` with metadata but no memory; `cls` implements every operator itself."""
     options = {"dtype": dtype, "device": device, "requires_grad": requires_grad}
     return torch.Tensor._make_wrapper_subclass(cls, shape, strides, **options)
 
@@ -139,20 +139,20 @@ def module_of(node: torch.fx.Node) -> str:
 
 
 def cuda_driver() -> str:
-    """The newest CUDA that the driver knows, such as "13000"; "" where torch has no CUDA."""
+    """The newest CUDA version that the driver supports, such as "13000"; "" if torch has no CUDA."""
     version = getattr(torch._C, "_cuda_getDriverVersion", None)
     return "" if version is None else str(version())
 
 
 def use_expandable_segments() -> None:
-    """Let the CUDA caching allocator grow its segments, which keeps fragmentation small."""
+    """Lets the CUDA caching allocator grow its segments, which limits fragmentation."""
     with contextlib.suppress(AttributeError, RuntimeError):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def watch_chosen_inputs(check: Callable[[Sequence[Any], Sequence[Any]], None]) -> None:
-    """From here on autograd calls `check`, with outputs and inputs, before it runs for the gradients of chosen inputs
-    alone. That is all that can be known of inputs which the outputs' graph does not reach."""
+    """Makes autograd call `check(outputs, inputs)` before it computes the gradients of chosen inputs only. It is the
+    only way to see inputs that the outputs' graph does not reach."""
     plain = torch.autograd._engine_run_backward
 
     def run(outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +165,8 @@ def watch_chosen_inputs(check: Callable[[Sequence[Any], Sequence[Any]], None]) -
 
 
 def watch_clipping(check: Callable[[Sequence[Any]], None]) -> None:
-    """From here on torch's clipping of gradients calls `check` with the parameters before it writes, and its scaler
-    of losses before it unscales or steps."""
+    """Makes torch's gradient clipping call `check(parameters)` before it writes, and its GradScaler before it unscales
+    or steps."""
     clipping, scaler = torch.nn.utils.clip_grad, torch.amp.GradScaler
     plain, plain_step, plain_unscale = clipping._clip_grads_with_norm_, scaler.step, scaler.unscale_
 
@@ -188,23 +188,23 @@ def watch_clipping(check: Callable[[Sequence[Any]], None]) -> None:
 
 
 def default_store() -> Any:
-    """Where the processes of torch.distributed have met."""
+    """The store that the processes of torch.distributed met at."""
     return torch.distributed.distributed_c10d._get_default_store()
 
 
 def will_accumulate(leaf: torch.Tensor) -> bool:
-    """In a node's backward: whether this run of autograd brings gradients to `leaf`, which the node reads, as
+    """Called in a node's backward: whether this run of autograd accumulates into `leaf`, an input of the node, as
     `loss.backward()` does and `torch.autograd.grad(loss, others)` does not."""
     return torch._C._will_engine_execute_node(get_gradient_edge(leaf).node)
 
 
 def pipeline_table(schedule: str, ranks: int, microbatches: int, stages_per_rank: int) -> list[list[tuple[Any, ...]]]:
-    """Who computes what in a schedule of several stages per rank, by its name in torch: by rank, and in its order,
-    (stage, microbatch, F, B, I or W)."""
+    """The actions of one of torch's schedules, by its name there, with several stages per rank: for each rank, in
+    order, (stage, microbatch, F, B, I or W)."""
 
     class Table(get_schedule_class(schedule)):  # type: ignore[misc]  # whichever it is
         def _prepare_schedule_with_comms(self, *_: Any, **__: Any) -> None:
-            """Nothing: torch's own messages are of no use, and take long to find."""
+            """Skipped: torch's messages are not used, and take long to compute."""
 
     stage = SimpleNamespace(
         num_stages=ranks * stages_per_rank, group_size=ranks, group_rank=0, submod=None, stage_index_to_group_rank=None

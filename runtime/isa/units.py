@@ -16,13 +16,12 @@ _EXPECTED = 'a number of bytes or text such as "24GB" (10^9), "24GiB" (2^30), "5
 
 
 def parse_bytes(amount: str | int | float, *, of: int | None = None) -> int:
-    """Return `amount` in bytes, rounded down.
+    """Returns `amount` in bytes, rounded down.
 
     A percentage is taken of `of` bytes (the device's or the host's total).
 
     Raises:
-        ValueError: the amount is not understood, not positive, not finite, more than everything, or a
-            percentage without `of`.
+        ValueError: the amount is not understood, not positive, not finite, above 100%, or a percentage without `of`.
     """
     if isinstance(amount, bool) or not isinstance(amount, (str, int, float)):
         raise ValueError(f"a memory budget of {amount!r} means nothing; expected {_EXPECTED}")
@@ -38,7 +37,7 @@ def parse_bytes(amount: str | int | float, *, of: int | None = None) -> int:
 
 
 def _parse_text(text: str, of: int | None) -> int:
-    """Return the bytes that `text` names, which may still be zero or negative."""
+    """Returns the bytes that `text` names, which may still be zero or negative."""
     match = _AMOUNT.fullmatch(text)
     if match is None:
         raise ValueError(f"cannot read {text!r} as an amount of memory; expected {_EXPECTED}")
@@ -52,7 +51,7 @@ def _parse_text(text: str, of: int | None) -> int:
 
 
 def _share(percent: Fraction, of: int | None, text: str) -> int:
-    """Return `percent` of `of` bytes."""
+    """Returns `percent` of `of` bytes."""
     if of is None:
         raise ValueError(f"{text!r} is a share of an unknown total; give the amount in bytes, such as '24GB'")
     if percent > 100:
@@ -61,7 +60,7 @@ def _share(percent: Fraction, of: int | None, text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Return a duration such as "90s", "10min" or "1.5h" in seconds.
+    """Returns a duration such as "90s", "10min" or "1.5h" in seconds.
 
     Raises:
         ValueError: it is not understood, or not above zero.
@@ -73,19 +72,19 @@ def parse_seconds(text: str) -> float:
 
 
 def format_bytes(count: int) -> str:
-    """Return `count` bytes for reading: three significant digits and a decimal unit, "1.32 GB"."""
+    """Formats `count` bytes with three significant digits and a decimal unit: "1.32 GB"."""
     sign = "-" if count < 0 else ""
     return sign + _format(float(abs(count)), ("B", "kB", "MB", "GB", "TB"))
 
 
 def format_seconds(duration_s: float) -> str:
-    """Return a duration of 0 or more seconds for reading: three significant digits and a unit, "147 ms"."""
+    """Formats a duration of 0 or more seconds with three significant digits and a unit: "147 ms"."""
     return _format(duration_s * 1e9, ("ns", "us", "ms", "s"))
 
 
 def _format(amount: float, units: tuple[str, ...]) -> str:
-    """Return `amount` of the first unit in the one of `units`, each a thousand of the last, that reads best. The
-    first has no fractions."""
+    """Formats `amount`, given in the first unit, in the unit that reads best; each unit is 1000 times the one before.
+    Amounts in the first unit have no decimals."""
     for unit in units:
         digits = 0 if unit == units[0] else max(0, 2 - int(math.log10(max(amount, 1.0))))
         # 999.6 would round to a fourth digit; it belongs to the next unit.
