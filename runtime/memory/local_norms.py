@@ -1,4 +1,4 @@
-"""What torch computes over the parameters of one process alone, where others have more of them, is refused."""
+"""Refuses what torch would compute over this process's parameters alone when other processes hold more of them."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -13,17 +13,17 @@ from .lazy_parameter import LazyParameter
 
 
 class Holder(Protocol):
-    """Whoever has parameters as plain tensors of this process's parts."""
+    """An object that holds parameters as plain tensors of this process's parts."""
 
     def sharded(self) -> Iterator[tuple[nn.Parameter, str]]:
-        """Those of which other processes have other parts, and what to tell of each."""
+        """The parameters of which other processes hold other parts, and what to tell the user of each."""
 
 
 _HOLDERS: WeakSet[Holder] = WeakSet()
 
 
 def refuse_them(holder: Holder) -> None:
-    """From here on, in this process: of lazy parameters, whose sources tell, and of this holder's."""
+    """Makes torch's gradient clipping and GradScaler raise for sharded parameters, lazy ones and those of `holder`."""
     _watch()
     _HOLDERS.add(holder)
 
@@ -34,7 +34,7 @@ def _watch() -> None:
 
 
 def _check(parameters: Sequence[Any]) -> None:
-    """Raises StateError where other ranks have some of the parameters, or parts of them."""
+    """Raises StateError where other ranks hold some of the parameters, or parts of them."""
     sharded = {id(parameter): told for holder in _HOLDERS for parameter, told in holder.sharded()}
     for parameter in parameters:
         told = parameter.source.elsewhere if isinstance(parameter, LazyParameter) else sharded.get(id(parameter))
