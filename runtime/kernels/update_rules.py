@@ -123,7 +123,7 @@ class SgdHyper:
     key: int | None = None
 
     def scalars(self) -> Scalars:
-        """Return the factors of this update."""
+        """Returns the factors of this update."""
         return Scalars(l2=self.weight_decay, decay=1.0, step=-self.lr, keep=self.momentum, add=1 - self.dampening)
 
 
@@ -142,7 +142,7 @@ class LionHyper:
     key: int | None = None
 
     def scalars(self) -> Scalars:
-        """Return the factors of this update."""
+        """Returns the factors of this update."""
         return Scalars(
             l2=0.0,
             decay=1 - self.lr * self.weight_decay,

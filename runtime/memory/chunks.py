@@ -192,7 +192,7 @@ class ChunkStore:
         self._lacking = {}
 
     def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
-        """The chunk of a parameter and its slot there. Raises StateError where only other processes hold it."""
+        """The chunk of a parameter and its slot there. Raises StateError if only other processes hold it."""
         if parameter in self.elsewhere:
             raise self.elsewhere[parameter].lacking()
         return self.layout.places[parameter]
@@ -238,7 +238,7 @@ class ChunkStore:
     def adopt(self) -> None:
         """Copies into the masters what was assigned to parameters' `.data` since the last step.
 
-        Raises StateError where the new data has another shape.
+        Raises StateError if the new data has another shape.
         """
         for chunk in self.chunks:
             assert chunk.master is not None

@@ -41,7 +41,7 @@ class Hardware:
         return self.device_tier, self.host_tier
 
     def book(self, name: str, device_bytes: int, host_bytes: int, purpose: str) -> None:
-        """Books bytes under a name on both tiers, replacing what was booked, or on neither. Raises BudgetError where
+        """Books bytes under a name on both tiers, replacing what was booked, or on neither. Raises BudgetError if
         one is full."""
         before = self.device_tier.booked(name)
         self.device_tier.book(name, device_bytes, purpose)
@@ -53,7 +53,7 @@ class Hardware:
 
     def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
         """A flat tensor of zeros on either side, page-locked on the host if `pinned`, for fast copies. Raises
-        BudgetError where there is no memory."""
+        BudgetError if there is no memory."""
         with self.placing():
             if on_device:
                 return torch.zeros(numel, dtype=dtype, device=self.device)

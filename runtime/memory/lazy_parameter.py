@@ -38,7 +38,7 @@ class Source(Protocol):
         """Whether the parameter may be written to now."""
 
     def write(self, value: Tensor) -> None:
-        """Sets the master. Raises StateError where it may not be written."""
+        """Sets the master. Raises StateError if it may not be written."""
 
     def refused(self, by: str) -> StateError:
         """The error to raise where `by`, such as an operator's name, may not write to the parameter."""

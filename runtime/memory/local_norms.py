@@ -34,7 +34,7 @@ def _watch() -> None:
 
 
 def _check(parameters: Sequence[Any]) -> None:
-    """Raises StateError where other ranks hold some of the parameters, or parts of them."""
+    """Raises StateError if other ranks hold some of the parameters, or parts of them."""
     sharded = {id(parameter): told for holder in _HOLDERS for parameter, told in holder.sharded()}
     for parameter in parameters:
         told = parameter.source.elsewhere if isinstance(parameter, LazyParameter) else sharded.get(id(parameter))

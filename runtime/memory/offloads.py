@@ -44,7 +44,7 @@ class Offloads:
     # -- instructions --------------------------------------------------------------------------------------
 
     def offload(self, value: Tensor) -> Tensor:
-        """Starts to copy a value to the host. Raises BudgetError where the host is full."""
+        """Starts to copy a value to the host. Raises BudgetError if the host is full."""
         memory = self._take(value.nbytes)
         host = memory.view(value.dtype).as_strided(value.shape, value.stride())
         # Safe to reuse the memory: work launched since has waited for an earlier reload from it, and an earlier offload

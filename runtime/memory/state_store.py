@@ -81,7 +81,7 @@ class StateStore(Protocol):
     def loss_scale(self) -> float:
         """What a backward that began now would multiply its gradients by."""
 
-    # -- where it lies -------------------------------------------------------------------------------------
+    # -- placement -----------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
         """Moves every chunk's state to its home; values stay. Raises BudgetError on a full tier."""
@@ -139,7 +139,7 @@ class StateStore(Protocol):
         """How often each parameter was written, by name."""
 
     def adopt(self) -> None:
-        """Takes over what was written to parameters since the last step. Raises StateError where it does not fit."""
+        """Takes over what was written to parameters since the last step. Raises StateError if it does not fit."""
 
     def writable(self) -> AbstractContextManager[None]:
         """A context in which parameters may be written to."""

@@ -47,7 +47,7 @@ class TorchStore:
         self._staging: dict[torch.dtype, list[Tensor]] = {}
         self._added: dict[int, int | None] = {}  # chunks that this backward added to: versions of their gradients
 
-    # -- where it lies -------------------------------------------------------------------------------------
+    # -- placement -----------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
         """Moves masters and makes or drops resident copies; values stay. Raises BudgetError on a full tier."""
@@ -192,7 +192,7 @@ class TorchStore:
     def begin_backward(self) -> float:
         """Prepares gradient buffers beside the masters, which were booked when the chunks were placed.
 
-        Raises StateError where `.grad` still holds those of an unfinished backward.
+        Raises StateError if `.grad` still holds those of an unfinished backward.
         """
         for index, version in self._added.items():
             chunk = self.chunks.chunks[index]

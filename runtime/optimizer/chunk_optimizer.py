@@ -43,7 +43,7 @@ class ChunkOptimizer(Optimizer):
         declared: what `model.optimizer(...)` was called with.
         groups: parameters or parameter groups, as for torch.optim.
         use: registers the format of the states, to be planned for.
-        demand: makes a plan, or raises StateError where there is nothing to plan by.
+        demand: makes a plan, or raises StateError if there is nothing to plan by.
         names: the parameters' names, by `id(parameter)`.
         fp16: whether any parameter, on any process, computes in float16; the loss is then scaled dynamically.
 
@@ -86,7 +86,7 @@ class ChunkOptimizer(Optimizer):
 
     @property
     def store(self) -> OwnStore:
-        """The training states. Raises StateError where they have no plan yet and there is nothing to make one from."""
+        """The training states. Raises StateError if they have no plan yet and there is nothing to make one from."""
         if self._store is None:
             self._demand()
         assert self._store is not None
@@ -97,7 +97,7 @@ class ChunkOptimizer(Optimizer):
         return self.store.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim. Raises ArgumentError for parameters of another model, and StateError where memory was
+        """As in torch.optim. Raises ArgumentError for parameters of another model, and StateError if memory was
         planned for another kind of optimizer."""
         defaults, kind = self.defaults, self.declared.kind_of(param_group)
         self.defaults = self.declared.defaults_of(kind)
@@ -217,7 +217,7 @@ class ChunkOptimizer(Optimizer):
     def gradient_norm(self) -> Tensor:
         """The norm of the gradients that the next step would use, before clipping; needs max_grad_norm= or float16.
 
-        Raises StateError where norms are not measured, or in_backward=True has used the gradients up.
+        Raises StateError if norms are not measured, or in_backward=True has used the gradients up.
         """
         if not self.store.held.measures:
             raise StateError("gradients are measured only with max_grad_norm=; pass it to model.optimizer(...)")
@@ -299,7 +299,7 @@ class ChunkOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state that this class or the torch.optim class wrote, by parameter. Tensors are whole, not shards.
 
-        Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
+        Raises ValueError if it is of other parameters or another optimizer; nothing is changed then.
         """
         check_state_dict(state_dict)
         self.check_saved(state_dict["param_groups"])
@@ -327,7 +327,7 @@ class ChunkOptimizer(Optimizer):
             self.store.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
     def check_saved(self, groups: list[dict[str, Any]]) -> None:
-        """Raises ValueError where saved groups are of another optimizer, and StateError where no memory was planned for
+        """Raises ValueError if saved groups are of another optimizer, and StateError if no memory was planned for
         their options."""
         for own, group in zip(self.param_groups, groups, strict=False):
             kind = self.declared.kind_of(own)
@@ -336,7 +336,7 @@ class ChunkOptimizer(Optimizer):
             self._check_group(group)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
-        """Raises ValueError where a parameter's saved state is not exactly what this optimizer keeps of it."""
+        """Raises ValueError if a parameter's saved state is not exactly what this optimizer keeps of it."""
         assert self._format is not None
         kind = KINDS[self._kind_of(parameter)]
         keeps_any = kind.rule != "elements" or self._format.moments > 0

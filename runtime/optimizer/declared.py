@@ -88,7 +88,7 @@ class Declared:
             self._check_in_backward(dtypes)
 
     def check_masters(self, trained: Mapping[str, tuple[torch.dtype, torch.dtype]], *, sharded: bool) -> None:
-        """Raises ArgumentError where masters cannot be the weights alone. `trained` maps names of parameters to the
+        """Raises ArgumentError if masters cannot be the weights alone. `trained` maps names of parameters to the
         dtypes of their masters and of their weights; `sharded`: processes hold parts of single parameters."""
         if self.masters == "exact":
             return
@@ -107,7 +107,7 @@ class Declared:
             )
 
     def check_whole(self, groups: Any, *, sharded: bool, zero: int) -> None:
-        """Raises ArgumentError where parameters that are updated as wholes would be cut: processes hold parts of single
+        """Raises ArgumentError if parameters that are updated as wholes would be cut: processes hold parts of single
         parameters (`sharded`), or divide their states (`zero` above 0)."""
         kinds = [self.kind, *map(self.kind_of, _dicts(groups))]
         whole = next((kind for kind in kinds if KINDS[kind].rule != "elements"), None)

@@ -96,7 +96,7 @@ class OwnStates:
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, allocated now if it was not planned for: beside the state, or on the host if the device
-        is full. Raises BudgetError where the host is full, too."""
+        is full. Raises BudgetError if the host is full, too."""
         if state.total is None and state.where is Where.DEVICE:
             try:
                 state.total = self._unplanned_total(state, True)

@@ -87,7 +87,7 @@ class OwnStore:
     def loss_scale(self) -> float:
         return self.held.loss_scale
 
-    # -- where it lies -------------------------------------------------------------------------------------
+    # -- placement -----------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
         """Puts the training states into their homes; from then on parameters are read from there.
@@ -258,13 +258,13 @@ class OwnStore:
             self.copies.finish(self._arrivals.get(number))
 
     def check(self) -> None:
-        """Raises StateError where the states are no longer those of a whole step."""
+        """Raises StateError if the states are no longer those of a whole step."""
         self.worker.check()
         if self._broken:
             raise StateError(self._broken)
 
     def check_gradients(self) -> None:
-        """Raises StateError where gradients are those of an unfinished backward."""
+        """Raises StateError if gradients are those of an unfinished backward."""
         self.check()
         if self._is_partial and self._has_updated:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
@@ -289,7 +289,7 @@ class OwnStore:
     # -- parameters ----------------------------------------------------------------------------------------
 
     def state_of(self, parameter: str) -> tuple[ChunkState, int]:
-        """A parameter's training state and its slot there. Raises StateError where there is none yet."""
+        """A parameter's training state and its slot there. Raises StateError if there is none yet."""
         if not len(self.states):
             raise StateError(NO_STATES)
         layout, slot = self.place_of(parameter)
@@ -334,7 +334,7 @@ class OwnStore:
     def zero_grad(self, set_to_none: bool) -> None:
         """Drops all gradients; those set to zero must be computed anew before the next step.
 
-        Raises StateError where in_backward=True has consumed them already but `step()` has not been called.
+        Raises StateError if in_backward=True has consumed them already but `step()` has not been called.
         """
         self.check()
         if self.format.in_backward and self.backwards == self.format.accumulate:

@@ -62,7 +62,7 @@ class SavedState:
 
 
 def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Raises ValueError where `saved` groups are of another optimizer than `own`, groups of the class named `kind`."""
+    """Raises ValueError if `saved` groups are of another optimizer than `own`, groups of the class named `kind`."""
     for group in saved:
         lacking = [key for key, default in defaults.items() if _tells(key, default) and key not in group]
         if lacking:

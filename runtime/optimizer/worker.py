@@ -152,14 +152,14 @@ class Worker:
         return job.ticket
 
     def wait(self, ticket: Ticket, name: str) -> Arrival:
-        """Blocks until the work is done. Raises StateError where it failed or the thread is dead."""
+        """Blocks until the work is done. Raises StateError if it failed or the thread is dead."""
         while not ticket.is_done(_POLL_S):
             self.check(name)
         self.check(name)
         return ticket.arrival
 
     def check(self, name: str = "a chunk") -> None:
-        """Raises StateError where a job has failed or the thread has died; `name` says what was waiting, for the
+        """Raises StateError if a job has failed or the thread has died; `name` says what was waiting, for the
         message."""
         if self._thread is not None and not self._thread.is_alive() and not self._failure:
             self._failure.append((name, RuntimeError("the worker thread is dead")))

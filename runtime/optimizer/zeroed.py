@@ -44,7 +44,7 @@ class ZeroedGradients:
         self._brought.clear()
 
     def step(self, name: Callable[[Place], str]) -> None:
-        """Ends a step. Raises StateError where a gradient that was set to zero has not been computed anew."""
+        """Ends a step. Raises StateError if a gradient that was set to zero has not been computed anew."""
         lacking = self._zeroed - self._brought
         if lacking:
             raise StateError(
