@@ -36,7 +36,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """Running means of the gradient and of its square, float32, updated in place."""
+    """Adam's running means of the gradient and of its square, stored as one of `STORED_DTYPES`; updated in place."""
 
     mean: Tensor
     square: Tensor

@@ -18,7 +18,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_norm(name: str, norm: Any) -> None:
-    """Raises ArgumentError for anything but a norm to clip to; an infinite one only measures."""
+    """Raises ArgumentError unless `norm` is a number, 0 or more, to clip to; an infinite one only measures."""
     if not (is_number(norm) and norm >= 0):
         raise wrong_argument(name, norm, "a number, 0 or more")
 

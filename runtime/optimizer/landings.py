@@ -19,7 +19,7 @@ class Landings:
     def __init__(self, hardware: Hardware, tickets: Tickets) -> None:
         self.hardware = hardware
         self.tickets = tickets
-        self._kinds: dict[torch.dtype, tuple[int, int]] | None = {}  # None: half made
+        self._kinds: dict[torch.dtype, tuple[int, int]] | None = {}  # number and length by dtype; None: half made
         self._free: dict[torch.dtype, list[Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
 

@@ -22,9 +22,9 @@ class OwnStates:
     A chunk's weights are on the device if its state is, or if the chunk is resident and updated there. For any other
     resident chunk the device holds a copy, made anew after each update.
 
-    For divided chunks the states are those of this process's shards, while programs compute with the whole chunk:
-    with a resident copy, which contains the shard's weights if these are on the device, or with one that is gathered
-    for each use.
+    For divided chunks the states are those of this process's shards (see `Zero`), while programs compute with the whole
+    chunk: with a resident copy, which contains the shard's weights if these are on the device, or with one that is
+    gathered for each use.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, zero: Zero = ALONE) -> None:

@@ -48,7 +48,8 @@ class OwnStore:
     """Training states, their gradients, and the updates under way; implements `StateStore`.
 
     `backwards` counts the backwards completed since the last step. `check_groups` raises if the optimizer's
-    groups, as they are now, do not allow an update, or if the optimizer is gone.
+    groups, as they are now, do not allow an update, or if the optimizer is gone. `zero` tells which shard of each
+    divided chunk is this process's.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, stats: Stats,

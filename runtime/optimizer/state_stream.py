@@ -1,4 +1,4 @@
-"""Updates, on the device, training states that lie on the host: copied up, updated and copied back by pieces."""
+"""Updates, on the device, training states that lie on the host: copied up, updated and copied back piece by piece."""
 
 from dataclasses import dataclass, replace
 

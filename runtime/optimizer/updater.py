@@ -68,7 +68,7 @@ class Bets:
 
 
 class Updater:
-    """Updates the states; `schedule` gives the hyper-parameters for each parameter."""
+    """Updates the states; `schedule` gives the hyper-parameters of each parameter's next update."""
 
     def __init__(self, states: OwnStates, tickets: Tickets, held: HeldGradients, kernels: UpdateKernels,
                  stats: Stats) -> None:  # fmt: skip

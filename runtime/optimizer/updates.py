@@ -52,7 +52,8 @@ class UpdateKernels:
 
     Split pairs are updated by the host's and the device's kernels, which agree bit for bit; other masters by
     `torch.optim`'s fused functions. Moments stored in a narrower format than the kernel reads are widened for the
-    update and narrowed again after it, `NARROW_PIECE` elements at a time.
+    update and narrowed again after it, `NARROW_PIECE` elements at a time. `sharing` is the number of processes on this
+    machine, which divide its cores.
     """
 
     def __init__(self, device: torch.device, sharing: int = 1) -> None:

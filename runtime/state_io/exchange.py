@@ -1,4 +1,4 @@
-"""Replaces one directory by another: in one step if the system can, else such that one of the two is always whole,
+"""Replaces one directory with another: in one step if the system can, else such that one of the two is always whole,
 beside the target."""
 
 import ctypes
@@ -15,7 +15,7 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def install(fresh: Path, target: Path) -> None:
-    """Moves `fresh` to `target`; a directory that is there is renamed.
+    """Moves `fresh` to `target`; a directory already there ends up under another name.
 
     Uses only renames, so that nothing can fail for lack of space. If several processes do so at once, the last one
     wins.

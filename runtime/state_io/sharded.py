@@ -211,7 +211,7 @@ class _Saver(dcp.DefaultSavePlanner):
 
 
 def _packed(name: str, value: Any) -> io.BytesIO:
-    """Serializes an object. Raises CheckpointError if it could not be loaded, instead of when it is too late."""
+    """Serializes an object. Raises CheckpointError now if it could not be loaded later."""
     value = pytree.tree_map_only(numpy.generic, lambda number: number.item(), value)  # learning rates may be numpy's
     data = io.BytesIO()
     try:
