@@ -1,4 +1,4 @@
-"""Kernels: of the operators in programs, whose import registers them, and of the optimizer's updates."""
+"""Kernels of the operators in programs, which importing this package registers, and of the optimizer's updates."""
 
 from . import attention, linear_cross_entropy, quantized
 

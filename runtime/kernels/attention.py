@@ -1,4 +1,4 @@
-"""The kernels behind `geminifx::attention`: which one runs, and what is the same of them all."""
+"""The kernels behind `geminifx::attention`: dispatch, and what all routes have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .attention_backends import BACKWARD, FORWARD, Saved, route, seeing_rows
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Contiguous, also in dimensions of size one, whose strides torch leaves open and the fake fixes."""
+    """Makes a tensor contiguous with canonical strides, also in dimensions of size 1, as the fake kernel has them."""
     tensor = tensor.contiguous()
     stride = [1]
     for size in reversed(tensor.shape[1:]):
@@ -22,14 +22,15 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _lay_out(tensor: Tensor) -> Tensor:
-    """Give [B, H, S, D] the memory order of [B, S, H, D]: what the projections around attention read."""
+    """Gives [B, H, S, D] the memory order of [B, S, H, D], which the projections around attention read."""
     return _dense(tensor.transpose(1, 2)).transpose(1, 2)
 
 
 def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem) -> tuple[Any, ...]:
-    """Drop keys that a causal mask hides from every query, and repeat grouped key and value heads.
+    """Drops the keys that a causal mask hides from every query, and repeats grouped key and value heads.
 
-    A key mask is returned whenever some row may see no key. Kernels need a contiguous last dimension.
+    Returns query, key, value and the key mask, with a contiguous last dimension as kernels need it. The mask is not
+    None if any row may see no key.
     """
     visible = min(query.shape[2], key.shape[2]) if problem.causal else key.shape[2]
     groups = query.shape[1] // key.shape[1]
@@ -59,7 +60,7 @@ def _attention(
     name = route(query, key, value, key_mask, problem)
     out, logsumexp, drawn = FORWARD[name](query, key, value, key_mask, problem)
     if key_mask is not None:
-        # What a kernel leaves in a row without keys differs (zeros, NaN, a mean); make it one thing.
+        # Kernels leave zeros, NaN or a mean in rows without keys; make the result the same for all.
         rows = seeing_rows(key_mask, query.shape[2], problem)[:, None]
         out = out.masked_fill(~rows[..., None], 0.0)
         logsumexp = logsumexp.masked_fill(~rows, float("inf"))

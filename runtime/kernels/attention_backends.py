@@ -6,13 +6,13 @@ key_mask bool [B, Sk] or None. Every forward returns (out, logsumexp, random sta
 | route     | device | runs                                                      | memory      |
 |-----------|--------|-----------------------------------------------------------|-------------|
 | cpu       | CPU    | torch's CPU flash kernel: no dropout, no window           | O(S)        |
-| cudnn     | CUDA   | cuDNN's for Hopper, Blackwell: as flash, see `_suits_cudnn` | O(S)      |
+| cudnn     | CUDA   | cuDNN on Hopper and Blackwell: a subset of flash, see `_suits_cudnn` | O(S) |
 | flash     | CUDA   | FlashAttention-2: half precision, no key mask             | O(S)        |
 | efficient | CUDA   | memory-efficient attention: key masks, fp32               | O(S); O(S²) with a window |
 | plain     | any    | matmul, softmax, matmul: dropout on CPU, odd head sizes   | O(S²)       |
 
-The aten operators called here keep the arguments used across the supported torch versions. Causal masks are
-aligned top left (query i sees keys 0..i), as in `torch.nn.functional.scaled_dot_product_attention`.
+The aten operators called here have kept these arguments across the supported torch versions. Causal masks are aligned
+top left (query i sees keys 0..i), as in `torch.nn.functional.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Triple = tuple[Tensor, Tensor, Tensor]
 _PHILOX_BYTES = 16  # a CUDA random state: 64-bit seed, 64-bit offset
 
 CUDNN_ON = (9, 10)
-"""Major compute capabilities that cuDNN has attention kernels written for.
+"""Major compute capabilities that cuDNN has specialized attention kernels for.
 
 With them a step of OPT-2.7B x 16 in 24 GiB takes 0.590 s on H100, with FlashAttention-2 0.623 s
 (`benchmarks/step_time.py`).
 """
 
 CUDNN_LENGTH = 128
-"""Tokens from which on it is worth that cuDNN makes a plan for every new shape."""
+"""Tokens from which on cuDNN is worth its planning time for every new shape."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Saved:
 
 
 def route(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem) -> str:
-    """Name of the kernel that runs this problem (see the table above); forward and backward must agree."""
+    """The name of the kernel that runs this problem (see the table above); forward and backward must agree."""
     dim, square = query.shape[-1], query.shape[2] == key.shape[2]
     if dim != value.shape[-1] or min(query.numel(), key.numel()) == 0:
         return "plain"
@@ -62,7 +62,7 @@ def route(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, pr
     if query.device.type != "cuda":
         return "plain"
     half = query.dtype in (torch.float16, torch.bfloat16)
-    # The flash kernel aligns causal masks bottom right: only square ones mean the same. Rows: whole 16 bytes.
+    # The flash kernel aligns causal masks bottom right: the same only if square. It needs rows of whole 16 bytes.
     fits_flash = key_mask is None and dim % 8 == 0 and dim <= 256 and (square or not problem.causal)
     major, _ = torch.cuda.get_device_capability(query.device)
     if half and fits_flash and major >= 8:
@@ -73,14 +73,14 @@ def route(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, pr
 
 
 def _suits_cudnn(query: Tensor, key: Tensor, problem: Problem) -> bool:
-    """Of what FlashAttention-2 computes. cuDNN's gradients are not deterministic, and torch has a switch for it."""
+    """Whether cuDNN runs a problem that fits FlashAttention-2. Not if determinism is asked for: its gradients vary."""
     wanted = torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
     simple = problem.dropout == 0 and not problem.window and query.shape[-1] <= 128
     return wanted and simple and min(query.shape[2], key.shape[2]) >= CUDNN_LENGTH
 
 
 def allowed(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Problem) -> Tensor | None:
-    """Bool [B or 1, 1, Sq, Sk], True where a query sees a key; None where all see all. Builds the square."""
+    """Bool [B or 1, 1, Sq, Sk], True where a query sees a key; None if all see all. Materializes Sq x Sk."""
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if problem.causal:
         rows = torch.arange(query.shape[2], device=query.device)[:, None]
@@ -93,7 +93,7 @@ def allowed(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Proble
 
 
 def seeing_rows(key_mask: Tensor, queries: int, problem: Problem) -> Tensor:
-    """Bool [B, Sq]: does a query row see any key. Linear in Sq + Sk, by a running count of attended keys."""
+    """Bool [B, Sq]: whether a query sees any key. Linear in Sq + Sk, by a running count of unmasked keys."""
     if not problem.causal:
         return key_mask.any(-1, keepdim=True).expand(-1, queries)
     count = torch.nn.functional.pad(key_mask.cumsum(-1), (1, 0))
@@ -104,9 +104,9 @@ def seeing_rows(key_mask: Tensor, queries: int, problem: Problem) -> Tensor:
 
 
 def _bias(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Problem) -> tuple[Tensor | None, bool]:
-    """Additive mask for the fused kernels and whether the kernel itself must still apply the causal mask.
+    """An additive mask for the fused kernels, and whether the kernel itself must still apply the causal mask.
 
-    Without a window the bias is one row per batch element, broadcast by strides of zero: nothing is S x S.
+    Without a window the bias is one row per batch element, broadcast with zero strides: nothing is S x S.
     """
     if problem.window:
         mask, causal = allowed(query, key, key_mask, problem), False
@@ -126,7 +126,7 @@ def _bias(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Problem)
 def cpu_forward(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch's flash attention for CPU."""
+    """torch's flash attention for the CPU."""
     bias, causal = _bias(query, key, key_mask, problem)
     out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=problem.scale
@@ -152,7 +152,7 @@ def cpu_backward(
 def cudnn_forward(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """cuDNN's attention. It makes a plan for every new shape, which takes up to a second."""
+    """cuDNN's attention. It plans for every new shape, which takes up to a second."""
     results = aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, problem.causal, False, scale=problem.scale
     )
@@ -200,7 +200,7 @@ def flash_backward(
     saved: Saved,
     problem: Problem,
 ) -> Triple:
-    """Gradients of `flash_forward`. Without dropout the kernel takes, and does not read, a random state."""
+    """Gradients of `flash_forward`. Without dropout the kernel takes a random state but does not read it."""
     lengths = (tensors[0].shape[2], tensors[1].shape[2])
     rng = saved.rng[:_PHILOX_BYTES] if problem.dropout else saved.rng.new_zeros(_PHILOX_BYTES)
     rng, unused = rng.view(torch.uint64), torch.empty((), dtype=torch.uint64, device=grad.device)
@@ -237,7 +237,7 @@ def efficient_backward(
     saved: Saved,
     problem: Problem,
 ) -> Triple:
-    """Gradients of `efficient_forward`. With dropout the random state is read on the host: one wait."""
+    """Gradients of `efficient_forward`. With dropout the random state is read on the host, which synchronizes."""
     bias, causal = _bias(tensors[0], tensors[1], key_mask, problem)
     rows = grad.shape[2]
     logsumexp = torch.nn.functional.pad(saved.logsumexp, (0, -rows % 32), value=float("inf"))
@@ -252,7 +252,7 @@ def efficient_backward(
 
 
 def _scores(query: Tensor, key: Tensor, key_mask: Tensor | None, problem: Problem) -> Tensor:
-    # Both sides are scaled by the root, as torch's own mathematical kernel does: results agree to the bit.
+    # Scale both sides by the root, as torch's math kernel does, so that results agree bit for bit.
     root = math.sqrt(abs(problem.scale))
     dtype = accumulate_dtype(query.dtype)
     scores = torch.matmul(query.to(dtype) * math.copysign(root, problem.scale), key.to(dtype).mT * root)
@@ -276,7 +276,7 @@ def plain_forward(
 
 
 def _keep(weights: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
-    """0 where a weight is dropped, else 1 / (1 - dropout): the draw that torch's own dropout makes."""
+    """0 where a weight is dropped, else 1 / (1 - dropout); draws the same numbers as torch's dropout."""
     if dropout == 1.0:
         return torch.zeros_like(weights)
     return torch.empty_like(weights).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)

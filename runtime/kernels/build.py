@@ -1,9 +1,9 @@
-"""Building a C++ source of this package on first use and keeping the library in the user's cache.
+"""Builds a C++ source of this package on first use and keeps the library in the user's cache.
 
-The file's name holds a hash of everything the library depends on: source, flags, compiler and CPU. It is written
-beside its place and renamed, so processes that build at once each end with a whole library; where the file system has
-locks, one of them builds and the others wait. What is loaded runs with all that this user may do: a cache that somebody
-else could write to is not used.
+The file's name contains a hash of everything the library depends on: source, flags, compiler and CPU. The library is
+written under a temporary name beside its place and renamed, so that processes that build at once each end with a whole
+one; if the file system has locks, one builds and the others wait. A loaded library runs with the user's privileges, so
+a cache that somebody else could write to is not used.
 """
 
 import ctypes
@@ -33,9 +33,9 @@ class KernelBuildError(GeminiError):
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """Return the library built from `source`, from the cache where it is there already.
+    """Returns the library built from `source`, from the cache if it is there.
 
-    Compilers are tried in turn: CXX, g++, clang++. Where the cache cannot be written, or others can write to it, the
+    Tries the compilers in turn: CXX, g++, clang++. If the cache cannot be written, or others can write to it, the
     library is built for this process alone.
 
     Raises:
@@ -56,19 +56,19 @@ def load(source: Path) -> ctypes.CDLL:
 
 
 def compilers() -> list[list[str]]:
-    """Return the commands to try: CXX, which may hold arguments, then g++ and clang++ where they are found."""
+    """Returns the commands to try: CXX, which may include arguments, then g++ and clang++ if they are found."""
     named = shlex.split(os.environ.get("CXX", ""))
     found = [[name] for name in ("g++", "clang++") if shutil.which(name)]
     return [named, *(command for command in found if command != named)] if named else found
 
 
 def _load_with(command: list[str], source: Path) -> ctypes.CDLL:
-    """Return the library as one compiler builds it."""
+    """Returns the library as this compiler builds it, from the cache if it is there."""
     version = _run([*command, "--version"])
     name = f"{source.stem}-{_key(command, source, version)}.so"
     directory = usable_cache()
     if directory is None:
-        with tempfile.TemporaryDirectory() as private:  # once loaded, the library needs its file no more
+        with tempfile.TemporaryDirectory() as private:  # a loaded library no longer needs its file
             return ctypes.CDLL(str(_build(command, source, Path(private) / name)))
     target = directory / name
     library = _cached(target)
@@ -79,16 +79,16 @@ def _load_with(command: list[str], source: Path) -> ctypes.CDLL:
 
 
 def _cached(target: Path) -> ctypes.CDLL | None:
-    """Return the library at `target`, if there is one that loads and that nobody else can have written."""
+    """Returns the library at `target` if it loads and nobody else can have written it, else None."""
     try:
         return ctypes.CDLL(str(target)) if is_private(target) else None
-    except OSError:  # not there, or damaged, for example by a full disk: build it again
+    except OSError:  # missing, or damaged, for example by a full disk: build it again
         return None
 
 
 @contextmanager
 def _building(directory: Path) -> Iterator[None]:
-    """Let others wait while this is open, where there are locks."""
+    """Holds an exclusive lock on the cache, if the file system has locks, so that only one process builds."""
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
@@ -99,20 +99,20 @@ def _building(directory: Path) -> Iterator[None]:
 
 
 def _build(command: list[str], source: Path, target: Path) -> Path:
-    """Compile `source` into `target`, which appears whole or not at all."""
+    """Compiles `source` into `target`, which appears whole or not at all."""
     with appearing(target, mode=0o700) as unfinished:
         _run([*command, *FLAGS, str(source), "-o", str(unfinished)])
     return target
 
 
 def _key(command: list[str], source: Path, version: str) -> str:
-    """Return a hash of all that the library depends on."""
+    """Returns a hash of everything the library depends on."""
     parts = [source.read_bytes(), *(text.encode() for text in (*FLAGS, *command, version, _cpu()))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
 def _cpu() -> str:
-    """Return the CPU's architecture and, where the system tells, the instruction sets that it has."""
+    """Returns the CPU's architecture and, if the system tells, its instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -122,12 +122,12 @@ def _cpu() -> str:
 
 
 def _run(command: list[str]) -> str:
-    """Run a command and return what it printed."""
+    """Runs a command and returns what it printed."""
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
     return done.stdout
 
 
 def _complaint(text: str | None) -> str:
-    """Return the first line of a compiler's output that names an error, else the last line."""
+    """Returns the first line of a compiler's output that mentions an error, else the last line."""
     lines = (text or "").strip().splitlines()
     return next((line for line in lines if "error" in line), lines[-1] if lines else "")

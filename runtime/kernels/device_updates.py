@@ -1,8 +1,8 @@
-"""Optimizer updates on the device over split pairs, in place, by one kernel launch each.
+"""Optimizer updates on the device over split pairs, in place, one kernel launch each.
 
-The kernels are written in Triton, which comes with torch's builds for GPUs; plain torch stands in where it is missing
-or cannot build. Both give the host kernel's bits: the order of operations is that of `host_updates.cpp`, a fused
-multiply-add stands where it has one, divisions and roots are rounded correctly, and compilers may fuse nothing else.
+The kernels are written in Triton, which comes with torch's GPU builds; plain torch stands in if it is missing or cannot
+compile. Both match the host kernel bit for bit: operations are in the order of `host_updates.cpp`, fused multiply-adds
+are where it has them, divisions and roots are correctly rounded, and compilers may fuse nothing else.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ from .update_rules import (
 TRITON, TORCH = "triton", "torch"
 
 _TILE, _WARPS = 1024, 8
-"""4 elements a thread: 16 bytes of each float32 stream, the widest access there is, without a change of layout."""
+"""4 elements per thread: 16 bytes of each float32 stream, the widest access there is, without a change of layout."""
 _STORED = {torch.float32: triton_updates.EXACT, torch.bfloat16: triton_updates.HALF, torch.uint8: triton_updates.CODES}
 _SCALE_ALIGNMENT_BYTES = 4
 _MOST = 2**31 - 1
-"""Elements that offsets of 32 bits reach."""
+"""The most elements that 32-bit offsets can address."""
 
 
 def available_variants() -> tuple[str, ...]:
-    """Return the variants that run on this machine, the fastest first.
+    """Returns the variants that run on this machine, the fastest first.
 
-    Compiles a kernel where that has not happened yet; where there is a GPU and that fails, warns once and only torch
-    is left.
+    Tries once to compile a kernel. If there is a GPU and that fails, warns once, and only torch is left.
     """
     return (TRITON, TORCH) if _compiles() else (TORCH,)
 
@@ -51,8 +50,8 @@ def available_variants() -> tuple[str, ...]:
 class DeviceKernel:
     """One variant of the updates, enqueued on the current stream of the device that holds the tensors.
 
-    Calls do not wait for the device. Triton's variant allocates nothing there; torch's has temporaries of some 70
-    bytes for each of at most 2**20 elements.
+    Calls do not wait for the device. Triton's variant allocates nothing there; torch's has temporaries of some 70 bytes
+    for each of at most 2**20 elements.
 
     Args:
         variant: one of `available_variants()`; by default the fastest.
@@ -66,15 +65,15 @@ class DeviceKernel:
 
     @property
     def widens(self) -> bool:
-        """Whether moments may be stored in another way than as float32."""
+        """Whether moments may be stored in other formats than float32."""
         return self.variant == TRITON
 
     def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
-        """Update `pair` and `moments` in place by AdamW or Adam.
+        """Updates `pair` and `moments` in place by AdamW or Adam.
 
-        Tensors are contiguous vectors of one size, below 2**31, on one device, at any alignment, and do not overlap.
-        Accesses are widest where they begin at multiples of 16 bytes. Moments may be stored in any way where the
-        variant `widens`, and all in one; those of 8 bits begin at multiples of 4 bytes.
+        Tensors are contiguous vectors of equal size, below 2**31, on one device, at any alignment, and do not overlap.
+        Memory accesses are widest if they start at multiples of 16 bytes. If the variant `widens`, moments may be
+        stored in any format, the same for both; 8-bit moments start at multiples of 4 bytes.
 
         Raises:
             ValueError: a tensor has another size, dtype, device or layout.
@@ -86,9 +85,9 @@ class DeviceKernel:
             reference_updates.adam(pair.flat(), _detached_gradient(gradient), moments, hyper)
 
     def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
-        """Update `pair` and the momentum `buffer` in place by SGD.
+        """Updates `pair` and the momentum `buffer` in place by SGD.
 
-        `buffer` is None exactly where `hyper.momentum` is 0. Tensors are as for `adam`.
+        `buffer` is None if and only if `hyper.momentum` is 0. Tensors are as for `adam`.
 
         Raises:
             ValueError: as for `adam`, or momentum without a buffer, or a buffer without momentum.
@@ -101,7 +100,7 @@ class DeviceKernel:
             reference_updates.sgd(pair.flat(), _detached_gradient(gradient), buffer, hyper)
 
     def lion(self, pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) -> None:
-        """Update `pair` and `mean` in place by Lion. Tensors are as for `adam`.
+        """Updates `pair` and `mean` in place by Lion. Tensors are as for `adam`.
 
         Raises:
             ValueError: as for `adam`.
@@ -113,12 +112,12 @@ class DeviceKernel:
             reference_updates.lion(pair.flat(), _detached_gradient(gradient), mean, hyper)
 
     def _launches(self, pair: SplitPair) -> bool:
-        """Whether the kernel runs: Triton compiles for GPUs alone, and an empty grid cannot be launched."""
+        """Whether to launch the Triton kernel: it needs a GPU, and an empty grid cannot be launched."""
         return self.variant == TRITON and pair.hi.is_cuda and pair.hi.numel() > 0
 
 
 def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], widens: bool) -> None:
-    """Refuse what the kernel would read out of bounds or misunderstand."""
+    """Raises ValueError for what the kernel would read out of bounds or misinterpret."""
     device = pair.hi.device
     check_update(pair, gradient, state, device, widens=widens)
     for tensor in (pair.hi, gradient.values, *state):
@@ -162,29 +161,29 @@ def _launch_lion(pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionH
     tensors = (*_weights(pair), gradient.values, _bits(mean))
     factors = (k.decay, k.step, k.keep, k.add, k.mix_keep, k.mix_add)
     options = _options(k.l2, gradient, mean.dtype)
-    del options["coupled"]  # decay never goes by way of the gradient
+    del options["coupled"]  # Lion's weight decay never enters the gradient
     with torch.cuda.device(pair.hi.device):
         triton_updates.lion[_grid(pair)](*tensors, _scale(gradient), *map(float, factors), pair.hi.numel(), **options)
 
 
 def _weights(pair: SplitPair) -> tuple[Tensor, Tensor | None, int, int, int]:
-    """Return both halves as the integers that their bits are, and what those without the lower one draw from."""
+    """Returns both halves as integers of their bits, and, for pairs without the lower one, what rounding draws from."""
     draws = Draws(0) if pair.draws is None else pair.draws
     return _bits(pair.hi.detach()), pair.lo, *map(_signed, (*draws.halves, draws.first))
 
 
 def _signed(number: int) -> int:
-    """Return the integer that has the same lowest 32 bits: kernels add and multiply these alike."""
+    """Returns the int32 with the same low 32 bits: kernels add and multiply it alike."""
     return (number + 2**31) % 2**32 - 2**31
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Return bfloat16 as the integers that its bits are, and other tensors as they are."""
+    """Returns bfloat16 as the integers of its bits, and other tensors as they are."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _scale(gradient: Gradient) -> float | Tensor:
-    """Return what the kernel takes: a number, which Triton rounds to float32, or the tensor to read it from."""
+    """Returns what the kernel takes: a number, which Triton rounds to float32, or the tensor to read it from."""
     return gradient.scale.float() if isinstance(gradient.scale, Tensor) else float(gradient.scale)
 
 
@@ -193,7 +192,7 @@ def _grid(pair: SplitPair) -> tuple[int]:
 
 
 def _options(l2: float, gradient: Gradient, moment: torch.dtype) -> dict[str, Any]:
-    """Return what a kernel is compiled for: the variant that an update takes, and no fusion but the explicit one."""
+    """Returns what a kernel is compiled for: the variant of the update, the tile, and no fusion but explicit fma."""
     columns = BLOCK if moment == torch.uint8 else _TILE
     variant = {"stored": _STORED[moment], "coupled": l2 != 0, "scale_is_read": isinstance(gradient.scale, Tensor)}
     tile = {"rows": _TILE // columns, "columns": columns}
@@ -202,9 +201,9 @@ def _options(l2: float, gradient: Gradient, moment: torch.dtype) -> dict[str, An
 
 @cache
 def _compiles() -> bool:
-    """Whether kernels can be compiled, tried out on one; warns where there is a GPU but they cannot.
+    """Whether kernels compile, tried on one of them; warns if there is a GPU but they do not.
 
-    Triton builds its connection to the driver with the machine's C compiler, which may be missing.
+    Triton builds its interface to the driver with the machine's C compiler, which may be missing.
     """
     if not torch.cuda.is_available():
         return False
@@ -214,7 +213,7 @@ def _compiles() -> bool:
         tensors = (torch.int16, torch.int16, 0, 0, 0, torch.bfloat16, None)
         options = _options(0.0, Gradient(torch.empty(0)), torch.float32) | {"fresh": False, "nesterov": False}
         triton_updates.sgd.warmup(*tensors, 1.0, *[0.0] * 4, 0, **options, grid=(1,))
-    except Exception as error:  # whatever it is, updates can do without
+    except Exception as error:  # whatever it is, plain torch can run the updates
         warnings.warn(
             f"updates on the device run in plain torch, exact but many times slower: {error}",
             RuntimeWarning,

@@ -1,4 +1,4 @@
-"""Functions of programs that are compiled whole by Inductor, on devices where launching kernels is what they cost."""
+"""Inductor for whole functions of programs, on devices where their cost is that of launching kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 Function = Callable[..., list[torch.Tensor]]
 
 OPTIONS: dict[str, Any] = {
-    "emulate_precision_casts": True,  # between operators values are rounded as torch's own kernels round them
+    "emulate_precision_casts": True,  # round values between operators as torch's own kernels do
 }
 
 
 def kernel_of(device: torch.device) -> Callable[[Function], Function]:
-    """What makes a kernel of a function, when it is first called; on the CPU the function runs as it stands."""
+    """A decorator that compiles a function into a kernel on its first call; on the CPU it does nothing."""
     if device.type != "cuda":
         return lambda function: function
     return torch.compile(fullgraph=True, dynamic=False, options=OPTIONS)

@@ -1,9 +1,9 @@
 """Optimizer updates over split pairs, and sums of gradients, on the host, at the speed of its memory.
 
-One C++ source, built on first use, holds a variant for each instruction set; plain torch stands in where it
-cannot be built. All give the same bits, whatever the number of threads: those of `torch.optim.SGD(foreach=False)`
-on float32 masters, and those of `torch.optim.AdamW` and `Adam` but for the square root, which is correctly rounded
-here and may be one unit in the last place off in torch. Calls release the interpreter's lock.
+One C++ source, built on first use, holds a variant for each instruction set; plain torch stands in if it cannot be
+built. All agree bit for bit, for any number of threads: with `torch.optim.SGD(foreach=False)` on float32 masters, and
+with `torch.optim.AdamW` and `Adam` except for the square root, which is correctly rounded here and may be off by one
+unit in the last place in torch. Calls release the GIL.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ _loading = threading.Lock()
 
 
 class _Update(ctypes.Structure):
-    """`Update` of the C++ source, field by field."""
+    """The C++ source's `Update`, field by field."""
 
     _fields_ = (
         ("n", ctypes.c_int64),
@@ -63,7 +63,7 @@ class _Update(ctypes.Structure):
 
 
 class _Sum(ctypes.Structure):
-    """`Sum` of the C++ source, field by field."""
+    """The C++ source's `Sum`, field by field."""
 
     _fields_ = (
         ("n", ctypes.c_int64),
@@ -77,9 +77,9 @@ class _Sum(ctypes.Structure):
 
 
 def available_variants() -> tuple[str, ...]:
-    """Return the variants that run on this machine, the fastest first.
+    """Returns the variants that run on this machine, the fastest first.
 
-    Builds the library where that has not happened yet; where it cannot be built, warns once and only torch is left.
+    Builds the library on the first call. If it cannot be built, warns once, and only torch is left.
     """
     library = _library()
     if library is None:
@@ -88,7 +88,7 @@ def available_variants() -> tuple[str, ...]:
 
 
 Pieces = tuple[SplitPair, tuple[Tensor, ...]]
-"""A pair and its moments: where to write them."""
+"""A pair and its moments, to be written to instead of those that are read."""
 
 
 class HostKernel:
@@ -106,19 +106,19 @@ class HostKernel:
 
     @property
     def widens(self) -> bool:
-        """Whether moments may be stored in another way than as float32."""
+        """Whether moments may be stored in other formats than float32."""
         return self.variant != TORCH
 
     def adam(self, pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper, threads: int,
              into: Pieces | None = None) -> None:  # fmt: skip
-        """Update `pair` and `moments` by AdamW or Adam on `threads` threads: in place, or, where `into` has other
-        places for the pair and each moment, there, and what is read stays as it is.
+        """Updates `pair` and `moments` by AdamW or Adam on `threads` threads: in place or, if `into` is given, into its
+        pair and moments, leaving what is read as it is.
 
-        Tensors are contiguous, of equal size and on the host, at any alignment, and do not overlap. Moments may be
-        stored in any way where the variant `widens`, and all in one.
+        Tensors are contiguous, of equal size and on the host, at any alignment, and do not overlap. If the variant
+        `widens`, moments may be stored in any format, the same for both.
 
         Raises:
-            ValueError: a tensor has another size, dtype, device or layout, or there is no thread to run on.
+            ValueError: a tensor has another size, dtype, device or layout, or `threads` is below 1.
         """
         state = (moments.mean, moments.square)
         _check(pair, gradient, state, threads, into, self.widens)
@@ -131,9 +131,9 @@ class HostKernel:
 
     def sgd(self, pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper, threads: int,
             into: Pieces | None = None) -> None:  # fmt: skip
-        """Update `pair` and the momentum `buffer` by SGD on `threads` threads, in place or `into` other places.
+        """Updates `pair` and the momentum `buffer` by SGD on `threads` threads, in place or `into` other tensors.
 
-        `buffer` is None exactly where `hyper.momentum` is 0. Tensors are as for `adam`.
+        `buffer` is None if and only if `hyper.momentum` is 0. Tensors are as for `adam`.
 
         Raises:
             ValueError: as for `adam`, or momentum without a buffer, or a buffer without momentum.
@@ -151,7 +151,7 @@ class HostKernel:
 
     def lion(self, pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper, threads: int,
              into: Pieces | None = None) -> None:  # fmt: skip
-        """Update `pair` and `mean` by Lion on `threads` threads, in place or `into` other places. Tensors are as for
+        """Updates `pair` and `mean` by Lion on `threads` threads, in place or `into` other tensors. Tensors are as for
         `adam`.
 
         Raises:
@@ -165,11 +165,11 @@ class HostKernel:
             self._run(_update(_LION, pair, gradient, (mean,), hyper.scalars(), into), threads)
 
     def add(self, total: Tensor, gradient: Gradient, threads: int, *, fresh: bool) -> None:
-        """Add a gradient times its scale to the float32 `total`, in place, on `threads` threads; where `fresh`, total
-        becomes that product. Both are contiguous and on the host, and have as many elements.
+        """Adds a gradient times its scale to the float32 `total`, in place, on `threads` threads; if `fresh`,
+        overwrites `total` with that product. Both are contiguous, on the host, and of equal length.
 
         Raises:
-            ValueError: a tensor of another kind, on a device, or of another length, or no thread.
+            ValueError: a tensor of another dtype, device, layout or length, or `threads` is below 1.
         """
         check_sum(total, gradient, threads)
         if self.variant == TORCH:
@@ -183,7 +183,7 @@ class HostKernel:
             raise RuntimeError(f"the host kernel's variant {self.variant} refused a sum; please report this")
 
     def _run(self, update: _Update, threads: int) -> None:
-        """Call the library, which is loaded by now."""
+        """Calls the library, which is loaded by now."""
         library = _library()
         update.threads = threads
         if library is None or library.geminifx_update(ctypes.byref(update), _COMPILED[self.variant]):
@@ -191,7 +191,7 @@ class HostKernel:
 
 
 def _library() -> ctypes.CDLL | None:
-    """Return the library, or None after one warning; threads that ask at once build it once."""
+    """Returns the library, or None after one warning; threads that ask at once build it once."""
     with _loading:
         return _load_once()
 
@@ -215,7 +215,7 @@ def _load_once() -> ctypes.CDLL | None:
 
 def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], scalars: Scalars,
             into: Pieces | None) -> _Update:  # fmt: skip
-    """Return the arguments of one call; factors are rounded to float32 on the way in."""
+    """Returns the arguments of one call; ctypes rounds the factors to float32."""
     update = _Update(n=pair.hi.numel(), rule=rule, kind=_KINDS[gradient.values.dtype], scale=float(gradient.scale))
     update.stored = _STORED[state[0].dtype] if state else 0
     update.gradient = gradient.values.data_ptr()
@@ -233,7 +233,7 @@ def _update(rule: int, pair: SplitPair, gradient: Gradient, state: tuple[Tensor,
 
 def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threads: int, into: Pieces | None,
            widens: bool) -> None:  # fmt: skip
-    """Refuse what the library would read, or write, out of bounds or misunderstand."""
+    """Raises ValueError for what the library would read or write out of bounds, or misinterpret."""
     if threads < 1:
         raise ValueError(f"an update needs at least one thread, not {threads}")
     check_update(pair, gradient, state, torch.device("cpu"), widens=widens)
@@ -246,7 +246,7 @@ def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threa
 
 
 def _copied(pair: SplitPair, state: tuple[Tensor, ...], into: Pieces | None) -> Pieces:
-    """What to update in place: the state, or a copy of it."""
+    """Returns the tensors to update in place: the given ones, or `into` after copying them there."""
     if into is None:
         return pair, state
     for target, source in zip((*into[0].tensors, *into[1]), (*pair.tensors, *state), strict=True):

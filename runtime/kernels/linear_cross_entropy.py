@@ -1,13 +1,13 @@
 """The kernels behind `geminifx::linear_cross_entropy`.
 
-The forward takes `token_chunk` tokens at a time over the whole vocabulary, so that each row goes through the
-very operators that the plain loss is made of, and the sum over tokens is torch's own: in float32 the loss has
-the same bits wherever the matrix product does not depend on the number of rows. It leaves two numbers per
-token, the `normalizer`: the largest logit, and the logarithm of the sum of exponentials relative to it.
+The forward takes `token_chunk` tokens at a time over the whole vocabulary, so that each row goes through the very
+operators of the unfused loss, and torch itself sums over tokens: in float32 the loss has the same bits wherever the
+matrix product does not depend on the number of rows. It saves two numbers per token, the `normalizer`: the largest
+logit, and the logarithm of the sum of exponentials relative to it.
 
-With those the backward can take all tokens over `vocabulary_chunk` columns at a time. A row of the weight's
-gradient is then one product over all tokens, rounded once, and needs no float32 buffer of the weight's size;
-only the gradient of `hidden`, which is smaller, is accumulated, in float32.
+From these the backward can take all tokens over `vocabulary_chunk` columns at a time. Each row of the weight's gradient
+is then one product over all tokens, rounded once, and needs no float32 buffer of the weight's size; only the gradient
+of `hidden`, which is smaller, is accumulated in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IGNORED = -100
 
 
 class _Projection(NamedTuple):
-    """How logits come of hidden states."""
+    """How logits are computed from hidden states; see `product`, `scaled` and `log_probabilities`."""
 
     hidden: Tensor
     weight: Tensor
@@ -51,12 +51,12 @@ class _Projection(NamedTuple):
         return torch.addmm(self.bias, self.hidden, self.weight.t())
 
     def scaled(self, product: Tensor) -> Tensor:
-        """The logits before the softcap, in the accumulation dtype; in float32 in the memory of `product`."""
+        """The logits before the softcap, in the accumulation dtype; if that is the product's, in its memory."""
         product = product.to(accumulate_dtype(product.dtype))
         return product if self.scale == 1.0 else product.mul_(self.scale)
 
     def log_probabilities(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log_softmax of the logits, the largest logit of each row, and its column."""
+        """The log_softmax of the logits, the largest logit of each row, and its column."""
         logits = self.scaled(self.product())
         logits = logits.tanh_().mul_(self.softcap) if self.softcap else logits
         largest, where = logits.max(-1, keepdim=True)
@@ -84,7 +84,7 @@ def _forward(
         rows = slice(start, start + token_chunk)
         logs, largest, where = projection.tokens(rows.start, rows.stop).log_probabilities()
         normalizer[0, rows] = largest[:, 0]
-        # At the largest logit nothing but the logarithm of the sum is left.
+        # At the largest logit, log_softmax is minus the logarithm of the sum.
         normalizer[1, rows] = -logs.gather(1, where)[:, 0]
         nll = torch.ops.aten.nll_loss_forward(logs, labels[rows], None, 0, ignore_index)[0]
         picked[rows] = nll.neg_()
@@ -131,10 +131,9 @@ def _backward(
 
 
 def _d_product(piece: _Projection, normalizer: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
-    """The gradient of the matrix product in some columns; few passes, and in place, for it is large.
+    """The gradient of the matrix product in the piece's columns, in few passes and in place because it is large.
 
-    `labels` [tokens, 1] count from the piece's first column; `factors` [tokens, 1] are all that rows are
-    multiplied by.
+    `labels` [tokens, 1] count from the piece's first column; `factors` [tokens, 1] multiply the rows.
     """
     product = piece.product()
     largest, log_sum = normalizer[:, :, None]
@@ -150,7 +149,7 @@ def _d_product(piece: _Projection, normalizer: Tensor, labels: Tensor, factors: 
     d_logits.exp_()
     inside = (labels >= 0) & (labels < piece.weight.shape[0])
     column = torch.where(inside, labels, 0)
-    # Scattering what was gathered, not adding in place: that one is not deterministic on every device.
+    # Gather and scatter instead of adding in place, which is not deterministic on every device.
     d_logits.scatter_(1, column, d_logits.gather(1, column) - inside.to(d_logits.dtype))
     if slope is not None:
         d_logits.mul_(slope.square_().neg_().add_(1.0).mul_(piece.softcap))
@@ -158,10 +157,10 @@ def _d_product(piece: _Projection, normalizer: Tensor, labels: Tensor, factors: 
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total` += a @ b, where `total` may have a wider dtype."""
+    """Computes `total` += a @ b, where `total` may have a wider dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a CPU's product rounds its result; summing rounded pieces would lose half a digit
+    else:  # the CPU's product rounds its result; summing rounded pieces would lose half a digit
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -1,14 +1,14 @@
-"""What stored moments stand for, in plain torch: the same bits as the kernels' on either side.
+"""The formats of stored moments, in plain torch, with the same bits as the kernels on either side.
 
-As bfloat16 each value is rounded to nearest, ties to even. As 8 bits a block's scale is its largest magnitude, A:
+As bfloat16, each value is rounded to nearest, ties to even. As 8 bits, a block's scale A is its largest magnitude:
 
     mean, momentum    code q is the signed integer nearest to 127 m / A, and stands for q / 127 * A
-    mean of squares   code q is the integer nearest to 255 sqrt(v) / A, A being the largest root, but at least 1 where
+    mean of squares   code q is the integer nearest to 255 sqrt(v) / A, where A is the largest root, but at least 1 if
                       v is not 0; it stands for (q / 255 * A) ** 2
 
-A mean of squares is a divisor: coded by its root it keeps twice the digits' range, and what is not 0 never becomes 0,
-which would make a step of a small gradient as long as it likes. What was read is stored as the same bits again. A block
-with a value that is not finite is NaN as a whole.
+A mean of squares is a divisor. Coding its root doubles the range in decades, and a value that is not 0 never becomes 0,
+which would make the step of a small gradient arbitrarily large. A value that was read is stored as the same bits again.
+A block with a value that is not finite is NaN as a whole.
 """
 
 import torch
@@ -20,7 +20,7 @@ _SIGNED, _UNSIGNED = 127, 255
 
 
 def widened(stored: Tensor, numel: int, dtype: torch.dtype, *, squares: bool) -> Tensor:
-    """The values of a stored moment, in a tensor of their own; `squares`: it is a mean of squares."""
+    """A copy of a stored moment's values, `numel` of them, in `dtype`; `squares`: it is a mean of squares."""
     if stored.dtype != torch.uint8:
         return stored.to(dtype, copy=True)
     blocks = stored.view(-1, stored_numel(torch.uint8, BLOCK))
@@ -31,7 +31,7 @@ def widened(stored: Tensor, numel: int, dtype: torch.dtype, *, squares: bool) ->
 
 
 def narrow(values: Tensor, stored: Tensor, *, squares: bool) -> None:
-    """Store values, the inverse."""
+    """Stores `values` in `stored`, in the format that its dtype tells; the inverse of `widened`."""
     if stored.dtype != torch.uint8:
         stored.copy_(values)
         return
@@ -45,7 +45,7 @@ def narrow(values: Tensor, stored: Tensor, *, squares: bool) -> None:
     if squares:
         codes = torch.where(whole > 0, codes.clamp(min=1.0), codes)
     codes = torch.where(scale.isfinite(), codes, 0.0)
-    scale = torch.where(scale.isfinite(), scale, torch.nan).view(-1)  # no blocks have no strides to be viewed by
+    scale = torch.where(scale.isfinite(), scale, torch.nan).view(-1)  # flat, else an empty one could not be viewed
     blocks = stored.view(-1, stored_numel(torch.uint8, BLOCK))
-    blocks[:, :BLOCK] = codes.to(torch.int16).to(torch.uint8)  # modulo 256: a signed code's bits
+    blocks[:, :BLOCK] = codes.to(torch.int16).to(torch.uint8)  # modulo 256: the bits of a signed code
     blocks[:, BLOCK:] = scale.view(torch.uint8).view(-1, 4)

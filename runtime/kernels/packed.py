@@ -1,13 +1,13 @@
-"""Quantised weights of other libraries as ours: the same codes, and float32 scales.
+"""Converts quantized weights of other libraries to ours: the same codes, and float32 scales.
 
     bitsandbytes, 4 bits   codes as ours; scales of blocks of 64 or a multiple, which may be codes themselves (double
-                           quantisation): a table's value times the scale of their own block, and an offset
-    bitsandbytes, 8 bits   ours
-    torchao, int8          scales are of a step, where ours are of 127 steps
-    torchao, nf4           codes as ours; scales are codes: divided by their block's factor, and the mean of all
+                           quantization): a table's value times the scale of their own block, plus an offset
+    bitsandbytes, 8 bits   as ours
+    torchao, int8          scales are those of one step, ours those of 127 steps
+    torchao, nf4           codes as ours; scales are codes: divided by their block's factor, plus the mean of all
 
-What is read of bitsandbytes stands for the values that it stands for there, to the bit. torchao's tables have four
-digits, and its steps are rounded otherwise: values differ by 5e-5 of their block's scale, and by their last place.
+Weights of bitsandbytes keep their values bit for bit. torchao's tables have four digits, and its steps are rounded
+differently: values differ by 5e-5 of their block's scale, or in their last place.
 """
 
 import math
@@ -22,11 +22,12 @@ from torch import Tensor
 from ..isa.quantized import BLOCK, DEQUANTIZE, NF4, Quantized, code_shapes
 
 STEPS = 127
+"""Our int8 scales are the largest magnitude of a row, which is 127 steps."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised weight, of `shape`. What was quantised is of `dtype`."""
+    """A quantized weight of `shape`, in our format; `dtype` is that of the weight before it was quantized."""
 
     format: Quantized
     shape: tuple[int, ...]
@@ -50,7 +51,7 @@ class Packed:
 
 
 def four_bits(codes: Tensor, state: Mapping[str, Any]) -> Packed:
-    """Of bitsandbytes' codes and what its `QuantState.as_dict()` tells. Raises ValueError for another format."""
+    """From bitsandbytes' codes and its `QuantState.as_dict()`. Raises ValueError for a format other than nf4."""
     if state["quant_type"] != "nf4" or not torch.equal(state["quant_map"].float().cpu(), torch.tensor(NF4)):
         raise ValueError(f"codes of 4 bits are of {state['quant_type']}, or of a table of its own; expected nf4")
     scales = state["absmax"]
@@ -62,12 +63,12 @@ def four_bits(codes: Tensor, state: Mapping[str, Any]) -> Packed:
 
 
 def eight_bits(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Packed:
-    """Of bitsandbytes' codes and the largest magnitudes of rows."""
+    """From bitsandbytes' codes and the largest magnitudes of rows."""
     return Packed("int8", tuple(codes.shape), dtype, codes, scales.float())
 
 
 def torchao_int8(weight: Any) -> Packed:
-    """Of an `Int8Tensor`. Raises ValueError where scales are not of rows, or codes are not of both signs alike."""
+    """From an `Int8Tensor`. Raises ValueError if scales are not of rows, or zero points are not 0."""
     rows, columns = weight.shape
     zero = getattr(weight, "zero_point", None)
     if tuple(weight.block_size) != (1, columns) or (zero is not None and bool(zero.any())):
@@ -78,7 +79,7 @@ def torchao_int8(weight: Any) -> Packed:
 
 
 def torchao_nf4(weight: Any) -> Packed:
-    """Of an `NF4Tensor`."""
+    """From an `NF4Tensor`."""
     blocks = weight.quantized_scalers.view(-1, weight.scaler_block_size)
     scales = (blocks / weight.quantization_factor[:, None]).flatten().float() + weight.scaler_mean.float()
     shape = tuple(weight.shape)
@@ -87,7 +88,7 @@ def torchao_nf4(weight: Any) -> Packed:
 
 
 def _nested(codes: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """Scales that are quantised themselves."""
+    """Dequantizes scales that are quantized themselves."""
     values = state["nested_quant_map"].float()[codes.reshape(-1).int()]
     block = int(state["nested_blocksize"])
     outer = state["nested_absmax"].float().repeat_interleave(block)[: values.numel()]
@@ -95,7 +96,7 @@ def _nested(codes: Tensor, state: Mapping[str, Any]) -> Tensor:
 
 
 def _of_blocks(scales: Tensor, block: int, numel: int) -> Tensor:
-    """One for each of our blocks. Raises ValueError for blocks that are no multiples of them."""
+    """Repeats scales of `block` elements for each of our blocks. Raises ValueError if `block` is not a multiple."""
     if block % BLOCK:
         raise ValueError(f"{block} elements share a scale; expected {BLOCK} or a multiple")
     return scales.reshape(-1).repeat_interleave(block // BLOCK)[: -(-numel // BLOCK)].contiguous()

@@ -1,5 +1,5 @@
-"""Kernels of `geminifx::dequantize`, and the quantiser: torch's operators, a piece at a time, so that what they need
-besides is small."""
+"""The kernel of `geminifx::dequantize`, and the quantizer, in torch's operators, a piece at a time so that temporaries
+stay small."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -21,7 +21,7 @@ def _dequantize(codes: Tensor, scales: Tensor, format: str, shape: list[int], dt
     pairs, flat = _pairs(codes.device), values.view(-1)
     for piece in _pieces(flat.numel(), PIECE):
         bytes_of = slice(piece.start // 2, (piece.stop + 1) // 2)
-        # Without a name what one piece takes is free before the next begins, as `workspace_bytes` has it.
+        # Without a name for it, one piece's temporary is freed before the next begins, as `workspace_bytes` counts it.
         flat[piece] = _by_blocks(
             pairs.index_select(0, codes[bytes_of].int()).view(-1)[: piece.stop - piece.start],
             scales[piece.start // BLOCK : -(-piece.stop // BLOCK)],
@@ -30,8 +30,8 @@ def _dequantize(codes: Tensor, scales: Tensor, format: str, shape: list[int], dt
 
 
 def quantize(weight: Tensor, format: Quantized) -> tuple[Tensor, Tensor]:
-    """A weight's codes and scales: the nearest value of the table, or the nearest step. Raises ValueError for one with
-    values that are not finite."""
+    """A weight's codes and scales, with each value rounded to the nearest of the table or to the nearest step. Raises
+    ValueError for values that are not finite."""
     codes_shape, scales_shape = code_shapes(format, tuple(weight.shape))
     codes = torch.empty(codes_shape, dtype=torch.int8 if format == "int8" else torch.uint8, device=weight.device)
     scales = torch.empty(scales_shape, dtype=torch.float32, device=weight.device)
@@ -62,12 +62,12 @@ def _largest(rows: Tensor) -> Tensor:
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """Of rows that are all zero any does."""
+    """The scales with 1 in place of 0: the codes of rows that are all zero are 0 for any divisor."""
     return torch.where(scales == 0, 1.0, scales)
 
 
 def _by_blocks(values: Tensor, scales: Tensor) -> Tensor:
-    """Values, of which the last block may be shorter, times the scale of their block."""
+    """Multiplies flat values by the scales of their blocks, in place; the last block may be shorter."""
     whole = values.numel() // BLOCK
     values[: whole * BLOCK].view(whole, BLOCK).mul_(scales[:whole, None])
     if values.numel() > whole * BLOCK:
@@ -81,13 +81,13 @@ def _pieces(numel: int, length: int) -> Iterator[slice]:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """The two values that each byte stands for."""
+    """The two values that each byte stands for, [256, 2] in float32."""
     table, codes = torch.tensor(NF4, device=device), torch.arange(256, device=device)
     return torch.stack([table[codes >> 4], table[codes & 15]], 1)
 
 
 @cache
 def _between(device: torch.device) -> Tensor:
-    """Halfway between neighbouring values of the table."""
+    """The midpoints between neighbouring values of the table."""
     table = torch.tensor(NF4, dtype=torch.float64)
     return ((table[1:] + table[:-1]) / 2).float().to(device)

@@ -1,4 +1,4 @@
-"""torch's default generator of a device, and states of it that processes have for themselves."""
+"""torch's default generator of a device, and per-process states derived from it."""
 
 from hashlib import blake2b
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 PHILOX_STEP = 4
-"""What the offset of a CUDA generator counts in."""
+"""The unit that the offset of a CUDA generator counts in."""
 
 
 def generator_of(device: torch.device) -> torch.Generator:
@@ -18,10 +18,11 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def fork(device: torch.device, coordinates: tuple[int, ...]) -> Tensor:
-    """A generator state that follows from that of the device and from `coordinates`: processes whose generators are in
-    one state get another for every tuple of coordinates. The device's own generator moves on, on all alike."""
+    """A generator state derived from the device's and from `coordinates`: processes whose generators are in the same
+    state get a different one for every tuple of coordinates. Advances the device's own generator, by the same amount
+    on all of them."""
     generator = generator_of(device)
-    if device.type == "cuda":  # its seed and offset are on the host: nothing waits for the device
+    if device.type == "cuda":  # its seed and offset are on the host: no synchronization
         drawn = generator.initial_seed(), generator.get_offset()
         generator.set_offset(drawn[1] + PHILOX_STEP)
     else:

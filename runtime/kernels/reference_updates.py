@@ -1,12 +1,13 @@
 """The update kernels' arithmetic in plain torch, on the host or a device: the same bits where no kernel can be built.
 
-The order of operations is that of `torch.optim`'s single-tensor code. On CPUs with fused multiply-add torch rounds
-once in `lerp`, `addcmul` and `add` with a factor, and so does the kernel. Whether this build of torch does so on this
-CPU is tried out once; where it does not, and on any device, each is computed exactly through float64, several times
-slower. Others of torch's operations are replaced everywhere. The square root is taken in float64: torch's own in
-float32, a vector library's, may be one unit in the last place off. `lerp` is an `add`: with weight 1 its vectors and
-their tails disagree on signs of 0. `addcdiv` is spelled out and divisors are tensors on their device: CUDA groups the
-one otherwise and multiplies by the inverse of a number.
+The order of operations is that of `torch.optim`'s single-tensor code. On CPUs with fused multiply-add torch rounds once
+in `lerp`, `addcmul` and `add` with a factor, and so does the kernel. Whether this build of torch does so on this CPU is
+tested once; if not, and on any device, each is computed exactly through float64, several times slower.
+
+Other operations of torch are replaced everywhere. The square root is taken in float64: in float32 torch uses a vector
+library's, which may be off by one unit in the last place. `lerp` is an `add`: with weight 1 torch's vectorized loop and
+its tail disagree on signs of 0. `addcdiv` is spelled out, and divisors are tensors on their device: CUDA groups the
+former differently, and multiplies by the inverse of a number.
 """
 
 from functools import cache
@@ -22,7 +23,7 @@ _ON_DEVICE = 4 * PIECE
 
 
 def adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamHyper) -> None:
-    """Update flat tensors in place by AdamW or Adam; temporaries are a few pieces large."""
+    """Updates flat tensors in place by AdamW or Adam; temporaries are a few pieces large."""
     k = hyper.scalars()
     root = torch.full((), k.root, dtype=torch.float32, device=pair.hi.device)
     for piece in pieces(pair.hi, _ON_DEVICE):
@@ -37,7 +38,7 @@ def adam(pair: SplitPair, gradient: Gradient, moments: AdamMoments, hyper: AdamH
 
 
 def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHyper) -> None:
-    """Update flat tensors in place by SGD; `buffer` holds the momentum where there is any."""
+    """Updates flat tensors in place by SGD; `buffer` is the momentum, None without."""
     k = hyper.scalars()
     for piece in pieces(pair.hi, _ON_DEVICE):
         part = pair.cut(piece)
@@ -54,7 +55,7 @@ def sgd(pair: SplitPair, gradient: Gradient, buffer: Tensor | None, hyper: SgdHy
 
 
 def lion(pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) -> None:
-    """Update flat tensors in place by Lion."""
+    """Updates flat tensors in place by Lion."""
     k = hyper.scalars()
     for piece in pieces(pair.hi, _ON_DEVICE):
         part, moment = pair.cut(piece), mean[piece]
@@ -67,17 +68,17 @@ def lion(pair: SplitPair, gradient: Gradient, mean: Tensor, hyper: LionHyper) ->
 
 
 def add(total: Tensor, gradient: Gradient, fresh: bool) -> None:
-    """Add a scaled gradient to flat `total` in place; where `fresh`, total becomes it."""
+    """Adds a scaled gradient to the flat `total` in place; if `fresh`, overwrites it."""
     for piece in pieces(total, _ON_DEVICE):
         part, grad = total[piece], gradient.values[piece].float()
         part.copy_(grad * gradient.scale if fresh else _add_scaled(part, grad, float(gradient.scale)))
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a * b + c of float32 tensors, rounded once.
+    """Returns a * b + c for float32 tensors, rounded once.
 
-    The product is exact in float64; the sum is rounded to odd there, so that the second rounding, to float32, finds
-    on which side of a tie it lies (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    The product is exact in float64. The sum is rounded to odd there, so that the second rounding, to float32, sees on
+    which side of a tie it lies (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
@@ -91,7 +92,7 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 @cache
 def torch_fuses() -> bool:
-    """Whether torch's own operations round `a + factor * b` once on this CPU, in vectors and in their tails."""
+    """Whether torch's own operators round `a + factor * b` once on this CPU, in vectorized loops and in their tails."""
     a, b = torch.randn(2, 4096 + 13, generator=torch.Generator().manual_seed(0)).unbind()
     added, squared = torch.add(a, b, alpha=0.3), torch.addcmul(a, b, b, value=0.1)
     return torch.equal(added, _add_exactly(a, b, 0.3)) and torch.equal(squared, _add_square_exactly(a, b, 0.1))
@@ -102,18 +103,18 @@ def _fuses(tensor: Tensor) -> bool:
 
 
 def _gradient(gradient: Gradient, piece: slice, weight: Tensor, k: Scalars) -> Tensor:
-    """Return one piece of the gradient in float32, scaled, with the weight's share added."""
+    """Returns one piece of the gradient in float32, scaled, with coupled weight decay added."""
     grad = gradient.values[piece].float() * gradient.scale
     return _add_scaled(grad, weight, k.l2) if k.l2 else grad
 
 
 def _add_scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """Return a + factor * b, rounded once."""
+    """Returns a + factor * b, rounded once."""
     return torch.add(a, b, alpha=factor) if _fuses(a) else _add_exactly(a, b, factor)
 
 
 def _lerp(mean: Tensor, grad: Tensor, weight: float) -> None:
-    """Move `mean` towards `grad`, starting from the nearer one, the product and the sum rounded together."""
+    """Moves `mean` towards `grad`, starting from the nearer one; product and sum are rounded once, together."""
     rounded = _single(weight)
     if rounded < 0.5:
         mean.copy_(_add_scaled(mean, grad - mean, weight))
@@ -122,7 +123,7 @@ def _lerp(mean: Tensor, grad: Tensor, weight: float) -> None:
 
 
 def _add_square(square: Tensor, grad: Tensor, factor: float) -> None:
-    """Add (factor * grad) * grad to `square`, the outer product and the sum rounded together."""
+    """Adds (factor * grad) * grad to `square`; the outer product and the sum are rounded once, together."""
     if _fuses(square):
         square.addcmul_(grad, grad, value=factor)
     else:
@@ -138,5 +139,5 @@ def _add_square_exactly(square: Tensor, grad: Tensor, factor: float) -> Tensor:
 
 
 def _single(value: float) -> Tensor:
-    """Return a factor rounded to float32."""
+    """Returns a factor rounded to float32."""
     return torch.tensor(value, dtype=torch.float32)

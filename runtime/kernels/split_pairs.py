@@ -1,9 +1,9 @@
-"""Split pairs: a float32 master kept exactly in the bfloat16 weight that computes and a signed 16-bit remainder, or,
-where there is none, rounded to that weight by chance.
+"""Split pairs: a float32 master kept exactly as the bfloat16 weight that computes and a signed 16-bit remainder or,
+without a remainder, rounded stochastically to that weight.
 
-With `bits` the 32 bits of the master, hi = (bits + 0x8000) >> 16 and lo = bits - (hi << 16). Ties round up on
-the bits: rounding them to even would leave a remainder of +32768, which does not fit. Finite masters, infinities and
-both zeros come back exactly; every NaN comes back as the one with bits 0x7fc00000.
+With `bits` the 32 bits of the master, hi = (bits + 0x8000) >> 16 and lo = bits - (hi << 16). Ties round up on the bits:
+rounding them to even would leave a remainder of +32768, which does not fit. Finite masters, infinities and both zeros
+are restored exactly; every NaN becomes the one with bits 0x7fc00000.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ _NAN = 0x7FC00000
 
 @dataclass(frozen=True)
 class SplitPair:
-    """The two halves of one float32 tensor: `hi` is bfloat16, `lo` int16, both of its shape. Without `lo` the master is
-    rounded to `hi` whenever it is written, by what `draws` says."""
+    """The two halves of one float32 tensor: `hi` is bfloat16, `lo` int16, both of its shape. Without `lo`, the master
+    is rounded to `hi` at every write, with the randomness of `draws`."""
 
     hi: Tensor
     lo: Tensor | None
@@ -46,13 +46,13 @@ class SplitPair:
         return SplitPair(self.hi.detach().view(-1), None if self.lo is None else self.lo.view(-1), self.draws)
 
     def cut(self, piece: slice) -> "SplitPair":
-        """Some elements of a pair of vectors."""
+        """A part of the elements of a pair of vectors."""
         draws = None if self.draws is None else self.draws.behind(piece.start)
         return SplitPair(self.hi[piece], None if self.lo is None else self.lo[piece], draws)
 
 
 def pieces(flat: Tensor, on_device: int = 16 * PIECE) -> Iterator[slice]:
-    """Cut a vector into slices of at most `PIECE` elements on the host and `on_device` elements elsewhere.
+    """Cuts a vector into slices of at most `PIECE` elements on the host and `on_device` elements elsewhere.
 
     On a device a launch costs more than the temporaries of larger pieces.
     """
@@ -62,10 +62,10 @@ def pieces(flat: Tensor, on_device: int = 16 * PIECE) -> Iterator[slice]:
 
 
 def split(master: Tensor, out: SplitPair | None = None) -> SplitPair:
-    """Return the two halves of a float32 `master`, written into `out` where given.
+    """Returns the two halves of a float32 `master`, written into `out` if given.
 
     Raises:
-        ValueError: `master` is not float32, or `out` is not contiguous or of another shape.
+        ValueError: `master` is not float32, or `out` is not contiguous or has another shape.
     """
     if master.dtype != torch.float32:
         raise ValueError(f"only float32 splits into two halves of 16 bits, not {master.dtype}")
@@ -89,7 +89,7 @@ def _split(master: Tensor, out: SplitPair) -> None:
 
 
 def join(pair: SplitPair, out: Tensor | None = None) -> Tensor:
-    """Return the float32 master of a pair, written into `out` where given.
+    """Returns the float32 master of a pair, written into `out` if given.
 
     Raises:
         ValueError: a tensor is not contiguous, or `out` is not float32 of the pair's shape.

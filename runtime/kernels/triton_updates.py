@@ -1,8 +1,8 @@
-"""The device's update kernels in Triton, for moments however they are stored: one pass over the memory each.
+"""The device's update kernels in Triton, for all formats of moments: one pass over the memory each.
 
-Each program takes a tile of elements, in rows that share a scale where moments are 8-bit codes. The last one takes
-what is left; the others need no mask, and with one their accesses would be narrow unless the size were a multiple of
-theirs. The arithmetic of updates is that of `host_updates.cpp`, and what moments stand for that of `moments`.
+Each program takes a tile of elements, in rows that share a scale if moments are 8-bit codes. Only the last program uses
+a mask, for what is left: masked accesses are narrow unless the size is a multiple of their width. The arithmetic of
+updates is that of `host_updates.cpp`, the formats of moments those of `moments`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ except ImportError:  # torch's builds for CPUs come without it
     triton = None
 
 EXACT, HALF, CODES = 0, 1, 2
-"""How moments are stored: as float32, as bfloat16, which kernels take as 16-bit integers, or as bytes."""
+"""The formats of moments: float32; bfloat16, which kernels take as 16-bit integers; 8-bit codes."""
 
 
 def _jit(function: Any) -> Any:
-    """Hand a function to Triton where there is one; no number is a part of what a kernel is compiled for."""
+    """Compiles a function with Triton if it is installed; kernels are not specialized for the values of integers."""
     return function if triton is None else triton.jit(function, do_not_specialize=["low", "high", "first", "numel"])
 
 
 def _constant(value: float) -> Any:
-    """What kernels may read of a module."""
+    """A module-level constant that kernels can read."""
     return value if triton is None else tl.constexpr(value)
 
 
@@ -36,8 +36,8 @@ _SIGNED, _UNSIGNED = _constant(127.0), _constant(255.0)
 _ONE_SIGNED, _ONE_UNSIGNED = _constant(1 / 127), _constant(1 / 255)
 _NAN, _INFINITY = _constant(0x7FC00000), _constant(0x7F800000)
 _TO_INTEGER, _INTEGER_BITS = _constant(1.5 * 2**23), _constant(0x4B400000)
-"""Added to a small number the one leaves no bits for a fraction: the integer nearest to it, ties to even, is what the
-sum's bits are above the other."""
+"""Adding the first to a small number leaves no bits for a fraction: the sum's bits exceed the second by the nearest
+integer, with ties to even."""
 
 
 @_jit
@@ -66,7 +66,7 @@ def adam(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
-    """Update by AdamW or Adam; arguments are those of `Update` in the host kernel, and `lo` is None where masters are
+    """Updates by AdamW or Adam. Arguments are those of `Update` in the host kernel; `lo` is None if masters are
     rounded."""
     start = tl.program_id(0) * rows * columns
     at = _elements(start, rows, columns)
@@ -95,7 +95,7 @@ def _adam_tile(
     stored: tl.constexpr,
     coupled: tl.constexpr,
 ) -> None:
-    """Update the elements at `pointers`: all, or those of `mask`, which has something of the rows of `row_mask`."""
+    """Updates the elements at `pointers`: all, or those in `mask`; `row_mask` has the rows that contain any of them."""
     hi, lo, gradient = pointers
     factor, l2, decay, step, lerp, keep, add, root, eps = factors
     w = _joined(hi, lo, mask)
@@ -136,8 +136,8 @@ def sgd(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
-    """Update by SGD; arguments are those of `Update` in the host kernel, `lo` is None where masters are rounded, and
-    `buffer` without momentum."""
+    """Updates by SGD. Arguments are those of `Update` in the host kernel; `lo` is None if masters are rounded, `buffer`
+    without momentum."""
     start = tl.program_id(0) * rows * columns
     at = _elements(start, rows, columns)
     pointers = (hi + at, None if lo is None else lo + at, gradient + at)
@@ -168,7 +168,7 @@ def _sgd_tile(
     stored: tl.constexpr,
     coupled: tl.constexpr,
 ) -> None:
-    """Update the elements at `pointers`: all, or those of `mask`, which has something of the rows of `row_mask`."""
+    """Updates the elements at `pointers`: all, or those in `mask`; `row_mask` has the rows that contain any of them."""
     hi, lo, gradient = pointers
     factor, l2, step, keep, add = factors
     w = _joined(hi, lo, mask)
@@ -204,7 +204,7 @@ def lion(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
-    """Update by Lion; arguments are those of `Update` in the host kernel; `lo` is None where masters are rounded."""
+    """Updates by Lion. Arguments are those of `Update` in the host kernel; `lo` is None if masters are rounded."""
     start = tl.program_id(0) * rows * columns
     at = _elements(start, rows, columns)
     pointers = (hi + at, None if lo is None else lo + at, gradient + at)
@@ -229,7 +229,7 @@ def _lion_tile(
     row_mask: tl.tensor,
     stored: tl.constexpr,
 ) -> None:
-    """Update the elements at `pointers`: all, or those of `mask`, which has something of the rows of `row_mask`."""
+    """Updates the elements at `pointers`: all, or those in `mask`; `row_mask` has the rows that contain any of them."""
     hi, lo, gradient = pointers
     factor, decay, step, keep, add, mix_keep, mix_add = factors
     w = _joined(hi, lo, mask)
@@ -246,7 +246,7 @@ def _lion_tile(
 
 @_jit
 def _elements(start: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
-    """The numbers of a tile's elements: a vector where it is one row."""
+    """The indices of a tile's elements: a vector if it is one row, else [rows, columns]."""
     if rows == 1:
         at = start + tl.arange(0, columns)
     else:
@@ -258,7 +258,7 @@ def _elements(start: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl
 def _values_at(
     moment: tl.tensor, start: tl.tensor, stored: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
 ) -> tl.tensor:
-    """Where a tile's values of a moment lie."""
+    """Pointers to a tile's values of a moment."""
     codes = _row(moment, start, rows, columns) + tl.arange(0, columns)[None, :]
     return codes if stored == _CODES else moment + _elements(start, rows, columns)
 
@@ -267,14 +267,14 @@ def _values_at(
 def _scales_at(
     moment: tl.tensor, start: tl.tensor, stored: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
 ) -> tl.tensor:
-    """Where what the values of each row share lies, if anything is."""
+    """Pointers to the scale of each row, if moments are codes."""
     scales = _row(moment, start, rows, columns) + columns
     return scales.to(tl.pointer_type(tl.float32)) if stored == _CODES else moment
 
 
 @_jit
 def _row(moment: tl.tensor, start: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
-    """Where each row's codes begin, behind which its scale lies."""
+    """Pointers to where each row's codes begin; its scale follows them."""
     return moment + (start // columns + tl.arange(0, rows))[:, None] * (columns + _SCALE_BYTES)
 
 
@@ -283,7 +283,7 @@ def _row(moment: tl.tensor, start: tl.tensor, rows: tl.constexpr, columns: tl.co
 
 @_jit
 def _joined(hi: tl.tensor, lo: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Return the float32 masters of the pairs at `hi` and `lo`, or of `hi` alone."""
+    """Returns the float32 masters of the pairs at `hi` and `lo`, or of `hi` alone."""
     bits = tl.load(hi, mask=mask).to(tl.int32) << 16
     if lo is not None:
         bits += tl.load(lo, mask=mask).to(tl.int32)
@@ -292,8 +292,7 @@ def _joined(hi: tl.tensor, lo: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 @_jit
 def _split(w: tl.tensor, hi: tl.tensor, lo: tl.tensor, draws: tl.tuple, mask: tl.tensor) -> None:
-    """Store the two halves of masters, or round to the upper one; every NaN becomes the one whose halves are a NaN and
-    0."""
+    """Stores the two halves of masters, or rounds to the upper one; every NaN becomes the one with bits 0x7fc00000."""
     bits = w.to(tl.int32, bitcast=True)
     if lo is None:
         low, high, element = draws
@@ -306,7 +305,7 @@ def _split(w: tl.tensor, hi: tl.tensor, lo: tl.tensor, draws: tl.tuple, mask: tl
 
 @_jit
 def _chance(low: tl.tensor, high: tl.tensor, element: tl.tensor) -> tl.tensor:
-    """Return 16 random bits for each element, as `rounding` has them."""
+    """Returns 16 random bits for each element, as `rounding.chance` does."""
     x = (element + low).to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * _FACTOR ^ high.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 15)) * _NEXT_FACTOR
@@ -317,7 +316,7 @@ def _chance(low: tl.tensor, high: tl.tensor, element: tl.tensor) -> tl.tensor:
 def _widened(
     places: tl.tuple, mask: tl.tensor, row_mask: tl.tensor, stored: tl.constexpr, squares: tl.constexpr
 ) -> tl.tensor:
-    """Return the values of a moment."""
+    """Returns the float32 values of a moment."""
     at, scale = places
     if stored == _EXACT:
         x = tl.load(at, mask=mask)
@@ -341,7 +340,7 @@ def _narrow(
     stored: tl.constexpr,
     squares: tl.constexpr,
 ) -> None:
-    """Store the values of a moment."""
+    """Stores the values of a moment."""
     at, scale = places
     if stored == _EXACT:
         tl.store(at, x, mask=mask)
@@ -356,7 +355,7 @@ def _narrow(
 
 @_jit
 def _encode(x: tl.tensor, at: tl.tensor, scale: tl.tensor, row_mask: tl.tensor, squares: tl.constexpr) -> None:
-    """Store values, or roots of squares, as codes, and what each row of them shares."""
+    """Stores values, or the roots of squares, as codes, and the scale of each row."""
     size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # magnitudes are in the order of their bits
     most = tl.max(size, axis=1, keep_dims=True)
     is_finite = most < _INFINITY

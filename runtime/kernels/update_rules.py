@@ -10,7 +10,7 @@ from .split_pairs import SplitPair
 
 GRADIENT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
-"""Of moments; what bytes stand for is told in `moments`."""
+"""The dtypes of stored moments; `moments` tells what the bytes stand for."""
 SCALE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -18,9 +18,9 @@ SCALE_DTYPES = (torch.float32, torch.float64)
 class Gradient:
     """A gradient and the factor it is multiplied by, in float32 unless both and the master are float64.
 
-    The factor clips, unscales, averages or, being negative, maximizes; 1.0 changes no bit. As a tensor without
-    dimensions, float32 or, where any master is, float64, it is read when the update runs: by the device kernel without
-    waiting for the device, by the host kernel as a number, which waits for a tensor that is on a device.
+    The factor clips, unscales, averages or, if negative, maximizes; 1.0 changes no bit. It may be a 0-d tensor, float32
+    or, if any master is, float64, which is read when the update runs: by the device kernel without synchronization, by
+    the host kernel as a number, which blocks if the tensor is on a device.
     """
 
     values: Tensor
@@ -36,7 +36,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """Running means of the gradient and of its square, float32, updated in place."""
+    """Adam's running means of the gradient and of its square, stored as one of `STORED_DTYPES`; updated in place."""
 
     mean: Tensor
     square: Tensor
@@ -44,10 +44,10 @@ class AdamMoments:
 
 @dataclass(frozen=True)
 class Scalars:
-    """The factors of one update as `torch.optim` computes them, in double precision; both routes round to float32.
+    """The factors of one update as `torch.optim` computes them, in double precision; both sides round to float32.
 
     Attributes:
-        l2: this times the weight is added to the gradient.
+        l2: coupled weight decay: this times the weight is added to the gradient.
         decay: multiplies the weight.
         step: multiplies what is added to the weight; negative.
         keep, add: the second moment, or the momentum buffer, becomes keep * itself + add * the new term.
@@ -71,11 +71,11 @@ class Scalars:
 
 @dataclass(frozen=True)
 class AdamHyper:
-    """Hyper-parameters of `torch.optim.AdamW`, or of `Adam` where `decoupled` is False.
+    """Hyper-parameters of `torch.optim.AdamW`, or of `Adam` if `decoupled` is False.
 
     Attributes:
-        step: number of this update, the first being 1.
-        key: what masters are rounded with by chance; None where they are exact.
+        step: the number of this update, from 1.
+        key: the 64-bit key of stochastic rounding (`rounding.key_of`); None if masters are exact.
     """
 
     lr: float
@@ -92,7 +92,7 @@ class AdamHyper:
             raise ValueError(f"updates count from 1, but this one is number {self.step}")
 
     def scalars(self) -> Scalars:
-        """Return the factors of this update."""
+        """Returns the factors of this update."""
         return Scalars(
             l2=0.0 if self.decoupled else self.weight_decay,
             decay=1 - self.lr * self.weight_decay if self.decoupled else 1.0,
@@ -123,7 +123,7 @@ class SgdHyper:
     key: int | None = None
 
     def scalars(self) -> Scalars:
-        """Return the factors of this update."""
+        """Returns the factors of this update."""
         return Scalars(l2=self.weight_decay, decay=1.0, step=-self.lr, keep=self.momentum, add=1 - self.dampening)
 
 
@@ -142,7 +142,7 @@ class LionHyper:
     key: int | None = None
 
     def scalars(self) -> Scalars:
-        """Return the factors of this update."""
+        """Returns the factors of this update."""
         return Scalars(
             l2=0.0,
             decay=1 - self.lr * self.weight_decay,
@@ -178,7 +178,7 @@ class AdafactorHyper:
     """Hyper-parameters of `torch.optim.Adafactor`, whose `eps` are `eps1` and `eps2`.
 
     Attributes:
-        step: number of this update, the first being 1.
+        step: the number of this update, from 1.
         key: as `AdamHyper`'s.
     """
 
@@ -193,7 +193,7 @@ class AdafactorHyper:
 
 
 def choose_variant(wanted: str | None, available: tuple[str, ...]) -> str:
-    """Return the wanted variant of a kernel, by default the first. Raises ValueError where this machine lacks it."""
+    """Returns the wanted variant of a kernel, by default the first. Raises ValueError if this machine lacks it."""
     if wanted is not None and wanted not in available:
         raise ValueError(f"no variant {wanted!r} on this machine, which has {', '.join(available)}")
     return available[0] if wanted is None else wanted
@@ -201,11 +201,11 @@ def choose_variant(wanted: str | None, available: tuple[str, ...]) -> str:
 
 def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], device: torch.device, *,
                  widens: bool = False) -> None:  # fmt: skip
-    """Refuse what a kernel would read out of bounds or misunderstand.
+    """Checks the tensors of an update, which kernels would otherwise read out of bounds or misinterpret.
 
     Raises:
-        ValueError: a tensor has another size than the weights, another dtype than its part allows, is not contiguous or
-            not on `device`.
+        ValueError: a tensor has another size than the weights, a dtype that its role does not allow, is not contiguous,
+            or is not on `device`.
     """
     if gradient.values.dtype not in GRADIENT_DTYPES:
         raise ValueError(f"gradients are bfloat16, float16 or float32, not {gradient.values.dtype}")
@@ -222,10 +222,10 @@ def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...],
 
 
 def check_sum(total: Tensor, gradient: Gradient, threads: int) -> None:
-    """Refuse what the host's kernel would read out of bounds or misunderstand.
+    """Checks the arguments of a sum on the host, which would otherwise be read out of bounds or misinterpreted.
 
     Raises:
-        ValueError: as said.
+        ValueError: a tensor has another dtype, length, layout or device than the kernel takes, or `threads` is below 1.
     """
     values = gradient.values
     if threads < 1:
@@ -242,10 +242,10 @@ def check_sum(total: Tensor, gradient: Gradient, threads: int) -> None:
 
 
 def check_momentum(buffer: Tensor | None, hyper: SgdHyper) -> None:
-    """Refuse momentum without a buffer, or a buffer without momentum.
+    """Checks that there is a buffer if and only if there is momentum.
 
     Raises:
-        ValueError: as said.
+        ValueError: there is momentum without a buffer, or a buffer without momentum.
     """
     if (buffer is None) != (hyper.momentum == 0):
         raise ValueError(f"momentum {hyper.momentum} needs {'a' if buffer is None else 'no'} momentum buffer")

@@ -1,7 +1,7 @@
-"""Updates of whole parameters in torch's operators, in place, on any device and without waiting for it.
+"""Updates of whole parameters in torch's operators, in place, on any device and without synchronization.
 
-Muon's is torch.optim's own. Adafactor's is torch.optim's but that the norms of weights and updates stay on the device:
-there the function of torch's waits for each of them.
+Muon is torch.optim's own. Adafactor is torch.optim's except that the norms of weights and updates stay on the device,
+where torch's function waits for each of them.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .update_rules import AdafactorHyper, MuonHyper
 
 
 def muon(weight: Tensor, gradient: Tensor, momentum: Tensor, hyper: MuonHyper) -> None:
-    """Update a matrix and its momentum by `torch.optim.Muon`."""
+    """Updates a matrix and its momentum by `torch.optim.Muon`."""
     torch_muon(
         [weight], [gradient], [momentum], lr=hyper.lr, weight_decay=hyper.weight_decay, momentum=hyper.momentum,
         nesterov=hyper.nesterov, ns_coefficients=hyper.ns_coefficients, eps=hyper.eps, ns_steps=hyper.ns_steps,
@@ -21,8 +21,8 @@ def muon(weight: Tensor, gradient: Tensor, momentum: Tensor, hyper: MuonHyper) -
 
 
 def adafactor(weight: Tensor, gradient: Tensor, variances: tuple[Tensor, ...], hyper: AdafactorHyper) -> None:
-    """Update a parameter by `torch.optim.Adafactor`, and the variances of its rows and its columns, or, of a vector,
-    those of its elements."""
+    """Updates a parameter by `torch.optim.Adafactor`, and `variances`: those of its rows and of its columns, or, for a
+    vector, those of its elements."""
     change = hyper.step**hyper.beta2_decay
     eps1 = torch.finfo(weight.dtype).eps if hyper.eps1 is None else hyper.eps1
     rate = min(hyper.lr, 1 / hyper.step**0.5)
@@ -43,5 +43,5 @@ def adafactor(weight: Tensor, gradient: Tensor, variances: tuple[Tensor, ...], h
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    """As a scalar in float64, of a norm in the values' own dtype."""
+    """The root mean square, a float64 scalar from a norm in the values' own dtype."""
     return values.norm(2).double().div_(values.numel() ** 0.5)

@@ -1,1 +1,1 @@
-"""Where parameters live: chunks, tiers, and the copies between them."""
+"""Where parameters live: chunks, the memory tiers, and the copies between them."""

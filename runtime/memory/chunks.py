@@ -1,12 +1,12 @@
 """Chunks: where parameters live between uses, and the states they pass through.
 
-The states are Gemini's (Colossal-AI) and PatrickStar's (Fang et al., 2021). A chunk's state is the state of
-all its tensors:
+The states follow Gemini (Colossal-AI) and PatrickStar (Fang et al., 2021). A chunk's state is the state of all its
+tensors:
 
-    FREE                   nothing of it is on the device
-    HOLD                   its weights are on the device, or on their way, and nobody computes with them
-    COMPUTE                a program reads them
-    HOLD_AFTER_BACKWARD    the backward has read them for the last time
+    FREE                   its weights are not on the device
+    HOLD                   its weights are on the device, or on their way, but not in use
+    COMPUTE                a program reads its weights
+    HOLD_AFTER_BACKWARD    the backward has read its weights for the last time
     READY_FOR_REDUCE       its gradients are complete and on their way to the master
 """
 
@@ -50,10 +50,10 @@ LEGAL: dict[State, frozenset[State]] = {
 class Chunk:
     """One chunk's storage.
 
-    `master` is what the optimizer updates, on the host or the device; `gradient` lies beside it, in the same
-    dtype. `cast` is a host copy in the compute dtype, which streams to the device where dtypes differ;
-    `resident` is a device copy that stays from the first fetch of a step to its end; where it is made of several
-    processes' shards, it is of version `gathered` of the training state.
+    `master` is what the optimizer updates, on the host or the device; `gradient` lies beside it, in the same dtype.
+    `cast` is a host copy in the compute dtype, from which weights are copied to the device if the dtypes differ.
+    `resident` is a device copy of the weights that is kept between their uses; for a divided chunk it is gathered from
+    all shards, and holds the weights of version `gathered` of the training state (-1: none).
     """
 
     def __init__(self, layout: ChunkLayout) -> None:
@@ -68,8 +68,8 @@ class Chunk:
         self._own_references = 0
 
     def prepare_gradient(self) -> None:
-        """Allocate `gradient` beside the master. A new one replaces it where somebody keeps gradients of an
-        earlier step after zero_grad(): they must not change under their hands."""
+        """Allocates `gradient` beside the master, anew if the user kept gradients of an earlier step after
+        zero_grad(): those must not be overwritten."""
         assert self.master is not None
         if self.gradient is not None:
             kept = num_references(self.gradient) > self._own_references
@@ -80,33 +80,33 @@ class Chunk:
 
     @property
     def gradient_version(self) -> int:
-        """How often `gradient` was written."""
+        """How often `gradient` has been written in place; -1 without one."""
         return -1 if self.gradient is None else self.gradient._version
 
     @property
     def has_gradients(self) -> bool:
-        """Whether a parameter's `.grad` is of `gradient`."""
+        """Whether some parameter's `.grad` is a view of `gradient`."""
         return self.gradient is not None and any(map(self._owns_grad, range(len(self.parameters))))
 
     def move(self, state: State) -> None:
-        """Raises IllegalTransition where the program's instructions for this chunk are out of order."""
+        """Changes the state. Raises IllegalTransition if the program's instructions for it are out of order."""
         names = ", ".join(slot.name for slot in self.layout.slots[:3])
         hint = ". The program's instructions for this chunk are out of order"
         self.state = transition(LEGAL, f"chunk {self.layout.index} ({names}, ...)", self.state, state, hint)
 
     def rest(self) -> None:
-        """Back to FREE from wherever an interrupted step left the chunk; masters are never touched."""
+        """Returns to FREE from wherever an interrupted step left the chunk; the master is untouched."""
         self.state = State.FREE
 
     def slice(self, flat: Tensor, slot: int) -> Tensor:
         return self.layout.slots[slot].of(flat)
 
     def accumulate(self, source: Tensor, slots: list[int]) -> None:
-        """Add complete gradients in `source` (flat, any float dtype, on the master's device) to `.grad`."""
+        """Adds the complete gradients in `source` (flat, of any float dtype, on the master's device) to `.grad`."""
         assert self.gradient is not None
         fresh = [i for i in slots if self.parameters[i].grad is None]
         whole = len(slots) == len(self.parameters)
-        # One kernel for the chunk where all its gradients are new, or all lie there already; else one for each.
+        # One kernel for the whole chunk if all its gradients are new, or all are here already; else one per parameter.
         if whole and len(fresh) == len(slots):
             self.gradient.copy_(source)
         elif whole and not fresh and all(self._owns_grad(i) for i in slots):
@@ -122,33 +122,34 @@ class Chunk:
         assert self.gradient is not None
         target, existing = self.slice(self.gradient, slot), self.parameters[slot].grad
         if existing is not None and not self._owns_grad(slot):
-            target.copy_(existing)  # a gradient that was put there from outside counts
+            target.copy_(existing)  # keep a gradient that the user assigned
             existing = target
         target.copy_(self.slice(source, slot)) if existing is None else target.add_(self.slice(source, slot))
 
     def _owns_grad(self, slot: int) -> bool:
         grad = self.parameters[slot].grad
+        """Whether the parameter's `.grad` is its slot of `gradient`."""
         assert self.gradient is not None
         offset = self.layout.slots[slot].offset * self.gradient.itemsize
         return grad is not None and grad.data_ptr() == self.gradient.data_ptr() + offset
 
 
 def with_own_storage(view: Tensor) -> Tensor:
-    """The same memory as a tensor whose storage is no larger than itself. Of a view the whole chunk would be saved, and
-    whoever asks which tensors share memory would take all parameters of a chunk for one."""
+    """The same memory as a tensor with a storage of its own, no larger than itself. Saving a plain view would save the
+    whole chunk, and code that looks for shared memory would take all parameters of a chunk for one."""
     if view.is_meta or not view.numel():
         return view
-    with torch.cuda.device(view.device) if view.is_cuda else nullcontext():  # DLPack refuses those of another device
+    with torch.cuda.device(view.device) if view.is_cuda else nullcontext():  # DLPack refuses tensors of another device
         return from_dlpack(view)
 
 
 class ChunkStore:
     """All chunks of a model, and the model's parameters as views of their masters.
 
-    Parameter objects keep their identity, so that an optimizer made before or after compilation holds the
-    same ones. Building the store moves each parameter into its chunk and frees its old storage at once; of one
-    that is sharded the parameter is from then on this process's local shard. Those that come to be read from training
-    states are let go: they refer to the states' store, and it does not refer to them.
+    Parameter objects keep their identity, so that an optimizer made before or after compilation holds the same ones.
+    Placing a chunk moves its parameters into it and frees their old storages at once; a parameter that is sharded then
+    is this process's local shard. Once parameters are read from training states, the chunks drop them: the parameters
+    refer to the store of the states, which must not refer back.
     """
 
     def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter], local_shards: LocalShards = ALONE) -> None:
@@ -158,18 +159,18 @@ class ChunkStore:
         for chunk in self.chunks:
             chunk.parameters = [parameters[slot.name] for slot in chunk.layout.slots]
         self.names = {id(parameter): name for name, parameter in parameters.items()}
-        """The parameters' names, by their identity."""
+        """The parameters' names, by `id(parameter)`."""
         self.ownership = Ownership(local_shards.ranks, layout.owners)
         self.writers = Writers()
         self.has_let_go = False
         self._lacking = {name: parameters[name] for name in self.ownership.elsewhere}
         self.elsewhere = {name: self._elsewhere(name, parameter) for name, parameter in self._lacking.items()}
-        """Of the parameters that other processes alone have, what is known here."""
+        """The parameters that only other processes hold, by name: their shapes and dtypes, and who holds them."""
         if self.elsewhere or local_shards.ranks.mesh.weight_axes:
             local_norms.refuse_them(self)
 
     def sharded(self) -> Iterator[tuple[nn.Parameter, str]]:
-        """Those of the parameters it has that are local shards, and what to tell of each."""
+        """The parameters here that are local shards of larger ones, and what to tell the user of each."""
         for chunk in self.chunks:
             for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):
                 if told := self.local_shards.elsewhere(slot):
@@ -180,8 +181,8 @@ class ChunkStore:
         return Elsewhere(name, tuple(parameter.shape), dtype, f"rank(s) {ranks}", self.writers)
 
     def let_go(self) -> None:
-        """Free the memory of parameters that other processes alone have, if these are there; on meta they will need
-        none."""
+        """Frees the memory of the parameters that only other processes hold. Without those processes, as on meta, it
+        does nothing."""
         if not self.local_shards.ranks.launched:
             return
         self.has_let_go = True
@@ -191,30 +192,33 @@ class ChunkStore:
         self._lacking = {}
 
     def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
-        """The chunk that a parameter lies in, and its slot there. Raises StateError where other processes have it."""
+        """The chunk of a parameter and its slot there. Raises StateError if only other processes hold it."""
         if parameter in self.elsewhere:
             raise self.elsewhere[parameter].lacking()
         return self.layout.places[parameter]
 
     def whole(self, parameter: str, part: Tensor, device: torch.device) -> Tensor:
-        """A parameter's whole value, or that of what lies as it does, on the CPU where it is more than this process's
-        `part`, which tells shape and dtype alone where other processes have it. All processes call it, for one after
-        the other; they exchange by way of `device`."""
+        """The whole of a parameter, or of a tensor laid out like it, from all processes' parts.
+
+        All processes call it, for one parameter after the other, and exchange by way of `device`. `part` is this
+        process's; if only others hold the parameter, just its shape and dtype are used. The result is on the CPU if
+        anything had to be gathered.
+        """
         if parameter not in self.elsewhere:
             layout, slot = self.layout.places[parameter]
             part = self.local_shards.join(part, layout.slots[slot], device)
         return self.ownership.share(parameter, part, device)
 
     def whole_shape(self, parameter: str) -> tuple[int, ...]:
-        """Its shape, of which this process may have a part or nothing."""
+        """The shape of the whole parameter, of which this process may hold a part or nothing."""
         if parameter in self.elsewhere:
             return self.elsewhere[parameter].shape
         layout, slot = self.layout.places[parameter]
         return self.local_shards.whole_shape(layout.slots[slot])
 
     def place(self, chunk: Chunk, master: Tensor) -> None:
-        """Make `master` the chunk's master: values move over, parameters become views of it. Those on `meta` have a
-        place then, and wait for values."""
+        """Makes `master` the chunk's master: values move into it, and parameters become views of it. Those on `meta`
+        get their place and wait for values."""
         for slot, parameter in enumerate(chunk.parameters):
             view = chunk.slice(master, slot)
             if parameter.is_meta:
@@ -228,13 +232,13 @@ class ChunkStore:
         chunk.master = master
 
     def local_shard(self, slot: Slot, value: Tensor) -> Tensor:
-        """This process's shard of a parameter's value, which may be that shard already."""
+        """This process's shard of a parameter's value, which may already be that shard."""
         return value if tuple(value.shape) == slot.shape else self.local_shards.take(value, slot)
 
     def adopt(self) -> None:
-        """Take over parameters whose `.data` was replaced since the last step.
+        """Copies into the masters what was assigned to parameters' `.data` since the last step.
 
-        Raises StateError where the new data has another shape.
+        Raises StateError if the new data has another shape.
         """
         for chunk in self.chunks:
             assert chunk.master is not None

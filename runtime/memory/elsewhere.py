@@ -1,4 +1,4 @@
-"""Parameters of a pipeline's other layers: in the module with name and shape, and without memory."""
+"""Parameters of pipeline stages on other ranks: in the module with their name and shape, but without memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from .stored import Stored
 
 
 class Writers:
-    """Who may write to parameters just now."""
+    """Counts the open contexts in which parameters may be written to."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -32,7 +32,7 @@ class Writers:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """The source of one such parameter, whose values other ranks have: `where`, for messages."""
+    """The source of such a parameter; `where` names the ranks that hold its values, for messages."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Elsewhere:
         raise self.lacking()
 
     def lacking(self) -> StateError:
-        """What to raise where it is asked for."""
+        """The error for any read of the parameter."""
         return StateError(
             f"parameter {self.name} was to be read, which is of layers that other ranks run: {self.where}. Read it "
             "there, or call model.state_dict() on all ranks, which brings every one together"
@@ -59,7 +59,7 @@ class Elsewhere:
         return self.writers.are_there
 
     def write(self, value: Tensor) -> None:
-        """Its owners take the value."""
+        """Checks the shape alone: the parameter's owners take the value."""
         if tuple(value.shape) != self.shape:
             raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
 
@@ -70,7 +70,7 @@ class Elsewhere:
         )
 
     def gradient(self) -> Tensor | None:
-        """Its owners have it: optimizers pass by."""
+        """None, so that optimizers skip it: its owners have the gradient."""
         return None
 
     def set_gradient(self, value: Tensor | None) -> None:
@@ -79,5 +79,5 @@ class Elsewhere:
 
     @property
     def stored(self) -> Stored:
-        """As a checkpoint sees it: this process reads and writes nothing of it."""
+        """As a checkpoint sees it: this process reads and writes none of it."""
         return Stored.of(torch.empty(0, dtype=self.dtype), self.shape, ())

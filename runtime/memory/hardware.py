@@ -1,4 +1,4 @@
-"""The two sides of the machine: a device and the host, the accounts of their memory, and who copies between them."""
+"""The two sides of the machine, device and host: their memory accounts, and the engines that copy between them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from .traffic import Traffic
 
 @dataclass(frozen=True)
 class Hardware:
-    """What stores of training states keep these on.
+    """Where stores keep training states.
 
-    `device` computes; "cpu" stands for a budgeted arena in RAM. `traffic` is told of all copies.
+    `device` computes; with "cpu", a budgeted arena in RAM stands in for device memory. `traffic` records all copies.
     """
 
     device: torch.device
@@ -37,12 +37,12 @@ class Hardware:
 
     @property
     def tiers(self) -> tuple[Tier, Tier]:
-        """The device's and the host's."""
+        """The device tier and the host tier."""
         return self.device_tier, self.host_tier
 
     def book(self, name: str, device_bytes: int, host_bytes: int, purpose: str) -> None:
-        """Book bytes under a name on both tiers, instead of what was, or, where one is full, on neither. Raises
-        BudgetError."""
+        """Books bytes under a name on both tiers, replacing what was booked, or on neither. Raises BudgetError if
+        one is full."""
         before = self.device_tier.booked(name)
         self.device_tier.book(name, device_bytes, purpose)
         try:
@@ -52,8 +52,8 @@ class Hardware:
             raise
 
     def zeros(self, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
-        """A flat tensor of zeros on either side; `pinned`: one that copies between the sides start from or end in.
-        Raises BudgetError where there is no memory."""
+        """A flat tensor of zeros on either side, page-locked on the host if `pinned`, for fast copies. Raises
+        BudgetError if there is no memory."""
         with self.placing():
             if on_device:
                 return torch.zeros(numel, dtype=dtype, device=self.device)
@@ -61,8 +61,8 @@ class Hardware:
 
     @contextmanager
     def placing(self) -> Iterator[None]:
-        """While states are made and moved. Raises BudgetError where there is no memory for them, or for what moves
-        them: others may have taken what the tiers account for."""
+        """A context for making and moving states. Turns out-of-memory errors into BudgetError: other users of the
+        machine may have taken memory that the tiers account for."""
         try:
             yield
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:

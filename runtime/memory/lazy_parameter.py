@@ -1,4 +1,4 @@
-"""Parameters whose masters lie in training states: they look like float32 tensors and are built when read."""
+"""Parameters whose masters lie in training states: they look like float32 tensors and are materialized when read."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -24,39 +24,38 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The master's."""
+        """The master's dtype."""
 
     @property
     def elsewhere(self) -> str:
-        """What other processes have of the parameter that this one lacks, for messages; nothing where it is whole."""
+        """For messages: which parts of the parameter other processes hold and this one lacks; "" if it is whole."""
 
     def read(self) -> Tensor:
-        """The master, in a tensor of its own."""
+        """A copy of the master."""
 
     @property
     def is_writable(self) -> bool:
-        """Whether it may be written just now."""
+        """Whether the parameter may be written to now."""
 
     def write(self, value: Tensor) -> None:
-        """Set the master. Raises StateError where it may not be written."""
+        """Sets the master. Raises StateError if it may not be written."""
 
     def refused(self, by: str) -> StateError:
-        """What to raise where it may not be written, of what was to."""
+        """The error to raise where `by`, such as an operator's name, may not write to the parameter."""
 
     def gradient(self) -> Tensor | None:
-        """The gradient, as a tensor that may be changed in place."""
+        """The gradient, as a tensor that may be changed in place; None if there is none."""
 
     def set_gradient(self, value: Tensor | None) -> None:
-        """Replace the gradient."""
+        """Replaces the gradient; None drops it."""
 
 
 class LazyParameter(nn.Parameter):
     """A parameter of a compiled model that `model.optimizer(...)` trains.
 
-    Reading it builds its float32 master anew; writing to it or to a view of it raises StateError, and so does
-    stepping another optimizer over it. `load_state_dict` of the compiled model is what sets it, and operators that
-    write to it in place do while its source is writable. It reports the CPU as its device, wherever its master lies,
-    because that is where it is read to.
+    Every read materializes its float32 master. Writing to it or to a view of it raises StateError, and so does stepping
+    another optimizer over it; the compiled model's `load_state_dict` sets it, and so do in-place operators while its
+    source is writable. Its device is the CPU, wherever the master lies, because that is where reads put the values.
     """
 
     source: Source
@@ -73,7 +72,7 @@ class LazyParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if isinstance(value, LazyParameter) and value.source is self.source:  # as `p.data += x` ends
+        if isinstance(value, LazyParameter) and value.source is self.source:  # the last step of `p.data += x`
             return
         if not self.source.is_writable:
             raise self.source.refused("its .data")
@@ -103,7 +102,7 @@ class LazyParameter(nn.Parameter):
             return LazyParameter(args[0].source, False)
         first = args[0] if args else None
         if isinstance(first, LazyParameter) and _writes_to_first_alone(func) and first.source.is_writable:
-            if func is torch.ops.aten.copy_.default:  # what is written over is not read, which others may have parts of
+            if func is torch.ops.aten.copy_.default:  # does not read the old value, of which others may hold parts
                 first.source.write(_built(args[1]).expand(first.shape))
                 return first
             value = first.source.read()
@@ -123,7 +122,7 @@ class LazyParameter(nn.Parameter):
 
 
 class Gradient(Tensor):
-    """A gradient that may be changed in place; assigning its `.data` writes to it, as there is nothing else to keep
+    """A gradient that may be changed in place. Assigning its `.data` copies into it, because nothing else would keep
     the assigned tensor. Operators on it return plain tensors."""
 
     __torch_function__ = plain_results
@@ -139,7 +138,7 @@ class Gradient(Tensor):
 
 
 class UsedUpGradient(Tensor):
-    """In the place of a gradient that an update has used up already: it is not None, and any use of it raises."""
+    """Stands for a gradient that an update has consumed: it is not None, but any use of it raises."""
 
     error: StateError
 
@@ -157,7 +156,7 @@ class UsedUpGradient(Tensor):
 
 
 class _View(Tensor):
-    """A copy, or a view of one: whoever wrote to it would write to a copy, and so it raises what `refusal` makes."""
+    """A copy, or a view of one. Writes would be lost in the copy, so they raise the error that `refusal` makes."""
 
     values: Tensor
     refusal: Callable[[str], StateError]
@@ -193,7 +192,7 @@ class _View(Tensor):
 
 
 def refuse_gradient(gradient: Tensor) -> None:
-    """The hook of lazy parameters: autograd would keep what reaches them where no step ever looks."""
+    """The hook of lazy parameters: raises, because autograd would put the gradient where no step ever looks."""
     raise StateError(
         "a gradient reached a parameter from outside of the compiled model, as that of a penalty on weights does; "
         "model.optimizer(...) would not see it. Compute such a loss inside of the model's forward, or detach the "
@@ -202,7 +201,7 @@ def refuse_gradient(gradient: Tensor) -> None:
 
 
 def become_lazy(parameter: nn.Parameter, source: Source) -> None:
-    """Let a parameter be read from a source, or from another one than before; the object stays the same."""
+    """Makes a parameter read from `source`, or from another source than before; the object stays the same."""
     if isinstance(parameter, LazyParameter):
         parameter.source = source
         return
@@ -215,7 +214,7 @@ def become_lazy(parameter: nn.Parameter, source: Source) -> None:
 
 
 def hooked(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
-    """Names of parameters that carry autograd hooks, which a compiled step does not call."""
+    """The names of parameters that carry autograd hooks, which a compiled step does not call."""
     for name, parameter in parameters.items():
         for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
             if hooks and any(hook is not refuse_gradient for hook in hooks.values()):
@@ -223,12 +222,12 @@ def hooked(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
 
 
 def gathered_gradient(values: Tensor, name: str) -> Tensor:
-    """The gradient of a parameter as several processes have it: what is written to it would reach none of them."""
+    """A gathered copy of the gradient of a parameter that several processes share; writes to it raise."""
     return _View(values, partial(_gradient_refusal, name))
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator on what lazy parameters and their views read as. Raises StateError where it writes to one."""
+    """Runs an operator on the values of lazy parameters and their views. Raises StateError if it writes to one."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found = _refusal_of(args[i] if i < len(args) else kwargs.get(argument.name))
@@ -247,7 +246,7 @@ def _writes_to_first_alone(func: Any) -> bool:
 
 
 def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
-    """As Tensor.numpy of a tensor that requires gradients or not; what is written to the array raises."""
+    """Tensor.numpy for a tensor that requires gradients or not; the array is read-only."""
     array = values.detach().requires_grad_(requires_grad).numpy(force=force)
     array.setflags(write=False)
     return array
@@ -267,7 +266,7 @@ def _built(value: Any) -> Any:
 
 
 def _refusal_of(value: Any) -> Any:
-    """What tells why the first lazy parameter or view in `value` cannot be written to; None where there is none."""
+    """What makes the error for writes to the first lazy parameter or view in `value`; None if there is none."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, LazyParameter):
             return leaf.source.refused

@@ -25,7 +25,8 @@ _HOLDERS: WeakSet[Holder] = WeakSet()
 
 
 def refuse_them(holder: Holder) -> None:
-    """Refuses them from here on, in this process: for lazy parameters, whose sources tell, and for this holder's."""
+    """Makes torch's clipping, GradScaler and whole-parameter optimizers raise for sharded parameters, lazy ones and those
+    of `holder`, from here on in this process."""
     _watch()
     _HOLDERS.add(holder)
 

@@ -1,4 +1,4 @@
-"""Activations that wait for their backward on the host, and the memory there that they wait in."""
+"""Activations that wait on the host for their backward, and the pinned buffers that hold them."""
 
 import weakref
 from collections import defaultdict
@@ -16,7 +16,7 @@ from .streams import Arrival, CopyEngine
 
 @dataclass(eq=False)
 class _Buffer:
-    """Memory on the host; in use as long as the tensor lives that a program has of it. `arrival` is its last copy's."""
+    """Host memory, in use while the tensor that a program has of it lives. `arrival` is that of its last copy."""
 
     memory: Tensor
     user: weakref.ref[Tensor]
@@ -24,49 +24,49 @@ class _Buffer:
 
 
 class Offloads:
-    """The instructions that move activations, over buffers that are kept between steps: pinning takes long.
+    """The instructions that offload and reload activations. Buffers are kept between steps, because pinning is slow.
 
-    A program that is given up half way drops its tensors, and with them the buffers are free: nobody has to say so.
+    A program that is abandoned half way drops its tensors, which frees the buffers without further action.
     """
 
     def __init__(self, hardware: Hardware, copies: CopyEngine, stats: Stats) -> None:
         self.hardware = hardware
         self.copies = copies
         self.stats = stats
-        self._free: dict[int, list[_Buffer]] = defaultdict(list)  # by their bytes
-        self._taken: dict[int, _Buffer] = {}  # by their addresses
+        self._free: dict[int, list[_Buffer]] = defaultdict(list)  # by size in bytes
+        self._taken: dict[int, _Buffer] = {}  # by address
 
     @property
     def used_bytes(self) -> int:
-        """Of the host's memory, what programs under way have activations in."""
+        """The bytes of host memory that hold activations of programs under way."""
         return sum(buffer.memory.nbytes for buffer in self._taken.values() if buffer.user() is not None)
 
     # -- instructions --------------------------------------------------------------------------------------
 
     def offload(self, value: Tensor) -> Tensor:
-        """Start to copy a value to the host. Raises BudgetError where the host is full."""
+        """Starts to copy a value to the host. Raises BudgetError if the host is full."""
         memory = self._take(value.nbytes)
         host = memory.view(value.dtype).as_strided(value.shape, value.stride())
-        # A copy into the same memory before this one has been waited for by what was launched since, or comes before it
-        # on the stream of such copies.
+        # Safe to reuse the memory: work launched since has waited for an earlier reload from it, and an earlier offload
+        # into it comes first on the stream of such copies.
         arrival = self.copies.to_host(host, value)
         self._taken[host.data_ptr()] = _Buffer(memory, weakref.ref(host), arrival)
         self.stats.moved(to_host=value.nbytes)
         return host
 
     def depart(self, value: Tensor, host: Tensor) -> None:
-        """The program lets go of the value behind this; what is launched from here on may use its memory."""
+        """Ends an offload: the program then drops `value`, whose memory may be reused by what is launched later."""
         self.copies.arrive(self._taken[host.data_ptr()].arrival)
 
     def reload(self, host: Tensor) -> Tensor:
-        """Start to copy a value back."""
+        """Starts to copy a value back to the device."""
         value = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.hardware.device)
         self._taken[host.data_ptr()].arrival = self.copies.to_device(value, host)
         self.stats.moved(to_device=host.nbytes)
         return value
 
     def arrive(self, value: Tensor, host: Tensor) -> Tensor:
-        """From here on the value is read; the program lets go of `host`."""
+        """Ends a reload: `value` is read from now on, and the program drops `host`."""
         self.copies.arrive(self._taken[host.data_ptr()].arrival)
         return value
 
@@ -82,7 +82,7 @@ class Offloads:
         try:
             self._book(memory)
         except BudgetError:
-            self.drop()  # what is free is of other sizes
+            self.drop()  # the free buffers are of other sizes
             self._book(memory)
         return memory
 
@@ -90,14 +90,14 @@ class Offloads:
         self.hardware.host_tier.watch(memory.untyped_storage(), "an offloaded activation")
 
     def _collect(self) -> None:
-        """Take back what programs have let go of."""
+        """Takes back the buffers that programs have dropped."""
         for address in [address for address, buffer in self._taken.items() if buffer.user() is None]:
             buffer = self._taken.pop(address)
             self._free[buffer.memory.nbytes].append(buffer)
 
     def drop(self) -> None:
-        """Give the memory that is not in use back to the host."""
+        """Returns the buffers that are not in use to the host."""
         self._collect()
         for buffer in (buffer for free in self._free.values() for buffer in free):
-            self.copies.finish(buffer.arrival)  # a step that was given up may have left it under way
+            self.copies.finish(buffer.arrival)  # an abandoned step may have left a copy under way
         self._free.clear()

@@ -1,8 +1,8 @@
-"""What the machine asks of whoever keeps the training state: one protocol, two stores.
+"""The interface between the machine and the store of the training state: one protocol, two implementations.
 
-`TorchStore` keeps masters that any of torch's optimizers updates, `OwnStore` (in `optimizer`) the states of our own,
-which are updated beside the program. The machine moves chunks through their states and runs programs; a store decides
-which bytes move.
+`TorchStore` keeps masters that any torch optimizer updates; `OwnStore` (in `optimizer`) keeps the states of the
+built-in optimizer, which are updated beside the program. The machine moves chunks through their states and runs
+programs; the store decides which bytes are copied.
 """
 
 from contextlib import AbstractContextManager
@@ -28,10 +28,15 @@ PARTIAL = (
 
 @dataclass
 class Run:
-    """One run of a program under way: the chunks its backward reduces, and those it has copied from their masters.
+    """One run of a program.
 
-    `counts`: whether its backward is one of the step's, which brings parameters' gradients. `absent` are the parameters
-    that get none from it, by chunk and slot: no output that they reach was used. `updates` are those before it.
+    Fields:
+        reduces: the indices of the chunks whose gradients its backward reduces.
+        backward: whether it is in its backward.
+        counts: whether its backward is one of the step's, which yields parameters' gradients.
+        absent: the parameters that get no gradient from it, by chunk and slot: no output that they reach was used.
+        refreshed: the indices of the chunks whose weights it has copied from their masters.
+        updates: how many updates the parameters had before it.
     """
 
     reduces: frozenset[int] = frozenset()
@@ -42,7 +47,7 @@ class Run:
     updates: int = 0
 
     def reached(self, chunk: int, slots: list[int]) -> list[int]:
-        """Those of a chunk's slots that get a gradient."""
+        """The slots, of these of a chunk, that get a gradient."""
         return [slot for slot in slots if (chunk, slot) not in self.absent] if self.absent else slots
 
 
@@ -66,66 +71,67 @@ class StateStore(Protocol):
 
     @property
     def host_update_s(self) -> float:
-        """How long the host's updates beside programs took so far."""
+        """Seconds spent so far on updates on the host that run beside programs."""
 
     @property
     def is_between_steps(self) -> bool:
-        """Whether no gradient is there that the next step will use, as far as is known of them."""
+        """Whether no gradients are pending for the next step, as far as the store knows."""
 
     @property
     def loss_scale(self) -> float:
         """What a backward that began now would multiply its gradients by."""
 
-    # -- where it lies -------------------------------------------------------------------------------------
+    # -- placement -----------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
-        """Put every chunk's state where it belongs; values stay. Raises BudgetError on a full tier."""
+        """Moves every chunk's state to its home; values stay. Raises BudgetError on a full tier."""
 
     def leave(self) -> None:
-        """Give all memory back to the tiers: another store takes over. The parameters keep their values."""
+        """Returns all memory to the tiers, for another store to take over. The parameters keep their values."""
 
     # -- instructions --------------------------------------------------------------------------------------
 
     def fetch(self, chunk: Chunk, run: Run) -> Tensor:
-        """Start to bring a chunk's weights to the device, in the compute dtype."""
+        """Starts to bring a chunk's weights to the device, in the compute dtype."""
 
     def arrive(self, chunk: Chunk, weights: Tensor) -> None:
-        """From here on the weights are read."""
+        """Called before the first instruction that reads the weights: work launched from now on sees them."""
 
     def release(self, chunk: Chunk) -> None:
-        """Nobody reads them any more."""
+        """Called after the last instruction that reads the weights."""
 
     def stays(self, chunk: Chunk) -> bool:
-        """Whether the weights are on the device between their uses, too."""
+        """Whether the weights stay on the device between their uses."""
 
     def gradients(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer for a chunk's gradients."""
 
     def reduce(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
-        """A chunk's gradients are complete: start to move them to where its master is."""
+        """Called when a chunk's gradients are complete: starts to move them to where its master is."""
 
     def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
-        """The gradients are used up by the program: it frees them behind this."""
+        """Takes over the gradients after `reduce`: the program frees them after this call."""
 
     # -- steps ---------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> float:
-        """Called before the instructions of a backward; returns what to multiply its gradients by."""
+        """Called before the instructions of a backward; returns the factor on its gradients (the loss scale)."""
 
     def end_backward(self) -> None:
-        """All of a backward is done. Where one ends without this, its gradients are of a part of it."""
+        """Called after the last instruction of a backward. Without this call its gradients count as incomplete."""
 
     def rest(self) -> None:
-        """A program sleeps or ends here: from now on anybody may write to what parameters are on the host."""
+        """Called where a program sleeps or ends: parameters on the host may be written to from now on."""
 
     def finish(self) -> None:
-        """Block until updates under way are done and all state is at rest."""
+        """Blocks until updates under way are done and all state is at rest."""
 
     def abort(self, run: Run) -> str:
-        """Forget a run that failed half way. Returns what to tell the user of the state that is left."""
+        """Forgets a run that failed half way. Returns what to tell the user about the state it leaves."""
 
     def stale(self) -> str:
-        """A backward was refused, for parameters have changed since its forward. Returns what to tell the user."""
+        """Called when a backward is refused because parameters have changed since its forward. Returns what to tell the
+        user."""
 
     # -- parameters ----------------------------------------------------------------------------------------
 
@@ -133,19 +139,19 @@ class StateStore(Protocol):
         """How often each parameter was written, by name."""
 
     def adopt(self) -> None:
-        """Take over what was written to parameters since the last step. Raises StateError where it does not fit."""
+        """Takes over what was written to parameters since the last step. Raises StateError if it does not fit."""
 
     def writable(self) -> AbstractContextManager[None]:
-        """While this is open, parameters may be copied to."""
+        """A context in which parameters may be written to."""
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Drop all gradients, or set them to zero."""
+        """Drops all gradients, or sets them to zero."""
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the norm of all gradients, over all processes; returns it as it was before."""
+        """Clips the norm of all gradients, over all processes, and returns the norm before clipping."""
 
     def stored_master(self, parameter: str) -> Stored:
         """A parameter's master as a checkpoint reads and writes it."""
 
     def masters_written(self) -> None:
-        """Let programs compute with masters that were written by way of `stored_master`."""
+        """Called after masters were written through `stored_master`: lets programs compute with the new values."""

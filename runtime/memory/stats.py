@@ -1,4 +1,4 @@
-"""What a compiled module has used: bytes at the peak and bytes moved."""
+"""What a compiled module has used: peak memory and bytes copied."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 class Usage:
     """Peaks of the two tiers, and bytes copied between them.
 
-    `device_peak_bytes` is what the device tier held at most: on CUDA the caching allocator's reserved maximum
-    plus what the driver counts outside of it. `host_peak_bytes` is the host tier's: masters, gradients, compute
-    copies and staging, and the optimizer state that is planned for.
+    `device_peak_bytes` is the device tier's peak: on CUDA the caching allocator's reserved maximum plus what the driver
+    counts outside of it. `host_peak_bytes` is the host tier's: masters, gradients, compute copies, staging, and the
+    optimizer state that is planned for.
     """
 
     device_peak_bytes: int = 0
@@ -20,7 +20,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a training step, with all of its backwards: seconds, and bytes of device memory at the peak."""
+    """Seconds and peak bytes of device memory of one training step, with all of its backwards."""
 
     step_s: float = 0.0
     peak_bytes: int = 0
@@ -30,9 +30,9 @@ class Figures:
 class Stats(Usage):
     """Usage since the module was compiled; `step` is that of the last step alone.
 
-    A step is one call of the module, with its backward; peaks of earlier steps do not count in `step`. `planned` is
-    what the plan in force says of a training step, `measured` what was measured of the last ones that were, where any
-    were: from the beginning of one step to that of the next, with what the loop does in between.
+    A step here is one call of the module, with its backward; peaks of earlier steps do not count in `step`. `planned`
+    is what the current plan predicts for a training step. `measured` is what the last steps that were measured took,
+    from the beginning of one to the beginning of the next, including what the training loop does in between.
     """
 
     steps: int = 0
@@ -50,7 +50,7 @@ class Stats(Usage):
             usage.to_host_bytes += to_host
 
     def peaked(self, device_bytes: int, host_bytes: int) -> None:
-        """Note what the last step has held at most so far."""
+        """Updates the peaks with what the last step has used at most so far."""
         for usage in (self, self.step):
             usage.device_peak_bytes = max(usage.device_peak_bytes, device_bytes)
             usage.host_peak_bytes = max(usage.host_peak_bytes, host_bytes)

@@ -1,4 +1,4 @@
-"""A tensor as a checkpoint sees it: whole, and what of it this process has."""
+"""A tensor as a checkpoint sees it: the whole, and the regions that this process holds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from ..distributed.local_shards import Region
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a checkpoint, as far as this process has it.
+    """One tensor of a checkpoint, and access to the parts that this process holds.
 
     Fields:
-        shape, dtype: of the whole.
-        regions: what this process has of it.
-        read: the values of a region.
-        write: sets those of a part of a region, which is given as slices.
+        shape, dtype: of the whole tensor.
+        regions: the rectangles of it that this process holds.
+        read: returns the values of a region.
+        write: sets the values of a part of a region, given as one slice per dimension.
     """
 
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class Stored:
 
     @classmethod
     def of(cls, flat: Tensor, shape: tuple[int, ...], regions: tuple[Region, ...]) -> "Stored":
-        """What lies in `flat`, by regions."""
+        """A tensor whose regions lie in `flat`."""
 
         def write(region: Region, inside: tuple[slice, ...], values: Tensor) -> None:
             region.of(flat)[inside].copy_(values)

@@ -1,7 +1,7 @@
-"""Copies between the tiers, and host memory that they run at full speed from.
+"""Copies between the tiers, and pinned host memory that they run at full speed from.
 
-On CUDA copies run on streams of their own, ordered against the compute stream by events; the launching
-thread never waits for one except in `finish`. Elsewhere a copy is done when its call returns.
+On CUDA copies run on streams of their own, ordered against the compute stream by events; the launching thread waits
+for one only in `finish`. Elsewhere a copy is done when its call returns.
 """
 
 import weakref
@@ -15,55 +15,55 @@ from torch import Tensor
 from .traffic import Direction, Traffic
 
 Arrival: TypeAlias = torch.cuda.Event | None
-"""What tells that a copy is done; None where it is done already."""
+"""The event that signals the end of a copy; None if it is done already."""
 
 
 Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
-"""Targets and the sources that are copied to them."""
+"""Pairs of target and source."""
 
 
 class CopyEngine(Protocol):
-    """Copies equal dtypes between the tiers, and runs work beside what the program computes.
+    """Copies between the tiers, without changing dtypes, and runs work concurrently with the program.
 
-    `after` is what a copy or the work waits for; given none, for everything launched so far. `traffic` is told when
-    copies run.
+    A copy or work starts once all of `after` has arrived; without `after`, once everything launched so far is done.
+    `traffic` records when copies run.
     """
 
     traffic: Traffic
 
     def mark(self) -> Arrival:
-        """What tells that everything launched so far is done."""
+        """The arrival that signals the end of everything launched so far."""
 
     def to_device(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        """Start a copy from the host, which may overwrite `target` from `after` on."""
+        """Starts a copy from the host, which may overwrite `target` once `after` has arrived."""
 
     def to_host(self, target: Tensor, source: Tensor, *after: Arrival) -> Arrival:
-        """Start a copy to the host of what `source` holds from `after` on."""
+        """Starts a copy to the host of what `source` holds once `after` has arrived."""
 
     def all_to_device(self, pairs: Pairs, *after: Arrival) -> Arrival:
-        """As `to_device` for several pairs of target and source; what is returned tells of all."""
+        """Like `to_device` for several pairs of target and source; the arrival is that of all."""
 
     def all_to_host(self, pairs: Pairs, *after: Arrival) -> Arrival:
-        """As `to_host` for several pairs of target and source; what is returned tells of all."""
+        """Like `to_host` for several pairs of target and source; the arrival is that of all."""
 
     def aside(self, *after: Arrival) -> AbstractContextManager[None]:
-        """A context whose launches run beside the program's, from `after` on; `mark` in it is of them."""
+        """A context whose launches run concurrently with the program, after `after`; `mark` inside refers to them."""
 
     def collective(self, *after: Arrival) -> AbstractContextManager[None]:
-        """A context whose collectives run beside the program's launches and the copies, from `after` on."""
+        """A context whose collectives run concurrently with the program and the copies, after `after`."""
 
     def arrive(self, arrival: Arrival) -> None:
-        """Let everything launched from now on see the copy's result."""
+        """Makes everything launched from now on wait for the arrival."""
 
     def join(self) -> None:
-        """Let everything launched from now on come after all copies and all work aside."""
+        """Makes everything launched from now on wait for all copies and all work aside."""
 
     def finish(self, arrival: Arrival) -> None:
-        """Block the calling thread until the copy is done."""
+        """Blocks the calling thread until the copy is done."""
 
 
 class ImmediateCopies:
-    """The engine of a machine without an accelerator."""
+    """The copy engine of a machine without an accelerator: copies at once."""
 
     def __init__(self) -> None:
         self.traffic = Traffic()
@@ -105,8 +105,8 @@ class ImmediateCopies:
 
 
 class CudaCopies:
-    """One stream per direction, so that both directions of the bus are busy at once, one for work aside and one that
-    collectives start from."""
+    """Copies on one stream per direction, so that both directions of the bus are busy at once. A third stream runs work
+    aside, and collectives start from a fourth."""
 
     def __init__(self, device: torch.device) -> None:
         self.traffic = Traffic()
@@ -173,15 +173,15 @@ class CudaCopies:
 
 
 def copy_engine(device: torch.device) -> CopyEngine:
-    """The engine for a device, with streams of its own."""
+    """The copy engine for a device, with streams of its own."""
     return CudaCopies(device) if device.type == "cuda" else ImmediateCopies()
 
 
 def host_buffer(numel: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Zeroed host memory of exactly this size, registered with CUDA where `pinned`.
+    """Zeroed host memory of exactly this size, page-locked for CUDA if `pinned`.
 
-    torch's own pinned memory rounds sizes up to powers of two and pins page by page; touching the pages
-    first, in parallel, and registering them afterwards is exact and several times faster.
+    torch's pinned memory rounds sizes up to powers of two and pins page by page. Touching the pages first, in parallel,
+    and registering them afterwards is exact and several times faster. Raises MemoryError if CUDA cannot pin it.
     """
     buffer = torch.empty(numel, dtype=dtype).zero_()
     if pinned and numel:

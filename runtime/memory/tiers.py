@@ -1,9 +1,8 @@
 """Device and host memory as accounted tiers with hard limits.
 
-On CUDA the device tier's limit is the caching allocator's own. On a machine without an accelerator the
-device tier is a budgeted arena in RAM: while a program runs, a meter sees every tensor that any operator
-makes and books it on the tier until its storage dies, so that every policy runs, and every budget is
-enforced, by the same code on a laptop.
+On CUDA the device tier's limit is the caching allocator's own. Without an accelerator the device tier is a budgeted
+arena in RAM: while a program runs, a meter sees every tensor that an operator makes and books it until its storage
+dies. Thus the same code runs every policy and enforces every budget on a laptop.
 """
 
 import time
@@ -19,7 +18,7 @@ from ..isa.torch_private import TorchDispatchMode
 
 
 class _Watched(weakref.ref[torch.UntypedStorage]):
-    """A storage that is booked as long as it lives."""
+    """A weak reference to a storage that is booked as long as it lives."""
 
     __slots__ = ("num_bytes",)
     num_bytes: int
@@ -31,12 +30,12 @@ _num_bytes = attrgetter("num_bytes")
 class Tier:
     """An account of bytes with a hard limit (None: unlimited).
 
-    Among several processes it waits up to `patience_s` for room: gloo's threads hold what they have exchanged a moment
-    longer than the collective takes.
+    With several processes it waits up to `patience_s` seconds for room: gloo's threads hold what they have exchanged
+    for a moment after the collective.
 
-    Wherever Ctrl-C falls, no bytes stay booked for good. What is booked has a name, and whoever books under it again
-    replaces it, as he does when he is called again. What is watched is counted anew from what lives; the callback of a
-    storage's death is written in C, so that Ctrl-C cannot fall into it, which Python would swallow.
+    Safe against Ctrl-C at any point: bookings are keyed by name, and booking a name again, as a repeated call does,
+    replaces it. Watched storages are counted from those that are alive; the callback on a storage's death is a C
+    function, because Python would swallow a Ctrl-C that fell into it.
     """
 
     def __init__(self, name: str, limit_bytes: int | None = None, patience_s: float = 0.0) -> None:
@@ -54,31 +53,31 @@ class Tier:
 
     @property
     def free_bytes(self) -> int | None:
-        """What can still be used; None where nothing limits it."""
+        """The bytes that can still be used; None without a limit."""
         return None if self.limit_bytes is None else self.limit_bytes - self.used_bytes
 
     def begin_step(self) -> None:
-        """From here on `step_peak_bytes` counts anew."""
+        """Starts `step_peak_bytes` over."""
         self.step_peak_bytes = self.used_bytes
 
     def booked(self, name: str) -> int:
-        """What is booked under a name."""
+        """The bytes booked under a name."""
         return self._booked.get(name, 0)
 
     def book(self, name: str, num_bytes: int, purpose: str = "") -> None:
-        """Book `num_bytes` under `name`, instead of what was. Raises BudgetError, and changes nothing, where the limit
-        would be exceeded; `purpose` is for its message, by default the name."""
+        """Books `num_bytes` under `name`, replacing what was booked there. Raises BudgetError, and changes nothing, if
+        that exceeds the limit; its message tells the `purpose`, by default the name."""
         more = num_bytes - self.booked(name)
         if more > 0:
             self._make_sure(more, purpose or name)
         self._booked[name] = num_bytes
 
     def restore(self, name: str, num_bytes: int) -> None:
-        """Book again what was booked under `name` before, whatever the limit is by now: it has been there all along."""
+        """Books what was booked under `name` before, whatever the limit is now: those bytes were in use all along."""
         self._booked[name] = num_bytes
 
     def watch(self, storage: torch.UntypedStorage, purpose: str, is_booked: bool = False) -> None:
-        """Book a storage until it dies, once, and not at all if it is booked already. Raises BudgetError as `book`
+        """Books a storage, once, until it dies; for 0 bytes if it is booked already. Raises BudgetError as `book`
         does."""
         watched = _Watched(storage, self._watched.discard)
         watched.num_bytes = 0 if is_booked else storage.nbytes()
@@ -87,7 +86,7 @@ class Tier:
             self._watched.add(watched)
 
     def _make_sure(self, num_bytes: int, purpose: str) -> None:
-        """Let there be room for `num_bytes`, which are about to be used."""
+        """Waits for room for `num_bytes` more and updates the peaks; raises BudgetError if there is none."""
         used_bytes, deadline = self.used_bytes, time.monotonic() + self.patience_s
         while not self._fits(used_bytes + num_bytes) and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -107,10 +106,10 @@ class Tier:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of CPU tensors that operators make inside it, while their storages live.
+    """Counts the bytes of the CPU tensors that operators make inside it, while their storages live.
 
-    With a tier, it watches them and a storage that exceeds the limit raises BudgetError out of the operator; without
-    one they are only counted. Memory inside an operator's kernel is not seen.
+    With a tier, the tensors are booked on it, and an operator whose result exceeds the limit raises BudgetError.
+    Without one they are only counted. Memory used inside an operator's kernel is not seen.
     """
 
     def __init__(self, tier: Tier | None = None) -> None:
@@ -135,7 +134,7 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def watch(self, tensor: torch.Tensor, is_booked: bool) -> None:
-        """Take note of a tensor that was made unseen; nothing is booked for one that the tier has booked already."""
+        """Books a tensor made outside of the meter; for 0 bytes if the tier has booked it already."""
         self.tier.watch(tensor.untyped_storage(), "a fetched chunk", is_booked)
 
 

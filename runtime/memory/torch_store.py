@@ -23,15 +23,15 @@ from .streams import Arrival
 
 
 class TorchStore:
-    """The training state is the masters, their gradients, and what the optimizer keeps.
+    """A store whose training state is the masters, their gradients, and the optimizer's state.
 
-    The latter is the optimizer's to allocate, beside each master; it is booked here, with the chunk, so that no tier
-    promises memory that the first optimizer step would take.
+    The optimizer itself allocates its state, beside each master. It is booked here with the chunk, so that no tier
+    promises memory that the first optimizer step will take.
     """
 
     loss_scale = 1.0
-    host_update_s = 0.0  # updates are the optimizer's own, and no program runs beside them
-    is_between_steps = True  # what is in `.grad` is the loop's to know
+    host_update_s = 0.0  # the optimizer updates in its step(), while no program runs
+    is_between_steps = True  # only the training loop knows whether `.grad` is pending
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: TorchFormat, stats: Stats,
                  ranks: Ranks = ALONE) -> None:  # fmt: skip
@@ -45,19 +45,19 @@ class TorchStore:
         self._arrivals: dict[int, Arrival] = {}
         self._staged: dict[int, tuple[Tensor, Arrival]] = {}
         self._staging: dict[torch.dtype, list[Tensor]] = {}
-        self._added: dict[int, int | None] = {}  # by a backward under way: chunks, and the versions of their gradients
+        self._added: dict[int, int | None] = {}  # chunks that this backward added to: versions of their gradients
 
-    # -- where it lies -------------------------------------------------------------------------------------
+    # -- placement -----------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
-        """Move masters and make or drop resident copies; values stay. Raises BudgetError on a full tier."""
+        """Moves masters and makes or drops resident copies; values stay. Raises BudgetError on a full tier."""
         self.chunks.let_go()
         with self.hardware.placing():
             self._place(homes)
 
     def _place(self, homes: Homes) -> None:
         pairs = list(zip(self.chunks.chunks, homes, strict=True))
-        for chunk, home in pairs:  # first make room
+        for chunk, home in pairs:  # make room first
             if chunk.resident is not None and not self.format.keeps_copy(chunk.layout, home):
                 chunk.resident = None
                 self._book(chunk, Home(self.homes[chunk.layout.index].where))
@@ -82,7 +82,7 @@ class TorchStore:
     def _place_master(self, chunk: Chunk, home: Home) -> None:
         layout, hardware = chunk.layout, self.hardware
         before = self.homes.get(layout.index)
-        # Both places are taken while values move from one to the other.
+        # Both places are in use while values move from one to the other.
         self._book(chunk, home, None if before is None else Home(before.where))
         streams = not home.on_device
         master = hardware.zeros(layout.numel, layout.master_dtype, home.on_device, streams and not layout.casts)
@@ -93,7 +93,7 @@ class TorchStore:
         self.homes[layout.index] = home
 
     def _book(self, chunk: Chunk, home: Home, besides: Home | None = None, purpose: str = "the training state") -> None:
-        """Account for a chunk that is at `home`, and as yet `besides`, instead of where it was before."""
+        """Accounts for a chunk at `home` and, while it moves, at `besides` too, instead of where it was before."""
         layout, homes = chunk.layout, [home] if besides is None else [home, besides]
         device = sum(self.format.device_bytes(layout, each) for each in homes)
         host = sum(self.format.host_bytes(layout, each) for each in homes)
@@ -122,8 +122,8 @@ class TorchStore:
         return torch.empty(chunk.layout.numel, dtype=chunk.layout.dtype, device=self.hardware.device)
 
     def _host_source(self, chunk: Chunk, run: Run) -> Tensor:
-        """The host tensor that streams. It is made anew from the master once in every run: an optimizer
-        may write masters in ways that leave no trace, and stale weights would train wrongly in silence."""
+        """The host tensor to copy from. A cast copy is made anew from the master in every run: an optimizer may write
+        masters in ways that leave no trace, and stale weights would train wrongly without an error."""
         assert chunk.master is not None
         if chunk.cast is None:
             return chunk.master
@@ -136,7 +136,7 @@ class TorchStore:
         self.copies.arrive(self._arrivals.get(chunk.layout.index))
 
     def release(self, chunk: Chunk) -> None:
-        """A copy that is not resident dies with its last name."""
+        """Nothing to do: a copy that is not resident is freed with its last reference."""
 
     def stays(self, chunk: Chunk) -> bool:
         return chunk.resident is not None or self.homes[chunk.layout.index].on_device
@@ -154,7 +154,7 @@ class TorchStore:
             self._staged[chunk.layout.index] = staging, arrival
 
     def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
-        """The gradients have landed: add them to the parameters' `.grad`."""
+        """Adds the gradients to the parameters' `.grad`, once they have landed."""
         self._added[chunk.layout.index] = None
         if chunk.layout.index in self._staged:
             staging, arrival = self._staged[chunk.layout.index]
@@ -168,6 +168,7 @@ class TorchStore:
             self.stats.moved(to_host=gradients.nbytes)
 
     def _take_staging(self, gradients: Tensor) -> Tensor:
+        """A pinned host buffer for the gradients: the smallest free one that fits, else a new one."""
         free = self._staging.setdefault(gradients.dtype, [])
         fitting = [buffer for buffer in free if buffer.numel() >= gradients.numel()]
         if not fitting:
@@ -182,16 +183,16 @@ class TorchStore:
         self._staging[staging.dtype].append(staging)
 
     def _book_staging(self, more: int = 0) -> None:
-        """Account for the buffers that there are, and `more` bytes."""
+        """Accounts for all staging buffers and `more` bytes."""
         buffers = [*chain(*self._staging.values()), *(staging for staging, _ in self._staged.values())]
         self.hardware.host_tier.book("staging for gradients", sum(buffer.nbytes for buffer in buffers) + more)
 
     # -- steps ---------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> float:
-        """Gradient buffers lie beside the masters; they were booked when the chunk was placed.
+        """Prepares gradient buffers beside the masters, which were booked when the chunks were placed.
 
-        Raises StateError where `.grad` is still of a part of a backward.
+        Raises StateError if `.grad` still holds those of an unfinished backward.
         """
         for index, version in self._added.items():
             chunk = self.chunks.chunks[index]
@@ -207,16 +208,16 @@ class TorchStore:
         self._added.clear()
 
     def rest(self) -> None:
-        """Masters that are copied from as they are may not change before they have left."""
+        """Waits for copies that read the masters directly: these may be written to afterwards."""
         for chunk in self.chunks.chunks:
             if not chunk.layout.casts:
                 self.copies.finish(self._arrivals.pop(chunk.layout.index, None))
 
     def finish(self) -> None:
-        """A torch optimizer's updates are done when its `step()` returns."""
+        """Nothing to wait for: a torch optimizer's updates are done when its `step()` returns."""
 
     def abort(self, run: Run) -> str:
-        """Masters are as before the run; gradients may be of a part of it."""
+        """Releases the staging buffers. Masters are as before the run; gradients may be incomplete."""
         for index, (_, arrival) in list(self._staged.items()):
             self.copies.finish(arrival)
             self._free_staging(index)
@@ -236,7 +237,7 @@ class TorchStore:
         self.chunks.adopt()
 
     def writable(self) -> AbstractContextManager[None]:
-        """Those of other processes may not be written to otherwise."""
+        """Lifts the ban on writing to parameters of other processes; the others may be written at any time."""
         return self.chunks.writers.writing()
 
     def zero_grad(self, set_to_none: bool) -> None:
@@ -265,7 +266,7 @@ class TorchStore:
         return Stored.of(master, self.chunks.local_shards.whole_shape(slot), self.chunks.local_shards.regions(slot))
 
     def masters_written(self) -> None:
-        """Programs copy from the masters in every run."""
+        """Nothing to do: programs copy from the masters in every run."""
 
     def _parameters(self) -> Iterator[tuple[Slot, nn.Parameter]]:
         for chunk in self.chunks.chunks:

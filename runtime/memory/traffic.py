@@ -1,7 +1,7 @@
-"""How long something takes where it runs: moments on a device's stream or on the host's clock, and copies between two.
+"""Timing of work where it runs: on a device's stream or on the host's clock, and of copies between the two.
 
-A moment of a device is an event: taking one costs a launch and waits for nothing, and only whoever asks how far two of
-them are apart waits for them.
+A moment on a device is an event. Recording one costs a launch and waits for nothing; only `seconds`, which measures the
+distance between two, waits for them.
 """
 
 import math
@@ -14,11 +14,11 @@ from typing import TypeAlias
 import torch
 
 Moment: TypeAlias = torch.cuda.Event | float
-"""When the current stream has come so far, or seconds on the host's clock."""
+"""A point on a CUDA stream, or seconds on the host's clock."""
 
 
 def moment(on_cuda: bool) -> Moment:
-    """Now: behind all that was launched on the current stream, or at once."""
+    """Now: on CUDA, after everything launched so far on the current stream; else the host's time."""
     if not on_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -27,7 +27,7 @@ def moment(on_cuda: bool) -> Moment:
 
 
 def seconds(begin: Moment, end: Moment) -> float:
-    """From one moment to another of the same kind. Blocks until both have come."""
+    """The seconds from one moment to another of the same kind. Blocks until both have come."""
     if isinstance(begin, torch.cuda.Event):
         assert isinstance(end, torch.cuda.Event)
         begin.synchronize()
@@ -38,21 +38,21 @@ def seconds(begin: Moment, end: Moment) -> float:
 
 
 class Direction(Enum):
-    """Of copies."""
+    """The direction of copies."""
 
     UP = "to the device"
     DOWN = "to the host"
 
 
 class Traffic:
-    """When copies ran, each way, for as long as somebody wants to know."""
+    """Records when copies run, in each direction, while it is watched."""
 
     def __init__(self) -> None:
         self.is_watched = False
         self._copies: list[tuple[Direction, Moment, Moment]] = []  # several threads append
 
     def copying(self, direction: Direction, on_cuda: bool) -> AbstractContextManager[None]:
-        """Around a copy, on the stream that it runs on."""
+        """A context for launching a copy on the current stream; records the copy while watched."""
         return self._noted(direction, on_cuda) if self.is_watched else nullcontext()
 
     @contextmanager
@@ -62,11 +62,11 @@ class Traffic:
         self._copies.append((direction, begin, moment(on_cuda)))
 
     def begin(self) -> None:
-        """Watch from here on."""
+        """Starts watching."""
         self._copies, self.is_watched = [], True
 
     def end(self) -> dict[Direction, float]:
-        """Watch no more. For how many seconds each direction was busy; blocks until all copies are done."""
+        """Stops watching. Returns the seconds that each direction was busy; blocks until all copies are done."""
         copies, self._copies, self.is_watched = self._copies, [], False
         found = dict.fromkeys(Direction, 0.0)
         for direction in Direction:
@@ -78,8 +78,8 @@ class Traffic:
 
 
 def covered_s(spans: Iterable[tuple[float, float]]) -> float:
-    """How long it is together what spans cover, from second to second, which may overlap: several streams may copy the
-    same way."""
+    """The total length, in seconds, of the union of spans (begin, end). They overlap if several streams copy the same
+    way."""
     covered, until = 0.0, -math.inf
     for begin, end in sorted(spans):
         covered += max(0.0, end - max(begin, until))

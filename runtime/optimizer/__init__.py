@@ -1,1 +1,1 @@
-"""Our own optimizer: what it keeps of each chunk, and the updates that run beside the program."""
+"""The built-in optimizer: the training state it keeps for each chunk, and updates that run beside the program."""

@@ -25,23 +25,31 @@ GROWTH_STEPS = 2000
 """Steps without an overflow after which the loss scale doubles, as in torch.amp."""
 
 Attach = WeakMethod[Callable[[OwnStore], None]]
-"""Who is given the store of the states, if he is still there."""
+"""A weak reference to the method that receives the store of the states."""
 
 Use = Callable[[OwnFormat, Attach, str], None]
-"""Declares of what states are to consist, who is given the store of them once there is a plan, and what tells them from
-others that another process may declare."""
+"""Called with the format of the states to plan for, the method that receives their store once there is a plan, and a
+digest that distinguishes this declaration from any other, on any process."""
 
 
 class ChunkOptimizer(Optimizer):
-    """One of `KINDS`, or several, over a compiled model's parameters, updated chunk by chunk where the plan says.
+    """One or several of `KINDS` over a compiled model's parameters, updated chunk by chunk where the plan puts them.
 
-    Groups, schedulers, `state_dict` and `load_state_dict` are those of the torch.optim class, and so are the
-    numbers. `step()` starts the updates, which run while the next forward does, and uses the gradients up: the
-    next backward starts from none. With in_backward=True the updates are under way before `step()`, which then
-    only ends the step. `grad_norm` is the norm of the last step's gradients where `max_grad_norm` is given,
-    `loss_scale` what float16 losses are multiplied by, `skipped_steps` how many steps overflowed. `store`
-    has the states; there are none before the model has a plan. `fp16`: whether any parameter computes in float16, of
-    whichever process.
+    Groups, schedulers, `state_dict`, `load_state_dict` and the numerical results are those of the torch.optim class.
+    `step()` starts the updates, which run during the next forward, and consumes the gradients: the next backward
+    starts from none. With in_backward=True the updates are under way before `step()`, which then only ends the step.
+
+    Args:
+        declared: what `model.optimizer(...)` was called with.
+        groups: parameters or parameter groups, as for torch.optim.
+        use: registers the format of the states, to be planned for.
+        demand: makes a plan, or raises StateError if there is nothing to plan by.
+        names: the parameters' names, by `id(parameter)`.
+        fp16: whether any parameter, on any process, computes in float16; the loss is then scaled dynamically.
+
+    `grad_norm` is the norm of the last step's gradients (None until it is measured: with `max_grad_norm` or float16),
+    `loss_scale` the factor on float16 losses, `skipped_steps` the number of steps that overflowed. `store` holds the
+    states, once the model has a plan.
     """
 
     param_groups: list[dict[str, Any]]
@@ -63,12 +71,12 @@ class ChunkOptimizer(Optimizer):
         use(self._format, WeakMethod(self._attach), self._digest())
 
     def _digest(self) -> str:
-        """Tells what was declared from other declarations, in any process."""
+        """A hash of what was declared, the same on every process that declares the same."""
         groups = [{**group, "params": [self._names[id(p)] for p in group["params"]]} for group in self.param_groups]
         return hashlib.sha256(repr((self.declared, groups)).encode()).hexdigest()
 
     def _attach(self, store: OwnStore) -> None:
-        """There is a plan, and so there are states to update."""
+        """Takes the store of the states, now that there is a plan."""
         self._store = store
         store.updater.schedule = weak_method(self._hyper)
         store.check_groups = weak_method(self._check_groups)
@@ -78,7 +86,7 @@ class ChunkOptimizer(Optimizer):
 
     @property
     def store(self) -> OwnStore:
-        """The states. Raises StateError where there is no plan for them yet and nothing to make one by."""
+        """The training states. Raises StateError if they have no plan yet and there is nothing to make one from."""
         if self._store is None:
             self._demand()
         assert self._store is not None
@@ -89,8 +97,8 @@ class ChunkOptimizer(Optimizer):
         return self.store.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's. Raises ArgumentError for parameters of another model, and StateError where their memory was
-        planned for another kind."""
+        """As in torch.optim. Raises ArgumentError for parameters of another model, and StateError if memory was
+        planned for another kind of optimizer."""
         defaults, kind = self.defaults, self.declared.kind_of(param_group)
         self.defaults = self.declared.defaults_of(kind)
         try:
@@ -107,7 +115,7 @@ class ChunkOptimizer(Optimizer):
         self._take_groups()
 
     def _check_planned(self, group: dict[str, Any]) -> None:
-        """Raises StateError for a new group where no memory was planned for what it keeps."""
+        """Raises StateError for a new group whose state no memory was planned for, and removes the group."""
         kind = self.declared.kind_of(group)
         if self._format is None:
             return
@@ -124,7 +132,7 @@ class ChunkOptimizer(Optimizer):
         self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Groups may be changed at any time, but not to what makes no sense or was not planned for."""
+        """Groups may change at any time; raises for values that are invalid or that no memory was planned for."""
         check_group(group)
         assert self._format is not None
         if self.declared.kind_of(group) is SGD and group["momentum"] and not self._format.moments:
@@ -138,7 +146,7 @@ class ChunkOptimizer(Optimizer):
             self._check_group(group)
 
     def _hyper(self, name: str, number: int) -> Hyper | None:
-        """How update `number` of a parameter goes, by its group as it is now."""
+        """The hyper-parameters of update `number` of a parameter, from its group as it is now; None if in no group."""
         group = self._groups.get(name)
         if group is None:
             return None
@@ -146,11 +154,11 @@ class ChunkOptimizer(Optimizer):
         return KINDS[self.declared.kind_of(group)].make(group, number, key)
 
     def moments_of(self, name: str) -> dict[str, tuple[int, ...]]:
-        """What is kept of a parameter, in torch's names, and the whole shapes of that."""
+        """The shapes, before any sharding, of what is kept of a parameter, by torch's names."""
         return KINDS[self._kind_of(name)].moments_of(self.store.chunks.whole_shape(name))
 
     def counts(self, name: str) -> bool:
-        """Whether the number of its updates is a part of a parameter's state."""
+        """Whether the number of a parameter's updates is part of its state."""
         return self.declared.counts(self._kind_of(name))
 
     def _kind_of(self, name: str) -> type[Optimizer]:
@@ -158,7 +166,7 @@ class ChunkOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Start the updates, or, with in_backward=True, end the step."""
+        """Starts the updates or, with in_backward=True, ends the step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -175,7 +183,7 @@ class ChunkOptimizer(Optimizer):
             )
         self._check_zeroed(store)
         if not store.held.measures:
-            # With in_backward what is left are gradients of earlier backwards that the last one had no part in.
+            # With in_backward only the gradients that the last backward did not reach are left.
             store.update_all(1.0)
         else:
             self._measured_step(store.held.norm())
@@ -185,13 +193,13 @@ class ChunkOptimizer(Optimizer):
         try:
             store.zeroed.step(lambda place: store.chunks.layout.chunks[place[0]].slots[place[1]].name)
         except StateError:
-            if self.declared.in_backward:  # the others are updated, and that cannot be undone: the next step may come
+            if self.declared.in_backward:  # the others are updated already, for good: let the next step begin
                 store.backwards = 0
                 store.zeroed.drop()
             raise
 
     def _measured_step(self, norm: Tensor) -> None:
-        """Update by gradients that are clipped to a norm, or not at all where one of float16 overflowed."""
+        """Updates with clipped gradients, or skips the step where a float16 gradient overflowed."""
         self.grad_norm = norm
         store, most = self.store, self.declared.max_grad_norm
         if self._fp16 and not math.isfinite(norm.item()):
@@ -207,16 +215,16 @@ class ChunkOptimizer(Optimizer):
             store.held.loss_scale *= 2.0
 
     def gradient_norm(self) -> Tensor:
-        """The norm of the gradients that the next step would use, before any clipping; for max_grad_norm= or fp16.
+        """The norm of the gradients that the next step would use, before clipping; needs max_grad_norm= or float16.
 
-        Raises StateError where norms are not measured, or in_backward=True has used the gradients up.
+        Raises StateError if norms are not measured, or in_backward=True has used the gradients up.
         """
         if not self.store.held.measures:
             raise StateError("gradients are measured only with max_grad_norm=; pass it to model.optimizer(...)")
         return self.store.held.norm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients that no step has used."""
+        """Drops the gradients that no step has used."""
         if self._store is None:
             super().zero_grad(set_to_none)
         else:
@@ -225,12 +233,12 @@ class ChunkOptimizer(Optimizer):
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self, *, first_only: bool = False) -> dict[str, Any]:
-        """As the torch.optim class writes it. Tensors are the states themselves, not copies; of moments that are not
-        stored exactly, copies in the master's dtype, which are loaded as the same bits again.
+        """A state_dict as the torch.optim class writes it. Its tensors are the states themselves, not copies; moments
+        that are not stored exactly are copied to the master's dtype, from which they load as the same bits.
 
-        Of parameters that are sharded over processes, lie in divided chunks or are of other processes' layers they are
-        whole, and copies on the CPU, made by all processes together; with `first_only` rank 0 alone keeps them, and the
-        others get an empty dict.
+        States of parameters that are sharded, in divided chunks, or of layers on other processes are gathered, by all
+        processes together, into whole copies on the CPU. With `first_only` only rank 0 keeps them; the other ranks get
+        an empty dict.
         """
         if self._store is None:
             return super().state_dict()
@@ -249,13 +257,13 @@ class ChunkOptimizer(Optimizer):
         return self._whole(saved, first_only)
 
     def scaling(self) -> dict[str, Any]:
-        """What a state_dict has of the loss scale: nothing without float16."""
+        """The state_dict's entries for loss scaling; empty without float16."""
         if not self._fp16:
             return {}
         return {"loss_scale": {"scale": self.loss_scale, "steps_since_overflow": self._steps_since_overflow}}
 
     def _whole(self, saved: dict[str, Any], first_only: bool) -> dict[str, Any]:
-        """A state_dict of this process's shards with whole tensors instead, made one by one."""
+        """Replaces the shards in a state_dict with whole tensors, one by one; empty on ranks that do not keep it."""
         store, kept = self.store, not first_only or self.store.zero.ranks.rank == 0
         order = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
         for number, values in saved["state"].items():
@@ -267,7 +275,7 @@ class ChunkOptimizer(Optimizer):
         return saved if kept else {}
 
     def _updated(self) -> dict[str, tuple[int, list[torch.dtype]]]:
-        """Of every parameter that was updated, whoever has it, how often, and the dtypes of its moments as told."""
+        """The updates so far and the moments' dtypes of every parameter that was updated, on whichever process."""
         store, found = self.store, dict[str, tuple[int, list[torch.dtype]]]()
         for name in store.chunks.ownership.among(self._groups):
             state, slot = store.state_of(name)
@@ -276,7 +284,7 @@ class ChunkOptimizer(Optimizer):
         return store.chunks.ownership.gather(found)
 
     def _state_of(self, parameter: str, steps: int, dtypes: list[torch.dtype]) -> dict[str, Any]:
-        """This process's shard of a parameter's state, in torch's names; without memory where others have it."""
+        """This process's shard of a parameter's state, by torch's names; meta tensors where other processes hold it."""
         chunks = self.store.chunks
         shapes = self.moments_of(parameter)
         if parameter in chunks.elsewhere:
@@ -289,13 +297,13 @@ class ChunkOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that this class or the torch.optim class wrote, parameter by parameter. Tensors are whole.
+        """Loads a state that this class or the torch.optim class wrote, by parameter. Tensors are whole, not shards.
 
-        Raises ValueError where it is of other parameters or another optimizer; nothing is changed then.
+        Raises ValueError if it is of other parameters or another optimizer; nothing is changed then.
         """
         check_state_dict(state_dict)
         self.check_saved(state_dict["param_groups"])
-        if self._store is None and not state_dict["state"]:  # as wrappers of optimizers do before the first step
+        if self._store is None and not state_dict["state"]:  # as optimizer wrappers do before the first step
             super().load_state_dict(state_dict)
             self._take_groups()
             return
@@ -319,8 +327,8 @@ class ChunkOptimizer(Optimizer):
             self.store.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
     def check_saved(self, groups: list[dict[str, Any]]) -> None:
-        """Raises ValueError where saved groups are of another optimizer, and StateError where no memory was planned for
-        what they ask for."""
+        """Raises ValueError if saved groups are of another optimizer, and StateError if no memory was planned for
+        their options."""
         for own, group in zip(self.param_groups, groups, strict=False):
             kind = self.declared.kind_of(own)
             check_rule(kind.__name__, self.declared.defaults_of(kind), [own], [group])
@@ -328,14 +336,14 @@ class ChunkOptimizer(Optimizer):
             self._check_group(group)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
-        """Raises ValueError where what was saved of a parameter is not all that this optimizer keeps of it."""
+        """Raises ValueError if a parameter's saved state is not exactly what this optimizer keeps of it."""
         assert self._format is not None
         kind = KINDS[self._kind_of(parameter)]
         keeps_any = kind.rule != "elements" or self._format.moments > 0
         saved.check(parameter, self.moments_of(parameter) if keeps_any else {}, counts=kind.counts)
 
     def _check_states(self, named: dict[str, dict[str, Any]]) -> None:
-        """Raises on all processes where a state does not fit on one of them."""
+        """Raises on all processes where a state does not fit on any one of them."""
         error = None
         try:
             for name, saved in named.items():

@@ -1,4 +1,4 @@
-"""What `model.optimizer(...)` is asked for, and what training state that takes."""
+"""The arguments of `model.optimizer(...)`, and the training state that they need."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -18,17 +18,17 @@ from .kinds import ALL, KINDS, name_of
 
 @dataclass(frozen=True)
 class Declared:
-    """What `model.optimizer(...)` was asked for.
+    """The arguments of `model.optimizer(...)`.
 
     Fields:
-        kind: one of `KINDS`, by which groups go that name no other one as their "kind".
+        kind: one of `KINDS`, for all groups that do not name another as their "kind".
         hyper: its keyword arguments.
         max_grad_norm: clip the norm of all gradients to this.
         in_backward: update each chunk as soon as its gradient is complete.
         accumulate: how many backwards make one step.
-        moments: how the optimizer's values are stored.
-        masters: how the float32 masters are.
-        seed: what rounding by chance draws with.
+        moments: how moments are stored: exactly, as bfloat16, or as 8-bit codes.
+        masters: whether float32 masters are kept exactly, or rounded stochastically to bfloat16 weights.
+        seed: of stochastic rounding.
     """
 
     kind: type[Optimizer]
@@ -41,11 +41,11 @@ class Declared:
     seed: int = 0
 
     def counts(self, kind: type[Optimizer]) -> bool:
-        """Whether steps are a part of a parameter's state: of what rounds by chance always."""
+        """Whether the number of its steps is part of a parameter's state; stochastic rounding always needs it."""
         return KINDS[kind].counts or self.masters != "exact"
 
     def kind_of(self, group: Mapping[str, Any]) -> type[Optimizer]:
-        """What a group's parameters are updated by. Raises ArgumentError for what there is not."""
+        """The optimizer of a group. Raises ArgumentError for an unknown one."""
         asked = group.get("kind", self.kind)
         found = next((kind for kind in KINDS if asked in (kind, kind.__name__)), None)
         if found is None:
@@ -53,14 +53,14 @@ class Declared:
         return found
 
     def defaults_of(self, kind: type[Optimizer]) -> dict[str, Any]:
-        """The options that a group has unless it says otherwise."""
+        """The options of a group that does not set them."""
         return kind([torch.empty(1, 1)], **self._hyper_of(kind)).defaults
 
     def _hyper_of(self, kind: type[Optimizer]) -> dict[str, Any]:
         return self.hyper if kind is self.kind else {}
 
     def check(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Raises ArgumentError for what is not there or does not go together."""
+        """Raises ArgumentError for arguments that are invalid or do not go together."""
         if isinstance(self.kind, Optimizer):
             name = name_of(type(self.kind))
             raise ArgumentError(f"kind: model.optimizer(...) takes the class {name}, not an instance of it")
@@ -88,8 +88,8 @@ class Declared:
             self._check_in_backward(dtypes)
 
     def check_masters(self, trained: Mapping[str, tuple[torch.dtype, torch.dtype]], *, sharded: bool) -> None:
-        """Raises ArgumentError where these cannot be the weights alone. `trained`: by name the dtypes of parameters'
-        masters, and those that they compute in; `sharded`: processes have parts of single parameters."""
+        """Raises ArgumentError if masters cannot be the weights alone. `trained` maps names of parameters to the
+        dtypes of their masters and of their weights; `sharded`: processes hold parts of single parameters."""
         if self.masters == "exact":
             return
         if sharded:
@@ -107,8 +107,8 @@ class Declared:
             )
 
     def check_whole(self, groups: Any, *, sharded: bool, zero: int) -> None:
-        """Raises ArgumentError where parameters that are updated as wholes would be cut: where processes have parts of
-        single parameters, or divide their states."""
+        """Raises ArgumentError if parameters that are updated as wholes would be cut: processes hold parts of single
+        parameters (`sharded`), or divide their states (`zero` above 0)."""
         kinds = [self.kind, *map(self.kind_of, _dicts(groups))]
         whole = next((kind for kind in kinds if KINDS[kind].rule != "elements"), None)
         if whole is not None and (sharded or zero):
@@ -131,8 +131,8 @@ class Declared:
             )
 
     def filled(self, groups: Any) -> list[dict[str, Any]]:
-        """Groups of parameters with all options, as the classes of torch's fill them in, and, where there is more than
-        one kind, the names of these. Raises ArgumentError for what a class does not take."""
+        """Parameter groups with all options filled in by the torch.optim classes, and the name of each group's kind if
+        any group names one. Raises ArgumentError for what a class does not take."""
         if not any("kind" in group for group in _dicts(groups)):
             return self._filled(self.kind, groups)
         kinds, given = [self.kind_of(group) for group in _dicts(groups)], _dicts(groups)
@@ -164,7 +164,7 @@ class Declared:
         )
 
     def format(self, groups: list[dict[str, Any]], names: Mapping[int, str]) -> OwnFormat:
-        """What memory is planned for, with these groups of parameters, which have these `names` by their identity."""
+        """The state to plan memory for, given the filled parameter groups; `names` are by `id(parameter)`."""
         kinds = {self.kind_of(group) for group in groups} or {self.kind}
         single = {kind for kind in kinds if KINDS[kind].rule == "elements"}
         if len(single) > 1:
@@ -192,5 +192,5 @@ class Declared:
 
 
 def _dicts(groups: Any) -> list[dict[str, Any]]:
-    """Those of the groups that have options, where they are such."""
+    """The groups that are dicts; empty for a plain list of parameters."""
     return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list | tuple) else []

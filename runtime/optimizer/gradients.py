@@ -1,7 +1,7 @@
-"""Gradients between the backward that makes them and the update that uses them up, of our own optimizer.
+"""The built-in optimizer's gradients, between the backward that computes them and the update that consumes them.
 
-A gradient goes to where its chunk is updated, in the dtype it was computed in. Those of several backwards are added
-up there, in the master's dtype.
+A gradient moves to where its chunk is updated, in the dtype it was computed in. The gradients of several backwards are
+summed there, in the master's dtype.
 """
 
 import math
@@ -26,8 +26,8 @@ from .worker import Tickets
 class HeldGradients:
     """The gradients of all chunks.
 
-    `measures`: whether the norm of every gradient is wanted, for clipping or to find overflows.
-    `loss_scale` multiplies what a backward starts from; held gradients carry it, sums do not.
+    `measures`: whether the norm of every gradient is taken, for clipping or to find overflows.
+    `loss_scale` multiplies the gradient that a backward starts from; held gradients include it, sums do not.
     """
 
     def __init__(self, states: OwnStates, tickets: Tickets, kernels: UpdateKernels, stats: Stats) -> None:
@@ -46,7 +46,7 @@ class HeldGradients:
         self._landed: dict[int, Arrival] = {}
 
     def hold(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
-        """Keep the gradient of one backward."""
+        """Keeps the gradient of one backward."""
         state.call_off()
         index = state.layout.index
         state.present.update(slots)
@@ -59,13 +59,13 @@ class HeldGradients:
         self._landed[index] = self._to_host(self._landing(state), gradients)
 
     def keeps(self, state: ChunkState) -> bool:
-        """Whether the gradient of one backward, as it is on the device, is still read when the program is done with
-        it: until the step, or until the update has come by."""
+        """Whether a single backward's gradient, in the device buffer the program made it in, is still read after the
+        program is done with it: until the step, or until a streamed update has read it."""
         format = self.states.format
         return not format.lands(state.layout, state.home) and not (state.home.on_device and format.at_once)
 
     def add(self, state: ChunkState, gradients: Tensor, slots: list[int]) -> None:
-        """Add to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
+        """Adds to the gradients of earlier backwards, in the master's dtype and without the loss scale."""
         index, factor = state.layout.index, 1.0 / self.loss_scale
         first = not state.present
         total = self.states.make_total(state) if first else self.total(state)
@@ -80,7 +80,7 @@ class HeldGradients:
         self.tickets.submit(index, partial(self._add_on_host, total, landing, factor, first), landed)
 
     def _add_on_host(self, total: Tensor, gradients: Tensor, factor: float, first: bool) -> Arrival:
-        """The worker's job, once the gradient has come."""
+        """Runs on the worker once the gradient has landed."""
         began_s = time.perf_counter()
         self._accumulate(total, gradients, factor, first)
         self.host_sum_s += time.perf_counter() - began_s
@@ -90,7 +90,7 @@ class HeldGradients:
         self.kernels.add(total, Gradient(gradients, factor), fresh=first)
 
     def _landing(self, state: ChunkState) -> Tensor:
-        """Where a chunk's gradient is to come to the host."""
+        """The pinned host buffer in which the chunk's gradient is to land."""
         if self.states.format.shares_landing(state.layout, state.home):
             state.held = self.landings.take(state)
         assert state.held is not None
@@ -101,17 +101,17 @@ class HeldGradients:
         return self.copies.to_host(target, gradients)
 
     def landed(self, index: int) -> Arrival:
-        """What tells that the chunk's last gradient has come to the host."""
+        """The arrival of the chunk's last gradient on the host."""
         return self._landed.get(index)
 
     def finish(self) -> None:
-        """Block until all gradients have come to the host."""
+        """Blocks until all gradients have landed on the host."""
         for arrival in self._landed.values():
             self.copies.finish(arrival)
 
     def total(self, state: ChunkState) -> Tensor:
-        """The sum of the gradients so far, in the master's dtype: from here on they are added up in it, and whoever
-        has it may write to it."""
+        """The sum of the gradients so far, in the master's dtype. Later gradients are added to this tensor, and the
+        caller may write to it."""
         state.call_off()
         if state.added:
             assert state.total is not None
@@ -136,21 +136,22 @@ class HeldGradients:
 
     @staticmethod
     def _is_sum(state: ChunkState) -> bool:
-        """Whether the held gradient can be added to as it is: buffers on the host have the next one land in them."""
+        """Whether the held gradient can serve as the sum. One on the host cannot: the next gradient lands in its
+        buffer."""
         assert state.held is not None
         return state.where is Where.DEVICE and state.held.dtype == state.layout.master_dtype
 
     def norm(self) -> Tensor:
-        """The norm of all gradients, without the loss scale: a scalar on the device that nobody waits for."""
+        """The norm of all gradients, without the loss scale: a scalar on the device, which is not waited for."""
         local_shards, zero, by_axes = (
             self.states.chunks.local_shards,
             self.states.zero,
             dict[tuple[str, ...], list[Tensor]](),
         )
         for state in self.states:
-            # All ranks sum over the same axes in one order, also where a chunk of theirs has no gradient.
+            # All ranks must reduce over the same axes in the same order, even if a chunk has no gradient here.
             norms = by_axes.setdefault(state.layout.reduced_over, [self._zeros()])
-            # The slots of a chunk are sharded alike, and the same processes have them.
+            # All slots of a chunk are sharded alike and owned by the same processes.
             if state.present and self.states.chunks.ownership.counts(state.layout.slots[0].name):
                 norms.append(self._norm_of(state) / math.sqrt(local_shards.replicas(state.layout.slots[0])))
         found = [
@@ -161,9 +162,9 @@ class HeldGradients:
         return self.states.chunks.ownership.norm(total)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the norm of all gradients to `max_norm`; returns it as it was before.
+        """Clips the norm of all gradients to `max_norm` and returns the norm before clipping.
 
-        Raises StateError where there are no gradients left to clip.
+        Raises StateError with in_backward=True, where no gradients are left to clip.
         """
         if self.states.format.in_backward:
             raise StateError("in_backward=True uses each gradient up in the backward itself: to clip, leave it out")
@@ -174,7 +175,7 @@ class HeldGradients:
                 self.tickets.arrive(state.layout.index)
                 total = self.total(state)
                 total.mul_(factor.to(total.device))
-            elif state.present:  # float32 sums would take twice the memory of what is held
+            elif state.present:  # scaled by the update: a float32 sum would take twice the held gradient's memory
                 state.clipped = factor if state.clipped is None else state.clipped * factor
         return norm
 
@@ -200,13 +201,13 @@ class HeldGradients:
         return torch.zeros(shape, dtype=self._norm_dtype, device=self.states.hardware.device)
 
     def forget(self, state: ChunkState, slot: int) -> None:
-        """Drop one parameter's gradient. The chunk's state is at rest."""
+        """Drops one parameter's gradient. The chunk's updates must be finished."""
         state.present.discard(slot)
         state.call_off()
         if not state.present:
             self.states.forget_gradient(state)
             return
-        # Gradients that are added later must not find this one.
+        # Gradients that are added later must not be added to this one.
         self.copies.finish(self.landed(state.layout.index))
         state.slice(state.gradient, slot).zero_()
 

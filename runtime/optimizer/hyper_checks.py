@@ -1,4 +1,4 @@
-"""What the options of a group of parameters may be: all that updates here can do, told before any of them runs."""
+"""Checks of parameter groups' options, made before any update runs."""
 
 import math
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ def is_number(value: Any) -> bool:
 
 
 def check_norm(name: str, norm: Any) -> None:
-    """Raises ArgumentError for anything but a norm to clip to; an infinite one only measures."""
+    """Raises ArgumentError unless `norm` is a number, 0 or more, to clip to; an infinite one only measures."""
     if not (is_number(norm) and norm >= 0):
         raise wrong_argument(name, norm, "a number, 0 or more")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raises ArgumentError for options that are no numbers, or out of range, or ask for what no update here does."""
+    """Raises ArgumentError for options that are not numbers, are out of range, or that no update here supports."""
     asked = next((name for name in UNSUPPORTED if group.get(name)), None)
     if asked is not None:
         raise ArgumentError(f"model.optimizer({asked}=True) is not supported; leave {asked} out")
     numbers = (name for name in NOT_NEGATIVE if name in group)
-    if "beta2_decay" in group:  # Adafactor's eps are two, which it checks itself
+    if "beta2_decay" in group:  # Adafactor's eps is a pair, which Adafactor checks itself
         numbers = (name for name in numbers if name != "eps")
     for name in numbers:
         if not 0 <= number(group[name]) < math.inf:
@@ -43,7 +43,7 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def check_state_dict(given: Any) -> None:
-    """Raises ArgumentError for anything but an optimizer's state_dict whose groups have options that make sense."""
+    """Raises ArgumentError unless `given` has the form of an optimizer's state_dict, with valid group options."""
     if not isinstance(given, Mapping) or not isinstance(given.get("state"), Mapping):
         raise wrong_argument("state_dict", given, "what an optimizer's state_dict() returned")
     groups = given.get("param_groups")
@@ -54,7 +54,7 @@ def check_state_dict(given: Any) -> None:
 
 
 def number(value: Any) -> float:
-    """A number, or the one in a tensor, as schedulers may keep it; NaN for anything else."""
+    """The value as a float, also of a one-element tensor, as schedulers may keep it; NaN for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if is_number(value) else math.nan

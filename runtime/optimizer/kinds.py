@@ -1,4 +1,4 @@
-"""The optimizers that `model.optimizer(...)` takes: what each keeps of a parameter, and how it updates one."""
+"""The optimizers that `model.optimizer(...)` takes: the state each keeps of a parameter, and how it updates one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ from .states import Hyper
 
 Group = Mapping[str, Any]
 Make = Callable[[Group, int, int | None], Hyper]
-"""From a group of parameters, the number of an update, and what masters are rounded by, to how that update goes."""
+"""Maps a parameter group, the number of an update (from 1) and the key that masters are rounded with (None if exact)
+to the update's hyper-parameters."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of them.
+    """One optimizer.
 
     Fields:
-        moments: what torch calls the values that it keeps of a parameter.
-        make: how an update goes.
-        rule: what is updated together.
-        counts: whether the number of updates is a part of a parameter's state.
+        moments: torch's names for the values it keeps of a parameter.
+        make: gives the hyper-parameters of an update.
+        rule: which elements are updated together.
+        counts: whether the number of updates is part of a parameter's state.
     """
 
     moments: tuple[str, ...]
@@ -33,7 +34,7 @@ class Kind:
     counts: bool = False
 
     def moments_of(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """What it keeps of a parameter of this shape, and the shapes of that."""
+        """The values that it keeps of a parameter of this shape: their names and shapes."""
         if self.rule != "factored":
             return dict.fromkeys(self.moments, shape)
         names = self.moments[:2] if len(shape) > 1 else self.moments[2:]
@@ -88,7 +89,7 @@ KINDS: dict[type[Optimizer], Kind] = {
 
 
 def name_of(kind: type[Optimizer]) -> str:
-    """As users write it."""
+    """The class as users write it."""
     return f"geminifx.{kind.__name__}" if kind is Lion else f"torch.optim.{kind.__name__}"
 
 

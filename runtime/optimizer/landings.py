@@ -1,4 +1,4 @@
-"""Places on the host where gradients land that are used up there: a few, in which chunks take turns."""
+"""Pinned host buffers that gradients land in which are consumed on the host: a few, shared by all such chunks."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,22 @@ from .worker import Tickets
 
 
 class Landings:
-    """The places, and the chunks whose gradients lie in them, by number.
+    """The shared landings, and the chunks whose gradients occupy them, by chunk index.
 
-    A gradient lies in one until the worker's job that reads it is done, which is given out right behind `take`.
+    A gradient occupies a landing until the worker's job that reads it is done. That job must be submitted before the
+    next `take`.
     """
 
     def __init__(self, hardware: Hardware, tickets: Tickets) -> None:
         self.hardware = hardware
         self.tickets = tickets
-        self._kinds: dict[torch.dtype, tuple[int, int]] | None = {}  # None: half made
+        self._kinds: dict[torch.dtype, tuple[int, int]] | None = {}  # number and length by dtype; None: half made
         self._free: dict[torch.dtype, list[Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
 
     def make(self, format: OwnFormat, states: list[ChunkState]) -> None:
-        """Make the places that states need as they lie now; nothing is under way. Raises BudgetError on a full host."""
+        """Allocates the landings for the states as they are placed now; none may be in use. Raises BudgetError on a
+        full host."""
         placed = [(state.layout, state.home) for state in states]
         kinds = format.landings(placed)
         if kinds == self._kinds:
@@ -35,9 +37,9 @@ class Landings:
         self._kinds = kinds
 
     def take(self, state: ChunkState) -> Tensor:
-        """A place for a gradient of this chunk. Where all are taken, blocks until one is free again."""
+        """A landing for the chunk's gradient. If all are occupied, blocks until one is free."""
         index, dtype = state.layout.index, state.layout.dtype
-        if index in self._taken:  # the gradient before it: nothing is done with a chunk while that is read
+        if index in self._taken:  # by its previous gradient, which is read before the chunk's next work begins
             return self._taken[index][: state.layout.numel]
         if not self._free[dtype]:
             self._free[dtype].append(self._taken.pop(self._first_free(dtype)))
@@ -45,7 +47,7 @@ class Landings:
         return self._taken[index][: state.layout.numel]
 
     def _first_free(self, dtype: torch.dtype) -> int:
-        """The chunk whose gradient is used up first: of those that the worker has, it takes the lowest number next."""
+        """The chunk whose landing is free first: the worker prefers the lowest index."""
         taken = [index for index, place in self._taken.items() if place.dtype == dtype]
         done = next((index for index in taken if self.tickets.is_launched(index)), None)
         if done is None:

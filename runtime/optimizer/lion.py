@@ -1,4 +1,4 @@
-"""Lion in plain torch: what `model.optimizer(Lion, ...)` computes, for any parameters."""
+"""Lion in plain torch: computes what `model.optimizer(Lion, ...)` does, for any parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from .hyper_checks import check_group
 
 
 class Lion(Optimizer):
-    """Steps of one length in the direction of a sign, with one moment: half of what AdamW keeps.
+    """Lion: updates by the sign of a running mean, with a single moment, half of AdamW's state.
 
-    By Chen et al., "Symbolic discovery of optimization algorithms" (2023). Weight decay is decoupled; rates are best
-    three to ten times smaller than AdamW's, and decay as much larger.
+    Chen et al., "Symbolic discovery of optimization algorithms" (2023). Weight decay is decoupled. The learning rate
+    should be three to ten times smaller than AdamW's, and weight decay larger by the same factor.
 
     Raises:
         ArgumentError: an option is no number or out of range.
@@ -28,7 +28,7 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient."""
+        """Updates all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -45,7 +45,7 @@ class Lion(Optimizer):
 
 
 def update(weight: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, group: dict[str, Any]) -> None:
-    """Update a weight and its moment in place."""
+    """Updates a weight and its moment in place."""
     beta1, beta2 = group["betas"]
     mixed = (mean * beta1).add_(gradient, alpha=1 - beta1)
     weight.mul_(1 - group["lr"] * group["weight_decay"])

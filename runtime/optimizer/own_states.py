@@ -1,4 +1,4 @@
-"""Puts training states where a plan wants them, and keeps the account of what they take on either side."""
+"""Puts training states where a plan wants them, and accounts for the memory they take on either side."""
 
 from collections.abc import Iterator
 
@@ -17,14 +17,14 @@ from .states import ChunkState, StateSlice
 
 
 class OwnStates:
-    """The training states of all chunks, by number, and where each of them lies.
+    """The training states of all chunks, by chunk index.
 
-    A chunk's weights stay on the device where its state does, and where a resident chunk is updated there.
-    Of any other resident chunk the device holds a copy, made anew after each update.
+    A chunk's weights are on the device if its state is, or if the chunk is resident and updated there. For any other
+    resident chunk the device holds a copy, made anew after each update.
 
-    Of chunks that are divided the states here are those of this process's shards, and programs compute with the
-    whole: with a resident copy, of which the shard's weights are a part where they are on the device, or with one
-    that is gathered for each use.
+    For divided chunks the states are those of this process's shards (see `Zero`), while programs compute with the whole
+    chunk: with a resident copy, which contains the shard's weights if these are on the device, or with one that is
+    gathered for each use.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, zero: Zero = ALONE) -> None:
@@ -44,26 +44,26 @@ class OwnStates:
         return len(self._states)
 
     def name_of(self, index: int) -> str:
-        """A chunk by its parameters, for messages."""
+        """A chunk's parameters, for messages."""
         return self._states[index].name
 
     def place(self, homes: Homes) -> None:
-        """Make or move the states; values, gradients included, stay. Raises BudgetError on a full tier: then those that
-        were moved until then are where they belong, and the others where they were."""
+        """Makes or moves the states, with their values and gradients. Raises BudgetError on a full tier: states moved
+        by then are in their new homes, the others where they were."""
         pairs = list(zip(self.chunks.chunks, homes, strict=True))
         for chunk, home in pairs[len(self._states) :]:
             self._place(chunk, home)
         leaving = [(chunk, home) for chunk, home in pairs if self._states[chunk.layout.index].home != home]
-        for chunk, home in sorted(leaving, key=lambda pair: self._more_bytes(*pair)):  # first those that make room
+        for chunk, home in sorted(leaving, key=lambda pair: self._more_bytes(*pair)):  # those that free memory first
             self._move(chunk, home)
 
     def _more_bytes(self, chunk: Chunk, home: Home) -> int:
-        """What a chunk takes more of the device there than where it is."""
+        """How many more bytes of device memory the chunk takes at `home` than where it is now."""
         now = self._states[chunk.layout.index].home
         return self.format.device_bytes(chunk.layout, home) - self.format.device_bytes(chunk.layout, now)
 
     def _move(self, chunk: Chunk, home: Home) -> None:
-        """Where there is no room, the account is as it was."""
+        """Moves a chunk's state; on failure restores what was booked for it."""
         name, tiers = chunk.layout.name, self.hardware.tiers
         before = [tier.booked(name) for tier in tiers]
         try:
@@ -92,11 +92,11 @@ class OwnStates:
             self.zero.own(whole, layout).copy_(state.weights)
         chunk.resident = whole if home.where is Where.HOST or layout.shards > 1 else None
         chunk.gathered = -1
-        self._states[index] = state  # last: what is interrupted until here is done again
+        self._states[index] = state  # last, so that a move that is interrupted is made again
 
     def make_total(self, state: ChunkState) -> Tensor:
-        """The sum of gradients, made now where it was not planned for: beside the state, or, where a device has no
-        room, on the host. Raises BudgetError where that is full, too."""
+        """The sum of gradients, allocated now if it was not planned for: beside the state, or on the host if the device
+        is full. Raises BudgetError if the host is full, too."""
         if state.total is None and state.where is Where.DEVICE:
             try:
                 state.total = self._unplanned_total(state, True)
@@ -116,7 +116,7 @@ class OwnStates:
         return self._zeros(state.layout.numel, layout.master_dtype, on_device)
 
     def forget_gradient(self, state: ChunkState) -> None:
-        """Drop a chunk's gradient. The device has room for an unplanned sum between backward and update alone."""
+        """Drops a chunk's gradient. An unplanned sum is on the device only between backward and update."""
         layout = self.chunks.chunks[state.layout.index].layout
         if state.where is Where.DEVICE and not self.format.keeps_sum(layout):
             state.total = None
@@ -124,9 +124,10 @@ class OwnStates:
         state.forget_gradient()
 
     def _book(self, layout: ChunkLayout, home: Home, total_on_device: bool | None = None, purpose: str = "") -> None:
-        """Account for a chunk's state, and for an unplanned sum of gradients where there is one: on the device or not.
+        """Accounts for a chunk's state and, unless `total_on_device` is None, for an unplanned sum of gradients on the
+        device or on the host.
 
-        A gradient that is held on the device is a program's own tensor, and counted with the program's.
+        A held gradient on the device is the program's own buffer, and counted with the program.
         """
         device, host = self.format.device_bytes(layout, home), self.format.host_bytes(layout, home)
         device += layout.master_bytes * (total_on_device is True)
@@ -134,8 +135,8 @@ class OwnStates:
         self.hardware.book(layout.name, device, host, purpose or f"the training state of {layout.name}")
 
     def _weights(self, layout: ChunkLayout, home: Home) -> tuple[Tensor, Tensor | None]:
-        """The weights of this process's shard, and all of a resident chunk's, of which they are a view unless they
-        are on the host."""
+        """The weights of this process's shard, and for a resident chunk the whole weights; the former are a view of the
+        latter unless they are on the host."""
         whole = self._zeros(layout.numel, layout.dtype, True) if home.resident else None
         if not home.weights_on_device:
             return self._zeros(layout.shard_numel, layout.dtype, False, pinned=True), whole
@@ -168,13 +169,13 @@ class OwnStates:
         return state
 
     def _take_parameters(self, state: ChunkState, chunk: Chunk) -> None:
-        """Take over values, and free the storages that held them as far as nobody else reads these. What is on `meta`
-        has none as yet."""
+        """Takes over the parameters' values and drops their storages, which are freed unless used elsewhere. Parameters
+        on `meta` have no values yet."""
         given = [(slot, parameter) for slot, parameter in enumerate(chunk.parameters) if not parameter.is_meta]
         for slot, parameter in given:
             shard = self.chunks.local_shard(chunk.layout.slots[slot], parameter.detach())
             state.write(slot, self.zero.take(shard, chunk.layout, slot))
-        self._states.append(state)  # from here on values are read there
+        self._states.append(state)  # from here on the values are read from the state
         for _, parameter in given:
             parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype)

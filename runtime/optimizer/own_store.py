@@ -1,6 +1,6 @@
-"""The store of our own optimizer: states that are updated beside the program, chunk by chunk, on both sides.
+"""The store of the built-in optimizer: states that are updated beside the program, chunk by chunk, on both sides.
 
-A chunk's gradient goes where its training state is updated. What a program reads next waits for that chunk's update
+A chunk's gradient goes to where its training state is updated. The next read of a chunk waits for that chunk's update
 alone; see `updater`.
 """
 
@@ -45,10 +45,11 @@ NO_STATES = (
 
 
 class OwnStore:
-    """Training states, their gradients, and the updates that are under way.
+    """Training states, their gradients, and the updates under way; implements `StateStore`.
 
-    `backwards` counts those since the last step that came to their end. `check_groups` raises where updates cannot go
-    by the optimizer's groups as they are, or it is gone.
+    `backwards` counts the backwards completed since the last step. `check_groups` raises if the optimizer's
+    groups, as they are now, do not allow an update, or if the optimizer is gone. `zero` tells which shard of each
+    divided chunk is this process's.
     """
 
     def __init__(self, chunks: ChunkStore, hardware: Hardware, format: OwnFormat, stats: Stats,
@@ -70,9 +71,9 @@ class OwnStore:
         self.backwards = 0
         self.check_groups: Callable[[], None] = optimizer_is_gone
         self._broken = ""
-        self._has_updated = False  # in this backward
-        self._begins = False  # with updates, in this backward
-        self._is_partial = False  # whether gradients are of a part of one
+        self._has_updated = False  # whether this backward has updated a chunk
+        self._begins = False  # whether this backward begins updates early
+        self._is_partial = False  # whether the gradients are those of an unfinished backward
         self._arrivals: dict[int, Arrival] = {}
 
     @property
@@ -87,12 +88,13 @@ class OwnStore:
     def loss_scale(self) -> float:
         return self.held.loss_scale
 
-    # -- where it lies -------------------------------------------------------------------------------------
+    # -- placement -----------------------------------------------------------------------------------------
 
     def place(self, homes: Homes) -> None:
-        """Put the training states where they belong; parameters are read from there from then on.
+        """Puts the training states into their homes; from then on parameters are read from there.
 
-        Raises BudgetError on a full tier: then some are not there yet, and may be placed anew, here or where they were.
+        Raises BudgetError on a full tier. Some states are then not in place; they may be placed again, here or where
+        they were.
         """
         self.finish()
         self.held.finish()
@@ -128,15 +130,15 @@ class OwnStore:
         ticket = self.tickets.get(index)
         if ticket is None:
             self._arrivals[index] = start(None)
-        else:  # the worker starts the copy as soon as the weights are new
+        else:  # the worker starts the copy as soon as the weights are updated
             ticket.then(start)
             self._arrivals[index] = None
         self.stats.moved(to_device=target.nbytes)
         return target
 
     def _gathered(self, chunk: Chunk, state: ChunkState) -> Tensor:
-        """Start to make a divided chunk whole. The launching thread waits for this process's shard to be updated: if
-        it left that to the worker, collectives would start in an order that differs between the processes."""
+        """Starts to gather a divided chunk. The launching thread waits until the worker has updated this process's
+        shard: if the worker launched the collective, processes would launch collectives in different orders."""
         index, own = chunk.layout.index, state.weights
         if chunk.resident is not None and chunk.gathered == state.version:
             return chunk.resident
@@ -158,7 +160,7 @@ class OwnStore:
     def arrive(self, chunk: Chunk, weights: Tensor) -> None:
         index = chunk.layout.index
         updated = self.tickets.take(index)
-        if updated is not None:  # or a copy that the worker has started behind the update: `finish` waits for it, too
+        if updated is not None:  # or the copy that the worker started after the update; `finish` waits for it, too
             self._arrivals[index] = updated
         if self.collectives.is_under_way(weights):
             self.collectives.finish(weights)
@@ -174,7 +176,7 @@ class OwnStore:
     # -- gradients -----------------------------------------------------------------------------------------
 
     def gradients(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Zeros, so that what lies between the slots counts for nothing in norms and moments."""
+        """Zeros, so that the padding between slots does not enter norms and moments."""
         return torch.zeros(numel, dtype=dtype, device=self.hardware.device)
 
     def reduce(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
@@ -186,7 +188,7 @@ class OwnStore:
         last = self.backwards + 1 == self.format.accumulate
         adds = state.present or self.format.accumulate > 1
         if chunk.layout.shards > 1 and not adds and self.held.keeps(state):
-            gradients = gradients.clone()  # or it would keep the program's whole buffer
+            gradients = gradients.clone()  # else the shard would keep the program's whole buffer alive
         with unmetered():
             if adds:
                 self.held.add(state, gradients, slots)
@@ -199,7 +201,7 @@ class OwnStore:
                 self.updater.begin(state)
 
     def accumulate_grad(self, chunk: Chunk, gradients: Tensor, slots: list[int]) -> None:
-        """The gradients may be freed from here on: whoever still reads them is waited for by the device."""
+        """Lets the program free the gradients: the device waits for those that still read them."""
         self.copies.arrive(self.held.landed(chunk.layout.index))
         self.updater.free_gradients()
 
@@ -214,14 +216,14 @@ class OwnStore:
                 f"{self.format.accumulate} backward(s), or declare how many come with model.optimizer(accumulate=)"
             )
         if self.format.in_backward:
-            self.check_groups()  # what fails in the middle of the updates cannot be undone
+            self.check_groups()  # an error in the middle of the updates could not be undone
         self._has_updated = False
         self._begins = self._may_begin()
         return self.held.loss_scale
 
     def _may_begin(self) -> bool:
-        """Whether updates may begin in this backward, before `step()`. Norms of sums are taken on the host, which has
-        to have time for that."""
+        """Whether updates may begin in this backward, ahead of `step()`. Not where sums are measured: the host takes
+        their norms at the step, and needs the time for that."""
         format, held = self.format, self.held
         if format.in_backward or self.backwards + 1 != format.accumulate or held.loss_scale != 1.0:
             return False
@@ -230,7 +232,7 @@ class OwnStore:
         try:
             self.check_groups()
         except GeminiError:
-            return False  # step() tells it, if the groups are still so
+            return False  # if the groups do not change, step() raises it
         return True
 
     def end_backward(self) -> None:
@@ -238,32 +240,32 @@ class OwnStore:
         self._is_partial = False
 
     def update_all(self, scale: float | Tensor) -> None:
-        """Start to update every chunk that has a gradient: the step is over. Where that fails half way no further one
-        is taken: some parameters are of this step, others are not."""
+        """Starts to update every chunk that has a gradient, which ends the step. If that fails half way, some
+        parameters are of this step and others are not, and no further step is taken."""
         self._broken = HALF_UPDATED.format("optimizer.step()")
         self.updater.update_all(scale)
         self.backwards = 0
         self._broken = ""
 
     def rest(self) -> None:
-        """Whoever writes to states waits for them in `finish`."""
+        """Nothing to wait for: writers to the states wait in `finish`."""
 
     def finish(self, index: int | None = None) -> None:
-        """Block until updates under way are done and the states on the host are whole."""
+        """Blocks until updates under way are done and the states on the host are whole; of one chunk or of all."""
         self.check()
         for number in range(len(self.states)) if index is None else [index]:
-            self.states[number].call_off()  # whoever waits may write to it
+            self.states[number].call_off()  # the caller may write to the state
             self.updater.finish(number)
             self.copies.finish(self._arrivals.get(number))
 
     def check(self) -> None:
-        """Raises StateError where the states are no whole step's any more."""
+        """Raises StateError if the states are no longer those of a whole step."""
         self.worker.check()
         if self._broken:
             raise StateError(self._broken)
 
     def check_gradients(self) -> None:
-        """Raises StateError where gradients are of a part of a backward."""
+        """Raises StateError if gradients are those of an unfinished backward."""
         self.check()
         if self._is_partial and self._has_updated:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
@@ -273,7 +275,7 @@ class OwnStore:
 
     def abort(self, run: Run) -> str:
         self.collectives.abandon()
-        self.tickets.forget()  # copies into what the program's death frees
+        self.tickets.forget()  # they would copy into memory that is freed with the program
         if self._has_updated and run.counts:
             self._broken = HALF_UPDATED.format("a backward() with in_backward=True")
             return f"{self._broken}."
@@ -288,36 +290,36 @@ class OwnStore:
     # -- parameters ----------------------------------------------------------------------------------------
 
     def state_of(self, parameter: str) -> tuple[ChunkState, int]:
-        """A parameter's training state and its slot in there. Raises StateError where there is none yet."""
+        """A parameter's training state and its slot there. Raises StateError if there is none yet."""
         if not len(self.states):
             raise StateError(NO_STATES)
         layout, slot = self.place_of(parameter)
         return self.states[layout.index], slot
 
     def place_of(self, parameter: str) -> tuple[ChunkLayout, int]:
-        """The whole chunk that a parameter lies in, and its slot there."""
+        """The whole chunk, not the shard, that a parameter lies in, and its slot there."""
         return self.chunks.place_of(parameter)
 
     def take(self, value: Tensor, parameter: str) -> Tensor:
-        """What of a parameter's value lies in this process's training state."""
+        """The part of a parameter's value that lies in this process's training state."""
         return self.zero.take(value, *self.place_of(parameter))
 
     def join(self, held: Tensor, parameter: str) -> Tensor:
-        """The inverse: of what lies in every process's. All processes that have it call it where the chunk is divided;
-        of others' it is what they hold."""
+        """The inverse of `take`: joins the parts of all processes. For a divided chunk, all processes that have the
+        parameter must call it; a parameter of layers on other ranks is returned as it is."""
         if parameter in self.chunks.elsewhere:
             return held
         return self.zero.join(held, *self.place_of(parameter), self.hardware.device)
 
     def is_shared_out(self, parameter: str) -> bool:
-        """Whether a process has less than all of it: this one, or one that runs other layers."""
+        """Whether any process holds less than the whole parameter: this one, or one that runs other layers."""
         if self.chunks.layout.owned:
             return True
         layout, slot = self.place_of(parameter)
         return bool(layout.slots[slot].placement) or layout.shards > 1
 
     def moments_of(self, parameter: str) -> list[Tensor]:
-        """What this process has of a parameter's moments."""
+        """This process's part of each of a parameter's moments."""
         state, slot = self.state_of(parameter)
         return [state.read_moment(number, slot) for number in range(len(state.moment_places(slot)))]
 
@@ -325,15 +327,15 @@ class OwnStore:
         return {slot.name: state.version for state in self.states for slot in state.layout.slots}
 
     def adopt(self) -> None:
-        """Nothing was written but by way of this store."""
+        """Nothing to take over: parameters are written only through this store."""
 
     def writable(self) -> AbstractContextManager[None]:
         return self.chunks.writers.writing()
 
     def zero_grad(self, set_to_none: bool) -> None:
-        """Drop what gradients there are; those that are set to zero must be brought anew before the next step.
+        """Drops all gradients; those set to zero must be computed anew before the next step.
 
-        Raises StateError where they are used up already, but not by a step.
+        Raises StateError if in_backward=True has consumed them already but `step()` has not been called.
         """
         self.check()
         if self.format.in_backward and self.backwards == self.format.accumulate:
@@ -349,7 +351,7 @@ class OwnStore:
         self._is_partial = False
 
     def forget_gradient(self, parameter: str) -> None:
-        """Drop one parameter's gradient."""
+        """Drops one parameter's gradient."""
         state, slot = self.state_of(parameter)
         self.zeroed.forget(state.layout.index, slot)
         if slot in state.present:
@@ -373,7 +375,7 @@ class OwnStore:
         return Stored(shape, state.layout.master_dtype, regions, state.read_region, state.write_region)
 
     def stored_moments(self, parameter: str) -> list[Stored]:
-        """Its optimizer's state."""
+        """A parameter's moments as a checkpoint reads and writes them."""
         state, slot = self.state_of(parameter)
         if state.layout.rule == "factored":
             regions_of = self.chunks.local_shards.regions
@@ -382,7 +384,7 @@ class OwnStore:
         return [stored_moment(state, number, slot, shape, regions) for number in range(len(state.moments))]
 
     def _lies(self, parameter: str) -> tuple[tuple[int, ...], tuple[Region, ...]]:
-        """A parameter's whole shape, and what this process has of it."""
+        """A parameter's whole shape, and the regions of it that this process holds."""
         layout, number = self.place_of(parameter)
         slot, held = layout.slots[number], None
         if layout.shards > 1:

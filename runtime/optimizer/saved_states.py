@@ -1,5 +1,5 @@
-"""Whether what was saved is of an optimizer, in a state_dict, which does not name its class, or in a checkpoint: by the
-options of its groups, and by what it has for each parameter."""
+"""Checks whether saved states, of a state_dict or a checkpoint, are of this optimizer. A state_dict does not name its
+class, so the options of its groups and the values it has for each parameter must tell."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SavedState:
-    """What was saved of one parameter: the shapes of tensors, by their names, None of what is no tensor, and how many
-    steps it has taken."""
+    """What was saved of one parameter: the shapes of its tensors by name, None for values that are no tensors, and the
+    number of its steps."""
 
     shapes: Mapping[str, Shape | None]
     step: Any = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SavedState":
-        """A parameter's state as a state_dict has it."""
+        """From a parameter's entry in a state_dict."""
         there = {name: value for name, value in values.items() if name != "step" and value is not None}
         shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in there.items()}
         return cls(shapes, values.get("step"))
@@ -34,12 +34,12 @@ class SavedState:
 
     @property
     def steps(self) -> int:
-        """Optimizers that do not count have taken one where there is anything."""
+        """The number of steps taken; for optimizers that do not count them, 1 if anything was saved."""
         return int(not self.is_empty) if self.step is None else int(self.step)
 
     def check(self, parameter: str, expected: Mapping[str, Shape], *, counts: bool) -> None:
-        """Raises ValueError for anything but nothing at all or a parameter's whole state: tensors of the `expected`
-        shapes, and, where its rule `counts`, its steps."""
+        """Raises ValueError for anything but an empty state or a complete one: tensors of the `expected` shapes and,
+        where the optimizer `counts`, the number of steps."""
         if self.is_empty:
             return
         found = [*self.shapes, *(() if self.step is None else ("step",))]
@@ -62,7 +62,7 @@ class SavedState:
 
 
 def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Raises ValueError where saved groups are of another rule than `own` groups of the class `kind`."""
+    """Raises ValueError if `saved` groups are of another optimizer than `own`, groups of the class named `kind`."""
     for group in saved:
         lacking = [key for key, default in defaults.items() if _tells(key, default) and key not in group]
         if lacking:
@@ -80,6 +80,6 @@ def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence
 
 
 def _tells(key: str, default: object) -> bool:
-    """Whether every version of a class has an option: most switches come and go with torch's. `amsgrad` is one that
+    """Whether the option distinguishes a class in every version of torch: most flags come and go. `amsgrad` is one that
     stays, and that other optimizers with betas lack."""
     return key == "amsgrad" or not isinstance(default, bool | None)

@@ -18,7 +18,7 @@ from .zeroed import ZeroedGradients
 
 
 class Slots(Protocol):
-    """The store whose slots these are, as far as parameters read and write it."""
+    """The part of the store that its slots use."""
 
     @property
     def chunks(self) -> ChunkStore: ...
@@ -43,7 +43,7 @@ class Slots(Protocol):
 class SlotSource:
     """One parameter's slot. `name`, `shape` and `dtype` are the parameter's.
 
-    Where its chunk is divided, what is read is gathered: all processes read, in one order, or none does.
+    Reading a slot of a divided chunk is a collective: all processes must read, in the same order.
     """
 
     store: Slots
@@ -86,7 +86,7 @@ class SlotSource:
         )
 
     def gradient(self) -> Tensor | None:
-        """The gradient itself, or, where its chunk is divided, a copy that refuses to be written to."""
+        """The gradient itself or, for a divided chunk, a copy that refuses writes."""
         state, slot = self._state()
         if self.store.format.in_backward:
             had = self.store.zeroed.has(state.layout.index, slot)
@@ -121,10 +121,10 @@ class SlotSource:
 
 
 def make_lazy(store: Slots) -> None:
-    """Let the parameters of all chunks be read from their training states; the objects stay the same, and their model
-    is all that keeps them.
+    """Makes the parameters of all chunks read from their training states. The objects stay the same, and from now on
+    only the model keeps them alive.
 
-    Where some chunks found no room, theirs stay as they are.
+    Parameters of chunks that are not placed yet, for lack of memory, stay as they are.
     """
     for chunk, _ in zip(store.chunks.chunks, store.states, strict=False):
         for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):

@@ -1,4 +1,4 @@
-"""Updates on the device of training states that lie on the host: up, update, down, piece by piece."""
+"""Updates, on the device, training states that lie on the host: copied up, updated and copied back piece by piece."""
 
 from dataclasses import dataclass, replace
 
@@ -22,10 +22,10 @@ class _Buffer:
 
 
 class StateStream:
-    """Streams states through a few buffers on the device, beside the program's own copies and compute.
+    """Streams states through a few device buffers, concurrently with the program's own copies and compute.
 
-    States that are streamed are alike but for their length; `like` is the longest. Gradients are on the device
-    already, or travel too where `with_gradients`.
+    All states of one stream are of one kind; `like` is the longest. Gradients are on the device already, or are
+    streamed with the state if `with_gradients`.
     """
 
     def __init__(self, hardware: Hardware, like: ChunkState, *, with_gradients: bool) -> None:
@@ -50,7 +50,7 @@ class StateStream:
         return _Buffer(part, new(gradient, max(self.numel, SHORTEST_GRADIENT)))
 
     def update(self, state: ChunkState, ranges: list[Range], job: "StreamedUpdate") -> Arrival:
-        """Start to update `ranges`. Returns what tells that weights are updated and the gradient is read."""
+        """Starts to update `ranges`. Returns the arrival after which the weights are updated and the gradient read."""
         launched = done = self.copies.mark()
         before = (self._settled.get(state.layout.index), *job.after)
         for elements in ranges:
@@ -58,26 +58,27 @@ class StateStream:
                 buffer = self._buffers[self._turn % STREAM_BUFFERS]
                 self._turn += 1
                 done = self._update_piece(state, piece, job, buffer, launched, before)
-                # Copies to the host end in their order: the last one tells of all.
+                # Copies to the host end in order, so the last one stands for all.
                 self._settled[state.layout.index] = buffer.free
         return done if job.weights_stay else self._settled.get(state.layout.index)
 
     def _piece(self, gradient: Gradient) -> int:
-        """Elements that move at a time: fewer where a sum of gradients needs more room than was made for one."""
+        """Elements per piece: fewer if a sum of gradients needs more room than the buffer was made for."""
         room = self._buffers[0].gradient
         fitting = self.numel if room is None else _as(room, gradient.values.dtype).numel()
         return self.numel if fitting >= self.numel else fitting // BLOCK * BLOCK
 
     def finish(self, index: int) -> None:
-        """Block until the chunk's state on the host is whole."""
+        """Blocks until the chunk's state on the host is whole."""
         self.copies.finish(self._settled.get(index))
 
     def _update_piece(self, state: ChunkState, piece: Range, job: "StreamedUpdate", buffer: _Buffer,
                       launched: Arrival, before: tuple[Arrival, ...]) -> Arrival:  # fmt: skip
-        """Up once the buffer is free and the host's side is whole, updated after what was launched, and down."""
+        """Copies a piece up once the buffer is free and the host's state is whole, updates it behind the work launched
+        so far, and copies it back."""
         home, numel = state.part(piece), piece.end - piece.start
         local, values = buffer.part.room_for(home), job.gradient.values[piece.start : piece.end]
-        # Factors of moments are on the device, behind all that has a place in the buffer.
+        # Factored moments stay on the device; they come last, so that zip drops them.
         travelling = list(zip(local.tensors, home.tensors, strict=False))[job.weights_stay :]
         coming = travelling
         if buffer.gradient is not None:
@@ -95,8 +96,8 @@ class StateStream:
 
 @dataclass(frozen=True)
 class StreamedUpdate:
-    """What an update takes besides the state: the whole chunk's gradient, wherever it is, and what to wait for
-    before it is read. `weights_stay`: the weights are on the device and do not travel."""
+    """The inputs of an update besides the state: the whole chunk's gradient, on either side, and what to wait for
+    before it is read. `weights_stay`: the weights are on the device and are not copied."""
 
     gradient: Gradient
     kernels: UpdateKernels

@@ -1,9 +1,8 @@
-"""Training states: what our own optimizer keeps of each chunk, and on which tier.
+"""Training states: what the built-in optimizer keeps of each chunk, and on which tier.
 
-A chunk's *weights* are what programs compute with; the *rest* is what they lack of the float32 master: a 16-bit
-remainder where they are bfloat16 (see `split_pairs`), the whole master where they are float16, nothing where
-they are the master themselves, or all that is kept of it. Beside them lie the moments, and between backward and update
-a gradient.
+A chunk's *weights* are what programs compute with. The *rest* is what the weights lack of the float32 master: a 16-bit
+remainder if they are bfloat16 (see `split_pairs`), the whole master if they are float16, nothing if the weights are
+the master or no more than them is kept. The state also holds the moments and, between backward and update, a gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +22,19 @@ from ..kernels.update_rules import AdafactorHyper, AdamHyper, LionHyper, MuonHyp
 
 Hyper = AdamHyper | SgdHyper | LionHyper | MuonHyper | AdafactorHyper
 SQUARES = 1
-"""The number of the moment that is a mean of squares."""
+"""The index of the moment that is a running mean of squared gradients."""
 
 Inside = tuple[slice, ...]
-"""A part of a region."""
+"""A part of a region, one slice per dimension."""
 
 Schedule = Callable[[str, int], Hyper | None]
-"""From a parameter's name and the number of its next update, counted from 1, to how it is updated."""
+"""Maps a parameter's name and the number of its next update, counted from 1, to the update's hyper-parameters; None
+where the parameter is not updated."""
 
 
 @dataclass(frozen=True)
 class StateSlice:
-    """A contiguous slice of a training state, 1-D: one part of the parameters that are updated alike."""
+    """A contiguous 1-D slice of a training state, whose elements are all updated with the same hyper-parameters."""
 
     weights: Tensor
     rest: Tensor | None
@@ -42,19 +42,19 @@ class StateSlice:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of it, the weights first."""
+        """All of its tensors, the weights first."""
         return [self.weights, *([] if self.rest is None else [self.rest]), *self.moments]
 
     def cut(self, cut: slice) -> "StateSlice":
-        """Some of its elements; where moments share scales, from the beginning of a block on."""
+        """A part of the elements; where moments share scales, it must start at a block."""
         return self.with_moments(cut, tuple(moment[stored_at(moment.dtype, cut)] for moment in self.moments))
 
     def with_moments(self, cut: slice, moments: tuple[Tensor, ...]) -> "StateSlice":
-        """Some of its elements, and their moments."""
+        """A part of the elements, with `moments` as theirs."""
         return StateSlice(self.weights[cut], None if self.rest is None else self.rest[cut], moments)
 
     def room_for(self, other: "StateSlice") -> "StateSlice":
-        """As much of it as another one takes."""
+        """The first elements of this slice, as many as `other` has."""
         pairs = zip(self.moments, other.moments, strict=False)
         moments = tuple(mine[: theirs.numel()] for mine, theirs in pairs)
         return self.with_moments(slice(0, other.weights.numel()), moments)
@@ -62,9 +62,11 @@ class StateSlice:
 
 @dataclass(frozen=True)
 class Range:
-    """Elements `start` to `end` of a chunk, all of whose parameters are updated by `hyper`. Of one that is a single
-    parameter's, `first` is the number of its first element there. `shape` is that of a parameter which is updated as a
-    whole."""
+    """Elements `start` to `end` of a chunk, updated with the same hyper-parameters.
+
+    `first` is the index, within its parameter, of the element at `start`, for ranges of a single parameter; `shape` is
+    the parameter's, for one that is updated as a whole.
+    """
 
     start: int
     end: int
@@ -73,7 +75,7 @@ class Range:
     shape: tuple[int, ...] | None = None
 
     def pieces(self, numel: int) -> Iterator["Range"]:
-        """The range in pieces of at most `numel` elements; a whole parameter as it is."""
+        """Cuts the range into pieces of at most `numel` elements; parameters updated as a whole stay whole."""
         if self.shape is not None:
             yield self
             return
@@ -82,13 +84,13 @@ class Range:
 
     @property
     def draws(self) -> Draws | None:
-        """What masters are rounded by, unless they are exact."""
+        """The random draws that round the masters; None if masters are exact."""
         return None if self.hyper.key is None else Draws(self.hyper.key, self.first)
 
 
 @dataclass
 class Early:
-    """An update that was begun before the step that may ask for it."""
+    """An update that was begun ahead of the step that may want it."""
 
     ranges: list[Range]
     is_wanted: bool = True
@@ -96,14 +98,17 @@ class Early:
 
 @dataclass
 class ChunkState:
-    """The training state of one chunk, or of one process's shard of it; all tensors are flat and as long as that, but
-    for moments, which are as long as they are stored.
+    """The training state of one chunk, or of this process's shard of it.
 
-    `held` is a gradient in the compute dtype, times the loss scale, and still to be multiplied by `clipped`; `total` is
-    one in the master's dtype, to which several are added. `present` are the slots that either has a gradient for.
-    `firsts` tells of each slot the number of its first element in the parameter, where that is divided.
-    `spare` is a second place for all of it, where `early` is being written: the update by this gradient, before the
-    step that asks for it.
+    Tensors are flat and have one element per element of the chunk, except moments, whose length depends on how they
+    are stored, and factors of moments.
+
+    `held` is the gradient of one backward in the compute dtype, still to be divided by the loss scale and multiplied by
+    `clipped`; `total` is a sum of gradients in the master's dtype, and in use where `added`. `present` are the slots
+    that have a gradient, `measured` those that the last norm covered. `steps` counts each slot's updates. `firsts` has,
+    for each slot of a divided chunk, the index within the parameter of its first element here. `version` counts writes
+    to the weights. `spare` is a second place for the state, which `early` is written to: the update with the present
+    gradient, ahead of the step that asks for it.
     """
 
     layout: ChunkLayout
@@ -129,7 +134,7 @@ class ChunkState:
 
     @property
     def name(self) -> str:
-        """The chunk by its parameters, for messages."""
+        """The chunk's parameters, for messages."""
         names = [slot.name for slot in self.layout.slots]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -137,16 +142,16 @@ class ChunkState:
         return self.layout.slots[slot].of(flat)
 
     def read(self, slot: int) -> Tensor:
-        """One parameter's master, in a tensor of its own."""
+        """A copy of one parameter's master."""
         weights = self.slice(self.weights, slot)
         if self.rest is None:
             return weights.to(self.layout.master_dtype, copy=True)
         rest = self.slice(self.rest, slot)
-        # Of a resident chunk that is streamed only the weights are on the device.
+        # A streamed chunk that is resident has only its weights on the device.
         return join(SplitPair(weights.to(rest.device), rest)) if self.layout.splits else rest.clone()
 
     def write(self, slot: int, value: Tensor) -> None:
-        """Set one parameter's master."""
+        """Sets one parameter's master."""
         weights = self.slice(self.weights, slot)
         self.version += 1
         if self.rest is None:
@@ -164,17 +169,17 @@ class ChunkState:
 
     @property
     def travelling_moments(self) -> tuple[Tensor, ...]:
-        """Those that lie where the rest of the state does: factors are on the device."""
+        """The moments that lie with the rest of the state; factors of moments stay on the device."""
         return () if self.layout.rule == "factored" else self.moments
 
     def moment_places(self, slot: int) -> list[tuple[Tensor, Slot]]:
-        """What a parameter's moments lie in, and where in there."""
+        """For each of a parameter's moments, the flat tensor that holds it and its slot there."""
         if self.layout.rule == "factored":
             return [(self.moments[0], place) for place in self.layout.factors[slot]]
         return [(moment, self.layout.slots[slot]) for moment in self.moments]
 
     def read_moment(self, number: int, slot: int) -> Tensor:
-        """One of a parameter's moments in the master's dtype: itself where it is exact, else a copy."""
+        """One of a parameter's moments in the master's dtype: a view if it is stored exactly, else a copy."""
         moment, place = self.moment_places(slot)[number]
         if moment.dtype == self.layout.master_dtype:
             return moment.narrow(0, place.offset, place.numel).view(place.shape)
@@ -183,13 +188,13 @@ class ChunkState:
         return values.view(place.shape)
 
     def write_moment(self, number: int, slot: int, values: Tensor) -> None:
-        """Set one of a parameter's moments."""
+        """Sets one of a parameter's moments."""
         moment, place = self.moment_places(slot)[number]
         cut = moment[stored_at(moment.dtype, slice(place.offset, place.offset + place.numel))]
         narrow(values.to(cut.device).reshape(-1), cut, squares=number == SQUARES)
 
     def read_region(self, region: Region) -> Tensor:
-        """The masters of a region, which counts elements of the state."""
+        """The masters of a region, whose offsets count elements of this state."""
         weights = region.of(self.weights)
         if self.rest is None:
             return weights.to(self.layout.master_dtype)
@@ -199,7 +204,7 @@ class ChunkState:
         return join(SplitPair(weights.to(rest.device).contiguous(), rest.contiguous()))
 
     def write_region(self, region: Region, inside: Inside, values: Tensor) -> None:
-        """Set the masters of a part of a region."""
+        """Sets the masters of a part of a region."""
         weights = region.of(self.weights)[inside]
         if self.rest is None:
             weights.copy_(values)
@@ -214,7 +219,7 @@ class ChunkState:
             weights.copy_(values)
 
     def take(self, other: "ChunkState") -> None:
-        """Become a copy of the same chunk's state on another tier."""
+        """Copies the values of `other`, the same chunk's state in another place."""
         self.weights.copy_(other.weights)
         for target, source in zip(self._beside_weights(), other._beside_weights(), strict=True):
             target.copy_(source)
@@ -232,7 +237,7 @@ class ChunkState:
         return self.moments if self.rest is None else (self.rest, *self.moments)
 
     def part(self, elements: Range) -> StateSlice:
-        """What is updated together; of moments that are factors those of the parameter."""
+        """The slice to update; of factored moments, the factors of the range's parameter."""
         cut, state = slice(elements.start, elements.end), StateSlice(self.weights, self.rest, self.moments)
         if self.layout.rule != "factored":
             return state.cut(cut)
@@ -241,14 +246,14 @@ class ChunkState:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient to update with: the sum where several were added, else the one that is held."""
+        """The gradient to update with: the sum if gradients were added up, else the held one."""
         found = self.total if self.added else self.held
         assert found is not None
         return found
 
     def ranges(self, schedule: Schedule, *, counts: bool = True) -> list[Range]:
-        """What to update, as few and as long as parameters that are updated alike allow, as none are whose masters are
-        rounded; where it `counts`, as one more step of each."""
+        """The ranges to update, merging neighbours with equal hyper-parameters; masters that are rounded never merge,
+        because every parameter has a key of its own. With `counts`, this is one more step of each parameter."""
         found: list[Range] = []
         joins, together = False, max((unit(moment.dtype) for moment in self.moments), default=1)
         for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
@@ -256,7 +261,7 @@ class ChunkState:
             if hyper is None:
                 joins = False
                 continue
-            self.steps[slot] += counts  # of every parameter on every process, whoever holds it
+            self.steps[slot] += counts  # of every parameter on every process, even where its shard is empty
             if place.numel == 0:
                 continue
             end = min(place.offset + -(-place.numel // together) * together, self.layout.numel)
@@ -269,13 +274,13 @@ class ChunkState:
         return found
 
     def call_off(self) -> None:
-        """The update that was begun before the step is not the one that this will ask for."""
+        """Drops the update that was begun early: the step will not ask for it."""
         if self.early is not None:
             self.early.is_wanted = False
             self.early = None
 
     def exchange(self) -> None:
-        """Let the spare be the state, and the state the spare."""
+        """Swaps the state and the spare."""
         assert self.spare is not None
         before = StateSlice(self.weights, self.rest, self.moments)
         self.weights, self.rest, self.moments = self.spare.weights, self.spare.rest, self.spare.moments

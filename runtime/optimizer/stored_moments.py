@@ -1,4 +1,4 @@
-"""A parameter's moments as a checkpoint reads and writes them, however they are stored."""
+"""A parameter's moments as a checkpoint reads and writes them, in whichever format they are stored."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from .states import ChunkState, Inside
 
 def stored_moment(state: ChunkState, number: int, slot: int, shape: tuple[int, ...],
                   regions: tuple[Region, ...]) -> Stored:  # fmt: skip
-    """One of a parameter's moments, of whole `shape`, of which this process has `regions`: as it is stored, but in the
-    master's dtype where values share scales."""
+    """One of a parameter's moments. `shape` is the whole parameter's; `regions` are the parts of it that this process
+    holds. Its dtype is that of storage, or the master's where values share scales."""
     moment = state.moments[number]
     if moment.dtype != torch.uint8:
         return Stored.of(moment, shape, regions)
@@ -20,7 +20,7 @@ def stored_moment(state: ChunkState, number: int, slot: int, shape: tuple[int, .
 
 
 class _SharingScales:
-    """Values whose scales are known once all of them are: what is written waits until they are complete."""
+    """Access to values that share scales. Writes are held back until all values are known, which fix the scales."""
 
     def __init__(self, state: ChunkState, number: int, slot: int) -> None:
         self.state, self.number, self.slot = state, number, slot
@@ -41,5 +41,5 @@ class _SharingScales:
             self._waiting = None
 
     def _within(self, region: Region, flat: Tensor) -> Tensor:
-        """A region, which counts elements of the chunk, of one parameter's values."""
+        """The values of a region, whose offsets count elements of the chunk, in one parameter's flat values."""
         return flat.as_strided(region.sizes, region.strides, region.start - self.state.layout.slots[self.slot].offset)

@@ -1,7 +1,7 @@
-"""Starts the updates of training states, on whichever side each lies, and lets them run beside the program.
+"""Starts the updates of training states, wherever each lies, and lets them run beside the program.
 
-A ticket stands for the update under way of a chunk, and whoever needs the chunk next waits for that alone: the device
-through an event, the launching thread only for the host's worker, and only until its copy is issued.
+Each chunk's update under way has a ticket, and whatever needs the chunk next waits for that ticket alone: the device
+waits on an event, and the launching thread only for the host worker, until that has issued its copy.
 """
 
 import time
@@ -27,7 +27,7 @@ from .worker import Tickets
 
 @dataclass(frozen=True)
 class Factor:
-    """What gradients are multiplied by, for updates on either side. It is kept for as long as they may read it."""
+    """What gradients are multiplied by, for updates on either side; kept until no update can still read it."""
 
     on_device: float | Tensor
     on_host: float | Tensor
@@ -42,8 +42,8 @@ ON_THEIR_WAY = "states on their way through the device"
 
 
 class Bets:
-    """Whether to begin with updates before `step()` asks for them. After each step that asked for others twice as many
-    steps pass without, so that a loop that always clips, or always writes to gradients, loses next to nothing."""
+    """Decides whether to begin updates before `step()` asks for them. After a step that asked for different updates the
+    pause doubles, so that a loop that always clips, or always writes to gradients, loses next to nothing."""
 
     most = 64
 
@@ -52,11 +52,11 @@ class Bets:
         self._pause, self._next = 0, 1
 
     def miss(self) -> None:
-        """A step asked for another update than was begun with."""
+        """Records that a step asked for a different update than the one begun early."""
         self._missed = True
 
     def are_on(self) -> bool:
-        """Asked once a step."""
+        """Whether to bet in this step; called once per step."""
         if self._missed:
             self._missed, self._pause = False, self._next
             self._next = min(2 * self._next, self.most)
@@ -68,7 +68,7 @@ class Bets:
 
 
 class Updater:
-    """Updates the states by what `schedule` says of each parameter."""
+    """Updates the states; `schedule` gives the hyper-parameters of each parameter's next update."""
 
     def __init__(self, states: OwnStates, tickets: Tickets, held: HeldGradients, kernels: UpdateKernels,
                  stats: Stats) -> None:  # fmt: skip
@@ -84,19 +84,20 @@ class Updater:
         self.host_update_s = 0.0
         self._streamed: list[tuple[Arrival, Tensor]] = []
         self._factors: dict[tuple[bool, int], Factor] = {}
-        self._longest: list[ChunkLayout] | None = []  # of the states that travel, of each kind; None: half made
+        self._longest: list[ChunkLayout] | None = []  # longest streamed chunk of each kind; None: half made
         self.bets = Bets()
         self._begun: set[int] = set()
 
     def drop_streams(self, homes: Homes) -> None:
-        """Before states go to their `homes`: give back the buffers of those that travel, unless as long ones will."""
+        """Frees the stream buffers, unless those for `homes` have the same sizes; called before states move there."""
         placed = [(state.layout, home) for state, home in zip(self.states, homes, strict=False)]
         if longest_of_each_kind(placed) != self._longest:
             self.streams, self._longest = {}, []
             self.states.hardware.device_tier.book(ON_THEIR_WAY, 0)
 
     def make_streams(self) -> None:
-        """Buffers for the states that travel, as they are placed now. Raises BudgetError on a full tier."""
+        """Allocates buffers for the states that are streamed from where they lie now. Raises BudgetError on a full
+        tier."""
         states, format, hardware = self.states, self.states.format, self.states.hardware
         placed = [(state.layout, state.home) for state in states]
         hardware.device_tier.book(WHOLE_UPDATES, format.working_bytes(state.layout for state in states))
@@ -113,52 +114,52 @@ class Updater:
     # -- starting ------------------------------------------------------------------------------------------
 
     def update_all(self, scale: float | Tensor) -> None:
-        """Start to update every chunk that has a gradient, in the order in which the next forward needs them."""
+        """Starts to update every chunk that has a gradient, in the order in which the next forward needs them."""
         waiting = [state for state in self.states if state.present]
         if not waiting:
             return  # in_backward: what the host still updates runs beside the next forward
-        for state in self.states:  # whoever reads the factors of the step before is done with them
+        for state in self.states:  # the updates of the step before are done with its factors
             if state.early is None:
                 self.tickets.arrive(state.layout.index)
         self._factors = {}
         for state in waiting:
-            # Chunks that are scaled alike share a factor, which is copied to the host once.
+            # Chunks with the same scale share a factor, which is copied to the host once.
             key = state.added, id(state.clipped)
             if key not in self._factors:
                 self._factors[key] = self._factor(self._scale_of(state, scale))
             self.update(state, self._factors[key])
 
     def _scale_of(self, state: ChunkState, scale: float | Tensor) -> float | Tensor:
-        """What a chunk's gradient is multiplied by; sums are without loss scale and clipped already."""
+        """What a chunk's gradient is multiplied by; sums are already unscaled and clipped."""
         if not state.added and self.held.loss_scale != 1.0:
             scale = scale / self.held.loss_scale
         return scale if state.clipped is None else scale * state.clipped
 
     def _factor(self, scale: float | Tensor) -> Factor:
-        """A factor that the device computes comes to the host without anybody waiting for it yet."""
+        """Makes a factor for both sides; one that the device computes is copied to the host asynchronously."""
         if not isinstance(scale, Tensor) or scale.device.type == "cpu":
             return Factor(scale, scale, None)
         on_host = torch.empty((), dtype=scale.dtype, pin_memory=True)
         return Factor(scale, on_host, self.copies.to_host(on_host, scale))
 
     def update(self, state: ChunkState, factor: Factor = UNSCALED) -> None:
-        """Start to update one chunk by the gradient that it has, which is used up."""
+        """Starts to update one chunk with its gradient, which is consumed."""
         index, ranges = state.layout.index, state.ranges(self.schedule)
         is_early = state.early is not None and state.early.ranges == ranges
         if is_early:
-            state.early = None  # what was begun is asked for
+            state.early = None  # the step wants the early update
         elif index in self._begun:
             self.bets.miss()
         self._begun.discard(index)
         gradient = Gradient(state.gradient, factor.on_host if state.where is Where.HOST else factor.on_device)
-        state.version += 1  # copies that were gathered, and backwards of earlier forwards, are out of date
+        state.version += 1  # gathered copies, and backwards of earlier forwards, are now stale
         if state.where is Where.DEVICE:
             for elements in ranges:
                 self._update_range(state, elements, gradient)
         elif state.where is Where.HOST:
             resident = self.states.chunks.chunks[index].resident
             self.stats.moved(to_device=0 if resident is None else state.weights.nbytes)
-            # Its gradient must be here, and nobody may still read the weights that it makes new.
+            # The gradient must have landed, and nothing may still read the weights that are overwritten.
             after = (self.held.landed(index), self.released.get(index), factor.arrival)
             self.tickets.submit(index, partial(self._update_on_host, index, ranges, gradient, is_early), *after)
         else:
@@ -166,10 +167,10 @@ class Updater:
         self.states.forget_gradient(state)
 
     def begin(self, state: ChunkState) -> None:
-        """Make the update already that `step()` will ask for if nobody changes the gradient, clips it or sets another
-        rate until then: in the chunk's spare, so that its state stays as it is."""
+        """Computes, into the chunk's spare, the update that `step()` will ask for unless the gradient is changed or
+        clipped or the learning rate set before then; the state itself is untouched until the step."""
         index, slots = state.layout.index, state.layout.slots
-        # What is not updated would have to be copied.
+        # Slots that are not updated would have to be copied to the spare.
         whole = len(state.present) == len(slots) and all(self.schedule(slot.name, 1) is not None for slot in slots)
         if state.spare is None or not whole:
             return
@@ -179,11 +180,12 @@ class Updater:
         self.tickets.submit(index, partial(self._write_spare, index, early, Gradient(state.gradient)), *after)
 
     def forget_begun(self) -> None:
-        """What was begun is of gradients that are dropped: the next update is of others, and no other one."""
+        """Forgets the early updates: their gradients are dropped, and what `step()` asks for later is no miss."""
         self._begun.clear()
 
     def _write_spare(self, index: int, early: Early, gradient: Gradient) -> Arrival:
-        """The worker's job, once the gradient is here and nobody reads any more what the spare held as the state."""
+        """Runs on the worker once the gradient has landed and nothing reads the spare's tensors as the state any
+        more."""
         state = self.states[index]
         if early.is_wanted:
             assert state.spare is not None
@@ -197,7 +199,7 @@ class Updater:
         return None
 
     def _update_range(self, state: ChunkState, elements: Range, gradient: Gradient) -> None:
-        # A sum that found no room on the device comes in pieces.
+        # A sum that found no room on the device is copied there in pieces.
         pieces = [elements] if gradient.values.device == state.weights.device else elements.pieces(STREAM_PIECE)
         for piece in pieces:
             part, values = state.part(piece), gradient.values[piece.start : piece.end]
@@ -205,8 +207,8 @@ class Updater:
             self.kernels.update(state.layout, part, Gradient(values, gradient.scale), piece)
 
     def _update_on_host(self, index: int, ranges: list[Range], gradient: Gradient, is_early: bool) -> Arrival:
-        """The worker's job, once the gradient is here and nobody reads the old weights any more. `is_early`: the spare
-        has the update by the gradient as it is, which only its factor may still call off."""
+        """Runs on the worker once the gradient has landed and nothing reads the old weights any more. `is_early`: the
+        spare has the update with the unscaled gradient, which is valid only if the factor turns out to be 1."""
         state, chunk = self.states[index], self.states.chunks.chunks[index]
         began_s = time.perf_counter()
         with torch.no_grad():
@@ -225,13 +227,13 @@ class Updater:
 
     def _update_on_the_way(self, state: ChunkState, ranges: list[Range], gradient: Gradient) -> None:
         index, at_once = state.layout.index, self.states.format.at_once
-        if state.added:  # the worker may still add to the sum
+        if state.added:  # the worker may still be adding to the sum
             self.tickets.take(index)
         after = () if at_once else (self.held.landed(index),)
         job = StreamedUpdate(gradient, self.kernels, state.home.weights_on_device, after)
         done = self.streams[kind_of(state.layout)].update(state, ranges, job)
         self.tickets.put(index, done)
-        if at_once:  # the gradient is the program's own: `accumulate_grad` keeps few of them waiting
+        if at_once:  # the gradient is the program's own buffer; `accumulate_grad` bounds how many wait
             self._streamed.append((done, gradient.values))
             state.held = None
         _, travels = self.states.format.travelling_bytes(state.layout, state.home)
@@ -240,12 +242,12 @@ class Updater:
     # -- waiting -------------------------------------------------------------------------------------------
 
     def free_gradients(self) -> None:
-        """Let the device wait until no more than a few gradients still wait for states on their way."""
+        """Makes the device wait until at most `STREAMED_GRADIENTS` gradients still wait for streamed states."""
         while len(self._streamed) > STREAMED_GRADIENTS:
             self.copies.arrive(self._streamed.pop(0)[0])
 
     def finish(self, index: int) -> None:
-        """Block until the chunk's update is done and its state is whole."""
-        self.tickets.finish(index)  # it may be of the weights alone, while other states are on their way back
+        """Blocks until the chunk's update is done and its state is whole."""
+        self.tickets.finish(index)  # a streamed update's ticket may cover the weights alone, the rest being on its way
         for stream in self.streams.values():
             stream.finish(index)

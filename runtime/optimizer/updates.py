@@ -1,4 +1,4 @@
-"""One update of one range of training state, on whichever side it lies, by the fastest kernel there is."""
+"""Updates one range of a training state, on whichever side it lies, with the fastest kernel available."""
 
 import math
 import os
@@ -31,28 +31,29 @@ from .states import SQUARES, Hyper, Range, StateSlice
 Kernel = HostKernel | DeviceKernel
 
 NARROW_PIECE = 2**20
-"""Elements whose moments are widened at a time where no kernel takes them as stored: on a device some 40 MB."""
+"""Elements whose moments are widened at a time where no kernel reads them as stored; some 40 MB on a device."""
 
 LAUNCHER_CORES = 2
-"""Cores left to the thread that launches the device's work, and to the driver's."""
+"""Cores left to the thread that launches the device's work and to the driver's thread."""
 
 
 def cores() -> set[int]:
-    """Those of the host's that this process may run on."""
+    """The host's cores that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def host_threads(sharing: int) -> int:
-    """How many threads the host's updates run on, where so many processes share the machine."""
+    """The number of threads for updates on the host, where `sharing` processes share the machine."""
     return max(1, len(cores()) // sharing - LAUNCHER_CORES)
 
 
 class UpdateKernels:
     """The kernels of both sides.
 
-    Split pairs are updated by the host's and the device's kernels, which give the same bits. Other masters are
-    updated by `torch.optim`'s own fused functions. Moments that are stored in a narrower way than a kernel takes are
-    widened for the update and stored again behind it, a few megabytes at a time.
+    Split pairs are updated by the host's and the device's kernels, which agree bit for bit; other masters by
+    `torch.optim`'s fused functions. Moments stored in a narrower format than the kernel reads are widened for the
+    update and narrowed again after it, `NARROW_PIECE` elements at a time. `sharing` is the number of processes on this
+    machine, which divide its cores.
     """
 
     def __init__(self, device: torch.device, sharing: int = 1) -> None:
@@ -62,8 +63,8 @@ class UpdateKernels:
 
     def update(self, layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range,
                into: StateSlice | None = None) -> None:  # fmt: skip
-        """Update `part`, which is that range of a chunk: in place, or `into` another place, as of a chunk's spare; on
-        CUDA on the current stream, without waiting for anything."""
+        """Updates `part`, the slice at `elements` of a chunk's state: in place, or `into` another place such as the
+        spare. On CUDA it runs on the current stream and waits for nothing."""
         if elements.shape is not None:
             _update_whole(layout, part, gradient, elements, elements.shape)
             return
@@ -89,13 +90,13 @@ class UpdateKernels:
                 narrow(values[number], moment, squares=number == SQUARES)
 
     def _takes(self, layout: ChunkLayout, part: StateSlice) -> bool:
-        """Whether the kernel takes moments as they are stored."""
+        """Whether the kernel reads the moments as they are stored."""
         kernel = self._device if part.weights.is_cuda else self._host
         exact = all(moment.dtype == layout.master_dtype for moment in part.moments)
         return exact or (layout.splits and kernel is not None and kernel.widens)
 
     def add(self, total: Tensor, gradient: Gradient, *, fresh: bool) -> None:
-        """Add a gradient times its scale to `total`, on the side where that lies; where `fresh`, total becomes it."""
+        """Adds a gradient times its scale to `total`, on the side where that lies; if `fresh`, overwrites it."""
         if total.device.type == "cpu" and total.dtype == torch.float32:
             self._host.add(total, gradient, self.threads, fresh=fresh)
         elif fresh:
@@ -126,7 +127,7 @@ class UpdateKernels:
 
 def _update_whole(layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range,
                   shape: tuple[int, ...]) -> None:  # fmt: skip
-    """Update one parameter as a whole, on the device."""
+    """Updates a whole parameter (Muon, Adafactor), on the device."""
     pair = SplitPair(part.weights, part.rest, elements.draws) if layout.splits else None
     master = part.weights if part.rest is None else part.rest
     if pair is not None:
@@ -149,13 +150,13 @@ def _update_whole(layout: ChunkLayout, part: StateSlice, gradient: Gradient, ele
 
 
 def _pieces(into: StateSlice | None, moments: int, elements: Range) -> Pieces | None:
-    """Where a kernel of that many moments is to write to."""
+    """The tensors for a host kernel that reads `moments` moments to write to; None to update in place."""
     return None if into is None else (SplitPair(into.weights, into.rest, elements.draws), into.moments[:moments])
 
 
 def _parameters(layout: ChunkLayout, elements: Range) -> list[slice]:
-    """Where the parameters of a range lie in it. torch's kernels on the host round the last few elements of a
-    tensor in another way than the others, so that only parameters of their own get the bits that they get there."""
+    """The slices of a range that belong to one parameter each. torch's host kernels round the last few elements of a
+    tensor differently, so bits match torch's only if every parameter is passed as a tensor of its own."""
     bounds = ((slot.offset, slot.offset + slot.numel) for slot in layout.slots)
     cut = (
         (max(start, elements.start) - elements.start, min(end, elements.end) - elements.start) for start, end in bounds
@@ -171,7 +172,7 @@ def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameter
     cuts = [slice(None)] if master.is_cuda else parameters
     masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
     if isinstance(hyper, AdamHyper):
-        # What torch counts: it adds one before it updates.
+        # The count before this step: torch adds one before it updates.
         done = [torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device) for _ in cuts]
         adam(
             masters, grads, *moments, [], done, fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
@@ -182,7 +183,7 @@ def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameter
         group = {"lr": hyper.lr, "betas": (hyper.beta1, hyper.beta2), "weight_decay": hyper.weight_decay}
         lion.update(master, grad, part.moments[0], group)
     elif isinstance(hyper, SgdHyper):
-        # Without momentum there is no buffer, and with it none is read before the first update.
+        # Without momentum there is no buffer; with it, the first update does not read one.
         buffers = list(moments[0]) if hyper.momentum and not hyper.first else [None for _ in cuts]
         sgd(
             masters, grads, buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,

@@ -1,6 +1,6 @@
-"""What an optimizer leaves with the store of its states, which it holds.
+"""Callbacks that an optimizer registers with its store.
 
-The store does not hold it, so that both are freed when their user drops them.
+The optimizer refers to the store; the store refers back only weakly, so that both are freed when the user drops them.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def optimizer_is_gone() -> NoReturn:
 
 
 def weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, which does not keep its object alive. A call raises StateError where that is gone."""
+    """The method, without keeping its object alive. Calling it raises StateError once the object is gone."""
     held = WeakMethod(method)
 
     def call(*args: Any) -> Any:

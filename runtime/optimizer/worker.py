@@ -1,4 +1,4 @@
-"""The host's worker: one thread that updates training states while the device computes."""
+"""The host worker: one thread that updates training states while the device computes."""
 
 import atexit
 import bisect
@@ -18,8 +18,8 @@ _EXIT_S = 10.0
 
 
 class Ticket:
-    """Work under way. `arrival` tells when what the work launched on the device is done; it is known only
-    once the work itself is, and waiting on it any earlier would silently wait for nothing."""
+    """Work under way. `arrival` signals the end of what the work launched on the device. It is set only once the work
+    itself is done; waiting on it any earlier would wait for nothing."""
 
     def __init__(self, arrival: Arrival = None, done: bool = False) -> None:
         self.arrival = arrival
@@ -30,7 +30,7 @@ class Ticket:
             self._done.set()
 
     def then(self, action: Callable[[Arrival], Arrival]) -> None:
-        """Let `action` follow on the same thread: it takes the arrival so far and gives the new one."""
+        """Runs `action` after the work, on the same thread; it takes the arrival so far and returns the new one."""
         with self._lock:
             if not self._done.is_set():
                 self._next = action
@@ -38,13 +38,13 @@ class Ticket:
         self.arrival = action(self.arrival)
 
     def forget(self) -> None:
-        """Let nothing follow that has not begun; what has is launched when this returns."""
+        """Drops a follow-up that has not begun; one that has is launched by the time this returns."""
         with self._lock:
             self._next = None
 
     def complete(self, arrival: Arrival) -> None:
         with self._lock:
-            action, self._next = self._next, None  # which holds the store of the tickets
+            action, self._next = self._next, None  # the action refers to the store that holds the tickets
             self.arrival = arrival if action is None else action(arrival)
             self._done.set()
 
@@ -57,7 +57,7 @@ class Ticket:
 
 @dataclass(order=True)
 class Job:
-    """Work for the thread, once everything in `after` is done; `order` counts jobs, `name` is for messages."""
+    """Work for the thread once everything in `after` is done. `order` counts jobs; `name` is for messages."""
 
     priority: int
     order: int
@@ -70,10 +70,10 @@ class Job:
         try:
             return all(arrival is None or arrival.query() for arrival in self.after)
         except RuntimeError:
-            return True  # what is wrong, `run` tells the one that waits for the job
+            return True  # `run` meets the same error and reports it to whoever waits for the job
 
     def block(self) -> None:
-        """Block until the job is ready."""
+        """Blocks until the job is ready."""
         for arrival in self.after:
             if arrival is not None:
                 arrival.synchronize()
@@ -84,7 +84,7 @@ class Job:
 
 
 class _Jobs:
-    """The jobs that wait. Those with the same priority number keep their order."""
+    """The queue of jobs. Jobs of the same priority keep their order."""
 
     def __init__(self) -> None:
         self._waiting: list[Job] = []
@@ -97,15 +97,15 @@ class _Jobs:
             self.changed.notify()
 
     def end(self) -> None:
-        """Let nobody take a further one."""
+        """Makes `take` return None from now on."""
         with self.changed:
             self._ended = True
             self.changed.notify()
 
     def take(self) -> Job | None:
-        """Block until a job is ready; of those that are, the lowest number's. None at the end.
+        """Blocks until a job is ready and returns the ready one with the lowest priority number; None after `end`.
 
-        While none is, the one that was put first is waited for: the device, too, does what comes first first.
+        While none is ready, it waits for the job that was queued first: the device works in order, too.
         """
         while True:
             with self.changed:
@@ -126,9 +126,9 @@ class _Jobs:
 
 
 class Worker:
-    """Runs jobs, of those that are ready the one with the lowest priority number first.
+    """Runs jobs: of those that are ready, the one with the lowest priority number first.
 
-    A job that fails ends all work, and the thread: the state that it was writing is half old and half new.
+    A job that fails ends the thread and all further work, because the state it was writing is half old and half new.
     """
 
     def __init__(self) -> None:
@@ -138,13 +138,13 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def submit(self, priority: int, name: str, work: Callable[[], Arrival], *after: Arrival) -> Ticket:
-        """Queue `work`, which returns what its own launches are waited for by, until all of `after` is done."""
+        """Queues `work`, to run once all of `after` is done; it returns the arrival of what it launched."""
         self.check()
         if self._thread is None:
             arguments = (self._jobs, self._failure)
             self._thread = threading.Thread(target=_serve, args=arguments, name="geminifx-host", daemon=True)
             self._thread.start()
-            # Jobs hold the machine, which holds this worker: only the thread may keep the queue alive.
+            # Jobs refer to the machine, which holds this worker: only the thread may keep the queue alive.
             _running[self._thread] = jobs = weakref.ref(self._jobs)
             weakref.finalize(self, _stop, jobs).atexit = False
         job = Job(priority, next(self._order), name, work, after)
@@ -152,14 +152,15 @@ class Worker:
         return job.ticket
 
     def wait(self, ticket: Ticket, name: str) -> Arrival:
-        """Block until the work is done. Raises StateError where it failed, or the thread is dead."""
+        """Blocks until the work is done. Raises StateError if it failed or the thread is dead."""
         while not ticket.is_done(_POLL_S):
             self.check(name)
         self.check(name)
         return ticket.arrival
 
     def check(self, name: str = "a chunk") -> None:
-        """Raises StateError where a job has failed, or the thread has died; `name` is what waits for it."""
+        """Raises StateError if a job has failed or the thread has died; `name` says what was waiting, for the
+        message."""
         if self._thread is not None and not self._thread.is_alive() and not self._failure:
             self._failure.append((name, RuntimeError("the worker thread is dead")))
         if self._failure:
@@ -168,7 +169,7 @@ class Worker:
 
 
 class Tickets:
-    """The work under way on every chunk's training state, by the chunk's number; `names` are for messages."""
+    """The work under way on each chunk's training state, by chunk index; `names` are for messages."""
 
     def __init__(self, worker: Worker, copies: CopyEngine, names: Callable[[int], str]) -> None:
         self.worker = worker
@@ -177,47 +178,47 @@ class Tickets:
         self._tickets: dict[int, Ticket] = {}
 
     def submit(self, index: int, work: Callable[[], Arrival], *after: Arrival) -> None:
-        """Let the worker do it once `after` is done, the chunks with low numbers first."""
+        """Queues work on a chunk, to run once `after` is done; chunks with low indices go first."""
         self._tickets[index] = self.worker.submit(index, self._names(index), work, *after)
 
     def put(self, index: int, arrival: Arrival) -> None:
-        """Work that is launched already."""
+        """Records work that is launched already."""
         self._tickets[index] = Ticket(arrival, done=True)
 
     def get(self, index: int) -> Ticket | None:
         return self._tickets.get(index)
 
     def take(self, index: int) -> Arrival:
-        """Block until the chunk's work is launched, and return what tells that it is done."""
+        """Blocks until the chunk's work is launched, and returns the arrival that signals its end."""
         ticket = self._tickets.get(index)
         if ticket is None:
             return None
         arrival = self.worker.wait(ticket, self._names(index))
-        self._tickets.pop(index, None)  # not before: who is interrupted while waiting still has to
+        self._tickets.pop(index, None)  # only now: if the wait is interrupted, it must be repeated
         return arrival
 
     def forget(self) -> None:
-        """Let nothing follow on the work under way any more."""
+        """Drops all follow-ups that have not begun."""
         for ticket in self._tickets.values():
             ticket.forget()
 
     def is_launched(self, index: int) -> bool:
-        """Whether the chunk's work, if there is any, is done as far as the worker goes."""
+        """Whether the worker is done with the chunk; what it launched on the device may still run."""
         ticket = self._tickets.get(index)
         return ticket is None or ticket.is_done(0.0)
 
     def launched(self, index: int) -> None:
-        """Block until that is so."""
+        """Blocks until the worker is done with the chunk."""
         ticket = self._tickets.get(index)
         if ticket is not None:
             self.worker.wait(ticket, self._names(index))
 
     def arrive(self, index: int) -> None:
-        """From here on what is launched sees the chunk as its last work leaves it."""
+        """Orders what is launched from now on behind the chunk's last work."""
         self.copies.arrive(self.take(index))
 
     def finish(self, index: int) -> None:
-        """Block until the chunk's work is done."""
+        """Blocks until the chunk's work is done, on the device too."""
         ticket = self._tickets.get(index)
         if ticket is not None:
             self.copies.finish(self.worker.wait(ticket, self._names(index)))
@@ -242,7 +243,8 @@ def _stop(held: _Held) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    """Python ends threads that still run by force when it exits, which aborts a process in the middle of a kernel."""
+    """Stops the threads before Python exits: it kills threads that still run, and one that dies in the middle of a
+    kernel aborts the process."""
     for thread, jobs in list(_running.items()):
         _stop(jobs)
         thread.join(_EXIT_S)
@@ -255,7 +257,7 @@ def _serve(jobs: _Jobs, failure: list[tuple[str, BaseException]]) -> None:
             return
         try:
             job.run()
-        except BaseException as error:  # whatever it is, the training thread must hear of it
+        except BaseException as error:  # the training thread must learn of any error
             failure.append((job.name, error))
             job.ticket.give_up()
-        del job  # it holds the machine
+        del job  # it refers to the machine

@@ -1,4 +1,4 @@
-"""Checkpoints that are either the old one or the new one, never half of each."""
+"""Checkpoint directories that are either the old one or the new one, never half of each."""
 
 import os
 from collections.abc import Iterator
@@ -13,16 +13,15 @@ from .leftovers import fresh, put_back, sweep
 
 @contextmanager
 def atomic_directory(path: str | Path, stays_sealed: bool = True) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success it takes the place of `path`, sealed and with the same
-    access; on failure it is removed and `path` is as before. A link to a directory stays one. With `stays_sealed`
-    False the seal, which tells that a directory is whole, is taken off again at its place: other programs may write
-    there.
+    """Yields a temporary directory beside `path`. On success it takes the place of `path`, sealed and with the same
+    permissions; on failure it is removed and `path` stays as it was. A link to a directory stays a link. A seal marks a
+    directory as complete; with `stays_sealed` False it is removed again once the directory is in place, for directories
+    that other programs may write to.
 
-    Raises whatever the body raises, and OSError where the disk is full, the place cannot be written, or `path`
-    is a file.
+    Raises whatever the body raises, and OSError if the disk is full, the place cannot be written, or `path` is a file.
     """
     target = put_back(path)
-    if target.is_file():  # one look: another save may be replacing the directory
+    if target.is_file():  # a single check: another save may be replacing the directory
         raise NotADirectoryError(f"{path} is a file, which a checkpoint would replace; expected a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     with fresh(target) as temporary:
@@ -32,7 +31,7 @@ def atomic_directory(path: str | Path, stays_sealed: bool = True) -> Iterator[Pa
         _flush(temporary)
         install(temporary, target)
         if not stays_sealed:
-            with suppress(FileNotFoundError):  # another save was quicker
+            with suppress(FileNotFoundError):  # another save was faster
                 (target / CHECKSUMS).unlink()
         _flush_one(target.parent)
     sweep(target)
@@ -40,10 +39,10 @@ def atomic_directory(path: str | Path, stays_sealed: bool = True) -> Iterator[Pa
 
 @contextmanager
 def shared_directory(path: str | Path, ranks: Ranks, stays_sealed: bool = True) -> Iterator[Path]:
-    """As `atomic_directory`, for all ranks together: they yield the same directory, on a file system that all share,
-    and leave when `path` is the new one on all of them.
+    """Like `atomic_directory`, for all ranks together: they yield the same directory, on a shared file system, and
+    leave once `path` is the new one for all of them.
 
-    Raises what the body raises, and on ranks on which it raised nothing StateError, naming the others' errors.
+    Raises what the body raises; ranks where it raised nothing raise StateError, which names the others' errors.
     """
     with ExitStack() as stack:
         with ranks.failing_alike():
@@ -56,7 +55,7 @@ def shared_directory(path: str | Path, ranks: Ranks, stays_sealed: bool = True) 
 
 
 def _flush(directory: Path) -> None:
-    """Errors of the disk must arise before the old checkpoint is touched."""
+    """Flushes all files to disk, so that disk errors are raised before the old checkpoint is touched."""
     for folder, _, names in os.walk(directory):
         for name in names:
             file = Path(folder, name)
@@ -66,7 +65,7 @@ def _flush(directory: Path) -> None:
 
 
 def _flush_one(path: Path) -> None:
-    """Wait for a file's bytes, or for the names in a directory, to be on the disk."""
+    """Waits until a file's bytes, or a directory's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

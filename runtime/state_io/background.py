@@ -1,8 +1,8 @@
-"""Saves that a thread writes while training goes on: of copies, which are made before it does.
+"""Saves that a thread writes while training goes on, from copies made before training continues.
 
-What the thread exchanges with other processes goes over a group of its own, so that it falls between nobody's
-collectives. It makes the copies, too, while whoever asked for the save waits: what of the state is this process's to
-write is known only then.
+The thread communicates with other processes over a group of its own, so that it does not interfere with the order of
+training's collectives. It also makes the copies, while the caller of the save waits: what this process has to write is
+known only once the processes have agreed.
 """
 
 import atexit
@@ -30,28 +30,28 @@ Copies = dict[MetadataIndex, Tensor | BytesIO]
 
 
 class Saving:
-    """A checkpoint that a thread writes. `copied` is done when the state may change again."""
+    """A checkpoint that a thread writes. `copied` is done once the state may change again."""
 
     def __init__(self) -> None:
         self.copied: Future[None] = Future()
-        self.is_told = False  # of a failure
+        self.is_told = False  # whether a caller has seen the failure
         self._written: Future[None] = Future()
 
     @classmethod
     def finished(cls) -> "Saving":
-        """Of a checkpoint that is at its place."""
+        """A checkpoint that is already in place."""
         saving = cls()
         saving._written.set_result(None)
         return saving
 
     def done(self) -> bool:
-        """Whether it is at its place, or failed."""
+        """Whether it is in place, or has failed."""
         return self._written.done()
 
     def result(self) -> None:
-        """Block until it is at its place.
+        """Blocks until it is in place.
 
-        Raises CheckpointError where it could not be written; what was saved there before is intact.
+        Raises CheckpointError if it could not be written; what was saved there before is intact.
         """
         try:
             self._written.result()
@@ -59,12 +59,12 @@ class Saving:
             self.is_told = self.done()
 
     def failure(self) -> Exception | None:
-        """Block until it is done. What it failed with, unless somebody was told."""
+        """Blocks until it is done. Returns the error it failed with, unless a caller has seen that already."""
         error = _failure(self._written)
         return None if self.is_told else error
 
     def run(self, write: Callable[[], None], context: AbstractContextManager[object]) -> None:
-        """What the thread does."""
+        """Runs `write` in `context`, on the thread, and sets the futures."""
         error = None
         try:
             with context, torch.no_grad():
@@ -77,7 +77,7 @@ class Saving:
 
 
 def _failure(future: "Future[None]") -> Exception | None:
-    """Block until it is done, and tell how it went."""
+    """Blocks until the future is done and returns its error."""
     error = future.exception()
     assert error is None or isinstance(error, Exception)
     return error
@@ -85,9 +85,11 @@ def _failure(future: "Future[None]") -> Exception | None:
 
 @dataclass(frozen=True)
 class Copying:
-    """Makes the copies of a save, on the host, where `tier` has to have room for them beside the `planned_bytes` that
-    training takes there at most, whether they are in use or not. Without room the save fails, or, if it `may_wait`, is
-    written of the state itself, while whoever asked for it waits."""
+    """Makes the copies of a save, on the host.
+
+    `tier` must have room for them beside `planned_bytes`, the most that training uses there, whether it is in use now
+    or not. Without room the save fails or, if it `may_wait`, is written from the state itself while its caller waits.
+    """
 
     tier: Tier
     saving: Saving
@@ -95,9 +97,10 @@ class Copying:
     planned_bytes: int
 
     def copies(self, items: Sequence[WriteItem], read: Callable[[WriteItem], Tensor | BytesIO]) -> Copies | None:
-        """What `read` tells of all that this process writes; None where it is to be read when it is written.
+        """Copies what `read` returns for each item that this process writes; None if items must be read when they are
+        written.
 
-        Raises CheckpointError where there is no room for that.
+        Raises CheckpointError if there is no room for the copies.
         """
         needed_bytes, limit_bytes = sum(map(_num_bytes, items)), self.tier.limit_bytes
         taken_bytes = max(self.tier.used_bytes, self.planned_bytes)
@@ -111,7 +114,7 @@ class Copying:
                 "background=True"
             )
         copies = {item.index: self._copy(read(item)) for item in items}
-        self.saving.copied.set_result(None)  # raises where whoever waits was interrupted: the state may change
+        self.saving.copied.set_result(None)  # raises if the waiting caller was interrupted: the state may have changed
         return copies
 
     def _copy(self, value: Tensor | BytesIO) -> Tensor | BytesIO:
@@ -128,7 +131,7 @@ def _num_bytes(item: WriteItem) -> int:
 
 
 class Background:
-    """The saves of one model in the background, one at a time."""
+    """One model's saves in the background, one at a time."""
 
     def __init__(self, ranks: Ranks, hardware: Hardware) -> None:
         self._training, self._hardware = ranks, hardware
@@ -136,19 +139,20 @@ class Background:
 
     @cached_property
     def ranks(self) -> Ranks:
-        """The processes, as threads exchange, which the end of this one waits for. All ask for it first together."""
+        """A process group for the saving threads, which the exit of this process waits for. All processes must ask for
+        it the first time together."""
         atexit.register(self._end)
         return self._training.apart()
 
     def start(self, write: Callable[[Copying], None], planned_bytes: int, *, may_wait: bool = False) -> Saving:
-        """Let a thread run `write`, and return when the state may change; training takes `planned_bytes` of the host's
-        memory at most. All processes call it.
+        """Runs `write` on a thread and returns once the state may change. `planned_bytes` is the most host memory that
+        training uses. All processes call it.
 
-        Raises on all of them what fails on one before that.
+        Raises on all of them what fails on any one before that.
         """
         saving = self._last = Saving()
         copying = Copying(self._hardware.host_tier, saving, may_wait, planned_bytes)
-        with quiet():  # not in the thread: filters of warnings are the whole process's
+        with quiet():  # not in the thread: warning filters are global to the process
             Thread(target=saving.run, args=(lambda: write(copying), self._context())).start()
             try:
                 self._training.raise_alike(_failure(saving.copied))
@@ -159,9 +163,9 @@ class Background:
         return saving
 
     def finish(self) -> None:
-        """Block until the save under way is done, if there is one. All processes call it.
+        """Blocks until the save under way is done, if there is one. All processes call it.
 
-        Raises CheckpointError where it failed and nobody was told, and on the others StateError.
+        Raises the save's CheckpointError if no caller has seen it, and StateError on the other processes.
         """
         if self._last is not None:
             failure = self._last.failure()
@@ -169,13 +173,13 @@ class Background:
             self._training.raise_alike(failure)
 
     def _context(self) -> AbstractContextManager[object]:
-        """In which a thread reads the state: behind what was launched."""
+        """The context in which a thread reads the state: on CUDA, the current stream, behind what was launched."""
         if not self._hardware.is_cuda:
             return nullcontext()
         return torch.cuda.stream(torch.cuda.current_stream(self._hardware.device))
 
     def _end(self) -> None:
-        """The process ends: what it saves does, too. Raises where that failed, for Python to show."""
+        """At exit, waits for the save under way. Raises its error, so that Python prints it."""
         failure = None if self._last is None else self._last.failure()
         if failure is not None:
             raise failure

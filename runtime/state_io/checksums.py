@@ -1,7 +1,7 @@
-"""Checksums of what is saved: `checksums.json` beside the files has the size and the CRC-32 of each.
+"""Checksums of saved files: `checksums.json` beside them lists the size and CRC-32 of each.
 
-A directory is sealed when that file is there, which is written last. Directories below that have one of their own are
-listed by it alone. What is added to a directory later is not listed, and nobody minds it.
+That file is written last; a directory that has it is sealed. A subdirectory with a list of its own is represented by
+that list alone. Files added to a directory later are not listed, and are ignored.
 """
 
 import json
@@ -21,7 +21,7 @@ _PIECE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Checksum:
-    """Of the bytes so far."""
+    """The size and CRC-32 of the bytes so far."""
 
     size_bytes: int = 0
     crc32: int = 0
@@ -39,12 +39,12 @@ class Checksum:
 
 
 def is_sealed(directory: Path) -> bool:
-    """Whether it was written to its end."""
+    """Whether the directory was written completely."""
     return (directory / CHECKSUMS).is_file()
 
 
 def seal(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
-    """List all files of a directory that is complete; of those that are `known`, by name, nothing is read."""
+    """Writes the list of a complete directory's files. Files in `known`, by name, are not read again."""
     known = known or {}
     found = {name: known.get(name) or Checksum.of(directory / name) for name in sorted(_files(directory))}
     listed = {"version": _VERSION, "files": {name: asdict(checksum) for name, checksum in found.items()}}
@@ -53,10 +53,10 @@ def seal(directory: Path, known: Mapping[str, Checksum] | None = None) -> None:
 
 
 def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> bool:
-    """Read what a directory lists, each rank a part of it; what directories below list, too, if `deep`. False where it
-    is not sealed, as older versions left it.
+    """Checks the files that a directory lists, each rank a part of them; if `deep`, also those that subdirectories
+    list. Returns False if the directory is not sealed, as older versions left it.
 
-    Raises CheckpointError on all ranks where a file is not as it was saved, and tells which are.
+    Raises CheckpointError on all ranks if a file is not as it was saved, and tells which files are.
     """
     if not ranks.gather(is_sealed(directory))[0]:
         return False
@@ -75,7 +75,7 @@ def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> bool:
 
 
 def _verdicts(directory: Path, deep: bool, part: int, parts: int) -> dict[str, str]:
-    """What is wrong with every file of one part of them, by name; nothing for those that are as they were saved."""
+    """What is wrong with each file of one part of the list, by name; "" for intact files."""
     try:
         listed = sorted(_listed(directory, deep).items())
     except CheckpointError as error:
@@ -96,7 +96,7 @@ def _verdict(file: Path, expected: Checksum) -> str:
 
 
 def _listed(directory: Path, deep: bool) -> dict[str, Checksum]:
-    """What a directory lists. Raises CheckpointError where the list itself is damaged."""
+    """The files that a directory lists. Raises CheckpointError if the list itself is damaged."""
     try:
         data = json.loads((directory / CHECKSUMS).read_bytes())
         if data["version"] != _VERSION:
@@ -111,7 +111,7 @@ def _listed(directory: Path, deep: bool) -> dict[str, Checksum]:
 
 
 def _inside(name: str) -> str:
-    """The name of a file in the directory. Raises ValueError for another."""
+    """Returns the name if it is inside the directory, else raises ValueError."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"it lists {name}, which is not in the directory")
@@ -119,7 +119,7 @@ def _inside(name: str) -> str:
 
 
 def _files(directory: Path, below: str = "") -> Iterator[str]:
-    """The names of files, those of directories below included that are not sealed themselves."""
+    """The names of all files, including those in subdirectories; of a sealed one, only its list of checksums."""
     with os.scandir(directory / below) as entries:
         for entry in entries:
             name = f"{below}{entry.name}"

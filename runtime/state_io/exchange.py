@@ -1,5 +1,5 @@
-"""Putting one directory in the place of another: in one step where the system can, else so that one of the two is
-always whole beside the place."""
+"""Replaces one directory with another: in one step if the system can, else such that one of the two is always whole,
+beside the target."""
 
 import ctypes
 import errno
@@ -15,16 +15,17 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def install(fresh: Path, target: Path) -> None:
-    """Put `fresh` in the place of `target`, whose directory, if there is one, then has another name.
+    """Moves `fresh` to `target`; a directory already there ends up under another name.
 
-    Only renames, so that nothing can fail for lack of space. Other processes may do the same at once: one is last.
+    Uses only renames, so that nothing can fail for lack of space. If several processes do so at once, the last one
+    wins.
     """
     while not _is_installed(fresh, target):
         pass
 
 
 def _is_installed(fresh: Path, target: Path) -> bool:
-    """Whether it went well; else another process was quicker, and what is there is to be looked at anew."""
+    """Tries once. Returns False if another process was faster, and the situation must be looked at again."""
     try:
         if not os.path.lexists(target):
             return _is_moved(fresh, target)
@@ -36,19 +37,20 @@ def _is_installed(fresh: Path, target: Path) -> bool:
 
 
 def _step_aside(fresh: Path, target: Path) -> bool:
-    """The same in two steps. Who is killed between them leaves both directories under names that `leftovers` knows."""
+    """Replaces `target` in two steps. If the process is killed between them, both directories are left under names that
+    `leftovers` finds."""
     aside = old_name(target)
     try:
         os.rename(target, aside)
         return _is_moved(fresh, target)
-    except BaseException:  # an interruption between the two, too
+    except BaseException:  # also an interruption between the two steps
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
 
 
 def _is_moved(fresh: Path, target: Path) -> bool:
-    """Whether there was nothing at `target`."""
+    """Renames `fresh` to `target`; False if there is something already."""
     try:
         os.rename(fresh, target)
     except OSError as error:
@@ -59,10 +61,10 @@ def _is_moved(fresh: Path, target: Path) -> bool:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Give each of two directories the name of the other, in one step. False where the system or the file system
-    cannot; Linux can, with most of its own file systems.
+    """Swaps two directories in one step. Returns False if the system or the file system cannot; Linux can, on most of
+    its file systems.
 
-    Raises OSError where it could, but for these directories, such as one that may not be written to.
+    Raises OSError if it fails for these directories in particular, for example because one is read-only.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:

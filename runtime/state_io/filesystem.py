@@ -1,5 +1,5 @@
-"""The files of torch.distributed.checkpoint: metadata, which is a pickle, is read without running code, what is written
-is summed up on the way, and a failed write tells why."""
+"""The files of torch.distributed.checkpoint (DCP): reads the pickled metadata without running code, takes checksums
+while writing, and raises the cause of a failed write."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from ..isa.errors import CheckpointError
 from .checksums import Checksum
 
 METADATA = ".metadata"
-"""The file that tells a checkpoint of torch.distributed.checkpoint."""
+"""The file that identifies a checkpoint of torch.distributed.checkpoint."""
 
 _PARTS = {
     "torch.distributed.checkpoint.metadata": {
@@ -36,10 +36,12 @@ _PARTS = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # of Python 3.13
 }
-"""All that metadata consists of, by module: plain values."""
+"""The classes and functions that metadata may refer to, by module: they make plain values and run no code."""
 
 
 class _Unpickler(pickle.Unpickler):
+    """Unpickles nothing but `_PARTS`."""
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _PARTS.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
@@ -47,9 +49,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: str | Path) -> Metadata:
-    """What a checkpoint holds.
+    """A checkpoint's metadata.
 
-    Raises CheckpointError where there is none, or its metadata is damaged or names what it need not.
+    Raises CheckpointError if there is none, or it is damaged or refers to anything but `_PARTS`.
     """
     file = Path(directory) / METADATA
     try:
@@ -58,14 +60,14 @@ def read_metadata(directory: str | Path) -> Metadata:
         _check(found)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"there is no checkpoint in {directory}: no {METADATA}") from error
-    # Whatever the bytes of a damaged pickle stand for is called with whatever they give it.
+    # A damaged pickle may call anything in `_PARTS` with any arguments, and so raise any error.
     except Exception as error:
         raise CheckpointError(f"cannot read {file}: {error or type(error).__name__}") from error
     return cast(Metadata, found)
 
 
 def _check(found: Any) -> None:
-    """Raises ValueError, or whatever odd values raise, for what is no metadata or would leave something unread."""
+    """Raises ValueError, or whatever odd values raise, unless this is metadata whose tensors are stored completely."""
     if not isinstance(found, Metadata):
         raise ValueError(f"it holds no metadata, but {type(found).__name__}")
     for name, entry in found.state_dict_metadata.items():
@@ -95,14 +97,14 @@ class Reader(dcp.FileSystemReader):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """One process needs no others, and no warning that there are none."""
+    """Silences DCP's warning that there is no process group: one process needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 class _Summed(io.BufferedWriter):
-    """A file that is written from its beginning to its end, and the checksum of what is."""
+    """A file that is written sequentially, and the checksum of what has been written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.open("wb", buffering=0))
@@ -114,7 +116,7 @@ class _Summed(io.BufferedWriter):
 
 
 class _Summing(FileSystem):
-    """Keeps the checksums of files that it writes, by their names."""
+    """Keeps the checksums of the files that it writes, by name."""
 
     def __init__(self) -> None:
         self.checksums: dict[str, Checksum] = {}
@@ -128,7 +130,7 @@ class _Summing(FileSystem):
 
 
 class Writer(dcp.FileSystemWriter):
-    """Raises OSError where a file cannot be written: torch then closes its own file in it with another error.
+    """Raises OSError if a file cannot be written, where torch's writer raises another error while closing its own file.
     `checksums` are those of the files that this process wrote, by name."""
 
     def __init__(self, directory: str | Path) -> None:

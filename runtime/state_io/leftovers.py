@@ -1,9 +1,9 @@
-"""What saves that were killed leave beside a checkpoint: told from those that run now, put back, swept.
+"""What killed saves leave beside a checkpoint: how it is told from saves that are running, restored and removed.
 
-A save writes `.NAME.new-XXXX` beside NAME, and locks it for as long as it runs: the lock goes with its process. Where
-two directories cannot change places in one step, the old one is `.NAME.old-XXXX` for a moment. Both are used only where
-there is nothing at NAME, and removed by the next save. A file system without locks keeps them until somebody removes
-them.
+A save writes `.NAME.new-XXXX` beside NAME, and locks it while it runs: the lock ends with its process. Where two
+directories cannot be swapped in one step, the old one is called `.NAME.old-XXXX` for a moment. Both are used only if
+there is nothing at NAME, and the next save removes them. On a file system without locks they stay until somebody
+removes them.
 """
 
 import fcntl
@@ -22,13 +22,13 @@ _NEW, _OLD = "new", "old"
 
 
 def old_name(target: Path) -> Path:
-    """A name for what was at `target` until now."""
+    """A new name for what was at `target` until now."""
     return _name(target, _OLD)
 
 
 @contextmanager
 def fresh(target: Path) -> Iterator[Path]:
-    """Yield a new directory beside `target`, with the same access; whatever has its name afterwards is removed."""
+    """Yields a new directory beside `target`, with the same permissions; at the end, removes whatever has its name."""
     while (made := _made(target)) is None:
         pass
     path, lock = made
@@ -42,8 +42,8 @@ def fresh(target: Path) -> Iterator[Path]:
 
 
 def put_back(path: str | Path) -> Path:
-    """The place of a checkpoint, where a save that was killed has left it beside this alone: there again, if it may be
-    moved. Of several whole ones the newest is taken."""
+    """Returns the place of a checkpoint. If there is nothing at `path`, but a killed save left whole ones beside it,
+    moves the newest there; if it cannot be moved, returns where it is."""
     target = Path(path).resolve()
     if target.exists():
         return target
@@ -59,14 +59,14 @@ def put_back(path: str | Path) -> Path:
             os.rename(found, target)
         except OSError:
             if not target.exists() and found.exists():
-                return found  # it may not be moved
+                return found  # it cannot be moved
         # Or another process was quicker.
         return target
     return target
 
 
 def sweep(target: Path) -> None:
-    """Remove what saves to `target` left that run no more."""
+    """Removes what saves to `target` left that are no longer running."""
     for found in _abandoned(target):
         with suppress(FileNotFoundError), _locked(found, fcntl.LOCK_EX) as idle:
             if idle:
@@ -78,7 +78,7 @@ def _name(target: Path, kind: str) -> Path:
 
 
 def _made(target: Path) -> tuple[Path, int] | None:
-    """A new directory and its lock; None where a save that sweeps took it for a leftover in between."""
+    """A new directory and its lock; None if another save removed it as a leftover before it was locked."""
     path, replaced = _name(target, _NEW), None
     with suppress(FileNotFoundError):
         replaced = target.stat()
@@ -89,7 +89,7 @@ def _made(target: Path) -> tuple[Path, int] | None:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None
-    with suppress(OSError):  # without locks nobody sweeps
+    with suppress(OSError):  # without locks nobody removes it
         fcntl.flock(lock, fcntl.LOCK_EX)
     if path.exists():
         return path, lock
@@ -98,8 +98,8 @@ def _made(target: Path) -> tuple[Path, int] | None:
 
 
 def _share_like(replaced: os.stat_result, path: Path) -> None:
-    """Who may read and write what is to be replaced may do so at `path`. A group that cannot be given is another one
-    there, and gets nothing."""
+    """Lets those who may read and write what is replaced do so at `path`. If its group cannot be set, the directory has
+    another group, which gets no access."""
     mode = stat.S_IMODE(replaced.st_mode)
     if replaced.st_gid != path.stat().st_gid:
         try:
@@ -110,7 +110,7 @@ def _share_like(replaced: os.stat_result, path: Path) -> None:
 
 
 def _abandoned(target: Path) -> list[Path]:
-    """Directories of killed saves to `target`, the newest first, but for those that somebody else may have planted."""
+    """Directories that killed saves to `target` left, the newest first; none that another user may have planted."""
     prefixes = tuple(f".{target.name}.{kind}-" for kind in (_NEW, _OLD))
     try:
         owners = {os.geteuid(), os.stat(target.parent).st_uid}
@@ -118,7 +118,7 @@ def _abandoned(target: Path) -> list[Path]:
             named = [e for e in entries if e.name.startswith(prefixes) and e.is_dir(follow_symlinks=False)]
         found = [(e.stat().st_mtime, Path(e.path)) for e in named if e.stat().st_uid in owners]
         return [path for _, path in sorted(found, reverse=True) if _is_idle(path)]
-    except OSError:  # another process puts one back or sweeps
+    except OSError:  # another process is restoring or removing one
         return []
 
 
@@ -129,7 +129,7 @@ def _is_idle(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, kind: int) -> Iterator[bool]:
-    """Whether nobody writes to a directory, nor does while this is open; where there are no locks, somebody may."""
+    """Locks a directory. Yields whether nobody writes to it, now and while this is open; without locks, False."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(directory, kind | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Directories that other programs read, too: weights beside files that are not ours."""
+"""Model directories that other programs read, too: weights beside files that are not ours."""
 
 import os
 import shutil
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-"""How files end that hold weights: old ones beside new ones would be another model's."""
+"""Suffixes of weight files. Old ones must not stay beside new ones: they would be another model's."""
 
 
 def carry_over(old: Path, new: Path) -> None:
-    """Give `new` the files of `old` that it lacks, such as a tokenizer, but not the weights that it replaces. Folders
-    are kept whole. Links stay links: what they point to is not looked at."""
+    """Gives `new` the files of `old` that it lacks, such as a tokenizer, except weights, which are replaced. Folders
+    are kept whole. Links stay links, and are not followed."""
     for name in _files(old):
         copy = new / name
         is_replaced = len(name.parts) == 1 and name.name.endswith(WEIGHTS)
@@ -21,7 +21,7 @@ def carry_over(old: Path, new: Path) -> None:
 
 
 def _keep(file: Path, copy: Path) -> None:
-    """The very file under another name, which costs nothing, or a copy where the file system has no such links."""
+    """A hard link to the file, which costs nothing, or a copy if the file system has none."""
     try:
         os.link(file, copy, follow_symlinks=False)
     except OSError:
@@ -29,9 +29,9 @@ def _keep(file: Path, copy: Path) -> None:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """The names of all files and links below, none of them by way of a link."""
+    """The paths of all files and links below `directory`, relative to it; links are not followed."""
     for folder, below, names in os.walk(directory):
         links = [name for name in below if Path(folder, name).is_symlink()]
         for path in (Path(folder, name) for name in (*names, *links)):
-            if path.is_symlink() or path.is_file():  # a socket or a pipe is of a process
+            if path.is_symlink() or path.is_file():  # a socket or a pipe belongs to a process
                 yield path.relative_to(directory)

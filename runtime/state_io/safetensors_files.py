@@ -1,4 +1,4 @@
-"""Weights as safetensors files, read and written tensor by tensor: what a model takes is never there twice."""
+"""Weights as safetensors files, read and written tensor by tensor: a model's weights are never in memory twice."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
-"""Those that a model's weights and buffers have here, by their names in the files."""
+"""The dtypes that weights and buffers may have here, by safetensors' names."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The tensors of a directory, by name. `aliases` are further names of some, as files of ours have them; `stamps`
-    tell a file from what another writes in its place, by its inode, size and time."""
+    """The tensors of a directory, by name. `aliases` maps further names, which files of ours store, to tensors'.
+    `stamps` has each file's inode, size and modification time (ns), which change when another file replaces it."""
 
     directory: Path
     entries: dict[str, Entry]
@@ -47,9 +47,9 @@ class WeightFiles:
 
     @classmethod
     def found(cls, directory: str | Path) -> "WeightFiles":
-        """What a directory's files say that they hold; no weight is read.
+        """Reads the headers of a directory's files, but no weights.
 
-        Raises CheckpointError where there are none, or one is missing, cut off or damaged in its header.
+        Raises CheckpointError if there are no files, or one is missing, cut off or damaged in its header.
         """
         folder = Path(directory)
         entries: dict[str, Entry] = {}
@@ -67,7 +67,7 @@ class WeightFiles:
         return cls(folder, entries, aliases, stamps)
 
     def check(self) -> None:
-        """Raises CheckpointError where the files are not what they were any more."""
+        """Raises CheckpointError if the files are no longer what they were."""
         if WeightFiles.found(self.directory) != self:
             raise CheckpointError(
                 f"nothing was loaded: the files in {self.directory} were replaced by others meanwhile; call "
@@ -75,7 +75,7 @@ class WeightFiles:
             )
 
     def digest(self, names: Iterable[str]) -> str:
-        """Tells tensors of these names from others, wherever the files lie: by their shapes, dtypes and some values."""
+        """A hash of the tensors of these names: of their names, shapes, dtypes and some values, not of their files."""
         found = hashlib.sha256()
 
         def take(name: str, slices: Any) -> None:
@@ -88,14 +88,15 @@ class WeightFiles:
         return found.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
-        """One of them, a small one. Raises CheckpointError where its file is damaged."""
+        """One tensor, read whole; for small ones. Raises CheckpointError if its file is damaged."""
         with _opened(self.entries[name].file) as opened:
             return opened.get_tensor(name)
 
     def read(self, names: Iterable[str], take: Callable[[str, Any], None]) -> None:
-        """Hand each tensor to `take`, as what gives it by its slices; one file is open at a time.
+        """Calls `take` with each tensor's name and an object that is sliced to read it (a 0-d tensor is passed as it
+        is); one file is open at a time.
 
-        Raises CheckpointError where a file is damaged, or was replaced since it was found: by then some are taken.
+        Raises CheckpointError if a file is damaged, or was replaced since it was found: some are taken by then.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -112,8 +113,8 @@ class WeightFiles:
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
-    """The files of a model, and the tensors that are expected in each. One file comes before an index, as in
-    transformers: what a former model's index names may lie there still."""
+    """A model's files, and the tensors that each should contain. A single file takes precedence over an index, as in
+    transformers: the index may be left over from a former model."""
     if (folder / ONE_FILE).is_file():
         return {folder / ONE_FILE: []}
     index = folder / INDEX
@@ -137,7 +138,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A file, whose tensors are read from the disk when they are asked for."""
+    """An open file, whose tensors are read from disk when they are asked for."""
     try:
         with safe_open(str(file), framework="pt") as opened:
             yield opened
@@ -151,7 +152,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _some_rows(slices: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """The first, the middle and the last row of a tensor, all of one that has no rows, and nothing of an empty one."""
+    """The first, the middle and the last row of a tensor; all of one without rows, and nothing of an empty one."""
     corners = {tuple((size - 1) * half // 2 for size in shape[:-1]) for half in range(3)} if prod(shape) else ()
     for corner in sorted(corners):
         yield slices[(*corner, *(slice(0, size) for size in shape[-1:]))]
@@ -174,8 +175,9 @@ def _entry(file: Path, name: str, slices: Any) -> Entry:
 
 def write(directory: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor],
           max_shard_bytes: int, aliases: Mapping[str, str]) -> None:  # fmt: skip
-    """Write tensors of these shapes and dtypes, which `read` makes one by one, in files of no more than
-    `max_shard_bytes` unless a single one is larger; there is one file's worth of them at a time."""
+    """Writes tensors of these shapes and dtypes, which `read` makes one by one. Files are at most `max_shard_bytes`
+    large, unless a single tensor is larger; one file's tensors are in memory at a time. `aliases` maps further names to
+    tensors' names."""
     shards = _shards({name: prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}, max_shard_bytes)
     stem, count = ONE_FILE.removesuffix(".safetensors"), len(shards)
     named = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [ONE_FILE]

@@ -1,7 +1,7 @@
-"""Checkpoints of tensors that several processes have parts of, by torch.distributed.checkpoint.
+"""Checkpoints of tensors that are sharded over processes, by torch.distributed.checkpoint (DCP).
 
-Each process writes the rectangles that it has, as regions of the whole tensor, and reads those that it needs: how
-many processes wrote them, and how tensors lay on these, does not matter to those that read. Nothing is gathered.
+Each process writes the rectangles of the whole tensors that it holds, and reads those that it needs. A reader need not
+know how many processes wrote a checkpoint, or how they sharded tensors. Nothing is gathered.
 """
 
 import io
@@ -49,20 +49,21 @@ from .leftovers import put_back
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint is to hold: tensors, of the same names on all processes, and rank 0's objects, of types that
-    load without code."""
+    """What a checkpoint is to hold: tensors, with the same names on all processes, and rank 0's objects, of types that
+    load without running code."""
 
     tensors: Mapping[str, Stored]
     objects: Mapping[str, Any]
 
 
 def save(directory: str | Path, contents: Contents, ranks: Ranks, copying: Copying | None = None) -> None:
-    """Replace `directory` by a checkpoint; all processes call it, or a thread of each, which writes `copying`'s copies.
+    """Replaces `directory` with a checkpoint. All processes call it, or a thread on each, which then writes the copies
+    that `copying` makes.
 
-    Raises CheckpointError where it cannot be written; what was saved before is intact.
+    Raises CheckpointError if it cannot be written; what was saved before is intact.
     """
     with ranks.failing_alike():
-        if ranks.rank == 0:  # the others may see a shared file system as it was
+        if ranks.rank == 0:  # the other ranks may see stale entries of a shared file system
             _check_replaced(put_back(directory))
     with replacing(directory, ranks) as temporary:
         write(temporary, contents, ranks, copying)
@@ -75,7 +76,7 @@ def _check_replaced(target: Path) -> None:
 
 @contextmanager
 def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
-    """As `shared_directory`, and what cannot be written is a CheckpointError."""
+    """Like `shared_directory`, but raises CheckpointError for what cannot be written."""
     try:
         with shared_directory(directory, ranks) as temporary:
             yield temporary
@@ -88,13 +89,13 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
 
 
 def write(directory: Path, contents: Contents, ranks: Ranks, copying: Copying | None = None) -> None:
-    """Write a checkpoint into a directory of one that is `replacing` another; all processes call it."""
+    """Writes a checkpoint into a directory from `replacing`; all processes call it."""
     writer, saver = Writer(directory), _Saver(contents, copying)
     try:
         with nullcontext() if copying else quiet():
             dcp.save({}, storage_writer=writer, planner=saver, process_group=ranks.apart_group,
                      no_dist=not ranks.together)  # fmt: skip
-    finally:  # of a failure the traceback has the saver
+    finally:  # the traceback of a failure keeps the saver alive
         saver.copies = None
     checksums = ranks.gather(writer.checksums)
     if ranks.rank == 0:
@@ -103,7 +104,7 @@ def write(directory: Path, contents: Contents, ranks: Ranks, copying: Copying | 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read through: its files are as they were saved."""
+    """A checkpoint whose files were verified to be as they were saved."""
 
     directory: Path
     metadata: Metadata
@@ -113,7 +114,7 @@ class Saved:
     def found(cls, path: str | Path, ranks: Ranks) -> "Saved":
         """The checkpoint at `path`, or the one that a killed save left beside it. All processes call it.
 
-        Raises CheckpointError where there is none, or it is damaged; then the error tells what of it is.
+        Raises CheckpointError if there is none or it is damaged; the error tells which files are damaged.
         """
         with ranks.failing_alike():
             directory = put_back(path) if ranks.rank == 0 else None
@@ -130,16 +131,16 @@ class Saved:
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The shapes and dtypes of the tensors in it."""
+        """The shapes and dtypes of its tensors, by name."""
         found = self.metadata.state_dict_metadata.items()
         tensors = {name: entry for name, entry in found if isinstance(entry, TensorStorageMetadata)}
         return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()}
 
     def read(self, tensors: Mapping[str, Stored], objects: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Read `tensors` in place, and return the objects of these names. All processes call it.
+        """Reads `tensors` in place, and returns the objects of these names. All processes call it.
 
-        Raises CheckpointError: where the checkpoint lacks one, or has it in another shape, nothing is changed; where
-        it cannot be read to its end, some tensors are.
+        Raises CheckpointError. If the checkpoint lacks a tensor, or has it in another shape, nothing is changed; if it
+        cannot be read to its end, some tensors are.
         """
         loader, reader = _Loader(tensors, objects), Reader(self.directory, self.metadata)
         try:
@@ -153,13 +154,13 @@ class Saved:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Whether a failure is somebody's Ctrl-C, which torch.distributed.checkpoint catches as it does errors."""
+    """Whether a failure is a Ctrl-C, which DCP catches like any error."""
     failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
     return any(isinstance(failure[0], KeyboardInterrupt) for failure in failures)
 
 
 def _told(error: BaseException) -> str:
-    """What the processes say of a failure, without their tracebacks."""
+    """The processes' errors, without their tracebacks."""
     if not isinstance(error, dcp.CheckpointException):
         return str(error)
     told = {f"{type(failure[0]).__name__}: {failure[0]}": rank for rank, failure in error.failures.items()}
@@ -171,7 +172,7 @@ def _chunk(region: Region) -> ChunkStorageMetadata:
 
 
 class _Saver(dcp.DefaultSavePlanner):
-    """Writes what `Stored` tensors say; what several processes have, one of them writes."""
+    """Writes the regions of `Stored` tensors; of a region that several processes hold, one writes."""
 
     def __init__(self, contents: Contents, copying: Copying | None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -199,7 +200,7 @@ class _Saver(dcp.DefaultSavePlanner):
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        # A copy that is written is given up.
+        # Each copy is dropped once it is written.
         return self._read(write_item) if self.copies is None else self.copies.pop(write_item.index)
 
     def _read(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -210,15 +211,14 @@ class _Saver(dcp.DefaultSavePlanner):
 
 
 def _packed(name: str, value: Any) -> io.BytesIO:
-    """An object as it is written. Raises CheckpointError where it could not be read again, which is too late to
-    learn."""
-    value = pytree.tree_map_only(numpy.generic, lambda number: number.item(), value)  # as learning rates are
+    """Serializes an object. Raises CheckpointError now if it could not be loaded later."""
+    value = pytree.tree_map_only(numpy.generic, lambda number: number.item(), value)  # learning rates may be numpy's
     data = io.BytesIO()
     try:
         torch.save(value, data)
         data.seek(0)
         torch.load(data, map_location="cpu", weights_only=True)
-    # An object that is not picklable may raise anything when it is asked what it consists of.
+    # Pickling an object may run any code of its own, and so raise anything.
     except Exception as error:
         raise CheckpointError(
             f"{name!r} holds something of a type that does not load without running code; expected numbers, strings, "
@@ -228,7 +228,7 @@ def _packed(name: str, value: Any) -> io.BytesIO:
 
 
 class _Loader(dcp.DefaultLoadPlanner):
-    """Reads what `Stored` tensors lack; a piece at a time is in memory beside them."""
+    """Reads the regions of `Stored` tensors; holds a piece at a time in memory beside them."""
 
     def __init__(self, tensors: Mapping[str, Stored], objects: tuple[str, ...]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -265,7 +265,7 @@ class _Loader(dcp.DefaultLoadPlanner):
         name = read_item.dest_index.fqn
         try:
             self.found[name] = torch.load(value, map_location="cpu", weights_only=True)
-        # Whatever the bytes of a damaged pickle stand for is called with whatever they give it.
+        # A damaged pickle may call what is allowed with any arguments, and so raise any error.
         except Exception as error:
             raise CheckpointError(f"{name!r} is damaged, or of a type that does not load without code") from error
 
