@@ -25,8 +25,8 @@ _HOLDERS: WeakSet[Holder] = WeakSet()
 
 
 def refuse_them(holder: Holder) -> None:
-    """Makes torch's clipping, GradScaler and whole-parameter optimizers raise for sharded parameters, lazy ones and those
-    of `holder`, from here on in this process."""
+    """Makes torch's clipping, GradScaler and whole-parameter optimizers raise for sharded parameters, lazy ones and
+    those of `holder`, from here on in this process."""
     _watch()
     _HOLDERS.add(holder)
 
