@@ -29,8 +29,9 @@ from ...runtime.isa.precision import parameter_dtypes
 from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
 from .fake_model import fake, fake_copy
-from .guards import PLAIN, Guard, recorded
+from .guards import Guard, recorded
 from .held_elsewhere import HeldElsewhere
+from .known import PLAIN
 from .numbers import check_only_computed, no_types_asked, number_type, standing_for, taken_out
 from .refusals import tell_of_hooks
 from .results import gradient_sources
