@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.precision import cast_dtype
@@ -67,6 +68,26 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
             register_parametrization(layer, "weight", dequantized, unsafe=True)  # which would compare dtypes
         except ValueError as error:
             raise ArgumentError(f"frozen={format!r}: {path}: {error}") from error
+
+
+@contextmanager
+def restored_on_failure(source: nn.Module) -> Iterator[None]:
+    """Where the body fails, weights that it has quantised are again what they were, and so are the dtypes to which
+    earlier ones are dequantised."""
+    layers = [(layer, dict(layer._parameters)) for _, layer in _frozen_layers(source)]
+    earlier = [(kept.weight, kept.weight.dtype) for kept in kept_weights(source).values()]
+    try:
+        yield
+    except BaseException:
+        for layer, parameters in layers:
+            if is_parametrized(layer, "weight"):
+                remove_parametrizations(layer, "weight")
+                del layer.weight
+                layer._parameters.clear()  # whose order is to be as it was
+                layer._parameters.update(parameters)
+        for dequantized, dtype in earlier:
+            dequantized.dtype = dtype
+        raise
 
 
 class _Quantizing(Dequantized):
