@@ -14,6 +14,7 @@ from .module import CompiledModule
 from .options import Options
 from .programs.forward import with_loss
 from .programs.guess import of_a_guess
+from .weights.quantized_weights import restored_on_failure
 from .world import Settled, settle, settle_otherwise
 
 
@@ -58,11 +59,12 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
 def _compiled_alike(model: nn.Module, settled: Settled) -> CompiledModule:
     """Where one of the processes that chose a way together refuses it, all do, and go on to the next one."""
     compiled = refusal = None
-    try:
-        compiled = _compiled(model, settled)
-    except REFUSALS as error:
-        refusal = error
-    settled.ranks.raise_alike(refusal)
+    with restored_on_failure(model):
+        try:
+            compiled = _compiled(model, settled)
+        except REFUSALS as error:
+            refusal = error
+        settled.ranks.raise_alike(refusal)
     assert compiled is not None
     return compiled
 

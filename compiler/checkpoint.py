@@ -1,6 +1,5 @@
 """`geminifx.save_checkpoint` and `load_checkpoint`: a run's state, written by all processes and read by any number."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,9 +118,9 @@ class OpenCheckpoint:
         state = None if optimizer is None else OptimizerState.of(session, optimizer)
         if state is not None:
             state.check(self.objects.get("optimizer"), found)
+        _check_tensors(_expected(session), found)
         _give_values(session)
         tensors = _model_tensors(session, writing=False)
-        _check_tensors(tensors, found)
         parts = {"model"} if state is None else {"model", "optimizer"}
         with session.half_loaded.while_written(*parts):
             if state is not None:
@@ -139,15 +138,31 @@ def _check(model: Any, optimizer: Any, directory: Any) -> None:
 
 
 def _give_values(session: Session) -> None:
-    """Memory for values that are on `meta`, where there are none until they are read."""
-    session.demanded()
-    source = session.source
-    if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
-        check_loadable(source, source.state_dict())
-        session.half_loaded.add("model")
-        materialize(source, partial(session.take_places, are_alike=True))
-    session.incoming = None
-    session.settle(backward=False)
+    """Memory for values that are on `meta`, where there are none until they are read; these take the place of what was
+    to be brought."""
+    incoming, session.incoming = session.incoming, None
+    try:
+        source = session.source
+        if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
+            check_loadable(source, source.state_dict())
+            session.half_loaded.add("model")
+            materialize(source, partial(session.take_places, are_alike=True))
+        session.settle(backward=False)
+    except BaseException:
+        session.incoming = incoming
+        raise
+
+
+def _expected(session: Session) -> Tensors:
+    """The shapes and dtypes of what `_model_tensors` tells, also where there are no values yet."""
+    chunks, kept = session.store().chunks, session.source.state_dict().keys()
+    found = {}
+    for name in session.names().values():
+        lies = chunks.elsewhere.get(name)
+        dtype = chunks.place_of(name)[0].master_dtype if lies is None else lies.dtype
+        found[f"model.{name}"] = chunks.whole_shape(name), dtype
+    buffers = {name: buffer for name, buffer in session.source.named_buffers() if name in kept}
+    return found | {f"model.{name}": (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
 
 
 def _model_tensors(session: Session, writing: bool) -> dict[str, Stored]:
@@ -168,24 +183,22 @@ def _everywhere(tensor: Tensor) -> Region:
     return Region((0,) * tensor.ndim, tuple(tensor.shape), 0, tensor.stride())
 
 
-def _check_tensors(tensors: Mapping[str, Stored], found: Tensors) -> None:
+def _check_tensors(expected: Tensors, found: Tensors) -> None:
     """Raises CheckpointError where the checkpoint is of another model, or has values that would not stay the same."""
-    for name, stored in tensors.items():
-        if 0 in stored.shape:
+    for name, (own_shape, own_dtype) in expected.items():
+        if 0 in own_shape:
             continue
         if name not in found:
-            raise CheckpointError(f"nothing was loaded: {name} has shape {stored.shape}, the checkpoint lacks it")
+            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, the checkpoint lacks it")
         shape, dtype = found[name]
-        if shape != stored.shape:
+        if shape != own_shape:
+            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, the checkpoint has shape {shape}")
+        if not is_exact(dtype, own_dtype):
             raise CheckpointError(
-                f"nothing was loaded: {name} has shape {stored.shape}, the checkpoint has shape {shape}"
-            )
-        if not is_exact(dtype, stored.dtype):
-            raise CheckpointError(
-                f"nothing was loaded: {name} is {stored.dtype}, the checkpoint has {dtype}, which that does not hold "
+                f"nothing was loaded: {name} is {own_dtype}, the checkpoint has {dtype}, which that does not hold "
                 "exactly; compile the model as it was when it was saved"
             )
-    others = [name for name in found if name.startswith("model.") and name not in tensors]
+    others = [name for name in found if name.startswith("model.") and name not in expected]
     if others:
         raise CheckpointError(
             f"nothing was loaded: the checkpoint has {', '.join(others[:3])}{', ...' * (len(others) > 3)}, which the "

@@ -94,7 +94,7 @@ class Options:
         timeout_s: seconds that a process waits for the others before it takes them for dead, where compile() is what
             starts torch.distributed.
         dump: a directory for the program after every pass.
-        config: a TOML file with any of these options; arguments take precedence.
+        config: a TOML file with any of these options; arguments take precedence, but for those that are None.
     """
 
     device_budget: int | str | None = None

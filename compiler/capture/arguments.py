@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.errors import ArgumentError
-from .guards import PLAIN
+from .known import PLAIN
 
 
 def leaf_key(leaf: Any, is_input: bool = False) -> Any:

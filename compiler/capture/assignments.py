@@ -9,7 +9,7 @@ was there, and told where it may not matter, as with a cache.
 """
 
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...runtime.isa.errors import CaptureError
-from .guards import attributes_of
+from .guards import attributes_of, changed_attributes
+from .known import Snapshot
 from .owners import full_name
 
 _set_data = torch.Tensor.data.__set__
@@ -91,7 +92,7 @@ class _State:
     buffers: dict[str, Tensor | None]
     values: dict[str, Any]
     hooks: dict[str, dict[Any, Any]]
-    keys: dict[str, Hashable]
+    attributes: dict[str, Snapshot]
 
     @classmethod
     def of(cls, module: nn.Module) -> "_State":
@@ -127,9 +128,9 @@ class _State:
                     f"the forward assigns the tensor {prefix}{name}, which a compiled program cannot follow from call "
                     f'to call; register it: self.register_buffer("{name}", ..., persistent=False)'
                 )
-        keys, now, before = attributes_of(module), {**vars(module), **module._buffers}, {**self.values, **self.buffers}
+        now, before = {**vars(module), **module._buffers}, {**self.values, **self.buffers}
         new = {n for n, value in now.items() if isinstance(value, Tensor) and not isinstance(before.get(n), Tensor)}
-        told = sorted({name for name in {**keys, **self.keys} if keys.get(name) != self.keys.get(name)} | new)
+        told = sorted(changed_attributes(module, self.attributes) | new)
         if told:
             warnings.warn(
                 f"the forward assigns {', '.join(prefix + name for name in told)}, and compiled steps leave that as it "

@@ -8,73 +8,22 @@ A loss function that is given to compile stands outside of the model: of its mod
 guard, modes, buffers and hooks, too, which for the model's own modules are part of a call's key.
 """
 
-import enum
-import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 from unittest import mock
 
-import numpy
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
+from .known import Snapshot, known_by
 from .owners import full_name, owners_in
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-"""Values that hold no tensors and do not change."""
-_CONTAINERS = (list, tuple, set, frozenset, dict)
 INTERNAL = frozenset(vars(nn.Module()))
 """What nn.Module itself keeps in a module."""
 _ABSENT = object()
-_LONGEST, _DEEPEST = 64, 4
-"""Containers with more elements, and what lies deeper in objects of objects, are known by their identity."""
-
-
-class _Same:
-    """Equal to what holds the very same object, which it keeps alive: an identity is given anew to others."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def known_by(value: Any, depth: int = 0) -> Hashable:
-    """What is equal for values that a program may take for each other."""
-    if isinstance(value, PLAIN):
-        return type(value), repr(value)  # 1, 1.0 and True differ, and NaN equals itself
-    if isinstance(value, numpy.generic):
-        return type(value), repr(value.item())
-    if isinstance(value, MethodType):
-        return MethodType, _Same(value.__func__), _Same(value.__self__)
-    if depth < _DEEPEST:
-        inside = functools.partial(known_by, depth=depth + 1)
-        if isinstance(value, _CONTAINERS) and len(value) <= _LONGEST:
-            elements = [each for pair in value.items() for each in pair] if isinstance(value, dict) else value
-            return type(value), tuple(map(inside, elements))
-        if isinstance(value, functools.partial):
-            return functools.partial, inside(value.func), inside(value.args), inside(value.keywords)
-        if _is_settings(value):
-            return type(value), inside(vars(value))
-    return _Same(value)
-
-
-def _is_settings(value: Any) -> bool:
-    """Whether an object is known by its attributes, such as a namespace or an instance of a class of the user's."""
-    if callable(value) or isinstance(value, (Tensor, nn.Module, PreTrainedConfig)):
-        return False
-    return hasattr(value, "__dict__") and not inspect.ismodule(value)
 
 
 def forwards_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, Hashable], ...]:
@@ -82,9 +31,16 @@ def forwards_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, Hashable], ...
     return tuple((place, known_by(vars(m)["forward"])) for place, m in enumerate(modules) if "forward" in vars(m))
 
 
-def attributes_of(module: nn.Module) -> dict[str, Hashable]:
-    """What a module's attributes are known by, but for what nn.Module keeps."""
-    return {name: known_by(value) for name, value in vars(module).items() if name not in INTERNAL}
+def attributes_of(module: nn.Module) -> dict[str, Snapshot]:
+    """A module's attributes as they are, but for what nn.Module keeps."""
+    return {name: Snapshot(value) for name, value in vars(module).items() if name not in INTERNAL}
+
+
+def changed_attributes(module: nn.Module, before: Mapping[str, Snapshot]) -> set[str]:
+    """The names of those that are not as they were, or new."""
+    now = {name: value for name, value in vars(module).items() if name not in INTERNAL}
+    kept = {name for name, snapshot in before.items() if name in now and snapshot.holds(now[name])}
+    return {*now, *before} - kept
 
 
 @dataclass(frozen=True)
@@ -94,19 +50,15 @@ class Guard:
     owner: Any
     name: str
     label: str
-    value: Any
-    known: Hashable
-    by_identity: bool
+    snapshot: Snapshot
 
     @classmethod
     def of(cls, owner: Any, name: str, path: str) -> "Guard":
-        value = vars(owner).get(name, _ABSENT)
-        by_identity = not (isinstance(value, _CONTAINERS) or _is_settings(value))
-        return cls(owner, name, full_name(path, name), value, known_by(value), by_identity)
+        snapshot = Snapshot(vars(owner).get(name, _ABSENT))
+        return cls(owner, name, full_name(path, name), snapshot)
 
     def holds(self) -> bool:
-        now = vars(self.owner).get(self.name, _ABSENT)
-        return (self.by_identity and now is self.value) or known_by(now) == self.known
+        return self.snapshot.holds(vars(self.owner).get(self.name, _ABSENT))
 
 
 @contextmanager
@@ -147,7 +99,8 @@ def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, 
     owners: dict[int, tuple[Any, str]] = {}
     for (path, copied), original in zip(copies.named_modules(), originals.modules(), strict=True):
         owners[id(copied)] = original, path
-        _add_configs(owners, vars(copied).get("config"), vars(original).get("config"), path)
+        for name, value in list(vars(copied).items()):
+            _add_configs(owners, value, vars(original).get(name), f"{path}.{name}" if path else name)
     return owners
 
 
@@ -170,10 +123,9 @@ def _is_private(owner: Any, name: str, is_outside: bool) -> bool:
 
 def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any, path: str) -> None:
     if isinstance(copied, PreTrainedConfig) and id(copied) not in owners:
-        path = full_name(path, "config")
         owners[id(copied)] = original, path
         for name, part in list(vars(copied).items()):
-            _add_configs(owners, part, vars(original).get(name), path)
+            _add_configs(owners, part, vars(original).get(name), f"{path}.{name}")
 
 
 def _is_missing(owner: Any, name: str) -> bool:

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ...runtime.isa.errors import CaptureError
+from .shared_memory import attributes
 
 
 class HeldElsewhere:
@@ -21,12 +22,14 @@ class HeldElsewhere:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._names[id(tensor)] = name
             self._kept.append(tensor)
+        self._attributes = {id(tensor): name for name, tensor in attributes(model).items()}
 
     def standing_in(self, replaced: set[str]) -> TorchFunctionMode:
         """Within, operators on those are on what is traced. Raises CaptureError for one of the buffers of these names,
-        which the forward replaces by others."""
+        which the forward replaces by others, and for a write to another tensor of the model's."""
         now = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        return _StandIn({identity: now[name] for identity, name in self._names.items()}, self._names, replaced)
+        standing_in = {identity: now[name] for identity, name in self._names.items()}
+        return _StandIn(standing_in, self._names, replaced, self._attributes)
 
     def check_gradients(self, outputs: Iterable[Tensor]) -> None:
         """Raises CaptureError where a gradient would go to one of those itself, of what no operator is given."""
@@ -46,15 +49,25 @@ class HeldElsewhere:
 
 
 class _StandIn(TorchFunctionMode):
-    def __init__(self, now: dict[int, Tensor], names: dict[int, str], replaced: set[str]) -> None:
+    def __init__(self, now: dict[int, Tensor], names: dict[int, str], replaced: set[str],
+                 held: dict[int, str]) -> None:  # fmt: skip
         super().__init__()
-        self._now, self._names, self._replaced = now, names, replaced
+        self._now, self._names, self._replaced, self._held = now, names, replaced, held
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._now.keys().isdisjoint(map(id, pytree.arg_tree_leaves(*args, **kwargs))):
+        leaves = pytree.arg_tree_leaves(*args, **kwargs)
+        if not self._now.keys().isdisjoint(map(id, leaves)):
             args, kwargs = pytree.tree_map_only(Tensor, self._traced, (args, kwargs))
-        return func(*args, **kwargs)
+        versions = [(leaf, leaf._version) for leaf in leaves if id(leaf) in self._held and not leaf.is_inference()]
+        result = func(*args, **kwargs)
+        for tensor, version in versions:
+            if tensor._version != version:
+                raise CaptureError(
+                    f"the forward writes to the tensor {self._held[id(tensor)]}, which is no buffer; register it, "
+                    'self.register_buffer("name", ..., persistent=False), or let the forward make a new one'
+                )
+        return result
 
     def _traced(self, tensor: Tensor) -> Tensor:
         name = self._names.get(id(tensor))

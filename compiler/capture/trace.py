@@ -29,8 +29,9 @@ from ...runtime.isa.precision import parameter_dtypes
 from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
 from .fake_model import fake, fake_copy
-from .guards import PLAIN, Guard, recorded
+from .guards import Guard, recorded
 from .held_elsewhere import HeldElsewhere
+from .known import PLAIN
 from .numbers import check_only_computed, no_types_asked, number_type, standing_for, taken_out
 from .refusals import tell_of_hooks
 from .results import gradient_sources
@@ -260,7 +261,13 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
                 f"{_source_line(error)}: checkpoint(use_reentrant=True) cannot be captured; use use_reentrant=False, "
                 "or leave the checkpoint out: compile(recompute=) decides what is computed again"
             ) from error
+        if "mutating a non-functional tensor" in str(error):
+            raise _written(error) from error
         error.add_note(f"while geminifx captured the model, at {_source_line(error)}")
+        raise
+    except AssertionError as error:
+        if "entirely functional graph" in str(error):
+            raise _written(error) from error
         raise
     except (AttributeError, IndexError, TypeError) as error:
         error.add_note(
@@ -268,6 +275,13 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
             "model may read a mask that is not there: load it with attn_implementation='eager'"
         )
         raise
+
+
+def _written(error: Exception) -> CaptureError:
+    return CaptureError(
+        f"{_source_line(error)}: the forward writes to a tensor that is neither a buffer nor made by it ({error}); "
+        'register it, self.register_buffer("name", ..., persistent=False), or let the forward make a new one'
+    )
 
 
 def _source_line(error: BaseException) -> str:

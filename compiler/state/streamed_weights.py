@@ -6,7 +6,7 @@ weights, copies and accounts as a program's, without one.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -109,12 +109,11 @@ def streamed_weights(session: Session) -> Iterator[None]:
     chunks = _Chunks(setup.machine, session.meter)
     weights = {name: StreamedWeight(chunks, chunk, chunk.slots[slot]) for name, (chunk, slot) in layout.places.items()}
     names = {id(parameter): name for name, parameter in session.source.named_parameters()}
-    held = [(m, name, p) for m in session.source.modules() for name, p in m._parameters.items() if p is not None]
-    setup.machine.run = Run()
-    for module, name, parameter in held:
-        module._parameters[name] = weights[names[id(parameter)]]
+    autocast = torch.autocast(setup.machine.device.type, enabled=False)  # as around a program
     try:
-        with torch.no_grad(), session.meter or nullcontext():
+        setup.machine.run = Run()
+        stand_ins = _standing_in(session.source, lambda parameter: weights[names[id(parameter)]])
+        with stand_ins, torch.no_grad(), autocast, session.meter or nullcontext():
             yield
         chunks.release_all()
         setup.machine.store.rest()
@@ -127,6 +126,23 @@ def streamed_weights(session: Session) -> Iterator[None]:
                 "time, or raise device_budget"
             ) from as_cause(error)
         raise
+
+
+@contextmanager
+def _standing_in(source: nn.Module, weight_of: Callable[[nn.Parameter], StreamedWeight]) -> Iterator[None]:
+    """While this is open, modules have stand-ins for their parameters; and none of these where it is interrupted."""
+    held = [(m._parameters, name, p) for m in source.modules() for name, p in m._parameters.items() if p is not None]
+
+    def restore() -> None:
+        for parameters, name, parameter in held:
+            parameters[name] = parameter
+
+    try:
+        for parameters, name, parameter in held:
+            parameters[name] = weight_of(parameter)
+        yield
     finally:
-        for module, name, parameter in held:
-            module._parameters[name] = parameter
+        try:
+            restore()
+        finally:
+            restore()  # where an interrupt has come between

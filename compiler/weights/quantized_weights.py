@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from ...runtime.isa.errors import ArgumentError
 from ...runtime.isa.precision import cast_dtype
@@ -77,6 +78,26 @@ def keep_packed(layer: nn.Linear, packed: Packed) -> None:
     kept = layer.parametrizations["weight"]
     kept.original0 = nn.Parameter(packed.codes.contiguous(), requires_grad=False)
     kept.original1 = nn.Parameter(packed.scales.contiguous(), requires_grad=False)
+
+
+@contextmanager
+def restored_on_failure(source: nn.Module) -> Iterator[None]:
+    """Where the body fails, weights that it has quantised are again what they were, and so are the dtypes to which
+    earlier ones are dequantised."""
+    layers = [(layer, dict(layer._parameters)) for _, layer in _frozen_layers(source)]
+    earlier = [(kept.weight, kept.weight.dtype) for kept in kept_weights(source).values()]
+    try:
+        yield
+    except BaseException:
+        for layer, parameters in layers:
+            if is_parametrized(layer, "weight"):
+                remove_parametrizations(layer, "weight")
+                del layer.weight
+                layer._parameters.clear()  # whose order is to be as it was
+                layer._parameters.update(parameters)
+        for dequantized, dtype in earlier:
+            dequantized.dtype = dtype
+        raise
 
 
 class _Quantizing(Dequantized):

@@ -243,6 +243,24 @@ def test_weights_on_meta_do_not_train_where_they_were_not_read(tmp_path: Path) -
         model(torch.ones(8, 6))
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our own"])
+def test_a_load_that_waits_is_made_where_a_checkpoint_is_of_another_model(tmp_path: Path, ours: bool) -> None:
+    source = counting()
+    expected = source(torch.ones(8, 6))
+    source.save_pretrained(tmp_path / "weights")
+    geminifx.save_checkpoint(counting(more=True), None, tmp_path / "saved")
+    with geminifx.init_empty():
+        empty = Counting(torch.float32)
+    model = geminifx.compile(empty, example_inputs=(torch.ones(8, 6),))
+    model.load_pretrained(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="nothing was loaded"):
+        geminifx.load_checkpoint(model, None, tmp_path / "saved")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    if ours:
+        model.optimizer(AdamW, lr=1e-2)
+    assert torch.equal(model(torch.ones(8, 6)), expected)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_after_half_a_load_every_step_is_refused_until_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str

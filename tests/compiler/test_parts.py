@@ -7,7 +7,9 @@ from typing import Any
 import geminifx
 import pytest
 import torch
+from geminifx.compiler.state import streamed_weights
 from geminifx.runtime.isa.errors import BudgetError, StateError
+from interrupts import Failure, in_lines
 from more_models import t5
 from shared_captures import shared_captures
 from torch import Tensor, nn
@@ -292,6 +294,32 @@ def test_generation_computes_in_the_compute_dtype(ours: bool) -> None:
     found, wanted = (each.eval().generate(**PROMPT, **GREEDY, **scores) for each in (model, plain))
     assert found.scores[0].dtype == wanted.scores[0].dtype and torch.equal(found.sequences, wanted.sequences)
     assert all(map(torch.equal, found.scores, wanted.scores))
+
+
+def test_autocast_around_generation_changes_nothing() -> None:
+    model = compiled(LLAMA).eval()
+    scores = {"output_scores": True, "return_dict_in_generate": True}
+    expected = model.generate(**PROMPT, **GREEDY, **scores).scores
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.generate(**PROMPT, **GREEDY, **scores).scores
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_generation_that_is_interrupted_anywhere_leaves_the_parameters() -> None:
+    model, failure = compiled(OPT).eval(), Failure()
+    options = {**PROMPT, **GREEDY, "max_new_tokens": 1}
+    expected, own = model.generate(**options), dict(model.source.named_parameters())
+
+    def generate(at: int | None = None) -> Tensor:
+        with in_lines({streamed_weights.__file__}, failure.pass_by), failure.armed(at):
+            return model.generate(**options)
+
+    generate()
+    for at in range(0, failure.count, 7):
+        with pytest.raises(KeyboardInterrupt):
+            generate(at)
+        assert all(parameter is own[name] for name, parameter in model.source.named_parameters())
+    assert torch.equal(model.generate(**options), expected)
 
 
 @ROUTES

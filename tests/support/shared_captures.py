@@ -13,7 +13,8 @@ from unittest import mock
 import torch
 from geminifx.compiler import session
 from geminifx.compiler.capture.arguments import leaf_key
-from geminifx.compiler.capture.guards import PLAIN, Guard
+from geminifx.compiler.capture.guards import Guard
+from geminifx.compiler.capture.known import PLAIN
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
 from geminifx.compiler.planner.problem import Planning
 from geminifx.compiler.planner.search import Weighed

@@ -31,6 +31,7 @@ class Takes(nn.Module):
         self.all = [self.layer.weight, {"bias": self.layer.bias}]
         self.args = SimpleNamespace(counts=(self.count,))
         object.__setattr__(self, "other", self.count)
+        self.plain = {"a": torch.ones(4)}
         self.steps = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,6 +93,30 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a buffer that is replaced": (replaces, "replaces the buffer count, which it takes from elsewhere"),
     "for a function of its own": (lambda m, x: x @ Double.apply(m.all[0]), "gives the parameter layer.weight, which"),
 }
+
+
+NAMED, UNNAMED = r"the tensor plain\['a'\], which is no buffer", "a tensor that is neither a buffer nor made by it"
+WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
+    "a number": (lambda t, x: t.add_(1), NAMED),
+    "out=": (lambda t, x: torch.add(t, 1, out=t), NAMED),
+    "what is computed": (lambda t, x: t.copy_(x[0]), UNNAMED),
+    "an element": (lambda t, x: t.__setitem__(0, 2), UNNAMED),
+    "a view": (lambda t, x: t[:2].zero_(), UNNAMED),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_a_write_to_a_tensor_that_is_no_buffer_is_refused(how: str) -> None:
+    write, told = WRITES[how]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        write(m.plain["a"], x)
+        return m.layer(x) * m.plain["a"]
+
+    source = Takes(forward)
+    with pytest.raises(CaptureError, match=rf"writes to {told}(?s:.)*register_buffer"):
+        geminifx.compile(source)(torch.ones(2, 4))
+    assert torch.equal(source.plain["a"], torch.ones(4))
 
 
 @pytest.mark.parametrize("how", REFUSED)

@@ -1,6 +1,7 @@
 """Frozen weights as codes and scales: the bits of plain modules that hold the dequantised values, in a quarter of the
 bytes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,38 @@ def test_what_cannot_be_quantised_is_refused() -> None:
     broken.layers[2]["base"].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers.2.base: .*not finite"):
         geminifx.compile(broken, frozen="int8")
+
+
+def broken() -> Adapted:
+    model = Adapted()
+    model.layers[2]["base"].weight.data[0, 0] = torch.nan
+    return model
+
+
+FAILING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception]]] = {
+    "nothing fits": (Adapted, {"device_budget": 1000, "example_inputs": (batch(0),)}, geminifx.BudgetError),
+    "the last weight is not finite": (broken, {}, ValueError),
+    "other inputs": (Adapted, {"example_inputs": (torch.ones(2, 3),)}, ValueError),
+}
+
+
+@pytest.mark.parametrize("why", FAILING)
+def test_a_model_whose_compilation_fails_has_its_weights_back(why: str) -> None:
+    build, options, error = FAILING[why]
+    source = build()
+    before, parts = list(source.named_parameters()), list(map(type, source.modules()))
+    values = [parameter.detach().clone() for _, parameter in before]
+    with pytest.raises(error):
+        geminifx.compile(source, frozen="nf4", device="cpu", **options)
+    assert list(map(type, source.modules())) == parts
+    for (name, found), (expected, parameter), value in zip(source.named_parameters(), before, values, strict=True):
+        assert name == expected and found is parameter and torch.equal(found.nan_to_num(), value.nan_to_num())
+
+
+def test_codes_of_an_earlier_compilation_stay_as_they_were_where_another_fails() -> None:
+    source = Adapted()
+    compiled(source, frozen="nf4", precision="fp32")
+    expected = source(batch(0)).detach()
+    with pytest.raises(geminifx.BudgetError):
+        geminifx.compile(source, precision="bf16", device="cpu", device_budget=1000, example_inputs=(batch(0),))
+    assert torch.equal(source(batch(0)), expected)
