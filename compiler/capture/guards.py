@@ -1,11 +1,11 @@
-"""What a program was captured from besides parameters, buffers and arguments: numbers, switches, functions, tensors.
+"""Guards: what a program was captured from besides parameters, buffers and arguments - numbers, switches, functions.
 
-A forward reads them from its modules and their configurations, and what it finds is baked into the program. Every
-attribute that is read while a model is traced becomes a guard, and a program is used as long as its guards hold: the
-idea is torch.compile's. What nothing reads, such as a history that a training loop keeps on the model, guards nothing.
+A forward reads these from its modules and their configurations, and they are baked into the program. Every attribute
+that is read during the trace becomes a guard, and a program is reused as long as its guards hold; the idea is
+torch.compile's. What nothing reads, such as a history that a training loop keeps on the model, guards nothing.
 
-A loss function that is given to compile stands outside of the model: of its modules and objects all that is read is a
-guard, modes, buffers and hooks, too, which for the model's own modules are part of a call's key.
+A loss function given to compile stands outside of the model: everything read from its modules and objects is a guard,
+including modes, buffers and hooks, which for the model's own modules are part of a call's key.
 """
 
 import enum
@@ -26,17 +26,17 @@ from transformers import PreTrainedConfig
 from .owners import full_name, owners_in
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-"""Values that hold no tensors and do not change."""
+"""Types of immutable values that hold no tensors."""
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 INTERNAL = frozenset(vars(nn.Module()))
-"""What nn.Module itself keeps in a module."""
+"""Attributes that nn.Module itself keeps on a module."""
 _ABSENT = object()
 _LONGEST, _DEEPEST = 64, 4
-"""Containers with more elements, and what lies deeper in objects of objects, are known by their identity."""
+"""Containers with more elements, and values nested deeper, are compared by identity."""
 
 
 class _Same:
-    """Equal to what holds the very same object, which it keeps alive: an identity is given anew to others."""
+    """Compares by identity, and keeps the object alive so that its id is not reused."""
 
     __slots__ = ("value",)
 
@@ -51,7 +51,7 @@ class _Same:
 
 
 def known_by(value: Any, depth: int = 0) -> Hashable:
-    """What is equal for values that a program may take for each other."""
+    """A key that is equal for two values if a program may take one for the other."""
     if isinstance(value, PLAIN):
         return type(value), repr(value)  # 1, 1.0 and True differ, and NaN equals itself
     if isinstance(value, numpy.generic):
@@ -71,25 +71,26 @@ def known_by(value: Any, depth: int = 0) -> Hashable:
 
 
 def _is_settings(value: Any) -> bool:
-    """Whether an object is known by its attributes, such as a namespace or an instance of a class of the user's."""
+    """Whether an object is compared by its attributes: a namespace, or an instance of a user's class that is not
+    callable."""
     if callable(value) or isinstance(value, (Tensor, nn.Module, PreTrainedConfig)):
         return False
     return hasattr(value, "__dict__") and not inspect.ismodule(value)
 
 
 def forwards_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, Hashable], ...]:
-    """Which modules have a forward of their own instead of their class's, by their place, and which these are."""
+    """The positions of the modules that have a forward assigned on the instance, each with a key of that forward."""
     return tuple((place, known_by(vars(m)["forward"])) for place, m in enumerate(modules) if "forward" in vars(m))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Hashable]:
-    """What a module's attributes are known by, but for what nn.Module keeps."""
+    """A module's attributes, except nn.Module's own, by name as `known_by` keys."""
     return {name: known_by(value) for name, value in vars(module).items() if name not in INTERNAL}
 
 
 @dataclass(frozen=True)
 class Guard:
-    """An attribute, `label` by its full name, and what it was."""
+    """The value an attribute had during the trace; `label` is the attribute's full name."""
 
     owner: Any
     name: str
@@ -111,12 +112,12 @@ class Guard:
 
 @contextmanager
 def recorded(copies: nn.Module, originals: nn.Module, loss_fn: Callable[..., Any] | None) -> Iterator[list[Guard]]:
-    """While it is open, what is read of `copies`, which is traced, is recorded; on leaving the list has a guard for
-    each, of `originals`. Of what a loss function is made of, which is not copied, it has guards as well."""
+    """While open, records what is read from `copies`, the model that is traced. On leaving, fills the yielded list with
+    a guard on `originals` for each read. Also covers the objects `loss_fn` is made of, which are not copied."""
     owners = _owners_of(copies, originals)
     beside = {id(owner): (owner, path) for owner, path in owners_in(loss_fn, "loss_fn")}
     owners |= beside
-    outside = beside.keys() - set(map(id, originals.modules()))  # a method of the model may compute the loss
+    outside = beside.keys() - set(map(id, originals.modules()))  # loss_fn may be a method of the model
     reads: dict[tuple[int, str], None] = {}
     guards: list[Guard] = []
 
@@ -143,7 +144,7 @@ def recorded(copies: nn.Module, originals: nn.Module, loss_fn: Callable[..., Any
 
 
 def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, str]]:
-    """By the identity of each module's and configuration's copy the original, and its full name."""
+    """Maps the id of each copied module and configuration to its original and full name."""
     owners: dict[int, tuple[Any, str]] = {}
     for (path, copied), original in zip(copies.named_modules(), originals.modules(), strict=True):
         owners[id(copied)] = original, path
@@ -152,7 +153,8 @@ def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, 
 
 
 def _keeper(owner: Any, name: str, is_outside: bool) -> str:
-    """Under which name an object keeps what was read by `name`: a module its buffers in a dict of them."""
+    """The entry of vars(owner) in which `name` is found: for a module outside of the model that may be `_buffers` and
+    the like."""
     if is_outside and isinstance(owner, nn.Module):
         for held in ("_parameters", "_buffers", "_modules"):
             if name in vars(owner)[held]:
@@ -161,8 +163,8 @@ def _keeper(owner: Any, name: str, is_outside: bool) -> str:
 
 
 def _is_private(owner: Any, name: str, is_outside: bool) -> bool:
-    """Whether an attribute is Python's own; or, within the model, what nn.Module keeps, and of torch's modules what
-    follows from what they were made with."""
+    """Whether reads of an attribute need no guard: Python's dunder names; within the model, nn.Module's own attributes
+    and the underscored ones of torch's modules, which follow from their constructor arguments."""
     if name.startswith("__") or is_outside:
         return name.startswith("__")
     return name in INTERNAL or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
@@ -177,7 +179,7 @@ def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any,
 
 
 def _is_missing(owner: Any, name: str) -> bool:
-    """Whether an attribute that was asked for is neither there nor made by the class: it may be set one day."""
+    """Whether neither the instance nor its class has an attribute that was asked for: it may be set later."""
     if isinstance(owner, nn.Module) and any(
         name in held for held in (owner._parameters, owner._buffers, owner._modules)
     ):
