@@ -44,14 +44,18 @@ _ROOMS = ("compiler", "models", "passes", "runtime")
 class Captured:
     """A captured step and how its flat inputs and outputs map to the model's.
 
-    Fields: program: the step, with its backward if it trains. result_spec, result_leaves: rebuild what the model
-    returned. A leaf that is an int is the position of a program output; any other leaf is a constant. differentiable:
-    positions of the outputs that take a gradient. detached: positions of the outputs that would take one if the loss
-    were not the only output to do so. notes: remarks of the adapters that made the model capturable. sources: maps the
-    role of each gradient ("gradient:NAME") to the positions of the outputs it comes from. guards: what the trace read
-    from the model's modules; the step is valid only while all of them hold. records: the passes that made this
-    process's part of the step, where tensors are sharded. examples: how many examples a call brings. divide: makes the
-    step that runs them as a number of microbatches; None where that is impossible.
+    Fields:
+        program: the step, with its backward if it trains.
+        result_spec, result_leaves: rebuild what the model returned. A leaf that is an int is the position of a program
+            output; any other leaf is a constant.
+        differentiable: positions of the outputs that take a gradient.
+        detached: positions of the outputs that would take one if the loss were not the only output to do so.
+        notes: remarks of the adapters that made the model capturable.
+        sources: maps the role of each gradient ("gradient:NAME") to the positions of the outputs it comes from.
+        guards: what the trace read from the model's modules; the step is valid only while all of them hold.
+        records: the passes that made this process's part of the step, where tensors are sharded.
+        examples: how many examples a call brings.
+        divide: makes the step that runs them as a number of microbatches; None where that is impossible.
     """
 
     program: Program
@@ -95,11 +99,15 @@ class Divide(Protocol):
 class CaptureRequest:
     """What to capture.
 
-    Fields: dtype: the dtype to compute in; None keeps the model's. outputs: which outputs take a gradient. backward:
-    whether to capture a backward. dtypes: the compute dtype of each parameter, if already decided; by default it
-    follows from `dtype`. shapes: full shapes of parameters, for processes that may hold only shards by now. entry: the
-    submodule that is called; "" is the model itself. numbers: positions of the (flattened) arguments that are numbers
-    and become inputs of the program. loss_fn: a function outside of the model's modules that its forward calls.
+    Fields:
+        dtype: the dtype to compute in; None keeps the model's.
+        outputs: which outputs take a gradient.
+        backward: whether to capture a backward.
+        dtypes: the compute dtype of each parameter, if already decided; by default it follows from `dtype`.
+        shapes: full shapes of parameters, for processes that may hold only shards by now.
+        entry: the submodule that is called; "" is the model itself.
+        numbers: positions of the (flattened) arguments that are numbers and become inputs of the program.
+        loss_fn: a function outside of the model's modules that its forward calls.
     """
 
     dtype: torch.dtype | None = None
