@@ -55,7 +55,7 @@ def _use_of_mask(forward: Callable[..., Any]) -> _Use:
 
 
 def _given(tree: ast.AST, kind: type[ast.expr]) -> Iterator[ast.AST]:
-    """The arguments of all calls whose callee is a `kind` of expression."""
+    """The arguments of all calls whose callee is an expression of type `kind`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, kind):
             yield from (*node.args, *(keyword.value for keyword in node.keywords))
