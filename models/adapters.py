@@ -66,8 +66,7 @@ def _restored(configs: list[PreTrainedConfig]) -> Iterator[None]:
 
 
 def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
-    """Select our attention where the model takes one by name, and experts as batched matmuls instead of a loop that
-    depends on data.
+    """Select our attention where the model takes one by name, and experts as batched matmuls, not a loop over data.
 
     A configuration that asks for eager attention keeps it: that is how a user opts out.
     """
@@ -95,8 +94,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
 
 
 def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str]) -> None:
-    """Raises CaptureError if transformers may drop a mask because of its values, and a module computes something else
-    without it."""
+    """Raises CaptureError if transformers may drop a mask because of its values and a module's result then changes."""
     for module in model.modules() if "attention_mask" in given else ():
         replacers = mask_replacers(module) if isinstance(module, PreTrainedModel) else []
         if replacers and module.config._attn_implementation != "eager":
@@ -109,8 +107,7 @@ def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str])
 
 
 def _layerdrops(module: nn.Module) -> dict[str, float]:
-    """Attributes that hold a probability of skipping layers: the module's own or, if it has none, its
-    configuration's."""
+    """Attributes with a probability of skipping layers: the module's own or, failing that, its configuration's."""
     own = {name: value for name, value in vars(module).items() if "layerdrop" in name}
     config = getattr(module, "config", None)
     if not own and isinstance(config, PreTrainedConfig):

@@ -33,8 +33,7 @@ NAME = "geminifx"
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query sees, padding aside. A window of 0 means none; `reason` says why our operator cannot express
-    it."""
+    """Which keys a query sees, padding aside. Window 0 means none; `reason`: why our operator cannot express it."""
 
     causal: bool = False
     window: int = 0
@@ -53,8 +52,8 @@ class _Capture:
 
 
 _CAPTURE: ContextVar[_Capture | None] = ContextVar("geminifx_capture", default=None)
-# The pattern behind a padding mask, by identity: the model passes the tensor from the mask function
-# to the attention function, with nothing else to tell its pattern.
+# The pattern behind a padding mask, by identity: the model hands nothing but this tensor from the mask
+# function to the attention function.
 _PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Tensors filled with ones, with their versions at that time: a padding mask that a model makes up itself hides
 # nothing, as long as nobody writes to it. Views share the version of their base.

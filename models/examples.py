@@ -35,8 +35,7 @@ def _tokens(model: PreTrainedModel, batch: int, length: int, generator: torch.Ge
 
 
 def _classes(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Labels: a class index for single-label problems, numbers for regression, a vector of 0s and 1s for multi-label
-    ones."""
+    """Labels: a class index for single-label problems, numbers for regression, a 0/1 vector for multi-label ones."""
     count = model.config.num_labels
     kind = model.config.problem_type or ("regression" if count == 1 else "single_label_classification")
     if kind == "single_label_classification":

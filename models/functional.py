@@ -23,8 +23,7 @@ def _key_mask(query: Tensor, key: Tensor, mask: Tensor) -> Tensor | None:
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """Matmul, softmax, matmul over [..., S, D]; half precision is computed in fp32. Queries that see no key give
-    zeros."""
+    """Matmul, softmax, matmul over [..., S, D], half precision in fp32; queries that see no key give zeros."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     lowest = torch.finfo(dtype).min
     scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-2, -1)) * scale

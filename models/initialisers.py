@@ -146,8 +146,7 @@ class _Replay:
                 self._take_back(part, name)
 
     def end(self) -> None:
-        """Hands over what is in no block. Raises StateError if values of a block were written after it had been handed
-        over."""
+        """Hands over what is in no block. Raises StateError if a block was written to after it was handed over."""
         for module in dict.fromkeys(module for module, _, _ in self.held):
             self._hand_over(module)
         for module, name, _ in self.held:

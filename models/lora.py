@@ -73,8 +73,7 @@ def _unknown(name: str) -> StateError:
 
 @contextmanager
 def _lent(path: str, layer: Any, empty: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """Temporarily replaces a layer's adapter parameters by CPU tensors filled with NaN, and yields these by full
-    name."""
+    """Replaces a layer's adapter parameters by CPU tensors of NaN while open, and yields these by full name."""
     lent: dict[str, nn.Parameter] = {}
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     for part in layer.adapter_layer_names:

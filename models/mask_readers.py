@@ -62,8 +62,7 @@ def _given(tree: ast.AST, kind: type[ast.expr]) -> Iterator[ast.AST]:
 
 
 def _not_read(tree: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that are only compared or type-checked, such as with None, and those that only run under eager
-    attention."""
+    """Nodes that are only compared (as with None) or type-checked, and those that only run under eager attention."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) or _asks_type(node):
             yield from ast.walk(node)

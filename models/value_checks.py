@@ -89,8 +89,7 @@ def _lines_of_check(frame: FrameType, step: dis.Instruction) -> range | None:
 
 
 def _passing_value(frame: FrameType) -> bool | None:
-    """The truth value of a tensor with which the asking check passes; None if it is no check and the model branches on
-    it."""
+    """The truth value of a tensor with which the asking check passes; None if the model branches on it instead."""
     code = _Code(frame.f_code)
     at = code.at(frame.f_lasti)
     if code.instructions[at].opname in ("TO_BOOL", "COMPARE_OP"):  # Python 3.13 has these in front of the jump

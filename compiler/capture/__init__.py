@@ -1,2 +1,1 @@
-"""Turns a model and a call into a program: tracing, guards, refusals, arguments, results, values for models on
-`meta`."""
+"""Turns a model and a call into a program: tracing, guards, refusals, arguments, results, values for `meta` models."""

@@ -13,10 +13,9 @@ from .guards import PLAIN
 
 
 def leaf_key(leaf: Any, is_input: bool = False) -> Any:
-    """What a program depends on in one argument: a tensor's metadata, the type of a number that is an input, else the
-    value.
+    """What a program depends on in an argument: a tensor's metadata, an input number's type, anything else's value.
 
-    Raises ArgumentError for objects whose contents are unknown: those would be baked in as they are now.
+    Raises ArgumentError for objects whose contents are unknown: they would be baked in as they are now.
     """
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad

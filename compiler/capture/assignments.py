@@ -1,5 +1,5 @@
-"""State that a model's forward assigns. A program computes tensors and writes to buffers, so replacing a buffer becomes
-writing to it:
+"""State that a model's forward assigns. A program only computes tensors and writes to buffers, so where the forward
+replaces a buffer, the program writes to it:
 
     self.n = self.n + 1                            self.n.copy_(self.n + 1)
     self.average.data = value                      self.average.copy_(value)
@@ -39,8 +39,7 @@ class _DataIsWritten(TorchFunctionMode):
 
 @contextmanager
 def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]:
-    """While open, the forward of `model`, the copy that is traced, may assign; on leaving, everything but buffers is
-    restored.
+    """While open, the forward of `model`, a copy, may assign; on leaving, everything but buffers is restored.
 
     A forward is traced twice. `replaced` carries over from the first time to the second: it collects the names of the
     buffers that are replaced. The second forward reads copies of those, since the backward may still need the values
@@ -78,8 +77,7 @@ _Buffers = dict[str, Tensor | None]
 
 
 def shared_buffers(model: nn.Module) -> list[tuple[_Buffers, str, _Buffers, str]]:
-    """Every further place of a buffer that modules hold more than once: (buffers, name, first place's buffers, first
-    name)."""
+    """The further places of buffers that modules hold more than once: (buffers, name, first buffers, first name)."""
     first: dict[int, tuple[_Buffers, str]] = {}
     places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
     held = [(buffers, name, *first.setdefault(id(buffers[name]), (buffers, name))) for buffers, name in places]

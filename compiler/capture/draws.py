@@ -14,7 +14,7 @@ _aten = torch.ops.aten
 
 
 class SameDraws(TorchDispatchMode):
-    """Active while a forward is traced."""
+    """Intercepts in-place draws while a forward is traced."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = _DRAWS.get(func)

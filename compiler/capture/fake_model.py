@@ -21,8 +21,7 @@ def fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> T
 
 def fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, torch.dtype],
                shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
-    """A copy of `model` whose parameters and buffers are fake, and a map from the id of each other copied tensor to its
-    original."""
+    """A copy of `model` with fake parameters and buffers; other tensors copied with it, mapped from id to original."""
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         with mode:  # chunks hold parameters contiguously

@@ -1,4 +1,4 @@
-"""Guards: what a program was captured from besides parameters, buffers and arguments - numbers, switches, functions.
+"""Guards: what a program was captured from besides parameters, buffers and arguments, such as numbers and functions.
 
 A forward reads these from its modules and their configurations, and they are baked into the program. Every attribute
 that is read during the trace becomes a guard, and a program is reused as long as its guards hold; the idea is
@@ -71,8 +71,7 @@ def known_by(value: Any, depth: int = 0) -> Hashable:
 
 
 def _is_settings(value: Any) -> bool:
-    """Whether an object is compared by its attributes: a namespace, or an instance of a user's class that is not
-    callable."""
+    """Whether an object is compared by its attributes: a namespace, or a non-callable object of a user's class."""
     if callable(value) or isinstance(value, (Tensor, nn.Module, PreTrainedConfig)):
         return False
     return hasattr(value, "__dict__") and not inspect.ismodule(value)
@@ -153,8 +152,7 @@ def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, 
 
 
 def _keeper(owner: Any, name: str, is_outside: bool) -> str:
-    """The entry of vars(owner) in which `name` is found: for a module outside of the model that may be `_buffers` and
-    the like."""
+    """The entry of vars(owner) that holds `name`; for modules outside of the model it may be `_buffers` or the like."""
     if is_outside and isinstance(owner, nn.Module):
         for held in ("_parameters", "_buffers", "_modules"):
             if name in vars(owner)[held]:

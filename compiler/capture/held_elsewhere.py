@@ -13,8 +13,7 @@ from ...runtime.isa.errors import CaptureError
 
 
 class HeldElsewhere:
-    """Built from the copy to be traced, before the trace swaps its modules' tensors: lists and objects still hold the
-    same ones."""
+    """Built from the copy to be traced, while its modules still hold the same tensors as its lists and objects."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -31,8 +30,7 @@ class HeldElsewhere:
         return _StandIn({identity: now[name] for identity, name in self._names.items()}, self._names, replaced)
 
     def check_gradients(self, outputs: Iterable[Tensor]) -> None:
-        """Raises CaptureError if a gradient would reach one of the untraced parameters, as when an autograd.Function is
-        given one."""
+        """Raises CaptureError if a gradient would reach an untraced parameter, as through an autograd.Function."""
         waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set[Any]()
         while waiting:
             node = waiting.pop()

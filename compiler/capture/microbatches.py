@@ -1,5 +1,4 @@
-"""Runs a captured step as microbatches: captures it again with part of the batch, and proves that the parts make the
-whole."""
+"""Runs a captured step as microbatches: captures part of the batch, and proves that the parts make the whole."""
 
 import warnings
 from collections import Counter

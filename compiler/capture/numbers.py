@@ -170,8 +170,7 @@ def _is_operand_type(declared: str) -> bool:
 
 
 def is_same_step(general: Program, special: Program, numbers: Mapping[str, float]) -> bool:
-    """Whether `general`, with `numbers` (by role) put in for its inputs, equals `special`, which has them as
-    constants."""
+    """Whether `general` with `numbers`, by role, for its inputs equals `special`, which has them as constants."""
     return _described(general, numbers) == _described(special, {})
 
 

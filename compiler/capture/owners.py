@@ -53,7 +53,6 @@ def _named_in(function: FunctionType) -> dict[str, Any]:
 
 
 def _is_users(value: Any) -> bool:
-    """Whether the reads of an object's attributes can be recorded: its class must be one that Python lets be
-    patched."""
+    """Whether the reads of an object's attributes can be recorded, that is, whether its class can be patched."""
     is_object = hasattr(value, "__dict__") and not (isinstance(value, type) or inspect.ismodule(value))
     return is_object and not type(value).__flags__ & _IMMUTABLE

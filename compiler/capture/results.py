@@ -19,8 +19,7 @@ from ...runtime.isa.instructions import TURN
 from ...runtime.isa.linear_cross_entropy import ABSENT
 
 COPIES = 3
-"""Tensors of the logits' size alive in the loss's backward: log-probabilities, their gradient, and that of the
-logits."""
+"""Tensors as large as the logits in the loss's backward: log-probabilities, their gradient, and that of the logits."""
 
 
 def logits_bytes(captured: Program) -> int:
@@ -40,7 +39,7 @@ def absent_outputs(program: Program) -> frozenset[int]:
 
 
 def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
-    """Maps each gradient's role to the positions of the outputs it comes from; a tied parameter appears under its first
+    """The positions of the outputs that each gradient comes from, by role; tied parameters count by their first
     name."""
     reached: dict[fx.Node, frozenset[int]] = {}
     for node in program.graph.nodes:
@@ -79,7 +78,7 @@ def saved(program: Program) -> tuple[frozenset[int], frozenset[int]]:
 
 
 class AbsentOutputError(StateError, AttributeError):
-    """An output that was not computed is used.
+    """An output that was not computed was used.
 
     It is also an AttributeError, so that code that probes outputs for an attribute before using them, as
     mixed-precision wrappers do, skips this one.
@@ -87,8 +86,7 @@ class AbsentOutputError(StateError, AttributeError):
 
 
 class AbsentOutput:
-    """Stands in for logits whose loss is computed in pieces. It may be kept, printed and copied; any other use
-    raises."""
+    """Stands in for logits whose loss is computed in pieces. It may be kept, printed, copied; any other use raises."""
 
     __slots__ = ()
 

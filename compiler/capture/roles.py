@@ -10,8 +10,7 @@ _PREFIX = "model."
 
 
 def input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[str, str]:
-    """The role of an input, and a name for it. `names` and `leaves` are the names and positions of the tensor
-    arguments."""
+    """The role and name of an input. `names` and `leaves` are the names and positions of the tensor arguments."""
     match description:
         case private.ParamAOTInput(target=target):
             return f"parameter:{without_prefix(target)}", without_prefix(target)

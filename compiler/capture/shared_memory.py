@@ -16,8 +16,7 @@ _DEEPEST = 4
 
 
 def attributes(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that modules hold besides parameters and buffers, directly or in lists, tuples and dicts, by full
-    name."""
+    """The tensors that modules hold besides parameters and buffers, directly or in containers, by full name."""
     own = set(map(id, (*model.parameters(), *model.buffers())))
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():

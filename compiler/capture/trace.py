@@ -50,8 +50,8 @@ class Captured:
             output; any other leaf is a constant.
         differentiable: positions of the outputs that take a gradient.
         detached: positions of the outputs that would take one if the loss were not the only output to do so.
-        notes: remarks of the adapters that made the model capturable.
-        sources: maps the role of each gradient ("gradient:NAME") to the positions of the outputs it comes from.
+        notes: notes in words on what stays eager.
+        sources: maps the role of each parameter's or input's gradient to the positions of the outputs it comes from.
         guards: what the trace read from the model's modules; the step is valid only while all of them hold.
         records: the passes that made this process's part of the step, where tensors are sharded.
         examples: how many examples a call brings.
@@ -85,8 +85,7 @@ class Captured:
 
 
 class Divide(Protocol):
-    """Divides the step of one batch into microbatches, caching the results, or captures it anew for another batch
-    size."""
+    """Makes and caches a step's divisions into microbatches; also captures the step anew for another batch size."""
 
     def __call__(self, count: int) -> Captured: ...
 
@@ -180,8 +179,8 @@ class _Step(nn.Module):
 
     def named_buffers(self, prefix: str = "", recurse: bool = True,
                       remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-        """Yields each buffer under its first name only: torch miscounts the outputs when a buffer with two names is
-        written to."""
+        """Yields each buffer once, by its first name: torch miscounts outputs if a buffer with two names is written
+        to."""
         return super().named_buffers(prefix, recurse)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -226,8 +225,8 @@ class _Step(nn.Module):
         return tuple(outputs)
 
     def _is_for_a_loss_outside(self, result: Any) -> bool:
-        """Whether a tool such as TRL has assigned a forward of its own and the result has no logits: the tool then
-        computes a loss itself, so the other outputs need gradients, too."""
+        """Whether a tool has assigned a forward of its own, as TRL does, whose result has no logits: the tool may
+        compute its loss from other outputs, which then need gradients."""
         return self.is_assigned and "logits" not in result
 
 
@@ -285,7 +284,7 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
 
 def _source_line(error: BaseException) -> str:
     """The line of the model's source, rather than torch's or ours, at which an error was raised."""
-    root = Path(__file__).parents[2]  # holds our source folders; examples may lie beside them
+    root = Path(__file__).parents[2]  # holds our source folders, and maybe examples
     ours = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, *map(root.joinpath, _ROOMS)))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     if not frames:

@@ -1,5 +1,4 @@
-"""Modules that hold weak references to their parameters, as torch's recurrent ones do: swap_tensors refuses such
-tensors."""
+"""Modules that hold weak references to their parameters, as torch's RNNs do: swap_tensors refuses such tensors."""
 
 import gc
 import weakref

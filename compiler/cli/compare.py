@@ -42,8 +42,7 @@ class Compared:
 
 
 def ways(world_size: int) -> dict[str, Mapping[str, Any]]:
-    """The values of `parallel=` for `world_size` processes: data parallel, and every tensor parallel mode whose mesh
-    they fill."""
+    """The values of `parallel=` for `world_size` processes: data parallel, and each tensor parallel mode that fits."""
     found: dict[str, Mapping[str, Any]] = {"data": {"data": world_size}}
     found["data, ZeRO 3"] = {"data": world_size, "zero": 3}
     found["1d"] = {"tensor": {"mode": "1d", "size": world_size}}
@@ -59,8 +58,7 @@ def ways(world_size: int) -> dict[str, Mapping[str, Any]]:
 
 
 def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **options: Any) -> list[Compared]:
-    """Plan a model for `world_size` processes in each way. Its weights may be on `meta`; `batch` is the global
-    batch."""
+    """Plan `model`, which may be on `meta`, for `world_size` processes in each way; `batch` is the global batch."""
     found = []
     for name, parallel in ways(world_size).items():
         parts = parallel.get("data", 1)

@@ -1,5 +1,4 @@
-"""The command `geminifx estimate`: what training a model within budgets takes, for each format of its training
-state."""
+"""The command `geminifx estimate`: what training a model within budgets takes, per format of its training state."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def _count(number: int) -> str:
 
 
 def _rates(name: str | None) -> Rates:
-    """The rates that `name` says; by default those kept for this machine's GPU, or a preset's without one."""
+    """The rates that `name` says; by default those known for this machine's GPU or, without a GPU, a preset's."""
     if name is None and torch.cuda.is_available():
         return rates_of(torch.device("cuda", torch.cuda.current_device()), None, 1, 0)
     found = given_rates(name or OTHER_CARD)
@@ -69,8 +68,7 @@ def estimate(
     rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Plan a training step of MODEL with AdamW for each format of training state, and show what fits and how fast it
-    is.
+    """Plan a training step of MODEL with AdamW for each format of training state; show what fits and how fast it is.
 
     Nothing is run and no weight is read: the configuration is enough. Part of the device budget is left free for what
     CUDA takes besides tensors.

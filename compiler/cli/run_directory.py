@@ -60,8 +60,7 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Saves and opens checkpoints of `model` and `tokenizer`; implements what `finetune` asks for, see
-    `models.recipe.trainable`."""
+    """Saves and opens checkpoints of `model` and `tokenizer`; a `models.recipe.trainable.Checkpoints`."""
 
     model: CompiledModule
     tokenizer: PreTrainedTokenizerBase

@@ -1,5 +1,4 @@
-"""The command `geminifx simulate`: simulates a model's step on a cluster, or a pipeline schedule alone, and exports its
-timeline as a trace."""
+"""The command `geminifx simulate`: a model's step on a cluster, or a pipeline schedule alone, simulated on a clock."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +29,7 @@ def summary(simulated: Simulated) -> str:
 
 
 def ranks_table(simulated: Simulated) -> Table:
-    """Which stages each rank runs, and how long it idles."""
+    """Which stages each rank runs, how long it idles, and how many microbatches it has in flight."""
     table = Table("rank", "stages", "idle", "microbatches in flight")
     for rank, idle_s in enumerate(simulated.idle_s):
         stages = ", ".join(map(str, simulated.schedule.stages_of(rank)))
@@ -39,8 +38,7 @@ def ranks_table(simulated: Simulated) -> Table:
 
 
 def _simulated(name: str, shape: Shape, costs: StageCosts, loss_awaited: bool) -> Simulated:
-    """Simulates a schedule. Raises ValueError if that would take too long, or if the shape does not fit the
-    schedule."""
+    """Simulates a schedule. Raises ValueError if that would take too long or the shape does not fit the schedule."""
     forwards = shape.stages * shape.microbatches
     if forwards > MOST_FORWARDS:
         raise ValueError(f"{shape.stages} stages with {shape.microbatches} microbatches make {forwards:,} forwards; "

@@ -105,8 +105,7 @@ class Asked:
         return World(cluster, rates, self.batch_size or cluster.size, budget, host_bytes)
 
     def _way(self, world: World, count: int, heads: int) -> Way:
-        """The declared way of sharing the work. Raises ArgumentError if it does not fit the world, the batch or the
-        model."""
+        """The declared way of sharing the work. Raises ArgumentError if it does not fit world, batch or model."""
         parallel = Parallel.of(parse_parallel(str(self.parallel)))
         data = parallel.mesh(world.cluster.size, 1).data_size
         microbatches = self.microbatches or (2 * parallel.pipeline if parallel.is_staged else 1)

@@ -31,8 +31,7 @@ SPREADS: Mapping[str, float] = {
     "launch_s": 1.5, "kernel_s": 1.3, "network_latency_s": 1.5, "host_alone_params_per_s": 1.3,
     "host_params_per_s": 1.3, "host_bf16_params_per_s": 1.3, "host_int8_params_per_s": 1.3, "torch_params_per_s": 1.5,
 }  # fmt: skip
-"""The same for what is never as steady: times of single microseconds, and host memory, which is placed differently each
-time."""
+"""The same for what is less steady: times of single microseconds, and host memory, which is placed anew each time."""
 
 ATTEMPTS = 5
 
@@ -167,7 +166,7 @@ def _products(effort: Effort, seconds: tuple[float, ...], kernel_s: float) -> Pr
 
 
 def _passing(found: Measured) -> float:
-    """Parameters per second that stream through the host: as copies slow its updates, each takes that share of its
+    """Parameters per second that stream through the host: a copy costs its updates a share (`lost`) of the copy's
     time."""
     lost = max(1 - found.host_params_per_s / found.host_alone_params_per_s, 0.01)
     state = ChunkLayout(0, 1, torch.bfloat16, torch.float32, trainable=True, slots=())

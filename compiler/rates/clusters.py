@@ -71,8 +71,7 @@ class Cluster:
         return self._shared_by(self.devices // max(members, 1))
 
     def hop(self, stride: int, size: int) -> Link:
-        """The slowest link from a device to the one `stride` after it, within rows of `size`, while all such rows send
-        at once."""
+        """The slowest link from a device to the one `stride` after it, in rows of `size`, while all such rows send."""
         return self.within if self._is_inside(stride * size) else self._shared_by(min(stride, self.devices))
 
     def _is_inside(self, span: int) -> bool:

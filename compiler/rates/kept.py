@@ -53,8 +53,7 @@ def keep(kept: Kept) -> Path | None:
 
 
 def kept_for(machine: Identity) -> Rates | None:
-    """The rates measured on a machine before; None if there are none, or if the file is damaged or may be another
-    user's."""
+    """The rates measured on a machine before; None if there are none, the file is damaged or may be another user's."""
     path = cache_directory() / _name(machine)
     with suppress(OSError, ArgumentError):
         if is_private(path) and is_private(path.parent):

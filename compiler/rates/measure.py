@@ -166,8 +166,7 @@ class Bench:
         return self._behind_products(self._tiny())
 
     def _launch_s(self) -> float:
-        """Seconds to call an operator as programs do. The minimum counts: disturbances on the core only make it
-        longer."""
+        """Seconds to call an operator as programs do. The minimum counts: disturbances only make it longer."""
         return seconds_each(self._tiny(), self.wait, self.effort.each_s, choose=min)
 
     def _tiny(self) -> Run:
@@ -211,8 +210,8 @@ class Bench:
     # -- updates -------------------------------------------------------------------------------------------
 
     def _host_updates(self) -> tuple[float, dict[Moments, float]]:
-        """Parameters per second of our host kernel: alone with exact moments, and for each format of moments while
-        copies run in both directions."""
+        """Parameters per second of our host kernel: alone with exact moments, and for each format of moments that it
+        takes while copies run in both directions."""
         kernel, threads, params = HostKernel(), host_threads(self.ranks.on_this_host), self.effort.host_params
 
         def run(moments: Moments, before: Run) -> float:

@@ -9,8 +9,7 @@ from ...runtime.isa.units import format_bytes
 from ...runtime.optimizer.updates import cores
 
 OTHERS_BYTES = 2 * 2**30
-"""Device memory outside torch's allocator above which others must be using the GPU; our own driver context takes
-less."""
+"""Device memory outside torch's allocator above which others must be using the GPU; more than our driver context."""
 
 BUSY_PERCENT = 20
 """Utilization, of the GPU or of the host's cores, above which others count as busy."""
@@ -40,8 +39,7 @@ class HostWatch:
         self.began_s, self.all_s, self.own_s = time.perf_counter(), _all_busy_s(), _own_busy_s()
 
     def others(self, processes: int = 1) -> str | None:
-        """Says so if others keep the host busy, else None. Each of our `processes` is taken to use as much as this
-        one."""
+        """Says so if others keep the host busy, else None. Each of our `processes` is taken to be as busy."""
         count, passed_s = len(cores()), time.perf_counter() - self.began_s
         theirs_s = _all_busy_s() - self.all_s - processes * (_own_busy_s() - self.own_s)
         percent = 100 * theirs_s / (count * passed_s)

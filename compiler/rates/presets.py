@@ -9,8 +9,7 @@ from ...runtime.isa.moments import Moments, update_bytes
 from .rates import Products, Rates, Updates
 
 SHARE_BY_SIZE = ((0.5e-6, 0.12), (4e-6, 0.45), (30e-6, 0.85), (200e-6, 1.0))
-"""Pairs: a matmul that would take this many seconds at the sustained rate of large ones reaches this share of the
-rate."""
+"""Pairs: a matmul that would take this many seconds at the rate of large ones reaches this share of that rate."""
 
 MEMORY_SHARE = 0.85
 """Share of the published device memory bandwidth that is sustained."""
@@ -23,8 +22,7 @@ ALONE_SHARE, BOTH_SHARE = 0.8, 0.5
 the host's updates run. 28 GB/s were measured with H100 and 40 GB/s with H200, both on PCIe 5."""
 
 PASSING_BYTES = 16
-"""Host memory traffic of a parameter streamed through the host, in bytes, measured as 12e9 parameters per second at 190
-GB/s."""
+"""Host memory traffic of a parameter streamed through the host: measured as 12e9 parameters per second at 190 GB/s."""
 
 CORE_PARAMS_PER_S = 0.4e9
 """Parameters per second that one core updates: 16 cores reach 6e9 with exact moments. For other formats only this and
@@ -124,8 +122,7 @@ def preset(name: str) -> Rates:
 
 
 def card_named(gpu: str) -> str | None:
-    """The preset of the card that the driver calls `gpu`, or None. Laptop cards, and those with less memory, are other
-    cards."""
+    """The preset of the card that the driver calls `gpu`, or None, as for laptop or smaller-memory variants."""
     for maker in MAKERS:
         gpu = gpu.removeprefix(maker)
     return next((name for name, card in CARDS.items() if gpu in card.names), None)

@@ -108,8 +108,7 @@ class TokenBlocks:
         return int(max(self._train.max(), self._held_out.max()))
 
     def steps(self, epochs: int, batch_size: int) -> int:
-        """Return the number of steps in which every training block is seen `epochs` times. To fill the last batch, some
-        blocks are seen once more.
+        """Return the steps it takes to see every training block `epochs` times; some fill up the last batch once more.
 
         Raises:
             ValueError: `epochs` is less than 1.
@@ -138,8 +137,7 @@ class TokenBlocks:
     def held_out_batches(
         self, batch_size: int, limit: int | None = None, part: Part = WHOLE
     ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-        """Yield at most `limit` held-out batches of equal size: `part` of each, and how many tokens the whole batch
-        teaches.
+        """Yield at most `limit` held-out batches of equal size: `part` of each, and how many tokens all of it teaches.
 
         An incomplete last batch is left out unless it is the only one, so that a compiled model sees a single shape.
 
@@ -173,6 +171,5 @@ def _cut(tokens: Sequence[int] | np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def _as_batch(blocks: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return `blocks` and `labels` [batch, seq_len] as a causal language model takes them; it shifts the labels
-    itself."""
+    """Return `blocks` and `labels` [batch, seq_len] as a causal language model takes them; it shifts labels itself."""
     return {"input_ids": torch.from_numpy(blocks.copy()), "labels": torch.from_numpy(labels.copy())}

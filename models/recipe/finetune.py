@@ -76,7 +76,7 @@ class _Saves:
         """Save `step`, once the previous save has ended.
 
         Raises:
-            CheckpointError: this save or the previous one failed; says which step is lost and how to go on. If it was the
+            CheckpointError: this or the previous save failed; says which step is lost and how to go on. If it was the
                 previous one, this save is made all the same.
         """
         try:
@@ -118,8 +118,7 @@ def finetune(
     resume: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Report:
-    """Train `model` on `blocks`; save it, its optimizer and the run's own state through `checkpoints` to
-    `recipe.output`.
+    """Train `model` on `blocks`; save it, its optimizer and the run's state through `checkpoints` to `recipe.output`.
 
     With `resume`, continue from what `recipe.output` holds: the losses are then those of a run that never stopped. On
     the first Ctrl-C or SIGTERM, the step is finished and saved. Checkpoints during the run are written in the
@@ -184,8 +183,7 @@ def _part(model: Trainable) -> Part:
 
 
 def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
-    """Return the model's AdamW over the trainable parameters, without weight decay for biases and norms, which are
-    vectors."""
+    """Return the model's AdamW over the trainable parameters; biases and norms, which are vectors, do not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -205,8 +203,7 @@ def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
 
 
 def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
-    """Return the perplexity on the held-out blocks' learned tokens, in evaluation mode; leaves the model in training
-    mode."""
+    """Return the perplexity on what held-out blocks teach, in evaluation mode; leaves the model in training mode."""
     model.train(False)
     with torch.no_grad():
         batches = blocks.held_out_batches(recipe.batch_size, recipe.held_out_batches, _part(model))
@@ -276,8 +273,7 @@ def _resume(model: Trainable, optimizer: Any, recipe: Recipe, checkpoints: Check
 
 
 def check_output(output: Path) -> None:
-    """Make sure, before any work, that `output` can be written to and that saving would replace nothing but a
-    checkpoint.
+    """Make sure, before any work, that `output` is writable and that saving would replace nothing but a checkpoint.
 
     Raises:
         ValueError: it is a file, or holds something other than a checkpoint.
