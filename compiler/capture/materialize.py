@@ -19,9 +19,9 @@ def check_loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 
 def materialize(model: nn.Module, take_places: Callable[[], None]) -> None:
-    """Replaces tensors on `meta` with uninitialized CPU memory to copy values into; parameters keep their identity.
-    `take_places` is called first: parameters that it takes off `meta`, with places in chunks or none, get no memory
-    here."""
+    """Gives memory to everything on `meta`: buffers as `give_buffers` does, then parameters, uninitialised and on the
+    CPU; these keep their identity. `take_places` is called in between: parameters that it takes off `meta`, with places
+    in chunks or none, get no memory here."""
     give_buffers(model)
     take_places()
     with without_weak_references(model):

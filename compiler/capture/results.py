@@ -39,7 +39,7 @@ def absent_outputs(program: Program) -> frozenset[int]:
 
 
 def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
-    """The positions of the outputs that each gradient comes from, by role; tied parameters count by their first
+    """Maps each gradient's role to the positions of the outputs it comes from; tied parameters go by their first
     name."""
     reached: dict[fx.Node, frozenset[int]] = {}
     for node in program.graph.nodes:

@@ -179,8 +179,7 @@ class _Step(nn.Module):
 
     def named_buffers(self, prefix: str = "", recurse: bool = True,
                       remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-        """Yields each buffer once, by its first name: torch miscounts outputs if a buffer with two names is written
-        to."""
+        """Yields each buffer once, by its first name: torch miscounts outputs if one with two names is written to."""
         return super().named_buffers(prefix, recurse)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -44,8 +44,8 @@ def end(code: int) -> NoReturn:
 
 
 def launch(words: list[str], nprocs: int) -> int:
-    """Run `geminifx` with the arguments `words` in `nprocs` processes; return the exit code of rank 0, or a failed
-    one's.
+    """Run `geminifx WORDS` in `nprocs` processes; return the exit code of rank 0 or, if only others failed, of the
+    first.
 
     Ctrl-C and SIGTERM are passed on to all processes, which save and exit by themselves. If one fails, the others are
     ended.

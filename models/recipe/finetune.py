@@ -120,9 +120,8 @@ def finetune(
 ) -> Report:
     """Train `model` on `blocks`; save it, its optimizer and the run's state through `checkpoints` to `recipe.output`.
 
-    With `resume`, continue from what `recipe.output` holds: the losses are then those of a run that never stopped. On
-    the first Ctrl-C or SIGTERM, the step is finished and saved. Checkpoints during the run are written in the
-    background.
+    With `resume`, continue from what `recipe.output` holds: losses are then those of a run that never stopped. The
+    first Ctrl-C or SIGTERM finishes the step and saves. Checkpoints during the run are written in the background.
 
     Several processes that train one model all call this; each computes its part of every batch, and all have the same
     losses. A run may be resumed by a different number of processes; dropout, if any, is then drawn differently.
