@@ -1,1 +1,1 @@
-"""Hugging Face: adapters for capture, data, and the fine-tuning recipe."""
+"""Hugging Face models: adapters for capture, data, and the fine-tuning recipe."""

@@ -1,4 +1,4 @@
-"""What capture must know about models: how to make one traceable, what to feed it, where its blocks are."""
+"""What capture needs to know about models: how to make one traceable, what to feed it, where its blocks are."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every configuration object that some module of the model reads, once each."""
+    """Every configuration object held by a module of the model, including nested ones, once each."""
     held = (getattr(module, "config", None) for module in model.modules())
     found = {id(part): part for c in held if isinstance(c, PreTrainedConfig) for part in _with_parts(c)}
     return list(found.values())
 
 
 def _read_by(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that a model and its layers read. Layers keep those that they were made with, and a model that
-    holds others, such as an encoder and a decoder, gives these new ones."""
+    """The configurations that a model and its layers read, without those of nested models. Layers keep the
+    configuration they were built with, which may not be the model's: an encoder-decoder gives its parts new ones."""
     found = {id(part): part for part in _with_parts(model.config)}
     waiting: list[nn.Module] = [model]
     while waiting:
@@ -55,7 +55,7 @@ def _read_by(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 @contextmanager
 def _restored(configs: list[PreTrainedConfig]) -> Iterator[None]:
-    """Undo every change to the configurations' attributes on leaving, also those that a forward makes."""
+    """Undo every change to the configurations' attributes on leaving, including changes made by a forward."""
     before = [dict(vars(config)) for config in configs]
     try:
         yield
@@ -66,7 +66,7 @@ def _restored(configs: list[PreTrainedConfig]) -> Iterator[None]:
 
 
 def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
-    """Our attention where the model takes one by name; experts as batched matmuls, not a loop over data.
+    """Select our attention where the model takes one by name, and experts as batched matmuls, not a loop over data.
 
     A configuration that asks for eager attention keeps it: that is how a user opts out.
     """
@@ -94,8 +94,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
 
 
 def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str]) -> None:
-    """Raises CaptureError where transformers leaves a mask out by its values, and a module computes something else
-    without it."""
+    """Raises CaptureError if transformers may drop a mask because of its values and a module's result then changes."""
     for module in model.modules() if "attention_mask" in given else ():
         replacers = mask_replacers(module) if isinstance(module, PreTrainedModel) else []
         if replacers and module.config._attn_implementation != "eager":
@@ -108,7 +107,7 @@ def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str])
 
 
 def _layerdrops(module: nn.Module) -> dict[str, float]:
-    """Attributes that give a probability of skipping layers, the module's own before its configuration's."""
+    """Attributes with a probability of skipping layers: the module's own or, failing that, its configuration's."""
     own = {name: value for name, value in vars(module).items() if "layerdrop" in name}
     config = getattr(module, "config", None)
     if not own and isinstance(config, PreTrainedConfig):
@@ -120,7 +119,7 @@ def _refuse_layerdrop(model: nn.Module) -> None:
     owned = any("layerdrop" in name for module in model.modules() for name in vars(module))
     for path, module in model.named_modules():
         for name, value in _layerdrops(module).items() if module.training else ():
-            # Where modules hold their own copies, those are what the forward reads.
+            # If modules have copies of their own, the forward reads those.
             if value and not (owned and name.startswith("config.")):
                 raise CaptureError(
                     f"{path or type(module).__name__}.{name} is {value}: layers are skipped at random, so "
@@ -130,10 +129,10 @@ def _refuse_layerdrop(model: nn.Module) -> None:
 
 @contextmanager
 def _layers_never_dropped() -> Iterator[None]:
-    """`torch.rand([])` is 1.0 for modules that compare it with a layerdrop of 0.
+    """Makes `torch.rand([])` return 1.0 in modules that compare it with a layerdrop of 0.
 
-    The comparison would otherwise branch on a tensor's value. Only callers that have such an attribute see
-    the constant: other code may draw a scalar for reasons of its own.
+    The comparison would otherwise branch on a tensor's value. Only callers that have such an attribute get the
+    constant: other code may draw a scalar for reasons of its own.
     """
     original = torch.rand
 
@@ -153,7 +152,7 @@ def _layers_never_dropped() -> Iterator[None]:
 
 @contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Hugging Face's gradient checkpointing is off, where it was asked for: what is computed again the plan decides."""
+    """Switches off Hugging Face's gradient checkpointing, with a warning: the plan decides what is recomputed."""
     switched = (module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func"))
     asked = [module for module in switched if module.gradient_checkpointing]
     if asked:
@@ -173,20 +172,20 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, exceptions included.
+    """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, even after an exception.
 
     Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, no gradient
     checkpointing, and no branch on random layer skipping; checks of tensors' values pass; direct calls of torch's
     attention are routed for any module. Parameters are untouched. Not reentrant across threads: torch functions are
     replaced while it is open.
 
-    With `position_ids` among the inputs the rows count as packed sequences, as transformers has it without a
-    cache. Yields notes in plain words on what stays eager; the list is complete on leaving.
+    With `position_ids` among the inputs, rows count as packed sequences, as in transformers without a cache. Yields
+    readable notes on what stays eager; the list is complete on leaving.
 
     Raises:
-        CaptureError: a module in training mode skips layers with a probability that is not 0; transformers leaves
-            out the mask by its values, and the model then computes something else; or, on leaving, a sliding-window
-            mask reached no layer.
+        CaptureError: a module in training mode skips layers with non-zero probability; transformers may drop the mask
+            because of its values, and the model then computes something else; or, on leaving, a sliding-window mask
+            reached no layer.
     """
     _refuse_layerdrop(model)
     given = frozenset(name for name, value in kwargs.items() if value is not None)
@@ -209,9 +208,8 @@ def _owns_parameters(module: nn.Module) -> bool:
 def blocks(model: nn.Module) -> tuple[str, ...]:
     """Fully qualified names of the repeated blocks, in module order.
 
-    Blocks are the children with parameters of each outermost nn.ModuleList or nn.Sequential that has at
-    least two such children; lists inside a block are part of it. A module that stands in two lists is named
-    once.
+    Blocks are the children with parameters of each outermost nn.ModuleList or nn.Sequential that has at least two such
+    children; lists inside a block are part of it. A module in two lists is named once.
     """
     names: dict[int, str] = {}
 
@@ -230,5 +228,5 @@ def blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def exchanges_modules(module: nn.Module) -> bool:
-    """Whether methods of a module put others in the place of modules, as PEFT's do that add, merge and unload."""
+    """Whether a module's methods may replace modules of the model, as PEFT's do that add, merge and unload adapters."""
     return type(module).__module__.partition(".")[0] == "peft"

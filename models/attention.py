@@ -1,13 +1,12 @@
 """Hugging Face attention as one operator: `attn_implementation="geminifx"`.
 
-Models ask for a mask and for an attention function by name. Ours returns no S x S mask where the pattern is
-causal, sliding-window causal or bidirectional, with or without padding: None, or the padding mask [B, Sk],
-which the attention function hands to `geminifx::attention` as its key mask. Everything else (packed
-sequences, chunks, blocks, softcap, sinks, position bias, additive masks) stays the model's own eager
-attention, and a note says why.
+Models ask for a mask and for an attention function by name. Ours makes no S x S mask where the pattern is causal,
+sliding-window causal or bidirectional, with or without padding: the mask is None, or the padding mask [B, Sk], which
+the attention function passes to `geminifx::attention` as its key mask. Everything else (packed sequences, chunks,
+blocks, softcap, sinks, position bias, additive masks) stays the model's own eager attention, and a note says why.
 
-A row of queries that sees no key (left padding) gives zeros here and a mean of all values in eager
-attention. Both are meaningless, and neither reaches a position that is attended.
+A query that sees no key (left padding) gives zeros here and the mean of all values in eager attention. Both are
+meaningless, and neither reaches a position that is attended.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NAME = "geminifx"
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query sees besides padding. Window 0 is none; `reason`: why our operator cannot do it."""
+    """Which keys a query sees, padding aside. Window 0 means none; `reason`: why our operator cannot express it."""
 
     causal: bool = False
     window: int = 0
@@ -53,11 +52,11 @@ class _Capture:
 
 
 _CAPTURE: ContextVar[_Capture | None] = ContextVar("geminifx_capture", default=None)
-# The pattern that a padding mask stands for, by identity: the model carries the tensor from the mask
-# function to the attention function and says nothing else about it.
+# The pattern behind a padding mask, by identity: the model hands nothing but this tensor from the mask
+# function to the attention function.
 _PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Tensors that were made of ones, and the versions that they had then: padding that a model makes up for itself hides
-# nothing, as long as it does not write to it. Views have the version of what they are of.
+# Tensors filled with ones, with their versions at that time: a padding mask that a model makes up itself hides
+# nothing, as long as nobody writes to it. Views share the version of their base.
 _ONES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _MAKES_ONES = {torch.ones, torch.ones_like, torch.Tensor.new_ones}
@@ -68,16 +67,16 @@ _GET_DATA = torch.Tensor.data.__get__  # a descriptor
 
 
 class _FollowOnes(TorchFunctionMode):
-    """Remembers which tensors of the forward are made of ones, through casts, views and slices."""
+    """Remembers which tensors of the forward are all ones, through casts, views and slices."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and (func in _MAKES_ONES or (func in _KEEPS_ONES and _is_of_ones(args[0]))):
-            if not result.is_inference():  # which has no version
+            if not result.is_inference():  # inference tensors have no version
                 _ONES[result] = result._version
-        elif func == _GET_DATA and args[0].layout is torch.strided:  # what is written through it no version tells
+        elif func == _GET_DATA and args[0].layout is torch.strided:  # writes through .data leave the version as it is
             _forget(args[0])
         return result
 
@@ -87,7 +86,7 @@ def _is_of_ones(tensor: Tensor) -> bool:
 
 
 def _forget(written: Tensor) -> None:
-    """Take it that whatever shares memory with a tensor is no longer of ones."""
+    """No longer take anything that shares memory with `written` to be all ones."""
     storage = written.untyped_storage()._cdata
     for tensor in [known for known in _ONES if known.untyped_storage()._cdata == storage]:
         del _ONES[tensor]
@@ -100,7 +99,7 @@ def _note(text: str) -> None:
 
 
 def _leaves(mask_function: Callable[..., Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names of the closures that a mask is joined from by `and`, each with the values it encloses."""
+    """The names of the closures that `and_masks` combines into a mask, each with the values it encloses."""
     code = mask_function.__code__ if hasattr(mask_function, "__code__") else None
     cells = getattr(mask_function, "__closure__", None) or ()
     enclosed = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if code else {}
@@ -134,7 +133,7 @@ def read_pattern(mask_function: Callable[..., Any], kv_length: int) -> Pattern:
 
 
 def _why_materialise(pattern: Pattern, options: dict[str, Any]) -> str | None:
-    """The reason why the caller must get a real 4-D mask, or None."""
+    """Why the caller must get a real 4-D mask, or None."""
     capture = _CAPTURE.get()
     if pattern.reason:
         return pattern.reason
@@ -144,12 +143,12 @@ def _why_materialise(pattern: Pattern, options: dict[str, Any]) -> str | None:
     if any(isinstance(offset, Tensor) or offset for offset in offsets):
         return "a key-value cache"
     skips = options.get("allow_is_causal_skip", True) or options.get("allow_is_bidirectional_skip", False)
-    # Positions that the model made itself forbid the skip too while tracing, although nothing is packed.
+    # While tracing, positions that the model made itself forbid the skip, too, although nothing is packed.
     return None if skips or pattern.packed else "a mask that the model combines with another"
 
 
 def mask(**options: Any) -> Tensor | None:
-    """The mask for `geminifx_attention`: None, padding [B, Sk], or additive [B, 1, Sq, Sk] where we must.
+    """The mask for `geminifx_attention`: None, padding [B, Sk], or, where unavoidable, additive [B, 1, Sq, Sk].
 
     Takes the keyword arguments of `transformers.masking_utils.sdpa_mask`.
     """
@@ -161,7 +160,7 @@ def mask(**options: Any) -> Tensor | None:
     reason = _why_materialise(pattern, options)
     if reason is not None:
         _note(f"attention stays eager: {reason} cannot be expressed by geminifx::attention")
-        # The eager bidirectional mask is skipped where it hides nothing; to find that out would read data.
+        # transformers would skip a bidirectional mask that hides nothing; finding that out reads data.
         return eager_mask(**{**options, "allow_is_bidirectional_skip": False})
     capture = _CAPTURE.get()
     layers = getattr(options.get("config"), "layer_types", None)
@@ -169,9 +168,9 @@ def mask(**options: Any) -> Tensor | None:
         if capture is not None and pattern.window and (layers is None or "sliding_attention" in layers):
             capture.windows_due.add(pattern.window)
         return None
-    # As transformers does: positions past the end of a short padding mask are hidden, of a long one cut off.
+    # As in transformers: keys beyond the end of a short padding mask are hidden, and a long one is cut off.
     key_mask = torch.nn.functional.pad(padding, (0, max(kv_length - padding.shape[-1], 0)))[:, :kv_length]
-    # A tensor of our own, so that two masks over the same padding do not share one identity.
+    # A new tensor, so that two masks over the same padding have two identities.
     key_mask = key_mask.clone()
     _PATTERNS[key_mask] = pattern
     return key_mask
@@ -184,7 +183,7 @@ def _pattern_for(
     attention_mask: Tensor | None,
     options: dict[str, Any],
 ) -> Pattern:
-    """Which keys the queries of this call see, decided as transformers' sdpa_attention_forward does."""
+    """Which keys the queries of this call see, decided as in transformers' sdpa_attention_forward."""
     if attention_mask is not None and attention_mask in _PATTERNS:
         known: Pattern = _PATTERNS[attention_mask]
         return known
@@ -204,7 +203,7 @@ def _why_eager(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> str | None:
-    """The reason why a call cannot be our operator, or None."""
+    """Why our operator cannot express a call, or None."""
     query, key, value = tensors
     extras = {
         "softcap": options.get("softcap"),
@@ -224,7 +223,7 @@ def _why_eager(
 
 
 def _additive(query: Tensor, key: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor | None:
-    """The eager mask [B or 1, 1, Sq, Sk]: 0 where a query sees a key, the smallest number elsewhere."""
+    """The eager mask [B or 1, 1, Sq, Sk]: 0 where a query sees a key, the dtype's lowest number elsewhere."""
     if mask is not None and mask.dim() != 2:
         if mask.dtype != torch.bool:
             return mask
@@ -250,10 +249,10 @@ def geminifx_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """For transformers: query [B, H, Sq, D], key and value [B, Hkv, Sk, D] to [B, Sq, H, D].
+    """The attention function for transformers: query [B, H, Sq, D], key and value [B, Hkv, Sk, D] to [B, Sq, H, D].
 
     Raises:
-        CaptureError: a feature that needs eager attention in a model file that has none.
+        CaptureError: a feature needs eager attention, and the model's source file has none.
     """
     pattern = _pattern_for(module, query, key, attention_mask, options)
     reason = _why_eager(module, (query, key, value), attention_mask, options)
@@ -286,14 +285,13 @@ def geminifx_attention(
 
 @contextmanager
 def hugging_face_attention(given: frozenset[str]) -> Iterator[list[str]]:
-    """For the time a model is traced: follow made-up padding, collect notes on attention that stays eager.
+    """While a model is traced, follow padding that it makes up and collect notes on attention that stays eager.
 
-    `given` names the inputs that the caller passes. Position ids that are not among them are the model's
-    own, and pack nothing.
+    `given` names the inputs that the caller passes. Position ids that are not among them are the model's own, and pack
+    nothing.
 
     Raises:
-        CaptureError: on leaving, if a sliding-window mask was asked for and no layer said that it has a
-            window.
+        CaptureError: on leaving, if a sliding-window mask was asked for but no layer passed a window.
     """
     capture = _Capture(given, [])
     token = _CAPTURE.set(capture)

@@ -1,4 +1,4 @@
-"""Small inputs that a Hugging Face model can be traced with, made from its configuration alone."""
+"""Small inputs to trace a Hugging Face model with, made from its configuration alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEFAULT_IMAGE = 224
 
 
 def _longest(model: PreTrainedModel) -> int:
-    """The most positions that the model's tables hold; models without tables take any length."""
+    """The most positions that the model's embedding tables hold; models without tables take any length."""
     config = model.config.get_text_config()
     longest = max(getattr(config, "max_position_embeddings", None) or 0, 0) or _DEFAULT_LENGTH  # XLNet's is -1
     for module in model.modules():
@@ -35,7 +35,7 @@ def _tokens(model: PreTrainedModel, batch: int, length: int, generator: torch.Ge
 
 
 def _classes(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Labels of one class each; numbers for regression; a vector of 0 and 1 for several classes at once."""
+    """Labels: a class index for single-label problems, numbers for regression, a 0/1 vector for multi-label ones."""
     count = model.config.num_labels
     kind = model.config.problem_type or ("regression" if count == 1 else "single_label_classification")
     if kind == "single_label_classification":
@@ -78,7 +78,7 @@ def _images(model: PreTrainedModel, batch: int, length: int, generator: torch.Ge
 
 
 _TASKS: dict[str, tuple[str, Callable[[PreTrainedModel, int, int, torch.Generator], Inputs]]] = {
-    # The end of the class name -> what the model reads, and how its inputs are made.
+    # Suffix of the class name -> the model's main input, and the function that makes its inputs.
     "ForCausalLM": ("input_ids", _language),
     "LMHeadModel": ("input_ids", _language),
     "ForMaskedLM": ("input_ids", _language),
@@ -92,9 +92,9 @@ _TASKS: dict[str, tuple[str, Callable[[PreTrainedModel, int, int, torch.Generato
 def example_inputs(model: torch.nn.Module, batch_size: int = 1, seq_len: int | None = None) -> dict[str, Tensor] | None:
     """Keyword arguments, labels included, for one training step of `model`; the same ones every time.
 
-    Knows causal, masked and sequence-to-sequence language models, sequence, token and image classification;
-    returns None for any other model. Token ids are int64 [batch_size, seq_len], pixels are in the model's
-    dtype. All are on the CPU. `seq_len` is min(512, the model's positions) by default.
+    Knows causal, masked and sequence-to-sequence language models, and sequence, token and image classification; returns
+    None for any other model. Token ids are int64 [batch_size, seq_len], pixels are in the model's dtype. All tensors
+    are on the CPU. `seq_len` is min(512, the model's positions) by default.
 
     Raises:
         ValueError: `batch_size` or `seq_len` is not positive, or `seq_len` exceeds the model's positions.
@@ -102,7 +102,7 @@ def example_inputs(model: torch.nn.Module, batch_size: int = 1, seq_len: int | N
     if not isinstance(model, PreTrainedModel):
         return None
     suffix = next((suffix for suffix in _TASKS if type(model).__name__.endswith(suffix)), "")
-    # A sequence-to-sequence class that is no encoder-decoder reads images or sound besides text.
+    # A ForConditionalGeneration model that is no encoder-decoder also reads images or sound.
     if not suffix or (suffix == "ForConditionalGeneration" and not model.config.is_encoder_decoder):
         return None
     reads, make = _TASKS[suffix]

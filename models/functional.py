@@ -1,4 +1,4 @@
-"""`torch.nn.functional.scaled_dot_product_attention` as one operator, for code that calls it directly."""
+"""Replaces `torch.nn.functional.scaled_dot_product_attention` by one operator, for code that calls it directly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..runtime.isa.attention import attention
 
 
 def _key_mask(query: Tensor, key: Tensor, mask: Tensor) -> Tensor | None:
-    """[B, Sk] where a bool mask says the same for all heads and queries, else None."""
+    """[B, Sk] if a bool mask is the same for all heads and queries, else None."""
     if mask.dtype != torch.bool or mask.dim() > 4:
         return None
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
@@ -23,7 +23,7 @@ def _key_mask(query: Tensor, key: Tensor, mask: Tensor) -> Tensor | None:
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """Matmul, softmax, matmul over [..., S, D], half precision in fp32; rows that see no key give zeros."""
+    """Matmul, softmax, matmul over [..., S, D], half precision in fp32; queries that see no key give zeros."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     lowest = torch.finfo(dtype).min
     scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-2, -1)) * scale
@@ -31,7 +31,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     if mask is not None and mask.dtype == torch.bool:
         scores, blind = scores.masked_fill(~mask, lowest), ~mask.any(-1, keepdim=True)
     elif mask is not None:
-        # Minus infinity in a whole row would make its gradient NaN.
+        # A row of nothing but minus infinity would have a gradient of NaN.
         scores = scores + mask.to(dtype).clamp(min=lowest)
         blind = (mask == float("-inf")).all(-1, keepdim=True)
     weights = scores.softmax(-1)
@@ -41,7 +41,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def _in_graph(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """`_plain` with grouped key and value heads repeated."""
+    """`_plain`, with grouped key and value heads repeated."""
     if query.dim() > 2 and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -89,9 +89,9 @@ def _routed(
 def functional_attention(notes: list[str]) -> Iterator[None]:
     """Within, `torch.nn.functional.scaled_dot_product_attention` is `geminifx::attention`.
 
-    Where a call cannot be expressed (a mask over queries or heads, additive masks, unusual shapes) it becomes
-    matmul and softmax in the graph, the same on every device, and `notes` gains the reason. Code that had
-    imported the function by name before keeps torch's.
+    A call that it cannot express (a mask over queries or heads, an additive mask, unusual shapes) becomes matmul and
+    softmax in the graph, the same on every device, and `notes` gains the reason. Code that imported the function by
+    name beforehand keeps torch's.
     """
     functional = torch.nn.functional
     original = functional.scaled_dot_product_attention

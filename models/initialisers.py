@@ -1,12 +1,14 @@
-"""Random weights by each module's own initialiser, drawn as the model's constructor draws them, a block at a time.
+"""Random weights from each module's own initialiser, drawn in the constructor's order, one block at a time.
 
-A constructor makes the children of a module in order, then the module's own parameters, by its `reset_parameters`.
-Where it is one of Hugging Face's models it ends with `_init_weights` for each of its modules that has not had it. All
-of this is drawn again here, in that order and from one seed, so that values are those of plain PyTorch under the same
-seed, unless a constructor draws something else (GPT-2's and ViT's do), makes its modules in another order than it keeps
-them, or changes values by code of its own. What is drawn is kept for one block and for what is in no block: where
-`_init_weights` comes later than the draws whose values it may leave as they are, these are drawn once more. A tied
-parameter has the values that are drawn for it under its first name.
+A constructor makes a module's children in order, then initialises the module's own parameters with `reset_parameters`.
+The constructor of a Hugging Face model ends with `_init_weights` for each of its modules that has not had it. All of
+this is replayed here, in that order and from one seed, so values equal those of plain PyTorch under the same seed,
+unless a constructor draws something else (GPT-2's and ViT's do), makes its modules in another order than it registers
+them, or changes values by code of its own.
+
+Values are kept in memory for one block at a time, and for what is in no block. `_init_weights` comes later than the
+draws, and may leave their values as they are, so a block is then drawn a second time. A tied parameter has the values
+that are drawn for it under its first name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,15 +21,15 @@ from transformers import PreTrainedModel
 from ..runtime.isa.errors import StateError
 
 Give = Callable[[str, Tensor], None]
-"""Takes a parameter's value, by its first name."""
+"""Takes a parameter's value, by the parameter's first name."""
 
 
 def initialise(model: nn.Module, empty: Mapping[str, Tensor], blocks: Iterable[str], seed: int, give: Give) -> None:
-    """Draw the values of all parameters from `seed` and hand them to `give`; buffers are written in place. `empty` are
-    the parameters without memory, by their first names. The model's own are not looked at, and the global random state
-    stays as it was.
+    """Draws the values of all parameters from `seed` and hands them to `give`; buffers are written in place.
 
-    Raises StateError for a module that has parameters and nothing that initialises them.
+    `empty` has the parameters without memory, by their first names; `blocks` are the names of the blocks. The model's
+    own parameters are not read, and the global random state is left unchanged. Raises StateError for a module with
+    parameters that nothing initialises.
     """
     check_initialisers(model)
     replay = _Replay(model, empty, frozenset(blocks), give)
@@ -38,7 +40,7 @@ def initialise(model: nn.Module, empty: Mapping[str, Tensor], blocks: Iterable[s
 
 
 def check_initialisers(model: nn.Module) -> None:
-    """Raises StateError for a module that has parameters and nothing that initialises them."""
+    """Raises StateError for a module with parameters that nothing initialises."""
     of_models = _of_models(model)
     for path, module in model.named_modules():
         if _initialiser(module) is None and id(module) not in of_models and _own(module):
@@ -58,13 +60,13 @@ class _Replay:
             self.first.setdefault(id(parameter), (id(module), name))
         self.empty = {(id(m), name): empty[self.names[id(p)]] for m, name, p in self.held}
         self.owners = {(id(m), name): p for m, name, p in self.held}
-        self.states: dict[int, Tensor] = {}  # of the generator, where the construction of a module began
+        self.states: dict[int, Tensor] = {}  # of the generator, when a module's construction began
         self.constructed: set[int] = set()
         self.initialised: set[int] = set()
 
     @contextmanager
     def without_parameters(self) -> Iterator[None]:
-        """Within, parameters have no memory, so that nobody writes to the model's own."""
+        """Within, parameters have no memory, so that nothing writes to the model's own."""
         for module, name, _ in self.held:
             self._take_back(module, name)
         try:
@@ -74,7 +76,7 @@ class _Replay:
                 module._parameters[name] = parameter
 
     def construct(self, module: nn.Module) -> None:
-        """Draw what the constructor of a module draws. Blocks are given their values as soon as these are final."""
+        """Draws what a module's constructor draws. Blocks are handed over as soon as their values are final."""
         if id(module) in self.constructed:
             return
         self.constructed.add(id(module))
@@ -91,7 +93,7 @@ class _Replay:
             self._hand_over(module)
 
     def _initialise(self, module: nn.Module, model: PreTrainedModel) -> None:
-        """What ends the construction of a model of Hugging Face's: `_init_weights` from the leaves up."""
+        """The end of a Hugging Face model's construction: `_init_weights`, children first."""
         if id(module) in self.initialised:
             return
         self.initialised.add(id(module))
@@ -113,7 +115,7 @@ class _Replay:
         torch.set_rng_state(now)
 
     def _lend(self, module: nn.Module) -> None:
-        """Memory for a module's own parameters: whoever leaves them as they are is found out."""
+        """Gives memory to a module's own parameters, filled with NaN so that any left uninitialised are noticed."""
         for name in _own(module):
             values = torch.empty_like(self.empty[id(module), name], device="cpu")
             module._parameters[name] = nn.Parameter(values.fill_(torch.nan) if values.is_floating_point() else values,
@@ -123,14 +125,14 @@ class _Replay:
         module._parameters[name] = nn.Parameter(torch.empty_like(self.empty[id(module), name]), requires_grad=False)
 
     def _drop_block(self, module: nn.Module) -> None:
-        """Free what was drawn of a block that `_init_weights` comes to later."""
+        """Frees the values drawn for a block that `_init_weights` reaches later."""
         if id(module) in self.blocks:
             for part in module.modules():
                 for name in _own(part):
                     self._take_back(part, name)
 
     def _hand_over(self, module: nn.Module) -> None:
-        """A tied parameter has the values that were drawn for it under its first name."""
+        """Gives away and frees the values of a module; a tied parameter's are those drawn under its first name."""
         for part in module.modules():
             for name in _own(part):
                 values = part._parameters[name]
@@ -144,7 +146,7 @@ class _Replay:
                 self._take_back(part, name)
 
     def end(self) -> None:
-        """Hand over what is in no block. Raises StateError where values of a block came when it was gone already."""
+        """Hands over what is in no block. Raises StateError if a block was written to after it was handed over."""
         for module in dict.fromkeys(module for module, _, _ in self.held):
             self._hand_over(module)
         for module, name, _ in self.held:
@@ -157,13 +159,13 @@ class _Replay:
 
 
 def _of_models(model: nn.Module) -> set[int]:
-    """The modules that `_init_weights` of one of Hugging Face's models comes to, by their ids."""
+    """Ids of the modules that some Hugging Face model's `_init_weights` reaches."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return {id(part) for module in models for part in module.modules()}
 
 
 def _initialiser(module: nn.Module) -> Callable[[], object] | None:
-    """What a module's constructor draws its parameters by."""
+    """The method with which a module's constructor draws its parameters, or None."""
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 

@@ -1,4 +1,4 @@
-"""PEFT's LoRA beside weights that come from files: these lack adapters, which PEFT itself initialises."""
+"""PEFT's LoRA on top of weights from files: the files lack the adapters, which PEFT itself initialises."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..runtime.isa.errors import StateError
 
 BASE = "base_model.model."
-"""What PEFT puts in front of the names of the model that it wraps."""
+"""PEFT's prefix for the names of the model that it wraps."""
 
 LAYER = ".base_layer."
-"""What it puts into the name of a weight that has an adapter beside it."""
+"""PEFT's infix in the name of a weight with an adapter beside it."""
 
 
 def plain_name(name: str) -> str:
@@ -22,7 +22,7 @@ def plain_name(name: str) -> str:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The parameters of adapters, by name."""
+    """The full names of all adapter parameters."""
     return [
         f"{path}.{part}.{name}"
         for path, layer in _layers(model)
@@ -34,10 +34,10 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def initialise_adapters(model: nn.Module, empty: Mapping[str, Tensor], seed: int,
                         give: Callable[[str, Tensor], None]) -> None:  # fmt: skip
-    """Draw all adapters' values from `seed`, as PEFT does when it makes them, and hand them to `give`. `empty` are the
-    parameters without memory, by name; the model's own are not looked at.
+    """Draws the values of all adapters from `seed`, as PEFT does when it makes them, and hands them to `give`.
 
-    Raises StateError for adapters whose values PEFT computes of the weights beside them.
+    `empty` has the parameters without memory, by name; the model's own are not read. Raises StateError for adapters
+    whose values PEFT computes from the weights beside them.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def _unknown(name: str) -> StateError:
 
 @contextmanager
 def _lent(path: str, layer: Any, empty: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """Memory for a layer's adapters, by their names, instead of their own parameters."""
+    """Replaces a layer's adapter parameters by CPU tensors of NaN while open, and yields these by full name."""
     lent: dict[str, nn.Parameter] = {}
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     for part in layer.adapter_layer_names:

@@ -1,4 +1,4 @@
-"""Adapters of low rank beside frozen layers, of the shapes that PEFT's LoRA has: for plans, which read no values."""
+"""Low-rank adapters beside frozen layers, with the shapes of PEFT's LoRA: for plans, which read no values."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class _LowRank(nn.Module):
-    """A linear layer, and what is trained beside it."""
+    """A linear layer with a trained low-rank adapter beside it."""
 
     def __init__(self, layer: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class _LowRank(nn.Module):
 
 
 def adapted(model: nn.Module, blocks: tuple[str, ...], rank: int) -> nn.Module:
-    """The model, frozen in bfloat16, with an adapter beside every linear layer of its blocks. It is changed."""
+    """The model, modified in place: frozen, in bfloat16, with an adapter beside every linear layer of its blocks."""
     model.requires_grad_(False).to(torch.bfloat16)
     device = next(model.parameters()).device
     for path in blocks:

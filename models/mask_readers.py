@@ -1,8 +1,10 @@
-"""Attention whose own Python reads the mask: to score keys that it then leaves out, as sparse attention does, or to
-join it with another. Our masks are no such tensors: these models keep the attention that their configuration names.
+"""Attention modules whose own Python reads the mask: to score keys that it then drops, as sparse attention does, or to
+combine it with another mask. Our masks are not suited to that, so these models keep the attention that their
+configuration names.
 
-Some put another mask in its place, and see all keys where they are given none. Transformers gives none under "sdpa"
-where nothing is padded, which it finds out by the mask's values: what such a model computes depends on these."""
+Some modules replace the mask by another, and see all keys if they are given none. Under "sdpa", transformers gives none
+if nothing is padded, which it decides by the mask's values: what such a model computes depends on them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ _Use = Literal["handed on", "read", "replaced"]
 
 
 def mask_readers(model: nn.Module) -> list[str]:
-    """Names of the classes of modules that take an attention function by name and read its mask besides."""
+    """Class names of the modules that take an attention function by name and also read its mask themselves."""
     return _that_have_it(model, "read")
 
 
 def mask_replacers(model: nn.Module) -> list[str]:
-    """Names of those that read transformers' mask and give the attention function another one instead."""
+    """Class names of the modules that read transformers' mask and give the attention function another one instead."""
     return _that_have_it(model, "replaced")
 
 
@@ -40,11 +42,11 @@ def _use_of_mask(forward: Callable[..., Any]) -> _Use:
         return "handed on"
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, SyntaxError):  # made at run time: there is no text
+    except (OSError, SyntaxError):  # made at run time, without source
         return "handed on"
     loads = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
     names = {id(node) for node in loads if node.id == _MASK} - {id(node) for node in _not_read(tree)}
-    # The attention function has a plain name; those of modules and libraries, which have not, read what they are given.
+    # The attention function is called by a plain name; calls of attributes (modules, libraries) read the mask.
     to_attention, to_others = ({id(node) for node in _given(tree, kind)} for kind in (ast.Name, ast.Attribute))
     if names <= to_attention:
         return "handed on"
@@ -53,14 +55,14 @@ def _use_of_mask(forward: Callable[..., Any]) -> _Use:
 
 
 def _given(tree: ast.AST, kind: type[ast.expr]) -> Iterator[ast.AST]:
-    """What is given to functions that are named in this way."""
+    """The arguments of all calls whose callee is an expression of type `kind`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, kind):
             yield from (*node.args, *(keyword.value for keyword in node.keywords))
 
 
 def _not_read(tree: ast.AST) -> Iterator[ast.AST]:
-    """What is only compared, as with None or a type, and what is only done under eager attention."""
+    """Nodes that are only compared (as with None) or type-checked, and those that only run under eager attention."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) or _asks_type(node):
             yield from ast.walk(node)

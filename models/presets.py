@@ -1,4 +1,4 @@
-"""Models by name: the published OPT shapes with random weights, local checkpoints, config files, the Hub."""
+"""Models by name: presets of the published OPT shapes with random weights, local checkpoints, config files, the Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class ModelLoadError(GeminiError):
-    """No model could be made of the name given; says what was tried."""
+    """No model could be made from the given name; the message says what was tried."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Shape:
 
 
 PRESETS = {
-    # Learns from half a megabyte of text in a minute: narrow layers start better from larger weights, and no
-    # text comes often enough to need dropout.
+    # Learns half a megabyte of text in a minute: narrow layers train better from larger initial weights,
+    # and no text is repeated often enough to need dropout.
     MINI: Shape(4, hidden=256, heads=4, vocab_size=2048, positions=256, dropout=0.0, init_std=0.05),
     "opt-125m": Shape(layers=12, hidden=768, heads=12),
     "opt-350m": Shape(layers=24, hidden=1024, heads=16, embedding=512, norm_first=False),
@@ -81,15 +81,15 @@ def is_checkpoint(name: str) -> bool:
 
 
 def brings_tokenizer(name: str) -> bool:
-    """Return whether `name` stands for trained weights, which only their own tokenizer fits."""
+    """Return whether `name` stands for trained weights, which only fit their own tokenizer."""
     return name not in PRESETS and not name.endswith(".json")
 
 
 def load_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     """Return a causal language model in float32, in training mode, on the CPU.
 
-    `name` is a preset or a config file (random weights drawn from `seed`), a directory written by
-    save_pretrained, or a name on the Hugging Face Hub.
+    `name` is a preset or a config file (random weights drawn from `seed`), a directory written by save_pretrained, or a
+    name on the Hugging Face Hub.
 
     Raises:
         ModelLoadError: `name` is none of these, or what it names cannot be loaded.
@@ -98,7 +98,7 @@ def load_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     if config is not None:
         return _random_model(config, name, seed)
     with load_errors(name):
-        # float32: anything less loses small updates.
+        # float32: lower precision loses small updates.
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
@@ -115,7 +115,7 @@ def empty_model(name: str) -> PreTrainedModel:
     """Return the same model on `meta`: no weight is read or made.
 
     Raises:
-        ModelLoadError: likewise.
+        ModelLoadError: as for `load_model`.
     """
     config = _written_config(name)
     with load_errors(name), torch.device("meta"):
@@ -142,7 +142,7 @@ def _written_config(name: str) -> PretrainedConfig | None:
 
 
 def _expected() -> str:
-    """Return what a model's name may be."""
+    """Return a description of the names that are accepted."""
     return (
         f"expected a preset ({', '.join(PRESETS)}), a directory written by save_pretrained, a config file "
         "(.json) or a model's name on the Hugging Face Hub"
@@ -165,7 +165,7 @@ def _read_config(file: Path) -> PretrainedConfig:
 
 
 def _random_model(config: PretrainedConfig, name: str, seed: int) -> PreTrainedModel:
-    """Return a model of `config` with weights drawn from `seed`; the global random state stays as it was."""
+    """Return a model of `config` with weights drawn from `seed`; the global random state is left unchanged."""
     with torch.random.fork_rng(), load_errors(name):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).train()
@@ -173,7 +173,7 @@ def _random_model(config: PretrainedConfig, name: str, seed: int) -> PreTrainedM
 
 @contextmanager
 def load_errors(name: str) -> Iterator[None]:
-    """Whatever transformers does not like about files that people wrote, of whichever kind, is told by their name."""
+    """Turns any error that transformers raises for files into a ModelLoadError that names `name`."""
     try:
         yield
     except OSError as error:

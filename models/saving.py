@@ -1,4 +1,4 @@
-"""What Hugging Face's `save_pretrained` writes beside weights, where these are written by others."""
+"""The files that Hugging Face's `save_pretrained` writes beside the weights; the weights are written elsewhere."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 
 def saves_plainly(model: nn.Module) -> bool:
-    """Whether the files of a Hugging Face model hold its weights as they are, under their own names."""
+    """Whether the files of a Hugging Face model hold its weights unchanged, under their own names."""
     if not isinstance(model, PreTrainedModel) or type(model).save_pretrained is not PreTrainedModel.save_pretrained:
         return False
     if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -21,19 +21,19 @@ def saves_plainly(model: nn.Module) -> bool:
 
 
 def saved_names(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Those that its class says are to be saved."""
+    """The names among `names` that the model's class wants saved."""
     left_out = model._keys_to_ignore_on_save or ()
     return [name for name in names if name not in left_out]
 
 
 def save_all_but_weights(model: PreTrainedModel, directory: Path) -> None:
-    """Write the configurations and what else belongs to the model."""
+    """Write the configurations and everything else that belongs to the model."""
     model.save_pretrained(directory, state_dict={})
 
 
 def tell_dtype(directory: Path, dtypes: Iterable[torch.dtype]) -> None:
-    """Let a Hugging Face model's configuration tell the first of the weights' dtypes that is a floating-point one, as
-    it is read. Adapters have no configuration that does."""
+    """Set the dtype in a Hugging Face model's config.json to the first floating-point one of `dtypes`. Does nothing if
+    the file has no dtype, as for adapters."""
     file = directory / CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "dtype" not in config:

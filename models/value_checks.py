@@ -1,6 +1,6 @@
 """Checks of tensors' values that only validate, such as `if labels.max() >= self.vocab_size: raise ValueError(...)`.
 
-A captured program has no values to look at, and none of these changes what is computed: they are taken to pass.
+A capture has no values to look at, and these checks do not change what is computed: they are assumed to pass.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch.overrides import TorchFunctionMode
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 _TAKES = {"LOAD_ATTR": 1, "LOAD_METHOD": 1, "BINARY_SUBSCR": 2, "BINARY_OP": 2}
-"""How much Python's instructions take off its stack, of those that read what a comparison is with."""
+"""How many stack entries an instruction consumes, for those that may compute the other operand of a comparison."""
 _TORCHS_CHECKS = ("_check_tensor_all", "_check_tensor_all_with", "_assert_async")
 
 
 class _ChecksPass(TorchFunctionMode):
-    """Answers `bool(tensor)` and `tensor.item()` where nothing but a check asks."""
+    """Answers `bool(tensor)` and `tensor.item()` if only a check asks."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.Tensor.__bool__, torch.Tensor.item):  # the latter is what functional tensors ask themselves
+        if func in (torch.Tensor.__bool__, torch.Tensor.item):  # functional tensors call item
             frame = _asking(sys._getframe(1))
             passes = None if frame is None else _passing_value(frame)
             if passes is not None:
@@ -43,7 +43,7 @@ class _ChecksPass(TorchFunctionMode):
 
 
 class _Compared:
-    """In the place of a number that a check compares: the comparison comes out as the check would have it."""
+    """Stands in for a number that a check compares: the comparison's result makes the check pass."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -60,7 +60,7 @@ class _Compared:
 
 
 def _asking(frame: FrameType | None) -> FrameType | None:
-    """The frame outside of torch that asks for a tensor's value."""
+    """The innermost frame outside of torch, which asks for a tensor's value."""
     while frame is not None and (
         frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name == "__torch_function__"
     ):
@@ -69,9 +69,9 @@ def _asking(frame: FrameType | None) -> FrameType | None:
 
 
 def _compares_in_a_check(frame: FrameType) -> bool:
-    """Whether a check goes on to compare what it was given by the call that it has made."""
+    """Whether the value that the frame's current call returns is compared in a check."""
     code = _Code(frame.f_code)
-    above = 0  # of that on Python's stack
+    above = 0  # entries on the stack above the value
     for step in code.instructions[code.at(frame.f_lasti) + 1 :]:
         if step.opname == "COMPARE_OP":
             return above < 2 and _lines_of_check(frame, step) is not None
@@ -83,23 +83,23 @@ def _compares_in_a_check(frame: FrameType) -> bool:
 
 
 def _lines_of_check(frame: FrameType, step: dis.Instruction) -> range | None:
-    """The lines of the check that an instruction is of; None for one that is of no check."""
+    """The lines of the check that an instruction belongs to, or None."""
     line = step.positions.lineno if step.positions is not None else None
     return next((lines for lines in _checks(frame.f_code.co_filename) if line in lines), None)
 
 
 def _passing_value(frame: FrameType) -> bool | None:
-    """What a tensor's truth has to be for the check that asks for it to pass; None where the model goes by it."""
+    """The truth value of a tensor with which the asking check passes; None if the model branches on it instead."""
     code = _Code(frame.f_code)
     at = code.at(frame.f_lasti)
-    if code.instructions[at].opname in ("TO_BOOL", "COMPARE_OP"):  # which Python 3.13 has in front of the jump
+    if code.instructions[at].opname in ("TO_BOOL", "COMPARE_OP"):  # Python 3.13 has these in front of the jump
         at += 1
     asks = code.instructions[at]
     jumps_if = {"TRUE": True, "FALSE": False}.get(asks.opname.rpartition("_IF_")[2])
     lines = _lines_of_check(frame, asks)
     if jumps_if is None or lines is None:
         return None
-    # `a or b` asks for b where a is false, and may raise then: of two ways that can raise, the one that need not.
+    # `a or b` goes on to b, which may raise, if a is false: if both ways can raise, take the one that need not.
     for raises in (code.can_raise, code.must_raise):
         there, behind = raises(code.place[asks.argval], lines), raises(at + 1, lines)
         if there != behind:
@@ -108,18 +108,18 @@ def _passing_value(frame: FrameType) -> bool | None:
 
 
 class _Code:
-    """Where the ways through a function's instructions lead."""
+    """Follows the control flow through a function's instructions."""
 
     def __init__(self, code: CodeType) -> None:
         self.instructions = list(dis.get_instructions(code))
         self.place = {instruction.offset: i for i, instruction in enumerate(self.instructions)}
 
     def at(self, offset: int) -> int:
-        """The place of the instruction that is being executed, where the offset may be within its inline caches."""
+        """The index of the instruction being executed; `offset` may lie within its inline caches."""
         return max(i for i, instruction in enumerate(self.instructions) if instruction.offset <= offset)
 
     def can_raise(self, start: int, lines: range) -> bool:
-        """Whether a statement on these lines, entered at an instruction, raises in one of its ways."""
+        """Whether the statement on `lines`, entered at instruction `start`, raises on some path."""
         return self._follow(start, lines, any)
 
     def must_raise(self, start: int, lines: range) -> bool:
@@ -131,7 +131,7 @@ class _Code:
             name, line = step.opname, step.positions.lineno if step.positions is not None else None
             if name == "RAISE_VARARGS":
                 return True
-            # A loop's way back and a function's end have no line of their own: they count to the statement before.
+            # A loop's back jump and a function's end carry the line of the statement before them.
             if name.startswith("RETURN") or "BACKWARD" in name or name == "FOR_ITER" or line not in lines:
                 return False
             if "JUMP" in name and "_IF_" in name:
@@ -143,9 +143,9 @@ class _Code:
 
 @cache
 def _checks(filename: str) -> tuple[range, ...]:
-    """The lines of the statements of a file that do nothing but raise where a condition does, or does not, hold, and
-    whose exception nobody catches there."""
-    linecache.checkcache(filename)  # the source may have been edited
+    """The line ranges of a file's checks: statements that only raise, depending on a condition, outside of any `try` of
+    that file with handlers."""
+    linecache.checkcache(filename)  # the file may have been edited
     try:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
@@ -165,7 +165,7 @@ def _only_raises(node: ast.Assert | ast.If) -> bool:
 
 @contextmanager
 def checks_pass() -> Iterator[None]:
-    """Within, checks of values pass unseen: Python's, and torch's that hold for tensors of conditions."""
+    """Within, checks of values are assumed to pass: Python's, and torch's that take tensors of conditions."""
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
     with ExitStack() as stack:
         stack.callback(_checks.cache_clear)

@@ -1,5 +1,5 @@
-"""Which of a model's weights are which of a file's: Hugging Face's files may name a model's parts without its head, or
-with one that it lacks, and know nothing of PEFT's names."""
+"""Matches the names of a model's weights with those in a file: Hugging Face's files may lack the prefix of the base
+model, or have one that the model lacks, and know nothing of PEFT's names."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -13,12 +13,12 @@ from .lora import plain_name
 
 @dataclass(frozen=True)
 class Matched:
-    """Of a model's weights, by all of their names, what a file has.
+    """Which of a model's weights, under any of their names, a file has.
 
     Fields:
-        found: a name of the model's -> the file's.
-        missing: parameters and buffers under none of whose names the file has anything, by their first names.
-        unexpected: what the file has besides.
+        found: maps a name in the model to the name in the file.
+        missing: first names of parameters and buffers that the file has under none of their names.
+        unexpected: other names in the file.
     """
 
     found: dict[str, str]
@@ -27,8 +27,8 @@ class Matched:
 
 
 def matched(model: nn.Module, own: Mapping[str, Any], names: Collection[str], aliases: Mapping[str, str]) -> Matched:
-    """Match a model's `own` tensors, by all of their names, with the names in a file, and further names that it gives
-    some of them."""
+    """Match the model's `own` tensors, by all of their names, with the `names` in a file. `aliases` maps further names
+    that the file gives to some of its tensors to their names."""
     found: dict[str, str] = {}
     for name in own:
         there = next((each for each in _spellings(model, name) if each in names or each in aliases), None)
@@ -50,6 +50,6 @@ def _spellings(model: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _left_out(model: nn.Module, names: Collection[str]) -> set[str]:
-    """What the model's class says that files may have and it does not read."""
+    """Names that the model's class allows in files and does not read."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}

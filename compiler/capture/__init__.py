@@ -1,1 +1,1 @@
-"""From a module and a call to a program: tracing, guards, refusals, arguments, results, values for models on `meta`."""
+"""Turns a model and a call into a program: tracing, guards, refusals, arguments, results, values for `meta` models."""

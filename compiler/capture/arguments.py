@@ -13,9 +13,9 @@ from .known import PLAIN
 
 
 def leaf_key(leaf: Any, is_input: bool = False) -> Any:
-    """What a program depends on in one argument: a tensor's kind, a number's that is an input, anything else's value.
+    """What a program depends on in an argument: a tensor's metadata, an input number's type, anything else's value.
 
-    Raises ArgumentError for objects whose contents cannot be told: they would be baked in as they are now.
+    Raises ArgumentError for objects whose contents are unknown: they would be baked in as they are now.
     """
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad
@@ -31,13 +31,13 @@ def leaf_key(leaf: Any, is_input: bool = False) -> Any:
 
 
 SAMPLE = 1024
-"""Elements of each tensor by which one batch is told from another, in no time."""
+"""Roughly how many elements of each tensor are hashed to tell one batch from another quickly."""
 
 
 def check_shared(ranks: Ranks, arguments: Any, *, every_element: bool) -> None:
-    """Raises StateError where processes that share a batch are given different ones.
+    """Raises StateError if processes that should share a batch are given different ones.
 
-    Unless it is to look at `every_element`, it does at some, spread over each tensor, and waits for no device.
+    Unless `every_element` is set, only a sample spread over each CPU tensor is hashed, and no device is waited for.
     """
     digest = hashlib.sha256()
     for leaf in pytree.tree_leaves(arguments):

@@ -1,11 +1,11 @@
-"""State that a model's forward assigns. A program computes tensors and writes to buffers, so that a buffer that the
-forward replaces becomes one that it writes to:
+"""State that a model's forward assigns. A program only computes tensors and writes to buffers, so where the forward
+replaces a buffer, the program writes to it:
 
     self.n = self.n + 1                            self.n.copy_(self.n + 1)
     self.average.data = value                      self.average.copy_(value)
 
-A module's other attributes are left alone: assigning those is refused where the program may have read a tensor that
-was there, and told where it may not matter, as with a cache.
+A module's other attributes are left as they were. Assigning one is refused if the program may have read a tensor from
+it, and warned about if it may not matter, as with a cache.
 """
 
 import warnings
@@ -27,10 +27,10 @@ _set_data = torch.Tensor.data.__set__
 
 
 class _DataIsWritten(TorchFunctionMode):
-    """`tensor.data = value` writes to the tensor: traced ones are known by their identity."""
+    """Turns `tensor.data = value` into a write to the tensor: the trace knows its tensors by identity."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func != _set_data:  # a wrapper is made in every access
+        if func != _set_data:  # compared by !=: each access makes a new wrapper
             return func(*args, **kwargs or {})
         tensor, value = args
         _check_like(value, tensor, "a tensor's .data")
@@ -40,13 +40,14 @@ class _DataIsWritten(TorchFunctionMode):
 
 @contextmanager
 def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]:
-    """While it is open `model`, a copy that is traced, runs its forward; on leaving all is as it was, but for buffers.
+    """While open, the forward of `model`, a copy, may assign; on leaving, everything but buffers is restored.
 
-    A forward is traced twice. `replaced` is kept from one time to the other: it gains the buffers that are replaced,
-    and the next time the forward reads copies of those, since a backward may still read what is then written to.
+    A forward is traced twice. `replaced` carries over from the first time to the second: it collects the names of the
+    buffers that are replaced. The second forward reads copies of those, since the backward may still need the values
+    that are then overwritten.
 
-    Warns of attributes that are assigned in vain. Raises CaptureError on leaving where a parameter was assigned, or a
-    tensor whose old value the program may have read, or a buffer was replaced by one of another kind.
+    Warns about attributes whose assignment has no effect. Raises CaptureError on leaving if a parameter was assigned,
+    or a tensor whose old value the program may have read, or if a buffer was replaced by one of another shape or dtype.
     """
     before = [(path, module, _State.of(module)) for path, module in model.named_modules()]
     for path, module, _ in before:
@@ -55,7 +56,7 @@ def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]
                 module._buffers[name] = buffer.clone()
     with _DataIsWritten():
         yield
-    # All values are read before one is written: they may be of other buffers.
+    # Read all values before writing any: they may be other buffers.
     values = [(path, name, buffer, module._buffers.get(name)) for path, module, state in before
               for name, buffer in state.buffers.items() if buffer is not None]  # fmt: skip
     written = [(full_name(path, name), buffer, now) for path, name, buffer, now in values if now is not buffer]
@@ -77,7 +78,7 @@ _Buffers = dict[str, Tensor | None]
 
 
 def shared_buffers(model: nn.Module) -> list[tuple[_Buffers, str, _Buffers, str]]:
-    """Where a module holds a buffer that another holds, under another name or not, which is then the first to do so."""
+    """The further places of buffers that modules hold more than once: (buffers, name, first buffers, first name)."""
     first: dict[int, tuple[_Buffers, str]] = {}
     places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
     held = [(buffers, name, *first.setdefault(id(buffers[name]), (buffers, name))) for buffers, name in places]
@@ -86,7 +87,7 @@ def shared_buffers(model: nn.Module) -> list[tuple[_Buffers, str, _Buffers, str]
 
 @dataclass(frozen=True)
 class _State:
-    """What a module held before its forward."""
+    """What a module held before its forward ran."""
 
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, Tensor | None]
@@ -102,7 +103,7 @@ class _State:
         return cls(dict(module._parameters), dict(module._buffers), dict(vars(module)), hooks, attributes_of(module))
 
     def restore(self, module: nn.Module, path: str) -> None:
-        """Take back what the forward has assigned. Warns of it, or raises CaptureError, where that may be missed."""
+        """Undoes what the forward assigned. Warns, or raises CaptureError, if the assignment may be missed."""
         prefix = full_name(path, "")
         now = module._parameters
         changed = [name for name in {**self.parameters, **now} if now.get(name) is not self.parameters.get(name)]
@@ -111,7 +112,7 @@ class _State:
                 f"the forward assigns the parameter {prefix}{changed[0]}; expected it to compute with the parameters "
                 "that it has, and to write to buffers alone"
             )
-        if not type(module).__module__.startswith(("torch.nn.", "transformers.")):  # what these keep is for themselves
+        if not type(module).__module__.startswith(("torch.nn.", "transformers.")):  # their state is internal
             self._tell(module, prefix)
         vars(module).clear()
         vars(module).update(self.values)

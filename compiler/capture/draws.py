@@ -1,4 +1,4 @@
-"""Random numbers that a forward draws in place are the same in the program, where torch's functional forms differ."""
+"""Makes random draws in place the same in the program as in eager mode, where torch's functional forms differ."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _aten = torch.ops.aten
 
 
 class SameDraws(TorchDispatchMode):
-    """While a forward runs that is traced."""
+    """Intercepts in-place draws while a forward is traced."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = _DRAWS.get(func)
@@ -24,15 +24,15 @@ class SameDraws(TorchDispatchMode):
 
 
 def _bernoulli_(tensor: Tensor, p: float = 0.5, generator: None = None) -> Tensor:
-    """`Tensor.bernoulli_`, which dropout in place and alpha dropout call, too: its functional form draws for a
-    contiguous tensor."""
+    """`Tensor.bernoulli_`, which in-place dropout and alpha dropout call, too. Its functional form always draws in
+    contiguous order, so tensors of other strides take an operator of ours."""
     if tensor.is_contiguous():
         return tensor.bernoulli_(p)
     return tensor.copy_(torch.ops.geminifx.bernoulli_like.default(tensor, p))
 
 
 def _random_(tensor: Tensor, low: int, high: int | None, generator: None = None) -> Tensor:
-    """`Tensor.random_` of two arguments, whose functional form has a name that is a keyword of Python's."""
+    """The `Tensor.random_` overload with two bounds: its functional form has a Python keyword, `from`, for a name."""
     if high is None:
         raise CaptureError("random_(low, None) cannot be captured; give it both ends of the range, or use randint")
     return tensor.random_(high - low).add_(low)

@@ -1,4 +1,4 @@
-"""Fake tensors in the place of a model's and a call's: types without memory, which is all that tracing needs."""
+"""Fakes of a model's and a call's tensors: metadata without memory, which is all that tracing needs."""
 
 import copy
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from .shared_memory import attributes
 
 
 def fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A fake of a tensor as programs take it, cast to `dtype` where it is of another float dtype."""
+    """A fake of `tensor` as the program takes it: cast to `dtype` if it is of another float dtype."""
     with mode:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast_dtype(tensor, dtype))
     return made.requires_grad_(tensor.requires_grad)
@@ -21,7 +21,7 @@ def fake(mode: FaithfulFakeMode, tensor: Tensor, dtype: torch.dtype | None) -> T
 
 def fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, torch.dtype],
                shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, dict[int, Tensor]]:  # fmt: skip
-    """A copy whose parameters and buffers are fake, and by their copies' identity the tensors that it holds besides."""
+    """A copy of `model` with fake parameters and buffers; other tensors copied with it, mapped from id to original."""
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         with mode:  # chunks hold parameters contiguously
@@ -29,9 +29,9 @@ def fake_copy(model: nn.Module, mode: FaithfulFakeMode, dtypes: Mapping[str, tor
         memo[id(parameter)] = nn.Parameter(made, requires_grad=parameter.requires_grad)
     memo |= {id(buffer): fake(mode, buffer.detach(), None) for buffer in model.buffers()}
     computed = [value for value in attributes(model).values() if not value.is_leaf]
-    memo |= {id(value): value.detach() for value in computed}  # which deepcopy refuses
+    memo |= {id(value): value.detach() for value in computed}  # deepcopy refuses non-leaf tensors
     fake_model = copy.deepcopy(model, memo)
-    copied = (*memo.get(id(memo), ()), *computed)  # where deepcopy keeps alive what it has copied
+    copied = (*memo.get(id(memo), ()), *computed)  # memo[id(memo)] keeps the originals alive
     return fake_model, {
         id(memo[id(value)]): value for value in copied if isinstance(value, Tensor) and id(value) in memo
     }

@@ -1,11 +1,11 @@
-"""What a program was captured from besides parameters, buffers and arguments: numbers, switches, functions, tensors.
+"""Guards: what a program was captured from besides parameters, buffers and arguments, such as numbers and functions.
 
-A forward reads them from its modules and their configurations, and what it finds is baked into the program. Every
-attribute that is read while a model is traced becomes a guard, and a program is used as long as its guards hold: the
-idea is torch.compile's. What nothing reads, such as a history that a training loop keeps on the model, guards nothing.
+A forward reads these from its modules and their configurations, and they are baked into the program. Every attribute
+that is read during the trace becomes a guard, and a program is reused as long as its guards hold; the idea is
+torch.compile's. What nothing reads, such as a history that a training loop keeps on the model, guards nothing.
 
-A loss function that is given to compile stands outside of the model: of its modules and objects all that is read is a
-guard, modes, buffers and hooks, too, which for the model's own modules are part of a call's key.
+A loss function given to compile stands outside of the model: everything read from its modules and objects is a guard,
+including modes, buffers and hooks, which for the model's own modules are part of a call's key.
 """
 
 import inspect
@@ -22,22 +22,22 @@ from .known import Snapshot, known_by
 from .owners import full_name, owners_in
 
 INTERNAL = frozenset(vars(nn.Module()))
-"""What nn.Module itself keeps in a module."""
+"""Attributes that nn.Module itself keeps on a module."""
 _ABSENT = object()
 
 
 def forwards_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, Hashable], ...]:
-    """Which modules have a forward of their own instead of their class's, by their place, and which these are."""
+    """The positions of the modules that have a forward assigned on the instance, each with a key of that forward."""
     return tuple((place, known_by(vars(m)["forward"])) for place, m in enumerate(modules) if "forward" in vars(m))
 
 
 def attributes_of(module: nn.Module) -> dict[str, Snapshot]:
-    """A module's attributes as they are, but for what nn.Module keeps."""
+    """Snapshots of a module's attributes, except nn.Module's own, by name."""
     return {name: Snapshot(value) for name, value in vars(module).items() if name not in INTERNAL}
 
 
 def changed_attributes(module: nn.Module, before: Mapping[str, Snapshot]) -> set[str]:
-    """The names of those that are not as they were, or new."""
+    """The names of attributes that have changed since `before`, were added or are gone."""
     now = {name: value for name, value in vars(module).items() if name not in INTERNAL}
     kept = {name for name, snapshot in before.items() if name in now and snapshot.holds(now[name])}
     return {*now, *before} - kept
@@ -45,7 +45,7 @@ def changed_attributes(module: nn.Module, before: Mapping[str, Snapshot]) -> set
 
 @dataclass(frozen=True)
 class Guard:
-    """An attribute, `label` by its full name, and what it was."""
+    """The value an attribute had during the trace; `label` is the attribute's full name."""
 
     owner: Any
     name: str
@@ -63,12 +63,12 @@ class Guard:
 
 @contextmanager
 def recorded(copies: nn.Module, originals: nn.Module, loss_fn: Callable[..., Any] | None) -> Iterator[list[Guard]]:
-    """While it is open, what is read of `copies`, which is traced, is recorded; on leaving the list has a guard for
-    each, of `originals`. Of what a loss function is made of, which is not copied, it has guards as well."""
+    """While open, records what is read from `copies`, the model that is traced. On leaving, fills the yielded list with
+    a guard on `originals` for each read. Also covers the objects `loss_fn` is made of, which are not copied."""
     owners = _owners_of(copies, originals)
     beside = {id(owner): (owner, path) for owner, path in owners_in(loss_fn, "loss_fn")}
     owners |= beside
-    outside = beside.keys() - set(map(id, originals.modules()))  # a method of the model may compute the loss
+    outside = beside.keys() - set(map(id, originals.modules()))  # loss_fn may be a method of the model
     reads: dict[tuple[int, str], None] = {}
     guards: list[Guard] = []
 
@@ -95,7 +95,7 @@ def recorded(copies: nn.Module, originals: nn.Module, loss_fn: Callable[..., Any
 
 
 def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, str]]:
-    """By the identity of each module's and configuration's copy the original, and its full name."""
+    """Maps the id of each copied module and configuration to its original and full name."""
     owners: dict[int, tuple[Any, str]] = {}
     for (path, copied), original in zip(copies.named_modules(), originals.modules(), strict=True):
         owners[id(copied)] = original, path
@@ -105,7 +105,7 @@ def _owners_of(copies: nn.Module, originals: nn.Module) -> dict[int, tuple[Any, 
 
 
 def _keeper(owner: Any, name: str, is_outside: bool) -> str:
-    """Under which name an object keeps what was read by `name`: a module its buffers in a dict of them."""
+    """The entry of vars(owner) that holds `name`; for modules outside of the model it may be `_buffers` or the like."""
     if is_outside and isinstance(owner, nn.Module):
         for held in ("_parameters", "_buffers", "_modules"):
             if name in vars(owner)[held]:
@@ -114,8 +114,8 @@ def _keeper(owner: Any, name: str, is_outside: bool) -> str:
 
 
 def _is_private(owner: Any, name: str, is_outside: bool) -> bool:
-    """Whether an attribute is Python's own; or, within the model, what nn.Module keeps, and of torch's modules what
-    follows from what they were made with."""
+    """Whether reads of an attribute need no guard: Python's dunder names; within the model, nn.Module's own attributes
+    and the underscored ones of torch's modules, which follow from their constructor arguments."""
     if name.startswith("__") or is_outside:
         return name.startswith("__")
     return name in INTERNAL or (name.startswith("_") and type(owner).__module__.startswith("torch.nn."))
@@ -129,7 +129,7 @@ def _add_configs(owners: dict[int, tuple[Any, str]], copied: Any, original: Any,
 
 
 def _is_missing(owner: Any, name: str) -> bool:
-    """Whether an attribute that was asked for is neither there nor made by the class: it may be set one day."""
+    """Whether neither the instance nor its class has an attribute that was asked for: it may be set later."""
     if isinstance(owner, nn.Module) and any(
         name in held for held in (owner._parameters, owner._buffers, owner._modules)
     ):

@@ -1,5 +1,6 @@
-"""Parameters and buffers that the forward takes from elsewhere than their modules: from a list of them, an object, or
-another name. While it is traced its modules hold other tensors in their place, and so has to be what it takes there."""
+"""Parameters and buffers that the forward reaches other than through their modules: in a list, an object, or under
+another name. During the trace, modules hold other tensors in their place, so reads through such references must be
+redirected."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,26 +14,27 @@ from .shared_memory import attributes
 
 
 class HeldElsewhere:
-    """Made of a copy of a model that is to be traced, while it holds what its lists and objects hold, too."""
+    """Built from the copy to be traced, while its modules still hold the same tensors as its lists and objects."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names: dict[int, str] = {}
-        self._kept: list[Tensor] = []  # whose identities are not to be given anew
+        self._kept: list[Tensor] = []  # keeps them alive, so that no id is reused
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._names[id(tensor)] = name
             self._kept.append(tensor)
         self._attributes = {id(tensor): name for name, tensor in attributes(model).items()}
 
     def standing_in(self, replaced: set[str]) -> TorchFunctionMode:
-        """Within, operators on those are on what is traced. Raises CaptureError for one of the buffers of these names,
-        which the forward replaces by others, and for a write to another tensor of the model's."""
+        """A mode in which operators given one of those tensors get the traced one instead. Raises CaptureError for a
+        buffer named in `replaced`, whose reference would not follow in plain PyTorch, and for a write to any other
+        tensor that the model holds."""
         now = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         standing_in = {identity: now[name] for identity, name in self._names.items()}
         return _StandIn(standing_in, self._names, replaced, self._attributes)
 
     def check_gradients(self, outputs: Iterable[Tensor]) -> None:
-        """Raises CaptureError where a gradient would go to one of those itself, of what no operator is given."""
+        """Raises CaptureError if a gradient would reach an untraced parameter, as through an autograd.Function."""
         waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set[Any]()
         while waiting:
             node = waiting.pop()

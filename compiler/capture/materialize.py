@@ -1,4 +1,4 @@
-"""Give weights on `meta` memory, so that a state_dict can be loaded into them."""
+"""Gives memory to weights on `meta`, so that a state_dict can be loaded into them."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -13,14 +13,15 @@ from .weak_references import without_weak_references
 
 
 def check_loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Raises StateError where a value on `meta` is neither in `state_dict` nor computable."""
+    """Raises StateError if a value on `meta` is neither in `state_dict` nor computable."""
     _check_complete(model, state_dict)
     _check_buffers(model)
 
 
 def materialize(model: nn.Module, take_places: Callable[[], None]) -> None:
-    """Replace what is on `meta` by memory for values to be copied into; parameters keep their identity. What
-    `take_places` gives places in chunks, or none at all, needs no memory of its own."""
+    """Gives memory to everything on `meta`: buffers as `give_buffers` does, then parameters, uninitialised and on the
+    CPU; these keep their identity. `take_places` is called in between: parameters that it takes off `meta`, with places
+    in chunks or none, get no memory here."""
     give_buffers(model)
     take_places()
     with without_weak_references(model):
@@ -31,8 +32,8 @@ def materialize(model: nn.Module, take_places: Callable[[], None]) -> None:
 
 
 def give_buffers(model: nn.Module) -> None:
-    """Replace buffers on `meta`: those that no state_dict holds, such as rotary frequencies, are computed as Hugging
-    Face's own loading does, the others are zeros until they are loaded. Raises StateError, and changes nothing, where
+    """Replaces buffers on `meta`. Those that no state_dict holds, such as rotary frequencies, are computed as in
+    Hugging Face's own loading; the others are zeros until they are loaded. Raises StateError, and changes nothing, if
     one cannot be computed."""
     _check_buffers(model)
     derived = [module for module in model.modules() if _derived(module)]
@@ -43,7 +44,7 @@ def give_buffers(model: nn.Module) -> None:
 
 
 def replace_buffers(model: nn.Module, by: Callable[[Tensor], Tensor]) -> None:
-    """Put another buffer in the place of each, and the same one wherever several modules hold the same."""
+    """Replaces each buffer with what `by` makes of it; modules that share a buffer share its replacement."""
     made = {id(buffer): by(buffer) for buffer in model.buffers()}
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -63,7 +64,7 @@ def _check_buffers(model: nn.Module) -> None:
 
 
 def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    names: dict[int, list[str]] = defaultdict(list)  # a tied tensor is loaded under any of its names
+    names: dict[int, list[str]] = defaultdict(list)  # a tied tensor may be loaded under any of its names
     own = model.state_dict(keep_vars=True)
     for name, tensor in own.items():
         names[id(tensor)].append(name)
@@ -79,6 +80,6 @@ def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 
 def _derived(module: nn.Module) -> list[str]:
-    """Names of a module's own buffers on `meta` that are not part of its state_dict."""
+    """The names of a module's own non-persistent buffers on `meta`."""
     transient = module._non_persistent_buffers_set
     return [name for name in transient if (buffer := module._buffers.get(name)) is not None and buffer.is_meta]

@@ -1,4 +1,4 @@
-"""A captured step by microbatches: captured anew with a part of the batch, and proven to make the whole of it."""
+"""Runs a captured step as microbatches: captures part of the batch, and proves that the parts make the whole."""
 
 import warnings
 from collections import Counter
@@ -20,16 +20,16 @@ from .trace import Captured
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Finish = Callable[[Captured, int], Captured]
-"""What becomes of a captured step of whole tensors that runs as so many microbatches."""
+"""Turns a captured step of whole tensors that runs as the given number of microbatches into this process's step."""
 
 
 def as_arguments(examples: Mapping[str, Any] | tuple[Any, ...]) -> Arguments:
-    """Example inputs, keyword or positional ones, as a call has them."""
+    """Example inputs, by keyword or position, as the (args, kwargs) of a call."""
     return ((), dict(examples)) if isinstance(examples, Mapping) else (tuple(examples), {})
 
 
 def typed(arguments: Arguments) -> Arguments:
-    """Arguments without values: tensors on `meta`."""
+    """The arguments with every tensor on `meta`, without values."""
     return pytree.tree_map_only(Tensor, _typed, arguments)
 
 
@@ -39,7 +39,7 @@ def _typed(tensor: Tensor) -> Tensor:
 
 
 def examples(arguments: Arguments) -> int:
-    """How many examples a call brings: the first size that most of its tensors have; 0 where none has one."""
+    """How many examples a call brings: the most common first dimension of its tensors; 0 if there is none."""
     tensors = (leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim())
     counts = Counter(tensor.shape[0] for tensor in tensors)
     return counts.most_common(1)[0][0] if counts else 0
@@ -47,8 +47,8 @@ def examples(arguments: Arguments) -> int:
 
 @dataclass
 class Microbatches:
-    """Makes the program of so many microbatches of a captured step. `recapture` captures it with other arguments, and
-    `finish` makes this process's of it."""
+    """Makes and caches the programs of a captured step by number of microbatches. `recapture` captures the step with
+    other arguments, and `finish` makes this process's step of the result."""
 
     whole: Captured
     arguments: Arguments
@@ -57,23 +57,23 @@ class Microbatches:
     _made: dict[int, Captured] = field(default_factory=dict)
 
     def __call__(self, count: int) -> Captured:
-        """Raises SplitError where the batch cannot be divided so."""
+        """The step as `count` microbatches. Raises SplitError if the batch cannot be divided so."""
         if count not in self._made:
             self._made[count] = self._make(count)
         return self._made[count]
 
     def undivided(self) -> Captured:
-        """The step of the whole batch, which can be divided."""
+        """The step of the whole batch, which can be divided later."""
         return replace(self.finish(self.whole, 1), examples=examples(self.arguments), divide=self)
 
     def resized(self, size: int) -> Captured:
-        """The step of a batch with so many examples, captured anew."""
+        """The step for a batch of `size` examples, captured anew."""
         before = examples(self.arguments)
         arguments = pytree.tree_map_only(Tensor, lambda tensor: _resized(tensor, before, size), self.arguments)
         return Microbatches(self.recapture(arguments), arguments, self.recapture, self.finish).undivided()
 
     def keep_only(self, count: int) -> None:
-        """Forget what was made for other numbers, which were not chosen."""
+        """Drops the cached steps of all other counts, which were not chosen."""
         self._made = {made: step for made, step in self._made.items() if made == count}
 
     def _make(self, count: int) -> Captured:
@@ -85,7 +85,7 @@ class Microbatches:
                 f"{size} examples do not divide into {count} parts; expected a multiple of {count} of them"
             )
         part = pytree.tree_map_only(Tensor, lambda tensor: _first(tensor, size, count), self.arguments)
-        # What is to be told was told of the whole batch.
+        # The capture of the whole batch has already given these warnings.
         with warnings.catch_warnings(action="ignore"), _known_derivatives():
             try:
                 captured = self.recapture(part)
@@ -99,8 +99,8 @@ class Microbatches:
 
 @contextmanager
 def _known_derivatives() -> Iterator[None]:
-    """Within, a forward is captured whose backward is its derivative. Raises SplitError for one with a part that the
-    model's author wrote: what that makes of several examples nobody knows."""
+    """Within, captures fail with SplitError if the backward is not autograd's own derivative of the forward: nobody
+    knows how a user's autograd.Function or gradient hook combines examples."""
     apply, register = vars(torch.autograd.Function)["apply"], Tensor.register_hook
 
     def known(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Numbers among the arguments that are inputs of a program: those that a forward does nothing with but compute.
+"""Number arguments that become inputs of a program: those that a forward only computes with.
 
     def forward(self, x, t):            def training(x: "f32[8, 4] | input:0", t: "float | number:1", ...):
         return (1 - t) * self.fc(x)         sub: "float" = operator.sub(1.0, t)
 
 Such a number is traced without a value, as one of torch's symbolic numbers, and stays a Python number for operators, so
-that types are promoted as ever. Whoever asks for its value, by a condition, a loop or a shape, ends the trace: then it
-is a constant of the program. So it is where Python could see that it is another kind of number.
+that types are promoted as usual. If the code asks for its value, by a condition, a loop or a shape, the trace fails,
+and the number becomes a constant of the program. The same happens where Python could tell that the number is symbolic.
 """
 
 import dis
@@ -36,7 +36,7 @@ _METHODS = (
 
 
 class NumberReadError(CaptureError):
-    """A number was to be an input, and the forward asks for its value."""
+    """The forward asks for the value of a number that was to be an input."""
 
 
 def can_be_input(leaf: Any) -> bool:
@@ -44,7 +44,7 @@ def can_be_input(leaf: Any) -> bool:
 
 
 def standing_for(number: float) -> Tensor:
-    """The tensor that a trace has in the place of a number, which is then taken out of it."""
+    """The placeholder tensor from which the trace takes the symbolic number."""
     return torch.empty((), dtype=_DTYPES[type(number)])
 
 
@@ -53,7 +53,7 @@ def number_type(number: float) -> NumberType:
 
 
 def taken_out(tensor: Tensor) -> Any:
-    """The symbolic number in a tensor of no dimensions."""
+    """The symbolic number held by a zero-dimensional tensor."""
     return _as_number(tensor.item())
 
 
@@ -65,7 +65,7 @@ def _unreadable(self: Any, *_: object) -> Any:
 
 
 def _class_like(python: type, symbolic: type) -> type:
-    """A class of symbolic numbers which, as all that is computed of them, are instances of a class of Python's."""
+    """A subclass of `symbolic` that reports `python` as its class; so does everything computed from its instances."""
 
     def method(name: str) -> Callable[..., Any]:
         plain = getattr(symbolic, name)
@@ -94,8 +94,8 @@ def _as_symbolic(value: Any) -> Any:
 
 @contextmanager
 def no_types_asked(model: nn.Module) -> Iterator[None]:
-    """Raises NumberReadError on leaving where the model's Python has called `type`, which tells a symbolic number from
-    another: that of the packages that its modules come from, but for torch."""
+    """Raises NumberReadError on leaving if the model's Python used `type`, which tells a symbolic number from a plain
+    one. Only functions of the packages that define the model's modules are checked, torch excepted."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
     codes: set[CodeType] = set()
 
@@ -120,8 +120,8 @@ def _asks_for_types(code: CodeType) -> bool:
 
 
 def check_only_computed(graph: fx.Graph, environment: ShapeEnv) -> None:
-    """Raises NumberReadError where a traced graph depends on numbers by more than their being operands. The graph's
-    arithmetic on them is Python's from here on."""
+    """Raises NumberReadError if the graph uses numbers as anything but operands of arithmetic. Rewrites the graph's
+    arithmetic on them to Python's."""
     for node in graph.find_nodes(op="call_function", target=torch.sym_float):
         node.target, node.args = operator.truediv, (node.args[0], 1)
     if environment.guards or environment.deferred_runtime_asserts:
@@ -137,12 +137,12 @@ def check_only_computed(graph: fx.Graph, environment: ShapeEnv) -> None:
 
 
 def is_arithmetic(target: Any) -> bool:
-    """Whether it is Python's own, on numbers."""
+    """Whether `target` is one of Python's own operators on numbers."""
     return getattr(target, "__module__", "") == "_operator" and target is not operator.getitem
 
 
 def is_taken_out(node: fx.Node) -> bool:
-    """Whether a node of a traced graph is the number in a tensor."""
+    """Whether a traced node takes a symbolic number out of a tensor."""
     return node.target is _ASKED and isinstance(node.meta.get("val"), _SYMBOLIC)
 
 
@@ -152,7 +152,7 @@ def _has_shape(value: Any) -> bool:
 
 
 def _types_of_numbers(node: fx.Node) -> Iterator[str]:
-    """Of the numbers that an operator reads, the types that its schema has for them."""
+    """The schema types of the arguments in which an operator reads numbers; "a list" if they are nested in one."""
     declared = {a.name: a.type for a in node.target._schema.arguments} if hasattr(node.target, "_schema") else {}
     given = {**dict(zip(declared, node.args, strict=False)), **node.kwargs}
     for name, value in given.items():
@@ -170,7 +170,7 @@ def _is_operand_type(declared: str) -> bool:
 
 
 def is_same_step(general: Program, special: Program, numbers: Mapping[str, float]) -> bool:
-    """Whether a program with numbers as inputs, by their roles, is with these the one that has them as constants."""
+    """Whether `general` with `numbers`, by role, for its inputs equals `special`, which has them as constants."""
     return _described(general, numbers) == _described(special, {})
 
 
@@ -193,7 +193,7 @@ def _described(program: Program, numbers: Mapping[str, float]) -> list[Any]:
 
 
 class _Place(int):
-    """Stands for a node, by its place; not a number."""
+    """Stands for a node by its position; never equal to a number."""
 
     def __eq__(self, other: object) -> bool:
         return type(other) is _Place and int(self) == int(other)

@@ -1,4 +1,4 @@
-"""What a function may read attributes of, as a loss function does that stands outside of the model."""
+"""Finds the objects whose attributes a function may read, such as a loss function outside of the model."""
 
 import functools
 import inspect
@@ -13,17 +13,17 @@ Owners = Iterator[tuple[Any, str]]
 """Modules and objects of the user's, each with its full name."""
 _DEEPEST = 4
 _IMMUTABLE = 1 << 8
-"""Py_TPFLAGS_IMMUTABLETYPE, of classes that are written in C."""
+"""Py_TPFLAGS_IMMUTABLETYPE, set on classes written in C."""
 
 
 def full_name(path: str, name: str) -> str:
-    """What a module at `path`, "" for the whole model, has under a name, as the model names it."""
+    """The full name of attribute `name` of the module at `path`; "" is the whole model."""
     return f"{path}.{name}" if path else name
 
 
 def owners_in(value: Any, path: str, depth: int = 0) -> Owners:
-    """Of a function or what else can be called: itself, whose method it is, and of what it is made or closes over what
-    can be called. Functions by global names are left out: they lead into torch, and through it."""
+    """The modules and objects of a callable: the instance it is a method of, and recursively the callables it is made
+    from or closes over. Functions found as globals are skipped: they would lead into torch, and all through it."""
     if isinstance(value, nn.Module):
         yield from ((module, f"{path}.{name}" if name else path) for name, module in value.named_modules())
         return
@@ -43,16 +43,16 @@ def owners_in(value: Any, path: str, depth: int = 0) -> Owners:
 
 
 def _named_in(function: FunctionType) -> dict[str, Any]:
-    """What a function names: globals, and variables of the functions around it, as far as they have values."""
+    """The values a function refers to: globals other than routines, and closure variables that are set."""
     known, code = function.__globals__, function.__code__
     named = {name: known[name] for name in code.co_names if name in known and not inspect.isroutine(known[name])}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # which is what an empty cell raises, and inspect.getclosurevars with it
+        with suppress(ValueError):  # raised by an empty cell, on which inspect.getclosurevars fails, too
             named[name] = cell.cell_contents
     return named
 
 
 def _is_users(value: Any) -> bool:
-    """Whether it is an object whose attributes can be seen being read: of a class that Python lets be changed."""
+    """Whether the reads of an object's attributes can be recorded, that is, whether its class can be patched."""
     is_object = hasattr(value, "__dict__") and not (isinstance(value, type) or inspect.ismodule(value))
     return is_object and not type(value).__flags__ & _IMMUTABLE

@@ -1,4 +1,4 @@
-"""Models that cannot be captured, told before anything is done to them, with the way that works instead."""
+"""Refuses models that cannot be captured before anything is done to them, naming an alternative that works."""
 
 import warnings
 from collections import Counter
@@ -16,7 +16,7 @@ from ...passes.program.program import Program, note
 from ...runtime.isa.errors import CaptureError
 
 SLOW_S = 30.0
-"""From here on a capture is told of."""
+"""Captures that take longer than this are reported."""
 
 _OLD_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
@@ -38,7 +38,7 @@ def refuse(model: nn.Module) -> None:
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> tuple[tuple[int, ...], ...]:
-    """Which modules have hooks, by their place, and which these are."""
+    """The positions of the modules that have hooks, each with the ids of its hooks."""
     return tuple(
         (place, *m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
         for place, m in enumerate(modules)
@@ -90,8 +90,8 @@ def _reasons(module: nn.Module) -> Iterator[str]:
 
 
 def tell_of_slowness(captured_in_s: float, program: Program) -> None:
-    """Warn of a capture that took this thread long, however busy the machine is, with what it consists of: Python's
-    loops are unrolled."""
+    """Warns of a capture that took this thread `captured_in_s` seconds of CPU time, and says where its operators come
+    from: Python loops are unrolled."""
     if captured_in_s < SLOW_S:
         return
     counts = Counter(note(node).module for node in program.computes)

@@ -1,7 +1,7 @@
-"""What a captured step returns besides its loss: what its logits would take, and what stands in their place; what
-gradients come from, and what the backward reads.
+"""What a captured step returns: how large its logits are and what stands in for them; which outputs each gradient comes
+from, and which tensors the backward reads.
 
-A compiled step may never compute its logits. The model's result then has an `AbsentOutput` there.
+A compiled step may never compute its logits. The model's result then holds an `AbsentOutput` in their place.
 """
 
 import operator
@@ -19,11 +19,11 @@ from ...runtime.isa.instructions import TURN
 from ...runtime.isa.linear_cross_entropy import ABSENT
 
 COPIES = 3
-"""Logarithms of probabilities, the gradient of each, and that of the logits: all there at the loss's backward."""
+"""Tensors as large as the logits in the loss's backward: log-probabilities, their gradient, and that of the logits."""
 
 
 def logits_bytes(captured: Program) -> int:
-    """Device bytes that computing the losses in pieces would save at their highest point; 0 if it cannot be done."""
+    """Peak device bytes that computing the losses in pieces would save; 0 if that is impossible."""
     program = captured.copy()
     canonicalize.rewrite(program, Plan())
     types = (type_of(loss.nll.args[0]) for loss in find_losses(program))
@@ -39,7 +39,8 @@ def absent_outputs(program: Program) -> frozenset[int]:
 
 
 def gradient_sources(program: Program) -> dict[str, frozenset[int]]:
-    """The positions of the outputs that each gradient comes from; a shared parameter has one, under its first name."""
+    """Maps each gradient's role to the positions of the outputs it comes from; tied parameters go by their first
+    name."""
     reached: dict[fx.Node, frozenset[int]] = {}
     for node in program.graph.nodes:
         kind, _, position = note(node).role.partition(":")
@@ -62,7 +63,7 @@ def saved(program: Program) -> tuple[frozenset[int], frozenset[int]]:
     read, turned = set[fx.Node](), False
     for node in program.graph.nodes:
         own, sources = node, list(aliased_inputs(node))
-        if node.target is operator.getitem:  # each of an operator's results has its own memory, unless they are views
+        if node.target is operator.getitem:  # an operator's results have separate memory, unless they are views
             own, sources = elements.setdefault(node.args, node), list(aliased_inputs(node.args[0]))
         roots[node] = frozenset[fx.Node]().union(*(roots[source] for source in sources)) or frozenset({own})
         if turned:
@@ -77,15 +78,15 @@ def saved(program: Program) -> tuple[frozenset[int], frozenset[int]]:
 
 
 class AbsentOutputError(StateError, AttributeError):
-    """An output that does not exist was used.
+    """An output that was not computed was used.
 
-    It is an AttributeError too, so that code that asks an output for an attribute before it uses it, as
-    mixed-precision wrappers do of everything a model returns, passes it by.
+    It is also an AttributeError, so that code that probes outputs for an attribute before using them, as
+    mixed-precision wrappers do, skips this one.
     """
 
 
 class AbsentOutput:
-    """In the place of logits whose loss is computed in pieces: may be held, shown, copied; any use raises."""
+    """Stands in for logits whose loss is computed in pieces. It may be kept, printed, copied; any other use raises."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Roles: what the inputs and results of a traced step are to the model, under which names its program has them."""
+"""Roles: what the inputs and results of a traced step mean to the model; its program refers to them by role."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError
 
 _PREFIX = "model."
-"""What is traced is the model within a module of ours."""
+"""The traced module is ours and holds the model as `model`."""
 
 
 def input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[str, str]:
-    """The role of an input, and a name for it. `names` and `leaves` are the arguments' names and positions."""
+    """The role and name of an input. `names` and `leaves` are the names and positions of the tensor arguments."""
     match description:
         case private.ParamAOTInput(target=target):
             return f"parameter:{without_prefix(target)}", without_prefix(target)
@@ -26,7 +26,7 @@ def input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[s
 
 
 def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
-    """The role of a result. Raises CaptureError where the forward writes to what is no buffer."""
+    """The role of a result. Raises CaptureError if the forward writes to anything but a buffer."""
     match description:
         case private.PlainAOTOutput(idx=i):
             return f"output:{i}"
@@ -50,5 +50,5 @@ def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureEr
 
 
 def without_prefix(name: str) -> str:
-    """A module's or parameter's name in the model."""
+    """The name of a module or parameter within the model."""
     return "" if name == "model" else name.removeprefix(_PREFIX)

@@ -1,5 +1,5 @@
-"""Tensors over one memory. Programs have places of their own for parameters, and read each buffer once: where one of
-two is written to, the other would stay as it is."""
+"""Tensors that share memory. A program gives parameters places of their own and reads each buffer once, so a write to
+one of two such tensors would not reach the other."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ _DEEPEST = 4
 
 
 def attributes(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that modules hold besides parameters and buffers, alone or in lists, tuples and dicts, by name."""
+    """The tensors that modules hold besides parameters and buffers, directly or in containers, by full name."""
     own = set(map(id, (*model.parameters(), *model.buffers())))
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -36,8 +36,8 @@ def _tensors_in(value: Any, label: str, depth: int = 0) -> Iterator[tuple[str, T
 
 
 def check_trained(model: nn.Module) -> None:
-    """Raises ValueError where a parameter that is trained shares memory with another tensor of the model: chunks give
-    each a place of its own, and the two would part."""
+    """Raises ValueError if a trained parameter shares memory with another tensor of the model: chunks give each
+    parameter a place of its own, so the two would diverge."""
     parameters, others = dict(model.named_parameters()), attributes(model)
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     for first, second in overlapping({**parameters, **dict(model.named_buffers()), **others}, trained):
@@ -56,8 +56,8 @@ def check_trained(model: nn.Module) -> None:
 
 
 def check_written(model: nn.Module, program: Program) -> None:
-    """Raises CaptureError where the forward writes to a buffer over whose memory the model has another tensor, and
-    where it computes with one over the memory of a parameter that is trained, wherever it has that from."""
+    """Raises CaptureError if the forward writes to a buffer that shares memory with another tensor of the model, or
+    computes with a tensor, from wherever, that shares memory with a trained parameter."""
     parameters, written = dict(model.named_parameters()), program.results_of("mutation").keys()
     others = attributes(model)
     known = set(map(id, others.values()))
@@ -85,7 +85,7 @@ def _told(name: str, constants: Mapping[str, Tensor]) -> str:
 
 
 def overlapping(tensors: Mapping[str, Tensor], some: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of names whose tensors share memory, one of them being of `some`."""
+    """Pairs of names of tensors that share memory, at least one of each pair being in `some`."""
     chosen = set(some)
     held: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in tensors.items():

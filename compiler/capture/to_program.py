@@ -1,4 +1,4 @@
-"""From the graph that torch traces to ours."""
+"""Converts the graph that torch traces into a Program."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,11 @@ from .roles import input_role, result_role, without_prefix
 
 def to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str], leaves: list[int],
                 originals: Mapping[int, Tensor], numbers: Mapping[int, NumberType]) -> Program:  # fmt: skip
-    """`originals`: by the identity of a copy that was traced, the model's own tensor. `numbers`: by their positions."""
+    """Converts a traced graph.
+
+    `names` and `leaves` are the names and flat positions of the tensor arguments. `originals` maps the id of a traced
+    copy of a tensor to the model's own. `numbers` maps positions of number arguments to their types.
+    """
     program = Program("captured")
     program.set_results({})
     values: dict[fx.Node, fx.Node] = {}
@@ -37,7 +41,7 @@ def to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str],
     for node in calls:
         if "backward" in str(node.meta.get("partitioner_tag", "")) or not backward.isdisjoint(node.all_input_nodes):
             backward.add(node)
-    for node in sorted(calls, key=backward.__contains__):  # views that are handed out are made behind it all
+    for node in sorted(calls, key=backward.__contains__):  # all of the forward first: torch makes views of outputs last
         if is_taken_out(node):
             values[node] = values[node.args[0]]
         else:
@@ -46,7 +50,7 @@ def to_program(graph_module: fx.GraphModule, model: nn.Module, names: list[str],
     program.set_results({
         result_role(description, names, leaves): values[value]
         for value, description in zip(output.args[0], output.meta["desc"], strict=True)
-        if value is not None  # inputs and parameters that get no gradient
+        if value is not None  # no gradient for this input or parameter
     })  # fmt: skip
     return program
 

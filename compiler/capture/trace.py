@@ -1,8 +1,8 @@
 """Capture: a model and example inputs become one Program of a whole training step.
 
-torch's ahead-of-time autograd traces forward and backward of the module itself into one ATen graph, on fake
-tensors: nothing is allocated and no weight is read, so that a model on `meta` is captured like any other.
-The model is not touched: a copy is traced whose tensors are fake.
+torch's ahead-of-time autograd traces the module's forward and backward into one ATen graph, on fake tensors: nothing is
+allocated and no weight is read, so a model on `meta` is captured like any other. The model itself is not touched: what
+is traced is a copy whose tensors are fake.
 """
 
 import inspect
@@ -45,13 +45,18 @@ _ROOMS = ("compiler", "models", "passes", "runtime")
 class Captured:
     """A captured step and how its flat inputs and outputs map to the model's.
 
-    `results` rebuilds what the model returned: a pytree spec and its leaves, an int being the position of a
-    program output, anything else a constant. `differentiable` are the positions that take a gradient,
-    `detached` those that would, had the loss not been chosen to be the only one. `sources` tells of every gradient of
-    a parameter or input, by its role, the positions of the outputs that it comes from. `guards` are of what was read
-    of the model's modules: it is another step's where one does not hold. `records` are of the passes
-    that made it one process's, where tensors are sharded. `examples` are how many a call brings; `divide` makes the
-    step that runs them as so many microbatches.
+    Fields:
+        program: the step, with its backward if it trains.
+        result_spec, result_leaves: rebuild what the model returned. A leaf that is an int is the position of a program
+            output; any other leaf is a constant.
+        differentiable: positions of the outputs that take a gradient.
+        detached: positions of the outputs that would take one if the loss were not the only output to do so.
+        notes: notes in words on what stays eager.
+        sources: maps the role of each parameter's or input's gradient to the positions of the outputs it comes from.
+        guards: what the trace read from the model's modules; the step is valid only while all of them hold.
+        records: the passes that made this process's part of the step, where tensors are sharded.
+        examples: how many examples a call brings.
+        divide: makes the step that runs them as a number of microbatches; None where that is impossible.
     """
 
     program: Program
@@ -67,7 +72,7 @@ class Captured:
     divide: "Divide | None" = None
 
     def by(self, microbatches: int) -> "Captured":
-        """The step that runs its batch as so many microbatches. Raises SplitError where there is none."""
+        """The step that runs its batch as `microbatches` microbatches. Raises SplitError if it cannot be divided."""
         if microbatches == 1:
             return self
         if self.divide is None:
@@ -76,12 +81,12 @@ class Captured:
 
     @property
     def trains(self) -> bool:
-        """Whether it has a backward."""
+        """Whether the step has a backward."""
         return self.program.name == "training"
 
 
 class Divide(Protocol):
-    """Makes the steps of one batch as so many microbatches, and keeps them; and that of another number of examples."""
+    """Makes and caches a step's divisions into microbatches; also captures the step anew for another batch size."""
 
     def __call__(self, count: int) -> Captured: ...
 
@@ -92,12 +97,18 @@ class Divide(Protocol):
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """What to capture: `dtype` to compute in (None: as the model has it), outputs that take a gradient, and
-    whether a backward is wanted at all. `dtypes` tells the compute dtype of each parameter where that was
-    decided before; by default it follows from `dtype`. `shapes` are the whole parameters', where a process may have
-    only its parts by now. `entry` names the submodule that is called; by default the model itself is. `numbers` are the
-    positions of the arguments that are numbers, and inputs of the program. `loss_fn` is what the model's forward calls
-    beside its own modules."""
+    """What to capture.
+
+    Fields:
+        dtype: the dtype to compute in; None keeps the model's.
+        outputs: which outputs take a gradient.
+        backward: whether to capture a backward.
+        dtypes: the compute dtype of each parameter, if already decided; by default it follows from `dtype`.
+        shapes: full shapes of parameters, for processes that may hold only shards by now.
+        entry: the submodule that is called; "" is the model itself.
+        numbers: positions of the (flattened) arguments that are numbers and become inputs of the program.
+        loss_fn: a function outside of the model's modules that its forward calls.
+    """
 
     dtype: torch.dtype | None = None
     outputs: Outputs = "loss"
@@ -112,9 +123,9 @@ class CaptureRequest:
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], request: CaptureRequest) -> Captured:
     """Capture `model(*args, **kwargs)`, in the training mode that the model is in.
 
-    Tensor inputs are known by their shapes and dtypes alone; everything else is baked into the program, but for the
-    numbers that `request` tells. Raises CaptureError where Python depends on the values of tensors, naming the model's
-    source line, and some error where it depends on those of such numbers.
+    Only the shapes, strides and dtypes of tensor inputs matter; everything else is baked into the program, except for
+    the numbers that `request` names. Raises CaptureError if the model's Python depends on the values of tensors, naming
+    the source line. If it depends on the values of those numbers, some error is raised.
     """
     tell_of_hooks(model)
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -140,7 +151,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
         names = {id(value): name for name, value in named.items()}
         names_by_leaf = [names.get(id(leaves[i]), f"input_{i}") for i in fakes]
         program = to_program(graph_module, model, names_by_leaf, list(fakes), originals, numbers)
-    if request.backward and not step.differentiable:  # nothing takes a gradient: what is left is an evaluation
+    if request.backward and not step.differentiable:  # nothing takes a gradient: capture an evaluation
         return capture(model, args, kwargs, replace(request, backward=False))
     program.name = "training" if request.backward else "evaluation"
     program.sources = {name: _forward_line(module) for name, module in model.named_modules()}
@@ -157,7 +168,7 @@ class _Step(nn.Module):
     def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, tensors: tuple[int, ...],
                  request: CaptureRequest) -> None:  # fmt: skip
         super().__init__()
-        self.is_assigned = "forward" in vars(model.get_submodule(request.entry))  # and not its class's
+        self.is_assigned = "forward" in vars(model.get_submodule(request.entry))  # on the instance, over its class's
         self.model = model
         self.leaves, self.spec, self.tensors, self.request = leaves, spec, tensors, request
         self.result_spec: pytree.TreeSpec | None = None
@@ -169,7 +180,7 @@ class _Step(nn.Module):
 
     def named_buffers(self, prefix: str = "", recurse: bool = True,
                       remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-        """Each by its first name alone: torch miscounts the outputs where one is written to that has another, too."""
+        """Yields each buffer once, by its first name: torch miscounts outputs if one with two names is written to."""
         return super().named_buffers(prefix, recurse)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -191,7 +202,7 @@ class _Step(nn.Module):
         detached: set[int] = set()
         described: list[_Constant | int] = []
         owned = (*inputs, *self.model.parameters(), *self.model.buffers())
-        seen = {t.untyped_storage()._cdata for t in owned}  # what must not be handed out itself
+        seen = {t.untyped_storage()._cdata for t in owned}  # storages that must not be returned as they are
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 described.append(_Constant(_checked(leaf)))
@@ -214,13 +225,13 @@ class _Step(nn.Module):
         return tuple(outputs)
 
     def _is_for_a_loss_outside(self, result: Any) -> bool:
-        """Whether a tool has put in its own forward, as TRL does, and leaves out the logits: it has no use for the loss
-        alone."""
+        """Whether a tool has assigned a forward of its own, as TRL does, whose result has no logits: the tool may
+        compute its loss from other outputs, which then need gradients."""
         return self.is_assigned and "logits" not in result
 
 
 def _checked(value: Any) -> Any:
-    """A part of the result that is no tensor, if it cannot hold one."""
+    """Returns a non-tensor leaf of the result; raises CaptureError if its type could hold tensors."""
     if isinstance(value, PLAIN) and not isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
     advice = "; call it with use_cache=False" if "Cache" in type(value).__name__ else ""
@@ -232,13 +243,13 @@ def _checked(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Constant:
-    """A part of the model's result that is no tensor."""
+    """A non-tensor leaf of the model's result."""
 
     value: Any
 
 
 def rebuild_result(captured: Captured, outputs: list[Tensor]) -> Any:
-    """The model's own kind of result, such as a ModelOutput, around `outputs`."""
+    """Puts `outputs` into the model's own kind of result, such as a ModelOutput."""
     leaves = [leaf.value if isinstance(leaf, _Constant) else outputs[leaf] for leaf in captured.result_leaves]
     return pytree.tree_unflatten(leaves, captured.result_spec)
 
@@ -285,8 +296,8 @@ def _written(error: Exception) -> CaptureError:
 
 
 def _source_line(error: BaseException) -> str:
-    """Where in the model, not in torch or here, an error arose."""
-    root = Path(__file__).parents[2]  # of the package's rooms; examples may lie beside them
+    """The line of the model's source, rather than torch's or ours, at which an error was raised."""
+    root = Path(__file__).parents[2]  # holds our source folders, and maybe examples
     ours = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, *map(root.joinpath, _ROOMS)))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     if not frames:
@@ -295,7 +306,7 @@ def _source_line(error: BaseException) -> str:
 
 
 def _named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by the names that the model's own signature gives them."""
+    """The arguments by their names in the model's own signature."""
     try:
         bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
@@ -304,7 +315,7 @@ def _named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _forward_line(module: nn.Module) -> str:
-    """Where a module's forward stands in its source, or "" where there is none."""
+    """File and line of a module's forward, or "" if it has no Python source."""
     code = getattr(type(module).forward, "__code__", None)
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code else ""
 

@@ -1,4 +1,4 @@
-"""Modules that refer weakly to their parameters, as torch's recurrent ones do: such objects cannot become others."""
+"""Modules that hold weak references to their parameters, as torch's RNNs do: swap_tensors refuses such tensors."""
 
 import gc
 import weakref
@@ -10,12 +10,12 @@ from torch import nn
 
 @contextmanager
 def without_weak_references(source: nn.Module) -> Iterator[None]:
-    """While parameters become others under the same objects."""
+    """Drops the weak references while parameters are swapped in place, and renews them on leaving."""
     modules = [module for module in source.modules() if isinstance(module, nn.RNNBase)]
     for module in modules:
         module._flat_weight_refs = []
     if modules:
-        gc.collect()  # of copies that were traced: they share these references
+        gc.collect()  # traced copies share these references
     try:
         yield
     finally:

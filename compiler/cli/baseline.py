@@ -1,4 +1,4 @@
-"""What plain PyTorch needs for the same training: the yardstick of the demonstration."""
+"""Measures the memory that plain PyTorch needs for the same training, to compare against in the demonstration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ...runtime.memory.tiers import MemoryMeter
 def plain_peak_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     """Return the peak bytes of two plain AdamW steps on a copy of `model`, on the CPU.
 
-    Parameters, gradients, optimizer state, activations and the batch count; two steps, because the state that
-    the optimizer makes in the first meets the activations in the second. `model` itself stays as it was.
+    Parameters, gradients, optimizer state, activations and the batch count. It takes two steps because the optimizer
+    creates its state at the end of the first, so only the second has that state and activations at once. `model` itself
+    is left unchanged.
     """
     with MemoryMeter() as meter, torch.random.fork_rng():
         plain = copy.deepcopy(model)

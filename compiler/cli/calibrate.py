@@ -1,4 +1,4 @@
-"""The command `geminifx calibrate`: measure this machine, for plans to go by what it does."""
+"""The command `geminifx calibrate`: measures this machine's rates, by which later plans go."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .launch import rank
 RATES_HELP = f"Plan for a card ({', '.join(CARDS)}), or by a file of geminifx calibrate; by default for this machine."
 
 BUSY = 3
-"""The exit code where nothing could be measured."""
+"""Exit code if the machine was too busy to be measured."""
 
 commands = typer.Typer()
 
@@ -35,11 +35,10 @@ def calibrate_command(
         Path | None, typer.Option(help="Write the rates to this file too, for rates= on other machines.")
     ] = None,
 ) -> None:
-    """Measure what this machine does in a second, in about a minute, and keep it for all plans that are made here.
+    """Measure what this machine does in a second, in about a minute, and keep it for all plans made here.
 
-    Products, operators, copies and updates are measured on a GPU and its host, alone and beside one another; what
-    processes exchange, too, where torchrun starts several. Let nothing else run meanwhile: on a busy machine nothing is
-    changed.
+    Matmuls, operators, copies and updates are measured on a GPU and its host, alone and at the same time; under
+    torchrun, so is what the processes exchange. Let nothing else run meanwhile: on a busy machine nothing is changed.
     """
     console = Console(quiet=rank() > 0)
     with shown_errors():
@@ -62,7 +61,7 @@ def calibrate_command(
 
 
 def _write(kept: Kept, output: Path | None, console: Console) -> None:
-    """Into the cache, and where else it is asked for."""
+    """Writes the rates to the cache, and to `output` if given."""
     if output is not None:
         write(kept, output)
     path = keep(kept) or output
@@ -71,7 +70,7 @@ def _write(kept: Kept, output: Path | None, console: Console) -> None:
 
 
 def rates_table(rates: Rates) -> Table:
-    """What a machine does in a second."""
+    """A table of the machine's rates."""
     table = Table(title=rates.name, title_justify="left", show_header=False)
     for field in fields(rates):
         value = getattr(rates, field.name)

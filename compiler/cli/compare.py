@@ -1,5 +1,4 @@
-"""The command `geminifx compare`: tensor parallel modes side by side, by what a model takes of each process, and what
-the processes exchange."""
+"""The command `geminifx compare`: the tensor parallel modes side by side, by memory and communication per process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,17 +24,17 @@ from .calibrate import RATES_HELP
 from .errors import shown_errors
 
 ANY_HOST_BYTES = 2**60
-"""The host of the machines that a comparison is about is not this one's."""
+"""Host budget of a comparison: effectively unlimited, as the machines compared are not this one."""
 
 MOST_PROCESSES, MOST_EXAMPLES = 2**14, 2**24
-"""Beyond any machine, and within what sizes can be computed of."""
+"""More than any machine has, yet small enough that sizes can be computed."""
 
 commands = typer.Typer()
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One way to divide the work: its name, and its plan or why there is none."""
+    """One way to divide the work: its name, and either its plan or the reason why there is none."""
 
     name: str
     plan: Plan | None
@@ -43,7 +42,7 @@ class Compared:
 
 
 def ways(world_size: int) -> dict[str, Mapping[str, Any]]:
-    """What `parallel=` can be for so many processes: every mode that they make a mesh for, and data parallel."""
+    """The values of `parallel=` for `world_size` processes: data parallel, and each tensor parallel mode that fits."""
     found: dict[str, Mapping[str, Any]] = {"data": {"data": world_size}}
     found["data, ZeRO 3"] = {"data": world_size, "zero": 3}
     found["1d"] = {"tensor": {"mode": "1d", "size": world_size}}
@@ -59,7 +58,7 @@ def ways(world_size: int) -> dict[str, Mapping[str, Any]]:
 
 
 def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **options: Any) -> list[Compared]:
-    """Plan a model whose weights may be on `meta` for a world in each way; `batch` is the step's of all processes."""
+    """Plan `model`, which may be on `meta`, for `world_size` processes in each way; `batch` is the global batch."""
     found = []
     for name, parallel in ways(world_size).items():
         parts = parallel.get("data", 1)
@@ -77,7 +76,7 @@ def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **
 
 
 def comparison_table(compared: list[Compared], world_size: int) -> Table:
-    """Bytes per process and step, and modelled seconds."""
+    """Bytes per process and step, and modelled seconds per step."""
     rates = next((f" at the rates of {way.plan.estimate.rates}" for way in compared if way.plan is not None), "")
     table = Table(
         "parallel", "device peak", "activations", "step", "received", "by axis",
@@ -100,10 +99,10 @@ def comparison_table(compared: list[Compared], world_size: int) -> Table:
 
 
 def batch_by_shapes(model: PreTrainedModel, batch_size: int, seq_len: int | None) -> dict[str, torch.Tensor]:
-    """A step's inputs by their shapes: plans read nothing else, and a batch of all processes may be large.
+    """A step's inputs on `meta`: plans read only their shapes, and a global batch may be large.
 
     Raises:
-        ValueError: nothing is known of the model's inputs, or the sequence is longer than it takes.
+        ValueError: the model's inputs are unknown, or `seq_len` exceeds the model's positions.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     if seq_len is not None and longest is not None and seq_len > longest:
@@ -129,7 +128,7 @@ def compare(
 ) -> None:
     """Plan MODEL for several processes in every tensor parallel mode, and show memory and communication of each.
 
-    Nothing is run: one machine without a GPU will do for any number of processes.
+    Nothing is run: a machine without a GPU will do, for any number of processes.
     """
     transformers.utils.logging.set_verbosity_error()
     with shown_errors():

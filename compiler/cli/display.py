@@ -1,4 +1,4 @@
-"""What the command line shows: progress while training, tables after it, errors as one panel."""
+"""What the command line shows: progress during training, tables after it, errors as a panel."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _LINES_WITHOUT_TERMINAL = 10
 
 
 class Measured(Protocol):
-    """A compiled model as far as reports go: its plan and what it has used."""
+    """The part of a compiled model that reports read: its plan and its memory statistics."""
 
     plan: Any
     stats: Any
 
 
 def error_panel(error: Exception) -> Panel:
-    """Return the red panel that tells `error`, without a traceback."""
+    """Return a red panel with the error's message, without a traceback."""
     return Panel(escape(str(error) or type(error).__name__), title="geminifx", border_style="red", title_align="left")
 
 
 def memory_line(compiled: Measured) -> str:
-    """Return device bytes of the budget and host bytes, at their peaks so far."""
+    """Return peak device bytes so far, with the budget, and peak host bytes."""
     used, budget = format_bytes(compiled.stats.device_peak_bytes), compiled.plan.request.budget_bytes
     of_budget = "" if budget is None else f" / {format_bytes(budget)}"
     return f"device {used}{of_budget}  host {format_bytes(compiled.stats.host_peak_bytes)}"
 
 
 class StepProgress:
-    """Shows each step: as a bar on a terminal, else as about ten lines of text."""
+    """Shows each step: as a bar on a terminal, else as about ten lines of text in all."""
 
     def __init__(self, console: Console, compiled: Measured, steps: int) -> None:
         self._console, self._compiled, self._steps = console, compiled, steps
@@ -52,7 +52,7 @@ class StepProgress:
         self._task = self._bar.add_task("train", total=steps, line="")
 
     def __call__(self, info: StepInfo) -> None:
-        """Take note of a finished step."""
+        """Show a finished step."""
         rate = info.tokens / max(info.step_s, 1e-9)
         line = f"loss {info.loss:.3f}  {rate:,.0f} tokens/s  {memory_line(self._compiled)}"
         if self._console.is_terminal:
@@ -68,14 +68,14 @@ class StepProgress:
 
 
 def perplexity_line(report: Report) -> str:
-    """Return the held-out perplexity before and after, and the speed."""
+    """Return the held-out perplexity before and after training, and the speed."""
     after = "not judged yet" if report.perplexity_after is None else f"{report.perplexity_after:,.1f}"
     speed = f" ({report.tokens_per_s:,.0f} tokens/s)" if report.losses else ""
     return f"held-out perplexity: {report.perplexity_before:,.1f} before, {after} after{speed}"
 
 
 def memory_table(compiled: Measured, plain_bytes: int | None) -> Table:
-    """Return device memory as planned and as measured beside the budget, and plain PyTorch's if known."""
+    """Return planned and measured memory beside the budget, with plain PyTorch's peak if known."""
     table = Table(title="Memory", title_justify="left", min_width=56)
     table.add_column("")
     table.add_column("bytes", justify="right")

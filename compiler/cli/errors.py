@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one panel, no traceback, an exit code."""
+"""How a failing command ends: a panel, no traceback, an exit code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .launch import rank
 
 USER_ERROR = 2
 GRACE_S = 5.0
-"""Seconds that an error of another rank than 0 waits: where rank 0 has it too, it tells it, and alone."""
+"""Seconds for which ranks other than 0 hold back an error: if rank 0 has it too, only rank 0 reports it."""
 
 
 @contextmanager
 def shown_errors() -> Iterator[None]:
-    """Show an error that is meant for the user, and exit: rank 0 at once, another rank where rank 0 did not end the
-    run for one of its own."""
+    """Show an error that is meant for the user, and exit. Rank 0 does so at once; other ranks wait, in case rank 0 ends
+    the run first."""
     try:
         yield
     except (GeminiError, ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The command `geminifx estimate`: what a model would take to train within budgets, by the format of its state."""
+"""The command `geminifx estimate`: what training a model within budgets takes, per format of its training state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ commands = typer.Typer()
 
 
 def estimate_table(found: list[Estimated], tokens: int, title: str) -> Table:
-    """One row for each format: what it takes and how fast it would be, or what it lacks."""
+    """One row per format: its memory and speed, or what it lacks. `tokens` are those of a step."""
     table = Table("training state", "trained", "device", "host", "step", "tokens/s", "what binds", title=title)
     for each in found:
         trained = _count(each.trained)
@@ -44,13 +44,13 @@ def estimate_table(found: list[Estimated], tokens: int, title: str) -> Table:
 
 
 def _count(number: int) -> str:
-    """A number of parameters for reading."""
+    """A number of parameters as text, in billions or millions."""
     unit, name = (10**9, "B") if number >= 10**9 else (10**6, "M")
     return f"{number / unit:,.3g}{name}"
 
 
 def _rates(name: str | None) -> Rates:
-    """Those that are named, or kept of this machine's GPU, or a preset's."""
+    """The rates that `name` says; by default those known for this machine's GPU or, without a GPU, a preset's."""
     if name is None and torch.cuda.is_available():
         return rates_of(torch.device("cuda", torch.cuda.current_device()), None, 1, 0)
     found = given_rates(name or OTHER_CARD)
@@ -68,10 +68,10 @@ def estimate(
     rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Plan a training step of MODEL with AdamW for each format of training state, and show what fits and how fast.
+    """Plan a training step of MODEL with AdamW for each format of training state; show what fits and how fast it is.
 
-    Nothing is run and no weight is read: its configuration is enough. Of the device's budget what CUDA takes besides
-    tensors is left free.
+    Nothing is run and no weight is read: the configuration is enough. Part of the device budget is left free for what
+    CUDA takes besides tensors.
     """
     transformers.utils.logging.set_verbosity_error()
     with shown_errors():

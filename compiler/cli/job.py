@@ -1,4 +1,4 @@
-"""What `geminifx train` does: make model and data, compile, fine-tune, report."""
+"""What `geminifx train` does: load model and data, compile, fine-tune, report."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from .display import StepProgress, memory_table, perplexity_line
 from .launch import is_launched, rank
 from .run_directory import RunDirectory, advised
 
-# Halves the perplexity of the small model three times over, within minutes on two cores.
-# Small batches, so that the training state alone, not the activations, is more than the budget.
+# The defaults for the small model: perplexity falls to an eighth within minutes on two cores.
+# Batches are small, so that the training state, not the activations, exceeds the budget.
 _MINI_STEPS, _MINI_BATCH, _MINI_SEQ_LEN, _MINI_LR = 400, 4, 128, 2e-3
-# Per parameter in float32: the weight, its gradient and AdamW's two moments.
+# Per parameter, in float32: weight, gradient and AdamW's two moments.
 _STATE_BYTES = 16
 _STEPS, _BATCH, _SEQ_LEN, _RANDOM_LR, _LR = 100, 8, 512, 3e-4, 1e-4
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The command line of `geminifx train`; None stands for a default that depends on the rest."""
+    """The options of `geminifx train`; None stands for a default that depends on the other options."""
 
     model: str | None = None
     data: Path | None = None
@@ -74,25 +74,25 @@ class TrainOptions:
 
     @property
     def degrees(self) -> Parallel:
-        """Return what `parallel` declares.
+        """Return the parallel degrees that `parallel` declares.
 
         Raises:
-            ValueError: it is not understood.
+            ValueError: it cannot be parsed.
         """
         return Parallel.of(parse_parallel(self.parallel or ""))
 
     def mesh(self) -> Mesh:
-        """Return the mesh of the processes that are there, or that are to be launched.
+        """Return the mesh of the running processes, or of those to launch.
 
         Raises:
-            ValueError: the degrees do not multiply to their number.
+            ValueError: the degrees do not multiply to the number of processes.
         """
         count = launched() if is_launched() else self.nprocs
         return self.degrees.mesh(count, count or 1)
 
     @property
     def directory(self) -> Path:
-        """Return where checkpoints go: never, unless asked, the directory that the model came from."""
+        """Return where checkpoints go; unless asked for, never the directory that the model came from."""
         if self.output is not None:
             return self.output
         if self.model is None:
@@ -101,7 +101,7 @@ class TrainOptions:
         return Path("runs") / (f"{name}-tuned" if brings_tokenizer(self.model) else name)
 
     def words(self) -> list[str]:
-        """Return the command line, without the command itself, that these are the options of."""
+        """Return the command line of these options, without `geminifx` itself."""
         words = ["train"] + ([] if self.model is None else [self.model])
         for field in fields(self):
             value = getattr(self, field.name)
@@ -110,7 +110,7 @@ class TrainOptions:
         return [*words, "--resume"] if self.resume else words
 
     def resume_command(self) -> str:
-        """Return the command that goes on with this run."""
+        """Return the command that resumes this run."""
         return shlex.join(["geminifx", *replace(self, resume=True).words()])
 
 
@@ -126,10 +126,10 @@ class Job:
 
 
 def prepare(options: TrainOptions) -> Job:
-    """Load or make model, tokenizer and data; what can be refused before that takes its time is.
+    """Load or make model, tokenizer and data; everything that can be refused is checked before the slow parts.
 
     Raises:
-        GeminiError, ValueError, OSError: model, data and settings do not exist or do not fit each other.
+        GeminiError, ValueError, OSError: model, data or settings do not exist or do not fit each other.
     """
     Options.of(_settings(options))
     if options.steps is not None and options.epochs is not None:
@@ -149,7 +149,7 @@ def prepare(options: TrainOptions) -> Job:
 
 
 def _records(options: TrainOptions) -> list[Record]:
-    """Return what there is to learn."""
+    """Return the records to train on."""
     fields = None if options.fields is None else Fields.parse(options.fields)
     if options.data is not None:
         return read_records(options.data, fields)
@@ -159,7 +159,7 @@ def _records(options: TrainOptions) -> list[Record]:
 
 
 def _tokenizer(source: str, records: list[Record], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that came with the weights, or, for random ones, one made of the data."""
+    """Return the tokenizer that came with the weights or, for random weights, one trained on the data."""
     own = brings_tokenizer(source)
     return _load_tokenizer(source) if own else train_tokenizer(plain_texts(records), vocab_size)
 
@@ -171,7 +171,7 @@ def _blocks(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
 ) -> TokenBlocks:
-    """Return the records as blocks of as many tokens as were asked for, or as the model takes."""
+    """Return the records as blocks of --seq-len tokens; by default of as many as the model takes, up to a limit."""
     longest = getattr(config, "max_position_embeddings", None) or _SEQ_LEN
     seq_len = options.seq_len or (_MINI_SEQ_LEN if options.model is None else min(_SEQ_LEN, longest))
     if seq_len > longest:
@@ -186,7 +186,7 @@ def _blocks(
 
 
 def _recipe(options: TrainOptions, blocks: TokenBlocks) -> Recipe:
-    """Return how to train, with defaults that depend on what there is."""
+    """Return how to train; the defaults depend on the model and the data."""
     small = options.model is None
     lr = _MINI_LR if options.model is None else _LR if brings_tokenizer(options.model) else _RANDOM_LR
     batch_size = options.batch_size or (_MINI_BATCH if small else _BATCH)
@@ -209,10 +209,10 @@ def _recipe(options: TrainOptions, blocks: TokenBlocks) -> Recipe:
 
 
 def run(options: TrainOptions, console: Console) -> Report:
-    """Train as `options` say and show it on `console`.
+    """Train as `options` say and report on `console`.
 
     Raises:
-        GeminiError, ValueError, OSError: with messages for the user.
+        GeminiError, ValueError, OSError: with messages meant for the user.
     """
     job = prepare(options)
     batch = job.blocks.batch(0, job.recipe.batch_size, _part(options))
@@ -233,10 +233,10 @@ def run(options: TrainOptions, console: Console) -> Report:
 
 
 def _demonstration(options: TrainOptions, model: PreTrainedModel, plain_bytes: int, console: Console) -> TrainOptions:
-    """Return `options` with half of what plain PyTorch needs as the budget, unless they have their own.
+    """Return `options` with half of what plain PyTorch needs as the device budget, unless they set one.
 
-    The device is the arena in RAM on every machine: CUDA's own context takes hundreds of megabytes, beside
-    which a model this small is nothing.
+    The device is the arena in RAM on every machine: CUDA's own context takes hundreds of megabytes, which would dwarf a
+    model this small.
     """
     state = format_bytes(_STATE_BYTES * model.num_parameters())
     console.print(
@@ -252,12 +252,12 @@ def _demonstration(options: TrainOptions, model: PreTrainedModel, plain_bytes: i
 
 
 def _compile(options: TrainOptions, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Any:
-    """Return the compiled model, as `options` ask."""
+    """Return the compiled model."""
     return compile(model, example_inputs=batch, **_settings(options))
 
 
 def _settings(options: TrainOptions) -> dict[str, Any]:
-    """Return what `compile` is told, but for the batch."""
+    """Return the arguments of `compile`, except for the batch."""
     names = ("device_budget", "host_budget", "device", "placement", "precision", "recompute", "offload", "rates")
     dump = None if options.dump is None or rank() > 0 else str(options.dump)
     parallel = parse_parallel(options.parallel or "") or None
@@ -268,7 +268,7 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
 
 
 def _saves(every: str) -> dict[str, Any]:
-    """Return what a recipe is told of when to save: after so many steps, or after so much time."""
+    """Return the recipe's argument for how often to save: in steps or in seconds."""
     try:
         return {"save_every": int(every)} if every.isdecimal() else {"save_every_s": parse_seconds(every)}
     except ValueError as error:
@@ -276,13 +276,13 @@ def _saves(every: str) -> dict[str, Any]:
 
 
 def _part(options: TrainOptions) -> Part:
-    """Return which part of every batch is this process's."""
+    """Return which part of every batch belongs to this process."""
     mesh = options.mesh()
     return Part(mesh.data_rank(rank()), mesh.data_size)
 
 
 def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
-    """Say what is about to be trained on what."""
+    """Print which model is trained on which data."""
     count = sum(parameter.numel() for parameter in job.model.parameters())
     data = "the Python language reference" if options.data is None else str(options.data)
     blocks = job.blocks
@@ -301,12 +301,12 @@ def _show_job(options: TrainOptions, job: Job, console: Console) -> None:
 
 
 def _source(options: TrainOptions) -> str:
-    """Return the name of the model to start from, or the directory of the run to go on with.
+    """Return the model to start from, or the directory of the run to resume.
 
     Raises:
-        CheckpointError: it is a directory that a run has saved, and damaged, or there is none to go on with.
+        CheckpointError: the directory is of a saved run and is damaged, or there is no run to resume.
     """
-    # Absolute, so that a directory named like a preset is still a directory.
+    # Absolute, so that a directory named like a preset is still taken for a directory.
     source = str(put_back(options.directory)) if options.resume else options.model or MINI
     if options.resume and not Path(source).is_dir():
         raise CheckpointError(f"there is no checkpoint to resume in {options.directory}")
@@ -320,10 +320,10 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     advice = "a trained model needs its own: save it in the same directory with tokenizer.save_pretrained"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # tokenizers tells of files that it cannot read by a bare Exception
+    except Exception as error:  # tokenizers raises a bare Exception for files that it cannot read
         reason = str(error).partition("\n")[0][:200]
         raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
-    # Where there are no files, transformers makes a tokenizer that knows its special tokens and no text.
+    # Without any files, transformers makes a tokenizer that knows nothing but its special tokens.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ModelLoadError(f"{source} brings no tokenizer; {advice}")
     return tokenizer

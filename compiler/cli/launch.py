@@ -1,4 +1,4 @@
-"""Starts the command once more in several processes on this machine, as torchrun would, and waits for them."""
+"""Runs the command again in several processes on this machine, as torchrun would, and waits for them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from ...runtime.optimizer.updates import cores
 
 HERE = "127.0.0.1"
 MOST_PROCESSES = 256
-"""More are not for one machine."""
+"""The most processes to start on one machine."""
 
 
 def is_launched() -> bool:
-    """Return whether this process is one of several, of ours or of torchrun's."""
+    """Return whether this process is one of several, started by us or by torchrun."""
     return "RANK" in os.environ and launched() > 1
 
 
 def rank() -> int:
-    """Return which of the processes this is."""
+    """Return the rank of this process; 0 if it is the only one."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def end(code: int) -> NoReturn:
-    """End this process of several at once, when all that runs at exit has run. What Python tears down after that are
-    objects of C++ whose threads may still run, and then the process is aborted, which its launcher takes for a failure.
-    """
+    """End one of several processes as soon as the exit handlers have run. Python's own teardown would go on to destroy
+    C++ objects whose threads may still run; the process would then abort, and its launcher take that for a failure."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -45,21 +44,23 @@ def end(code: int) -> NoReturn:
 
 
 def launch(words: list[str], nprocs: int) -> int:
-    """Run `geminifx` with these words in `nprocs` processes; return the exit code of rank 0, or of one that failed.
+    """Run `geminifx WORDS` in `nprocs` processes; return the exit code of rank 0 or, if only others failed, of the
+    first.
 
-    Ctrl-C and SIGTERM go to all of them, which save and end by themselves. Where one fails the others are ended.
+    Ctrl-C and SIGTERM are passed on to all processes, which save and exit by themselves. If one fails, the others are
+    ended.
 
     Raises:
-        ValueError: they are too many for this machine.
+        ValueError: that is too many processes for one machine.
     """
     if nprocs > MOST_PROCESSES:
         raise ValueError(
             f"{nprocs:,} processes are too many to start on one machine, at most {MOST_PROCESSES}; choose smaller "
             "degrees of --parallel or --nprocs, or launch them on several machines by torchrun"
         )
-    # It names processes that failed by number; what failed they tell themselves.
+    # torch's log only names failed processes by number; they report their errors themselves.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    # The system chooses the port, and it is listened on from then on: no other program can get it.
+    # The system chooses the port and the store listens on it from now on, so no other program can take it.
     store = TCPStore(HERE, 0, nprocs, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": HERE, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(cores()) // nprocs)))
@@ -77,7 +78,7 @@ def launch(words: list[str], nprocs: int) -> int:
 
         def interrupt(number: int, _frame: FrameType | None) -> None:
             for pid in processes.pids().values():
-                with contextlib.suppress(ProcessLookupError):  # it may have ended
+                with contextlib.suppress(ProcessLookupError):  # it has already exited
                     os.kill(pid, number)
 
         previous = {number: signal.signal(number, interrupt) for number in STOPS}

@@ -1,4 +1,4 @@
-"""The command `geminifx`, of the commands of its modules."""
+"""The command `geminifx`, assembled from the commands in the other modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app.add_typer(calibrate.commands)
 
 
 def _show_version(wanted: bool) -> None:
-    """Print the version and leave, where asked to."""
+    """Print the version and exit, if asked to."""
     if wanted:
         Console().print(f"geminifx {version('geminifx')}", highlight=False)
         raise typer.Exit()

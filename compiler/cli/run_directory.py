@@ -1,4 +1,4 @@
-"""What `geminifx train` leaves in --output: the model for other programs, and what the run goes on from."""
+"""The contents of `geminifx train`'s --output: the model for other programs, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..checkpoint import OpenCheckpoint, checkpoint_contents, open_checkpoint
 from ..module import CompiledModule
 
 STATE = "state"
-"""The folder of --output with a checkpoint such as `geminifx.save_checkpoint` makes; model and tokenizer lie beside."""
+"""The folder in --output with a checkpoint like `geminifx.save_checkpoint`'s; model and tokenizer lie beside it."""
 
 
 @contextmanager
 def advised() -> Iterator[None]:
-    """Say what is left to do where a run cannot go on."""
+    """Adds advice to the errors of a run that cannot be resumed."""
     try:
         yield
     except (CheckpointError, ModelLoadError) as error:
@@ -33,13 +33,13 @@ def advised() -> Iterator[None]:
 
 
 def holds_run(directory: Path) -> bool:
-    """Return whether there is a run in `directory` to go on with, whole or damaged."""
+    """Return whether `directory` holds a run to resume, whole or damaged."""
     return (put_back(directory) / STATE).is_dir()
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run to go on from."""
+    """A saved run to resume."""
 
     opened: OpenCheckpoint
 
@@ -49,10 +49,10 @@ class SavedRun:
         return self.opened.extra
 
     def load(self, optimizer: Optimizer) -> None:
-        """Put model and optimizer back to what was saved.
+        """Restore the model and the optimizer to what was saved.
 
         Raises:
-            CheckpointError: it is of another model or optimizer, or cannot be read.
+            CheckpointError: the state belongs to another model or optimizer, or cannot be read.
         """
         with advised():
             self.opened.load(optimizer)
@@ -60,19 +60,20 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Checkpoints of `model` and `tokenizer`, as `finetune` asks for them: see `models.recipe.trainable`."""
+    """Saves and opens checkpoints of `model` and `tokenizer`; a `models.recipe.trainable.Checkpoints`."""
 
     model: CompiledModule
     tokenizer: PreTrainedTokenizerBase
 
     def save(self, directory: Path, optimizer: Optimizer, extra: dict[str, Any], *,
              background: bool = False) -> Saving:  # fmt: skip
-        """Replace `directory` by a model that `from_pretrained` loads and the state of the run: by both or not at all.
+        """Replace `directory` by a model that `from_pretrained` loads and the state of the run, atomically.
 
-        In the background the state is written, which is most of it, where the host has room for a copy.
+        With `background`, the run's state, which is most of it, is written in the background if the host has room for a
+        copy.
 
         Raises:
-            CheckpointError: it cannot be written, or the one before could not; a checkpoint that was there is intact.
+            CheckpointError: this save failed, or the one before it did; an existing checkpoint stays intact.
         """
         saves = self.model.session.saves
         saves.finish()
@@ -94,7 +95,7 @@ class RunDirectory:
         return saves.start(go_on, self.model.session.planned_host_bytes(), may_wait=True)
 
     def open(self, directory: Path) -> SavedRun:
-        """Return what was saved, read through, and not loaded yet.
+        """Return the saved run, verified but not loaded yet.
 
         Raises:
             CheckpointError: there is no state in `directory`, or it is damaged.
@@ -108,11 +109,11 @@ class RunDirectory:
             return SavedRun(open_checkpoint(self.model, state))
 
     def _save_tokenizer(self, directory: Path) -> None:
-        """Of several processes rank 0 writes it; what fails there raises on all of them."""
+        """Rank 0 writes the tokenizer; if that fails, all ranks raise."""
         with self.model.ranks.failing_alike():
             try:
                 if self.model.ranks.rank == 0:
                     self.tokenizer.save_pretrained(directory)
-            # tokenizers tells of a full disk by a bare Exception.
+            # tokenizers raises a bare Exception when the disk is full.
             except Exception as error:
                 raise OSError(f"the tokenizer: {error}") from error

@@ -1,5 +1,4 @@
-"""The command `geminifx simulate`: a model's step on a world, or a schedule of a pipeline alone, on a clock, and its
-timeline as a trace."""
+"""The command `geminifx simulate`: a model's step on a cluster, or a pipeline schedule alone, simulated on a clock."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from .errors import shown_errors
 from .worlds import Asked
 
 MOST_FORWARDS = 2**18
-"""Of all stages in a step: within a minute."""
+"""The most forwards in a step (stages times microbatches) to simulate; takes about a minute."""
 
 commands = typer.Typer()
 
@@ -30,7 +29,7 @@ def summary(simulated: Simulated) -> str:
 
 
 def ranks_table(simulated: Simulated) -> Table:
-    """What each rank is there for, and how much of a step it has nothing to do."""
+    """Which stages each rank runs, how long it idles, and how many microbatches it has in flight."""
     table = Table("rank", "stages", "idle", "microbatches in flight")
     for rank, idle_s in enumerate(simulated.idle_s):
         stages = ", ".join(map(str, simulated.schedule.stages_of(rank)))
@@ -39,7 +38,7 @@ def ranks_table(simulated: Simulated) -> Table:
 
 
 def _simulated(name: str, shape: Shape, costs: StageCosts, loss_awaited: bool) -> Simulated:
-    """Raises ValueError where that would take too long, or the shape does not fit the schedule."""
+    """Simulates a schedule. Raises ValueError if that would take too long or the shape does not fit the schedule."""
     forwards = shape.stages * shape.microbatches
     if forwards > MOST_FORWARDS:
         raise ValueError(f"{shape.stages} stages with {shape.microbatches} microbatches make {forwards:,} forwards; "
@@ -52,7 +51,7 @@ OF_MODELS = ("world_size", "cluster", "rates", "device_budget", "parallel", "bat
 
 
 def _check_of_one_kind(context: typer.Context, model: str | None) -> None:
-    """Raises ArgumentError for an option that means nothing of a model, or of a schedule alone."""
+    """Raises ArgumentError for an option that only applies to the other of the two: a model, or a schedule alone."""
     others, instead = (OF_MODELS, "a schedule alone; name a MODEL") if model is None else (OF_SCHEDULES, "a model")
     given = [name for name in others if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
@@ -93,11 +92,11 @@ def simulate_command(
         Path | None, typer.Option(help="Write the timeline here, for chrome://tracing or ui.perfetto.dev.")
     ] = None,
 ) -> None:
-    """Run a step on a clock: what each rank does, how long it idles, how much it holds.
+    """Simulate a step: what each rank does when, how long it idles, how much it holds.
 
-    Of MODEL, whose blocks are priced by what they compute, read and exchange; nothing is run. Without MODEL a step of a
-    pipeline alone, whose stages take what the options say: F0.3 is stage 0's forward of microbatch 3, B0.3 its
-    backward, I0.3 and W0.3 the two parts of a divided one.
+    With MODEL: its blocks are priced by what they compute, read and exchange; nothing is run. Without MODEL: a step of
+    a pipeline alone, whose stages take the times given by the options. F0.3 is stage 0's forward of microbatch 3, B0.3
+    its backward, I0.3 and W0.3 the two parts of a divided backward.
     """
     console = Console()
     with shown_errors():

@@ -29,7 +29,7 @@ commands = typer.Typer()
 
 
 class Resume(StrEnum):
-    """Whether a run goes on from what is in --output: never, always, or where there is something."""
+    """Whether to resume the run in --output: never, always, or if there is one."""
 
     NEVER = "never"
     ALWAYS = "always"
@@ -37,7 +37,7 @@ class Resume(StrEnum):
 
 
 class _Command(TyperCommand):
-    """One whose --resume may stand alone."""
+    """A command whose --resume may stand without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(self._with_value(args)))
@@ -96,10 +96,10 @@ def train(
 ) -> None:
     """Fine-tune MODEL within a memory budget.
 
-    Without MODEL: a small OPT with random weights, under half of the memory that plain PyTorch needs for it.
-    Without --data: the language reference that each Python carries. Ctrl-C and SIGTERM save a checkpoint to go on from.
-    With --resume auto the same command begins a run and goes on with it, as torchrun's --max-restarts asks for.
-    Of several processes each computes with its part of every batch of --batch-size; torchrun may start them, too.
+    Without MODEL: a small OPT with random weights, in half the memory that plain PyTorch needs for it. Without --data:
+    the language reference that comes with every Python. Ctrl-C and SIGTERM save a checkpoint to resume from. With
+    --resume auto, the same command starts a run and resumes it, as torchrun's --max-restarts requires. Several
+    processes each compute their part of every batch of --batch-size; torchrun may start them, too.
     """
     options = TrainOptions(
         model=model,

@@ -1,4 +1,4 @@
-"""A model's step on a described world, as the command line says both."""
+"""Simulates a model's step on a cluster, both as described on the command line."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -31,8 +31,19 @@ from .compare import batch_by_shapes
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a model: the world, the step's examples of all processes, the memory, and how the work is shared
-    (None: as the planner chooses)."""
+    """A request to simulate a model's step.
+
+    Fields:
+        model: hub name, directory, config file or preset.
+        world_size: number of processes.
+        cluster: one of the known clusters or a TOML file; None is a single node.
+        rates: a card or a rates file; None takes the cluster's.
+        device_budget: of each process, such as "24GB".
+        parallel: how processes share the work; None or "auto" lets the planner choose.
+        schedule, microbatches: how the pipeline runs; None for defaults, or for the planner to choose.
+        batch_size: examples in a step, over all processes.
+        seq_len: tokens per example.
+    """
 
     model: str
     world_size: int | None = None
@@ -46,8 +57,8 @@ class Asked:
     seq_len: int | None = None
 
     def simulated(self) -> tuple[Priced, tuple[str, ...]]:
-        """The way on the clock, and what is to be said of it. Raises ArgumentError for what makes no sense, BudgetError
-        where the memory is too small."""
+        """The simulated way of sharing the work, and lines to print about it. Raises ArgumentError for contradictory
+        options, BudgetError if memory is too small."""
         transformers.utils.logging.set_verbosity_error()
         cluster, loaded = self._cluster(), empty_model(self.model)
         batch = batch_by_shapes(loaded, 1, self.seq_len)
@@ -82,19 +93,19 @@ class Asked:
         return described
 
     def _declared(self) -> int | None:
-        """The processes that --parallel makes, where it says all of them."""
+        """The number of processes that --parallel declares, or None if it leaves the data degree open."""
         parallel = Parallel.of(parse_parallel("" if self.parallel in (None, "auto") else str(self.parallel)))
         return None if parallel.data is None else prod((parallel.data, parallel.size, parallel.pipeline))
 
     def _world(self, cluster: Cluster) -> World:
-        """Of the host no more is asked than it is known to have."""
+        """The world to plan for; each device's process may use an equal share of the host memory, if that is known."""
         rates = given_rates(self.rates) or cluster.rates or preset(OTHER_CARD)
         budget = None if self.device_budget is None else parse_bytes(self.device_budget)
         host_bytes = None if cluster.host_bytes is None else int(cluster.host_bytes * HOST_SHARE) // cluster.devices
         return World(cluster, rates, self.batch_size or cluster.size, budget, host_bytes)
 
     def _way(self, world: World, count: int, heads: int) -> Way:
-        """The way that is declared. Raises ArgumentError where it does not fit the world, the batch or the model."""
+        """The declared way of sharing the work. Raises ArgumentError if it does not fit world, batch or model."""
         parallel = Parallel.of(parse_parallel(str(self.parallel)))
         data = parallel.mesh(world.cluster.size, 1).data_size
         microbatches = self.microbatches or (2 * parallel.pipeline if parallel.is_staged else 1)
@@ -127,7 +138,7 @@ class Asked:
 
 
 def ranks_table(priced: Priced) -> Table:
-    """What each rank of the pipeline does and holds; so do those beside it that have the same layers."""
+    """What each rank of the pipeline does and holds; its data and tensor parallel peers do and hold the same."""
     table = Table("rank of the pipeline", "stages", "idle", "sums and updates", "device peak")
     run = priced.simulated
     for rank, num_bytes in enumerate(priced.rank_bytes):

@@ -1,1 +1,1 @@
-"""What machines do in a second: known cards, measurements of this one, and the file that keeps them."""
+"""How fast machines are: presets of known cards, measurements of this machine, and the file that keeps them."""

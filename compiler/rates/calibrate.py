@@ -1,8 +1,8 @@
-"""Calibration: rates from several measurements, by what most of them agree on.
+"""Calibration: derives rates from several measurements, using what the majority of them agree on.
 
-One that something disturbs, or the first one, of a machine that is cold and whose libraries are not loaded yet, is not
-heard then. Where no majority agrees and others are seen to use the machine, nothing is measured; where nobody is seen,
-the rates say of what they are unsteady.
+That discards a disturbed measurement, and a first one taken on a cold machine whose libraries are not loaded yet. If no
+majority agrees and others are using the machine, calibration fails; if nobody else is seen, the rates name what was
+unsteady.
 """
 
 import gc
@@ -25,13 +25,13 @@ from .presets import NETWORK_LATENCY_S, card_named, preset
 from .rates import Products, Rates, Updates, slowest
 
 SPREAD = 1.15
-"""How far measurements of one thing that agree may be apart."""
+"""Largest ratio between measurements of the same thing that count as agreeing."""
 
 SPREADS: Mapping[str, float] = {
     "launch_s": 1.5, "kernel_s": 1.3, "network_latency_s": 1.5, "host_alone_params_per_s": 1.3,
     "host_params_per_s": 1.3, "host_bf16_params_per_s": 1.3, "host_int8_params_per_s": 1.3, "torch_params_per_s": 1.5,
 }  # fmt: skip
-"""The same of what is never as steady: single microseconds, and memory of the host that lies elsewhere each time."""
+"""The same for what is less steady: times of single microseconds, and host memory, which is placed anew each time."""
 
 ATTEMPTS = 5
 
@@ -48,12 +48,14 @@ Measure = Callable[[torch.device, Effort, Ranks], Measured]
 
 
 class BusyError(GeminiError):
-    """A machine cannot be measured now: says what else is going on."""
+    """The machine cannot be measured now; the message says what else it is doing."""
 
 
 def calibrate(device: torch.device, effort: Effort, ranks: Ranks = ALONE, measure: Measure | None = None) -> Rates:
-    """Measure a GPU and its host, twice or until most measurements agree; of several processes all do so at once, and
-    the slowest one's rates are everybody's. Raises BusyError where others use the machine."""
+    """Measure a GPU and its host, at least twice and until most measurements agree.
+
+    All `ranks` measure at the same time and return the slowest one's rates. Raises BusyError if others use the machine.
+    """
     others = used_by_others(device, effort.needed_bytes)
     ranks.raise_alike(None if others is None else BusyError(others))
     watch, found, unsteady = HostWatch(), list[Measured](), list[str]()
@@ -75,7 +77,7 @@ def _refusal(unsteady: list[str], others: str) -> str:
 
 
 def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measured:
-    """One measurement, of which nothing is left on the device. Raises BusyError where there is no room for it."""
+    """Takes one measurement and leaves nothing on the device. Raises BusyError if memory is too short for it."""
     try:
         return Bench(device, effort, ranks).measure()
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -87,7 +89,7 @@ def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measured:
 
 
 def differences(found: list[Measured]) -> list[str]:
-    """What most measurements do not agree on."""
+    """The fields of Measured on which most measurements disagree."""
 
     def apart(name: str) -> bool:
         rows = zip(*(_numbers(getattr(one, name)) for one in found), strict=True)
@@ -97,7 +99,7 @@ def differences(found: list[Measured]) -> list[str]:
 
 
 def settled(found: list[Measured]) -> Measured:
-    """What most measurements agree on, or come closest to that."""
+    """The median of the majority of measurements that are closest to one another, for each field."""
     return Measured(**{field.name: _settled([getattr(one, field.name) for one in found]) for field in fields(Measured)})
 
 
@@ -108,7 +110,7 @@ def _settled(values: list[Any]) -> Any:
 
 
 def _majority(values: Iterable[float]) -> list[float]:
-    """The more than half of the values that are closest together, smallest first."""
+    """The smallest majority of the values that are closest together, in ascending order."""
     ordered = sorted(values)
     size = len(ordered) // 2 + 1
     groups = (ordered[i : i + size] for i in range(len(ordered) - size + 1))
@@ -122,10 +124,10 @@ def _numbers(value: object) -> list[float]:
 
 
 def rates_from(found: Measured, effort: Effort, gpu: str) -> Rates:
-    """Rates by a measurement; what was not measured is taken from the card's preset, or follows from the rest."""
+    """Rates from a measurement; what was not measured is taken from the card's preset or derived from the rest."""
     known = card_named(gpu)
     card = preset(known) if known else None
-    network = card.network_bytes_per_s if card else found.both_bytes_per_s / 2  # through the host
+    network = card.network_bytes_per_s if card else found.both_bytes_per_s / 2  # copies through the host
     bf16, fp16, fp32 = (_products(effort, seconds, found.kernel_s) for seconds in found.products_s)
     return Rates(
         name=f"{gpu}, measured",
@@ -151,20 +153,21 @@ def rates_from(found: Measured, effort: Effort, gpu: str) -> Rates:
 
 
 def _updates(found: Measured, moments: Moments, host: float | None, device: float | None) -> Updates | None:
-    """With moments that are stored so; None where the host has no kernel for them."""
+    """Update rates with moments in this format; None if the host has no kernel for it."""
     by_bytes = found.memory_bytes_per_s / update_bytes(moments)
     return None if host is None else Updates(host, device or by_bytes)
 
 
 def _products(effort: Effort, seconds: tuple[float, ...], kernel_s: float) -> Products:
-    """What begins and ends every operator is counted apart."""
+    """Rates of matmuls by size, without `kernel_s`, the fixed cost of every operator, which is counted separately."""
     flop = [2.0 * size**3 for size in effort.sizes]
     alone_s = [max(each_s - kernel_s, each_s / 2) for each_s in seconds]
     return Products(tuple(flop), tuple(each / each_s for each, each_s in zip(flop, alone_s, strict=True)))
 
 
 def _passing(found: Measured) -> float:
-    """What passes costs the worker the share of its time that copies cost its updates."""
+    """Parameters per second that stream through the host: a copy costs its updates a share (`lost`) of the copy's
+    time."""
     lost = max(1 - found.host_params_per_s / found.host_alone_params_per_s, 0.01)
     state = ChunkLayout(0, 1, torch.bfloat16, torch.float32, trainable=True, slots=())
     travelling_bytes = sum(OwnFormat().travelling_bytes(state, Home(Where.STREAMED, resident=True)))

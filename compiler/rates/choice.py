@@ -1,4 +1,4 @@
-"""At which rates a model is planned: those that were asked for, those measured of this machine, or a preset's."""
+"""Chooses the rates that a model is planned with: those asked for, those measured on this machine, or a preset's."""
 
 import sys
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from .rates import ARENA, Rates
 EXPECTED = f"the name of a card ({', '.join(CARDS)}), the path of a file that geminifx calibrate wrote, or Rates"
 
 OTHER_CARD = "h100-sxm"
-"""What stands in for a card that nothing is known of, and says so."""
+"""The preset used for unknown cards; the plan says so."""
 
 Given = str | PathLike[str] | Rates | None
 
 
 def given_rates(given: Given) -> Rates | None:
-    """The rates that `rates=` names, None where it names none. Raises ArgumentError where it is something else."""
+    """The rates that `rates=` names, or None if it is None. Raises ArgumentError for anything that names no rates."""
     if given is None or isinstance(given, Rates):
         return given
     check_path("rates", given, EXPECTED)
@@ -36,11 +36,11 @@ def given_rates(given: Given) -> Rates | None:
 
 
 def rates_of(device: torch.device, given: Rates | None, processes: int, room_bytes: int) -> Rates:
-    """The rates to plan with on `device`, which is one for each of so many `processes` of this machine.
+    """The rates to plan with on `device`, when each of `processes` processes of this machine has such a device.
 
-    Those that `geminifx calibrate` kept, or the preset of a known card. Of another card they are measured, in about a
-    second, and kept; one line tells of it. They are not where that would take more than `room_bytes` of the device, or
-    several processes were to do so at once.
+    These are the rates kept by `geminifx calibrate`, or the preset of a known card. An unknown card is measured in
+    about a second, and the result kept; one line on stderr tells of it. It is not measured if that would take more than
+    `room_bytes` of the device, or with several processes, which would measure at the same time.
     """
     if given is not None:
         return given
@@ -56,7 +56,7 @@ def rates_of(device: torch.device, given: Rates | None, processes: int, room_byt
 
 
 def known_card(gpu: str) -> Rates:
-    """A preset for what the driver calls `gpu`; another card's says so in its name."""
+    """The preset for what the driver calls `gpu`; for an unknown card, a stand-in whose name says so."""
     name = card_named(gpu)
     if name is not None:
         return preset(name)

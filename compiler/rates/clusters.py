@@ -1,4 +1,4 @@
-"""Clusters: nodes of equal devices, and the links over which these exchange, inside of a node and between nodes."""
+"""Clusters: nodes of equal devices, and the links between devices within a node and between nodes."""
 
 import tomllib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from .rates import Rates
 
 @dataclass(frozen=True)
 class Link:
-    """What comes over it takes `latency_s`, however little it is, and its bytes at `bytes_per_s`."""
+    """A link with a fixed latency per exchange and a bandwidth."""
 
     latency_s: float
     bytes_per_s: float
@@ -28,7 +28,7 @@ class Link:
             )
 
     def seconds(self, count: float, received_bytes: float) -> float:
-        """Of so many exchanges, one behind the other, in which a device receives so many bytes in all."""
+        """Seconds of `count` exchanges in sequence in which a device receives `received_bytes` in total."""
         return count * self.latency_s + received_bytes / self.bytes_per_s
 
 
@@ -37,12 +37,12 @@ class Cluster:
     """Equal nodes of equal devices, numbered node by node.
 
     Fields:
-        name: what it is called in plans.
-        nodes, devices: how many nodes, and devices in each.
-        rates: what every device does in a second; None: what this machine's does.
-        within: from a device to the others of its node, each device for itself.
-        between: from a node to the others, for all of its devices together.
-        host_bytes: memory of a node's host; None: nothing is known of it.
+        name: what plans call it.
+        nodes, devices: number of nodes, and of devices in each.
+        rates: the rates of every device; None: this machine's.
+        within: link from a device to the others of its node, one per device.
+        between: link from a node to the others, shared by all of its devices.
+        host_bytes: memory of a node's host; None: unknown.
     """
 
     name: str
@@ -63,19 +63,19 @@ class Cluster:
         return self.nodes * self.devices
 
     def ring(self, stride: int, size: int) -> Link:
-        """What each of `size` devices, every `stride`-th of them, receives by while all such groups exchange at once,
-        each in a ring that enters every node once."""
+        """The link by which each of `size` devices, `stride` apart, receives while all such groups run a ring
+        collective at once. Each ring enters every node once."""
         if self._is_inside(stride * size):
             return self.within
         members = self.devices // stride if self.devices % stride == 0 else 1
         return self._shared_by(self.devices // max(members, 1))
 
     def hop(self, stride: int, size: int) -> Link:
-        """The slowest way from a device to the `stride`-th behind it, of `size` in a row, while all such rows send."""
+        """The slowest link from a device to the one `stride` after it, in rows of `size`, while all such rows send."""
         return self.within if self._is_inside(stride * size) else self._shared_by(min(stride, self.devices))
 
     def _is_inside(self, span: int) -> bool:
-        """Whether so many neighbours always lie in one node."""
+        """Whether `span` consecutive devices, aligned, always lie in one node."""
         return self.nodes == 1 or self.devices % span == 0
 
     def _shared_by(self, groups: int) -> Link:
@@ -88,7 +88,7 @@ class Cluster:
 
 NVLINK, PCIE = Link(10e-6, 340e9), Link(20e-6, 12e9)
 INFINIBAND, ETHERNET = Link(20e-6, 8 * 45e9), Link(60e-6, 11e9)
-"""Eight adapters of 400 Gbit/s for a node's eight devices; one of 100 Gbit/s for all of them."""
+"""Eight adapters of 400 Gbit/s for the eight devices of a node; one of 100 Gbit/s shared by all of them."""
 
 CLUSTERS = {
     cluster.name: cluster
@@ -110,7 +110,7 @@ Given = str | PathLike[str] | Mapping[str, Any] | Cluster | None
 
 
 def given_cluster(given: Given) -> Cluster | None:
-    """The cluster that `cluster=` describes. Raises ArgumentError where it is something else."""
+    """The cluster that `cluster=` describes, or None if it is None. Raises ArgumentError for anything else."""
     if given is None or isinstance(given, Cluster):
         return given
     if isinstance(given, Mapping):
@@ -127,13 +127,13 @@ def given_cluster(given: Given) -> Cluster | None:
 
 
 def one_node(size: int, rates: Rates) -> Cluster:
-    """What is planned for where nothing is said: one node of so many of this device."""
+    """The default to plan for: one node with `size` devices like this machine's."""
     link = Link(rates.network_latency_s, rates.network_bytes_per_s)
     return Cluster(f"one node of {size} of this device", 1, size, None, link, link)
 
 
 def _described(given: Mapping[str, Any]) -> Cluster:
-    """A cluster by its fields; those that are left out are those of the one that it is `like`."""
+    """A cluster from its fields; missing ones are taken from the cluster that it is `like`."""
     unknown = next((name for name in given if name not in FIELDS), None)
     if unknown is not None:
         raise ArgumentError(f"cluster has {unknown!r}; {did_you_mean(unknown, FIELDS, EXPECTED)}")
@@ -155,7 +155,7 @@ def _described(given: Mapping[str, Any]) -> Cluster:
 
 
 def _without_base(changes: Mapping[str, Any]) -> Cluster:
-    """Raises ArgumentError where something is left out that nothing else tells."""
+    """A cluster from its own fields alone. Raises ArgumentError if a field without a default is missing."""
     needed = ["devices", "within", *(["between"] if changes.get("nodes", 1) != 1 else [])]
     missing = [name for name in needed if name not in changes]
     if missing:

@@ -1,4 +1,4 @@
-"""Which machine this is, as far as its speed depends on it."""
+"""Identifies this machine, as far as its speed depends on it."""
 
 import platform
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Identity:
-    """What rates are measured of; of another machine, or of this one with another driver or shared by another number
-    of processes, they say nothing."""
+    """The machine that rates are valid for. They do not apply to another one, nor to this one with another driver or
+    with another number of processes sharing it."""
 
     gpu: str
     driver: str
@@ -27,7 +27,7 @@ class Identity:
 
     @classmethod
     def of(cls, device: torch.device, processes: int) -> "Identity":
-        """This machine's, with one of its GPUs for each of so many processes."""
+        """This machine's identity, when each of `processes` processes uses one of its GPUs."""
         return cls(
             gpu=torch.cuda.get_device_name(device),
             driver=cuda_driver(),

@@ -1,4 +1,4 @@
-"""Measured rates in a file: in the user's cache, one for each machine, or where a person wants them."""
+"""Measured rates in files: one per machine in the user's cache, or wherever the user asks for."""
 
 import hashlib
 from contextlib import suppress
@@ -19,20 +19,20 @@ TEXT = Text(
 
 @dataclass(frozen=True)
 class Kept:
-    """Rates, and the machine they were measured of."""
+    """Rates, and the machine they were measured on."""
 
     machine: Identity
     rates: Rates
 
 
 def write(kept: Kept, path: Path) -> None:
-    """Raises OSError where that cannot be written; the file appears whole or not at all."""
+    """Writes the file atomically. Raises OSError if it cannot be written."""
     with appearing(path, mode=0o600) as unfinished:
         unfinished.write_text(TEXT.write(kept, strict_converter()) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> Kept:
-    """Raises ArgumentError, naming what is wrong, where it is no file that `write` wrote."""
+    """Raises ArgumentError, saying what is wrong, if the file is not one that `write` wrote."""
     try:
         return TEXT.read(path.read_text(encoding="utf-8"), Kept, strict_converter())
     except (OSError, ValueError) as error:
@@ -40,21 +40,20 @@ def read(path: Path) -> Kept:
 
 
 def keep(kept: Kept) -> Path | None:
-    """Keep rates for this user's further runs. Returns the file; None where no cache can be used."""
+    """Keeps rates for later runs of this user. Returns the file, or None if no cache can be used."""
     folder = usable_cache()
     if folder is None:
         return None
     path = folder / _name(kept.machine)
     try:
         write(kept, path)
-    except OSError:  # such as a full disk
+    except OSError:  # for example a full disk
         return None
     return path
 
 
 def kept_for(machine: Identity) -> Rates | None:
-    """What was measured of a machine before; None where nothing was, or where the file is damaged or may be another
-    user's."""
+    """The rates measured on a machine before; None if there are none, the file is damaged or may be another user's."""
     path = cache_directory() / _name(machine)
     with suppress(OSError, ArgumentError):
         if is_private(path) and is_private(path.parent):

@@ -1,4 +1,4 @@
-"""What a machine does in a second, measured: products, operators, copies and updates, alone and beside one another."""
+"""Measures a machine: matmuls, operators, copies and updates, alone and at the same time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,25 +23,32 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=10)
 
 SMALL_FLOP = 2 * 1024**3
-"""Products up to this size take about as long as their launches."""
+"""Matmuls up to this size take about as long as their launches."""
 
 SMALL_RUNS = 300
-"""Fewer than CUDA lets wait to be launched, and enough to time."""
+"""Runs to time at once: few enough for CUDA's launch queue, and enough to time."""
 
 LOAD_S = 0.02
-"""What is launched at a time to keep something busy."""
+"""Seconds of work launched at a time to keep the device busy."""
 
 COPIES = 4
-"""Each way, at a time."""
+"""Copies in each direction that are launched at a time to keep the bus busy."""
 
 EXCHANGES = 20
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured, and for how long: large products for `sustained_s` in each dtype, anything else for
-    `each_s`. `updates_on_device`: whether the device's kernel, which may have to be built, is too.
-    That takes `needed_bytes` of the device."""
+    """How much to measure, and for how long.
+
+    Fields:
+        needed_bytes: device memory that measuring takes.
+        sizes: the n of the n x n matmuls to time.
+        sustained_s, each_s: seconds to time the largest matmul of each dtype for, and anything else.
+        copied_bytes, operator_bytes: bytes per copy, and per tensor that an elementwise operator reads or writes.
+        host_params, device_params: parameters per update on the host and on the device.
+        updates_on_device: whether to measure updates on the device, whose kernel may have to be built first.
+    """
 
     needed_bytes: int
     sizes: tuple[int, ...]
@@ -56,7 +63,10 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one run of each, and what a second brings; by dtype where there are several."""
+    """What was measured: seconds of one run (`_s`), or bytes or parameters per second (`_per_s`); None if not measured.
+
+    `products_s` has a row per dtype of DTYPES and a column per size of Effort.
+    """
 
     products_s: tuple[tuple[float, ...], ...]
     memory_bytes_per_s: float
@@ -78,12 +88,12 @@ class Measured:
 
 
 class Bench:
-    """One device, its host, and the other processes on it: what is measured with them."""
+    """Measures one device, its host, and its exchanges with other processes."""
 
     def __init__(self, device: torch.device, effort: Effort, ranks: Ranks) -> None:
         self.device, self.effort, self.ranks = device, effort, ranks
         self.engine = copy_engine(device)
-        self.random = torch.Generator(device).manual_seed(0)  # nobody else's
+        self.random = torch.Generator(device).manual_seed(0)  # leaves the global generator alone
         largest = self._product(torch.bfloat16, max(effort.sizes))
         largest_s = seconds_each(largest, self.wait, effort.each_s)
         self.launched_at_once = max(1, round(LOAD_S / largest_s))
@@ -130,7 +140,7 @@ class Bench:
         return self.engine.mark()
 
     def _product(self, dtype: torch.dtype, size: int) -> Run:
-        """Of random numbers: a device that multiplies zeros takes less power, and is faster."""
+        """A matmul of random numbers: multiplying zeros takes less power and is faster."""
         shape, on = (size, size), {"generator": self.random, "device": self.device}
         a, b = (torch.randn(shape, dtype=torch.float32, **on).to(dtype) for _ in range(2))
         c = torch.empty_like(a)
@@ -156,7 +166,7 @@ class Bench:
         return self._behind_products(self._tiny())
 
     def _launch_s(self) -> float:
-        """As programs call operators. Whatever else a core does makes it longer, and nothing shorter."""
+        """Seconds to call an operator as programs do. The minimum counts: disturbances only make it longer."""
         return seconds_each(self._tiny(), self.wait, self.effort.each_s, choose=min)
 
     def _tiny(self) -> Run:
@@ -166,7 +176,7 @@ class Bench:
     # -- copies, while products run ------------------------------------------------------------------------
 
     def _copies(self) -> tuple[float, float, float]:
-        """Bytes in a second: up, down, and each way while both are on their way."""
+        """Bytes per second up alone, down alone, and in each direction while both run."""
         (here, there), done = self._buffers(), self._done()
 
         def up() -> Arrival:
@@ -186,13 +196,13 @@ class Bench:
         return measured(up), measured(down), measured(up, down)
 
     def _buffers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """On the device and on the host, one for each way."""
+        """Two buffers on the device and two on the host, one for each direction."""
         count, pinned = self.effort.copied_bytes, self.device.type == "cuda"
         here = [torch.empty(count, dtype=torch.uint8, device=self.device) for _ in range(2)]
         return here, [host_buffer(count, torch.uint8, pinned) for _ in range(2)]
 
     def _done(self) -> Arrival:
-        """What tells of something that is done: copies that wait for it wait for nothing else."""
+        """An arrival that is already complete: copies that wait for it wait for nothing."""
         mark = self.engine.mark()
         self.engine.finish(mark)
         return mark
@@ -200,8 +210,8 @@ class Bench:
     # -- updates -------------------------------------------------------------------------------------------
 
     def _host_updates(self) -> tuple[float, dict[Moments, float]]:
-        """Parameters in a second by our kernel: alone with exact moments, and with each kind while copies run both
-        ways."""
+        """Parameters per second of our host kernel: alone with exact moments, and for each format of moments that it
+        takes while copies run in both directions."""
         kernel, threads, params = HostKernel(), host_threads(self.ranks.on_this_host), self.effort.host_params
 
         def run(moments: Moments, before: Run) -> float:
@@ -219,7 +229,7 @@ class Bench:
 
     @contextmanager
     def _copying(self) -> Iterator[Run]:
-        """What keeps copies running both ways, called more often than every few of them take."""
+        """Yields a function that keeps copies running in both directions as long as it is called often enough."""
         here, there = self._buffers()
         done = self._done()
 
@@ -234,7 +244,7 @@ class Bench:
             yield load.keep
         finally:
             load.end()
-            self.wait()  # for the other way too: nothing may be copied to memory that is given back
+            self.wait()  # for the other direction, too: no copy may outlive its buffers
 
     def _torch_updates(self) -> float:
         count = self.effort.host_params
@@ -261,8 +271,8 @@ class Bench:
     # -- other processes -----------------------------------------------------------------------------------
 
     def _network(self) -> tuple[float, float]:
-        """Bytes that a process receives in a second, and the seconds of an exchange of next to none. All processes
-        make the same number of exchanges."""
+        """Bytes per second that a process receives in an all-gather, and the seconds of an all-reduce of one number.
+        All processes must run the same number of exchanges."""
         size, count = self.ranks.size, self.effort.copied_bytes // self.ranks.size
         shard = torch.empty(count, dtype=torch.uint8, device=self.device)
         whole = torch.empty(count * size, dtype=torch.uint8, device=self.device)
@@ -282,16 +292,16 @@ class Bench:
 
 
 def _nothing() -> None:
-    """What a run that is done when it returns waits for."""
+    """The `wait` of runs that are done when they return."""
 
 
 def _taken_by(kernel: HostKernel | DeviceKernel) -> tuple[Moments, ...]:
-    """The kinds of moments that a kernel takes as they are stored."""
+    """The formats of moments that a kernel takes as they are stored."""
     return get_args(Moments) if kernel.widens else ("exact",)
 
 
 def _adam(params: int, moments: Moments, device: torch.device) -> tuple[SplitPair, Gradient, AdamMoments]:
-    """What one update reads and writes."""
+    """The tensors that one AdamW update reads and writes."""
 
     def full(value: float, dtype: torch.dtype, numel: int = params) -> Tensor:
         return torch.full((numel,), value, dtype=dtype, device=device)

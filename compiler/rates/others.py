@@ -1,4 +1,4 @@
-"""Who else uses a machine while it is measured."""
+"""Detects others who use the machine while it is measured."""
 
 import time
 
@@ -9,14 +9,14 @@ from ...runtime.isa.units import format_bytes
 from ...runtime.optimizer.updates import cores
 
 OTHERS_BYTES = 2 * 2**30
-"""Device memory that nobody of this process holds, and that is more than its driver context."""
+"""Device memory outside torch's allocator above which others must be using the GPU; more than our driver context."""
 
 BUSY_PERCENT = 20
-"""Of a GPU's time, or of the host's."""
+"""Utilization, of the GPU or of the host's cores, above which others count as busy."""
 
 
 def used_by_others(device: torch.device, needed_bytes: int) -> str | None:
-    """What others do with a GPU, if they do, or that they leave less of its memory than is needed."""
+    """How others use the GPU, or that less than `needed_bytes` of its memory are free; None if neither is the case."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -26,20 +26,20 @@ def used_by_others(device: torch.device, needed_bytes: int) -> str | None:
     if free < needed_bytes:
         return f"{format_bytes(free)} of the GPU's memory are free, {format_bytes(needed_bytes)} are needed"
     try:
-        busy = torch.cuda.utilization(device) if needed_bytes else 0  # where nothing is needed, it is ours by now
-    except Exception:  # the library that tells is not installed, or may not ask, each of which is another error
+        busy = torch.cuda.utilization(device) if needed_bytes else 0  # 0 after measuring: that load is ours
+    except Exception:  # NVML is missing or forbidden, each of which raises another error
         return None
     return f"the GPU is {busy} % busy already" if busy > BUSY_PERCENT else None
 
 
 class HostWatch:
-    """Looks on from when it is made: how much of the processors' time do others take?"""
+    """Measures, from its construction on, how much of the host's CPU time others take."""
 
     def __init__(self) -> None:
         self.began_s, self.all_s, self.own_s = time.perf_counter(), _all_busy_s(), _own_busy_s()
 
     def others(self, processes: int = 1) -> str | None:
-        """That others keep the host busy, if they do. Of so many of our processes each takes as much as this one."""
+        """Says so if others keep the host busy, else None. Each of our `processes` is taken to be as busy."""
         count, passed_s = len(cores()), time.perf_counter() - self.began_s
         theirs_s = _all_busy_s() - self.all_s - processes * (_own_busy_s() - self.own_s)
         percent = 100 * theirs_s / (count * passed_s)
@@ -49,7 +49,7 @@ class HostWatch:
 
 
 def _all_busy_s() -> float:
-    """Of these cores, since the machine was started."""
+    """Busy seconds of these cores since boot."""
     idle = lambda times: times.idle + getattr(times, "iowait", 0.0)  # noqa: E731
     found = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in cores()]
     counted_twice = lambda times: getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # noqa: E731

@@ -1,6 +1,6 @@
-"""Rates of known cards, from what their makers publish and the shares of it that are sustained.
+"""Rates of known cards, from published peaks and the shares of them that are sustained.
 
-They are what a card is planned with before it is measured, and what plans for other cards can be looked at with.
+A card is planned with these until it is measured, and plans for other cards can be made with them.
 """
 
 from dataclasses import dataclass
@@ -9,32 +9,32 @@ from ...runtime.isa.moments import Moments, update_bytes
 from .rates import Products, Rates, Updates
 
 SHARE_BY_SIZE = ((0.5e-6, 0.12), (4e-6, 0.45), (30e-6, 0.85), (200e-6, 1.0))
-"""Of what large products sustain, the share that products reach which would take so many seconds at full speed."""
+"""Pairs: a matmul that would take this many seconds at the rate of large ones reaches this share of that rate."""
 
 MEMORY_SHARE = 0.85
-"""Of the published bandwidth of device memory."""
+"""Share of the published device memory bandwidth that is sustained."""
 
 PCIE_BYTES_PER_S = {3: 15.75e9, 4: 31.5e9, 5: 63e9}
-"""Of 16 lanes, in each direction, by generation."""
+"""Published bandwidth of 16 lanes, in each direction, by PCIe generation."""
 
 ALONE_SHARE, BOTH_SHARE = 0.8, 0.5
-"""Of that, in one direction alone, and in each while the other and the host's updates run: 28 GB/s were measured beside
-H100, 40 GB/s beside H200, both behind PCIe 5."""
+"""Shares of that bandwidth that are sustained: by copies in one direction alone, and in each direction while both and
+the host's updates run. 28 GB/s were measured with H100 and 40 GB/s with H200, both on PCIe 5."""
 
 PASSING_BYTES = 16
-"""What a parameter that passes through takes of the host's memory, measured as 12e9 of them at 190 GB/s."""
+"""Host memory traffic of a parameter streamed through the host: measured as 12e9 parameters per second at 190 GB/s."""
 
 CORE_PARAMS_PER_S = 0.4e9
-"""What one core updates: 16 reach 6e9 with exact moments. Of others this, and their bytes at the memory's bandwidth, is
-all that is known so far."""
+"""Parameters per second that one core updates: 16 cores reach 6e9 with exact moments. For other formats only this and
+their bytes at the memory's bandwidth are known so far."""
 
 TORCH_SHARE = 0.6
-"""A torch optimizer's speed on the host, of our kernel's."""
+"""Speed of a torch optimizer on the host, relative to our kernel."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host's cores, and the bytes that its memory moves in a second."""
+    """A host's cores and memory bandwidth."""
 
     cores: int
     bytes_per_s: float
@@ -46,11 +46,11 @@ DESKTOP, SERVER = Host(8, 40e9), Host(16, 190e9)
 
 @dataclass(frozen=True)
 class Card:
-    """A card's published peaks: FLOP/s without sparsity, added up in float32, by dtype.
+    """A card's published peaks in FLOP/s, without sparsity and accumulating in float32, by dtype.
 
-    `product_share` of the bf16 and fp16 peaks is sustained in large products, which is less where power runs out first:
-    on H200 648e12 FLOP/s were measured over 16 s, on H100 it is what fits whole programs, and elsewhere an estimate.
-    `network_bytes_per_s` is what comes from another card of its kind.
+    `product_share` of the bf16 and fp16 peaks is sustained in large matmuls; it is lower where power is the limit. For
+    H200 it is measured (648e12 FLOP/s over 16 s), for H100 fitted to whole programs, for others estimated.
+    `network_bytes_per_s` is what a card receives from another one of its kind.
     """
 
     names: tuple[str, ...]
@@ -76,7 +76,7 @@ CARDS = {
     "h100-sxm": Card(("H100 80GB HBM3",), 989e12, 989e12, 67e12, 3350e9, 5, 0.63, 340e9),
     "h200": Card(("H200",), 989e12, 989e12, 67e12, 4800e9, 5, 0.65, 340e9),
 }
-"""By the names that plans are asked for with; `names` are what the driver calls them, but for `MAKERS`."""
+"""Known cards by the name that plans ask for; `names` are the driver's, without a prefix of `MAKERS`."""
 
 MAKERS = ("NVIDIA ", "Tesla ", "GeForce ")
 
@@ -86,11 +86,11 @@ NETWORK_LATENCY_S = 20e-6
 
 
 def preset(name: str) -> Rates:
-    """Raises KeyError for a card that is not known."""
+    """The rates of a known card. Raises KeyError for others."""
     card, host = CARDS[name], CARDS[name].host
     pcie = PCIE_BYTES_PER_S[card.pcie]
     memory = card.memory_bytes_per_s * MEMORY_SHARE
-    # Copies take their bytes from what the host's memory moves, but never all of the time.
+    # Copies take bandwidth from the host's memory; at least half is left for updates.
     left = max(host.bytes_per_s - 2 * BOTH_SHARE * pcie, host.bytes_per_s / 2)
 
     def updates(moments: Moments) -> Updates:
@@ -122,7 +122,7 @@ def preset(name: str) -> Rates:
 
 
 def card_named(gpu: str) -> str | None:
-    """The preset of what the driver calls `gpu`, if there is one: a laptop's, or one with less memory, is another."""
+    """The preset of the card that the driver calls `gpu`, or None, as for laptop or smaller-memory variants."""
     for maker in MAKERS:
         gpu = gpu.removeprefix(maker)
     return next((name for name, card in CARDS.items() if gpu in card.names), None)

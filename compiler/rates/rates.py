@@ -1,4 +1,4 @@
-"""Rates: what a machine does in a second, by which the planner's clock goes."""
+"""Rates: how fast a machine is; the planner's clock goes by them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -10,15 +10,15 @@ import torch
 from ...runtime.isa.moments import Moments, update_bytes
 
 STREAM_LAUNCH_S = 1.5e-3
-"""What the launching thread needs to send one chunk's state through the device, in pieces."""
+"""Seconds the launching thread needs to stream one chunk's state through the device, in pieces."""
 
 SUM_BYTES = 10
-"""What adding one bfloat16 gradient to a float32 sum reads and writes."""
+"""Bytes read and written to add one bfloat16 gradient to a float32 sum."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """What is sustained of matrix products in one dtype: `flops_per_s` for products of `flop` each, smallest first."""
+    """Sustained matmul rates in one dtype: `flops_per_s[i]` for matmuls of `flop[i]` FLOP; sizes ascend."""
 
     flop: tuple[float, ...]
     flops_per_s: tuple[float, ...]
@@ -36,7 +36,7 @@ class Products:
         return cls((1.0,), (flops_per_s,))
 
     def seconds(self, flop: float) -> float:
-        """Of one product. Between two sizes the rate goes with the logarithm."""
+        """Seconds of one matmul. Rates are interpolated over the logarithm of the size."""
         if flop <= 0:
             return 0.0
         return flop / float(np.interp(log(flop), [log(size) for size in self.flop], self.flops_per_s))
@@ -47,7 +47,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Slowdown:
-    """How many times as long as modelled something takes: compute, copies each way, and what the host updates."""
+    """Factors by which measured times exceed modelled ones: compute, copies up and down, and updates on the host."""
 
     compute: float = 1.0
     up: float = 1.0
@@ -57,7 +57,7 @@ class Slowdown:
 
 @dataclass(frozen=True)
 class Updates:
-    """How many parameters our kernels update by AdamW in a second: on the host beside copies, and on the device."""
+    """Parameters per second that our kernels update with AdamW: on the host while copies run, and on the device."""
 
     host_params_per_s: float
     device_params_per_s: float
@@ -71,25 +71,25 @@ class Updates:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second; `name` tells which one, and how that is known.
+    """How fast a machine is; `name` says which one, and where the numbers come from.
 
     Fields:
-        bf16, fp16, fp32: matrix products in that dtype, under load that lasts. Others take float32's.
-        memory_bytes_per_s: what operators read and write of the device's memory.
-        kernel_s: what an operator takes on the device however little it does.
-        launch_s: what the thread that launches operators needs for each.
+        bf16, fp16, fp32: sustained matmul rates in that dtype. Other dtypes use float32's.
+        memory_bytes_per_s: what operators read and write of device memory.
+        kernel_s: the least time that any operator takes on the device.
+        launch_s: what the launching thread needs for each operator.
         up_bytes_per_s, down_bytes_per_s: copies to the device and to the host, alone.
-        both_bytes_per_s: each of them while both run.
-        host_params_per_s: how fast the host updates parameters whose state it holds, by our kernel while copies run.
-        passing_params_per_s: how fast others pass through its memory to be updated on the device, which slows the
+        both_bytes_per_s: copies in each direction while both run.
+        host_params_per_s: parameters that our kernel updates on the host, while copies run.
+        passing_params_per_s: parameters that stream through host memory to be updated on the device, which slows the
             host's updates.
-        torch_params_per_s: how fast a torch optimizer updates on the host, gradients and casts included.
-        device_params_per_s: how fast the device updates what it holds.
-        network_bytes_per_s, network_latency_s: what a process receives from the others, and what each exchange takes
-            however little that is.
-        overlaps: whether copies, our updates and exchanges run beside compute.
-        bf16_moments, int8_moments: how fast both sides update where moments are stored so, by default as many bytes a
-            second as where they are exact.
+        torch_params_per_s: parameters that a torch optimizer updates on the host, gradients and casts included.
+        device_params_per_s: parameters that are updated on the device.
+        network_bytes_per_s, network_latency_s: bytes a process receives from the others, and the fixed cost of each
+            exchange.
+        overlaps: whether copies, our updates and exchanges overlap with compute.
+        bf16_moments, int8_moments: update rates with moments in that format; by default scaled from those of exact
+            moments, by bytes.
     """
 
     name: str
@@ -123,13 +123,13 @@ class Rates:
         return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.fp32)
 
     def updates(self, moments: Moments) -> Updates:
-        """By AdamW, of bfloat16 weights."""
+        """Rates of AdamW updates of bfloat16 weights with moments in this format."""
         measured = {"bf16": self.bf16_moments, "int8": self.int8_moments}.get(moments)
         faster = update_bytes("exact") / update_bytes(moments)
         return measured or Updates(self.host_params_per_s * faster, self.device_params_per_s * faster)
 
     def slowed(self, by: Slowdown) -> "Rates":
-        """The same machine, as it turned out to be."""
+        """The same machine, corrected by measured slowdowns."""
         return replace(
             self,
             name=f"{self.name}, corrected by steps that were measured",
@@ -152,16 +152,16 @@ class Rates:
 
     @property
     def host_sums_per_s(self) -> float:
-        """How many elements of gradients the host adds to others: its memory binds, as it does for updates."""
+        """Gradient elements per second that the host accumulates: bound by its memory, as updates are."""
         return self.host_params_per_s * update_bytes("exact") / SUM_BYTES
 
     @property
     def device_sums_per_s(self) -> float:
-        """The same of the device."""
+        """Gradient elements per second that the device accumulates."""
         return self.memory_bytes_per_s / SUM_BYTES
 
     def exchange_s(self, count: int, received_bytes: int) -> float:
-        """What `count` exchanges take in which a process receives so many bytes in all."""
+        """Seconds of `count` exchanges in which a process receives `received_bytes` in total."""
         return count * self.network_latency_s + received_bytes / self.network_bytes_per_s
 
 
@@ -172,7 +172,7 @@ def _check_positive(what: object, rates: tuple[float, ...]) -> None:
 
 
 def slowest(found: Iterable[Rates]) -> Rates:
-    """Of several processes' machines the one that the others wait for."""
+    """The rates of the machine that the others wait for."""
     return min(found, key=lambda rates: (rates.bf16.flops_per_s[-1], rates.both_bytes_per_s, rates.host_params_per_s))
 
 
@@ -182,4 +182,4 @@ ARENA = Rates(
     up_bytes_per_s=8e9, down_bytes_per_s=8e9, both_bytes_per_s=8e9, host_params_per_s=_ANY, passing_params_per_s=_ANY,
     torch_params_per_s=_ANY, device_params_per_s=_ANY, network_bytes_per_s=1e9, network_latency_s=1e-4, overlaps=False,
 )  # fmt: skip
-"""One CPU: both tiers are the same memory and the same cores update on either side."""
+"""One CPU: both tiers are the same memory, and the same cores update either."""

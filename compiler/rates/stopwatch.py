@@ -1,4 +1,4 @@
-"""How long something takes on a device that is busy: under load that lasts, and behind work that hides its launches."""
+"""Times work on a busy device: under sustained load, and queued behind other work that hides its launches."""
 
 import statistics
 import time
@@ -13,17 +13,20 @@ Run = Callable[[], object]
 
 
 WINDOWS, MOST_WINDOWS = 9, 36
-"""In so many equal parts what is timed is divided, and in how many where these are unlike."""
+"""Timed windows, and the most of them if they differ."""
 
 NARROW = 0.03
-"""The half of the windows in the middle may be apart by this share of their median."""
+"""Windows differ if their interquartile range exceeds this share of their median."""
 
 
 def seconds_each(run: Run, wait: Run, at_least_s: float, now: Callable[[], float] = time.perf_counter,
                  choose: Callable[[list[float]], float] = statistics.median) -> float:  # fmt: skip
-    """Seconds of one run, under load that has lasted a while: bursts double for half of `at_least_s`, and as long again
-    windows are timed, more of them where they are unlike. What counts is their median, which a few of them that
-    something disturbs do not move, or what else `choose` makes of them."""
+    """Seconds of one run under sustained load.
+
+    Bursts of runs, doubling in size, warm up for half of `at_least_s`; then windows are timed for as long again, and
+    more of them if they differ. The result is their median, which a few disturbed windows do not move, or whatever
+    `choose` picks. `wait` blocks until the runs are done.
+    """
 
     def burst(count: int) -> float:
         start_s = now()
@@ -54,8 +57,8 @@ def _is_wide(found: list[float]) -> bool:
 
 
 def seconds_behind(load: Run, run: Run, count: int, device: torch.device) -> float:
-    """Device seconds of one of `count` runs that are launched while it still has `load` to do. Elsewhere than on CUDA
-    nothing is launched ahead."""
+    """Device seconds of one of `count` runs that are launched while the device is still busy with `load`. Outside of
+    CUDA, where nothing is launched ahead, plain timing."""
     run()
     if device.type != "cuda":
         return seconds_each(run, lambda: None, 0.0)
@@ -70,7 +73,7 @@ def seconds_behind(load: Run, run: Run, count: int, device: torch.device) -> flo
 
 
 class Load:
-    """Keeps something busy: work is launched again as soon as the last but one is done."""
+    """Keeps a device busy: two launches of work are always queued."""
 
     def __init__(self, launch: Callable[[], Arrival], engine: CopyEngine) -> None:
         self.launch = launch
@@ -78,7 +81,7 @@ class Load:
         self.waiting: deque[Arrival] = deque()
 
     def keep(self) -> None:
-        """Call it more often than the work takes."""
+        """Refills the queue; call it more often than one launch of work takes."""
         while self.waiting and (self.waiting[0] is None or self.waiting[0].query()):
             self.waiting.popleft()
         while len(self.waiting) < 2:

@@ -1,1 +1,1 @@
-"""Fine-tuning: texts, blocks of tokens, the loop."""
+"""Fine-tuning: texts, blocks of tokens, the training loop."""

@@ -1,4 +1,4 @@
-"""Tokens packed into blocks of a fixed length, served as batches that any step can be resumed at."""
+"""Tokens packed into blocks of a fixed length and served as batches, from any step on."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .examples import NOT_LEARNED, Example, pack
 
 @dataclass(frozen=True)
 class Part:
-    """Part number `number`, counted from 0, `of` so many equal parts of every batch."""
+    """One of `of` equal parts of every batch; `number` counts from 0."""
 
     number: int = 0
     of: int = 1
 
     def rows(self, batch_size: int) -> slice:
-        """Return which rows of a batch these are.
+        """Return the rows of a batch that are this part.
 
         Raises:
-            ValueError: a batch of this size has no such parts.
+            ValueError: a batch of this size does not divide into `of` parts.
         """
         if batch_size % self.of:
             raise ValueError(
@@ -40,9 +40,9 @@ WHOLE = Part()
 
 
 class TokenBlocks:
-    """Tokens cut into blocks of `seq_len`, a fixed share held out, the rest in a shuffled endless order.
+    """Tokens cut into blocks of `seq_len`; a fixed share is held out, the rest is served in an endless shuffled order.
 
-    Which blocks are held out does not depend on the seed, so a further run judges itself on the same text.
+    Which blocks are held out does not depend on the seed, so a later run is evaluated on the same text.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class TokenBlocks:
         held_out: float = 0.05,
         seed: int = 0,
     ):
-        """Take `tokens` [any length] and their labels, by default themselves; what does not fill a last block is
+        """Take `tokens` [any length] and their labels, by default the tokens themselves. An incomplete last block is
         dropped, and so are blocks with nothing to learn.
 
         Raises:
-            ValueError: not two blocks long, or `seq_len` or `held_out` out of range.
+            ValueError: there are fewer than two blocks, or `seq_len` or `held_out` is out of range.
         """
         if seq_len < 2:
             raise ValueError(f"blocks of {seq_len} tokens hold nothing to predict; expected seq_len of at least 2")
         if not 0 < held_out <= 0.5:
             raise ValueError(f"a held-out share of {held_out} is out of range; expected above 0, at most 0.5")
         blocks, taught = (_cut(each, seq_len) for each in (tokens, tokens if labels is None else labels))
-        teaches = (taught[:, 1:] != NOT_LEARNED).any(axis=1)  # what is first in a block is predicted by nothing
+        teaches = (taught[:, 1:] != NOT_LEARNED).any(axis=1)  # nothing predicts the first token of a block
         blocks, taught, count = blocks[teaches], taught[teaches], int(teaches.sum())
         if count < 2:
             raise ValueError(
@@ -84,10 +84,10 @@ class TokenBlocks:
     def of(
         cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, seed: int = 0
     ) -> TokenBlocks:
-        """Return the blocks that `examples`, which `tokenizer` encoded, are packed into.
+        """Return `examples`, which `tokenizer` encoded, packed into blocks.
 
         Raises:
-            ValueError: they are too few, or one does not fit into a block and must not be cut.
+            ValueError: there are too few, or one that must not be cut does not fit into a block.
         """
         filler = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
         tokens, labels = pack(examples, seq_len, filler)
@@ -108,18 +108,17 @@ class TokenBlocks:
         return int(max(self._train.max(), self._held_out.max()))
 
     def steps(self, epochs: int, batch_size: int) -> int:
-        """Return the steps in which every training block comes `epochs` times; where the last batch is not full by
-        then, some come once more.
+        """Return the steps it takes to see every training block `epochs` times; some fill up the last batch once more.
 
         Raises:
-            ValueError: not even one epoch.
+            ValueError: `epochs` is less than 1.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, but is {epochs}")
         return ceil(epochs * len(self) / batch_size)
 
     def fingerprint(self) -> str:
-        """Return a digest of the data, its split and its order: equal when every batch is equal."""
+        """Return a digest of the data, its split and its order: equal if every batch is equal."""
         digest = hashlib.sha256(f"{self._train.shape} {self._held_out.shape} {self.seed}".encode())
         for blocks in (self._train, self._train_labels):
             digest.update(np.ascontiguousarray(blocks).tobytes())
@@ -128,7 +127,7 @@ class TokenBlocks:
     def batch(self, step: int, batch_size: int, part: Part = WHOLE) -> dict[str, torch.Tensor]:
         """Return training batch `step` as input_ids and labels, int64 [batch_size / part.of, seq_len].
 
-        It depends on the seed and `step` alone. Every block comes once per epoch; a batch may cross its end.
+        It depends only on the seed and the arguments. Every block is seen once per epoch; a batch may span two epochs.
         """
         rows = part.rows(batch_size)
         positions = range(step * batch_size + rows.start, step * batch_size + rows.stop)
@@ -138,10 +137,9 @@ class TokenBlocks:
     def held_out_batches(
         self, batch_size: int, limit: int | None = None, part: Part = WHOLE
     ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-        """Yield the held-out blocks as equal batches, at most `limit`: of each its `part`, and how many tokens the
-        whole of it teaches.
+        """Yield at most `limit` held-out batches of equal size: `part` of each, and how many tokens all of it teaches.
 
-        A last incomplete batch is left out unless it is the only one: a compiled model then sees one shape.
+        An incomplete last batch is left out unless it is the only one, so that a compiled model sees a single shape.
 
         Raises:
             ValueError: there are fewer blocks than parts.
@@ -158,7 +156,7 @@ class TokenBlocks:
             yield _as_batch(blocks[rows], labels[rows]), int((labels[:, 1:] != NOT_LEARNED).sum())
 
     def _block_at(self, position: int) -> int:
-        """Return the training block at `position` of the endless shuffled order."""
+        """Return the index of the training block at `position` of the endless shuffled order."""
         epoch, index = divmod(position, len(self._train))
         if epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self._train))
@@ -173,5 +171,5 @@ def _cut(tokens: Sequence[int] | np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def _as_batch(blocks: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return `blocks` [batch, seq_len] as what a causal language model takes; it shifts the labels itself."""
+    """Return `blocks` and `labels` [batch, seq_len] as a causal language model takes them; it shifts labels itself."""
     return {"input_ids": torch.from_numpy(blocks.copy()), "labels": torch.from_numpy(labels.copy())}

@@ -1,4 +1,4 @@
-"""From records to tokens: which of them are learned, and how examples share blocks."""
+"""From records to tokens: which tokens are learned, and how examples share blocks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from .records import Chat, Completion, Record, Text
 
 NOT_LEARNED = -100
-"""The label of a token that the loss leaves out: the one that torch's cross entropy ignores."""
+"""The label of tokens that the loss leaves out: the `ignore_index` of torch's cross entropy."""
 
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of a record, int64, and whether each is learned.
+    """The tokens of a record, int64, and for each whether it is learned.
 
-    A text may be cut anywhere: its parts are texts, too. One that `is_whole` is not cut: what it teaches is an answer
-    to all that stands in front.
+    A text may be cut anywhere: its parts are texts, too. An example that `is_whole` must not be cut: what it teaches is
+    an answer to everything before it.
     """
 
     where: str
@@ -34,16 +34,16 @@ class Example:
 
     @property
     def labels(self) -> np.ndarray:
-        """Return the tokens, or NOT_LEARNED in place of those that are not."""
+        """Return the tokens, with NOT_LEARNED in place of those that are not learned."""
         return np.where(self.learned, self.tokens, NOT_LEARNED)
 
 
 def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Return the tokens of each record, in order.
 
-    Texts and completions are closed by the end token where the tokenizer has one. A prompt and its completion are
-    encoded as one text, of which the tokens are learned that reach into the completion. A chat is written by the
-    tokenizer's chat template; the assistant's turns are learned where the template marks them, else all of it.
+    Texts and completions end with the end-of-text token if the tokenizer has one. A prompt and its completion are
+    encoded as one text, whose tokens are learned if they reach into the completion. A chat is formatted by the
+    tokenizer's chat template; only the assistant's turns are learned if the template marks them, else all of it.
 
     Raises:
         ValueError: the tokenizer cannot do that, or its template does not take a chat; names the record.
@@ -99,7 +99,7 @@ def _encode_chat(record: Chat, tokenizer: PreTrainedTokenizerBase) -> Example:
 
 
 def marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template says which parts of a chat are the assistant's, by `{% generation %}`."""
+    """Return whether the chat template marks the assistant's parts of a chat with `{% generation %}`."""
     return bool(tokenizer.chat_template) and _MARKS_TURNS.search(tokenizer.get_chat_template()) is not None
 
 
@@ -112,13 +112,13 @@ def _check_knows_places(record: Completion | Chat, tokenizer: PreTrainedTokenize
 
 
 def pack(examples: Sequence[Example], seq_len: int, filler: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens and labels of `examples` one behind the other, to be cut into blocks of `seq_len`.
+    """Return the concatenated tokens and labels of `examples`, to be cut into blocks of `seq_len`.
 
-    Those that are whole begin a block where they would not fit into the rest of one, which is then filled up with
-    tokens that are not learned.
+    An example that is whole and would not fit into the rest of a block begins the next one; the rest is filled with
+    `filler` tokens that are not learned.
 
     Raises:
-        ValueError: one that must not be cut is longer than a block; names it.
+        ValueError: an example that must not be cut is longer than a block; names it.
     """
     long = [example for example in examples if example.is_whole and len(example.tokens) > seq_len]
     if long:

@@ -1,4 +1,4 @@
-"""Files of data: text as it stands, and rows of fields from JSON, JSON Lines and CSV."""
+"""Reads data files: plain text, and rows of fields from JSON, JSON Lines and CSV."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _ANY_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Row:
-    """Fields by name, and where they stand: file and line."""
+    """Fields by name, and where they come from: file and line."""
 
     where: str
     fields: Mapping[str, Any]
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the file at `path`, or those of a known kind in the folder there, in order of their names.
+    """Return the file at `path` or, for a folder, all files of known kinds in it, sorted by name.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: nothing in it is of a known kind.
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: nothing there is of a known kind.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no data at {path}; expected {_EXPECTED}, or a folder of them")
@@ -53,10 +53,10 @@ def is_text(file: Path) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """Return what is in a file of UTF-8, without its byte order mark.
+    """Return the content of a UTF-8 file, without its byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8, or not text; names the line.
+        ValueError: the file is not UTF-8, or not text; names the line.
     """
     data = file.read_bytes()
     if data.startswith(_UTF16):
@@ -81,13 +81,13 @@ def read_rows(file: Path) -> Iterator[Row]:
     """Yield the rows of a JSON, JSON Lines or CSV file.
 
     Raises:
-        ValueError: it is not what its name says; names the line.
+        ValueError: the content is not what the file's name says; names the line.
     """
     return _ROWS[file.suffix.lower()](file, read_text(file))
 
 
 def _json_lines(file: Path, text: str) -> Iterator[Row]:
-    # Not splitlines(): JSON strings may hold U+2028 and other separators that are not line ends here.
+    # Not splitlines(): JSON strings may hold U+2028 and other separators that do not end a line here.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             with _json_errors(file, number):
@@ -107,18 +107,18 @@ def _json(file: Path, text: str) -> Iterator[Row]:
 
 
 class _JsonList:
-    """Reads a list value by value, so that each is known by its line."""
+    """Reads a JSON list value by value, to know the line of each."""
 
     def __init__(self, file: Path, text: str) -> None:
         self._file, self._text, self._at, self._line = file, text, 0, 1
 
     def is_next(self, character: str) -> bool:
-        """Return whether this comes behind white space, which is left behind."""
+        """Skip white space and return whether `character` comes next."""
         self._go(_SPACE.match(self._text, self._at).end())  # type: ignore[union-attr]
         return self._text.startswith(character, self._at)
 
     def take(self, character: str) -> str:
-        """Go behind this character, which must come next."""
+        """Consume `character`, which must come next."""
         if not self.is_next(character):
             found = self._text[self._at : self._at + 1]
             raise ValueError(
@@ -129,7 +129,7 @@ class _JsonList:
         return character
 
     def row(self) -> Row:
-        """Return the value that comes next."""
+        """Consume and return the next value."""
         self.is_next("")
         where = f"{self._file} line {self._line}"
         with _json_errors(self._file, 1):
@@ -138,7 +138,7 @@ class _JsonList:
         return _row(where, value)
 
     def end(self) -> None:
-        """Make sure that nothing comes behind."""
+        """Make sure that nothing follows."""
         self.is_next("")
         if self._at < len(self._text):
             raise ValueError(f"{self._file} line {self._line}: expected nothing behind the list of objects")
@@ -150,13 +150,13 @@ class _JsonList:
 
 @contextmanager
 def _json_errors(file: Path, first_line: int) -> Iterator[None]:
-    """What JSON's reader does not like is told by file and line; the text that it reads begins at `first_line`."""
+    """Reports errors of the JSON parser by file and line; the parsed text begins at `first_line`."""
     try:
         yield
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{file} line {line} is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # digits without end, brackets within brackets
+    except (ValueError, RecursionError) as error:  # too many digits, or too deeply nested
         raise ValueError(f"{file} line {first_line}: this JSON cannot be read: {error}") from None
 
 
@@ -167,7 +167,7 @@ def _row(where: str, value: Any) -> Row:
 
 
 def _csv(file: Path, text: str) -> Iterator[Row]:
-    """The first line has the fields' names."""
+    """The first line holds the names of the fields."""
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     before = csv.field_size_limit(_ANY_SIZE)  # a field may be a whole document
     try:

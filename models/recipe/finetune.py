@@ -1,6 +1,6 @@
 """Fine-tuning: AdamW, warm-up and linear decay, clipping, held-out perplexity, resumable checkpoints.
 
-It takes a compiled model, or whatever else is `Trainable`, and does not compile.
+It takes a compiled model, or anything else that is `Trainable`, and does not compile.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .run_state import RunState, random_states, restore_random_states, seed_gene
 from .trainable import Checkpoints, Processes, Saving, Trainable
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that end a run when the step is done and saved."""
+"""Signals that end a run once the current step is done and saved."""
 
 
 class NonFiniteLoss(GeminiError):  # noqa: N818
-    """The loss or the gradient of a step is infinite or not a number; names the step and the module."""
+    """The loss or the gradient of a step is infinite or NaN; names the step and the module."""
 
 
 class _Interrupt:
-    """Between enter and exit, Ctrl-C or SIGTERM only asks to stop after the step; a second Ctrl-C stops at once. A
-    second SIGTERM does not: schedulers send several."""
+    """While entered, Ctrl-C or SIGTERM only requests a stop after the step. A second Ctrl-C stops at once; a second
+    SIGTERM does not, as schedulers send several."""
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Interrupt:
-        # Python lets only the main thread receive signals.
+        # Only the main thread may set signal handlers.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._request) for number in STOPS}
         return self
@@ -57,7 +57,7 @@ class _Interrupt:
 
 
 class _Saves:
-    """The checkpoints of a run, one at a time; `write` starts the one of a step, in the background or not."""
+    """The checkpoints of a run, one at a time. `write` starts saving a step, in the background or not."""
 
     def __init__(self, recipe: Recipe, write: Callable[[int, bool], Saving]) -> None:
         self._recipe, self._write = recipe, write
@@ -65,18 +65,19 @@ class _Saves:
         self._under_way: Saving | None = None
 
     def is_due(self, step: int) -> bool:
-        """Return whether it is time for one when `step` steps are done."""
+        """Return whether to save a checkpoint now that `step` steps are done."""
         return self._recipe.is_due(step, time.perf_counter() - self._began_s)
 
     def is_done(self) -> bool:
-        """Return whether there is one of which it is known how it went, and nobody has asked."""
+        """Return whether the last save has ended, in success or failure, and nobody has called `finish` since."""
         return self._under_way is not None and self._under_way.done()
 
     def save(self, step: int, *, background: bool) -> None:
-        """Save when the one before is done; what cannot be written says which step is lost and how to go on.
+        """Save `step`, once the previous save has ended.
 
         Raises:
-            CheckpointError: likewise; where the one before was not written, this one is all the same.
+            CheckpointError: this or the previous save failed; says which step is lost and how to go on. If it was the
+                previous one, this save is made all the same.
         """
         try:
             self.finish()
@@ -87,10 +88,10 @@ class _Saves:
             self._began_s = time.perf_counter()
 
     def finish(self) -> None:
-        """Wait for the one under way.
+        """Wait for the save under way.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: it failed.
         """
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
@@ -117,18 +118,18 @@ def finetune(
     resume: bool = False,
     on_step: Callable[[StepInfo], None] | None = None,
 ) -> Report:
-    """Train `model` on `blocks`; save it, its optimizer and the run's own state by `checkpoints` to `recipe.output`.
+    """Train `model` on `blocks`; save it, its optimizer and the run's state through `checkpoints` to `recipe.output`.
 
-    With `resume`, go on from what `recipe.output` holds: losses are then those of a run that never stopped. The
-    first Ctrl-C, or SIGTERM, finishes the step and saves. What is saved on the way is written in the background.
+    With `resume`, continue from what `recipe.output` holds: losses are then those of a run that never stopped. The
+    first Ctrl-C or SIGTERM finishes the step and saves. Checkpoints during the run are written in the background.
 
-    Several processes that train one model all call it; each computes with its part of every batch, and all have the
-    same losses. A run may be resumed by another number of them; then dropout, if there is any, falls otherwise.
+    Several processes that train one model all call this; each computes its part of every batch, and all have the same
+    losses. A run may be resumed by a different number of processes; dropout, if any, is then drawn differently.
 
     Raises:
         NonFiniteLoss: a loss or gradient is not finite; the step's update has not been made.
         CheckpointError: a checkpoint cannot be written, or the one to resume does not belong to this run.
-        ValueError: `recipe.output` holds something else than a checkpoint.
+        ValueError: `recipe.output` holds something other than a checkpoint.
     """
     ranks, part, data = model.ranks, _part(model), blocks.fingerprint()
     with ranks.failing_alike():
@@ -171,12 +172,12 @@ def finetune(
 
 
 def _asked(ranks: Processes, *wishes: bool) -> list[bool]:
-    """Return which of the wishes any process has: clocks and signals differ between them."""
+    """Return, for each wish, whether any process has it: clocks and signals differ between them."""
     return [any(theirs) for theirs in zip(*ranks.gather(wishes), strict=True)]
 
 
 def _part(model: Trainable) -> Part:
-    """Return which part of every batch is this process's."""
+    """Return which part of every batch belongs to this process."""
     return Part(model.ranks.data_rank, model.ranks.mesh.data_size)
 
 
@@ -201,7 +202,7 @@ def make_optimizer(model: Trainable, recipe: Recipe) -> Any:
 
 
 def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
-    """Return the perplexity on what held-out blocks teach, in evaluation mode; the model is left in training mode."""
+    """Return the perplexity on what held-out blocks teach, in evaluation mode; leaves the model in training mode."""
     model.train(False)
     with torch.no_grad():
         batches = blocks.held_out_batches(recipe.batch_size, recipe.held_out_batches, _part(model))
@@ -212,7 +213,7 @@ def perplexity(model: Trainable, blocks: TokenBlocks, recipe: Recipe) -> float:
 
 
 def _step(model: Trainable, optimizer: Any, batch: dict[str, torch.Tensor], step: int, recipe: Recipe) -> StepInfo:
-    """Do one step; raise NonFiniteLoss instead of an update that would destroy the weights."""
+    """Do one step. Raises NonFiniteLoss instead of making an update that would destroy the weights."""
     began_s = time.perf_counter()
     lr = recipe.lr_at(step)
     for group in optimizer.param_groups:
@@ -220,11 +221,11 @@ def _step(model: Trainable, optimizer: Any, batch: dict[str, torch.Tensor], step
     loss = model(**batch).loss
     value = loss.item()
     if not math.isfinite(value):
-        del loss  # and with it the step's activations: the search needs their room
+        del loss  # and the step's activations with it: the search needs their memory
         raise _non_finite("loss", value, step, model, batch)
     loss.backward()
     norm = float(optimizer.gradient_norm())
-    if not math.isfinite(norm) and optimizer.loss_scale == 1.0:  # a scaled one is skipped by the optimizer itself
+    if not math.isfinite(norm) and optimizer.loss_scale == 1.0:  # if scaled, the optimizer skips the step itself
         raise _non_finite("norm of the gradient", norm, step, model, batch)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -233,7 +234,7 @@ def _step(model: Trainable, optimizer: Any, batch: dict[str, torch.Tensor], step
 
 
 def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dict[str, torch.Tensor]) -> NonFiniteLoss:
-    """Return the error that names the step and the first module to blame."""
+    """Return an error that names the step and the first module to produce a non-finite value."""
     try:
         module = model.first_nonfinite(**batch)
     except BudgetError:
@@ -251,11 +252,11 @@ def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dic
 
 
 def _resume(model: Trainable, optimizer: Any, recipe: Recipe, checkpoints: Checkpoints, data: str) -> tuple[int, float]:
-    """Put model, optimizer and generators back; return the steps done and the perplexity at the run's start.
+    """Restore model, optimizer and generators; return the steps done and the perplexity at the run's start.
 
     Raises:
-        CheckpointError: there is nothing to go on from.
-        ValueError: settings or data are not those of the run that was saved; then nothing has been loaded.
+        CheckpointError: there is nothing to resume.
+        ValueError: settings or data differ from those of the saved run; nothing has been loaded then.
     """
     ranks = model.ranks
     saved = checkpoints.open(recipe.output)
@@ -265,17 +266,17 @@ def _resume(model: Trainable, optimizer: Any, recipe: Recipe, checkpoints: Check
     if state.mesh == str(ranks.mesh):
         restore_random_states(state.random[ranks.rank])
     else:
-        # Those that share a batch must go on alike; the others', of which there are more or fewer now, apart.
+        # Ranks that share a batch must draw the same numbers; others, of which there may be more now, must not.
         seed_generators(recipe.seed + state.step + ranks.data_rank)
     return state.step, state.perplexity_before
 
 
 def check_output(output: Path) -> None:
-    """Make sure, before any work, that `output` can be saved to, and that nothing but a checkpoint is replaced.
+    """Make sure, before any work, that `output` is writable and that saving would replace nothing but a checkpoint.
 
     Raises:
-        ValueError: it is a file, or holds something else than a checkpoint.
-        CheckpointError: the place cannot be written to.
+        ValueError: it is a file, or holds something other than a checkpoint.
+        CheckpointError: it cannot be written to.
     """
     if output.is_dir():
         if any(output.iterdir()) and not (output / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""How to train, and what came of it: plain values that the fine-tuning loop takes and returns."""
+"""How to train, and the result: plain values that the fine-tuning loop takes and returns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ class Recipe:
     """How to train. Every field that the loss curve depends on must stay the same when a run is resumed.
 
     Attributes:
-        warmup: steps over which the learning rate rises; it then falls to zero at `steps`.
+        output: the directory that checkpoints go to.
+        batch_size: blocks per step, over all processes.
+        lr: the highest learning rate.
+        warmup: steps over which the learning rate rises; it then falls linearly to zero at `steps`.
+        moments, masters: how training state is stored, as in `model.optimizer`.
         save_every: steps between checkpoints; 0 saves only the last.
-        save_every_s: seconds between them, which the end of a step is waited for after.
-        moments, masters: how training state is stored, as `model.optimizer` has it.
-        held_out_batches: how many held-out batches are judged at most.
+        save_every_s: seconds between checkpoints, checked at the end of each step; 0 for none.
+        held_out_batches: the most held-out batches to evaluate on.
     """
 
     output: Path = field(metadata={"curve": False})
@@ -37,7 +40,7 @@ class Recipe:
     held_out_batches: int = field(default=32, metadata={"curve": False})
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a field is out of range."""
+        """Raise ValueError if a field is out of range."""
         for name in ("steps", "batch_size", "held_out_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
@@ -56,7 +59,7 @@ class Recipe:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("curve", True)}
 
     def is_due(self, step: int, since_s: float) -> bool:
-        """Return whether a checkpoint is to be made when `step` steps are done, `since_s` after the last."""
+        """Return whether a checkpoint is due after `step` steps, `since_s` seconds after the last one began."""
         return bool(self.save_every and step % self.save_every == 0) or 0 < self.save_every_s <= since_s
 
     def lr_at(self, step: int) -> float:
@@ -68,7 +71,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished step; `step` counts from 1."""
+    """A finished step; `step` counts from 1, and `tokens` are those of all processes."""
 
     step: int
     loss: float
@@ -80,9 +83,9 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Report:
-    """What a call of `finetune` did; `losses` are those of its own steps, the first of them `first_step` + 1.
+    """What a call of `finetune` did; `losses` are those of its own steps, starting with step `first_step` + 1.
 
-    `perplexity_after` is None where a signal ended the run early: it is then to be resumed.
+    `perplexity_after` is None if a signal ended the run early; it can then be resumed.
     """
 
     first_step: int

@@ -14,7 +14,7 @@ GRAMMAR = "text=NAME, prompt=NAME,completion=NAME or messages=NAME"
 
 @dataclass(frozen=True)
 class Text:
-    """All of it is learned; `where` it stands."""
+    """A text, all of which is learned; `where` says where it comes from."""
 
     where: str
     text: str
@@ -22,7 +22,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """The completion is learned behind the prompt, which it follows as it is."""
+    """A completion to learn, and the prompt that it directly follows."""
 
     where: str
     prompt: str
@@ -30,13 +30,13 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """Return both."""
+        """Return the prompt and the completion, joined."""
         return self.prompt + self.completion
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in turn, each with a role and its content."""
+    """Messages in order, each with a role and content."""
 
     where: str
     messages: list[dict[str, Any]]
@@ -46,14 +46,14 @@ Record = Text | Completion | Chat
 
 
 class Fields(dict[str, str]):
-    """The names of fields by what they hold: "text", "prompt" and "completion", or "messages"."""
+    """Maps what fields hold ("text", "prompt" and "completion", or "messages") to their names."""
 
     @classmethod
     def parse(cls, text: str) -> Fields:
-        """Return what the command line's --fields means.
+        """Parse the command line's --fields.
 
         Raises:
-            ValueError: it is not understood, or none of the ways to learn takes these fields.
+            ValueError: it cannot be parsed, or no kind of record has these fields.
         """
         fields = cls()
         for item in text.split(","):
@@ -69,13 +69,13 @@ class Fields(dict[str, str]):
 def read_records(path: str | Path, fields: Fields | None = None) -> list[Record]:
     """Return the records in a file, or in all files of known kinds in a folder.
 
-    Which fields a file's records are read from `fields` tell, or else the names in its first record: "text", "prompt"
-    and "completion", or "messages". All records of a file have the same. Files of text, which have no fields, are a
-    record each. Texts of white space alone are left out.
+    `fields` says which fields to read; by default they are the ones in the first record: "text", "prompt" and
+    "completion", or "messages". All records of a file must have the same. Text files, which have no fields, are one
+    record each. Texts of nothing but white space are left out.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: there is nothing to learn in it, or something else than expected; names file and line.
+        ValueError: there is nothing to learn in it, or something unexpected; names file and line.
     """
     files = files_of(Path(path))
     records = [record for file in files for record in _read(file, fields) if not _is_blank(record)]
@@ -85,10 +85,10 @@ def read_records(path: str | Path, fields: Fields | None = None) -> list[Record]
 
 
 def plain_texts(records: Iterable[Record]) -> list[str]:
-    """Return what a tokenizer can be trained on.
+    """Return the records' texts, to train a tokenizer on.
 
     Raises:
-        ValueError: a record is a chat, which no new tokenizer has a template for; names it.
+        ValueError: a record is a chat, which a new tokenizer has no template for; names it.
     """
     found = []
     for record in records:
@@ -125,7 +125,7 @@ def _read(file: Path, fields: Fields | None) -> Iterator[Record]:
 
 
 def _recognised(row: Row) -> Fields:
-    """Return the fields of the one kind that a row has the names for."""
+    """Return the fields of the only kind of record whose field names the row has."""
     found = [kind for kind in _KINDS if all(name in row.fields for name in kind)]
     if len(found) == 1:
         return Fields({name: name for name in found[0]})
@@ -182,7 +182,7 @@ def _string(row: Row, name: str) -> str:
 
 
 def _check_unicode(where: str, text: str) -> None:
-    """JSON can write halves of characters, which no tokenizer reads."""
+    """JSON can encode lone surrogates, which no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -191,7 +191,7 @@ def _check_unicode(where: str, text: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for an error: its beginning."""
+    """Return a value for an error message, cut to its beginning."""
     return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
 
 

@@ -1,4 +1,4 @@
-"""What a run needs beside weights and optimizer to go on as if it had never stopped."""
+"""What a run needs besides weights and optimizer state to continue as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class RunState:
-    """A moment between two steps.
+    """The state of a run between two steps.
 
     Attributes:
-        step: steps done; the data's position follows from it.
+        step: steps done; the position in the data follows from it.
         curve: the settings that the loss curve depends on, by name.
         data: the data's fingerprint.
         perplexity_before: held-out perplexity when the run began.
@@ -35,15 +35,15 @@ class RunState:
     random: list[dict[str, Any]]
 
     def extra(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it, in types that load without code."""
+        """Return this state for a checkpoint, in types that load without running code."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def of(cls, extra: Any, directory: Path) -> RunState:
-        """Return the state that `extra`, from the checkpoint in `directory`, was made of.
+        """Return the state that `extra`, from the checkpoint in `directory`, was made from.
 
         Raises:
-            CheckpointError: it was made of something else.
+            CheckpointError: `extra` was not made from a RunState.
         """
         expected = {each.name for each in fields(cls)}
         if not isinstance(extra, dict) or extra.keys() != expected:
@@ -54,10 +54,10 @@ class RunState:
         return cls(**extra)
 
     def check(self, recipe: Recipe, data: str) -> None:
-        """Make sure that a run by `recipe` on data of the fingerprint `data` is the one that was saved.
+        """Make sure that a run of `recipe`, on data with the fingerprint `data`, is the one that was saved.
 
         Raises:
-            ValueError: settings or data are not those of the run that was saved.
+            ValueError: settings or data differ from those of the saved run.
         """
         changed = [
             f"{name} was {self.curve.get(name)}, now {value}"
@@ -73,7 +73,7 @@ class RunState:
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and torch's generators, in types that load without code."""
+    """Return the states of Python's, NumPy's and torch's generators, in types that load without running code."""
     state: Any = np.random.get_state(legacy=True)
     kind, keys, position, has_gauss, gauss = state
     return {
@@ -91,7 +91,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put the generators back to `states`; those of devices this machine lacks are left out."""
+    """Restore the generators to `states`; states of devices that this machine lacks are ignored."""
     random.setstate(states["python"])
     kind, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
@@ -101,7 +101,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed all of them."""
+    """Seed Python's, NumPy's and torch's generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Text that is always there, and a tokenizer trained on text."""
+"""A text that every Python comes with, and a tokenizer trained on text."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# In this order so that they get the ids that OPT's configuration expects: pad 1, end of text 2.
+# In this order, they get the ids that OPT's configuration expects: pad 1, end of text 2.
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>")
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
 
 def embedded_texts() -> list[str]:
-    """Return the Python language reference that every CPython carries: about 80 texts, 0.5 MB of English."""
+    """Return the Python language reference that comes with every CPython: about 80 texts, 0.5 MB of English."""
     return [topics[name] for name in sorted(topics)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on `texts`: it can encode any text.
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on `texts`; it can encode any text.
 
     Raises:
         ValueError: the vocabulary cannot hold the 256 bytes and the special tokens.

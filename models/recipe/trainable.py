@@ -1,4 +1,4 @@
-"""What fine-tuning asks of a model, of the processes that train it, and of their checkpoints."""
+"""What fine-tuning requires of a model, of the processes that train it, and of their checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...runtime.isa.mesh import Mesh
 
 
 class Processes(Protocol):
-    """The processes that train one model together, of which this is number `rank`."""
+    """The processes that train one model together; this one has number `rank`."""
 
     @property
     def rank(self) -> int: ...
@@ -21,24 +21,24 @@ class Processes(Protocol):
     def mesh(self) -> Mesh: ...
     @property
     def data_rank(self) -> int:
-        """Which part of every batch is this process's."""
+        """Which part of every batch belongs to this process."""
         ...
 
     def failing_alike(self) -> AbstractContextManager[None]:
-        """Where what all of them do within fails on one, all raise."""
+        """If the block fails on one process, all of them raise; all call it."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every one of them has for `value`, by rank; all call it."""
+        """Return every process's `value`, by rank; all call it."""
         ...
 
     def check_alike(self, what: str, digest: str) -> None:
-        """Raise where their digests differ; all call it."""
+        """Raise if the processes' digests differ; all call it. `what` names the subject in the error."""
         ...
 
 
 class Trainable(Protocol):
-    """A compiled model, as far as the loop goes."""
+    """The part of a compiled model that the training loop uses."""
 
     @property
     def ranks(self) -> Processes: ...
@@ -50,7 +50,7 @@ class Trainable(Protocol):
 
 
 class SavedRun(Protocol):
-    """A checkpoint that was opened. All processes call every method."""
+    """An opened checkpoint. All processes call every method."""
 
     @property
     def extra(self) -> Any:
@@ -58,7 +58,7 @@ class SavedRun(Protocol):
         ...
 
     def load(self, optimizer: Any) -> None:
-        """Put the model and its optimizer back to what was saved.
+        """Restore the model and its optimizer to what was saved.
 
         Raises:
             CheckpointError: the checkpoint cannot be read, or is of another model.
@@ -70,32 +70,32 @@ class Saving(Protocol):
     """A checkpoint that may still be being written."""
 
     def done(self) -> bool:
-        """Return whether it is written, or failed."""
+        """Return whether writing has ended, in success or failure."""
         ...
 
     def result(self) -> None:
-        """Block until it is written.
+        """Block until the checkpoint is written.
 
         Raises:
-            CheckpointError: it could not be; a checkpoint that was there is intact.
+            CheckpointError: it could not be written; an existing checkpoint stays intact.
         """
         ...
 
 
 class Checkpoints(Protocol):
-    """Checkpoints of a model and of what goes with it. All processes call every method."""
+    """Saves and opens checkpoints of a model and its run. All processes call every method."""
 
     def save(self, directory: Path, optimizer: Any, extra: dict[str, Any], *, background: bool = False) -> Saving:
-        """Replace `directory` by a checkpoint of the model, its optimizer and rank 0's `extra`: all of it or nothing.
-        In the background the run may go on when this returns.
+        """Atomically replace `directory` by a checkpoint of the model, its optimizer and rank 0's `extra`. With
+        `background`, this returns before all is written, and the run may continue.
 
         Raises:
-            CheckpointError: it cannot be written; a checkpoint that was there is intact.
+            CheckpointError: it cannot be written; an existing checkpoint stays intact.
         """
         ...
 
     def open(self, directory: Path) -> SavedRun:
-        """Return the checkpoint in `directory`, of which nothing is loaded yet.
+        """Return the checkpoint in `directory`, without loading anything yet.
 
         Raises:
             CheckpointError: there is no checkpoint, or it is damaged.
