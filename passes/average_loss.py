@@ -64,6 +64,8 @@ def average_loss(program: Program, plan: Plan) -> None:
 
 
 def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
+    """Replace a mean loss by its share of the mean over all tokens, and its token count in the backward by the
+    average."""
     loss, count = (_element(program, losses, i) for i in range(2))
     behind = max(loss, count, key=program.positions().__getitem__).next
     ahead = plan.schedule is not None or plan.rounds > 1

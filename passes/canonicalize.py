@@ -38,6 +38,7 @@ def canonicalize(program: Program, plan: Plan) -> None:
 
 
 def _merge_tied(program: Program) -> None:
+    """Read shared parameters through their first input only, and add up the gradients of all their inputs."""
     parameters, results = program.inputs("parameter"), dict(program.results)
     for name, node in parameters.items():
         first = note(node).tied

@@ -5,8 +5,8 @@
     gradients = geminifx.gradients(64, torch.float32)    geminifx.put_mm(gradients, 0, t, x)
     geminifx.put(gradients, 0, dw)
 
-This saves a temporary and a copy. A gradient is put as before if it is no matrix product, if something else reads it,
-or if its dtype is not its chunk's.
+This saves a temporary and a copy. Gradients that are not matrix products, that something else reads, or whose dtype is
+not their chunk's are put as before.
 """
 
 import torch

@@ -11,7 +11,7 @@
 
 The operators between two matrix products then read and write memory once instead of once each. They are most of the
 work of a Llama block besides its products. A group ends where an operator outside reads it. Views that other operators
-read too are made again after the group, because a kernel's results are no views.
+read too are made again after the group, because a kernel cannot return views.
 """
 
 import operator

@@ -40,6 +40,7 @@ def partition(program: Program, plan: Plan) -> None:
 
 
 def _write_buffers(program: Program, boundary: fx.Node) -> None:
+    """Write the forward's new buffer values in place, in front of `boundary`, the first backward node."""
     buffers, results = program.inputs("buffer"), dict(program.results)
     written = {buffers[name]: results.pop(f"mutation:{name}") for name in program.results_of("mutation")}
     program.set_results(results)
@@ -88,6 +89,7 @@ def _forward(node: fx.Node) -> Note:
 
 
 def _insert_turn(program: Program, boundary: fx.Node) -> None:
+    """Return the outputs at the turn, in front of `boundary`, and take the tangents from it."""
     outputs = list(program.results_of("output").values())
     differentiable = sorted(map(int, program.inputs("tangent")))
     turn = program.emit(TURN, (outputs, differentiable), before=boundary, like=_forward(program.placeholders[0]))
@@ -104,6 +106,7 @@ def _insert_turn(program: Program, boundary: fx.Node) -> None:
 
 
 def _remake_parameter_views(program: Program) -> None:
+    """Make views of parameters again for readers in other sweeps."""
     views = set(_forward_views(program, set(program.inputs("parameter").values())))
     for reader in program.computes:
         copies: dict[fx.Node, fx.Node] = {}

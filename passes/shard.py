@@ -92,6 +92,7 @@ def _lower(sharder: Sharder, node: fx.Node) -> None:
 
 
 def _place_parameter(sharder: Sharder, node: fx.Node, placements: Placements) -> None:
+    """Change a parameter's input to this rank's shard."""
     whole = sharder.type(node)
     shape = local_shape(whole.shape, placements, sharder.axes)
     annotate(node, type=TensorType(whole.dtype, shape, contiguous_stride(shape)),

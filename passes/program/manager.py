@@ -26,7 +26,7 @@ Rewrite = Callable[[Program, Plan], None]
 
 @dataclass(frozen=True)
 class Pass:
-    """A named rewrite with its contract. `after` names the pipeline pass behind which a user's own pass runs."""
+    """A named rewrite with its contract. `after` names the pipeline pass after which a user's own pass runs."""
 
     name: str
     rewrite: Rewrite
@@ -38,8 +38,8 @@ class Pass:
 
 def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (), breaks: tuple[Fact, ...] = (),
                after: str = "") -> Callable[[Rewrite], Pass]:  # fmt: skip
-    """Declare a pass, named after the function. Raises ArgumentError if `after` is no string or the decorated object is
-    no function."""
+    """Declare a pass, named after the function. Raises ArgumentError if `after` is not a string or the decorated object
+    is not a named function."""
     if not isinstance(after, str):
         raise wrong_argument("after", after, "the name of the pass that it comes behind, such as 'chunk'")
 
@@ -66,7 +66,7 @@ class Record:
 
 
 def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass, ...]:
-    """The pipeline with each of the user's passes inserted behind the pass it names.
+    """The pipeline with each of the user's passes inserted after the pass it names.
 
     Raises ArgumentError if a pass in `extra` names one that does not exist.
     """

@@ -112,6 +112,7 @@ class Program:
 
     @property
     def computes(self) -> list[fx.Node]:
+        """All nodes that are neither inputs nor the output."""
         return [node for node in self.graph.nodes if node.op in ("call_function", "call_module")]
 
     @property
@@ -137,10 +138,12 @@ class Program:
         return self.output.args[0]
 
     def results_of(self, kind: str) -> dict[str, fx.Node]:
+        """The results of one kind, by role without its prefix."""
         prefix = kind + ":"
         return {r.removeprefix(prefix): n for r, n in self.results.items() if r.startswith(prefix)}
 
     def positions(self) -> dict[fx.Node, int]:
+        """The index of each node in program order."""
         return {node: i for i, node in enumerate(self.graph.nodes)}
 
     # -- writing -------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def print_program(program: Program, executable: bool = False) -> str:
 
 
 class _Printer:
+    """Prints one function. If `boxed`, it takes its arguments in a list, `box`, which it empties."""
+
     def __init__(self, program: Program, executable: bool, boxed: bool) -> None:
         self.program = program
         self.executable = executable
@@ -160,6 +162,7 @@ def call_text(node: fx.Node) -> str:
 
 @cache
 def target_text(target: Any) -> str:
+    """The name of an operator in a program's text."""
     if getattr(target, "__module__", "") == "_operator":  # arithmetic on Python numbers
         return f"operator.{target.__name__}"
     name = str(target)
@@ -208,6 +211,8 @@ def parse_program(text: str, constants: dict[str, torch.Tensor] | None = None) -
 
 
 class _Parser:
+    """Parses one function, which may call the `functions` parsed before it."""
+
     def __init__(self, text: str, function: ast.FunctionDef, functions: dict[str, Program]) -> None:
         self.lines = text.splitlines()
         self.function = function

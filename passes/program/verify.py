@@ -117,7 +117,7 @@ def _line(node: fx.Node) -> str:
 
 def _well_formed(program: Program, plan: Plan) -> Violation | None:
     seen: set[fx.Node] = set()
-    for name in (program.name, *program.functions):  # the text is executed: a name that is no identifier would be code
+    for name in (program.name, *program.functions):  # the text is executed: an invalid name would become code
         if not is_identifier(name):
             return Violation(program.output, f"a function called {name!r}", "a name by program.names.identifier")
     for node in program.graph.nodes:

@@ -67,7 +67,8 @@ class Sharder:
         self.weights: set[fx.Node] = set()  # parameters, and values computed from them alone
         self.wanted: dict[fx.Node, Placements] = {}  # how values that become gradients should be placed
         self.everywhere = (REPLICATE,) * len(axes)
-        # Redistributed values, per phase: a gathered tensor that the backward read again would live until then.
+        # Redistributed values, keyed by phase: if the backward reused a tensor that the forward gathered, it would stay
+        # in memory until then.
         self._moved: dict[tuple[fx.Node, Placements, str], fx.Node] = {}
         self.at: fx.Node  # the old operator that is being lowered
 
@@ -275,7 +276,7 @@ class Sharder:
             return 0.0
         if found == PARTIAL:  # reduce-scattered only as `resolved` would, so that other readers find it
             return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
-        # Moving a shard to another dimension means gathering and cutting it: dearer than reading the gathered tensor.
+        # Moving a shard to another dimension gathers and cuts it, which costs more than reading the gathered tensor.
         return 1.0 if wanted == REPLICATE else 2.0
 
     def _check_heads(self, call: Call, best: Row, place: int) -> None:
@@ -362,7 +363,8 @@ class Sharder:
         return sizes // ranks if isinstance(sizes, int) else [size // ranks for size in sizes]
 
     def _share_of_mean(self, node: fx.Node, made: fx.Node, inputs: list[Placements]) -> fx.Node:
-        """A mean over a sharded dimension is the sum over its ranks of their means divided by the number of ranks."""
+        """Divide a mean over a sharded dimension by the number of ranks that shard it, so that the results sum to the
+        mean."""
         if node.target not in (aten.mean.dim, aten.mean.default):
             return made
         ndim = len(self.type(node.args[0]).shape)

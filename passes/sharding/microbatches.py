@@ -1,10 +1,10 @@
-"""Turns the program of one microbatch into a program of the whole batch, of which a microbatch is read.
+"""Turns the program of one microbatch into one that takes the whole batch and reads a microbatch from it.
 
-This is right only if the whole batch's values follow from those of all microbatches, which is proven first, on two
-captures of the forward: with the whole batch and with one part of it. They must be equal, operator by operator, but for
-sizes, and each operator must have a legal row for the placements of its arguments: split by examples, the same for all,
-or terms of a sum or of a mean over the microbatches. The backward needs no proof: it is the derivative of the part's
-forward, with the gradient of a mean divided among its terms.
+This is valid only if the whole batch's values follow from those of all microbatches. That is proven first, on two
+captures of the forward: with the whole batch, and with one part of it. They must be equal, operator by operator, but
+for sizes, and each operator must have a legal row for the placements of its arguments: split by examples, the same for
+all, or terms of a sum or of a mean over the microbatches. The backward needs no proof: it is the derivative of the
+part's forward, with the gradient of a mean divided among its terms.
 """
 
 import operator

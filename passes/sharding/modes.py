@@ -1,6 +1,6 @@
-"""Tensor parallel modes as data: what each axis of a mode's mesh does. The shard pass knows nothing else of modes.
+"""Tensor parallel modes as data: what each axis of a mode's mesh shards. The shard pass knows modes only from here.
 
-    mode     axes              activations              linear weight [out, in]    what is partial becomes
+    mode     axes              activations              linear weight [out, in]    a partial sum becomes
     1d       tp                R (or sequence: S1)      S0, then S1                R (or S1)
     2d       row, col          S0, S-1                  S1, S0                     -, S-1
     2.5d     depth, row, col   S0, S0, S-1              R, S1, S0                  -, -, S-1

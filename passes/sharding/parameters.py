@@ -115,8 +115,8 @@ def _sharded_dim(use: Use, role: Role) -> int | None:
 
 
 def is_hidden_sharded(role: Role, turned: bool) -> bool:
-    """Whether the axis shards the hidden dimension of activations; `turned`: of those made by the first linear
-    layer."""
+    """Whether the axis shards the hidden dimension of activations: if `turned`, of those made by a first linear layer,
+    else of all others."""
     return role.activation == "hidden" if role.weight != "turns" else (role.activation == "hidden") != turned
 
 

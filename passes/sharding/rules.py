@@ -105,7 +105,7 @@ def scaling(call: Call) -> list[Row]:
 
 
 def product(call: Call) -> list[Row]:
-    """Elementwise, and linear in each of two arguments alone."""
+    """Elementwise, and linear in each of two arguments separately."""
     rows = scaling(call)
     return [*rows, _alike(call, (REPLICATE, PARTIAL), PARTIAL)] if len(call.node.all_input_nodes) == 2 else rows
 
@@ -133,7 +133,8 @@ def tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def mapped(call: Call, along: Callable[[int], int | None]) -> list[Row]:
-    """Dimension `d` of the only argument becomes dimension `along(d)` of every result; None if it cannot be sharded."""
+    """Dimension `d` of the only argument becomes `along(d)` of every result; `along` returns None if it cannot be
+    sharded."""
     rows = [Row((PARTIAL,), (PARTIAL,) * len(call.results))]
     for _, shard in call.found_shards():
         dim = along(shard.dim)
@@ -282,7 +283,7 @@ def summed(call: Call) -> list[Row]:
 
 
 def largest(call: Call) -> list[Row]:
-    """As for sums, but a maximum along a sharded dimension is no partial sum."""
+    """As for sums, but along a sharded dimension no rank can tell the maximum alone."""
     return [row for row in summed(call) if PARTIAL not in row.results]
 
 
@@ -312,7 +313,8 @@ def batched_product(call: Call) -> list[Row]:
 
 
 def attention(call: Call) -> list[Row]:
-    """Batch or heads. A mask is sharded with the batch; each rank keeps the state of its own generator."""
+    """Sharded along the batch or the heads. A mask is sharded with the batch; each rank keeps its own generator's
+    state."""
     batch, heads = Shard(0), Shard(1)
     mask = len(call.operands) - 3
     return [

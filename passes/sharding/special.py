@@ -23,7 +23,8 @@ EACH = 0
 
 
 def addmm(s: Sharder, node: fx.Node) -> None:
-    """A bias is added once the product's partial sums are reduced, and placed like the product."""
+    """Reduce the product's partial sums before adding the bias, which is placed like the product. A sum that will be
+    scattered along the sequence stays partial; each rank adds bias / ranks to its part."""
     bias, x, weight = node.args[:3]
     if node.kwargs or s.type(bias).shape != s.type(node).shape[1:]:  # scaled, or not one bias per feature
         s.lower(node)
@@ -36,7 +37,7 @@ def addmm(s: Sharder, node: fx.Node) -> None:
     along = tuple(Shard(0, p.sections) if isinstance(p, Shard) and p.dim == 1 else REPLICATE for p in settled)
     bias_shard = s.local(bias, along)
     ranks = prod(axis.size for axis, waits in zip(s.axes, late, strict=True) if waits)
-    if ranks > 1:  # the sum is reduced later, along the sequence, and includes the bias
+    if ranks > 1:  # the sum is reduced later, along the sequence, and with it the bias
         bias_shard = s.emit(aten.div.Scalar, bias_shard, ranks)
     if settled == result:
         s.set(node, s.emit(aten.addmm.default, bias_shard, x_shard, weight_shard), result)
@@ -129,7 +130,7 @@ def _own(s: Sharder, ids: fx.Node, axes: list[Axis], count: int) -> tuple[fx.Nod
 
 
 def layer_norm(s: Sharder, node: fx.Node) -> None:
-    """Mean and deviation over a sharded dimension take two sums over the ranks."""
+    """Over a sharded dimension, the sums for mean and variance take one all-reduce each."""
     x, shape, weight, bias, eps = node.args
     _settle(s, x)
     placements = s.placements(x) if len(shape) == 1 else s.everywhere
@@ -160,8 +161,8 @@ def layer_norm(s: Sharder, node: fx.Node) -> None:
 
 
 def layer_norm_gradient(s: Sharder, node: fx.Node) -> None:
-    """With n = (x - mean) * rstd and g = gradient * weight, the gradient of x is rstd * (g - mean(g) - n * mean(g *
-    n)). Both means are over all ranks, and are exchanged as one tensor."""
+    """With n = (x - mean) * rstd and g = gradient * weight, the gradient of x is
+    `rstd * (g - mean(g) - n * mean(g * n))`. Both means are over all ranks, and are all-reduced as one tensor."""
     gradient, x, shape, mean, rstd, weight, _, mask = node.args
     _settle(s, x)
     placements = s.placements(x) if len(shape) == 1 else s.everywhere
@@ -229,7 +230,7 @@ def _cast(s: Sharder, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def log_softmax(s: Sharder, node: fx.Node) -> None:
-    """The maximum and the sum of exponentials are exchanged, each one number per token."""
+    """Over a sharded vocabulary, the maximum and the sum of exponentials are all-reduced, each one number per token."""
     x, dim = node.args[0], node.args[1] % len(s.type(node.args[0]).shape)
     _settle(s, x)
     axes = s.sharding_axes(s.placements(x), dim)
@@ -245,7 +246,7 @@ def log_softmax(s: Sharder, node: fx.Node) -> None:
 
 
 def log_softmax_gradient(s: Sharder, node: fx.Node) -> None:
-    """The gradient of x is g - softmax(x) * sum(g); the sum is exchanged, one number per token."""
+    """The gradient of x is g - softmax(x) * sum(g); the sum is all-reduced, one number per token."""
     gradient, result, dim, dtype = node.args
     _settle(s, result)
     dim %= len(s.type(result).shape)

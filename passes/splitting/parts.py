@@ -1,4 +1,4 @@
-"""Shared parts of the passes that write a program anew for several microbatches: gradient sums and random numbers.
+"""Gradient sums and random numbers for the passes that write a program anew for several microbatches.
 
 Gradients are summed in float32, in the order of the microbatches, and rounded once. Random numbers are those of
 separate calls, one per microbatch, in order: at the start of the program the generator is advanced through the draws,
@@ -117,6 +117,7 @@ class Parts:
                 yield total
 
     def rounded(self, total: Total, like: Note) -> fx.Node:
+        """The value of a complete sum, in the gradient's dtype."""
         assert total.value is not None
         if tensor_type(total.value).dtype == total.dtype:
             return total.value
