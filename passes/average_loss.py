@@ -14,9 +14,9 @@ A rank's mean loss is weighted by its token count over the average count per ran
 ranks is then the mean over all tokens, and averaging gradients over the ranks yields its gradients. Every scalar output
 of the model is averaged, so that all ranks see the same loss.
 
-Microbatches are averaged like ranks, by `split_batch`. Ranks may differ in the token count of each of their
-microbatches, so the average is taken over the sum of a rank's microbatches. In a pipeline and in rounds, where
-backwards begin before all forwards are done, tokens are counted from the labels, which are known from the start.
+Microbatches are averaged like ranks, by `split_batch`. Token counts are averaged per rank and not per microbatch,
+because ranks may run different numbers of microbatches. In a pipeline and in rounds, where backwards begin before all
+forwards are done, tokens are counted from the labels, which are known from the start.
 """
 
 import operator
@@ -96,7 +96,7 @@ def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Pla
 
 
 def _mean_count(program: Program, count: fx.Node, microbatches: int, behind: fx.Node) -> fx.Node:
-    """The average number of tokens per microbatch, over all ranks."""
+    """The average number of tokens per rank, divided by this rank's number of microbatches."""
     if microbatches == 1:
         return program.emit(AVERAGE, (count,), before=behind, like=note(count))
     of_all = program.emit(MUL, (count, microbatches), before=behind, like=note(count))

@@ -1,4 +1,4 @@
-"""Dequantise weights again in each sweep whose backward reads them, instead of keeping them.
+"""Dequantise weights again in each later sweep that reads them, instead of keeping them.
 
     before                                               after
     w = geminifx.dequantize(codes, scales, "nf4", ...)   w = geminifx.dequantize(codes, scales, "nf4", ...)

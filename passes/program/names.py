@@ -38,7 +38,7 @@ def _escape(char: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """The inverse of `escaped`. Raises ValueError on an escape sequence that `escaped` does not write."""
+    """The inverse of `escaped`. Raises ValueError on a truncated escape sequence."""
     return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 

@@ -94,13 +94,12 @@ class Stages:
         return self.schedule.runner(Action(self.stage[node], microbatch or 0, self._kind(node)))
 
     def joiner(self, node: fx.Node) -> int:
-        """The rank that joins what a stage's forward makes for the microbatches: the one that makes the last of
-        them."""
+        """The rank that joins a stage's values of all microbatches: the one that runs its last forward."""
         return self.schedule.runner(Action(self.stage[node], self.plan.microbatches - 1, "F"))
 
     def ranks_of(self, node: fx.Node) -> list[int]:
-        """The ranks that make the value of a stage's operator: one per microbatch, or one if it is made for all of them
-        at once."""
+        """The ranks that make the value of a stage's operator, by microbatch, or the one that makes it for all of
+        them."""
         if node in self.own:
             return [self.rank_of(node, microbatch) for microbatch in range(self.plan.microbatches)]
         return [self.rank_of(node)]
@@ -193,8 +192,7 @@ class Stages:
         return [Output(role) for role, node in outputs if node in self.stage and self.joiner(node) == rank]
 
     def sends(self, rank: int) -> Iterator[Sent]:
-        """What a rank sends, in order. Messages to one rank arrive in order, so each is received no later than the
-        next."""
+        """What a rank sends, in order. Messages to one rank are received in the order in which they are sent."""
         early, messages = True, list[Sent]()
         for place, (action, items) in enumerate(self.items(rank)):
             for item in items:
@@ -208,8 +206,7 @@ class Stages:
         return iter(messages)
 
     def _read_by(self, item: Item, rank: int, early: bool) -> float:
-        """The index of the first action in which `rank` is certain to read an item sent to it; infinity if there is
-        none."""
+        """The index of the first action in which `rank` is sure to read an item sent to it; infinity if none is."""
         turn, places = self.schedule.turn(rank), list[float]()
         if isinstance(item, Made):
             every = range(self.plan.microbatches) if item.microbatch is None else (item.microbatch,)
