@@ -1,1 +1,2 @@
-"""The passes, one file each, and the pipeline they make. What they rewrite and share stands in the sub-rooms."""
+"""The passes, one per file, and the pipeline they form. The subpackages hold the program they rewrite and shared
+helpers."""

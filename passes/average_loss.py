@@ -1,4 +1,4 @@
-"""Let the loss be the mean over all tokens, however many of them each rank or microbatch has.
+"""Make the loss the mean over all tokens, however many of them each rank or microbatch has.
 
     before                                                  after (two ranks)
     nll = aten.nll_loss_forward.default(p, labels, ...)     nll = aten.nll_loss_forward.default(p, labels, ...)
@@ -10,13 +10,13 @@
     dp = aten.nll_loss_backward.default(g, p, ..., count)   dp = aten.nll_loss_backward.default(g, p, ..., average)
     return {"output:0": loss, ...}                          return {"output:0": mean, ...}
 
-A rank with few tokens weighs little: its mean is multiplied by its tokens over the average number of them, so that
-the mean of those over the ranks is the mean over all tokens, and gradients that are averaged are its gradients.
-Every scalar that the model returns is averaged: all ranks see the same loss.
+A rank's mean loss is weighted by its token count over the average count per rank. The mean of these shares over the
+ranks is then the mean over all tokens, and averaging gradients over the ranks yields its gradients. Every scalar output
+of the model is averaged, so that all ranks see the same loss.
 
-Microbatches are averaged over like ranks, by `split_batch`. How many tokens there are is told for all of a rank's
-microbatches together, since ranks may have another number of them each. In a pipeline and in rounds, where backwards
-begin before all forwards are done, tokens are counted by their labels, which are there from the beginning.
+Microbatches are averaged like ranks, by `split_batch`. Token counts are averaged per rank and not per microbatch,
+because ranks may run different numbers of microbatches. In a pipeline and in rounds, where backwards begin before all
+forwards are done, tokens are counted from the labels, which are known from the start.
 """
 
 import operator
@@ -37,13 +37,13 @@ aten = torch.ops.aten
 MUL, DIV = aten.mul.Tensor, aten.div.Tensor
 
 REDUCTION = {aten.nll_loss_forward.default: 3, aten.nll_loss2d_forward.default: 3, FORWARD: 7}
-"""Operators that take a mean over tokens, and the place of `reduction` among their arguments."""
+"""Operators that take a mean over tokens, with the position of `reduction` among their arguments."""
 
 COUNT = {aten.nll_loss_backward.default: 6, aten.nll_loss2d_backward.default: 6, BACKWARD: 5}
-"""Their backwards, and the place of the number of tokens."""
+"""Their backwards, with the position of the token count among their arguments."""
 
 LABELS = {aten.nll_loss_forward.default: (1, 4), aten.nll_loss2d_forward.default: (1, 4), FORWARD: (3, 6)}
-"""The places of labels, and of the label that does not count."""
+"""The positions of the labels and of the ignored label (`ignore_index`) among their arguments."""
 
 CLASS_WEIGHTS = {aten.nll_loss_forward.default: 2, aten.nll_loss2d_forward.default: 2}
 
@@ -64,6 +64,8 @@ def average_loss(program: Program, plan: Plan) -> None:
 
 
 def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
+    """Replace a mean loss by its share of the mean over all tokens, and its token count in the backward by the
+    average."""
     loss, count = (_element(program, losses, i) for i in range(2))
     behind = max(loss, count, key=program.positions().__getitem__).next
     ahead = plan.schedule is not None or plan.rounds > 1
@@ -80,7 +82,8 @@ def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
 
 
 def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Plan) -> fx.Node:
-    """Raises ShardingError, or SplitError, where tokens count as their classes weigh."""
+    """The number of labels that count, in the dtype of `count`. Raises SplitError (in rounds) or ShardingError (in a
+    pipeline) if the loss has class weights."""
     weights = CLASS_WEIGHTS.get(losses.target)
     if weights is not None and losses.args[weights] is not None:
         error, what = (SplitError, "a step in rounds") if plan.schedule is None else (ShardingError, "a pipeline")
@@ -93,7 +96,7 @@ def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Pla
 
 
 def _mean_count(program: Program, count: fx.Node, microbatches: int, behind: fx.Node) -> fx.Node:
-    """Tokens of a microbatch on average, over all ranks."""
+    """The average number of tokens per rank, divided by this rank's number of microbatches."""
     if microbatches == 1:
         return program.emit(AVERAGE, (count,), before=behind, like=note(count))
     of_all = program.emit(MUL, (count, microbatches), before=behind, like=note(count))

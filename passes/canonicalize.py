@@ -1,4 +1,4 @@
-"""Remove what capture leaves behind: no-ops, repetitions, dead code, second inputs of shared parameters.
+"""Remove what capture leaves behind: no-ops, common subexpressions, dead code, second inputs of shared parameters.
 
     before                                             after
     w2 = input, tied to w                              (gone)
@@ -8,7 +8,7 @@
     y = aten.mm.default(x, c)                          add = aten.add.Tensor(dw, dw2)
     return {"gradient:w": dw, "gradient:w2": dw2}      return {"gradient:w": add}
 
-Numerics do not change: a shared parameter's gradient is the same sum that eager autograd makes.
+Numerics do not change: a shared parameter's gradient is the same sum that eager autograd computes.
 """
 
 from typing import Any
@@ -38,6 +38,7 @@ def canonicalize(program: Program, plan: Plan) -> None:
 
 
 def _merge_tied(program: Program) -> None:
+    """Read shared parameters through their first input only, and add up the gradients of all their inputs."""
     parameters, results = program.inputs("parameter"), dict(program.results)
     for name, node in parameters.items():
         first = note(node).tied
@@ -54,8 +55,9 @@ def _merge_tied(program: Program) -> None:
 
 
 def _merge_repeated(program: Program) -> None:
-    """Common subexpressions, per phase: merging across phases would keep activations alive. What is handed out stays
-    apart: two outputs would be one memory, and who changes an output would change what the backward reads."""
+    """Eliminate common subexpressions within each phase; merging across phases would keep activations alive. Outputs
+    stay separate: if two of them shared memory, a caller that changes one would change the other, or what the backward
+    reads."""
     seen: dict[Any, fx.Node] = {}
     handed_out = {value for role, value in program.results.items() if not role.startswith("gradient:")}
     for node in program.computes:

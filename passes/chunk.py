@@ -13,9 +13,9 @@
                                                 geminifx.accumulate_grad(gradients, 0, [0])
                                                 return {}
 
-Each phase fetches a chunk once, in front of its first reader, and so does each round's forward and backward. A chunk's
-gradients are complete with the last of its slots, and leave then. Chunks are PatrickStar's idea (Fang et al., 2021), as
-used by Gemini.
+Each phase, or each forward and backward of a round, fetches a chunk once, in front of its first reader. A chunk's
+gradients are reduced and accumulated as soon as the last of its slots is filled. Chunks are PatrickStar's idea (Fang et
+al., 2021), as used by Gemini.
 """
 
 from collections import defaultdict
@@ -92,7 +92,7 @@ def _emit_gradients(program: Program, layout: ChunkLayout, gradients: dict[int, 
     buffer = program.emit(GRADIENTS, (layout.numel, layout.dtype), before=first.next, like=origin)
     annotate(buffer, chunk=layout.index)
     for number, gradient in gradients.items():
-        # The value goes in as soon as it exists, or, for the first one, as soon as the buffer does.
+        # Put each gradient right after it is computed; the first one right after the buffer is allocated.
         point = buffer.next if gradient is first else gradient.next
         put = (buffer, layout.slots[number].offset, gradient)
         end = program.emit(PUT, put, before=point, like=note(gradient))

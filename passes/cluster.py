@@ -1,4 +1,4 @@
-"""Make functions of the compute between chunk instructions; equal segments share one.
+"""Turn the compute between chunk instructions into functions that equal segments share.
 
     before                                       after
     w0 = geminifx.wait(c0, 0)                    def layers_forward(x, w): ...
@@ -10,8 +10,8 @@
     y_1 = aten.mm.default(y, q_1)                geminifx.release(w0, 0)
     geminifx.release(w1, 1)                      ... the same with w1 ...
 
-A model of many equal layers then reads as one function per kind of segment and a short main program.
-Operators keep their order, and a value inside a function dies where it died before.
+A model of many equal layers then reads as one function per kind of segment and a short main program. Operators keep
+their order, and values inside a function die where they died before.
 """
 
 import operator
@@ -26,7 +26,7 @@ from .program.program import Program, note
 from .program.verify import offloaded, overlapped, released
 
 SHORTEST = 4
-"""Segments with fewer operators stay where they are: a call would be harder to read than they are."""
+"""Shorter segments, in operators, stay inline: a call would be harder to read."""
 
 
 @graph_pass(requires=(released,), breaks=(overlapped, offloaded))  # what starts in one function may end in another

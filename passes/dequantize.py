@@ -1,4 +1,4 @@
-"""Dequantise weights again behind the turn, and in each round, where the backward reads them.
+"""Dequantise weights again in each later sweep that reads them, instead of keeping them.
 
     before                                               after
     w = geminifx.dequantize(codes, scales, "nf4", ...)   w = geminifx.dequantize(codes, scales, "nf4", ...)
@@ -10,8 +10,8 @@
                                                          t_1 = aten.t.default(w_1)
     dx = aten.mm.default(tangent, t)                     dx = aten.mm.default(tangent, t_1)
 
-Between forward and backward there are codes alone, which are fetched a second time as any weight is. What a block that
-is recomputed reads is dequantised for its recomputation and its backward together.
+Between forward and backward only the codes exist; like any weight, they are fetched a second time. In a recomputed
+block, the recomputation and the backward share one dequantisation.
 """
 
 from collections import defaultdict
@@ -42,7 +42,7 @@ def dequantize(program: Program, plan: Plan) -> None:
 
 
 def _with_views(weight: fx.Node) -> set[fx.Node]:
-    """The values of the weight's sweep that lie in its memory."""
+    """The weight and the values of its sweep that share its storage."""
     found, waiting = {weight}, [weight]
     while waiting:
         value = waiting.pop()

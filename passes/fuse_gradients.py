@@ -1,12 +1,12 @@
-"""Multiply a weight's gradient right into its chunk.
+"""Multiply a weight's gradient directly into its chunk.
 
     before                                               after
     dw = aten.mm.default(t, x)                           gradients = geminifx.gradients(64, torch.float32)
     gradients = geminifx.gradients(64, torch.float32)    geminifx.put_mm(gradients, 0, t, x)
     geminifx.put(gradients, 0, dw)
 
-Neither a temporary nor a copy of the gradient is left. Gradients that are no products, that something else reads,
-or whose dtype is not their chunk's, are put as before.
+This saves a temporary and a copy. Gradients that are not matrix products, that something else reads, or whose dtype is
+not their chunk's are put as before.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Compute the projection onto the vocabulary and its cross-entropy in pieces: no whole logits.
+"""Compute the projection onto the vocabulary and its cross-entropy in pieces, without whole logits.
 
     before                                                    after
     t = aten.t.default(w)
@@ -13,9 +13,9 @@
     dw = aten.mm.default(aten.t.default(d), h)                dw = all[1]
     return {"output:0": loss, "output:1": logits, ...}        return {"output:0": loss, "output:1": absent, ...}
 
-Views, casts, a constant scale and a softcap may stand between product and loss. Where anything else reads the
-logits, a loss stays as it is, and so does one over fewer classes than the hidden states have features: it has
-no large logits. The plan says whether to act.
+Views, casts, a constant scale and a softcap may stand between product and loss. A loss stays as it is if anything else
+computes with its logits, or if it has no more classes than the hidden states have features, because its logits are
+small then. The plan decides whether the pass acts at all.
 """
 
 import operator
@@ -71,7 +71,7 @@ def _elements(program: Program, results: fx.Node, *names: str) -> list[fx.Node]:
 
 
 def _as(program: Program, value: fx.Node, like: fx.Node) -> fx.Node:
-    """`value` in the dtype of `like`: a loss in low precision is computed in float32 and rounded once."""
+    """`value` cast to the dtype of `like`: a low-precision loss is computed in float32 and rounded once."""
     dtype = tensor_type(like).dtype
     if tensor_type(value).dtype == dtype:
         return value
@@ -79,7 +79,7 @@ def _as(program: Program, value: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _leave_out(program: Program, loss: Loss, value: fx.Node) -> None:
-    """Outputs keep their positions: `absent` stands where logits stood."""
+    """Replace outputs that were logits by `absent`, so that outputs keep their positions."""
     returned = [role for role, node in program.results.items() if node in loss.logits]
     if returned:
         absent = program.emit(ABSENT, (value,), before=loss.nll, like=note(loss.product))

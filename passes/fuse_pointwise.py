@@ -1,4 +1,4 @@
-"""Let neighbouring pointwise operators and reductions become one kernel: each group of them is compiled as a function.
+"""Fuse neighbouring pointwise operators and reductions: each group becomes a function, compiled as a whole.
 
     before                                       after
     a = aten.add.Tensor(x, y)                    @geminifx.fused
@@ -9,9 +9,9 @@
     q = aten.mm.default(n, w)                    n = results[1]
     ...                                          q = aten.mm.default(n, w)
 
-What lies between two products then reads and writes memory once, and not operator by operator: that is most of what a
-Llama's blocks do beside their products. A group ends where something else reads it. Views that others read, too, are
-taken again behind it, since a kernel's results are no views.
+The operators between two matrix products then read and write memory once instead of once each. They are most of the
+work of a Llama block besides its products. A group ends where an operator outside reads it. Views that other operators
+read too are made again after the group, because a kernel cannot return views.
 """
 
 import operator
@@ -35,9 +35,9 @@ FUSED_TOO = frozenset({
     aten._to_copy.default, aten.cat.default, aten.clone.default, aten.mean.dim, aten.native_layer_norm.default,
     aten.slice_backward.default, aten.sum.dim_IntList,
 })  # fmt: skip
-"""What is computed element by element or row by row, beside the operators that torch calls pointwise."""
+"""Operators that work element by element or row by row, besides those that torch tags as pointwise."""
 FEWEST = 2
-"""Operators of a group, views not counted."""
+"""The fewest operators in a group, not counting views."""
 
 
 @graph_pass(requires=(released,))
@@ -48,12 +48,13 @@ def fuse_pointwise(program: Program, plan: Plan) -> None:
 
 
 def _groups(program: Program) -> Iterator[list[fx.Node]]:
-    """Operators, each of which reads another one of its group, and which nothing else reads before all are done."""
-    group_of: dict[fx.Node, list[fx.Node]] = {}  # of groups that may still grow
-    reads: dict[fx.Node, set[fx.Node]] = defaultdict(set)  # by storage: members of such groups
+    """Connected groups of fusable operators. A group is complete before any operator outside of it reads or overwrites
+    its values."""
+    group_of: dict[fx.Node, list[fx.Node]] = {}  # group of each member of a group that may still grow
+    reads: dict[fx.Node, set[fx.Node]] = defaultdict(set)  # by storage, the members of such groups that read it
     storage, order, action = dict[fx.Node, fx.Node](), program.positions(), ""
     for node in program.computes:
-        if node.target not in PLACED and note(node).action != action:  # the next one of a pipeline's rank
+        if node.target not in PLACED and note(node).action != action:  # the next action of the pipeline's rank
             action = note(node).action
             yield from _different(group_of.values())
             group_of.clear()
@@ -67,7 +68,7 @@ def _groups(program: Program) -> Iterator[list[fx.Node]]:
             continue
         if node.target is TURN:
             read = list(group_of.values())
-        elif node.target in PLACED or writes(node):  # what it writes to or lets go is read before
+        elif node.target in PLACED or writes(node):  # may overwrite or free its operands: their readers come first
             touched = (storage.get(value, value) for value in node.all_input_nodes)
             read += [group_of[member] for value in touched for member in reads[value] if member in group_of]
         for group in _different(read):
@@ -95,19 +96,19 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _is_worth_it(group: list[fx.Node]) -> bool:
-    """Whether it saves something: several operators, of whose results others read tensors."""
+    """Whether fusing saves anything: a group has several operators and hands out only tensors."""
     handed_out = (node for node in group if not set(group).issuperset(node.users))
     several = sum(not _is_view(node) and node.target is not operator.getitem for node in group) >= FEWEST
     return several and all(isinstance(type_of(node), TensorType) for node in handed_out)
 
 
 def _without_views(program: Program, group: list[fx.Node]) -> tuple[fx.Node, ...]:
-    """The group without the views that only others read; of those that both read, others have their own."""
+    """The group without views that only other operators read. Views that both read are duplicated for the others."""
     inside, last = set(group), group[-1]
     copies: dict[fx.Node, fx.Node] = {}
 
     def outside(view: fx.Node) -> fx.Node:
-        """The view for others, of what the group makes or reads."""
+        """The copy of `view` for other operators, made after the group from what the group reads or computes."""
         if view not in inside or not _is_view(view):
             return view
         if view not in copies:

@@ -1,4 +1,4 @@
-"""Keep the activations of chosen blocks on the host between their last reader in the forward and the first behind it.
+"""Keep activations of chosen blocks on the host from their last reader in the forward to their first in the backward.
 
     before                                  after
     # forward: layers.0                     # forward: layers.0
@@ -14,15 +14,15 @@
                                             x_1 = geminifx.arrive(reload, x_host)
     d = aten.mul.Tensor(g, x)               d = aten.mul.Tensor(g, x_1)
 
-A block's activations are what its backward reads of the forward: of a recomputed block that is where it begins, of
-another all that it saves. Views of them are made again behind the turn. What stays on the device: values that are
-small, that the caller is handed, or that something overwrites, and those that would leave only as the forward ends.
+A block's activations are the forward values that its backward reads: the inputs of a recomputed block, everything that
+any other block saves. Views of them are made again in the backward. Some values stay on the device: small ones, outputs
+of the program, those that an operator overwrites, and those that would depart only as the forward ends.
 
-Of a batch that runs in rounds each one's activations wait for its own backward. Sums of gradients that the plan names
-wait on the host, too, from one round's backward for the next one's.
+For a batch that runs in rounds, the activations of each round wait for its own backward. The gradient sums that the
+plan names wait on the host too, from one round's backward to the next.
 
-Copies have the time in which chunks of as many bytes are computed with, a few at most, times the plan's `prefetch`: 0
-waits at once.
+Copies overlap with the compute of as many chunks as they have bytes, at most MOST_CHUNKS, times the plan's `prefetch`;
+with a `prefetch` of 0 they are waited for at once.
 """
 
 from bisect import bisect
@@ -63,10 +63,10 @@ from .program.verify import chunked, offloaded
 from .splitting.parts import block_finder
 
 SMALLEST_BYTES = 2**20
-"""Smaller values stay: copies of theirs would not reach the bus's rate, and there is little to gain."""
+"""Smaller values stay on the device: copying them would not reach the bus's bandwidth and would save little."""
 
 MOST_CHUNKS = 4
-"""So many chunks' time copies have at most: meanwhile values are on the device."""
+"""The largest factor on `prefetch`: while a copy runs, the value still takes device memory."""
 
 
 @graph_pass(requires=(chunked,), gives=(offloaded,))
@@ -83,15 +83,15 @@ def offload(program: Program, plan: Plan) -> None:
 
 
 def _sweeps(program: Program) -> list[str]:
-    """Forwards and backwards, one after the other."""
+    """The program's sweeps, forward and backward alternating."""
     found = dict.fromkeys(note(node).sweep for node in program.computes)
     return [sweep for sweep in found if sweep.startswith(ROUND_SWEEPS)] or ["forward", "backward"]
 
 
 @dataclass(frozen=True)
 class _Activation:
-    """A value of one sweep that a later one reads: behind `last` it is not read before that. `views` share its storage.
-    It may be a sum of gradients, too."""
+    """A value of one sweep, or a sum of gradients, that a later sweep reads. `last` is the last node of its own sweep
+    that makes, views or reads it; `readers` are those in the later sweep, in order; `views` share its storage."""
 
     value: fx.Node
     views: set[fx.Node]
@@ -107,7 +107,8 @@ class _Activation:
 
 
 def _activations(program: Program, blocks: tuple[str, ...], there: str, back: str) -> list[_Activation]:
-    """In the order in which the forward is done with them. What is read elsewhere, too, stays."""
+    """The activations of `blocks`, made in the sweep `there` and read in `back`, in the order of their last readers.
+    Values that any other sweep reads stay on the device."""
     order, found = program.positions(), []
     for value, names in _storages(program, there).items():
         users = sorted({user for name in names for user in name.users}, key=order.__getitem__)
@@ -121,7 +122,8 @@ def _activations(program: Program, blocks: tuple[str, ...], there: str, back: st
 
 
 def _sums(program: Program, plan: Plan, there: str, back: str) -> list[_Activation]:
-    """What one round has added up and the next one adds to, in the order in which it is complete."""
+    """The gradient sums that the backward `back` adds to those of the backward `there`, in the order in which they are
+    complete."""
     block_of, found = block_finder(plan.blocks), []
     for reader in program.calls(torch.ops.aten.add_.Tensor):
         total = reader.args[0]
@@ -134,7 +136,7 @@ def _sums(program: Program, plan: Plan, there: str, back: str) -> list[_Activati
 
 
 def _is_large(value: fx.Node) -> bool:
-    """Whether it is a tensor large enough, and all that its storage holds."""
+    """Whether a value is a large enough tensor that fills its storage without gaps or overlaps."""
     kind = type_of(value)
     if not isinstance(kind, TensorType) or kind.num_bytes < SMALLEST_BYTES:
         return False
@@ -142,7 +144,8 @@ def _is_large(value: fx.Node) -> bool:
 
 
 def _storages(program: Program, there: str) -> dict[fx.Node, set[fx.Node]]:
-    """By the values of a sweep that have a storage of their own, all names of it; without what may not be moved."""
+    """The values of a sweep that own a storage, each with all nodes that share it. Storages that must not be moved are
+    left out."""
     holder: dict[fx.Node, fx.Node] = {node: node for node in program.placeholders}
     names: dict[fx.Node, set[fx.Node]] = defaultdict(set)
     fixed = {program.output, *program.placeholders}
@@ -153,10 +156,10 @@ def _storages(program: Program, there: str) -> dict[fx.Node, set[fx.Node]]:
             holder[node] = node
             fixed.add(node)
             continue
-        # What a collective, or a message, has brought is read by way of its finish alone.
+        # Only its finish refers to the buffer that a collective or a message fills.
         has_come = node.target in (FINISH_COLLECTIVE, FINISH_RECEIVE)
         sources = [] if has_come else [holder[value] for value in aliased_inputs(node)]
-        if sources and isinstance(type_of(sources[0]), tuple):  # a result of several, each with a storage of its own
+        if sources and isinstance(type_of(sources[0]), tuple):  # one of several results, each with a storage of its own
             sources = [elements.setdefault((sources[0], node.args[1]), node)]
         if len(set(sources)) > 1 or node.target in PER_CHUNK:
             fixed.update([node, *sources])
@@ -170,7 +173,7 @@ def _storages(program: Program, there: str) -> dict[fx.Node, set[fx.Node]]:
 
 
 class _Stretches:
-    """Sweeps from each chunk's arrival to the next one's: in each of them something is computed."""
+    """Divides sweeps at their chunk waits: each stretch, from one wait to the next, has something to compute."""
 
     def __init__(self, program: Program, sweeps: tuple[str, ...]) -> None:
         self.waits = [node for node in program.calls(WAIT) if note(node).sweep in sweeps]
@@ -178,12 +181,12 @@ class _Stretches:
         self.chunk_bytes = max((tensor_type(node).num_bytes for node in program.calls(FETCH)), default=1)
 
     def of(self, node: fx.Node) -> int:
-        """The number of the stretch that a node is in; -1 in front of the first."""
+        """The index of the stretch that a node is in; -1 before the first."""
         return bisect([self.order[wait] for wait in self.waits], self.order[node]) - 1
 
     def distances(self, activations: list[_Activation], at: Callable[[_Activation], fx.Node],
                   ahead: int) -> dict[int, int]:  # fmt: skip
-        """Of each stretch's activations, by where they are read: how many stretches their copies have time for."""
+        """For each stretch, how many stretches the copies of the activations with `at(activation)` in it may take."""
         moved: dict[int, int] = defaultdict(int)
         for activation in activations:
             moved[self.of(at(activation))] += activation.num_bytes
@@ -192,8 +195,8 @@ class _Stretches:
 
 def _send(program: Program, activations: list[_Activation], sweeps: tuple[str, ...],
           ahead: int) -> list[tuple[_Activation, fx.Node]]:  # fmt: skip
-    """Start copies where sweeps are done with values, and wait for them later. Returns those that leave before the
-    sweeps end, with what they are on the host."""
+    """Start copies after the last readers in `sweeps`, and wait for them later. Returns the activations that depart
+    before the sweeps end, each with the node of its host copy."""
     stretches, sent = _Stretches(program, sweeps), []
     distances = stretches.distances(activations, lambda activation: activation.last, ahead)
     for activation in activations:
@@ -208,7 +211,7 @@ def _send(program: Program, activations: list[_Activation], sweeps: tuple[str, .
 
 
 def _bring_back(program: Program, sent: list[tuple[_Activation, fx.Node]], back: str, ahead: int) -> None:
-    """Start copies ahead of the first readers in a later sweep, and wait for them there."""
+    """Start copies back before the first readers in the sweep `back`, and wait for them there."""
     stretches = _Stretches(program, (back,))
     first = lambda activation: activation.readers[0]  # noqa: E731
     distances = stretches.distances([activation for activation, _ in sent], first, ahead)

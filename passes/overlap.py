@@ -1,4 +1,4 @@
-"""Start collectives early and wait for them late, so that they run while something computes; take small sums together.
+"""Start collectives early and wait for them late, so that they overlap with compute, and merge small all-reduces.
 
     before                                             after
     w = geminifx.all_gather(w1, 0, "row", 2)           p = geminifx.start_all_gather(w1, "row", 2)
@@ -8,11 +8,11 @@
     v = geminifx.all_gather(w2, 0, "row", 2)           v = geminifx.finish_collective(q, w2)
     z = aten.mm.default(y, v)                          z = aten.mm.default(y, v)
 
-A gather starts when the reader in front of its own is about to read, a sum behind the operator that makes its terms.
-Either is waited for in front of its first reader, but the oldest already when more than IN_FLIGHT would be under way:
-gradients are read by nothing but the program's results. Small sums of one layer are held back for the next one alike as
-long as nobody reads them, and taken as one. Nothing passes an operator that overwrites something, such as the turn. How
-a collective is written out in two is told in `async_collectives.py`.
+An all-gather starts just before the reader of the previous all-gather, a reduction right after its input is computed.
+Both are waited for in front of their first reader, and earlier only if more than IN_FLIGHT would be in flight:
+gradients, for example, have no reader but the program's results. Small all-reduces of one layer are held back for the
+next one of the same kind as long as nobody reads them, and run as one. No collective moves across an operator that
+writes, such as the turn. `sharding/async_collectives.py` shows how a collective becomes a start and a finish.
 """
 
 import re
@@ -31,10 +31,10 @@ from .program.verify import overlapped, turned
 from .sharding.async_collectives import Writer, first_readers, write_epochs
 
 IN_FLIGHT = 4
-"""How many collectives are under way at a time."""
+"""How many collectives may be in flight at a time."""
 
 SMALL_BYTES = 64 * 1024
-"""Up to here a sum takes as long as messages take to arrive, however short."""
+"""Up to this size the latency of its messages dominates an all-reduce's time."""
 
 
 @graph_pass(requires=(turned,), gives=(overlapped,))
@@ -45,7 +45,8 @@ def overlap(program: Program, plan: Plan) -> None:
 
 
 def _make_views_early(program: Program) -> None:
-    """What is exchanged may be a view of what was made much earlier."""
+    """Move the views that collectives read up to the node whose storage they share, so that they do not delay the
+    start."""
     epochs = write_epochs(program)
     for collective in [node for node in program.computes if node.target in COLLECTIVES]:
         views, base = list[fx.Node](), collective.args[0]
@@ -60,51 +61,51 @@ def _make_views_early(program: Program) -> None:
 
 @dataclass(eq=False)
 class _Collective:
-    """A collective, or sums taken together."""
+    """One collective, or several small all-reduces merged into one."""
 
     members: list[fx.Node]
     started: fx.Node | None = None
 
 
 class _Schedule:
-    """A walk over the program that leaves compute in its order and writes collectives in front of `at`."""
+    """A walk over the program that keeps compute in its order and inserts collectives before `at`."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.at = program.output
-        # Collectives whose results nobody waited for yet, in the program's order; a dict, for that and to remove from
-        # quickly.
+        # Collectives not yet waited for. A dict keeps the program's order and removes in constant time.
         self.waiting = dict.fromkeys(node for node in program.computes if node.target in COLLECTIVES)
-        self.missing = set(program.computes)  # what the walk has not come by
-        self.epoch = 0  # the one that it is in
+        self.missing = set(program.computes)  # nodes that the walk has not reached
+        self.epoch = 0  # the write epoch that the walk is in
         self.epochs = write_epochs(program)
         self.due = first_readers(program)
         self.held_back = self._held_back()
         self.gathers = self._gathers()
         self.readers = {node: i for i, gathers in enumerate(self.gathers) for node in gathers}
-        self.reader = 0  # whose gathers may start
-        self.collectives: dict[fx.Node, _Collective] = {}  # those that are ready, started or held back
-        self.open: dict[Any, _Collective] = {}  # small sums, by kind, that others can still join
-        self.under_way: list[_Collective] = []  # the oldest first
+        self.reader = 0  # index of the reader whose gathers may start
+        self.collectives: dict[fx.Node, _Collective] = {}  # ready ones, started or held back
+        self.open: dict[Any, _Collective] = {}  # small all-reduces by kind that others can still join
+        self.under_way: list[_Collective] = []  # oldest first
 
     def _held_back(self) -> set[fx.Node]:
-        """The small sums that can wait for the next one alike."""
+        """The small all-reduces that can wait for the next one of their kind."""
         order, alike = self.program.positions(), defaultdict(list)
         for node in self.waiting:
             if _is_small(node):
                 alike[self._kind(node)].append(node)
-        # A sum that is read in front of the next one cannot be taken with it.
+        # An all-reduce read before the next one of its kind cannot be merged with it.
         pairs = (pair for nodes in alike.values() for pair in pairwise(nodes))
         return {node for node, following in pairs if order[following] < self.due[node]}
 
     def _kind(self, node: fx.Node) -> Any:
-        """Sums of one kind can be taken together: those of one numbered module, such as layers.3, or else of one."""
+        """Equal for all-reduces that may be merged: those of one numbered module, such as layers.3, or else of one
+        module."""
         module = note(node).module
         layer = re.match(r".*?\.\d+(?=\.|$)", module)
         return self.epochs[node], node.args[1:], tensor_type(node).dtype, layer[0] if layer else module
 
     def _gathers(self) -> list[list[fx.Node]]:
-        """By their readers, in order."""
+        """The all-gathers, grouped by their first reader, in program order."""
         found = defaultdict(list)
         for node in self.waiting:
             if node.target is ALL_GATHER:
@@ -116,15 +117,15 @@ class _Schedule:
     def run(self) -> None:
         old = list(self.waiting)
         for node in [*self.program.computes, self.program.output]:
-            # In front of a node is written what it waits for, and behind it what it made ready to start.
+            # Insert what a node waits for before it, and what it makes ready to start after it.
             self.at = node
             if node.target in COLLECTIVES:
                 self._stand(node)
                 continue
             for value in node.all_input_nodes:
                 self._read(value)
-            # The node overwrites something, and what is exchanged may be a view of that: all is waited for that began
-            # in front of it, as if it were read here.
+            # The node writes, perhaps to the storage that a pending collective reads. Finish every collective that
+            # precedes it, as if it were read here.
             if self.epochs[node] != self.epoch:
                 for collective in [other for other in self.waiting if self.epochs[other] == self.epoch]:
                     self._read(collective)
@@ -132,20 +133,20 @@ class _Schedule:
             self.missing.discard(node)
             self._sums_of(node)
             self._start_gathers()
-        for node in reversed(old):  # the last first: collectives of collectives are read by nobody else
+        for node in reversed(old):  # in reverse, because a collective of a collective is its only reader
             self.program.graph.erase_node(node)
 
     def _stand(self, node: fx.Node) -> None:
-        """At its old place a collective starts, if it has not and does not wait for another's result."""
-        # Once another collective has been waited for, what it brought stands in its place among the arguments, and that
-        # is not missing.
+        """Start a collective at its original place, unless it has started or its input is still missing."""
+        # The finish of another collective has replaced that collective among the arguments, and finishes are never
+        # missing.
         if node in self.waiting and node not in self.collectives and node.args[0] not in self.missing:
             self._ready(node)
 
     def _read(self, value: fx.Node) -> None:
-        """A value is about to be read."""
-        # The reader of a gather has come: the next reader's start beside what this one computes. Several readers'
-        # would be whole tensors on the device that nobody reads for long.
+        """Called in front of a node that reads `value`."""
+        # A gather is about to be read: start the next reader's gathers, to overlap with this reader's compute. Starting
+        # those of more readers would keep whole tensors on the device unread for long.
         if value in self.waiting and value in self.readers:
             self.reader = max(self.reader, self.readers[value] + 1)
             self._start_gathers()
@@ -157,8 +158,8 @@ class _Schedule:
                 self._stand(node)
 
     def _sums_of(self, value: fx.Node) -> None:
-        """The terms of sums are made."""
-        # Sums start at once, unlike gathers: the terms are there already, and a sum is no longer than they are.
+        """Called when `value` exists: start the reductions that read it."""
+        # Reductions start at once, unlike gathers: the input is in memory already, and the result is no larger.
         for user in list(value.users):
             if user in self.waiting and user.target is not ALL_GATHER and self.epochs[user] == self.epoch:
                 self._ready(user)
@@ -166,7 +167,7 @@ class _Schedule:
     # -- collectives -----------------------------------------------------------------------------------------
 
     def _ready(self, node: fx.Node) -> None:
-        """A collective can start, and does unless it is held back."""
+        """Register a collective that can start, and start it unless it is held back."""
         if not _is_small(node):
             collective = self.collectives[node] = _Collective([node])
         else:
@@ -177,22 +178,22 @@ class _Schedule:
 
     def _start(self, collective: _Collective) -> None:
         kind = self._kind(collective.members[0])
-        if self.open.get(kind) is collective:  # nobody can join it any more
+        if self.open.get(kind) is collective:  # nothing can join it any more
             del self.open[kind]
-        # What is exchanged and what is filled both stay on the device until a collective is waited for.
+        # Both the input and the output of a collective stay on the device until it is waited for.
         while len(self.under_way) >= IN_FLIGHT:
             self._wait_for(self.under_way[0])
         collective.started = Writer(self.program, self.at).start(collective.members)
         self.under_way.append(collective)
 
     def _finish(self, node: fx.Node) -> None:
-        """Wait for a collective's result, and first for what it is made of."""
+        """Wait for a collective's result, after the collectives that it depends on."""
         if node not in self.waiting:
             return
         self._finish(node.args[0])
         if node not in self.collectives:
             self._ready(node)
-        if node in self.waiting:  # starting others may have waited for it, to make room
+        if node in self.waiting:  # starting others may have waited for it, to stay within IN_FLIGHT
             if self.collectives[node].started is None:  # it was held back for others that are not ready
                 self._start(self.collectives[node])
             self._wait_for(self.collectives[node])
@@ -204,7 +205,7 @@ class _Schedule:
         for member, value in zip(collective.members, values, strict=True):
             member.replace_all_uses_with(value)
             del self.waiting[member]
-        for value in values:  # terms of further sums, such as one over another axis
+        for value in values:  # inputs of further reductions, such as one over another axis
             self._sums_of(value)
 
 

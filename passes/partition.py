@@ -10,11 +10,10 @@
         dx = aten.mm.default(tangent, t)             dx = aten.mm.default(tangent, t_1)
         return {"output:0": y, ...}                  return {...}
 
-The program stays one document. Run as a generator it stops at the turn, and what the backward still reads
-are its local variables: each is freed as the backward consumes it. Views of parameters are made again
-behind the turn, and in each round, so that no weight has to stay on the device for the backward's
-sake. Buffers that the forward changes are written back in front of the turn; a backward that reads the old
-value reads a copy.
+The program stays in one piece. It runs as a generator that stops at the turn, and the saved activations are its local
+variables: each is freed as the backward consumes it. Views of parameters are made again after the turn, and in each
+sweep of a round, so that no weight has to stay on the device for the backward. Buffers that the forward changes are
+written back before the turn; a backward that reads the old value reads a copy.
 """
 
 import operator
@@ -41,6 +40,7 @@ def partition(program: Program, plan: Plan) -> None:
 
 
 def _write_buffers(program: Program, boundary: fx.Node) -> None:
+    """Write the forward's new buffer values in place, in front of `boundary`, the first backward node."""
     buffers, results = program.inputs("buffer"), dict(program.results)
     written = {buffers[name]: results.pop(f"mutation:{name}") for name in program.results_of("mutation")}
     program.set_results(results)
@@ -54,10 +54,10 @@ def _write_buffers(program: Program, boundary: fx.Node) -> None:
 
 def _keep_old_value(program: Program, buffer: fx.Node, boundary: fx.Node,
                     kept: frozenset[fx.Node]) -> dict[fx.Node, fx.Node]:  # fmt: skip
-    """Let what is read behind the write be a copy from before it, also where it is read through views.
+    """Let readers after the write of a buffer read a copy made before it, also those that read it through views.
 
-    That is read by the backward, and by the writes to buffers if it is in `kept`. Returns the copies: of the
-    buffer, and the same views again of that copy, which have the strides that their readers know.
+    The readers are the backward, the results, and the writes themselves if they write a value that is in `kept`.
+    Returns the copies: that of the buffer, and the same views of it, which keep the strides that their readers expect.
     """
     late = {node for node in program.computes if note(node).phase == "backward"} | {program.output}
     views = _forward_views(program, {buffer})
@@ -89,6 +89,7 @@ def _forward(node: fx.Node) -> Note:
 
 
 def _insert_turn(program: Program, boundary: fx.Node) -> None:
+    """Return the outputs at the turn, in front of `boundary`, and take the tangents from it."""
     outputs = list(program.results_of("output").values())
     differentiable = sorted(map(int, program.inputs("tangent")))
     turn = program.emit(TURN, (outputs, differentiable), before=boundary, like=_forward(program.placeholders[0]))
@@ -96,7 +97,7 @@ def _insert_turn(program: Program, boundary: fx.Node) -> None:
         index = differentiable.index(int(position))
         value = program.emit(operator.getitem, (turn, index), before=boundary, name=tangent.name)
         annotate(value, phase="backward", module="")
-        if type_of(value) != type_of(tangent):  # traced for a contiguous one, which torch 2.11 does
+        if type_of(value) != type_of(tangent):  # torch 2.11 traces it for a contiguous tangent
             options = {"memory_format": torch.contiguous_format}
             value = program.emit(torch.ops.aten.clone.default, (value,), options, before=boundary, like=note(value))
         program.replace(tangent, value)
@@ -105,6 +106,7 @@ def _insert_turn(program: Program, boundary: fx.Node) -> None:
 
 
 def _remake_parameter_views(program: Program) -> None:
+    """Make views of parameters again for readers in other sweeps."""
     views = set(_forward_views(program, set(program.inputs("parameter").values())))
     for reader in program.computes:
         copies: dict[fx.Node, fx.Node] = {}

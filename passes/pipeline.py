@@ -23,22 +23,22 @@ from .split_batch import split_batch
 from .split_stages import split_stages
 
 PIPELINE = (
-    canonicalize,  # no no-ops, no repetitions, one input per shared parameter
-    fuse_loss,  #    the loss over the vocabulary in pieces, without its logits
-    average_loss,  # the loss is the mean over all tokens, of ranks and microbatches
-    shard,  #        tensors are divided over the processes, which exchange what they lack
-    recompute,  #    blocks that the plan names are computed again in the backward
-    split_batch,  #  a batch runs as microbatches, each block for all of them before the next
-    split_stages,  # or goes through a pipeline's stages, of which each rank keeps its part
+    canonicalize,  # no no-ops, no common subexpressions, one input per shared parameter
+    fuse_loss,  #    the loss over the vocabulary is computed in pieces, without its logits
+    average_loss,  # the loss is the mean over all tokens of all ranks and microbatches
+    shard,  #        tensors are divided over the ranks, which exchange what they lack
+    recompute,  #    the backward recomputes the blocks that the plan names
+    split_batch,  #  a batch runs as microbatches, each block for all of them before the next block
+    split_stages,  # or passes through a pipeline's stages, of which each rank keeps its own
     partition,  #    forward | turn | backward; only activations cross the turn
-    dequantize,  #   quantised weights are dequantised again where the backward reads them
-    overlap,  #      collectives start early and are waited for late, small sums are taken together
+    dequantize,  #   the backward dequantises the weights again where it reads them
+    overlap,  #      collectives start early and are waited for late, small all-reduces are merged
     post_receives,  # a pipeline's receives start early and are waited for late
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
-    fuse_gradients,  # a weight's gradient is multiplied right into its chunk
-    offload,  #      activations of chosen blocks wait for their backward on the host
-    release,  #      a chunk is let go after its last reader
+    fuse_gradients,  # a weight's gradient is multiplied directly into its chunk
+    offload,  #      activations of chosen blocks wait on the host for their backward
+    release,  #      a chunk is freed after its last reader
     prefetch,  #     copies start early and are waited for late
-    fuse_pointwise,  # what lies between products becomes one kernel
-    cluster,  #      compute between instructions becomes functions, equal layers share one
+    fuse_pointwise,  # the operators between matrix products become one kernel
+    cluster,  #      compute between instructions becomes functions, shared by equal layers
 )

@@ -1,4 +1,4 @@
-"""Start a pipeline's receives early, and wait for them where they are read, so that messages travel beside compute.
+"""Start a pipeline's receives early and wait for them where they are read, so that messages overlap with compute.
 
     before                                             after
     # forward F1.0: layers.1                           # forward F1.0: layers.1
@@ -8,10 +8,9 @@
     h_1 = geminifx.receive([2, 4], [4, 1], ..., 0)     h_1 = geminifx.finish_receive(p)
     y_1 = aten.mm.default(h_1, w)                      y_1 = aten.mm.default(h_1, w)
 
-What an action reads is awaited from the beginning of the action in front of it, so that its memory is taken for no
-longer. Receives from one rank stay in their order, and none crosses the turn: a step that is never run backward must
-not wait for what nobody sends. Nothing is sent later than it was, and nothing waited for earlier, so ranks that did not
-wait for each other for ever do not now.
+A receive starts where the action before its reader's begins, and no earlier, to keep its buffer short-lived. Receives
+from one rank stay in order. None crosses the turn: a step that never runs backward must not wait for a message that
+nobody sends. No send moves later and no wait moves earlier, so the pass cannot introduce a deadlock.
 """
 
 from torch import fx
@@ -25,7 +24,7 @@ from .program.verify import posted, turned
 
 @graph_pass(requires=(turned,), gives=(posted,))
 def post_receives(program: Program, plan: Plan) -> None:
-    point = begin = program.output  # where the action in front, and this one, begin
+    point = begin = program.output  # where the previous action and the current one begin
     now = None
     for node in program.computes:
         phase, action = note(node).phase, note(node).action

@@ -1,4 +1,4 @@
-"""Start copies early and wait for them late, so that they run while something computes.
+"""Start copies early and wait for them late, so that they overlap with compute.
 
     before (two chunks)                      after, one chunk ahead
     c0 = geminifx.fetch(0, ...)              c0 = geminifx.fetch(0, ...)
@@ -7,9 +7,8 @@
     c1 = geminifx.fetch(1, ...)              y = aten.mm.default(x, ...)
     w1 = geminifx.wait(c1, 1)                   w1 = geminifx.wait(c1, 1)
 
-In the other direction a chunk's gradients are accumulated when the next chunk's are complete, so that they travel
-while the next ones are computed. Copies never cross the turn: a step that is never run backward
-must not leave a copy behind.
+In the other direction, a chunk's gradients are accumulated once the next chunk's are complete, so that they travel
+while those are computed. Copies never cross the turn: a step that never runs backward must not leave a copy behind.
 """
 
 from ..runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
@@ -29,6 +28,6 @@ def prefetch(program: Program, plan: Plan) -> None:
         for number, fetch in enumerate(fetches[1:], start=1):
             at = max(0, number - plan.prefetch)
             points[at].append(fetch)
-            points[at] = fetch  # copies that start at one point start in the order of their use
+            points[at] = fetch  # copies that start at the same point start in the order of use
     for accumulate, following in zip(program.calls(ACCUMULATE_GRAD), program.calls(REDUCE)[1:], strict=False):
         following.prepend(accumulate)

@@ -10,9 +10,9 @@
                                            # backward: layers.0
     d = aten.mul.Tensor(g, r)              d = aten.mul.Tensor(g, r_1)
 
-What other blocks read of a block (its output) is kept. Random operators are replayed: their generator state
-is saved in the forward and swapped in around the copy, so that dropout draws the same mask again. The idea
-is Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
+Values of a block that other blocks read, such as its output, are kept. Random operators are replayed: the forward saves
+their generator state, which is swapped in around the copy, so that dropout draws the same mask again. The idea is Chen
+et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
 """
 
 import operator
@@ -29,16 +29,16 @@ from .program.verify import canonical
 
 @graph_pass(requires=(canonical,))
 def recompute(program: Program, plan: Plan) -> None:
-    # Before there are copies, and states saved for draws: those are of the forward's generator, and never taken again.
+    # Collected before any copies and saved states are made: those must not be copied themselves.
     inside = _forward_by_block(program, plan.recompute)
     for block in plan.recompute:
-        # What is read outside of the block stays in any case, so that copies can read it, too.
+        # Values read outside the block stay alive in any case, and copies can read them.
         kept = {node for node in inside[block] if any(_reads_outside(user, block) for user in node.users)}
         _Recompute(program, inside[block] - kept).run()
 
 
 def _forward_by_block(program: Program, blocks: tuple[str, ...]) -> dict[str, set[fx.Node]]:
-    """The forward's operators inside of each block."""
+    """The forward operators in each block."""
     holding = cache(lambda module: [block for block in blocks if f"{module}.".startswith(f"{block}.")])
     found: dict[str, set[fx.Node]] = {block: set() for block in blocks}
     for node in program.computes:
@@ -53,7 +53,7 @@ def _reads_outside(user: fx.Node, block: str) -> bool:
 
 
 class _Recompute:
-    """Copies of one block's forward nodes, made in front of the block's first backward reader."""
+    """Copies one block's forward nodes to a point before the block's first backward reader."""
 
     def __init__(self, program: Program, recomputed: set[fx.Node]) -> None:
         self.program = program
@@ -65,14 +65,14 @@ class _Recompute:
         readers = sorted(user for user in users if user.op != "output" and note(user).phase == "backward")
         if not readers:
             return
-        for node in sorted(self._needed(readers)):  # nodes are ordered as they stand in the program
+        for node in sorted(self._needed(readers)):  # fx nodes compare by program order
             self._copy(node, before=readers[0])
         for reader in readers:
             reader.args = fx.map_arg(reader.args, self._value)
             reader.kwargs = fx.map_arg(reader.kwargs, self._value)
 
     def _needed(self, readers: list[fx.Node]) -> set[fx.Node]:
-        """What the readers take of the block, and what that is made of, as far as it is not kept."""
+        """The block's nodes that the readers depend on, up to values that are kept."""
         needed: set[fx.Node] = set()
         frontier = [value for reader in readers for value in reader.all_input_nodes]
         while frontier:
@@ -88,7 +88,7 @@ class _Recompute:
     def _copy(self, node: fx.Node, before: fx.Node) -> None:
         replay = node.target is not operator.getitem and is_random(node)
         if replay:
-            # Any tensor does, it only tells the device; operators that take nothing but sizes draw too.
+            # Any tensor will do, since it only gives the device; some random operators take no tensors.
             like = next(iter([*node.all_input_nodes, *self.program.inputs("input").values()]))
             state = self.program.emit(SAVE_RNG, (like,), before=node, name="rng")
             self._swap(state, node, before)

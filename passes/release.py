@@ -8,9 +8,9 @@
                                              geminifx.release(w0, 0)
     c1 = geminifx.fetch(1, ...)              c1 = geminifx.fetch(1, ...)
 
-Where the next chunk instruction is near, the release stands in front of that, so that compute stays in one
-piece for `cluster`. A chunk whose gradients are complete while something still reads its weights is reduced
-after that reader: its states then pass in order, COMPUTE, HOLD_AFTER_BACKWARD, READY_FOR_REDUCE.
+If the next chunk instruction is near, the release moves down to it, so that compute stays in one piece for `cluster`.
+If a chunk's gradients are complete while something still reads its weights, their reduce waits for that reader: the
+chunk's states then follow in order, COMPUTE, HOLD_AFTER_BACKWARD, READY_FOR_REDUCE.
 """
 
 from torch import fx
@@ -22,7 +22,8 @@ from .program.program import Program, note
 from .program.verify import all_readers, chunked, released
 
 NEAR = 8
-"""How many operators a chunk may outlive its last reader by: a residual addition, a dropout, some views."""
+"""How many operators a chunk may outlive its last reader by: enough for a residual addition, a dropout and some
+views."""
 
 
 @graph_pass(requires=(chunked,), gives=(released,))
@@ -42,7 +43,7 @@ def release(program: Program, plan: Plan) -> None:
 
 
 def _next_instruction(last: fx.Node) -> fx.Node:
-    """The node to release in front of: the next instruction if it is near, else what follows `last`."""
+    """The node to release in front of: the next instruction if it is near, else the node after `last`."""
     node = last.next
     for _ in range(NEAR):
         if node.op != "call_function" or node.target in PLACED or node.target is TURN:

@@ -1,4 +1,4 @@
-"""Shard tensors over the processes: a program of whole tensors becomes that of one rank's parts.
+"""Shard tensors over the processes: a program of whole tensors becomes the program of one rank's shards.
 
     before (two ranks on axis tp, mode "1d")       after
     def training(x: f32[8, 4],                     def training(x: f32[8, 4],
@@ -11,11 +11,11 @@
         r = aten.relu.default(z)                       z2 = geminifx.all_reduce(z, "tp", "sum")
                                                        r = aten.relu.default(z2)
 
-How an axis shards is the mode's table (`modes.py`), how parameters lie is found by what they do
-(`shard_parameters.py`), and for every operator the legal placements (`shard_rules.py`) that exchange least are taken.
-The batch is divided along the axes that shard it: every rank of a tensor parallel group is given all of it. A program
-reads its rank only when it runs, so that all ranks have the same. The placements are GSPMD's and DTensor's; operators
-that those would gather for are in `shard_special.py`.
+The mode's table (`sharding/modes.py`) says what each axis shards, the use of each parameter decides how it is sharded
+(`sharding/parameters.py`), and for every operator the legal placements (`sharding/rules.py`) with the least traffic are
+chosen. The batch is divided along the axes that shard it; all ranks of a tensor parallel group are given the whole
+batch. A program reads its rank only at run time, so that all ranks have the same program. The placements are those of
+GSPMD and DTensor; `sharding/special.py` handles operators for which those would gather.
 """
 
 from collections import Counter
@@ -50,7 +50,7 @@ from .sharding.special import SPECIAL
 aten = torch.ops.aten
 PASSED_THROUGH = (aten.t.default, aten._to_copy.default, aten.add.Tensor)
 MAKERS = (*PASSED_THROUGH, aten.mm.default, aten.embedding_dense_backward.default)
-"""What makes the gradients of weights, and what stands between those and the gradient itself."""
+"""Operators that make the gradients of weights, and those between these and the final gradient."""
 
 
 @graph_pass(requires=(canonical,), gives=(sharded,))
@@ -92,6 +92,7 @@ def _lower(sharder: Sharder, node: fx.Node) -> None:
 
 
 def _place_parameter(sharder: Sharder, node: fx.Node, placements: Placements) -> None:
+    """Change a parameter's input to this rank's shard."""
     whole = sharder.type(node)
     shape = local_shape(whole.shape, placements, sharder.axes)
     annotate(node, type=TensorType(whole.dtype, shape, contiguous_stride(shape)),
@@ -101,8 +102,8 @@ def _place_parameter(sharder: Sharder, node: fx.Node, placements: Placements) ->
 
 
 def _divide_batch(sharder: Sharder, program: Program) -> None:
-    """Inputs that have a row for each example, or their microbatches, are divided along the axes that shard the
-    batch."""
+    """Divide the inputs that have one row per example, or their microbatches, along the axes that shard the batch.
+    Raises ShardingError if the number of rows is not a multiple of the number of ranks."""
     axes = [axis for axis, role in zip(sharder.axes, sharder.roles, strict=True) if role.activation == "batch"]
     inputs = [node for node in program.inputs("input").values() if sharder.type(node).shape]
     if not axes or not inputs:
@@ -127,8 +128,9 @@ def _divide_batch(sharder: Sharder, program: Program) -> None:
 
 
 def _want_gradients(sharder: Sharder, program: Program, found: dict[str, Placements]) -> None:
-    """A gradient is best made the way it leaves: as its parameter lies, and as terms over the replicas, which are added
-    up in any case. Tell the operators that make it, through transposes and the sum that a shared parameter's is."""
+    """Record in `sharder.wanted` how gradients should be made: sharded like the parameter, and as partial sums over the
+    replicas, which are summed anyway. The wish is passed on through transposes, casts and the additions of shared
+    parameters."""
     gradients = program.results_of("gradient").items()
     rest = [(node, of_gradient(found[name], sharder.axes)) for name, node in gradients if name in found]
     while rest:
@@ -147,9 +149,9 @@ def _swapped(placement: Placement) -> Placement:
 
 
 def _result(sharder: Sharder, plan: Plan, role: str, node: fx.Node, found: dict[str, Placements]) -> fx.Node:
-    """Results are whole, and gradients of parameters lie as these do, as terms of a sum over the replicas. Beside a
-    loss, the one output with a gradient, sharded outputs such as logits are not gathered unless they are asked for:
-    they would be the largest tensors there are."""
+    """The result in the placement it leaves with. Gradients of parameters lie like their parameters, as partial sums
+    over the replicas; all else is replicated. Beside a loss that is the only output with a gradient, sharded outputs
+    such as logits are left out unless outputs="all": gathered, they would be the largest tensors of all."""
     kind, _, name = role.partition(":")
     if kind == "gradient" and name in found:
         return _gradient(sharder, node, of_gradient(found[name], sharder.axes))
@@ -163,7 +165,8 @@ def _result(sharder: Sharder, plan: Plan, role: str, node: fx.Node, found: dict[
 
 
 def _gradient(sharder: Sharder, node: fx.Node, wanted: Placements) -> fx.Node:
-    """A gradient that the replicas have whole, such as that of a penalty on weights, is made a term of their sum."""
+    """A gradient as one rank's part of a sum over the replicas. One that every replica has whole, such as a weight
+    penalty's, is divided by their number."""
     pairs = list(zip(sharder.placements(node), wanted, sharder.axes, strict=True))
     sharder.at = sharder.program.output if node.op == "placeholder" else node
     part = sharder.local(node, tuple(w if w == p or w != PARTIAL else REPLICATE for p, w, _ in pairs))

@@ -17,15 +17,16 @@
                                                       total_1 = aten.add_.Tensor(total, dv_1)
     return {"output:0": y, "gradient:v": dv}          return {"output:0": cat, "gradient:v": total_1}
 
-So weights cross the bus once for all microbatches, and what a block computes again, or for its gradients, is there for
-one microbatch at a time. What no example goes into is computed once. Gradients are added up in float32, in the order
-of the microbatches, and rounded once; `average` is the mean over microbatches, and then over ranks. It ends a run: all
-microbatches come so far before any of them goes on.
+Weights then cross the bus once for all microbatches, and a block's recomputed activations and temporaries exist for one
+microbatch at a time. Values that do not depend on examples are computed once. Gradients are summed in float32, in the
+order of the microbatches, and rounded once. `average` becomes the mean over microbatches and then over ranks; all
+microbatches reach it before any of them continues.
 
-Random numbers are those of one call for each microbatch after the other. The generator is led through the draws of all
-but the last in front of everything; its states on the way are kept, and each microbatch goes on from its own.
+Random numbers are those of separate calls, one per microbatch, in order. At the start of the program the generator is
+advanced through the draws of all microbatches but the last. Its states in between are saved, and each microbatch
+continues from its own.
 
-In rounds that is so of some microbatches at a time, forward and backward, before the next ones:
+With rounds, a few microbatches at a time run forward and backward before the next ones:
 
     # forward F.0, B.0, F.1           the forwards of two rounds, and the first one's backward between them
     loss = ...                        the mean over all microbatches
@@ -35,11 +36,12 @@ In rounds that is so of some microbatches at a time, forward and backward, befor
     total_1 = aten.add_.Tensor(total, dv_1)
     total_2 = aten.mul_.Tensor(total_1, scale)
 
-What rests in memory is of one round, and weights come once for each. The turn stands in front of the last backward.
-All backwards have the tangent that is expected: 1, or the loss scale of float16. What does come in over that multiplies
-the sums, behind the turn: exactly, where it is a power of two, else in float32. Tokens are counted ahead.
+Only one round's activations are in memory, and weights are fetched once per round. The turn precedes the last backward.
+All backwards start from the expected tangent: 1, or the loss scale of float16. After the turn the gradient sums are
+multiplied by the ratio of the actual tangent to the expected one, which is exact if that is a power of two, and done in
+float32 otherwise. Tokens are counted ahead.
 
-Which models can be divided so is told in `sharding/microbatches.py`. The order is that of GreedySnake.
+`sharding/microbatches.py` says which models can be split this way. The order is that of GreedySnake.
 """
 
 from torch import fx
@@ -63,7 +65,7 @@ def split_batch(program: Program, plan: Plan) -> None:
 
 
 def _check_rounds(program: Program) -> None:
-    """Raises SplitError for a step whose backward cannot begin before its tangent is there."""
+    """Raises SplitError for a step whose backward cannot begin before its tangent is known."""
     tangents = list(program.inputs("tangent").values())
     if len(tangents) != 1 or not is_number(tangents[0]):
         raise SplitError(
@@ -76,10 +78,10 @@ def _check_rounds(program: Program) -> None:
 
 
 class _Split:
-    """A walk over the program that writes all of it anew, behind what there was.
+    """A walk over the program that writes all of it anew, after the old nodes.
 
-    `copies` tells for each microbatch but the first, whose values are the old ones, what stands for a value; `now` are
-    the microbatches of the round that is written.
+    `copies` maps, for each microbatch but the first, old values to that microbatch's; the first uses the old nodes.
+    `now` are the microbatches of the round being written.
     """
 
     def __init__(self, program: Program, plan: Plan) -> None:
@@ -90,9 +92,9 @@ class _Split:
         self.copies: list[dict[fx.Node, fx.Node]] = [{} for _ in range(self.count)]
         self.gradients, self.totals = self.parts.totals(lambda term: self.count)
         self.states: list[fx.Node] = []
-        self.ahead: set[fx.Node] = set()  # what is written in front of all rounds
-        self.late: set[fx.Node] = set()  # what is made of all microbatches, and written in the last round
-        self.scale: fx.Node | None = None  # what came in at the turn over what was expected; behind the turn
+        self.ahead: set[fx.Node] = set()  # nodes written before all rounds
+        self.late: set[fx.Node] = set()  # nodes that depend on all microbatches, written in the last round
+        self.scale: fx.Node | None = None  # actual tangent / expected tangent; set after the turn
 
     def run(self) -> None:
         forward = [node for node in self.program.computes if note(node).phase == "forward"]
@@ -111,7 +113,8 @@ class _Split:
             self._join_results(kind)
 
     def _draw_ahead(self, drawing: list[fx.Node]) -> None:
-        """Lead the generator on to where the last microbatch begins, and keep where each of the others does."""
+        """Advance the generator to where the last microbatch begins, saving the state at which each of the others
+        begins."""
         for _ in range(self.count - 1 if drawing else 0):
             self.states.append(self.parts.save_state())
             for node in drawing:
@@ -121,11 +124,12 @@ class _Split:
 
     @property
     def is_last(self) -> bool:
-        """Whether the last round is written."""
+        """Whether the round being written is the last one."""
         return self.now.stop == self.count
 
     def _run_rounds(self, forward: list[fx.Node], backward: list[fx.Node]) -> None:
-        """One round behind the other. What an operator is a part of is told in the end: till then it is what it was."""
+        """Write the rounds one after the other. Phases and actions are annotated at the end, because the code before
+        that relies on the original phases."""
         ((position, tangent),) = self.program.inputs("tangent").items()
         expected = self.program.add_input("expected", type_of(tangent), f"expected:{position}")
         tangent.replace_all_uses_with(expected)
@@ -143,7 +147,7 @@ class _Split:
                 annotate(node, phase=phase, action=action)
 
     def _written(self, nodes: list[fx.Node], kind: str) -> list[fx.Node]:
-        """Write a sweep of a round, and return its operators."""
+        """Write one sweep of a round and return its operators."""
         behind, written = self.program.output.prev, list[fx.Node]()
         self._sweep(nodes, kind)
         while behind.next is not self.program.output:
@@ -152,8 +156,8 @@ class _Split:
         return written
 
     def _join_ahead(self, forward: list[fx.Node]) -> None:
-        """What each microbatch reads of all of them, such as how many tokens they have, is made in front of them all.
-        Raises SplitError where that takes more than inputs."""
+        """Compute before all rounds what microbatches read of the whole batch, such as its token count. Raises
+        SplitError if that depends on parameters or random numbers."""
         wanted = {node for node in forward if node.target in JOINS and self._is_read_by_parts(node)}
         for node in reversed(forward):
             if node in wanted:
@@ -174,12 +178,13 @@ class _Split:
                 self.late.add(node)
 
     def _is_read_by_parts(self, join: fx.Node) -> bool:
-        """Whether microbatches wait for a join, so that nobody else does."""
+        """Whether any microbatch depends on a join, directly or through other joins and operators."""
         users = list(join.users)
         return any(user in self.own or self._is_read_by_parts(user) for user in users if user.op == "call_function")
 
     def _turn(self, tangent: fx.Node, expected: fx.Node) -> None:
-        """The first to be computed behind the turn. Sums that no example goes into are complete already."""
+        """Write the first node after the turn: the scale. Sums that are already complete, because they depend on no
+        example, are finished here."""
         origin = Note(phase="backward")
         self.scale = self.parts.emit(aten.div.Tensor, tangent, expected, like=origin, name="scale")
         for total in dict.fromkeys(self.gradients.values()):
@@ -189,7 +194,7 @@ class _Split:
     # -- writing -------------------------------------------------------------------------------------------
 
     def _run(self, run: list[fx.Node]) -> None:
-        """The microbatches, one after the other, through one run; what joins them cuts it."""
+        """Write one run of operators for each microbatch in turn; joins cut it into pieces."""
         piece: list[fx.Node] = []
         for node in run:
             if node in self.ahead:
@@ -218,8 +223,8 @@ class _Split:
             self.parts.swap(state, own[-1])
 
     def _is_due(self, node: fx.Node) -> bool:
-        """Whether the round that is written is the one for what no example goes into: the first, or, for what is made
-        of all microbatches, the last."""
+        """Whether a node that does not depend on examples belongs to the round being written: the last round if it
+        depends on all microbatches, otherwise the first."""
         return self.is_last if node in self.late else self.now.start == 0
 
     def _copy(self, node: fx.Node, number: int) -> fx.Node:
@@ -236,14 +241,15 @@ class _Split:
         return [node, *(found[node] for found in self.copies[1:])]
 
     def _add_up(self, term: fx.Node, value: fx.Node) -> None:
-        """A gradient, or a term of one, is there, for one microbatch or for all of them."""
+        """Add `value`, one microbatch's or all microbatches' value of `term`, to the gradients that `term` is part
+        of."""
         if term in self.totals:
             for total in self.parts.add(term, value, self.totals[term]):
                 if self.plan.rounds == 1 or self.scale is not None:
                     self._complete(total, note(term))
 
     def _complete(self, total: Total, like: Note) -> None:
-        """A sum is rounded; first, in rounds, it is multiplied by what came in at the turn."""
+        """Finish a complete sum: in rounds multiply it by the scale, then round it."""
         if self.scale is not None:
             total.value = self.parts.emit(aten.mul_.Tensor, total.value, self.scale, like=like, name="total")
         total.value = self.parts.rounded(total, like)
@@ -261,7 +267,7 @@ class _Split:
         self.program.output.prepend(node)
 
     def _join_results(self, kind: str) -> None:
-        """Results of one kind, each of all microbatches."""
+        """Set the results of one kind to those of the whole batch."""
         results = dict(self.program.results)
         for name, value in self.program.results_of(kind).items():
             total = self.gradients.get(f"{kind}:{name}")

@@ -1,4 +1,4 @@
-"""Run a batch as microbatches through the stages of a pipeline: of all that one rank's part, in its schedule's order.
+"""Run a batch as microbatches through the stages of a pipeline: keep one rank's part, in its schedule's order.
 
     before, for two ranks: F0.0 F0.1 B0.0 B0.1            after, on rank 0
                            F1.0 B1.0 F1.1 B1.1
@@ -20,16 +20,17 @@
                                                           total_2 = aten.mul_.Tensor(total_1, scale)
     return {"gradient:layers.0.weight": dw, ...}          return {"gradient:layers.0.weight": total_2}
 
-A value that is made in a stage of one rank and read in a stage of another is sent as soon as it is there, and received
-in front of its first reader, behind all that was sent before it. The sender waits for that when the other rank has sent
-something back behind it, or at its turn, or at the end: in front of these every rank receives all that is sent to it
-until then, so that none waits for one that waits for it. A parameter that stages of several ranks read lies on each of
-them; their parts of its gradient are sent, too, and all add them up in the order of the ranks.
+A value that is made in one rank's stage and read in another's is sent as soon as it exists. It is received in front of
+its first reader, after everything sent before it. The sender waits for a send once the other rank has sent something
+back that it made after receiving it, or at its turn or the end of the program. Before either, every rank receives all
+that has been sent to it up to then, so no two ranks wait for each other. A parameter that stages of several ranks read
+lives on each of them; they exchange their parts of its gradient, and all sum them in the order of the ranks.
 
-The turn stands where the first of the rank's gradients would be complete. Backwards in front of it need the tangent
-before it comes. All of them have the one that is expected: 1, or the loss scale of float16. What does come in at the
-turn over that multiplies the sums, behind the turn, where gradients leave.
-Random numbers are those of one process, whose draws every rank leads its generator through.
+The turn comes right before the first of the rank's gradients would be complete. Backwards before it cannot know the
+tangent yet, so all backwards use the expected one: 1, or the loss scale of float16. After the turn, the gradient sums
+that leave the program are multiplied by the ratio of the actual tangent to the expected one.
+
+Random numbers are those of a single process: every rank advances its generator through all draws of that process.
 """
 
 from collections import defaultdict, deque
@@ -62,7 +63,7 @@ def split_stages(program: Program, plan: Plan) -> None:
 
 
 def _check(program: Program) -> None:
-    """Raises ShardingError for what a pipeline cannot run."""
+    """Raises ShardingError for a step that a pipeline cannot run."""
     tangents = list(program.inputs("tangent").values())
     if len(tangents) > 1 or not all(map(is_number, tangents)):
         raise ShardingError(
@@ -75,10 +76,11 @@ def _check(program: Program) -> None:
 
 
 class _Cut:
-    """A walk along one rank's line of the schedule, which writes its program behind what there was.
+    """A walk along one rank's line of the schedule that writes its program after the old nodes.
 
-    `values` has what this rank has made or received, by the rank that made it; `incoming` is what others send, and
-    `outgoing` what this one sends, in order.
+    `values` maps a rank and an item it made to the node here that made or received it. `incoming` are the messages
+    still to come from each other rank, `outgoing` those still to send, both in order. `under_way` are the sends not yet
+    waited for, by receiver, each with the receiver's place by whose end it has been received.
     """
 
     def __init__(self, program: Program, plan: Plan) -> None:
@@ -94,14 +96,14 @@ class _Cut:
         self.outgoing = deque(self.stages.sends(self.rank))
         self.under_way: dict[int, deque[tuple[fx.Node, float]]] = defaultdict(
             deque
-        )  # by where to, and when it is there
+        )  # by receiver, with the place by whose end it is received
         self.incoming = {
             rank: deque(sent for sent in self.stages.sends(rank) if sent.to == self.rank)
             for rank in range(len(self.stages.schedule.ranks)) if rank != self.rank
         }  # fmt: skip
         self.states: dict[tuple[int, int], fx.Node] = {}  # of the generator, by stage and microbatch
         self.expected: fx.Node | None = None
-        self.scale: fx.Node | None = None  # what came in at the turn over it; behind the turn
+        self.scale: fx.Node | None = None  # actual tangent / expected tangent; set after the turn
 
     def run(self) -> None:
         old, parameters = self.program.nodes, self.stages.parameters(self.rank)
@@ -129,7 +131,7 @@ class _Cut:
         self._erase(old, parameters)
 
     def _mark(self, behind: fx.Node, phase: Phase, action: Action | None = None) -> None:
-        """All that was written behind a node is of an action, and on one side of the turn."""
+        """Annotate every node after `behind` with its side of the turn and its action."""
         while behind.next is not self.program.output:
             behind = behind.next
             annotate(behind, phase=phase, action=str(action or ""))
@@ -141,7 +143,8 @@ class _Cut:
                 self.program.graph.erase_node(node)
 
     def _draw_ahead(self) -> None:
-        """Lead the generator through all draws, of all stages, and keep where those of this rank's begin."""
+        """Advance the generator through all draws of all stages, saving its state before each stage's draws for each
+        microbatch."""
         apart = drawn_apart(self.program)
         drawing = [node for node in self.program.computes if self._draws(node) and node not in apart]
         for microbatch in range(self.plan.microbatches):
@@ -156,7 +159,8 @@ class _Cut:
                 self.parts.draw(node, state)
 
     def _draws(self, node: fx.Node) -> bool:
-        """Or keeps the generator's state for any rank that draws the same again."""
+        """Whether a node draws, or saves the generator's state for a replay on any rank, in a forward that is
+        needed."""
         is_kept = node.target is SAVE_RNG and node not in self.stages.stage
         return (is_random(node) or is_kept) and node in self.stages.needed and note(node).phase == "forward"
 
@@ -185,7 +189,7 @@ class _Cut:
         return copy
 
     def _keep(self, item: Item, value: fx.Node) -> None:
-        """A value is there: send it to whoever waits for it."""
+        """Record a value that now exists, and send it to the ranks that read it."""
         self.values[self.rank, item] = value
         while self.outgoing and self.outgoing[0].item == item:
             sent = self.outgoing.popleft()
@@ -193,19 +197,20 @@ class _Cut:
             self.under_way[sent.to].append((value, sent.by))
 
     def _finish_sends(self, to: int, at: int) -> None:
-        """What was sent to a rank is there that this has read before a place of its own."""
+        """Wait for the messages that rank `to` received before its place `at`."""
         messages = self.under_way[to]
         while messages and messages[0][1] < at:
             self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
 
     def _finish_all_sends(self) -> None:
-        """At the turn and at the end: in front of either every rank reads what was sent to it until then."""
+        """Wait for all sends: at the turn and at the end, where every rank has received everything sent before."""
         for to, messages in self.under_way.items():
             while messages:
                 self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
 
     def _value(self, node: fx.Node, microbatch: int | None) -> fx.Node:
-        """What stands for a value for a microbatch: made, received, or, where it belongs to no stage, made here."""
+        """A microbatch's value of a node: made or received here or, if the node belongs to no stage, made here on
+        demand."""
         if node.op == "placeholder":
             return self.expected if note(node).role.startswith("tangent:") else node
         item = Made(node, microbatch if node in self.parts.own else None)
@@ -217,7 +222,8 @@ class _Cut:
         return self.values[self.rank, item]
 
     def _received(self, item: Item, source: int) -> fx.Node:
-        """What a rank has made; of another one's also all that it sends before."""
+        """The value of an item that rank `source` made. If that is another rank, everything it sends before is received
+        first."""
         while (source, item) not in self.values:
             if not self.incoming.get(source):
                 raise ShardingError(
@@ -249,8 +255,8 @@ class _Cut:
     # -- results -------------------------------------------------------------------------------------------
 
     def _outputs(self) -> dict[str, fx.Node]:
-        """The outputs by their roles; in place of those that this rank has not stands none. A loop that never comes to
-        the backward leaves no message behind: all come in that left in front of a turn."""
+        """The outputs by role, with `absent` for those that other ranks keep. All messages sent before their senders'
+        turns are received here too, so that a loop that never runs backward leaves none behind."""
         found = {}
         for role, node in self.program.results_of("output").items():
             found[f"output:{role}"] = self._output(role, node)
@@ -272,7 +278,7 @@ class _Cut:
         return next(iter(self.program.inputs("input").values()))
 
     def _joined(self, node: fx.Node) -> fx.Node:
-        """A value of all microbatches."""
+        """A value of the whole batch: the mean or the concatenation of the microbatches' values."""
         if node.target is ABSENT:
             return self.parts.emit(ABSENT, self._any_input, like=note(node))
         value = node.args[0] if node.target is AVERAGE else node
@@ -286,7 +292,7 @@ class _Cut:
         return self.parts.emit(aten.cat.default, every, like=note(node))
 
     def _averaged(self, node: fx.Node, value: fx.Node) -> fx.Node:
-        """Over ranks that have other batches, too."""
+        """`value`, averaged over the ranks with other batches if `node` is an average."""
         between = node.target is AVERAGE and self.plan.batches > 1
         return self.parts.emit(AVERAGE, value, like=note(node)) if between else value
 
@@ -306,7 +312,8 @@ class _Cut:
             list(self.parts.add(item.node, self.values[self.rank, item], self.totals[item.node]))
 
     def _complete(self, item: Sum) -> None:
-        """This rank's part of a gradient is there, which is all of it where no other one has a part."""
+        """Record this rank's part of a gradient, now complete, and scale it if no other rank has a part and the turn is
+        past."""
         total = self.by_gradient[item.gradient]
         assert total.value is not None
         self._keep(item, total.value)
@@ -314,7 +321,7 @@ class _Cut:
             self._scale(total)
 
     def _begin_behind(self) -> None:
-        """The first to be computed behind the turn, with what came in there."""
+        """Write the first node after the turn, the scale, and apply it to the gradients that are already complete."""
         if self.expected is None:
             return
         tangent = next(iter(self.program.inputs("tangent").values()))
@@ -333,17 +340,17 @@ class _Cut:
         return {role: value for role, value in values.items() if value is not None}
 
     def _by_arrival(self) -> list[Total]:
-        """What comes first is used up first."""
+        """The gradients in the order in which their parts arrive, so that buffers are freed early."""
         coming = [sent.item for messages in self.incoming.values() for sent in messages]
         places = {item.gradient: i for i, item in enumerate(coming) if isinstance(item, Sum)}
         return sorted(self.by_gradient.values(), key=lambda total: places.get(total.gradient, -1))
 
     def _is_whole(self, total: Total) -> bool:
-        """Whether nobody else has a part in it."""
+        """Whether no other rank has a part in a gradient."""
         return self.stages.holders(total.gradient) == [self.rank]
 
     def _sum(self, total: Total) -> None:
-        """All ranks' parts, in the order of the ranks, so that all find the same bits."""
+        """Sum all ranks' parts in the order of the ranks, so that all of them get the same bits."""
         item = Sum(total.gradient)
         first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
         for other in others:
@@ -352,7 +359,8 @@ class _Cut:
         self._scale(total)
 
     def _scale(self, total: Total) -> None:
-        """By what came in at the turn, before it is rounded."""
+        """Multiply a gradient by actual / expected tangent, then round it. A part that is still being sent is not
+        overwritten."""
         origin, own = note(total.gradient), self.values.get((self.rank, Sum(total.gradient)))
         is_under_way = total.value is own and self.stages.owners(total.gradient) != [self.rank]
         multiply = aten.mul.Tensor if is_under_way else aten.mul_.Tensor

@@ -1,1 +1,1 @@
-"""What is recognised in a program."""
+"""Patterns of operators that passes recognise in a program."""

@@ -1,8 +1,8 @@
 """Recognise cross-entropies over a vocabulary: product, views, casts, scale, softcap, softmax, loss, gradients.
 
-The pattern is that of any causal or masked language model in a canonical training program. Labels may have
-been shifted in any way, for they are followed no further than to the loss; what divides a summed loss comes
-behind it. A loss is found only where nothing but itself reads the logits, so that they need not exist.
+The pattern is that of any causal or masked language model in a canonical training program. Labels may be shifted in any
+way, because the match does not look past the labels that the loss reads; a summed loss is divided only after it. A loss
+is found only if nothing else computes with its logits, so that they need not exist.
 """
 
 import math
@@ -23,10 +23,11 @@ _SAME_ROWS = (_aten.view.default, _aten._unsafe_view.default, _aten.clone.defaul
 
 @dataclass(frozen=True)
 class Loss:
-    """A cross-entropy over logits that nothing else reads.
+    """A cross-entropy over logits with which nothing else computes.
 
-    `logits` are the product and all that is made of it up to the loss. `gradients` maps the place of hidden
-    states, weight and bias among the backward operator's results to the node that computes the gradient now.
+    `logits` are the nodes from the last one before the softmax down to `product`. Logits are scaled by `scale`, then
+    capped by `softcap * tanh(...)` unless `softcap` is 0. `gradients` maps a position among the results of the fused
+    backward (0 hidden states, 1 weight, 2 bias) to the node that computes that gradient now.
     """
 
     product: fx.Node
@@ -74,7 +75,8 @@ def _match(nll: fx.Node) -> Loss | None:
 
 
 def _climb(softmax: fx.Node) -> tuple[tuple[fx.Node, ...], float, float] | None:
-    """From the softmax up to the product that makes the logits: the logits on the way, scale and softcap."""
+    """Walks from the softmax up to the product that makes the logits. Returns the logits on the way, scale and
+    softcap."""
     reader, node = softmax, softmax.args[0]
     logits: list[fx.Node] = []
     scale, softcap = 1.0, 0.0
@@ -86,7 +88,7 @@ def _climb(softmax: fx.Node) -> tuple[tuple[fx.Node, ...], float, float] | None:
         if node.target in _PRODUCTS:
             return (tuple(logits), scale, softcap) if _is_projection(node) else None
         if node.target is _aten.tanh.default and not softcap:
-            scale, softcap = 1.0, scale  # what came after the tanh was the cap
+            scale, softcap = 1.0, scale  # the factors after the tanh are the cap
         elif node.target not in _SAME_ROWS:
             scale *= _factor(node)
         if not math.isfinite(scale) or not scale:
@@ -101,7 +103,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _only_for(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether nothing computes with a value but `reader`, and a tanh's own derivative."""
+    """Whether nothing but `reader`, and the derivative of a tanh, computes with a value; it may be an output."""
     return all(
         user is reader or user.op == "output" or (node.target is _aten.tanh.default and _is_derivative(user, node))
         for user in node.users
@@ -113,7 +115,7 @@ def _is_derivative(user: fx.Node, tanh: fx.Node) -> bool:
 
 
 def _is_projection(product: fx.Node) -> bool:
-    """hidden @ weight.T, plus a bias, with more classes than features."""
+    """Whether a product is hidden @ weight.T, perhaps plus a bias, with more classes than features."""
     transposed = product.args[-1]
     if product.kwargs or transposed.target is not _aten.t.default:
         return False
@@ -124,7 +126,7 @@ def _is_projection(product: fx.Node) -> bool:
 
 
 def _factor(node: fx.Node) -> float:
-    """The constant that a node multiplies its first argument by; NaN for all other nodes."""
+    """The constant that a node multiplies its first argument by; NaN for other nodes."""
     constant = node.args[1] if len(node.args) == 2 and not node.kwargs else None
     if isinstance(constant, int | float) and constant:
         if node.target is _aten.mul.Tensor:
@@ -135,7 +137,8 @@ def _factor(node: fx.Node) -> float:
 
 
 def _descend(node: fx.Node, logits: tuple[fx.Node, ...]) -> tuple[float, fx.Node]:
-    """From the gradient of the softmax's argument down to the product's: the scale on the way, and that one."""
+    """Walks from the gradient of the softmax's argument down to the product's. Returns the scale on the way and that
+    gradient."""
     slope = 1.0
     while len(node.users) == 1:
         (user,) = node.users
@@ -148,7 +151,8 @@ def _descend(node: fx.Node, logits: tuple[fx.Node, ...]) -> tuple[float, fx.Node
 
 
 def _gradients(d_product: fx.Node, product: fx.Node) -> dict[int, fx.Node] | None:
-    """What is computed of the product's gradient, by its place among hidden states, weight and bias."""
+    """The nodes that compute the gradients of hidden states (0), weight (1) and bias (2) from the product's gradient.
+    None if anything else reads it."""
     *bias, hidden, transposed = product.args
     found: dict[int, fx.Node] = {}
     for user in d_product.users:

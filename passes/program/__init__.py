@@ -1,1 +1,1 @@
-"""What passes rewrite, and what they act on: the typed program, its text, its verifier, the plan, the manager."""
+"""The typed program that passes rewrite, its text form and verifier, the plan they act on, and the pass manager."""

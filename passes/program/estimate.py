@@ -1,11 +1,11 @@
-"""Estimate: what a plan is expected to take of memory, of time, and of the network."""
+"""Estimate: the memory, time and network traffic that a plan is expected to need."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class CollectiveTraffic:
-    """What a process receives in one step by one kind of collective along one axis of the mesh."""
+    """What one process receives in a step through one kind of collective along one axis of the mesh."""
 
     axis: str
     collective: str
@@ -15,19 +15,18 @@ class CollectiveTraffic:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Figures of the program that a plan was made for.
+    """Figures for the program that a plan was made for.
 
     Fields:
-        step_s: modelled seconds of a step.
-        busy_s: for how many of them each resource is busy, such as the device or a direction of the bus, the busiest
-            first.
-        rates: the machine at whose rates that is.
-        static_bytes: on the device for good.
-        peak_bytes: the device's highest point in a step.
-        reserve_bytes: what of it the driver's context and libraries take.
-        at_peak: what the peak consists of, by name, largest first.
-        host_bytes: what the host holds: masters, gradients, optimizer state, and activations that are offloaded.
-        offloaded_bytes: what of it are activations.
+        step_s: modelled seconds per step.
+        busy_s: seconds per step that each resource (the device, a direction of the bus, ...) is busy, busiest first.
+        rates: name of the machine whose rates the model uses.
+        static_bytes: device memory that is always occupied.
+        peak_bytes: peak device memory in a step.
+        reserve_bytes: the part of the peak that the driver's context and libraries take.
+        at_peak: breakdown of the peak as pairs of name and bytes, largest first.
+        host_bytes: host memory for masters, gradients, optimizer state and offloaded activations.
+        offloaded_bytes: the part of `host_bytes` that is activations.
         collectives: what each process receives from the others in a step.
     """
 
@@ -44,18 +43,18 @@ class Estimate:
 
     @property
     def bound_s(self) -> float:
-        """What a step takes at least, however its parts overlap: as long as its busiest resource is busy."""
+        """A lower bound on the step, however well its parts overlap: the time its busiest resource is busy."""
         return self.busy_s[0][1] if self.busy_s else 0.0
 
     @property
     def binds(self) -> str:
-        """The busiest resource."""
+        """The busiest resource, or ""."""
         return self.busy_s[0][0] if self.busy_s else ""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another plan that would fit, by what it does otherwise: its modelled step and device peak."""
+    """Another plan that would fit: how it differs, its modelled step and its peak device memory."""
 
     what: str
     step_s: float

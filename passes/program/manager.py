@@ -1,11 +1,11 @@
-"""Runs passes: checks what each requires and gives, verifies, times, counts, and keeps the text.
+"""Runs passes: checks the facts each requires and gives, verifies, times and counts, and writes the program's text.
 
 A pass is a function `(program, plan) -> None` that rewrites the program in place:
 
-    @graph_pass(requires=(CHUNKED,), gives=(RELEASED,))
+    @graph_pass(requires=(chunked,), gives=(released,))
     def release(program: Program, plan: Plan) -> None: ...
 
-A pass contains none of what stands here, and a user's own pass is declared the same way and placed by name.
+A pass itself does none of this checking. Users declare their own passes the same way, and place them by name.
 """
 
 import time
@@ -26,7 +26,7 @@ Rewrite = Callable[[Program, Plan], None]
 
 @dataclass(frozen=True)
 class Pass:
-    """A named rewrite with its contract. `after` places a user's pass behind a pass of the pipeline."""
+    """A named rewrite with its contract. `after` names the pipeline pass after which a user's own pass runs."""
 
     name: str
     rewrite: Rewrite
@@ -38,7 +38,8 @@ class Pass:
 
 def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (), breaks: tuple[Fact, ...] = (),
                after: str = "") -> Callable[[Rewrite], Pass]:  # fmt: skip
-    """Declare a pass; its name is the function's. Raises ArgumentError for what is no function, or no pass's name."""
+    """Declare a pass, named after the function. Raises ArgumentError if `after` is not a string or the decorated object
+    is not a named function."""
     if not isinstance(after, str):
         raise wrong_argument("after", after, "the name of the pass that it comes behind, such as 'chunk'")
 
@@ -52,7 +53,7 @@ def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (),
 
 @dataclass(frozen=True)
 class Record:
-    """What one pass did: seconds for the rewrite and for checking it, and the change in operator counts."""
+    """What one pass did: seconds spent rewriting and verifying, and the change in operator counts."""
 
     name: str
     rewrite_s: float
@@ -65,9 +66,9 @@ class Record:
 
 
 def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass, ...]:
-    """The pipeline with the user's passes put behind the passes they name.
+    """The pipeline with each of the user's passes inserted after the pass it names.
 
-    Raises ArgumentError where `extra` names a pass that does not exist.
+    Raises ArgumentError if a pass in `extra` names one that does not exist.
     """
     passes, placed = list(pipeline), list[Pass]()
     for added in extra:
@@ -77,7 +78,7 @@ def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass
             raise ArgumentError(f"passes: pass {added.name!r}: after={added.after!r} names no pass; {hint}")
         place = names.index(added.after) + 1
         while place < len(passes) and passes[place] in placed and passes[place].after == added.after:
-            place += 1  # behind the user's earlier passes that go to the same place
+            place += 1  # after the user's earlier passes for the same place
         passes.insert(place, added)
         placed.append(added)
     return tuple(passes)
@@ -85,11 +86,10 @@ def assemble(pipeline: Iterable[Pass], extra: Iterable[Pass] = ()) -> tuple[Pass
 
 def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path | None = None, *,
                after: Iterable[Pass] = (), verified: bool = True) -> list[Record]:  # fmt: skip
-    """Run `passes` over `program` in place, behind those that have run `after` all.
+    """Run `passes` over `program` in place; the passes in `after` have already run.
 
-    With `dump`, the text before the first pass and after each is written as `NN_<pass>.py`. Raises
-    VerificationError where a pass lacks a fact that it requires, or, where that is to be `verified`, leaves a malformed
-    program.
+    With `dump`, the text before the first pass and after each one is written to `NN_<pass>.py` in that folder. Raises
+    VerificationError if a pass lacks a fact that it requires or, if `verified`, leaves a malformed program.
     """
     records: list[Record] = []
     facts, known, counts = facts_of(after), Known(), _count(program)
@@ -118,7 +118,7 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
 
 
 def facts_of(passes: Iterable[Pass]) -> tuple[Fact, ...]:
-    """What holds of a program that these have run over."""
+    """The facts that hold after `passes` have run."""
     return reduce(lambda facts, current: _facts_behind(current, facts), passes, ())
 
 

@@ -1,17 +1,17 @@
-"""Names and texts of a model inside of a program's text, which is run: nothing of them may become code.
+"""Turns names from a model into identifiers and literals of a program's text, so that none of them can become code.
 
-A model's modules, parameters and buffers may be called anything that holds no dot.
+Modules, parameters and buffers of a model may have any name without a dot, and a program's text is executed.
 """
 
 import keyword
 import re
 
 RESERVED = frozenset({"aten", "geminifx", "box", "DEVICE", "torch", "inf", "nan", "slice"})
-"""Names that the text of every program uses for itself."""
+"""Names that the text of every program uses itself."""
 
 
 def identifier(text: str) -> str:
-    """A name like `text` that values and functions of a program can have; whoever gives it sees that it is free."""
+    """A valid name like `text` for a value or function of a program. The caller must check that it is free."""
     name = re.sub(r"[^0-9A-Za-z_]", "_", text)
     if not name or name[0].isdigit():
         name = f"_{name}"
@@ -19,12 +19,12 @@ def identifier(text: str) -> str:
 
 
 def is_identifier(name: str) -> bool:
-    """Whether the text can use it: Python would read letters beyond ASCII as other ones, which look alike."""
+    """Whether a program's text can use a name. Non-ASCII letters are rejected: Python normalises some to others."""
     return name.isascii() and name.isidentifier() and not keyword.iskeyword(name) and name not in RESERVED
 
 
 def escaped(text: str, special: str = "") -> str:
-    """On one line, and readable back by `unescaped`; the characters of `special` do not stand in it."""
+    """`text` on one line, with the characters of `special` escaped too; `unescaped` is the inverse."""
     return "".join(
         _escape(char) if char in special or char == "\\" or not char.isprintable() else char for char in text
     )
@@ -38,10 +38,10 @@ def _escape(char: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """The inverse of `escaped`. Raises ValueError where a backslash begins nothing that it writes."""
+    """The inverse of `escaped`. Raises ValueError on a truncated escape sequence."""
     return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def quoted(text: str) -> str:
-    """Python's literal of a text, in double quotes."""
+    """`text` as a Python literal in double quotes."""
     return '"' + escaped(text).replace('"', '\\"') + '"'

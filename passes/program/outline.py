@@ -1,4 +1,4 @@
-"""Operators of a program taken out into functions, of which equal segments share one."""
+"""Moves segments of a program into functions; equal segments share one function."""
 
 import operator
 from collections import defaultdict
@@ -14,11 +14,13 @@ from .program import Note, Phase, Program, annotate, note, type_of
 from .types import freeze
 
 PHASES: dict[str, Phase] = {"F": "forward", "B": "backward", "I": "backward", "W": "backward"}
-"""Of the actions of pipelines and rounds, whose backwards begin in front of the turn."""
+"""Phase by the first letter of an action. The backwards of pipelines and rounds begin before the turn, where a note's
+`phase` is "forward"."""
 
 
 def outline(program: Program, segments: Iterable["Segment"], *, fused: bool = False) -> None:
-    """Make a function of each kind of segments and calls of it where they end; `fused` ones are compiled whole."""
+    """Make one function for each group of equal segments, and call it where each segment ends. Without `fused`, a
+    segment without an equal stays inline; with it every segment becomes a function, compiled as a whole."""
     kinds: dict[Any, list[Segment]] = defaultdict(list)
     for segment in segments:
         kinds[segment.structure].append(segment)
@@ -33,25 +35,25 @@ def outline(program: Program, segments: Iterable["Segment"], *, fused: bool = Fa
 
 @dataclass(frozen=True)
 class Segment:
-    """Operators in program order, none of which the plan places. What is between them reads nothing of theirs."""
+    """Operators in program order, none of them placed by the plan. Nodes between them must not read their results."""
 
     nodes: tuple[fx.Node, ...]
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """What it reads from outside, in order of first use."""
+        """The values it reads from outside, in order of first use."""
         inside = set(self.nodes)
         return tuple(dict.fromkeys(v for node in self.nodes for v in node.all_input_nodes if v not in inside))
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """What is read outside of it."""
+        """The values that are read outside of it."""
         inside = set(self.nodes)
         return tuple(node for node in self.nodes if any(user not in inside for user in node.users))
 
     @property
     def structure(self) -> Any:
-        """Equal for segments that one function can serve: operators, arguments, types and results."""
+        """A key that is equal for segments that can share a function: operators, arguments, types and results."""
         numbers: dict[fx.Node, int] = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
         rows = tuple(
             (node.target, freeze((node.args, node.kwargs), numbers.__getitem__), type_of(node), note(node).phase,
@@ -99,11 +101,11 @@ def _call(program: Program, name: str, segment: Segment) -> None:
     for node in reversed(segment.nodes):
         program.graph.erase_node(node)
     for element, node in elements.items():
-        element.name = node.name  # free now, and the name that readers know from the earlier texts
+        element.name = node.name  # free now, and the name known from the texts of earlier passes
 
 
 def _home(segment: Segment) -> str:
-    """The module that most of the segment belongs to: the longest path that holds all of it."""
+    """The innermost module that holds the whole segment."""
     modules = {note(node).module for node in segment.nodes}
     paths = [module.split(".") for module in modules if module]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))

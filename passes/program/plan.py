@@ -1,6 +1,6 @@
-"""The Plan: what was asked for, every decision about one model, and what that takes, as frozen data.
+"""The Plan: what the user asked for, every decision about one model, and the cost estimate, as frozen data.
 
-Passes act on it and never decide. Print it, save it as JSON, edit it, and feed it back with
+Passes act on it and decide nothing themselves. Print it, save it as JSON, edit it, and feed it back with
 `compile(..., plan="plan.json")`.
 """
 
@@ -20,37 +20,39 @@ from .plan_json import read_json, write_json
 from .request import Request
 
 LARGEST = 6
-"""So many of the parts of the peak are printed."""
+"""How many entries of the peak's breakdown are printed."""
 
 Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, the decisions that follow from it, and the estimate of what they take.
+    """A request, the decisions that follow from it, and the estimated cost.
 
     Fields:
         request: what the user asked for.
         layout: which parameter lives where in which chunk.
         mesh: the processes that train together.
-        microbatches: in how many parts a program runs a batch.
-        rounds: in how many rounds these run, of as many each: a round's forward and backward come before the next's.
-        blocks: names of the blocks that each run for all microbatches of a round before the next one does, or that
-            stages of a pipeline consist of.
-        stages: of a pipeline the names of the blocks that its stages begin with; "" is where the model begins.
-        schedule: what each rank of the pipeline does, in order.
-        line: which of them this process is, whose program and layout the plan is for.
-        recompute: names of the blocks whose activations are computed again in the backward.
-        offload: names of the blocks whose activations wait for the backward on the host: of a block that is recomputed
-            where it begins, of another all that its backward reads.
-        offload_sums: names of the blocks whose sums of gradients wait on the host from one round for the next; "" is
-            what lies in no block.
-        prefetch: how many chunks ahead of their first reader copies start (0: on demand).
+        microbatches: how many microbatches a batch is split into.
+        rounds: how many rounds these run in, with equally many each; a round runs forward and backward before the next.
+        blocks: names of the blocks that run for all microbatches of a round before the next block does, or that the
+            stages of a pipeline are built from.
+        stages: for a pipeline, the name of the block that each stage begins with; "" is the beginning of the model.
+        schedule: for a pipeline, what each of its ranks does, in order.
+        line: this process's rank in the pipeline; the program and the layout are for that rank.
+        recompute: names of the blocks whose activations the backward recomputes.
+        offload: names of the blocks whose activations wait on the host for the backward: the inputs of a recomputed
+            block, and everything that its backward reads of any other.
+        offload_sums: names of the blocks whose accumulated gradients wait on the host between rounds; "" stands for
+            everything outside the blocks.
+        prefetch: how many chunks before their first reader copies start (0: on demand).
         fuse_loss: whether a loss over the vocabulary is computed in pieces, without logits.
-        homes: where each chunk's training state lies and is updated, and whether its weights stay on the device.
-        format: of what that state consists: what `model.optimizer(...)` declared, or masters for torch's optimizers.
-        estimate: what the program that the plan was made for is expected to take.
-        alternatives: what the next-best plans would take, the fastest first; none of a plan that was fed back.
+        homes: for each chunk, where its training state lives and is updated, and whether its weights stay on the
+            device.
+        format: what the training state consists of: as `model.optimizer(...)` declared, or masters for torch's
+            optimizers.
+        estimate: the expected cost of the program that the plan was made for.
+        alternatives: the cost of the next-best plans, fastest first; empty for a plan that was fed back.
         notes: what the user should know, such as operations that stayed as Hugging Face wrote them.
     """
 
@@ -81,22 +83,22 @@ class Plan:
 
     @property
     def batches(self) -> int:
-        """How many batches make one step's."""
+        """How many different batches the processes compute in one step."""
         return self.mesh.data_size
 
     @property
     def shares_out(self) -> bool:
-        """Whether processes have training state that others lack."""
+        """Whether some process holds training state that another one lacks."""
         return bool(self.request.zero or self.layout.owned)
 
     def shards(self, chunk: ChunkLayout) -> int:
-        """How many processes share out a chunk's training state."""
+        """How many processes a chunk's training state is divided over."""
         zero = self.request.zero
         divided = zero == 3 or (zero > 0 and chunk.trainable)
         return self.mesh.ranks_over(chunk.reduced_over) if divided else 1
 
     def placed(self, homes: Homes) -> list[tuple[ChunkLayout, Home]]:
-        """The chunks with a home for each, the plan's own or others."""
+        """Each chunk with its home in `homes`, which may be the plan's or others."""
         return list(zip(self.layout.chunks, homes, strict=True))
 
     # -- text ----------------------------------------------------------------------------------------------
@@ -110,12 +112,12 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Raises ArgumentError naming the fields where the text is not a plan."""
+        """The inverse of `to_json`. Raises ArgumentError naming the fields that are wrong."""
         return read_json(text, cls)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Raises ArgumentError where there is no plan."""
+        """Read a plan that `save` wrote. Raises ArgumentError if the file cannot be read or is not a plan."""
         check_path("plan", path, "a geminifx.Plan, or the path of one that plan.save wrote")
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
@@ -134,7 +136,7 @@ class Plan:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
     def _requested(self) -> Iterator[Row]:
-        """With the mesh, which decides whether some of it means anything."""
+        """The request, with the parts of the mesh that give it a meaning."""
         asked = self.request
         yield "placement", asked.policy
         yield "device budget", "unlimited" if asked.budget_bytes is None else format_bytes(asked.budget_bytes)

@@ -1,4 +1,4 @@
-"""Plans as JSON: dtypes by name, formats of training state by kind, schedules as their text, line by line."""
+"""Plans as JSON: dtypes by name, training-state formats by kind, schedules as lines of their text."""
 
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ def write_json(plan: object) -> str:
 
 
 def read_json(text: str, kind: type[_T]) -> _T:
-    """The inverse. Raises ArgumentError, naming every field that is wrong, what was found and what is expected."""
+    """The inverse of `write_json`. Raises ArgumentError naming every wrong field, its value and the expected one."""
     return PLAN_TEXT.read(text, kind, _converter())
 
 

@@ -1,15 +1,15 @@
-"""The Program: a typed torch.fx graph of one whole training step, and the only place that annotates nodes.
+"""The Program: a typed torch.fx graph of one whole training step, and the only module that annotates nodes.
 
 A program's inputs and results have *roles* instead of positions::
 
     parameter:<name>  buffer:<name>  input:<i>  number:<i>  constant:<name>  tangent:<i>  expected:<i>    inputs
     output:<i>  gradient:<name or input:i>  mutation:<buffer>                        results
 
-Of a pipeline, and of a batch that runs in rounds, the backward begins in front of the turn, with the tangent that is
-`expected`.
+In a pipeline, and for a batch that runs in rounds, the backward begins before the turn, with the tangent `expected`
+instead of the one that the caller sends.
 
-Every node carries one frozen `Note`. Nodes are created by `Program.emit` alone, which infers their type, so
-a program is well typed at every moment and no pass ever computes a shape.
+Every node carries one frozen `Note`. New calls go through `Program.emit`, which infers their type; a program is
+therefore well typed at every moment, and no pass ever computes a shape.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,20 +26,25 @@ from .types import TensorType, Type, infer
 
 Phase = Literal["forward", "backward"]
 ROUND_SWEEPS = ("F.", "B.")
-"""What the actions of rounds begin with: F.1 is the second round's forward."""
+"""Prefixes of the actions of rounds: F.1 is the second round's forward."""
 _KEY = "geminifx"
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is known of a node besides its operator and arguments.
+    """What is known about a node besides its operator and arguments.
 
-    `module` is the fully qualified name of the model's module the node comes from ("" where none is known),
-    `role` is set on inputs only, `tied` names the parameter that an input shares its storage with, `chunk`
-    marks values that live in a chunk, `recomputed` marks copies of forward nodes in the backward phase. `action` is
-    the work of a pipeline's schedule that it is a part of, such as "B1.0", or of a round, such as "B.0"; its `phase` is
-    then the side of the turn. `placement` tells how a sharded program's value lies on the mesh, such as "row=S0
-    col=S1".
+    Fields:
+        type: the type of the node's value.
+        phase: "forward" or "backward"; for a node with an action, the side of the turn that it is on.
+        module: fully qualified name of the model's module that the node comes from, "" if unknown.
+        role: an input's role, "" on all other nodes.
+        tied: the parameter that an input shares its storage with, or "".
+        chunk: index of the chunk that the value lives in, or None.
+        recomputed: whether the node is a copy of a forward node in the backward.
+        action: the entry of a pipeline's schedule that the node belongs to, such as "B1.0", or of a round, such as
+            "B.0".
+        placement: how a sharded program's value lies on the mesh, such as "row=S0 col=S1".
     """
 
     type: Type = None
@@ -54,8 +59,8 @@ class Note:
 
     @property
     def sweep(self) -> str:
-        """The way through the model that it is a part of, for which weights come and go: the one side of the turn or
-        the other, or, of a batch that runs in rounds, the forward or the backward of one."""
+        """The forward or backward pass that the node belongs to. Chunks are fetched and released once per sweep. A
+        sweep is one side of the turn or, for a batch that runs in rounds, the forward or backward of one round."""
         return self.action if self.action.startswith(ROUND_SWEEPS) else self.phase
 
 
@@ -77,7 +82,7 @@ def type_of(node: fx.Node) -> Type:
 
 
 def tensor_type(node: fx.Node) -> TensorType:
-    """The type of a node that is known to be a tensor."""
+    """The type of a node that must be a tensor."""
     type = type_of(node)
     assert isinstance(type, TensorType)
     return type
@@ -85,11 +90,10 @@ def tensor_type(node: fx.Node) -> TensorType:
 
 @dataclass
 class Program:
-    """One captured step (or, inside `functions`, one shared segment of it, which is compiled to as few kernels as
-    can be where it `is_fused`).
+    """One captured step or, inside `functions`, one segment of it that several places may call.
 
-    `sources` tells where the forwards of the model's modules stand: name of the module -> "file.py:line". It
-    serves messages alone and is no part of a program's text.
+    `sources` maps the name of a module to the "file.py:line" of its forward. It serves error messages only and is not
+    part of the program's text. A function that `is_fused` is compiled to as few kernels as possible.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Program:
 
     @property
     def computes(self) -> list[fx.Node]:
+        """All nodes that are neither inputs nor the output."""
         return [node for node in self.graph.nodes if node.op in ("call_function", "call_module")]
 
     @property
@@ -118,7 +123,7 @@ class Program:
         return self.graph.find_nodes(op="call_function", target=target)
 
     def inputs(self, kind: str) -> dict[str, fx.Node]:
-        """The inputs of one kind: role without its prefix -> node."""
+        """The inputs of one kind, by role without its prefix."""
         prefix = kind + ":"
         named = ((note(node).role, node) for node in self.placeholders)
         return {role.removeprefix(prefix): node for role, node in named if role.startswith(prefix)}
@@ -129,21 +134,24 @@ class Program:
 
     @property
     def results(self) -> dict[str, fx.Node]:
-        """Role -> node of everything the program returns."""
+        """Everything the program returns, by role."""
         return self.output.args[0]
 
     def results_of(self, kind: str) -> dict[str, fx.Node]:
+        """The results of one kind, by role without its prefix."""
         prefix = kind + ":"
         return {r.removeprefix(prefix): n for r, n in self.results.items() if r.startswith(prefix)}
 
     def positions(self) -> dict[fx.Node, int]:
+        """The index of each node in program order."""
         return {node: i for i, node in enumerate(self.graph.nodes)}
 
     # -- writing -------------------------------------------------------------------------------------------
 
     def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None,
              *, before: fx.Node, like: Note | None = None, name: str | None = None) -> fx.Node:  # fmt: skip
-        """Create a call node in front of `before`; its provenance is `like`'s (default: that of `before`)."""
+        """Create a call node in front of `before`. Its provenance comes from `like`, by default the note of
+        `before`."""
         kwargs = kwargs or {}
         origin = like if like is not None else note(before)
         schema = getattr(target, "_schema", None)
@@ -157,7 +165,7 @@ class Program:
         return node
 
     def copy_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
-        """Emit `node` once more in front of `before`, its node arguments mapped by `value`."""
+        """Emit `node` once more in front of `before`, with its node arguments mapped by `value`."""
         if node.op == "call_module":
             return self.repeat_node(node, value, before)
         args = fx.map_arg(node.args, value)
@@ -167,14 +175,15 @@ class Program:
         return copy
 
     def repeat_node(self, node: fx.Node, value: Callable[[fx.Node], fx.Node], before: fx.Node) -> fx.Node:
-        """`node` once more in front of `before`, on values of the same types: all that is known of it stays."""
+        """Copy `node` in front of `before`, reading values of the same types, so that its note stays as it is."""
         with self.graph.inserting_before(before):
             return _copied(self.graph, node, value)
 
     def view_again(self, view: fx.Node, views: set[fx.Node], copies: dict[fx.Node, fx.Node],
                    before: fx.Node) -> fx.Node:  # fmt: skip
-        """Emit one of a sweep's `views` once more for its reader in a later one. `copies` is what there is already in
-        place of what nodes; what is neither there nor a view is read as it is."""
+        """Emit `view` once more before a reader in a later sweep, and return the copy. `views` are the earlier sweep's
+        views that may be emitted again; `copies` maps nodes to their replacements so far, and is extended. A node in
+        neither is read as it is."""
         if view not in copies and view in views:
             value = lambda node: self.view_again(node, views, copies, before)  # noqa: E731
             copies[view] = self.copy_node(view, value, before=before)
@@ -183,7 +192,7 @@ class Program:
         return copies.get(view, view)
 
     def add_input(self, name: str, type: Type, role: str, tied: str = "") -> fx.Node:
-        """Append an input; inputs stand in front of everything else."""
+        """Append an input; inputs precede all other nodes."""
         last = self.placeholders
         point = self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before(self._first())
         with point:
@@ -205,16 +214,16 @@ class Program:
         node.meta[_KEY] = Note()
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every reader of `old` read `new`, and erase `old`."""
+        """Redirect every reader of `old` to `new`, and erase `old`."""
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 
     def eliminate_dead_code(self) -> None:
-        """Erase what nobody reads. Random operators without readers go too; operators that write stay."""
+        """Erase nodes that nobody reads, random operators included; operators that write stay."""
         self.graph.eliminate_dead_code(is_impure_node=writes)
 
     def copy(self) -> "Program":
-        """An independent copy; constants are shared, they are never written."""
+        """An independent copy. The constants are shared, because nothing ever writes to them."""
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -225,9 +234,9 @@ class Program:
 
 
 def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """A copy of a node in a graph, its node arguments mapped by `value`, which may make nodes in front of it. Arguments
-    are set once the node is there: where nodes are made, torch looks through all of them for symbolic sizes, which
-    takes longer than the rest."""
+    """A copy of `node` in `graph`, with its node arguments mapped by `value`, which may insert nodes before the copy.
+    The arguments are set after the node is created: `create_node` searches its arguments for symbolic sizes, which
+    takes longer than everything else here."""
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value) if node.kwargs else {}
     copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
     copy.args, copy.kwargs = args, kwargs
@@ -236,7 +245,8 @@ def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node])
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether a node must stay although nobody reads it: inputs, results and operators that write."""
+    """Whether a node must stay even if nobody reads it: inputs, results, calls of functions, and operators that
+    write."""
     if node.op in ("placeholder", "output", "call_module"):
         return True
     schema = getattr(node.target, "_schema", None)
@@ -254,18 +264,18 @@ def overwritten_inputs(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def belongs(node: fx.Node, block: str) -> bool:
-    """Whether a node comes from a block, or from a module inside of it."""
+    """Whether a node comes from `block` or from a module inside it."""
     module = note(node).module
     return module == block or module.startswith(block + ".")
 
 
 def microbatches_of(batch: fx.Node) -> list[fx.Node]:
-    """What is read of an input that is the whole batch's, where a program runs that as microbatches."""
+    """The microbatches that the program reads from a whole-batch input; empty if it does not split it."""
     return [user for user in batch.users if user.target is MICROBATCH]
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws from the random generator, as its arguments have it."""
+    """Whether a node draws from the random generator. A dropout with a rate of 0 does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     rates = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
@@ -277,7 +287,7 @@ UNADMITTED_VIEWS = frozenset({
     torch.ops.aten._unsafe_view.default, torch.ops.aten.unsafe_chunk.default, torch.ops.aten.unsafe_split.Tensor,
     torch.ops.aten.unsafe_split_with_sizes.default,
 })  # fmt: skip
-"""Operators whose results are views of their first argument, which their schemas do not say."""
+"""Operators whose results are views of their first argument although their schemas do not say so."""
 
 
 def aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
@@ -305,6 +315,6 @@ def _aliased_positions(target: Any) -> tuple[int, ...]:
 
 
 def _is_conjugate_of_real(node: fx.Node) -> bool:
-    """Whether it returns what it is given."""
+    """Whether a node conjugates a real tensor, which returns the argument itself."""
     conjugates = node.target is torch.ops.aten.conj_physical.default
     return conjugates and not tensor_type(node.args[0]).dtype.is_complex

@@ -1,4 +1,5 @@
-"""Frozen dataclasses as JSON with a version, by cattrs: every field by its annotation, none missing and none more."""
+"""Frozen dataclasses as versioned JSON, by cattrs: every field is checked against its annotation; none may be missing
+or extra."""
 
 import json
 import math
@@ -16,8 +17,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Text:
-    """A kind of text: what it is `of`, its version, which grows when a field's meaning changes, so that a text of
-    another version is not misread, and, for messages, who writes it and how it is made anew."""
+    """A kind of JSON document.
+
+    Fields:
+        of: what it is, for error messages.
+        version: raised when a field's meaning changes, so that documents of other versions are rejected.
+        writer: name of the function that writes it, for error messages.
+        remedy: how to make it again, for error messages.
+    """
 
     of: str
     version: int
@@ -28,7 +35,7 @@ class Text:
         return json.dumps({"version": self.version, **converter.unstructure(value)}, indent=1)
 
     def read(self, text: str, kind: type[_T], converter: Converter) -> _T:
-        """The inverse. Raises ArgumentError, naming every field that is wrong, what was found and what is expected."""
+        """The inverse of `write`. Raises ArgumentError naming every wrong field, its value and the expected one."""
         try:
             data = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
@@ -55,7 +62,7 @@ def strict_converter() -> Converter:
 
 
 def _whole(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
-    """Every field is written, so one that is absent is a mistake, and not to be replaced by a default in silence."""
+    """A hook that requires every field: all of them are written, so an absent one is an error and not a default."""
     structure = converter.gen_structure_attrs_fromdict(kind)
     names = [field.name for field in fields(kind)]
 
@@ -71,7 +78,7 @@ def _whole(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
 
 
 def _exactly(scalar: type, what: str) -> Callable[[Any, Any], Any]:
-    """JSON's own types only: cattrs would take 1.5 for the integer 1, and any text for true."""
+    """A hook that accepts JSON's own type only; cattrs would convert 1.5 to the integer 1 and any string to True."""
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not scalar:

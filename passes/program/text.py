@@ -8,10 +8,10 @@
         ...
         return {"gradient:fc.weight": mm_1}
 
-A training program is a generator: at `yield` it hands its outputs to the caller and sleeps until the
-gradients of those outputs, the tangents, are sent. Its saved activations are simply its local variables.
-`executable=True` adds what running needs: each value is deleted after its last use, and a shared segment
-takes its arguments in a list that it empties, so that nobody above it keeps them alive.
+A training program is a generator: at `yield` it hands its outputs to the caller and sleeps until it is sent their
+gradients, the tangents. Its saved activations are simply its local variables. `executable=True` adds what running
+needs: each value is deleted after its last use, and a shared segment takes its arguments in a list that it empties, so
+that its callers do not keep them alive.
 """
 
 import ast
@@ -33,11 +33,11 @@ from .program import Note, Program, annotate, note, type_of
 from .types import Type, parse_type, type_text
 
 _WORLD = {"inf": math.inf, "nan": math.nan, "DEVICE": torch.device("cpu")}
-"""Names a program may use besides torch's and its own. DEVICE is wherever the program will run."""
+"""Names a program may use besides torch's and its own. DEVICE is the device that the program will run on."""
 _BETWEEN_FIELDS = "|"
 _CONTEXT = re.compile(r"\s+# (forward|backward|recompute)(?: ([FBIW]\d*\.\d+)( recompute)?)?(?:: (.*))?$", re.ASCII)
 FUSED = "fused"
-"""Decorates a function that is compiled to as few kernels as can be."""
+"""Name of the decorator of functions that are compiled to as few kernels as possible."""
 
 
 # -- printing ----------------------------------------------------------------------------------------------
@@ -50,6 +50,8 @@ def print_program(program: Program, executable: bool = False) -> str:
 
 
 class _Printer:
+    """Prints one function. If `boxed`, it takes its arguments in a list, `box`, which it empties."""
+
     def __init__(self, program: Program, executable: bool, boxed: bool) -> None:
         self.program = program
         self.executable = executable
@@ -88,7 +90,8 @@ class _Printer:
         return lines
 
     def _context_line(self, node: fx.Node) -> list[str]:
-        """Where a node comes from, if that changes here. What the plan places comes from nowhere in the model."""
+        """A comment with the node's phase, action and module if they change here. Nodes that the plan places come from
+        no module."""
         before, origin = self.origin, note(node)
         stays = before is not None and (before.phase, before.action) == (origin.phase, origin.action)
         if node.op == "output" or (stays and node.target in PLACED):
@@ -159,7 +162,8 @@ def call_text(node: fx.Node) -> str:
 
 @cache
 def target_text(target: Any) -> str:
-    if getattr(target, "__module__", "") == "_operator":  # arithmetic on numbers
+    """The name of an operator in a program's text."""
+    if getattr(target, "__module__", "") == "_operator":  # arithmetic on Python numbers
         return f"operator.{target.__name__}"
     name = str(target)
     return name.removesuffix(".default") if name.startswith(NAMESPACE + ".") else name
@@ -186,10 +190,10 @@ def _value(value: Any) -> str:
 
 
 def parse_program(text: str, constants: dict[str, torch.Tensor] | None = None) -> Program:
-    """The inverse of `print_program`; types are inferred anew and must agree.
+    """The inverse of `print_program`. Types are inferred again and must equal those in the text.
 
-    An executable text is read as well, unless it has shared segments: boxed arguments state no types. Raises
-    ValueError, with the line, where the text is not a program or a stated type is wrong.
+    Executable text can be parsed too, unless it has boxed segments, whose arguments carry no types. Raises ValueError,
+    with the line, if the text is not a program or one of its types is wrong.
     """
     try:
         functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
@@ -207,6 +211,8 @@ def parse_program(text: str, constants: dict[str, torch.Tensor] | None = None) -
 
 
 class _Parser:
+    """Parses one function, which may call the `functions` parsed before it."""
+
     def __init__(self, text: str, function: ast.FunctionDef, functions: dict[str, Program]) -> None:
         self.lines = text.splitlines()
         self.function = function
@@ -220,7 +226,7 @@ class _Parser:
         for argument in self.function.args.args:
             with self._naming_line(argument):
                 self._input(argument)
-        # Inputs are in place and everything else is appended in front of the output node.
+        # The inputs are in place; everything else goes in front of the output node.
         self.program.set_results({})
         for statement in self.function.body:
             with self._naming_line(statement):
@@ -231,7 +237,7 @@ class _Parser:
     def _naming_line(self, at: ast.stmt | ast.arg) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # fake kernels raise whatever they like on ill-typed arguments
+        except Exception as error:  # fake kernels raise all kinds of errors on ill-typed arguments
             line = self.lines[at.lineno - 1].strip()
             raise ValueError(f"line {at.lineno}: {error}: {line}") from as_cause(error)
 
@@ -254,7 +260,7 @@ class _Parser:
             case ast.Return(value=ast.expr() as value):
                 self.program.set_results(self._value(value))
             case ast.Delete() | ast.Pass():
-                pass  # derived from the order of reads when the program is printed
+                pass  # printing derives deletions from the order of reads
             case _:
                 raise ValueError("not a program statement")
 

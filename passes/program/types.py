@@ -1,8 +1,8 @@
-"""Types of program values, their text form, and the type rule of every operator.
+"""Types of program values, their text form, and type inference for every operator.
 
-The rule of an operator is its fake kernel, run on the argument types alone, with the strides of real tensors.
-Models repeat their layers, so that a graph of thousands of nodes has under a hundred distinct (operator, argument
-types): results are remembered and re-checking a whole program after each pass costs milliseconds.
+An operator's type rule is its fake kernel, run on the argument types alone, with the strides of real tensors. Models
+repeat their layers, so a graph of thousands of nodes has fewer than a hundred distinct pairs of operator and argument
+types. Results are cached, and checking a whole program again after each pass takes milliseconds.
 """
 
 import re
@@ -36,7 +36,8 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """dtype, shape and strides of a tensor. The device is always the device tier, so it is not part."""
+    """dtype, shape and strides (in elements) of a tensor. The device is left out, because it is always the device
+    tier."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -63,7 +64,7 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class NumberType:
-    """A number of Python's, `kind` "float" or "int"."""
+    """A Python number; `kind` is "float" or "int"."""
 
     kind: str
 
@@ -72,7 +73,7 @@ class NumberType:
 
 
 NUMBERS = {"float": 0.7390851332151607, "int": 7}
-"""By the kinds of numbers, one that stands for all where types are inferred."""
+"""For each kind of number, the value that stands for any such number in type inference."""
 
 Type = TensorType | NumberType | tuple["Type", ...] | None
 """A tensor, a number, a tuple of types (operators with several results), or None (an absent or no result)."""
@@ -120,7 +121,7 @@ def _split_top_level(text: str) -> list[str]:
 
 
 def type_of_value(value: Any) -> Type:
-    """The type of a (fake) tensor, of a number, of a tuple or list of them, or of None."""
+    """The type of a (fake) tensor, a number, None, or a tuple or list of them. Raises ValueError for anything else."""
     if isinstance(value, torch.Tensor):
         return TensorType.of(value)
     if type(value) in (float, int):
@@ -134,14 +135,14 @@ def type_of_value(value: Any) -> Type:
 
 @dataclass(frozen=True, slots=True)
 class _Operand:
-    """Stands for a node among an operator's arguments, so that they can be hashed."""
+    """Stands for a node in an operator's arguments, which makes them hashable."""
 
     type: Type
 
 
 def infer(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
           type_of: Callable[[fx.Node], Type]) -> Type:  # fmt: skip
-    """The result type of `target(*args, **kwargs)`, whose fx.Node arguments have the types `type_of` tells.
+    """The result type of `target(*args, **kwargs)`, whose fx.Node arguments have the types given by `type_of`.
 
     Raises whatever the operator's fake kernel raises on ill-typed arguments.
     """
@@ -150,11 +151,11 @@ def infer(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def freeze(value: Any, node: Callable[[fx.Node], Any]) -> Any:
-    """A hashable stand-in for an operator's argument, in which `node` tells what stands for a node.
+    """A hashable key for an operator's argument; `node` maps each fx.Node in it to its own key.
 
-    Stand-ins are equal exactly where the arguments are the same: 0.0 and -0.0 differ, as do 1, 1.0 and True.
+    Keys are equal exactly if the arguments are the same: 0.0 and -0.0 differ, as do 1, 1.0 and True.
     """
-    match value:  # this runs for every node after every pass: what comes most often stands first
+    match value:  # this runs for every node after every pass: the most frequent cases come first
         case fx.Node():
             return node(value)
         case int():
@@ -165,9 +166,9 @@ def freeze(value: Any, node: Callable[[fx.Node], Any]) -> Any:
             return (list, *[freeze(item, node) for item in value])
         case dict():
             return (dict, *[(key, freeze(item, node)) for key, item in value.items()])
-        case slice():  # cannot be hashed before Python 3.12
+        case slice():  # unhashable before Python 3.12
             return (slice, *[freeze(item, node) for item in (value.start, value.stop, value.step)])
-        case float() | complex():  # as text, in which nan equals nan and zeros have signs
+        case float() | complex():  # as text, where nan equals nan and zeros have signs
             kind = float if isinstance(value, float) else complex
             return (kind, kind.__repr__(value))
     return value
@@ -199,11 +200,11 @@ _STATISTICS = {
     torch.ops.aten._native_batch_norm_legit.default: (1, 2),
     torch.ops.aten._native_batch_norm_legit.no_stats: (1, 2),
 }
-"""Results that kernels keep in float32 where their fakes tell the input's narrower dtype."""
+"""Positions of results that the kernels keep in float32 but the fakes report in the input's narrower dtype."""
 
 
 _FAKES = FaithfulFakeMode()
-"""One for all: to make one, which records where it was made, takes longer than most fake kernels."""
+"""Shared, because creating a mode, which records a stack trace, takes longer than most fake kernels."""
 
 
 @lru_cache(maxsize=16384)

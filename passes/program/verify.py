@@ -1,8 +1,7 @@
 """What must hold of a program: structure, types, and the facts that passes establish.
 
-A fact is a check `(program, plan) -> offence or None`. A pass names the facts it requires and gives; the
-manager checks every fact that has been given so far after each pass, so that the pass that breaks one is
-the pass that is blamed.
+A fact is a check `(program, plan) -> violation or None`. A pass names the facts it requires and gives. After each pass
+the manager checks every fact given so far, so that the pass that breaks one is the pass that is blamed.
 """
 
 import operator
@@ -48,7 +47,7 @@ from .types import Type, infer, type_text
 
 @dataclass(frozen=True)
 class Violation:
-    """A node that breaks a rule: what was found, what is expected."""
+    """A node that breaks a rule, with what was found and what was expected."""
 
     node: fx.Node
     found: str
@@ -71,14 +70,15 @@ def fact(check: Callable[[Program, Plan], Violation | None]) -> Fact:
 
 
 Known = dict[fx.Node, tuple[Any, ...]]
-"""By node, its operator, arguments and type when these were found to agree. All are values that are replaced and never
-changed, so that a node of which they are the same objects agrees still, as long as its arguments have their types."""
+"""For each node that passed the type check, the operator, arguments and type it had then. These objects are replaced
+and never mutated: a node that still has the same ones is well typed, as long as its arguments keep their types."""
 
 
 def verify(program: Program, plan: Plan, facts: tuple[Fact, ...], pass_name: str, known: Known | None = None) -> None:
     """Check structure, types and facts. Raises VerificationError naming the pass and the node.
 
-    `known` is what earlier calls have found of this program: what no pass has touched since is not inferred anew.
+    `known` carries results over from earlier calls on this program, so that only nodes changed since are inferred
+    again.
     """
     known = {} if known is None else known
     well_typed = lambda program, plan: _well_typed(program, known)  # noqa: E731
@@ -117,7 +117,7 @@ def _line(node: fx.Node) -> str:
 
 def _well_formed(program: Program, plan: Plan) -> Violation | None:
     seen: set[fx.Node] = set()
-    for name in (program.name, *program.functions):  # the text is run: a name that is none would be code
+    for name in (program.name, *program.functions):  # the text is executed: an invalid name would become code
         if not is_identifier(name):
             return Violation(program.output, f"a function called {name!r}", "a name by program.names.identifier")
     for node in program.graph.nodes:
@@ -126,7 +126,7 @@ def _well_formed(program: Program, plan: Plan) -> Violation | None:
                 annotate(node)
             return Violation(node, f"called {node.name!r}", "a name by program.names.identifier, of no function")
         if not is_noted(node):
-            annotate(node)  # an empty note, so that the message can show the node
+            annotate(node)  # an empty note lets the message show the node
             return Violation(node, "made without a type", "nodes made by Program.emit, which infers it")
         for value in node.all_input_nodes:
             if value not in seen:
@@ -160,7 +160,7 @@ def _well_typed(program: Program, known: Known) -> Violation | None:
 
 
 def _inferred(program: Program, node: fx.Node) -> Type:
-    """What a node's type follows to be; of inputs and results, which follow from nothing, what it is said to be."""
+    """The type inferred for a node. Inputs and results are not inferred; theirs is the annotated one."""
     if node.op == "call_module":
         return tuple(type_of(v) for v in program.functions[str(node.target)].results)
     if node.op != "call_function":
@@ -175,12 +175,12 @@ def _inferred(program: Program, node: fx.Node) -> Type:
 # -- facts -------------------------------------------------------------------------------------------------
 
 NO_OPS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default)
-"""Operators that return what they are given, in a program whose values nothing overwrites."""
+"""Operators that return their argument or a copy of it, which is the same as long as nothing overwrites values."""
 
 
 @fact
 def canonical(program: Program, plan: Plan) -> Violation | None:
-    """No no-ops, and one input per parameter."""
+    """There are no no-ops, and each parameter has one input."""
     for node in program.graph.nodes:
         if node.target in NO_OPS:
             return Violation(node, f"the no-op {node.target}", "its argument read directly")
@@ -191,8 +191,8 @@ def canonical(program: Program, plan: Plan) -> Violation | None:
 
 @fact
 def sharded(program: Program, plan: Plan) -> Violation | None:
-    """Gradients lie on the mesh as their parameters do, as terms of a sum over the replicas, and everything else that
-    leaves the program is whole."""
+    """Gradients lie on the mesh like their parameters, as partial sums over the replicas; all other results are
+    replicated."""
     parameters, axes = program.inputs("parameter"), plan.mesh.tensor_axes
     for role, node in program.results.items():
         kind, _, name = role.partition(":")
@@ -207,7 +207,8 @@ def sharded(program: Program, plan: Plan) -> Violation | None:
 
 @fact
 def turned(program: Program, plan: Plan) -> Violation | None:
-    """All forward nodes, then the turn, then all backward nodes; evaluation has no backward at all."""
+    """All forward nodes precede the turn, and all backward nodes follow it. Without a turn there are no backward
+    nodes."""
     turns = program.calls(TURN)
     if len(turns) > 1:
         return Violation(turns[1], "a second turn", "one turn from forward to backward")
@@ -224,7 +225,8 @@ def turned(program: Program, plan: Plan) -> Violation | None:
 
 @fact
 def overlapped(program: Program, plan: Plan) -> Violation | None:
-    """Every collective starts and is waited for once, in one phase; what it fills, or sums, nobody else reads."""
+    """Every collective is started and waited for once, in one phase. Only its finish reads the buffer that it fills or
+    sums in."""
     for node in program.computes:
         if node.target in COLLECTIVES:
             return Violation(node, "a collective in one piece", "its start, and geminifx.finish_collective")
@@ -255,7 +257,7 @@ def _collective(start: fx.Node) -> Violation | None:
 
 @fact
 def posted(program: Program, plan: Plan) -> Violation | None:
-    """Every receive starts and is waited for once, in one phase; before that nobody reads what comes."""
+    """Every receive is started and waited for once, in one phase. Only its finish reads what arrives."""
     for node in program.computes:
         if node.target is RECEIVE:
             return Violation(node, "a receive in one piece", "its start, and geminifx.finish_receive")
@@ -290,7 +292,7 @@ def _gradient_chains(program: Program) -> Violation | None:
     order = program.positions()
     for buffer in program.calls(GRADIENTS):
         steps = sorted(buffer.users, key=order.__getitem__)
-        # A function puts, in whichever way.
+        # A call of a function that takes the buffer counts as a put.
         kinds = [PUT if step.op == "call_module" else step.target for step in steps]
         if kinds[-2:] != [REDUCE, ACCUMULATE_GRAD] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
             text = ", ".join(map(target_text, kinds))
@@ -300,7 +302,7 @@ def _gradient_chains(program: Program) -> Violation | None:
 
 @fact
 def released(program: Program, plan: Plan) -> Violation | None:
-    """Every waited-for chunk is released exactly once, after its last reader and before its reduce."""
+    """Every chunk waited for is released exactly once, after its last reader and before its reduce."""
     order = program.positions()
     reduces = {node.args[1]: order[node] for node in program.calls(REDUCE)}
     for wait in program.calls(WAIT):
@@ -319,8 +321,8 @@ def released(program: Program, plan: Plan) -> Violation | None:
 
 @fact
 def offloaded(program: Program, plan: Plan) -> Violation | None:
-    """What goes to the host goes once, stays as it is until it has left, is read by nobody afterwards, and comes back
-    once."""
+    """An offloaded value is copied to the host once, is not overwritten before it has departed nor read after that, and
+    comes back once."""
     came_from = {DEPART: (1, OFFLOAD), RELOAD: (0, OFFLOAD), ARRIVE: (0, RELOAD)}
     for node in program.computes:
         position, expected = came_from.get(node.target, (0, None))

@@ -1,1 +1,1 @@
-"""How tensors are divided over processes: tables of placements, rules of operators, the engine that applies them."""
+"""How tensors are divided over processes: tables of placements, operator rules, and the engine that applies them."""

@@ -1,7 +1,7 @@
-"""Where a collective may stand, and how it is written out in two: its start, and what waits for it.
+"""Where a collective may move to, and how it is split into a start and a finish.
 
-Processes exchange consecutive memory, shard behind shard. What is exchanged along another dimension than the first, or
-together with others, is laid out anew by operators of the program, so that its memory is planned like any other's.
+Processes exchange contiguous memory, shard after shard. A tensor exchanged along another dimension than the first, or
+together with others, is laid out for that by operators of the program, so that its memory is planned like any other.
 """
 
 import operator
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def write_epochs(program: Program) -> dict[fx.Node, int]:
-    """How many writes stand in front of each node: within one such epoch collectives may move freely."""
+    """How many writing nodes precede each node. Collectives may move freely within one such epoch."""
     found, number = {}, 0
     for node in program.graph.nodes:
         number += node.op != "placeholder" and writes(node) and node.target is not SWAP_RNG
@@ -37,7 +37,7 @@ def write_epochs(program: Program) -> dict[fx.Node, int]:
 
 
 def first_readers(program: Program) -> dict[fx.Node, int]:
-    """The place where each value is first read, by more than a view or another collective."""
+    """The position at which each value is first read, looking through views and other collectives."""
     order, found = program.positions(), dict[fx.Node, int]()
     for node in reversed(order):
         for user in node.users:
@@ -49,7 +49,7 @@ def first_readers(program: Program) -> dict[fx.Node, int]:
 
 
 class Writer:
-    """Writes in front of `at`."""
+    """Emits starts and finishes of collectives in front of `at`."""
 
     def __init__(self, program: Program, at: fx.Node) -> None:
         self.program = program
@@ -57,7 +57,8 @@ class Writer:
         self.origin = note(at)
 
     def start(self, members: list[fx.Node]) -> fx.Node:
-        """The start of a collective, or of several sums at once. What it fills is read by `finish` alone."""
+        """Emit the start of a collective, or of several all-reduces at once. Only `finish` may read the buffer that it
+        fills."""
         first = members[0]
         self.origin = note(first)
         if first.target is ALL_REDUCE:
@@ -69,7 +70,7 @@ class Writer:
         return self._emit(START_REDUCE_SCATTER, self._by_shard(shard, dim, size), axis, size)
 
     def finish(self, started: fx.Node, members: list[fx.Node]) -> list[fx.Node]:
-        """What stands for each of the collectives from here on."""
+        """Emit the finish. Returns the value that replaces each of the collectives."""
         first = members[0]
         self.origin = note(first)
         if first.target is ALL_REDUCE:
@@ -95,7 +96,7 @@ class Writer:
         return self._emit(aten.clone.default, shard, memory_format=torch.contiguous_format)
 
     def _by_shard(self, shard: fx.Node, dim: int, size: int) -> fx.Node:
-        """Every process's shard of a tensor behind the other, along the first dimension."""
+        """A tensor laid out shard after shard along the first dimension, for a reduce-scatter along `dim`."""
         if dim == 0:
             return self._contiguous(shard)
         shape = list(tensor_type(shard).shape)
@@ -106,7 +107,7 @@ class Writer:
         return self._emit(aten.view.default, shards, [size * shape[0], *shape[1:]])
 
     def _along(self, whole: fx.Node, shard: fx.Node, dim: int, axis: str, size: int) -> fx.Node:
-        """The inverse: of shards along the first dimension the whole along `dim`."""
+        """The inverse of `_by_shard`: from shards along the first dimension to the whole along `dim`."""
         if dim == 0:
             return whole
         shape = list(tensor_type(shard).shape)
@@ -119,17 +120,17 @@ class Writer:
     # -- sums ----------------------------------------------------------------------------------------------
 
     def _own(self, collective: fx.Node) -> fx.Node:
-        """The terms of a sum, in memory that it may overwrite."""
+        """The input of an all-reduce, in memory that it may overwrite."""
         shard = collective.args[0]
         return shard if is_contiguous(shard) and is_own(shard, collective) else self._copy(shard)
 
     def _joined(self, members: list[fx.Node]) -> fx.Node:
-        """Terms of several sums as one flat tensor."""
+        """The inputs of several all-reduces as one flat tensor."""
         shards = [self._contiguous(member.args[0]) for member in members]
         return self._emit(aten.cat.default, [self._view(shard, [prod(tensor_type(shard).shape)]) for shard in shards])
 
     def _apart(self, whole: fx.Node, members: list[fx.Node]) -> list[fx.Node]:
-        """The inverse."""
+        """The inverse of `_joined`."""
         shapes = [list(tensor_type(member).shape) for member in members]
         bounds = pairwise([0, *accumulate(map(prod, shapes))])
         pieces = [self._emit(aten.slice.Tensor, whole, 0, *bound) for bound in bounds]
@@ -145,6 +146,6 @@ def is_contiguous(node: fx.Node) -> bool:
 
 
 def is_own(shard: fx.Node, reader: fx.Node) -> bool:
-    """Whether nobody but `reader` ever reads a value's storage."""
+    """Whether only `reader` ever reads the storage of a value."""
     fresh = shard.op == "call_function" and shard.target is not operator.getitem and list(shard.users) == [reader]
     return fresh and all(is_own(source, shard) for source in aliased_inputs(shard))

@@ -23,26 +23,27 @@ aten = torch.ops.aten
 SHAPED: dict[Any, int] = {
     aten.view.default: 1, aten._unsafe_view.default: 1, aten.reshape.default: 1, aten.expand.default: 1,
 }  # fmt: skip
-"""Operators that name the shape of their result, and the place of that argument."""
+"""Operators that take the shape of their result, with the position of that argument."""
 
 SOURCE_SHAPED = (aten.slice_backward.default, aten.select_backward.default)
-"""Backwards that name the shape of the forward's argument, which is their result's."""
+"""Backward operators whose argument 1 is the shape of the forward's input, which is also their result's."""
 
 SQUEEZES = dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), aten.squeeze.dims)
-"""Of a shard they take away the dimensions that they do of the whole, and not others that are of size 1 in shards."""
+"""Squeezes are lowered with explicit dimensions: a shard loses those that the whole loses, and keeps others of size
+1."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What stands in the new program for one of the old: this rank's shard, and how all shards lie."""
+    """An old value in the new program: this rank's shard, and the placements of all shards."""
 
     node: fx.Node
     placements: Placements
 
 
 def divides(shape: tuple[int, ...], placements: Sequence[Placement], axes: tuple[Axis, ...]) -> bool:
-    """Whether every rank has an equal shard, by placements on the first axes. Shards of a dimension nest in the order
-    of the axes: an axis cuts each of its sections of what those before it left."""
+    """Whether every rank gets an equal shard. The placements are those on the first axes. Shards of one dimension nest
+    in the order of the axes: each axis cuts every section of what the axes before it left."""
     sizes = list(shape)
     for placement, axis in zip(placements, axes, strict=False):
         if isinstance(placement, Shard):
@@ -53,20 +54,21 @@ def divides(shape: tuple[int, ...], placements: Sequence[Placement], axes: tuple
 
 
 class Sharder:
-    """State of one lowering. `types` are the whole types of the old program's values."""
+    """State of one lowering. `types` are the unsharded types of the old program's values."""
 
     def __init__(self, program: Program, axes: tuple[Axis, ...], roles: Mapping[str, Role]) -> None:
         self.program = program
         self.axes = axes
         self.roles = tuple(roles[axis.name] for axis in axes)
-        # Taken now: annotations of parameters are overwritten by those of their shards.
+        # Recorded now, because parameters' notes are later overwritten with their shards' types.
         self.types: dict[fx.Node, Type] = {node: operand_type(type_of(node)) for node in program.nodes}
         self.values: dict[fx.Node, Value] = {}
         self.elements: dict[fx.Node, tuple[Value, ...]] = {}  # of operators with several results
-        self.weights: set[fx.Node] = set()  # parameters, and what is made of them alone
-        self.wanted: dict[fx.Node, Placements] = {}  # how what becomes a gradient should lie
+        self.weights: set[fx.Node] = set()  # parameters, and values computed from them alone
+        self.wanted: dict[fx.Node, Placements] = {}  # how values that become gradients should be placed
         self.everywhere = (REPLICATE,) * len(axes)
-        # Collectives by phase: what the forward gathered would live until the backward if that read it again.
+        # Redistributed values, keyed by phase: if the backward reused a tensor that the forward gathered, it would stay
+        # in memory until then.
         self._moved: dict[tuple[fx.Node, Placements, str], fx.Node] = {}
         self.at: fx.Node  # the old operator that is being lowered
 
@@ -81,7 +83,7 @@ class Sharder:
         return self.values[node].placements
 
     def local(self, node: fx.Node, placements: Placements) -> fx.Node:
-        """This rank's shard of an old value, lying by `placements`: exchanged where it lies otherwise."""
+        """This rank's shard of an old value under `placements`, redistributed if it is placed differently."""
         value = self.values[node]
         if value.placements == placements:
             return value.node
@@ -89,25 +91,25 @@ class Sharder:
         if key not in self._moved:
             self._moved[key] = self._move(value, placements)
         if PARTIAL in value.placements and PARTIAL not in placements:
-            self.values[node] = Value(self._moved[key], placements)  # a sum is taken once
+            self.values[node] = Value(self._moved[key], placements)  # each sum is computed once
         return self._moved[key]
 
     def settled(self, node: fx.Node) -> Placements:
-        """How a value lies once its sums are taken."""
+        """The placements of a value once its partial sums are reduced."""
         return self.resolved(self.placements(node), self.type(node).shape)
 
     # -- writing -------------------------------------------------------------------------------------------
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node of the new program, in front of the old one that is being lowered."""
+        """Emit a node of the new program in front of the old one being lowered."""
         return self.program.emit(target, args, kwargs, before=self.at, like=note(self.at))
 
     def set(self, node: fx.Node, made: fx.Node, placements: Placements) -> None:
-        """Let `made` stand for the old value."""
+        """Let `made` stand for the old value `node`."""
         self.values[node] = self.value(made, placements)
 
     def value(self, made: fx.Node, placements: Placements) -> Value:
-        """A new node that lies by `placements`."""
+        """A new node with its placements, which are also noted on the node."""
         annotate(made, placement=placements_text(placements, self.axes))
         return Value(made, placements)
 
@@ -117,17 +119,17 @@ class Sharder:
         return local
 
     def sharding_axes(self, placements: Placements, dim: int) -> list[Axis]:
-        """The axes along which a dimension is sharded."""
+        """The axes that shard a dimension."""
         pairs = zip(placements, self.axes, strict=True)
         return [axis for placement, axis in pairs if isinstance(placement, Shard) and placement.dim == dim]
 
     def resolved(self, placements: Placements, shape: tuple[int, ...]) -> Placements:
-        """What a partial tensor becomes once its sums are taken, by the axes' roles."""
+        """The placements of a partial tensor once its sums are reduced, as the roles of the axes say."""
         found = list(placements)
         for i, (placement, role) in enumerate(zip(placements, self.roles, strict=True)):
             if placement == PARTIAL:
-                # Scattering a sum exchanges half of what an all-reduce does, and leaves less to keep: that is done
-                # wherever the axis' role names a dimension, and this one divides.
+                # A reduce-scatter moves half of what an all-reduce does and leaves less to keep: use it wherever the
+                # axis's role names a dimension and that dimension divides.
                 dims = {"batch": 0, "sequence": 1 if len(shape) == 3 else None, "hidden": len(shape) - 1}
                 dim = dims.get(role.partial)
                 found[i] = REPLICATE if dim is None or not shape else Shard(dim)
@@ -138,8 +140,8 @@ class Sharder:
     # -- collective ------------------------------------------------------------------------------------------
 
     def _move(self, value: Value, target: Placements) -> fx.Node:
-        """Exchange axis by axis. Shards of a dimension nest in the order of the axes, so that an axis is gathered after
-        those behind it that share its dimension, and sharded before them. What only sums comes last: by then shards are
+        """Redistribute axis by axis. Shards of a dimension nest in the order of the axes, so an axis is gathered after
+        the later ones that share its dimension, and sharded before them. Plain all-reduces come last, when shards are
         smallest."""
         local, now = value.node, list(value.placements)
         shares = [self._conflicts(now, target, i) for i in range(len(now))]
@@ -163,7 +165,7 @@ class Sharder:
         return local
 
     def _conflicts(self, now: list[Placement], target: Placements, place: int) -> bool:
-        """Whether an axis must let go of a dimension because one before it, which shares it, changes."""
+        """Whether an axis must be gathered because an earlier axis that shards the same dimension changes."""
         mine = now[place]
         if not isinstance(mine, Shard):
             return False
@@ -185,7 +187,7 @@ class Sharder:
         return self._by_section(local, wanted, take)
 
     def _by_section(self, local: fx.Node, shard: Shard, action: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """What `action` makes of each of the sections, one behind the other."""
+        """Applies `action` to each section of a shard and concatenates the results."""
         if shard.sections == 1:
             return action(local)
         size = type_of(local).shape[shard.dim] // shard.sections  # type: ignore[union-attr]
@@ -198,20 +200,20 @@ class Sharder:
     def choose(
         self, node: fx.Node, operands: list[fx.Node], target: Any = None
     ) -> tuple[list[Placements], list[Placements]]:
-        """Placements of an operator's arguments and results: on each axis the legal row that exchanges least. `target`
-        is an operator whose rule is taken in place of the node's own."""
+        """The placements of an operator's arguments and of its results: on each axis the legal row that moves the
+        fewest elements. `target` is an operator whose rule is used instead of the node's own."""
         results = self.types[node]
         types = results if isinstance(results, tuple) else (results,)
         rows: list[Row] = []
-        # One axis after the other, although the best rows of each need not be the best together: there are as many
+        # Choose axis by axis, although the best rows of each axis need not be the best together: there are as many
         # combinations as rows to the power of axes, for every operator of the program.
         for i in range(len(self.axes)):
             found = tuple(self.settled(operand)[i] for operand in operands)
             call = Call(node, tuple(map(self.type, operands)), types, found)  # type: ignore[arg-type]
             rule = rule_for(target or node.target)
             legal = [row for row in [whole(call), *(rule(call) if rule else [])] if self._divides(call, row, rows)]
-            # The first of those that cost the same, and `whole` stands first: taking a shard of what all ranks have is
-            # free, but getting it back is not.
+            # Among rows of equal cost the first wins, and `whole` comes first: sharding what all ranks have is free,
+            # but gathering it again is not.
             best = min(legal, key=lambda row: self._cost(call, operands, row, i))
             self._check_heads(call, best, i)
             rows.append(best)
@@ -219,65 +221,67 @@ class Sharder:
         return inputs, [tuple(row.results[j] for row in rows) for j in range(len(types))]
 
     def _divides(self, call: Call, row: Row, before: list[Row]) -> bool:
-        """Whether all tensors of a call divide, as this row and those of the axes before have them."""
+        """Whether all tensors of a call divide evenly under this row and the rows of the axes before."""
         rows = [*before, row]
         inputs = ((type, [r.inputs[j] for r in rows]) for j, type in enumerate(call.operands))
         results = ((type, [r.results[j] for r in rows]) for j, type in enumerate(call.results) if type)
         return all(divides(type.shape, placements, self.axes) for type, placements in chain(inputs, results))
 
     def _cost(self, call: Call, operands: list[fx.Node], row: Row, place: int) -> float:
-        """Elements that a row moves along an axis; infinite where the axis' role does not allow it."""
+        """Elements that a row moves along an axis; infinite if the axis's role forbids the row."""
         role, axis = self.roles[place], self.axes[place]
-        # What a ring brings to each rank: of n elements that are gathered, or summed and scattered, all but its own
-        # shard; an all-reduce is both, one behind the other, and counts twice in `_moves`.
+        # What each rank receives in a ring: gathering or reduce-scattering n elements brings all but its own shard. An
+        # all-reduce does one after the other, and counts twice in `_moves`.
         ranks = (axis.size - 1) / axis.size
         cost = 0.0
         for operand, type, wanted in zip(operands, call.operands, row.inputs, strict=True):
             found = self.placements(operand)[place]
-            # Which weights are gathered is the mode's to say, however few elements that would exchange here.
+            # The mode alone decides which weights are gathered, however cheap that would be here.
             if self.is_weight(operand) and not self._may_move(role, found, wanted):
                 return inf
             cost += ranks * prod(type.shape) * self._moves(found, self.settled(operand)[place], wanted)
-        # Whoever makes terms of a sum pays for it, though it is taken only in front of a reader: at least as one that
-        # is scattered. Operators that pass terms on, such as a view, do not pay again, nor do those that are to make
-        # some.
+        # The operator that makes a partial sum pays for its reduction, at the price of a reduce-scatter, although it
+        # happens only in front of a reader. Operators that pass partial sums on, such as views, do not pay again, nor
+        # do those that are asked for partial sums.
         wanted_here = self.wanted.get(call.node)
         for result, placement in zip(call.results, row.results, strict=True):
             is_asked_for = wanted_here is not None and wanted_here[place] == PARTIAL
             if placement == PARTIAL and PARTIAL not in row.inputs and result is not None and not is_asked_for:
                 cost += ranks * prod(result.shape)
         if call.node.target is aten.t.default and PARTIAL in row.inputs and call.node not in self.wanted:
-            return inf  # a transposed factor has another reader than its own product: let them share the sum
-        # A gradient is kept as its parameter lies. Made elsewise, it would be exchanged as soon as it is there.
+            return inf  # a transposed factor has another reader besides its own product: let them share the sum
+        # A gradient ends up placed like its parameter. Made in another placement, it would be redistributed at once.
         if wanted_here is not None and row.results[0] not in (PARTIAL, wanted_here[place]):
             return inf
         return cost
 
     def is_weight(self, node: fx.Node) -> bool:
-        # Vectors, such as biases and the weights of norms, are too few to keep to a rule: they go where they are read.
+        # Vectors, such as biases and norm weights, are too small to follow a rule: they are redistributed as needed.
         return node in self.weights and len(self.type(node).shape) > 1
 
     @staticmethod
     def _may_move(role: Role, found: Placement, wanted: Placement) -> bool:
-        """Weights are gathered on axes whose role says so, and stay as they are on all others."""
+        """Whether the role allows a weight to be read as `wanted`: gathered on axes that gather, unchanged on all
+        others."""
         return wanted == REPLICATE if role.gathered else found == wanted
 
     @staticmethod
     def _moves(found: Placement, settled: Placement, wanted: Placement) -> float:
-        """How often a tensor crosses the axis."""
+        """How many times a tensor's elements cross the axis."""
         if found == wanted:
             return 0.0
-        if wanted == PARTIAL:  # nothing that is whole is taken apart into terms
+        if wanted == PARTIAL:  # a whole tensor is never split into terms
             return inf
-        if found == REPLICATE:  # a shard of it is there already
+        if found == REPLICATE:  # each rank already has the shard
             return 0.0
-        if found == PARTIAL:  # scattered only into what `resolved` makes of it, which other readers find then
+        if found == PARTIAL:  # reduce-scattered only as `resolved` would, so that other readers find it
             return 2.0 if wanted == REPLICATE else 1.0 if wanted == settled else inf
-        # From one dimension to another it is gathered and cut again: dearer than to read what was gathered as it is.
+        # Moving a shard to another dimension gathers and cuts it, which costs more than reading the gathered tensor.
         return 1.0 if wanted == REPLICATE else 2.0
 
     def _check_heads(self, call: Call, best: Row, place: int) -> None:
-        """Raises ShardingError where a sharded hidden dimension is seen as heads that do not divide by its ranks."""
+        """Raises ShardingError if a sharded hidden dimension is viewed as heads that do not divide by the axis's
+        ranks."""
         if call.node.target not in SHAPED or not isinstance(call.found[0], Shard) or best.inputs[0] != REPLICATE:
             return
         shape, seen, axis = call.operands[0].shape, self.type(call.node).shape, self.axes[place]
@@ -300,7 +304,7 @@ class Sharder:
         shards = iter([self.local(operand, placements) for operand, placements in zip(operands, inputs, strict=True)])
         args = list(fx.map_arg(node.args, lambda _: next(shards)))
         kwargs = fx.map_arg(node.kwargs, lambda _: next(shards))
-        # Arguments that name sizes of the whole name those of the shard from here on.
+        # Arguments that hold sizes of the whole tensor become those of the shard.
         if node.target in SHAPED:
             args[SHAPED[node.target]] = list(local_shape(self.type(node).shape, results[0], self.axes))
         elif node.target in SOURCE_SHAPED:
@@ -310,7 +314,7 @@ class Sharder:
         elif node.target in SQUEEZES:
             args = [args[0], squeezed_dims(node, self.type(operands[0]).shape)]
         apart = [axis.name for axis, p in zip(self.axes, results[0], strict=True) if isinstance(p, Shard)]
-        # Ranks with other shards must draw other numbers, those with the same shard the same.
+        # Ranks with different shards must draw different numbers, ranks with the same shard the same.
         fork = self._fork(args, apart) if apart and is_random(node) else None
         made = self._emit_view(SQUEEZES.get(node.target, node.target), args, kwargs)
         if fork is not None:
@@ -319,19 +323,19 @@ class Sharder:
         self.finish(node, made, results)
 
     def _fork(self, args: list[Any], axes: list[str]) -> fx.Node:
-        """Let ranks draw other numbers where they have other shards along these axes, and the same where they have the
-        same. The state that is to be swapped back behind what draws."""
+        """Swap in a generator state that differs between shards along these axes and is equal for equal shards. Returns
+        the state to swap back after the draw."""
         fork = self.emit(FORK_RNG, next(arg for arg in args if isinstance(arg, fx.Node)), axes)
         self.emit(SWAP_RNG, fork)
         return fork
 
     def finish(self, node: fx.Node, made: fx.Node, results: list[Placements]) -> None:
-        """Let the results of `made` stand for those of the old operator."""
+        """Let the results of `made` stand for those of the old operator `node`."""
         if not isinstance(self.types[node], tuple):
             self.set(node, made, results[0])
             return
         types = self.types[node]
-        # Only elements that somebody reads are taken out: the others would be dead code.
+        # Take out only elements that somebody reads: the others would be dead code.
         wanted = {user.args[1] for user in node.users}
         elements = []
         for i, placements in enumerate(results):
@@ -343,7 +347,7 @@ class Sharder:
         self.elements[node] = tuple(elements)
 
     def _emit_view(self, target: Any, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
-        """The operator on local shards; a view of shards that do not lie one behind the other needs a copy."""
+        """Emit the operator on local shards; a view that a shard's strides do not allow reads a contiguous copy."""
         try:
             return self.emit(target, *args, **kwargs)
         except (RuntimeError, ValueError):
@@ -359,7 +363,8 @@ class Sharder:
         return sizes // ranks if isinstance(sizes, int) else [size // ranks for size in sizes]
 
     def _share_of_mean(self, node: fx.Node, made: fx.Node, inputs: list[Placements]) -> fx.Node:
-        """A mean over a sharded dimension is a sum over ranks of their means, each divided by how many they are."""
+        """Divide a mean over a sharded dimension by the number of ranks that shard it, so that the results sum to the
+        mean."""
         if node.target not in (aten.mean.dim, aten.mean.default):
             return made
         ndim = len(self.type(node.args[0]).shape)
@@ -369,4 +374,4 @@ class Sharder:
 
 
 Lowering = Callable[[Sharder, fx.Node], None]
-"""Lowers one operator by hand: where local shards need another computation than the whole."""
+"""Lowers one operator whose computation on local shards differs from that on the whole."""

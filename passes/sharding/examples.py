@@ -1,8 +1,8 @@
-"""How operators treat examples: rules that hold where a batch is divided into parts that are computed one by one.
+"""How operators treat examples: rules for splitting a batch into parts that are computed one after the other.
 
-They stand beside those of `rules.py`, which hold here, too: a program of parts names their sizes itself, so that
-operators may be divided here that take sizes as arguments. A loss over all examples is the sum of the parts' losses, or
-their mean.
+They extend the rules of `rules.py`, which apply here too. Operators that take sizes as arguments may be split here,
+because the program of a part has sizes of its own. A loss over all examples is the sum or the mean of the parts'
+losses.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ aten = torch.ops.aten
 
 
 class Mean(Partial):
-    """A term; the tensor is the mean over the parts."""
+    """A term of a mean: the tensor is the mean over the parts."""
 
     def __str__(self) -> str:
         return "mean"
 
 
 class Rows(Shard):
-    """The numbers 0, 1, ... of the examples along a dimension: each part counts its own from 0."""
+    """The indices 0, 1, ... of the examples along a dimension; each part counts its own from 0."""
 
     def __str__(self) -> str:
         return f"rows of {super().__str__()}"
@@ -37,7 +37,7 @@ FILLS = frozenset({
     aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.scalar_tensor.default,
     aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default,
 })  # fmt: skip
-"""Operators whose results have one value everywhere, and that read no values."""
+"""Operators that read no values and whose results hold one value everywhere."""
 
 DRAWS = frozenset({
     aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.rand.default, aten.randn.default,
@@ -45,18 +45,18 @@ DRAWS = frozenset({
     aten.randint_like.low_dtype, aten.uniform.default, aten.normal_functional.default, aten.rrelu_with_noise.default,
     torch.ops.geminifx.bernoulli_like.default, torch.ops.geminifx.attention.default,
 })  # fmt: skip
-"""Random operators that draw as many numbers whatever the values of their arguments are."""
+"""Random operators that draw equally many numbers whatever the values of their arguments."""
 
 
 def _every(call: Call) -> list[Row]:
-    """Each example of the first argument apart; all else is for all of them."""
+    """Operators that treat each example of the first argument separately; the other arguments are the same for all."""
     results = tuple(Shard(0) if result and result.shape[:1] == call.operands[0].shape[:1] else REPLICATE
                     for result in call.results)  # fmt: skip
     return [Row((Shard(0), *(REPLICATE,) * (len(call.operands) - 1)), results)]
 
 
 def _reduced(call: Call) -> list[Row]:
-    """What is taken of some dimensions, along the others."""
+    """Reductions over some dimensions: split along the others."""
     given, ndim = call.arg(1, "dim"), len(call.operands[0].shape)
     dims = [given] if isinstance(given, int) else given or range(ndim)
     gone = {dim % ndim for dim in dims}
@@ -86,14 +86,14 @@ def _added_batched_product(call: Call) -> list[Row]:
 
 
 def _placed_one(call: Call) -> list[Row]:
-    """A slice of one index is replaced."""
+    """Replacement of a slice at one index of a dimension: split along the others."""
     picked = call.arg(2, "dim") % len(call.operands[0].shape)
     shards = [shard for i, shard in call.found_shards() if i == 0 and shard.dim != picked]
     return [Row((s, Shard(s.dim - (s.dim > picked))), (s,)) for s in shards]
 
 
 def _picked(call: Call) -> list[Row]:
-    """Whole slices by their numbers, which are the same for all examples."""
+    """Selection of slices by indices that are the same for all examples."""
     dim = call.arg(1, "dim") % len(call.operands[0].shape)
     return [Row((shard, REPLICATE), (shard,)) for i, shard in call.found_shards() if i == 0 and shard.dim != dim]
 
@@ -116,12 +116,12 @@ def _repeated(call: Call) -> list[Row]:
 
 
 def _indexed(call: Call) -> list[Row]:
-    """`x[i, j]` where either no index goes along the examples, or the first is their numbers, or what is indexed is one
+    """`x[i, j]`, in three cases: no index runs along the examples; or the first one holds their indices; or x is one
     table for all of them."""
     indices = call.node.args[1]
     first = next(i for i, index in enumerate(indices) if index is not None)
     given = [index for index in indices[first:] if index is not None]
-    if any(index is None for index in indices[first : first + len(given)]):  # apart: torch puts their result in front
+    if any(index is None for index in indices[first : first + len(given)]):  # not adjacent: torch puts them first
         return []
     ndim = max(len(tensor_type(index).shape) for index in given)
     source, *found = call.found
@@ -141,7 +141,7 @@ def _indexed(call: Call) -> list[Row]:
 
 
 def _index_dim(place: Placement, shape: tuple[int, ...], ndim: int) -> int | None:
-    """The dimension of what all indices are broadcast to along which one of them is divided."""
+    """The dimension of the broadcast indices along which one index is split; None if it is not."""
     return place.dim + ndim - len(shape) if isinstance(place, Shard) else None
 
 
@@ -155,7 +155,7 @@ def _is_along(place: Placement, shape: tuple[int, ...], dim: int, ndim: int) -> 
 
 
 def _loss(reduction: int) -> Rule:
-    """A loss of every element, and its reduction, which is the argument at this place."""
+    """The rule of an elementwise loss whose `reduction` is the argument at this position."""
 
     def rule(call: Call) -> list[Row]:
         how = call.arg(reduction, "reduction", BY_MEAN)
@@ -166,8 +166,8 @@ def _loss(reduction: int) -> Rule:
 
 
 def _token_losses(call: Call) -> list[Row]:
-    """Logarithms of probabilities, labels, perhaps a weight for each class. `average_loss` weighs means by how many
-    tokens they are of."""
+    """Arguments: log-probabilities, labels, perhaps class weights. `average_loss` weights means by their token
+    counts."""
     reduction = call.arg(3, "reduction")
     rest = (REPLICATE,) * (len(call.operands) - 2)
     results: tuple[Placement, ...] = (MEAN, PARTIAL) if reduction == BY_MEAN else (PARTIAL, PARTIAL)
@@ -210,16 +210,16 @@ EXAMPLES |= dict.fromkeys(
 SHIFTS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar})
 
 MEANS = frozenset({aten.mean.dim, aten.mean.default})
-"""Sums of `rules.py` that are divided by how many terms they have."""
+"""Reductions that `rules.py` treats as sums, and that are divided by the number of their terms."""
 
 
 def legal(call: Call) -> list[Row]:
-    """The rows of a call whose batch is divided."""
+    """The legal rows of a call when the batch is split."""
     rule = EXAMPLES.get(call.node.target) or rule_for(call.node.target)
     rows = rule(call) if rule else []
     if call.node.target in MEANS:
         rows = [Row(row.inputs, (MEAN,)) if _reduces(row) else row for row in rows]
-    if call.node.target in SHIFTS and call.found == (MEAN,):  # by a number, which `linear` has no row for
+    if call.node.target in SHIFTS and call.found == (MEAN,):  # shifted by a number, for which `linear` has no row
         rows = [Row((PARTIAL,), (MEAN,))]
     return rows
 

@@ -1,9 +1,10 @@
-"""From the program of one microbatch to one that tells how the whole batch's values follow from all microbatches'.
+"""Turns the program of one microbatch into one that takes the whole batch and reads a microbatch from it.
 
-That they do is proven, on the forwards of two programs of one step, captured with the whole batch and with a part of
-it. They must be the same, operator by operator, but for sizes; and each operator must have a legal row for how its
-arguments lie: divided by examples, the same for all, or terms of a sum or of a mean over the microbatches. The backward
-needs no proof: it is the derivative of the part's forward, so that what a mean hands back is divided among its terms.
+This is valid only if the whole batch's values follow from those of all microbatches. That is proven first, on two
+captures of the forward: with the whole batch, and with one part of it. They must be equal, operator by operator, but
+for sizes, and each operator must have a legal row for the placements of its arguments: split by examples, the same for
+all, or terms of a sum or of a mean over the microbatches. The backward needs no proof: it is the derivative of the
+part's forward, with the gradient of a mean divided among its terms.
 """
 
 import operator
@@ -26,24 +27,24 @@ from .rules import Call, Row, operand_type, tensors
 
 aten = torch.ops.aten
 LAYOUT = aten.clone.default
-"""Copies into another memory layout, which a part may need where the whole does not, or the other way round."""
+"""Copies into another memory layout, which the part may need where the whole does not, or the reverse."""
 
 SIZED = FILLS | {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
     aten.rand.default, aten.randn.default, aten.randint.default, aten.randint.low,
 }  # fmt: skip
-"""Operators with the sizes of their results in a list among their arguments."""
+"""Operators that take the sizes of their results as a list."""
 
 SAME = {aten._unsafe_view.default: aten.view.default, aten.reshape.default: aten.view.default}
 COUNTED = (aten.view.default, aten.unsqueeze.default, aten.expand.default, aten._to_copy.default)
-"""What keeps the numbers of examples what they are."""
+"""Operators that keep the indices of examples (`Rows`) intact."""
 
 
 def microbatched(whole: Program, part: Program, count: int) -> Program:
-    """The program of the first of `count` microbatches, made of `part`: its inputs and tangents are those of the whole
-    batch, and its losses are the terms of a mean. Both are canonical.
+    """The program of the first of `count` microbatches, made from `part`. Its inputs and tangents are the whole
+    batch's, and its losses are terms of a mean. Both programs must be canonical.
 
-    Raises SplitError where the whole batch's results do not follow from its microbatches'.
+    Raises SplitError if the whole batch's results do not follow from its microbatches'.
     """
     proof = _Proof(whole, count)
     proof.run(part)
@@ -66,7 +67,7 @@ def microbatched(whole: Program, part: Program, count: int) -> Program:
 
 
 def _divide(program: Program, value: fx.Node, whole: Type, count: int) -> None:
-    """Let an input be the whole batch's, of which a microbatch is read."""
+    """Turn an input into the whole batch's, and read the microbatch from it."""
     part = type_of(value)
     if part == whole:
         return
@@ -78,7 +79,7 @@ def _divide(program: Program, value: fx.Node, whole: Type, count: int) -> None:
 
 
 def _share(program: Program, tangent: fx.Node, count: int) -> None:
-    """Let what is handed back to a mean be divided among its terms."""
+    """Divide the gradient of a mean by the number of its terms."""
     dtype = tensor_type(tangent).dtype
     if dtype.itemsize < 4 and count & (count - 1):
         raise SplitError(
@@ -105,9 +106,15 @@ def _behind(program: Program, value: fx.Node) -> fx.Node:
 
 @dataclass
 class _Proof:
-    """How the values of the whole batch's forward follow from those of the microbatches: `found`, one for each of an
-    operator's results. `drawn` are values that no examples have for themselves, of numbers that every microbatch draws
-    anew; `pairs` tells of each value of the whole which of the part's it is."""
+    """Derives how values of the whole batch's forward follow from the microbatches'.
+
+    Fields:
+        whole: the program of the whole batch.
+        count: the number of microbatches.
+        found: the placements of each operator's results.
+        drawn: values that do not differ by example but depend on numbers that every microbatch draws anew.
+        pairs: for each value of the whole, the part's value that corresponds to it.
+    """
 
     whole: Program
     count: int
@@ -120,7 +127,7 @@ class _Proof:
         return {role: self._place(node) for role, node in self.whole.results_of("output").items()}
 
     def run(self, part: Program) -> None:
-        """Raises SplitError naming the operator that stands in the way."""
+        """Compare the forwards. Raises SplitError naming the operator that cannot be split."""
         self._inputs(part)
         steps = iter(_steps(part))
         for node in _forward(self.whole):
@@ -198,7 +205,8 @@ class _Proof:
         return Rows(place.dim) if counts and isinstance(place, Shard) else place
 
     def _made(self, node: fx.Node, other: fx.Node, results: tuple[Type, ...]) -> tuple[Placement, ...]:
-        """Of what reads no example: the same for all, or as large as the batch and filled with one value."""
+        """The placements of an operator that reads no example: the same for all, or as large as the batch and filled
+        with one value."""
         dim = self._divided_dim(type_of(node), type_of(other))
         if dim == 0 and _counts_from_zero(node):
             return (Rows(0),)
@@ -212,14 +220,14 @@ class _Proof:
         return (Shard(dim),)
 
     def _divided_dim(self, whole: Type, part: Type) -> int | None:
-        """The one dimension in which the part is as much smaller as a microbatch is."""
+        """The only dimension in which the part is smaller, if it is so by the number of microbatches; else None."""
         if not isinstance(whole, TensorType) or not isinstance(part, TensorType) or len(whole.shape) != len(part.shape):
             return None
         other = [i for i, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
         return other[0] if len(other) == 1 and whole.shape[other[0]] == self.count * part.shape[other[0]] else None
 
     def _alike(self, node: fx.Node, other: fx.Node) -> bool:
-        """Whether the arguments that are no tensors are the same, but for sizes: these tell in the results' types."""
+        """Whether the non-tensor arguments are equal but for sizes, which are compared in the types of the results."""
         pairs = zip_longest(_plain(node), _plain(other))
         if node.target is aten.slice.Tensor and _is_everything(node) and _is_everything(other):
             return True
@@ -229,7 +237,8 @@ class _Proof:
         return all(a == b or (sized and isinstance(a, list) and isinstance(b, list)) for a, b in pairs)
 
     def _scales_by_count(self, node: fx.Node, other: fx.Node, places: tuple[Placement, ...]) -> bool:
-        """Whether a sum over examples is divided by how many there are: the terms are those of a mean then."""
+        """Whether the operator divides a sum over examples by a number that grows with them, which makes its terms
+        those of a mean."""
         if places != (PARTIAL,) or node.kwargs or len(node.args) != 2:
             return False
         a, b = node.args[1], other.args[1]
@@ -319,7 +328,8 @@ def _counts_from_zero(node: fx.Node) -> bool:
 
 
 def _is_met(row: Row, found: tuple[Placement, ...]) -> bool:
-    """Whether arguments lie as a row has them. What is the same for all is a term of a mean as it is."""
+    """Whether the arguments are placed as a row wants them. A value that is the same for all is a term of a mean as it
+    is."""
     averages = MEAN in found
     if averages and PARTIAL in found:
         return False

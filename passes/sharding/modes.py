@@ -1,6 +1,6 @@
-"""Tensor parallel modes as data: what each axis of a mode's mesh does. The shard pass knows nothing else of modes.
+"""Tensor parallel modes as data: what each axis of a mode's mesh shards. The shard pass knows modes only from here.
 
-    mode     axes              activations              linear weight [out, in]    what is partial becomes
+    mode     axes              activations              linear weight [out, in]    a partial sum becomes
     1d       tp                R (or sequence: S1)      S0, then S1                R (or S1)
     2d       row, col          S0, S-1                  S1, S0                     -, S-1
     2.5d     depth, row, col   S0, S0, S-1              R, S1, S0                  -, -, S-1
@@ -16,7 +16,7 @@ from typing import Literal
 from ..program.plan import Plan
 
 Kept = Literal["whole", "batch", "sequence", "hidden"]
-"""What of an activation [batch, ..., hidden] an axis shards."""
+"""Which dimension of an activation [batch, ..., hidden] an axis shards; "whole" is none of them."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Role:
     """What one axis shards.
 
     Fields:
-        activation: what it shards of the activations between blocks.
-        partial: what a sum over the axis becomes, once it is taken.
-        weight: of linear weights [out, in]: "in" or "out"; "turns": out, or in where the input comes sharded
-            along hidden; None: nothing.
-        gathered: whether weights are gathered for computing, so that only they, and no activations, are exchanged.
+        activation: the dimension that it shards of the activations between blocks.
+        partial: the dimension along which a sum over the axis is scattered; "whole": it is all-reduced.
+        weight: the dimension that it shards of linear weights [out, in]: "in" or "out"; "turns": out, or in if the
+            input arrives sharded along hidden; None: nothing.
+        gathered: whether weights are gathered for compute, so that only they, and no activations, are exchanged.
     """
 
     activation: Kept
@@ -47,9 +47,9 @@ MODES: dict[str, dict[str, Role]] = {
     "3d": {"a": _BATCH, "b": Role("batch", "batch", weight="turns"), "c": Role("hidden", "batch", weight="turns")},
 }
 SEQUENCE: dict[str, Role] = {"tp": Role("sequence", "sequence", weight="turns")}
-"""1d with activations between blocks sharded along the sequence."""
+"""Mode 1d with the activations between blocks sharded along the sequence."""
 
 
 def roles_of(plan: Plan) -> dict[str, Role]:
-    """The roles of a plan's tensor axes, by name."""
+    """The roles of a plan's tensor axes, by the axis's name."""
     return SEQUENCE if plan.request.sequence else MODES[plan.request.mode]

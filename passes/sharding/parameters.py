@@ -1,8 +1,8 @@
-"""How a mode shards the parameters, found by what the program does with them and not by their names.
+"""How a mode shards the parameters, derived from how the program uses them and not from their names.
 
-Values are followed from the inputs on: the first linear layer behind a residual stream turns its activations (out is
-sharded where the stream was whole, or the other way round), the second turns them back. What stands with an activation
-in an elementwise operator or a norm, such as a bias, is sharded as that activation's hidden dimension is.
+Values are followed from the inputs on. The first linear layer after a residual stream turns its activations (it shards
+out if the stream was whole, or the reverse), the second turns them back. A parameter that meets an activation in an
+elementwise operator or a norm, such as a bias, is sharded like the activation's hidden dimension.
 """
 
 import re
@@ -29,8 +29,15 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 @dataclass
 class Use:
-    """What a parameter is: `out` and `into` are the dimensions of a linear weight; anything else has `hidden`, the
-    dimension that goes along an activation's, or None of them."""
+    """How the program uses a parameter.
+
+    Fields:
+        turned: whether the activations that it meets come from the first linear layer of a pair (see above).
+        out: the output dimension of a linear weight or the vocabulary of an embedding; None for other parameters.
+        into: the input dimension of a linear weight, or an embedding's hidden dimension.
+        hidden: for other parameters, the dimension that runs along an activation's hidden dimension, if any.
+        sections: how many equal parts a fused projection's output is split into.
+    """
 
     turned: bool
     out: int | None = None
@@ -41,21 +48,22 @@ class Use:
 
 @dataclass
 class Found:
-    """Placements of all parameters, and what the user should know of those that stay whole."""
+    """The placements of all parameters by name, and notes for the user about those that stay whole."""
 
     placements: dict[str, Placements] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def whole_parameters(program: Program, plan: Plan) -> tuple[str, ...]:
-    """What the user should know of parameters that a mode shards and that stay whole."""
+    """Notes for the user about parameters that a mode would shard but that stay whole."""
     return tuple(place_parameters(program, plan).notes)
 
 
 def place_parameters(program: Program, plan: Plan) -> Found:
-    """Placements of the parameters by name; those that a pattern of the plan's table matches are taken from there.
+    """The placements of the parameters by name. The first matching pattern in the plan's table overrides the mode.
 
-    Raises ShardingError for a pattern that no parameter matches, and for placements that do not divide a parameter.
+    Raises ShardingError for a pattern that matches no parameter, and for a table entry that is malformed, is partial,
+    shards over a replica axis, or does not divide its parameter evenly.
     """
     axes, roles, table = plan.mesh.tensor_axes, roles_of(plan), dict(plan.request.table)
     uses, found = _uses(program), Found()
@@ -99,7 +107,7 @@ def _parsed(text: str, axes: tuple[Axis, ...]) -> Placements:
 
 
 def _sharded_dim(use: Use, role: Role) -> int | None:
-    """The dimension that an axis shards of a parameter."""
+    """The dimension of a parameter that an axis shards."""
     hidden = is_hidden_sharded(role, use.turned)
     if use.out is not None:
         return {"out": use.out, "in": use.into, "turns": use.into if hidden else use.out, None: None}[role.weight]
@@ -107,7 +115,8 @@ def _sharded_dim(use: Use, role: Role) -> int | None:
 
 
 def is_hidden_sharded(role: Role, turned: bool) -> bool:
-    """Whether the axis shards the hidden dimension of activations, those that a first linear layer made or others."""
+    """Whether the axis shards the hidden dimension of activations: if `turned`, of those made by a first linear layer,
+    else of all others."""
     return role.activation == "hidden" if role.weight != "turns" else (role.activation == "hidden") != turned
 
 
@@ -144,7 +153,7 @@ def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, ax
 
 
 def _uses(program: Program) -> dict[fx.Node, Use]:
-    """What each parameter is used for first."""
+    """How each parameter is used first."""
     found: dict[fx.Node, Use] = {}
     turned: dict[fx.Node, bool] = {}
     origins = _origins(program)
@@ -162,7 +171,7 @@ def _uses(program: Program) -> dict[fx.Node, Use]:
 
 
 def _origins(program: Program) -> dict[fx.Node, fx.Node]:
-    """Values that are a parameter seen through views and casts, and the parameter."""
+    """Maps values that are a parameter seen through views and casts to that parameter."""
     origins = {node: node for node in program.inputs("parameter").values()}
     for node in program.computes:
         if node.target in _VIEWS and node.args[0] in origins:
@@ -171,7 +180,7 @@ def _origins(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _use(node: fx.Node, parameter: fx.Node, origins: dict[fx.Node, fx.Node], turned: bool) -> Use | None:
-    """What a parameter does in one operator; `turned`: what the operator's other arguments are."""
+    """How one operator uses a parameter; `turned` says whether its other arguments are turned activations."""
     ndim = len(_shape(parameter))
     if node.target in (aten.mm.default, aten.addmm.default):
         weight = node.args[-1]
@@ -179,7 +188,7 @@ def _use(node: fx.Node, parameter: fx.Node, origins: dict[fx.Node, fx.Node], tur
             stored_out_first = weight.target is aten.t.default
             out, into = (0, 1) if stored_out_first else (1, 0)
             return Use(turned, out, into, sections=_sections(node))
-        return Use(not turned, hidden=ndim - 1, sections=_sections(node))  # a bias stands with the result
+        return Use(not turned, hidden=ndim - 1, sections=_sections(node))  # a bias is placed like the result
     if node.target is aten.embedding.default:
         return Use(False, out=0, into=1) if _from_input(node.args[1]) else Use(False, hidden=1)
     if node.target is aten.convolution.default:
@@ -188,14 +197,14 @@ def _use(node: fx.Node, parameter: fx.Node, origins: dict[fx.Node, fx.Node], tur
 
 
 def _from_input(indices: fx.Node) -> bool:
-    """Whether indices are the caller's, as tokens are; positions are computed."""
+    """Whether indices come from the caller, like tokens; positions are computed."""
     while indices.op == "call_function" and indices.target in (*_VIEWS, aten.slice.Tensor, MICROBATCH):
         indices = indices.args[0]
     return indices.op == "placeholder"
 
 
 def _sections(projection: fx.Node) -> int:
-    """How many equal parts a projection's result is split into: it makes query, key and value in one, for example."""
+    """How many equal parts the result of a projection is split into, such as 3 for fused query, key and value."""
     readers = [projection]
     while len(readers) == 1 and readers[0].target not in _SPLITS:
         readers = [user for user in readers[0].users if user.target in (*_SPLITS, *_VIEWS, aten.add.Tensor)]

@@ -1,8 +1,8 @@
-"""How operators may be sharded: for each a function from one call to its legal rows, on one axis of the mesh.
+"""How operators may be sharded: for each, a function from a call to its legal rows on one axis of the mesh.
 
-A row tells a placement for every tensor argument and for every result, such as `S0, R -> S0` for a matrix product.
-A mode on several axes takes a row for each of them. Which one is the sharder's to choose; what an operator does not
-have here is computed on whole tensors.
+A row gives a placement for every tensor argument and every result, such as `S0, R -> S0` for a matrix product. A mode
+with several axes takes one row for each. The sharder chooses among them; an operator without a rule here is computed on
+whole tensors.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Row:
-    """Placements of the tensor arguments and of the results, on one axis."""
+    """The placements of the tensor arguments and of the results on one axis."""
 
     inputs: tuple[Placement, ...]
     results: tuple[Placement, ...]
@@ -29,8 +29,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call: its arguments, the whole types of its tensor arguments and results, and how the arguments lie
-    on one axis, sums taken (`found`)."""
+    """One operator call, on one axis.
+
+    Fields:
+        node: the call itself.
+        operands: the unsharded types of its tensor arguments.
+        results: the unsharded types of its results, None for an absent one.
+        found: the placements of its tensor arguments on the axis, once partial sums are reduced.
+    """
 
     node: fx.Node
     operands: tuple[TensorType, ...]
@@ -41,7 +47,7 @@ class Call:
         return self.node.args[place] if len(self.node.args) > place else self.node.kwargs.get(name, default)
 
     def found_shards(self) -> list[tuple[int, Shard]]:
-        """Argument numbers and shards of the arguments that are sharded."""
+        """The arguments that are sharded, as pairs of position and shard."""
         return [(i, p) for i, p in enumerate(self.found) if isinstance(p, Shard)]
 
 
@@ -49,12 +55,12 @@ Rule = Callable[[Call], list[Row]]
 
 
 def operand_type(found: Type) -> Type:
-    """A number among the arguments is for the rules a tensor that all have alike."""
+    """For the rules, a number among the arguments is a scalar tensor that is the same on all ranks."""
     return TensorType(torch.float64, (), ()) if isinstance(found, NumberType) else found
 
 
 def whole(call: Call) -> Row:
-    """Everything replicated: legal for every operator."""
+    """Everything replicated, which is legal for every operator."""
     return Row((REPLICATE,) * len(call.operands), (REPLICATE,) * len(call.results))
 
 
@@ -66,7 +72,7 @@ def _alike(call: Call, inputs: tuple[Placement, ...], result: Placement) -> Row:
 
 
 def elementwise(call: Call) -> list[Row]:
-    """Sharded alike along a dimension of the result; arguments that are broadcast along it are whole."""
+    """All sharded along one dimension of the result; arguments that are broadcast along it are replicated."""
     ndim = max((len(operand.shape) for operand in call.operands), default=0)
     candidates: dict[tuple[int, int], None] = {}
     for i, shard in call.found_shards():
@@ -85,7 +91,7 @@ def _aligned(operand: TensorType, dim: int, ndim: int, sections: int) -> Placeme
 
 
 def linear(call: Call) -> list[Row]:
-    """Elementwise, and linear in all tensor arguments together: sums may be taken later."""
+    """Elementwise, and linear in all tensor arguments together: partial sums may be reduced later."""
     adds_number = call.node.target in (aten.add.Tensor, aten.sub.Tensor) and len(_tensors(call)) < 2
     return [*elementwise(call), *([] if adds_number else [_alike(call, (PARTIAL,) * len(call.operands), PARTIAL)])]
 
@@ -99,24 +105,25 @@ def scaling(call: Call) -> list[Row]:
 
 
 def product(call: Call) -> list[Row]:
-    """Elementwise, and linear in each of two arguments alone."""
+    """Elementwise, and linear in each of two arguments separately."""
     rows = scaling(call)
     return [*rows, _alike(call, (REPLICATE, PARTIAL), PARTIAL)] if len(call.node.all_input_nodes) == 2 else rows
 
 
 def cast(call: Call) -> list[Row]:
-    """Elementwise; a sum of floats can be taken later, one of what was made integers of not."""
+    """Elementwise; partial sums may be reduced after a cast between floating-point types, but not after one from or to
+    integers."""
     is_float = all(type.dtype.is_floating_point for type in (*call.operands, *call.results) if type)
     return scaling(call) if is_float else elementwise(call)
 
 
 def _tensors(call: Call) -> list[fx.Node]:
-    """Tensor arguments as often as they are given: a square has its argument twice, of which no sum waits."""
+    """The positional tensor arguments with repetitions: a square has the same one twice, and is not linear in it."""
     return [value for value in call.node.args if isinstance(value, fx.Node)]
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
-    """The tensor arguments of a call in their order, as often as they are given: a square has its argument twice."""
+    """The tensor arguments of a call in order, with repetitions: a square has the same one twice."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
@@ -126,7 +133,8 @@ def tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def mapped(call: Call, along: Callable[[int], int | None]) -> list[Row]:
-    """Dimension `d` of the first argument becomes `along(d)` of every result; None where it cannot be sharded."""
+    """Dimension `d` of the only argument becomes `along(d)` of every result; `along` returns None if it cannot be
+    sharded."""
     rows = [Row((PARTIAL,), (PARTIAL,) * len(call.results))]
     for _, shard in call.found_shards():
         dim = along(shard.dim)
@@ -136,7 +144,7 @@ def mapped(call: Call, along: Callable[[int], int | None]) -> list[Row]:
 
 
 def reshaped(call: Call) -> list[Row]:
-    """Shards as `view_dim` follows them; those of a dimension in sections only where it keeps its size."""
+    """Shards follow `view_dim`; those in sections only if their dimension keeps its size."""
     source, target = call.operands[0].shape, call.results[0].shape  # type: ignore[union-attr]
     rows = mapped(call, lambda dim: view_dim(source, target, dim))
     sectioned = [row for row in rows if isinstance(row.inputs[0], Shard) and row.inputs[0].sections > 1]
@@ -147,7 +155,7 @@ def reshaped(call: Call) -> list[Row]:
 def view_dim(source: tuple[int, ...], target: tuple[int, ...], dim: int) -> int | None:
     """The dimension of `target` whose equal parts are those of dimension `dim` of `source`, or None.
 
-    A view multiplies or divides neighbouring dimensions: the first of them, and only that, keeps its parts.
+    A view merges or splits neighbouring dimensions; only the first of these keeps its parts.
     """
     before = prod(source[:dim])
     if source[dim] == 1:
@@ -173,7 +181,7 @@ def transposed(call: Call) -> list[Row]:
 
 
 def expanded(call: Call) -> list[Row]:
-    """Dimensions that stay as they are; what is repeated is whole on every rank."""
+    """Dimensions that keep their size may be sharded; repeated ones are replicated."""
     source, target = call.operands[0].shape, call.results[0].shape  # type: ignore[union-attr]
     added = len(target) - len(source)
     return mapped(call, lambda dim: dim + added if source[dim] == target[dim + added] else None)
@@ -190,7 +198,7 @@ def squeezed(call: Call) -> list[Row]:
 
 
 def squeezed_dims(node: fx.Node, shape: tuple[int, ...]) -> list[int]:
-    """The dimensions that a squeeze takes away."""
+    """The dimensions that a squeeze removes."""
     given = node.args[1] if len(node.args) > 1 else range(len(shape))
     dims = {d % len(shape) for d in ([given] if isinstance(given, int) else given)}
     return sorted(d for d in dims if shape[d] == 1)
@@ -202,7 +210,7 @@ def selected(call: Call) -> list[Row]:
 
 
 def along_others(place: int, name: str, default: Any = None) -> Rule:
-    """The operator works along the dimension that argument `place` names: any other may be sharded, linear or not."""
+    """The operator works along the dimensions that argument `place` names; all others may be sharded."""
 
     def rule(call: Call) -> list[Row]:
         given = call.arg(place, name, default)
@@ -215,7 +223,7 @@ def along_others(place: int, name: str, default: Any = None) -> Rule:
 
 
 def sliced(call: Call) -> list[Row]:
-    """Slices and their backwards: along other dimensions, or all of one."""
+    """Slices and their backwards: sharded along other dimensions, or along this one if the slice takes all of it."""
     place = 1 if call.node.target is aten.slice.Tensor else 2
     ndim = len(call.operands[0].shape)
     dim = call.arg(place, "dim", 0) % ndim
@@ -236,7 +244,7 @@ def padded(call: Call) -> list[Row]:
 
 
 def split(call: Call) -> list[Row]:
-    """Along other dimensions, or into the sections that a fused projection consists of."""
+    """Sharded along other dimensions, or along this one in as many sections as the split has equal results."""
     dim = call.arg(2, "dim", 0) % len(call.operands[0].shape)
     rows = mapped(call, lambda d: d if d != dim else None)
     sizes = {result.shape for result in call.results if result is not None}
@@ -246,7 +254,7 @@ def split(call: Call) -> list[Row]:
 
 
 def joined(call: Call) -> list[Row]:
-    """The backward of `split` too: equal parts become sections."""
+    """Sharded along other dimensions; or equal parts become sections, as in the backward of `split`."""
     dim = call.arg(1, "dim", 0) % len(call.operands[0].shape)
     rows = [_alike(call, (PARTIAL,) * len(call.operands), PARTIAL)]
     shards = dict.fromkeys(shard for _, shard in call.found_shards() if shard.dim != dim)
@@ -260,7 +268,7 @@ def joined(call: Call) -> list[Row]:
 
 
 def summed(call: Call) -> list[Row]:
-    """Sums and means: along a sharded dimension every rank has a term."""
+    """Sums and means: along a sharded dimension each rank has a partial sum."""
     ndim = len(call.operands[0].shape)
     dims, keeps = call.arg(1, "dim", None), bool(call.arg(2, "keepdim", False))
     gone = {d % ndim for d in dims} if dims else set(range(ndim))
@@ -275,12 +283,12 @@ def summed(call: Call) -> list[Row]:
 
 
 def largest(call: Call) -> list[Row]:
-    """As sums, but a rank alone cannot tell the largest along a sharded dimension."""
+    """As for sums, but along a sharded dimension no rank can tell the maximum alone."""
     return [row for row in summed(call) if PARTIAL not in row.results]
 
 
 def matrix_product(call: Call) -> list[Row]:
-    """[m, k] x [k, n]: rows of the one, columns of the other, or on both sides k, along which ranks have terms."""
+    """[m, k] x [k, n]: rows of the first, columns of the second, or k of both, which yields partial sums."""
     sections = {s.sections for _, s in call.found_shards()} | {1}
     rows = [
         Row((Shard(0), REPLICATE), (Shard(0),)),
@@ -292,7 +300,7 @@ def matrix_product(call: Call) -> list[Row]:
 
 
 def batched_product(call: Call) -> list[Row]:
-    """[b, m, k] x [b, k, n]: batches, or within each of them as in `matrix_product`."""
+    """[b, m, k] x [b, k, n]: along b, or within each batch as in `matrix_product`."""
     return [
         Row((Shard(0), Shard(0)), (Shard(0),)),
         Row((Shard(1), REPLICATE), (Shard(1),)),
@@ -305,7 +313,8 @@ def batched_product(call: Call) -> list[Row]:
 
 
 def attention(call: Call) -> list[Row]:
-    """Batch or heads. The mask goes with the batch; every rank has the state that its own generator was in."""
+    """Sharded along the batch or the heads. A mask is sharded with the batch; each rank keeps its own generator's
+    state."""
     batch, heads = Shard(0), Shard(1)
     mask = len(call.operands) - 3
     return [
@@ -332,7 +341,7 @@ def convolution_gradient(call: Call) -> list[Row]:
 
 
 def normalized(call: Call) -> list[Row]:
-    """Layer norm over dimensions that are whole."""
+    """Layer norm, sharded along dimensions that it does not normalise."""
     kept = len(call.operands[0].shape) - len(call.arg(1, "normalized_shape"))
     shards = dict.fromkeys(shard for _, shard in call.found_shards()[:1] if shard.dim < kept)
     return [Row((s, *(REPLICATE,) * (len(call.operands) - 1)), (s, s, s)) for s in shards]
@@ -347,8 +356,8 @@ def normalized_gradient(call: Call) -> list[Row]:
 
 
 def token_losses(call: Call) -> list[Row]:
-    """The backward of a loss over tokens: gradient, probabilities, labels, perhaps weights, number of tokens. The
-    gradient is one number, or one for each token."""
+    """The backward of a loss over tokens. Arguments: gradient (a scalar, or one per token), log-probabilities, labels,
+    perhaps class weights, token count."""
     middle = (REPLICATE,) * (len(call.operands) - 4)
     given = Shard(0) if call.operands[0].shape else REPLICATE
     return [Row((given, Shard(0), Shard(0), *middle, REPLICATE), (Shard(0),))]
@@ -386,5 +395,5 @@ RULES |= dict.fromkeys(
 
 
 def rule_for(target: Any) -> Rule | None:
-    """The rule of an operator, None where there is none."""
+    """The rule of an operator, or None."""
     return RULES.get(target, elementwise if torch.Tag.pointwise in getattr(target, "tags", ()) else None)

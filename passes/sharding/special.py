@@ -1,6 +1,6 @@
-"""Operators whose local shards need another computation than the whole: what DTensor would gather for.
+"""Operators whose computation on local shards differs from that on the whole, and for which DTensor would gather.
 
-Embeddings and losses over a vocabulary that is sharded, and layer norms over a hidden dimension that is: each rank
+These are embeddings and losses over a sharded vocabulary, and layer norms over a sharded hidden dimension: each rank
 computes with its shard, and small sums are exchanged. Vocabulary-parallel losses are Megatron-LM's.
 """
 
@@ -19,13 +19,14 @@ from .engine import Lowering, Sharder, Value, divides
 
 aten = torch.ops.aten
 EACH = 0
-"""The `reduction` of a loss for each token."""
+"""The value of a loss's `reduction` that keeps one loss per token."""
 
 
 def addmm(s: Sharder, node: fx.Node) -> None:
-    """A bias is added once the product's sum over ranks is taken, and lies as the product does."""
+    """Reduce the product's partial sums before adding the bias, which is placed like the product. A sum that will be
+    scattered along the sequence stays partial; each rank adds bias / ranks to its part."""
     bias, x, weight = node.args[:3]
-    if node.kwargs or s.type(bias).shape != s.type(node).shape[1:]:  # scaled, or not one number for each feature
+    if node.kwargs or s.type(bias).shape != s.type(node).shape[1:]:  # scaled, or not one bias per feature
         s.lower(node)
         return
     inputs, (result,) = s.choose(node, [x, weight], aten.mm.default)
@@ -36,7 +37,7 @@ def addmm(s: Sharder, node: fx.Node) -> None:
     along = tuple(Shard(0, p.sections) if isinstance(p, Shard) and p.dim == 1 else REPLICATE for p in settled)
     bias_shard = s.local(bias, along)
     ranks = prod(axis.size for axis, waits in zip(s.axes, late, strict=True) if waits)
-    if ranks > 1:  # the sum is taken where it can be sharded along the sequence, and the bias with it
+    if ranks > 1:  # the sum is reduced later, along the sequence, and with it the bias
         bias_shard = s.emit(aten.div.Scalar, bias_shard, ranks)
     if settled == result:
         s.set(node, s.emit(aten.addmm.default, bias_shard, x_shard, weight_shard), result)
@@ -47,7 +48,7 @@ def addmm(s: Sharder, node: fx.Node) -> None:
 
 
 def embedding(s: Sharder, node: fx.Node) -> None:
-    """Of a sharded vocabulary a rank looks up its own rows; a sharded hidden dimension stays sharded."""
+    """With a sharded vocabulary each rank looks up its own rows; a sharded hidden dimension stays sharded."""
     weight, ids = node.args[:2]
     _settle(s, weight, ids)
     weights, indices = list(s.placements(weight)), list(s.placements(ids))
@@ -74,9 +75,9 @@ def embedding(s: Sharder, node: fx.Node) -> None:
 
 
 def embedding_gradient(s: Sharder, node: fx.Node) -> None:
-    """Of a sharded vocabulary a rank sums the gradients of its own rows."""
+    """With a sharded vocabulary each rank sums the gradients of its own rows."""
     gradient, ids, count, padding, scales_by_frequency = node.args
-    if scales_by_frequency:  # of all tokens
+    if scales_by_frequency:  # frequencies count the tokens of all ranks
         s.lower(node)
         return
     _settle(s, ids)
@@ -108,13 +109,14 @@ def embedding_gradient(s: Sharder, node: fx.Node) -> None:
 
 
 def _is_of_tokens(s: Sharder, ids: fx.Node, placements: list[Placement]) -> bool:
-    """Whether the last of the placements on the first axes shards tokens, and they divide by it and those before it."""
+    """Whether the last of the placements, which are those on the first axes, shards tokens, and these divide evenly."""
     last, shape = placements[-1], s.type(ids).shape
     return isinstance(last, Shard) and last.dim < len(shape) and divides(shape, placements, s.axes)
 
 
 def _own(s: Sharder, ids: fx.Node, axes: list[Axis], count: int) -> tuple[fx.Node, fx.Node]:
-    """Indices among the rank's own rows of `count` in all, and which of them belong to other ranks (made 0)."""
+    """`ids` as indices into this rank's rows, of `count` on all ranks, and a mask of ids that belong to other ranks
+    (whose index is 0)."""
     extent, place = count, ids
     for axis in axes:
         extent //= axis.size
@@ -128,7 +130,7 @@ def _own(s: Sharder, ids: fx.Node, axes: list[Axis], count: int) -> tuple[fx.Nod
 
 
 def layer_norm(s: Sharder, node: fx.Node) -> None:
-    """Mean and deviation over a sharded dimension are two sums over the ranks."""
+    """Over a sharded dimension, the sums for mean and variance take one all-reduce each."""
     x, shape, weight, bias, eps = node.args
     _settle(s, x)
     placements = s.placements(x) if len(shape) == 1 else s.everywhere
@@ -159,8 +161,8 @@ def layer_norm(s: Sharder, node: fx.Node) -> None:
 
 
 def layer_norm_gradient(s: Sharder, node: fx.Node) -> None:
-    """With n = (x - mean) * rstd and g the gradient times the weight, that of x is
-    rstd * (g - mean(g) - n * mean(g * n)). Both means are over all ranks, and exchanged as one tensor."""
+    """With n = (x - mean) * rstd and g = gradient * weight, the gradient of x is
+    `rstd * (g - mean(g) - n * mean(g * n))`. Both means are over all ranks, and are all-reduced as one tensor."""
     gradient, x, shape, mean, rstd, weight, _, mask = node.args
     _settle(s, x)
     placements = s.placements(x) if len(shape) == 1 else s.everywhere
@@ -193,7 +195,7 @@ def layer_norm_gradient(s: Sharder, node: fx.Node) -> None:
 
 
 def _parameter(s: Sharder, placements: Placements) -> Placements:
-    """How a norm's weight lies beside an activation."""
+    """The placements of a norm's weight or bias, given those of its activation."""
     hidden = {p.dim for p in placements if isinstance(p, Shard)}
     last = max(hidden, default=0)
     return tuple(Shard(0) if isinstance(p, Shard) and p.dim == last and last else REPLICATE for p in placements)
@@ -204,7 +206,7 @@ def _without_last(s: Sharder, placements: Placements, ndim: int) -> Placements:
 
 
 def _settle(s: Sharder, *values: fx.Node) -> None:
-    """Take the sums of values that are partial. Shards become consecutive: what has sections is gathered."""
+    """Reduce partial sums, and gather shards in sections, so that all shards are contiguous ranges."""
     for value in values:
         placements = _consecutive(s.settled(value))
         s.values[value] = Value(s.local(value, placements), placements)
@@ -228,7 +230,7 @@ def _cast(s: Sharder, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def log_softmax(s: Sharder, node: fx.Node) -> None:
-    """The largest logit and the sum of exponentials are exchanged, a number per token each."""
+    """Over a sharded vocabulary, the maximum and the sum of exponentials are all-reduced, each one number per token."""
     x, dim = node.args[0], node.args[1] % len(s.type(node.args[0]).shape)
     _settle(s, x)
     axes = s.sharding_axes(s.placements(x), dim)
@@ -244,7 +246,7 @@ def log_softmax(s: Sharder, node: fx.Node) -> None:
 
 
 def log_softmax_gradient(s: Sharder, node: fx.Node) -> None:
-    """That of x is g - softmax(x) * sum(g): the sum is exchanged, a number per token."""
+    """The gradient of x is g - softmax(x) * sum(g); the sum is all-reduced, one number per token."""
     gradient, result, dim, dtype = node.args
     _settle(s, result)
     dim %= len(s.type(result).shape)
@@ -262,13 +264,13 @@ def log_softmax_gradient(s: Sharder, node: fx.Node) -> None:
 
 
 def _token_placements(placements: Placements) -> Placements:
-    """How labels lie beside probabilities [tokens, vocabulary]."""
+    """The placements of labels, given those of log-probabilities [tokens, vocabulary]."""
     return tuple(Shard(0) if p == Shard(0) else REPLICATE for p in placements)
 
 
 def nll_loss(s: Sharder, node: fx.Node) -> None:
-    """Losses and tokens are summed over the ranks, so that the mean is that over all tokens. Without a reduction
-    every token's loss is on the ranks that have the token."""
+    """Losses and token counts are summed over the ranks, so that the mean is over all tokens. Without a reduction, each
+    token's loss is on the ranks that have the token."""
     logs, labels, weight, reduction, ignored = node.args
     _settle(s, logs)
     placements = s.placements(logs)
@@ -295,7 +297,7 @@ def nll_loss(s: Sharder, node: fx.Node) -> None:
 
 
 def nll_loss_gradient(s: Sharder, node: fx.Node) -> None:
-    """A token's gradient stands at its label, on the rank that has this part of the vocabulary; all others are zero."""
+    """A token's gradient is at its label, on the rank with that part of the vocabulary; all else is zero."""
     gradient, logs, labels, weight, reduction, ignored, count = node.args
     _settle(s, logs)
     placements = s.placements(logs)

@@ -1,1 +1,1 @@
-"""One batch as several microbatches: what the passes share that divide a step so, and stages of pipelines."""
+"""Helpers of the passes that split a batch into microbatches, and the stages of pipelines."""

@@ -1,8 +1,8 @@
-"""What writes a program anew for several microbatches, behind what there was: sums of gradients, and random numbers.
+"""Gradient sums and random numbers for the passes that write a program anew for several microbatches.
 
-Gradients are added up in float32, in the order of the microbatches, and rounded once. Random numbers are those of one
-call for each microbatch after the other: the generator is led through the draws in front of everything, its states on
-the way are kept, and each microbatch goes on from its own.
+Gradients are summed in float32, in the order of the microbatches, and rounded once. Random numbers are those of
+separate calls, one per microbatch, in order: at the start of the program the generator is advanced through the draws,
+its states in between are saved, and each microbatch continues from its own.
 """
 
 import operator
@@ -23,11 +23,11 @@ from ..program.types import TensorType
 
 aten = torch.ops.aten
 JOINS = (AVERAGE, ABSENT)
-"""What is computed once of all microbatches."""
+"""Operators computed once for all microbatches."""
 
 
 def of_microbatches(program: Program) -> set[fx.Node]:
-    """The values that each microbatch has for itself: what is made of examples, or of numbers that it draws."""
+    """The values that differ between microbatches: those that depend on examples or on random numbers."""
     own: set[fx.Node] = set()
     for node in program.computes:
         begins = node.target in (MICROBATCH, SAVE_RNG) or is_random(node)
@@ -37,13 +37,13 @@ def of_microbatches(program: Program) -> set[fx.Node]:
 
 
 def block_finder(blocks: tuple[str, ...]) -> Callable[[str], str]:
-    """Which of the blocks a module is, or is in; "" for none."""
+    """A function from a module's name to the block that it is or belongs to; "" for none."""
     return cache(lambda module: next((name for name in blocks if f"{module}.".startswith(f"{name}.")), ""))
 
 
 def terms(gradient: fx.Node) -> list[fx.Node]:
-    """What a gradient is the sum of. That of a weight with several readers is added up reader by reader: the first
-    ones' gradients do not wait for the last one."""
+    """The terms that a gradient is the sum of. A weight with several readers has one term per reader; summing them
+    separately frees the first readers' gradients before the last one's exists."""
     if gradient.target is not aten.add.Tensor or gradient.kwargs or len(gradient.users) != 1:
         return [gradient]
     values = [value for value in gradient.args if isinstance(value, fx.Node) and type_of(value) == type_of(gradient)]
@@ -52,7 +52,7 @@ def terms(gradient: fx.Node) -> list[fx.Node]:
 
 @dataclass(eq=False)
 class Total:
-    """A gradient that is added up: `missing` counts values still to come, of each of its terms one a microbatch."""
+    """A running sum of a gradient. `missing` counts the values still to come: one per term and microbatch."""
 
     gradient: fx.Node
     missing: int
@@ -64,7 +64,7 @@ class Total:
 
 
 class Parts:
-    """A program that is written for `count` microbatches. `own` are the values that each of them has for itself."""
+    """A program being written for `count` microbatches. `own` are the values that differ between microbatches."""
 
     def __init__(self, program: Program, count: int) -> None:
         self.program = program
@@ -75,7 +75,7 @@ class Parts:
         return self.program.emit(target, args, kwargs, before=self.program.output, like=like, name=name)
 
     def mean(self, values: list[fx.Node], like: Note) -> fx.Node:
-        """Of a value that each of the microbatches has."""
+        """The mean of the microbatches' values."""
         total, *others = values
         for other in others:
             total = self.emit(aten.add.Tensor, total, other, like=note(total))
@@ -84,8 +84,8 @@ class Parts:
     # -- gradients -----------------------------------------------------------------------------------------
 
     def totals(self, here: Callable[[fx.Node], int]) -> tuple[dict[str, Total], dict[fx.Node, list[Total]]]:
-        """The gradients that are added up, by their roles, and by their terms: of each of these, as it is for as many
-        microbatches as are `here`. Those of what has a row for each example are put together instead."""
+        """The gradients to be summed, by role and by term. `here(term)` is the number of microbatches for which this
+        program computes a term. Gradients of inputs with one row per example are left out; they are concatenated."""
         inputs, made = self.program.inputs("input"), dict[fx.Node, Total]()
         batch = {f"input:{name}" for name, node in inputs.items() if microbatches_of(node)}
         by_role, by_term = dict[str, Total](), defaultdict[fx.Node, list[Total]](list)
@@ -102,8 +102,8 @@ class Parts:
         return by_role, by_term
 
     def add(self, term: fx.Node, value: fx.Node, totals: list[Total]) -> Iterator[Total]:
-        """Add what a term of gradients is for one microbatch, or, where it is not their own, for all of them. Returns
-        the totals that are complete with it."""
+        """Add a term's value for one microbatch or, if it does not differ between microbatches, for all of them. Yields
+        the sums that this completes."""
         if term not in self.own:
             value = self.emit(aten.mul.Tensor, value, self.count, like=note(term))
         for total in totals:
@@ -117,6 +117,7 @@ class Parts:
                 yield total
 
     def rounded(self, total: Total, like: Note) -> fx.Node:
+        """The value of a complete sum, in the gradient's dtype."""
         assert total.value is not None
         if tensor_type(total.value).dtype == total.dtype:
             return total.value
@@ -129,8 +130,8 @@ class Parts:
         return self.emit(SAVE_RNG, batch, like=Note())
 
     def draw(self, node: fx.Node, state: fx.Node) -> None:
-        """Lead the generator on, from a state that was saved, by what a random operator draws: that follows from its
-        arguments' types alone."""
+        """Advance the generator from `state` by what a random operator draws, which depends on the types of its
+        arguments alone."""
         zeros = {value: self._zeros(tensor_type(value), note(node)) for value in node.all_input_nodes}
         drawn = self.program.repeat_node(node, zeros.__getitem__, self.program.output)
         if isinstance(type_of(node), tuple):
@@ -143,13 +144,14 @@ class Parts:
         return self.emit(aten.zeros_like.default, empty, like=like)
 
     def swap(self, state: fx.Node | None, like: fx.Node) -> None:
-        """Let the generator go on from a microbatch's state, where it has one, or keep that and go back."""
+        """Exchange the generator's state with a microbatch's saved one, if there is one: once before its draws, once
+        after."""
         if state is not None:
             self.emit(SWAP_RNG, state, like=note(like))
 
 
 def drawn_apart(program: Program) -> set[fx.Node]:
-    """What draws from a generator that was forked, and leaves the one that it was forked from as it is."""
+    """The nodes that draw from a forked generator, and leave the original one as it is."""
     found, is_apart = set[fx.Node](), False
     for node in program.computes:
         if node.target is SWAP_RNG and node.args[0].target is FORK_RNG:
@@ -160,13 +162,13 @@ def drawn_apart(program: Program) -> set[fx.Node]:
 
 
 def draws_forward(nodes: list[fx.Node]) -> bool:
-    """Whether a piece of a forward reads or moves the generator."""
+    """Whether any of the nodes draws from the generator or saves its state in the forward."""
     return any((is_random(node) or node.target is SAVE_RNG) and note(node).phase == "forward" for node in nodes)
 
 
 def runs(nodes: list[fx.Node], blocks: tuple[str, ...]) -> Iterator[list[fx.Node]]:
-    """Consecutive operators of one block, or of none. Where no module is known, as of sums in the backward, an operator
-    goes with the one in front of it."""
+    """Splits nodes into runs of consecutive operators of one block, or of none. A node without a module, such as a sum
+    in the backward, belongs to the block of the node before it."""
     block_of, run, block = block_finder(blocks), list[fx.Node](), ""
     for node in nodes:
         now = block_of(note(node).module) if note(node).module else block

@@ -1,12 +1,12 @@
-"""Which stage of a pipeline each operator belongs to, what its ranks do in which order, and what they send each other.
+"""The stages of a pipeline: which one each operator belongs to, what the ranks do in which order, and what they send.
 
-An operator of a block belongs to the block's stage; what lies between blocks goes with the block in front, embeddings
-with the first stage, head and loss with the last. In the backward an operator goes with its module's forward, or else
-with the operator in front of it. What depends on no parameter, such as masks and positions, belongs to no stage: each
-rank makes what it reads of that. Where weights live on the hosts, and a stage has no rank of its own, so it is with all
-that no example goes into: there each rank has the weights that it reads.
+An operator of a block belongs to the block's stage. Operators between blocks go with the block before them, embeddings
+with the first stage, head and loss with the last. In the backward an operator belongs to its module's forward stage, or
+else to the stage of the operator before it. Values that depend on no parameter, such as masks and positions, belong to
+no stage: each rank makes those that it reads. If weights live on the hosts, where stages have no rank of their own, the
+same is true of all values that depend on no example, because every rank has the weights it reads.
 
-Everything here follows from the program and the plan alone, so that all ranks find the same.
+Everything here follows from the program and the plan alone, so that all ranks come to the same result.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ from .parts import JOINS, block_finder, of_microbatches, terms
 
 @dataclass(frozen=True)
 class Made:
-    """Something of a rank's program, in its order: the value of a node for a microbatch (None: for all of them)."""
+    """The value of a node for one microbatch (None: for all of them), at its place in a rank's program."""
 
     node: fx.Node
     microbatch: int | None = None
@@ -38,14 +38,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Sum:
-    """A rank's part of a gradient is added up: what all of its stages' readers of the parameter bring."""
+    """The completion of a rank's part of a gradient: the sum of the terms that its stages contribute."""
 
     gradient: fx.Node
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the model, of all microbatches."""
+    """An output of the model, for the whole batch."""
 
     role: str
 
@@ -54,8 +54,15 @@ Item = Made | Sum | Output
 
 
 class Sent(NamedTuple):
-    """A message: of what, to which rank, at which place of the sender's it leaves, and whether that is in front of its
-    turn. By which place of the other's, at its end, it has come: infinity is never."""
+    """A message between two ranks of the pipeline.
+
+    Fields:
+        item: what is sent.
+        to: the receiving rank.
+        at: the index in `Stages.items` of the sender's action that sends it.
+        early: whether that is before the sender's turn.
+        by: the index of the receiver's action by whose end it has been received; infinity if that is not certain.
+    """
 
     item: Item
     to: int
@@ -65,7 +72,7 @@ class Sent(NamedTuple):
 
 
 class Stages:
-    """The stages of a program, by `stage`, which has those of all operators that belong to one."""
+    """The stages of a program. `stage` maps each operator that belongs to a stage to its number."""
 
     def __init__(self, program: Program, plan: Plan) -> None:
         assert plan.schedule is not None
@@ -87,17 +94,18 @@ class Stages:
         return self.schedule.runner(Action(self.stage[node], microbatch or 0, self._kind(node)))
 
     def joiner(self, node: fx.Node) -> int:
-        """The rank that puts together what a stage's forward makes for each microbatch: where the last one is made."""
+        """The rank that joins a stage's values of all microbatches: the one that runs its last forward."""
         return self.schedule.runner(Action(self.stage[node], self.plan.microbatches - 1, "F"))
 
     def ranks_of(self, node: fx.Node) -> list[int]:
-        """By microbatches, or for all of them at once, the ranks that make the value of a stage's operator."""
+        """The ranks that make the value of a stage's operator, by microbatch, or the one that makes it for all of
+        them."""
         if node in self.own:
             return [self.rank_of(node, microbatch) for microbatch in range(self.plan.microbatches)]
         return [self.rank_of(node)]
 
     def _kind(self, node: fx.Node) -> Kind:
-        """Of the action that an operator is a part of."""
+        """The kind of action that an operator is part of."""
         if note(node).phase == "forward":
             return "F"
         if not self.schedule.splits_backward:
@@ -107,7 +115,7 @@ class Stages:
     # -- what each action is of ----------------------------------------------------------------------------
 
     def _needed(self) -> set[fx.Node]:
-        """All that results are made of. What leads a generator back and forth is needed where what draws is."""
+        """All nodes that the results depend on. A generator swap is needed if the draw inside it is."""
         swaps = defaultdict[fx.Node, list[fx.Node]](list)
         for swap, drawing in self.drawn_in.items():
             swaps[drawing].append(swap)
@@ -125,7 +133,7 @@ class Stages:
             yield from terms(node) if role.startswith("gradient:") else (node,)
 
     def _work(self) -> dict[tuple[int, str], list[fx.Node]]:
-        """By stage and kind of action the operators, in the program's order; those that join are left to its end."""
+        """The operators by stage and kind of action, in program order, without those that join microbatches."""
         work = defaultdict[tuple[int, str], list[fx.Node]](list)
         for node in self.program.computes:
             if node in self.needed and node in self.stage and node.target not in JOINS:
@@ -133,7 +141,7 @@ class Stages:
         return work
 
     def _of_inputs(self) -> set[fx.Node]:
-        """The operators of the backward that other stages wait for: of a stage's part I."""
+        """The backward operators that other stages depend on: those of the actions I (gradients of inputs)."""
         early: set[fx.Node] = set()
         for node in reversed(self.program.computes):
             backward = note(node).phase == "backward" and node in self.stage and node in self.needed
@@ -148,15 +156,15 @@ class Stages:
         return user in early or self.stage[user] != self.stage[node]
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The operators of stages that read a value."""
+        """The readers of a value that belong to a stage and are needed."""
         return (user for user in node.users if user in self.stage and user in self.needed)
 
     # -- what ranks do, and send each other ----------------------------------------------------------------
 
     def items(self, rank: int) -> Iterator[tuple[Action | None, list[Item]]]:
-        """What a rank makes, action by action, the outputs as soon as they can be. Its turn is without any action."""
+        """What a rank makes, action by action; the turn has the action None. Outputs come as early as possible."""
         actions, turn, once = self.schedule.ranks[rank], self.schedule.turn(rank), set[fx.Node]()
-        # Where a rank puts together what others make, it waits for them when all forwards are done.
+        # A rank of a host-weights schedule joins what others make, and waits for it once all forwards are done.
         last = turn - 1 if self.schedule.weights == "host" else self.schedule.last_forward(rank)
         missing = self._missing(rank)
         for i, action in enumerate(actions):
@@ -179,12 +187,12 @@ class Stages:
                     yield Sum(gradient)
 
     def _outputs(self, rank: int) -> list[Item]:
-        """Those of the outputs that this rank makes, and others wait for."""
+        """The outputs that this rank joins."""
         outputs = self.program.results_of("output").items()
         return [Output(role) for role, node in outputs if node in self.stage and self.joiner(node) == rank]
 
     def sends(self, rank: int) -> Iterator[Sent]:
-        """What a rank sends, in order. All that was sent to one before a message comes before it."""
+        """What a rank sends, in order. Messages to one rank are received in the order in which they are sent."""
         early, messages = True, list[Sent]()
         for place, (action, items) in enumerate(self.items(rank)):
             for item in items:
@@ -198,7 +206,7 @@ class Stages:
         return iter(messages)
 
     def _read_by(self, item: Item, rank: int, early: bool) -> float:
-        """The first place at which a rank surely reads what another one sends it."""
+        """The index of the first action in which `rank` is sure to read an item sent to it; infinity if none is."""
         turn, places = self.schedule.turn(rank), list[float]()
         if isinstance(item, Made):
             every = range(self.plan.microbatches) if item.microbatch is None else (item.microbatch,)
@@ -209,7 +217,7 @@ class Stages:
 
     @cached_property
     def _place(self) -> dict[Action, int]:
-        """Of each action among what its rank does, the turn included."""
+        """The index of each action among those of its rank, counting the turn."""
         ranks = enumerate(self.schedule.ranks)
         return {
             action: i + (i >= self.schedule.turn(rank)) for rank, actions in ranks for i, action in enumerate(actions)
@@ -229,14 +237,14 @@ class Stages:
                 return everyone if self.is_told(self.program.results[f"output:{role}"]) else []
 
     def is_told(self, output: fx.Node) -> bool:
-        """Whether all ranks have an output: one number, as the loss is, or whatever is asked for."""
+        """Whether all ranks get an output: a scalar such as the loss, or any if the request asks for all outputs."""
         return is_number(output) or self.plan.request.outputs == "all"
 
     # -- parameters ----------------------------------------------------------------------------------------
 
     @cached_property
     def _gradients(self) -> dict[fx.Node, list[fx.Node]]:
-        """By its terms the gradients that are added up."""
+        """For each term, the gradients that it is part of."""
         found = defaultdict[fx.Node, list[fx.Node]](list)
         for gradient in dict.fromkeys(self.program.results_of("gradient").values()):
             for term in terms(gradient):
@@ -244,39 +252,40 @@ class Stages:
         return found
 
     def share(self, term: fx.Node, rank: int) -> int:
-        """For how many microbatches a rank makes a term of gradients."""
+        """For how many microbatches a rank contributes a term; a term that is the same for all counts for each."""
         each = 1 if term in self.own else self.plan.microbatches
         return each * self.ranks_of(term).count(rank)
 
     def _missing(self, rank: int) -> dict[fx.Node, int]:
-        """What a rank's parts of gradients are added up of: how many values of each."""
+        """For each gradient, how many values a rank's part is the sum of."""
         gradients = dict.fromkeys(self.program.results_of("gradient").values())
         return {node: sum(self.share(term, rank) for term in terms(node)) for node in gradients}
 
     def holders(self, gradient: fx.Node) -> list[int]:
-        """The ranks that add up a part of a gradient."""
+        """The ranks that contribute to a gradient."""
         return sorted({rank for term in terms(gradient) for rank in self.ranks_of(term)})
 
     def owners(self, gradient: fx.Node) -> list[int]:
-        """The ranks that have a parameter with this gradient, each of which updates it: also those that have no part in
-        it, where what they make of the parameter goes by a stage of another one, or into no gradient."""
+        """The ranks that hold a parameter with this gradient, each of which updates it. They include ranks that
+        contribute nothing, because what they compute from the parameter reaches the loss through another rank's stage
+        or has no gradient."""
         names = (name for name, node in self.program.results_of("gradient").items() if node is gradient)
         return sorted(set().union(*(self._owners[name] for name in names)))
 
     def gradients_elsewhere(self, rank: int) -> Iterator[tuple[str, fx.Node]]:
-        """By their roles, the gradients of a rank's parameters in which it has no part."""
+        """The gradients, with their roles, of a rank's parameters to which it does not contribute."""
         for name, gradient in self.program.results_of("gradient").items():
             if name in self._owners and rank in self._owners[name] and rank not in self.holders(gradient):
                 yield f"gradient:{name}", gradient
 
     def parameters(self, rank: int) -> frozenset[str]:
-        """The names of the parameters that a rank reads or has gradients of; the first one has those, too, that nobody
-        reads."""
+        """The names of the parameters that a rank reads or has gradients of. The first stage's rank also has those that
+        nobody reads."""
         return frozenset(name for name, owners in self._owners.items() if rank in owners)
 
     @cached_property
     def _owners(self) -> dict[str, set[int]]:
-        """By the names of the parameters, in their order."""
+        """For each parameter's name, the ranks that hold it."""
         read = defaultdict[str, set[int]](set)
         for name, node in self.program.inputs("parameter").items():
             frontier = [node]
@@ -298,7 +307,7 @@ def is_number(node: fx.Node) -> bool:
 
 
 def _swaps_of_draws(program: Program) -> dict[fx.Node, fx.Node]:
-    """Those instructions that set the generator apart and back around one operator that draws, by themselves."""
+    """The instructions that swap the generator's state around a single random operator, mapped to that operator."""
     found: dict[fx.Node, fx.Node] = {}
     for node in program.computes:
         if is_random(node):
@@ -309,7 +318,7 @@ def _swaps_of_draws(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
-    """The stages of what depends on parameters, or draws."""
+    """The stage of each operator that depends on parameters or tangents, or draws."""
     assert plan.schedule is not None
     found: dict[fx.Node, int] = {}
     in_stages, bound = set[fx.Node](), set(program.inputs("tangent").values())
@@ -333,8 +342,8 @@ def _assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
 
 
 def _of_no_example(program: Program) -> set[fx.Node]:
-    """What all ranks can make of weights and of what is known before the first action. Raises ShardingError where that
-    is a gradient, which all of them would add up."""
+    """The nodes that every rank can compute from weights and from values known before the first action. Raises
+    ShardingError if a gradient is among them, because every rank would add it."""
     own = of_microbatches(program)
     found = {node for node in program.computes if node.target is SAVE_RNG}
     found |= {node for node in program.computes if node not in own and node.target not in JOINS}
@@ -348,7 +357,7 @@ def _of_no_example(program: Program) -> set[fx.Node]:
 
 
 class _Walk:
-    """Through the operators in order, with the stage that it is in."""
+    """A walk through the operators in order that keeps track of the current stage."""
 
     def __init__(self, plan: Plan) -> None:
         self.block_of = block_finder(plan.blocks)
@@ -358,7 +367,7 @@ class _Walk:
         self.of_module = defaultdict[str, set[int]](set)
 
     def forward(self, node: fx.Node, found: dict[fx.Node, int]) -> int:
-        """No earlier than what it reads."""
+        """The stage of a forward operator: no earlier than those of its inputs."""
         if node.target in JOINS:
             return found[node.args[0]]
         module = note(node).module
@@ -368,7 +377,7 @@ class _Walk:
         return stage
 
     def backward(self, node: fx.Node, found: dict[fx.Node, int]) -> int:
-        """No later than what it reads of the backward."""
+        """The stage of a backward operator: no later than those of its inputs from the backward."""
         if not self.turned:
             self.now, self.turned = self.last, True
         module = note(node).module
@@ -379,8 +388,8 @@ class _Walk:
 
 
 def stages_of_blocks(blocks: tuple[str, ...], begins: tuple[str, ...]) -> dict[str, int]:
-    """The stage of each block. Raises ShardingError where stages do not begin with the model and then, in its order,
-    with blocks."""
+    """The stage of each block. Raises ShardingError unless the stages begin with the model's beginning ("") and then
+    with distinct blocks in the model's order, none of them the first."""
     order = {name: i for i, name in enumerate(blocks)}
     places = [order.get(name, -1) for name in begins[1:]]
     if begins[:1] != ("",) or -1 in places or places != sorted(set(places)) or 0 in places:
