@@ -44,8 +44,8 @@ class CompiledModule(Facade):
     """A drop-in for the model it was compiled from.
 
     It has the same call, outputs and parameter names; `parameters()` are the float32 masters, each on the device or the
-    host as planned, and take any element-wise optimizer. One program is made for each mode (training, evaluation) and
-    set of input shapes; all share the parameters. `plan`, `graph` and `stats` show what was decided, what runs, and
+    host as planned, and work with any element-wise optimizer. One program is made for each mode (training, evaluation)
+    and set of input shapes; all share the parameters. `plan`, `graph` and `stats` show what was decided, what runs, and
     what it used.
 
     `world` is the plan for how the processes share the work, if the planner chose it; otherwise None.
@@ -304,9 +304,9 @@ class CompiledModule(Facade):
         """Run a training step under torch's profiler and report where its time goes.
 
         Args:
-                step: one step of the loop, optimizer included; called `steps` times. Warm it up beforehand.
+            step: one step of the loop, optimizer included; called `steps` times. Warm it up beforehand.
             steps: how many to run; figures are per step.
-                trace: a file to write the trace to, for chrome://tracing or Perfetto.
+            trace: a file to write the trace to, for chrome://tracing or Perfetto.
         """
         machine = self.session.machine
         return profile(step, steps, trace, None if machine is None else machine.store)

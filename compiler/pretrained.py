@@ -1,5 +1,4 @@
-"""`geminifx.from_pretrained`: a language model that is compiled without weights, which are then read into its
-chunks."""
+"""`geminifx.from_pretrained`: compiles a language model without weights, and reads these into its chunks."""
 
 from pathlib import Path
 from typing import Any

@@ -275,7 +275,7 @@ class Session:
 
     @property
     def may_place(self) -> bool:
-        """Whether values can be placed: no refusal stands, and processes that the plan divides state over are there."""
+        """Whether values can be placed: a plan is not refused, and processes it divides state over are launched."""
         setup = None if self.phase is Phase.BROKEN else self.setup
         return setup is not None and setup.refusal is None and (self.ranks.launched or not setup.plan.shares_out)
 
@@ -295,7 +295,7 @@ class Session:
 
     def take_places(self, are_alike: bool) -> None:
         """Gives weights on `meta` their places in chunks if these are known and, with several ranks, `are_alike` says
-        that all will hold the same values. Otherwise frees what the other ranks hold, as far as there is a plan."""
+        that all will hold the same values. Otherwise frees parameters that only other ranks hold, if they are known."""
         if self.may_place and (are_alike or not self.ranks.together):
             self._put()
         elif self.setup is not None:

@@ -28,8 +28,7 @@ LEGAL: dict[Phase, frozenset[Phase]] = {
     Phase.TRAINING: frozenset({Phase.TRAINING, Phase.PLANNED, Phase.BROKEN}),
     Phase.BROKEN: frozenset(),
 }
-"""Legal transitions. PLACED and TRAINING go back to PLANNED for the first real batch or for the model's own
-optimizer."""
+"""Legal transitions. A model returns to PLANNED for its first real batch, or for its own optimizer."""
 
 
 def move(now: Phase, then: Phase) -> Phase:

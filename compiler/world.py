@@ -1,5 +1,4 @@
-"""Chooses how processes share the work if the user did not say: before anything is made, and the same on all of
-them."""
+"""Chooses how processes share the work if the user did not say, on all of them alike, before anything is made."""
 
 import os
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ from ..session import Session
 from .rehoming import Plans, Rehoming
 
 LESS = 0.9
-"""The factor by which the room for a step shrinks, each time that it has run out of memory."""
+"""After a step has run out of memory, each limit that is tried is this share of the one before."""
 
 AGREED_STEPS = 16
 """How many training steps pass between exchanges of how much room the processes have."""

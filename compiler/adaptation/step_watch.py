@@ -21,7 +21,7 @@ class _Step:
 
 
 class StepWatch:
-    """Skips one step, then measures `count` steps, each from its first call to the first call of the next."""
+    """Skips `FIRST` steps, then measures `count` steps, each from its first call to the first call of the next."""
 
     def __init__(self, session: Session, count: int) -> None:
         self.session, self.count = session, count

@@ -7,7 +7,7 @@ from .device import Device
 
 
 class StepUsage:
-    """Counts for one model. Stores add their copies to `stats`; `beside` brings it up to date."""
+    """Counts the usage of one model. Stores add their copies to `stats`; `beside` brings it up to date."""
 
     def __init__(self, device: Device, hardware: Hardware) -> None:
         self.device, self.hardware, self.stats = device, hardware, Stats()

@@ -37,7 +37,7 @@ def all_refuse(refusal: Exception | None, ranks: Ranks) -> bool:
 
 def agreed(plan: Plan, ranks: Ranks) -> Plan:
     """The plan of the rank with the least room for weights and activations, such as one with a larger batch than
-    others. All ranks call it. Raises StateError if they have different models."""
+    others, and the least `prefetch` of all. All ranks call it. Raises StateError if they have different models."""
     ranks.check_alike("the model", chunks_alike(plan))
     plans = [Plan.from_json(text) for text in ranks.gather(plan.to_json())]
     return replace(min(plans, key=_room), prefetch=min(each.prefetch for each in plans))

@@ -1,5 +1,4 @@
-"""Decides which numbers among a call's arguments become inputs of programs: those that change, if the step allows
-it."""
+"""Decides which numbers among a call's arguments become inputs of programs: those that change, if possible."""
 
 import warnings
 from collections.abc import Callable, Mapping

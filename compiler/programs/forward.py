@@ -96,7 +96,7 @@ def _called(model: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def with_loss(source: nn.Module, loss_fn: LossFn) -> MethodType:
     """A forward that returns the loss if it is called with arguments of the loss function, and the model's output
-    otherwise. It also returns the output if all required ones that are given are None. Arguments of the loss are passed
+    otherwise. It also returns the output if every required one that is given is None. Arguments of the loss are passed
     by name; all others are the model's."""
     targets, method = loss_targets(loss_fn), vars(source).get("forward")
     needed = [target.name for target in targets if target.default is inspect.Parameter.empty]

@@ -75,7 +75,7 @@ class Call:
         state: the model's modes in words, for messages.
         setting: the part of `key` that does not come from the arguments.
         leaves: the arguments' pytree leaves.
-        inputs: positions of numbers among them that are inputs of programs.
+        inputs: positions of numbers among the leaves that are inputs of programs.
     """
 
     entry: str
@@ -94,7 +94,7 @@ class Call:
 
     @cached_property
     def kind(self) -> Key:
-        """The key that all calls share which differ only in numbers."""
+        """The key shared by all calls that differ only in numbers."""
         return self.taking(frozenset(self.numbers)).key
 
     @cached_property
@@ -150,8 +150,7 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
 
 
 def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
-    """The messages that a process sends to, and receives from, other pipeline ranks: dtypes and shapes by their
-    rank."""
+    """The messages that a process sends to, and receives from, other pipeline ranks: dtypes and shapes, by rank."""
     sent, received = defaultdict[int, str](str), defaultdict[int, str](str)
     for node in program.computes:
         if node.target is SEND:
@@ -205,8 +204,7 @@ class Recaptures:
         self._changes: Counter[str] = Counter()
 
     def note(self, call: Call, changed: str) -> None:
-        """Records a call that is captured; `changed` is the label of the attribute that has changed since the last, or
-        ""."""
+        """Records a call that is captured; `changed` is the label of the attribute that has changed; "" if none has."""
         for i, (path, leaf) in enumerate(pytree.tree_leaves_with_path((call.args, call.kwargs))):
             values = self._values[call.kind, pytree.keystr(path[1:])]
             is_constant = not isinstance(leaf, Tensor) and i not in call.inputs

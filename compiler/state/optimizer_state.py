@@ -1,5 +1,4 @@
-"""An optimizer's state in the form of a checkpoint, by names of parameters: tensors sharded as they are, and
-numbers."""
+"""An optimizer's state in a checkpoint, by parameter: tensors, sharded as the parameters are, and numbers."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -56,7 +55,7 @@ class OptimizerState(ABC):
 
     @property
     def kind(self) -> str:
-        """The name of the torch.optim class whose update rule the optimizer follows."""
+        """The name of the optimizer class whose update rule it follows, such as AdamW."""
         return type(self.optimizer).__name__
 
     @abstractmethod

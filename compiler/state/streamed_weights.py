@@ -1,5 +1,4 @@
-"""Runs a model's own Python on the weights that programs compute with: for generation, where a program would be needed
-for every token.
+"""Runs a model's own Python on streamed weights, for generation: compiled, every token would need a program.
 
 While the context is open, each parameter is a stand-in without memory. The first operator that reads one fetches its
 chunk to the device, in the compute dtype; the chunk is released when others need the room. Weights, copies and
