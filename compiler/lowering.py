@@ -79,8 +79,7 @@ class Lowering:
         return program, records
 
     def _rest(self, plan: Plan, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-        """The passes of `passes` that are still to run; after sharding, `canonicalize` first removes what it
-        duplicated."""
+        """The passes that remain to be run; after sharding, `canonicalize` comes first and removes its duplicates."""
         return (canonicalize, *passes[self._after(SHARD) :]) if plan.mesh.tensor_axes else passes
 
     def _after(self, name: str) -> int:

@@ -246,7 +246,7 @@ class CompiledModule(Facade):
                 carry_over(Path(directory), temporary)
 
     def write_pretrained(self, directory: Path, request: SaveRequest = DEFAULT) -> None:
-        """Does what `save_pretrained` does, into a `directory` that is part of one that is replaced as a whole."""
+        """Writes what `save_pretrained` writes, into a new directory that the caller swaps in as a whole."""
         self.session.half_loaded.check()
         self._fill()
         if all(self.session.ranks.gather(request.streams(self.source))):

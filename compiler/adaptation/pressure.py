@@ -24,7 +24,7 @@ LESS = 0.9
 """After a step has run out of memory, each limit that is tried is this share of the one before."""
 
 AGREED_STEPS = 16
-"""How many training steps pass between exchanges of how much room the processes have."""
+"""The interval, in training steps, at which several processes exchange how much room they have."""
 
 PATIENT_STEPS = 16
 """How many training steps without a failure pass before a plan may grow again. Doubles after each further failure, up

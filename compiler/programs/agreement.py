@@ -11,8 +11,7 @@ from .programs import chunks_alike
 
 
 def shared_homes(plan: Plan, others: Iterable[Plan]) -> Homes:
-    """The homes of `plan`, whose weights stay on the device only if all `others`, which share them, have room for
-    them."""
+    """The homes of `plan`, except that weights stay on the device only if all `others` have room for them, too."""
     return tuple(
         replace(home, resident=home.resident and all(other.resident for other in same))
         for home, *same in zip(plan.homes, *(other.homes for other in others), strict=True)

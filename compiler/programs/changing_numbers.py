@@ -69,7 +69,7 @@ class ChangingNumbers:
         self._met: Recent[_Met] = Recent()
 
     def taken(self, call: Call) -> Call:
-        """The call, with the numbers as inputs that are inputs by now."""
+        """The call, with each number as an input that has become one in earlier calls."""
         met = self._met.get(call.kind) if call.numbers else None
         return call if met is None else call.taking(met.inputs)
 
@@ -92,7 +92,7 @@ class ChangingNumbers:
 
 
 def _one_by_one(wanted: frozenset[int], met: _Met, call: Call, capture: Capture) -> tuple[_Met, Captured]:
-    """Tries numbers one by one that cannot all be inputs together. Returns the new record, and the step to use."""
+    """Tries one by one the numbers that cannot all be inputs at once. Returns the new record, and the step to use."""
     inputs, step = frozenset[int](), met.step
     for i in sorted(wanted) if len(wanted) > 1 else ():
         more = _attempted(call.taking(inputs | {i}), met, capture)

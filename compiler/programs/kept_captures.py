@@ -21,7 +21,7 @@ class KeptCaptures:
         self._recaptures = Recaptures()
 
     def taken(self, call: Call) -> Call:
-        """The call, with the numbers as inputs that are inputs by now."""
+        """The call, with each number as an input that has become one in earlier calls."""
         return self._numbers.taken(call)
 
     def key(self, call: Call) -> Key:
