@@ -1,1 +1,1 @@
-"""What a person drives: compile(), capture, the planner, the command line."""
+"""The part that users drive: `compile()`, capture, the planner and the command line."""

@@ -1,4 +1,4 @@
-"""`geminifx.compile`: the one call."""
+"""`geminifx.compile`, the entry point."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,18 +26,19 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     Args:
         model: any nn.Module; its weights may still be on `meta`.
         device_budget: device memory the whole process may use: bytes, "24GB" (10^9), "24GiB" (2^30), "80%".
-        world_size: processes to train on; by default those that torchrun launched. How they share the work is chosen,
-            unless `parallel`, one of the options, says it; `cluster`, another one, describes what they run on. Without
-            any of these each has its part of the batch.
-        options: fields of `geminifx.Options`, where each is described.
+        world_size: number of processes to train on; by default those that torchrun launched. If it or the option
+            `cluster`, which describes the machines, is given, the planner chooses how the processes share the work,
+            unless the option `parallel` says so. With none of the three, training is data parallel.
+        options: fields of `geminifx.Options`, which documents each.
 
     Returns:
-        A module with the same call, outputs and parameter names. A model with `example_inputs=`, or for whose processes
-        a way was chosen, is captured and planned at once; any other at its first call, by what it is called with, or, a
-        Hugging Face model, when its plan, graph or state is asked for, by inputs made from its configuration.
+        A module with the same call, outputs and parameter names. It is captured and planned at once if there are
+        `example_inputs=`, or if the planner chose how its processes share the work; otherwise at its first call, or,
+        for a Hugging Face model, already when its plan, graph or state is asked for, with inputs made from its
+        configuration.
 
     Raises:
-        ArgumentError: an option is unknown or makes no sense; it is a ValueError, too.
+        ArgumentError: an option is unknown or makes no sense; also a ValueError.
         ValueError: the model is of a kind that cannot be captured.
         BudgetError: nothing fits the budget; names the smallest that would and what takes the space.
         CaptureError: the model's Python depends on the values of tensors.
@@ -57,7 +58,7 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
 
 
 def _compiled_alike(model: nn.Module, settled: Settled) -> CompiledModule:
-    """Where one of the processes that chose a way together refuses it, all do, and go on to the next one."""
+    """Compiles the model. If any process refuses the strategy that all chose together, all raise, to try the next."""
     compiled = refusal = None
     with restored_on_failure(model):
         try:
@@ -70,7 +71,7 @@ def _compiled_alike(model: nn.Module, settled: Settled) -> CompiledModule:
 
 
 def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
-    """Where there is something to plan by, planned at once."""
+    """Compiles the model, and captures and plans it at once if there are inputs to plan by."""
     compiled, chosen = CompiledModule(model, settled.options, settled), settled.options
     if chosen.loss_fn is not None:
         compiled.forward = with_loss(model, chosen.loss_fn)
@@ -79,13 +80,13 @@ def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
     elif settled.guess is not None:
         with of_a_guess():
             _prepare(compiled, settled.guess)
-    elif chosen.plan is not None or chosen.dump is not None:  # there is something to check, or to be looked at
+    elif chosen.plan is not None or chosen.dump is not None:  # a plan to check, or a dump to write
         compiled.session.plan_by_guess()
     return compiled
 
 
 def _prepare(compiled: CompiledModule, examples: Mapping[str, Any] | tuple[Any, ...]) -> None:
-    """Capture and plan by example inputs. Raises ArgumentError where the model does not take them."""
+    """Captures and plans with example inputs. Raises ArgumentError if the model does not take them."""
     source = compiled.session.source
     args, kwargs = as_arguments(examples)
     check_call(compiled, args, kwargs)

@@ -1,4 +1,4 @@
-"""What the functions of the package are given: that it is of the kind they take, before they do anything with it."""
+"""Checks that the arguments of the package's functions are of the kinds they take, before anything is done."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ def check_optimizer(model: CompiledModule, optimizer: Any) -> None:
 
 
 def check_call(model: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> None:
-    """Raises ArgumentError for example inputs that the model's forward has no place for."""
+    """Raises ArgumentError for example inputs that do not match the signature of the model's forward."""
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
@@ -46,8 +46,8 @@ def check_call(model: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[Any
 
 
 def forward_failure(error: Exception, model: nn.Module) -> ArgumentError | None:
-    """What to say of an error that the model's forward raised when it was captured with example inputs; None for
-    an error of ours, or from elsewhere."""
+    """The ArgumentError to raise for an error from the model's forward while it was captured with example inputs;
+    None if the error is one of ours or did not pass through that forward."""
     forward = getattr(inspect.unwrap(model.forward), "__code__", None)
     if isinstance(error, GeminiError) or all(code is not forward for code in _codes(error.__traceback__)):
         return None

@@ -1,4 +1,4 @@
-"""Calls of a compiled model and of its parts: each is a step of a program, but for what cannot be one."""
+"""Calls of a compiled model and of its submodules. Each runs as a step of a program, except `generate`."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from .weights.values import on_device
 
 
 class Calls:
-    """What facades of one model's modules do. They hold this, and it holds none of them."""
+    """Carries out the calls of all facades of one model. Facades hold this object; it holds them only weakly."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -35,7 +35,7 @@ class Calls:
         chosen_gradients.refuse_them()
 
     def facade(self, module: nn.Module) -> nn.Module:
-        """The facade of a module; what is none of the model's is returned as it is."""
+        """The facade of a module; a module that is not part of the model is returned as it is."""
         if id(module) in self._facades or id(module) in self.session.census.now().identities:
             return self.part(module)
         return module
@@ -48,7 +48,7 @@ class Calls:
         return found
 
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward of the model, or of one of its modules alone, in a compiled step."""
+        """Runs the forward of the model, or of one of its modules alone, as a compiled step."""
         session = self.session
         with forward.in_source():
             compiled = session.program(args, kwargs, self._name_of(module))
@@ -59,7 +59,7 @@ class Calls:
         session.begin_step(backward)
         outputs: list[Any]
         if backward:
-            # They are used up by a forward, and made again for one that has to run again.
+            # A forward uses its inputs up; one that has to run again needs new ones.
             train = lambda: self._train(compiled, inputs or session.inputs(compiled, args, kwargs))  # noqa: E731
             outputs = self.adaptation.forward(compiled, (args, kwargs), train)
         else:
@@ -70,7 +70,7 @@ class Calls:
         return rebuild_result(compiled.captured, outputs)
 
     def _name_of(self, module: nn.Module) -> str:
-        """Raises StateError for what is no part of the model any more."""
+        """The module's name in the model. Raises StateError if it is no longer part of the model."""
         if module is self.session.source:
             return ""
         found = (name for name, each in self.session.census.now().modules.items() if each is module)
@@ -91,7 +91,7 @@ class Calls:
         return outputs
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Warn of a move to another device than programs run on. Raises StateError for what does not only move."""
+        """Warns of a move to a device other than the programs'. Raises StateError if `fn` does more than move."""
         device = self.session.device.torch_device
         probe = torch.zeros(1, device=device)
         dtype, is_shared = probe.dtype, probe.is_shared()
@@ -110,13 +110,14 @@ class Calls:
 
     @contextmanager
     def lending(self) -> Iterator[None]:
-        """While this is open, methods may write to parameters, as one does that merges adapters."""
+        """Within, the module's own methods may write to parameters, as one that merges adapters does."""
         setup = self.session.setup
         with nullcontext() if setup is None else setup.machine.store.writable():
             yield
 
     def generate(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the `generate` of one of the model's modules: every token would be a program of its own."""
+        """Runs a module's `generate` in plain Python, with streamed weights: compiled, each token would need a program
+        of its own."""
         device, dtype = self.session.device.torch_device, self.session.dtype
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: on_device(tensor, device, dtype), (args, kwargs))
         with streamed_weights(self.session):

@@ -1,4 +1,4 @@
-"""`geminifx.save_checkpoint` and `load_checkpoint`: a run's state, written by all processes and read by any number."""
+"""`geminifx.save_checkpoint` and `load_checkpoint`: a run's state, saved by all processes and loaded by any number."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,29 +22,28 @@ from .state.optimizer_state import OptimizerState, Tensors, is_exact
 
 def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path,
                     extra: Any = None, *, background: bool = False) -> Saving:  # fmt: skip
-    """Save masters, buffers and the optimizer's state, exactly; each process writes its own parts.
+    """Save masters, buffers and the optimizer's state, exactly; each process writes its own shards.
 
-    All processes call it, on a file system that they share. What comes out is a checkpoint of
-    torch.distributed.checkpoint that `load_checkpoint` reads in any number of processes, sharded in any way, with
-    model.optimizer(...) or the torch optimizer of the same kind. It is for going on; `model.save_pretrained` makes
-    what other programs read.
+    All processes call it, on a file system that they share. The result is a torch.distributed.checkpoint checkpoint,
+    which `load_checkpoint` reads in any number of processes, sharded in any way, with model.optimizer(...) or the torch
+    optimizer of the same kind. It is for resuming a run; `model.save_pretrained` writes weights for other programs.
 
     Args:
-        optimizer: what `model.optimizer(...)` returned, or a torch optimizer over the model's parameters; None: only
-            the model is saved.
+        optimizer: an optimizer that `model.optimizer(...)` returned, or a torch optimizer over the model's parameters;
+            None saves the model alone.
         directory: replaced as a whole, in one step, when the new checkpoint is complete, with its files' checksums.
-        extra: what else to keep, such as the step: numbers, strings, tensors, and lists and dicts of them. Rank 0's
-            is saved.
-        background: return as soon as all is copied, for which the host's budget must have room, and training may go
-            on; a thread writes. The next save, a load and the end of the process wait for it.
+        extra: further values to keep, such as the step: numbers, strings, tensors, and lists and dicts of them. Rank
+            0's are saved.
+        background: return once everything is copied to the host, whose budget must have room for it, and let a thread
+            write while training continues. The next save, a load and the end of the process wait for it.
 
     Returns:
-        The save, which is done unless it is in the background; its `result()` waits until it is.
+        The save, already finished unless it is in the background; its `result()` waits for the end.
 
     Raises:
-        ArgumentError: the model is not compiled, or the optimizer not of its parameters.
-        CheckpointError: it cannot be written; a checkpoint that was there is intact. Or the one before, in the
-            background, could not, and its `result()` has told nobody.
+        ArgumentError: the model is not compiled, or the optimizer not over its parameters.
+        CheckpointError: the checkpoint cannot be written; one that was there is intact. Or the previous save, in the
+            background, failed, and `result()` was not called to report it.
         StateError: the model has no values yet.
     """
     _check(model, optimizer, directory)
@@ -58,7 +57,7 @@ def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
 
 
 def checkpoint_contents(model: CompiledModule, optimizer: Optimizer | None, extra: Any) -> Contents:
-    """What `save_checkpoint` saves: the state as it is, of which nothing is copied."""
+    """The contents that `save_checkpoint` writes: the state in place, without copies."""
     session = model.session
     session.ready(backward=False)
     tensors, objects = _model_tensors(session, writing=True), {"extra": extra}
@@ -70,17 +69,16 @@ def checkpoint_contents(model: CompiledModule, optimizer: Optimizer | None, extr
 
 
 def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path) -> Any:
-    """Go on from what `save_checkpoint` saved; weights on `meta` come to life. Returns the `extra` that was saved.
+    """Resume from a checkpoint of `save_checkpoint`; weights on `meta` get memory. Returns the `extra` that was saved.
 
-    All processes call it. The optimizer must be of the kind of which it was when it was saved, and its groups of the
-    same parameters. All files are read through before anything is changed.
+    All processes call it. The optimizer must be of the same kind as when it was saved, and its groups of the same
+    parameters. All files are read through before anything is changed.
 
     Raises:
-        ArgumentError: the model is not compiled, or the optimizer not of its parameters.
-        CheckpointError: there is none, it is damaged, or it is of another model or optimizer, or a save in the
-            background has failed, and nobody was told; then nothing is changed.
-            Where it cannot be read to its end nevertheless, the model refuses all further steps until another load
-            succeeds.
+        ArgumentError: the model is not compiled, or the optimizer not over its parameters.
+        CheckpointError: there is no checkpoint, it is damaged, or it is of another model or optimizer; or a save in the
+            background failed and has not been reported. Nothing is changed then. If reading fails even after these
+            checks, the model refuses all further steps until another load succeeds.
         StateError: there is no plan yet.
     """
     _check(model, optimizer, directory)
@@ -90,10 +88,10 @@ def load_checkpoint(model: CompiledModule, optimizer: Optimizer | None, director
 
 
 def open_checkpoint(model: CompiledModule, directory: str | Path) -> "OpenCheckpoint":
-    """A checkpoint for `model` that was read through, of which nothing is loaded yet. All processes call it.
+    """A checkpoint for `model`, checked to be intact, of which nothing is loaded yet. All processes call it.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no checkpoint, it is damaged, or a save in the background failed without a report.
     """
     model.session.saves.finish()
     saved = Saved.found(directory, model.ranks)
@@ -102,7 +100,7 @@ def open_checkpoint(model: CompiledModule, directory: str | Path) -> "OpenCheckp
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """See `open_checkpoint`; `objects` are what it holds beside tensors."""
+    """A checkpoint that `open_checkpoint` opened; `objects` are its contents other than tensors."""
 
     model: CompiledModule
     saved: Saved
@@ -113,7 +111,7 @@ class OpenCheckpoint:
         return self.objects.get("extra")
 
     def load(self, optimizer: Optimizer | None) -> None:
-        """Put model and optimizer back. All processes call it; for errors see `load_checkpoint`."""
+        """Restore model and optimizer. All processes call it; for errors see `load_checkpoint`."""
         session, found = self.model.session, self.saved.tensors
         state = None if optimizer is None else OptimizerState.of(session, optimizer)
         if state is not None:
@@ -138,8 +136,8 @@ def _check(model: Any, optimizer: Any, directory: Any) -> None:
 
 
 def _give_values(session: Session) -> None:
-    """Memory for values that are on `meta`, where there are none until they are read; these take the place of what was
-    to be brought."""
+    """Allocates memory for values on `meta`, to be read into, and places the training states. A pending load is dropped,
+    unless this fails."""
     incoming, session.incoming = session.incoming, None
     try:
         source = session.source
@@ -154,7 +152,7 @@ def _give_values(session: Session) -> None:
 
 
 def _expected(session: Session) -> Tensors:
-    """The shapes and dtypes of what `_model_tensors` tells, also where there are no values yet."""
+    """The shapes and dtypes of the tensors that `_model_tensors` returns, known also before there are values."""
     chunks, kept = session.store().chunks, session.source.state_dict().keys()
     found = {}
     for name in session.names().values():
@@ -166,7 +164,7 @@ def _expected(session: Session) -> Tensors:
 
 
 def _model_tensors(session: Session, writing: bool) -> dict[str, Stored]:
-    """Masters and the buffers that a state_dict holds; of these, which all have, rank 0 alone writes."""
+    """The masters, and the buffers that a state_dict holds. All ranks hold the buffers, so only rank 0 writes them."""
     store = session.store()
     store.finish()
     found = {f"model.{name}": store.stored_master(name) for name in session.names().values()}
@@ -184,7 +182,7 @@ def _everywhere(tensor: Tensor) -> Region:
 
 
 def _check_tensors(expected: Tensors, found: Tensors) -> None:
-    """Raises CheckpointError where the checkpoint is of another model, or has values that would not stay the same."""
+    """Raises CheckpointError if the checkpoint is of another model, or holds values that a dtype cannot take exactly."""
     for name, (own_shape, own_dtype) in expected.items():
         if 0 in own_shape:
             continue

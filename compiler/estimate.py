@@ -1,4 +1,4 @@
-"""What a model would take to train, in each format of its training state: planned on `meta`, nothing is run."""
+"""Estimates what training a model takes, in several formats of training state. Plans on `meta`; runs nothing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +23,12 @@ from .rates.rates import Rates
 from .session import Session
 
 RANK = 16
-"""Of the adapters that are estimated beside frozen weights."""
+"""The rank of the LoRA adapters in estimates with frozen weights."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is estimated for: budgets in bytes (a device's of None is no limit), and rates."""
+    """The machine to estimate for: its budgets in bytes (None for the device: no limit) and its rates."""
 
     device_bytes: int | None
     host_bytes: int
@@ -36,21 +36,23 @@ class Machine:
 
     @classmethod
     def of(cls, device_budget: str | None, host_budget: str, rates: Rates) -> "Machine":
-        """Raises ValueError for budgets that cannot be read; shares of a machine that is not there are none."""
+        """Parses budgets. Raises ValueError for text that cannot be read, and for percentages, as the machine is not
+        here."""
         device_bytes = None if device_budget is None else parse_bytes(device_budget)
         return cls(device_bytes, parse_bytes(host_budget), rates)
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """One format of training state.
+    """The estimate for one format of training state.
 
     Fields:
-        state: what it is called.
-        parameters, trained: how many the model has, and how many of them are trained.
-        plan: what would be done; None where nothing fits.
-        lacking: then the tier, "device" or "host", that is too small, and the smallest budget of it that would do.
-        reason: why the model cannot be trained so at all, "" where it can.
+        state: the format's name.
+        parameters, trained: how many parameters the model has, and how many of them are trained.
+        plan: the plan that would be used; None if nothing fits.
+        lacking: if nothing fits, the tier that is too small, "device" or "host", and the smallest budget, in bytes,
+            that would do.
+        reason: why this format is not possible for the model at all; "" if it is.
     """
 
     state: str
@@ -61,7 +63,7 @@ class Estimated:
     reason: str = ""
 
     def to_dict(self, tokens: int) -> dict[str, Any]:
-        """For JSON; `tokens` are those of a step."""
+        """For JSON; `tokens` is the number of tokens in a step, for the rate."""
         told: dict[str, Any] = {"state": self.state, "parameters": self.parameters, "trained": self.trained}
         if self.plan is None:
             tier, smallest_bytes = self.lacking or ("", 0)
@@ -93,8 +95,8 @@ ROWS = (
 
 
 def estimates(build: Callable[[], nn.Module], batch: Mapping[str, Any], machine: Machine) -> Iterator[Estimated]:
-    """Plan AdamW's step on `batch` for each format, from the one that takes most to the one that takes least. `build`
-    makes the model on `meta`; the step computes in bfloat16 on a GPU."""
+    """Plans an AdamW step on `batch` for each format, from the one that needs most memory to the one that needs least.
+    `build` makes the model on `meta`; the step computes in bfloat16 on a GPU."""
     step = _Captured(build(), batch, machine)
     for row in ROWS:
         if row.is_adapted:
@@ -109,13 +111,13 @@ def estimates(build: Callable[[], nn.Module], batch: Mapping[str, Any], machine:
 
 
 def _parameters(model: nn.Module) -> tuple[int, int]:
-    """How many there are, and how many are trained."""
+    """The number of parameters, and how many of them are trained."""
     numels = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(numel for numel, _ in numels), sum(numel for numel, is_trained in numels if is_trained)
 
 
 class _Captured:
-    """A step that was captured once, for all formats."""
+    """A training step, captured once to be planned in several formats."""
 
     @resting_collector()
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], machine: Machine,

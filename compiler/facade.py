@@ -1,4 +1,4 @@
-"""What looks like a module that was compiled: the model itself, and parts of it that are called alone."""
+"""Facades: modules of a compiled model, or the whole of it, that run compiled steps when called."""
 
 import inspect
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
@@ -15,7 +15,7 @@ from .programs.forward import Forward
 
 
 class _Calls(Protocol):
-    """See `calls.Calls`."""
+    """The interface of `calls.Calls` that a facade uses."""
 
     def facade(self, module: nn.Module) -> nn.Module: ...
     def part(self, module: nn.Module) -> nn.Module: ...
@@ -26,17 +26,17 @@ class _Calls(Protocol):
 
 
 class Facade(nn.Module):
-    """An object with the attributes, methods and modules of a module, but for its forward: `calls` runs that.
+    """A stand-in with the attributes, methods and submodules of a module, whose forward is run by `calls`.
 
-    Called alone, a part runs a program of its own, within the model's plan. Methods run with a facade as their `self`,
-    so that what they call are compiled steps; what they find of modules are facades, too. PEFT's alone run on the
-    modules themselves, which they exchange for others. What is the facade's own is named `_facade_...`: all other names
-    are the module's.
+    A submodule called alone runs a program of its own, within the model's plan. Methods run with a facade as their
+    `self`, so that the modules they call run compiled steps; modules they look up are facades, too. Only PEFT's methods
+    run on the modules themselves, because they exchange modules for others. The facade's own attributes are named
+    `_facade_...`; all other names are the module's.
     """
 
     def __init__(self, source: nn.Module, calls: _Calls) -> None:
         super().__init__()
-        # The very dictionaries of the source: every name and traversal is then the source's own.
+        # These are the source's own dictionaries, so every name and traversal is the source's.
         for shared in ("_parameters", "_buffers", "_modules"):
             self.__dict__[shared] = source.__dict__[shared]
         self.__dict__ |= {"_facade_source": source, "_facade_calls": calls}
@@ -46,13 +46,13 @@ class Facade(nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The source's, for `isinstance` and for loops that go by a model's class, its name and its signature; the
-        object is a facade all the same."""
+        """The source's class, for `isinstance` and for loops that look at a model's class, its name or its signature.
+        `type()` still returns Facade or CompiledModule."""
         source = self.__dict__.get("_facade_source")
         return Facade if source is None else type(source)
 
     @property
-    def training(self) -> bool:  # what the source's own forward reads
+    def training(self) -> bool:  # the source's own forward reads this flag
         return self.__dict__["_facade_source"].training if "_facade_source" in self.__dict__ else True
 
     @training.setter
@@ -68,12 +68,12 @@ class Facade(nn.Module):
     # -- attributes ----------------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """All is the source's to keep, whose forward reads it there."""
+        """Sets attributes on the source, whose forward reads them there."""
         if name == "forward":
             self.__dict__["forward"] = self._facade_new_forward(value)
         elif "_facade_source" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
-        else:  # a part may be given another name
+        else:  # the value may be a facade, if a submodule gets a second name
             setattr(self._facade_source, name, value._facade_source if type(value) is Facade else value)
 
     def __delattr__(self, name: str) -> None:
@@ -94,15 +94,15 @@ class Facade(nn.Module):
         return self._facade_given(found)
 
     def _facade_reset(self) -> None:
-        """Have the source's own forward, compiled."""
+        """Restores the source's own forward, compiled."""
         source = self._facade_source
         self.__dict__["forward"] = self.__dict__["_facade_forward"] = Forward(
             source, partial(self._facade_calls.run, source)
         )
 
     def _facade_new_forward(self, value: Callable[..., Any]) -> Callable[..., Any]:
-        """A method for the forward is one to compile, a function runs around what is compiled. A part is patched for
-        the whole model, too."""
+        """The forward for an assigned `value`: a method is compiled in the forward's place, a function runs around the
+        compiled one. On a submodule the assignment also takes effect in steps of the whole model."""
         is_part, source, before = type(self) is Facade, self._facade_source, self._facade_forward
         if isinstance(value, Forward):
             new = value
@@ -120,7 +120,7 @@ class Facade(nn.Module):
         return new
 
     def _facade_given(self, found: Any) -> Any:
-        """What is handed out for something that was found in the source."""
+        """What to return for an attribute found in the source: facades for modules, wrappers for their methods."""
         calls, compiled = self._facade_calls, self._facade_forward
         if isinstance(found, nn.Module):
             return self if found is self._facade_source else calls.facade(found)
@@ -140,7 +140,7 @@ class Facade(nn.Module):
         def iterate(*args: Any, **kwargs: Any) -> Any:
             steps = method(*args, **kwargs)
             while True:
-                with calls.lending():  # and not while the caller is at work
+                with calls.lending():  # but not while the caller handles a value
                     try:
                         value = next(steps)
                     except StopIteration as stop:
@@ -150,7 +150,7 @@ class Facade(nn.Module):
         return wraps(found)(iterate if inspect.isgeneratorfunction(found) else call)
 
     def _facade_view(self, result: Any) -> Any:
-        """A dictionary's view of modules, such as a ModuleDict's `items()`, as one of what is handed out for them."""
+        """A dictionary view of modules, such as a ModuleDict's `items()`, with facades in their place."""
         if isinstance(result, ItemsView):
             return {name: self._facade_given(value) for name, value in result}.items()
         if isinstance(result, ValuesView):
@@ -160,10 +160,10 @@ class Facade(nn.Module):
     # -- what nn.Module does with itself -------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Facade":
-        """`.to(device)`, `.cuda()` and `.cpu()` change nothing: where parameters live is the plan's choice, and inputs
-        are brought to where programs run. Training loops call them as a matter of course.
+        """`.to(device)`, `.cuda()` and `.cpu()`, which training loops call as a matter of course, change nothing: the
+        plan decides where parameters live, and inputs are moved to where programs run.
 
-        Raises StateError for what would change parameters in another way, such as `.half()`.
+        Raises StateError for anything else that would change parameters, such as `.half()`.
         """
         self._facade_calls.check_move(fn)
         return self
@@ -173,13 +173,13 @@ class Facade(nn.Module):
             return self._facade_source.load_state_dict(state_dict, strict, assign)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As nn.Module's; what it returns can be called alone."""
+        """As nn.Module's; the module returned can be called alone."""
         return self._facade_given(self._facade_source.get_submodule(target))
 
     def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "",
                       remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:  # fmt: skip
-        """As nn.Module's; what it tells of can be called alone. A module around a compiled one, which has a `memo`, is
-        told of the source's own: it asks for all of them whenever it looks for parameters."""
+        """As nn.Module's; the modules returned can be called alone. With a `memo`, as for a compiled module inside
+        another, they are the source's own: the outer module walks all of them whenever it looks for parameters."""
         found = self._facade_source.named_modules(memo, prefix, remove_duplicate)
         return found if memo is not None else ((name, self._facade_part(module)) for name, module in found)
 
@@ -187,13 +187,13 @@ class Facade(nn.Module):
         return ((name, self._facade_part(module)) for name, module in self._facade_source.named_children())
 
     def _named_members(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """Parameters and buffers, for which no facades are needed."""
+        """Parameters and buffers, which need no facades."""
         return self._facade_source._named_members(*args, **kwargs)
 
     def _facade_part(self, module: nn.Module) -> nn.Module:
         return self if module is self._facade_source else self._facade_calls.part(module)
 
-    # Python looks these up in the class, where __getattr__ has no say.
+    # Python looks these up on the class, so `__getattr__` does not forward them.
 
     def __bool__(self) -> bool:
         return bool(self._facade_source)
@@ -226,8 +226,8 @@ class Facade(nn.Module):
 
 
 def _hooks_of_parts() -> None:
-    """Hooks on a part are its module's, where the whole model's capture finds them, too; those on a whole compiled
-    model run around its calls."""
+    """Registers hooks on a submodule's source, where the capture of the whole model finds them, too. Hooks on the whole
+    compiled model run around its calls."""
     for name in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
 
         def register(self: Facade, *args: Any, _name: str = f"register_{name}", **options: Any) -> Any:

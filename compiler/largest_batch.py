@@ -1,4 +1,4 @@
-"""The largest batch that fits the budgets, found by planning for larger and larger ones; none of them is allocated."""
+"""Finds the largest batch that fits the budgets, by planning for larger and larger ones; none is allocated."""
 
 import warnings
 from bisect import bisect_left
@@ -11,14 +11,18 @@ from .capture.trace import Captured
 from .planner.problem import Planning
 
 PARTS = 8
-"""A batch is found to within one part in so many: each size is captured and planned for, which takes a while."""
+"""Batches are found to within a factor of 1 + 1/PARTS: each size tried is captured and planned, which takes a while."""
 
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """For the calls that a `captured` training step is of, with the chunks of the `plan` in force. `only_ours` where
-    that has no room for a torch optimizer, and `format` is the training state's, where it was declared. Where it
-    `trains` already, states stay where they are."""
+    """The search for the largest batch of a `captured` training step, with the chunks of the `plan` in force.
+
+    Fields:
+        format: the training state's, if `model.optimizer(...)` has declared it.
+        only_ours: whether the plan in force has no room for a torch optimizer's state; then none is asked for.
+        trains: whether training has begun, so that states stay where they are.
+    """
 
     captured: Captured
     planning: Planning
@@ -28,7 +32,7 @@ class LargestBatch:
     trains: bool
 
     def find(self) -> int:
-        """Raises StateError where no batch could be too large, or none is known to be larger."""
+        """Raises StateError if no batch could be too large, or if it is not known how to make this one larger."""
         if self.planning.limits.device_bytes is None:
             raise StateError("any batch fits, for there is no device budget; compile with device_budget= to set one")
         if self.captured.divide is None or not self.captured.examples:
@@ -45,8 +49,8 @@ class LargestBatch:
 
     def _fits(self, examples: int) -> bool:
         assert self.captured.divide is not None
-        planning = replace(self.planning, _lowered={}, _logits={})  # of programs that nobody will run
-        with warnings.catch_warnings(action="ignore"):  # what is to be told was told of the batch that there is
+        planning = replace(self.planning, _lowered={}, _logits={})  # own caches, for programs that never run
+        with warnings.catch_warnings(action="ignore"):  # the batch in use has already warned
             captured = self.captured.divide.resized(examples)
             try:
                 _, refusal = planning.decide(captured, self.plan, self.trains, self.format)

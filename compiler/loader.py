@@ -1,4 +1,4 @@
-"""Data for several ranks: each loads its own part."""
+"""Shards a data loader, so that each rank loads its own part of the data."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ EXPECTED = (
 
 
 def shard_dataloader(loader: Iterable[Any], model: CompiledModule) -> Any:
-    """A loader of this rank's part of `loader`'s data, in batches of the same size; alone, `loader` itself.
+    """A loader of this rank's part of `loader`'s data, in batches of the same size; on one rank, `loader` itself.
 
-    Ranks that share a batch, each with a part of the tensors or of the layers, have the same part. The parts are
-    equally long: where the data does not divide, some examples come twice. A loader that shuffles is shuffled anew in
-    each epoch for which `sharded.sampler.set_epoch(epoch)` is called, and alike on all ranks.
+    Ranks that share a batch, as they share tensors or layers, get the same part. All parts are equally long: if the
+    data does not divide, some examples come twice. A loader that shuffles reshuffles in each epoch for which
+    `sharded.sampler.set_epoch(epoch)` is called, in the same order on all ranks.
 
-    Of any other iterable, which has to have the same batches on every rank, each takes its share, batch by batch. One
-    of them may be shorter, as the last often is: the mean of torch's cross entropy is over all ranks' targets, and of
-    any other loss each batch's mean counts alike, so that the examples of the shorter one weigh more.
+    Any other iterable must have the same batches on every rank; each rank takes its share, batch by batch. If one batch
+    is shorter, as the last often is, torch's cross entropy still averages over the targets of all ranks. With any other
+    loss every batch's mean counts the same, so the examples of the shorter one weigh more.
 
-    Raises ArgumentError for what has no batches or is no compiled model, for generators and other iterators, which end
-    with their first epoch, and for iterable datasets and samplers of the user's own in a DataLoader, whose parts are
-    theirs to make.
+    Raises ArgumentError for what has no batches or is no compiled model; for generators and other iterators, which end
+    with their first epoch; and for a DataLoader with an iterable dataset or a custom sampler, which must do its own
+    sharding.
     """
     check_compiled(model)
     if isinstance(loader, DataLoader):
@@ -48,8 +48,9 @@ def shard_dataloader(loader: Iterable[Any], model: CompiledModule) -> Any:
 
 @dataclass(frozen=True)
 class Batches:
-    """Of `whole`'s batches the one numbered `part` of each `parts`, anew each time that it is gone through. Where they
-    do not divide, those that would have one less take their first one, or the very first, once more."""
+    """Every `parts`-th batch of `whole`, starting with number `part`; can be iterated anew for each epoch. If the
+    batches do not divide evenly, parts that are one short repeat their first batch, or the very first if they have
+    none."""
 
     whole: Iterable[Any]
     part: int
@@ -66,8 +67,8 @@ class Batches:
             yield spare
 
     def __len__(self) -> int:
-        """Raises TypeError where the whole has no length."""
-        return -(-len(self.whole) // self.parts)  # type: ignore[arg-type]  # which is what it raises of
+        """Raises TypeError if `whole` has no length."""
+        return -(-len(self.whole) // self.parts)  # type: ignore[arg-type]  # len() raises the TypeError
 
 
 def _of_examples(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[Any]:
@@ -92,7 +93,7 @@ def _of_examples(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[A
 
 
 def _decides_itself(loader: DataLoader[Any]) -> object | None:
-    """What chooses the examples where that is more than going through the data once, in order or shuffled."""
+    """The dataset or sampler that picks the examples, if it does more than go through the data once; otherwise None."""
     sampler = loader.sampler
     if isinstance(loader.dataset, IterableDataset):
         return loader.dataset

@@ -1,4 +1,4 @@
-"""From a captured program and a plan to the code that runs: the pipeline, and its two readers."""
+"""Lowers a captured program and a plan to the code that runs: runs the passes, and generates code from the result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ SHARD, CLUSTER = "shard", "cluster"
 
 @dataclass(frozen=True)
 class Flat:
-    """A program in which all instructions stand in their final places, before its compute is clustered into functions,
-    and what each pass did to it."""
+    """A program whose instructions are all in their final places, before its compute is clustered into functions, and
+    what each pass did to it."""
 
     program: Program
     records: tuple[Record, ...] = ()
@@ -30,11 +30,11 @@ class Flat:
 
 @dataclass(frozen=True)
 class Lowering:
-    """The pipeline with the user's passes in place. `flat` stops where instructions stand in their final
-    places, which is where memory is planned; `finish` goes on to the code that runs.
+    """The pass pipeline, the user's passes included. `flat` stops once instructions are in their final places, which is
+    what memory is planned for; `finish` goes on to the code that runs.
 
-    Of a model whose tensors are sharded all but the beginning is about one process's parts: `shard` makes the program
-    of those once, and the others go on from there.
+    If tensors are sharded, the passes after `shard` work on one process's shards: the method `shard` makes that program
+    once, and `flat` and `finish` start from it.
     """
 
     passes: tuple[Pass, ...]
@@ -45,22 +45,22 @@ class Lowering:
         return cls(assemble(PIPELINE, extra), None if dump is None else Path(dump))
 
     def shard(self, captured: Program, plan: Plan) -> tuple[Program, list[Record]]:
-        """The program of one process's parts."""
+        """The program of one process's shards, and what each pass did."""
         program = captured.copy()
         folder = None if self.dump is None else self.dump / f"{program.name}_whole"
         return program, run_passes(program, plan, self.passes[: self._after(SHARD)], folder)
 
     def flat(self, captured: Program, plan: Plan) -> Flat:
-        """The program of a plan that is weighed. It is verified once it is chosen, and at once where the user's passes
-        have a part in it."""
+        """The flat program of a candidate plan. With passes of the user's it is verified at once, else only if it is
+        chosen."""
         program, passes = captured.copy(), self._rest(plan, self._before(CLUSTER))
         with _blamed(captured, plan, passes):
             records = run_passes(program, plan, passes, verified=self.passes != PIPELINE)
         return Flat(program, tuple(records))
 
     def finish(self, captured: Program, flat: Flat, plan: Plan) -> tuple[Program, list[Record]]:
-        """The program that runs, verified and written to `dump`, and what each pass did. `flat` was made of the same
-        step for the same decisions; what else the plan says is for passes of the user's alone to read."""
+        """The program that runs, verified and written to `dump`, and what each pass did. `flat` must come from the same
+        step and the same decisions; anything else in the plan is read only by passes of the user's."""
         if self.dump is not None or self.passes != PIPELINE:
             return self._from_the_beginning(captured, plan)
         program, passes = flat.program.copy(), self._rest(plan, self.passes)
@@ -79,7 +79,7 @@ class Lowering:
         return program, records
 
     def _rest(self, plan: Plan, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-        """What is still to be run of `passes`; repetitions that sharding brought are removed first."""
+        """The passes that remain to be run; after sharding, `canonicalize` comes first and removes its duplicates."""
         return (canonicalize, *passes[self._after(SHARD) :]) if plan.mesh.tensor_axes else passes
 
     def _after(self, name: str) -> int:
@@ -91,7 +91,7 @@ class Lowering:
 
 @contextmanager
 def _blamed(captured: Program, plan: Plan, passes: tuple[Pass, ...]) -> Iterator[None]:
-    """Where the passes end in a failure, run them again, verified one by one, to tell which of them is at fault."""
+    """If passes fail, runs them again with verification after each, to name the one at fault."""
     try:
         yield
     except Exception:
@@ -100,7 +100,7 @@ def _blamed(captured: Program, plan: Plan, passes: tuple[Pass, ...]) -> Iterator
 
 
 def generate(program: Program) -> Code:
-    """The code of a lowered program."""
+    """The executable code of a lowered program."""
     parts = [program, *program.functions.values()]
     turns = (type_of(node) for node in program.calls(TURN))
     received = [turn for turn in turns if isinstance(turn, tuple)]

@@ -43,15 +43,15 @@ from .world import Settled
 class CompiledModule(Facade):
     """A drop-in for the model it was compiled from.
 
-    Same call, same outputs, same parameter names; `parameters()` are the float32 masters, each on the device
-    or on the host as planned, and take any element-wise optimizer. Programs are made per mode (training,
-    evaluation) and input shapes, once each, and share the parameters. `plan`, `graph` and `stats` tell what
-    was decided, what runs, and what it used.
+    It has the same call, outputs and parameter names; `parameters()` are the float32 masters, each on the device or the
+    host as planned, and work with any element-wise optimizer. One program is made for each mode (training, evaluation)
+    and set of input shapes; all share the parameters. `plan`, `graph` and `stats` show what was decided, what runs, and
+    what it used.
 
-    `world` is the plan for how its processes share the work, where that was chosen.
+    `world` is the plan for how the processes share the work, if the planner chose it; otherwise None.
 
-    The source model shares its modules with this one: it stays usable for what reads its parameters, such as
-    `save_pretrained`, and anything that is not found here is looked up there.
+    The source model shares its modules with this one: it stays usable for anything that reads its parameters, such as
+    `save_pretrained`, and attributes not found here are looked up there.
     """
 
     def __init__(self, source: nn.Module, options: Options, settled: Settled | None = None) -> None:
@@ -62,44 +62,44 @@ class CompiledModule(Facade):
 
     @property
     def source(self) -> nn.Module:
-        """The model that it was compiled from."""
+        """The model that this one was compiled from."""
         return self._facade_source
 
     # -- training ------------------------------------------------------------------------------------------
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Capture, plan and generate the program for a call with these arguments, without running it."""
+        """Captures, plans and generates the program for a call with these arguments, without running it."""
         with self._facade_forward.in_source():
             self.session.program(args, kwargs)
 
     def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
                   in_backward: bool = False, accumulate: int = 1, moments: Moments = "exact",
                   masters: Masters = "exact", seed: int = 0, **hyper: Any) -> ChunkOptimizer:  # fmt: skip
-        """An optimizer whose updates run while the model computes; AdamW keeps 12 bytes per bfloat16 parameter, or 8, 6
-        or 4, as `moments` and `masters` are stored.
+        """An optimizer whose updates overlap with the model's computation. AdamW keeps 12 bytes per bfloat16 parameter,
+        or 8, 6 or 4, depending on `moments` and `masters`.
 
-        From here on parameters are read as float32 copies, and only this optimizer changes them. Make it before
-        the first step: the plan is made anew for it.
+        From here on parameters read as float32 copies, and only this optimizer changes them. Make it before the first
+        step: the plan is made anew for it.
 
         Args:
-            kind: torch.optim.AdamW, Adam, SGD, Muon or Adafactor, or geminifx.Lion, with the same numbers.
+            kind: torch.optim.AdamW, Adam, SGD, Muon or Adafactor, computed as torch does, or geminifx.Lion.
             params: parameters or groups of them, as torch.optim takes them; by default all that are trained. A group
-                may be of another "kind", as those of parameters that are no matrices beside Muon's.
+                may have another "kind", as a group of non-matrix parameters beside Muon does.
             max_grad_norm: clip the norm of all gradients to this in every step.
-            in_backward: update each chunk as soon as its gradient is complete. Faster, and leaves no gradients to
-                look at or to clip.
-            accumulate: how many backwards make one step. Needed for in_backward; otherwise it plans the memory.
-            moments: how the optimizer's values are stored: "exact" as float32, "bf16" rounded to nearest, "int8" as
-                codes of which 256 share a scale.
-            masters: how float32 masters of weights that compute in bfloat16 are kept: "exact" by a remainder beside the
-                weight, "bf16-stochastic" as the weight alone, to which each update is rounded up or down by chance.
-            seed: what chance is drawn with, beside the number of the step, the parameter's name and the element's
-                number: the same wherever states lie.
+            in_backward: update each chunk as soon as its gradient is complete. Faster, and leaves no gradients to look
+                at or to clip.
+            accumulate: how many backwards make one step. in_backward relies on it; otherwise it only plans the memory.
+            moments: how the optimizer's moments are stored: "exact" as float32, "bf16" rounded to nearest, "int8" as
+                codes with one scale for 256 of them.
+            masters: how float32 masters of weights that compute in bfloat16 are kept: "exact" as the weight plus a
+                remainder, "bf16-stochastic" as the weight alone, with each update rounded stochastically.
+            seed: for stochastic rounding. The random bits depend on it, the step, the parameter's name and the
+                element's index, and so do not depend on where states lie.
             hyper: keyword arguments of `kind`, such as lr, betas and weight_decay.
 
         Raises:
             ValueError: the arguments do not make sense, alone or together.
-            StateError: there is no plan yet, or an optimizer of this model was made before.
+            StateError: the model has such an optimizer already, or the ranks declare different ones.
             BudgetError: nothing fits the budget.
         """
         declared = Declared(kind, hyper, max_grad_norm, in_backward, accumulate, moments, masters, seed)
@@ -118,8 +118,8 @@ class CompiledModule(Facade):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_ over all parameters, for torch's optimizers; returns the norm.
 
-        Where parameters are sharded over processes, that function would see this process's parts alone, and clip
-        otherwise on each. For `model.optimizer(...)` its `max_grad_norm` needs less memory.
+        With parameters sharded over processes, torch's function would see only this process's shards, and clip by a
+        different norm on each. With `model.optimizer(...)`, `max_grad_norm` needs less memory.
         """
         check_norm("max_norm", max_norm)
         return self.session.store().clip_grad_norm(max_norm)
@@ -134,19 +134,19 @@ class CompiledModule(Facade):
     # -- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, first_only: bool = False, **kwargs: Any) -> Any:
-        """As the source's own, in its names; the values are the masters'.
+        """As the source's own, with its names; the values are the masters'.
 
-        With `model.optimizer(...)` they are copies on the CPU, made here. So are those of parameters that are sharded
-        over processes: they are whole, and all processes make them together. With `first_only` rank 0 alone keeps
-        what it gets, and the others get an empty dict.
+        With `model.optimizer(...)` they are copies on the CPU, made here. So are parameters that are sharded over
+        processes: they are gathered whole, and all processes must call this. With `first_only` rank 0 alone keeps the
+        result, and the others get an empty dict.
         """
         self._fill()
         keep = not first_only or self.session.ranks.rank == 0
         return whole_state(self.session, *args, keep=keep, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's; values are copied into the masters, and weights on `meta` come to life. They are whole, also
-        where parameters are sharded over processes, each of which takes its part.
+        """As nn.Module's; values are copied into the masters, and weights on `meta` get memory. Values are whole
+        tensors even if parameters are sharded over processes: each takes its shard.
 
         Raises ValueError for assign=True, which would take the parameters out of their chunks.
         """
@@ -168,17 +168,18 @@ class CompiledModule(Facade):
         return loaded
 
     def load_pretrained(self, directory: str | Path, *, strict: bool = True, seed: int = 0) -> None:
-        """Read weights that are on `meta` from Hugging Face's files in `directory`, each right into its chunk: a second
-        copy of them is never there. They are read as soon as it is known where they go: by the first call, or by what
-        asks for state, and by `model.optimizer(...)` where there is a plan. All processes call it.
+        """Read weights that are on `meta` from the Hugging Face files in `directory`, each directly into its chunk:
+        there is never a second copy. Reading waits until their places are known: until the first call, anything that
+        asks for state, or, if there is a plan, `model.optimizer(...)`. All processes call it.
 
-        With `strict` False what the files lack is drawn from `seed` by the modules' own initialisers, and a warning
-        tells what. PEFT's adapters, which files of a base model lack, are drawn as PEFT draws them in any case.
+        With `strict` False, weights that the files lack are drawn from `seed` by the modules' own initialisers, with a
+        warning that names them. PEFT's adapters, which the files of a base model lack, are always drawn as PEFT draws
+        them.
 
         Raises:
-            CheckpointError: the files are damaged, or of another model; nothing is changed. Of those that change until
-                they are read, or cannot be read to their end, it tells then, and no step is taken.
-            StateError: the weights have values already, all of them; a load that failed may be made up for.
+            CheckpointError: the files are damaged, or of another model; nothing is changed. If they change before they
+                are read, or cannot be read to their end, it is raised then, and no step is taken.
+            StateError: the weights all have values already. After a load that failed, another may be tried.
         """
         check_path("directory", directory, "the path of a directory")
         self._check_empty("load_pretrained")
@@ -188,23 +189,24 @@ class CompiledModule(Facade):
 
     def initialize(self, seed: int = 0) -> None:
         """Give weights that are on `meta` random values by each module's own initialiser, drawn from `seed` as plain
-        PyTorch draws them (`models.initialisers` tells where it does not): the same for every layout, budget and number
-        of processes. They are drawn, a block at a time, as soon as it is known where they go.
+        PyTorch draws them (`models.initialisers` lists the exceptions): the same for every layout, budget and number of
+        processes. They are drawn, a block at a time, as soon as their places are known.
 
-        Raises StateError where the weights have values already, and, before any is drawn, for a module that has
-        parameters and nothing that initialises them.
+        Raises StateError if the weights have values already, and, before any is drawn, for a module that has parameters
+        and no initialiser.
         """
         self._check_empty("initialize")
         self._take(FromInitialisers.of(self.source, seed, whole_shapes(self.session)))
 
     def _take(self, incoming: Incoming) -> None:
-        """Let `incoming` bring values: at once to weights that have places, as where others have failed to."""
+        """Registers the source of the weights' values; if weights have places, as after a failed load, it is read at
+        once."""
         self.session.incoming = incoming
         if not self.session.places.are_empty:
             self.session.place()
 
     def _fill(self) -> None:
-        """Let weights have the values that something was told to bring."""
+        """Fills the weights from `incoming`, if values are still due."""
         if self.session.incoming is not None:
             self.session.settle(backward=False)
 
@@ -222,17 +224,17 @@ class CompiledModule(Facade):
                         dtype: torch.dtype | None = None, **options: Any) -> None:  # fmt: skip
         """Save in Hugging Face's format (for other models, the weights as safetensors).
 
-        What `directory` holds is replaced only when the new checkpoint is complete; other files in it stay. Of
-        several processes all call it, and rank 0 writes; what fails there raises on all of them. Weights are made whole
-        and written a file at a time; only where Hugging Face writes other tensors than the model has, as for adapters,
-        or is given `options` of its own, are all of them copied before.
+        The new checkpoint replaces what `directory` holds only once it is complete; other files in it stay. All
+        processes call it, and rank 0 writes; an error there raises on all of them. Weights are gathered and written one
+        file at a time, unless Hugging Face writes tensors other than the model's own, as for adapters, or gets
+        `options`: then all weights are copied first.
 
-        Quantised weights are saved as the values that they stand for.
+        Quantised weights are saved as the values they stand for.
 
         Args:
-            max_shard_size: how large files may be, unless one weight is larger.
-            dtype: in which weights are written, and which the configuration tells; by default the masters', float32.
-            options: as the model's own save_pretrained has them. Raises ArgumentError for those that it has not.
+            max_shard_size: the size limit of a file, unless one weight is larger.
+            dtype: the dtype that weights are written in and the configuration names; by default the masters', float32.
+            options: as the model's own save_pretrained takes them. Raises ArgumentError for those that it does not.
         """
         check_path("directory", directory, "the path of a directory")
         request, ranks = SaveRequest.of(max_shard_size, dtype, options), self.session.ranks
@@ -244,7 +246,7 @@ class CompiledModule(Facade):
                 carry_over(Path(directory), temporary)
 
     def write_pretrained(self, directory: Path, request: SaveRequest = DEFAULT) -> None:
-        """What `save_pretrained` saves, into a directory of one that is replaced as a whole."""
+        """Writes what `save_pretrained` writes, into a new directory that the caller swaps in as a whole."""
         self.session.half_loaded.check()
         self._fill()
         if all(self.session.ranks.gather(request.streams(self.source))):
@@ -258,15 +260,15 @@ class CompiledModule(Facade):
 
     @property
     def plan(self) -> Plan:
-        """The plan in force. Raises StateError where there is none and nothing to make one by."""
+        """The plan in force. Raises StateError if there is none and nothing to plan by."""
         return self.session.demanded().plan
 
     def largest_batch(self) -> int:
-        """How many examples, of the shapes of those that the model was last trained or compiled with, a batch may have
-        for its plan to fit the budgets: to within an eighth, and at least as many as there were.
+        """The largest batch, in examples, whose plan fits the budgets, for examples of the shapes that the model was
+        last trained or compiled with. Found to within an eighth, and never smaller than that batch.
 
-        Each size that is tried is captured and planned for, as a call with such a batch would be; nothing is allocated.
-        Raises StateError where nothing is known of a training step, or no batch could be too large.
+        Each size tried is captured and planned as a call with such a batch would be; nothing is allocated. Raises
+        StateError if no training step is known, or if no batch could be too large.
         """
         setup, compiled = self.session.demanded(), self.session.last.get("training")
         if compiled is None:
@@ -279,7 +281,7 @@ class CompiledModule(Facade):
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that train it together, of which this is one."""
+        """The processes that train the model together, this one among them."""
         return self.session.ranks
 
     @property
@@ -290,7 +292,7 @@ class CompiledModule(Facade):
 
     @property
     def history(self) -> dict[str, tuple[Record, ...]]:
-        """What each pass did to the programs in use."""
+        """What each pass did to the programs in use, by phase as in `graph`."""
         return {name: compiled.records for name, compiled in self.session.last.items()}
 
     @property
@@ -299,19 +301,19 @@ class CompiledModule(Facade):
         return self.session.stats
 
     def profile(self, step: Callable[[], object], steps: int = 1, trace: str | Path | None = None) -> Profile:
-        """Run a training step of yours under torch's profiler and tell where its time goes.
+        """Run a training step under torch's profiler and report where its time goes.
 
         Args:
-            step: one step of the loop, optimizer included; called `steps` times. Run some before for it to be warm.
+            step: one step of the loop, optimizer included; called `steps` times. Warm it up beforehand.
             steps: how many to run; figures are per step.
-            trace: a file for the trace, to be read by chrome://tracing or Perfetto.
+            trace: a file to write the trace to, for chrome://tracing or Perfetto.
         """
         machine = self.session.machine
         return profile(step, steps, trace, None if machine is None else machine.store)
 
     def first_nonfinite(self, *args: Any, **kwargs: Any) -> str | None:
         """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None. Raises
-        StateError in a pipeline, where the other ranks would wait for what comes behind."""
+        StateError in a pipeline, where the other ranks would wait for this rank's messages."""
         if self.session.ranks.mesh.pipeline_axes:
             raise StateError("first_nonfinite() is for models on one process, or whose layers all ranks run")
         compiled = self.session.program(args, kwargs)

@@ -1,4 +1,4 @@
-"""Everything `geminifx.compile` can be told, as one frozen dataclass with the checks for each field."""
+"""The options of `geminifx.compile`, as one frozen dataclass with the checks of each field."""
 
 import inspect
 import math
@@ -42,57 +42,60 @@ class Options:
 
     Fields:
         device_budget: device memory the whole process may use, as bytes or text ("24GB", "24GiB", "80%").
-        host_budget: memory of one host that training states may use there, shared by the processes on it; default 90%
-            of what is free.
-        world_size: processes to train on; by default those that torchrun launched.
+        host_budget: memory of one host that training may use, shared by the processes on it; default 90% of what is
+            free.
+        world_size: number of processes to train on; by default those that torchrun launched.
         example_inputs: keyword arguments (a dict) or positional ones (a tuple) to capture the model with.
         placement: "cuda" keeps the training state on the device, "cpu" on the host, "auto" fills the budget.
         parallel: how the processes share the work, see `Parallel`: {"data": 2, "tensor": {"mode": "2d", "size": 4}}.
-            "auto" lets the planner choose for the step that one of `example_inputs` for each process makes; so it is by
-            default where `world_size` or `cluster` is given. Else each process has its part of the batch.
-        cluster: what the processes run on, for the planner to choose by: the name of one, such as "4x8-infiniband", the
-            path of a TOML file, or a dict of nodes, devices, card, and the links within and between nodes. By default
-            one node of as many as there are of this device.
-        precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA,
-            otherwise the model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
-        reduce_dtype: in what processes add up their gradients: "fp32" rounds their mean to the compute dtype once;
-            "compute" adds in that dtype, with errors that grow with the number of processes, for half of the bytes.
-        microbatches: in how many parts a training step's batch runs, each block of the model for all parts before the
-            next block; "auto" divides it where it does not fit whole. In a pipeline they go through its stages, by
-            default two for each rank.
-        rounds: in how many rounds microbatches run, of as many each: a round's forward and backward come before the
-            next's. "auto" takes more than one where that makes the step faster or lets it fit. All but the last
-            backward run before `loss.backward()`, and are multiplied by what comes in there.
-        schedule: in which order a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved", "zb1p",
-            "zbv", "roundrobin", in which stages have no rank of their own, or a `Schedule`. By default 1f1b, or
-            interleaved where ranks have several stages each.
+            "auto" lets the planner choose, for a training step on a batch like `example_inputs` per process; this is
+            the default if `world_size` or `cluster` is given. Otherwise training is data parallel.
+        cluster: the machines to train on, for the planner to choose by: a name such as "4x8-infiniband", the path of a
+            TOML file, or a dict of nodes, devices, card, and the links within and between nodes. By default one node
+            with as many of this machine's devices as there are processes.
+        precision: "bf16" casts parameters for computing and keeps float32 masters; default bf16 on CUDA, otherwise the
+            model's own. "fp16" needs a loss scale: `model.optimizer(...)` has a dynamic one.
+        reduce_dtype: the dtype in which gradients are summed over processes: "fp32" rounds their mean to the compute
+            dtype once; "compute" sums in the compute dtype, which moves half the bytes with an error that grows with
+            the number of processes.
+        microbatches: number of parts that a training step's batch is split into; each block of the model runs for all
+            parts before the next block does. "auto" splits the batch only if it does not fit whole. In a pipeline the
+            parts go through its stages, by default two for each rank.
+        rounds: number of rounds that the microbatches run in, equally many in each; the forward and backward of a round
+            finish before the next round begins. "auto" takes more than one if that makes the step faster or lets it
+            fit. All backwards but the last run before `loss.backward()`, whose incoming gradient then scales their
+            results.
+        schedule: the order in which a pipeline's ranks run forwards and backwards: "gpipe", "1f1b", "interleaved",
+            "zb1p", "zbv", "roundrobin", whose stages have no rank of their own, or a `Schedule`. Default 1f1b, or
+            interleaved if ranks have several stages each.
         recompute: "auto", "none", "all", or names of the blocks to recompute in the backward.
-        offload: "auto", "none", "all", or names of the blocks whose activations wait for the backward on the host: of a
-            block that is recomputed where it begins, of another all that its backward reads. "auto" does so where
-            that makes the step faster or lets it fit.
-        fuse_loss: whether a loss over a vocabulary is computed in pieces, so that its logits never exist and
-            reading them raises; "auto" does so where that makes the step faster or lets it fit.
+        offload: "auto", "none", "all", or names of the blocks whose activations are kept on the host until the
+            backward: for a recomputed block its input, for any other everything that its backward reads. "auto"
+            offloads if that makes the step faster or lets it fit.
+        fuse_loss: whether to compute a loss over a vocabulary in pieces, so that its logits never exist and reading
+            them raises; "auto" does so if that makes the step faster or lets it fit.
         kernels: "exact" runs torch's kernels, one for each operator, with the bits of plain PyTorch; "fused" lets
-            Inductor compile what lies between products to one kernel, which is faster on a GPU and rounds otherwise.
-        loss_fn: computes the loss of what the model returns, where the model does not: a function of that and of
-            arguments by name, or a module without parameters. The compiled model takes those arguments beside its own,
-            and then returns what this does: `model(x, labels=y)`. It is captured as the model is, and anew where an
-            attribute that it has read of its modules, or of objects that it is made of, is not as it was.
-        outputs: "loss" makes only the loss differentiable where the model returns one, "all" every output. Sharded
-            outputs beside the loss, such as logits, are put together under "all" alone.
-        plan: a Plan, or the path of one saved as JSON, which is read here, to use instead of planning.
-        rates: how fast the machine is that is planned for: the name of a card, such as "rtx4090", the path of what
-            `geminifx calibrate` wrote, or `Rates`. By default what was measured of this one; it changes no result.
-        warmup: how many of the first steps are measured, for the plan to be decided again by what they took; True: 2.
-            It is for placement="auto" without `plan=`.
+            Inductor compile what lies between matrix products into one kernel, which is faster on a GPU and rounds
+            differently.
+        loss_fn: computes the loss if the model does not: a function, or a module without parameters, that takes the
+            model's output and further arguments by name. The compiled model takes those arguments beside its own, and
+            then returns the loss: `model(x, labels=y)`. It is captured like the model, and again when an attribute that
+            it read, of its modules or of objects it is made of, has changed.
+        outputs: "loss" makes only the loss differentiable if the model returns one, "all" every output. Sharded outputs
+            other than the loss, such as logits, are gathered only with "all".
+        plan: a Plan to use instead of planning, or the path of one saved as JSON, which is read here.
+        rates: the speed of the machine to plan for: the name of a card, such as "rtx4090", the path of a file that
+            `geminifx calibrate` wrote, or `Rates`. By default those measured on this machine. Changes no results.
+        warmup: how many of the first steps to measure before deciding the plan again; True means 2. Only for
+            placement="auto" without `plan=`.
         frozen: how frozen weights of linear layers are kept: "nf4", 4 bits each and a scale for 64, or "int8", with a
-            scale for each row; by default as they are. They are dequantised on the device where they are read, the
+            scale for each row; by default as they are. They are dequantised on the device where they are read; the
             model computes with the rounded values, and itself holds codes and scales from then on.
-        passes: further passes, each placed behind the pass that its `after` names.
+        passes: further passes, each run after the pass that its `after` names.
         optimizer_state_bytes: bytes of optimizer state per parameter to plan for (AdamW: 8).
-        device: "cuda" or "cpu"; default cuda where there is one. On "cpu" the budget bounds an arena in RAM.
-        timeout_s: seconds that a process waits for the others before it takes them for dead, where compile() is what
-            starts torch.distributed.
+        device: "cuda" or "cpu"; default cuda if there is one. On "cpu" the budget bounds an arena in RAM.
+        timeout_s: seconds a process waits for the others before it takes them for dead, if compile() itself starts
+            torch.distributed.
         dump: a directory for the program after every pass.
         config: a TOML file with any of these options; arguments take precedence, but for those that are None.
     """
@@ -128,7 +131,7 @@ class Options:
 
     @classmethod
     def shown_by(cls, function: F) -> F:
-        """Lets help() and editors at run time show every option where `function` takes `**options`."""
+        """Gives `function` a signature with every option in place of `**options`, for help() and editors."""
         own = inspect.signature(function)
         *named, _ = own.parameters.values()
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -142,7 +145,8 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Options":
-        """Raises ArgumentError for an unknown option, with the nearest one, and for values that make no sense."""
+        """Options from arguments and the config file. Raises ArgumentError for an unknown one, naming the nearest, and
+        for values that make no sense."""
         values = {**_read_config(given.get("config")), **{k: v for k, v in given.items() if v is not None}}
         names = [field.name for field in fields(cls)]
         for name in values:
@@ -225,7 +229,7 @@ class Options:
             )
 
     def _check_machine(self) -> None:
-        """What this machine has no room for; last, since the directory that is asked for is made."""
+        """Checks that the device exists and `dump` can be written to. Runs last, as it creates the directory."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ArgumentError("device='cuda', but torch sees no CUDA device; leave it out to run in the arena in RAM")
         if self.dump is not None:
@@ -237,28 +241,28 @@ class Options:
 
     @property
     def warmup_steps(self) -> int:
-        """How many steps are measured."""
+        """How many steps are measured; `warmup` as a number."""
         return WARMUP_STEPS if self.warmup is True else int(self.warmup)
 
     @property
     def degrees(self) -> Parallel:
-        """What `parallel` declares."""
+        """`parallel` as degrees; the default ones if it is None or "auto"."""
         return Parallel.of(self.parallel if isinstance(self.parallel, Mapping) else None)
 
     @property
     def world(self) -> int | None:
-        """How many processes are asked for; None: those that were launched."""
+        """How many processes are asked for; None: as many as were launched."""
         return self.world_size or (None if self.cluster is None else self.cluster.size)
 
     @property
     def of_ranks(self) -> tuple[ReduceDtype, float, int | None]:
-        """What the processes go by: in what they add up, how long they wait, and how many that are planned for run on
-        one host (None: all)."""
+        """Arguments of `Ranks.of`: the dtype that gradients are summed in, the timeout in seconds, and how many
+        processes run on one host when planning for more than were launched (None: all of them)."""
         return self.reduce_dtype, self.timeout_s, None if self.cluster is None else self.cluster.devices
 
     @property
     def leaves_the_world_open(self) -> bool:
-        """Whether how the processes share the work is the planner's to choose."""
+        """Whether the planner is to choose how the processes share the work."""
         asked = self.parallel == "auto" or (self.parallel is None and self.world is not None)
         return asked and self.plan is None
 
@@ -306,10 +310,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "the name of a schedule, such as '1f1b', or a Schedule",
     ),
 }  # fmt: skip
-"""What options may be that are not one of a few values, and how that is told."""
+"""Options that are not one of a few fixed values: a check for each, and what its error message says is expected."""
 
 _ALIASES = {"gpu": "cuda", "host": "cpu", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-"""What people call our values, and what a spelling checker would take for something else."""
+"""Other names that people use for our values, which are spelled too differently for `did_you_mean`."""
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
@@ -321,7 +325,8 @@ def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
 
 
 def loss_targets(loss_fn: LossFn) -> list[inspect.Parameter]:
-    """What a loss function takes behind the model's output. Raises ArgumentError for what is no such function."""
+    """The parameters that a loss function takes after the model's output. Raises ArgumentError if it is no such
+    function."""
     if not callable(loss_fn):
         raise wrong_argument("loss_fn", loss_fn, LOSS)
     if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
@@ -337,7 +342,7 @@ def loss_targets(loss_fn: LossFn) -> list[inspect.Parameter]:
 
 
 def _check_budget(name: str, budget: Any) -> None:
-    """Whether it can be read; of what a percentage is the device knows."""
+    """Raises ArgumentError if the budget cannot be parsed. A percentage is resolved later, by the device."""
     if budget is not None:
         try:
             parse_bytes(budget, of=10**12)

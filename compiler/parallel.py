@@ -1,4 +1,4 @@
-"""What `parallel=` declares: degrees of parallelism by name, and the mesh of processes they make."""
+"""The `parallel=` option: degrees of parallelism by name, and the mesh of processes that they make."""
 
 import re
 from collections.abc import Mapping
@@ -21,20 +21,21 @@ EXPECTED = 'such as {"data": 2, "tensor": {"mode": "2.5d", "size": 8, "depth": 2
 
 @dataclass(frozen=True)
 class Parallel:
-    """Degrees of parallelism; their product is the number of processes.
+    """Degrees of parallelism. The number of processes is data x size x pipeline.
 
     Fields:
-        data: how many processes, or groups of them, have a batch of their own; None: as many as the world has room for.
-        zero: what the processes with the same weights, along `data`, 2.5d's depth and 3d's a, hold a part of instead
-            of all: 1 the optimizer's state, 2 gradients too, 3 weights too.
+        data: number of data-parallel groups, each with a batch of its own; None: as many as the world has room for.
+        zero: what is sharded over the processes that hold the same weights (along `data`, 2.5d's depth and 3d's a): 1
+            the optimizer state, 2 gradients too, 3 weights too.
         mode: how tensors are sharded: "1d", "2d", "2.5d" or "3d"; None: not at all.
-        size: over how many processes.
-        depth: of 2.5d: how many layers of the square.
-        sequence: of 1d: whether activations between blocks are sharded along the sequence.
-        table: placements of parameters instead of the mode's, from regular expressions of their names, such as
+        size: number of processes that tensors are sharded over.
+        depth: for 2.5d: number of layers of the square.
+        sequence: for 1d: whether activations between blocks are sharded along the sequence.
+        table: placements of parameters that override the mode's, by regular expressions of their names, such as
             {"lm_head.weight": "tp=S0"}.
-        pipeline: how many processes, or groups of them, have layers of their own, one behind the other.
-        stages: into how many stages the layers are divided, a multiple of them; None: one for each.
+        pipeline: number of pipeline ranks, each a process or group of processes with layers of its own.
+        stages: number of stages that the layers are divided into, a multiple of `pipeline`; None: one per pipeline
+            rank.
     """
 
     data: int | None = None
@@ -49,7 +50,7 @@ class Parallel:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Parallel":
-        """Raises ArgumentError for names and degrees that make no sense."""
+        """The degrees that `parallel=` declares. Raises ArgumentError for names and degrees that make no sense."""
         values = dict(given or {})
         _known(values, ("data", "zero", "tensor", "pipeline"), "parallel")
         pipeline = _pipeline(values.pop("pipeline", 1))
@@ -93,7 +94,7 @@ class Parallel:
 
     @property
     def is_staged(self) -> bool:
-        """Whether layers are divided into stages, if only of one process."""
+        """Whether the layers are divided into stages, even if one process runs them all."""
         return self.pipeline > 1 or (self.stages or 1) > 1
 
     @property
@@ -101,16 +102,16 @@ class Parallel:
         return (self.stages or self.pipeline) // self.pipeline
 
     def tensor_axes(self) -> tuple[Axis, ...]:
-        """The mode's axes. Raises ArgumentError where `size` processes do not make such a mesh."""
+        """The mesh axes of the mode. Raises ArgumentError if `size` processes do not form its mesh."""
         if self.mode is None or self.size == 1:
             return ()
         roles = MODES[self.mode]
-        # Along an axis that shards the batch alone all processes have the same weights.
+        # Along an axis that shards only the batch, all processes hold the same weights.
         axes = (Axis(name, size, "tensor" if roles[name].weight else "replica") for name, size in self._sizes().items())
         return tuple(axis for axis in axes if axis.size > 1)
 
     def _sizes(self) -> dict[str, int]:
-        """Those of the mode's axes by their names."""
+        """The size of each of the mode's axes, by name."""
         if self.mode == "1d":
             return {"tp": self.size}
         if self.mode == "3d":
@@ -129,9 +130,10 @@ class Parallel:
         return ({"depth": self.depth} if self.mode == "2.5d" else {}) | {"row": side, "col": side}
 
     def mesh(self, world_size: int | None, launched: int) -> Mesh:
-        """The mesh for a world of so many processes, or of those that were launched.
+        """The mesh for `world_size` processes; None: for the processes launched, or, alone, as many as the degrees
+        make.
 
-        Raises ArgumentError where the degrees do not multiply to the world.
+        Raises ArgumentError if the degrees do not multiply to the world.
         """
         one_batch = self.size * self.pipeline
         world = world_size or (launched if launched > 1 else (self.data or 1) * one_batch)
@@ -148,7 +150,7 @@ class Parallel:
 
 
 def cannot_run(degrees: Parallel, microbatches: int = 1, schedule: str | Schedule | None = None) -> str:
-    """Why the product cannot run a training step so, and what to change; "" where it can."""
+    """Why a training step cannot run with these degrees, and what to change; "" if it can."""
     is_round_robin = schedule.weights == "host" if isinstance(schedule, Schedule) else schedule == ROUND_ROBIN
     if is_round_robin and degrees.mode is not None:
         return (
@@ -164,8 +166,8 @@ def cannot_run(degrees: Parallel, microbatches: int = 1, schedule: str | Schedul
 
 
 def _tensor(given: Any) -> dict[str, Any]:
-    """What `tensor` declares: a dict, or "mode:size" or "mode:size:depth" in short. Raises ArgumentError for anything
-    else."""
+    """The fields of `tensor`, which is a dict, or "mode:size" or "mode:size:depth" for short. Raises ArgumentError for
+    anything else."""
     if isinstance(given, str):
         mode, *numbers = given.split(":")
         if len(numbers) not in (1, 2):
@@ -181,8 +183,8 @@ def _tensor(given: Any) -> dict[str, Any]:
 
 
 def _pipeline(given: Any) -> dict[str, Any]:
-    """What `pipeline` declares: a number of ranks, that and one of stages, or both as text. Raises ArgumentError for
-    anything else."""
+    """The fields of `pipeline`, which is a number of ranks, a dict of ranks and stages, or "ranks:stages". Raises
+    ArgumentError for text that is neither."""
     if isinstance(given, str):
         ranks, colon, stages = given.partition(":")
         given = {"ranks": _number(ranks)} | ({"stages": _number(stages)} if colon else {})
@@ -192,7 +194,7 @@ def _pipeline(given: Any) -> dict[str, Any]:
 
 
 def _table(given: Any) -> tuple[tuple[str, str], ...]:
-    """What `table` declares: placements by regular expressions of names. Raises ArgumentError for anything else."""
+    """The items of `table`, which maps regular expressions of names to placements. Raises ArgumentError otherwise."""
     expected = 'placements by regular expressions of names, such as {"lm_head.weight": "tp=S0"}'
     if not isinstance(given, Mapping):
         raise wrong_argument("parallel['tensor']['table']", given, expected)
@@ -213,7 +215,7 @@ def _number(text: str) -> int | str:
 
 
 def parse_parallel(text: str) -> dict[str, Any]:
-    """What the command line's --parallel means for `parallel=`. Raises ArgumentError, naming the grammar."""
+    """The `parallel=` that the command line's --parallel stands for. Raises ArgumentError, which shows the grammar."""
     found: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         name, _, value = item.partition("=")

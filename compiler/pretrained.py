@@ -1,4 +1,4 @@
-"""`geminifx.from_pretrained`: a language model compiled before it has weights, which are read into its chunks."""
+"""`geminifx.from_pretrained`: compiles a language model without weights, and reads these into its chunks."""
 
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,27 @@ from .module import CompiledModule
 from .options import Options
 
 PATTERNS = ("config.json", "generation_config.json", "model.safetensors.index.json", "model*.safetensors")
-"""What is fetched of the Hub: neither tokenizers nor weights in other formats, such as consolidated.safetensors."""
+"""The files to fetch from the Hub: no tokenizers, and no weights in other formats, such as consolidated.safetensors."""
 
 
 @Options.shown_by
 def from_pretrained(name: str | Path, device_budget: int | str | None = None, *, seed: int = 0, strict: bool = True,
                     **options: Any) -> CompiledModule:  # fmt: skip
-    """A causal language model of Hugging Face's, compiled, whose weights go from the disk right into its chunks: the
-    host holds what the plan says and one file at a time, never a second copy.
+    """A compiled Hugging Face causal language model whose weights go from disk directly into its chunks: beside what
+    the plan says, the host holds one file at a time, never a second copy.
 
     Args:
-        name: a directory that save_pretrained wrote, or a name on the Hugging Face Hub; of a preset, such as
-            "opt-1.3b", or a config file (.json) the weights are random, drawn from `seed` by the modules' own
+        name: a directory that save_pretrained wrote, or a name on the Hugging Face Hub. With a preset, such as
+            "opt-1.3b", or a config file (.json), the weights are random, drawn from `seed` by the modules' own
             initialisers.
-        device_budget: as `geminifx.compile` has it, and so are the other `options`.
-        strict: whether files must have all of the model's weights; else a warning tells which are drawn from `seed`.
+        device_budget: as for `geminifx.compile`, like the other `options`.
+        seed: for random weights.
+        strict: whether the files must hold all of the model's weights. If not, a warning names those drawn from `seed`.
 
     Returns:
-        The model, in training mode with float32 parameters. Its weights are read when it is known where they go, by the
-        first call, or as `CompiledModule.load_pretrained` says. Models of other classes are made inside of
-        `geminifx.init_empty()`, compiled, and filled by `load_pretrained(directory)`.
+        The model, in training mode with float32 parameters. Its weights are read once their places are known: by the
+        first call, or as `CompiledModule.load_pretrained` says. For models of other classes, build them in
+        `geminifx.init_empty()`, compile them, and call `load_pretrained(directory)`.
 
     Raises:
         ModelLoadError: `name` is none of these.
@@ -49,7 +50,7 @@ def from_pretrained(name: str | Path, device_budget: int | str | None = None, *,
 
 
 def _directory(name: str) -> str:
-    """Where the files are: those of the Hub are fetched."""
+    """The directory of the files; fetches them if they are on the Hub."""
     if is_checkpoint(name) or Path(name).exists():
         return name
     with load_errors(name):

@@ -1,4 +1,4 @@
-"""Session: what stands behind a compiled module. It makes programs when they are needed and runs the machine."""
+"""Session: the state behind a compiled module. It makes programs when they are needed and runs the machine."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -56,10 +56,10 @@ from .weights.values import check_parameters, program_inputs
 
 
 class Session:
-    """One model: its programs, made once each per mode and input shapes, over one setup.
+    """One model: its programs, one for each mode and set of input shapes, over one setup.
 
-    A plan is made for the first call, or, where it is asked for before one, for a guess of what that will be.
-    `incoming` is what brings values to weights on `meta`, where something was told to.
+    The plan is made for the first call, or, if it is asked for earlier, for a guess at that call. `incoming` is the
+    source of values for weights on `meta`, if one was given.
     """
 
     def __init__(self, source: nn.Module, options: Options, notes: tuple[str, ...] = ()) -> None:
@@ -93,7 +93,7 @@ class Session:
         self.setup: Setup | None = None
         self.last: dict[str, Compiled] = {}
         self._declared: Declaration | None = None
-        self._homes: Homes = ()  # in place
+        self._homes: Homes = ()  # as last placed
         self._failure: Exception | None = None
         self.half_loaded = HalfLoaded()
         self.places = Places(source, self.ranks, self.device)
@@ -106,8 +106,8 @@ class Session:
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = "", *,
                 agrees: bool = True) -> Compiled:  # fmt: skip
-        """The program for a call with these arguments, of the submodule `entry` where there is one; captured, planned
-        and generated where it is new. Ranks that share out weights agree on its plan, unless it is of a guess."""
+        """The program for a call of the model, or of the submodule `entry`; captured, planned and generated if it is
+        new. Before training, ranks that shard weights agree on its plan if `agrees`, as they do except for a guess."""
         members = self.census.now()
         check_parameters(members.parameters, self._parameters, None if self.plan is None else self.plan.layout)
         call = self.captures.taken(Call.of(members, entry, args, kwargs))
@@ -131,14 +131,14 @@ class Session:
             self.planning.agreed = None
             self._set_up(key, captured)
         else:
-            # Beside those that there are: states stay where they are.
+            # One more program beside the others: states stay where they are.
             solution, _ = self.planning.decide(captured, self.setup.plan, True, self.format)
             self._programs[key] = self._generate(captured, solution, self.setup.machine)
         return key
 
     def _agree(self, key: Key) -> None:
-        """Before the first training step: run the plan that suits all ranks where these share out weights. Where one
-        of them finds no room, all refuse."""
+        """Before the first training step, replans so that ranks that shard weights all run a plan that suits each of
+        them. If one of them finds no room, all refuse."""
         compiled, setup = self._programs[key], self.setup
         if setup is None or not is_agreed_on(compiled.plan, self.ranks) or all_refuse(setup.refusal, self.ranks):
             return
@@ -180,20 +180,19 @@ class Session:
         return self.phase in (Phase.PLACED, Phase.TRAINING)
 
     def placed(self) -> None:
-        """Let there be training states, as far as there are values."""
+        """Places the training states, if the values for them are known."""
         self.demanded()
         self.place()
 
     def demanded(self) -> Setup:
-        """The setup, planned by a guess where no call has told yet. Raises StateError where nothing is known of the
-        model's inputs."""
+        """The setup, planned for a guess before the first call. Raises StateError if there is nothing to plan by."""
         setup = self.setup or self.plan_by_guess()
         if setup is None:
             raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
         return setup
 
     def plan_by_guess(self) -> Setup | None:
-        """Plan for inputs made from the model's configuration; None where it has none that tells."""
+        """Plans for inputs made from the model's configuration, if possible. Returns the setup, if there is one."""
         guess = example_inputs(self.source, self.planning.asked or 1)
         if guess is not None:
             with of_a_guess(), torch.enable_grad():
@@ -201,7 +200,7 @@ class Session:
         return self.setup
 
     def _set_up(self, key: Key, captured: Captured) -> None:
-        """Plan for this program before all others; those are made anew when they are called."""
+        """Plans for this program first, and drops all others; they are made anew when they are called."""
         before, programs = self.setup, Recent[Compiled]()
         setup, solution = self._decided(captured, self.format)
         programs[key] = self._generate(captured, solution, setup.machine)
@@ -212,7 +211,7 @@ class Session:
             self._declared.attach(setup.own)
 
     def _decided(self, captured: Captured, format: OwnFormat | None) -> tuple[Setup, Solution]:
-        """A setup whose states may move from where they are; chunks stay as they are cut."""
+        """A setup for a new plan, by which states may move; chunks keep their parameters. Also returns its solution."""
         before = self.setup
         solution, refusal = self.planning.decide(captured, self.plan, False, format)
         if before is not None and (before.own is not None) == (format is not None):
@@ -231,10 +230,9 @@ class Session:
         return {id(parameter): name for name, parameter in self._parameters.items()}
 
     def use(self, format: OwnFormat, optimizer: Attach, digest: str) -> None:
-        """Plan for our own optimizer: now where there is a plan already, else with the first one. It is given its store
-        then.
+        """Plans for our own optimizer, now if there is a plan, else with the first one, and attaches it to its store.
 
-        Raises StateError after an earlier call, and BudgetError where nothing fits; then nothing has changed.
+        Raises StateError if the model has one already, and BudgetError if nothing fits; then nothing has changed.
         """
         if self._declared is not None:
             raise StateError(
@@ -251,7 +249,7 @@ class Session:
 
     @resting_collector()
     def _replan(self, declared: Declaration) -> None:
-        """Make all programs anew, for another format of training state, and move values to where it wants them."""
+        """Makes all programs anew for another format of training state, and moves the values accordingly."""
         before, format, programs = self.setup, declared.format, Recent[Compiled]()
         (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
         setup, solution = self._decided(first.captured, format)
@@ -269,7 +267,7 @@ class Session:
         try:
             self.place()
         except Exception as error:
-            if not self.is_placed and self.incoming is None:  # values that did not come may be brought by others
+            if not self.is_placed and self.incoming is None:  # values yet to come may be brought by another load
                 self.phase, self._failure = move(self.phase, Phase.BROKEN), error
             raise
 
@@ -277,12 +275,12 @@ class Session:
 
     @property
     def may_place(self) -> bool:
-        """Whether it is known where values go. Of what other processes have, somebody must be there to have it."""
+        """Whether values can be placed: a plan is not refused, and processes it divides state over are launched."""
         setup = None if self.phase is Phase.BROKEN else self.setup
         return setup is not None and setup.refusal is None and (self.ranks.launched or not setup.plan.shares_out)
 
     def place(self) -> None:
-        """Put chunks and buffers where the plan wants them; weights on `meta` wait for whatever brings their values."""
+        """Puts chunks and buffers where the plan wants them. Weights on `meta` stay there until `incoming` is given."""
         if not self.may_place or (self.places.are_empty and self.incoming is None):
             return
         if self.incoming is not None:
@@ -296,7 +294,8 @@ class Session:
                 self.store().masters_written()
 
     def take_places(self, are_alike: bool) -> None:
-        """Let weights on `meta` have places in chunks, where these are known; of ranks, once all are to be alike."""
+        """Gives weights on `meta` their places in chunks if these are known and, with several ranks, `are_alike` says
+        that all will hold the same values. Otherwise frees parameters that only other ranks hold, if they are known."""
         if self.may_place and (are_alike or not self.ranks.together):
             self._put()
         elif self.setup is not None:
@@ -313,8 +312,8 @@ class Session:
             self.phase = move(self.phase, Phase.PLACED)
 
     def rehome(self, plans: Mapping[Key, Plan], first: Key) -> None:
-        """Let all programs go on by other plans, which differ from theirs in homes and estimates alone, that of `first`
-        being the model's, and move states. Raises BudgetError where a tier is full: then all is as it was."""
+        """Switches to plans that differ in homes and estimates only, that of `first` being the model's, and moves the
+        states. Raises BudgetError if a tier is full; then nothing has changed."""
         before, programs = (self.demanded(), self._programs, self.planning.agreed), Recent[Compiled]()
         for key, compiled in self._programs.items():
             programs[key] = replace(compiled, plan=plans[key])
@@ -330,7 +329,7 @@ class Session:
         self.last = {compiled.program.name: compiled for _, compiled in programs.items()}
 
     def _place_again(self) -> None:
-        """Put states back that were to move; where they find no room there any more, no step is taken again."""
+        """Puts states back after a failed move; if they no longer fit there, no further step is taken."""
         self._homes = ()
         try:
             self.place()
@@ -338,26 +337,26 @@ class Session:
             self.phase, self._failure = move(self.phase, Phase.BROKEN), error
 
     def planned_host_bytes(self) -> int:
-        """What the host holds while the program runs that takes most there."""
+        """Bytes on the host during the program that needs most there, as planned."""
         return max((compiled.plan.estimate.host_bytes for compiled in self.programs().values()), default=0)
 
     def programs(self) -> dict[Key, Compiled]:
-        """All that are kept."""
+        """All programs in the cache, by key."""
         return dict(self._programs.items())
 
     def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """A program's inputs. Raises StateError where ranks that share a batch were called with different ones."""
+        """A program's inputs. Raises StateError if ranks that share a batch were called with different ones."""
         inputs = program_inputs(self.census, compiled, (args, kwargs), self.device.torch_device, self.dtype)
         if self.ranks.mesh.shares_batches:
             is_new = compiled.executor not in self._met
             check_shared(self.ranks, (args, kwargs), every_element=is_new)
             if is_new:
-                self._met.add(compiled.executor)  # not its id, which another may have next, on some of the ranks
+                self._met.add(compiled.executor)  # not its id, which a later executor may get, on some ranks only
                 check_messages(self.ranks, *messages(compiled.flat))
         return inputs
 
     def begin_step(self, training: bool) -> None:
-        """From here on `stats.step` counts anew."""
+        """Starts a step: `stats.step` counts from here."""
         if training:
             self.phase = move(self.phase, Phase.TRAINING)
             self.ranks.clock.step += 1
@@ -369,12 +368,12 @@ class Session:
         return self.usage.beside(self.plan)
 
     def ready(self, backward: bool) -> None:
-        """Raises StateError where a step cannot be run as asked."""
+        """Prepares for a step. Raises StateError if it cannot be run."""
         self.settle(backward)
         self.half_loaded.check()
 
     def settle(self, backward: bool) -> None:
-        """As `ready`, for whoever brings the values."""
+        """As `ready`, but also while a load is unfinished: for callers that bring the values."""
         setup = self.demanded()
         for refusal in (self._failure, setup.refusal):
             if refusal is not None:
@@ -396,5 +395,5 @@ class Session:
             )
 
     def store(self) -> StateStore:
-        """The store of the training state. Raises StateError where there is no plan and nothing to make one by."""
+        """The store of the training state. Raises StateError if there is no plan and nothing to plan by."""
         return self.demanded().machine.store

@@ -1,4 +1,4 @@
-"""What a model is set up with, as one value, what its optimizer declared, and the phases it passes through."""
+"""The setup of a model as one value, the declaration of its optimizer, and the phases it goes through."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,7 +12,7 @@ from ..runtime.optimizer.own_store import OwnStore
 
 
 class Phase(Enum):
-    """How far a model has come."""
+    """How far a model's setup has come."""
 
     NEW = "no program was asked for"
     PLANNED = "there is a plan, and values are where they were"
@@ -28,18 +28,18 @@ LEGAL: dict[Phase, frozenset[Phase]] = {
     Phase.TRAINING: frozenset({Phase.TRAINING, Phase.PLANNED, Phase.BROKEN}),
     Phase.BROKEN: frozenset(),
 }
-"""From PLACED or TRAINING back to PLANNED: for the first real batch, or for the model's own optimizer."""
+"""Legal transitions. A model returns to PLANNED for its first real batch, or for its own optimizer."""
 
 
 def move(now: Phase, then: Phase) -> Phase:
-    """Raises IllegalTransition where there is no such way."""
+    """Returns `then`. Raises IllegalTransition if a model cannot get there from `now`."""
     return transition(LEGAL, "a model", now, then)
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `model.optimizer(...)` declared. That optimizer is given the store of its states, if it is still there.
-    `digest` tells it from others, which some ranks may have declared."""
+    """The optimizer that `model.optimizer(...)` declared: the `format` of its training state, and `optimizer`, a weak
+    reference by which it is given its store if it is still alive. `digest` must be the same on all ranks."""
 
     format: OwnFormat
     optimizer: Attach
@@ -53,10 +53,10 @@ class Declaration:
 
 @dataclass(frozen=True)
 class Setup:
-    """The plan in force, the machine that runs its programs, and, where that is our own optimizer's, its store.
+    """The plan in force, the machine that runs its programs, and `own`, our own optimizer's store, if there is one.
 
-    `refusal` is why steps are refused until `model.optimizer(...)` is called, where they are. A setup is replaced as a
-    whole or not at all.
+    `refusal` is the error that steps raise until `model.optimizer(...)` is called; None if they can run. A setup is
+    replaced as a whole or not at all.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""How processes share the work where nobody has said: chosen before anything is made, and alike on all of them."""
+"""Chooses how processes share the work if the user did not say, on all of them alike, before anything is made."""
 
 import os
 from collections.abc import Mapping
@@ -35,8 +35,15 @@ HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("devi
 
 @dataclass(frozen=True)
 class Settled:
-    """Options in which nothing is left open, the plan for the world where one was made, what plans tell of it, one
-    process's batch by which it was made, and the processes that go by it, as far as they are known before."""
+    """Options with nothing left open, and how they came about.
+
+    Fields:
+        options: as if the chosen strategy had been asked for.
+        world: the plan for all processes, if one was made; None otherwise.
+        notes: what plans report about the choice.
+        arguments: the batch of one process, as args and kwargs, that the choice was made for.
+        ranks: the processes, as far as they are known before the mesh is.
+    """
 
     options: Options
     world: WorldPlan | None = None
@@ -50,18 +57,19 @@ class Settled:
 
     @property
     def guess(self) -> Mapping[str, Any] | None:
-        """A group's batch, made from the model's configuration, where nothing else told how to share the work."""
+        """The batch of one group of processes, to plan by, if it is made from the model's configuration; None
+        otherwise."""
         if self.world is None or self.options.example_inputs is not None:
             return None
         return resized(self.arguments, self.world.examples_per_group)[1]
 
 
 def settle(model: nn.Module, options: Options) -> Settled:
-    """Choose how processes share the work where `options` leave that open. All ranks call it, and choose the same.
+    """Chooses how processes share the work if `options` leave that open. All ranks call it and choose the same.
 
     Raises:
-        ArgumentError: the cluster is another than the one that was launched, or nothing is known of the model's inputs.
-        BudgetError: there is no way that fits the memory.
+        ArgumentError: the cluster is not the one that was launched, or nothing is known of the model's inputs.
+        BudgetError: no strategy fits the memory.
     """
     count = launched()
     _check_cluster(options, count)
@@ -85,15 +93,15 @@ def settle(model: nn.Module, options: Options) -> Settled:
     try:
         ranks = _ranks(Device.choose(options), options, size)
         return Settled.by(choose_world(model, options, arguments, ranks), options, arguments, ranks)
-    except CaptureError as error:  # there may be no training step at all
+    except CaptureError as error:  # the model may have no training step at all
         if options.parallel == "auto":
             raise
         return Settled(options, notes=(f"each process has its part of the batch, no other way was weighed: {error}",))
 
 
 def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:
-    """The next best way in place of one whose whole program is `refusal`ed, the same for all processes. Raises that
-    where there is no other."""
+    """The next best strategy after one whose program met this `refusal`, the same on all processes. Raises the refusal
+    if there is no other."""
     if settled.world is None:
         raise refusal
     of_memory = isinstance(refusal, BudgetError) and refusal.tier != "host"
@@ -107,14 +115,14 @@ def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Se
 
 
 def choose_world(model: nn.Module, options: Options, arguments: Arguments, ranks: Ranks) -> WorldPlan:
-    """The plan for these processes, each of which would pass a batch such as `arguments` if all had their own."""
+    """The plan for these processes, for a global batch of `ranks.size` times the examples of `arguments`."""
     device, size = Device.choose(options), ranks.size
     limits = _limits(device, options, ranks).agreed(ranks)
     cluster = options.cluster or one_node(size, limits.rates)
     with computing_loss(model, options.loss_fn):
         measured = Model.of(model, arguments, CaptureRequest(device.dtype(options), options.outputs))
     names, count = blocks(model), examples(arguments) * size
-    heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces is for whole tensors
+    heads = 0 if options.fuse_loss is True else measured.heads  # a loss in pieces needs whole tensors
     world = World(
         cluster, limits.rates, count, limits.device_bytes, limits.host_bytes, options.fuse_loss is not False,
         options.reduce_dtype, _shares(options.recompute, len(names)), options.optimizer_state_bytes,
@@ -128,8 +136,8 @@ def choose_world(model: nn.Module, options: Options, arguments: Arguments, ranks
 
 
 def _check_cluster(options: Options, count: int) -> None:
-    """Raises ArgumentError for a cluster that is not the one that was launched."""
-    cluster, on_this_host = options.cluster, os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; others may tell nothing
+    """Raises ArgumentError if the cluster described is not the one that was launched."""
+    cluster, on_this_host = options.cluster, os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun, not by all launchers
     if cluster is None or count == 1:
         return
     if cluster.size == count and on_this_host in (None, str(cluster.devices)):
@@ -142,19 +150,19 @@ def _check_cluster(options: Options, count: int) -> None:
 
 
 def _arguments(model: nn.Module, options: Options) -> Arguments | None:
-    """One process's batch: as it was given, or made from the model's configuration."""
+    """One process's batch, as given or made from the model's configuration; None if neither is known."""
     given = example_inputs(model) if options.example_inputs is None else options.example_inputs
     return None if given is None else as_arguments(given)
 
 
 def _ranks(device: Device, options: Options, size: int) -> Ranks:
-    """The processes as far as they are known yet: so many of them."""
+    """`size` processes, data parallel for now: all that is known of them before a strategy is chosen."""
     mesh = Mesh((Axis("data", size, "data"),))
     return Ranks.of(lambda launched: mesh, device.torch_device, *options.of_ranks)
 
 
 def _limits(device: Device, options: Options, ranks: Ranks) -> Limits:
-    """What each process may take: of the cluster's devices and hosts where one is described, else of this one's."""
+    """The limits of each process: on the cluster's devices and hosts if one is described, otherwise on this machine."""
     host_bytes, budget_bytes = host_share(options, ranks), device.budget_bytes(options)
     rates = rates_of(device.torch_device, options.rates, ranks.on_this_host, 0)
     if not device.is_cuda:
@@ -171,14 +179,14 @@ def _limits(device: Device, options: Options, ranks: Ranks) -> Limits:
 
 
 def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:
-    """Of the blocks, that may be computed again: those that were named, or any."""
+    """The shares of the blocks that may be recomputed: one fixed share if `recompute` says which, otherwise several."""
     if isinstance(recompute, str):
         return {"auto": SHARES, "none": (0.0,), "all": (1.0,)}[recompute]
     return (len(recompute) / max(blocks, 1),)
 
 
 def _with(options: Options, world: WorldPlan, arguments: Arguments) -> Options:
-    """The options as if the chosen way had been asked for."""
+    """The options, as if the chosen strategy had been asked for."""
     changes = world.chosen.way.options()
     if options.example_inputs is not None and world.examples_per_group != examples(arguments):
         args, kwargs = resized(arguments, world.examples_per_group)

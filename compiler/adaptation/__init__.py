@@ -1,1 +1,1 @@
-"""What a plan is adapted to in training: measured times and peaks, and less memory than there was."""
+"""Adapts a plan during training: to measured times and peaks, and to less memory than there was."""

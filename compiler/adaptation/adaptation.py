@@ -1,4 +1,4 @@
-"""What a plan is adapted to in training: to what its first steps took, and to the memory that there is."""
+"""Adapts a plan during training to what its first steps took, and to the memory there is."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,13 +14,14 @@ T = TypeVar("T")
 
 
 class Adaptation:
-    """Of one model, whose calls it is told of before they run."""
+    """The adaptation of one model. `before` is called ahead of each of its programs, `forward` runs a training
+    forward."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.rehoming = session, Rehoming(session)
         self.pressure = Pressure(session, self.rehoming)
         self.warm_up = self._warm_up()
-        self._machine: Machine | None = None  # that the warm-up is of
+        self._machine: Machine | None = None  # the machine that the warm-up measures
 
     def _warm_up(self) -> WarmUp:
         session = self.session
@@ -28,12 +29,12 @@ class Adaptation:
         return WarmUp(session, self.rehoming, steps)
 
     def before(self, compiled: Compiled) -> None:
-        """A program is about to run: between two of the optimizer's steps states may move."""
+        """Called before a program runs. States may move here, between two steps of the optimizer."""
         if not compiled.trains:
             self.warm_up.spoil()
             return
         key, machine = self.rehoming.key_of(compiled), self.session.demanded().machine
-        if machine is not self._machine:  # the model has an optimizer of its own since
+        if machine is not self._machine:  # the model has got an optimizer of its own
             self.warm_up.end()
             self._machine, self.warm_up = machine, self._warm_up()
         begins = machine.store.is_between_steps
@@ -42,7 +43,7 @@ class Adaptation:
         self.warm_up.call(key, begins)
 
     def forward(self, compiled: Compiled, arguments: Any, forward: Callable[[], T]) -> T:
-        """What a training step's forward returns, which may have to run more than once."""
+        """Runs a training step's forward, more than once if memory runs out, and returns its result."""
         key, was_shrunk = self.rehoming.key_of(compiled), self.pressure.is_shrunk
         found = self.pressure.withstood(key, arguments, forward)
         if self.pressure.is_shrunk != was_shrunk:

@@ -1,8 +1,8 @@
-"""Pressure: the device has less memory than was planned for, as others took some, or than a step needs.
+"""Memory pressure: the device has less memory than planned, as other processes took some, or a step needs more.
 
-Training goes on with fewer weights and states on the device, and the same bits: before a step, where it is seen to lack
-room, and behind a forward that failed for want of it, which has changed nothing and runs again. Where there is room
-again, everything returns. Several processes tell each other how much they have every few steps, and move together.
+Training goes on with fewer weights and states on the device, and the same bits. Chunks move before a step that is seen
+to lack room, or after a forward that ran out of memory, which has changed nothing and runs again. When there is room
+again, everything returns. Several processes exchange how much room they have every few steps, and move together.
 """
 
 from collections.abc import Callable
@@ -21,25 +21,26 @@ from ..session import Session
 from .rehoming import Plans, Rehoming
 
 LESS = 0.9
-"""What is kept of the room for a step that has failed for want of some, each time."""
+"""After a step has run out of memory, each limit that is tried is this share of the one before."""
 
 AGREED_STEPS = 16
-"""Training steps after which several processes tell each other how much room they have."""
+"""The interval, in training steps, at which several processes exchange how much room they have."""
 
 PATIENT_STEPS = 16
-"""Training steps without a failure after which a plan grows again where there is room; after each failure behind that,
-twice as many."""
+"""How many training steps without a failure pass before a plan may grow again. Doubles after each further failure, up
+to `MOST_PATIENT_STEPS`."""
 
 MOST_PATIENT_STEPS = 1024
 
 WORTH = 0.02
-"""The share of the room that more of it must be for a plan to be made anew: what others hold goes up and down."""
+"""The least relative gain in room that a new plan is worth: what other processes hold fluctuates."""
 
 T = TypeVar("T")
 
 
 class Pressure:
-    """Of one model. `is_on`: whether its homes may be chosen anew."""
+    """The memory pressure on one model. `is_on` tells whether its homes may change; `is_shrunk`, whether it runs on
+    less memory than asked for."""
 
     def __init__(self, session: Session, rehoming: Rehoming) -> None:
         self.session, self.rehoming = session, rehoming
@@ -47,13 +48,14 @@ class Pressure:
         self.is_shrunk = False
         self._steps = 0
         self._patience = PATIENT_STEPS
-        self._grows_at = self._shrinks_at = 0  # not before this step
+        self._grows_at = self._shrinks_at = 0  # the earliest steps at which to try
 
     # -- before a step -------------------------------------------------------------------------------------
 
     def call(self, key: Key) -> bool:
-        """An optimizer's step begins with a call of this program. Returns whether homes are others now. Raises
-        BudgetError where one that updates in its backward would fail in the middle."""
+        """Called when an optimizer's step begins with a call of this program. Returns whether homes have changed.
+        Raises BudgetError if the step would run out of memory and, as it updates in its backward, could not be
+        repeated."""
         self._steps += 1
         if not self.is_on or (self.session.ranks.together and self._steps % AGREED_STEPS):
             return False
@@ -66,7 +68,7 @@ class Pressure:
         return self.is_shrunk and self._steps >= self._grows_at and self._grow(key, least_bytes)
 
     def _room_bytes(self) -> int | None:
-        """What the process may hold of the device now; None where nothing limits it."""
+        """The device memory that the process may hold now, in bytes; None if nothing limits it."""
         session = self.session
         if not session.device.is_cuda:
             return session.hardware.device_tier.limit_bytes
@@ -74,8 +76,8 @@ class Pressure:
         return room if asked is None else min(room, asked)
 
     def _needed_bytes(self, key: Key) -> int:
-        """What a step takes at its peak. Half of what is left to the driver and the allocator is not counted: what
-        others hold goes up and down."""
+        """The step's peak, in bytes. Only half of the reserve for the driver and the allocator is counted, as what
+        other processes hold fluctuates."""
         return self._plan(key).peak_bytes - self.session.planning.limits.reserve_bytes // 2
 
     def _plan(self, key: Key) -> Plan:
@@ -85,7 +87,7 @@ class Pressure:
         return replace(self.session.planning.limits, device_bytes=device_bytes)
 
     def _shrink(self, key: Key, limits: Limits) -> bool:
-        """Go on within less, if the program fits on every process."""
+        """Moves to plans within `limits`, if the program fits them on every process. Returns whether it did."""
         plans = self._agreed(key, limits)
         if plans is None or not self.rehoming.move(key, plans):
             return False
@@ -93,12 +95,12 @@ class Pressure:
         self.is_shrunk = True
         self._grows_at, self._patience = self._steps + self._patience, min(2 * self._patience, MOST_PATIENT_STEPS)
         if self.session.device.is_cuda:
-            torch.cuda.empty_cache()  # for those who need it
+            torch.cuda.empty_cache()  # for the processes that need it
         return True
 
     def _shrink_before(self, key: Key, room_bytes: int) -> bool:
-        """Go on within the room that there is. Where that is not to be, the step may fail, and be made again. Raises
-        BudgetError where it could not be."""
+        """Moves to plans within the room there is. If that fails, the step may still run out of memory, and is
+        repeated; raises BudgetError if it could not be, since it updates in its backward."""
         in_backward = self._plan(key).format.in_backward
         if self._steps < self._shrinks_at and not in_backward:
             return False
@@ -129,7 +131,7 @@ class Pressure:
         return True
 
     def _agreed(self, key: Key, limits: Limits) -> Plans | None:
-        """Plans with the homes that rank 0 chooses; None where the program does not fit on all of them."""
+        """Plans with the homes that rank 0 chooses; None if the program does not fit on every rank."""
         ranks = self.session.ranks
         homes = ranks.gather(self.rehoming.chosen(key, limits).homes if ranks.rank == 0 else None)[0]
         plans = self.rehoming.plans(key, homes, limits)
@@ -138,8 +140,8 @@ class Pressure:
     # -- in a forward --------------------------------------------------------------------------------------
 
     def withstood(self, key: Key, arguments: Any, forward: Callable[[], T]) -> T:
-        """What a training step's forward returns. Where it fails for want of the device's memory, it runs again with
-        less there, of the same random numbers, unless something it reads has changed meanwhile."""
+        """Runs a training step's forward and returns its result. If it runs out of device memory it runs again with
+        less on the device, from the same random state, unless something that it reads has changed meanwhile."""
         if not self.is_on or self.session.ranks.together:
             return forward()
         machine = self.session.demanded().machine
@@ -152,7 +154,7 @@ class Pressure:
                 limits = self._less(key) if is_devices and versions == self._versions(arguments) else None
                 if limits is None:
                     raise
-            # Behind the handler: the error holds what the program held.
+            # Not in the handler: the error keeps alive what the program held.
             machine.random_state = random_state
             if not self._shrink(key, limits):
                 raise BudgetError(
@@ -162,12 +164,12 @@ class Pressure:
                 )
 
     def _versions(self, arguments: Any) -> list[int]:
-        """Of all that a forward reads beside parameters, and may have written."""
+        """Versions of all tensors that a forward reads and may have written: arguments and buffers, not parameters."""
         tensors: list[Any] = [*pytree.tree_leaves(arguments), *self.session.census.last.buffers.values()]
         return [tensor._version for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()]
 
     def _less(self, key: Key) -> Limits | None:
-        """Limits within which less of the program's chunks is on the device; None where there is nothing to spare."""
+        """Limits that leave fewer of the program's chunks on the device; None if nothing can be spared."""
         now, room_bytes = self._plan(key), self._room_bytes()
         least_bytes = self._least_bytes(key)
         device_bytes = now.peak_bytes if room_bytes is None else min(now.peak_bytes, room_bytes)
@@ -181,5 +183,5 @@ class Pressure:
         return None
 
     def _least_bytes(self, key: Key) -> int:
-        """The peak with all on the host that can go there."""
+        """The peak in bytes with everything on the host that can be there."""
         return self.rehoming.chosen(key, self._limits(0)).peak_bytes

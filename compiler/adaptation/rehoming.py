@@ -1,4 +1,4 @@
-"""Homes that are chosen anew in training: for all programs that there are, and on all processes alike."""
+"""Changes the homes of chunks during training, for all programs of a model and on all processes together."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,12 +14,12 @@ from ..session import Session
 from ..setup import Phase
 
 Plans = Mapping[Key, Plan]
-"""One for each program."""
+"""A plan for each program."""
 
 
 class Rehoming:
-    """Chooses homes by one program, the training step's, and lets the others follow. Programs stay as they are: which
-    homes their chunks have is nothing that they say."""
+    """Chooses homes for one program, the training step's, and makes the others follow. The programs themselves do not
+    change: they do not depend on the homes of their chunks."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -32,15 +32,15 @@ class Rehoming:
         return next(key for key, each in self.session.programs().items() if each.executor is compiled.executor)
 
     def chosen(self, key: Key, limits: Limits) -> Plan:
-        """The program's plan with the homes that are the best within these limits, or, where it does not fit, with the
-        least on the device. Masters that a torch optimizer updates stay where they are."""
+        """The program's plan with the best homes within these limits, or, if it does not fit, with the least on the
+        device. Chunks whose masters a torch optimizer updates keep their homes."""
         compiled = self.session.programs()[key]
         placed = None if compiled.plan.format.beside else compiled.plan.homes
         return rehomed(compiled.plan, compiled.flat, limits, placed).plan
 
     def plans(self, key: Key, homes: Homes, limits: Limits) -> dict[Key, Plan]:
-        """Plans for all programs where that of `key` has these homes: the others keep of their weights on the device
-        what they have room for."""
+        """Plans for all programs, given that the plan of `key` has these homes. The others keep as many of their
+        weights on the device as they have room for."""
         found = {each: self._following(each, homes, limits) for each in self.session.programs()}
         compiled = self.session.programs()[key]
         found[key] = estimated(replace(compiled.plan, homes=homes), compiled.flat, limits).plan
@@ -51,19 +51,20 @@ class Rehoming:
         return rehomed(compiled.plan, compiled.flat, limits, homes).plan
 
     def estimated(self, limits: Limits) -> dict[Key, Plan]:
-        """The plans as they are, with what they are expected to take within these limits."""
+        """The present plans, with estimates made anew within these limits."""
         programs = self.session.programs().items()
         return {key: estimated(compiled.plan, compiled.flat, limits).plan for key, compiled in programs}
 
     def step_s(self, key: Key, plans: Plans, limits: Limits) -> float:
-        """What a step takes by these plans, whose programs share what stays on the device."""
+        """The estimated seconds of a step by these plans. Weights stay on the device only if all programs have room for
+        them."""
         homes = shared_homes(plans[key], plans.values())
         plan = replace(plans[key], homes=homes)
         return estimated(plan, self.session.programs()[key].flat, limits).plan.estimate.step_s
 
     def move(self, key: Key, plans: Plans) -> bool:
-        """Go on by these plans, on all processes or on none. Returns whether it could be done. Raises, on all, where
-        one cannot go on by either."""
+        """Switches to these plans, on all processes or on none. Returns whether that worked. Raises, on all processes,
+        if one of them can use neither these plans nor the ones before."""
         before, is_moved, ranks = self.now, True, self.session.ranks
         with ranks.failing_alike():
             try:

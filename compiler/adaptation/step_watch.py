@@ -1,4 +1,4 @@
-"""How long training steps take as they come, and what of that copies and the host's updates are."""
+"""Measures training steps: how long they take, and for how long of that copies and the host's updates run."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,19 +9,19 @@ from ..programs.programs import Key
 from ..session import Session
 
 FIRST = 1
-"""Steps that are not measured: libraries load in the first one, and memory is taken by the first behind a move."""
+"""How many steps pass before measuring: libraries load in the first, and the first after a move allocates memory."""
 
 
 @dataclass
 class _Step:
-    """When a step began, and the programs of its calls."""
+    """When a step began, and the keys of the programs called in it."""
 
     begin: Moment
     calls: list[Key]
 
 
 class StepWatch:
-    """Watches one step that does not count and `count` behind it, from the first call of one to that of the next."""
+    """Skips `FIRST` steps, then measures `count` steps, each from its first call to the first call of the next."""
 
     def __init__(self, session: Session, count: int) -> None:
         self.session, self.count = session, count
@@ -33,8 +33,8 @@ class StepWatch:
         self._peak_bytes = 0
 
     def call(self, key: Key, begins: bool) -> bool:
-        """A training step is called, as the first call of an optimizer's step or not. Returns whether all that is to be
-        measured was."""
+        """Called for each training program that runs; `begins` says whether an optimizer's step begins with it. Returns
+        whether all steps are measured."""
         session = self.session
         store, traffic = session.demanded().machine.store, session.hardware.traffic
         self._peak_bytes = max(self._peak_bytes, session.stats.step.device_peak_bytes)
@@ -51,14 +51,15 @@ class StepWatch:
         return False
 
     def spoil(self) -> None:
-        """Something else ran beside the training steps: nothing is to be learned of them, and no copies are timed."""
+        """Called when something other than training steps runs: the measurement is void, and copies are no longer
+        timed."""
         if len(self._steps) > FIRST:
             self._is_spoilt = True
             self.session.hardware.traffic.end()
 
     def measured(self, key: Key, runs: int) -> Measured | None:
-        """What a step of so many runs of this program takes: the fastest, since others may use the machine, too. None
-        where not all of them were such steps."""
+        """A step of `runs` calls of this program: the time of the fastest, as others may use the machine, the average
+        times of copies and of the host's updates, and the peak. None if any step measured was a different one."""
         steps = self._steps[FIRST:]
         if self._is_spoilt or any(step.calls != [key] * runs for step in steps[:-1]):
             return None

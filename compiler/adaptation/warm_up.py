@@ -1,7 +1,7 @@
-"""Warm-up, as Gemini has it: the first steps are measured, and the plan is decided again by what they took.
+"""Warm-up, as in Gemini: measures the first steps, and decides the plan again from what they took.
 
-Homes alone may change then. They do where a step becomes shorter by more than it takes to be sure of that, states move
-between two steps with every bit, and where the next steps are not as short as those before the move, they move back.
+Only homes may change. They do if that saves a larger share of a step's time than `GAIN`. States move bit for bit,
+between two steps; if the steps after the move are longer than those before it, by more than chance, they move back.
 """
 
 from dataclasses import dataclass, replace
@@ -18,44 +18,44 @@ from .rehoming import Plans, Rehoming
 from .step_watch import StepWatch
 
 GAIN = 0.03
-"""The share of a step's time that other homes must save, by the model that the measured steps have corrected."""
+"""The share of a step's time that new homes must save, by the model as corrected with the measured steps."""
 
 MOST_SPREAD = 0.1
-"""As much longer than the fastest a step may be for no other reason than chance."""
+"""The most that chance is taken to lengthen a step, as a share of the fastest."""
 
 TRIES = 4
-"""So often steps are measured again where other things ran in between."""
+"""How many times steps are measured at most, if other work keeps interfering."""
 
 
 @dataclass(frozen=True)
 class _Decision:
-    """What rank 0 decides: the limits of the machine as it is, and other homes, where they pay."""
+    """The decision of rank 0: the limits of the machine as corrected, and new homes, or None if those do not pay."""
 
     limits: Limits
     homes: Homes | None
 
 
 class WarmUp:
-    """Of one model: `steps` are measured before the decision, and as many behind a move."""
+    """The warm-up of one model: `steps` steps are measured before the decision, and as many after a move."""
 
     def __init__(self, session: Session, rehoming: Rehoming, steps: int) -> None:
         self.session, self.rehoming, self.steps = session, rehoming, steps
         self.watch = StepWatch(session, steps) if steps else None
         self._tries = TRIES
-        self._before: tuple[Homes, float] | None = None  # a move, and how long a step may take behind it
+        self._before: tuple[Homes, float] | None = None  # homes before a move, and the longest step that justifies it
 
     def spoil(self) -> None:
         if self.watch is not None:
             self.watch.spoil()
 
     def end(self) -> None:
-        """Homes are decided by something else from here on."""
+        """Stops measuring, because something else decides the homes from here on."""
         if self.watch is not None:
             self.session.hardware.traffic.end()
             self.watch = None
 
     def call(self, key: Key, begins: bool) -> None:
-        """A training step is called; on all processes, whose steps begin together."""
+        """Called for each training program that runs, on all processes; their steps begin together."""
         if self.watch is None or not self.watch.call(key, begins):
             return
         watched, self.watch = self.watch, None
@@ -64,7 +64,7 @@ class WarmUp:
             self.watch.call(key, begins)
 
     def _goes_on(self, key: Key, watched: StepWatch) -> bool:
-        """What follows from steps that were watched on all processes. Returns whether more are to be."""
+        """Acts on the steps that all processes have measured. Returns whether to measure more."""
         own = watched.measured(key, self.session.programs()[key].plan.format.accumulate)
         told = self.session.ranks.gather((own, watched.spread))
         measured, spread = [one for one, _ in told if one is not None], max(spread for _, spread in told)
@@ -79,7 +79,7 @@ class WarmUp:
         return False
 
     def _decide(self, key: Key, measured: Measured, noise: float) -> bool:
-        """Decide again. Returns whether homes have moved."""
+        """Decides the plan again. Returns whether homes have changed."""
         ranks, planning = self.session.ranks, self.session.planning
         decision = ranks.gather(self._decided(key, measured) if ranks.rank == 0 else None)[0]
         planning.limits = decision.limits
@@ -110,13 +110,13 @@ class WarmUp:
         return self._take_note(plans, key, f"{_measured(now, measured)}; {then}")
 
     def _look_back(self, key: Key, measured: Measured, homes: Homes, most_s: float) -> None:
-        """Behind a move: whether it was one for the better, or the homes from before are to be again."""
+        """After a move, restores the homes before it unless steps are at most `most_s` seconds."""
         if measured.step_s > most_s:
             plans = self.rehoming.plans(key, homes, self.session.planning.limits)
             self._take_note(plans, key, f"they took {format_seconds(measured.step_s)}, and chunks went back")
 
     def _take_note(self, plans: Plans, key: Key, note: str) -> bool:
-        """Go on by these plans, the program's with one more note. Returns whether it could be done."""
+        """Switches to these plans, with a note added to the program's. Returns whether that worked."""
         return self.rehoming.move(key, {**plans, key: replace(plans[key], notes=(*plans[key].notes, note))})
 
 

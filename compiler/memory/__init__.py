@@ -1,1 +1,1 @@
-"""Memory: the device and the host, how much of either can be had, and what steps use of it."""
+"""Memory of the device and the host: how much of it is available, and how much steps use."""

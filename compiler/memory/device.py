@@ -1,4 +1,4 @@
-"""The device a model is compiled for, and the memory that can be had on either side."""
+"""The device that a model is compiled for, and the budgets of memory on the device and the host."""
 
 import os
 import warnings
@@ -22,30 +22,30 @@ from .device_memory import CONTEXT_BYTES, HEADROOM_BYTES, DeviceMemory
 from .host_memory import host_memory
 
 WORKSPACE_BYTES = 96 * 2**20
-"""What matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
+"""The memory that matrix libraries take from torch's allocator: a workspace for each thread that multiplies."""
 
 ALLOCATOR_SLACK = 0.02
 """The share of the budget left to rounding in torch's allocator."""
 
 HOLE_SHARE = 0.5
-"""The share of a step's largest storage that is left to holes in torch's allocator, too small for it.
+"""The share of a step's largest storage that is left for holes in torch's allocator which are too small for it.
 
-A storage needs one contiguous hole. Under a cap of 24.4 GB, OPT-2.7B at batch 16 was planned to 24.2 GB of tensors
-with logits of 3.3 GB among them: once in every step the allocator found no hole, waited for all streams and gave
-its cached blocks back to the driver, which took 0.35 s of a step of 1.0 s on an H100. With the loss in pieces,
-where no storage is larger than 0.3 GB, it never had to.
+A storage needs one contiguous hole. Under a cap of 24.4 GB, OPT-2.7B at batch 16 was planned to 24.2 GB of tensors with
+logits of 3.3 GB among them: once in every step the allocator found no hole, waited for all streams and gave its cached
+blocks back to the driver, which took 0.35 s of a step of 1.0 s on an H100. With the loss in pieces, where no storage is
+larger than 0.3 GB, it never had to.
 """
 
 PATIENCE_S = 1.0
 
 HOST_SHARE = 0.9
-"""The share of free host memory that is used where no host_budget is given."""
+"""The share of free host memory that is used if no host_budget is given."""
 
 
 def _own_device() -> int:
-    """Raises StateError where there are fewer devices than processes."""
+    """The index of this process's device. Raises StateError if there are fewer devices than processes."""
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if count == 1:  # launchers may show each process its own alone
+    if count == 1:  # some launchers show each process only its own device
         return 0
     if local >= count:
         raise StateError(
@@ -56,26 +56,26 @@ def _own_device() -> int:
 
 
 def gpu_limits(device_bytes: int | None, host_bytes: int, rates: Rates) -> Limits:
-    """What plans for a GPU that is not here must keep to: of its budget is left free what CUDA may take at most."""
+    """The limits for plans for a GPU that is not present: the most that CUDA may take of the budget stays free."""
     if device_bytes is None:
         return Limits(None, 0, host_bytes, rates, HOLE_SHARE)
     return with_allocator(device_bytes, CONTEXT_BYTES + HEADROOM_BYTES, host_bytes, rates)
 
 
 def gpu_budget(tensors_bytes: int) -> int:
-    """The least budget of such a GPU that leaves room for so many bytes of tensors."""
+    """The least budget of such a GPU, in bytes, that has room for `tensors_bytes` of tensors."""
     return ceil((tensors_bytes + CONTEXT_BYTES + HEADROOM_BYTES + WORKSPACE_BYTES) / (1 - ALLOCATOR_SLACK))
 
 
 def with_allocator(device_bytes: int, reserve_bytes: int, host_bytes: int, rates: Rates) -> Limits:
-    """What plans for a GPU must keep to, of which so many bytes are not torch's allocator's."""
+    """The limits for plans for a GPU, `reserve_bytes` of whose memory are outside torch's allocator."""
     reserve_bytes += WORKSPACE_BYTES + int(device_bytes * ALLOCATOR_SLACK)
     return Limits(device_bytes, reserve_bytes, host_bytes, rates, HOLE_SHARE)
 
 
 def host_share(options: Options, ranks: Ranks) -> int:
-    """Bytes that each of the ranks on one host may hold there: a part of the budget, or of what is free. Where they are
-    planned for, the cluster may tell what its hosts have."""
+    """The bytes that each rank may hold on its host: its share of the budget, or of what is free. If the ranks are only
+    planned for, `cluster` may say how much memory a host has."""
     total, free = host_memory()
     if not ranks.launched and options.cluster is not None and options.cluster.host_bytes is not None:
         total = free = options.cluster.host_bytes
@@ -85,7 +85,7 @@ def host_share(options: Options, ranks: Ranks) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """`torch_device` computes; on "cpu" it stands for a budgeted arena in RAM."""
+    """The device that computes; "cpu" stands for a budgeted arena in RAM."""
 
     torch_device: torch.device
 
@@ -93,7 +93,7 @@ class Device:
     def choose(cls, options: Options) -> "Device":
         name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.current_device() == 0:
-            torch.cuda.set_device(_own_device())  # each of torchrun's processes has one
+            torch.cuda.set_device(_own_device())  # one for each of torchrun's processes
         index = torch.cuda.current_device() if name == "cuda" else None
         return cls(torch.device(name, index))
 
@@ -103,7 +103,7 @@ class Device:
 
     @cached_property
     def memory(self) -> DeviceMemory:
-        """A GPU's, measured when it is first asked for."""
+        """The GPU's memory, measured on first use."""
         return DeviceMemory.measured(self.torch_device)
 
     def total_bytes(self) -> int:
@@ -112,25 +112,26 @@ class Device:
         return host_memory()[0]
 
     def hardware(self, limits: Limits, ranks: Ranks) -> Hardware:
-        """Accounts of both sides. A GPU's own allocator keeps to the budget there; in the arena, among processes, what
-        gloo's threads still hold a moment longer is waited for."""
+        """The accounts of device and host. A GPU needs no limit, since its allocator keeps to the budget. The arena,
+        with several processes, waits up to `PATIENCE_S` for memory that gloo's threads still hold."""
         device_bytes = None if self.is_cuda else limits.device_bytes
         device = Tier("device", device_bytes, PATIENCE_S * ranks.together)
         return Hardware(self.torch_device, device, Tier("host", limits.host_bytes))
 
     def dtype(self, options: Options) -> torch.dtype | None:
-        """What parameters compute in; None: their own dtypes."""
+        """The dtype that parameters compute in; None: their own dtypes."""
         return DTYPES.get(options.precision or ("bf16" if self.is_cuda else ""))
 
     def budget_bytes(self, options: Options) -> int | None:
-        """The device budget that is given, of this device. Raises ValueError for one that makes no sense."""
+        """The device budget in bytes, at most the device's memory; None if none is given. Raises ValueError for one
+        that makes no sense."""
         if options.device_budget is None:
             return None
         return min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
 
     def limits(self, options: Options, ranks: Ranks) -> Limits:
-        """Budgets of each of the ranks, in bytes, and the rates of a machine that they share. On CUDA the allocator is
-        capped so that the whole process keeps to the budget.
+        """The budgets of each rank in bytes, and the rates of the machine that they share. On CUDA this also caps the
+        allocator, so that the whole process keeps to the budget.
 
         Raises ValueError for a budget that makes no sense.
         """
@@ -138,7 +139,7 @@ class Device:
         if not self.is_cuda:
             return Limits(given, 0, host_bytes, rates_of(self.torch_device, options.rates, processes, 0))
         room_bytes = min(given or self.total_bytes(), torch.cuda.mem_get_info(self.torch_device)[0]) - HEADROOM_BYTES
-        # Measured before the memory is: libraries that this loads stay.
+        # Before the memory is measured, as this loads libraries that stay.
         rates = rates_of(self.torch_device, options.rates, processes, room_bytes)
         device_bytes = self._device_bytes(given)
         share = max(0.0, min(1.0, (device_bytes - self.memory.reserve_bytes) / self.total_bytes()))
@@ -148,7 +149,7 @@ class Device:
         return with_allocator(device_bytes, self.memory.reserve_bytes, host_bytes, rates)
 
     def _device_bytes(self, given: int | None) -> int:
-        """The budget: as it is given, or all that other processes leave."""
+        """The budget as given, or all that other processes leave."""
         if given is None:
             return self.memory.available_bytes
         if given > self.memory.available_bytes:
@@ -161,10 +162,10 @@ class Device:
         return given
 
     def begin_step(self) -> None:
-        """From here on `step_peak_bytes` counts anew; torch's own peak statistics are reset for it."""
+        """Starts a new count of `step_peak_bytes`, by resetting torch's own peak statistics."""
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def step_peak_bytes(self) -> int:
-        """The process's highest device memory in this step, as the driver would report it of this process."""
+        """The process's peak device memory in this step, as the driver would report it. For CUDA only."""
         return self.memory.peak_bytes()

@@ -1,7 +1,7 @@
-"""How much of a GPU's memory this process holds, and how much it may have: others may use the GPU, too.
+"""How much of a GPU's memory this process holds, and how much it may hold beside other processes.
 
-CUDA tells what is in use on the whole GPU, and of this process alone what torch's allocator has. What else it holds,
-the driver's context and libraries, looks like memory of others.
+CUDA reports what is in use on the whole GPU, and torch's allocator what it holds for this process. The rest of what the
+process holds, the driver's context and libraries, cannot be told from memory of other processes.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 
 HEADROOM_BYTES = 192 * 2**20
-"""What CUDA's context may still grow by while training, as kernels and library handles are loaded."""
+"""How much CUDA's context may still grow during training, as kernels and library handles are loaded."""
 
 CONTEXT_BYTES = 2**30
-"""The most that context and libraries are taken to hold: what is in use beyond that is other processes'."""
+"""The most that context and libraries are assumed to hold; anything in use beyond that belongs to other processes."""
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A GPU's memory as it was when it was measured.
+    """A GPU's memory at the time of measuring.
 
     Fields:
-        total_bytes: the GPU's.
-        own_bytes: what this process held outside of torch's allocator; on a GPU that it had for itself all that was in
-            use there, on another at most `CONTEXT_BYTES`.
+        total_bytes: the GPU's memory.
+        own_bytes: memory this process held outside torch's allocator: everything else in use on the GPU, but at most
+            `CONTEXT_BYTES`, as the rest is other processes'.
         available_bytes: what the whole process may hold: what was free, and what it held already.
     """
 
@@ -45,28 +45,28 @@ class DeviceMemory:
 
     @property
     def reserve_bytes(self) -> int:
-        """What the process may come to hold outside of torch's allocator."""
+        """The most that the process is expected to hold outside torch's allocator."""
         return self.own_bytes + HEADROOM_BYTES
 
     def room_bytes(self) -> int:
-        """What the whole process may hold now, beside what others have come to hold."""
+        """What the whole process may hold now, given what others have taken since."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) + self._outside_bytes(free)
 
     def peak_bytes(self) -> int:
-        """The process's highest device memory since torch's peak statistics were reset. Of what is in use outside of
-        its allocator no more is counted than the process may come to hold: others may have come."""
+        """The process's peak device memory since torch's peak statistics were reset. Outside the allocator it counts at
+        most `reserve_bytes`, as anything beyond that is other processes'."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return torch.cuda.max_memory_reserved(self.device) + self._outside_bytes(free)
 
     def _outside_bytes(self, free: int) -> int:
-        """What the process holds outside of torch's allocator, as far as the driver tells."""
+        """What the process holds outside torch's allocator, as far as the driver tells."""
         outside = max(0, self.total_bytes - free - torch.cuda.memory_reserved(self.device))
         return min(outside, self.reserve_bytes)
 
 
 def _load_libraries(device: torch.device) -> None:
-    """Make the libraries that every model uses take their device memory now, where it is measured."""
+    """Loads the libraries that every model uses, so that the device memory they take is measured."""
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.ones(256, 256, dtype=dtype, device=device)
         (a @ a).sum().item()

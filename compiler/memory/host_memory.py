@@ -8,13 +8,13 @@ import psutil
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""A group's limit and what it uses, in the second and the first version of control groups."""
+"""The files with a group's limit and usage, in version 2 and version 1 of control groups."""
 
 
 def host_memory(groups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[int, int]:
-    """Bytes in all, and bytes that are free, within the limits of all control groups that this process is in.
+    """Total and free bytes, within the limits of all control groups that this process is in.
 
-    Who takes more than its group may have is killed by the kernel, however much the machine has.
+    The kernel kills a process whose group exceeds its limit, however much memory the machine has.
     """
     machine = psutil.virtual_memory()
     total, free = machine.total, machine.available
@@ -28,7 +28,7 @@ def host_memory(groups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> tuple[
 
 
 def _folders(groups: Path, membership: Path) -> Iterator[Path]:
-    """Of the groups of this process, and of those around them."""
+    """The folders of this process's groups, and of the groups around them."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -43,7 +43,7 @@ def _folders(groups: Path, membership: Path) -> Iterator[Path]:
 
 
 def _number(file: Path) -> int | None:
-    """None where there is no such file, or no limit in it."""
+    """The number in a file; None if there is no such file, or no limit in it."""
     try:
         text = file.read_text().strip()
     except OSError:
@@ -52,7 +52,7 @@ def _number(file: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Of what a group uses, files that the kernel keeps in memory for as long as nobody needs it."""
+    """The bytes of a group's usage that are page cache, which the kernel frees on demand."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:

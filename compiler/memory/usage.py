@@ -1,4 +1,4 @@
-"""What steps use of both tiers, beside what was planned for them."""
+"""What steps use of both tiers, next to what was planned."""
 
 from ...passes.program.plan import Plan
 from ...runtime.memory.hardware import Hardware
@@ -7,13 +7,13 @@ from .device import Device
 
 
 class StepUsage:
-    """Counts for one model; `stats` is what stores add their copies to, and up to date in `beside`."""
+    """Counts the usage of one model. Stores add their copies to `stats`; `beside` brings it up to date."""
 
     def __init__(self, device: Device, hardware: Hardware) -> None:
         self.device, self.hardware, self.stats = device, hardware, Stats()
 
     def begin_step(self) -> None:
-        """From here on `stats.step` counts anew."""
+        """Starts a new count of `stats.step`."""
         self._note_peaks()
         for tier in self.hardware.tiers:
             tier.begin_step()
@@ -21,7 +21,7 @@ class StepUsage:
         self.stats.begin_step()
 
     def beside(self, plan: Plan | None) -> Stats:
-        """What has been used so far, with what this plan says of a step."""
+        """What has been used so far, with this plan's estimate of a step."""
         self._note_peaks()
         if plan is not None:
             self.stats.planned = Figures(plan.estimate.step_s, plan.peak_bytes)

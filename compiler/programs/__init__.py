@@ -1,1 +1,1 @@
-"""From calls of a model to the programs that run them, and the cache of those."""
+"""Turns calls of a model into the programs that run them, and caches these."""

@@ -1,4 +1,4 @@
-"""One plan for several programs and ranks: which weights stay on the device, and when the others are fetched."""
+"""Agreement of several programs and ranks on which weights stay on the device and when the others are fetched."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from .programs import chunks_alike
 
 
 def shared_homes(plan: Plan, others: Iterable[Plan]) -> Homes:
-    """Weights stay on the device only where every program made so far has room for them."""
+    """The homes of `plan`, except that weights stay on the device only if all `others` have room for them, too."""
     return tuple(
         replace(home, resident=home.resident and all(other.resident for other in same))
         for home, *same in zip(plan.homes, *(other.homes for other in others), strict=True)
@@ -19,14 +19,14 @@ def shared_homes(plan: Plan, others: Iterable[Plan]) -> Homes:
 
 
 def is_agreed_on(plan: Plan, ranks: Ranks) -> bool:
-    """Whether ranks that run a plan share out weights, and meet in every fetch of those that do not stay. Ranks of a
-    pipeline have chunks of their own each, and plans."""
+    """Whether the ranks must run one plan: they shard weights, and so meet in every fetch of weights that do not stay.
+    Ranks of a pipeline have chunks and plans of their own."""
     return ranks.together and not plan.mesh.pipeline_axes and any(chunk.shards > 1 for chunk in plan.layout.chunks)
 
 
 def all_refuse(refusal: Exception | None, ranks: Ranks) -> bool:
-    """Whether every rank refuses steps, as before `model.optimizer(...)` is called, which may still come; the step
-    raises it. Raises where some do."""
+    """Whether every rank refuses steps, as before a `model.optimizer(...)` that may still come; the step then raises
+    the refusal. Raises on all ranks if only some refuse."""
     told = ranks.failures(refusal)
     if all(told.values()):
         return True
@@ -35,8 +35,8 @@ def all_refuse(refusal: Exception | None, ranks: Ranks) -> bool:
 
 
 def agreed(plan: Plan, ranks: Ranks) -> Plan:
-    """The plan of the rank that has least room for weights and activations, as one with a larger batch than others has.
-    All ranks call it. Raises StateError where they have other models."""
+    """The plan of the rank with the least room for weights and activations, such as one with a larger batch than
+    others, and the least `prefetch` of all. All ranks call it. Raises StateError if they have different models."""
     ranks.check_alike("the model", chunks_alike(plan))
     plans = [Plan.from_json(text) for text in ranks.gather(plan.to_json())]
     return replace(min(plans, key=_room), prefetch=min(each.prefetch for each in plans))

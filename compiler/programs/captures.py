@@ -1,4 +1,4 @@
-"""From a call of the model to its captured step: of the whole batch, of a part of it, of this process's parts."""
+"""Captures the step of a call: of the whole batch, of a microbatch, or of this process's shards."""
 
 from dataclasses import dataclass, replace
 
@@ -19,8 +19,8 @@ from .programs import Call
 
 @dataclass(frozen=True)
 class Captures:
-    """Captures one model's steps. `request` is what they have in common, `shared` what all plans say alike, and
-    `schedule` is a pipeline's."""
+    """Captures one model's steps. `request` is what all captures have in common, `shared` what all plans have, and
+    `schedule` a pipeline's; None without one."""
 
     census: Census
     request: CaptureRequest
@@ -29,7 +29,7 @@ class Captures:
     schedule: Schedule | None
 
     def of(self, call: Call) -> Captured:
-        """The captured step of a call; of this process's parts, where tensors are sharded. Raises ShardingError."""
+        """The captured step of a call; of this process's shards, if tensors are sharded. Raises ShardingError."""
         captured = self._trace(call, (call.args, call.kwargs))
         if not self.shared.mesh.tensor_axes:
             return self._divisible(call, captured, lambda step, microbatches: step)
@@ -44,7 +44,7 @@ class Captures:
         return replace(captured, notes=(*self.shared.notes, *captured.notes))
 
     def _shard(self, captured: Captured, microbatches: int) -> Captured:
-        """One process's parts of a step that runs as so many microbatches."""
+        """This process's shards of a step that runs as `microbatches` microbatches."""
         plan = replace(self.shared, microbatches=microbatches, schedule=self.schedule)
         program, records = self.lowering.shard(captured.program, plan)
         canonical = captured.program.copy()
@@ -53,10 +53,11 @@ class Captures:
         return replace(captured, program=program, notes=notes, records=tuple(records))
 
     def _divisible(self, call: Call, captured: Captured, finish: Finish) -> Captured:
-        """A captured step that can be made of a part of the batch, as long as the model is as it was."""
+        """A captured step that can be captured again for a part of the batch, as long as the model has not changed.
+        `finish` turns each capture into the step to run, given the number of microbatches."""
         arguments = typed((call.args, call.kwargs))
-        key, asked = call.key, replace(call, args=(), kwargs={}, leaves=[])  # whose values are not kept
-        forward = vars(self.census.source).get("forward")  # which it has only while it is called
+        key, asked = call.key, replace(call, args=(), kwargs={}, leaves=[])  # without values, which are not to be kept
+        forward = vars(self.census.source).get("forward")  # set only during the call
 
         def recapture(part: Arguments) -> Captured:
             with having_forward(self.census.source, forward):

@@ -1,4 +1,4 @@
-"""Which numbers among the arguments of calls are inputs of programs: those that come with other values, if they can."""
+"""Decides which numbers among a call's arguments become inputs of programs: those that change, if possible."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,8 +14,14 @@ Capture = Callable[[Call], Captured]
 
 @dataclass(frozen=True)
 class _Met:
-    """Of calls that differ in numbers alone one that was captured: its step, and its numbers by their positions, which
-    are `inputs` of other steps by now, or `constants` for good."""
+    """The captured call that others are compared with, out of calls that differ only in numbers.
+
+    Fields:
+        step: its captured step.
+        values: its numbers, by their positions among the call's leaves.
+        inputs: positions of numbers that are inputs of other steps by now.
+        constants: positions of numbers that cannot be inputs, for good.
+    """
 
     step: Captured
     values: Mapping[int, float]
@@ -24,7 +30,7 @@ class _Met:
 
     @classmethod
     def of(cls, call: Call, capture: Capture, before: "_Met | None") -> "_Met":
-        """Of a call that was not captured yet."""
+        """The record to compare a call with: `before` if it still applies, otherwise a new capture of this call."""
         if before is not None and not before.changed(call) and before.is_of_today():
             return before
         known = () if before is None else (before.inputs, before.constants)
@@ -34,14 +40,15 @@ class _Met:
         return frozenset(i for i, value in call.numbers.items() if repr(value) != repr(self.values[i]))
 
     def tells_of(self, call: Call) -> bool:
-        """Whether a call has the same constants, and the model its state."""
+        """Whether a call has the same constants, and the model has not changed."""
         return self.constants.isdisjoint(self.changed(call)) and self.is_of_today()
 
     def is_of_today(self) -> bool:
         return all(guard.holds() for guard in self.step.guards)
 
     def is_case_of(self, step: Captured, inputs: frozenset[int]) -> bool:
-        """Whether a step with these inputs is this one where they have its values, and its loss no larger."""
+        """Whether a step with these inputs becomes this one if they have its values, and its loss takes no more
+        memory."""
         mine, its = ((c.result_spec, c.result_leaves, c.differentiable, c.detached) for c in (self.step, step))
         values = {f"number:{i}": self.values[i] for i in inputs}
         if mine != its or not is_same_step(step.program, self.step.program, values):
@@ -50,15 +57,19 @@ class _Met:
 
 
 class ChangingNumbers:
-    """A number is a constant of a program until it changes. Then it is tried as an input, and is one where the program
-    that has it as an input is, with the earlier value, the program of that value. Where they `may_be_inputs` at all."""
+    """Keeps numbers constant until they change, and then makes them inputs, if the results stay the same.
+
+    A number that comes with a new value is tried as an input. It becomes one if the program with that input, given the
+    earlier value, equals the program captured with that value as a constant. If not `may_be_inputs`, all stay
+    constants.
+    """
 
     def __init__(self, may_be_inputs: bool = True) -> None:
         self.may_be_inputs = may_be_inputs
         self._met: Recent[_Met] = Recent()
 
     def taken(self, call: Call) -> Call:
-        """The call, with those numbers as inputs that are by now."""
+        """The call, with each number as an input that has become one in earlier calls."""
         met = self._met.get(call.kind) if call.numbers else None
         return call if met is None else call.taking(met.inputs)
 
@@ -81,7 +92,7 @@ class ChangingNumbers:
 
 
 def _one_by_one(wanted: frozenset[int], met: _Met, call: Call, capture: Capture) -> tuple[_Met, Captured]:
-    """Of numbers that cannot all be inputs those that can, and the step that has them so."""
+    """Tries one by one the numbers that cannot all be inputs at once. Returns the new record, and the step to use."""
     inputs, step = frozenset[int](), met.step
     for i in sorted(wanted) if len(wanted) > 1 else ():
         more = _attempted(call.taking(inputs | {i}), met, capture)
@@ -91,11 +102,11 @@ def _one_by_one(wanted: frozenset[int], met: _Met, call: Call, capture: Capture)
 
 
 def _attempted(call: Call, met: _Met, capture: Capture) -> Captured | None:
-    """The step with numbers as inputs; None where it depends on them by more than computing with them."""
+    """The step with numbers as inputs; None if it depends on them in other ways than by computing with them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the other capture tells all that there is to tell
+        warnings.simplefilter("ignore")  # the capture with constants has already warned
         try:
             step = capture(call)
-        except Exception:  # a model's Python raises what it likes where a number has no value
+        except Exception:  # the model's Python may raise anything when a number has no value
             return None
     return step if met.is_case_of(step, call.inputs) else None

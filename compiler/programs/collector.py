@@ -1,7 +1,7 @@
-"""Python's collector of cycles rests while programs are made.
+"""Pauses Python's garbage collector of cycles while programs are made.
 
-Their nodes are made by the hundred thousand, live all of them, and stand in cycles: to look through them again and
-again for some that do not live takes as long as all the rest.
+Programs consist of hundreds of thousands of nodes in cycles, all of them alive. Traversing them over and over in search
+of garbage takes as long as all other work.
 """
 
 import gc

@@ -1,8 +1,8 @@
-"""The forward of a compiled module, and what tools put in its place.
+"""The forward of a compiled module, and replacements that tools assign to it.
 
-A method that is assigned, as one that computes a loss from hidden states, is the model's new forward: it is captured,
-as is that of the model and of a loss function that is given to compile. A function that is assigned, as accelerate's
-that converts outputs, runs around the compiled forward.
+A method that is assigned, such as one that computes a loss from hidden states, becomes the model's new forward and is
+captured; so are the model's own forward and a loss function given to compile. A function that is assigned, such as
+accelerate's that converts outputs, runs around the compiled forward.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..options import LossFn, loss_targets
 
 
 class OwnForward:
-    """A function as the forward of one module, which may have it for an attribute: as a method that keeps nothing alive
-    of whom it belongs to."""
+    """A function as the forward of one module, to be stored as the module's attribute. Unlike a bound method, it does
+    not keep the module alive."""
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, signature: inspect.Signature) -> None:
         self.function, self._module, self.__signature__ = function, weakref.ref(module), signature
@@ -38,10 +38,11 @@ Step = Callable[["Forward", tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Forward:
-    """A call makes a compiled step of a forward of the source's.
+    """A forward of the source; each call runs it as a compiled step.
 
-    A new forward may have kept the old one, to call it: while it runs, on the source or on a copy that is captured,
-    such a call is one of that very model's. `method` is what the source has of its own for it; None: its class's.
+    A new forward may have kept the old one, to call it. While the new one runs, on the source or on the copy that is
+    captured, such a call runs directly on that same model. `method` is the source's own `forward` attribute; None if it
+    has only its class's.
     """
 
     def __init__(self, source: nn.Module, step: Step) -> None:
@@ -56,9 +57,9 @@ class Forward:
         return _called(self._running[-1], self.method, args, kwargs)
 
     def replaced_by(self, method: MethodType) -> Forward:
-        """The compiled forward of a method of the compiled module."""
+        """The compiled forward that runs a method of the compiled module in place of this one."""
         function = method.__func__
-        if isinstance(function, Forward):  # accelerate binds what it finds when it unwraps
+        if isinstance(function, Forward):  # accelerate binds the forward it finds when it unwraps a model
             return function
 
         running = self._running
@@ -72,7 +73,7 @@ class Forward:
 
         new = Forward(self._source, self._step)
         new._running = running
-        # What wraps the forward of the compiled module's class, which is nn.Module's, takes what the source's takes.
+        # A wrapper of the forward of the compiled module's class, which is nn.Module's, takes the source's arguments.
         of_class = getattr(function, "__wrapped__", None) is nn.Module.forward
         new.__signature__ = self.__signature__ if of_class else inspect.signature(method)
         new.method = OwnForward(forward, self._source, new.__signature__)
@@ -86,7 +87,7 @@ class Forward:
 
 
 def _called(model: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a model's forward returns. `method` is what it, or what it is a copy of, has of its own for that."""
+    """Calls a model's forward; `method` is the `forward` attribute of the model, or of the one it is a copy of."""
     if isinstance(method, MethodType | OwnForward):
         function = method.__func__ if isinstance(method, MethodType) else method.function
         return function(model, *args, **kwargs)
@@ -94,9 +95,9 @@ def _called(model: nn.Module, method: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def with_loss(source: nn.Module, loss_fn: LossFn) -> MethodType:
-    """A forward that returns the loss where it is called with arguments of the loss function, and else what the model
-    does: also where None is all that it gets for those that the loss function cannot do without. Those are by name; all
-    others are the model's."""
+    """A forward that returns the loss if it is called with arguments of the loss function, and the model's output
+    otherwise. It also returns the output if every required one that is given is None. Arguments of the loss are passed
+    by name; all others are the model's."""
     targets, method = loss_targets(loss_fn), vars(source).get("forward")
     needed = [target.name for target in targets if target.default is inspect.Parameter.empty]
 
@@ -112,13 +113,12 @@ def with_loss(source: nn.Module, loss_fn: LossFn) -> MethodType:
 
 
 def computing_loss(source: nn.Module, loss_fn: LossFn | None) -> AbstractContextManager[None]:
-    """Within, the source's own forward is the one that returns the loss, where there is a function for it."""
+    """Within, the source's own forward returns the loss, if there is a loss function."""
     return nullcontext() if loss_fn is None else having_forward(source, with_loss(source, loss_fn))
 
 
 def _signature(model: inspect.Signature, targets: list[inspect.Parameter]) -> inspect.Signature:
-    """The model's, with what the loss takes, where there is one; a name of both is the loss's. The first is the
-    method's self."""
+    """A method's signature: `self`, the model's parameters, and those of the loss, which win if names collide."""
     names = {target.name for target in targets}
     every = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     every += [parameter for parameter in model.parameters.values() if parameter.name not in names]
@@ -130,7 +130,7 @@ def _signature(model: inspect.Signature, targets: list[inspect.Parameter]) -> in
 
 @contextmanager
 def having_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within, a module has this forward of its own; None: its class's."""
+    """Within, `forward` is the module's own attribute; None: it has only its class's."""
     attributes = vars(module)
     before = attributes.get("forward")
     try:

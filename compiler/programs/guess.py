@@ -1,4 +1,4 @@
-"""Plans for a batch that nobody passed: what goes wrong with it is told to be of a guess."""
+"""Marks errors of planning for a guessed batch as such."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from ...runtime.isa.errors import BudgetError
 
 @contextmanager
 def of_a_guess() -> Iterator[None]:
-    """While a step is captured and planned for inputs that were made from the model's configuration."""
+    """Within, a step is captured and planned for inputs made from the model's configuration; errors say so."""
     try:
         yield
     except BudgetError as error:

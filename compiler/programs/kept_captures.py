@@ -1,4 +1,4 @@
-"""Captured steps that are kept, and which of them serves a call."""
+"""The cache of captured steps, and which of them serves a call."""
 
 import time
 
@@ -10,8 +10,8 @@ from .programs import Call, GuardedKeys, Key, Recaptures, Recent
 
 
 class KeptCaptures:
-    """The steps of one model, captured once each: by a call's shapes and modes, by what the model's Python read while
-    it was captured, and by those numbers that are constants of it. None are inputs where they may not be."""
+    """The steps of one model, each captured once: by a call's shapes and modes, by what the model's Python read during
+    the capture, and by the numbers that are constants. No numbers become inputs unless `numbers_may_be_inputs`."""
 
     def __init__(self, captures: Captures, numbers_may_be_inputs: bool) -> None:
         self.captures = captures
@@ -21,15 +21,15 @@ class KeptCaptures:
         self._recaptures = Recaptures()
 
     def taken(self, call: Call) -> Call:
-        """The call, with those numbers as inputs that are by now."""
+        """The call, with each number as an input that has become one in earlier calls."""
         return self._numbers.taken(call)
 
     def key(self, call: Call) -> Key:
-        """The key of the step that serves a call as the model is now."""
+        """The key of the step that serves a call of the model in its present state."""
         return self._guarded.key(call.key)
 
     def of(self, call: Call) -> tuple[Key, Captured]:
-        """The step for a call, captured where it is new, and its key."""
+        """The step for a call, captured if it is new, and its key."""
         key = self.key(call)
         if key not in self.kept:
             call, captured = self._numbers.captured(call, self._anew)

@@ -1,6 +1,6 @@
-"""What a model consists of, by name: walked once, and again only where somebody has changed it.
+"""A model's modules, parameters and buffers by name: walked once, and again only after a change.
 
-Every call asks for it, and walking hundreds of modules takes as long as a device needs for several layers.
+Every call needs them, and walking hundreds of modules takes as long as a device takes for several layers.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Members:
-    """Modules and parameters under the first of their names, buffers under all."""
+    """Modules and parameters under the first of their names, buffers under all of their names."""
 
     modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
@@ -20,7 +20,7 @@ class Members:
 
     @cached_property
     def identities(self) -> tuple[int, ...]:
-        """Of the modules."""
+        """The ids of the modules."""
         return tuple(map(id, self.modules.values()))
 
 
@@ -28,14 +28,14 @@ _KINDS = "_modules", "_parameters", "_buffers"
 
 
 class Census:
-    """Of one model, counted by its modules' own methods. `last` is what it consisted of then."""
+    """The members of one model, listed by its modules' own methods. `last` are those of the last count."""
 
     def __init__(self, source: nn.Module) -> None:
         self.source = source
         self._count()
 
     def now(self) -> Members:
-        """The same object as long as nothing is added, removed, replaced or renamed."""
+        """The members now; the same object as long as nothing is added, removed, replaced or renamed."""
         if not self._is_as_counted():
             self._count()
         return self.last
@@ -50,7 +50,8 @@ class Census:
         self._held = [(of, kind, [*of[kind]], [*of[kind].values()]) for of, kind in attributes]
 
     def _is_as_counted(self) -> bool:
-        """One loop, which calls nothing for most: modules without buffers, and layers without modules."""
+        """A single loop, which makes no calls for the most common cases: modules without buffers or without
+        children."""
         for attributes, kind, names, values in self._held:
             held = attributes[kind]
             if len(held) != len(values):

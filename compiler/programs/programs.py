@@ -1,6 +1,6 @@
-"""Calls of a model, the programs that run them, and a cache of what was made for which call.
+"""Calls of a model, the programs that run them, and the caches that map one to the other.
 
-Nothing here decides anything or changes what a model is set up with.
+Nothing here makes decisions or changes a model's setup.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ _V = TypeVar("_V")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One program: for one mode, one set of input shapes. `flat` is what its memory was planned for; `absent` are the
-    outputs that it does not compute, `outlets` what autograd sees of the others."""
+    """One program, for one mode and set of input shapes. `flat` is the form whose memory was planned, `absent` the
+    positions of outputs that it does not compute, and `outlets` describes the others to autograd."""
 
     captured: Captured
     plan: Plan
@@ -55,20 +55,28 @@ class Compiled:
 
     @cached_property
     def written(self) -> tuple[str, ...]:
-        """The buffers that it writes to."""
+        """The names of the buffers that it writes to."""
         return tuple(self.captured.program.results_of("mutation"))
 
     @property
     def expected(self) -> torch.dtype:
-        """Of the tangent that the backward begins with where it does not wait for one."""
+        """The dtype of the gradient that a backward starts from if it does not wait for the caller's."""
         return next(tensor_type(node).dtype for node in self.program.inputs("expected").values())
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the model, or of its submodule `entry` alone: the arguments, whether a backward is wanted, and the
-    `key` of programs for it, of which guards tell which one can be used. `setting` is all that is part of it beside the
-    arguments, and `state` tells of the model's. `inputs` are the positions of numbers that are inputs of programs."""
+    """A call of the model, or of its submodule `entry` alone.
+
+    Fields:
+        entry: the submodule's name; "" for the model.
+        args, kwargs: the arguments.
+        backward: whether a backward is wanted.
+        state: the model's modes in words, for messages.
+        setting: the part of `key` that does not come from the arguments.
+        leaves: the arguments' pytree leaves.
+        inputs: positions of numbers among the leaves that are inputs of programs.
+    """
 
     entry: str
     args: tuple[Any, ...]
@@ -81,24 +89,25 @@ class Call:
 
     @cached_property
     def key(self) -> Key:
+        """The key of the programs for this call; guards tell which of those fits the model as it is."""
         return *self.setting, *(leaf_key(leaf, i in self.inputs) for i, leaf in enumerate(self.leaves))
 
     @cached_property
     def kind(self) -> Key:
-        """The key of all calls that differ in numbers alone."""
+        """The key shared by all calls that differ only in numbers."""
         return self.taking(frozenset(self.numbers)).key
 
     @cached_property
     def numbers(self) -> dict[int, float]:
-        """The numbers among the arguments, by position."""
+        """The numbers among the arguments, by their positions among the leaves."""
         return {i: leaf for i, leaf in enumerate(self.leaves) if can_be_input(leaf)}
 
     def taking(self, inputs: frozenset[int]) -> "Call":
-        """The call, with numbers as inputs."""
+        """The call, with the numbers at these positions as inputs."""
         return self if inputs == self.inputs else replace(self, inputs=inputs)
 
     def __str__(self) -> str:
-        """What ranks that share it have alike."""
+        """Describes the call; ranks that share a batch must agree on it."""
         leaves = pytree.tree_leaves_with_path((self.args, self.kwargs))
         told = (f"{pytree.keystr(path[1:])} {_told(leaf)}" for path, leaf in leaves)
         kind = "a training step" if self.backward else "an evaluation"
@@ -106,7 +115,7 @@ class Call:
 
     @classmethod
     def of(cls, members: Members, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
-        """A call in the modes that the model is in. Raises ArgumentError for an argument that no program can follow."""
+        """The call in the model's present modes. Raises ArgumentError for an argument that no program can take."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         trained = tuple(parameter.requires_grad for parameter in members.parameters.values())
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
@@ -120,10 +129,11 @@ class Call:
 
 
 def exchanged(program: Program, plan: Plan) -> Exchanges:
-    """All that decides what a process exchanges with others by a program.
+    """Digests of everything that decides what a process exchanges with others when it runs a program.
 
-    Of ranks that share no batch that is the chunks alone and in which order they are exchanged: such ranks may have
-    batches of any shape each. What tensors are sharded over is exchanged by nearly every instruction.
+    Ranks that do not share a batch must agree only on the chunks and the order in which they are exchanged, since their
+    batches may have any shape. Ranks that share a batch must agree on the whole program: nearly every instruction
+    exchanges sharded tensors.
     """
     layout, mesh = plan.layout, plan.mesh
     divided = {chunk.index for chunk in layout.chunks if chunk.shards > 1}
@@ -140,7 +150,7 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
 
 
 def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
-    """What a process sends to others of a pipeline, and receives from them, by their places: dtypes and shapes."""
+    """The messages that a process sends to, and receives from, other pipeline ranks: dtypes and shapes, by rank."""
     sent, received = defaultdict[int, str](str), defaultdict[int, str](str)
     for node in program.computes:
         if node.target is SEND:
@@ -152,8 +162,9 @@ def messages(program: Program) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
-    """Who along a pipeline may send something to whom: what goes one way in a forward comes back in a backward, who has
-    the loss tells all, and who have a parameter alike exchange its gradients."""
+    """The pairs of pipeline ranks, (sender, receiver), that may exchange something. What a forward sends one way comes
+    back in a backward, the rank with the loss tells all others, and ranks that share a parameter exchange its
+    gradients."""
     if plan.schedule is None:
         return set()
     schedule, ranks = plan.schedule, range(len(plan.schedule.ranks))
@@ -166,12 +177,12 @@ def channels(plan: Plan, programs: Iterable[Compiled]) -> set[Channel]:
 
 
 def state_alike(plan: Plan) -> str:
-    """A digest of what all ranks must have alike of the training state before any program runs."""
+    """A digest of the parts of the training state that all ranks must agree on before any program runs."""
     return _digest(f"{plan.request.zero} {plan.request.reduce_dtype} {plan.layout.owned}")
 
 
 def chunks_alike(plan: Plan) -> str:
-    """A digest of what those must have alike, too, that have the same layers."""
+    """A digest of the chunks, which ranks with the same layers must agree on, too."""
     return _digest(str(plan.layout))
 
 
@@ -184,16 +195,16 @@ def _told(leaf: Any) -> str:
 
 
 class Recaptures:
-    """Warns of what makes one program after the other: an argument, or an attribute of the model."""
+    """Warns if the model is captured over and over, and names the argument or the model's attribute that causes it."""
 
     MOST = 4
 
     def __init__(self) -> None:
-        self._values: dict[tuple[Key, str], set[Hashable]] = defaultdict(set)  # by what else is the same
+        self._values: dict[tuple[Key, str], set[Hashable]] = defaultdict(set)  # by kind of call and argument path
         self._changes: Counter[str] = Counter()
 
     def note(self, call: Call, changed: str) -> None:
-        """Take note of a call that is captured; `changed` is the attribute that is not as it was, or ""."""
+        """Records a call that is captured; `changed` is the label of the attribute that has changed; "" if none has."""
         for i, (path, leaf) in enumerate(pytree.tree_leaves_with_path((call.args, call.kwargs))):
             values = self._values[call.kind, pytree.keystr(path[1:])]
             is_constant = not isinstance(leaf, Tensor) and i not in call.inputs
@@ -215,7 +226,7 @@ class Recaptures:
 
 
 class Recent(Generic[_V]):
-    """By key, the values that were read or written last, at most `most` of them."""
+    """A least-recently-used cache of at most `most` values."""
 
     most = 64
 
@@ -243,12 +254,12 @@ class Recent(Generic[_V]):
         return len(self._values)
 
     def items(self) -> list[tuple[Key, _V]]:
-        """All of them, the one that was used longest ago first."""
+        """All items, the least recently used first."""
         return list(self._values.items())
 
 
 class GuardedKeys:
-    """By the key of a call, the states of the model that programs were captured in for it, the last one first."""
+    """Maps the key of a call to the states of the model that its programs were captured in, the most recent first."""
 
     most = 8
 
@@ -257,18 +268,19 @@ class GuardedKeys:
         self._count = 0
 
     def key(self, call: Key) -> Key:
-        """The key of the program for a call with the model as it is; for a program that there is not yet, of none."""
+        """The key of the program for a call with the model in its present state: the call's key, and a number that is
+        None if there is no such program yet."""
         found = (number for number, guards, _ in self._states.get(call) or () if all(guard.holds() for guard in guards))
         return call, next(found, None)
 
     def add(self, call: Key, guards: tuple[Guard, ...], modules: Iterable[nn.Module]) -> None:
-        """Take note of what a capture for this call has read. `modules` are kept with it: their identities are part of
-        the call's key."""
+        """Records what a capture for this call has read. `modules` are kept alive, because their ids are part of the
+        call's key."""
         if self.key(call)[1] is None:
             self._count += 1
             self._states[call] = [(self._count, guards, list(modules)), *(self._states.get(call) or ())][: self.most]
 
     def changed(self, call: Key) -> str:
-        """What is not as it was when a program was captured last for this call; "" where there was none."""
+        """What has changed since the last capture for this call; "" if nothing has, or there was none."""
         last = (guard for _, guards, _ in (self._states.get(call) or ())[:1] for guard in guards)
         return next((guard.label for guard in last if not guard.holds()), "")

@@ -1,1 +1,1 @@
-"""A model's weights and its optimizer's state as others read them: whole tensors by name, and files."""
+"""A model's weights and its optimizer's state in the form others read: whole tensors by name, and files."""

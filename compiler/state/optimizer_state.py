@@ -1,5 +1,4 @@
-"""An optimizer's state as a checkpoint has it: by its parameters' names, tensors, which lie as the parameters do, and
-numbers."""
+"""An optimizer's state in a checkpoint, by parameter: tensors, sharded as the parameters are, and numbers."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -20,11 +19,11 @@ from ..session import Session
 _logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Name -> shape and dtype of the tensors in a checkpoint."""
+"""The shape and dtype of each tensor in a checkpoint, by name."""
 
 
 class OptimizerState(ABC):
-    """Reads and writes one optimizer's state; there is one for ours and one for torch's."""
+    """Reads and writes one optimizer's state; one subclass is for our optimizer, the other for torch's."""
 
     def __init__(self, session: Session, optimizer: Optimizer) -> None:
         self.session = session
@@ -47,7 +46,8 @@ class OptimizerState(ABC):
         return {f"optimizer.{key}.{name}": stored for name, own in found for key, stored in own.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """Everything else, with names for parameters: of all of them, whoever has them."""
+        """Everything but tensors, for all parameters, gathered from the processes that hold them; by names of
+        parameters."""
         own = self.optimizer.param_groups
         groups = [{**group, "params": [self.names[id(p)] for p in group["params"]]} for group in own]
         numbers = {name: found for name in self.held if (found := self._numbers(name))}
@@ -55,7 +55,7 @@ class OptimizerState(ABC):
 
     @property
     def kind(self) -> str:
-        """The name of the class of torch.optim whose rule it follows."""
+        """The name of the optimizer class whose update rule it follows, such as AdamW."""
         return type(self.optimizer).__name__
 
     @abstractmethod
@@ -67,12 +67,12 @@ class OptimizerState(ABC):
     # -- loading -------------------------------------------------------------------------------------------
 
     def check(self, saved: Any, found: Tensors) -> None:
-        """Raises CheckpointError where the checkpoint is of another optimizer."""
+        """Raises CheckpointError if the checkpoint is of another optimizer."""
         if saved is None:
             raise CheckpointError("the checkpoint holds no optimizer's state; load it with optimizer=None")
         if not isinstance(saved, dict) or not {"param_groups", "numbers"} <= saved.keys():
             raise CheckpointError("what the checkpoint holds of an optimizer was not saved by save_checkpoint")
-        kind = saved.get("kind", self.kind)  # older checkpoints do not tell
+        kind = saved.get("kind", self.kind)  # which older checkpoints lack
         if kind != self.kind:
             raise CheckpointError(
                 f"the checkpoint is of {kind}, the optimizer is {self.kind}; make one of that kind, or load the model "
@@ -88,7 +88,7 @@ class OptimizerState(ABC):
             raise CheckpointError(f"nothing was loaded: {error}") from error
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Raises CheckpointError where they are of other parameters."""
+        """Raises CheckpointError if the saved groups hold other parameters."""
         before = [set(group["params"]) for group in groups]
         now = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
         if before != now:
@@ -99,16 +99,16 @@ class OptimizerState(ABC):
             )
 
     def _check_rule(self, groups: list[dict[str, Any]]) -> None:
-        """Raises ValueError or StateError where another rule was followed."""
+        """Raises ValueError or StateError if the saved state follows another update rule."""
         check_rule(self.kind, self.optimizer.defaults, self.optimizer.param_groups, groups)
 
     def _check_state(self, name: str, saved: SavedState) -> None:
-        """Raises ValueError where what was saved of a parameter is not its state."""
+        """Raises ValueError if what was saved for a parameter is not its state."""
         shape = self.session.store().chunks.whole_shape(name)
         saved.check(name, dict.fromkeys(saved.shapes, shape), counts=False)
 
     def _check_dtypes(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
-        """Raises CheckpointError where a parameter's state would not stay the same."""
+        """Raises CheckpointError if a parameter's dtype cannot hold its saved state exactly."""
         for key in self._saved_keys(name, found):
             _, dtype = found[f"optimizer.{key}.{name}"]
             if not is_exact(dtype, parameter.dtype):
@@ -116,11 +116,11 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
-        """What is to be read into."""
+        """Prepares to load, and returns the tensors to read into."""
 
     @abstractmethod
     def end_load(self, saved: dict[str, Any]) -> None:
-        """Everything was read."""
+        """Called once those tensors are read."""
 
     def _load_numbers(self, saved: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
         order = {name: i for i, name in enumerate(self.parameters)}
@@ -137,13 +137,13 @@ class OptimizerState(ABC):
         return SavedState(shapes, saved["numbers"].get(name, {}).get("step"))
 
     def _saved_keys(self, name: str, found: Tensors) -> list[str]:
-        """What a checkpoint has of the optimizer's state for a parameter."""
+        """The names of the tensors that a checkpoint holds for a parameter, such as exp_avg."""
         keys = sorted({name.split(".")[1] for name in found if name.startswith("optimizer.")})
         return [key for key in keys if f"optimizer.{key}.{name}" in found]
 
 
 class _OwnState(OptimizerState):
-    """Of `model.optimizer(...)`: states lie in the store, and are read there in place."""
+    """The state of `model.optimizer(...)`: it lies in the store, and is read and written in place."""
 
     def __init__(self, session: Session, optimizer: ChunkOptimizer) -> None:
         super().__init__(session, optimizer)
@@ -194,11 +194,11 @@ class _OwnState(OptimizerState):
         return read
 
     def end_load(self, saved: dict[str, Any]) -> None:
-        """It was read in place."""
+        """Does nothing, as the tensors were read in place."""
 
 
 class _TorchState(OptimizerState):
-    """Of torch's optimizers, which have tensors of their own for each parameter."""
+    """The state of a torch optimizer, which holds tensors of its own for each parameter."""
 
     def __init__(self, session: Session, optimizer: Optimizer) -> None:
         super().__init__(session, optimizer)
@@ -235,17 +235,18 @@ class _TorchState(OptimizerState):
         return read
 
     def end_load(self, saved: dict[str, Any]) -> None:
-        """The optimizer takes over what was read."""
+        """Hands what was read to the optimizer."""
         states = {name: {**saved["numbers"].get(name, {}), **self.loading[name]} for name in self.held}
         self._load_numbers(saved, states)
 
 
 def _lies_like(parameter: nn.Parameter, key: str, value: Any) -> bool:
-    """Whether an optimizer's state is a tensor that lies as the parameter does, and not a number in a tensor."""
+    """Whether a value of an optimizer's state is a tensor laid out as its parameter is, not a number held in a
+    tensor."""
     return isinstance(value, Tensor) and (value.ndim > 0 or (parameter.ndim == 0 and key != "step"))
 
 
 def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
-    """Whether values of one dtype are the same in the other."""
+    """Whether a conversion from dtype `saved` to dtype `kept` loses nothing."""
     is_floating = saved.is_floating_point and kept.is_floating_point
     return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)

@@ -1,4 +1,4 @@
-"""Weights written for other programs, a file's worth of them at a time."""
+"""Writes weights for other programs, holding one file's worth of them at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +18,18 @@ from .state_dict import Readable, readable_state
 
 DONE_ANYWAY = {"is_main_process": True, "safe_serialization": True, "push_to_hub": False, "variant": None,
                "state_dict": None}  # fmt: skip
-"""Options of Hugging Face's with the values that ask for nothing else than what is done without them."""
+"""Options of Hugging Face's `save_pretrained`, with the values that ask only for what happens without them."""
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What `save_pretrained` was asked for: how long files may be, in which dtype weights are written (None: their
-    own), and options of Hugging Face's that ask for more."""
+    """The arguments of a `save_pretrained`.
+
+    Fields:
+        max_shard_bytes: the size limit of a file.
+        dtype: the dtype that weights are written in; None: their own.
+        options: Hugging Face's options that ask for more than `DONE_ANYWAY` does.
+    """
 
     max_shard_bytes: int
     dtype: torch.dtype | None
@@ -43,7 +48,8 @@ class SaveRequest:
         return cls(max_shard_bytes, dtype, given)
 
     def refusal(self, source: Any, rank: int) -> ArgumentError | None:
-        """What is said to options that would be dropped. Those of ranks that write nothing may say so."""
+        """The error for options that would otherwise be ignored; None if there are none. Ranks other than 0, which
+        write nothing, may pass is_main_process=False."""
         given = self.options.keys() - {"is_main_process"}
         if "is_main_process" in self.options and rank == 0:
             return wrong_argument("is_main_process", False, "True on rank 0, which writes; on others it may be False")
@@ -57,13 +63,15 @@ class SaveRequest:
         return None
 
     def streams(self, source: Any) -> bool:
-        """Whether weights can be written one by one: Hugging Face's own way asks for all of them."""
+        """Whether weights can be written one by one; otherwise Hugging Face's own method writes them, which needs
+        all."""
         if self.options.keys() - {"is_main_process"}:
             return False
         return not hasattr(source, "save_pretrained") or saves_plainly(source)
 
     def with_all(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Arguments for a `save_pretrained` that is given all weights at once. Not each knows what is the default."""
+        """Arguments for a model's own `save_pretrained`, given all weights. Leaves out the default `max_shard_size`, as
+        not every such method takes one."""
         sized = {} if self.max_shard_bytes == DEFAULT.max_shard_bytes else {"max_shard_size": self.max_shard_bytes}
         given = self.options.get("state_dict", weights)
         return {**sized, **self.options, "state_dict": {name: self.cast(value) for name, value in given.items()}}
@@ -76,7 +84,8 @@ DEFAULT = SaveRequest.of("5GB", None, {})
 
 
 def save_streamed(session: Session, directory: Path, request: SaveRequest) -> None:
-    """All ranks read each weight together, and rank 0 writes it. Where that fails there, it reads on for the others."""
+    """All ranks gather each weight together, and rank 0 writes it. If writing fails, rank 0 keeps gathering for the
+    others' sake before it raises."""
     state, source = readable_state(session), session.source
     is_hf = hasattr(source, "save_pretrained")
     names = saved_names(source, list(state.first)) if is_hf else list(state.first)
@@ -102,7 +111,7 @@ def save_streamed(session: Session, directory: Path, request: SaveRequest) -> No
 
 
 def save_at_once(source: Any, directory: Path, request: SaveRequest, weights: dict[str, Tensor]) -> None:
-    """The model writes all weights itself, and they are told to be of the dtype that they have."""
+    """Lets the model write all weights itself, and sets the dtype in its configuration to the one written."""
     arguments = request.with_all(weights)
     dtypes = [value.dtype for value in arguments["state_dict"].values()]
     source.save_pretrained(directory, **arguments)

@@ -1,4 +1,4 @@
-"""A state_dict of whole tensors from processes that each have a shard of some parameters, and back."""
+"""Converts between a state_dict of whole tensors and processes that each hold shards of some parameters."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ..weights.quantized_weights import Kept, kept_weights
 
 
 def _shared_out(session: Session) -> dict[str, str]:
-    """Of which parameters a process has less than all, by all of their names, and what they are called first."""
+    """Parameters divided over processes, by sharding or as layers of a pipeline: each name, mapped to the first."""
     if session.machine is None or not session.is_placed:
         return {}
     layout, first = session.machine.store.chunks.layout, session.names()
@@ -25,12 +25,12 @@ def _shared_out(session: Session) -> dict[str, str]:
 
 
 def whole_shapes(session: Session) -> dict[str, tuple[int, ...]]:
-    """The shapes that parameters have as a whole, of which a process has less, by all of their names."""
+    """The whole shapes of the parameters that are divided over processes, by all of their names."""
     return {name: session.store().chunks.whole_shape(own) for name, own in _shared_out(session).items()}
 
 
 def sharded_slots(session: Session) -> dict[str, Slot]:
-    """Of which parameters this process has a shard, by all of their names, and where that lies."""
+    """The slots of the parameters that this process holds a shard of, by all of their names."""
     shared_out = _shared_out(session)
     places = session.store().chunks.layout.places if shared_out else {}
     found = {name: places[own][0].slots[places[own][1]] for name, own in shared_out.items() if own in places}
@@ -38,10 +38,10 @@ def sharded_slots(session: Session) -> dict[str, Slot]:
 
 
 def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
-    """The source's state_dict with whole tensors, made one by one by all processes together. The values of those
-    that are shared out, and of lazy parameters, are copies on the CPU; names of one parameter share one tensor.
+    """The source's state_dict with whole tensors, gathered one by one by all processes together. Parameters that are
+    divided over processes, and lazy ones, are copies on the CPU; all names of a parameter share one tensor.
 
-    Without `keep` it is empty, though the others' is not.
+    If not `keep`, this process takes part and gets an empty dict.
     """
     found, shared_out = session.source.state_dict(*args, **kwargs), _shared_out(session)
     prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -62,7 +62,8 @@ def whole_state(session: Session, *args: Any, keep: bool, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Readable:
-    """One tensor of a state: `read` makes it, on the CPU, and all processes call it for one after the other."""
+    """One tensor of a state. `read` returns it on the CPU; all processes call it, for the same tensors in the same
+    order."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -71,14 +72,15 @@ class Readable:
 
 @dataclass(frozen=True)
 class ReadableState:
-    """A state_dict whose values are read one by one: by first names, and all further names of these."""
+    """A state_dict whose values are read one by one: tensors by their first names, and further names mapped to
+    these."""
 
     first: dict[str, Readable]
     aliases: dict[str, str]
 
 
 def readable_state(session: Session) -> ReadableState:
-    """The source's state, of which nothing is read yet; quantised weights are dequantised as they are."""
+    """The source's state, with nothing read yet. Quantised weights are dequantised when they are read."""
     shared_out, names = _shared_out(session), dict[int, str]()
     first, aliases = dict[str, Readable](), dict[str, str]()
     for name, value in session.source.state_dict(keep_vars=True).items():
@@ -95,7 +97,7 @@ def readable_state(session: Session) -> ReadableState:
 
 
 def dequantized(source: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole state with the values of quantised weights under the names that these had."""
+    """A state of whole tensors, with the values of quantised weights under the names they had before."""
     found = dict(state)
     for name, kept in kept_weights(source).items():
         found[name] = kept.values(found.pop(kept.codes), found.pop(kept.scales))
@@ -121,9 +123,9 @@ def _read(value: Tensor) -> Tensor:
 
 
 def local_shards_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """This process's shards of whole values.
+    """A state_dict with this process's shards in place of whole values.
 
-    Raises ValueError where one has another shape than the parameter.
+    Raises ValueError if a value and its parameter differ in shape.
     """
     slots = sharded_slots(session)
     if not slots:
@@ -134,7 +136,7 @@ def local_shards_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[
 
 
 def _with_metadata(shards: dict[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Modules read the versions of their own formats there."""
+    """Keeps the `_metadata` of a state_dict, in which modules look up the version of its format."""
     if not hasattr(state_dict, "_metadata"):
         return shards
     found = nn.Module().state_dict()

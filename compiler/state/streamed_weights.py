@@ -1,8 +1,8 @@
-"""A model's own Python on the weights that programs compute with: for generation, whose every token would be a program.
+"""Runs a model's own Python on streamed weights, for generation: compiled, every token would need a program.
 
-For as long as the context is open, each parameter is a stand-in that has no memory. The first operator that reads one
-brings its chunk to the device, in the compute dtype, and the chunk leaves again when others need the room: the same
-weights, copies and accounts as a program's, without one.
+While the context is open, each parameter is a stand-in without memory. The first operator that reads one fetches its
+chunk to the device, in the compute dtype; the chunk is released when others need the room. Weights, copies and
+accounting are the same as for a program.
 """
 
 from collections import OrderedDict
@@ -23,18 +23,18 @@ from ...runtime.memory.tiers import MemoryMeter
 from ..session import Session
 
 KEPT = 2
-"""Chunks that are on the device at a time where there is room, beside those that stay there anyway."""
+"""How many chunks are held on the device at a time, if they fit, besides those that stay there anyway."""
 
 
 class _Chunks:
-    """The weights of the chunks that were read last."""
+    """The weights of the chunks that were read last, on the device."""
 
     def __init__(self, machine: Machine, meter: MemoryMeter | None) -> None:
         self.machine, self.meter = machine, meter
         self.weights: OrderedDict[int, Tensor] = OrderedDict()
 
     def read(self, layout: ChunkLayout) -> Tensor:
-        """All of a chunk's weights, on the device."""
+        """All weights of a chunk, on the device; fetched if necessary."""
         index = layout.index
         if index not in self.weights:
             while len(self.weights) >= KEPT:
@@ -51,7 +51,7 @@ class _Chunks:
         chunk = self.machine.chunks[layout.index]
         try:
             fetched = self.machine.fetch(layout.index, layout.numel, layout.dtype)
-            if self.meter is not None:  # which sees results of operators alone
+            if self.meter is not None:  # the meter by itself sees only results of operators
                 self.meter.watch(fetched, is_booked=self.machine.store.stays(chunk))
             return self.machine.wait(fetched, layout.index)
         except BaseException:
@@ -67,7 +67,7 @@ class _Chunks:
 
 
 class StreamedWeight(nn.Parameter):
-    """In the place of a parameter: any operator on it runs on the weights themselves."""
+    """A stand-in for a parameter: any operator on it runs on the weights themselves, which are fetched for it."""
 
     chunks: _Chunks
     chunk: ChunkLayout
@@ -93,10 +93,10 @@ class StreamedWeight(nn.Parameter):
 
 @contextmanager
 def streamed_weights(session: Session) -> Iterator[None]:
-    """Within, the source's forward computes as an evaluation does, in the compute dtype; nothing is captured. What it
-    needs besides weights is not planned for, and kept within the budget all the same.
+    """Within, the source's forward computes as in an evaluation, in the compute dtype, without being captured. Memory
+    for anything besides weights is not planned for, but the budget still holds.
 
-    Raises BudgetError, in there, where that is too small, and StateError where parameters are divided over processes.
+    Raises BudgetError, within, if the budget is too small, and StateError if parameters are divided over processes.
     """
     session.ready(backward=False)
     setup = session.demanded()

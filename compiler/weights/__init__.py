@@ -1,1 +1,1 @@
-"""A model's values on their way into chunks and buffers: from modules, from files, quantised."""
+"""Brings a model's values into chunks and buffers: from modules, from files, or quantised."""

@@ -1,4 +1,4 @@
-"""Linear layers that bitsandbytes or torchao quantised, which become plain ones with codes and scales of ours."""
+"""Replaces linear layers that bitsandbytes or torchao quantised by plain ones that hold codes and scales of ours."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +13,13 @@ from .quantized_weights import keep_packed
 
 
 def adopt_quantized(source: nn.Module) -> None:
-    """Replace each of them in place: its bias stays, and its codes, where ours are the same.
+    """Replaces each such layer in place. The bias stays, and so do the codes if the format is the same as ours.
 
-    Raises ArgumentError for one whose weight is in a format that is not read, is not quantised yet, or is trained.
+    Raises ArgumentError for a layer whose weight has an unsupported format or is not quantised yet, and for a model
+    that is nothing but such a layer.
     """
     floating = (p.dtype for p in source.parameters() if p.is_floating_point() and not _is_torchao(p))
-    dtype = next(floating, torch.float16)  # what layers pass on to each other
+    dtype = next(floating, torch.float16)  # what layers pass to each other
     found = [(path, module, read) for path, module in source.named_modules() if (read := _reader(module)) is not None]
     for path, module, read in found:
         if not path:
@@ -44,7 +45,8 @@ def _plain(layer: Any, packed: Packed) -> nn.Linear:
 
 
 def _reader(module: nn.Module) -> Callable[[Any], Packed] | None:
-    """What reads a layer's weight, for those of other libraries; these need not be there."""
+    """The function that reads the weight of another library's layer; None for other modules. Does not import the
+    libraries, which may not be installed."""
     weight = module._parameters.get("weight")
     made_by, kind = type(module).__module__.partition(".")[0], type(module).__name__
     if made_by == "bitsandbytes" and weight is not None:

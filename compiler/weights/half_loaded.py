@@ -1,4 +1,4 @@
-"""What a load has begun to write and not ended: with that no step is taken."""
+"""Keeps track of loads that began to write and did not finish: until one succeeds, no step is taken."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,17 +7,17 @@ from ...runtime.isa.errors import StateError
 
 
 class HalfLoaded(set[str]):
-    """Parts of the state, "model" and "optimizer"."""
+    """The parts of the state, "model" or "optimizer", that are written only in part."""
 
     @contextmanager
     def while_written(self, *parts: str) -> Iterator[None]:
-        """Whole again where the body comes to its end."""
+        """Marks the parts as half loaded until the body ends without an error."""
         self.update(parts)
         yield
         self.difference_update(parts)
 
     def check(self) -> None:
-        """Raises StateError where a load has failed half way."""
+        """Raises StateError if a load has failed half way."""
         if self:
             others = ", load_state_dict(...) or load_pretrained(...)" if self == {"model"} else ""
             raise StateError(

@@ -1,4 +1,4 @@
-"""What brings values to a model's weights when they have places in chunks: files, or the modules' own initialisers."""
+"""Sources of values for a model's weights once these have places in chunks: files, or the modules' own initialisers."""
 
 import warnings
 from collections.abc import Collection, Mapping
@@ -23,16 +23,16 @@ from .packed_files import PackedEntry, own_names, packed_entries
 from .quantized_weights import Kept, kept_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Those of whole parameters, by all of their names, where the model has parts of them."""
+"""The shapes of whole parameters, by all of their names, for parameters that are divided over processes."""
 
 SHOWN = 5
-"""How many names an error or a warning tells."""
+"""How many names an error or a warning lists."""
 
 
 @dataclass(frozen=True)
 class FromInitialisers:
-    """Random values, drawn from `seed` by each module's own initialiser; of `names` alone where these are given.
-    `empty` are the parameters as they are on `meta`, by their first names."""
+    """Random values, drawn from `seed` by each module's own initialiser, for the parameters in `names`; None: for all.
+    `empty` are all parameters on `meta`, by their first names."""
 
     source: nn.Module
     empty: dict[str, Tensor]
@@ -43,7 +43,7 @@ class FromInitialisers:
     def of(
         cls, source: nn.Module, seed: int, shapes: Shapes, names: Collection[str] | None = None
     ) -> "FromInitialisers":
-        """Raises StateError where weights are quantised: nobody draws codes."""
+        """Raises StateError if weights are quantised, since codes cannot be drawn."""
         if kept_weights(source):
             raise StateError(
                 "random values are for weights as they are, and some of this model's are quantised: load all of them "
@@ -52,7 +52,7 @@ class FromInitialisers:
         return cls(source, _empty(source, shapes), seed, names)
 
     def check(self) -> None:
-        """Raises StateError for a module that has parameters and nothing that initialises them."""
+        """Raises StateError for a module that has parameters and no initialiser."""
         check_initialisers(self.source)
 
     def digest(self) -> str:
@@ -68,14 +68,15 @@ class FromInitialisers:
 
 @dataclass(frozen=True)
 class FromPeft:
-    """Values of adapters, as PEFT draws them. `empty` are the parameters as they are on `meta`, by their names."""
+    """Values of adapters, as PEFT draws them. `empty` are all parameters on `meta`, by their first names."""
 
     source: nn.Module
     empty: dict[str, Tensor]
     seed: int
 
     def check(self) -> None:
-        """Raises StateError for adapters that PEFT does not draw: they are few, and drawn to find out."""
+        """Raises StateError for adapters that PEFT does not initialise; draws them once to find out, as they are
+        small."""
         initialise_adapters(self.source, self.empty, self.seed, lambda name, values: None)
 
     def digest(self) -> str:
@@ -88,8 +89,8 @@ class FromPeft:
 
 @dataclass(frozen=True)
 class FromFiles:
-    """Values in safetensors files: each is read from the disk right into its chunk, of a divided one this process's
-    part alone. What the files lack is drawn by the modules' own initialisers, and adapters by PEFT's."""
+    """Values in safetensors files. Each is read from disk directly into its chunk; of a sharded one, only this
+    process's shard. What the files lack is drawn by the modules' own initialisers, and adapters by PEFT's."""
 
     source: nn.Module
     files: WeightFiles
@@ -99,8 +100,8 @@ class FromFiles:
 
     @classmethod
     def found(cls, source: nn.Module, directory: Any, strict: bool, seed: int, shapes: Shapes) -> "FromFiles":
-        """What the files lack is drawn from `seed`. Raises CheckpointError where they are not for this model, or, if
-        `strict`, lack some of it."""
+        """The files in `directory`; what they lack is drawn from `seed`. Raises CheckpointError if they are not for
+        this model, or, if `strict`, lack some of its weights."""
         files, own = WeightFiles.found(directory), _own_tensors(source)
         packed = packed_entries(files)
         entries = own_names(packed, files)
@@ -154,7 +155,7 @@ class FromFiles:
         self.files.read(targets, take)
 
     def _targets(self, store: StateStore) -> dict[str, list["_Target"]]:
-        """Where each of the files' weights goes."""
+        """The parameters and buffers that each of the files' weights is written to, by the name in the files."""
         first = {id(parameter): name for name, parameter in self.source.named_parameters()}
         own, kept, made = _own_tensors(self.source), kept_weights(self.source), dict[int, _Target]()
         targets: dict[str, list[_Target]] = {}
@@ -172,14 +173,14 @@ class FromFiles:
 
 
 class _Target(Protocol):
-    """Takes a weight, by what gives it by its slices."""
+    """A destination of a weight in a file; `slices` gives the weight's values by slicing."""
 
     def take(self, name: str, slices: Any) -> None: ...
 
 
 @dataclass(eq=False)
 class _Values:
-    """A parameter or a buffer. What comes under a further name of it must be the same."""
+    """A parameter or a buffer. Values that come under another of its names must be the same."""
 
     stored: Stored
     is_written: bool = False
@@ -194,14 +195,14 @@ class _Values:
 
 @dataclass(eq=False)
 class _Codes:
-    """A quantised weight, which is read whole and quantised."""
+    """A quantised weight. It is read whole, then quantised, unless the file has it quantised in the same format."""
 
     kept: Kept
     codes: Stored
     scales: Stored
 
     def take(self, name: str, slices: Any) -> None:
-        if not self.codes.regions and not self.scales.regions:  # another stage's
+        if not self.codes.regions and not self.scales.regions:  # it belongs to another stage
             return
         weight = self.kept.weight
         if isinstance(slices, Packed) and slices.format == weight.format:
@@ -218,7 +219,7 @@ class _Codes:
 
 
 def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
-    """What a model's state_dict holds, by all names; of quantised weights what they would be, under their own names."""
+    """The model's state_dict, by all names, with each quantised weight on `meta` in place of its codes and scales."""
     own = dict(source.state_dict(keep_vars=True))
     for name, kept in kept_weights(source).items():
         del own[kept.codes], own[kept.scales]
@@ -227,7 +228,7 @@ def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
 
 
 def _empty(source: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
-    """All parameters as they are on `meta`, by their first names."""
+    """All parameters on `meta` with their whole shapes, by their first names."""
     return {
         name: p.detach() if p.is_meta else torch.empty(shapes.get(name, p.shape), dtype=p.dtype, device="meta")
         for name, p in source.named_parameters()
@@ -235,7 +236,8 @@ def _empty(source: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def _check_shapes(own: dict[str, Tensor], shapes: Shapes, entries: dict[str, Entry], names: Matched) -> None:
-    """Raises CheckpointError for a weight of another shape, or of numbers of another kind."""
+    """Raises CheckpointError if a weight in the files has another shape, or is an integer where a float is needed or
+    the other way round."""
     for name, there in names.found.items():
         entry, tensor = entries[there], own[name]
         shape = shapes.get(name, tuple(tensor.shape))
@@ -263,8 +265,8 @@ def _write(target: Stored, slices: Any) -> None:
 
 
 def _check_same(name: str, target: Stored, slices: Any) -> None:
-    """Raises CheckpointError where two names of one parameter have different values: what is stored of them is
-    compared, which may be rounded."""
+    """Raises CheckpointError if two names of one parameter have different values. Compares them as stored, which may be
+    rounded."""
     for region in target.regions:
         before = target.read(region).clone()
         target.write(region, _everywhere(region), slices[_slices(region)])
@@ -276,12 +278,12 @@ def _check_same(name: str, target: Stored, slices: Any) -> None:
 
 
 def _slices(region: Region) -> tuple[slice, ...]:
-    """A region's place in the whole tensor."""
+    """A region's slices in the whole tensor."""
     return tuple(slice(start, start + size) for start, size in zip(region.offsets, region.sizes, strict=True))
 
 
 def _everywhere(region: Region) -> tuple[slice, ...]:
-    """All of a region."""
+    """Slices that cover all of a region."""
     return tuple(slice(0, size) for size in region.sizes)
 
 

@@ -1,8 +1,8 @@
-"""Weights of safetensors files that bitsandbytes quantised: several tensors of a file are one weight of the model.
+"""Weights that bitsandbytes quantised in safetensors files: several tensors of a file make one weight of the model.
 
-4 bits    W: codes;  W.absmax, W.quant_map, W.quant_state.bitsandbytes__nf4 (JSON, in bytes), and, quantised doubly,
-          W.nested_absmax, W.nested_quant_map
-8 bits    W: codes;  SCB and weight_format, of the layer that W is the weight of
+4 bits    W: codes;  W.absmax, W.quant_map, W.quant_state.bitsandbytes__nf4 (JSON, in bytes), and, with double
+          quantisation, W.nested_absmax, W.nested_quant_map
+8 bits    W: codes;  in the same layer, SCB and weight_format
 """
 
 import json
@@ -22,19 +22,24 @@ _TABLE, _SCALES, _ROWS = "quant_map", "SCB", 0
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """One weight: `parts` are the names of what it is made of besides its codes, by what bitsandbytes calls them there;
-    `told` is what its JSON tells. As a whole it is as `entry` says."""
+    """One weight.
+
+    Fields:
+        entry: its dtype and shape as a whole, once dequantised, and its file.
+        parts: its tensors besides the codes: bitsandbytes' name for each, mapped to the name in the file.
+        told: the contents of its JSON; empty for 8 bits.
+    """
 
     entry: Entry
     parts: dict[str, str]
     told: dict[str, Any]
 
     def packed(self, name: str, codes: Tensor, files: WeightFiles) -> Packed:
-        """It, of its codes and what the files have besides."""
+        """The weight, from its `codes` and its other tensors in the files."""
         return self._put_together(name, codes, {part: files.tensor(there) for part, there in self.parts.items()})
 
     def check(self, name: str, files: WeightFiles) -> None:
-        """Raises CheckpointError for a format that is not read, or tensors that do not fit each other."""
+        """Raises CheckpointError for an unsupported format, or tensors that do not fit each other."""
         on_meta = {part: _on_meta(files.entries[there]) for part, there in self.parts.items()}
         table = {part: files.tensor(there) for part, there in self.parts.items() if part == _TABLE}
         self._put_together(name, _on_meta(files.entries[name]), on_meta | table)
@@ -51,7 +56,7 @@ class PackedEntry:
 
 
 def packed_entries(files: WeightFiles) -> dict[str, PackedEntry]:
-    """All of them, by the names of their codes. Raises CheckpointError where what tells of one is not understood."""
+    """All quantised weights, by the names of their codes. Raises CheckpointError if a description is not understood."""
     found = {}
     for name in files.entries:
         weight, is_state, kind = name.partition(_STATE)
@@ -94,7 +99,7 @@ def _eight_bits(files: WeightFiles, weight: str, scales: str) -> PackedEntry:
 
 
 def own_names(packed: dict[str, PackedEntry], files: WeightFiles) -> dict[str, Entry]:
-    """The files' tensors as a model has them: weights as wholes, without what they are made of."""
+    """The files' tensors under the model's names: each quantised weight as one, without its parts."""
     parts = {name for each in packed.values() for name in each.parts.values()}
     states = {name for name in files.entries if name.partition(_STATE)[0] in packed and _STATE in name}
     layouts = {f"{name}_format" for name in packed}

@@ -1,4 +1,4 @@
-"""Where values lie: chunks and buffers are put where a plan wants them, and weights on `meta` wait for theirs."""
+"""Puts chunks and buffers where a plan wants them; weights on `meta` get places there and wait for their values."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -19,20 +19,20 @@ from .values import move_buffers, share_values
 
 
 class Incoming(Protocol):
-    """What brings values to weights on `meta` when they have places in chunks."""
+    """A source of values for weights on `meta`, once these have places in chunks."""
 
     def check(self) -> None:
-        """Raises, before anything is changed, where values cannot be had any more."""
+        """Raises, before anything is changed, if the values are no longer available."""
 
     def digest(self) -> str:
-        """Tells these values from others, which some ranks may have been told to bring."""
+        """A digest that tells these values from others: all ranks must have been told to bring the same."""
 
     def bring(self, store: StateStore) -> None:
-        """Write all values, on every rank alike."""
+        """Writes all values; the same ones on every rank."""
 
 
 class Places:
-    """Of one model, whose values all ranks have alike from their first place on."""
+    """The places of one model's values. From the first `put` on, all ranks hold the same values."""
 
     def __init__(self, source: nn.Module, ranks: Ranks, device: Device) -> None:
         self.source, self.ranks, self.device = source, ranks, device
@@ -41,11 +41,12 @@ class Places:
 
     @property
     def are_empty(self) -> bool:
-        """Whether weights are on `meta`, without values."""
+        """Whether any weights are on `meta`, without values."""
         return any(parameter.is_meta for parameter in self.source.parameters())
 
     def check(self, incoming: Incoming) -> None:
-        """Raises, on all ranks, where values cannot be had any more on one of them, or it was told to bring others."""
+        """Raises, on all ranks, if the values are no longer available on one of them, or if ranks were told to bring
+        different ones."""
         with self.ranks.failing_alike():
             incoming.check()
             digest = incoming.digest()
@@ -53,14 +54,15 @@ class Places:
 
     def put(self, setup: Setup, homes: Homes, programs: Iterable[Compiled], phase: Phase,
             declared: Declaration | None) -> None:  # fmt: skip
-        """Put all where `homes` say. What is on `meta` has places then, for the same values on every rank."""
+        """Puts all values where `homes` say. Weights on `meta` get places for values, which must be the same on every
+        rank."""
         are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
         with torch.inference_mode(False), torch.no_grad():
             if are_empty:
                 give_buffers(self.source)
             if self.device.is_cuda:
                 move_buffers(self.source, device)
-            if phase is Phase.PLANNED:  # later homes change, and that on some ranks alone
+            if phase is Phase.PLANNED:  # later calls, for new homes, may come on some ranks only
                 self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), device)
                 open_channels(self.ranks, channels(setup.plan, programs))
             self._check_alike(setup, declared)
@@ -73,7 +75,8 @@ class Places:
                 store.place(homes)
 
     def _check_alike(self, setup: Setup, declared: Declaration | None) -> None:
-        """Raises StateError where ranks differ in what they place first, or in the optimizer that they have now."""
+        """Raises StateError if ranks differ in what they place for the first time, or in the optimizer declared
+        since."""
         if not self._are_shared:
             self.ranks.check_alike("the model", state_alike(setup.plan), chunks_alike(setup.plan))
         if not self._are_shared or declared is not self._declared:

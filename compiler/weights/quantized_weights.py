@@ -1,4 +1,4 @@
-"""Frozen weights of linear layers as codes and scales, by which the model's own Python computes from then on."""
+"""Keeps frozen weights of linear layers as codes and scales, which the model's own Python then computes with, too."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ from ...runtime.kernels.quantized import quantize
 
 @dataclass(frozen=True)
 class Kept:
-    """A quantised weight, as its model keeps it: the names of its codes and scales, and what dequantises them."""
+    """A quantised weight in its model: the names of its codes and scales, and the parametrization that dequantises
+    it."""
 
     codes: str
     scales: str
@@ -29,7 +30,7 @@ class Kept:
 
 
 def kept_weights(source: nn.Module) -> dict[str, Kept]:
-    """All quantised weights, by the names that they had."""
+    """All quantised weights, by the names they had before."""
     found: dict[str, Kept] = {}
     for path, module in source.named_modules():
         if is_quantized(module):
@@ -39,12 +40,12 @@ def kept_weights(source: nn.Module) -> dict[str, Kept]:
 
 
 def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: torch.dtype | None) -> None:
-    """Keep each weight of a linear layer that is frozen, and no other module's, too, in `format`; where it is read it
-    is dequantised to what the model computes in, and so are weights that an earlier compile() quantised. Without a
-    format no others are.
+    """Quantises, in place and to `format`, each frozen weight of a linear layer that no other module shares. It is
+    dequantised where it is read, to the dtype that the model computes in, as are weights quantised by an earlier
+    compile(). Without a `format`, only the latter happens.
 
-    Raises ArgumentError where there is no such weight, one has values that are not finite, or some are kept in another
-    format already.
+    Raises ArgumentError if there is no such weight, one has values that are not finite, or some are already kept in
+    another format.
     """
     earlier = [kept.weight for kept in kept_weights(source).values()]
     others = {dequantized.format for dequantized in earlier} - {format}
@@ -66,13 +67,13 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
         weight = layer.weight
         dequantized = _Quantizing(format, tuple(weight.shape), cast_dtype(weight, compute_dtype), weight.dtype)
         try:
-            register_parametrization(layer, "weight", dequantized, unsafe=True)  # which would compare dtypes
+            register_parametrization(layer, "weight", dequantized, unsafe=True)  # the checks would compare dtypes
         except ValueError as error:
             raise ArgumentError(f"frozen={format!r}: {path}: {error}") from error
 
 
 def keep_packed(layer: nn.Linear, packed: Packed) -> None:
-    """Let a layer on `meta` have a weight that is quantised already."""
+    """Gives a layer on `meta` a weight that is quantised already."""
     dequantized = _Quantizing(packed.format, packed.shape, packed.dtype, packed.dtype)
     register_parametrization(layer, "weight", dequantized, unsafe=True)
     kept = layer.parametrizations["weight"]
@@ -101,7 +102,7 @@ def restored_on_failure(source: nn.Module) -> Iterator[None]:
 
 
 class _Quantizing(Dequantized):
-    """A parametrization that torch asks for codes and scales, of a weight that may be on `meta`."""
+    """The parametrization that torch asks to quantise a weight, which may be on `meta`."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if not weight.is_meta:

@@ -1,4 +1,4 @@
-"""The values of a model: its parameters and buffers, and what a call brings."""
+"""The values of a model: its parameters and buffers, and the inputs of a call."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -23,8 +23,8 @@ def move_buffers(source: nn.Module, device: torch.device) -> None:
 
 
 def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: ChunkStore) -> None:
-    """Every rank starts from the values of rank 0. Where rank 0 has let go of
-    what it lacks, parameters are those of the first rank with the same layers."""
+    """Gives every rank the values of rank 0. If ranks have freed the parameters of other pipeline stages, it takes
+    parameters from the first rank with the same layers instead."""
     for name, parameter in source.named_parameters():
         if not chunks.has_let_go:
             ranks.from_first_(parameter.detach(), device)
@@ -37,9 +37,9 @@ def share_values(source: nn.Module, ranks: Ranks, device: torch.device, chunks: 
 def program_inputs(
     census: Census, compiled: Compiled, arguments: Any, device: torch.device, dtype: torch.dtype | None
 ) -> list[Any]:
-    """A program's inputs by role: tensors of the call go to the device, in the dtype it computes in; numbers are told.
+    """A program's inputs by role. Tensors of the call go to the device, in the compute dtype; numbers stay as they are.
 
-    Raises StateError for one that has no values, or that would change under the program.
+    Raises StateError for a tensor that has no values, or that the program would overwrite.
     """
     leaves, buffers = pytree.tree_leaves(arguments), census.now().buffers
     written = {buffers[name].untyped_storage()._cdata: name for name in compiled.written}
@@ -63,7 +63,8 @@ def program_inputs(
 
 
 def _check_input(tensor: Tensor, written: Mapping[int, str], device: torch.device) -> None:
-    """`written` names the buffers that the program writes to, by their memory."""
+    """Raises StateError if the program cannot take this input. `written` maps the memory of buffers that it writes to
+    their names."""
     if tensor.is_meta:
         raise StateError(
             f"an input of shape {tuple(tensor.shape)} is on 'meta', which has no values; pass a tensor on "
@@ -78,10 +79,10 @@ def _check_input(tensor: Tensor, written: Mapping[int, str], device: torch.devic
 
 
 def on_device(tensor: Tensor, device: torch.device, compute_dtype: torch.dtype | None) -> Tensor:
-    """An input where programs run, as they take it.
+    """An input on the device where programs run, in the dtype they take.
 
-    Page-locked memory is copied from while the caller goes on, and he may fill it anew: such a copy is waited for, on a
-    stream of its own, which waits for nothing that computes.
+    Copies from page-locked memory are asynchronous, and the caller may refill it as soon as the call returns. The host
+    therefore waits for such a copy, on a stream of its own so as not to wait for computation.
     """
     dtype = cast_dtype(tensor, compute_dtype)
     if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.is_pinned():
@@ -102,9 +103,9 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.Parameter],
                      layout: Layout | None) -> None:  # fmt: skip
-    """The chunks hold the parameters that the model was compiled with, and no others.
+    """Checks that the model has the parameters it was compiled with, which are those in the chunks, and no others.
 
-    Raises StateError for one that was added, removed or replaced, and for one that is trained now and was not.
+    Raises StateError for one that was added, removed or replaced, and for one that is trained now and was not then.
     """
     if now.keys() != compiled.keys() or any(now[n] is not p for n, p in compiled.items()):
         changed = next((n for n in {**now, **compiled} if now.get(n) is not compiled.get(n)), "")
