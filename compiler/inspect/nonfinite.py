@@ -14,7 +14,7 @@ from ...runtime.isa.instructions import NAMESPACE, OFFLOAD, START_RECEIVE, START
 from ...runtime.memory.state_store import Run
 
 _UNDER_WAY = STARTS | {OFFLOAD, START_RECEIVE}
-"""Operators that return before their results are there."""
+"""Operators that return before their results have arrived."""
 
 
 def first_nonfinite(program: Program, executor: Executor, inputs: list[Any]) -> str | None:

@@ -1,5 +1,4 @@
-"""Where a step's time goes: what the device computes and copies, what the host updates, and how long the device
-waits."""
+"""Where a step's time goes: device compute, copies, host updates, and waiting."""
 
 import os
 import time

@@ -7,8 +7,7 @@ from ..rates.rates import Rates
 
 @dataclass
 class Lane:
-    """One direction: its rate while the other is idle, its total busy time, and the begin and end of its latest busy
-    stretch."""
+    """One direction: its rate while the other is idle, its total busy time, and its latest busy stretch."""
 
     bytes_per_s: float
     busy_s: float = 0.0
@@ -37,8 +36,7 @@ class Bus:
         return self._copied(self.down, self.up, num_bytes, begin_s)
 
     def through(self, up_bytes: int, down_bytes: int, begin_s: float) -> float:
-        """The time at which bytes that stream through the device, up and back piece by piece, have passed in both
-        directions."""
+        """The time at which bytes streamed through the device, piece by piece, have passed both ways."""
         up_s, down_s = up_bytes / self.both_bytes_per_s, down_bytes / self.both_bytes_per_s
         end_s = begin_s + max(up_s, down_s)
         self.up.use(begin_s, end_s, up_s)
@@ -46,7 +44,7 @@ class Bus:
         return end_s
 
     def _copied(self, lane: Lane, other: Lane, num_bytes: int, begin_s: float) -> float:
-        """At full rate until the other direction gets busy, at the shared rate beside it, and at full rate again."""
+        """At the full rate, except at the shared rate while the other direction is busy."""
         now_s, left = begin_s, float(num_bytes)
         stretches = ((other.begun_s, lane.bytes_per_s), (other.done_s, self.both_bytes_per_s))
         for until_s, bytes_per_s in stretches:

@@ -1,5 +1,4 @@
-"""What the processes of a plan exchange in a step, counted from the program that will run, and the memory that
-takes."""
+"""What a plan's processes exchange in a step, counted from the program that will run, and the memory it takes."""
 
 from collections import Counter
 

@@ -26,8 +26,7 @@ HALVINGS = 20
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured training step: its seconds, the seconds of it in which copies ran each way and the host updated, and
-    the device's peak bytes."""
+    """A measured training step: seconds in all, of copies each way and of host updates, and the device's peak bytes."""
 
     step_s: float
     up_s: float
@@ -37,8 +36,7 @@ class Measured:
 
     @classmethod
     def slowest(cls, found: list["Measured"]) -> "Measured":
-        """The maximum of each field over several processes: all wait for the slowest, and each needs room for the
-        largest peak."""
+        """The maximum of each field over processes: all wait for the slowest, and all need room for the largest."""
         return cls(*map(max, zip(*map(astuple, found), strict=True)))
 
 

@@ -1,5 +1,4 @@
-"""The seconds of an operator on the device: by its FLOP or by the bytes that it reads and writes, whichever takes
-longer.
+"""Seconds of an operator on the device: by its FLOP or the bytes that it reads and writes, whichever takes longer.
 
 By default all operands are read and all results written, with bytes by their types. `MOVED` has the operators that
 touch other bytes.
@@ -48,8 +47,7 @@ def _put_product(node: fx.Node) -> int:
 
 
 def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
-    """Logits exist only in pieces, but are still written and read: `passes` times in the inputs' dtype, and four times
-    in float32."""
+    """Logits exist only in pieces, but all are written and read: `passes` times in the inputs' dtype, 4 in float32."""
 
     def num_bytes(node: fx.Node) -> int:
         matrices = [type for type in map(tensor_type, node.all_input_nodes) if len(type.shape) == 2]

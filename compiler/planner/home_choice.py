@@ -31,8 +31,7 @@ class Move:
 
 
 def least(plan: Plan, placed: Homes | None) -> Homes:
-    """The homes with the least on the device that the policy allows. States that are already `placed` stay where they
-    are."""
+    """The homes with the least on the device that the policy allows. States that are already `placed` do not move."""
     cuda = plan.request.policy == "cuda"
     wheres = [Where.DEVICE] if cuda else [Where.HOST, Where.STREAMED]
     may_be = plan.format.wheres
@@ -45,8 +44,7 @@ def least(plan: Plan, placed: Homes | None) -> Homes:
 
 def candidates(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None,
                assumed: Sequence[Assumed]) -> list[Homes]:  # fmt: skip
-    """Homes to compare: the least ones filled up chunk by chunk, and the integer program's answer to each of
-    `assumed`."""
+    """Homes to compare: the least ones, these filled up, and the filled-up answers to each of `assumed`."""
     begin = least(plan, placed)
     found = [begin]
     if plan.request.policy == "auto" and memory.fits(begin):
@@ -57,8 +55,8 @@ def candidates(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None,
 
 
 def fitting(program: HomeProgram, assumed: Assumed, blocks: Blocks = NOT_CHOSEN) -> Answer | None:
-    """The program's answer, if the whole program fits with it. Its peak may be a little above what the integer program
-    knows; the program is then solved again with that much more left free."""
+    """The integer program's answer, if it fits as a whole program, whose peak may be a little higher than the integer
+    program knows. Where it is, the answer is sought again with that much more left free."""
     spare_bytes = 0
     for _ in range(MOST_TIGHTER):
         answer = program.solve(assumed, blocks, spare_bytes)

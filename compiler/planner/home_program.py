@@ -1,11 +1,11 @@
-"""The integer program of homes: how many chunks of each kind go where, and how many blocks are recomputed, for the
-shortest step.
+"""The integer program of homes: how many chunks of each kind go where, and how many blocks are recomputed.
 
 Chunks that are alike form a class. For each class and home the clock runs one such chunk, alone with the program's
-compute: it tells how long each resource is busy, and, by how much longer the step gets, what does not overlap. The
-state's format tells the bytes on the device and on the host. HiGHS finds the numbers that minimise the busy time of the
-busiest resource within the room of both. The integer program ignores order, so it is solved under several assumptions
-about how well resources can be kept busy, and the clock picks the fastest of the answers by running whole programs.
+compute, which tells how long the chunk keeps each resource busy and by how much it lengthens the step: the part that
+does not overlap. The format of its training state tells the bytes on the device and on the host. Within the room of
+both, HiGHS minimises the busy time of the busiest resource. The integer program ignores order, so it is solved under
+several assumptions about how well resources can be kept busy, and the clock picks the fastest answer by running whole
+programs.
 """
 
 from collections import defaultdict
@@ -111,8 +111,7 @@ class HomeProgram:
         self.runs = plan.format.accumulate
 
     def solve(self, assumed: Assumed, blocks: Blocks = NOT_CHOSEN, spare_bytes: int = 0) -> Answer | None:
-        """Solves with `spare_bytes` of the device left free. None where that does not fit the device, however much the
-        host has."""
+        """Solves with `spare_bytes` of the device left free. None where that does not fit the device."""
         rows = Rows()
         chosen = rows.columns([len(one.chunks) for one in self.choices], integer=True)
         kept, (step, lacking) = rows.columns([blocks.count], integer=True), (rows.columns([inf]), rows.columns([inf]))
@@ -329,7 +328,7 @@ class HomeProgram:
 
 @dataclass(frozen=True)
 class _Row:
-    """A resource: busy seconds by choice, and those that are not chosen."""
+    """A resource: busy seconds by choice (one element each), and those that no choice changes."""
 
     resource: str
     seconds: np.ndarray

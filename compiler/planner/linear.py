@@ -9,8 +9,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 GAP = 0.02
-"""The relative gap to the optimum at which an answer is good enough: rates are not known better, and the clock decides
-between answers."""
+"""The relative gap of a good enough answer: rates are not known better, and the clock decides among answers."""
 
 MOST_NODES = 2000
 """A search stops after this many nodes and not after some seconds, so that all processes find the same answer."""

@@ -49,7 +49,7 @@ class Limits:
 
 
 class Memory:
-    """What a program takes, given its chunks' homes: between steps, and at its highest point.
+    """What a program takes, given its chunks' homes: throughout, and at its highest point.
 
     Weights come and go only at certain positions, and of each stretch between two of these only the highest position
     matters. `highest` has that position for each stretch, and arrays have one element per stretch.
@@ -75,7 +75,7 @@ class Memory:
         self.stretches_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for chunk, start, end in zip(self.fetched, self.starts, self.ends, strict=True):
             self.stretches_of[int(chunk)].append((int(start), int(end)))
-        # Homes are tried by the thousand, and most chunks have the same home as in the try before.
+        # Homes are tried by the thousand, and most chunks have the same home as in the previous try.
         self._there_bytes = cache(self._there)
         self._passing_bytes = cache(self._passing)
         self._streaming_bytes = cache(self._streaming)
@@ -183,7 +183,7 @@ class Memory:
 
 
 class Filling:
-    """Homes that are changed one chunk at a time: a try costs what it changes, not a full recount."""
+    """Homes that are changed one chunk at a time: trying a move costs what it changes, not a full recount."""
 
     def __init__(self, memory: Memory, homes: Homes) -> None:
         self.memory, self.homes = memory, list(homes)

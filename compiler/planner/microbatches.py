@@ -1,5 +1,4 @@
-"""The number of microbatches and rounds that a batch runs in, where the user does not say: as few as fit, or more where
-that is faster."""
+"""The number of microbatches and rounds of a batch, where the user does not say: as few as fit, or more if faster."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,8 +14,7 @@ Decision = tuple[Solution, Exception | None]
 """A solution, and the error that refuses steps until the model's own optimizer is made (None: steps may run)."""
 
 GAIN = 0.03
-"""Twice as many microbatches are worth it where the modelled step, or the smallest budget, shrinks by at least this
-share."""
+"""Doubling the microbatches is worth it where the modelled step, or the smallest budget, shrinks by this share."""
 
 
 AGAIN_SHARE = 0.25
@@ -30,8 +28,8 @@ def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | N
     """The decision for the whole batch where that fits; otherwise for 2, 4, 8, ... parts of it, as long as more parts
     need less memory. Raises BudgetError where nothing fits.
 
-    `device_bytes` is the device's budget. A number of parts is skipped where the need of the whole batch, divided by
-    it, exceeds the budget, and a larger number of parts could still fit.
+    `device_bytes` is the device's budget. A number of parts is skipped if even a perfect division of the whole batch's
+    need leaves more than the budget to each, as long as a larger number could still fit.
     """
     refused: list[BudgetError] = []
     counts = list(_counts(examples))
@@ -62,9 +60,8 @@ def _are_too_few(count: int, whole: BudgetError, most: int, device_bytes: int | 
 
 
 def in_rounds(find: Callable[[int], Decision], best: Decision, copied_s: float) -> Decision:
-    """The best decision for one round, or the one for more rounds where that is faster: only one round's activations
-    are held at a time, so that less is recomputed. `copied_s` is how long each further round keeps the bus busy in each
-    direction."""
+    """The best decision for one round, or for more where that is faster: only one round's activations are held at a
+    time, so that less is recomputed. `copied_s` is how long each further round keeps the bus busy each way."""
     plan = best[0].plan
     # Among equally good ones the largest number comes first, since it leaves the most room.
     bounds = [(_least_s(plan, rounds, copied_s), -rounds) for rounds in _counts(plan.microbatches) if rounds > 1]

@@ -47,8 +47,7 @@ LEANER = (
     OwnFormat(in_backward=True, stored="int8"),
     OwnFormat(in_backward=True, stored="int8", masters="bf16-stochastic"),
 )
-"""Formats that `model.optimizer(...)` may still declare, from the one with the most memory to the one with the
-least."""
+"""Formats that `model.optimizer(...)` may still declare, those that take most memory first."""
 
 NOT_CUT = (
     "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
@@ -64,7 +63,7 @@ NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothi
 @dataclass(frozen=True)
 class _Formats:
     """The formats that training state may have: the one that `model.optimizer(...)` declared, or, before it is called,
-    torch's, and after it those of `ours` to try in order where torch's does not fit."""
+    torch's, and where that does not fit the first of `ours` that does."""
 
     declared: OwnFormat | None
     torchs: StateFormat
@@ -137,8 +136,7 @@ class Planning:
         return make_schedule(options.schedule or default, shape)
 
     def _fitting(self, schedule: Schedule | None) -> Schedule | None:
-        """Checks a schedule that the user gave. Raises ArgumentError where it cannot run or does not match the other
-        options."""
+        """Checks the user's schedule. Raises ArgumentError where it cannot run or contradicts another option."""
         degrees, found = self.options.degrees, schedule
         expected = (degrees.pipeline, degrees.pipeline * degrees.stages_per_rank)
         shape = (1, 1) if found is None else (len(found.ranks), found.stages)
@@ -156,8 +154,7 @@ class Planning:
 
     @property
     def asked(self) -> int | None:
-        """The number of microbatches that a training step's batch must be divided into; None where the planner
-        chooses."""
+        """The number of microbatches required for a training step's batch; None where the planner chooses."""
         if self.schedule is not None:
             return self.schedule.microbatches
         if self.options.plan is not None:
@@ -289,8 +286,7 @@ class Planning:
         self._logits.clear()
 
     def _scheduled(self, captured: Captured, microbatches: int) -> Schedule | None:
-        """The schedule for a captured step: the training schedule, or its forward alone for a step without a
-        backward."""
+        """The schedule for a captured step: the training schedule, or its forward alone where there is no backward."""
         if self.schedule is None or captured.trains:
             return self.schedule
         return self.schedule.forward_alone(microbatches)
@@ -326,10 +322,10 @@ class Planning:
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
                 excused: type[BudgetError]) -> Decision:  # fmt: skip
-        """Decides for the optimizer in use: the plan, and an error that refuses steps until `model.optimizer(...)` is
-        called, if it must be. That is so where torch's state does not fit but one of `ours` does, since the user
-        chooses an optimizer only after compiling, and where chunks are sharded, which only our own optimizer
-        supports."""
+        """Decides for the optimizer in use. Returns a plan, and an error that refuses steps until
+        `model.optimizer(...)` is called, or None. The error comes where torch's state does not fit but one of `ours`
+        does, since the user chooses an optimizer only after compiling, and where chunks are sharded, which only our own
+        optimizer supports."""
         declared, ours = formats.declared, formats.ours
         if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
             return find(replace(plan, format=next(iter(ours), OwnFormat()))), StateError(
@@ -343,8 +339,7 @@ class Planning:
             return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
-        """The lowered program of a plan. Kept until training begins, because the same plan is made again for each
-        optimizer."""
+        """The lowered program of a plan. Kept until training begins, since plans are made again for each optimizer."""
         key = (
             id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
             plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
@@ -355,8 +350,7 @@ class Planning:
         return self._lowered[key][1]
 
     def _logits_bytes(self, captured: Captured) -> int:
-        """Bytes of logits that a fused loss would save. Kept, because plans are made again for each optimizer and
-        format."""
+        """Bytes of logits that a fused loss would save. Kept, since plans are made again for each format."""
         if id(captured) not in self._logits:
             self._logits[id(captured)] = captured, logits_bytes(captured.program)
         return self._logits[id(captured)][1]

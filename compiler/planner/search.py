@@ -56,7 +56,7 @@ SHARES = 4
 """A first look at how many blocks to offload goes in steps of one in this many of them all."""
 
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
-"""The shares of the recomputed blocks for which keeping activations on the host instead is tried."""
+"""The shares of the recomputed blocks whose activations are kept on the host instead, as far as trying that helps."""
 
 SUMS_SHARE = 0.5
 """Gradient sums are kept on the device between rounds only where they take less than this share of its budget."""
@@ -64,7 +64,7 @@ SUMS_SHARE = 0.5
 OFFLOAD_GAIN = 0.05
 """The share of a step's time that offloading must save where everything fits without it. The margin covers the clock's
 error: the copies that replace compute share the bus with weights, gradients and states, and each late copy stalls the
-device, while the time of recomputing is certain. Within the clock's observed error, a plan that looks better by less
+device, while the time of recomputing is certain. A plan that looks better by less than the error observed on the clock
 may be worse."""
 
 
@@ -202,8 +202,7 @@ class _Search:
         return self.given.logits_bytes > 0 and (share or not self.limits.allow(unfused.plan))
 
     def _recomputing(self, plan: Plan) -> list[Solution]:
-        """Plans that recompute no block, as many as the integer program suggests for costs between the two extremes,
-        and all."""
+        """Plans that recompute no block, all blocks, and a number that the integer program finds from these two."""
         given = self.given
         if given.recompute is not None or not given.blocks:
             return self._with_loss(replace(plan, recompute=given.recompute or ()))
@@ -252,8 +251,7 @@ class _Search:
         return best
 
     def _offloaded_beside(self, plan: Plan) -> list[Solution]:
-        """A plan that does not fit, with activations offloaded: first of all blocks, then of fewer as long as it still
-        fits."""
+        """A plan that does not fit, with the activations of all blocks offloaded, then of fewer while it still fits."""
         found = []
         for offload in reversed(_shares(self.given.blocks)[1:]):
             found.append(self._complete(replace(plan, offload=offload)))
@@ -302,8 +300,7 @@ class _Search:
         return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
 
     def _complete(self, plan: Plan, assumed: Sequence[Assumed] = FIRST_LOOK) -> Solution:
-        """Lowers a plan and chooses homes for its chunks: the fastest that fit, or, where none do, those that take
-        least."""
+        """Lowers a plan and chooses homes for its chunks: the fastest that fit, or, where none do, the least."""
         weighed = self.lower(plan)
         memory, time = weighed.on(plan, self.limits)
         weigh = lambda homes: (memory.beyond_host(homes), time.seconds(plan, homes))  # noqa: E731
@@ -363,15 +360,13 @@ def _solution(plan: Plan, flat: Flat, memory: Memory, time: StepTime) -> Solutio
 
 
 def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """None, some and all of the blocks. A share takes the first blocks: what the last ones keep is freed first in the
-    backward."""
+    """None, some and all of the blocks, always the first ones: the backward frees what the last ones keep first."""
     counts = (-(-len(blocks) * share // SHARES) for share in range(SHARES + 1))
     return [blocks[:count] for count in dict.fromkeys(counts)]
 
 
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
-    """Accepts a plan that was written by hand or saved earlier, with a new estimate. Raises BudgetError where it does
-    not fit."""
+    """Accepts a hand-written or saved plan, with a new estimate. Raises BudgetError where it does not fit."""
     weighed = lower(plan)
     solution = _solution(plan, weighed.flat, *weighed.on(plan, limits))
     if not limits.allow(solution.plan):

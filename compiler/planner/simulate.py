@@ -52,8 +52,7 @@ class StepTime:
         return cls(timeline(program, plan, rates), rates)
 
     def seconds(self, plan: Plan, homes: Homes) -> float:
-        """Seconds from the end of one step to the end of the next. A step runs the program once per gradient it
-        accumulates."""
+        """Seconds from the end of one step to the end of the next; it runs the program `format.accumulate` times."""
         return self.timing(plan, homes).step_s
 
     def timing(self, plan: Plan, homes: Homes) -> Timing:
@@ -148,8 +147,7 @@ class _Clock:
         self.now_s = max(self.now_s, arrival_s)
 
     def _reduce(self, chunk: ChunkLayout, *, last: bool) -> None:
-        """Handles a complete gradient. `last`: this run is the step's last, so the gradient is used and not only
-        summed."""
+        """Handles a complete gradient; `last`: the step's last run, in which it is used and not only summed."""
         added_s = self._exchanged(reduced(chunk, self.plan), self.now_s)
         if self.homes[chunk.index].on_device:
             self.landed_s[chunk.index] = added_s
@@ -192,8 +190,7 @@ class _Clock:
             self.now_s = max(self.now_s, self.landed_s[index])
 
     def _end(self) -> None:
-        """Runs the optimizer's step(), in the order of the next forward. A torch optimizer's step() ends with the last
-        update."""
+        """The optimizer's step(), in the order of the next forward. A torch optimizer's ends with the last update."""
         self.stepped_s = self.now_s
         for chunk in (self.chunks[index] for index in sorted(self.complete)):
             if not self.format.beside:
@@ -263,8 +260,7 @@ class _Clock:
         self._put(chunk, after_s, passing_s * self.format.travelling_share(chunk, self.homes[chunk.index]))
 
     def _work_until_updated(self, index: int) -> None:
-        """Runs the worker until the chunk is updated. It always takes the lowest-numbered chunk among the jobs that may
-        begin."""
+        """Runs the worker until the chunk is updated. Of the jobs that may begin it takes the lowest-numbered chunk."""
         while index in self.pending:
             self._work_on_next()
 

@@ -30,8 +30,7 @@ class Carrier(Enum):
 
 @dataclass(frozen=True)
 class Transfer:
-    """Bytes that an instruction starts to move, in `count` pieces. The instruction that waits for them has the same
-    number."""
+    """Bytes that an instruction starts to move, in `count` pieces. What waits for them names the same number."""
 
     number: int
     carrier: Carrier

@@ -1,5 +1,4 @@
-"""Where the stages of a pipeline begin, so that the slowest takes as little as possible, and who has which
-parameters."""
+"""Where a pipeline's stages begin, so that the slowest takes as little as possible, and who has which parameters."""
 
 from dataclasses import replace
 from functools import cache
@@ -54,13 +53,13 @@ def _seconds(program: Program, plan: Plan, rates: Rates) -> list[float]:
 
 
 def balanced(seconds: list[float], count: int) -> list[int]:
-    """The begins of `count` runs of neighbours, cut so that the largest sum of a run is as small as possible; among
-    equal cuts later runs are shorter."""
+    """Where each of `count` runs of neighbours begins, so that the largest sum of a run is as small as possible; among
+    equal cuts, later runs are shorter."""
     sums = [0.0, *accumulate(seconds)]
 
     @cache
     def best(runs: int, end: int) -> tuple[float, int]:
-        """The largest sum, and the begin of the last run."""
+        """The largest sum, and where the last run begins."""
         if runs == 1:
             return sums[end], 0
         return min(

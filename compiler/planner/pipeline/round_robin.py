@@ -1,5 +1,4 @@
-"""A schedule for weights that live on the hosts: ranks take turns on a few layers at a time, and no layer has a rank of
-its own.
+"""A schedule for weights that live on the hosts: ranks take turns on a few layers at a time, and own none of them.
 
 A slot is a run of stages for all microbatches; all slots take about as long. Ranks take the slots in turn, forwards
 first and then backwards. Backwards take longer, so their slots have fewer stages. While one rank still works on the

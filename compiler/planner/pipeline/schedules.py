@@ -36,16 +36,14 @@ Ranks = tuple[tuple[Action, ...], ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of schedule: `ranks` makes each rank's actions, and `misfit` says why a shape does not fit and what would
-    ("": it fits)."""
+    """A kind of schedule: what its ranks do, and why a shape does not fit and what would ("": it fits)."""
 
     ranks: Callable[[Shape], Ranks]
     misfit: Callable[[Shape], str]
 
 
 def make_schedule(name: str, shape: Shape) -> Schedule:
-    """Makes a schedule by name. Raises ArgumentError for an unknown name, and for a shape that does not fit, saying
-    what would."""
+    """Makes a schedule by name. Raises ArgumentError for an unknown name or for a shape that does not fit."""
     if name not in KINDS:
         raise ArgumentError(f"there is no schedule {name!r}; expected one of {', '.join(KINDS)}")
     for count, of in (

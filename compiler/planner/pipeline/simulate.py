@@ -18,7 +18,7 @@ class StageCosts:
 
     Fields:
         forward_s, input_s, weight_s: seconds of the forward and of the backward's two parts.
-        backward_s: seconds of a whole backward, which may be fewer than those of its parts together.
+        backward_s: seconds of a whole backward, which may be less than its two parts take together.
         message_s: seconds to send its outputs to the next stage on another rank, or their gradients back; for the last
             stage, to send the loss to all ranks.
         activation_bytes: what it holds from its forward to the end of its backward.
@@ -68,7 +68,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulated:
-    """One simulated step: events ordered by their begins, and messages by their arrivals."""
+    """One simulated step: events in the order in which they begin, and messages in the order in which they arrive."""
 
     schedule: Schedule
     costs: tuple[StageCosts, ...]
@@ -94,8 +94,7 @@ class Simulated:
 
     @cached_property
     def in_flight(self) -> tuple[int, ...]:
-        """The most microbatches whose activations each rank holds at once, counted separately for each of its
-        stages."""
+        """The most microbatches whose activations each rank holds at once, counted per stage and added up."""
         return self._peaks([1] * self.schedule.stages)
 
     @cached_property
@@ -177,8 +176,7 @@ class _Clock:
 
 
 def _peak(actions: Sequence[Action], held: Sequence[int]) -> int:
-    """The peak of what one rank holds, where a stage's activations count `held` from its forward to the end of its
-    backward."""
+    """The peak of what one rank holds: `held`, by stage, from each forward to the end of its backward."""
     now = most = 0
     for action in actions:
         if action.kind == "F":

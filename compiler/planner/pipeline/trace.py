@@ -11,8 +11,7 @@ _US_PER_S = 1e6
 
 
 def chrome_trace(simulated: Simulated, tail_s: Sequence[float] = ()) -> str:
-    """The step as JSON in Chrome's trace event format. `tail_s` is what each rank still does after its last backward,
-    in seconds."""
+    """The step in Chrome's trace event format (JSON). `tail_s` are each rank's seconds after its last backward."""
     events = [*_names(simulated), *_slices(simulated), *_tails(simulated, tail_s), *_arrows(simulated)]
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
 

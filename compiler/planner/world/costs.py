@@ -1,8 +1,7 @@
 """The cost of a way to share the work: seconds of each stage for one microbatch, bytes of each rank, and the step.
 
-It models the real programs by closed formulas: what a block takes is scaled to the examples in a microbatch and divided
-by the processes that share them; exchanges are rings. What overlaps with compute, on machines where anything does,
-counts only as far as it takes longer.
+It models the real programs by closed formulas: a block's costs are scaled to the examples in a microbatch and divided
+by the processes that share them; exchanges are rings. What overlaps with compute counts only as far as it takes longer.
 """
 
 from dataclasses import dataclass, replace
@@ -29,54 +28,34 @@ REMAINDER_BYTES, SUM_BYTES = 2, 4
 
 @dataclass(frozen=True)
 class Stages:
-    """Per-stage costs for one microbatch on one process; each array has one element per stage.
+    """Costs of one microbatch on one process, by stage."""
 
-    Fields:
-        forward_s, input_s, weight_s: seconds of the forward and of the backward's two parts, without exchanges.
-        exchange_s: seconds that a forward's exchanges between tensor-parallel processes take.
-        message_bytes: what is sent to the next stage; 0 for the last.
-        kept_bytes, given_bytes: activations held for the backward: normally, and where every block is recomputed.
-        block_bytes: what the largest block keeps.
-        numel, block_numel: elements of all parameters, and of the largest block's.
-        trained_numel, block_trained_numel: the same for trained parameters only.
-    """
-
-    forward_s: np.ndarray
-    input_s: np.ndarray
-    weight_s: np.ndarray
-    exchange_s: np.ndarray
-    message_bytes: np.ndarray
-    kept_bytes: np.ndarray
-    given_bytes: np.ndarray
-    block_bytes: np.ndarray
-    numel: np.ndarray
-    block_numel: np.ndarray
-    trained_numel: np.ndarray
-    block_trained_numel: np.ndarray
+    forward_s: np.ndarray  # of the forward, without exchanges
+    input_s: np.ndarray  # of the gradients of inputs, without exchanges
+    weight_s: np.ndarray  # of the gradients of weights
+    exchange_s: np.ndarray  # of a forward's exchanges between tensor-parallel processes
+    message_bytes: np.ndarray  # sent to the next stage; 0 for the last
+    kept_bytes: np.ndarray  # activations kept for the backward
+    given_bytes: np.ndarray  # the same if every block is recomputed
+    block_bytes: np.ndarray  # activations kept by the largest block
+    numel: np.ndarray  # elements of all parameters
+    block_numel: np.ndarray  # elements of the largest block's parameters
+    trained_numel: np.ndarray  # as `numel`, of trained parameters
+    block_trained_numel: np.ndarray  # as `block_numel`, of trained parameters
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A way and its costs.
-
-    Fields:
-        step_s: seconds of a step, by the formulas or, if `simulated`, on the clock.
-        bubble: the share of all ranks' time in which they are idle.
-        exchange_s: seconds of a rank's exchanges, hidden or not, for the rank with most.
-        device_bytes, host_bytes: bytes of the rank that takes most, on the device and on its share of the host.
-        rank_bytes: device bytes of each rank of the pipeline.
-        tail_s: for each rank of the pipeline, seconds after its last backward: the rest of reducing gradients, and
-            updates.
-    """
+    """A way and its costs."""
 
     way: Way
-    step_s: float
-    bubble: float
-    exchange_s: float
-    device_bytes: int
-    host_bytes: int
-    rank_bytes: tuple[int, ...]
-    tail_s: tuple[float, ...]
+    step_s: float  # by the formulas or, if `simulated`, on the clock
+    bubble: float  # the share of all ranks' time in which they are idle
+    exchange_s: float  # seconds of exchanges, hidden or not, of the rank with most
+    device_bytes: int  # of the rank that takes most
+    host_bytes: int  # of the rank that takes most of its share of the host
+    rank_bytes: tuple[int, ...]  # device bytes of each rank of the pipeline
+    tail_s: tuple[float, ...]  # of each rank after its last backward: the rest of reductions, and updates
     simulated: Simulated | None = None
 
 
@@ -91,8 +70,7 @@ class Costs:
     # -- a way ---------------------------------------------------------------------------------------------
 
     def priced(self, way: Way) -> Priced | None:
-        """Prices a way by the closed formulas, with the smallest share of recomputed blocks that fits; None where none
-        does."""
+        """Prices a way by the closed formulas, with the smallest share of recomputed blocks that fits, if any does."""
         costed = Costed(self, way, self.stages(way))
         if self.world.host_bytes is not None and costed.host_bytes > self.world.host_bytes:
             return None
@@ -113,8 +91,8 @@ class Costs:
     # -- its stages ----------------------------------------------------------------------------------------
 
     def stages(self, way: Way) -> Stages:
-        """The stages of a way. Cached by all they depend on: their number, the examples of a microbatch, and how
-        tensors are sharded."""
+        """A way's stages, cached by what they depend on: their number, the size of microbatches, and tensors'
+        sharding."""
         key = replace(way, schedule="", recompute=0.0, zero=0, home="device", stages_per_rank=1, pipeline=way.stages)
         if key not in self._stages:
             self._stages[key] = self._cut(key)
@@ -163,8 +141,8 @@ class Costs:
         return (*self._unit_s[key], self._exchange_s(unit, rows, way))
 
     def _kept(self, unit: Unit, rows: float, way: Way) -> float:
-        """Bytes that a unit keeps for the backward. Logits count where the loss is not computed in pieces, and twice,
-        since their gradients are as large."""
+        """Bytes that a unit keeps for the backward. Logits count twice, with their gradients, unless the loss is
+        fused."""
         logits = 0 if way.tensor == 1 and self.world.fuses else 2 * unit.logits_bytes
         wide = unit.kept_wide_bytes if way.mode == "1d" else 0
         return rows * (wide + (unit.kept_bytes - wide + logits) / way.tensor)
@@ -191,8 +169,8 @@ class Costed:
 
     @cached_property
     def of_rank(self) -> np.ndarray:
-        """The stages of each rank, of shape (ranks, stages per rank). With zbv the second stage is counted from the
-        other end; in a round-robin schedule every rank may run all stages."""
+        """The stages of each rank, of shape (ranks, stages per rank). With zbv the second one is counted from the other
+        end; in a round-robin schedule every rank may run all stages."""
         if self.takes_turns:
             return np.tile(np.arange(self.way.stages), (self.way.pipeline, 1))
         found = np.arange(self.way.stages).reshape(self.way.stages_per_rank, self.way.pipeline)
@@ -220,8 +198,7 @@ class Costed:
 
     @property
     def _copies(self) -> int:
-        """Copies of a parameter along the pipeline: in a round-robin schedule its stage's forward and backward each
-        have one."""
+        """Copies of a parameter along the pipeline: in round-robin one for forwards and one for backwards."""
         return 2 if self.takes_turns else 1
 
     # -- bytes ---------------------------------------------------------------------------------------------
@@ -250,8 +227,8 @@ class Costed:
         return self.costs.world.optimizer_state_bytes + (REMAINDER_BYTES if self._item == 2 else 0)
 
     def _held(self) -> np.ndarray:
-        """Bytes that are held throughout: weights, gradients and states, or, with states on the host, two blocks'
-        weights and gradients; and two more blocks that are being exchanged."""
+        """Bytes held throughout: weights, gradients and states, or, with states on the host, two blocks' weights and
+        gradients; and two blocks that are being exchanged."""
         way = self.way
         passing = self._passing(self.stages.block_numel)
         gradients_passing = self._passing(self.stages.block_trained_numel)
@@ -264,19 +241,16 @@ class Costed:
         return weights + gradients + states + exchanged
 
     def _passing(self, block_numel: np.ndarray) -> np.ndarray:
-        """Bytes of the blocks that a rank holds at a time where blocks come and go: two blocks or two slots, of the
-        largest size."""
+        """Bytes of the blocks that a rank holds at a time where they come and go: the largest two, or two slots."""
         blocks = 2 * (SLOT_BLOCKS if self.takes_turns else 1)
         return blocks * self._item * block_numel[self.of_rank].max(axis=1)
 
     def _shared(self, num_bytes: np.ndarray, passing: np.ndarray, is_divided: bool) -> np.ndarray:
-        """Bytes that each process holds: all, or if they `is_divided` between the replicas, its share and the blocks
-        passing by."""
+        """Bytes that each process holds: all, or, where replicas divide them, its share and the blocks in use."""
         return num_bytes / self.way.replicas + passing if is_divided else num_bytes
 
     def _working(self) -> np.ndarray:
-        """Bytes of a group's batch and of activations: those of all microbatches in flight, and of one block that is
-        being recomputed."""
+        """Bytes of a group's batch, of activations of all microbatches in flight, and of a block being recomputed."""
         model, stages, share = self.costs.model, self.stages, self.way.recompute
         given = model.input_bytes * self.costs.world.examples / self.way.data / model.units.examples
         kept = self._by_rank(stages.kept_bytes + share * (stages.given_bytes - stages.kept_bytes))
@@ -287,8 +261,8 @@ class Costed:
 
     @cached_property
     def _parts_s(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Seconds of each stage, with the exchanges and fetches that run meanwhile: its forward, gradients of inputs,
-        gradients of weights, whole backward, and message to the next stage."""
+        """Seconds of each stage, exchanges and fetches included: forward, input gradients, weight gradients, whole
+        backward, and message to the next stage."""
         way, stages, gather_s = self.way, self.stages, self._gather_s
         forward_s = stages.forward_s + stages.exchange_s
         again_s = way.recompute * forward_s
@@ -310,8 +284,8 @@ class Costed:
     @cached_property
     def _gather_s(self) -> np.ndarray:
         """Seconds per stage and microbatch to gather weights from other ranks' shards and to fetch them from the host.
-        Without a pipeline, or in a round-robin schedule, a block runs all microbatches while its weights are there, so
-        the time is divided between them."""
+        Without a pipeline, or in round-robin, a block runs all microbatches at once and divides the time between
+        them."""
         way, weights = self.way, self.stages.numel * self._item
         times = way.microbatches if way.pipeline == 1 or self.takes_turns else 1
         network_s = weights * (1 - 1 / way.replicas) / self._replicas.bytes_per_s if way.zero == 3 else 0.0
@@ -332,8 +306,7 @@ class Costed:
         )
 
     def priced(self) -> Priced:
-        """Prices the way by closed formulas: the slowest rank works all the time, except while the pipeline fills and
-        drains."""
+        """Prices the way by closed formulas: the slowest rank works except while the pipeline fills and drains."""
         forward_s, _, _, backward_s, _ = self._parts_s
         work_s = self.way.microbatches * self._by_rank(forward_s + backward_s)
         running_s = float(work_s.max()) + self._ramp_s()
@@ -388,8 +361,7 @@ class Costed:
         return left_s + np.maximum(update_s - hidden_s, 0.0)
 
     def _reduce_s(self) -> np.ndarray:
-        """Seconds of each rank to reduce gradients over the processes with the same weights, and, with ZeRO 1 and 2, to
-        gather the updated weights from them."""
+        """Seconds of each rank to reduce gradients over replicas and, with ZeRO 1 and 2, to gather new weights."""
         way = self.way
         if way.replicas == 1:
             return np.zeros(way.pipeline)
@@ -408,8 +380,8 @@ class Costed:
 
 
 def in_flight(way: Way) -> np.ndarray:
-    """The most microbatches whose activations each rank holds, counted separately for each of its stages. Without a
-    pipeline all of them: they go through each block one after another."""
+    """The most microbatches whose activations each rank holds, counted per stage and added up. Without a pipeline these
+    are all, since they go through each block one after another."""
     count, behind = way.microbatches * way.stages_per_rank, way.pipeline - np.arange(way.pipeline)
     match way.schedule:
         case "1f1b":

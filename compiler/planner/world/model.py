@@ -63,8 +63,7 @@ class Model:
 
     @cached_property
     def parts(self) -> tuple[tuple[Unit, ...], ...]:
-        """The units of each block: its own, and the one beside it, if any, at the beginning of the model or the end of
-        a list."""
+        """The units of each block: its own, and, where the model begins or a list ends, the one beside it."""
         units, stands_for = self.units, self.shortened.stands_for or ("",)
         last = {name: i for i, name in enumerate(stands_for)}
         place = {0 if name == stands_for[0] else last[name]: name for name in last}
@@ -82,8 +81,7 @@ class Model:
         return self._cuts[key]
 
     def numel(self, begin: int, end: int) -> int:
-        """Elements of the parameters of the blocks from `begin` to `end`; parameters that several of them share count
-        once."""
+        """Elements of the parameters of blocks `begin` to `end`; parameters that several of them share count once."""
         parts = self.parts[begin:end]
         shared = {name: numel for part in parts for unit in part[1:] for name, numel in unit.parameters.items()}
         return sum(part[0].numel for part in parts) + sum(shared.values())
@@ -116,8 +114,7 @@ def _seconds(unit: Unit, rates: Rates) -> float:
 
 
 def _heads(model: nn.Module) -> int:
-    """The greatest common divisor of the numbers of attention heads and key-value heads in the model's
-    configuration."""
+    """The greatest common divisor of the configuration's numbers of attention heads and key-value heads."""
     found = [getattr(_config(model), name, None) for name in ("num_attention_heads", "num_key_value_heads")]
     return gcd(*(count for count in found if isinstance(count, int)))
 

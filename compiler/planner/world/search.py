@@ -61,8 +61,7 @@ class WorldPlan:
         )
 
     def without_chosen(self, why: str, of_memory: bool, needed_bytes: int) -> "WorldPlan | None":
-        """The plan with the next best way instead of the chosen one; None where there is no other, or enough were given
-        up.
+        """The plan with the next best way instead of the chosen one; None if there is none, or too many were given up.
 
         `why` is the refusal of the chosen way's whole program. If the refusal is `of_memory`, the replacement takes
         proportionally less device memory: `needed_bytes` is what the whole program needs (0: unknown). Otherwise it is
@@ -82,7 +81,7 @@ class WorldPlan:
         )
 
     def _priority(self, needed_bytes: int) -> Callable[[Priced], tuple[float, float]]:
-        """The sort key of ways that take little enough memory, by time, followed by the others, by memory."""
+        """A sort key: ways that take little enough memory first, by time, and the others behind them, by memory."""
         budget, most_bytes = self.world.device_bytes, float(self.chosen.device_bytes)
         if budget is not None and needed_bytes > budget:
             most_bytes *= budget / needed_bytes
@@ -102,8 +101,7 @@ def told(priced: Priced) -> str:
 
 
 def choose(model: Model, world: World, space: Space) -> WorldPlan:
-    """The fastest way that fits. Raises BudgetError where none does, naming the one that takes least and how much that
-    is."""
+    """The fastest way that fits. Raises BudgetError where none does, naming the one that takes least."""
     costs, ways = Costs(model, world), list(space.ways())
     fitting = [found for way in ways if (found := costs.priced(way)) is not None]
     if not fitting:
@@ -124,8 +122,7 @@ def choose(model: Model, world: World, space: Space) -> WorldPlan:
 
 
 def weigh(model: Model, world: World, way: Way, homes: Iterable[Home]) -> Priced:
-    """Simulates one way, with states in the first of the homes in which they fit. Raises BudgetError where they fit in
-    none, naming the least that would."""
+    """Simulates one way, with states in the first of the homes that fits. Raises BudgetError where none does."""
     costs, ways = Costs(model, world), [replace(way, home=home) for home in homes]
     found = next((priced for each in ways if (priced := costs.priced(each)) is not None), None)
     if found is None:

@@ -32,8 +32,7 @@ class Operator(NamedTuple):
         weight_bytes: the part of `num_bytes` that does not grow with the batch.
         dtype: the dtype of its products.
         is_attention, in_parts: whether it is in `costs.ATTENTION` and `costs.IN_PARTS`.
-        is_wide: whether it multiplies nothing and has results as large as those between blocks; mode "1d" does not
-            shard it.
+        is_wide: whether it has no FLOP, and a result as large as what blocks pass on; mode "1d" does not shard it.
     """
 
     flops: int
@@ -45,8 +44,7 @@ class Operator(NamedTuple):
     is_wide: bool
 
     def seconds(self, rates: Rates, rows: float, parts: int, wide_parts: int) -> float:
-        """Seconds for `rows` times as many examples, divided over `parts` processes, or over `wide_parts` if it is
-        wide."""
+        """Seconds for `rows` times the examples, divided over `parts` processes, or over `wide_parts` if it is wide."""
         parts = wide_parts if self.is_wide else parts
         products_s = rates.products(self.dtype).seconds(self.flops * rows / parts)
         memory_s = ((self.num_bytes - self.weight_bytes) * rows + self.weight_bytes) / parts / rates.memory_bytes_per_s
@@ -61,12 +59,12 @@ class Unit:
     Fields:
         work: the operators of the forward (F), gradients of inputs (I) and gradients of weights (W), with their counts.
         parameters, trained: elements by name, of all parameters and of the trained ones.
-        kept_bytes, kept_wide_bytes: what the backward reads of the forward; the part with the size of what blocks hand
+        kept_bytes, kept_wide_bytes: what the backward reads of the forward, and the part as large as what blocks pass
             on.
         logits_bytes: what is kept for a loss over a vocabulary that may be computed in pieces.
         given_bytes: what it reads of earlier blocks, which is all that is kept where it is recomputed.
         crossing_bytes: what crosses its beginning, to be read by it or by later blocks.
-        sums: additions of two values of the size that blocks hand on; each is an all-reduce in mode "1d".
+        sums: additions of two values as large as what blocks pass on; each is an all-reduce in mode "1d".
         products, product_bytes, product_weights: the number of products with weights in its forward, the bytes of
             activations that they read, and the elements of weights.
     """
@@ -107,7 +105,7 @@ class Units:
     Fields:
         examples: the examples of the captured batch.
         weight_bytes: bytes per element of most weights.
-        wide_bytes: bytes of what blocks hand on.
+        wide_bytes: bytes of what blocks pass on.
         of_block, beside: by block, its own unit, and the unit of what goes beside it.
     """
 
@@ -119,8 +117,7 @@ class Units:
 
 
 def measured(program: Program, blocks: tuple[str, ...], examples: int, saved_bytes: int) -> Units:
-    """Counts the units of a captured step. `saved_bytes` are those of logits that a loss in pieces would save; 0:
-    none."""
+    """Counts the units of a captured step. `saved_bytes` are those of logits that a loss in pieces would save."""
     return _Counting(program, blocks, saved_bytes).units(examples)
 
 
@@ -186,8 +183,8 @@ class _Counting:
         return Operator(flop, moved, fixed, _dtype(node), node.target in ATTENTION, node.target in IN_PARTS, wide)
 
     def _wide(self) -> int:
-        """The number of elements of what blocks hand on: the size that most forward values read by later blocks have,
-        or the largest of these sizes in a tie."""
+        """Elements of what blocks pass on: the most frequent size of forward values that later blocks read; of equally
+        frequent ones the largest."""
         found = Counter(
             _numel(type_of(node)) for node, stage in self.stages.stage.items()
             if note(node).phase == "forward" and any(self.stages.stage.get(user, stage) > stage for user in node.users

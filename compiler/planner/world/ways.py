@@ -12,8 +12,7 @@ from ..pipeline.schedules import Shape, misfit
 Home = Literal["device", "host"]
 
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb1p", 1), ("zbv", 2))
-"""The pipeline schedules that are weighed, each with its stages per rank. gpipe is left out: it takes as long as 1f1b
-and holds more."""
+"""The pipeline schedules to weigh, with their stages per rank. gpipe is left out: as slow as 1f1b, and holds more."""
 
 MOST_MICROBATCHES, MOST_TENSOR, MOST_PIPELINE = 256, 64, 128
 """Larger ones never win."""
@@ -26,8 +25,7 @@ class Way:
     Fields:
         data: the number of groups of processes with a batch of their own.
         pipeline: the ranks of the pipeline.
-        mode, tensor, depth: how tensors are sharded, over how many processes, and how deep in "2.5d" ("" and 1: not at
-            all).
+        mode, tensor, depth: how tensors are sharded, over how many processes, and the depth of "2.5d"; "" and 1: not.
         zero: the ZeRO stage.
         microbatches: the number that each group's batch is run as.
         schedule, stages_per_rank: of the pipeline; "" and 1 without one.
@@ -116,8 +114,8 @@ class Space:
     Fields:
         world: the number of processes.
         examples: the examples of a step, over all processes.
-        blocks, heads: the model's. A stage needs a block, and shards of tensors must divide the heads; 0 excludes
-            these.
+        blocks, heads: the model's, which bound the stages and must be divisible by the shards of tensors; 0 allows
+            none.
         microbatches: the number that was asked for; None: any.
         homes: where training states may live.
         refusal: why a way must not be taken; "" where it may. By default it refuses what the product cannot run.
