@@ -22,9 +22,8 @@ def first_nonfinite(program: Program, executor: Executor, inputs: list[Any]) -> 
 
     Returns "module (operator)" for the first operator that makes an infinite or NaN value, "input <name>" or "parameter
     <name>" for an input or a parameter with such values, or None. An operator counts only if it reads other values and
-    all of them are finite, which passes over masks that are filled with infinities. The search needs the memory of a
-    step's forward: before calling it, release the loss of the step in question, which keeps that step's activations
-    alive.
+    all of them are finite, so neither creating a mask of infinities nor adding one counts. The search needs the memory
+    of a step's forward: first release the loss of the step in question, which keeps that step's activations.
 
     Raises BudgetError where the device has less memory left.
     """

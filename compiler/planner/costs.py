@@ -47,7 +47,7 @@ def _put_product(node: fx.Node) -> int:
 
 
 def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
-    """Logits exist only in pieces, but all are written and read: `passes` times in the inputs' dtype, 4 in float32."""
+    """Logits exist only in pieces, but all are written and read: `passes` times in the inputs' dtype, 4 in fp32."""
 
     def num_bytes(node: fx.Node) -> int:
         matrices = [type for type in map(tensor_type, node.all_input_nodes) if len(type.shape) == 2]
@@ -74,7 +74,7 @@ MOVED: dict[object, Callable[[fx.Node], int]] = {
     geminifx.linear_cross_entropy.default: _pieces_of_logits(2),
     geminifx.linear_cross_entropy_backward.default: _pieces_of_logits(5),
 }
-"""Device bytes read and written, for operators where they are not those of all operands and results."""
+"""Device bytes read and written by operators that do not touch exactly their operands and results."""
 
 FREE = frozenset({
     isa.FETCH, isa.WAIT, isa.VIEW, isa.RELEASE, isa.REDUCE, isa.ACCUMULATE_GRAD, isa.TURN, isa.OFFLOAD, isa.DEPART,
@@ -87,7 +87,7 @@ FREE = frozenset({
 
 ATTENTION = frozenset({geminifx.attention.default, geminifx.attention_backward.default})
 ATTENTION_SHARE = 0.5
-"""The rate of attention, as a share of that of matrix products of the same size. For OPT-2.7B x 16 on H100, where the
+"""The rate of attention as a share of the rate of equally large matrix products. For OPT-2.7B x 16 on H100, where the
 device works for 0.638 s, the other products take 0.51 s at the preset's rate, memory-bound operators 0.08 s, and
 attention the rest."""
 
@@ -159,7 +159,7 @@ def _is_view(target: Callable[..., object]) -> bool:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    """The dtype of the operator's products: that of its first floating-point operand with two dimensions or more."""
+    """The dtype of the operator's products: that of its first floating-point operand with at least two dimensions."""
     for value in node.all_input_nodes:
         type = type_of(value)
         if isinstance(type, TensorType) and type.dtype.is_floating_point and len(type.shape) > 1:

@@ -165,8 +165,8 @@ class Planning:
         """A plan for our own optimizer's `format` of training state (None: for a torch optimizer).
 
         `before` is the model's plan so far, whose layout is kept; if `fixed`, masters also stay where it puts them.
-        Raises BudgetError where nothing fits, ValueError where the user's plan does not fit this model, and SplitError
-        where the batch cannot be run as the number of microbatches that was asked for.
+        Raises BudgetError where nothing fits, ArgumentError where the user's plan does not fit this model, and
+        SplitError where the batch cannot be run as the number of microbatches that was asked for.
         """
         given = 1 if self.options.rounds == "auto" or not captured.trains else self.options.rounds
 

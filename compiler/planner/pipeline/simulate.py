@@ -117,7 +117,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCosts], *, loss_awaited: b
     turn each rank waits for the loss, as it must where the training loop reads it before it calls `backward()`.
 
     Raises:
-        ArgumentError: the schedule cannot run, or the number of costs is not that of the stages.
+        ArgumentError: the schedule cannot run, or there is not one cost per stage.
     """
     check_schedule(schedule)
     if len(costs) != schedule.stages:

@@ -149,7 +149,7 @@ class _Counting:
         return Units(examples, itemsize, self.wide * itemsize, self.of_block, self.beside)
 
     def _unit(self, node: fx.Node, stage: int) -> Unit:
-        """The unit that a node counts to: that of its stage's block, or the one beside it."""
+        """The unit that a node counts to: the one of its stage's block, or the one beside that."""
         block, module = self.blocks[stage], note(node).module
         return (self.beside if _is_beside(module, self.block_of(module), stage, len(self.blocks)) else self.of_block)[
             block
