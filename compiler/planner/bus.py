@@ -15,7 +15,7 @@ class Lane:
     done_s: float = 0.0
 
     def use(self, begin_s: float, end_s: float, busy_s: float) -> None:
-        """Records a busy stretch, merged with the latest one where they touch."""
+        """Records a busy stretch, merged with the latest one unless it begins after the end of that."""
         self.begun_s = min(self.begun_s, begin_s) if begin_s <= self.done_s else begin_s
         self.done_s = max(self.done_s, end_s) if begin_s <= self.done_s else end_s
         self.busy_s += busy_s

@@ -16,7 +16,7 @@ from .simulate import HOST, StepTime
 from .timeline import Carrier, timeline
 
 MOST = 8.0
-"""A single measurement never makes a resource more than this many times slower or faster than modelled."""
+"""A single measured ratio counts as no more than this many times slower or faster than modelled."""
 
 WORTH = 0.01
 """Copies or updates tell their speed only where they take more than this share of the modelled step."""

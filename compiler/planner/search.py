@@ -50,13 +50,13 @@ LOOKS = 4
 """At most this many programs with some blocks recomputed are lowered to find how many blocks to recompute."""
 
 NEIGHBOURS = 16
-"""The number of recomputed blocks is refined in steps of one in this many blocks."""
+"""The number of recomputed blocks is refined in steps of one NEIGHBOURS-th of all blocks."""
 
 SHARES = 4
-"""A first look at how many blocks to offload goes in steps of one in this many of them all."""
+"""The number of blocks to offload is tried in steps of one SHARES-th of all blocks."""
 
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
-"""The shares of the recomputed blocks whose activations are kept on the host instead, as far as trying that helps."""
+"""The shares of the recomputed blocks to keep on the host instead, tried in this order while the step gets faster."""
 
 SUMS_SHARE = 0.5
 """Gradient sums are kept on the device between rounds only where they take less than this share of its budget."""
