@@ -1,1 +1,1 @@
-"""Looking at a compiled model: where a step's time goes, where values stop being finite."""
+"""Inspects a compiled model: where a step's time goes, and where values stop being finite."""

@@ -1,4 +1,4 @@
-"""Find where a program's values stop being finite."""
+"""Finds where a program's values stop being finite."""
 
 import math
 import operator
@@ -14,18 +14,18 @@ from ...runtime.isa.instructions import NAMESPACE, OFFLOAD, START_RECEIVE, START
 from ...runtime.memory.state_store import Run
 
 _UNDER_WAY = STARTS | {OFFLOAD, START_RECEIVE}
-"""Operators whose results have not come when they return."""
+"""Operators that return before their results have arrived."""
 
 
 def first_nonfinite(program: Program, executor: Executor, inputs: list[Any]) -> str | None:
-    """Run the forward of a lowered program node by node, looking at each value.
+    """Runs the forward of a lowered program node by node, checking each value.
 
-    Returns "module (operator)" for the first operator that makes an infinite or NaN value, "input <name>" or
-    "parameter <name>" for one that has such values, or None. Operators that make infinities on purpose (masks)
-    are passed over: only values that come of finite arguments alone count. It needs the memory of a step's
-    forward: let go of the loss of the step in question first, which keeps that step's activations.
+    Returns "module (operator)" for the first operator that makes an infinite or NaN value, "input <name>" or "parameter
+    <name>" for an input or a parameter with such values, or None. An operator counts only if it reads other values and
+    all of them are finite, so neither creating a mask of infinities nor adding one counts. The search needs the memory
+    of a step's forward: first release the loss of the step in question, which keeps that step's activations.
 
-    Raises BudgetError where the device has less left.
+    Raises BudgetError where the device has less memory left.
     """
     pairs = zip(executor.code.inputs, inputs, strict=True)
     read_only = sum(value.nbytes for role, value in pairs if isinstance(value, Tensor) and not _is_buffer(role))
@@ -77,7 +77,7 @@ def _run(node: fx.Node, values: dict[fx.Node, object], executor: Executor) -> ob
 
 
 def _parameter(view: fx.Node, executor: Executor) -> str:
-    """The name of the parameter that is read from its chunk."""
+    """The name of the parameter that a view reads from its chunk."""
     wait, offset, shape = view.args
     slots = executor.machine.chunks[wait.args[1]].layout.slots
     return next(slot.name for slot in slots if slot.offset == offset and slot.shape == tuple(shape))
@@ -94,13 +94,13 @@ def _finite(value: object) -> bool:
         return math.isfinite(value)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return True
-    # One number, where torch.isfinite would make three tensors of the value's size beside a step that fills the
-    # budget. It is infinite or NaN where any element is.
+    # One number, which is infinite or NaN where any element is. torch.isfinite would make three tensors of the value's
+    # size beside a step that fills the budget.
     return math.isfinite(torch.linalg.vector_norm(value, math.inf).item())
 
 
 def _forget(node: fx.Node, values: dict[fx.Node, object]) -> None:
-    """Drop what this node was the last to read, so that the search keeps to the step's own memory."""
+    """Drops values that this node was the last to read, so that the search stays within the step's own memory."""
     for value in node.all_input_nodes:
         if all(user in values for user in value.users):
             values[value] = None

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what the device computes, what it copies, what the host updates, and who waits."""
+"""Where a step's time goes: device compute, copies, host updates, and waiting."""
 
 import os
 import time
@@ -18,9 +18,9 @@ from ...runtime.memory.traffic import covered_s
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds per step, each the time in which at least one such thing ran.
+    """Seconds per step; each field counts the time in which at least one such thing ran.
 
-    `copies_up_s` are copies to the device, `copies_down_s` to the host, `host_update_s` the host's optimizer
+    `copies_up_s` are copies to the device, `copies_down_s` copies to the host, `host_update_s` the host's optimizer
     updates. On a machine without a GPU `compute_s` is the time in torch's operators and there are no copies.
     """
 
@@ -45,9 +45,10 @@ class Profile:
 
 
 def profile(step: Callable[[], object], steps: int, trace: str | Path | None, store: StateStore | None) -> Profile:
-    """Run `step` so many times under torch's profiler; with `trace`, write a Chrome trace there.
+    """Runs `step` `steps` times under torch's profiler and finishes all updates; with `trace`, writes a Chrome trace to
+    that path. `store` tells the seconds of host updates (None: there are none).
 
-    Raises ArgumentError where there is no step to run, or no such place for a trace.
+    Raises ArgumentError where `step` is not callable, `steps` is not positive, or the trace cannot be written.
     """
     if not callable(step):
         raise wrong_argument("step", step, "a function that does one step of the loop")
@@ -77,7 +78,7 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, st
 
 
 def _check_trace(trace: str | Path) -> None:
-    """What is wrong with the place torch would tell on the error output alone."""
+    """Raises ArgumentError for a path that cannot be written: torch itself only prints to stderr."""
     check_path("trace", trace, "a file for the trace")
     parent = Path(trace).absolute().parent
     if Path(trace).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -92,10 +93,10 @@ def _finish(store: StateStore | None) -> None:
 
 
 def _is_mark(event: Any) -> bool:
-    """Whether an event is an annotation, which covers others, rather than something that ran."""
+    """Whether an event is an annotation that covers others, rather than work of its own."""
     return event.name.startswith(("ProfilerStep", "Optimizer.", "## "))
 
 
 def _covered_s(events: Iterable[Any]) -> float:
-    """Seconds in which at least one of the events was under way."""
+    """Seconds in which at least one of the events was running."""
     return covered_s((event.time_range.start * 1e-6, event.time_range.end * 1e-6) for event in events)

@@ -1,4 +1,4 @@
-"""Whether a plan that was made by hand, or for another model, fits this one."""
+"""Checks that a plan written by hand, or made for another model, fits this one."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from ...runtime.isa.precision import master_dtype
 
 @dataclass(frozen=True)
 class Violation:
-    """A field of a plan that does not fit: what was found there, what is expected."""
+    """A field of a plan that does not fit: what it is, and what is expected."""
 
     field: str
     found: Any
@@ -29,8 +29,8 @@ def check_plan(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[st
                dtypes: Mapping[str, torch.dtype], pipeline_rank: int = 0) -> None:  # fmt: skip
     """Raises ArgumentError naming the field, what was found and what was expected.
 
-    `parameters` are the model's by their first names, `dtypes` what they compute in. The plan is for the process that
-    is number `pipeline_rank` of a pipeline.
+    `parameters` are the model's by their first names, `dtypes` the dtypes they compute in. The plan must be for the
+    process with rank `pipeline_rank` along the pipeline.
     """
     violation = next(_violations(plan, parameters, blocks, dtypes, pipeline_rank), None)
     if violation is not None:
@@ -57,7 +57,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _in_shape(plan: Plan) -> Iterator[Violation]:
-    """Numbers are numbers, and chunks are counted from 0: programs know them by number."""
+    """Counts are counts, chunks are numbered from 0 (programs refer to them by index), and shards match the mesh."""
     for i, chunk in enumerate(plan.layout.chunks):
         where = f"layout.chunks[{i}]"
         if chunk.index != i:
@@ -83,7 +83,7 @@ def _in_shape(plan: Plan) -> Iterator[Violation]:
 
 
 def _in_place(chunk: ChunkLayout) -> Iterator[Violation]:
-    """Slots are aligned, follow one another without overlapping, and end inside of the chunk."""
+    """Slots are aligned, do not overlap, and end inside the chunk."""
     where, alignment = f"layout.chunks[{chunk.index}]", ALIGNMENT_BYTES // chunk.dtype.itemsize
     end, previous = 0, ""
     for slot in sorted(chunk.slots, key=lambda slot: (slot.offset, slot.numel)):
@@ -98,7 +98,8 @@ def _in_place(chunk: ChunkLayout) -> Iterator[Violation]:
 
 
 def _owned(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[Violation]:
-    """In a pipeline every parameter has owners, in their order, and a chunk's the same ones; else none has."""
+    """In a pipeline every parameter has owners, listed in the model's order, and all parameters of a chunk have the
+    same. Without a pipeline no parameter has any."""
     layout, ranks = plan.layout, prod(axis.size for axis in plan.mesh.pipeline_axes)
     names = [name for name, _ in layout.owned]
     expected = list(parameters) if ranks > 1 else []
@@ -116,7 +117,7 @@ def _owned(plan: Plan, parameters: dict[str, nn.Parameter]) -> Iterator[Violatio
 
 
 def _for_parameters(plan: Plan, parameters: dict[str, nn.Parameter], pipeline_rank: int) -> Iterator[Violation]:
-    """Each parameter that the process has has one slot of its shape, and nothing else has any."""
+    """Each parameter that this process owns has exactly one slot, of its shape, and there are no other slots."""
     slots = [slot for chunk in plan.layout.chunks for slot in chunk.slots]
     counts = Counter(slot.name for slot in slots)
     for name in parameters:

@@ -1,4 +1,4 @@
-"""What the processes of a plan exchange in a step, counted from the program that will run, and the memory it takes."""
+"""What a plan's processes exchange in a step, counted from the program that will run, and the memory it takes."""
 
 from collections import Counter
 
@@ -22,12 +22,12 @@ from ...runtime.isa.mesh import names_of, taken_together
 from ...runtime.isa.precision import sum_dtype
 
 HELD = 2
-"""Tensors that torch.distributed may still hold when they are exchanged: one per thread of gloo's."""
+"""Tensors that torch.distributed may still hold after their exchange: one per gloo thread."""
 
 
 def collective_bytes(plan: Plan) -> int:
-    """Device bytes that exchanging chunks takes beside what the program holds: of tensors that were exchanged and are
-    not let go of yet, and of the temporary that a gradient of 16 bits is added up in."""
+    """Device bytes that exchanging chunks takes beyond what the program holds: tensors that were exchanged but not
+    released yet, and the temporary that 16-bit gradients are summed in."""
     held, temporaries = [0], [0]
     for chunk in plan.layout.chunks:
         if chunk.reduced_over and chunk.trainable:
@@ -46,32 +46,31 @@ def _temporary_bytes(chunk: ChunkLayout, plan: Plan) -> int:
 
 
 def _scatters(chunk: ChunkLayout, plan: Plan) -> bool:
-    """Whether a process is left with its shard of a gradient alone."""
+    """Whether reducing a gradient leaves a process only its own shard."""
     return plan.request.zero > 1 and chunk.shards > 1
 
 
 def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
-    """Bytes that each process receives, by axis and collective, with the algorithms that move least: rings. Gradients
-    count in the dtype that they are added up in, which for those of 16 bits is twice as long unless the plan says
-    otherwise."""
+    """Bytes that each process receives, by axis and collective, with ring algorithms, which move least. Gradients count
+    in the dtype that they are summed in: float32 for 16-bit gradients, unless the plan says otherwise."""
     counts: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
     first = {int(fetch.args[0]): fetch for fetch in reversed(program.calls(FETCH))}
     for node in program.computes:
         if node.target is FETCH and plan.homes[node.args[0]].resident and node is not first[node.args[0]]:
-            continue  # whole from its first use on
+            continue  # only the first fetch gathers a resident chunk
         found = traffic_of(node, plan)
         if found is not None:
             counts[found.axis, found.collective] += found.count
             received[found.axis, found.collective] += found.received_bytes
-    # Several axes taken together come first: they are the replicas', over which gradients are summed.
+    # Several axes taken together come first: they are the replicas' axes, over which gradients are summed.
     order = {name: i for i, name in enumerate(names_of(plan.mesh.axes))}
     keys = sorted(counts, key=lambda key: (order.get(key[0], -1), key))
     return tuple(CollectiveTraffic(*key, counts[key], received[key]) for key in keys)
 
 
 def traffic_of(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
-    """What one instruction exchanges, if anything."""
+    """What one instruction exchanges; None where that is nothing."""
     if node.target is START_ALL_GATHER:
         received_bytes = (node.args[2] - 1) * tensor_type(node.args[0]).num_bytes
         return CollectiveTraffic(node.args[1], "all-gather", 1, received_bytes)
@@ -93,7 +92,7 @@ def traffic_of(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
 
 
 def gathered(chunk: ChunkLayout) -> CollectiveTraffic | None:
-    """How a chunk's weights come together from their shards, where it has any."""
+    """The all-gather of a chunk's weights; None where the chunk is not sharded."""
     if chunk.shards == 1:
         return None
     return CollectiveTraffic(
@@ -102,7 +101,7 @@ def gathered(chunk: ChunkLayout) -> CollectiveTraffic | None:
 
 
 def reduced(chunk: ChunkLayout, plan: Plan) -> CollectiveTraffic | None:
-    """What becomes of a chunk's gradient, where it is added up over processes."""
+    """The reduction of a chunk's gradient; None where it is not summed over processes."""
     if not chunk.reduced_over:
         return None
     together, ranks = taken_together(chunk.reduced_over), plan.mesh.ranks_over(chunk.reduced_over)

@@ -1,9 +1,9 @@
-"""What steps that were measured tell of the machine: how much slower it is than its rates say, and how much memory it
-takes beside what is planned.
+"""What measured steps tell about the machine: how much slower it is than its rates say, and how much more memory it
+takes than planned.
 
-Copies and the host's updates are measured on their own. What of a step's seconds they leave unexplained is taken to be
-compute's, as far as a device that is not much slower than that makes the modelled step as long as the measured one.
-Where something else binds, everything is slower alike.
+Copies and the host's updates are measured directly. The rest of a step's measured time is attributed to compute, as far
+as slower compute makes the modelled step longer, within bounds. Where something else bounds the step, everything is
+slowed by the same factor.
 """
 
 from dataclasses import astuple, dataclass, replace
@@ -16,18 +16,17 @@ from .simulate import HOST, StepTime
 from .timeline import Carrier, timeline
 
 MOST = 8.0
-"""By no measure alone something is taken to be more than so many times as slow or as fast as modelled."""
+"""A single measured ratio counts as no more than this many times slower or faster than modelled."""
 
 WORTH = 0.01
-"""The share of a step's time from which on it is told from a few copies how fast they are."""
+"""Copies or updates tell their speed only where they take more than this share of the modelled step."""
 
 HALVINGS = 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a training step: how long it took, for how long of that copies ran each way and the host updated, and the
-    device's peak."""
+    """A measured training step: seconds in all, of copies each way and of host updates, and the device's peak bytes."""
 
     step_s: float
     up_s: float
@@ -37,12 +36,12 @@ class Measured:
 
     @classmethod
     def slowest(cls, found: list["Measured"]) -> "Measured":
-        """What all of several processes have to wait for, and have to have room for."""
+        """The maximum of each field over processes: all wait for the slowest, and all need room for the largest."""
         return cls(*map(max, zip(*map(astuple, found), strict=True)))
 
 
 def corrected(limits: Limits, plan: Plan, program: Program, measured: Measured) -> Limits:
-    """The limits of a machine that takes for the program of this plan what was measured."""
+    """The limits of a machine on which this plan's program takes what was measured."""
     more_bytes = max(0, measured.peak_bytes - plan.peak_bytes)
     slowdown = _slowdown(limits, plan, program, measured)
     return replace(limits, rates=limits.rates.slowed(slowdown), reserve_bytes=limits.reserve_bytes + more_bytes)

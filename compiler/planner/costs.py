@@ -1,6 +1,7 @@
-"""What an operator takes on the device: its FLOP or the bytes that it reads and writes, whichever is slower.
+"""Seconds of an operator on the device: by its FLOP or the bytes that it reads and writes, whichever takes longer.
 
-Bytes are those of its operands and results by their types. `MOVED` tells them of operators that touch other ones.
+By default all operands are read and all results written, with bytes by their types. `MOVED` has the operators that
+touch other bytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ def _none(node: fx.Node) -> int:
 
 
 def _gathered(node: fx.Node) -> int:
-    """Of its first operand it reads no more than it writes."""
+    """The operator reads only as much of its first operand as it writes."""
     return 2 * _written(node) + sum(_num_bytes(type_of(index)) for index in node.all_input_nodes[1:])
 
 
@@ -46,8 +47,7 @@ def _put_product(node: fx.Node) -> int:
 
 
 def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
-    """Logits exist in pieces only, but are written and read all the same: in the inputs' dtype so often, and four times
-    in float32."""
+    """Logits exist only in pieces, but all are written and read: `passes` times in the inputs' dtype, 4 in fp32."""
 
     def num_bytes(node: fx.Node) -> int:
         matrices = [type for type in map(tensor_type, node.all_input_nodes) if len(type.shape) == 2]
@@ -74,7 +74,7 @@ MOVED: dict[object, Callable[[fx.Node], int]] = {
     geminifx.linear_cross_entropy.default: _pieces_of_logits(2),
     geminifx.linear_cross_entropy_backward.default: _pieces_of_logits(5),
 }
-"""Device bytes by operator, where they are not those of all its operands and results."""
+"""Device bytes read and written by operators that do not touch exactly their operands and results."""
 
 FREE = frozenset({
     isa.FETCH, isa.WAIT, isa.VIEW, isa.RELEASE, isa.REDUCE, isa.ACCUMULATE_GRAD, isa.TURN, isa.OFFLOAD, isa.DEPART,
@@ -82,21 +82,22 @@ FREE = frozenset({
     isa.FINISH_COLLECTIVE, isa.AVERAGE, isa.LOCAL, isa.OFFSET, isa.SAVE_RNG, isa.SWAP_RNG, isa.FORK_RNG, isa.DRAWN,
     isa.MICROBATCH, isa.SEND, isa.FINISH_SEND, isa.START_RECEIVE, isa.FINISH_RECEIVE, geminifx.absent.default,
 })  # fmt: skip
-"""Instructions that launch nothing on the device's own stream; what they move otherwise is for the clock to say."""
+"""Instructions that launch nothing on the device's compute stream; the clock accounts for what they move elsewhere."""
 
 
 ATTENTION = frozenset({geminifx.attention.default, geminifx.attention_backward.default})
 ATTENTION_SHARE = 0.5
-"""What attention reaches of the rate of products as large. Of OPT-2.7B x 16 on H100, whose device worked for 0.638 s,
-the other products take 0.51 s at the preset's rate, what is bound by memory 0.08 s, and attention the rest."""
+"""The rate of attention as a share of the rate of equally large matrix products. For OPT-2.7B x 16 on H100, where the
+device works for 0.638 s, the other products take 0.51 s at the preset's rate, memory-bound operators 0.08 s, and
+attention the rest."""
 
 
 IN_PARTS = frozenset({geminifx.linear_cross_entropy.default, geminifx.linear_cross_entropy_backward.default})
-"""Operators of several kernels: those that multiply and those that read and write what was multiplied."""
+"""Operators of several kernels: some multiply, the others read and write the products."""
 
 
 def operators(program: Program) -> Iterator[fx.Node]:
-    """What a program calls, one after the other, functions replaced by their bodies but for fused ones."""
+    """The operators that a program calls, in order. Functions are replaced by their bodies, except for fused ones."""
     for node in program.computes:
         if node.op == "call_module" and not program.functions[str(node.target)].is_fused:
             yield from operators(program.functions[str(node.target)])
@@ -105,12 +106,12 @@ def operators(program: Program) -> Iterator[fx.Node]:
 
 
 def is_free(node: fx.Node) -> bool:
-    """Whether an operator launches nothing: it is a view, or an instruction that only says what is to happen."""
+    """Whether an operator launches nothing: it is a view, or an instruction without a kernel."""
     return node.op == "call_function" and (node.target in FREE or _is_view(node.target))
 
 
 def kernel_s(node: fx.Node, rates: Rates) -> float:
-    """Seconds of an operator on the device, from when it is launched."""
+    """Seconds of an operator on the device once it is launched."""
     products_s = rates.products(_dtype(node)).seconds(flops(node))
     memory_s = num_bytes(node) / rates.memory_bytes_per_s
     if node.target in ATTENTION:
@@ -119,12 +120,12 @@ def kernel_s(node: fx.Node, rates: Rates) -> float:
 
 
 def num_bytes(node: fx.Node) -> int:
-    """What an operator reads and writes of the device's memory."""
+    """Bytes of device memory that an operator reads and writes."""
     return MOVED.get(node.target, _every_operand)(node)
 
 
 def flops(node: fx.Node) -> int:
-    """What an operator computes, by torch's formulas, of the types of its operands: 0 of one that they do not know."""
+    """FLOP of an operator by torch's formulas, from its operands' types; 0 for an operator without a formula."""
     formula = flop_registry.get(getattr(node.target, "_overloadpacket", None))
     if formula is None:
         return 0
@@ -134,13 +135,13 @@ def flops(node: fx.Node) -> int:
 
 
 def _every_operand(node: fx.Node) -> int:
-    """All operands are read, all results written; what is written in place is both."""
+    """All operands are read, and all results written; an operand that is written in place counts twice."""
     return sum(_num_bytes(type_of(value)) for value in node.all_input_nodes) + _written(node)
 
 
 @cache
 def _num_bytes(type: Type) -> int:
-    """Bytes of the elements, each counted once however often it is repeated."""
+    """Bytes of the elements; an expanded dimension (stride 0) counts once."""
     if isinstance(type, tuple):
         return sum(map(_num_bytes, type))
     if not isinstance(type, TensorType):
@@ -150,7 +151,7 @@ def _num_bytes(type: Type) -> int:
 
 @cache
 def _is_view(target: Callable[..., object]) -> bool:
-    """Whether all that an operator returns shares the storage of what it is given."""
+    """Whether all results of an operator share the storage of its arguments."""
     schema = getattr(target, "_schema", None)
     if schema is None or target in UNADMITTED_VIEWS:  # operator.getitem: an element of a tuple
         return True
@@ -158,7 +159,7 @@ def _is_view(target: Callable[..., object]) -> bool:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    """What its products are of: the dtype of its first operand of rank 2 or more that is a floating-point one."""
+    """The dtype of the operator's products: that of its first floating-point operand with at least two dimensions."""
     for value in node.all_input_nodes:
         type = type_of(value)
         if isinstance(type, TensorType) and type.dtype.is_floating_point and len(type.shape) > 1:
@@ -167,7 +168,7 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _shape(value: object) -> object:
-    """Shapes as torch's formulas take them."""
+    """Shapes in the form that torch's formulas take."""
     if isinstance(value, tuple):
         return tuple(map(_shape, value))
     return torch.Size(value.shape) if isinstance(value, TensorType) else value

@@ -1,4 +1,4 @@
-"""Homes for the chunks of a program: as much on the device as fits, and what is one move away from that."""
+"""Homes for the chunks of a program: as much on the device as fits, and the plans that are one move away."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ from .memory import Filling, Memory
 from .simulate import StepTime
 
 MOST_TIGHTER = 4
-"""So often the integer program is solved with less room, before it is given up."""
+"""The integer program is solved at most this many times, each with less room, before it is given up."""
 
 LEAST_GAIN, MOST_MOVES = 0.01, 16
-"""A move is made where the modelled step is shorter by this share, and so many at most."""
+"""A move must shorten the modelled step by this share; at most this many are made."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One chunk goes elsewhere, to a home of a `kind`: homes then, and what a step takes."""
+    """One chunk moves to a home of a `kind`: all homes after the move, and the seconds of a step with them."""
 
     kind: str
     what: str
@@ -31,7 +31,7 @@ class Move:
 
 
 def least(plan: Plan, placed: Homes | None) -> Homes:
-    """What the policy puts on the device whatever the room. States that are `placed` already stay where they are."""
+    """The homes with the least on the device that the policy allows. States that are already `placed` do not move."""
     cuda = plan.request.policy == "cuda"
     wheres = [Where.DEVICE] if cuda else [Where.HOST, Where.STREAMED]
     may_be = plan.format.wheres
@@ -44,7 +44,7 @@ def least(plan: Plan, placed: Homes | None) -> Homes:
 
 def candidates(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None,
                assumed: Sequence[Assumed]) -> list[Homes]:  # fmt: skip
-    """Ways to fill the device: as it comes, and by the integer program's answers to what is `assumed`."""
+    """Homes to compare: the least ones, these filled up, and the filled-up answers to each of `assumed`."""
     begin = least(plan, placed)
     found = [begin]
     if plan.request.policy == "auto" and memory.fits(begin):
@@ -55,8 +55,8 @@ def candidates(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None,
 
 
 def fitting(program: HomeProgram, assumed: Assumed, blocks: Blocks = NOT_CHOSEN) -> Answer | None:
-    """The program's answer where it fits as a whole: the peak of whole programs may be a little higher than the
-    program knows, and then as much more is left free."""
+    """The integer program's answer, if it fits as a whole program, whose peak may be a little higher than the integer
+    program knows. Where it is, the answer is sought again with that much more left free."""
     spare_bytes = 0
     for _ in range(MOST_TIGHTER):
         answer = program.solve(assumed, blocks, spare_bytes)
@@ -68,7 +68,7 @@ def fitting(program: HomeProgram, assumed: Assumed, blocks: Blocks = NOT_CHOSEN)
 
 
 def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> Homes:
-    """What room is left is used, chunk by chunk: first for weights that stay, then for whole states."""
+    """Uses up the room that is left, chunk by chunk: first for weights that stay resident, then for whole states."""
     filling = Filling(memory, homes)
     for chunk, home in plan.placed(homes):
         if not home.resident and (plan.request.zero != 3 or chunk.shards == 1):
@@ -80,13 +80,13 @@ def _filled(plan: Plan, memory: Memory, homes: Homes, placed: Homes | None) -> H
 
 
 def landing_apart(plan: Plan, homes: Homes) -> Homes:
-    """The same homes, but that no gradient on its way to the host waits for a place there."""
+    """The same homes, but each chunk's gradients have a landing of their own instead of waiting for a shared one."""
     shares = plan.format.shares_landing
     return tuple(replace(home, lands_apart=True) if shares(chunk, home) else home for chunk, home in plan.placed(homes))
 
 
 def is_picked(index: int, share: float) -> bool:
-    """Whether number `index` is one of the `share` of all that is picked, evenly spread."""
+    """Whether item `index` is picked when a `share` of all items is picked, evenly spread."""
     return int((index + 1) * share) > int(index * share)
 
 
@@ -94,7 +94,7 @@ def is_picked(index: int, share: float) -> bool:
 
 
 def best_nearby(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None) -> tuple[Homes, list[Move]]:
-    """The plan's homes after the moves of one chunk that make the step shorter, and the moves from there that fit."""
+    """The plan's homes after the single-chunk moves that shorten the step, and the moves from there that fit."""
     homes, step_s = plan.homes, plan.estimate.step_s
     for _ in range(MOST_MOVES):
         near = list(_moves(plan, memory, time, homes, placed))
@@ -106,7 +106,7 @@ def best_nearby(plan: Plan, memory: Memory, time: StepTime, placed: Homes | None
 
 
 def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Homes | None) -> Iterator[Move]:
-    """The first and the last of the chunks that are alike and at home alike, elsewhere."""
+    """Moves of the first and the last chunk in each group of chunks that are alike and have the same home."""
     if plan.request.policy != "auto":
         return
     alike: dict[tuple[int, torch.dtype, bool, Home], list[ChunkLayout]] = {}
@@ -121,7 +121,7 @@ def _moves(plan: Plan, memory: Memory, time: StepTime, homes: Homes, placed: Hom
 
 
 def _elsewhere(plan: Plan, chunk: ChunkLayout, home: Home, placed: Homes | None) -> Iterator[Home]:
-    """All other homes that a chunk may have."""
+    """All other homes that the chunk may have."""
     wheres = list(Where) if placed is None else [home.where]
     stays = [False] if plan.request.zero == 3 and chunk.shards > 1 else [False, True]
     for where, stay in product(wheres, stays):

@@ -1,11 +1,11 @@
-"""The integer program of homes: how many chunks of a kind go where, and how many blocks are recomputed, so that a step
-takes the least.
+"""The integer program of homes: how many chunks of each kind go where, and how many blocks are recomputed.
 
-Chunks that are alike are a class. What one of them keeps busy at a home the clock tells, on which it is alone with the
-program's compute, and by how much the step is longer then, which is what does not overlap. What it takes of the device
-and of the host its format tells. HiGHS finds the numbers with which the busiest resource is the least busy, within the
-room of both. It knows of no order: of the answers to several assumptions about how well resources are kept busy the
-clock takes the fastest, on whole programs.
+Chunks that are alike form a class. For each class and home the clock runs one such chunk, alone with the program's
+compute, which tells how long the chunk keeps each resource busy and by how much it lengthens the step: the part that
+does not overlap. The format of its training state tells the bytes on the device and on the host. Within the room of
+both, HiGHS minimises the busy time of the busiest resource. The integer program ignores order, so it is solved under
+several assumptions about how well resources can be kept busy, and the clock picks the fastest answer by running whole
+programs.
 """
 
 from collections import defaultdict
@@ -26,14 +26,15 @@ from .simulate import DEVICE, HOST, StepTime
 from .timeline import Carrier, Instruction, Timeline, Transfer
 
 SPARING = 1e-3
-"""What a second of a resource that does not bind counts of one of the step: of plans as fast as each other the one is
-taken that leaves the most room for what is not modelled."""
+"""The cost of a busy second of any resource, relative to a second of the step: among equally fast answers, the one that
+leaves the most room for what is not modelled wins."""
 
 AHEAD = 3
-"""So many chunks, from the last one back, may be on their way at the program's peak beside those that stay."""
+"""The growth of the program's peak with the number of chunks whose weights come and go, counted from the last chunk
+back, is modelled in this many steps: the first chunk, the second, and all others together."""
 
 LACKING = 1e3
-"""What it counts if the host lacks as much as it has: more than any time."""
+"""The cost of a host that lacks as much memory as it has: more than any time."""
 
 UP, DOWN, NETWORK = (carrier.value for carrier in Carrier)
 _ABOUT_CHUNKS = frozenset({FETCH, WAIT, REDUCE, ACCUMULATE_GRAD})
@@ -41,8 +42,7 @@ _ABOUT_CHUNKS = frozenset({FETCH, WAIT, REDUCE, ACCUMULATE_GRAD})
 
 @dataclass(frozen=True)
 class Assumed:
-    """How many times as long as they are busy the host's updates and the bus take: they begin late, and wait for each
-    other."""
+    """Factors on the busy time of the host's updates and of the bus, which begin late and wait for each other."""
 
     host: float
     bus: float
@@ -55,13 +55,19 @@ FIRST_LOOK = (Assumed(1.15, 1.3),)
 """For plans that are only compared with others."""
 
 ASSUMED = (*FIRST_LOOK, Assumed(1.0, 1.15), Assumed(1.3, 1.3), Assumed(1.15, 1.6), Assumed(1.3, 1.6), Assumed(1.6, 1.6))
-"""For the one that is taken. On OPT-2.7B x 8, OPT-6.7B x 8 and Llama-8B x 4 in 24 GiB, in either mode, the fastest
+"""For the plan that is taken. On OPT-2.7B x 8, OPT-6.7B x 8 and Llama-8B x 4 in 24 GiB, in either mode, the fastest
 answers are among these."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A class of chunks at one of the homes that they may have: bytes and seconds of each."""
+    """A class of chunks at one of its possible homes, with the bytes and busy seconds of one chunk.
+
+    Fields:
+        buffer_bytes: device buffers for streaming and for gradients that wait; chunks of one dtype share them.
+        is_passing: whether the weights are on the device only while they are used.
+        busy_s: seconds by resource.
+    """
 
     chunks: tuple[ChunkLayout, ...]
     home: Home
@@ -74,8 +80,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks that are recomputed where the program was lowered, and what each takes that is not: device bytes before
-    and from the first complete gradient on, and seconds, which are less."""
+    """The number of blocks that the lowered program recomputes, and what changes for each one that is not: more device
+    bytes, before the first complete gradient and from it on, and fewer seconds."""
 
     count: int = 0
     before_bytes: float = 0.0
@@ -84,12 +90,12 @@ class Blocks:
 
 
 NOT_CHOSEN = Blocks()
-"""As many as there are."""
+"""Leaves the number of recomputed blocks as it is in the lowered program."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Homes, how many blocks are not recomputed, and what a step takes at least."""
+    """Homes, the number of blocks that are not recomputed, and a lower bound for the seconds of a step."""
 
     homes: Homes
     kept: int
@@ -97,15 +103,15 @@ class Answer:
 
 
 class HomeProgram:
-    """Of one lowered program, with homes that chunks begin from: what a policy or a training that has begun says of
-    them, and what is not chosen here."""
+    """The integer program for one lowered program. `begin` are the homes of the chunks before any choice, as the policy
+    or the training so far gives them; if `is_placed`, their states stay where they are."""
 
     def __init__(self, plan: Plan, memory: Memory, time: StepTime, begin: Homes, is_placed: bool) -> None:
         self.plan, self.memory, self.time, self.begin, self.is_placed = plan, memory, time, begin, is_placed
         self.runs = plan.format.accumulate
 
     def solve(self, assumed: Assumed, blocks: Blocks = NOT_CHOSEN, spare_bytes: int = 0) -> Answer | None:
-        """With so much of the device left free. None where that does not fit, however much the host has."""
+        """Solves with `spare_bytes` of the device left free. None where that does not fit the device."""
         rows = Rows()
         chosen = rows.columns([len(one.chunks) for one in self.choices], integer=True)
         kept, (step, lacking) = rows.columns([blocks.count], integer=True), (rows.columns([inf]), rows.columns([inf]))
@@ -128,7 +134,7 @@ class HomeProgram:
 
     @cached_property
     def _unit_s(self) -> float:
-        """About what a step takes: solvers like numbers near 1."""
+        """Roughly the seconds of a step, as the unit: solvers work best with numbers near 1."""
         return (
             self.time.program.compute_s * self.runs
             + sum(len(one.chunks) * max(one.busy_s.values(), default=0.0) for one in self.choices)
@@ -136,8 +142,9 @@ class HomeProgram:
         )
 
     def _placed(self, counts: list[int]) -> Homes:
-        """What lies on the device first: of the first chunks gradients come last and weights are read first. Those on
-        the host and those that travel take turns, and weights that do not stay are the last ones'."""
+        """Assigns the counts of homes to the chunks of each class. The first chunks get the device, since their
+        gradients come last and their weights are read first. Chunks on the host and streamed ones alternate. Among
+        chunks that live in the same place, those with resident weights come first."""
         found = list(self.begin)
         for chunks in self.classes:
             mine = [(one.home, count) for one, count in zip(self.choices, counts, strict=True) if one.chunks is chunks]
@@ -151,7 +158,7 @@ class HomeProgram:
         return tuple(found)
 
     def over(self, answer: Answer, blocks: Blocks) -> int:
-        """By how many bytes an answer is beyond the device's room after all."""
+        """By how many bytes an answer exceeds the device after all; negative where it fits."""
         budget_bytes = self.memory.limits.device_bytes
         if budget_bytes is None:
             return 0
@@ -164,7 +171,7 @@ class HomeProgram:
 
     @cached_property
     def classes(self) -> list[tuple[ChunkLayout, ...]]:
-        """Chunks that are alike, at home alike to begin with, and used alike."""
+        """Chunks that are alike, have the same home to begin with, and are used in the same way."""
         found: dict[object, list[ChunkLayout]] = {}
         for chunk, home in self.plan.placed(self.begin):
             uses = tuple(target for _, target, _ in self._uses[chunk.index])
@@ -174,7 +181,7 @@ class HomeProgram:
 
     @cached_property
     def _uses(self) -> dict[int, list[Instruction]]:
-        """By chunk the instructions that are about it."""
+        """The instructions about each chunk."""
         found: dict[int, list[Instruction]] = defaultdict(list)
         for instruction in self.time.program.instructions:
             _, target, about = instruction
@@ -187,7 +194,7 @@ class HomeProgram:
         return [self._choice(chunks, home) for chunks in self.classes for home in self._homes(chunks[0])]
 
     def _homes(self, chunk: ChunkLayout) -> Iterator[Home]:
-        """What is chosen among, nothing but the home to begin with where the policy says it."""
+        """The homes to choose from; only the initial home, unless the policy is "auto"."""
         begin, plan = self.begin[chunk.index], self.plan
         if plan.request.policy != "auto":
             yield begin
@@ -211,7 +218,8 @@ class HomeProgram:
         )  # fmt: skip
 
     def _busy_s(self, chunk: ChunkLayout, home: Home) -> dict[str, float]:
-        """By resource, where the bus is as slow as with copies both ways; of the device also what it waits for."""
+        """Busy seconds by resource, with copies as slow as on a bus that is busy in both directions. For the device,
+        the seconds by which the chunk lengthens the step, waiting included."""
         rates, program, format = self.time.rates, self.time.program, self.plan.format
         both = rates.both_bytes_per_s
         alone = StepTime(
@@ -234,7 +242,7 @@ class HomeProgram:
         unit = max(budget_bytes, 1)
         ahead = rows.columns([1] * AHEAD, integer=True)
         passing = chosen.of(float(one.is_passing) for one in self.choices)
-        for number in range(AHEAD):  # each where more than so many chunks pass
+        for number in range(AHEAD):  # ahead[number] is 1 where more than `number` chunks pass
             of_all = -float(len(self.plan.layout.chunks))
             rows.add(passing | ahead.of(of_all * (i == number) for i in range(AHEAD)), most=number)
         buffers = self._buffers(rows, chosen, unit)
@@ -246,7 +254,7 @@ class HomeProgram:
             rows.add(terms, most=left_bytes / unit)
 
     def _buffers(self, rows: Rows, chosen: Columns, unit: int) -> Terms:
-        """Room for states on their way, as much as the longest of those that travel takes."""
+        """Room for the buffers of streamed states: for each dtype, those of the longest chunk that is streamed."""
         kinds = list(dict.fromkeys(one.chunks[0].dtype for one in self.choices if one.buffer_bytes))
         room = rows.columns([inf] * len(kinds))
         for number, one in enumerate(self.choices):
@@ -258,8 +266,8 @@ class HomeProgram:
         return room.of(1.0 for _ in kinds)
 
     def _highest(self) -> tuple[list[int], list[int]]:
-        """Before and from the first complete gradient on: what is there beside the states, with all weights that may
-        stay, and what one more that passes, another, and all the others add."""
+        """The peak before the first complete gradient and from it on, without the states: with all weights resident
+        that may be, then what a first chunk whose weights come and go adds, what a second, and what all others add."""
         count = len(self.plan.layout.chunks)
         stays, passes = list(self.begin), list(self.begin)
         for one in self.choices:
@@ -271,7 +279,7 @@ class HomeProgram:
         return before, after
 
     def _within_host(self, rows: Rows, chosen: Columns, lacking: Columns) -> None:
-        """As far as it can be: `lacking` is how much more that takes, as a share of what there is."""
+        """Keeps within the host as far as possible: `lacking` is the shortfall, as a share of the host's memory."""
         memory = self.memory
         unit = max(memory.limits.host_bytes, 1)
         shared_bytes = self.plan.format.staging_bytes([(chunk, Home()) for chunk in self.plan.layout.chunks])
@@ -280,7 +288,7 @@ class HomeProgram:
         rows.add(terms | lacking.of([-1.0]), most=left_bytes / unit)
 
     def _resources(self, assumed: Assumed) -> Iterator["_Row"]:
-        """By what the step is as long as: each choice's seconds of it."""
+        """One row for each resource that may bound the step: the seconds that each choice keeps it busy."""
         rates, program, format = self.time.rates, self.time.program, self.plan.format
         busy = {name: np.array([one.busy_s.get(name, 0.0) for one in self.choices]) * assumed.factor(name)
                 for name in (DEVICE, HOST, UP, DOWN, NETWORK)}  # fmt: skip
@@ -288,13 +296,13 @@ class HomeProgram:
         yield _Row(DEVICE, busy[DEVICE], always[DEVICE])
         if not rates.overlaps:
             return
-        serial = busy[HOST] * (not format.beside)  # a torch optimizer's updates: nothing else goes on meanwhile
+        serial = busy[HOST] * (not format.beside)  # a torch optimizer's updates run alone
         for name, other, alone in ((UP, DOWN, rates.up_bytes_per_s), (DOWN, UP, rates.down_bytes_per_s)):
-            share = rates.both_bytes_per_s / alone  # of the seconds that it takes beside the other direction
+            share = rates.both_bytes_per_s / alone  # what a copy takes alone, of its seconds beside the other direction
             yield _Row(name, share * busy[name] + (1 - share) * busy[other] + serial,
                        share * always[name] + (1 - share) * always[other])  # fmt: skip
         yield _Row(NETWORK, busy[NETWORK], always[NETWORK])
-        # Updates that begin at step() have the next forward's time alone.
+        # Updates that begin at step() overlap only with the next forward.
         behind_s = 0.0 if format.in_backward or not format.beside else program.compute_s * self.runs - self._forward_s
         yield _Row(HOST, busy[HOST], behind_s)
         is_streamed = np.array([one.home.streamed for one in self.choices])
@@ -302,7 +310,7 @@ class HomeProgram:
 
     @cached_property
     def _always_s(self) -> dict[str, float]:
-        """What each resource is busy for wherever chunks are."""
+        """Busy seconds of each resource that do not depend on where chunks are."""
         rates, found = self.time.rates, {DEVICE: self.time.program.compute_s, UP: 0.0, DOWN: 0.0, NETWORK: 0.0}
         for _, _, about in self.time.program.instructions:
             if isinstance(about, Transfer):
@@ -313,14 +321,14 @@ class HomeProgram:
 
     @property
     def _forward_s(self) -> float:
-        """Up to the first complete gradient."""
+        """Seconds of compute up to the first complete gradient."""
         program = self.time.program
         return next((at_s for at_s, target, _ in program.instructions if target is REDUCE), program.compute_s)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A resource: seconds by choice, and of what is not chosen."""
+    """A resource: busy seconds by choice (one element each), and those that no choice changes."""
 
     resource: str
     seconds: np.ndarray
@@ -328,6 +336,6 @@ class _Row:
 
 
 def _mixed(one: list[Home], other: list[Home]) -> list[Home]:
-    """Both in their order, evenly spread."""
+    """Merges both lists, each in its order and evenly spread."""
     places = [*((i + 0.5) / len(one) for i in range(len(one))), *((i + 0.5) / len(other) for i in range(len(other)))]
     return [home for _, home in sorted(zip(places, [*one, *other], strict=True), key=lambda pair: pair[0])]

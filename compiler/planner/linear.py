@@ -9,22 +9,21 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 GAP = 0.02
-"""An answer is good enough that is off by no more than this share: rates are not known better, and the clock is asked
-beside the program."""
+"""The relative gap of a good enough answer: rates are not known better, and the clock decides among answers."""
 
 MOST_NODES = 2000
-"""So far a search goes, and not for so many seconds: all processes are to find the same."""
+"""A search stops after this many nodes and not after some seconds, so that all processes find the same answer."""
 
 Terms = dict[int, float]
 """Coefficients by column."""
 
 _Items = tuple[tuple[int, float], ...]
-"""The same, to be compared by."""
+"""Terms in hashable form, as a key of the cache."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Some of a program's variables, one after the other."""
+    """A range of consecutive variables."""
 
     first: int
     count: int
@@ -38,14 +37,14 @@ class Columns:
 
 @dataclass
 class Rows:
-    """A program in the making: all variables are 0 or more."""
+    """A program under construction; all variables are at least 0."""
 
     most: list[float] = field(default_factory=list)
     integer: list[bool] = field(default_factory=list)
     rows: list[tuple[Terms, float, float]] = field(default_factory=list)
 
     def columns(self, most: Sequence[float], *, integer: bool = False) -> Columns:
-        """New variables, of which each is at most so much."""
+        """Adds variables, each with its upper bound."""
         made = Columns(len(self.most), len(most))
         self.most += most
         self.integer += [integer] * len(most)
@@ -55,7 +54,7 @@ class Rows:
         self.rows.append((terms, least, most))
 
     def minimise(self, cost: Terms) -> tuple[float, ...] | None:
-        """The variables' values; None where there are none."""
+        """The values of all variables at the minimum; None where there is no solution."""
         rows = tuple((tuple(terms.items()), least, most) for terms, least, most in self.rows)
         return _minimum(tuple(cost.items()), rows, tuple(self.most), tuple(self.integer))
 
@@ -63,8 +62,8 @@ class Rows:
 @lru_cache(maxsize=1024)
 def _minimum(cost: _Items, rows: tuple[tuple[_Items, float, float], ...], most: tuple[float, ...],
              integer: tuple[bool, ...]) -> tuple[float, ...] | None:  # fmt: skip
-    """One search weighs a lowered program several times, and for each format of training state: what differs between
-    these is often not in the program."""
+    """Solves a program. Cached: a search weighs a lowered program several times, and again for each format of training
+    state, often with the same rows."""
     entries = [(value, row, column) for row, (terms, *_) in enumerate(rows) for column, value in terms]
     values, at_row, at_column = zip(*entries, strict=True)
     matrix = csr_array((values, (at_row, at_column)), shape=(len(rows), len(most)))

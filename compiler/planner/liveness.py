@@ -1,8 +1,9 @@
-"""How many bytes of what are on the device at every point of a program, by exact liveness, and the most on the host.
+"""Device bytes at every point of a program, by category and exact liveness, and the most that it keeps on the host.
 
-A value's storage lives from the operator that makes it to the last reader of any name for it; views share theirs. What
-a program hands to the caller at its turn is taken to live to the end, and on until the next call returns, as in
-`out = model(...)` in a loop. The result is compared with measurements in the tests: planned is never below measured.
+A value's storage lives from the operator that makes it to the last reader of any of its names; views share their
+storage. What a program hands to the caller at its turn is assumed to live to the program's end, and on until the turn
+of the next call, as with `out = model(...)` in a loop. Tests compare the result with measurements: planned is never
+below measured.
 """
 
 from collections import defaultdict
@@ -32,12 +33,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Liveness:
-    """Live bytes per position of a program.
+    """Live bytes at each position of a program.
 
-    `values` maps a category to an array of bytes by position, without the chunks' weights, which depend on
-    residency and are told as `fetches`; `static_bytes` are inputs, buffers and constants. `largest_bytes` is the
-    largest single storage among the values: what an allocator must find in one piece. (Memory inside operators is
-    left out, which they take in small pieces, and so are weights: a chunk fits where another has been.)
+    `values` maps a category to an array of bytes by position. The chunks' weights are not in it, since they depend on
+    residency; `fetches` has them instead. `static_bytes` are inputs, buffers and constants. `largest_bytes` is the
+    largest single storage among the values, which an allocator must find in one piece. (It leaves out memory inside
+    operators, which they take in small pieces, and weights, since a chunk fits where another one was.)
     `offloaded_bytes` is the most that activations take on the host.
     """
 
@@ -92,7 +93,7 @@ def analyse(program: Program) -> Liveness:
 
 
 def _workspace_bytes(node: fx.Node, program: Program) -> int:
-    """Memory inside an operator while it runs, of those that take more than their results."""
+    """Memory inside an operator while it runs, beyond its results."""
     if node.op == "call_module":
         return _inside_bytes(program.functions[str(node.target)])
     if node.target is FORWARD:
@@ -108,13 +109,13 @@ def _workspace_bytes(node: fx.Node, program: Program) -> int:
 
 
 def _inside_bytes(function: Program) -> int:
-    """What a fused function's operators would take besides its results one by one: its kernels take no more."""
+    """What the operators of a fused function would take besides its results, one by one: its kernels take no more."""
     found = analyse(function)
     return int((found.total() - found.values[OUTPUTS]).max(initial=0))
 
 
 class _Storages:
-    """Which storages each node's names refer to. A storage is known by its maker and result number."""
+    """The storages that each node's value refers to. The key of a storage is its maker and the number of the result."""
 
     def __init__(self, program: Program) -> None:
         self.held: dict[fx.Node, list[Hashable]] = defaultdict(list)
@@ -137,7 +138,7 @@ class _Storages:
             return
         if sources and getattr(node.target, "__name__", "") == "getitem":
             held, element = self.held[sources[0]], (sources[0], node.args[1])
-            # A result of its own has its own storage; pieces of a split share that of what was split.
+            # A result that was made has its own storage; the pieces of a split share the storage of what was split.
             self.held[node] = [element] if element in held else list(held)
         elif sources:
             self.held[node] = [s for source in sources for s in self.held[source]]
@@ -147,7 +148,7 @@ class _Storages:
                 self.sizes[node, i], self.origin[node, i] = num_bytes, node
 
     def _bytes_of(self, node: fx.Node) -> int:
-        """Of the storages behind a value; of an input all that is known is itself."""
+        """Bytes of the storages behind a value; for an input, whose storage is unknown, of the value itself."""
         held = self.held[node]
         return sum(self.sizes[s] for s in held) if held else sum(t.num_bytes for t in tensors_of(type_of(node)))
 

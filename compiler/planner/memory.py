@@ -1,4 +1,4 @@
-"""Device and host bytes of one program, wherever its chunks have their homes."""
+"""Device and host bytes of one program, for any homes of its chunks."""
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from .liveness import GRADIENT_BUFFERS, Liveness
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan must keep to, in bytes, and how fast the machine is.
+    """The bytes that a plan must keep to, and how fast the machine is.
 
-    `device_bytes` is the budget (None: no limit), of which `reserve_bytes` are not the tensors': the driver's
-    context and libraries. `host_bytes` is what this process may hold on its host. `hole_share` is the share of a
-    program's largest storage that the device's allocator may lose to holes too small for it: 0 where it cannot
-    fragment, as the arena.
+    `device_bytes` is the budget (None: no limit), of which `reserve_bytes` go to other things than tensors: the
+    driver's context and libraries. `host_bytes` is what this process may hold on its host. `hole_share` is the share of
+    a program's largest storage that the device's allocator may lose to holes too small for it; 0 for an allocator that
+    cannot fragment, such as the arena.
     """
 
     device_bytes: int | None
@@ -39,7 +39,7 @@ class Limits:
         return self.device_bytes is None or plan.peak_bytes <= self.device_bytes
 
     def agreed(self, ranks: Ranks) -> "Limits":
-        """What every rank can keep to, so that all make the same plan."""
+        """The limits that every rank can keep to, so that all make the same plan. Gathers the limits of all ranks."""
         found = ranks.gather((self.device_bytes, self.reserve_bytes, self.host_bytes, self.rates))
         budgets, reserves, hosts, rates = zip(*found, strict=True)
         device_bytes = min((budget for budget in budgets if budget is not None), default=None)
@@ -49,10 +49,10 @@ class Limits:
 
 
 class Memory:
-    """What a program takes, by its chunks' homes: for good, and at its highest point.
+    """What a program takes, given its chunks' homes: throughout, and at its highest point.
 
-    Of the positions between two at which weights come or go only the highest counts, whatever these weights are: for
-    each of such stretches `highest` tells it, and arrays have one element.
+    Weights come and go only at certain positions, and of each stretch between two of these only the highest position
+    matters. `highest` has that position for each stretch, and arrays have one element per stretch.
     """
 
     def __init__(self, plan: Plan, liveness: Liveness, limits: Limits) -> None:
@@ -75,7 +75,7 @@ class Memory:
         self.stretches_of: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for chunk, start, end in zip(self.fetched, self.starts, self.ends, strict=True):
             self.stretches_of[int(chunk)].append((int(start), int(end)))
-        # Homes are tried by the thousand, and most of them are those of the try before.
+        # Homes are tried by the thousand, and most chunks have the same home as in the previous try.
         self._there_bytes = cache(self._there)
         self._passing_bytes = cache(self._passing)
         self._streaming_bytes = cache(self._streaming)
@@ -90,7 +90,7 @@ class Memory:
         return self.limits.reserve_bytes + self.holes() + tensors
 
     def holes(self) -> int:
-        """Bytes that are free in the allocator, but not in one piece where the largest storage needs them so."""
+        """Bytes that are free in the allocator, but not in one piece, where the largest storage needs one."""
         return int(self.limits.hole_share * self.liveness.largest_bytes)
 
     def static(self, homes: Homes) -> int:
@@ -103,25 +103,25 @@ class Memory:
 
     @property
     def beside_states(self) -> int:
-        """Bytes that are there for good wherever chunks are."""
+        """Bytes that stay allocated wherever chunks are."""
         return self.limits.reserve_bytes + self.holes() + self._always_bytes
 
     def highest_parts(self, homes: Homes) -> tuple[int, int]:
-        """The highest points of the timeline before the first gradient is there, and from then on."""
+        """The highest points of the timeline before the first gradient exists, and from then on."""
         timeline = self.timeline(homes)
         gradients = self.liveness.values.get(GRADIENT_BUFFERS, np.zeros(self.liveness.length))[self.highest]
         first = int((gradients > 0).argmax()) if gradients.any() else len(timeline)
         return int(timeline[:first].max(initial=0)), int(timeline[first:].max(initial=0))
 
     def streaming(self, homes: Homes) -> int:
-        """Bytes of training states on their way through the device, and of gradients that wait for theirs."""
+        """Bytes of the buffers for streamed training states, and of gradients that wait for theirs."""
         return self._streaming_bytes(tuple((index, home) for index, home in enumerate(homes) if home.streamed))
 
     def timeline(self, homes: Homes) -> np.ndarray:
         return self.values + self.in_flight(homes)
 
     def in_flight(self, homes: Homes) -> np.ndarray:
-        """Bytes of weights that are on the device only while they are used."""
+        """Bytes of weights that are on the device only while they are used, by stretch."""
         passing = np.fromiter(map(self._passing_bytes, range(len(homes)), homes), np.int64, len(homes))[self.fetched]
         changes = np.zeros(len(self.highest) + 1, dtype=np.int64)
         np.add.at(changes, self.starts, passing)
@@ -147,13 +147,13 @@ class Memory:
         return state + self.liveness.offloaded_bytes
 
     def beyond_host(self, homes: Homes) -> int:
-        """Bytes that the host lacks."""
+        """Bytes by which the homes exceed the host's memory."""
         return max(0, self.host(homes) - self.limits.host_bytes)
 
     # -- reports -------------------------------------------------------------------------------------------
 
     def estimate(self, homes: Homes) -> Estimate:
-        """The bytes of it; time and collectives are for others to say."""
+        """The bytes of an estimate; the search adds time and collectives."""
         timeline = self.timeline(homes)
         at = int(timeline.argmax()) if len(timeline) else 0
         on_device = [(chunk, home) for chunk, home in self.plan.placed(homes) if home.on_device]
@@ -183,14 +183,14 @@ class Memory:
 
 
 class Filling:
-    """Homes to which others are tried, a chunk at a time: each costs what it changes, not all that there is."""
+    """Homes that are changed one chunk at a time: trying a move costs what it changes, not a full recount."""
 
     def __init__(self, memory: Memory, homes: Homes) -> None:
         self.memory, self.homes = memory, list(homes)
         self.static_bytes, self.timeline = memory.static(homes), memory.timeline(homes)
 
     def move(self, index: int, home: Home) -> None:
-        """Let a chunk have another home if that fits."""
+        """Moves a chunk to another home if that fits."""
         memory, before = self.memory, self.homes[index]
         more_bytes = memory._there_bytes(index, home) - memory._there_bytes(index, before)
         if before.streamed or home.streamed:

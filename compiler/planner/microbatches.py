@@ -1,5 +1,4 @@
-"""How many microbatches a batch is run as, and in how many rounds, where the user does not say: as few as fit, or more
-where that is faster."""
+"""The number of microbatches and rounds of a batch, where the user does not say: as few as fit, or more if faster."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,25 +11,25 @@ from .search import Solution
 from .simulate import DEVICE, LAUNCHES
 
 Decision = tuple[Solution, Exception | None]
-"""What is decided, and why steps are refused until the model's own optimizer is made, where they are."""
+"""A solution, and the error that refuses steps until the model's own optimizer is made (None: steps may run)."""
 
 GAIN = 0.03
-"""Twice as many microbatches are worth it where the modelled step, or the least memory, is less by this share."""
+"""Doubling the microbatches is worth it where the modelled step, or the smallest budget, shrinks by this share."""
 
 
 AGAIN_SHARE = 0.25
-"""What recomputing a block is of all that it takes, about: its forward once more."""
+"""About the share of a block's time that recomputing it takes: its forward once more."""
 
 MOST_ROUNDS_WEIGHED = 2
-"""So many numbers of rounds are planned for at most: each takes as long to plan for as one round, or longer."""
+"""At most this many numbers of rounds are planned for, since each takes at least as long to plan for as one round."""
 
 
 def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | None = None) -> Decision:
-    """The decision for the whole batch where that fits; else for 2, 4, 8, ... parts of it, as long as more of them need
-    less. Raises BudgetError where nothing fits.
+    """The decision for the whole batch where that fits; otherwise for 2, 4, 8, ... parts of it, as long as more parts
+    need less memory. Raises BudgetError where nothing fits.
 
-    `device_bytes` is the room that there is: parts that need more if all that the whole takes were divided are not
-    planned for, as long as there are smaller ones.
+    `device_bytes` is the device's budget. A number of parts is skipped if even a perfect division of the whole batch's
+    need leaves more than the budget to each, as long as a larger number could still fit.
     """
     refused: list[BudgetError] = []
     counts = list(_counts(examples))
@@ -43,7 +42,8 @@ def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | N
             raise
         except BudgetError as refusal:
             refused.append(refusal)
-            # Parts need sums of gradients that the whole does not: only from there on activations alone decide.
+            # Parts need gradient sums that the whole batch does not, so activations alone decide only from the second
+            # split on.
             if len(refused) > 2 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):
                 break
         except SplitError as error:
@@ -53,17 +53,17 @@ def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | N
 
 
 def _are_too_few(count: int, whole: BudgetError, most: int, device_bytes: int | None) -> bool:
-    """Whether so many parts cannot fit, and more of them may, by what the whole batch needs."""
+    """Whether this many parts cannot fit, but more of them may, by what the whole batch needs."""
     if device_bytes is None or whole.smallest_bytes is None:
         return False
     return whole.smallest_bytes / count > device_bytes >= whole.smallest_bytes / most
 
 
 def in_rounds(find: Callable[[int], Decision], best: Decision, copied_s: float) -> Decision:
-    """The best decision for one round, or that for more of them where it is faster: what rests in memory is of one
-    round, so that less is recomputed. `copied_s` is for how long one round more keeps the bus busy each way."""
+    """The best decision for one round, or for more where that is faster: only one round's activations are held at a
+    time, so that less is recomputed. `copied_s` is how long each further round keeps the bus busy each way."""
     plan = best[0].plan
-    # Of those that are as good the most come first, which leave the most room.
+    # Among equally good ones the largest number comes first, since it leaves the most room.
     bounds = [(_least_s(plan, rounds, copied_s), -rounds) for rounds in _counts(plan.microbatches) if rounds > 1]
     for least_s, rounds in ((least_s, -negative) for least_s, negative in sorted(bounds)[:MOST_ROUNDS_WEIGHED]):
         if not _is_less(least_s, best[0].plan.estimate.step_s):
@@ -82,20 +82,20 @@ def in_rounds(find: Callable[[int], Decision], best: Decision, copied_s: float) 
 
 
 def _least_s(plan: Plan, rounds: int, copied_s: float) -> float:
-    """What a step in so many rounds takes at least, by the plan for one: if no block were recomputed, and sums were all
-    that is copied."""
+    """A lower bound for a step in `rounds` rounds, from the plan for one: as if no block were recomputed and only the
+    gradient sums were copied."""
     again = AGAIN_SHARE * len(plan.recompute) / max(1, len(plan.blocks))
     computed = (seconds for name, seconds in plan.estimate.busy_s if name in (DEVICE, LAUNCHES))
     return max((1 - again) * max(computed, default=0.0), (rounds - 1) * copied_s)
 
 
 def _is_less(after: float | None, before: float | None) -> bool:
-    """Whether something has become less by enough to go on with."""
+    """Whether a value has shrunk by enough to go on."""
     return after is not None and before is not None and after < (1 - GAIN) * before
 
 
 def _counts(examples: int) -> Iterator[int]:
-    """1, 2, 4, ... as long as the examples divide by it."""
+    """1, 2, 4, ... as long as they divide the examples."""
     yield 1
     count = 2
     while examples and examples % count == 0:
@@ -104,7 +104,7 @@ def _counts(examples: int) -> Iterator[int]:
 
 
 def _faster(find: Callable[[int], Decision], count: int, decision: Decision, examples: int) -> Decision:
-    """A decision, or that for twice as many microbatches."""
+    """The decision, or the one for twice as many microbatches if that is faster."""
     if count == 1 or examples % (2 * count):
         return decision
     try:
@@ -116,7 +116,7 @@ def _faster(find: Callable[[int], Decision], count: int, decision: Decision, exa
 
 
 def _beside(instead: Decision, decision: Decision) -> Decision:
-    """A decision that tells of the one that was not taken."""
+    """`decision`, with the one that was not taken, `instead`, among its alternatives."""
     solution, refusal = decision
     other, plan = instead[0].plan, solution.plan
     what = (

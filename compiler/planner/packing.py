@@ -1,4 +1,4 @@
-"""Pack parameters into chunks, in order of first use."""
+"""Packs parameters into chunks, in order of first use."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ SMALLEST_CHUNK_BYTES = 32 * 2**10
 
 
 _Kind = tuple[torch.dtype, torch.dtype, bool, frozenset[str], Owners, Rule]
-"""What the parameters of a chunk have in common: compute dtype, master dtype, trainability, axes sharded over, who
-along a pipeline has them, and the rule that they are updated by. By the axes those are alike, too, over which their
-gradients are summed."""
+"""What all parameters of a chunk have in common: compute dtype, master dtype, trainability, the axes that they are
+sharded over (and hence those that their gradients are summed over), the pipeline ranks that have them, and the rule
+that they are updated by."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The processes that a model is spread over, and, of a pipeline, which of them has which parameters."""
+    """The mesh that a model is spread over, and, in a pipeline, the ranks that have each parameter."""
 
     mesh: Mesh = ONE_PROCESS
     owners: Mapping[str, Owners] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Together:
-    """What is updated together: so many elements, and, of the parameters that these `rules` name, more than that."""
+    """What is updated together: `unit` elements at a time, or more for the parameters that `rules` name."""
 
     unit: int = 1
     rules: Mapping[str, Rule] = field(default_factory=dict)
@@ -57,17 +57,17 @@ def pack(
     parameters: dict[str, nn.Parameter],
     blocks: tuple[str, ...],
     dtypes: Mapping[str, torch.dtype],
-    spread: Spread = Spread(),  # it is frozen
+    spread: Spread = Spread(),  # safe as a default: it is frozen
     together: Together = Together(),
 ) -> Layout:
-    """The layout of a captured model's `parameters`: in a pipeline those of one process.
+    """The layout of a captured model's `parameters`; in a pipeline these are one process's.
 
-    A chunk holds parameters of one compute dtype, one master dtype and one trainability, which are sharded over the
-    same axes of the mesh, whose gradients are summed over the same, which the same processes of a pipeline have, and
-    which are updated by one rule. Chunks follow the model's blocks: a chunk is as large as the largest block, within
-    fixed bounds, and where a block begins all chunks end if they hold at least half of that. Equal blocks have equal
-    chunks then, and equal programs. A parameter that is larger than a chunk has one of its own. Of elements that are
-    updated together no two parameters share any.
+    The parameters of a chunk agree in compute dtype, master dtype, trainability, the mesh axes that they are sharded
+    over and that their gradients are summed over, the pipeline ranks that have them, and the rule that they are updated
+    by. Chunks follow the model's blocks: a chunk is as large as the largest block, within fixed bounds, and at the
+    beginning of a block all chunks are closed if together they hold at least half of that. Equal blocks thus have equal
+    chunks, and equal programs. A parameter that is larger than a chunk gets one of its own. No two parameters share a
+    unit of elements that are updated together.
     """
     unit = together.unit
     inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
@@ -103,8 +103,8 @@ def pack(
 
 
 def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) -> Layout:
-    """The layout with each chunk divided into so many shards: padded so that shards are of one length and start where
-    slots may."""
+    """The layout with each chunk divided into `shards(chunk)` shards, padded so that all shards have the same length
+    and start where slots may."""
     chunks = []
     for chunk in layout.chunks:
         count = shards(chunk)

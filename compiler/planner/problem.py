@@ -1,4 +1,4 @@
-"""Planning: from a captured program to a plan, the user's or the planner's, for the optimizer there is."""
+"""Planning: from a captured program to a plan, the user's or the planner's, for the optimizer in use."""
 
 import warnings
 from collections.abc import Callable
@@ -47,7 +47,7 @@ LEANER = (
     OwnFormat(in_backward=True, stored="int8"),
     OwnFormat(in_backward=True, stored="int8", masters="bf16-stochastic"),
 )
-"""What `model.optimizer(...)` may come to declare, from what takes most memory to what takes least."""
+"""Formats that `model.optimizer(...)` may still declare, those that take most memory first."""
 
 NOT_CUT = (
     "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
@@ -62,8 +62,8 @@ NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothi
 
 @dataclass(frozen=True)
 class _Formats:
-    """What training state may consist of: as `model.optimizer(...)` declared it, or, before that, torch's, and ours
-    where that may help: the first of them that fits."""
+    """The formats that training state may have: the one that `model.optimizer(...)` declared, or, before it is called,
+    torch's, and where that does not fit the first of `ours` that does."""
 
     declared: OwnFormat | None
     torchs: StateFormat
@@ -72,10 +72,16 @@ class _Formats:
 
 @dataclass
 class Planning:
-    """Decides for one model: its `parameters`, the dtypes that these compute in, and the names of its `blocks`.
-    `limits` are those of the machine as it is known by now, `asked_bytes` the budget that was asked for. `line` is the
-    rank of the pipeline that this process is. What ranks have `agreed` on is as good as a plan of the user's, but for
-    microbatches, of which each has its own."""
+    """Makes the plans of one model.
+
+    Fields:
+        limits: the machine's limits, corrected as they become known; `asked_bytes` keeps the budget that was asked for.
+        parameters, dtypes: the parameters by their first names, and the dtype each computes in.
+        blocks: the names of the model's blocks.
+        line: this process's rank along the pipeline.
+        agreed: the plan that the ranks agreed on. It counts like a plan given by the user, except that each rank
+            chooses its own number of microbatches.
+    """
 
     options: Options
     limits: Limits
@@ -94,12 +100,12 @@ class Planning:
 
     @property
     def adapts(self) -> bool:
-        """Whether homes may be chosen anew in training: those that a user put somewhere stay there, and those of a
-        pipeline's ranks, which have chunks of their own each."""
+        """Whether homes may be chosen again during training: not where the user placed states or gave a plan, nor in a
+        pipeline, whose ranks each have chunks of their own."""
         return self.options.placement == "auto" and self.options.plan is None and self.schedule is None
 
     def shared(self) -> Plan:
-        """What was asked for and the processes that there are, which all plans of the model say alike."""
+        """The part that all plans of the model share: the request and the mesh."""
         return Plan(self._request(self.options.placement), mesh=self.mesh)
 
     def _request(self, policy: Policy) -> Request:
@@ -113,8 +119,8 @@ class Planning:
 
     @cached_property
     def schedule(self) -> Schedule | None:
-        """What the ranks of a pipeline do in a training step; None without one. Raises ArgumentError for one that
-        cannot run, or does not fit the degrees."""
+        """What each pipeline rank does in a training step; None without a pipeline. Raises ArgumentError for a schedule
+        that cannot run or does not match the degrees."""
         options, degrees = self.options, self.options.degrees
         if options.plan is not None:
             return self._fitting(options.plan.schedule)
@@ -130,7 +136,7 @@ class Planning:
         return make_schedule(options.schedule or default, shape)
 
     def _fitting(self, schedule: Schedule | None) -> Schedule | None:
-        """A schedule of the user's own."""
+        """Checks the user's schedule. Raises ArgumentError where it cannot run or contradicts another option."""
         degrees, found = self.options.degrees, schedule
         expected = (degrees.pipeline, degrees.pipeline * degrees.stages_per_rank)
         shape = (1, 1) if found is None else (len(found.ranks), found.stages)
@@ -148,7 +154,7 @@ class Planning:
 
     @property
     def asked(self) -> int | None:
-        """Into how many microbatches a training step's batch is to be divided; None: as it fits."""
+        """The number of microbatches required for a training step's batch; None where the planner chooses."""
         if self.schedule is not None:
             return self.schedule.microbatches
         if self.options.plan is not None:
@@ -156,11 +162,11 @@ class Planning:
         return None if self.options.microbatches == "auto" else self.options.microbatches
 
     def decide(self, captured: Captured, before: Plan | None, fixed: bool, format: OwnFormat | None) -> Decision:
-        """A plan, for our own optimizer's `format` of training state (None: for an optimizer of torch's).
+        """A plan for our own optimizer's `format` of training state (None: for a torch optimizer).
 
-        `before` is the model's plan so far, whose layout stays; where `fixed`, masters stay where it puts them.
-        Raises BudgetError where nothing fits, ValueError where the user's plan is not for this model, and SplitError
-        where its batch cannot be run as so many microbatches as were asked for.
+        `before` is the model's plan so far, whose layout is kept; if `fixed`, masters also stay where it puts them.
+        Raises BudgetError where nothing fits, ArgumentError where the user's plan does not fit this model, and
+        SplitError where the batch cannot be run as the number of microbatches that was asked for.
         """
         given = 1 if self.options.rounds == "auto" or not captured.trains else self.options.rounds
 
@@ -182,8 +188,9 @@ class Planning:
             raise SplitError(f"microbatches={asked}: {error}; or leave microbatches out") from error
 
     def _in_rounds(self, find: Callable[[int, int], Decision], best: Decision) -> Decision:
-        """The best decision for one round, or one for more rounds where that is faster and nobody has said how many.
-        Ranks that share out weights meet in every fetch, and blocks that are recomputed anyway gain nothing."""
+        """The best decision for one round, or one for more rounds where that is faster and nobody fixed the number.
+        Under ZeRO more rounds are not tried, since ranks meet in every fetch, nor where `recompute` is fixed, since
+        recomputed blocks gain nothing from them."""
         options, plan = self.options, best[0].plan
         is_given = options.plan is not None or self.agreed is not None or self.schedule is not None
         if is_given or options.degrees.zero or options.rounds != "auto" or options.recompute != "auto":
@@ -191,8 +198,8 @@ class Planning:
         return in_rounds(lambda rounds: find(plan.microbatches, rounds), best, self._waits_s(plan))
 
     def _waits_s(self, plan: Plan) -> float:
-        """For how long the bus is busy each way with sums of gradients between two rounds; where they have no room on
-        the host, either, forever."""
+        """Seconds per direction that the bus is busy with gradient sums between two rounds: 0 where they stay on the
+        device, infinite where they do not fit the host either."""
         sums_bytes = sum_bytes(plan)
         if sums_stay(sums_bytes, self.limits):
             return 0.0
@@ -201,8 +208,8 @@ class Planning:
 
     @staticmethod
     def _as_far_as_it_divides(planned: int, examples: int) -> int:
-        """A plan is for the batch that it was made for: another, as a loader's last one, is run as fewer microbatches
-        where it does not divide into as many."""
+        """The largest number of microbatches, `planned` or fewer, that divides the batch. A plan is made for one batch
+        size; another, such as a loader's last batch, runs as fewer microbatches, with a warning."""
         count = next((count for count in range(planned, 0, -1) if examples % count == 0), planned)
         if count != planned:
             warnings.warn(
@@ -214,8 +221,8 @@ class Planning:
 
     def _decide(self, captured: Captured, microbatches: int, before: Plan | None, fixed: bool,
                 format: OwnFormat | None, rounds: int = 1) -> Decision:  # fmt: skip
-        """A plan for so many microbatches, in so many rounds unless a plan is given, which says it. Raises SplitError
-        where the batch cannot be divided so."""
+        """A plan for this number of microbatches and rounds (a given plan brings its own rounds). Raises SplitError
+        where the batch cannot be divided this way."""
         runs = self.blocks if microbatches > 1 or self.schedule is not None else ()
         given, options, lower = self.options.plan or self.agreed, self.options, partial(self._lower, captured)
         torchs = TorchFormat(options.optimizer_state_bytes)
@@ -236,7 +243,7 @@ class Planning:
                 given = replace(given, rounds=1)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
                             schedule=self._scheduled(captured, microbatches))  # fmt: skip
-            if before is None:  # parameters may be frozen afterwards
+            if before is None:  # only at first: parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
                 self._check_owned(captured, given)
             accept = partial(self._accept, lower)
@@ -274,24 +281,24 @@ class Planning:
             raise
 
     def forget(self) -> None:
-        """Training has begun: programs are lowered once each from here on."""
+        """Drops the lowered programs. Called when training has begun, after which each program is lowered only once."""
         self._lowered.clear()
         self._logits.clear()
 
     def _scheduled(self, captured: Captured, microbatches: int) -> Schedule | None:
-        """What the ranks do for a captured step."""
+        """The schedule for a captured step: the training schedule, or its forward alone where there is no backward."""
         if self.schedule is None or captured.trains:
             return self.schedule
         return self.schedule.forward_alone(microbatches)
 
     def _canonical(self, captured: Captured, plan: Plan) -> Program:
-        """What stages are cut out of."""
+        """The canonicalized program that stages are cut out of."""
         program = captured.by(plan.microbatches).program.copy()
         canonicalize.rewrite(program, plan)
         return program
 
     def _check_owned(self, captured: Captured, given: Plan) -> None:
-        """Raises ArgumentError for a plan whose chunks are not those of its stages."""
+        """Raises ArgumentError for a plan whose stages and layout disagree on which ranks have a parameter."""
         if given.schedule is None:
             return
         owned = owners(self._canonical(captured, given), given, tuple(self.parameters))
@@ -303,7 +310,7 @@ class Planning:
             )
 
     def _layout(self, captured: Captured, plan: Plan, format: OwnFormat | None) -> Layout:
-        """Of a pipeline that of this process's parameters."""
+        """The layout of the model's parameters; in a pipeline, of those that this rank's stages read."""
         owned = {}
         together = Together() if format is None else Together(format.unit, dict(format.rules))
         if plan.schedule is not None:
@@ -315,9 +322,10 @@ class Planning:
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
                 excused: type[BudgetError]) -> Decision:  # fmt: skip
-        """Decide for the optimizer there is. A torch optimizer's state may be too large where `ours` is not: whether
-        that is to be used is told only after compiling, and until then steps are refused. So they are where chunks
-        are divided, whose training state is of no other kind."""
+        """Decides for the optimizer in use. Returns a plan, and an error that refuses steps until
+        `model.optimizer(...)` is called, or None. The error comes where torch's state does not fit but one of `ours`
+        does, since the user chooses an optimizer only after compiling, and where chunks are sharded, which only our own
+        optimizer supports."""
         declared, ours = formats.declared, formats.ours
         if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
             return find(replace(plan, format=next(iter(ours), OwnFormat()))), StateError(
@@ -331,26 +339,26 @@ class Planning:
             return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
-        """The lowered program of a plan, made once until training begins: plans are made anew for an optimizer."""
+        """The lowered program of a plan. Kept until training begins, since plans are made again for each optimizer."""
         key = (
             id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
             plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
         )  # fmt: skip
-        if key not in self._lowered:  # with what it was made of, whose id is then nobody else's
+        if key not in self._lowered:  # keep `captured` alive, so that no other object gets its id
             flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
             self._lowered[key] = captured, Weighed.of(flat, plan, self.limits.rates)
         return self._lowered[key][1]
 
     def _logits_bytes(self, captured: Captured) -> int:
-        """Found once: a plan is made anew for an optimizer, and for each format that its state may have."""
+        """Bytes of logits that a fused loss would save. Kept, since plans are made again for each format."""
         if id(captured) not in self._logits:
             self._logits[id(captured)] = captured, logits_bytes(captured.program)
         return self._logits[id(captured)][1]
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
-        """The blocks that an option names; None leaves them to the planner."""
+        """The blocks that an option names; None leaves the choice to the planner."""
         if chosen == "auto" and option == "recompute" and self.schedule is not None and self.schedule.weights == "host":
-            return self.blocks  # what another rank's backward reads is a message, and all ranks must choose alike
+            return self.blocks  # another rank's backward reads messages, so all ranks must choose alike
         if isinstance(chosen, str):
             return {"auto": None, "none": (), "all": self.blocks}[chosen]
         unknown = [name for name in chosen if name not in self.blocks]
@@ -362,7 +370,7 @@ class Planning:
 
 def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tuple[StateFormat, ...],
                      excused: type[BudgetError]) -> Solution:  # fmt: skip
-    """The plan for the first format that fits. Raises what tells of the last one where none does."""
+    """The plan for the first format that fits. Where none does, raises the error of the last."""
     *others, last = formats
     for format in others:
         with suppress(excused):
@@ -371,12 +379,12 @@ def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tupl
 
 
 def _is_cut_for(layout: Layout, format: OwnFormat | None) -> bool:
-    """Whether what is updated together lies together."""
+    """Whether elements that the format updates together lie together in the layout."""
     return format is None or (layout.is_cut_for(format.unit) and layout.follows(dict(format.rules)))
 
 
 def _check_cut(given: Plan, format: OwnFormat) -> None:
-    """Raises ArgumentError for a plan whose chunks are not what updates of this format need."""
+    """Raises ArgumentError for a plan whose chunks do not suit updates of this format."""
     if not given.layout.is_cut_for(format.unit):
         raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
     there = all(home.where in format.wheres(chunk) for chunk, home in given.placed(given.homes) if chunk.is_whole)

@@ -1,4 +1,4 @@
-"""Where nothing fits: the smallest budget that would, and what takes the space."""
+"""The error for when nothing fits: the smallest budget that would, and what takes the space."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,12 @@ from .memory import Limits
 
 
 class HostBudgetError(BudgetError):
-    """The training state, or what is offloaded beside it, does not fit the host."""
+    """The training state, together with what is offloaded, does not fit the host."""
 
 
 def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetError:
-    """The error that tells why none of these plans can be run: of those on the host, or else of the nearest."""
+    """The error that explains why none of these plans can run. Where some fit the device, it is about the host;
+    otherwise it is about the plan with the lowest peak."""
     on_device = [plan for plan, _ in refused if limits.allow_on_device(plan)]
     if on_device:
         return _host_refusal(min((plan.estimate for plan in on_device), key=lambda e: e.host_bytes), limits)

@@ -1,22 +1,23 @@
-"""Decide: from a captured program, a budget and a policy to a Plan.
+"""Chooses a plan: from a captured program, a budget and a policy to a Plan.
 
-Combinations of these choices are completed, and the one that fits with the shortest modelled step is taken:
+The search completes combinations of these choices and takes the one that fits with the shortest modelled step:
 
-1. keep all activations, recompute every block, or, unless the user says which, as many of them as the integer
-   program finds by what a block takes in these two; of the best of all combinations, then, a few more or fewer;
-2. copy one chunk ahead, or, where nothing else fits, on demand;
-3. under "auto", give chunks the homes that an integer program finds for the room that the program's peak leaves
-   (`home_program`): weights and training states on the device, on the host, or, with our own optimizer, on the host
-   and on their way through the device to be updated there. What room is left then is filled;
-4. offload activations to the host, unless the user says which. Where nothing fits, that is tried of all blocks as they
-   are recomputed, and, where all are more than it takes, of fewer. Where recomputing is best, so is offloading where
-   the recomputed blocks begin, and a share of them kept on the host instead;
-5. compute the loss over the vocabulary in pieces, unless the user says whether. That is tried where the logits
-   are more than a tenth of the peak with them, or nothing fits with them. It computes the logits twice, so it
-   is taken where the memory saved makes up for that, or nothing else fits.
+1. Recompute no block, every block, or, unless the user says which, the number of blocks that an integer program finds
+   from the costs of the first two. The best combination is then refined by recomputing a few blocks more or fewer.
+2. Copy one chunk ahead, or, where nothing else fits, on demand.
+3. Under "auto", give chunks the homes that an integer program finds for the room that the program's peak leaves
+   (`home_program`): weights and training states on the device, on the host, or, with our own optimizer, on the host and
+   streamed through the device to be updated there. Room that is left over is filled afterwards.
+4. Offload activations to the host, unless the user says which. Where nothing fits, the search first offloads all blocks
+   in addition to recomputing them, then fewer. Where recomputing is best, it also tries to offload the inputs of the
+   recomputed blocks, and to keep the activations of a share of them on the host instead of recomputing them.
+5. Compute the loss over the vocabulary in pieces, unless the user decides. This is tried where the logits are more than
+   a tenth of the peak with them, or nothing fits with them. It computes the logits twice, so it is taken only where the
+   memory saved makes up for that, or nothing else fits.
 
-Of the best one single chunks move to other homes, as long as that makes the step shorter. The next-best plans are told
-beside it. Where nothing fits, the refusal names the smallest budget that would, and what takes the space.
+Single chunks of the best plan then move to other homes as long as that shortens the step. The next-best plans are
+recorded as its alternatives. Where nothing fits, the refusal names the smallest budget that would, and what takes the
+space.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,33 +44,33 @@ from .simulate import StepTime
 from .timeline import Timeline, timeline
 
 LOGITS_SHARE = 0.1
-"""The share of a plan's peak from which on it is worth a look whether logits are needed."""
+"""Logits above this share of a plan's peak make it worth trying the loss in pieces."""
 
 LOOKS = 4
-"""So many programs with blocks that are recomputed and others that are not are lowered at most to find how many."""
+"""At most this many programs with some blocks recomputed are lowered to find how many blocks to recompute."""
 
 NEIGHBOURS = 16
-"""One in so many blocks is recomputed more or less to see whether that is faster."""
+"""The number of recomputed blocks is refined in steps of one NEIGHBOURS-th of all blocks."""
 
 SHARES = 4
-"""Into so many shares blocks are divided for a first look at how many to offload."""
+"""The number of blocks to offload is tried in steps of one SHARES-th of all blocks."""
 
 KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
-"""Shares of the blocks that are recomputed at first, and whose activations may be kept on the host instead."""
+"""The shares of the recomputed blocks to keep on the host instead, tried in this order while the step gets faster."""
 
 SUMS_SHARE = 0.5
-"""The share of the device up to which sums of gradients may stay there from round to round."""
+"""Gradient sums are kept on the device between rounds only where they take less than this share of its budget."""
 
 OFFLOAD_GAIN = 0.05
-"""The share of a step's time that activations on the host must save where everything fits without. It is a margin for
-what the clock is wrong by: the copies that replace compute share the bus with weights, gradients and states, and each
-that comes late stops the device, while compute, which they replace, takes what it takes. Where the clock is off by as
-much as it was found to be, a plan that is better by less may be worse."""
+"""The share of a step's time that offloading must save where everything fits without it. The margin covers the clock's
+error: the copies that replace compute share the bus with weights, gradients and states, and each late copy stalls the
+device, while the time of recomputing is certain. A plan that looks better by less than the error observed on the clock
+may be worse."""
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A lowered program, and what it takes wherever its chunks are."""
+    """A lowered program with its liveness and timeline, none of which depends on where chunks live."""
 
     flat: Flat
     liveness: Liveness
@@ -80,20 +81,25 @@ class Weighed:
         return cls(flat, analyse(flat.program), timeline(flat.program, plan, rates))
 
     def on(self, plan: Plan, limits: Limits) -> tuple[Memory, StepTime]:
-        """Its bytes and seconds by where chunks are."""
+        """The program's memory and step time, each a function of the chunks' homes."""
         return Memory(plan, self.liveness, limits), StepTime(self.timeline, limits.rates)
 
 
 Lower = Callable[[Plan], Weighed]
-"""Runs the passes over a copy of the captured program, up to where instructions are in their final place."""
+"""Runs the passes over a copy of the captured program, until instructions are in their final place."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What is decided already, besides a plan's request: the blocks to recompute and those to offload (None: the
-    planner's choice), whether the loss is computed in pieces (likewise), and, for a further program of a model in
-    training, where states are, which stay there (`placed`). `logits_bytes` is what a fused loss would save, 0 where
-    there is none."""
+    """What is already decided, besides the plan's request.
+
+    Fields:
+        recompute, offload: the blocks to recompute and to offload; None leaves them to the planner.
+        blocks: the names of all blocks that may be recomputed or offloaded.
+        placed: for a further program of a model in training, where its states are; they stay there.
+        fuse_loss: whether the loss is computed in pieces; None leaves it to the planner.
+        logits_bytes: what a fused loss would save; 0 where no loss can be fused.
+    """
 
     recompute: tuple[str, ...] | None
     blocks: tuple[str, ...]
@@ -116,8 +122,8 @@ class Solution:
 
 
 def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
-    """Complete `draft` (request, layout, mesh, notes) so that it fits. Raises BudgetError where nothing does. Sums of
-    gradients stay on the device from round to round where they fit there, else they wait on the host."""
+    """Completes `draft` (request, layout, mesh, notes) so that it fits. Gradient sums stay on the device between rounds
+    where they fit there; otherwise they wait on the host. Raises BudgetError where nothing fits."""
     if draft.rounds > 1:
         if sums_stay(sum_bytes(draft), limits):
             with suppress(BudgetError):
@@ -127,26 +133,26 @@ def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solu
 
 
 def sum_bytes(plan: Plan) -> int:
-    """Of the sums of all gradients, between two rounds."""
+    """Bytes of all gradient sums that are kept between two rounds."""
     trained = (chunk for chunk in plan.layout.chunks if chunk.trainable)
     return sum(chunk.numel * accumulate_dtype(chunk.dtype).itemsize for chunk in trained)
 
 
 def sums_stay(sums_bytes: int, limits: Limits) -> bool:
-    """Whether it is worth a look whether sums of gradients fit on the device."""
+    """Whether it is worth trying to keep the gradient sums on the device."""
     return limits.device_bytes is None or sums_bytes < SUMS_SHARE * limits.device_bytes
 
 
 @dataclass
 class _Search:
-    """One search, and the plans that were `weighed` in it."""
+    """One search, with the plans it has `weighed` so far."""
 
     lower: Lower
     limits: Limits
     given: Constraints
     weighed: list[Plan] = field(default_factory=list)
     again_s: float = 0.0
-    """What recomputing a block takes, once that is known."""
+    """Seconds to recompute one block; 0 until that is known."""
 
     def solve(self, draft: Plan) -> Solution:
         given, refused = self.given, list[Solution]()
@@ -168,12 +174,12 @@ class _Search:
         raise _refused(refused, self.limits)
 
     def _lacks_host(self, solution: Solution) -> bool:
-        """Whether what was tried to be offloaded is more than the host has room for: no reason to refuse the rest."""
+        """Whether offloading needs more host memory than there is. Such a plan is left out of the refusal."""
         return bool(solution.plan.offload) and solution.plan.estimate.host_bytes > self.limits.host_bytes
 
     def _is_beyond_copies(self, refused: list[Solution]) -> bool:
-        """Whether the host alone lacks more than copies on demand can help with: they take one chunk's weights less
-        of the device, and a state that lies there instead takes no more than twice that of the host."""
+        """Whether the host lacks more memory than copying on demand can free: on the device it saves one chunk's
+        weights, and moving a state into that room frees no more than twice as many bytes on the host."""
         plans = [one.plan for one in refused if self.limits.allow_on_device(one.plan)]
         largest_bytes = max((chunk.compute_bytes for plan in plans[:1] for chunk in plan.layout.chunks), default=0)
         lacking_bytes = [plan.estimate.host_bytes - self.limits.host_bytes for plan in plans]
@@ -183,7 +189,7 @@ class _Search:
         return min((one for one in found if self.limits.allow(one.plan)), key=_step_s, default=None)
 
     def _with_loss(self, plan: Plan) -> list[Solution]:
-        """A plan with the loss in pieces or whole, or with both where it is worth a look."""
+        """A plan with the loss in pieces or whole, or both where that is worth a look."""
         if self.given.logits_bytes and self.given.fuse_loss:
             return [self._complete(replace(plan, fuse_loss=True))]
         whole = self._complete(plan)
@@ -196,8 +202,7 @@ class _Search:
         return self.given.logits_bytes > 0 and (share or not self.limits.allow(unfused.plan))
 
     def _recomputing(self, plan: Plan) -> list[Solution]:
-        """Plans with all blocks recomputed, with none, and with as many as the integer program says that it takes,
-        where blocks are as between those."""
+        """Plans that recompute no block, all blocks, and a number that the integer program finds from these two."""
         given = self.given
         if given.recompute is not None or not given.blocks:
             return self._with_loss(replace(plan, recompute=given.recompute or ()))
@@ -207,7 +212,8 @@ class _Search:
         return [none, *(solution for found in between for solution in found), *whole]  # the least memory comes last
 
     def _between(self, whole: Solution, blocks: Blocks) -> list[Solution]:
-        """What the program says of the blocks is lowered, and tells more of them, until it is known already."""
+        """Lowers the plan that the integer program suggests, refines the blocks' costs by it, and repeats until the
+        suggestion is one already lowered."""
         found: dict[int, Solution] = {blocks.count: whole}
         memory, time = self.lower(whole.plan).on(whole.plan, self.limits)
         program = HomeProgram(whole.plan, memory, time, least(whole.plan, self.given.placed), self._are_placed)
@@ -221,7 +227,7 @@ class _Search:
         return list(found.values())[1:]
 
     def _blocks(self, whole: Plan, fewer: Plan) -> Blocks:
-        """What a block takes that is not recomputed, by two plans."""
+        """What keeping one block's activations costs and saves, from the difference between two plans."""
         parts = [self.lower(plan).on(plan, self.limits) for plan in (whole, fewer)]
         homes, count = least(whole, self.given.placed), len(whole.recompute) - len(fewer.recompute)
         highest = [memory.beside_states + np.array(memory.highest_parts(homes)) for memory, _ in parts]
@@ -234,7 +240,7 @@ class _Search:
         return self.given.placed is not None
 
     def _refined(self, best: Solution) -> Solution:
-        """Recompute some blocks more or fewer, as long as that is faster."""
+        """Recomputes a few blocks more or fewer as long as that is faster."""
         blocks = self.given.blocks
         apart = -(-len(blocks) // NEIGHBOURS)
         for step in (-apart, apart):
@@ -245,7 +251,7 @@ class _Search:
         return best
 
     def _offloaded_beside(self, plan: Plan) -> list[Solution]:
-        """A plan that does not fit, with activations offloaded: of all blocks, and then, as long as it fits, fewer."""
+        """A plan that does not fit, with the activations of all blocks offloaded, then of fewer while it still fits."""
         found = []
         for offload in reversed(_shares(self.given.blocks)[1:]):
             found.append(self._complete(replace(plan, offload=offload)))
@@ -254,8 +260,8 @@ class _Search:
         return found
 
     def _offloaded_instead(self, best: Solution) -> Solution:
-        """Where blocks are recomputed, offload where they begin if that is faster, and then, evenly spread over them,
-        keep a share on the host instead."""
+        """Offloads the inputs of the recomputed blocks if that is faster. Then keeps the activations of a share of
+        these blocks, evenly spread, on the host instead of recomputing them, as long as that is faster."""
         recomputed = best.plan.recompute
         if not self._may_gain(best):
             return best
@@ -274,8 +280,8 @@ class _Search:
         return best
 
     def _may_gain(self, best: Solution) -> bool:
-        """Whether offloading can gain what it must, by the integer program: if the blocks that are recomputed took no
-        time for that, and all activations no room."""
+        """Whether offloading can gain OFFLOAD_GAIN at all. The integer program gives the bound: as if recomputing took
+        no time and activations no room."""
         memory, time = self.lower(best.plan).on(best.plan, self.limits)
         program = HomeProgram(best.plan, memory, time, least(best.plan, self.given.placed), self._are_placed)
         count, assumed = len(best.plan.recompute), FIRST_LOOK[0]
@@ -284,17 +290,17 @@ class _Search:
         return now is None or then is None or then.step_s < (1 - OFFLOAD_GAIN) * now.step_s
 
     def _faster(self, best: Solution, plan: Plan) -> Solution:
-        """The best so far, or what another plan is completed to where that fits and is faster."""
+        """The faster of the best solution so far and another plan's, if that fits."""
         solution = self._complete(plan)
         return min(best, solution, key=_step_s) if self.limits.allow(solution.plan) else best
 
     def _much_faster(self, best: Solution, plan: Plan) -> Solution:
-        """The same, but only where that is more than OFFLOAD_GAIN."""
+        """As `_faster`, but replaces the best only by a gain of more than OFFLOAD_GAIN."""
         found = self._faster(best, plan)
         return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
 
     def _complete(self, plan: Plan, assumed: Sequence[Assumed] = FIRST_LOOK) -> Solution:
-        """The program of a plan and homes for its chunks: as much as fits, or, where nothing does, the least."""
+        """Lowers a plan and chooses homes for its chunks: the fastest that fit, or, where none do, the least."""
         weighed = self.lower(plan)
         memory, time = weighed.on(plan, self.limits)
         weigh = lambda homes: (memory.beyond_host(homes), time.seconds(plan, homes))  # noqa: E731
@@ -304,7 +310,7 @@ class _Search:
         return solution
 
     def _told(self, best: Solution) -> Solution:
-        """The best, after moves of single chunks, and what the next-best ones take."""
+        """The best solution after moves of single chunks, with the next-best plans as its alternatives."""
         best = self._complete(best.plan, ASSUMED)
         plan = best.plan
         memory, time = self.lower(plan).on(plan, self.limits)
@@ -322,7 +328,7 @@ class _Search:
 
 
 def difference(plan: Plan, other: Plan) -> dict[str, str]:
-    """What another plan does otherwise, by field, in a few words; homes, which follow from the rest, left out."""
+    """How another plan differs, by field, in a few words; homes are left out, since they follow from the rest."""
     told = {
         "recompute": f"recompute {len(other.recompute)} block(s)",
         "offload": f"offload {len(other.offload)} block(s)",
@@ -332,7 +338,7 @@ def difference(plan: Plan, other: Plan) -> dict[str, str]:
 
 
 def _fastest_of_each_kind(found: list[tuple[str, Alternative]]) -> tuple[Alternative, ...]:
-    """By what they do otherwise; "" are the homes that were weighed for the same decisions."""
+    """The fastest alternative of each kind. The kind "" is left out: it differs from the chosen plan only in homes."""
     fastest: dict[str, Alternative] = {}
     for kind, one in sorted(found, key=lambda pair: pair[1].step_s):
         fastest.setdefault(kind, one)
@@ -344,7 +350,7 @@ def _step_s(solution: Solution) -> float:
 
 
 def _solution(plan: Plan, flat: Flat, memory: Memory, time: StepTime) -> Solution:
-    """A plan in which everything is decided, with all that it is expected to take."""
+    """A fully decided plan, with the estimate of what it takes."""
     timing = time.timing(plan, plan.homes)
     estimate = replace(
         memory.estimate(plan.homes), step_s=timing.step_s, busy_s=timing.busy_s, rates=time.rates.name,
@@ -354,13 +360,13 @@ def _solution(plan: Plan, flat: Flat, memory: Memory, time: StepTime) -> Solutio
 
 
 def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """None of the blocks, some, or all. The first ones: what the last ones keep is freed first in the backward."""
+    """None, some and all of the blocks, always the first ones: the backward frees what the last ones keep first."""
     counts = (-(-len(blocks) * share // SHARES) for share in range(SHARES + 1))
     return [blocks[:count] for count in dict.fromkeys(counts)]
 
 
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
-    """Accept a plan that was made by hand or before, estimated anew. Raises BudgetError where it does not fit."""
+    """Accepts a hand-written or saved plan, with a new estimate. Raises BudgetError where it does not fit."""
     weighed = lower(plan)
     solution = _solution(plan, weighed.flat, *weighed.on(plan, limits))
     if not limits.allow(solution.plan):
@@ -369,14 +375,14 @@ def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
 
 
 def estimated(plan: Plan, program: Program, limits: Limits) -> Solution:
-    """A plan as it is, with what its program, which runs already, is expected to take."""
+    """The plan unchanged, with a new estimate for its program, which is already running."""
     weighed = Weighed.of(Flat(program, ()), plan, limits.rates)
     return _solution(plan, weighed.flat, *weighed.on(plan, limits))
 
 
 def rehomed(plan: Plan, program: Program, limits: Limits, placed: Homes | None = None) -> Solution:
-    """A plan whose program runs already, with homes that are chosen anew; where training states are `placed`, if they
-    are, they stay. Where nothing fits it has the least on the device."""
+    """Chooses new homes for a plan whose program is already running; training states that are `placed` stay where they
+    are. Where nothing fits, the result is the plan with the least on the device."""
     weighed = Weighed.of(Flat(program, ()), plan, limits.rates)
     return _Search(lambda _: weighed, limits, Constraints(plan.recompute, (), placed))._complete(plan, ASSUMED)
 

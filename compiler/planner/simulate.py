@@ -1,8 +1,8 @@
-"""What a plan costs in time: its program runs a few steps on a clock, with seconds in place of tensors.
+"""The time that a plan takes: its program runs a few steps on a clock, with seconds in place of tensors.
 
-Operators take what `costs` says, copies and exchanges the time of their bytes. What the clock follows closely is who
-waits for whom, since that decides how much of copies and updates hides behind compute: gradients are complete one after
-the other, the host updates one chunk at a time, and the next forward begins with the chunk whose gradient came last.
+Operators take what `costs` says; copies and exchanges take the time of their bytes. The clock models closely who waits
+for whom, since that decides how much of the copies and updates hides behind compute: gradients complete one after
+another, the host updates one chunk at a time, and the next forward begins with the chunk whose gradient came last.
 """
 
 import heapq
@@ -23,25 +23,25 @@ from .communication import gathered, reduced
 from .timeline import Carrier, Instruction, Timeline, Transfer, timeline
 
 STEPS = 3
-"""Steps on the clock. The last counts: what one leaves to be done delays the next."""
+"""Steps run on the clock. Only the last one counts, since work that one step leaves over delays the next."""
 
 DEVICE, LAUNCHES, HOST = "device", "launches", "host updates"
-"""Beside the carriers, who may be busy."""
+"""The resources that may be busy, besides the carriers."""
 
 _Job = tuple[int, bool, float]
-"""The host worker's: the number of a chunk, whether its update is done then, and seconds."""
+"""A job of the host's worker: the index of a chunk, whether the job is its update, and seconds."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Modelled seconds of a step, and for how many of them each resource is busy, the busiest first."""
+    """Modelled seconds of a step, and the seconds that each resource is busy, the busiest first."""
 
     step_s: float
     busy_s: tuple[tuple[str, float], ...]
 
 
 class StepTime:
-    """Modelled seconds of one training step, by where chunks live."""
+    """Models the seconds of one training step, given the homes of the chunks."""
 
     def __init__(self, program: Timeline, rates: Rates) -> None:
         self.program = program
@@ -52,7 +52,7 @@ class StepTime:
         return cls(timeline(program, plan, rates), rates)
 
     def seconds(self, plan: Plan, homes: Homes) -> float:
-        """From the end of one step to the end of the next: as many runs of the program as gradients are added of."""
+        """Seconds from the end of one step to the end of the next; it runs the program `format.accumulate` times."""
         return self.timing(plan, homes).step_s
 
     def timing(self, plan: Plan, homes: Homes) -> Timing:
@@ -69,7 +69,7 @@ class StepTime:
 
 
 class _Clock:
-    """Whoever has something to do in a step, and when each will be done."""
+    """The state of a simulated step: every resource, and when it will be done."""
 
     def __init__(self, plan: Plan, homes: Homes, rates: Rates) -> None:
         self.plan, self.homes, self.rates = plan, homes, rates
@@ -78,28 +78,28 @@ class _Clock:
         self.runs = plan.format.accumulate
         self.streamed = [index for index, home in enumerate(homes) if home.streamed]
         self.bus = Bus(rates)
-        self.busy_s: dict[str, float] = defaultdict(float)  # of whoever is not a direction of the bus
-        # With all that there is to do so far are done: compute, copies of weights and activations to the device, those
-        # of activations to the host, states on their way through the device, the host's worker, exchanges. Gradients
-        # on their way to the host are never more than one.
+        self.busy_s: dict[str, float] = defaultdict(float)  # excluding the directions of the bus
+        # When each is done with its work so far: compute, copies of weights and activations to the device, copies of
+        # activations to the host, states streamed through the device, the host's worker, exchanges. Gradients need no
+        # such entry: at most one is being copied to the host at a time.
         self.now_s = self.up_s = self.down_s = self.travel_s = self.host_s = self.network_s = 0.0
-        self.stepped_s = 0.0  # when the optimizer's step() was called last
-        # By chunk: when its fetch was reached, its weights are new where they are read, its gradient is on the host.
+        self.stepped_s = 0.0  # when the optimizer's step() was last called
+        # Per chunk: when its fetch was reached, when its updated weights can be read, when its gradient has landed.
         self.fetched_s, self.fresh_s, self.landed_s = ([0.0] * len(self.chunks) for _ in range(3))
-        self.copied: set[int] = set()  # in this run, for a torch optimizer, of the weights that stay
-        self.gathered: set[int] = set()  # in this run, of the weights that stay
-        self.under_way: dict[int, float] = {}  # when what instructions have set under way will be done
+        self.copied: set[int] = set()  # for a torch optimizer: resident weights already copied in this run
+        self.gathered: set[int] = set()  # resident weights already gathered in this run
+        self.under_way: dict[int, float] = {}  # by number, when each started transfer will be done
         self.complete: list[int] = []  # chunks for step() to update
-        self.coming: list[tuple[float, _Job]] = []  # the worker's next ones, and from when on; a heap
-        self.come: list[_Job] = []  # those of them that it may begin with; a heap
-        self.pending: set[int] = set()  # chunks that the worker is to update
-        self.landing: list[int] = []  # chunks whose gradients have the places on the host that chunks take turns in
-        self.unread: set[int] = set()  # those of them that the worker has not read
-        self.read_s: dict[int, float] = {}  # when it had read the others
-        self.reading: list[int] = []  # chunks whose gradients wait on the device for their states to come by
+        self.coming: list[tuple[float, _Job]] = []  # the worker's later jobs and when each may begin; a heap
+        self.come: list[_Job] = []  # the jobs that it may begin now; a heap
+        self.pending: set[int] = set()  # chunks whose update on the host is still to be done
+        self.landing: list[int] = []  # chunks whose gradients occupy the shared landings on the host
+        self.unread: set[int] = set()  # the ones among them that the worker has not read yet
+        self.read_s: dict[int, float] = {}  # when it finished reading the others
+        self.reading: list[int] = []  # chunks whose gradients wait on the device for their states to stream by
 
     def step(self, instructions: Sequence[Instruction], compute_s: float) -> float:
-        """Run one step more. Returns when it ends, which is before all of its updates do."""
+        """Runs one more step. Returns when it ends, which may be before its updates are done."""
         for run in range(1, self.runs + 1):
             self.copied.clear()
             self.gathered.clear()
@@ -124,7 +124,7 @@ class _Clock:
         return self.now_s
 
     def busy(self) -> dict[str, float]:
-        """For how long each was busy so far, what the program computes left out."""
+        """Busy seconds of each resource so far, except for what the program computes."""
         carriers = {Carrier.UP.value: self.bus.up.busy_s, Carrier.DOWN.value: self.bus.down.busy_s}
         return {DEVICE: 0.0, HOST: 0.0, Carrier.NETWORK.value: 0.0} | carriers | self.busy_s
 
@@ -135,7 +135,7 @@ class _Clock:
         self._work_until_updated(index)
         arrival_s = self.fresh_s[index]
         home = self.homes[index]
-        # Only updates that run beside the program copy weights to where they stay: see `_update_on_host`.
+        # Only updates that run beside the program copy new weights to the device themselves: see `_update_on_host`.
         stale = not self.format.beside and not home.on_device and index not in self.copied
         if not (home.resident or home.on_device) or stale:
             self.copied.add(index)
@@ -147,7 +147,7 @@ class _Clock:
         self.now_s = max(self.now_s, arrival_s)
 
     def _reduce(self, chunk: ChunkLayout, *, last: bool) -> None:
-        """A gradient is complete. `last`: it is not only added to those of runs to come."""
+        """Handles a complete gradient; `last`: the step's last run, in which it is used and not only summed."""
         added_s = self._exchanged(reduced(chunk, self.plan), self.now_s)
         if self.homes[chunk.index].on_device:
             self.landed_s[chunk.index] = added_s
@@ -169,7 +169,7 @@ class _Clock:
                 self.complete.append(chunk.index)
 
     def _take_landing(self, index: int) -> None:
-        """A gradient is to land where another one may have to be read first."""
+        """Takes a shared landing for a gradient, waiting until the worker has read the gradient that occupies it."""
         freed = next((i for i in self.landing if i == index), None)
         if freed is None and len(self.landing) == LANDINGS:
             freed = next((i for i in self.landing if i not in self.unread), min(self.landing))
@@ -182,7 +182,7 @@ class _Clock:
         self.unread.add(index)
 
     def _accumulate_grad(self, index: int) -> None:
-        """The gradient's memory is free again."""
+        """Waits until the memory of the gradient is free again."""
         if self._waits_for_its_state(index):
             while len(self.reading) > STREAMED_GRADIENTS:
                 self.now_s = max(self.now_s, self.fresh_s[self.reading.pop(0)])
@@ -203,7 +203,7 @@ class _Clock:
         self.complete.clear()
 
     def _begin(self, transfer: Transfer, *, awaited: bool) -> None:
-        """Something is set under way, and `awaited` right here, or where an instruction says so."""
+        """Starts a transfer. If `awaited`, also waits for it; otherwise a later instruction does."""
         if transfer.carrier is Carrier.NETWORK:
             end_s = self._exchange(transfer.count, transfer.num_bytes, self.now_s)
         elif transfer.carrier is Carrier.UP:
@@ -229,16 +229,16 @@ class _Clock:
         return chunk.shard_numel * self.format.update_share(chunk) / params_per_s
 
     def _products_s(self, chunk: ChunkLayout) -> float:
-        """What the device takes to multiply matrices for an update."""
+        """Seconds of the matrix products that the device computes for an update."""
         return self.rates.bf16.seconds(self.format.update_flop(chunk))
 
     @property
     def _adds(self) -> bool:
-        """Whether each gradient is added to the others of its step."""
+        """Whether gradients of several runs are summed before the update."""
         return self.format.beside and self.runs > 1
 
     def _put(self, chunk: ChunkLayout, after_s: float, takes_s: float, updates: bool = False) -> None:
-        """Give the worker something to do with a chunk."""
+        """Gives the worker a job for a chunk."""
         heapq.heappush(self.coming, (after_s, (chunk.index, updates, takes_s)))
 
     def _update(self, chunk: ChunkLayout, after_s: float) -> None:
@@ -249,7 +249,8 @@ class _Clock:
             self.pending.add(chunk.index)
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
-        """Up, update and down, piece by piece; the worker is the slower for what passes through its memory."""
+        """Streams a state through the device: up, update and down, piece by piece. The worker slows down, since the
+        state passes through its memory."""
         up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += STREAM_LAUNCH_S
         self._on_device(self._products_s(chunk))
@@ -259,7 +260,7 @@ class _Clock:
         self._put(chunk, after_s, passing_s * self.format.travelling_share(chunk, self.homes[chunk.index]))
 
     def _work_until_updated(self, index: int) -> None:
-        """Let the worker go on, always with the first chunk of those that it may begin with."""
+        """Runs the worker until the chunk is updated. Of the jobs that may begin it takes the lowest-numbered chunk."""
         while index in self.pending:
             self._work_on_next()
 
@@ -283,7 +284,7 @@ class _Clock:
         self.fresh_s[chunk.index] = self._copy_up(chunk, new_s) if resident else new_s
 
     def _copy_up(self, chunk: ChunkLayout, after_s: float) -> float:
-        """Weights come to the device. States that travel have what is left of the bus."""
+        """Copies weights to the device. Streamed states get what is left of the bus, and are delayed by as much."""
         begin_s = self._from(max(after_s, self.up_s))
         self.up_s = self._copied(Carrier.UP, chunk.shard_bytes, begin_s)
         copy_s = self.up_s - begin_s
@@ -293,37 +294,37 @@ class _Clock:
         return self.up_s
 
     def _copied(self, direction: Carrier, num_bytes: int, after_s: float) -> float:
-        """When a copy is done."""
+        """The time at which a copy is done."""
         copy = self.bus.to_device if direction is Carrier.UP else self.bus.to_host
         return self._beside(copy(num_bytes, self._from(after_s)))
 
     def _exchanged(self, traffic: CollectiveTraffic | None, *after_s: float) -> float:
-        """When an exchange is done; what is not exchanged is there at once."""
+        """The time at which an exchange is done; without one, the latest of `after_s`."""
         return max(after_s) if traffic is None else self._exchange(traffic.count, traffic.received_bytes, max(after_s))
 
     def _exchange(self, count: int, received_bytes: int, after_s: float) -> float:
-        """One behind the other."""
+        """Exchanges run one after another."""
         exchange_s = self.rates.exchange_s(count, received_bytes)
         self.busy_s[Carrier.NETWORK.value] += exchange_s
         self.network_s = self._from(max(after_s, self.network_s)) + exchange_s
         return self._beside(self.network_s)
 
     def _from(self, after_s: float) -> float:
-        """When something begins that is to begin after that: not before compute is there, where nothing overlaps."""
+        """When work begins that may start at `after_s`: not before compute gets there, where nothing overlaps."""
         return after_s if self.rates.overlaps else max(after_s, self.now_s)
 
     def _beside(self, end_s: float) -> float:
-        """Compute waits for the end of everything where nothing overlaps."""
+        """Where nothing overlaps, compute waits for the end of everything."""
         if not self.rates.overlaps:
             self.now_s = end_s
         return end_s
 
     def _on_device(self, seconds: float) -> None:
-        """The device has something to do with a state."""
+        """Keeps the device busy with a training state."""
         self.busy_s[DEVICE] += seconds
         self.now_s += seconds
 
     def _work(self, seconds: float) -> None:
-        """The host's worker has something to do."""
+        """Keeps the host's worker busy."""
         self.host_s += seconds
         self.busy_s[HOST] += seconds

@@ -1,7 +1,7 @@
-"""How large the storages behind an operator's results are.
+"""The sizes of the storages behind an operator's results.
 
-A kernel may leave more behind a result than the result shows: a loss its values before they were averaged, a write to
-a part of a view a copy of all that the view is of.
+A kernel may leave more behind a result than the result shows: a loss keeps its values from before they were averaged,
+and a write to a part of a view copies the whole storage that the view belongs to.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 
 
 def storage_bytes(node: fx.Node, behind: Callable[[fx.Node], int]) -> list[int]:
-    """Bytes of the storage of each of a node's results, none of which is a view; `behind` tells them of arguments."""
+    """Bytes of the storage of each result of a node that returns no views; `behind` gives them for its arguments."""
     own = [t.num_bytes for t in tensors_of(type_of(node))]
     if node.target in _COPY_STORAGES:
         return [max(num_bytes, behind(node.args[0])) for num_bytes in own]
@@ -32,14 +32,14 @@ def tensors_of(value: Type) -> list[TensorType]:
 
 
 def _unreduced_bytes(node: fx.Node) -> int:
-    """Losses are computed element by element in the storage in which their mean then lies."""
+    """Losses are computed element by element, in the storage that then holds their mean."""
     types = [type_of(value) for value in node.args[:2]]
     shapes = [t.shape for t in types if isinstance(t, TensorType)]
     return torch.broadcast_shapes(*shapes).numel() * tensors_of(type_of(node))[0].dtype.itemsize
 
 
 def _offsets_bytes(node: fx.Node) -> int:
-    """The bag that each index is in, and one element more."""
+    """The bag of each index, and one element more."""
     indices = tensors_of(type_of(node.args[1]))[0]
     return indices.num_bytes + indices.dtype.itemsize
 
@@ -56,4 +56,4 @@ _COPY_STORAGES = frozenset({
     _aten.as_strided_scatter.default, _aten.copy.default, _aten.diagonal_scatter.default, _aten.resize.default,
     _aten.select_scatter.default, _aten.slice_scatter.default,
 })  # fmt: skip
-"""Operators that copy the whole storage of their first argument, of which that may be a small part."""
+"""Operators that copy the whole storage of their first argument, even where that is a small part of it."""

@@ -1,8 +1,8 @@
-"""A program as the clock reads it: instructions that something else than the device carries out, or that wait for it,
-and the seconds of compute up to each.
+"""A program as the clock reads it: the instructions that something other than the device carries out, or that wait for
+it, and the seconds of compute up to each.
 
-What the device computes is launched operator by operator by one thread, which may be ahead of it and never behind: an
-operator runs when it is launched and all before it are done. Instructions take that thread's time, too.
+One thread launches the device's operators and may run ahead of the device, never behind: an operator runs once it is
+launched and all operators before it are done. Instructions take that thread's time, too.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .costs import is_free, kernel_s, operators
 
 
 class Carrier(Enum):
-    """What moves bytes beside compute."""
+    """What moves bytes while the device computes."""
 
     UP = "bus up"
     DOWN = "bus down"
@@ -30,7 +30,7 @@ class Carrier(Enum):
 
 @dataclass(frozen=True)
 class Transfer:
-    """Bytes that an instruction sets under way, in `count` pieces; what waits for them names the same number."""
+    """Bytes that an instruction starts to move, in `count` pieces. What waits for them names the same number."""
 
     number: int
     carrier: Carrier
@@ -39,16 +39,16 @@ class Transfer:
 
 
 Subject = int | Transfer
-"""The number of a chunk, what is set under way, or the number of what is waited for."""
+"""A chunk's index, a transfer to start, or the number of the transfer to wait for."""
 
 Instruction = tuple[float, fx.node.Target, Subject]
-"""Seconds of compute from the program's beginning up to it, the operator, and what it is about."""
+"""Seconds of compute before the instruction, its operator, and what it is about."""
 
 
 @dataclass
 class Timeline:
-    """A program takes `compute_s` where nothing is waited for but launches, which take `launching_s`; the device works
-    for `busy_s` of them."""
+    """A program that takes `compute_s` if it waits for nothing but launches. Of that the device works for `busy_s`, and
+    the launching thread for `launching_s`."""
 
     instructions: list[Instruction]
     compute_s: float
@@ -56,14 +56,14 @@ class Timeline:
     launching_s: float = 0.0
 
     def slowed(self, factor: float) -> "Timeline":
-        """Of a device, and a thread that launches, which take so many times as long for everything."""
+        """The same program where the device and the launching thread are slower by `factor`."""
         instructions = [(at_s * factor, target, about) for at_s, target, about in self.instructions]
         return Timeline(instructions, self.compute_s * factor, self.busy_s * factor, self.launching_s * factor)
 
 
 @dataclass
 class _Reading:
-    """The plan that a program is read for, and the instructions that set something under way so far."""
+    """The plan of the program that is being read, and the numbers of the transfers started so far."""
 
     plan: Plan
     begun: dict[fx.Node, int] = field(default_factory=dict)
@@ -109,7 +109,7 @@ FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
     isa.START_RECEIVE: _exchange,
     isa.FINISH_RECEIVE: _begun(0),
 }
-"""What an instruction is about, by operator; None where it does nothing."""
+"""What an instruction is about, by operator; None where it does nothing in this plan."""
 
 
 def timeline(program: Program, plan: Plan, rates: Rates) -> Timeline:

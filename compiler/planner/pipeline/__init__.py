@@ -1,1 +1,1 @@
-"""Schedules of pipelines: made, checked before they run, and run on a clock."""
+"""Pipeline schedules: made, checked before they run, and simulated."""

@@ -1,7 +1,7 @@
-"""Whether a schedule can run: every stage works on every microbatch once, and nobody waits for ever.
+"""Checks that a schedule can run: every stage works on every microbatch once, and no rank waits forever.
 
-Ranks run their actions in order. What one rank makes for another is sent as soon as it is there, and the sender goes
-on; who needs it waits for it.
+Ranks run their actions in order. A result that another rank needs is sent as soon as it exists, and the sender goes on;
+the receiver waits for it.
 """
 
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from ....runtime.isa.schedule import Action, Schedule
 
 @dataclass(frozen=True)
 class Violation:
-    """Where a schedule is wrong, by rank and action, what was found there, and what is expected."""
+    """A mistake in a schedule: where it is, by rank and action, what was found there, and what is expected."""
 
     where: str
     found: str
@@ -33,12 +33,12 @@ def check_schedule(schedule: Schedule) -> None:
 
 
 def check(schedule: Schedule) -> Violation | None:
-    """The first thing that is wrong with a schedule."""
+    """The first violation in a schedule, if any."""
     return next(_violations(schedule), None)
 
 
 def _violations(schedule: Schedule) -> Iterator[Violation]:
-    """Each kind of them means something only where there are none of those before."""
+    """All violations. Each kind of check assumes that those before it found none."""
     yield from _out_of_range(schedule)
     yield from _apart(schedule)
     yield from _not_once(schedule)
@@ -61,7 +61,7 @@ def _out_of_range(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _apart(schedule: Schedule) -> Iterator[Violation]:
-    """Every rank has stages, and a stage's weights are on one rank, unless they are on the hosts."""
+    """Every rank has stages, and unless weights live on the hosts, all actions of a stage are on one rank."""
     for rank, actions in enumerate(schedule.ranks):
         if not actions:
             yield Violation(f"rank {rank}", "nothing to do", "a stage on every rank, or fewer ranks")
@@ -73,7 +73,7 @@ def _apart(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _not_once(schedule: Schedule) -> Iterator[Violation]:
-    """A forward, and a backward that is whole or in its two parts."""
+    """Each stage runs one forward per microbatch, and one backward, either whole or in two parts."""
     kinds: dict[tuple[int, int], str] = defaultdict(str)
     for rank, action in _each(schedule):
         done = kinds[action.stage, action.microbatch]
@@ -93,7 +93,7 @@ def _not_once(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _stuck(schedule: Schedule) -> Iterator[Violation]:
-    """Ranks that wait for one another."""
+    """Ranks that wait for one another in a circle."""
     reached = Counter(rank for rank, _ in runnable(schedule))
     waiting = [rank for rank, actions in enumerate(schedule.ranks) if reached[rank] < len(actions)]
     if not waiting:
@@ -105,7 +105,7 @@ def _stuck(schedule: Schedule) -> Iterator[Violation]:
         needed = next(need for need in schedule.needs(action) if need in later)
         waits[rank] = f"{action} waits for {needed} of rank {later[needed]}"
         rank = later[needed]
-    # From the first rank that comes again: those before it are none that others wait for.
+    # Start at the rank that came up twice: no rank in the circle waits for those before it.
     circle = dropwhile(lambda waiter: waiter != rank, waits)
     found = ", ".join(waits[waiter] for waiter in circle)
     action = schedule.ranks[rank][reached[rank]]
@@ -113,7 +113,7 @@ def _stuck(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _parted(schedule: Schedule) -> Iterator[Violation]:
-    """The parts of one backward on several ranks, which would send each other all that it computes."""
+    """Two parts of one backward on different ranks, which would have to send each other everything it computes."""
     for rank, action in _each(schedule):
         before = schedule.runner(schedule.needs(action)[0]) if action.kind == "W" else rank
         if before != rank:
@@ -121,7 +121,7 @@ def _parted(schedule: Schedule) -> Iterator[Violation]:
 
 
 def _late(schedule: Schedule) -> Iterator[Violation]:
-    """A forward behind the turn of its rank, where the loss of all microbatches is handed out."""
+    """A forward after its rank's turn, where the loss of all microbatches is handed out."""
     for rank, actions in enumerate(schedule.ranks):
         turn, last = schedule.turn(rank), schedule.last_forward(rank)
         if last >= turn:
@@ -142,7 +142,7 @@ def _home(schedule: Schedule, stage: int) -> str:
 
 
 def runnable(schedule: Schedule) -> Iterator[tuple[int, Action]]:
-    """All actions, with their ranks, in an order in which they may run. It ends where no rank can go on."""
+    """All actions with their ranks, in an order in which they can run. Ends early where no rank can go on."""
     reached, done = [0] * len(schedule.ranks), set[Action]()
     waiters: dict[Action, list[int]] = defaultdict(list)
     ready = list(range(len(schedule.ranks)))

@@ -1,4 +1,4 @@
-"""Where the stages of a pipeline begin, so that the slowest of them takes as little as can be, and who has what."""
+"""Where a pipeline's stages begin, so that the slowest takes as little as possible, and who has which parameters."""
 
 from dataclasses import replace
 from functools import cache
@@ -14,7 +14,7 @@ from ..costs import is_free, kernel_s
 
 
 def begins(program: Program, plan: Plan, rates: Rates) -> tuple[str, ...]:
-    """The blocks that the stages of the plan's schedule begin with; "" is where the model begins.
+    """The first block of each stage of the plan's schedule; "" stands for the model's beginning.
 
     Raises ArgumentError where there are fewer blocks than stages.
     """
@@ -32,7 +32,7 @@ def begins(program: Program, plan: Plan, rates: Rates) -> tuple[str, ...]:
 
 
 def owners(program: Program, plan: Plan, names: tuple[str, ...]) -> dict[str, Owners]:
-    """Which ranks of the pipeline read each of the parameters; without several ranks there is nothing to tell."""
+    """The pipeline ranks that read each parameter; empty where there is only one rank."""
     assert plan.schedule is not None
     ranks = range(len(plan.schedule.ranks))
     if len(ranks) == 1:
@@ -43,7 +43,7 @@ def owners(program: Program, plan: Plan, names: tuple[str, ...]) -> dict[str, Ow
 
 
 def _seconds(program: Program, plan: Plan, rates: Rates) -> list[float]:
-    """What each block takes with all that goes with it, forward and backward."""
+    """Forward and backward seconds of each block, with what runs beside it, such as the embedding or the loss."""
     alone = Stages(program, replace(plan, stages=("", *plan.blocks[1:])))
     seconds = [0.0] * len(plan.blocks)
     for node, block in alone.stage.items():
@@ -53,8 +53,8 @@ def _seconds(program: Program, plan: Plan, rates: Rates) -> list[float]:
 
 
 def balanced(seconds: list[float], count: int) -> list[int]:
-    """Where each of `count` runs of neighbours begins, for the largest sum of one to be the smallest there is; among
-    equals the later ones are the shorter ones."""
+    """Where each of `count` runs of neighbours begins, so that the largest sum of a run is as small as possible; among
+    equal cuts, later runs are shorter."""
     sums = [0.0, *accumulate(seconds)]
 
     @cache

@@ -1,10 +1,10 @@
-"""A schedule for weights that live on the hosts: ranks take turns in working on a few layers, wherever these were last.
+"""A schedule for weights that live on the hosts: ranks take turns on a few layers at a time, and own none of them.
 
-A slot is a run of stages that take about as long as any other slot's, for all microbatches; ranks take slots one after
-the other, forwards first and then backwards. A backward takes longer, so that its slots have fewer stages. While a rank
-still works on the last microbatches of a slot the next one has begun with the first of them: where there are as many
-microbatches as ranks nobody waits but in the beginning and at the end. The last stage's backward follows its forward at
-once, and as it makes the loss and takes longer than others, its microbatches are divided between several slots.
+A slot is a run of stages for all microbatches; all slots take about as long. Ranks take the slots in turn, forwards
+first and then backwards. Backwards take longer, so their slots have fewer stages. While one rank still works on the
+last microbatches of a slot, the next rank already works on the first ones of the next slot: with as many microbatches
+as ranks nobody waits except at the beginning and the end. The last stage runs each backward right after its forward.
+Since it also makes the loss and takes longer than others, its microbatches are divided between several slots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,17 @@ from .cuts import balanced
 from .simulate import StageCosts, simulate
 
 MOST_ACTIONS = 2**18
-"""Of all schedules that are tried."""
+"""The most actions in all schedules that are tried, taken together."""
 
 EVEN = StageCosts(forward_s=1.0, input_s=1.0, weight_s=1.0, backward_s=3.0)
-"""Of stages that were cut to take equally long, and compute their activations again in the backward."""
+"""Costs of stages that are cut to take equally long and recompute their activations in the backward."""
 
 Slot = tuple[Action, ...]
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many there are of forwards, of backwards, and of the last stage."""
+    """The numbers of slots: of forwards, of backwards, and of the last stage."""
 
     forwards: int
     backwards: int
@@ -35,9 +35,9 @@ class Slots:
 
 
 def round_robin(costs: Sequence[StageCosts], ranks: int, microbatches: int) -> Schedule:
-    """The fastest of those with several numbers of slots; `costs` are by stage.
+    """The fastest schedule among several numbers of slots; `costs` are by stage.
 
-    Raises ArgumentError for no stages, ranks or microbatches, and where there is not a slot for every rank.
+    Raises ArgumentError where there are no stages, ranks or microbatches, or fewer slots than ranks.
     """
     for count, what in ((len(costs), "stages"), (ranks, "ranks"), (microbatches, "microbatches")):
         if count < 1:
@@ -59,8 +59,8 @@ def _total(slots: Slots) -> int:
 
 
 def _numbers(costs: Sequence[StageCosts], microbatches: int) -> Iterator[Slots]:
-    """Of backwards a slot for each stage, or for two or three; of forwards about as many as take as long each;
-    and as many as there can be of all."""
+    """The numbers of slots to try. A backward slot has one, two or three stages; forward and last slots are about as
+    many as take equally long, or more. The largest possible numbers come last."""
     stages = len(costs) - 1
     forward_s, backward_s = (sum(seconds) for seconds in (_forwards(costs), _backwards(costs)))
     last_s = costs[-1].forward_s + costs[-1].backward_s
@@ -94,7 +94,7 @@ def _schedule(costs: Sequence[StageCosts], slots: Slots, ranks: int, microbatche
 
 
 def _runs(seconds: list[float], count: int) -> list[range]:
-    """So many runs of neighbours, of which the longest takes as little as can be."""
+    """`count` runs of neighbours, cut so that the longest one takes as little as possible."""
     if not seconds:
         return []
     begins = balanced(seconds, count)

@@ -1,12 +1,12 @@
-"""The schedules there are, by name: what each rank of a pipeline does, and in which order.
+"""The available schedules, by name: what each rank of a pipeline does, in order.
 
-    gpipe         all forwards, then all backwards: activations of all microbatches are held
-    1f1b          a backward behind each forward as soon as there is one: activations of as many as there are ranks
-    interleaved   likewise with several stages per rank: so much smaller a bubble, and some activations more
-    zb1p          backwards in two parts: while others wait for gradients of inputs, a rank computes those of weights
-    zbv           likewise with two stages per rank, the first from the one end and the second from the other
+    gpipe         all forwards, then all backwards: holds the activations of all microbatches
+    1f1b          alternates forwards and backwards as soon as it can: holds at most as many microbatches as ranks
+    interleaved   1f1b with several stages per rank: a smaller bubble, somewhat more activations
+    zb1p          backwards in two parts: a rank computes weight gradients while others wait for input gradients
+    zbv           zb1p with two stages per rank, the first counted from one end and the second from the other
 
-In each of them a stage computes gradients in the order of the microbatches, so their sum is that without stages.
+In each of them a stage computes gradients in the order of the microbatches, so their sum is the same as without stages.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .check import check_schedule
 
 @dataclass(frozen=True)
 class Shape:
-    """How many ranks, with how many stages each, run how many microbatches."""
+    """The numbers of ranks, of stages on each, and of microbatches."""
 
     ranks: int
     microbatches: int
@@ -36,14 +36,14 @@ Ranks = tuple[tuple[Action, ...], ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of schedule: what its ranks do, and, of a shape that it does not fit, why not and what would."""
+    """A kind of schedule: what its ranks do, and why a shape does not fit and what would ("": it fits)."""
 
     ranks: Callable[[Shape], Ranks]
     misfit: Callable[[Shape], str]
 
 
 def make_schedule(name: str, shape: Shape) -> Schedule:
-    """Raises ArgumentError for a name that there is not, and for a shape that does not fit, saying what would."""
+    """Makes a schedule by name. Raises ArgumentError for an unknown name or for a shape that does not fit."""
     if name not in KINDS:
         raise ArgumentError(f"there is no schedule {name!r}; expected one of {', '.join(KINDS)}")
     for count, of in (
@@ -55,17 +55,17 @@ def make_schedule(name: str, shape: Shape) -> Schedule:
     if why_not:
         raise ArgumentError(f"the schedule {name} does not fit: {why_not}")
     schedule = Schedule(name, shape.stages, shape.microbatches, KINDS[name].ranks(shape))
-    check_schedule(schedule)  # torch's tables are not the same in all of its versions
+    check_schedule(schedule)  # torch's tables differ between its versions
     return schedule
 
 
 def misfit(name: str, shape: Shape) -> str:
-    """Why a schedule that there is does not fit a shape; "" where it does."""
+    """Why a known schedule does not fit a shape; "" where it does."""
     return KINDS[name].misfit(shape)
 
 
 def _gpipe(shape: Shape) -> Ranks:
-    """Each stage of a rank for all microbatches before its next."""
+    """Each rank runs all microbatches through one of its stages before the next."""
     microbatches = range(shape.microbatches)
 
     def actions(stages: range) -> tuple[Action, ...]:
@@ -77,7 +77,7 @@ def _gpipe(shape: Shape) -> Ranks:
 
 
 def _1f1b(shape: Shape) -> Ranks:
-    """Not torch's, whose last rank leaves out its first microbatch."""
+    """Our own, since the last rank of torch's leaves out its first microbatch."""
 
     def actions(rank: int) -> tuple[Action, ...]:
         forwards = [Action(rank, microbatch, "F") for microbatch in range(shape.microbatches)]
@@ -117,7 +117,8 @@ def _several_stages_in_rounds(shape: Shape) -> str:
 
 
 def _in_rounds(shape: Shape) -> str:
-    """A rank goes through its stages once a round, of as many microbatches as there are ranks or some more."""
+    """Misfits of schedules that work in rounds. In each round a rank runs its stages for a group of microbatches; all
+    groups have the same size, the number of ranks or somewhat more."""
     if shape.microbatches < shape.ranks:
         return f"{shape.microbatches} microbatches are too few for {shape.ranks} ranks; expected {shape.ranks} or more"
     if _divides(shape.ranks, shape.microbatches):
@@ -132,7 +133,7 @@ def _in_rounds(shape: Shape) -> str:
 
 
 def _divides(ranks: int, microbatches: int) -> bool:
-    """Whether all rounds are of equally many microbatches."""
+    """Whether all rounds have equally many microbatches."""
     return microbatches % (microbatches // ranks) == 0
 
 

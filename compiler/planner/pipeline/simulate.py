@@ -1,4 +1,4 @@
-"""A schedule on a clock: what each rank does when, how long it is idle, and what it holds for its backwards."""
+"""Simulates a schedule: what each rank does when, how long it is idle, and what it holds for its backwards."""
 
 import math
 from collections import defaultdict
@@ -17,10 +17,10 @@ class StageCosts:
     """What one stage takes for one microbatch.
 
     Fields:
-        forward_s, input_s, weight_s: seconds of the forward and of the two parts of the backward.
-        backward_s: seconds of a whole backward, which may be less than those of its parts.
-        message_s: seconds in which its outputs come to the next stage, or their gradients from there, where that is on
-            another rank; of the last stage, in which the loss comes to all.
+        forward_s, input_s, weight_s: seconds of the forward and of the backward's two parts.
+        backward_s: seconds of a whole backward, which may be less than its two parts take together.
+        message_s: seconds to send its outputs to the next stage on another rank, or their gradients back; for the last
+            stage, to send the loss to all ranks.
         activation_bytes: what it holds from its forward to the end of its backward.
     """
 
@@ -49,7 +49,7 @@ class StageCosts:
 
 
 class Event(NamedTuple):
-    """A rank works on an action."""
+    """An action that runs on a rank."""
 
     rank: int
     action: Action
@@ -58,7 +58,7 @@ class Event(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What an action made is on its way to its reader on another rank."""
+    """An action's result on its way to the action that reads it on another rank."""
 
     action: Action
     reader: Action
@@ -68,7 +68,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulated:
-    """One step of a schedule: events in the order of their beginnings, and messages of their arrivals."""
+    """One simulated step: events in the order in which they begin, and messages in the order in which they arrive."""
 
     schedule: Schedule
     costs: tuple[StageCosts, ...]
@@ -81,7 +81,7 @@ class Simulated:
 
     @cached_property
     def idle_s(self) -> tuple[float, ...]:
-        """Seconds of the step in which a rank has nothing to do, by rank."""
+        """Seconds of the step in which each rank has nothing to do."""
         busy_s: dict[int, float] = defaultdict(float)
         for event in self.events:
             busy_s[event.rank] += event.end_s - event.begin_s
@@ -89,35 +89,35 @@ class Simulated:
 
     @property
     def bubble(self) -> float:
-        """The share of all ranks' time in which they have nothing to do."""
+        """The share of all ranks' time in which they are idle."""
         return sum(self.idle_s) / (self.step_s * len(self.idle_s)) if self.step_s else 0.0
 
     @cached_property
     def in_flight(self) -> tuple[int, ...]:
-        """How many microbatches a rank holds activations of at most, each of its stages counted by itself."""
+        """The most microbatches whose activations each rank holds at once, counted per stage and added up."""
         return self._peaks([1] * self.schedule.stages)
 
     @cached_property
     def activation_bytes(self) -> tuple[int, ...]:
-        """Activations that a rank holds at most."""
+        """The most bytes of activations that each rank holds."""
         return self._peaks([stage.activation_bytes for stage in self.costs])
 
     def _peaks(self, held: Sequence[int]) -> tuple[int, ...]:
-        """By rank. Where weights live on the hosts, what a backward reads waits for it there, and a rank holds what it
-        works on."""
+        """The peak of what each rank holds, given `held` by stage. Where weights live on the hosts, activations wait
+        there for the backward, and a rank holds only those of its current action."""
         if self.schedule.weights == "host":
             return tuple(max((held[action.stage] for action in actions), default=0) for actions in self.schedule.ranks)
         return tuple(_peak(actions, held) for actions in self.schedule.ranks)
 
 
 def simulate(schedule: Schedule, costs: Sequence[StageCosts], *, loss_awaited: bool = False) -> Simulated:
-    """Run one step; `costs` are by stage.
+    """Simulates one step; `costs` are by stage.
 
-    A rank sends while it computes, to each other rank one message behind the other. `loss_awaited`: at its turn it
-    waits for the loss, as it must where the training loop reads it before it calls `backward()`.
+    A rank computes while it sends, but sends its messages to one other rank one after another. `loss_awaited`: at its
+    turn each rank waits for the loss, as it must where the training loop reads it before it calls `backward()`.
 
     Raises:
-        ArgumentError: the schedule cannot run, or there are not as many costs as stages.
+        ArgumentError: the schedule cannot run, or there is not one cost per stage.
     """
     check_schedule(schedule)
     if len(costs) != schedule.stages:
@@ -135,7 +135,7 @@ def simulate(schedule: Schedule, costs: Sequence[StageCosts], *, loss_awaited: b
 
 
 class _Clock:
-    """When each rank, and each way from one to another, is free."""
+    """The times at which each rank, and each link from one rank to another, is free."""
 
     def __init__(self, schedule: Schedule, costs: tuple[StageCosts, ...]) -> None:
         self.schedule, self.costs = schedule, costs
@@ -145,9 +145,9 @@ class _Clock:
         self.messages: dict[Action, Message] = {}
 
     def run(self, order: Iterable[tuple[int, Action]]) -> None:
-        """Run the next actions of ranks, each behind all that it needs."""
+        """Runs the next actions of all ranks, given in an order in which each comes after all that it needs."""
         for rank, action in order:
-            # What is on no way is on this rank, or was left on a host long ago, and was done before.
+            # Without a message, a result was made on this rank or left on a host, and is there already.
             there_s = [self.messages[need].end_s for need in self.schedule.needs(action) if need in self.messages]
             begin_s = max([self.free_s[rank], *there_s])
             end_s = self.free_s[rank] = begin_s + self.costs[action.stage].seconds(action)
@@ -157,7 +157,7 @@ class _Clock:
                 self._send(action, reader, end_s)
 
     def await_loss(self) -> None:
-        """All ranks wait for the loss, which is there when the last stage's forwards are done."""
+        """Makes all ranks wait for the loss, which exists once the last stage's forwards are done."""
         last = self.schedule.stages - 1
         there_s = max(
             event.end_s for action, event in self.events.items() if (action.stage, action.kind) == (last, "F")
@@ -176,7 +176,7 @@ class _Clock:
 
 
 def _peak(actions: Sequence[Action], held: Sequence[int]) -> int:
-    """The most of what is held from a stage's forward to the end of its backward, of `held` by stage."""
+    """The peak of what one rank holds: `held`, by stage, from each forward to the end of its backward."""
     now = most = 0
     for action in actions:
         if action.kind == "F":

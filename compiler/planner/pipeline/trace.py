@@ -1,4 +1,4 @@
-"""A simulated step for chrome://tracing and ui.perfetto.dev: a track for each rank, an arrow for each message."""
+"""Exports a simulated step for chrome://tracing and ui.perfetto.dev: a track per rank, an arrow per message."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ _US_PER_S = 1e6
 
 
 def chrome_trace(simulated: Simulated, tail_s: Sequence[float] = ()) -> str:
-    """The JSON of Chrome's trace events; `tail_s` is what each rank does behind its last backward."""
+    """The step in Chrome's trace event format (JSON). `tail_s` are each rank's seconds after its last backward."""
     events = [*_names(simulated), *_slices(simulated), *_tails(simulated, tail_s), *_arrows(simulated)]
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
 
@@ -50,7 +50,7 @@ def _tails(simulated: Simulated, tail_s: Sequence[float]) -> Iterator[dict[str, 
 
 
 def _arrows(simulated: Simulated) -> Iterator[dict[str, Any]]:
-    """From slice to slice: an arrow belongs to the one that is under way when it begins or ends."""
+    """Arrows between slices: the viewer ties each end of an arrow to the slice that encloses it."""
     events = {event.action: event for event in simulated.events}
     for number, message in enumerate(simulated.messages):
         sent_s = (message.end_s - message.begin_s) * _US_PER_S

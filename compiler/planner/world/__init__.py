@@ -1,1 +1,1 @@
-"""How a world of processes shares the work where nobody has said: what each way takes, and which one is chosen."""
+"""How a world of processes shares the work where the user has not said: the cost of each way, and the choice of one."""

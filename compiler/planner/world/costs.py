@@ -1,8 +1,7 @@
-"""What a way to share the work takes: seconds of each stage for one microbatch, bytes of each rank, and the step.
+"""The cost of a way to share the work: seconds of each stage for one microbatch, bytes of each rank, and the step.
 
-It is a model of the product's programs, by closed formulas: what a block takes is scaled by the examples that a
-microbatch has and divided by those that share it; exchanges are rings. What runs beside compute, where anything does,
-counts as far as it takes longer.
+It models the real programs by closed formulas: a block's costs are scaled to the examples in a microbatch and divided
+by the processes that share them; exchanges are rings. What overlaps with compute counts only as far as it takes longer.
 """
 
 from dataclasses import dataclass, replace
@@ -21,53 +20,47 @@ from .ways import Way
 from .world import World
 
 SLOT_BLOCKS = 4
-"""Whose weights a rank has at a time that works on several blocks in turns."""
+"""The number of blocks per slot of a round-robin rank: it holds their weights at the same time."""
 
 REMAINDER_BYTES, SUM_BYTES = 2, 4
-"""Of a parameter: what a 16-bit weight lacks of its master, an element of a float32 sum."""
+"""Bytes per parameter: what a 16-bit weight lacks of its master, and an element of a float32 sum."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Of each stage, for one microbatch: seconds of its forward and of both parts of its backward, and of its exchanges
-    in a forward among those that share tensors; bytes of a message over its end, bytes that it keeps, or keeps where
-    all is computed again, and of the largest block of it; elements of its parameters, and of its largest block's, of
-    all and of those that are trained."""
+    """Costs of one microbatch on one process, by stage."""
 
-    forward_s: np.ndarray
-    input_s: np.ndarray
-    weight_s: np.ndarray
-    exchange_s: np.ndarray
-    message_bytes: np.ndarray
-    kept_bytes: np.ndarray
-    given_bytes: np.ndarray
-    block_bytes: np.ndarray
-    numel: np.ndarray
-    block_numel: np.ndarray
-    trained_numel: np.ndarray
-    block_trained_numel: np.ndarray
+    forward_s: np.ndarray  # of the forward, without exchanges
+    input_s: np.ndarray  # of the gradients of inputs, without exchanges
+    weight_s: np.ndarray  # of the gradients of weights
+    exchange_s: np.ndarray  # of a forward's exchanges between tensor-parallel processes
+    message_bytes: np.ndarray  # sent to the next stage; 0 for the last
+    kept_bytes: np.ndarray  # activations kept for the backward
+    given_bytes: np.ndarray  # the same if every block is recomputed
+    block_bytes: np.ndarray  # activations kept by the largest block
+    numel: np.ndarray  # elements of all parameters
+    block_numel: np.ndarray  # elements of the largest block's parameters
+    trained_numel: np.ndarray  # as `numel`, of trained parameters
+    block_trained_numel: np.ndarray  # as `block_numel`, of trained parameters
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A way, and what it takes: `step_s`, by the formulas or, where it was `simulated`, on the clock, the share of all
-    time that ranks have nothing to do, seconds of a rank's exchanges, wherever they are hidden, and bytes of the rank
-    that takes most, on the device and on its share of the host. `tail_s` is what each rank of the pipeline does behind
-    its last backward: what is left of adding gradients up, and updates."""
+    """A way and its costs."""
 
     way: Way
-    step_s: float
-    bubble: float
-    exchange_s: float
-    device_bytes: int
-    host_bytes: int
-    rank_bytes: tuple[int, ...]
-    tail_s: tuple[float, ...]
+    step_s: float  # by the formulas or, if `simulated`, on the clock
+    bubble: float  # the share of all ranks' time in which they are idle
+    exchange_s: float  # seconds of exchanges, hidden or not, of the rank with most
+    device_bytes: int  # of the rank that takes most
+    host_bytes: int  # of the rank that takes most of its share of the host
+    rank_bytes: tuple[int, ...]  # device bytes of each rank of the pipeline
+    tail_s: tuple[float, ...]  # of each rank after its last backward: the rest of reductions, and updates
     simulated: Simulated | None = None
 
 
 class Costs:
-    """Prices ways for one model and world. What ways have in common is computed once."""
+    """Prices ways for one model and world. What several ways have in common is computed once."""
 
     def __init__(self, model: Model, world: World) -> None:
         self.model, self.world, self.rates, self.cluster = model, world, world.rates, world.cluster
@@ -77,7 +70,7 @@ class Costs:
     # -- a way ---------------------------------------------------------------------------------------------
 
     def priced(self, way: Way) -> Priced | None:
-        """By the closed formulas, with the least share of blocks computed again that fits; None where none does."""
+        """Prices a way by the closed formulas, with the smallest share of recomputed blocks that fits, if any does."""
         costed = Costed(self, way, self.stages(way))
         if self.world.host_bytes is not None and costed.host_bytes > self.world.host_bytes:
             return None
@@ -88,17 +81,18 @@ class Costs:
         return None
 
     def least_bytes(self, way: Way) -> int:
-        """Of a device, with as many blocks computed again as may be."""
+        """Bytes of the fullest device when as many blocks as allowed are recomputed."""
         return int(Costed(self, replace(way, recompute=self.world.recomputed[-1]), self.stages(way)).rank_bytes.max())
 
     def simulated(self, way: Way) -> Priced:
-        """On the clock, with the share of blocks computed again that the way says."""
+        """Prices a way by simulating its schedule, with the share of recomputed blocks that the way says."""
         return Costed(self, way, self.stages(way)).on_the_clock()
 
     # -- its stages ----------------------------------------------------------------------------------------
 
     def stages(self, way: Way) -> Stages:
-        """Of those that share tensors each computes a part; where states are, and how often, does not matter here."""
+        """A way's stages, cached by what they depend on: their number, the size of microbatches, and tensors'
+        sharding."""
         key = replace(way, schedule="", recompute=0.0, zero=0, home="device", stages_per_rank=1, pipeline=way.stages)
         if key not in self._stages:
             self._stages[key] = self._cut(key)
@@ -136,7 +130,7 @@ class Costs:
         )
 
     def _of_unit(self, unit: Unit, rows: float, way: Way) -> tuple[float, ...]:
-        """Seconds of its forward, of gradients of inputs and of weights, and of its exchanges."""
+        """Seconds of a unit's forward, of its gradients of inputs and of weights, and of its forward's exchanges."""
         wide = 1 if way.mode in ("", "1d") else way.tensor
         key = id(unit), rows, way.tensor, wide
         if key not in self._unit_s:
@@ -147,13 +141,14 @@ class Costs:
         return (*self._unit_s[key], self._exchange_s(unit, rows, way))
 
     def _kept(self, unit: Unit, rows: float, way: Way) -> float:
-        """Logits are kept where the loss is not computed in pieces, and their gradients are as large."""
+        """Bytes that a unit keeps for the backward. Logits count twice, with their gradients, unless the loss is
+        fused."""
         logits = 0 if way.tensor == 1 and self.world.fuses else 2 * unit.logits_bytes
         wide = unit.kept_wide_bytes if way.mode == "1d" else 0
         return rows * (wide + (unit.kept_bytes - wide + logits) / way.tensor)
 
     def _exchange_s(self, unit: Unit, rows: float, way: Way) -> float:
-        """Of a forward, among those that share tensors."""
+        """Seconds of the exchanges in a unit's forward, between the processes that share tensors."""
         if way.tensor == 1:
             return 0.0
         link = self.cluster.ring(1, way.tensor)
@@ -166,7 +161,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Costed:
-    """A way with its stages."""
+    """A way with its stages, from which bytes and seconds follow."""
 
     costs: Costs
     way: Way
@@ -174,7 +169,8 @@ class Costed:
 
     @cached_property
     def of_rank(self) -> np.ndarray:
-        """The stages of each rank: with zbv the second one comes back from the other end; all, where any may be its."""
+        """The stages of each rank, of shape (ranks, stages per rank). With zbv the second one is counted from the other
+        end; in a round-robin schedule every rank may run all stages."""
         if self.takes_turns:
             return np.tile(np.arange(self.way.stages), (self.way.pipeline, 1))
         found = np.arange(self.way.stages).reshape(self.way.stages_per_rank, self.way.pipeline)
@@ -184,7 +180,7 @@ class Costed:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether ranks take turns in all stages."""
+        """Whether the schedule is round-robin: ranks take turns in all stages."""
         return self.way.schedule == ROUND_ROBIN
 
     def _by_rank(self, of_stages: np.ndarray) -> np.ndarray:
@@ -192,29 +188,29 @@ class Costed:
 
     @cached_property
     def numel(self) -> np.ndarray:
-        """Of parameters, by rank."""
+        """Elements of parameters, by rank."""
         return self._copies * self._by_rank(self.stages.numel)
 
     @cached_property
     def trained_numel(self) -> np.ndarray:
-        """Of those that are trained, by rank."""
+        """Elements of trained parameters, by rank."""
         return self._copies * self._by_rank(self.stages.trained_numel)
 
     @property
     def _copies(self) -> int:
-        """Of a parameter, along a pipeline: where ranks take turns its stage's forward and backward each have one."""
+        """Copies of a parameter along the pipeline: in round-robin one for forwards and one for backwards."""
         return 2 if self.takes_turns else 1
 
     # -- bytes ---------------------------------------------------------------------------------------------
 
     @cached_property
     def rank_bytes(self) -> np.ndarray:
-        """What each rank of the pipeline holds at most on its device, tensors or not."""
+        """The peak of each pipeline rank's device, including what is not tensors."""
         return self.costs.world.reserve_bytes + self._held() + self._working()
 
     @cached_property
     def host_bytes(self) -> int:
-        """What the rank holds on the host that has most there."""
+        """Host bytes of the rank that holds most there."""
         if self.way.home == "device":
             return 0
         shares = self.way.replicas if self.way.zero else 1
@@ -227,12 +223,12 @@ class Costed:
 
     @property
     def _state(self) -> int:
-        """Bytes of a parameter's training state beside the weight that computes."""
+        """Bytes of training state per parameter, besides the weight that computes."""
         return self.costs.world.optimizer_state_bytes + (REMAINDER_BYTES if self._item == 2 else 0)
 
     def _held(self) -> np.ndarray:
-        """For good: weights, gradients and states, or of those on the host two blocks' weights and gradients; and two
-        blocks that are being exchanged."""
+        """Bytes held throughout: weights, gradients and states, or, with states on the host, two blocks' weights and
+        gradients; and two blocks that are being exchanged."""
         way = self.way
         passing = self._passing(self.stages.block_numel)
         gradients_passing = self._passing(self.stages.block_trained_numel)
@@ -245,17 +241,16 @@ class Costed:
         return weights + gradients + states + exchanged
 
     def _passing(self, block_numel: np.ndarray) -> np.ndarray:
-        """Bytes of the blocks that a rank has at a time, of those that come and go."""
+        """Bytes of the blocks that a rank holds at a time where they come and go: the largest two, or two slots."""
         blocks = 2 * (SLOT_BLOCKS if self.takes_turns else 1)
         return blocks * self._item * block_numel[self.of_rank].max(axis=1)
 
     def _shared(self, num_bytes: np.ndarray, passing: np.ndarray, is_divided: bool) -> np.ndarray:
-        """What is left of bytes that are divided over those with the same weights, with what passes then."""
+        """Bytes that each process holds: all, or, where replicas divide them, its share and the blocks in use."""
         return num_bytes / self.way.replicas + passing if is_divided else num_bytes
 
     def _working(self) -> np.ndarray:
-        """A group's batch, and activations: of as many microbatches as are in flight, and of a block that is computed
-        again."""
+        """Bytes of a group's batch, of activations of all microbatches in flight, and of a block being recomputed."""
         model, stages, share = self.costs.model, self.stages, self.way.recompute
         given = model.input_bytes * self.costs.world.examples / self.way.data / model.units.examples
         kept = self._by_rank(stages.kept_bytes + share * (stages.given_bytes - stages.kept_bytes))
@@ -266,12 +261,12 @@ class Costed:
 
     @cached_property
     def _parts_s(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each stage, with all that is exchanged and fetched meanwhile: a forward, gradients of inputs, those of
-        weights, a whole backward, and a message."""
+        """Seconds of each stage, exchanges and fetches included: forward, input gradients, weight gradients, whole
+        backward, and message to the next stage."""
         way, stages, gather_s = self.way, self.stages, self._gather_s
         forward_s = stages.forward_s + stages.exchange_s
         again_s = way.recompute * forward_s
-        again_s[-1] *= not self.takes_turns  # its backward follows at once
+        again_s[-1] *= not self.takes_turns  # the last stage's backward follows its forward at once
         input_s = stages.input_s + self._back * stages.exchange_s + again_s
         backward_s = self._beside(input_s + stages.weight_s, gather_s)
         hop = self.costs.cluster.hop(way.tensor * way.data, way.pipeline)
@@ -280,7 +275,7 @@ class Costed:
 
     @property
     def _back(self) -> int:
-        """How many times as long as a forward's a backward's exchanges take: where weights are gathered, twice."""
+        """How many times as long a backward's exchanges take as a forward's: twice where weights are gathered."""
         return 2 if self.way.mode in ("2d", "2.5d") else 1
 
     def _beside(self, compute_s: np.ndarray, other_s: np.ndarray) -> np.ndarray:
@@ -288,8 +283,9 @@ class Costed:
 
     @cached_property
     def _gather_s(self) -> np.ndarray:
-        """Of weights, once: from other ranks' shards, and from the host. Without a pipeline, or where ranks take turns,
-        blocks run for all microbatches while they are there."""
+        """Seconds per stage and microbatch to gather weights from other ranks' shards and to fetch them from the host.
+        Without a pipeline, or in round-robin, a block runs all microbatches at once and divides the time between
+        them."""
         way, weights = self.way, self.stages.numel * self._item
         times = way.microbatches if way.pipeline == 1 or self.takes_turns else 1
         network_s = weights * (1 - 1 / way.replicas) / self._replicas.bytes_per_s if way.zero == 3 else 0.0
@@ -299,7 +295,7 @@ class Costed:
 
     @property
     def _replicas(self) -> Link:
-        """By which those exchange that have the same weights."""
+        """The link over which processes with the same weights exchange."""
         return self.costs.cluster.ring(self.way.parts, self.way.replicas)
 
     @cached_property
@@ -310,7 +306,7 @@ class Costed:
         )
 
     def priced(self) -> Priced:
-        """By closed formulas: the slowest rank works all the time but while the pipeline fills and empties."""
+        """Prices the way by closed formulas: the slowest rank works except while the pipeline fills and drains."""
         forward_s, _, _, backward_s, _ = self._parts_s
         work_s = self.way.microbatches * self._by_rank(forward_s + backward_s)
         running_s = float(work_s.max()) + self._ramp_s()
@@ -335,7 +331,7 @@ class Costed:
         )  # fmt: skip
 
     def _ramp_s(self) -> float:
-        """What it takes beyond the slowest rank's work for the first microbatch to come through all stages and back."""
+        """Seconds that the first microbatch needs to pass all stages and come back, beyond the slowest rank's work."""
         way, (forward_s, input_s, weight_s, backward_s, message_s) = self.way, self._parts_s
         if way.pipeline == 1:
             return 0.0
@@ -352,7 +348,7 @@ class Costed:
         return (ramp_s + messages_s) / way.stages_per_rank
 
     def _tail_s(self) -> np.ndarray:
-        """By rank, behind its last backward: what is left of adding gradients up, and updates."""
+        """Seconds of each rank after its last backward: the rest of reducing gradients, and updates."""
         way, rates, (forward_s, *_, backward_s, _) = self.way, self.costs.rates, self._parts_s
         last = way.microbatches if way.pipeline == 1 else 1
         hidden_s = last * self._by_rank(backward_s) if rates.overlaps else 0.0
@@ -365,7 +361,7 @@ class Costed:
         return left_s + np.maximum(update_s - hidden_s, 0.0)
 
     def _reduce_s(self) -> np.ndarray:
-        """By rank, of gradients over those that have the same weights, and of their new weights coming back to them."""
+        """Seconds of each rank to reduce gradients over replicas and, with ZeRO 1 and 2, to gather new weights."""
         way = self.way
         if way.replicas == 1:
             return np.zeros(way.pipeline)
@@ -375,7 +371,7 @@ class Costed:
         return 2 * self._replicas.latency_s + received / self._replicas.bytes_per_s
 
     def _exchange_s(self) -> np.ndarray:
-        """By rank, of all that it exchanges in a step, hidden or not."""
+        """Seconds of all exchanges of each rank in a step, hidden or not."""
         way, message_s = self.way, self._parts_s[-1]
         each_s = self._by_rank(self.stages.exchange_s) * (1 + self._back + way.recompute)
         each_s = each_s + (2 * self._by_rank(message_s) if way.pipeline > 1 else 0.0)
@@ -384,8 +380,8 @@ class Costed:
 
 
 def in_flight(way: Way) -> np.ndarray:
-    """By rank, of how many microbatches activations are held at most, of each of its stages counted by itself; without
-    a pipeline of all, which go through a block one behind the other."""
+    """The most microbatches whose activations each rank holds, counted per stage and added up. Without a pipeline these
+    are all, since they go through each block one after another."""
     count, behind = way.microbatches * way.stages_per_rank, way.pipeline - np.arange(way.pipeline)
     match way.schedule:
         case "1f1b":

@@ -1,4 +1,4 @@
-"""A whole model by its blocks, each of which takes what the one does that stands for it."""
+"""A whole model as its blocks, each with the costs of the captured block that stands for it."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,9 +25,15 @@ from .units import Unit, Units, measured
 
 @dataclass(frozen=True)
 class Model:
-    """What each block takes, with all that goes with it, in the order of the model; `heads` is what attention divides
-    by, 0 where nothing is known of it. `makes_its_loss` tells whether one number is all that is differentiable, as
-    a pipeline needs it; `input_bytes` are what the call brings that was captured."""
+    """What each block of a model takes, with what goes beside it, in the model's order.
+
+    Fields:
+        units: the costs of the blocks that were captured, and of what goes beside them.
+        shortened: which captured block stands for each of the model's.
+        heads: the greatest common divisor of the numbers of attention heads and key-value heads; 0 where it is unknown.
+        makes_its_loss: whether every differentiable output is a single number, as a pipeline needs it.
+        input_bytes: bytes of the captured call's tensors.
+    """
 
     units: Units
     shortened: Shortened
@@ -38,14 +44,14 @@ class Model:
 
     @classmethod
     def of(cls, model: nn.Module, arguments: Arguments, request: CaptureRequest) -> "Model":
-        """From one captured step of a model whose equal blocks are left out but for some, or, where it does not run so,
-        of the whole. Raises CaptureError where it has no backward."""
+        """Captures one step of the model, with only some of its equal blocks left in, or whole where it does not run
+        so. Raises CaptureError where the step has no backward."""
         names, given = blocks(model), typed(arguments)
         short = Shortened.of(model, names)
         try:
             with short.applied(model):
                 captured = _captured(model, given, request)
-        except Exception:  # the model counts its blocks, or looks for one that is not there
+        except Exception:  # the model depends on the number of its blocks, or on one that was left out
             short = Shortened.not_at_all(names)
             captured = _captured(model, given, request)
         if not captured.trains:
@@ -57,7 +63,7 @@ class Model:
 
     @cached_property
     def parts(self) -> tuple[tuple[Unit, ...], ...]:
-        """The units of each block, and of what goes beside it: at the beginning of the model or the end of a list."""
+        """The units of each block: its own, and, where the model begins or a list ends, the one beside it."""
         units, stands_for = self.units, self.shortened.stands_for or ("",)
         last = {name: i for i, name in enumerate(stands_for)}
         place = {0 if name == stands_for[0] else last[name]: name for name in last}
@@ -67,7 +73,7 @@ class Model:
         )
 
     def cuts(self, stages: int, rates: Rates) -> tuple[int, ...]:
-        """The blocks that so many stages begin with, for the slowest to take as little as can be."""
+        """The first block of each of `stages` stages, cut so that the slowest takes as little as possible."""
         key = stages, rates.name
         if key not in self._cuts:
             seconds = [sum(_seconds(unit, rates) for unit in part) for part in self.parts]
@@ -75,13 +81,13 @@ class Model:
         return self._cuts[key]
 
     def numel(self, begin: int, end: int) -> int:
-        """Elements of the parameters of these blocks, those that several of them share counted once."""
+        """Elements of the parameters of blocks `begin` to `end`; parameters that several of them share count once."""
         parts = self.parts[begin:end]
         shared = {name: numel for part in parts for unit in part[1:] for name, numel in unit.parameters.items()}
         return sum(part[0].numel for part in parts) + sum(shared.values())
 
     def trained_numel(self, begin: int, end: int) -> int:
-        """As `numel`, of those that are trained."""
+        """As `numel`, for trained parameters only."""
         parts = self.parts[begin:end]
         shared = {name: numel for part in parts for unit in part[1:] for name, numel in unit.trained.items()}
         return sum(part[0].trained_numel for part in parts) + sum(shared.values())
@@ -108,7 +114,7 @@ def _seconds(unit: Unit, rates: Rates) -> float:
 
 
 def _heads(model: nn.Module) -> int:
-    """What the heads of attention and those of keys and values divide by, as the configuration tells it."""
+    """The greatest common divisor of the configuration's numbers of attention heads and key-value heads."""
     found = [getattr(_config(model), name, None) for name in ("num_attention_heads", "num_key_value_heads")]
     return gcd(*(count for count in found if isinstance(count, int)))
 
@@ -119,7 +125,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def resized(arguments: Arguments, size: int) -> Arguments:
-    """A call's arguments, by their types, with so many examples."""
+    """A call's arguments as meta tensors, with `size` examples."""
     before = examples(arguments)
 
     def of(tensor: Tensor) -> Tensor:

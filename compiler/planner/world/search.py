@@ -1,4 +1,4 @@
-"""The choice: of all ways those that fit the memory, ranked by the closed formulas, the best of them on the clock."""
+"""The choice of a way: all that fit the memory are ranked by the closed formulas, and the best are simulated."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -11,24 +11,30 @@ from .ways import Home, Space, Way
 from .world import World
 
 CONFIRMED = 24
-"""So many of the best by the formulas are put on the clock, as long as they are no more than `MOST_FORWARDS`."""
+"""At most this many of the best by the formulas are simulated, and no more than `MOST_FORWARDS` forwards in all."""
 
 MOST_FORWARDS = 2**16
 TOLD = 5
-"""So many others are told of beside the chosen one, each of other degrees."""
+"""The number of other ways to report beside the chosen one, each with different degrees."""
 
 MOST_REFUSED = 8
-"""So many ways are given up whose whole programs tell that they cannot run, each of which takes a compilation."""
+"""At most this many ways are given up because their whole programs turn out not to run; each takes a compilation."""
 
 TIE = 0.01
-"""Of ways that take about as long the simplest is chosen."""
+"""Ways within this share of the fastest count as equally fast, and the simplest of them is chosen."""
 
 
 @dataclass(frozen=True)
 class WorldPlan:
-    """How a world shares the work: the way that was `chosen`, the next best of other degrees, and for what it was
-    planned. Of `weighed` ways `fitting` do fit the memory. `fallbacks` are all those of other programs, the fastest
-    first."""
+    """How a world shares the work.
+
+    Fields:
+        chosen: the way that is taken.
+        others: the next best ways with different degrees, the fastest first.
+        weighed, fitting: the numbers of ways that were weighed, and of those that fit the memory.
+        fallbacks: a way for each other set of compile options, the fastest first.
+        notes: the ways that were given up so far, and why.
+    """
 
     world: World
     chosen: Priced
@@ -40,11 +46,11 @@ class WorldPlan:
 
     @property
     def examples_per_group(self) -> int:
-        """Of a step, what each of the groups passes whose processes share a batch."""
+        """Examples of a step for each group of processes that share a batch."""
         return self.world.examples // self.chosen.way.data
 
     def lines(self) -> tuple[str, ...]:
-        """What a plan tells of it, the chosen way first."""
+        """The lines that a plan prints about it, the chosen way first."""
         size, cluster = self.world.cluster.size, self.world.cluster
         groups = f"{self.chosen.way.data} group(s) of processes pass {self.examples_per_group} example(s) a step each"
         return (
@@ -55,9 +61,12 @@ class WorldPlan:
         )
 
     def without_chosen(self, why: str, of_memory: bool, needed_bytes: int) -> "WorldPlan | None":
-        """The plan for the next best way; None where there is no other, or enough were refused. One that was refused
-        for want of device memory, of which its program needs so many bytes (0: nobody knows), gives way to one that
-        takes less in proportion, one that cannot be divided so to one that divides the model otherwise."""
+        """The plan with the next best way instead of the chosen one; None if there is none, or too many were given up.
+
+        `why` is the refusal of the chosen way's whole program. If the refusal is `of_memory`, the replacement takes
+        proportionally less device memory: `needed_bytes` is what the whole program needs (0: unknown). Otherwise it is
+        preferably one that divides the model differently.
+        """
         if not self.fallbacks or len(self.notes) == MOST_REFUSED:
             return None
         by_kind = lambda one: (_kind(one.way) == _kind(self.chosen.way), one.step_s)  # noqa: E731
@@ -72,7 +81,7 @@ class WorldPlan:
         )
 
     def _priority(self, needed_bytes: int) -> Callable[[Priced], tuple[float, float]]:
-        """Those first that take little enough, by time, then the others, by what they take."""
+        """A sort key: ways that take little enough memory first, by time, and the others behind them, by memory."""
         budget, most_bytes = self.world.device_bytes, float(self.chosen.device_bytes)
         if budget is not None and needed_bytes > budget:
             most_bytes *= budget / needed_bytes
@@ -83,7 +92,7 @@ class WorldPlan:
 
 
 def told(priced: Priced) -> str:
-    """A way and what it takes, in words."""
+    """A way and its costs, in words."""
     host = f", {format_bytes(priced.host_bytes)} on the host" if priced.host_bytes else ""
     return (
         f"{priced.way}: a step of {format_seconds(priced.step_s)}, bubble {priced.bubble:.1%}, communication "
@@ -92,7 +101,7 @@ def told(priced: Priced) -> str:
 
 
 def choose(model: Model, world: World, space: Space) -> WorldPlan:
-    """The fastest way that fits. Raises BudgetError where none does, with the least that would."""
+    """The fastest way that fits. Raises BudgetError where none does, naming the one that takes least."""
     costs, ways = Costs(model, world), list(space.ways())
     fitting = [found for way in ways if (found := costs.priced(way)) is not None]
     if not fitting:
@@ -113,8 +122,7 @@ def choose(model: Model, world: World, space: Space) -> WorldPlan:
 
 
 def weigh(model: Model, world: World, way: Way, homes: Iterable[Home]) -> Priced:
-    """One way on the clock, with states in the first of the homes in which they fit. Raises BudgetError where none
-    does, with the least that would."""
+    """Simulates one way, with states in the first of the homes that fits. Raises BudgetError where none does."""
     costs, ways = Costs(model, world), [replace(way, home=home) for home in homes]
     found = next((priced for each in ways if (priced := costs.priced(each)) is not None), None)
     if found is None:
@@ -123,7 +131,7 @@ def weigh(model: Model, world: World, way: Way, homes: Iterable[Home]) -> Priced
 
 
 def confirm(costs: Costs, fitting: list[Priced]) -> list[Priced]:
-    """The best of them, as the clock has them."""
+    """The best of the fitting ways, simulated."""
     found, forwards = list[Priced](), 0
     for priced in sorted(fitting, key=lambda priced: priced.step_s)[:CONFIRMED]:
         forwards += priced.way.stages * priced.way.microbatches if priced.way.pipeline > 1 else 0
@@ -134,7 +142,7 @@ def confirm(costs: Costs, fitting: list[Priced]) -> list[Priced]:
 
 
 def _unsettled(way: Way) -> Way:
-    """A way without what is decided by the memory that it leaves."""
+    """The way without the choice that follows from the memory it leaves: the share of recomputed blocks."""
     return replace(way, recompute=0.0)
 
 
@@ -144,7 +152,7 @@ def _degrees(priced: Priced) -> tuple[object, ...]:
 
 
 def _of_each_degrees(ranked: Iterable[Priced]) -> list[Priced]:
-    """The first for each of the degrees."""
+    """The first way with each combination of degrees."""
     found: dict[tuple[object, ...], Priced] = {}
     for priced in ranked:
         found.setdefault(_degrees(priced), priced)
@@ -152,12 +160,12 @@ def _of_each_degrees(ranked: Iterable[Priced]) -> list[Priced]:
 
 
 def _kind(way: Way) -> tuple[bool, str]:
-    """What a way divides of the model: layers, and tensors by a mode."""
+    """What a way divides: layers, and tensors by a mode."""
     return way.pipeline > 1, way.mode
 
 
 def _of_other_programs(found: Iterable[Priced], chosen: Priced) -> tuple[Priced, ...]:
-    """The first for each of what compile can be told but the chosen one, the fastest first."""
+    """The first way for each set of compile options other than the chosen one's, the fastest first."""
     programs = {str(chosen.way.options()): chosen}
     for priced in found:
         programs.setdefault(str(priced.way.options()), priced)

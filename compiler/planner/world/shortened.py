@@ -1,4 +1,4 @@
-"""A model with one block for all that are equal: what one of them takes is what each of them does."""
+"""Shortens a model's lists of blocks: of equal blocks one is captured, and its costs stand for the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 FEWEST = 2
-"""Blocks of a list that stay: one stands at its beginning, another at its end."""
+"""The fewest blocks that are left in a list: one has the list's beginning beside it, the other its end."""
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
 class Shortened:
-    """A model's `blocks`, and which of them are left; `stands_for` has for each block the one that is like it."""
+    """A model's `blocks`, those that are `left` in it, and for each block the one that `stands_for` it."""
 
     blocks: tuple[str, ...]
     left: tuple[str, ...]
@@ -23,7 +23,7 @@ class Shortened:
 
     @classmethod
     def of(cls, model: nn.Module, blocks: tuple[str, ...]) -> "Shortened":
-        """Of each list as many blocks are left, from its beginning, as there are kinds of them up to there."""
+        """Leaves the first blocks of each list: as many as it takes for every kind of block to be among them."""
         stands_for: list[str] = []
         for names in _lists(model, blocks):
             kinds = [_kind(model.get_submodule(name)) for name in names]
@@ -39,7 +39,7 @@ class Shortened:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """While the model's lists have the blocks alone that are left."""
+        """Context in which the model's lists have only the blocks that are left."""
         lists = [model.get_submodule(path) for path in dict.fromkeys(_parent(name) for name in self.blocks)]
         before, gone = [dict(each._modules) for each in lists], set(self.blocks) - set(self.left)
         modules = {id(model.get_submodule(name)) for name in gone}
@@ -59,7 +59,8 @@ def _parent(name: str) -> str:
 
 
 def _lists(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[list[str]]:
-    """The blocks list by list. One whose blocks stand elsewhere, too, is none of which some may be left out."""
+    """The names of the blocks, list by list. A list that is not a ModuleList, or has blocks that are also used
+    elsewhere, is split into lists of one block each, so that none is left out."""
     seen: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         seen[id(module)] = seen.get(id(module), 0) + 1
@@ -73,7 +74,7 @@ def _lists(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def _kind(block: nn.Module) -> Any:
-    """What equal blocks have in common: modules, parameters, and all that these were told but which layer they are."""
+    """What equal blocks have in common: modules, parameters, and all plain attributes except the layer's number."""
     parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
     told = tuple(
         (path, name, value)

@@ -1,5 +1,5 @@
-"""What the parts of a model take, counted from one captured step: the operators of each block's forward and backward,
-its parameters, what it keeps for the backward, and what it is given by the block in front."""
+"""The costs of a model's parts, counted from one captured step: the operators of each block's forward and backward, its
+parameters, what it keeps for the backward, and what it gets from the blocks before it."""
 
 import operator
 from collections import Counter, defaultdict
@@ -25,8 +25,15 @@ Kind = Literal["F", "I", "W"]
 
 
 class Operator(NamedTuple):
-    """An operator's FLOP and bytes, of which `weight_bytes` do not grow with the batch. `is_wide` tells that its
-    results are as wide as what blocks hand on, and nothing is multiplied: the mode "1d" leaves it whole."""
+    """An operator's costs, which can be scaled to other batches and divided between processes.
+
+    Fields:
+        flops, num_bytes: what it computes, and what it reads and writes.
+        weight_bytes: the part of `num_bytes` that does not grow with the batch.
+        dtype: the dtype of its products.
+        is_attention, in_parts: whether it is in `costs.ATTENTION` and `costs.IN_PARTS`.
+        is_wide: whether it has no FLOP, and a result as large as what blocks pass on; mode "1d" does not shard it.
+    """
 
     flops: int
     num_bytes: int
@@ -37,7 +44,7 @@ class Operator(NamedTuple):
     is_wide: bool
 
     def seconds(self, rates: Rates, rows: float, parts: int, wide_parts: int) -> float:
-        """For `rows` times as many examples, divided over `parts`, or over `wide_parts` where it is wide."""
+        """Seconds for `rows` times the examples, divided over `parts` processes, or over `wide_parts` if it is wide."""
         parts = wide_parts if self.is_wide else parts
         products_s = rates.products(self.dtype).seconds(self.flops * rows / parts)
         memory_s = ((self.num_bytes - self.weight_bytes) * rows + self.weight_bytes) / parts / rates.memory_bytes_per_s
@@ -47,19 +54,19 @@ class Operator(NamedTuple):
 
 @dataclass
 class Unit:
-    """A block of the model, or what goes with one beside it, such as an embedding or the loss.
+    """A block of the model, or what goes beside one, such as an embedding or the loss.
 
     Fields:
-        work: operators of the forward, of gradients of inputs, and of gradients of weights, and how many of each.
-        parameters, trained: elements by name, of all and of those that are trained.
-        kept_bytes, kept_wide_bytes: what the backward reads of the forward, and that which is as wide as what is
-            handed on.
+        work: the operators of the forward (F), gradients of inputs (I) and gradients of weights (W), with their counts.
+        parameters, trained: elements by name, of all parameters and of the trained ones.
+        kept_bytes, kept_wide_bytes: what the backward reads of the forward, and the part as large as what blocks pass
+            on.
         logits_bytes: what is kept for a loss over a vocabulary that may be computed in pieces.
-        given_bytes: what comes from blocks in front, which is all that is kept where it is computed again.
-        crossing_bytes: what comes over its beginning to it or to blocks behind it.
-        sums: how often it adds to what it was given: each is an all-reduce in the mode "1d".
-        products, product_bytes, product_weights: how many products with weights its forward has, and what these read of
-            activations, and elements of weights.
+        given_bytes: what it reads of earlier blocks, which is all that is kept where it is recomputed.
+        crossing_bytes: what crosses its beginning, to be read by it or by later blocks.
+        sums: additions of two values as large as what blocks pass on; each is an all-reduce in mode "1d".
+        products, product_bytes, product_weights: the number of products with weights in its forward, the bytes of
+            activations that they read, and the elements of weights.
     """
 
     work: dict[Kind, Counter[Operator]] = field(
@@ -93,8 +100,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Units:
-    """What was captured for `examples` of them: the units `of_block`, and those `beside` the blocks with which they
-    go; bytes of most weights' elements, and of what blocks hand on."""
+    """The units of a captured step.
+
+    Fields:
+        examples: the examples of the captured batch.
+        weight_bytes: bytes per element of most weights.
+        wide_bytes: bytes of what blocks pass on.
+        of_block, beside: by block, its own unit, and the unit of what goes beside it.
+    """
 
     examples: int
     weight_bytes: int
@@ -104,12 +117,12 @@ class Units:
 
 
 def measured(program: Program, blocks: tuple[str, ...], examples: int, saved_bytes: int) -> Units:
-    """Of a captured step; `saved_bytes` are of its logits, where its loss may be computed in pieces."""
+    """Counts the units of a captured step. `saved_bytes` are those of logits that a loss in pieces would save."""
     return _Counting(program, blocks, saved_bytes).units(examples)
 
 
 class _Counting:
-    """Goes through a program whose blocks are the stages of a pipeline, each for itself."""
+    """Counts a program's units, with each block as a pipeline stage of its own."""
 
     def __init__(self, program: Program, blocks: tuple[str, ...], saved_bytes: int) -> None:
         self.program, self.blocks, self.saved_bytes = program, blocks or ("",), saved_bytes
@@ -136,7 +149,7 @@ class _Counting:
         return Units(examples, itemsize, self.wide * itemsize, self.of_block, self.beside)
 
     def _unit(self, node: fx.Node, stage: int) -> Unit:
-        """What is of another module than any block goes beside the one of its stage."""
+        """The unit that a node counts to: the one of its stage's block, or the one beside that."""
         block, module = self.blocks[stage], note(node).module
         return (self.beside if _is_beside(module, self.block_of(module), stage, len(self.blocks)) else self.of_block)[
             block
@@ -170,7 +183,8 @@ class _Counting:
         return Operator(flop, moved, fixed, _dtype(node), node.target in ATTENTION, node.target in IN_PARTS, wide)
 
     def _wide(self) -> int:
-        """Elements of what blocks hand on: of the largest value that crosses the beginning of most blocks."""
+        """Elements of what blocks pass on: the most frequent size of forward values that later blocks read; of equally
+        frequent ones the largest."""
         found = Counter(
             _numel(type_of(node)) for node, stage in self.stages.stage.items()
             if note(node).phase == "forward" and any(self.stages.stage.get(user, stage) > stage for user in node.users
@@ -179,7 +193,7 @@ class _Counting:
         return max(found, key=lambda numel: (found[numel], numel), default=0)
 
     def _gradients(self) -> set[fx.Node]:
-        """What makes gradients of parameters."""
+        """The operators that make gradients of parameters."""
         found: set[fx.Node] = set()
         frontier = [t for node in self.program.results_of("gradient").values() for t in terms(node)]
         while frontier:
@@ -201,7 +215,7 @@ class _Counting:
                 self.beside[self.blocks[stage]].add_parameter(name, numel, name in trained)
 
     def _add_values(self) -> None:
-        """What is kept, and what comes over the beginnings of blocks."""
+        """Adds what is kept for the backward, and what crosses the beginnings of blocks."""
         stage, largest = self.stages.stage, self.saved_bytes // 4
         for node, users in _storages(self.program):
             if node not in stage or note(node).phase != "forward" or node in self.views:
@@ -222,13 +236,13 @@ class _Counting:
 
 
 def _is_beside(module: str, block: str, stage: int, stages: int) -> bool:
-    """What belongs to no module goes with the block in the middle of the model, and with what is beside at its end: the
-    loss."""
+    """Whether a node goes beside the block of its stage: if it is of a module outside all blocks, or, in the last
+    stage, of no module, like a loss. In other stages nodes of no module count to the block."""
     return not block and (bool(module) or stage == stages - 1)
 
 
 def _divided(stages: int) -> Schedule:
-    """So many stages on one rank, with backwards in two parts."""
+    """A schedule of `stages` stages on one rank, with backwards in two parts."""
     forwards = [Action(stage, 0, "F") for stage in range(stages)]
     backwards = [Action(stage, 0, kind) for stage in reversed(range(stages)) for kind in ("I", "W")]
     return Schedule("alone", stages, 1, ((*forwards, *backwards),))
@@ -265,7 +279,7 @@ def _readers(parameter: fx.Node) -> Iterator[fx.Node]:
 
 
 def _storages(program: Program) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
-    """Every value that is no view, with the readers of it and of its views."""
+    """Every value that is not a view, with the readers of it and of its views."""
     root: dict[fx.Node, fx.Node] = {}
     users = defaultdict[fx.Node, set[fx.Node]](set)
     for node in program.computes:

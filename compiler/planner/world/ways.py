@@ -1,4 +1,4 @@
-"""The ways in which a world of processes can share the work, one after the other."""
+"""Enumerates the ways in which a world of processes can share the work."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,18 +12,26 @@ from ..pipeline.schedules import Shape, misfit
 Home = Literal["device", "host"]
 
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zb1p", 1), ("zbv", 2))
-"""Schedules of a pipeline with stages per rank that are weighed. gpipe is not: it takes as long as 1f1b, and holds
-more."""
+"""The pipeline schedules to weigh, with their stages per rank. gpipe is left out: as slow as 1f1b, and holds more."""
 
 MOST_MICROBATCHES, MOST_TENSOR, MOST_PIPELINE = 256, 64, 128
-"""Further ones win nowhere."""
+"""Larger ones never win."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """Degrees of parallelism, of tensors by `mode`, `tensor` and `depth` ("" and 1: not at all), the ZeRO stage, in how
-    many microbatches each group's batch runs, by which schedule on how many stages a rank; where training states
-    live, and what share of the blocks is computed again in the backward."""
+    """One way to share the work.
+
+    Fields:
+        data: the number of groups of processes with a batch of their own.
+        pipeline: the ranks of the pipeline.
+        mode, tensor, depth: how tensors are sharded, over how many processes, and the depth of "2.5d"; "" and 1: not.
+        zero: the ZeRO stage.
+        microbatches: the number that each group's batch is run as.
+        schedule, stages_per_rank: of the pipeline; "" and 1 without one.
+        home: where training states live.
+        recompute: the share of the blocks that is recomputed in the backward.
+    """
 
     data: int = 1
     pipeline: int = 1
@@ -39,17 +47,17 @@ class Way:
 
     @property
     def replicas(self) -> int:
-        """How many processes have the same weights."""
+        """The number of processes with the same weights."""
         return self.data * self.depth
 
     @property
     def side(self) -> int:
-        """Of 2d's square of processes, or one of 2.5d's."""
+        """The side of the square of processes of 2d, or of each of 2.5d's."""
         return isqrt(self.tensor // self.depth)
 
     @property
     def parts(self) -> int:
-        """Over how many processes weights are sharded."""
+        """The number of processes that weights are sharded over."""
         return self.tensor // self.depth
 
     @property
@@ -58,7 +66,7 @@ class Way:
 
     @classmethod
     def of(cls, parallel: Parallel, data: int, microbatches: int = 1, schedule: str = "") -> "Way":
-        """What `parallel=` declares, for so many groups of processes that have a batch of their own."""
+        """The way that `parallel=` declares, for `data` groups of processes with a batch of their own."""
         named = schedule or ("1f1b" if parallel.stages_per_rank == 1 else "interleaved")
         return cls(
             data, parallel.pipeline, parallel.mode or "", parallel.size, parallel.depth, parallel.zero, microbatches,
@@ -66,7 +74,7 @@ class Way:
         )  # fmt: skip
 
     def degrees(self) -> dict[str, Any]:
-        """What `parallel=` is for it."""
+        """The value of `parallel=` that declares it."""
         found: dict[str, Any] = {"data": self.data}
         if self.zero:
             found["zero"] = self.zero
@@ -79,8 +87,8 @@ class Way:
         return found
 
     def options(self) -> dict[str, Any]:
-        """The options of compile that say it. What one process does with its part is decided by its own plan: in how
-        many microbatches, where states live, and what is computed again."""
+        """The options of compile that declare it. The process's own plan decides the rest: where states live, what is
+        recomputed, and, without a pipeline, the number of microbatches."""
         found: dict[str, Any] = {"parallel": self.degrees()}
         return found | ({"schedule": self.schedule, "microbatches": self.microbatches} if self.pipeline > 1 else {})
 
@@ -101,15 +109,16 @@ class Way:
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to choose from.
+    """The ways to choose from.
 
     Fields:
-        world: how many processes there are.
-        examples: of a step, of all processes.
-        blocks, heads: of the model, by which stages and shards of tensors go; 0: there are none of them.
-        microbatches: a number that was asked for; None: any.
+        world: the number of processes.
+        examples: the examples of a step, over all processes.
+        blocks, heads: the model's, which bound the stages and must be divisible by the shards of tensors; 0 allows
+            none.
+        microbatches: the number that was asked for; None: any.
         homes: where training states may live.
-        refusal: why a way is not to be taken, "" where it is: by default what the product cannot run.
+        refusal: why a way must not be taken; "" where it may. By default it refuses what the product cannot run.
     """
 
     world: int
@@ -121,7 +130,7 @@ class Space:
     refusal: Callable[[Way], str] = lambda way: cannot_run(Parallel.of(way.degrees()), way.microbatches, way.schedule)
 
     def ways(self) -> Iterator[Way]:
-        """All that fit the model and the batch, the simplest first; whether they fit the memory is not asked."""
+        """All ways that fit the model and the batch, the simplest first, whether or not they fit the memory."""
         for mode, tensor, depth in self._tensors():
             for pipeline in _divisors(self.world // tensor, min(MOST_PIPELINE, max(self.blocks, 1))):
                 data = self.world // tensor // pipeline
@@ -151,7 +160,8 @@ class Space:
                 yield name, stages_per_rank
 
     def _microbatches(self, data: int, mode: str, tensor: int, depth: int) -> Iterator[int]:
-        """Powers of two that divide a group's batch, each part of which divides by what shards examples."""
+        """Powers of two, or the number that was asked for, that divide a group's batch into parts which the processes
+        that shard examples divide in turn."""
         group = self.examples // data
         shards = 1 if mode in ("", "1d") else depth * isqrt(tensor // depth)
         counts = [self.microbatches] if self.microbatches else [2**i for i in range(MOST_MICROBATCHES.bit_length())]

@@ -7,16 +7,23 @@ from ...rates.clusters import Cluster
 from ...rates.rates import Rates
 
 SHARES = tuple(step / 8 for step in range(9))
-"""Of the blocks, that may be computed again."""
+"""The shares of the blocks that may be recomputed."""
 
 
 @dataclass(frozen=True)
 class World:
-    """What a model is planned for: a cluster whose devices do what `rates` say, and bytes that may be taken of each
-    device and of its share of the host (None: any); `reserve_bytes` of the device's are not the tensors'. `examples`
-    are a step's, of all processes. `fuses` tells whether the loss over a vocabulary may be computed in pieces,
-    `reduce_dtype` in what gradients are added up, `recomputed` which shares of the blocks may be computed again, the
-    least first, `optimizer_state_bytes` what the optimizer keeps of a parameter."""
+    """What a model is planned for.
+
+    Fields:
+        cluster, rates: the devices' network, and what each device does in a second.
+        examples: the examples of a step, over all processes.
+        device_bytes, host_bytes: the budget of each device, and of its share of the host; None: no limit.
+        fuses: whether the loss over a vocabulary may be computed in pieces.
+        reduce_dtype: the dtype that gradients are reduced in.
+        recomputed: the shares of the blocks that may be recomputed, in rising order.
+        optimizer_state_bytes: what the optimizer keeps per parameter.
+        reserve_bytes: the part of the device's budget that is not for tensors.
+    """
 
     cluster: Cluster
     rates: Rates
