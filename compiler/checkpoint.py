@@ -136,8 +136,8 @@ def _check(model: Any, optimizer: Any, directory: Any) -> None:
 
 
 def _give_values(session: Session) -> None:
-    """Allocates memory for values on `meta`, to be read into, and places the training states. A pending load is dropped,
-    unless this fails."""
+    """Allocates memory for values on `meta`, to be read into, and places the training states. A pending load is
+    dropped, unless this fails."""
     incoming, session.incoming = session.incoming, None
     try:
         source = session.source
@@ -182,7 +182,8 @@ def _everywhere(tensor: Tensor) -> Region:
 
 
 def _check_tensors(expected: Tensors, found: Tensors) -> None:
-    """Raises CheckpointError if the checkpoint is of another model, or holds values that a dtype cannot take exactly."""
+    """Raises CheckpointError if the checkpoint is of another model, or holds values that a dtype cannot take
+    exactly."""
     for name, (own_shape, own_dtype) in expected.items():
         if 0 in own_shape:
             continue

@@ -41,8 +41,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def _in_graph(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """`_plain`, with grouped key and value heads repeated."""
-    if query.dim() > 2 and key.shape[-3] != query.shape[-3]:
+    """`_plain`, with grouped key and value heads repeated; where query heads are fewer, they broadcast."""
+    if query.dim() > 2 and key.shape[-3] < query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     return _plain(query, key, value, mask, scale, dropout)

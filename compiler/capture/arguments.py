@@ -22,7 +22,7 @@ def leaf_key(leaf: Any, is_input: bool = False) -> Any:
     if is_input:
         return type(leaf), "an input"
     if isinstance(leaf, PLAIN):
-        return type(leaf), repr(leaf) if isinstance(leaf, float) else leaf
+        return type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf
     raise ArgumentError(
         f"an argument is a {type(leaf).__name__}, whose contents a compiled program cannot follow from call to call; "
         "expected tensors, numbers, strings, None, and tuples, lists, dicts or registered pytree classes of them "

@@ -1,8 +1,7 @@
-"""What values are known by: what is equal for those that a program may take for each other, however they were changed.
+"""Keys of Python values, equal for values that a program may take for each other, however they came to be so.
 
-Containers and arrays are known by all that is in them, and objects by their attributes. Where those lead to other
-objects, from the fourth in a row on, and to containers of many elements, these are known by their identity: a model
-may hold all that trains it.
+The key of a container or an array covers all its elements, that of an object its attributes. Objects nested more than
+three deep, and their containers of many elements, are keyed by identity: a model may hold everything that trains it.
 """
 
 import array
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-"""Values that hold no tensors and do not change."""
+"""Types of immutable values that hold no tensors."""
 _UNCHANGING = frozenset(PLAIN) - {enum.Enum}
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _BYTES = (bytearray, array.array, numpy.generic, numpy.ndarray)
 _NO_OBJECTS = (*PLAIN, Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, PurePath)
-"""What has attributes beside what it is: modules' own are guarded each, others' nothing guards."""
+"""Types not keyed by their attributes: a module's are guarded one by one, the others' by nothing."""
 _MAKE_ALIKE: frozenset[Callable[..., Any]] = frozenset(kind.__new__ for kind in (object, *_SEQUENCES, dict))
 _DEEPEST, _LONGEST = 3, 1000
 _C_CLASS = 1 << 8
@@ -35,7 +34,7 @@ _C_CLASS = 1 << 8
 
 
 class Same:
-    """Equal to what holds the very same object, which it keeps alive: an identity is given anew to others."""
+    """Compares by identity, and keeps the object alive so that its id is not reused."""
 
     __slots__ = ("value",)
 
@@ -50,12 +49,13 @@ class Same:
 
 
 def known_by(value: Any) -> Hashable:
+    """A key that is equal for two values if a program may take one for the other."""
     return Snapshot(value).known
 
 
 class Snapshot:
-    """A value as it is. That it has not changed since is told by the identities of what is in it, and only where these
-    have by what it is known by. `within` are the objects and containers that led here."""
+    """A value as it is now, to be compared with what it is later. Identities of its contents are compared first, which
+    is cheap in every call, and keys only where these differ. `within` are the objects and containers around it."""
 
     def __init__(self, value: Any, within: tuple[Any, ...] = ()) -> None:
         self._value, self._within = value, within
@@ -67,9 +67,8 @@ class Snapshot:
             if type(each) not in _UNCHANGING
         }
         self._changing = [(i, inside) for i, inside in self._inside.items() if inside._may_change]
-        self._may_change = bool(self._changing) or isinstance(value, _BYTES)
-        if self._contents is not None:
-            self._may_change |= not isinstance(value, (tuple, frozenset, MethodType))
+        is_mutable = self._contents is not None and not isinstance(value, (tuple, frozenset, MethodType))
+        self._may_change: bool = bool(self._changing) or is_mutable or isinstance(value, _BYTES)
 
     @cached_property
     def known(self) -> Hashable:
@@ -80,7 +79,7 @@ class Snapshot:
         return type(self._value), _identity(self._value), frozenset(known) if is_set else tuple(known)
 
     def holds(self, now: Any) -> bool:
-        """Whether a value may be taken for what this one was."""
+        """Whether a program may take the value `now` for this one."""
         if now is self._value and (not self._may_change or self._is_untouched()):
             return True
         return Snapshot(now, self._within).known == self.known
@@ -108,7 +107,7 @@ def _known_alone(value: Any) -> Hashable:
 
 
 def _contents(value: Any, within: tuple[Any, ...]) -> list[Any] | None:
-    """What else tells a value from others, in a fixed order; None where nothing does."""
+    """The values that a value consists of, in a fixed order; None if it is keyed as a whole."""
     if isinstance(value, (*_NO_OBJECTS, *_BYTES)) or any(value is outer for outer in within):
         return None
     depth = sum(not isinstance(outer, (*_SEQUENCES, dict)) for outer in within)
@@ -128,8 +127,8 @@ def _contents(value: Any, within: tuple[Any, ...]) -> list[Any] | None:
 
 
 def _attributes(value: Any) -> list[Any] | None:
-    """Names and values of an object's attributes, of its `__dict__` and `__slots__`."""
-    slots = [name for name in _slots(type(value)) if hasattr(value, name)]
+    """The names and values of an object's attributes, in `__dict__` and `__slots__`; None if it has neither."""
+    slots = [name for name in _slots(type(value)) if hasattr(value, name)]  # type: ignore[arg-type]  # of classes
     own = getattr(value, "__dict__", None)
     if own is None and not slots:
         return None
@@ -139,7 +138,7 @@ def _attributes(value: Any) -> list[Any] | None:
 
 @cache
 def _slots(cls: type) -> tuple[str, ...]:
-    """What the classes that are written in Python have slots for."""
+    """The names of a class's slots, except those of classes written in C."""
     classes = [each for each in cls.__mro__ if not each.__flags__ & _C_CLASS]
     return tuple(
         name for each in classes for name, member in vars(each).items() if isinstance(member, MemberDescriptorType)
@@ -147,7 +146,7 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def _identity(value: Any) -> Hashable:
-    """Of an object that may have more to it than its attributes: it, or its class, is written in C, or makes it."""
+    """The object itself if it may hold more than its attributes: its class is written in C or has its own `__new__`."""
     if isinstance(value, (MethodType, partial, tuple)) or type(value).__new__ in _MAKE_ALIKE:
         return None
     return Same(value)

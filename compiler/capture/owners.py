@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import suppress
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -45,11 +45,19 @@ def owners_in(value: Any, path: str, depth: int = 0) -> Owners:
 def _named_in(function: FunctionType) -> dict[str, Any]:
     """The values a function refers to: globals other than routines, and closure variables that are set."""
     known, code = function.__globals__, function.__code__
-    named = {name: known[name] for name in code.co_names if name in known and not inspect.isroutine(known[name])}
+    named = {name: known[name] for name in _globals_of(code) if name in known and not inspect.isroutine(known[name])}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # raised by an empty cell, on which inspect.getclosurevars fails, too
             named[name] = cell.cell_contents
     return named
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    """The names that a function and those defined within it, such as comprehensions, may look up as globals."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals_of(constant)
 
 
 def _is_users(value: Any) -> bool:

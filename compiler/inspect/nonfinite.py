@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ...passes.program.program import Program, note
 from ...runtime.executor import Executor
@@ -22,8 +23,9 @@ def first_nonfinite(program: Program, executor: Executor, inputs: list[Any]) -> 
 
     Returns "module (operator)" for the first operator that makes an infinite or NaN value, "input <name>" or "parameter
     <name>" for an input or a parameter with such values, or None. An operator counts only if it reads other values and
-    all of them are finite, so neither creating a mask of infinities nor adding one counts. The search needs the memory
-    of a step's forward: first release the loss of the step in question, which keeps that step's activations.
+    all of them are finite, numbers too, so neither making a mask of infinities nor filling or adding one counts. The
+    search needs the memory of a step's forward: first release the loss of the step in question, which keeps that step's
+    activations.
 
     Raises BudgetError where the device has less memory left.
     """
@@ -84,7 +86,8 @@ def _parameter(view: fx.Node, executor: Executor) -> str:
 
 
 def _from_finite(node: fx.Node, values: dict[fx.Node, object]) -> bool:
-    return all(_finite(values[value]) for value in node.all_input_nodes)
+    numbers = (value for value in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(value, float))
+    return all(map(math.isfinite, numbers)) and all(_finite(values[value]) for value in node.all_input_nodes)
 
 
 def _finite(value: object) -> bool:

@@ -230,7 +230,7 @@ class HomeProgram:
         timing = alone.timing(self.plan, homes)
         found = dict(timing.busy_s) | {DEVICE: max(0.0, timing.step_s - program.compute_s * self.runs)}
         if home.streamed:
-            found[HOST] = chunk.shard_numel / rates.passing_params_per_s * format.update_share(chunk)
+            found[HOST] = chunk.shard_numel / rates.passing_params_per_s * format.travelling_share(chunk, home)
         return found
 
     # -- rows ----------------------------------------------------------------------------------------------

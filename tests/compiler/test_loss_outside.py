@@ -122,6 +122,19 @@ def partial(loss: nn.Module) -> Any:
     return functools.partial(lambda output, inner, y: inner(output, y), inner=loss)
 
 
+def nested(loss: nn.Module) -> Any:
+    """The global is read in a function within the one that is given, as a comprehension is on Python 3.11."""
+    globals()["_global_loss"] = loss
+
+    def outer(output: Tensor, y: Tensor) -> Tensor:
+        def inner() -> Tensor:
+            return _global_loss(output, y)  # type: ignore[name-defined]  # noqa: F821
+
+        return inner()
+
+    return outer
+
+
 GIVEN: dict[str, Callable[[nn.Module], Any]] = {
     "itself": lambda loss: loss,
     "its method": lambda loss: loss.forward,
@@ -130,6 +143,7 @@ GIVEN: dict[str, Callable[[nn.Module], Any]] = {
     "an object": Plain,
     "an object's method": lambda loss: Plain(loss).__call__,
     "a partial": partial,
+    "a global of an inner function": nested,
 }
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "an attribute": lambda loss: setattr(loss, "scale", 2.0),

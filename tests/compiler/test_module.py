@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import math
 import operator
 import re
 from dataclasses import replace
@@ -570,6 +571,20 @@ class Explodes(nn.Module):
         for block in self.blocks:
             x = F.dropout(block(x), 0.1)
         return self.head(x)
+
+
+class Masked(Explodes):
+    """Infinities that are meant, in front of those that are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x.masked_fill(x > x.mean(), -math.inf).softmax(-1)
+        return self.head(self.blocks[0](x) / 0.0)
+
+
+def test_masks_of_infinities_are_passed_over() -> None:
+    found = geminifx.compile(Masked()).first_nonfinite(torch.randn(8, 4))
+    assert found is not None and "div" in found
 
 
 @pytest.mark.parametrize("placement", ["cpu", "cuda"])

@@ -272,5 +272,7 @@ def test_direct_grouped_calls_and_contradictions():
         assert notes == []
         torch.testing.assert_close(routed(query, key, key, attn_mask=mask, enable_gqa=True), expected)
         assert len(notes) == 1
+        one_head = query[:, :1]  # query heads may broadcast over key heads, too
+        torch.testing.assert_close(routed(one_head, query, query, attn_mask=mask), call(one_head, query, query, mask))
         with pytest.raises(ValueError, match="exclude each other"):
             routed(query, query, query, attn_mask=mask, is_causal=True)

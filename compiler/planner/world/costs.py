@@ -213,9 +213,15 @@ class Costed:
         """Host bytes of the rank that holds most there."""
         if self.way.home == "device":
             return 0
-        shares = self.way.replicas if self.way.zero else 1
-        held = self.numel * self._item + self.trained_numel * (self._item + self._state)
-        return int(held.max() / shares)
+        divided, whole = (
+            self.trained_numel * (2 * self._item + self._state),
+            (self.numel - self.trained_numel) * self._item,
+        )
+        if self.way.zero:
+            divided = divided / self.way.replicas
+        if self.way.zero == 3:
+            whole = whole / self.way.replicas
+        return int((divided + whole).max())
 
     @property
     def _item(self) -> int:
