@@ -64,7 +64,7 @@ _MAKES_ONES = {torch.ones, torch.ones_like, torch.Tensor.new_ones}
 _CASTS = ("to", "bool", "float", "half", "long", "int", "type")
 _VIEWS = ("view", "reshape", "expand", "__getitem__")
 _KEEPS_ONES = {getattr(torch.Tensor, name) for name in _CASTS + _VIEWS}
-_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
+_GET_DATA = torch.Tensor.data.__get__
 
 
 class _FollowOnes(TorchFunctionMode):

@@ -67,7 +67,7 @@ class Snapshot:
             if type(each) not in _UNCHANGING
         }
         self._changing = [(i, inside) for i, inside in self._inside.items() if inside._may_change]
-        self._may_change = bool(self._changing) or isinstance(value, _BYTES)
+        self._may_change: bool = bool(self._changing) or isinstance(value, _BYTES)
         if self._contents is not None:
             self._may_change |= not isinstance(value, (tuple, frozenset, MethodType))
 
@@ -129,7 +129,8 @@ def _contents(value: Any, within: tuple[Any, ...]) -> list[Any] | None:
 
 def _attributes(value: Any) -> list[Any] | None:
     """Names and values of an object's attributes, of its `__dict__` and `__slots__`."""
-    slots = [name for name in _slots(type(value)) if hasattr(value, name)]
+    kind: Any = type(value)
+    slots = [name for name in _slots(kind) if hasattr(value, name)]
     own = getattr(value, "__dict__", None)
     if own is None and not slots:
         return None
