@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..runtime.isa.errors import CaptureError
+from ..runtime.isa.threads import in_this_thread
 from .attention import NAME, hugging_face_attention
 from .examples import example_inputs
 from .functional import functional_attention
@@ -137,13 +138,13 @@ def _layers_never_dropped() -> Iterator[None]:
     original = torch.rand
 
     def rand(*size: Any, **options: Any) -> Any:
-        caller = sys._getframe(1).f_locals.get("self")
+        caller = sys._getframe(2).f_locals.get("self")  # behind what tells threads apart
         scalar = len(size) == 1 and isinstance(size[0], (list, tuple)) and not size[0]
         if scalar and isinstance(caller, nn.Module) and _layerdrops(caller):
             return 1.0
         return original(*size, **options)
 
-    torch.rand = rand
+    torch.rand = in_this_thread(rand, original)
     try:
         yield
     finally:
@@ -176,8 +177,8 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
 
     Hugging Face models get attention by name, experts as batched matmuls, no key-value cache, no gradient
     checkpointing, and no branch on random layer skipping; checks of tensors' values pass; direct calls of torch's
-    attention are routed for any module. Parameters are untouched. Not reentrant across threads: torch functions are
-    replaced while it is open.
+    attention are routed for any module. Parameters are untouched. Torch functions are replaced while it is open, for
+    this thread; one thread at a time may open it.
 
     With `position_ids` among the inputs, rows count as packed sequences, as in transformers without a cache. Yields
     readable notes on what stays eager; the list is complete on leaving.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.isa.attention import attention
+from ..runtime.isa.threads import in_this_thread
 
 
 def _key_mask(query: Tensor, key: Tensor, mask: Tensor) -> Tensor | None:
@@ -95,7 +96,7 @@ def functional_attention(notes: list[str]) -> Iterator[None]:
     """
     functional = torch.nn.functional
     original = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = partial(_routed, notes)
+    functional.scaled_dot_product_attention = in_this_thread(partial(_routed, notes), original)
     try:
         yield
     finally:

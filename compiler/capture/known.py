@@ -128,7 +128,8 @@ def _contents(value: Any, within: tuple[Any, ...]) -> list[Any] | None:
 
 def _attributes(value: Any) -> list[Any] | None:
     """The names and values of an object's attributes, in `__dict__` and `__slots__`; None if it has neither."""
-    slots = [name for name in _slots(type(value)) if hasattr(value, name)]  # type: ignore[arg-type]  # of classes
+    kind: Any = type(value)
+    slots = [name for name in _slots(kind) if hasattr(value, name)]
     own = getattr(value, "__dict__", None)
     if own is None and not slots:
         return None

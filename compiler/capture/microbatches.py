@@ -16,6 +16,7 @@ from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...passes.sharding.microbatches import microbatched
 from ...runtime.isa.errors import SplitError
+from ...runtime.isa.threads import CAPTURING, in_this_thread
 from .trace import Captured
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -101,23 +102,25 @@ class Microbatches:
 def _known_derivatives() -> Iterator[None]:
     """Within, captures fail with SplitError if the backward is not autograd's own derivative of the forward: nobody
     knows how a user's autograd.Function or gradient hook combines examples."""
-    apply, register = vars(torch.autograd.Function)["apply"], Tensor.register_hook
+    with CAPTURING:
+        apply, register = vars(torch.autograd.Function)["apply"], Tensor.register_hook
+        plain = apply.__func__
 
-    def known(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            raise SplitError(f"{cls.__name__} has a backward of its own, which may mix examples")
-        return apply.__func__(cls, *args, **kwargs)
+        def known(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if not cls.__module__.startswith("torch."):
+                raise SplitError(f"{cls.__name__} has a backward of its own, which may mix examples")
+            return plain(cls, *args, **kwargs)
 
-    def hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:
-        raise SplitError("the forward registers a hook for a gradient, which may mix examples")
+        def hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+            raise SplitError("the forward registers a hook for a gradient, which may mix examples")
 
-    torch.autograd.Function.apply = classmethod(known)
-    Tensor.register_hook = hooked
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply
-        Tensor.register_hook = register
+        torch.autograd.Function.apply = classmethod(in_this_thread(known, plain))
+        Tensor.register_hook = in_this_thread(hooked, register)
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = apply
+            Tensor.register_hook = register
 
 
 def _first(tensor: Tensor, size: int, count: int) -> Tensor:

@@ -26,6 +26,7 @@ from ...runtime.isa import torch_private as private
 from ...runtime.isa.errors import CaptureError, SplitError
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import parameter_dtypes
+from ...runtime.isa.threads import CAPTURING
 from .assignments import followed_assignments, shared_buffers
 from .draws import SameDraws
 from .fake_model import fake, fake_copy
@@ -140,6 +141,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], req
     step = _Step(fake_model, leaves, spec, tuple(fakes), request)
     private.annotate_modules(step)
     with ExitStack() as stack:
+        stack.enter_context(CAPTURING)
         notes = stack.enter_context(capturable(step.model, named))
         stack.enter_context(private.plain_dispatch())
         stack.enter_context(nullcontext() if request.backward else torch.no_grad())
