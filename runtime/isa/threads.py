@@ -1,15 +1,15 @@
-"""What is put in the place of torch's functions while a model is captured is for the thread that captures it."""
+"""Patches of torch's functions that hold during a capture, in the capturing thread alone."""
 
 from collections.abc import Callable
 from threading import RLock, get_ident
 from typing import Any
 
 CAPTURING = RLock()
-"""Held by the thread that captures: there is one place for each function, and each thread puts back what it found."""
+"""Held by the thread that captures: a function is patched by one thread at a time, which restores what it found."""
 
 
 def in_this_thread(function: Callable[..., Any], in_others: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` where the thread calls it that called this, and `in_others` in all others."""
+    """A function that calls `function` in the thread that made it, and `in_others` in all other threads."""
     here = get_ident()
 
     def call(*args: Any, **kwargs: Any) -> Any:
