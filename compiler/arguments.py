@@ -51,10 +51,13 @@ def forward_failure(error: Exception, model: nn.Module) -> ArgumentError | None:
     forward = getattr(inspect.unwrap(model.forward), "__code__", None)
     if isinstance(error, GeminiError) or all(code is not forward for code in _codes(error.__traceback__)):
         return None
-    return ArgumentError(
+    failure = ArgumentError(
         f"example_inputs: {type(model).__name__}.forward raised {type(error).__name__} with them: {error}; expected "
         "the arguments of a training step"
     )
+    for note in getattr(error, "__notes__", ()):  # such as what of the model may be at fault instead
+        failure.add_note(note)
+    return failure
 
 
 def _codes(traceback: TracebackType | None) -> Iterator[Any]:

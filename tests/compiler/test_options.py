@@ -136,6 +136,9 @@ def test_example_inputs_that_the_model_does_not_take(examples: Any, says: str) -
     with pytest.raises(ArgumentError, match=re.escape(says).replace(re.escape(".*"), ".*")) as told:
         geminifx.compile(model, example_inputs=examples)
     assert (told.value.__cause__ is not None) == ("raised" in says)
+    assert any("load it with attn_implementation=" in note for note in getattr(told.value, "__notes__", ())) == (
+        "TypeError" in says
+    )
     geminifx.compile(model, example_inputs=(torch.ones(2, 4),))(torch.ones(2, 4)).sum().backward()
 
 
