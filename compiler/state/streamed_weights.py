@@ -130,7 +130,7 @@ def streamed_weights(session: Session) -> Iterator[None]:
 
 @contextmanager
 def _standing_in(source: nn.Module, weight_of: Callable[[nn.Parameter], StreamedWeight]) -> Iterator[None]:
-    """While this is open, modules have stand-ins for their parameters; and none of these where it is interrupted."""
+    """While this is open, modules have stand-ins for their parameters; afterwards none, wherever it is interrupted."""
     held = [(m._parameters, name, p) for m in source.modules() for name, p in m._parameters.items() if p is not None]
 
     def restore() -> None:
@@ -138,11 +138,11 @@ def _standing_in(source: nn.Module, weight_of: Callable[[nn.Parameter], Streamed
             parameters[name] = parameter
 
     try:
-        for parameters, name, parameter in held:
-            parameters[name] = weight_of(parameter)
-        yield
-    finally:
         try:
-            restore()
+            for parameters, name, parameter in held:
+                parameters[name] = weight_of(parameter)
+            yield
         finally:
-            restore()  # where an interrupt has come between
+            restore()
+    finally:
+        restore()  # again, as an interrupt may have come before or within the first

@@ -58,7 +58,7 @@ def on_all(mesh: Mesh, axes: tuple[str, ...], reduce_dtype: ReduceDtype, work: C
     ]
     groups = {place: Group(others.count(place)) for place in set(others)}
     ranks = [
-        Simulated(mesh, rank, True, {axes: (mesh.number(rank, axes), groups[others[rank]])}, reduce_dtype=reduce_dtype)
+        Simulated(mesh, rank, groups={axes: (mesh.number(rank, axes), groups[others[rank]])}, reduce_dtype=reduce_dtype)
         for rank in range(mesh.size)
     ]
     with ThreadPoolExecutor(mesh.size) as threads:
