@@ -213,15 +213,10 @@ class Costed:
         """Host bytes of the rank that holds most there."""
         if self.way.home == "device":
             return 0
-        divided, whole = (
-            self.trained_numel * (2 * self._item + self._state),
-            (self.numel - self.trained_numel) * self._item,
-        )
-        if self.way.zero:
-            divided = divided / self.way.replicas
-        if self.way.zero == 3:
-            whole = whole / self.way.replicas
-        return int((divided + whole).max())
+        zero, replicas = self.way.zero, self.way.replicas
+        trained = self.trained_numel * (2 * self._item + self._state) / (replicas if zero else 1)
+        frozen = (self.numel - self.trained_numel) * self._item / (replicas if zero == 3 else 1)
+        return int((trained + frozen).max())
 
     @property
     def _item(self) -> int:
