@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...runtime.isa.errors import CaptureError
+from .contents import Contents
 from .guards import attributes_of, changed_attributes
 from .known import Snapshot
 from .owners import full_name
@@ -94,13 +95,15 @@ class _State:
     values: dict[str, Any]
     hooks: dict[str, dict[Any, Any]]
     attributes: dict[str, Snapshot]
+    contents: Contents
 
     @classmethod
     def of(cls, module: nn.Module) -> "_State":
         hooks = {
             name: dict(hooks) for name, hooks in vars(module).items() if "_hooks" in name and isinstance(hooks, dict)
         }
-        return cls(dict(module._parameters), dict(module._buffers), dict(vars(module)), hooks, attributes_of(module))
+        parameters, buffers, values = dict(module._parameters), dict(module._buffers), dict(vars(module))
+        return cls(parameters, buffers, values, hooks, attributes_of(module), Contents.of(module))
 
     def restore(self, module: nn.Module, path: str) -> None:
         """Undoes what the forward assigned. Warns, or raises CaptureError, if the assignment may be missed."""
@@ -116,6 +119,7 @@ class _State:
             self._tell(module, prefix)
         vars(module).clear()
         vars(module).update(self.values)
+        self.contents.restore()
         module._buffers.clear()
         module._buffers.update(self.buffers)
         for name, hooks in self.hooks.items():
@@ -129,6 +133,12 @@ class _State:
                     f"the forward assigns the tensor {prefix}{name}, which a compiled program cannot follow from call "
                     f'to call; register it: self.register_buffer("{name}", ..., persistent=False)'
                 )
+        replaced = self.contents.replaced_tensor()
+        if replaced is not None:
+            raise CaptureError(
+                f"the forward replaces the tensor {prefix}{replaced}, which a compiled program cannot follow from call "
+                "to call; keep it as a buffer: self.register_buffer(name, ..., persistent=False)"
+            )
         now, before = {**vars(module), **module._buffers}, {**self.values, **self.buffers}
         new = {n for n, value in now.items() if isinstance(value, Tensor) and not isinstance(before.get(n), Tensor)}
         told = sorted(changed_attributes(module, self.attributes) | new)

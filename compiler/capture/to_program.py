@@ -70,10 +70,10 @@ def _add_call(program: Program, node: fx.Node, phase: Phase, values: dict[fx.Nod
 def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mapping[int, Tensor]) -> fx.Node:
     if isinstance(value, nn.Parameter):
         raise CaptureError(
-            f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that is "
-            "not among model.parameters(): its module stands in a plain list, dict or tuple, or a function "
-            "holds it. Expected nn.ModuleList, nn.ModuleDict, nn.ParameterList or an attribute, so that it is trained "
-            "and saved"
+            f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that was "
+            "not found through the model's modules: it is not among model.parameters(), since its module stands in a "
+            "plain list, dict or tuple, or a function holds it. Expected nn.ModuleList, nn.ModuleDict, "
+            "nn.ParameterList or an attribute, and the forward to take it from there"
         )
     if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
         raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")

@@ -281,6 +281,7 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
     except AssertionError as error:
         if "entirely functional graph" in str(error):
             raise _written(error) from error
+        error.add_note(f"while geminifx captured the model, at {_source_line(error)}")
         raise
     except (AttributeError, IndexError, TypeError) as error:
         error.add_note(
