@@ -21,7 +21,8 @@
     return {"gradient:layers.0.weight": dw, ...}          return {"gradient:layers.0.weight": total_2}
 
 A value that is made in one rank's stage and read in another's is sent as soon as it exists. It is received in front of
-its first reader, after everything sent before it. The sender waits for a send once the other rank has sent something
+its first reader, after everything sent before it. A message travels with its dimensions in the order of its memory, and
+both ends see it permuted, so that nothing is copied. The sender waits for a send once the other rank has sent something
 back that it made after receiving it, or at its turn or the end of the program. Before either, every rank receives all
 that has been sent to it up to then, so no two ranks wait for each other. A parameter that stages of several ranks read
 lives on each of them; they exchange their parts of its gradient, and all sum them in the order of the ranks.
@@ -42,11 +43,11 @@ from ..runtime.isa.errors import ShardingError
 from ..runtime.isa.instructions import AVERAGE, FINISH_SEND, MICROBATCH, RECEIVE, SAVE_RNG, SEND
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.precision import accumulate_dtype
-from ..runtime.isa.schedule import Action
+from ..runtime.isa.schedule import Action, Schedule
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Note, Phase, Program, annotate, is_random, note, tensor_type, type_of
-from .program.types import TensorType, contiguous_stride
+from .program.types import TensorType, contiguous_stride, memory_order
 from .program.verify import canonical
 from .splitting.parts import Parts, Total, aten, drawn_apart, draws_forward
 from .splitting.stages import Item, Made, Output, Stages, Sum, is_number
@@ -58,12 +59,17 @@ _BACKWARD: Phase = "backward"
 @graph_pass(requires=(canonical,))
 def split_stages(program: Program, plan: Plan) -> None:
     if plan.schedule is not None:
-        _check(program)
+        _check(program, plan.schedule)
         _Cut(program, plan).run()
 
 
-def _check(program: Program) -> None:
-    """Raises ShardingError for a step that a pipeline cannot run."""
+def _check(program: Program, schedule: Schedule) -> None:
+    """Raises ShardingError for a step or a schedule that a pipeline cannot run."""
+    if schedule.splits_backward and any(action.kind == "B" for actions in schedule.ranks for action in actions):
+        raise ShardingError(
+            f"the schedule {schedule.name} runs some backwards whole (B) and others in two parts (I and W), which can "
+            "be simulated only; expected one of these for all"
+        )
     tangents = list(program.inputs("tangent").values())
     if len(tangents) > 1 or not all(map(is_number, tangents)):
         raise ShardingError(
@@ -192,9 +198,14 @@ class _Cut:
         """Record a value that now exists, and send it to the ranks that read it."""
         self.values[self.rank, item] = value
         while self.outgoing and self.outgoing[0].item == item:
-            sent = self.outgoing.popleft()
-            self.parts.emit(SEND, value, sent.to, like=note(value))
-            self.under_way[sent.to].append((value, sent.by))
+            sent, order = self.outgoing.popleft(), memory_order(tensor_type(value))
+            message = (
+                self.parts.emit(aten.permute.default, value, order, like=note(value))
+                if order != sorted(order)
+                else value
+            )
+            self.parts.emit(SEND, message, sent.to, like=note(value))
+            self.under_way[sent.to].append((message, sent.by))
 
     def _finish_sends(self, to: int, at: int) -> None:
         """Wait for the messages that rank `to` received before its place `at`."""
@@ -249,8 +260,14 @@ class _Cut:
                 type, name = tensor_type(self.program.results[f"output:{role}"]), "output"
         if type.num_bytes < type.dtype.itemsize * prod(type.shape):
             raise ShardingError(f"{name}, whose elements lie over one another in memory, is read in another stage")
-        args = (list(type.shape), list(type.stride), type.dtype, source)
-        return self.parts.emit(RECEIVE, *args, like=Note(), name=name)
+        order = memory_order(type)
+        shape, stride = [type.shape[dim] for dim in order], [type.stride[dim] for dim in order]
+        message = self.parts.emit(RECEIVE, shape, stride, type.dtype, source, like=Note(), name=name)
+        if order == sorted(order):
+            return message
+        return self.parts.emit(
+            aten.permute.default, message, [order.index(dim) for dim in range(len(order))], like=Note()
+        )
 
     # -- results -------------------------------------------------------------------------------------------
 

@@ -165,6 +165,9 @@ class _Search:
                 return self._told(best if given.offload is not None else self._offloaded_instead(best))
             if given.offload is None:
                 found += self._offloaded_beside(found[-1].plan)
+                if plan.rounds > 1 and found[0].plan.recompute != found[-1].plan.recompute:
+                    # Of one round's activations, offloading them may leave less than recomputing them.
+                    found += self._offloaded_beside(found[0].plan)
             best = self._best(found)
             if best is not None:
                 return self._told(best)

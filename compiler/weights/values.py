@@ -1,5 +1,6 @@
 """The values of a model: its parameters and buffers, and the inputs of a call."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -54,7 +55,8 @@ def program_inputs(
             inputs.append(leaves[int(name)])
         elif kind == "expected":
             scale = compiled.executor.machine.store.loss_scale
-            inputs.append(torch.full((), scale, dtype=compiled.expected, device=device))
+            largest = 2.0 ** math.floor(math.log2(torch.finfo(compiled.expected).max))  # a power of two, exact as ratio
+            inputs.append(torch.full((), min(scale, largest), dtype=compiled.expected, device=device))
         else:
             leaf = leaves[int(name)]
             _check_input(leaf, written, device)

@@ -220,3 +220,8 @@ def _in_float32(type: Type) -> Type:
     if isinstance(type, TensorType) and type.dtype in (torch.bfloat16, torch.float16):
         return replace(type, dtype=torch.float32)
     return type
+
+
+def memory_order(type: TensorType) -> list[int]:
+    """The dimensions from the longest stride to the shortest: permuted so, a dense tensor is contiguous."""
+    return sorted(range(len(type.shape)), key=lambda dim: -type.stride[dim])

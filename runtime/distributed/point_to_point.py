@@ -56,8 +56,9 @@ class Messages:
     def finish_send(self, value: Tensor, to: int) -> None:
         """Waits for the oldest message under way to a rank, which is `value`. Blocks the host if the device is the CPU,
         otherwise only work launched afterwards."""
-        wait, _ = self._leaving[to].popleft()
+        wait, _ = self._leaving[to][0]
         self.ranks.call(wait)
+        self._leaving[to].popleft()  # only now: where the wait fails, the message may still be under way
 
     def start_receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int,
                       device: torch.device) -> Tensor:  # fmt: skip
@@ -72,8 +73,9 @@ class Messages:
     def finish_receive(self, coming: Tensor) -> Tensor:
         """Waits for a message, blocking as `finish_send` does; returns it in the strides that `start_receive` was
         given."""
-        wait, come, stride = self._coming.pop(id(coming))
+        wait, come, stride = self._coming[id(coming)]
         self.ranks.call(wait)
+        del self._coming[id(coming)]
         if come.stride() == stride:
             return come
         return torch.empty_strided(come.shape, stride, dtype=come.dtype, device=come.device).copy_(come)

@@ -14,7 +14,9 @@ from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.partition import partition
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import type_of
 from geminifx.passes.program.text import parse_program
+from geminifx.passes.program.types import contiguous_stride
 from geminifx.passes.split_stages import split_stages
 from geminifx.runtime.isa.errors import ShardingError
 from geminifx.runtime.isa.instructions import RECEIVE, SEND, TURN
@@ -294,3 +296,37 @@ def test_a_schedule_that_reads_what_is_made_later_is_refused():
     wrong = Schedule.parse("wrong stages=2 microbatches=2\nrank 0: F0.0 F1.0 B0.0 B1.0 F0.1 F1.1 B1.1 B0.1")
     with pytest.raises(ShardingError, match=r"rank 0 of the schedule wrong reads what rank 0 makes later or never"):
         step.staged(wrong)
+
+
+def test_backwards_some_of_which_are_whole_are_refused():
+    mixed = Schedule.parse("""\
+mixed stages=2 microbatches=2
+rank 0: F0.0 F0.1 I0.0 W0.0 I0.1 W0.1
+rank 1: F1.0 B1.0 F1.1 B1.1""")
+    with pytest.raises(ShardingError, match=r"mixed runs some backwards whole \(B\) and others in two parts"):
+        step_of(OPT, 2).staged(mixed)
+
+
+class Transposing(torch.nn.Module):
+    """Hands on activations whose memory is not in the order of their dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, input_ids, labels):
+        x = input_ids[:, None, :].expand(-1, 8, -1) / 99 + torch.arange(8.0)[:, None]
+        for layer in self.layers:
+            x = layer(x.transpose(1, 2)).relu().transpose(1, 2)
+        return {"loss": (x.mean(1) - labels).square().mean()}
+
+
+def test_messages_travel_in_the_order_of_their_memory():
+    """A copy of what is sent, or of what has come, would be in no plan."""
+    torch.manual_seed(0)
+    step = step_of(Case("transposing", Transposing), 4)
+    schedule = make_schedule("1f1b", Shape(2, 4))
+    check(step, schedule)
+    for program in map(step.lowered, step.plans(schedule)):
+        sent = [type_of(node.args[0]) for node in program.calls(SEND)]
+        assert sent and all(type.stride == contiguous_stride(type.shape) for type in sent)
