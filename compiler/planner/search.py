@@ -167,7 +167,7 @@ class _Search:
                 found += self._offloaded_beside(found[-1].plan)
                 if plan.rounds > 1 and found[0].plan.recompute != found[-1].plan.recompute:
                     # Of one round's activations, offloading them may leave less than recomputing them.
-                    found += self._offloaded_beside(found[0].plan)
+                    found += self._offloaded_beside(replace(found[-1].plan, recompute=found[0].plan.recompute))
             best = self._best(found)
             if best is not None:
                 return self._told(best)

@@ -299,8 +299,8 @@ class Ranks:
                 raise StateError(
                     f"ranks {', '.join(map(str, told))} run different programs: in {what} they would not exchange the "
                     "same; every rank must build the same model, with the same options, and change it alike. Under "
-                    "ZeRO with a tight budget, where batches of other shapes leave room for other weights, give all "
-                    "ranks batches of one shape"
+                    "ZeRO, where batches of other shapes leave room for other weights or divide into other rounds of "
+                    "microbatches, give all ranks batches of one shape"
                 )
 
     def _unlike(self, group: Any, told: str, common: str, of_layers: str = "") -> dict[int, str]:

@@ -261,6 +261,21 @@ def test_activations_of_each_round_are_offloaded(monkeypatch: pytest.MonkeyPatch
 # -- plans and refusals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_the_smallest_budget_is_that_of_the_best_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one round's activations, offloading them may leave less on the device than recomputing them."""
+    monkeypatch.setattr(offload_pass, "SMALLEST_BYTES", 64)
+    deep = replace(
+        whole(LLAMA), build=lambda: llama(layers=4), batch=lambda batch=4, seed=0: LLAMA.batch(batch, 32, seed)
+    )
+    smallest = {}
+    for recompute in ("none", "all", "auto"):
+        with pytest.raises(geminifx.BudgetError) as refused:
+            compiled(deep, device_budget=1000, microbatches=4, rounds=4, recompute=recompute)
+        smallest[recompute] = refused.value.smallest_bytes
+    assert smallest["auto"] == min(smallest.values()) and smallest["none"] < smallest["all"]
+
+
 def test_a_plan_says_how_many_rounds_and_is_fed_back() -> None:
     case = LLAMA_LOSS
     plan = Plan.from_json(compiled(case, microbatches=4, rounds=2).plan.to_json())
