@@ -41,6 +41,7 @@ def adopt_quantized(source: nn.Module) -> None:
 
 
 def _read(path: str, layer: Any, read: Callable[[Any], Packed]) -> Packed:
+    """The layer's weight. Raises ArgumentError, naming the layer, for what `adopt_quantized` refuses."""
     name = f"{path or 'it'} is a {type(layer).__name__} whose"
     if _is_of_bitsandbytes(layer) and "forward" in vars(layer) and not _forward_is_accelerates(layer):
         raise ArgumentError(
@@ -69,7 +70,8 @@ def _reader(module: nn.Module, dtype: torch.dtype) -> Callable[[Any], Packed] | 
     if weight is None:
         return None
     if _is_of_bitsandbytes(module):
-        readers = {"Linear4bit": _four_bits, "LinearNF4": _four_bits, "Linear8bitLt": partial(_eight_bits, dtype=dtype)}
+        of_eight_bits: Callable[[Any], Packed] = partial(_eight_bits, dtype=dtype)
+        readers = {"Linear4bit": _four_bits, "LinearNF4": _four_bits, "Linear8bitLt": of_eight_bits}
         return readers.get(type(module).__name__, _unknown)
     if isinstance(module, nn.Linear):
         return _TORCHAO.get(type(weight.data).__name__) if _is_torchao(weight) else None
