@@ -14,6 +14,7 @@ from .module import CompiledModule
 from .options import Options
 from .programs.forward import with_loss
 from .programs.guess import of_a_guess
+from .weights.foreign_layers import adopt_quantized
 from .weights.quantized_weights import restored_on_failure
 from .world import Settled, settle, settle_otherwise
 
@@ -49,23 +50,24 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
         raise ArgumentError("model: it is compiled already; compile the model it was made from with other options")
     refuse(model)
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
-    settled = settle(model, chosen)
-    while True:
-        try:
-            return _compiled_alike(model, settled)
-        except REFUSALS as refusal:
-            settled = settle_otherwise(settled, chosen, refusal)
+    with restored_on_failure(model):
+        adopt_quantized(model)
+        settled = settle(model, chosen)
+        while True:
+            try:
+                return _compiled_alike(model, settled)
+            except REFUSALS as refusal:
+                settled = settle_otherwise(settled, chosen, refusal)
 
 
 def _compiled_alike(model: nn.Module, settled: Settled) -> CompiledModule:
     """Compiles the model. If any process refuses the strategy that all chose together, all raise, to try the next."""
     compiled = refusal = None
-    with restored_on_failure(model):
-        try:
-            compiled = _compiled(model, settled)
-        except REFUSALS as error:
-            refusal = error
-        settled.ranks.raise_alike(refusal)
+    try:
+        compiled = _compiled(model, settled)
+    except REFUSALS as error:
+        refusal = error
+    settled.ranks.raise_alike(refusal)
     assert compiled is not None
     return compiled
 

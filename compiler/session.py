@@ -48,7 +48,6 @@ from .programs.kept_captures import KeptCaptures
 from .programs.members import Census
 from .programs.programs import Call, Compiled, Key, Recent, exchanged, messages
 from .setup import Declaration, Phase, Setup, move
-from .weights.foreign_layers import adopt_quantized
 from .weights.half_loaded import HalfLoaded
 from .weights.places import Incoming, Places
 from .weights.quantized_weights import quantize_frozen
@@ -72,7 +71,6 @@ class Session:
         self.limits = self.device.limits(options, self.ranks).agreed(self.ranks)
         self.lowering = Lowering.of(options.passes, options.dump)
         self.dtype = self.device.dtype(options)
-        adopt_quantized(source)
         quantize_frozen(source, options.frozen, self.dtype)
         self.dtypes = parameter_dtypes(source, self.dtype)
         self.census = Census(source)

@@ -25,11 +25,12 @@ from .planner.world.world import SHARES, World
 from .programs.forward import computing_loss
 from .rates.choice import rates_of
 from .rates.clusters import one_node
+from .weights.quantized_weights import kept_weights
 
 UNKNOWN_INPUTS = (
     "each process has its part of the batch: nothing is known of the model's inputs to choose another way by"
 )
-FROZEN = "each process has its part of the batch: another way is chosen only where frozen= keeps no weights as codes"
+FROZEN = "each process has its part of the batch: another way is chosen only where no weights are kept as codes"
 HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("device",), "cpu": ("host",)}
 
 
@@ -76,11 +77,11 @@ def settle(model: nn.Module, options: Options) -> Settled:
     size = options.world or count
     if not options.leaves_the_world_open or size == 1 or count not in (1, size):
         return Settled(replace(options, parallel=None) if options.parallel == "auto" else options)
-    if options.frozen is not None:
+    if options.frozen is not None or kept_weights(model):
         if options.parallel == "auto":
             raise ArgumentError(
-                f"parallel='auto' does not know what weights take that are kept as {options.frozen} codes; say how the "
-                "processes share the work, such as parallel={'data': 8}"
+                "parallel='auto' does not know what weights take that are kept as codes; say how the processes share "
+                "the work, such as parallel={'data': 8}"
             )
         return Settled(options, notes=(FROZEN,))
     arguments = _arguments(model, options)

@@ -42,7 +42,7 @@ def kept_weights(source: nn.Module) -> dict[str, Kept]:
 def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: torch.dtype | None) -> None:
     """Quantises, in place and to `format`, each frozen weight of a linear layer that no other module shares. It is
     dequantised where it is read, to the dtype that the model computes in, as are weights quantised by an earlier
-    compile(). Without a `format`, only the latter happens.
+    compile() or by another library. Without a `format`, only the latter happens.
 
     Raises ArgumentError if there is no such weight, one has values that are not finite, or some are already kept in
     another format.
@@ -52,7 +52,8 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
     if format is not None and others:
         raise ArgumentError(
             f"frozen={format!r}, but weights of the model are kept as {', '.join(sorted(others))} already, by "
-            "an earlier compile(); leave frozen= out, or build the model anew"
+            "an earlier compile(), or by bitsandbytes or torchao; leave frozen= out, or build the model anew with "
+            "weights that are not quantised"
         )
     for dequantized in earlier:
         dequantized.dtype = cast_dtype(torch.empty(0, dtype=dequantized.dtype_before), compute_dtype)
@@ -73,32 +74,50 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
 
 
 def keep_packed(layer: nn.Linear, packed: Packed) -> None:
-    """Gives a layer on `meta` a weight that is quantised already."""
+    """Replaces a layer's weight by one that is quantised already."""
+    layer.weight = nn.Parameter(torch.empty(packed.shape, dtype=packed.dtype, device="meta"), requires_grad=False)
     dequantized = _Quantizing(packed.format, packed.shape, packed.dtype, packed.dtype)
     register_parametrization(layer, "weight", dequantized, unsafe=True)
     kept = layer.parametrizations["weight"]
     kept.original0 = nn.Parameter(packed.codes.contiguous(), requires_grad=False)
     kept.original1 = nn.Parameter(packed.scales.contiguous(), requires_grad=False)
+    layer.parametrizations.train(layer.training)
 
 
 @contextmanager
 def restored_on_failure(source: nn.Module) -> Iterator[None]:
-    """Where the body fails, weights that it has quantised are again what they were, and so are the dtypes to which
-    earlier ones are dequantised."""
-    layers = [(layer, dict(layer._parameters)) for _, layer in _frozen_layers(source)]
+    """Where the body fails, linear layers whose weights it has quantised, or taken over from another library, are
+    again what they were, and so are the dtypes to which earlier ones are dequantised."""
+    layers = [_Before(module) for module in source.modules() if isinstance(module, nn.Linear)]
     earlier = [(kept.weight, kept.weight.dtype) for kept in kept_weights(source).values()]
     try:
         yield
     except BaseException:
-        for layer, parameters in layers:
-            if is_parametrized(layer, "weight"):
-                remove_parametrizations(layer, "weight")
-                del layer.weight
-                layer._parameters.clear()  # whose order is to be as it was
-                layer._parameters.update(parameters)
+        for layer in layers:
+            layer.restore()
         for dequantized, dtype in earlier:
             dequantized.dtype = dtype
         raise
+
+
+class _Before:
+    """What a linear layer was before its weight was quantised."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer, self.kind = layer, type(layer)
+        self.attributes, self.parameters = dict(vars(layer)), dict(layer._parameters)
+
+    def restore(self) -> None:
+        layer = self.layer
+        if type(layer) is self.kind and layer._parameters.get("weight") is self.parameters.get("weight"):
+            return
+        if is_parametrized(layer, "weight"):
+            remove_parametrizations(layer, "weight")
+            del layer.weight
+        layer.__class__ = self.kind
+        vars(layer).update(self.attributes)
+        layer._parameters.clear()  # whose order is to be as it was
+        layer._parameters.update(self.parameters)
 
 
 class _Quantizing(Dequantized):

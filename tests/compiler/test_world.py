@@ -115,7 +115,7 @@ def test_no_way_is_chosen_for_weights_that_are_kept_as_codes() -> None:
         geminifx.compile(source, frozen="int8", world_size=4, parallel="auto", example_inputs=batch)
     model = geminifx.compile(source, frozen="int8", world_size=4, example_inputs=batch)
     assert model.world is None and model.plan.mesh.data_size == 4
-    assert any("frozen=" in note for note in model.plan.notes)
+    assert FROZEN_NOTE in model.plan.notes
 
 
 @pytest.mark.parametrize("on_this_host, told", [(8, "8 on this machine"), (4, "4 on this machine")])
