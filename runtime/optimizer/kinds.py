@@ -65,9 +65,10 @@ def _lion(group: Group, number: int, key: int | None) -> Hyper:
 
 
 def _muon(group: Group, number: int, key: int | None) -> Hyper:
+    a, b, c = map(float, group["ns_coefficients"])
     return MuonHyper(
         float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]), bool(group["nesterov"]),
-        tuple(map(float, group["ns_coefficients"])), float(group["eps"]), group["ns_steps"], group["adjust_lr_fn"], key,
+        (a, b, c), float(group["eps"]), group["ns_steps"], group["adjust_lr_fn"], key,
     )  # fmt: skip
 
 

@@ -126,6 +126,14 @@ def test_adafactor_keeps_a_number_for_each_row_and_each_column() -> None:
     assert tuple(second["variance"].shape) == (48,)
 
 
+@pytest.mark.parametrize(("options", "per_element_bytes"), [({}, 16), ({"masters": "bf16-stochastic"}, 20)], ids=str)
+def test_adafactor_takes_room_for_its_longest_parameter(options: dict[str, Any], per_element_bytes: int) -> None:
+    model = placed(adafactor, "device", "bf16", **options)
+    adafactor(model, in_backward=True, **options)
+    booked = model.session.hardware.device_tier.booked("updates of whole parameters")
+    assert booked == 2 * per_element_bytes * max(chunk.longest_numel for chunk in model.plan.layout.chunks)
+
+
 def test_factors_are_of_the_last_two_dimensions() -> None:
     net = nn.Sequential(nn.Conv1d(3, 5, 2), nn.Flatten(), nn.Linear(35, 1))
     source = nn.Sequential(nn.Conv1d(3, 5, 2), nn.Flatten(), nn.Linear(35, 1))
