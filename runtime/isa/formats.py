@@ -341,7 +341,9 @@ class OwnFormat(StateFormat):
         """Twice the longest of each kind: a state that lies on the device may be updated beside a streamed one."""
         longest: dict[Kind, int] = {}
         for chunk in chunks:
-            longest[kind_of(chunk)] = max(longest.get(kind_of(chunk), 0), whole_updates.working_bytes(chunk))
+            longest[kind_of(chunk)] = max(
+                longest.get(kind_of(chunk), 0), whole_updates.working_bytes(chunk, self.masters)
+            )
         return 2 * sum(longest.values())
 
     # -- transfers and updates -----------------------------------------------------------------------------

@@ -41,15 +41,16 @@ def key_of(seed: int, step: int, name: str) -> int:
 def chance(draws: Draws, numel: int, device: torch.device) -> Tensor:
     """16 random bits for each of `numel` elements, in int64."""
     low, high = draws.halves
-    x = torch.arange(draws.first, draws.first + numel, device=device) + low & _MASK
-    x = (x ^ x >> 16) * 0x7FEB352D & _MASK ^ high
-    x = (x ^ x >> 15) * 0x846CA68B & _MASK
-    return (x ^ x >> 16) >> 16
+    x = torch.arange(draws.first, draws.first + numel, device=device)  # in place from here: int64 is twice the values
+    x.add_(low).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK).bitwise_xor_(high)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16).bitwise_right_shift_(16)
 
 
 def rounded(values: Tensor, draws: Draws) -> Tensor:
     """A float32 vector, rounded to bfloat16; every NaN becomes the same one."""
-    bits = values.view(torch.int32).to(torch.int64) & _MASK
-    up = bits + chance(draws, values.numel(), values.device)
-    upper = torch.where(values.isnan(), _NAN, up) >> 16
+    up = chance(draws, values.numel(), values.device)
+    up.add_(values.view(torch.int32)).bitwise_and_(_MASK)
+    upper = up.masked_fill_(values.isnan(), _NAN).bitwise_right_shift_(16)
     return upper.to(torch.int16).view(torch.bfloat16)

@@ -17,7 +17,7 @@ from .declared import Declared
 from .hyper_checks import check_group, check_state_dict
 from .kinds import KINDS
 from .own_store import OwnStore
-from .saved_states import SavedState, check_rule
+from .saved_states import SavedState, check_kind, check_rule
 from .states import Hyper
 from .weak_method import weak_method
 
@@ -97,53 +97,60 @@ class ChunkOptimizer(Optimizer):
         return self.store.held.loss_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim. Raises ArgumentError for parameters of another model, and StateError if memory was
-        planned for another kind of optimizer."""
-        defaults, kind = self.defaults, self.declared.kind_of(param_group)
+        """As in torch.optim. Raises ArgumentError for parameters of another model, invalid options or a second
+        element-wise kind, and StateError if memory was planned for another kind of optimizer; adds no group then."""
+        defaults, kind, before = self.defaults, self.declared.kind_of(param_group), len(self.param_groups)
         self.defaults = self.declared.defaults_of(kind)
         try:
             super().add_param_group(param_group | {"kind": kind.__name__} if "kind" in param_group else param_group)
+            self._check_added(self.param_groups[-1])
+        except BaseException:
+            del self.param_groups[before:]
+            raise
         finally:
             self.defaults = defaults
-        unknown = [p for p in self.param_groups[-1]["params"] if id(p) not in self._names]
+        self._take_groups()
+
+    def _check_added(self, group: dict[str, Any]) -> None:
+        unknown = [p for p in group["params"] if id(p) not in self._names]
         if unknown:
-            del self.param_groups[-1]
             raise ArgumentError(
                 f"params: one of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
             )
-        self._check_planned(self.param_groups[-1])
-        self._take_groups()
-
-    def _check_planned(self, group: dict[str, Any]) -> None:
-        """Raises StateError for a new group whose state no memory was planned for, and removes the group."""
-        kind = self.declared.kind_of(group)
         if self._format is None:
-            return
-        rules, own = dict(self._format.rules), KINDS[kind].rule
-        other = next((n for p in group["params"] if rules.get(n := self._names[id(p)], "elements") != own), None)
-        if other is not None or (own == "elements" and len(KINDS[kind].moments) > self._format.moments > 0):
-            del self.param_groups[-1]
+            return  # `declared` checks the groups that the optimizer is made with
+        check_group(group)
+        moments = self.declared.moments_of(self.param_groups)
+        rules = self.declared.rules_of(self.param_groups, self._names)
+        if moments > self._format.moments or rules != self._format.rules:
             raise StateError(
-                f"a group of the kind {kind.__name__} was added whose memory model.optimizer(...) planned for another "
-                "kind; pass the group when the optimizer is made"
+                f"a group of the kind {self.declared.kind_of(group).__name__} was added whose memory "
+                "model.optimizer(...) planned for another kind; pass the group when the optimizer is made"
             )
 
     def _take_groups(self) -> None:
+        self._kinds = [self.declared.kind_of(group) for group in self.param_groups]
         self._groups = {self._names[id(p)]: group for group in self.param_groups for p in group["params"]}
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Groups may change at any time; raises for values that are invalid or that no memory was planned for."""
+    def _check_group(self, kind: type[Optimizer], group: dict[str, Any]) -> None:
+        """Raises for options of a group of this kind that are invalid or that no memory was planned for."""
         check_group(group)
         assert self._format is not None
-        if self.declared.kind_of(group) is SGD and group["momentum"] and not self._format.moments:
+        if kind is SGD and group["momentum"] and not self._format.moments:
             raise StateError(
                 f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
                 "its memory; make the optimizer with a momentum above 0, however small"
             )
 
     def _check_groups(self) -> None:
-        for group in self.param_groups:
-            self._check_group(group)
+        """Checks all groups, whose options may change at any time and whose kinds may not."""
+        for kind, group in zip(self._kinds, self.param_groups, strict=False):
+            if self.declared.kind_of(group) is not kind:
+                raise StateError(
+                    f"the kind of a group is now {group.get('kind')!r}, and its memory was planned for "
+                    f"{kind.__name__}; set it to {kind.__name__!r} again, or make another optimizer"
+                )
+            self._check_group(kind, group)
 
     def _hyper(self, name: str, number: int) -> Hyper | None:
         """The hyper-parameters of update `number` of a parameter, from its group as it is now; None if in no group."""
@@ -304,12 +311,12 @@ class ChunkOptimizer(Optimizer):
         check_state_dict(state_dict)
         self.check_saved(state_dict["param_groups"])
         if self._store is None and not state_dict["state"]:  # as optimizer wrappers do before the first step
-            super().load_state_dict(state_dict)
+            self._load_groups(state_dict)
             self._take_groups()
             return
         self.store.finish()
         before = self.param_groups
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._load_groups({key: state_dict[key] for key in ("state", "param_groups")})
         try:
             states = {self._names[id(p)]: self.state.get(p, {}) for g in self.param_groups for p in g["params"]}
             named = {name: states[name] for name in self.store.chunks.ownership.among(states)}
@@ -326,14 +333,22 @@ class ChunkOptimizer(Optimizer):
         if scale is not None and self._fp16:
             self.store.held.loss_scale, self._steps_since_overflow = scale["scale"], scale["steps_since_overflow"]
 
+    def _load_groups(self, state_dict: dict[str, Any]) -> None:
+        """Loads by torch.optim's method, which replaces all options of a group; each group keeps its own kind."""
+        before = self.param_groups
+        super().load_state_dict(state_dict)
+        for own, loaded in zip(before, self.param_groups, strict=True):
+            loaded.pop("kind", None)
+            loaded |= {"kind": own["kind"]} if "kind" in own else {}
+
     def check_saved(self, groups: list[dict[str, Any]]) -> None:
         """Raises ValueError if saved groups are of another optimizer, and StateError if no memory was planned for
         their options."""
         for own, group in zip(self.param_groups, groups, strict=False):
             kind = self.declared.kind_of(own)
+            check_kind(kind.__name__, group)
             check_rule(kind.__name__, self.declared.defaults_of(kind), [own], [group])
-        for group in groups:
-            self._check_group(group)
+            self._check_group(kind, group)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
         """Raises ValueError if a parameter's saved state is not exactly what this optimizer keeps of it."""

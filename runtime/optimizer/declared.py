@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -70,7 +70,7 @@ class Declared:
                 self.kind,
                 f"one of {ALL}. Any other element-wise optimizer works over model.parameters() instead",
             )
-        check_group(self.hyper)
+        check_group(replace(self, hyper={}).defaults_of(self.kind) | self.hyper)
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise wrong_argument("accumulate", self.accumulate, "how many backwards make one step, 1 or more")
         if type(self.in_backward) is not bool:
@@ -165,6 +165,18 @@ class Declared:
 
     def format(self, groups: list[dict[str, Any]], names: Mapping[int, str]) -> OwnFormat:
         """The state to plan memory for, given the filled parameter groups; `names` are by `id(parameter)`."""
+        moments, rules = self.moments_of(groups), self.rules_of(groups, names)
+        if self.moments != "exact" and not moments and not any(rule == "matrices" for _, rule in rules):
+            told = "keeps factors of its moments" if rules else "without momentum has no moments to store"
+            raise ArgumentError(
+                f"moments={self.moments!r}: {name_of(self.kind)} {told}; leave it out"
+                f"{'' if rules else ', or give a momentum above 0'}"
+            )
+        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments, self.masters, rules)
+
+    def moments_of(self, groups: list[dict[str, Any]]) -> int:
+        """The number of moments that element-wise updates keep of each element. Raises ArgumentError if groups are of
+        several element-wise kinds."""
         kinds = {self.kind_of(group) for group in groups} or {self.kind}
         single = {kind for kind in kinds if KINDS[kind].rule == "elements"}
         if len(single) > 1:
@@ -173,22 +185,18 @@ class Declared:
                 "single elements; expected one of these, beside torch.optim.Muon and torch.optim.Adafactor"
             )
         kind = next(iter(single), None)
-        moments = 0 if kind is None else len(KINDS[kind].moments)
         if kind is SGD and not any(group.get("momentum") for group in groups if self.kind_of(group) is SGD):
-            moments = 0
-        rules: list[tuple[str, Rule]] = [
+            return 0
+        return 0 if kind is None else len(KINDS[kind].moments)
+
+    def rules_of(self, groups: list[dict[str, Any]], names: Mapping[int, str]) -> tuple[tuple[str, Rule], ...]:
+        """The names of the parameters that are not updated element by element, and the rule of each."""
+        return tuple(
             (names[id(parameter)], KINDS[self.kind_of(group)].rule)
             for group in groups
             for parameter in group["params"]
             if KINDS[self.kind_of(group)].rule != "elements"
-        ]
-        if self.moments != "exact" and not moments and not any(rule == "matrices" for _, rule in rules):
-            told = "keeps factors of its moments" if rules else "without momentum has no moments to store"
-            raise ArgumentError(
-                f"moments={self.moments!r}: {name_of(self.kind)} {told}; leave it out"
-                f"{'' if rules else ', or give a momentum above 0'}"
-            )
-        return OwnFormat(moments, self.in_backward, self.accumulate, self.moments, self.masters, tuple(rules))
+        )
 
 
 def _dicts(groups: Any) -> list[dict[str, Any]]:

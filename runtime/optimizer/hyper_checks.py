@@ -10,7 +10,11 @@ from torch import Tensor
 from ..isa.errors import ArgumentError, wrong_argument
 
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
-NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum")
+NOT_NEGATIVE = ("lr", "weight_decay", "momentum")
+ADJUSTMENTS = (None, "original", "match_rms_adamw")
+"""How Muon may adjust its rate to a matrix's shape."""
+MOST_ITERATIONS = 99
+"""The most Newton-Schulz iterations that torch.optim.Muon runs."""
 
 
 def is_number(value: Any) -> bool:
@@ -28,18 +32,49 @@ def check_group(group: Mapping[str, Any]) -> None:
     asked = next((name for name in UNSUPPORTED if group.get(name)), None)
     if asked is not None:
         raise ArgumentError(f"model.optimizer({asked}=True) is not supported; leave {asked} out")
-    numbers = (name for name in NOT_NEGATIVE if name in group)
-    if "beta2_decay" in group:  # Adafactor's eps is a pair, which Adafactor checks itself
-        numbers = (name for name in numbers if name != "eps")
-    for name in numbers:
-        if not 0 <= number(group[name]) < math.inf:
+    for name in NOT_NEGATIVE:
+        if name in group and not _is_not_negative(group[name]):
             raise wrong_argument(name, group[name], "a number, 0 or more")
+    if "beta2_decay" in group:
+        _check_adafactor(group)
+    elif "eps" in group and not _is_not_negative(group["eps"]):
+        raise wrong_argument("eps", group["eps"], "a number, 0 or more")
+    if "ns_steps" in group:
+        _check_muon(group)
     if "dampening" in group and not math.isfinite(number(group["dampening"])):
         raise wrong_argument("dampening", group["dampening"], "a number")
     if "betas" in group:
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= number(beta) < 1 for beta in betas):
             raise wrong_argument("betas", betas, "two numbers, 0 or more and below 1, such as (0.9, 0.999)")
+
+
+def _check_adafactor(group: Mapping[str, Any]) -> None:
+    if not -math.inf < number(group["beta2_decay"]) <= 0:
+        raise wrong_argument("beta2_decay", group["beta2_decay"], "a number, 0 or less")
+    if "d" in group and not number(group["d"]) >= 1:
+        raise wrong_argument("d", group["d"], "a number, 1 or more")
+    if "eps" in group:
+        eps = group["eps"]
+        pair = isinstance(eps, tuple | list) and len(eps) == 2
+        if not (pair and (eps[0] is None or _is_not_negative(eps[0])) and _is_not_negative(eps[1])):
+            raise wrong_argument("eps", eps, "two numbers, 0 or more, the first of which may be None: (None, 1e-3)")
+
+
+def _check_muon(group: Mapping[str, Any]) -> None:
+    steps = group["ns_steps"]
+    if type(steps) is not int or not 0 <= steps <= MOST_ITERATIONS:
+        raise wrong_argument("ns_steps", steps, f"an int from 0 to {MOST_ITERATIONS}")
+    if "ns_coefficients" in group:
+        factors = group["ns_coefficients"]
+        if (
+            not isinstance(factors, tuple | list)
+            or len(factors) != 3
+            or not all(map(math.isfinite, map(number, factors)))
+        ):
+            raise wrong_argument("ns_coefficients", factors, "three numbers, such as (3.4445, -4.775, 2.0315)")
+    if group.get("adjust_lr_fn") not in ADJUSTMENTS:
+        raise wrong_argument("adjust_lr_fn", group["adjust_lr_fn"], f"one of {', '.join(map(repr, ADJUSTMENTS))}")
 
 
 def check_state_dict(given: Any) -> None:
@@ -51,6 +86,11 @@ def check_state_dict(given: Any) -> None:
         raise wrong_argument("state_dict['param_groups']", groups, "what an optimizer's state_dict() has")
     for group in groups:
         check_group(group)
+
+
+def _is_not_negative(value: Any) -> bool:
+    """Whether the value is a finite number, 0 or more."""
+    return 0 <= number(value) < math.inf
 
 
 def number(value: Any) -> float:

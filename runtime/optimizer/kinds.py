@@ -65,17 +65,19 @@ def _lion(group: Group, number: int, key: int | None) -> Hyper:
 
 
 def _muon(group: Group, number: int, key: int | None) -> Hyper:
+    a, b, c = map(float, group["ns_coefficients"])
     return MuonHyper(
-        float(group["lr"]), group["weight_decay"], group["momentum"], group["nesterov"],
-        tuple(group["ns_coefficients"]), group["eps"], group["ns_steps"], group["adjust_lr_fn"], key,
+        float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]), bool(group["nesterov"]),
+        (a, b, c), float(group["eps"]), group["ns_steps"], group["adjust_lr_fn"], key,
     )  # fmt: skip
 
 
 def _adafactor(group: Group, number: int, key: int | None) -> Hyper:
     eps1, eps2 = group["eps"]
     return AdafactorHyper(
-        float(group["lr"]), group["beta2_decay"], eps1, eps2, group["d"], group["weight_decay"], number, key
-    )
+        float(group["lr"]), float(group["beta2_decay"]), None if eps1 is None else float(eps1), float(eps2),
+        float(group["d"]), float(group["weight_decay"]), number, key,
+    )  # fmt: skip
 
 
 KINDS: dict[type[Optimizer], Kind] = {

@@ -61,6 +61,12 @@ class SavedState:
             )
 
 
+def check_kind(kind: str, saved: Group) -> None:
+    """Raises ValueError if a saved group, which need not name its kind, names another than its own group's `kind`."""
+    if saved.get("kind", kind) != kind:
+        raise ValueError(f"a group of the optimizer is {kind}'s, and the saved one is that of {saved['kind']!r}")
+
+
 def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence[Group]) -> None:
     """Raises ValueError if `saved` groups are of another optimizer than `own`, groups of the class named `kind`."""
     for group in saved:

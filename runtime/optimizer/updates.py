@@ -66,7 +66,7 @@ class UpdateKernels:
         """Updates `part`, the slice at `elements` of a chunk's state: in place, or `into` another place such as the
         spare. On CUDA it runs on the current stream and waits for nothing."""
         if elements.shape is not None:
-            _update_whole(layout, part, gradient, elements, elements.shape)
+            _update_whole(layout, part, gradient, elements)
             return
         takes = self._takes(layout, part)
         if into is not None and not (takes and layout.splits):
@@ -125,28 +125,40 @@ class UpdateKernels:
             kernel.sgd(pair, gradient, moments[0] if moments else None, *options)
 
 
-def _update_whole(layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range,
-                  shape: tuple[int, ...]) -> None:  # fmt: skip
-    """Updates a whole parameter (Muon, Adafactor), on the device."""
-    pair = SplitPair(part.weights, part.rest, elements.draws) if layout.splits else None
-    master = part.weights if part.rest is None else part.rest
-    if pair is not None:
+def _update_whole(layout: ChunkLayout, part: StateSlice, gradient: Gradient, elements: Range) -> None:
+    """Updates a whole parameter (Muon, Adafactor), on the device, in the bytes that `isa.whole_updates` counts."""
+    if layout.splits:
+        pair = SplitPair(part.weights, part.rest, elements.draws)
         master = join(pair)
+        _update_whole_master(master, part, gradient, elements)
+        split(master, pair)
+        return
+    master = part.weights if part.rest is None else part.rest
+    _update_whole_master(master, part, gradient, elements)
+    if part.rest is not None:
+        part.weights.copy_(master)
+
+
+def _update_whole_master(master: Tensor, part: StateSlice, gradient: Gradient, elements: Range) -> None:
+    """Updates a master and its moments. No name here holds the gradient in the master's dtype, so that its memory is
+    free once the rule has run."""
+    shape, hyper = elements.shape, elements.hyper
+    assert shape is not None
     numel = math.prod(shape)
-    whole, grad = master[:numel].view(shape), gradient.values[:numel].view(shape).to(master.dtype)
-    if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:
-        grad = grad * gradient.scale
-    if isinstance(elements.hyper, MuonHyper):
-        momentum = widened(part.moments[0], numel, layout.master_dtype, squares=False)
-        whole_updates.muon(whole, grad, momentum.view(shape), elements.hyper)
+    whole, values = master[:numel].view(shape), replace(gradient, values=gradient.values[:numel].view(shape))
+    if isinstance(hyper, MuonHyper):
+        momentum = widened(part.moments[0], numel, master.dtype, squares=False)
+        whole_updates.muon(whole, _scaled(values, master.dtype), momentum.view(shape), hyper)
         narrow(momentum, part.moments[0], squares=False)
     else:
-        assert isinstance(elements.hyper, AdafactorHyper)
-        whole_updates.adafactor(whole, grad, part.moments, elements.hyper)
-    if pair is not None:
-        split(master, pair)
-    elif part.rest is not None:
-        part.weights.copy_(master)
+        assert isinstance(hyper, AdafactorHyper)
+        whole_updates.adafactor(whole, _scaled(values, master.dtype), part.moments, hyper)
+
+
+def _scaled(gradient: Gradient, dtype: torch.dtype) -> Tensor:
+    """A gradient times its scale; a view of its values where that changes nothing."""
+    values = gradient.values.to(dtype)
+    return values * gradient.scale if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0 else values
 
 
 def _pieces(into: StateSlice | None, moments: int, elements: Range) -> Pieces | None:
@@ -166,9 +178,7 @@ def _parameters(layout: ChunkLayout, elements: Range) -> list[slice]:
 
 def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameters: list[slice]) -> None:
     master = part.weights if part.rest is None else part.rest
-    grad = gradient.values.to(master.dtype)
-    if isinstance(gradient.scale, Tensor) or gradient.scale != 1.0:
-        grad = grad * gradient.scale
+    grad = _scaled(gradient, master.dtype)
     cuts = [slice(None)] if master.is_cuda else parameters
     masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
     if isinstance(hyper, AdamHyper):

@@ -11,8 +11,7 @@ import torch
 from geminifx import Lion
 from geminifx.runtime.isa.errors import ArgumentError, CheckpointError
 from geminifx.runtime.isa.moments import BLOCK
-from optimizing import NET, PLACES, Loop, homes_of
-from torch import Tensor
+from optimizing import NET, PLACES, Loop, equal, homes_of, values
 from torch.optim import AdamW
 from zoo import compiled
 
@@ -25,15 +24,6 @@ def placed(where: str, precision: str | None = "bf16", **options: Any) -> gemini
     model.optimizer(Lion, **options)
     plan = replace(model.plan, homes=homes_of(where, model.plan))
     return compiled(NET, precision=precision, plan=plan)
-
-
-def values(model: geminifx.CompiledModule, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    states = optimizer.state_dict()["state"].values()
-    return [*model.state_dict().values(), *(tensor.clone() for state in states for tensor in state.values())]
-
-
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def test_steps_go_by_the_sign_of_what_gradient_and_mean_say_together() -> None:

@@ -11,63 +11,20 @@ import geminifx
 import pytest
 import torch
 from geminifx.runtime.isa import whole_updates
-from geminifx.runtime.isa.errors import ArgumentError, StateError
+from geminifx.runtime.isa.errors import ArgumentError
 from geminifx.runtime.isa.homes import Home, Where
 from geminifx.runtime.isa.moments import BLOCK
-from geminifx.runtime.optimizer.chunk_optimizer import ChunkOptimizer
-from optimizing import NET, Loop, held_gradients, homes_of, same_moments, same_weights
-from torch import Tensor, nn
-from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
+from optimizing import NET, Loop, equal, held_gradients, homes_of, same_moments, same_weights, values
+from torch import nn
+from torch.optim import SGD, Adafactor, AdamW, Muon
+from whole_parameters import ADAFACTOR, MADE, Make, adafactor, muon, of_torch
 from zoo import compiled
 
-MUON: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.1}
-ADAMW: dict[str, Any] = {"lr": 3e-3}
-ADAFACTOR: dict[str, Any] = {"lr": 2e-2, "weight_decay": 0.1}
 PLACES: dict[str, Callable[[int], Home]] = {
     "device": lambda index: Home(Where.DEVICE),
     "streamed": lambda index: Home(Where.STREAMED),
     "mixed": lambda index: Home((Where.STREAMED, Where.DEVICE)[index % 2], resident=index % 3 == 0),
 }
-
-
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices for Muon, and the rest for AdamW."""
-    matrices, others = ([p for p in model.parameters() if (p.ndim == 2) is wanted] for wanted in (True, False))
-    return [{"params": matrices}, {"params": others, "kind": AdamW, **ADAMW}]
-
-
-def muon(model: geminifx.CompiledModule, **options: Any) -> ChunkOptimizer:
-    return model.optimizer(Muon, groups(model), **MUON, **options)
-
-
-def adafactor(model: geminifx.CompiledModule, **options: Any) -> ChunkOptimizer:
-    return model.optimizer(Adafactor, **ADAFACTOR, **options)
-
-
-Make = Callable[..., ChunkOptimizer]
-MADE: dict[str, Make] = {"muon": muon, "adafactor": adafactor}
-
-
-class Both:
-    """Two optimizers of torch's, stepped together."""
-
-    def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
-
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def of_torch(name: str, model: nn.Module) -> Any:
-    if name == "adafactor":
-        return Adafactor(model.parameters(), **ADAFACTOR)
-    matrices, others = groups(model)
-    return Both(Muon(matrices["params"], **MUON), AdamW(others["params"], **ADAMW, fused=True))
 
 
 def placed(make: Make, where: str, precision: str | None = None, **options: Any) -> geminifx.CompiledModule:
@@ -79,15 +36,6 @@ def placed(make: Make, where: str, precision: str | None = None, **options: Any)
     pairs = zip(model.plan.layout.chunks, homes, strict=True)
     homes = [h if c.is_whole or h.on_device else replace(h, where=Where.HOST) for c, h in pairs]
     return compiled(NET, precision=precision, plan=replace(model.plan, homes=tuple(homes)))
-
-
-def values(model: geminifx.CompiledModule, optimizer: Optimizer) -> list[Tensor]:
-    states = optimizer.state_dict()["state"].values()
-    return [*model.state_dict().values(), *(tensor.clone() for state in states for tensor in state.values())]
-
-
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -178,6 +126,14 @@ def test_adafactor_keeps_a_number_for_each_row_and_each_column() -> None:
     assert tuple(second["variance"].shape) == (48,)
 
 
+@pytest.mark.parametrize(("options", "per_element_bytes"), [({}, 16), ({"masters": "bf16-stochastic"}, 20)], ids=str)
+def test_adafactor_takes_room_for_its_longest_parameter(options: dict[str, Any], per_element_bytes: int) -> None:
+    model = placed(adafactor, "device", "bf16", **options)
+    adafactor(model, in_backward=True, **options)
+    booked = model.session.hardware.device_tier.booked("updates of whole parameters")
+    assert booked == 2 * per_element_bytes * max(chunk.longest_numel for chunk in model.plan.layout.chunks)
+
+
 def test_factors_are_of_the_last_two_dimensions() -> None:
     net = nn.Sequential(nn.Conv1d(3, 5, 2), nn.Flatten(), nn.Linear(35, 1))
     source = nn.Sequential(nn.Conv1d(3, 5, 2), nn.Flatten(), nn.Linear(35, 1))
@@ -239,23 +195,6 @@ def test_what_products_take_is_in_the_modelled_step() -> None:
     assert step_s("muon") > 1.01 * without_s
 
 
-def test_groups_keep_the_options_of_their_kind() -> None:
-    model = compiled(NET)
-    optimizer = muon(model)
-    matrices, others = optimizer.param_groups
-    expected = Muon([torch.zeros(1, 1)], **MUON).param_groups[0], AdamW([torch.zeros(1)], **ADAMW).param_groups[0]
-    assert matrices.keys() == {*expected[0], "kind"} and others.keys() == {*expected[1], "kind"}
-    assert (matrices["kind"], others["kind"], others["lr"]) == ("Muon", "AdamW", 3e-3)
-
-
-def test_what_another_kind_saved_is_refused() -> None:
-    model, other = compiled(NET), compiled(NET)
-    optimizer = muon(model)
-    swapped = other.optimizer(AdamW, [{**groups(other)[0], "kind": AdamW}, {**groups(other)[1]}])
-    with pytest.raises(ValueError, match="the optimizer is Muon, and the groups that were saved have no"):
-        optimizer.load_state_dict(swapped.state_dict())
-
-
 def shared(**parallel: Any) -> geminifx.CompiledModule:
     return compiled(NET, world_size=2, parallel=parallel)
 
@@ -292,12 +231,3 @@ def test_what_cannot_be_is_refused(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(ArgumentError, match=message):
         call()
-
-
-def test_a_group_that_memory_was_planned_otherwise_for_is_refused() -> None:
-    model = compiled(NET)
-    *first, last = [p for p in model.parameters() if p.ndim == 2]
-    optimizer = model.optimizer(Muon, first)
-    with pytest.raises(StateError, match="a group of the kind Muon was added whose memory"):
-        optimizer.add_param_group({"params": [last]})
-    assert len(optimizer.param_groups) == 1

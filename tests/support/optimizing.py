@@ -116,3 +116,12 @@ def held_gradients(model: geminifx.CompiledModule) -> dict[str, Tensor]:
 def last(optimizer: ChunkOptimizer) -> float:
     assert optimizer.grad_norm is not None
     return optimizer.grad_norm.item()
+
+
+def values(model: geminifx.CompiledModule, optimizer: Optimizer) -> list[Tensor]:
+    states = optimizer.state_dict()["state"].values()
+    return [*model.state_dict().values(), *(tensor.clone() for state in states for tensor in state.values())]
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
