@@ -112,7 +112,7 @@ def is_free(node: fx.Node) -> bool:
 
 def kernel_s(node: fx.Node, rates: Rates) -> float:
     """Seconds of an operator on the device once it is launched."""
-    products_s = rates.products(_dtype(node)).seconds(flops(node))
+    products_s = rates.products(product_dtype(node)).seconds(flops(node))
     memory_s = num_bytes(node) / rates.memory_bytes_per_s
     if node.target in ATTENTION:
         products_s /= ATTENTION_SHARE
@@ -158,7 +158,7 @@ def _is_view(target: Callable[..., object]) -> bool:
     return bool(schema.returns) and not schema.is_mutable and all(result.alias_info for result in schema.returns)
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
+def product_dtype(node: fx.Node) -> torch.dtype:
     """The dtype of the operator's products: that of its first floating-point operand with at least two dimensions."""
     for value in node.all_input_nodes:
         type = type_of(value)

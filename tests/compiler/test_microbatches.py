@@ -24,11 +24,11 @@ from microbatches import (
     STEPS,
     UNTIED,
     Loss,
+    assert_draws_of_calls_with_the_parts,
     assert_near,
     assert_near_state,
     both,
     close,
-    dropping,
     parts,
     pixels,
     sgd,
@@ -96,21 +96,7 @@ def test_a_number_that_changes_is_the_same_for_all_parts() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_random_numbers_are_those_of_calls_with_the_parts(recompute: str) -> None:
-    case, count = replace(whole(OPT), build=dropping), 4
-    options = {"microbatches": count, "fuse_loss": False, "recompute": recompute}
-    plain, model = case.seeded(), compiled(case, **options)
-    torch.manual_seed(7)
-    results = [plain(**part) for part in parts(case.batch(), count)]
-    (sum(result.loss for result in results) / count).backward()
-    left = torch.get_rng_state()
-    torch.manual_seed(7)
-    result = model(**case.batch())
-    assert torch.equal(torch.get_rng_state(), left)
-    assert torch.equal(result.logits, torch.cat([result.logits for result in results]))
-    torch.manual_seed(1)  # what is recomputed draws the forward's numbers
-    result.loss.backward()
-    for name, parameter in model.named_parameters():
-        assert close(parameter.grad, plain.get_parameter(name).grad, 1.0), name
+    assert_draws_of_calls_with_the_parts(recompute=recompute)
 
 
 PLACES: dict[str, dict[str, Any]] = {"device": {"placement": "cuda"}, "host": {"placement": "cpu"}}

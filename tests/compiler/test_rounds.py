@@ -22,11 +22,11 @@ from microbatches import (
     T5,
     UNTIED,
     Loss,
+    assert_draws_of_calls_with_the_parts,
     assert_near,
     assert_near_state,
     both,
     close,
-    dropping,
     parts,
     sgd,
     train,
@@ -107,20 +107,7 @@ def test_two_stacks_of_blocks_are_plain_pytorchs(rounds: int) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", pytest.param("all", marks=SLOW)])
 def test_random_numbers_are_those_of_calls_with_the_parts(recompute: str) -> None:
-    case, count = replace(whole(OPT), build=dropping), 4
-    options = {"microbatches": count, "rounds": 2, "fuse_loss": False, "recompute": recompute}
-    plain, model = case.seeded(), compiled(case, **options)
-    torch.manual_seed(7)
-    results = [plain(**part) for part in parts(case.batch(), count)]
-    (sum(result.loss for result in results) / count).backward()
-    left = torch.get_rng_state()
-    torch.manual_seed(7)
-    result = model(**case.batch())
-    assert torch.equal(torch.get_rng_state(), left)
-    assert torch.equal(result.logits, torch.cat([result.logits for result in results]))
-    result.loss.backward()
-    for name, parameter in model.named_parameters():
-        assert close(parameter.grad, plain.get_parameter(name).grad, 1.0), name
+    assert_draws_of_calls_with_the_parts(recompute=recompute, rounds=2)
 
 
 ROUTES = ("torch", "clipped by torch", "own", "own, clipped", "in backward")

@@ -8,7 +8,7 @@ import torch
 from more_models import t5
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
-from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, VOCAB, Batch, Case, Trace, cross_entropy, opt
+from zoo import BLOCKS, GPT2, LLAMA, MLP, OPT, VOCAB, Batch, Case, Trace, compiled, cross_entropy, opt
 
 ROWS = 4
 STEPS = 3
@@ -113,3 +113,21 @@ class Loss(nn.Module):
 def both() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator)
+
+
+def assert_draws_of_calls_with_the_parts(**options: Any) -> None:
+    """Dropout, and the generator behind it, are those of plain calls with the parts of the batch, one after another."""
+    case, count = replace(whole(OPT), build=dropping), 4
+    plain, model = case.seeded(), compiled(case, microbatches=count, fuse_loss=False, **options)
+    torch.manual_seed(7)
+    results = [plain(**part) for part in parts(case.batch(), count)]
+    (sum(result.loss for result in results) / count).backward()
+    left = torch.get_rng_state()
+    torch.manual_seed(7)
+    result = model(**case.batch())
+    assert torch.equal(torch.get_rng_state(), left)
+    assert torch.equal(result.logits, torch.cat([result.logits for result in results]))
+    torch.manual_seed(1)  # what is recomputed draws the forward's numbers
+    result.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert close(parameter.grad, plain.get_parameter(name).grad, 1.0), name

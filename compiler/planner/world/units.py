@@ -18,7 +18,7 @@ from ....passes.splitting.parts import block_finder, terms
 from ....passes.splitting.stages import Stages
 from ....runtime.isa.schedule import Action, Schedule
 from ...rates.rates import Rates
-from ..costs import ATTENTION, ATTENTION_SHARE, IN_PARTS, MOVED, flops, is_free, num_bytes
+from ..costs import ATTENTION, ATTENTION_SHARE, IN_PARTS, MOVED, flops, is_free, num_bytes, product_dtype
 from ..storages import tensors_of
 
 Kind = Literal["F", "I", "W"]
@@ -180,7 +180,9 @@ class _Counting:
         weight_bytes += sum(t.num_bytes for t in types) if node in self.gradients else 0
         fixed = 0 if node.target in MOVED and node not in self.gradients else min(weight_bytes, moved)
         wide = not flop and any(_numel(t) == self.wide for t in types)
-        return Operator(flop, moved, fixed, _dtype(node), node.target in ATTENTION, node.target in IN_PARTS, wide)
+        return Operator(
+            flop, moved, fixed, product_dtype(node), node.target in ATTENTION, node.target in IN_PARTS, wide
+        )
 
     def _wide(self) -> int:
         """Elements of what blocks pass on: the most frequent size of forward values that later blocks read; of equally
@@ -250,14 +252,6 @@ def _divided(stages: int) -> Schedule:
 
 def _numel(type: object) -> int:
     return prod(type.shape) if isinstance(type, TensorType) else 0
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    for value in node.all_input_nodes:
-        type = type_of(value)
-        if isinstance(type, TensorType) and type.dtype.is_floating_point and len(type.shape) > 1:
-            return type.dtype
-    return torch.float32
 
 
 def _views_of_parameters(program: Program) -> set[fx.Node]:
