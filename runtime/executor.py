@@ -27,7 +27,7 @@ from .isa.torch_private import will_accumulate
 from .kernels.fused import kernel_of
 from .machine import Machine
 from .memory.state_store import Run
-from .memory.tiers import MemoryMeter
+from .memory.tiers import MemoryMeter, metering
 
 _numbers = count()
 
@@ -148,7 +148,7 @@ class Executor:
             return
         try:
             self.meter.tier.book("the step's inputs", input_bytes)
-            with self.meter:
+            with metering(self.meter):
                 yield
         finally:
             self.meter.tier.book("the step's inputs", 0)

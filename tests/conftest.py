@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, and for processes 
 import hypothesis
 import pytest
 import torch
+from geminifx.runtime.isa.torch_private import dispatch_modes, leave_mode
 from geminifx.runtime.kernels import device_updates
 from geminifx.runtime.memory import hardware
 from late_copies import BY_NAME, LateCopies, Launches
@@ -71,6 +72,30 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         with _on_cuda():
             return (yield)
     return (yield)
+
+
+def _of_torch() -> dict[str, object]:
+    """What torch keeps for the thread or the process, and any test could leave changed for those behind it."""
+    return {
+        "dispatch modes": dispatch_modes(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "oneDNN": torch._C._get_mkldnn_enabled(),
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def same_torch() -> Iterator[None]:
+    """Each test leaves torch as it was: the one that does not fails, and not a hundred behind it."""
+    before = _of_torch()
+    yield
+    after = _of_torch()
+    while dispatch_modes():
+        leave_mode()
+    assert after == before
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,7 @@ accounting are the same as for a program.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ...runtime.isa.layout import ChunkLayout, Slot
 from ...runtime.isa.torch_private import wrapper_parameter
 from ...runtime.machine import Machine
 from ...runtime.memory.state_store import Run
-from ...runtime.memory.tiers import MemoryMeter
+from ...runtime.memory.tiers import MemoryMeter, metering
 from ..session import Session
 
 KEPT = 2
@@ -113,7 +113,7 @@ def streamed_weights(session: Session) -> Iterator[None]:
     try:
         setup.machine.run = Run()
         stand_ins = _standing_in(session.source, lambda parameter: weights[names[id(parameter)]])
-        with stand_ins, torch.no_grad(), autocast, session.meter or nullcontext():
+        with stand_ins, torch.no_grad(), autocast, metering(session.meter):
             yield
         chunks.release_all()
         setup.machine.store.rest()

@@ -55,7 +55,12 @@ try:
     from torch.distributed.pipelining.schedules import get_schedule_class
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.optim._muon import muon
-    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+    from torch.utils._python_dispatch import (
+        TorchDispatchMode,
+        _disable_current_modes,
+        _get_current_dispatch_mode_stack,
+        _pop_mode,
+    )
 except ImportError as error:
     raise ImportError(
         f"torch {torch.__version__} lacks a private interface that geminifx captures with ({error}); "
@@ -68,8 +73,8 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Uns
 __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
-    "annotate_modules", "cuda_driver", "export_joint",
-    "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
+    "annotate_modules", "cuda_driver", "dispatch_modes", "export_joint",
+    "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
     "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs",
     "watch_clipping", "will_accumulate", "wrapper_parameter",
 ]  # fmt: skip
@@ -125,6 +130,19 @@ def num_references(tensor: torch.Tensor) -> int:
 def unmetered() -> contextlib.AbstractContextManager[Any]:
     """A context in which dispatch modes, such as the memory meter, see nothing."""
     return _disable_current_modes()
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """The dispatch modes that are on in this thread, the innermost last."""
+    return _get_current_dispatch_mode_stack()
+
+
+def leave_mode() -> None:
+    """Switches the innermost dispatch mode off, also where an interrupt came into its `__exit__`."""
+    try:
+        dispatch_modes()[-1].__exit__(None, None, None)
+    except IndexError:  # its flags are restored already
+        _pop_mode()
 
 
 def wrapper_parameter(cls: type, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,

@@ -7,6 +7,8 @@ dies. Thus the same code runs every policy and enforces every budget on a laptop
 
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..isa.errors import BudgetError
-from ..isa.torch_private import TorchDispatchMode
+from ..isa.torch_private import TorchDispatchMode, dispatch_modes, leave_mode
 
 
 class _Watched(weakref.ref[torch.UntypedStorage]):
@@ -109,7 +111,7 @@ class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of the CPU tensors that operators make inside it, while their storages live.
 
     With a tier, the tensors are booked on it, and an operator whose result exceeds the limit raises BudgetError.
-    Without one they are only counted. Memory used inside an operator's kernel is not seen.
+    Without one they are only counted. Memory used inside an operator's kernel is not seen. Enter it through `metering`.
     """
 
     def __init__(self, tier: Tier | None = None) -> None:
@@ -136,6 +138,31 @@ class MemoryMeter(TorchDispatchMode):
     def watch(self, tensor: torch.Tensor, is_booked: bool) -> None:
         """Books a tensor made outside of the meter; for 0 bytes if the tier has booked it already."""
         self.tier.watch(tensor.untyped_storage(), "a fetched chunk", is_booked)
+
+
+@contextmanager
+def metering(meter: MemoryMeter | None) -> Iterator[None]:
+    """Context in which a meter, if there is one, counts; afterwards it does not, wherever Ctrl-C comes.
+
+    A `with` statement alone does not promise that: Ctrl-C may come after its body and in front of its `__exit__`.
+    """
+    if meter is None:
+        yield
+        return
+    before = len(dispatch_modes())
+
+    def leave() -> None:
+        while len(dispatch_modes()) > before:
+            leave_mode()
+
+    try:
+        try:
+            with meter:
+                yield
+        finally:
+            leave()
+    finally:
+        leave()  # again, as an interrupt may have come before or within the first
 
 
 def _counts(value: Any) -> bool:

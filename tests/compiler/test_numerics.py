@@ -64,7 +64,8 @@ def assert_same(case: Case, found: Trace, expected: Trace) -> None:
             assert (a[name] is None) == (b[name] is None), f"step {step}, {name}: a gradient or none"
             if a[name] is None:
                 continue
-            scale = max(g.abs().max().item() for g in b.values() if g is not None)
+            # Behind an update the parameters differ by as much as assert_same_state allows them, and gradients follow.
+            scale = max(g.abs().max().item() for g in b.values() if g is not None) * (64 if step else 1)
             same = torch.equal(a[name], b[name]) if case.exact else close(a[name], b[name], scale)
             assert same, f"step {step}, gradient of {name}: {(a[name] - b[name]).abs().max()}"
 
