@@ -85,7 +85,7 @@ def tokens(batch: int = BATCH, length: int = LENGTH, vocabulary: int = VOCABULAR
 
 def compiled(build: Callable[[], nn.Module] = opt, batch: Batch | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
-    with shared_captures(build):
+    with shared_captures():
         return geminifx.compile(build().train(), example_inputs=tokens() if batch is None else batch, **options)
 
 

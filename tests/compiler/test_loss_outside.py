@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import LLAMA
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 
 class Network(nn.Module):
     def __init__(self) -> None:

@@ -38,6 +38,8 @@ from microbatches import (
 from torch import Tensor, nn
 from zoo import BLOCKS, OPT, Trace, cnn, compiled, next_token, opt
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 SLOW, WHOLE = pytest.mark.slow, pytest.mark.campaign(whole=True)
 QUICK = ("opt, padded", "gpt2, tied, padded", "convolutions", "no gradient for some")
 

@@ -284,7 +284,7 @@ LOOPS: dict[str, Loop] = {
 def test_any_loop(loop: str, placement: str, dropout: float, recompute: str) -> None:
     # The tied weight's four gradients are added pair by pair of a forward here, all embeddings first there.
     case = Case("blocks", lambda: Blocks(dropout), loss=next_token, exact=loop != "two forwards")
-    with shared_captures(("blocks", dropout)):
+    with shared_captures():
         plain, ours = case.seeded(), geminifx.compile(case.seeded(), placement=placement, recompute=recompute)
     traces = []
     for model in (ours, plain):

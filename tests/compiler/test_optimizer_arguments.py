@@ -25,7 +25,7 @@ def batch(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def compiled(dtype: torch.dtype = torch.float32, **options: Any) -> geminifx.CompiledModule:
-    with shared_captures(("a small net", dtype)):
+    with shared_captures():
         return geminifx.compile(net(dtype), example_inputs=(batch(0, dtype),), **options)
 
 

@@ -21,6 +21,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from zoo import OPT, compiled, smallest_budget
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 
 def elements(plan: Plan) -> int:
     return sum(chunk.numel for chunk in plan.layout.chunks)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from zoo import LLAMA, OPT, VOCAB, compiled, llama, opt, smallest_budget, tokens
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 ROUTES = pytest.mark.parametrize("ours", [False, True], ids=["torch's optimizer", "our optimizer"])
 PLACEMENTS = pytest.mark.parametrize("placement", ["cpu", "cuda"])
 
@@ -266,7 +268,7 @@ def test_what_is_generated_is_plain_pytorchs_and_captures_nothing(
 ) -> None:
     torch.manual_seed(0)
     source = build()
-    with shared_captures(build):
+    with shared_captures():
         plain, model = copy.deepcopy(source), geminifx.compile(source, placement=placement, example_inputs=tokens())
     optimizer, expected = optimizer_of(model, ours, AdamW), AdamW(plain.parameters(), lr=0.05)
     for seed in range(2):
@@ -287,7 +289,7 @@ def test_generation_computes_in_the_compute_dtype(ours: bool) -> None:
     plain = copy.deepcopy(source)
     for parameter in plain.parameters():  # and no buffers, such as those of rotary positions
         parameter.data = parameter.data.to(torch.bfloat16)
-    with shared_captures(llama):
+    with shared_captures():
         model = geminifx.compile(source, precision="bf16", example_inputs=tokens())
     optimizer_of(model, ours)
     scores = {"output_scores": True, "return_dict_in_generate": True}

@@ -11,6 +11,8 @@ from geminifx.runtime.isa.schedule import Action
 from torch import nn
 from zoo import OPT, Case, opt
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 ONE_DEVICE = {"pipeline": {"ranks": 1, "stages": 2}}
 DEEP = Case("opt, four blocks", lambda: opt(num_hidden_layers=4))
 UNTIED = Case("opt, not tied", lambda: opt(tie_word_embeddings=False))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 CONFIGS = {
     "tied": OPTConfig(
         hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99, word_embed_proj_dim=32,

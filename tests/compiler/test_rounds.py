@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import LLAMA, OPT, Case, Trace, compiled, llama
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 SLOW = pytest.mark.slow
 LLAMA_LOSS = whole(LLAMA)
 

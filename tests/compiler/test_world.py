@@ -25,6 +25,8 @@ from geminifx.runtime.isa.mesh import Axis, Mesh
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 SHAPE = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 256, "word_embed_proj_dim": 64,
          "vocab_size": 128, "max_position_embeddings": 64, "layerdrop": 0.0}  # fmt: skip
 NODE = {"devices": 8, "within": {"latency_s": 1e-5, "bytes_per_s": 1e10}}

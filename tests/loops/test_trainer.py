@@ -24,7 +24,7 @@ SLOW_LLAMA = pytest.param(LLAMA, marks=pytest.mark.slow, id="llama")
 
 def both(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, Trainer]:
     """The plain model's and the compiled model's, trained."""
-    with shared_captures(case.build):
+    with shared_captures():
         made = [trainer(act(case.seeded()), directory / act.__name__, **changes) for act in BOTH]
     for each in made:
         each.train()

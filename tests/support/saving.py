@@ -23,7 +23,7 @@ def network(seed: int = 0) -> nn.Module:
 def compiled(seed: int = 0, precision: str | None = None, source: nn.Module | None = None) -> geminifx.CompiledModule:
     if source is not None:
         return geminifx.compile(source, example_inputs=INPUTS, precision=precision)
-    with shared_captures("a small model that is saved"):
+    with shared_captures():
         return geminifx.compile(network(seed), example_inputs=INPUTS, precision=precision)
 
 

@@ -3,10 +3,9 @@ planners lower it to for the same decisions is shared, too."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from unittest import mock
 
@@ -25,6 +24,7 @@ from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import GenerationConfig, PreTrainedConfig
 
 _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
 """Without guards, which hold the model that was captured: instead of these the owner's and the attribute's names."""
@@ -34,14 +34,15 @@ _LOWERED: Recent[tuple[Program, Weighed]] = Recent()
 
 
 @contextmanager
-def shared_captures(of: Hashable) -> Iterator[None]:
-    """Models that are compiled within, and built alike for the same `of`, are captured once for each kind of call,
-    whatever their weights, now and later. Numbers, switches and functions of their modules and configurations may be
-    changed, and lists of such. Those with hooks, or another forward than their class has, are captured each."""
+def shared_captures() -> Iterator[None]:
+    """Models that are compiled within, and are built alike from modules of the same classes, are captured once for each
+    kind of call, whatever their weights, now and later. Numbers, switches and functions of their modules and
+    configurations may be changed, and lists of such; what forwards read besides may not. Those with hooks, or another
+    forward than their class has, are captured each."""
 
     class Shared(Captures):
         def _trace(self, call: Call, arguments: Any) -> Captured:
-            with mock.patch.object(captures, "capture", partial(_once, of, captures.capture)):
+            with mock.patch.object(captures, "capture", partial(_once, captures.capture)):
                 return super()._trace(call, arguments)
 
     with mock.patch.object(session, "Captures", Shared), mock.patch.object(session, "Planning", _SharedPlanning):
@@ -65,12 +66,12 @@ class _SharedPlanning(Planning):
         return _LOWERED[key][1]
 
 
-def _once(of: Hashable, capture: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+def _once(capture: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
           request: CaptureRequest) -> Captured:  # fmt: skip
     if any(map(_is_patched, model.modules())):
         return capture(model, args, kwargs, request)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    key = of, _surroundings(), repr(request), _state(model), spec, _the_same(leaves), *map(leaf_key, leaves)
+    key = _surroundings(), repr(request), _made_of(model), spec, _the_same(leaves), *map(leaf_key, leaves)
     if key not in _CAPTURED:
         found = capture(model, args, kwargs, request)
         if found.program.constants:  # tensors of this model
@@ -97,16 +98,50 @@ def _the_same(leaves: list[Any]) -> Hashable:
     return tuple(first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
 
 
-def _state(model: nn.Module) -> Hashable:
-    """What may differ between models that are built alike."""
-    values = [(path, *item) for path, module in model.named_modules() for item in vars(module).items()]
-    trained = tuple(parameter.requires_grad for parameter in model.parameters())
-    kinds = tuple(map(type, model.modules()))
-    plain = tuple((path, name, repr(value)) for path, name, value in values if _is_plain(value))
-    functions = tuple(value for _, _, value in values if isinstance(value, (FunctionType, BuiltinFunctionType)))
-    config = getattr(model, "config", None)
-    return trained, kinds, plain, functions, repr(config), getattr(config, "_attn_implementation", None)
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal for one object alone, which it keeps alive."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
-def _is_plain(value: Any) -> bool:
-    return all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value))
+def _made_of(model: nn.Module) -> Hashable:
+    """What a model consists of, but for the values of its tensors: modules, attributes, and what of them is shared."""
+    first: dict[int, int] = {}
+    made: list[Hashable] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        made.append((path, type(module), first.setdefault(id(module), len(first))))
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                for key, tensor in value.items():
+                    made.append((key, None if tensor is None else _kind(tensor, first)))
+            elif name not in ("_modules", "name_or_path") and value != {}:
+                made.append((name, _value(value)))
+    return tuple(made)
+
+
+def _kind(tensor: Tensor, first: dict[int, int]) -> Hashable:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    shared = [id(tensor), tensor.untyped_storage()._cdata] if plain else [id(tensor)]
+    return (
+        type(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device,
+        tensor.requires_grad, *(first.setdefault(each, len(first)) for each in shared),
+    )  # fmt: skip
+
+
+def _value(value: Any) -> Hashable:
+    if isinstance(value, GenerationConfig):
+        return repr(value)
+    if isinstance(value, PreTrainedConfig):
+        return repr(value), value._attn_implementation
+    if isinstance(value, set):
+        value = sorted(value)
+    if all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
+        return repr(value)
+    return _Same(value)

@@ -142,7 +142,7 @@ CASES = (OPT, GPT2, LLAMA, CNN, MLP)
 
 
 def compiled(case: Case, **options: Any) -> geminifx.CompiledModule:
-    with shared_captures(case.build):
+    with shared_captures():
         return geminifx.compile(case.seeded(), **{**case.examples(), **options})
 
 

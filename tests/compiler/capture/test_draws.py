@@ -73,7 +73,7 @@ class Draws(nn.Module):
 def test_draws_are_plain_pytorchs(name: str, recompute: Any) -> None:
     torch.manual_seed(0)
     plain, x = Draws(name), torch.randn(3, 5, 4)
-    with shared_captures(("draws", name)):
+    with shared_captures():
         model = geminifx.compile(copy.deepcopy(plain), recompute=recompute, example_inputs=(x,))
     for seed in range(2):
         found = []

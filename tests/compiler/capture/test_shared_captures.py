@@ -19,13 +19,13 @@ class Scaled(nn.Module):
         return self.scale * self.layer(x)
 
 
-def compiled(source: Scaled, of: str) -> geminifx.CompiledModule:
-    with shared_captures(of):
+def compiled(source: nn.Module) -> geminifx.CompiledModule:
+    with shared_captures():
         return geminifx.compile(source, example_inputs=(BATCH,))
 
 
 def test_each_model_has_its_own_weights_and_is_followed(captures: list[bool]) -> None:
-    models = [compiled(Scaled(seed), "own weights") for seed in range(2)]
+    models = [compiled(Scaled(seed)) for seed in range(2)]
     assert len(captures) == 1
     for seed, model in enumerate(models):
         assert torch.equal(model(BATCH), Scaled(seed)(BATCH))
@@ -38,7 +38,7 @@ def test_each_model_has_its_own_weights_and_is_followed(captures: list[bool]) ->
 @pytest.mark.parametrize("change", ["number", "mode", "frozen"])
 def test_others_are_captured_anew(change: str, captures: list[bool]) -> None:
     source = Scaled(0)
-    compiled(source, change)
+    compiled(source)
     captures.clear()
     other = Scaled(0)
     if change == "number":
@@ -47,5 +47,5 @@ def test_others_are_captured_anew(change: str, captures: list[bool]) -> None:
         other.eval()
     else:
         other.layer.bias.requires_grad_(False)
-    model = compiled(other, change)
+    model = compiled(other)
     assert len(captures) == 1 and torch.equal(model(BATCH), other(BATCH))

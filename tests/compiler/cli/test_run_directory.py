@@ -42,7 +42,7 @@ def _model() -> geminifx.CompiledModule:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-    with shared_captures("a small OPT of a run"):
+    with shared_captures():
         return geminifx.compile(model, device="cpu", example_inputs=_blocks().batch(0, BATCH))
 
 

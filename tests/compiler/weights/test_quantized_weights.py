@@ -20,6 +20,8 @@ from torch.optim import AdamW
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 WIDTH, DEPTH = 128, 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
