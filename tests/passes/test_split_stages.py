@@ -128,7 +128,10 @@ def check(step: Step, schedule: Schedule, *, tangent: float = 1.0, **changes):
                 assert torch.equal(value, whole), role
 
 
-@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, T5, DROPOUT, FROZEN_EMBEDDING], ids=lambda case: case.name)
+LARGE = pytest.param(T5, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [OPT, GPT2, LLAMA, LARGE, DROPOUT, FROZEN_EMBEDDING], ids=lambda case: case.name)
 @pytest.mark.parametrize("recompute", ["nothing", "all"])
 def test_two_ranks_find_what_one_process_does(case, recompute):
     step = step_of(case, 4)

@@ -14,8 +14,17 @@ from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Home, Homes, with_home
 
 
-@pytest.mark.parametrize("format", [TorchFormat(), OwnFormat(), OwnFormat(in_backward=True)], ids=str)
-@pytest.mark.parametrize("bus, host", [(1.0, 1.0), (4.0, 1.0), (0.5, 0.25)], ids=["all alike", "bus", "no host"])
+FORMATS = [TorchFormat(), OwnFormat(), OwnFormat(in_backward=True)]
+MACHINES = {"all alike": (1.0, 1.0), "bus": (4.0, 1.0), "no host": (0.5, 0.25)}
+EACH_ONCE = [
+    pytest.param(bus, host, format, marks=() if i == j else pytest.mark.slow, id=f"{name}-{format}")
+    for i, (name, (bus, host)) in enumerate(MACHINES.items())
+    for j, format in enumerate(FORMATS)
+]
+"""Of all pairs, those of one diagonal run quickly."""
+
+
+@pytest.mark.parametrize("bus, host, format", EACH_ONCE)
 def test_no_plan_one_step_away_is_three_percent_faster(bus: float, host: float, format: StateFormat) -> None:
     """Where the host is slow there are homes that no way to fill the device finds, and single moves do."""
     blocks = 4
