@@ -13,7 +13,6 @@ from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
 from geminifx.runtime.isa.homes import Home, Homes, with_home
 
-
 FORMATS = [TorchFormat(), OwnFormat(), OwnFormat(in_backward=True)]
 MACHINES = {"all alike": (1.0, 1.0), "bus": (4.0, 1.0), "no host": (0.5, 0.25)}
 EACH_ONCE = [
