@@ -138,7 +138,8 @@ def _check(model: Any, optimizer: Any, directory: Any) -> None:
 def _give_values(session: Session) -> None:
     """Allocates memory for values on `meta`, to be read into, and places the training states. A pending load is
     dropped, unless this fails."""
-    incoming, session.incoming = session.incoming, None
+    places = session.places
+    incoming, places.incoming = places.incoming, None
     try:
         source = session.source
         if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
@@ -147,7 +148,7 @@ def _give_values(session: Session) -> None:
             materialize(source, partial(session.take_places, are_alike=True))
         session.settle(backward=False)
     except BaseException:
-        session.incoming = incoming
+        places.incoming = incoming
         raise
 
 

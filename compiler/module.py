@@ -155,7 +155,7 @@ class CompiledModule(Facade):
         session, are_empty = self.session, any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         if are_empty:
             check_loadable(self.source, state_dict)
-        session.incoming = None
+        session.places.incoming = None
         with session.half_loaded.while_written("model") if are_empty else nullcontext():
             if are_empty:
                 materialize(self.source, partial(session.take_places, are_alike=False))
@@ -201,13 +201,13 @@ class CompiledModule(Facade):
     def _take(self, incoming: Incoming) -> None:
         """Registers the source of the weights' values; if weights have places, as after a failed load, it is read at
         once."""
-        self.session.incoming = incoming
+        self.session.places.incoming = incoming
         if not self.session.places.are_empty:
             self.session.place()
 
     def _fill(self) -> None:
         """Fills the weights from `incoming`, if values are still due."""
-        if self.session.incoming is not None:
+        if self.session.places.incoming is not None:
             self.session.settle(backward=False)
 
     def _check_empty(self, name: str) -> None:

@@ -15,6 +15,7 @@ from ..capture.weak_references import without_weak_references
 from ..memory.device import Device
 from ..programs.programs import Compiled, channels, chunks_alike, state_alike
 from ..setup import Declaration, Phase, Setup
+from .half_loaded import HalfLoaded
 from .values import move_buffers, share_values
 
 
@@ -32,10 +33,15 @@ class Incoming(Protocol):
 
 
 class Places:
-    """The places of one model's values. From the first `put` on, all ranks hold the same values."""
+    """The places of one model's values. From the first `put` on, all ranks hold the same values.
+
+    `incoming` is a source of values for weights on `meta`, until they are read; `homes` are those of the last `put`.
+    """
 
     def __init__(self, source: nn.Module, ranks: Ranks, device: Device) -> None:
         self.source, self.ranks, self.device = source, ranks, device
+        self.incoming: Incoming | None = None
+        self.homes: Homes = ()
         self._are_shared = False
         self._declared: Declaration | None = None
 
@@ -44,9 +50,12 @@ class Places:
         """Whether any weights are on `meta`, without values."""
         return any(parameter.is_meta for parameter in self.source.parameters())
 
-    def check(self, incoming: Incoming) -> None:
-        """Raises, on all ranks, if the values are no longer available on one of them, or if ranks were told to bring
-        different ones."""
+    def check_incoming(self) -> None:
+        """Raises, on all ranks, if the values that are due are no longer available on one of them, or if ranks were
+        told to bring different ones."""
+        incoming = self.incoming
+        if incoming is None:
+            return
         with self.ranks.failing_alike():
             incoming.check()
             digest = incoming.digest()
@@ -73,6 +82,16 @@ class Places:
             self._are_shared = True
             with without_weak_references(self.source):
                 store.place(homes)
+        self.homes = homes
+
+    def bring(self, store: StateStore, half_loaded: HalfLoaded) -> None:
+        """Reads the values that are due, if any are, into their places. If that fails, they are half loaded."""
+        incoming, self.incoming = self.incoming, None
+        if incoming is not None:
+            with half_loaded.while_written("model"):
+                with self.ranks.failing_alike():
+                    incoming.bring(store)
+                store.masters_written()
 
     def _check_alike(self, setup: Setup, declared: Declaration | None) -> None:
         """Raises StateError if ranks differ in what they place for the first time, or in the optimizer declared
