@@ -25,7 +25,7 @@ from .planner.world.world import SHARES, World
 from .programs.forward import computing_loss
 from .rates.choice import rates_of
 from .rates.clusters import one_node
-from .weights.quantized_weights import kept_weights
+from .weights.quantized_weights import quantized_weights
 
 UNKNOWN_INPUTS = (
     "each process has its part of the batch: nothing is known of the model's inputs to choose another way by"
@@ -77,7 +77,7 @@ def settle(model: nn.Module, options: Options) -> Settled:
     size = options.world or count
     if not options.leaves_the_world_open or size == 1 or count not in (1, size):
         return Settled(replace(options, parallel=None) if options.parallel == "auto" else options)
-    if options.frozen is not None or kept_weights(model):
+    if options.frozen is not None or quantized_weights(model):
         if options.parallel == "auto":
             raise ArgumentError(
                 "parallel='auto' does not know what weights take that are kept as codes; say how the processes share "

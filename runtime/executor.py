@@ -109,7 +109,7 @@ class Executor:
         try:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
-                machine.ranks.begin(*self._told(run))
+                machine.ranks.begin(*self._announced(run))
                 machine.messages.begin()
                 try:
                     yield
@@ -133,7 +133,7 @@ class Executor:
             return self.exchanges
         return replace(self.exchanges, between=f"{self.exchanges.between} {stays}")
 
-    def _told(self, run: Run) -> tuple[str, Exchanges, str]:
+    def _announced(self, run: Run) -> tuple[str, Exchanges, str]:
         """What this process is doing, what it exchanges, and how many updates came before, for `Ranks.begin`."""
         exchanges = self._exchanges_now()
         if self.code.name != "training":

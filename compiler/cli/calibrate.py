@@ -15,7 +15,7 @@ from ..memory.device import Device
 from ..options import Options
 from ..rates.calibrate import THOROUGH, BusyError, calibrate
 from ..rates.identity import Identity
-from ..rates.kept import Kept, keep, write
+from ..rates.kept import MachineRates, keep, write
 from ..rates.presets import CARDS
 from ..rates.rates import ARENA, Products, Rates
 from .errors import shown_errors
@@ -57,10 +57,10 @@ def calibrate_command(
             raise typer.Exit(BUSY) from None
         console.print(rates_table(rates))
         if rank() == 0:
-            _write(Kept(machine, rates), output, console)
+            _write(MachineRates(machine, rates), output, console)
 
 
-def _write(kept: Kept, output: Path | None, console: Console) -> None:
+def _write(kept: MachineRates, output: Path | None, console: Console) -> None:
     """Writes the rates to the cache, and to `output` if given."""
     if output is not None:
         write(kept, output)

@@ -11,7 +11,7 @@ import torch
 from ...runtime.isa.errors import check_path, did_you_mean, wrong_argument
 from .calibrate import AUTOMATIC, BusyError, calibrate
 from .identity import Identity
-from .kept import Kept, keep, kept_for, read
+from .kept import MachineRates, keep, kept_for, read
 from .presets import CARDS, card_named, preset
 from .rates import ARENA, Rates
 
@@ -71,7 +71,7 @@ def _measured(device: torch.device, machine: Identity, tell: Callable[[str], Non
         rates = known_card(machine.gpu)
         tell(f"geminifx: planning at the rates of {rates.name}, for this machine cannot be measured now: {busy}")
         return rates
-    when = "for this run: there is no cache to keep it in" if keep(Kept(machine, rates)) is None else "once"
+    when = "for this run: there is no cache to keep it in" if keep(MachineRates(machine, rates)) is None else "once"
     tell(f"geminifx: measured {machine.gpu} and its host, {when}; geminifx calibrate does it more exactly")
     return rates
 

@@ -97,7 +97,7 @@ def save_streamed(session: Session, directory: Path, request: SaveRequest) -> No
 
     if session.ranks.rank == 0:
         try:
-            tensors = {name: _told(state.first[name], request) for name in names}
+            tensors = {name: _saved_as(state.first[name], request) for name in names}
             if is_hf:
                 save_all_but_weights(source, directory)
                 tell_dtype(directory, (dtype for _, dtype in tensors.values()))
@@ -118,7 +118,7 @@ def save_at_once(source: Any, directory: Path, request: SaveRequest, weights: di
     tell_dtype(directory, dtypes)
 
 
-def _told(readable: Readable, request: SaveRequest) -> tuple[tuple[int, ...], torch.dtype]:
+def _saved_as(readable: Readable, request: SaveRequest) -> tuple[tuple[int, ...], torch.dtype]:
     dtype = readable.dtype
     return readable.shape, request.dtype if request.dtype is not None and dtype.is_floating_point else dtype
 

@@ -20,7 +20,7 @@ from ...runtime.memory.state_store import StateStore
 from ...runtime.memory.stored import Stored
 from ...runtime.state_io.safetensors_files import Entry, WeightFiles
 from .packed_files import PackedEntry, own_names, packed_entries
-from .quantized_weights import Kept, kept_weights
+from .quantized_weights import QuantizedWeight, quantized_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of whole parameters, by all of their names, for parameters that are divided over processes."""
@@ -44,7 +44,7 @@ class FromInitialisers:
         cls, source: nn.Module, seed: int, shapes: Shapes, names: Collection[str] | None = None
     ) -> "FromInitialisers":
         """Raises StateError if weights are quantised, since codes cannot be drawn."""
-        if kept_weights(source):
+        if quantized_weights(source):
             raise StateError(
                 "random values are for weights as they are, and some of this model's are quantised: load all of them "
                 "from files, or give them values before compile(frozen=)"
@@ -157,7 +157,7 @@ class FromFiles:
     def _targets(self, store: StateStore) -> dict[str, list["_Target"]]:
         """The parameters and buffers that each of the files' weights is written to, by the name in the files."""
         first = {id(parameter): name for name, parameter in self.source.named_parameters()}
-        own, kept, made = _own_tensors(self.source), kept_weights(self.source), dict[int, _Target]()
+        own, kept, made = _own_tensors(self.source), quantized_weights(self.source), dict[int, _Target]()
         targets: dict[str, list[_Target]] = {}
         for name, there in self.names.found.items():
             tensor = own[name]
@@ -197,7 +197,7 @@ class _Values:
 class _Codes:
     """A quantised weight. It is read whole, then quantised, unless the file has it quantised in the same format."""
 
-    kept: Kept
+    kept: QuantizedWeight
     codes: Stored
     scales: Stored
 
@@ -221,7 +221,7 @@ class _Codes:
 def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict, by all names, with each quantised weight on `meta` in place of its codes and scales."""
     own = dict(source.state_dict(keep_vars=True))
-    for name, kept in kept_weights(source).items():
+    for name, kept in quantized_weights(source).items():
         del own[kept.codes], own[kept.scales]
         own[name] = torch.empty(kept.weight.shape, dtype=kept.weight.dtype, device="meta")
     return own

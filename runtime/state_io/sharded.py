@@ -84,7 +84,7 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
         if _is_interruption(error):
             raise KeyboardInterrupt from as_cause(error)
         raise CheckpointError(
-            f"could not save to {directory}: {_told(error)}. A checkpoint saved there before is intact"
+            f"could not save to {directory}: {_errors_of(error)}. A checkpoint saved there before is intact"
         ) from as_cause(error)
 
 
@@ -149,7 +149,7 @@ class Saved:
         except (dcp.CheckpointException, OSError) as error:
             if _is_interruption(error):
                 raise KeyboardInterrupt from error
-            raise CheckpointError(f"could not load {self.directory}: {_told(error)}") from error
+            raise CheckpointError(f"could not load {self.directory}: {_errors_of(error)}") from error
         return loader.found
 
 
@@ -159,7 +159,7 @@ def _is_interruption(error: BaseException) -> bool:
     return any(isinstance(failure[0], KeyboardInterrupt) for failure in failures)
 
 
-def _told(error: BaseException) -> str:
+def _errors_of(error: BaseException) -> str:
     """The processes' errors, without their tracebacks."""
     if not isinstance(error, dcp.CheckpointException):
         return str(error)

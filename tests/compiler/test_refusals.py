@@ -112,7 +112,7 @@ def test_attributes_over_the_memory_of_a_trained_parameter_are_refused(how: str)
     hold, name = HELD[how]
     model = pair()
     hold(model)
-    with pytest.raises(ValueError, match=re.escape(f"{name} is a tensor over the memory of parameter 0.weight")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} shares the memory of parameter 0.weight")):
         geminifx.compile(model)
 
 
@@ -152,7 +152,7 @@ def test_what_shares_no_memory_that_is_trained_is_fine(how: str, ours: bool) -> 
 # -- parameters that the model does not know ---------------------------------------------------------------
 
 
-class Kept(nn.Module):
+class Container(nn.Module):
     """Layers in a container of Python's."""
 
     def __init__(self, container: Callable[[nn.Module], Any], read: Callable[[Any], nn.Module]) -> None:
@@ -177,7 +177,7 @@ class Kept(nn.Module):
 )
 def test_modules_in_a_plain_container_are_refused(container: Any, read: Any, grad: bool) -> None:
     """Their values would be those of the first call, and their gradients nowhere."""
-    model = geminifx.compile(Kept(container, read))
+    model = geminifx.compile(Container(container, read))
     with (
         torch.set_grad_enabled(grad),
         pytest.raises(CaptureError, match=r"not among model\.parameters\(\).*nn\.Module"),
@@ -187,7 +187,7 @@ def test_modules_in_a_plain_container_are_refused(container: Any, read: Any, gra
 
 def test_modules_in_containers_of_torch_are_fine() -> None:
     trains_like_torchs(
-        lambda: Kept(lambda m: nn.ModuleDict({"layer": m}), lambda more: more["layer"]),
+        lambda: Container(lambda m: nn.ModuleDict({"layer": m}), lambda more: more["layer"]),
         lambda model, step: model(batch(seed=step)).square().sum(),
         (batch(),),
     )

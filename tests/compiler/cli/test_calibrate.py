@@ -11,7 +11,7 @@ from geminifx.compiler.cli.calibrate import BUSY
 from geminifx.compiler.cli.main import app
 from geminifx.compiler.rates.calibrate import THOROUGH, BusyError
 from geminifx.compiler.rates.identity import Identity
-from geminifx.compiler.rates.kept import Kept, keep, kept_for, read
+from geminifx.compiler.rates.kept import MachineRates, keep, kept_for, read
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import Rates
 from typer.testing import CliRunner, Result
@@ -46,16 +46,16 @@ def calibrate(*words: str) -> Result:
 
 
 def test_what_is_measured_is_kept_and_told(found: list[Rates | BusyError]) -> None:
-    keep(Kept(MACHINE, OLD))
+    keep(MachineRates(MACHINE, OLD))
     found.append(NEW)
     result = calibrate("--output", "rates.json")
-    assert result.exit_code == 0 and kept_for(MACHINE) == NEW and read(Path("rates.json")) == Kept(MACHINE, NEW)
+    assert result.exit_code == 0 and kept_for(MACHINE) == NEW and read(Path("rates.json")) == MachineRates(MACHINE, NEW)
     assert "measuring NVIDIA H200, EPYC" in result.output and "4e+03 G/s" in result.output
     assert "kept in" in result.output and "TFLOP/s" in result.output
 
 
 def test_a_busy_machine_keeps_what_was_measured_before(found: list[Rates | BusyError]) -> None:
-    keep(Kept(MACHINE, OLD))
+    keep(MachineRates(MACHINE, OLD))
     found.append(BusyError("measured twice, launch_s are more than 15% apart; end what else runs here"))
     result = calibrate("--output", "rates.json")
     assert result.exit_code == BUSY and kept_for(MACHINE) == OLD and not Path("rates.json").exists()

@@ -7,7 +7,7 @@ import torch
 from geminifx.compiler.rates import calibrate as calibration
 from geminifx.compiler.rates import others
 from geminifx.compiler.rates.calibrate import AUTOMATIC, BusyError, calibrate, differences, measured, rates_from
-from geminifx.compiler.rates.measure import Effort, Measured
+from geminifx.compiler.rates.measure import Effort, Measurements
 from geminifx.compiler.rates.others import HostWatch, used_by_others
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import Updates
@@ -18,7 +18,7 @@ TINY = Effort(
     needed_bytes=0, sizes=(8, 16), sustained_s=0.0, each_s=0.0, copied_bytes=1024, operator_bytes=1024,
     host_params=1000, device_params=1000, updates_on_device=True,
 )  # fmt: skip
-FOUND = Measured(
+FOUND = Measurements(
     products_s=((3e-6, 12e-6), (3e-6, 12e-6), (6e-6, 82e-6)), memory_bytes_per_s=4e12, kernel_s=2e-6, launch_s=5e-6,
     up_bytes_per_s=52e9, down_bytes_per_s=51e9, both_bytes_per_s=40e9, host_alone_params_per_s=6e9,
     host_params_per_s=5e9, torch_params_per_s=3e9, device_params_per_s=130e9,
@@ -31,7 +31,7 @@ def test_what_was_measured_is_what_the_clock_goes_by() -> None:
     assert rates.bf16.flops_per_s[1] == 2 * 1024**3 / 10e-6, "what begins and ends an operator is counted apart"
     assert rates.bf16.flops_per_s[0] == 2 * 512**3 / 1.5e-6, "as far as it is not most of it"
     assert rates.fp32.flops_per_s[1] == 2 * 1024**3 / 80e-6
-    for field in fields(Measured):
+    for field in fields(Measurements):
         if field.name in ("memory_bytes_per_s", "kernel_s", "launch_s", "both_bytes_per_s", "host_params_per_s"):
             assert getattr(rates, field.name) == getattr(FOUND, field.name)
     assert rates.device_params_per_s == 130e9 and rates.name == "NVIDIA H200, measured" and rates.overlaps
@@ -149,7 +149,7 @@ def test_who_uses_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: in
 
 
 def test_no_room_is_no_error_of_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> Measured:
+    def full(*_: object) -> Measurements:
         raise MemoryError("CUDA cannot pin 268,435,456 bytes of host memory")
 
     monkeypatch.setattr(calibration.Bench, "measure", full)
@@ -162,7 +162,7 @@ def test_everything_can_be_measured_and_random_numbers_are_nobody_else_s() -> No
     before = torch.get_rng_state()
     found = measured(CPU, TINY, Ranks())
     assert torch.equal(torch.get_rng_state(), before)
-    for field in fields(Measured):
+    for field in fields(Measurements):
         if not field.name.startswith(("network", "device_bf16", "device_int8")):  # whose kernels are the GPU's
             assert min(calibration._numbers(getattr(found, field.name))) > 0, field.name
     assert found.network_bytes_per_s is None, "one process exchanges nothing"

@@ -9,7 +9,7 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.weights.incoming import _Codes
-from geminifx.compiler.weights.quantized_weights import Kept
+from geminifx.compiler.weights.quantized_weights import QuantizedWeight
 from geminifx.runtime.isa.errors import StateError
 from geminifx.runtime.isa.quantized import DEQUANTIZE, Dequantized
 from geminifx.runtime.kernels.quantized import quantize
@@ -159,7 +159,7 @@ def test_weights_of_other_stages_are_not_read() -> None:
             raise AssertionError("nothing of it is kept here")
 
     elsewhere = Stored.of(torch.empty(0), (WIDTH, WIDTH), ())
-    kept = Kept("codes", "scales", Dequantized("nf4", (WIDTH, WIDTH), torch.float32, torch.float32))
+    kept = QuantizedWeight("codes", "scales", Dequantized("nf4", (WIDTH, WIDTH), torch.float32, torch.float32))
     _Codes(kept, elsewhere, elsewhere).take("weight", Unread())
 
 
