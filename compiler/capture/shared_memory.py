@@ -44,9 +44,9 @@ def check_trained(model: nn.Module) -> None:
         if first in others or second in others:
             first, second = (second, first) if first in others else (first, second)
             raise ValueError(
-                f"{second} is a tensor over the memory of parameter {first}, as .data, .detach() and views make them, "
-                "and would keep its values while the parameter is trained; take it in the forward, where it is used, "
-                "or copy it, .clone(), if it is to stay as it is"
+                f"{second} shares the memory of parameter {first}, as .data, .detach() and views do, and would keep "
+                "its old values while the parameter is trained; make it in the forward, where it is used, or store a "
+                ".clone() if its values should stay as they are"
             )
         raise ValueError(
             f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "

@@ -15,7 +15,7 @@ from ..isa.formats import OwnFormat
 from ..kernels.rounding import key_of
 from .declared import Declared
 from .hyper_checks import check_group, check_state_dict
-from .kinds import KINDS
+from .kinds import KINDS, check_complete, restore
 from .own_store import OwnStore
 from .saved_states import SavedState, check_kind, check_rule
 from .states import Hyper
@@ -340,6 +340,7 @@ class ChunkOptimizer(Optimizer):
         for own, loaded in zip(before, self.param_groups, strict=True):
             loaded.pop("kind", None)
             loaded |= {"kind": own["kind"]} if "kind" in own else {}
+            restore(self.declared.kind_of(own), loaded)
 
     def check_saved(self, groups: list[dict[str, Any]]) -> None:
         """Raises ValueError if saved groups are of another optimizer, and StateError if no memory was planned for
@@ -349,6 +350,9 @@ class ChunkOptimizer(Optimizer):
             check_kind(kind.__name__, group)
             check_rule(kind.__name__, self.declared.defaults_of(kind), [own], [group])
             self._check_group(kind, group)
+            restored = dict(group)
+            restore(kind, restored)
+            check_complete(kind, restored)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
         """Raises ValueError if a parameter's saved state is not exactly what this optimizer keeps of it."""
