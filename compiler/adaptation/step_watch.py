@@ -37,7 +37,8 @@ class StepWatch:
         whether all steps are measured."""
         session = self.session
         store, traffic = session.demanded().machine.store, session.hardware.traffic
-        self._peak_bytes = max(self._peak_bytes, session.stats.step.device_peak_bytes)
+        if self._steps:  # the call before the first is not of these steps
+            self._peak_bytes = max(self._peak_bytes, session.stats.step.device_peak_bytes)
         if begins or not self._steps:
             self._steps.append(_Step(moment(session.device.is_cuda), []))
             if len(self._steps) == FIRST + 1:

@@ -96,6 +96,29 @@ def test_homes_move_where_that_pays_and_training_goes_on(
     check_bits(model, optimizer, losses)
 
 
+def test_the_peak_of_a_step_before_the_move_is_not_that_of_the_steps_after_it(
+    monkeypatch: pytest.MonkeyPatch, others_are_better: None
+) -> None:
+    found: list[MeasuredStep] = []
+    measured = StepWatch.measured
+
+    def kept(watch: StepWatch, *about: Any) -> MeasuredStep | None:
+        step = measured(watch, *about)
+        assert step is not None
+        found.append(replace(step, step_s=0.8 / (1 + len(found))))
+        return found[-1]
+
+    monkeypatch.setattr(StepWatch, "measured", kept)
+    model, optimizer = made(warmup=True)
+    trained(model, optimizer, 3)
+    tier = model.session.hardware.device_tier
+    tier.book("something else", 10**9)
+    tier.book("something else", 0)
+    trained(model, optimizer, 4, 3)
+    before, after = found
+    assert before.peak_bytes >= 10**9 > after.peak_bytes > 0
+
+
 def test_homes_that_are_slower_are_given_up_once(measures: list[MeasuredStep | None], others_are_better: None) -> None:
     measures += [steps_of(0.8), steps_of(0.96)]
     model, optimizer = made(warmup=True)

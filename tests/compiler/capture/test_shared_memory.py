@@ -28,7 +28,11 @@ class Counts(nn.Module):
 KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
     "a buffer": (lambda m: m.register_buffer("part", m.count[:1]), lambda m: m.part, "shares with part,"),
     "a buffer that is not read": (lambda m: m.register_buffer("part", m.count[:1]), lambda m: 1, "shares with part,"),
-    "an attribute": (lambda m: setattr(m, "square", m.count.view(2, 2)), lambda m: m.square.sum(), "shares with square,"),
+    "an attribute": (
+        lambda m: setattr(m, "square", m.count.view(2, 2)),
+        lambda m: m.square.sum(),
+        "shares with square,",
+    ),
     "in a list": (lambda m: setattr(m, "some", [m.count[1:]]), lambda m: m.some[0].sum(), "shares with some[0],"),
 }
 
