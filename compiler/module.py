@@ -31,6 +31,7 @@ from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
 from .programs.collector import resting_collector
+from .programs.forward import with_loss
 from .session import Session
 from .setup import Phase
 from .state.saving import DEFAULT, SaveRequest, save_at_once, save_streamed
@@ -56,9 +57,16 @@ class CompiledModule(Facade):
 
     def __init__(self, source: nn.Module, options: Options, settled: Settled | None = None) -> None:
         session = Session(source, options, () if settled is None else settled.notes)
+        self.__dict__["_facade_loss_fn"] = options.loss_fn
         super().__init__(source, Calls(session))
         self.__dict__["session"] = session
         self.__dict__["world"] = None if settled is None else settled.world
+
+    def _facade_reset(self) -> None:
+        """Restores the source's own forward, compiled, with the loss function if one was given."""
+        super()._facade_reset()
+        if self._facade_loss_fn is not None:
+            self.forward = with_loss(self._facade_source, self._facade_loss_fn)
 
     @property
     def source(self) -> nn.Module:

@@ -68,6 +68,19 @@ def test_without_its_arguments_the_model_is_as_it_was() -> None:
     assert list(inspect.signature(model.forward).parameters) == ["x", "scale", "target"]
 
 
+def test_tools_read_its_arguments_off_the_models_signature() -> None:
+    model, (x, y) = geminifx.compile(network(), loss_fn=error), batch(0)
+    expected = ["x", "scale", "y", "weight"]
+    for function in (model, model.forward):
+        assert list(inspect.signature(function).parameters) == expected
+    compiled = model.forward
+    model.forward = functools.wraps(compiled)(lambda *args, **kwargs: compiled(*args, **kwargs))
+    assert list(inspect.signature(model.forward).parameters) == expected
+    del model.forward  # as tools do that take their wrapper off again
+    assert list(inspect.signature(model.forward).parameters) == expected
+    assert torch.equal(model(x, y=y), error(network()(x), y))
+
+
 def test_a_model_that_has_a_loss_may_be_given_another() -> None:
     """Of labels that both know the given one reads them."""
 

@@ -293,5 +293,13 @@ def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> No
     assert found.label_names == plain.label_names and found.can_return_loss == plain.can_return_loss
 
 
+@pytest.mark.slow
+def test_columns_of_a_loss_function_are_kept(tmp_path: Path) -> None:
+    loss_fn = lambda output, wanted, weight=1.0: output.logits.mean() * weight + wanted.sum()  # noqa: E731
+    found = trainer(geminifx.compile(GPT2.seeded(), loss_fn=loss_fn), tmp_path)
+    found._set_signature_columns_if_needed()
+    assert {"input_ids", "wanted", "weight"} <= set(found._signature_columns)
+
+
 def train_rows() -> list[dict[str, Any]]:
     return [dict(row) for row in classified()]
