@@ -12,10 +12,9 @@ from ..runtime.distributed.meeting import launched
 from ..runtime.distributed.ranks import ALONE, Ranks
 from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.mesh import Axis, Mesh
-from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, as_arguments, examples
 from .capture.trace import CaptureRequest
-from .memory.device import Device, gpu_limits, host_share, with_allocator
+from .memory.device import Device, gpu_limits, host_share, plans_elsewhere, with_allocator
 from .options import Options
 from .planner.memory import Limits
 from .planner.world.model import Model, resized
@@ -164,19 +163,14 @@ def _ranks(device: Device, options: Options, size: int) -> Ranks:
 
 def _limits(device: Device, options: Options, ranks: Ranks) -> Limits:
     """The limits of each process: on the cluster's devices and hosts if one is described, otherwise on this machine."""
-    host_bytes, budget_bytes = host_share(options, ranks), device.budget_bytes(options)
+    host_bytes, budget_bytes = host_share(options, ranks), device.budget_bytes(options, ranks)
     rates = rates_of(device.torch_device, options.rates, ranks.on_this_host, 0)
     if not device.is_cuda:
         return Limits(budget_bytes, 0, host_bytes, rates)
-    if options.cluster is None or options.cluster.rates is None or ranks.together:
-        device_bytes = device.memory.available_bytes if budget_bytes is None else budget_bytes
-        return with_allocator(device_bytes, device.memory.reserve_bytes, host_bytes, rates)
-    if options.device_budget is None:
-        raise ArgumentError(
-            f"the cluster is {options.cluster}, whose devices have a memory that is not known here: say "
-            "device_budget=, what may be taken of each"
-        )
-    return gpu_limits(parse_bytes(options.device_budget, of=device.total_bytes()), host_bytes, rates)
+    if plans_elsewhere(options, ranks):
+        return gpu_limits(budget_bytes, host_bytes, rates)
+    device_bytes = device.memory.available_bytes if budget_bytes is None else budget_bytes
+    return with_allocator(device_bytes, device.memory.reserve_bytes, host_bytes, rates)
 
 
 def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:

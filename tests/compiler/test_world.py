@@ -184,9 +184,23 @@ def test_what_is_not_torchs_is_left_free_on_gpus(monkeypatch: pytest.MonkeyPatch
 
 
 def test_of_a_cluster_of_cards_that_are_not_here_the_budget_must_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match="say device_budget="):
-        planned_for_gpus(monkeypatch, cluster="8-nvlink")
+    for budget in (None, "50%"):
+        with pytest.raises(ArgumentError, match="the devices of the cluster 8-nvlink have is not known here; expected"):
+            planned_for_gpus(monkeypatch, cluster="8-nvlink", device_budget=budget)
     assert planned_for_gpus(monkeypatch, cluster="8-nvlink", device_budget=2**36).world.device_bytes == 2**36
+
+
+@pytest.mark.parametrize("options", [{}, {"parallel": {"data": 8}}], ids=str)
+def test_a_budget_for_cards_that_are_not_here_is_no_share_of_this_machines_memory(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "total_bytes", lambda self: GPU_BYTES)
+    batch = (torch.zeros(2, 64),)
+    with pytest.raises(ArgumentError, match="device_budget='50%', but how much memory the devices of the cluster 8-nv"):
+        geminifx.compile(Stack(), "50%", cluster="8-nvlink", example_inputs=batch, **options)
+    model = geminifx.compile(Stack(), 2 * GPU_BYTES, cluster="8-nvlink", example_inputs=batch, **options)
+    assert model.session.limits.device_bytes == 2 * GPU_BYTES
+    assert geminifx.compile(Stack(), "50%", example_inputs=batch).session.limits.device_bytes == GPU_BYTES // 2
 
 
 def test_of_a_launched_cluster_the_devices_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
