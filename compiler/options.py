@@ -21,6 +21,7 @@ from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
+from ..runtime.optimizer.hyper_checks import is_number
 from .parallel import Parallel, cannot_run
 from .rates.choice import given_rates
 from .rates.clusters import Cluster, given_cluster
@@ -268,6 +269,7 @@ class Options:
 
 
 def _is_count(value: Any, least: int) -> bool:
+    """Whether the value is an int, which True and False are not meant to be."""
     return type(value) is int and value >= least
 
 
@@ -302,7 +304,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "world_size": (lambda value: value is None or _is_count(value, 1), "a number of processes, 1 or more"),
     "timeout_s": (
-        lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a positive number of seconds",
+        lambda value: is_number(value) and 0 < value < math.inf, "a positive number of seconds",
     ),
     "fuse_loss": (lambda value: value == "auto" or isinstance(value, bool), "'auto', True or False"),
     "schedule": (

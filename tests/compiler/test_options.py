@@ -67,6 +67,34 @@ def test_a_mistake_is_answered(options: dict[str, Any], answer: str) -> None:
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
 
 
+NUMBERS = (
+    "device_budget", "host_budget", "world_size", "microbatches", "rounds", "optimizer_state_bytes", "timeout_s",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_true_and_false_are_no_numbers(name: str, given: bool) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{name}.*{given}.*; expected "):
+        Options.of({name: given})
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"data": True}, {"zero": True}, {"pipeline": True}, {"pipeline": {"ranks": 2, "stages": True}},
+     {"tensor": {"mode": "1d", "size": True}}, {"tensor": {"mode": "2.5d", "size": 8, "depth": True}}],
+    ids=str,
+)  # fmt: skip
+def test_true_is_no_degree(parallel: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="True"):
+        Options.of({"parallel": parallel})
+
+
+def test_every_option_that_defaults_to_a_number_is_among_these() -> None:
+    numeric = {f.name for f in fields(Options) if type(f.default) in (int, float)}
+    assert numeric <= set(NUMBERS)
+
+
 def test_cuda_without_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         geminifx.compile(MLP.seeded(), device="cuda")
