@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import gcd, inf
@@ -32,7 +31,6 @@ from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
-from .refusal import HostBudgetError
 from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
@@ -57,6 +55,8 @@ NOT_TOGETHER = (
     "the plan's chunks do not hold what the optimizer updates together: parameters by one rule each, and whole ones "
     "on the device or streamed through it; save a plan that was made after model.optimizer(...) had declared them"
 )
+HOST_ALONE, ANY_TIER = ("host",), ("host", "device", "")
+"""The tiers of a BudgetError for which a leaner format is tried."""
 NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
 
 
@@ -248,7 +248,7 @@ class Planning:
                 self._check_owned(captured, given)
             accept = partial(self._accept, lower)
             kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
-            return self._either(accept, given, kinds, BudgetError)
+            return self._either(accept, given, kinds, ANY_TIER)
         staged = replace(
             self.shared(), microbatches=microbatches, rounds=rounds, blocks=runs, line=self.line,
             stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches),
@@ -267,7 +267,7 @@ class Planning:
         constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
         ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
-        return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
+        return self._either(find, draft, _Formats(format, torchs, ours), HOST_ALONE)
 
     def _accept(self, lower: Lower, plan: Plan) -> Solution:
         try:
@@ -321,11 +321,11 @@ class Planning:
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
-                excused: type[BudgetError]) -> Decision:  # fmt: skip
+                excused: tuple[str, ...]) -> Decision:  # fmt: skip
         """Decides for the optimizer in use. Returns a plan, and an error that refuses steps until
         `model.optimizer(...)` is called, or None. The error comes where torch's state does not fit but one of `ours`
         does, since the user chooses an optimizer only after compiling, and where chunks are sharded, which only our own
-        optimizer supports."""
+        optimizer supports. A refusal of torch's state is an error at once where its tier is not `excused`."""
         declared, ours = formats.declared, formats.ours
         if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
             return find(replace(plan, format=next(iter(ours), OwnFormat()))), StateError(
@@ -333,8 +333,8 @@ class Planning:
             )
         try:
             return find(replace(plan, format=declared or formats.torchs)), None
-        except excused as refusal:
-            if declared is not None or not ours:
+        except BudgetError as refusal:
+            if declared is not None or not ours or refusal.tier not in excused:
                 raise
             return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
@@ -369,12 +369,15 @@ class Planning:
 
 
 def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tuple[StateFormat, ...],
-                     excused: type[BudgetError]) -> Solution:  # fmt: skip
+                     excused: tuple[str, ...]) -> Solution:  # fmt: skip
     """The plan for the first format that fits. Where none does, raises the error of the last."""
     *others, last = formats
     for format in others:
-        with suppress(excused):
+        try:
             return find(replace(plan, format=format))
+        except BudgetError as refusal:
+            if refusal.tier not in excused:
+                raise
     return find(replace(plan, format=last))
 
 

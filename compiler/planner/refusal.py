@@ -10,10 +10,6 @@ from ...runtime.isa.units import format_bytes
 from .memory import Limits
 
 
-class HostBudgetError(BudgetError):
-    """The training state, together with what is offloaded, does not fit the host."""
-
-
 def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetError:
     """The error that explains why none of these plans can run. Where some fit the device, it is about the host;
     otherwise it is about the plan with the lowest peak."""
@@ -34,12 +30,12 @@ def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetEr
     )
 
 
-def _host_refusal(expected: Estimate, limits: Limits) -> HostBudgetError:
+def _host_refusal(expected: Estimate, limits: Limits) -> BudgetError:
     needs, less = f"the training state needs {format_bytes(expected.host_bytes)} of host memory", ""
     if expected.offloaded_bytes:
         needs += f", with {format_bytes(expected.offloaded_bytes)} of offloaded activations"
         less = ", offload fewer blocks (offload=)"
-    return HostBudgetError(
+    return BudgetError(
         f"{needs}, {format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget{less}, or raise "
         "device_budget so that more of it lies on the device. model.optimizer(..., in_backward=True) needs less, and "
         "with moments='bf16' or 'int8', and masters='bf16-stochastic', less still",
