@@ -1,6 +1,7 @@
 """Puts chunks and buffers where a plan wants them; weights on `meta` get places there and wait for their values."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -42,7 +43,7 @@ class Places:
         self.source, self.ranks, self.device = source, ranks, device
         self.incoming: Incoming | None = None
         self.homes: Homes = ()
-        self._are_shared = False
+        self._are_shared = self._are_placed = False  # on all ranks, for the optimizer that was declared
         self._declared: Declaration | None = None
 
     @property
@@ -64,14 +65,18 @@ class Places:
     def put(self, setup: Setup, homes: Homes, programs: Iterable[Compiled], phase: Phase,
             declared: Declaration | None) -> None:  # fmt: skip
         """Puts all values where `homes` say. Weights on `meta` get places for values, which must be the same on every
-        rank."""
+        rank. If one rank has no room for its values, all ranks raise."""
         are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
+        # All ranks come here for the first places and for those of an optimizer; for new homes some may come alone.
+        are_together = not self._are_placed or declared is not self._declared
+        failing_alike = self.ranks.failing_alike if are_together else nullcontext
         with torch.inference_mode(False), torch.no_grad():
-            if are_empty:
-                give_buffers(self.source)
-            if self.device.is_cuda:
-                move_buffers(self.source, device)
-            if phase is Phase.PLANNED:  # later calls, for new homes, may come on some ranks only
+            with failing_alike(), store.hardware.placing():
+                if are_empty:
+                    give_buffers(self.source)
+                if self.device.is_cuda:
+                    move_buffers(self.source, device)
+            if phase is Phase.PLANNED:
                 self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), device)
                 open_channels(self.ranks, channels(setup.plan, programs))
             self._check_alike(setup, declared)
@@ -80,9 +85,9 @@ class Places:
                 if not are_empty:
                     share_values(self.source, self.ranks, device, store.chunks)
             self._are_shared = True
-            with without_weak_references(self.source):
+            with failing_alike(), without_weak_references(self.source):
                 store.place(homes)
-        self.homes = homes
+        self.homes, self._are_placed = homes, True
 
     def bring(self, store: StateStore, half_loaded: HalfLoaded) -> None:
         """Reads the values that are due, if any are, into their places. If that fails, they are half loaded."""
@@ -101,4 +106,5 @@ class Places:
         if not self._are_shared or declared is not self._declared:
             digest = "" if declared is None else declared.digest
             self.ranks.check_alike("model.optimizer(...), with its seed and options,", digest)
+            self._are_placed = False
         self._declared = declared

@@ -75,7 +75,7 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("other chances later", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs"),
         ("other rates", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
         ("declared by none", "StateError", "zero=2 divides the training state of the model's own optimizer alone"),
-        ("declared by one", "StateError", "ranks came to exchange different things. rank 0: an exchange of objects"),
+        ("declared by one", "StateError", "zero=2 divides the training state of the model's own optimizer alone"),
         ("an update less", "StateError", "rank 1: the forward of a training step behind 0 update(s). All of them must"),
     ],
 )
@@ -99,6 +99,14 @@ def test_what_fails_on_one_rank_is_told_on_the_others(said, fault: str, error: s
     (others, told), (own, text) = (rank[fault] for rank in said)
     assert own == error and message in text
     assert others == "StateError" and told == f"rank 1 failed with {error}: {text}"
+
+
+@pytest.mark.slow
+@TOGETHER
+@pytest.mark.parametrize("fault", ["no room for buffers", "no room for weights"])
+def test_memory_that_one_rank_lacks_for_its_values_is_an_error_of_all(said, fault: str) -> None:
+    (others, told), (own, text) = (rank[fault] for rank in said)
+    assert own == others == "BudgetError" and told == f"rank 1 failed with {own}: {text}"
 
 
 @pytest.mark.slow
