@@ -217,9 +217,9 @@ def turned(program: Program, plan: Plan) -> Violation | None:
         if node.target is TURN:
             past = True
         elif note(node).phase == "backward" and (not past or not turns):
-            return Violation(node, "a backward node in front of the turn", "forward nodes only")
+            return Violation(node, "a backward node before the turn", "forward nodes only")
         elif note(node).phase == "forward" and past and turns:
-            return Violation(node, "a forward node behind the turn", "backward nodes only")
+            return Violation(node, "a forward node after the turn", "backward nodes only")
     return None
 
 
@@ -362,7 +362,7 @@ def _left_alone(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None
     for reader in sorted(readers, key=order.__getitem__):
         if order[reader] > order[depart]:
             return Violation(
-                reader, f"reads {value.name}, which has left for the host", "what geminifx.arrive returned"
+                reader, f"reads {value.name}, which is offloaded to the host", "what geminifx.arrive returned"
             )
         overwrites = any(item is value or item in readers for item in overwritten_inputs(reader))
         if order[reader] > order[offload] and reader.target not in (DEPART, SEND, FINISH_SEND) and overwrites:

@@ -101,7 +101,7 @@ def _parsed(text: str, axes: tuple[Axis, ...]) -> Placements:
     except ValueError as error:
         names = ", ".join(axis.name for axis in axes)
         raise ShardingError(
-            f"parallel: the table has the placement {text!r}, which is not understood ({error}); expected R, or an "
+            f"parallel: the table has the placement {text!r}, which cannot be parsed ({error}); expected R, or an "
             f"axis ({names}) and a dimension, such as {axes[0].name}=S0"
         ) from error
 
@@ -124,15 +124,16 @@ def _check_replicated(name: str, placements: Placements, axes: tuple[Axis, ...])
     for placement, axis in zip(placements, axes, strict=True):
         if axis.kind == "replica" and placement != REPLICATE:
             raise ShardingError(
-                f"parallel: the table has {placement} for {name} on {axis.name}, along which all processes have the "
-                "same weights; leave that axis out (zero=3 divides weights over it)"
+                f"parallel: the table has {placement} for {name} on {axis.name}, an axis along which all processes "
+                "hold the same weights; leave that axis out (zero=3 divides weights over it)"
             )
 
 
 def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> None:
     if PARTIAL in placements:
         raise ShardingError(
-            f"parallel: the table has P for {name}: a parameter is no sum; expected R, or S and a dimension"
+            f"parallel: the table has P for {name}, but a parameter is not a partial sum; expected R, or S and a "
+            "dimension"
         )
     taken = [1] * len(shape)
     for placement, axis in zip(placements, axes, strict=True):
@@ -148,7 +149,8 @@ def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, ax
             within = "" if sections == 1 else f" in {sections} sections"
             raise ShardingError(
                 f"parallel: the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}, "
-                "by which it does not divide"
+                "and its size is not divisible by that; choose another dimension, or another size= for "
+                "parallel['tensor']"
             )
 
 

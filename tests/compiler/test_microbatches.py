@@ -323,7 +323,10 @@ MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "own numbers": (lambda a, b: (a.sum(1) * torch.arange(len(a))).sum(), "mixes examples|another argument"),
     "a backward of its own": (lambda a, b: F.mse_loss(Halved.apply(a), b), "Halved has a backward of its own"),
     "a hook": (hooked, "registers a hook"),
-    "another branch": (lambda a, b: F.mse_loss(a, b) if len(a) > 3 else F.l1_loss(a, b), "in a microbatch's program"),
+    "another branch": (
+        lambda a, b: F.mse_loss(a, b) if len(a) > 3 else F.l1_loss(a, b),
+        "in the program of a microbatch",
+    ),
 }
 
 
@@ -374,7 +377,7 @@ def test_a_batch_that_does_not_divide_leaves_the_model_as_it_was() -> None:
 
 def test_a_half_precision_loss_is_divided_by_powers_of_two_alone() -> None:
     example = {"precision": "bf16", "example_inputs": both()}
-    with pytest.raises(SplitError, match=r"microbatches=3: a loss in torch\.bfloat16 is not divided by 3"):
+    with pytest.raises(SplitError, match=r"microbatches=3: dividing a loss in torch\.bfloat16 by 3"):
         geminifx.compile(Loss(F.mse_loss), microbatches=3, **example)
     assert geminifx.compile(Loss(F.mse_loss), microbatches=2, **example).plan.microbatches == 2
 

@@ -295,15 +295,17 @@ WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 
 
 def test_what_cannot_begin_its_backward_early_is_refused() -> None:
-    with pytest.raises(SplitError, match=r"microbatches=4: rounds begin with the backward before .*loss_fn="):
+    with pytest.raises(SplitError, match=r"microbatches=4: rounds run backwards before .*loss_fn="):
         compiled(CASES["loss outside"], microbatches=4, rounds=2)
-    with pytest.raises(SplitError, match=r"microbatches=4: rounds begin with .* leave outputs='all' out"):
+    with pytest.raises(SplitError, match=r"microbatches=4: rounds run backwards .* leave outputs='all' out"):
         compiled(LLAMA_LOSS, microbatches=4, rounds=2, outputs="all")
     weighed = Loss(lambda a, b: F.cross_entropy(a, b.argmax(-1), weight=WEIGHTS))
-    with pytest.raises(SplitError, match="a step in rounds counts the tokens of its loss, and this one has weights"):
+    with pytest.raises(
+        SplitError, match="a step in rounds averages its loss over tokens, and this loss has class weights"
+    ):
         geminifx.compile(weighed, microbatches=2, rounds=2, example_inputs=both())
     inputs = (both()[0].requires_grad_(), both()[1])
-    with pytest.raises(SplitError, match="rounds add up gradients of parameters alone"):
+    with pytest.raises(SplitError, match="rounds accumulate gradients of parameters only"):
         geminifx.compile(Loss(F.mse_loss), microbatches=2, rounds=2, example_inputs=inputs)
 
 
