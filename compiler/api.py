@@ -46,7 +46,9 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     if not isinstance(model, nn.Module):
         raise wrong_argument("model", model, "a torch.nn.Module")
     if isinstance(model, CompiledModule):
-        raise ArgumentError("model: it is compiled already; compile the model it was made from with other options")
+        raise ArgumentError(
+            "model: this model is already compiled; to change options, compile the original model again"
+        )
     refuse(model)
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
     with restored_on_failure(model):

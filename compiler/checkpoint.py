@@ -189,18 +189,20 @@ def _check_tensors(expected: Tensors, found: Tensors) -> None:
         if 0 in own_shape:
             continue
         if name not in found:
-            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, the checkpoint lacks it")
+            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, but the checkpoint lacks it")
         shape, dtype = found[name]
         if shape != own_shape:
-            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, the checkpoint has shape {shape}")
+            raise CheckpointError(
+                f"nothing was loaded: {name} has shape {own_shape}, but shape {shape} in the checkpoint"
+            )
         if not is_exact(dtype, own_dtype):
             raise CheckpointError(
-                f"nothing was loaded: {name} is {own_dtype}, the checkpoint has {dtype}, which that does not hold "
-                "exactly; compile the model as it was when it was saved"
+                f"nothing was loaded: {name} is {own_dtype}, but {dtype} in the checkpoint, which {own_dtype} cannot "
+                "represent exactly; compile the model with the same options as when it was saved"
             )
     others = [name for name in found if name.startswith("model.") and name not in expected]
     if others:
         raise CheckpointError(
             f"nothing was loaded: the checkpoint has {', '.join(others[:3])}{', ...' * (len(others) > 3)}, which the "
-            "model lacks; it is of another model"
+            "model lacks; it belongs to another model"
         )

@@ -224,8 +224,8 @@ class CompiledModule(Facade):
         self.session.half_loaded.check()
         if not self.session.places.are_empty:
             raise StateError(
-                f"{name}() gives values to weights on 'meta', and this model's have some; build it inside of "
-                "geminifx.init_empty(), or use load_state_dict()"
+                f"{name}() is for weights on 'meta', but this model's weights already have values; build the model "
+                "inside geminifx.init_empty(), or use load_state_dict()"
             )
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = DEFAULT.max_shard_bytes,
@@ -323,7 +323,10 @@ class CompiledModule(Facade):
         """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None. Raises
         StateError in a pipeline, where the other ranks would wait for this rank's messages."""
         if self.session.ranks.mesh.pipeline_axes:
-            raise StateError("first_nonfinite() is for models on one process, or whose layers all ranks run")
+            raise StateError(
+                "first_nonfinite() does not support pipelines; call it on a model that runs without pipeline= in "
+                "parallel="
+            )
         compiled = self.session.program(args, kwargs)
         self.session.ready(backward=False)
         return first_nonfinite(compiled.flat, compiled.executor, self.session.inputs(compiled, args, kwargs))

@@ -213,7 +213,7 @@ class Session:
         if self._declared is not None:
             raise StateError(
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
-                "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
+                "through its param_groups, add_param_group() and load_state_dict(), or compile the model again"
             )
         if self._failure is not None:
             raise self._failure

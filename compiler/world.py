@@ -79,15 +79,15 @@ def settle(model: nn.Module, options: Options) -> Settled:
     if options.frozen is not None or quantized_weights(model):
         if options.parallel == "auto":
             raise ArgumentError(
-                "parallel='auto' does not know what weights take that are kept as codes; say how the processes share "
-                "the work, such as parallel={'data': 8}"
+                "parallel='auto' does not know the memory of quantised weights; choose how the processes share the "
+                "work, such as parallel={'data': 8}"
             )
         return Settled(options, notes=(FROZEN,))
     arguments = _arguments(model, options)
     if arguments is None or not examples(arguments):
         if options.parallel == "auto":
             raise ArgumentError(
-                "parallel='auto' chooses by a training step; pass one process's batch as example_inputs="
+                "parallel='auto' needs a training step to choose by; pass the batch of one process as example_inputs="
             )
         return Settled(options, notes=(UNKNOWN_INPUTS,))
     try:
@@ -145,7 +145,7 @@ def _check_cluster(options: Options, count: int) -> None:
     here = "" if on_this_host is None else f", {on_this_host} on this machine (LOCAL_WORLD_SIZE)"
     raise ArgumentError(
         f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {count} processes were launched{here}; "
-        "expected one for each device: describe the cluster that there is"
+        "expected one process per device: describe the cluster that was launched"
     )
 
 

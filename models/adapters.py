@@ -100,10 +100,10 @@ def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str])
         replacers = mask_replacers(module) if isinstance(module, PreTrainedModel) else []
         if replacers and module.config._attn_implementation != "eager":
             raise CaptureError(
-                f"{replacers[0]} sees all keys, later ones too, where it is given no mask, and transformers gives it "
-                f"none under attn_implementation={module.config._attn_implementation!r} where attention_mask hides "
-                "nothing: what it computes depends on the mask's values; load it with attn_implementation='eager', or "
-                "call it without attention_mask"
+                f"{replacers[0]} attends to all keys, later ones too, when it gets no mask, and with "
+                f"attn_implementation={module.config._attn_implementation!r} transformers passes none when "
+                "attention_mask masks nothing, so the result depends on the mask's values; load the model with "
+                "attn_implementation='eager', or call it without attention_mask"
             )
 
 
@@ -123,8 +123,8 @@ def _refuse_layerdrop(model: nn.Module) -> None:
             # If modules have copies of their own, the forward reads those.
             if value and not (owned and name.startswith("config.")):
                 raise CaptureError(
-                    f"{path or type(module).__name__}.{name} is {value}: layers are skipped at random, so "
-                    "there is no one graph to capture; expected 0. Set it to 0, or call model.eval()"
+                    f"{path or type(module).__name__}.{name} is {value}: layers are skipped at random, so there is no "
+                    "single graph to capture; expected 0. Set it to 0, or call model.eval()"
                 )
 
 

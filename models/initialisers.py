@@ -153,8 +153,8 @@ class _Replay:
             written = module._parameters[name]
             if written is not None and written._version:
                 raise StateError(
-                    f"{self.paths[id(module)]}.{name} is initialised by a module around its block, once more; load "
-                    "values with load_state_dict(...)"
+                    f"{self.paths[id(module)]}.{name} is also initialised by a module that contains its block, which "
+                    "initialize() does not support; load values with load_state_dict(...)"
                 )
 
 

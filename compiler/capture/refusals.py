@@ -32,8 +32,8 @@ def refuse(model: nn.Module) -> None:
             raise ValueError(f"parameter {name} has no shape yet; call the lazy module once before it is compiled")
         if parameter.is_complex() and parameter.requires_grad:
             raise ValueError(
-                f"parameter {name} is complex, and training state is of real numbers; keep its real and imaginary "
-                "parts as two parameters and join them by torch.complex() where they are used"
+                f"parameter {name} is complex, but training state consists of real numbers; keep its real and "
+                "imaginary parts as two parameters and join them by torch.complex() where they are used"
             )
 
 

@@ -22,7 +22,10 @@ def input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[s
             return f"tangent:{i}", f"tangent_{i}"
         case private.TangentAOTInput(output=private.InputMutationAOTOutput(mutated_input=written)):
             raise _written(written, names, leaves)
-    raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
+    raise CaptureError(
+        f"the model's input {description} is of a type that cannot be captured; expected tensors, numbers, strings or "
+        "None"
+    )
 
 
 def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
@@ -38,7 +41,10 @@ def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
             return f"mutation:{without_prefix(target)}"
         case private.InputMutationAOTOutput(mutated_input=written):
             raise _written(written, names, leaves)
-    raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
+    raise CaptureError(
+        f"the model's result {description} is of a type that cannot be captured; expected tensors, numbers, strings "
+        "or None"
+    )
 
 
 def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureError:

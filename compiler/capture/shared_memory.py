@@ -49,9 +49,9 @@ def check_trained(model: nn.Module) -> None:
                 ".clone() if its values should stay as they are"
             )
         raise ValueError(
-            f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
-            "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
-            "and transpose it where it is used"
+            f"{first} and {second} are two tensors that share memory, as .data = and nn.Parameter(w.t()) make them, "
+            "which a compiled model cannot preserve; tie them as one parameter, second.weight = first.weight, and "
+            "transpose it where it is used"
         )
 
 

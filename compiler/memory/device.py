@@ -50,7 +50,7 @@ def _own_device() -> int:
     if local >= count:
         raise StateError(
             f"LOCAL_RANK is {local}, but {count} devices are visible; launch as many processes on a machine as it has "
-            "devices, or show each process one by CUDA_VISIBLE_DEVICES"
+            "devices, or make one visible to each process with CUDA_VISIBLE_DEVICES"
         )
     return local
 

@@ -35,8 +35,8 @@ def check_plan(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[st
     violation = next(_violations(plan, parameters, blocks, dtypes, pipeline_rank), None)
     if violation is not None:
         raise ArgumentError(
-            f"the plan does not fit this model: {violation.field} is {violation.found}, expected {violation.expected}; "
-            "make a plan for this model with geminifx.compile(...).plan.save(path)"
+            f"the plan does not fit this model: {violation.field} is {violation.found}, expected "
+            f"{violation.expected}; save a plan of this model with geminifx.compile(...).plan.save(path)"
         )
 
 

@@ -35,8 +35,8 @@ from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_byt
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
-    "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
-    "lr=...) before the first step and step that, or leave zero out of parallel="
+    "zero={} divides only the training state of model.optimizer(...): call model.optimizer(torch.optim.AdamW, lr=...) "
+    "before the first step and use that optimizer, or leave zero out of parallel="
 )
 LEANER = (
     OwnFormat(),
@@ -142,12 +142,14 @@ class Planning:
         shape = (1, 1) if found is None else (len(found.ranks), found.stages)
         if shape != expected:
             raise ArgumentError(
-                f"the schedule is of {shape[0]} ranks and {shape[1]} stages, and parallel= declares {expected[0]} and "
-                f"{expected[1]}; let both say the same"
+                f"the schedule has {shape[0]} ranks and {shape[1]} stages, but parallel= declares {expected[0]} and "
+                f"{expected[1]}; make both agree"
             )
         asked = self.options.microbatches
         if found is not None and asked not in ("auto", found.microbatches):
-            raise ArgumentError(f"the schedule is of {found.microbatches} microbatches, and microbatches={asked}")
+            raise ArgumentError(
+                f"the schedule has {found.microbatches} microbatches, but microbatches={asked}; make both agree"
+            )
         if found is not None:
             check_schedule(found)
         return found
@@ -229,8 +231,8 @@ class Planning:
         if given is not None:
             if given.line != self.line:
                 raise ArgumentError(
-                    f"plan= is of rank {given.line} of the pipeline, and this process is rank {self.line}; each of "
-                    "them has a plan of its own: save one on every rank"
+                    f"plan= belongs to rank {given.line} of the pipeline, but this process is rank {self.line}; every "
+                    "rank has a plan of its own: save and load one on each rank"
                 )
             request = self._request(given.request.policy)
             if request.kernels == "exact":
@@ -275,8 +277,8 @@ class Planning:
         except BudgetError as refusal:
             if self.agreed is not None:
                 refusal.args = (
-                    f"{refusal}. That is by the plan that all ranks keep to since their first training step: begin "
-                    "with the largest batch",
+                    f"{refusal}. All ranks keep the plan of their first training step, and this batch does not fit "
+                    "it: begin with the largest batch",
                 )
             raise
 
@@ -306,7 +308,7 @@ class Planning:
         if wrong is not None:
             raise ArgumentError(
                 f"the plan does not fit this model: by its stages rank(s) {owned.get(wrong)} read {wrong!r}, by its "
-                f"layout {given.layout.owners[wrong]} have it; leave stages as they are where several ranks have some"
+                f"layout {given.layout.owners[wrong]} own it; do not change the stages of a plan for several ranks"
             )
 
     def _layout(self, captured: Captured, plan: Plan, format: OwnFormat | None) -> Layout:
@@ -364,7 +366,7 @@ class Planning:
         unknown = [name for name in chosen if name not in self.blocks]
         if unknown:
             blocks = ", ".join(self.blocks)
-            raise ArgumentError(f"{option} names {unknown[0]!r}, which is no block; the blocks are {blocks}")
+            raise ArgumentError(f"{option} names {unknown[0]!r}, which is not a block; the blocks are {blocks}")
         return chosen
 
 

@@ -81,7 +81,7 @@ def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measurements
     try:
         return Bench(device, effort, ranks).measure()
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise BusyError(f"there is no room to measure in: {error}") from error
+        raise BusyError(f"there is not enough free memory to measure: {error}") from error
     finally:
         gc.collect()
         if device.type == "cuda":

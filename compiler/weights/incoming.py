@@ -46,8 +46,8 @@ class FromInitialisers:
         """Raises StateError if weights are quantised, since codes cannot be drawn."""
         if quantized_weights(source):
             raise StateError(
-                "random values are for weights as they are, and some of this model's are quantised: load all of them "
-                "from files, or give them values before compile(frozen=)"
+                "quantised weights cannot be initialised at random, and some weights of this model are quantised: "
+                "load all of them from files, or initialise the model before compile(frozen=)"
             )
         return cls(source, _empty(source, shapes), seed, names)
 
@@ -114,7 +114,8 @@ class FromFiles:
         if missing and strict:
             raise CheckpointError(
                 f"nothing was loaded: {directory} lacks {told}{others}. With strict=False they are initialised at "
-                "random; files whose weights go by other names transformers loads, whose model compile() takes"
+                "random. If the files use other names for the weights, load them with transformers and compile that "
+                "model"
             )
         if missing:
             warnings.warn(f"{directory} lacks {told}, which are initialised at random{others}", stacklevel=3)
@@ -243,13 +244,13 @@ def _check_shapes(own: dict[str, Tensor], shapes: Shapes, entries: dict[str, Ent
         shape = shapes.get(name, tuple(tensor.shape))
         if entry.shape != shape:
             raise CheckpointError(
-                f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, the model "
-                f"{shape}; the files are of another model"
+                f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, but {shape} in "
+                "the model; the files belong to another model"
             )
         if entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise CheckpointError(
-                f"nothing was loaded: {name} is {tensor.dtype}, and {entry.dtype} in {entry.file}; of quantised "
-                "weights those of bitsandbytes are read"
+                f"nothing was loaded: {name} is {tensor.dtype}, but {entry.dtype} in {entry.file}; the only quantised "
+                "files that can be read are those of bitsandbytes"
             )
 
 
@@ -272,8 +273,8 @@ def _check_same(name: str, target: Stored, slices: Any) -> None:
         target.write(region, _everywhere(region), slices[_slices(region)])
         if not torch.equal(before, target.read(region)):
             raise CheckpointError(
-                f"{name} and another weight of the files are one parameter of the model, tied, and have different "
-                "values; set tie_word_embeddings=False in the configuration, or take files of this model"
+                f"{name} and another weight have different values in the files, but are tied to one parameter in the "
+                "model; set tie_word_embeddings=False in the configuration, or use files of this model"
             )
 
 

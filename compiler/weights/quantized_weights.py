@@ -51,17 +51,17 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
     others = {dequantized.format for dequantized in earlier} - {format}
     if format is not None and others:
         raise ArgumentError(
-            f"frozen={format!r}, but weights of the model are kept as {', '.join(sorted(others))} already, by "
-            "an earlier compile(), or by bitsandbytes or torchao; leave frozen= out, or build the model anew with "
-            "weights that are not quantised"
+            f"frozen={format!r}, but weights of the model are already quantised as {', '.join(sorted(others))}, by an "
+            "earlier compile(), bitsandbytes or torchao; leave frozen= out, or build the model again without "
+            "quantised weights"
         )
     for dequantized in earlier:
         dequantized.dtype = cast_dtype(torch.empty(0, dtype=dequantized.dtype_before), compute_dtype)
     layers = [] if format is None else list(_frozen_layers(source))
     if format is not None and not layers and not earlier:
         raise ArgumentError(
-            f"frozen={format!r} is for weights of nn.Linear that are not trained, and the model has none; call "
-            "requires_grad_(False) on what is to be frozen before compile()"
+            f"frozen={format!r} is for frozen weights of nn.Linear, but the model has none; call "
+            "requires_grad_(False) on the layers to freeze before compile()"
         )
     for path, layer in layers:
         assert format is not None

@@ -351,8 +351,7 @@ def _of_no_example(program: Program) -> set[fx.Node]:
         if not found.isdisjoint(terms(gradient)):
             raise ShardingError(
                 f"the gradient of {name} does not depend on the batch, as with a penalty on weights, and in a "
-                "round-robin schedule no single rank owns that weight; use a schedule whose stages have ranks of "
-                "their own, such as schedule='1f1b'"
+                "round-robin schedule no rank owns that weight; use a schedule such as '1f1b'"
             )
     return found
 

@@ -65,7 +65,9 @@ class LocalShards:
             return whole
         expected = self.whole_shape(slot)
         if tuple(whole.shape) != expected:
-            raise ValueError(f"parameter {slot.name} has shape {expected}, the value {tuple(whole.shape)}")
+            raise ValueError(
+                f"parameter {slot.name} has shape {expected}, but the value has shape {tuple(whole.shape)}"
+            )
         return local_shard(whole, self.placements(slot), self.ranks.mesh, self.ranks.rank)
 
     def join(self, shard: Tensor, slot: Slot, device: torch.device) -> Tensor:

@@ -63,8 +63,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"torch {torch.__version__} lacks a private interface that geminifx captures with ({error}); "
-        "install a checked version: pip install 'torch>=2.11,<2.14'"
+        f"torch {torch.__version__} lacks a private interface that geminifx needs for capture ({error}); install a "
+        "checked version: pip install 'torch>=2.11,<2.14'"
     ) from error
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)

@@ -194,8 +194,8 @@ class _View(Tensor):
 def refuse_gradient(gradient: Tensor) -> None:
     """The hook of lazy parameters: raises, because autograd would put the gradient where no step ever looks."""
     raise StateError(
-        "a gradient reached a parameter from outside of the compiled model, as that of a penalty on weights does; "
-        "model.optimizer(...) would not see it. Compute such a loss inside of the model's forward, or detach the "
+        "a gradient reached a parameter from outside the compiled model, for example from a penalty on weights; "
+        "model.optimizer(...) would not see it. Compute such a loss inside the model's forward, or detach the "
         "parameter"
     )
 

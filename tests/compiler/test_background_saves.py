@@ -114,9 +114,9 @@ def test_a_failure_of_the_thread_is_told_once(tmp_path: Path, monkeypatch: pytes
 def test_what_fails_before_all_is_copied_is_raised_by_the_call(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("...")
     model = compiled()
-    with pytest.raises(CheckpointError, match="holds files but no such checkpoint"):
+    with pytest.raises(CheckpointError, match="contains files that are not a checkpoint"):
         geminifx.save_checkpoint(model, None, tmp_path, background=True)
-    with pytest.raises(CheckpointError, match="does not load without running code"):
+    with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         geminifx.save_checkpoint(model, None, tmp_path / "saved", extra={"f": full}, background=True)
     geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True).result()
 

@@ -255,7 +255,7 @@ class Learned(nn.Module):
         ("mse", "loss_fn='mse'; expected a function of what the model returns"),
         (lambda output: output.sum(), r"loss_fn takes \(output\); expected a function of what the model returns and"),
         (lambda output, *targets: output.sum(), r"loss_fn takes \(output, \*targets\); expected"),
-        (Learned(), "loss_fn has parameters, which nobody would train; make it a part of the model"),
+        (Learned(), "loss_fn has parameters, which would not be trained; make it a part of the model"),
     ],
 )
 def test_what_is_no_loss_function_is_refused(loss_fn: Any, message: str) -> None:

@@ -142,7 +142,7 @@ def test_gradients_of_a_part_of_a_backward_are_not_added_to(route: str, monkeypa
         with pytest.raises(KeyboardInterrupt):
             backward(model, 1)
     for _ in range(2):
-        with pytest.raises(StateError, match=r"call zero_grad\(\), and begin the step anew"):
+        with pytest.raises(StateError, match=r"call zero_grad\(\), and repeat the step"):
             backward(model, 1)
     ours.zero_grad(set_to_none=route != "torch's")
     for trained, optimizer in ((model, ours), (other, theirs)):
@@ -163,7 +163,7 @@ def test_a_backward_that_fails_in_the_middle_of_its_updates_is_told_by_all_that_
         with pytest.raises(MemoryError, match="no room"):
             model(batch(0)).sum().backward()
     for follows in (optimizer.zero_grad, optimizer.step, lambda: model(batch(0))):
-        with pytest.raises(StateError, match="failed when some parameters were updated already"):
+        with pytest.raises(StateError, match="failed after some parameters were updated"):
             follows()
 
 

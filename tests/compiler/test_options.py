@@ -21,9 +21,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device_budget": "0GB"}, "at least one byte"),
     ({"device_budget": -1}, "at least one byte"),
     ({"device_budget": "-24GB"}, "at least one byte"),
-    ({"device_budget": "101%"}, "more than all the memory"),
+    ({"device_budget": "101%"}, "more than the memory that exists"),
     ({"device_budget": float("inf")}, "cannot be inf"),
-    ({"device_budget": True}, "means nothing"),
+    ({"device_budget": True}, "is not an amount of memory"),
     ({"host_budget": "3 bananas"}, "unknown unit 'bananas'"),
     ({"placement": "gpu"}, "placement='gpu'; expected one of 'cuda', 'cpu', 'auto'"),
     ({"placement": "atuo"}, "did you mean 'auto'"),
@@ -101,7 +101,7 @@ def test_cuda_without_cuda_is_refused() -> None:
 
 
 def test_blocks_to_recompute_must_exist() -> None:
-    with pytest.raises(ValueError, match=r"'layers\.9', which is no block; the blocks are model\.decoder\.layers"):
+    with pytest.raises(ValueError, match=r"'layers\.9', which is not a block; the blocks are model\.decoder\.layers"):
         compiled(OPT, recompute=("layers.9",))
 
 

@@ -95,7 +95,7 @@ def test_weights_that_are_tied_by_their_memory_are_refused(how: str) -> None:
     tie, names = SHARED[how]
     model = pair()
     tie(model)
-    with pytest.raises(ValueError, match=rf"{names} are two tensors over one memory.*tie them as one parameter"):
+    with pytest.raises(ValueError, match=rf"{names} are two tensors that share memory.*tie them as one parameter"):
         geminifx.compile(model)
 
 
@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "old spectral_norm, called": (called_spectral_norm, "use torch.nn.utils.parametrizations"),
     "pruned": (pruned, "make pruning permanent by prune.remove()"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "parameter 0.weight has no shape yet; call the lazy module once"),
-    "complex": (complex_weight, "parameter turn is complex, and training state is of real numbers"),
+    "complex": (complex_weight, "parameter turn is complex, but training state consists of real numbers"),
 }
 
 
@@ -489,7 +489,7 @@ def test_frozen_integers_beside_what_our_optimizer_trains(dtype: torch.dtype, in
     fixed = dict(model.named_parameters())["fixed"]
     assert fixed.dtype == dtype and not fixed.requires_grad and (in_backward or fixed.grad is None)
     assert torch.equal(fixed.detach(), Quantized(dtype).fixed)
-    with pytest.raises(StateError, match="parameter fixed was to be written"), torch.no_grad():
+    with pytest.raises(StateError, match="parameter fixed cannot be written"), torch.no_grad():
         fixed.zero_()
 
 

@@ -272,7 +272,7 @@ def test_a_plan_says_how_many_rounds_and_is_fed_back() -> None:
     for changes in ({"rounds": 3}, {"rounds": 0}):
         with pytest.raises(ArgumentError, match=r"rounds is [03], expected rounds of as many of the 4 microbatches"):
             compiled(case, plan=replace(plan, **changes))
-    with pytest.raises(ArgumentError, match="rounds=4, and plan= has 2"):
+    with pytest.raises(ArgumentError, match="rounds=4, but plan= has 2"):
         compiled(case, plan=plan, rounds=4)
     batch = case.batch(batch=2)
     with pytest.warns(UserWarning, match="is run as 2"):
@@ -311,9 +311,9 @@ def test_what_cannot_begin_its_backward_early_is_refused() -> None:
 
 @pytest.mark.parametrize("options, message", [
     ({"rounds": 0}, "rounds=0; expected 'auto', or a number of rounds"),
-    ({"rounds": 2}, "rounds=2 are of as many microbatches each, and microbatches='auto'"),
+    ({"rounds": 2}, "rounds=2 need the same number of microbatches each, but microbatches='auto'"),
     ({"rounds": 3, "microbatches": 4}, "microbatches=4; expected a multiple of 3"),
-    ({"rounds": 2, "microbatches": 4, "world_size": 2, "parallel": {"pipeline": 2}}, "for models on one process each"),
+    ({"rounds": 2, "microbatches": 4, "world_size": 2, "parallel": {"pipeline": 2}}, "rounds=2 is not for pipelines"),
 ])  # fmt: skip
 def test_arguments_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):

@@ -103,7 +103,7 @@ def test_one_process_has_nothing_to_choose() -> None:
 
 def test_of_a_model_whose_inputs_nobody_knows_each_process_has_its_part_of_the_batch() -> None:
     assert geminifx.compile(nn.Linear(2, 2), world_size=4).session.ranks.mesh.data_size == 4
-    with pytest.raises(ArgumentError, match="pass one process's batch as example_inputs"):
+    with pytest.raises(ArgumentError, match="pass the batch of one process as example_inputs"):
         geminifx.compile(nn.Linear(2, 2), world_size=4, parallel="auto")
 
 
@@ -111,7 +111,7 @@ def test_no_way_is_chosen_for_weights_that_are_kept_as_codes() -> None:
     source = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     source[0].requires_grad_(False)
     batch = (torch.zeros(4, 4),)
-    with pytest.raises(ArgumentError, match="say how the processes share the work"):
+    with pytest.raises(ArgumentError, match="choose how the processes share the work"):
         geminifx.compile(source, frozen="int8", world_size=4, parallel="auto", example_inputs=batch)
     model = geminifx.compile(source, frozen="int8", world_size=4, example_inputs=batch)
     assert model.world is None and model.plan.mesh.data_size == 4
@@ -135,7 +135,7 @@ def test_where_nobody_tells_how_many_run_on_a_machine_their_number_is_enough(mon
     options = Options.of({"cluster": NODE, "frozen": "int8"})
     assert settle(nn.Linear(2, 2), options).notes == (FROZEN_NOTE,)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    with pytest.raises(ArgumentError, match="16 processes were launched; expected one for each device"):
+    with pytest.raises(ArgumentError, match="16 processes were launched; expected one process per device"):
         settle(nn.Linear(2, 2), options)
 
 

@@ -153,7 +153,7 @@ def test_no_room_is_no_error_of_the_model_s(monkeypatch: pytest.MonkeyPatch) -> 
         raise MemoryError("CUDA cannot pin 268,435,456 bytes of host memory")
 
     monkeypatch.setattr(calibration.Bench, "measure", full)
-    with pytest.raises(BusyError, match="there is no room to measure in: CUDA cannot pin"):
+    with pytest.raises(BusyError, match="there is not enough free memory to measure: CUDA cannot pin"):
         measured(CPU, TINY, Ranks())
 
 

@@ -110,7 +110,7 @@ def _with(**changes: object) -> str:
         (_with(overlaps=1), r"1, expected true or false @ rates\.rates\.overlaps"),
         (_with(up_bytes_per_s=-1.0), "up_bytes_per_s: -1.0; expected a number above 0"),
         (_with(memory_bytes_per_s=float("inf")), "inf, expected a number"),
-        (_with(bf16={"flop": [2.0, 1.0], "flops_per_s": [1.0, 1.0]}), "expected sizes that rise"),
+        (_with(bf16={"flop": [2.0, 1.0], "flops_per_s": [1.0, 1.0]}), "expected increasing sizes"),
         (_with(bf16={"flop": [1.0]}), "it has no flops_per_s"),
     ],
 )

@@ -216,7 +216,7 @@ FAILING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     ),
     "another format": (
         lambda: Net(Linear8bitLt), {"frozen": "nf4"}, ArgumentError,
-        "kept as int8 already, by an earlier compile.., or by bitsandbytes or torchao",
+        "already quantised as int8, by an earlier compile.., bitsandbytes or torchao",
     ),
 }  # fmt: skip
 

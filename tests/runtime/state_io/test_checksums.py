@@ -100,7 +100,7 @@ def test_what_is_outside_is_not_read(tmp_path: Path, name: str) -> None:
 
 def test_another_version_is_told(saved: Path) -> None:
     (saved / CHECKSUMS).write_text('{"version": 2}')
-    with pytest.raises(CheckpointError, match="is of version 2, and this is a program for version 1"):
+    with pytest.raises(CheckpointError, match="has version 2, but this program reads version 1"):
         verify(saved)
 
 
