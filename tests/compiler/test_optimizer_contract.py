@@ -138,7 +138,7 @@ def test_steps_and_backwards_keep_to_what_was_declared(accumulate: int) -> None:
                 optimizer.step()
         for each in (model, reference):
             backward(each, seed)
-    with pytest.raises(StateError, match=rf"more than accumulate={accumulate} came before optimizer.step\(\)"):
+    with pytest.raises(StateError, match=rf"more than accumulate={accumulate} times before optimizer.step\(\)"):
         backward(model, 9)
     for zero_grad in (optimizer.zero_grad, model.zero_grad):
         with pytest.raises(StateError, match=r"zero_grad\(\) was called between the last backward\(\) of a step and"):

