@@ -34,7 +34,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 WARMUP_STEPS = 2
 
 LossFn = Callable[..., Any]
-LOSS = "a function of what the model returns and of arguments by name, such as lambda output, labels: ..."
+LOSS = "a function of the model's output and of further arguments by name, such as lambda output, labels: ..."
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recompute": (lambda value: isinstance(value, str | tuple), _BLOCKS),
     "offload": (lambda value: isinstance(value, str | tuple), _BLOCKS),
     "plan": (
-        lambda value: isinstance(value, Plan | None), "a geminifx.Plan, or the path of one that plan.save wrote",
+        lambda value: isinstance(value, Plan | None), "a geminifx.Plan, or the path of one written by plan.save",
     ),
     "optimizer_state_bytes": (
         lambda value: _is_count(value, 0),

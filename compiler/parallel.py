@@ -13,7 +13,7 @@ from ..runtime.isa.schedule import ROUND_ROBIN, Schedule
 
 GRAMMAR = (
     "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH), sequence and pipeline=RANKS (or "
-    "pipeline=RANKS:STAGES), with commas between, such as data=2,tensor=2.5d:8:2"
+    "pipeline=RANKS:STAGES), separated by commas, such as data=2,tensor=2.5d:8:2"
 )
 NAMES = ("data", "tensor", "zero", "sequence", "pipeline")
 EXPECTED = 'such as {"data": 2, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}'

@@ -27,9 +27,9 @@ from .rates.clusters import one_node
 from .weights.quantized_weights import quantized_weights
 
 UNKNOWN_INPUTS = (
-    "each process has its part of the batch: nothing is known of the model's inputs to choose another way by"
+    "each process has its part of the batch: the model's inputs are unknown, so no other way was considered"
 )
-FROZEN = "each process has its part of the batch: another way is chosen only where no weights are kept as codes"
+FROZEN = "each process has its part of the batch: other ways are considered only for models without quantised weights"
 HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("device",), "cpu": ("host",)}
 
 
@@ -96,7 +96,9 @@ def settle(model: nn.Module, options: Options) -> Settled:
     except CaptureError as error:  # the model may have no training step at all
         if options.parallel == "auto":
             raise
-        return Settled(options, notes=(f"each process has its part of the batch, no other way was weighed: {error}",))
+        return Settled(
+            options, notes=(f"each process has its part of the batch; no other way was considered: {error}",)
+        )
 
 
 def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:

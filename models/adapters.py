@@ -84,7 +84,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             if takes_experts:
                 config._experts_implementation_internal = "batched_mm"
             if config._attn_implementation == "eager" and takes_attention:
-                text = f"{kind.__name__}: attention stays eager, as its configuration asks"
+                text = f"{kind.__name__}: attention stays eager, as configured"
                 notes.extend([text] if text not in notes else [])
             elif takes_attention and not readers:
                 config._attn_implementation_internal = NAME
@@ -158,8 +158,8 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     asked = [module for module in switched if module.gradient_checkpointing]
     if asked:
         warnings.warn(
-            "gradient checkpointing is on, and compiled steps leave it out: compile(recompute=) says what is computed "
-            "again, by default as much as the budget asks for",
+            "gradient checkpointing is on, but compiled steps ignore it: compile(recompute=) decides what is "
+            "recomputed, by default as much as the budget requires",
             stacklevel=2,
         )
     for module in asked:

@@ -177,8 +177,8 @@ def _reset(module: nn.Module) -> None:
 
 def _unknown(path: str, module: nn.Module) -> StateError:
     return StateError(
-        f"{path or 'the model'} ({type(module).__name__}) has parameters, and nothing that gives them values: expected "
-        "a method reset_parameters(), as torch's own modules have. Or load values with load_state_dict(...)"
+        f"{path or 'the model'} ({type(module).__name__}) has parameters but no way to initialise them: define a "
+        "method reset_parameters(), as torch's own modules do, or load values with load_state_dict(...)"
     )
 
 

@@ -106,14 +106,16 @@ class WarmUp:
         if not all(self.session.ranks.gather(all(map(limits.allow, plans.values())))):
             return False
         moved = sum(home != before for home, before in zip(decision.homes, now.homes, strict=True))
-        then = f"{moved} chunk(s) have other homes since, for {format_seconds(plans[key].estimate.step_s)}"
+        then = f"{moved} chunk(s) were moved to other homes, for {format_seconds(plans[key].estimate.step_s)}"
         return self._take_note(plans, key, f"{_measured(now, measured)}; {then}")
 
     def _look_back(self, key: Key, measured: MeasuredStep, homes: Homes, most_s: float) -> None:
         """After a move, restores the homes before it unless steps are at most `most_s` seconds."""
         if measured.step_s > most_s:
             plans = self.rehoming.plans(key, homes, self.session.planning.limits)
-            self._take_note(plans, key, f"they took {format_seconds(measured.step_s)}, and chunks went back")
+            self._take_note(
+                plans, key, f"steps then took {format_seconds(measured.step_s)}, so the chunks were moved back"
+            )
 
     def _take_note(self, plans: Plans, key: Key, note: str) -> bool:
         """Switches to these plans, with a note added to the program's. Returns whether that worked."""
@@ -122,4 +124,4 @@ class WarmUp:
 
 def _measured(plan: Plan, measured: MeasuredStep) -> str:
     took, modelled = format_seconds(measured.step_s), format_seconds(plan.estimate.step_s)
-    return f"the first steps took {took}, where {modelled} were modelled"
+    return f"the first steps took {took} (the plan expected {modelled})"

@@ -145,9 +145,9 @@ class _State:
         told = sorted(changed_attributes(module, self.attributes) | new)
         if told:
             warnings.warn(
-                f"the forward assigns {', '.join(prefix + name for name in told)}, and compiled steps leave that as it "
-                "is: they compute tensors and write to buffers. Return what is to be read from outside, and register "
-                "as a buffer what the next call reads",
+                f"the forward assigns {', '.join(prefix + name for name in told)}, but compiled steps do not repeat "
+                "such assignments: they only compute tensors and write to buffers. Return what is read outside the "
+                "model, and register what the next call reads as a buffer",
                 stacklevel=2,
             )
 

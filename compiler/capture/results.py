@@ -101,7 +101,7 @@ class AbsentOutput:
         )
 
     def __repr__(self) -> str:
-        return "<logits, not computed: compile(..., outputs='all') has them>"
+        return "<logits, not computed: compile(..., outputs='all') returns them>"
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:

@@ -50,8 +50,8 @@ def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
 def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureError:
     _, name = input_role(description, names, leaves)
     return CaptureError(
-        f"the model writes to {name} in its forward; expected writes to buffers alone. What is averaged or counted "
-        "there can be a buffer, or be written outside of the forward, by parameter.data.copy_()"
+        f"the model writes to {name} in its forward; expected writes to buffers only. Keep averages and counts in "
+        "buffers, or write to the parameter outside the forward, with parameter.data.copy_()"
     )
 
 

@@ -82,7 +82,7 @@ def check_written(model: nn.Module, program: Program) -> None:
 def _described(name: str, constants: Mapping[str, Tensor]) -> str:
     if name not in constants:
         return name
-    return f"a {list(constants[name].shape)} tensor that is no attribute of a module"
+    return f"a {list(constants[name].shape)} tensor that is not an attribute of a module"
 
 
 def overlapping(tensors: Mapping[str, Tensor], some: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -285,16 +285,17 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
         raise
     except (AttributeError, IndexError, TypeError) as error:
         error.add_note(
-            f"while geminifx captured the model, at {_source_line(error)}; where plain PyTorch runs this call, the "
-            "model may read a mask that is not there: load it with attn_implementation='eager'"
+            f"while geminifx captured the model, at {_source_line(error)}; if this call runs in plain PyTorch, the "
+            "model may expect a mask that it does not get here: load it with attn_implementation='eager'"
         )
         raise
 
 
 def _written(error: Exception) -> CaptureError:
     return CaptureError(
-        f"{_source_line(error)}: the forward writes to a tensor that is neither a buffer nor made by it ({error}); "
-        'register it, self.register_buffer("name", ..., persistent=False), or let the forward make a new one'
+        f"{_source_line(error)}: the forward writes to a tensor that is neither a buffer nor created in the forward "
+        f'({error}); register it, self.register_buffer("name", ..., persistent=False), or create a new tensor in the '
+        "forward"
     )
 
 
@@ -332,7 +333,7 @@ def _check_dtypes(program: Program) -> None:
         types = (type_of(value) for value in node.all_input_nodes)
         dtypes = {str(t.dtype).removeprefix("torch.") for t in types if isinstance(t, TensorType)}
         if len(dtypes) > 1:
-            advice = "Under precision='bf16' parameters and inputs are cast and buffers are not: cast to the weight's "
+            advice = "With precision='bf16' parameters and inputs are cast, but buffers are not: cast to the weight's "
             advice += "dtype there, or compile with precision='fp32'"
             if not all("float" in dtype for dtype in dtypes):
                 advice = "Only floating inputs are cast to the precision of the weights: pass x.float()"

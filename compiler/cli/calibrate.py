@@ -44,7 +44,7 @@ def calibrate_command(
     with shown_errors():
         device = Device.choose(Options()).torch_device
         if device.type != "cuda":
-            console.print(f"There is no CUDA device, and nothing was measured: plans go by the rates of {ARENA.name}.")
+            console.print(f"There is no CUDA device, so nothing was measured: plans use the rates of {ARENA.name}.")
             console.print(rates_table(ARENA))
             return
         ranks = Ranks.of(lambda launched: Options().degrees.mesh(None, launched), device)
@@ -65,7 +65,7 @@ def _write(kept: MachineRates, output: Path | None, console: Console) -> None:
     if output is not None:
         write(kept, output)
     path = keep(kept) or output
-    console.print(f"kept in {path}" if path else "There is no cache to keep them in; name a file by --output",
+    console.print(f"kept in {path}" if path else "There is no cache to keep the rates in; name a file with --output",
                   highlight=False, markup=False, soft_wrap=True)  # fmt: skip
 
 

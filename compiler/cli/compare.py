@@ -64,7 +64,7 @@ def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **
         parts = parallel.get("data", 1)
         rows = len(next(iter(batch.values())))
         if rows % parts:
-            found.append(Compared(name, None, f"a batch of {rows} does not divide by {parts}"))
+            found.append(Compared(name, None, f"a batch of {rows} is not divisible by {parts}"))
             continue
         mine = {key: value[: rows // parts] for key, value in batch.items()}
         try:

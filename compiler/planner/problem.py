@@ -33,7 +33,7 @@ from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
 from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
 
-ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
+ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
 NOT_DIVIDED = (
     "zero={} divides only the training state of model.optimizer(...): call model.optimizer(torch.optim.AdamW, lr=...) "
     "before the first step and use that optimizer, or leave zero out of parallel="
@@ -49,15 +49,16 @@ LEANER = (
 
 NOT_CUT = (
     "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
-    "updated together; save a plan that was made after model.optimizer(...) had declared them"
+    "updated together; save a plan made after model.optimizer(...) was called with these moments"
 )
 NOT_TOGETHER = (
-    "the plan's chunks do not hold what the optimizer updates together: parameters by one rule each, and whole ones "
-    "on the device or streamed through it; save a plan that was made after model.optimizer(...) had declared them"
+    "the plan's chunks do not suit the optimizer: each chunk must hold parameters that are updated by the same rule, "
+    "and chunks of parameters that are updated as a unit must be on the device or streamed through it; save a plan "
+    "made after model.optimizer(...) was called with this optimizer"
 )
 HOST_ALONE, ANY_TIER = ("host",), ("host", "device", "")
 """The tiers of a BudgetError for which a leaner format is tried."""
-NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
+NO_LOSS = "fuse_loss: the model has no loss over a vocabulary whose logits are used for nothing else"
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ class Planning:
         count = next((count for count in range(planned, 0, -1) if examples % count == 0), planned)
         if count != planned:
             warnings.warn(
-                f"a batch of {examples} examples does not divide into the plan's {planned} microbatches, and is run as "
-                f"{count}; microbatches={planned} refuses such batches, drop_last=True leaves them out",
+                f"a batch of {examples} examples cannot be divided into the plan's {planned} microbatches and runs as "
+                f"{count}; to refuse such batches, pass microbatches={planned}; to skip them, load with drop_last=True",
                 stacklevel=2,
             )
         return count

@@ -219,8 +219,8 @@ class Recaptures:
     @staticmethod
     def _warn(what: str) -> None:
         warnings.warn(
-            f"{what}, and for each the model is captured anew; a number that changes from step to step can be a tensor "
-            "of no dimensions, among the arguments or the buffers, or an argument that is only computed with",
+            f"{what}, and the model is captured again for each; pass a number that changes from step to step as a "
+            "zero-dimensional tensor (an argument or a buffer), or as an argument that is used only in arithmetic",
             stacklevel=2,
         )
 

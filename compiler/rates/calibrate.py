@@ -72,7 +72,8 @@ def calibrate(device: torch.device, effort: Effort, ranks: Ranks = ALONE, measur
 
 def _refusal(unsteady: list[str], others: str) -> str:
     return (
-        f"measured {ATTEMPTS} times, {', '.join(unsteady)} never came out alike, and {others}; end what else runs here"
+        f"measured {ATTEMPTS} times, {', '.join(unsteady)} came out differently every time, and {others}; stop the "
+        "other processes on this machine"
     )
 
 

@@ -13,7 +13,7 @@ from .rates import Rates
 
 TEXT = Text(
     of="file of rates", version=1, writer="geminifx calibrate",
-    remedy="make it anew with geminifx calibrate --output FILE",
+    remedy="write a new one with geminifx calibrate --output FILE",
 )  # fmt: skip
 
 

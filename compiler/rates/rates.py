@@ -133,7 +133,7 @@ class Rates:
         """The same machine, corrected by measured slowdowns."""
         return replace(
             self,
-            name=f"{self.name}, corrected by steps that were measured",
+            name=f"{self.name}, corrected by measured steps",
             bf16=self.bf16.slowed(by.compute),
             fp16=self.fp16.slowed(by.compute),
             fp32=self.fp32.slowed(by.compute),

@@ -183,7 +183,9 @@ class _OwnState(OptimizerState):
         for what, key, now in (("moments", "stored", format.stored), ("masters", "masters", format.masters)):
             before = saved.get(key, "exact")
             if before != now:
-                _logger.warning("the checkpoint's %s were stored as %s, and are now as %s=%r", what, before, what, now)
+                _logger.warning(
+                    "the checkpoint's %s were stored as %s; they are now stored as %s=%r", what, before, what, now
+                )
         read: dict[str, Stored] = {}
         for name in self.held:
             keys = self._saved_keys(name, found)

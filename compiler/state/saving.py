@@ -55,11 +55,11 @@ class SaveRequest:
             return wrong_argument("is_main_process", False, "True on rank 0, which writes; on others it may be False")
         if given and not hasattr(source, "save_pretrained"):
             return ArgumentError(
-                f"{min(given)}= is for models with a save_pretrained() of their own, and {type(source).__name__} has "
-                "none: expected max_shard_size= and dtype= alone; safetensors.torch.save_file writes what you like"
+                f"{min(given)}= is for models that define save_pretrained(), but {type(source).__name__} does not: "
+                "expected only max_shard_size= and dtype=; use safetensors.torch.save_file for anything else"
             )
         if "safe_serialization" in given and "safe_serialization" not in signature(source.save_pretrained).parameters:
-            return wrong_argument("safe_serialization", False, "True: transformers writes nothing but safetensors")
+            return wrong_argument("safe_serialization", False, "True: transformers writes only safetensors")
         return None
 
     def streams(self, source: Any) -> bool:

@@ -121,8 +121,8 @@ class FromFiles:
             warnings.warn(f"{directory} lacks {told}, which are initialised at random{others}", stacklevel=3)
         elif names.unexpected:
             warnings.warn(
-                f"{len(names.unexpected)} weights in {directory} were left out, for the model has none of these names: "
-                f"{_some(names.unexpected)}",
+                f"{len(names.unexpected)} weights in {directory} were not loaded, because the model has none with "
+                f"these names: {_some(names.unexpected)}",
                 stacklevel=3,
             )
         rest: list[FromInitialisers | FromPeft] = []

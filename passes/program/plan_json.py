@@ -11,7 +11,7 @@ from .strict_json import Text, strict_converter
 
 PLAN_TEXT = Text(
     of="geminifx plan", version=6, writer="Plan.to_json",
-    remedy="make it anew with geminifx.compile(...).plan.save(path)",
+    remedy="save a new one with geminifx.compile(...).plan.save(path)",
 )  # fmt: skip
 
 _T = TypeVar("_T")

@@ -281,7 +281,7 @@ def chunked(program: Program, plan: Plan) -> Violation | None:
             return Violation(node, "a parameter as an input", "geminifx.fetch, wait and view")
     for node in program.calls(WAIT):
         if getattr(node.args[0], "target", None) is not FETCH or node.args[0].args[0] != node.args[1]:
-            return Violation(node, "a wait for something else than its chunk's fetch", "geminifx.wait(fetch, chunk)")
+            return Violation(node, "a wait for something other than its chunk's fetch", "geminifx.wait(fetch, chunk)")
     for fetch in program.calls(FETCH):
         if len(fetch.users) != 1 or next(iter(fetch.users)).target is not WAIT:
             return Violation(fetch, f"{len(fetch.users)} readers", "one reader, its wait")

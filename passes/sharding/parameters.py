@@ -81,8 +81,8 @@ def place_parameters(program: Program, plan: Plan) -> Found:
             dim = None if use is None else _sharded_dim(use, roles[axis.name])
             sections = 1 if use is None or dim is None or dim not in (use.out, use.hidden) else use.sections
             if dim is not None and shape[dim] % (sections * taken[dim] * axis.size):
-                found.notes.append(f"{name} {list(shape)} stays whole on {axis.name}: {shape[dim]} does not divide by "
-                                   f"{sections * taken[dim] * axis.size}")  # fmt: skip
+                found.notes.append(f"{name} {list(shape)} stays replicated on {axis.name}: {shape[dim]} is not "
+                                   f"divisible by {sections * taken[dim] * axis.size}")  # fmt: skip
                 dim = None
             placements.append(REPLICATE if dim is None else Shard(dim, sections))
             if dim is not None:

@@ -194,13 +194,13 @@ class Ranks:
         """Every rank's `value`, by rank."""
         found: list[Any] = [value] * self.size
         if self.together:
-            self.meet("an exchange of objects, as compiling, saving and loading make")
+            self.meet("an exchange of objects, as in compiling, saving and loading")
             self.call(dist.all_gather_object, found, value, group=self.apart_group)
         return found
 
     def failures(self, error: Exception | None) -> dict[int, Failure | None]:
         """Every rank's failure, None for a rank without an error."""
-        self.meet("telling each other whether something failed")
+        self.meet("agreeing on whether something failed")
         return dict(enumerate(self.gather(Failure.of(error))))
 
     def raise_alike(self, error: Exception | None) -> None:

@@ -26,8 +26,8 @@ if _version < CHECKED[0]:
     )
 if _version > CHECKED[1]:
     warnings.warn(
-        f"geminifx was checked up to torch {CHECKED[1][0]}.{CHECKED[1][1]}, this is {torch.__version__}; "
-        "where capture fails, install 'torch<2.14'",
+        f"geminifx was tested up to torch {CHECKED[1][0]}.{CHECKED[1][1]}, but this is {torch.__version__}; if "
+        "capture fails, install 'torch<2.14'",
         stacklevel=2,
     )
 

@@ -217,7 +217,7 @@ def _compiles() -> bool:
         triton_updates.sgd.warmup(*tensors, 1.0, *[0.0] * 4, 0, **options, grid=(1,))
     except Exception as error:  # whatever it is, plain torch can run the updates
         warnings.warn(
-            f"updates on the device run in plain torch, exact but many times slower: {error}",
+            f"updates on the device run in plain torch, which is exact but many times slower: {error}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -202,7 +202,7 @@ def _load_once() -> ctypes.CDLL | None:
         library = load(SOURCE)
     except KernelBuildError as error:
         warnings.warn(
-            f"updates on the host run in plain torch, exact but many times slower: {error}",
+            f"updates on the host run in plain torch, which is exact but many times slower: {error}",
             RuntimeWarning,
             stacklevel=4,
         )

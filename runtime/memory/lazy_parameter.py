@@ -152,7 +152,7 @@ class UsedUpGradient(Tensor):
         raise next(leaf.error for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, UsedUpGradient))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return "<gradient, used up in the backward>"
+        return "<gradient, consumed in the backward>"
 
 
 class _View(Tensor):
@@ -254,8 +254,8 @@ def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
 
 def _gradient_refusal(name: str, by: str) -> StateError:
     return StateError(
-        f"the gradient of {name} was to be written by {by}; each process has a shard of it, and what is read is a copy "
-        "of all. Assign a new one to .grad; to clip, pass max_grad_norm= to model.optimizer(...)"
+        f"the gradient of {name} cannot be written by {by}: each process has a shard of it, and reading it gives a "
+        "gathered copy. Assign a new gradient to .grad; to clip, pass max_grad_norm= to model.optimizer(...)"
     )
 
 

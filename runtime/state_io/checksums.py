@@ -88,7 +88,7 @@ def _verdict(file: Path, expected: Checksum) -> str:
         size_bytes = file.stat().st_size
         if size_bytes != expected.size_bytes:
             return f"has {size_bytes} bytes instead of {expected.size_bytes}"
-        return "" if Checksum.of(file) == expected else "has other bytes than were saved"
+        return "" if Checksum.of(file) == expected else "differs from the bytes that were saved"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -132,7 +132,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             ) from error
         return found
     others = sorted(file.name for file in folder.glob("*.bin"))
-    hint = f"; {others[0]} is of another format: load it with transformers and save_pretrained() it" if others else ""
+    hint = f"; {others[0]} has another format: load it with transformers and save_pretrained() it" if others else ""
     raise CheckpointError(f"there are no weights in {folder}: neither {ONE_FILE} nor {INDEX}{hint}")
 
 

@@ -127,7 +127,7 @@ class Saved:
             metadata = read_metadata(directory)
         if not sealed:
             warnings.warn(
-                f"{directory} has no {CHECKSUMS}, so that damage in it may go unnoticed; save it anew to have one",
+                f"{directory} has no {CHECKSUMS}, so damage may go unnoticed; save the checkpoint again to get one",
                 stacklevel=4,
             )
         return cls(directory, metadata, ranks)

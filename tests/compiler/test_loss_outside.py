@@ -252,8 +252,8 @@ class Learned(nn.Module):
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        ("mse", "loss_fn='mse'; expected a function of what the model returns"),
-        (lambda output: output.sum(), r"loss_fn takes \(output\); expected a function of what the model returns and"),
+        ("mse", "loss_fn='mse'; expected a function of the model's output"),
+        (lambda output: output.sum(), r"loss_fn takes \(output\); expected a function of the model's output and"),
         (lambda output, *targets: output.sum(), r"loss_fn takes \(output, \*targets\); expected"),
         (Learned(), "loss_fn has parameters, which would not be trained; make it a part of the model"),
     ],

@@ -120,7 +120,7 @@ def test_options_of_transformers_are_honoured_or_refused(case: Case, tmp_path: P
 def test_other_models_refuse_options_that_would_be_dropped(tmp_path: Path) -> None:
     model = compiled(BLOCKS)
     for refused in ({"state_dict": {"head.weight": torch.zeros(1)}}, {"push_to_hub": True}, {"nosuch": 1}):
-        with pytest.raises(ArgumentError, match=f"{next(iter(refused))}= is for models with a save_pretrained"):
+        with pytest.raises(ArgumentError, match=f"{next(iter(refused))}= is for models that define save_pretrained"):
             model.save_pretrained(tmp_path / "ck", **refused)
     assert not (tmp_path / "ck").exists()
     model.save_pretrained(tmp_path / "ck", safe_serialization=True, state_dict=None)

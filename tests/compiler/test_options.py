@@ -175,7 +175,7 @@ def test_only_who_gave_no_batch_is_told_to_give_one() -> None:
         with pytest.raises(geminifx.BudgetError, match=r"too small.*A smaller batch or sequence needs less") as told:
             geminifx.compile(opt(), device_budget=1000, **options).plan  # noqa: B018
         assert told.value.smallest_bytes is not None
-        assert ("these are a guess: pass the batch you train on" in str(told.value)) == (not options)
+        assert ("these inputs are a guess: pass the batch you train on" in str(told.value)) == (not options)
 
 
 @pytest.mark.parametrize("function", [geminifx.compile, geminifx.from_pretrained])

@@ -266,7 +266,7 @@ def test_modules_that_nobody_initialises_are_told_before_anything_is_drawn() -> 
     with geminifx.init_empty():
         model = geminifx.compile(Scaled(), example_inputs=(x,))
     model.initialize()
-    with pytest.raises(StateError, match=r"the model \(Scaled\) has parameters, and nothing that gives them values"):
+    with pytest.raises(StateError, match=r"the model \(Scaled\) has parameters but no way to initialise them"):
         model(x)
     assert all(parameter.is_meta for parameter in model.parameters())
     model.load_state_dict(plain.state_dict())
@@ -312,7 +312,7 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there are no weights in .*neither model.safetensors nor"):
         geminifx.from_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is of another format: load it with transformers"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin has another format: load it with transformers"):
         geminifx.from_pretrained(tmp_path)
 
 

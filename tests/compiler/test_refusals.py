@@ -246,13 +246,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "scripted": (lambda: torch.jit.script(nn.Linear(4, 4)), "is scripted, and cannot be traced further"),
     "traced": (lambda: torch.jit.trace(nn.Linear(4, 4), batch()), "is scripted, and cannot be traced further"),
-    "data parallel": (lambda: DataParallel(nn.Linear(4, 4)), "divides the batch itself; compile its .module, with"),
+    "data parallel": (
+        lambda: DataParallel(nn.Linear(4, 4)),
+        "divides the batch by itself; compile its .module instead, with",
+    ),
     "sparse": (lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)), "Embedding 0 makes sparse gradients"),
     "sparse bags": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "EmbeddingBag makes sparse gradients"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "writes to its weight in the forward, for max_norm="),
     "old weight_norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),
-        "Linear 0 has a weight computed by a hook",
+        "Linear 0 has a weight that a hook computes",
     ),
     "old spectral_norm, called": (called_spectral_norm, "use torch.nn.utils.parametrizations"),
     "pruned": (pruned, "make pruning permanent by prune.remove()"),

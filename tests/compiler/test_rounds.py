@@ -270,7 +270,7 @@ def test_a_plan_says_how_many_rounds_and_is_fed_back() -> None:
     again = compiled(case, plan=plan)
     assert again.plan.rounds == 2 and "# forward B.0" in again.graph["training"]
     for changes in ({"rounds": 3}, {"rounds": 0}):
-        with pytest.raises(ArgumentError, match=r"rounds is [03], expected rounds of as many of the 4 microbatches"):
+        with pytest.raises(ArgumentError, match=r"rounds is [03], expected a divisor of the 4 microbatches"):
             compiled(case, plan=replace(plan, **changes))
     with pytest.raises(ArgumentError, match="rounds=4, but plan= has 2"):
         compiled(case, plan=plan, rounds=4)

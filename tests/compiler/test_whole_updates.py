@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "divided states": (lambda: muon(shared(data=2, zero=1)), "torch.optim.Muon .* zero=1 divides over processes"),
     "sharded tensors": (lambda: adafactor(shared(tensor="1d:2")), "Adafactor .* tensor= shards over processes"),
-    "a plan that puts them on the host": (on_the_host, "whole ones on the device or streamed through it"),
+    "a plan that puts them on the host": (on_the_host, "must be on the device or streamed through it"),
 }  # fmt: skip
 
 

@@ -337,7 +337,7 @@ def test_a_model_that_does_not_train_is_not_planned_for() -> None:
     frozen = Stack().requires_grad_(False)
     model = geminifx.compile(frozen, world_size=4, example_inputs=(torch.zeros(2, 64),))
     assert model.world is None and model.plan.mesh.data_size == 4
-    assert any("no other way was weighed" in note for note in model.plan.notes)
+    assert any("no other way was considered" in note for note in model.plan.notes)
 
 
 class Mixing(Stack):

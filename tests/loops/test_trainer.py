@@ -274,7 +274,7 @@ def test_gradient_checkpointing_is_left_to_the_plan(case: Case, tmp_path: Path) 
     plain = trainer(case.seeded(), tmp_path / "plain")
     found = trainer(geminifx.compile(case.seeded(), recompute="none"), tmp_path, gradient_checkpointing=True)
     plain.train()
-    with pytest.warns(UserWarning, match="gradient checkpointing is on, and compiled steps leave it out"):
+    with pytest.warns(UserWarning, match="gradient checkpointing is on, but compiled steps ignore it"):
         found.train()
     assert losses(found) == pytest.approx(losses(plain), rel=0 if case.exact else 1e-4)
     assert not found.model.plan.recompute and "recompute:" not in found.model.graph["training"]

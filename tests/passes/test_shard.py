@@ -102,8 +102,8 @@ def test_what_does_not_divide_stays_whole_and_is_told() -> None:
     case = Case("odd", lambda: opt(ffn_dim=65, vocab_size=63), lambda **_: tokens(batch=8, length=8))
     step = whole_step(case)
     notes = whole_parameters(step.program, plan_for(declared("1d", 2)))
-    assert "model.decoder.embed_tokens.weight [63, 32] stays whole on tp: 63 does not divide by 2" in notes
-    assert "model.decoder.layers.0.fc1.weight [65, 32] stays whole on tp: 65 does not divide by 2" in notes
+    assert "model.decoder.embed_tokens.weight [63, 32] stays replicated on tp: 63 is not divisible by 2" in notes
+    assert "model.decoder.layers.0.fc1.weight [65, 32] stays replicated on tp: 65 is not divisible by 2" in notes
     assert whole_parameters(whole_step(OPT).program, plan_for(declared("1d", 2))) == ()
 
 

@@ -88,8 +88,8 @@ def test_homes_move_where_that_pays_and_training_goes_on(
     assert model.plan.homes == before != mixed(model.plan)
     losses += trained(model, optimizer, 1, 3)
     assert model.plan.homes == mixed(model.plan)
-    assert "the first steps took 800 ms, where " in model.plan.notes[-1]
-    assert "1 chunk(s) have other homes since, for " in model.plan.notes[-1]
+    assert "the first steps took 800 ms (the plan expected " in model.plan.notes[-1]
+    assert "1 chunk(s) were moved to other homes, for " in model.plan.notes[-1]
     losses += trained(model, optimizer, 4, 4)
     assert model.plan.homes == mixed(model.plan)
     assert (model.stats.planned.step_s, model.stats.measured.step_s) == (model.plan.estimate.step_s, 0.4)
@@ -127,7 +127,7 @@ def test_homes_that_are_slower_are_given_up_once(measures: list[MeasuredStep | N
     assert model.plan.homes == mixed(model.plan)
     losses += trained(model, optimizer, 6, 6)
     assert model.plan.homes == before
-    assert "they took 960 ms, and chunks went back" in model.plan.notes[-1]
+    assert "steps then took 960 ms, so the chunks were moved back" in model.plan.notes[-1]
     check_bits(model, optimizer, losses)
 
 
@@ -149,9 +149,9 @@ def test_a_plan_that_is_the_best_by_what_was_measured_is_kept(measures: list[Mea
     before = model.plan
     trained(model, optimizer, 6)
     assert model.plan.homes == before.homes
-    assert model.plan.notes[-1].startswith("the first steps took 800 ms, where ")
+    assert model.plan.notes[-1].startswith("the first steps took 800 ms (the plan expected ")
     assert model.plan.estimate.step_s == pytest.approx(0.8, rel=0.02)  # what is expected by now
-    assert model.plan.estimate.rates.endswith("corrected by steps that were measured")
+    assert model.plan.estimate.rates.endswith("corrected by measured steps")
 
 
 def test_steps_between_which_something_else_ran_are_measured_again(measures: list[MeasuredStep | None]) -> None:

@@ -95,7 +95,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 }
 
 
-NAMED, UNNAMED = r"the tensor plain\['a'\], which is not a buffer", "a tensor that is neither a buffer nor made by it"
+NAMED, UNNAMED = (
+    r"the tensor plain\['a'\], which is not a buffer",
+    "a tensor that is neither a buffer nor created in the forward",
+)
 WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "a number": (lambda t, x: t.add_(1), NAMED),
     "out=": (lambda t, x: torch.add(t, 1, out=t), NAMED),

@@ -73,7 +73,7 @@ def closing(value: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
 
 def test_tensors_that_functions_close_over_are_looked_at_when_they_are_read() -> None:
     x, use = torch.ones(2, 4), lambda m: m.held().sum()
-    with pytest.raises(CaptureError, match=r"writes to the buffer count, .* a \[4\] tensor that is no attribute"):
+    with pytest.raises(CaptureError, match=r"writes to the buffer count, .* a \[4\] tensor that is not an attribute"):
         geminifx.compile(model_of(closing(lambda m: m.count), use))(x)
     with pytest.raises(CaptureError, match=r"a \[4, 4\] tensor .* the memory of parameter layer.weight"):
         geminifx.compile(model_of(closing(lambda m: m.layer.weight.data), use))(x)

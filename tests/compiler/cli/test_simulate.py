@@ -102,7 +102,7 @@ def test_of_a_model_the_fastest_way_is_taken_where_none_is_named(config: Path) -
             "it has 2 stages per rank, not 1",
         ),
         (("--schedule", "zbv"), "--schedule orders the pipeline of --parallel"),
-        (("--parallel", "data=2", "--device-budget", "1kB"), "takes least of a device"),
+        (("--parallel", "data=2", "--device-budget", "1kB"), "needs the least memory per device"),
         (("--parallel", "tensor=3d:8"), "the mode 3d is not modelled"),
         (("--parallel", "tensor=1d:2,sequence"), "tensor=sequence is not modelled"),
         (("--parallel", "data=2", "--schedule", "zb1p"), "--schedule zb1p is for a pipeline, but --parallel has none"),

@@ -84,7 +84,8 @@ def test_a_machine_on_which_something_else_runs_is_not_measured(monkeypatch: pyt
     monkeypatch.setattr(calibration.HostWatch, "others", lambda *_: "others keep 60 % of the host's 16 cores busy")
     found = iter(UNSTEADY)
     with pytest.raises(
-        BusyError, match=r"5 times, launch_s never came out alike, and others keep 60 % .* busy; end what"
+        BusyError,
+        match=r"5 times, launch_s came out differently every time, and other processes keep 60 % .* busy; stop the",
     ):
         calibrate(CPU, TINY, measure=lambda *_: next(found))
     assert next(found, None) is None
@@ -123,16 +124,16 @@ def test_others_are_seen_by_the_processors_time_that_is_not_ours(monkeypatch: py
 
 
 def test_nor_is_one_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "used_by_others", lambda *_: "12.0 GB of the GPU's memory are held by others")
+    monkeypatch.setattr(calibration, "used_by_others", lambda *_: "other processes hold 12.0 GB of the GPU's memory")
     with pytest.raises(BusyError, match="held by others"):
         calibrate(CPU, TINY, measure=lambda *_: pytest.fail("nothing is to run"))
 
 
 @pytest.mark.parametrize(
     "free, reserved, busy, says",
-    [(70, 8, 0, None), (60, 8, 0, "12.9 GB of the GPU's memory are held by others"),
+    [(70, 8, 0, None), (60, 8, 0, "other processes hold 12.9 GB of the GPU's memory"),
      (70, 8, 93, "the GPU is 93 % busy already"), (70, 8, None, None),
-     (2, 78, 0, "2.15 GB of the GPU's memory are free, 3.22 GB are needed")],
+     (2, 78, 0, "2.15 GB of the GPU's memory are free, but 3.22 GB are needed")],
     ids=["nobody", "memory", "time", "nobody tells", "ours, and full"],
 )  # fmt: skip
 def test_who_uses_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, busy: int | None,

@@ -51,7 +51,7 @@ def test_a_new_machine_is_measured_once_and_says_so_in_one_line(
     machine.identity = UNKNOWN
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "geminifx: measured NVIDIA A10 and its host, once; geminifx calibrate does it more exactly"
+    assert line == "geminifx: measured NVIDIA A10 and its host, once; geminifx calibrate measures more precisely"
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED and machine.measured == 1
     assert capsys.readouterr().err == ""
 
@@ -131,6 +131,6 @@ def test_a_plan_for_another_card_is_another_plan_and_says_for_which() -> None:
     """Of what computes next to nothing launches bind, which are alike."""
     plans = [compiled(NET, rates=name).plan for name in ("v100", "h200")]
     for plan, name in zip(plans, ("v100", "h200"), strict=True):
-        assert plan.estimate.rates == f"the preset {name}" and f"at the rates of the preset {name}" in str(plan)
+        assert plan.estimate.rates == f"the preset {name}" and f"with the rates of the preset {name}" in str(plan)
         assert plan.estimate.binds == "launches" and plan.estimate.bound_s <= plan.estimate.step_s
     assert plans[0].estimate.peak_bytes == plans[1].estimate.peak_bytes

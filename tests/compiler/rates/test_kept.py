@@ -102,7 +102,7 @@ def _with(**changes: object) -> str:
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("{}", "it has no version, expected 1; make it anew with geminifx calibrate --output FILE"),
+        ("{}", "it has no version, expected 1; write a new one with geminifx calibrate --output FILE"),
         (json.dumps({"version": 2}), "its version is 2, expected 1"),
         ("[", "not a file of rates"),
         (_with(flops_per_s=1.0), "flops_per_s"),

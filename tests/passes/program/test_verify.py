@@ -149,7 +149,7 @@ DAMAGES = {
         _input("input:1", "fc.w"), "w_0", "a second input for fc.w", "one input per shared parameter",
     ),
     "another chunk is waited for": (
-        _arguments("wait", "fetch", 1), "wait", "something else than its chunk's fetch", "geminifx.wait",
+        _arguments("wait", "fetch", 1), "wait", "something other than its chunk's fetch", "geminifx.wait",
     ),
     "a fetch is never waited for": (
         _emit(ops.FETCH, 1, 64, torch.float32, before="y"), "fetch_2", "0 readers", "one reader, its wait",

@@ -52,7 +52,9 @@ def test_what_is_known_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights", "state/a", "state/b"])
 def test_damage_names_the_file_and_what_is_intact(saved: Path, name: str) -> None:
     flip(saved / name)
-    with pytest.raises(CheckpointError, match=f"damaged: {name} has other bytes than were saved. Intact: .*notes"):
+    with pytest.raises(
+        CheckpointError, match=f"damaged: {name} differs from the bytes that were saved. Intact: .*notes"
+    ):
         verify(saved)
     (saved / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"damaged: {name} has 0 bytes instead of \d+\. "):
