@@ -12,7 +12,6 @@ from .capture.microbatches import as_arguments
 from .capture.refusals import refuse
 from .module import CompiledModule
 from .options import Options
-from .programs.forward import with_loss
 from .programs.guess import of_a_guess
 from .weights.foreign_layers import adopt_quantized
 from .weights.quantized_weights import restored_on_failure
@@ -47,7 +46,9 @@ def compile(model: nn.Module, device_budget: int | str | None = None, world_size
     if not isinstance(model, nn.Module):
         raise wrong_argument("model", model, "a torch.nn.Module")
     if isinstance(model, CompiledModule):
-        raise ArgumentError("model: it is compiled already; compile the model it was made from with other options")
+        raise ArgumentError(
+            "model: this model is already compiled; to change options, compile the original model again"
+        )
     refuse(model)
     chosen = Options.of({"device_budget": device_budget, "world_size": world_size, **options})
     with restored_on_failure(model):
@@ -75,8 +76,6 @@ def _compiled_alike(model: nn.Module, settled: Settled) -> CompiledModule:
 def _compiled(model: nn.Module, settled: Settled) -> CompiledModule:
     """Compiles the model, and captures and plans it at once if there are inputs to plan by."""
     compiled, chosen = CompiledModule(model, settled.options, settled), settled.options
-    if chosen.loss_fn is not None:
-        compiled.forward = with_loss(model, chosen.loss_fn)
     if chosen.example_inputs is not None:
         _prepare(compiled, chosen.example_inputs)
     elif settled.guess is not None:

@@ -15,7 +15,7 @@ from .module import CompiledModule
 def check_compiled(model: Any) -> None:
     """Raises ArgumentError for anything but a compiled model."""
     if not isinstance(model, CompiledModule):
-        raise wrong_argument("model", model, "what geminifx.compile returned")
+        raise wrong_argument("model", model, "a model returned by geminifx.compile")
 
 
 def check_optimizer(model: CompiledModule, optimizer: Any) -> None:
@@ -23,14 +23,17 @@ def check_optimizer(model: CompiledModule, optimizer: Any) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer):
-        raise wrong_argument("optimizer", optimizer, "what model.optimizer(...) returned, a torch optimizer, or None")
+        raise wrong_argument(
+            "optimizer", optimizer, "the optimizer returned by model.optimizer(...), a torch optimizer, or None"
+        )
     known = set(model.session.names())
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in known:
                 raise ArgumentError(
-                    f"optimizer: its parameter of shape {tuple(parameter.shape)} is not the model's; expected what "
-                    "model.optimizer(...) returned, or a torch optimizer over model.parameters()"
+                    f"optimizer: its parameter of shape {tuple(parameter.shape)} does not belong to the model; "
+                    "expected the optimizer returned by model.optimizer(...), or a torch optimizer over "
+                    "model.parameters()"
                 )
 
 

@@ -77,7 +77,7 @@ class Calls:
         name = next(found, None)
         if name is not None:
             return name
-        raise StateError(f"{type(module).__name__} was called, which is no part of the compiled model any more")
+        raise StateError(f"{type(module).__name__} was called, but it is no longer part of the compiled model")
 
     def _train(self, compiled: Compiled, inputs: list[Any]) -> list[Any]:
         code, captured = compiled.executor.code, compiled.captured
@@ -99,7 +99,7 @@ class Calls:
         if found.dtype != dtype or found.is_meta or (found.is_shared() != is_shared and found.device == device):
             raise StateError(
                 "this would take parameters out of their chunks or change their dtype (.half(), .to(dtype), "
-                ".share_memory()); masters stay float32, and what is computed in is chosen by compile(precision=)"
+                ".share_memory()); masters stay float32, and compile(precision=) chooses the dtype of computation"
             )
         if found.device.type != device.type:
             warnings.warn(

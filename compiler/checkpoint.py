@@ -138,7 +138,8 @@ def _check(model: Any, optimizer: Any, directory: Any) -> None:
 def _give_values(session: Session) -> None:
     """Allocates memory for values on `meta`, to be read into, and places the training states. A pending load is
     dropped, unless this fails."""
-    incoming, session.incoming = session.incoming, None
+    places = session.places
+    incoming, places.incoming = places.incoming, None
     try:
         source = session.source
         if any(tensor.is_meta for tensor in (*source.parameters(), *source.buffers())):
@@ -147,7 +148,7 @@ def _give_values(session: Session) -> None:
             materialize(source, partial(session.take_places, are_alike=True))
         session.settle(backward=False)
     except BaseException:
-        session.incoming = incoming
+        places.incoming = incoming
         raise
 
 
@@ -188,18 +189,20 @@ def _check_tensors(expected: Tensors, found: Tensors) -> None:
         if 0 in own_shape:
             continue
         if name not in found:
-            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, the checkpoint lacks it")
+            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, but the checkpoint lacks it")
         shape, dtype = found[name]
         if shape != own_shape:
-            raise CheckpointError(f"nothing was loaded: {name} has shape {own_shape}, the checkpoint has shape {shape}")
+            raise CheckpointError(
+                f"nothing was loaded: {name} has shape {own_shape}, but shape {shape} in the checkpoint"
+            )
         if not is_exact(dtype, own_dtype):
             raise CheckpointError(
-                f"nothing was loaded: {name} is {own_dtype}, the checkpoint has {dtype}, which that does not hold "
-                "exactly; compile the model as it was when it was saved"
+                f"nothing was loaded: {name} is {own_dtype}, but {dtype} in the checkpoint, which {own_dtype} cannot "
+                "represent exactly; compile the model with the same options as when it was saved"
             )
     others = [name for name in found if name.startswith("model.") and name not in expected]
     if others:
         raise CheckpointError(
             f"nothing was loaded: the checkpoint has {', '.join(others[:3])}{', ...' * (len(others) > 3)}, which the "
-            "model lacks; it is of another model"
+            "model lacks; it belongs to another model"
         )

@@ -16,7 +16,6 @@ from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.units import parse_bytes
 from .memory.device import gpu_budget, gpu_limits
 from .options import Options
-from .planner.refusal import HostBudgetError
 from .programs.collector import resting_collector
 from .programs.programs import Call
 from .rates.rates import Rates
@@ -141,7 +140,7 @@ class _Captured:
             solution, _ = self.planning.decide(self.step, None, False, format)
         except BudgetError as refusal:
             smallest_bytes = refusal.smallest_bytes or 0
-            if isinstance(refusal, HostBudgetError):
+            if refusal.tier == "host":
                 return replace(told, lacking=("host", smallest_bytes))
             tensors_bytes = smallest_bytes - self.planning.limits.reserve_bytes
             return replace(told, lacking=("device", gpu_budget(tensors_bytes)))

@@ -219,7 +219,10 @@ class Facade(nn.Module):
         del self._facade_source[index]
 
     def __deepcopy__(self, memo: Any) -> "Facade":
-        raise StateError("a compiled module cannot be copied: its chunks are its own. Copy the model, then compile.")
+        raise StateError(
+            "a compiled module cannot be copied, because it owns its chunks of memory. Copy the original model, and "
+            "compile the copy."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError("a compiled module cannot be pickled; save its state_dict(), or use save_pretrained()")

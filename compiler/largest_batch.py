@@ -34,11 +34,11 @@ class LargestBatch:
     def find(self) -> int:
         """Raises StateError if no batch could be too large, or if it is not known how to make this one larger."""
         if self.planning.limits.device_bytes is None:
-            raise StateError("any batch fits, for there is no device budget; compile with device_budget= to set one")
+            raise StateError("there is no device budget, so any batch fits; compile with device_budget= to set one")
         if self.captured.divide is None or not self.captured.examples:
             raise StateError(
-                "it is not known how to make this batch larger: tensors are sharded over processes, or no argument is "
-                "a tensor with examples along its first dimension"
+                "this batch cannot be enlarged: tensors are sharded over processes, or no argument is a tensor with "
+                "examples along its first dimension"
             )
         count, unit = self.captured.examples, self.planning.asked or 1
         while self._fits(2 * count):

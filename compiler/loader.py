@@ -39,8 +39,8 @@ def shard_dataloader(loader: Iterable[Any], model: CompiledModule) -> Any:
         raise wrong_argument("loader", loader, EXPECTED)
     if isinstance(loader, Iterator):
         raise ArgumentError(
-            f"loader: this {type(loader).__name__} ends with its first epoch, and would give no batches in the next; "
-            "expected a list of them, or an object whose __iter__ begins anew"
+            f"loader: this {type(loader).__name__} is exhausted after one epoch and would yield no batches in the "
+            "next; expected a list of batches, or an object whose __iter__ starts again"
         )
     mesh = model.session.ranks.mesh
     return loader if mesh.data_size == 1 else Batches(loader, model.session.ranks.data_rank, mesh.data_size)
@@ -78,8 +78,9 @@ def _of_examples(loader: DataLoader[Any], model: CompiledModule) -> DataLoader[A
         return loader
     if own is not None:
         raise ArgumentError(
-            f"the loader's {type(own).__name__} decides itself what comes next; let it give each rank its own part "
-            f"(part {ranks.data_rank} of {ranks.mesh.data_size} here), and do not shard the loader"
+            f"the loader's {type(own).__name__} decides by itself which examples come next, so they cannot be divided "
+            f"here; make it yield each rank's own part (part {ranks.data_rank} of {ranks.mesh.data_size} here), and "
+            "do not call shard_dataloader"
         )
     part: DistributedSampler[Any] = DistributedSampler(
         loader.dataset, ranks.mesh.data_size, ranks.data_rank, shuffle=shuffles, drop_last=loader.drop_last

@@ -31,6 +31,7 @@ from .inspect.profile import Profile, profile
 from .largest_batch import LargestBatch
 from .options import Options
 from .programs.collector import resting_collector
+from .programs.forward import with_loss
 from .session import Session
 from .setup import Phase
 from .state.saving import DEFAULT, SaveRequest, save_at_once, save_streamed
@@ -56,9 +57,16 @@ class CompiledModule(Facade):
 
     def __init__(self, source: nn.Module, options: Options, settled: Settled | None = None) -> None:
         session = Session(source, options, () if settled is None else settled.notes)
+        self.__dict__["_facade_loss_fn"] = options.loss_fn
         super().__init__(source, Calls(session))
         self.__dict__["session"] = session
         self.__dict__["world"] = None if settled is None else settled.world
+
+    def _facade_reset(self) -> None:
+        """Restores the source's own forward, compiled, with the loss function if one was given."""
+        super()._facade_reset()
+        if self._facade_loss_fn is not None:
+            self.forward = with_loss(self._facade_source, self._facade_loss_fn)
 
     @property
     def source(self) -> nn.Module:
@@ -155,7 +163,7 @@ class CompiledModule(Facade):
         session, are_empty = self.session, any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         if are_empty:
             check_loadable(self.source, state_dict)
-        session.incoming = None
+        session.places.incoming = None
         with session.half_loaded.while_written("model") if are_empty else nullcontext():
             if are_empty:
                 materialize(self.source, partial(session.take_places, are_alike=False))
@@ -201,13 +209,13 @@ class CompiledModule(Facade):
     def _take(self, incoming: Incoming) -> None:
         """Registers the source of the weights' values; if weights have places, as after a failed load, it is read at
         once."""
-        self.session.incoming = incoming
+        self.session.places.incoming = incoming
         if not self.session.places.are_empty:
             self.session.place()
 
     def _fill(self) -> None:
         """Fills the weights from `incoming`, if values are still due."""
-        if self.session.incoming is not None:
+        if self.session.places.incoming is not None:
             self.session.settle(backward=False)
 
     def _check_empty(self, name: str) -> None:
@@ -216,8 +224,8 @@ class CompiledModule(Facade):
         self.session.half_loaded.check()
         if not self.session.places.are_empty:
             raise StateError(
-                f"{name}() gives values to weights on 'meta', and this model's have some; build it inside of "
-                "geminifx.init_empty(), or use load_state_dict()"
+                f"{name}() is for weights on 'meta', but this model's weights already have values; build the model "
+                "inside geminifx.init_empty(), or use load_state_dict()"
             )
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = DEFAULT.max_shard_bytes,
@@ -315,7 +323,10 @@ class CompiledModule(Facade):
         """The name of the first module whose forward makes an infinite or NaN value of finite ones, or None. Raises
         StateError in a pipeline, where the other ranks would wait for this rank's messages."""
         if self.session.ranks.mesh.pipeline_axes:
-            raise StateError("first_nonfinite() is for models on one process, or whose layers all ranks run")
+            raise StateError(
+                "first_nonfinite() does not support pipelines; call it on a model that runs without pipeline= in "
+                "parallel="
+            )
         compiled = self.session.program(args, kwargs)
         self.session.ready(backward=False)
         return first_nonfinite(compiled.flat, compiled.executor, self.session.inputs(compiled, args, kwargs))

@@ -21,6 +21,7 @@ from ..runtime.isa.precision import ReduceDtype
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.schedule import Schedule
 from ..runtime.isa.units import parse_bytes
+from ..runtime.optimizer.hyper_checks import is_number
 from .parallel import Parallel, cannot_run
 from .rates.choice import given_rates
 from .rates.clusters import Cluster, given_cluster
@@ -33,7 +34,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 WARMUP_STEPS = 2
 
 LossFn = Callable[..., Any]
-LOSS = "a function of what the model returns and of arguments by name, such as lambda output, labels: ..."
+LOSS = "a function of the model's output and of further arguments by name, such as lambda output, labels: ..."
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,15 @@ class Options:
             if isinstance(getattr(self, name), str):
                 _one_of(name, getattr(self, name), ("auto", "none", "all"))
         if self.fuse_loss is True and self.outputs == "all":
-            raise ArgumentError("fuse_loss=True computes no logits, which outputs='all' is for; leave one of them out")
+            raise ArgumentError(
+                "fuse_loss=True does not compute the logits that outputs='all' would return; leave one of them out"
+            )
 
     def _check_parallel(self) -> None:
         if self.schedule is not None and not self.degrees.is_staged:
             raise ArgumentError(
-                f"schedule={str(self.schedule)!r} orders a pipeline, and parallel= has none, such as {{'pipeline': 4}}"
+                f"schedule={str(self.schedule)!r} is for a pipeline, but parallel= has none; add one, such as "
+                "{'pipeline': 4}"
             )
         self._check_rounds()
         asked = 1 if self.microbatches == "auto" else self.microbatches
@@ -204,13 +208,16 @@ class Options:
         if why_not:
             raise ArgumentError(why_not)
         if self.frozen is not None and self.degrees.mode is not None:
-            raise ArgumentError(f"frozen={self.frozen!r} is not for sharded tensors yet; leave one of them out")
+            raise ArgumentError(
+                f"frozen={self.frozen!r} does not support sharded tensors yet; leave it out, or leave tensor= out of "
+                "parallel="
+            )
         if self.fuse_loss is True and self.degrees.mode is not None:
-            raise ArgumentError("fuse_loss=True is for models on one process each, not for sharded ones; leave it out")
+            raise ArgumentError("fuse_loss=True does not support sharded tensors; leave it out")
         if self.cluster is not None and self.world_size not in (None, self.cluster.size):
             raise ArgumentError(
                 f"world_size={self.world_size}, but the cluster has {self.cluster.nodes} x {self.cluster.devices} "
-                "devices; expected a process for each: leave world_size out, or describe another cluster"
+                "devices; expected one process per device: leave world_size out, or describe another cluster"
             )
         if self.world is not None:
             self.degrees.mesh(self.world, 1)
@@ -219,13 +226,15 @@ class Options:
         if self.rounds == "auto" or self.rounds == 1:
             return
         if self.degrees.is_staged:
-            raise ArgumentError(f"rounds={self.rounds} is for models on one process each: a pipeline has a schedule")
+            raise ArgumentError(
+                f"rounds={self.rounds} is not for pipelines, which have a schedule instead; leave rounds out"
+            )
         if self.plan is not None and self.plan.rounds != self.rounds:
-            raise ArgumentError(f"rounds={self.rounds}, and plan= has {self.plan.rounds}; leave one of them out")
+            raise ArgumentError(f"rounds={self.rounds}, but plan= has {self.plan.rounds}; leave one of them out")
         if self.plan is None and (self.microbatches == "auto" or self.microbatches % self.rounds):
             raise ArgumentError(
-                f"rounds={self.rounds} are of as many microbatches each, and microbatches={self.microbatches!r}; "
-                f"expected a multiple of {self.rounds}"
+                f"rounds={self.rounds} need the same number of microbatches each, but "
+                f"microbatches={self.microbatches!r}; expected a multiple of {self.rounds}"
             )
 
     def _check_machine(self) -> None:
@@ -268,6 +277,7 @@ class Options:
 
 
 def _is_count(value: Any, least: int) -> bool:
+    """Whether the value is an int, which True and False are not meant to be."""
     return type(value) is int and value >= least
 
 
@@ -290,7 +300,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recompute": (lambda value: isinstance(value, str | tuple), _BLOCKS),
     "offload": (lambda value: isinstance(value, str | tuple), _BLOCKS),
     "plan": (
-        lambda value: isinstance(value, Plan | None), "a geminifx.Plan, or the path of one that plan.save wrote",
+        lambda value: isinstance(value, Plan | None), "a geminifx.Plan, or the path of one written by plan.save",
     ),
     "optimizer_state_bytes": (
         lambda value: _is_count(value, 0),
@@ -302,7 +312,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "world_size": (lambda value: value is None or _is_count(value, 1), "a number of processes, 1 or more"),
     "timeout_s": (
-        lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a positive number of seconds",
+        lambda value: is_number(value) and 0 < value < math.inf, "a positive number of seconds",
     ),
     "fuse_loss": (lambda value: value == "auto" or isinstance(value, bool), "'auto', True or False"),
     "schedule": (
@@ -330,7 +340,7 @@ def loss_targets(loss_fn: LossFn) -> list[inspect.Parameter]:
     if not callable(loss_fn):
         raise wrong_argument("loss_fn", loss_fn, LOSS)
     if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
-        raise ArgumentError("loss_fn has parameters, which nobody would train; make it a part of the model")
+        raise ArgumentError("loss_fn has parameters, which would not be trained; make it a part of the model")
     try:
         signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
     except ValueError:

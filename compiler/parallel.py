@@ -13,7 +13,7 @@ from ..runtime.isa.schedule import ROUND_ROBIN, Schedule
 
 GRAMMAR = (
     "data=N, zero=0, 1, 2 or 3, tensor=MODE:SIZE (or tensor=2.5d:SIZE:DEPTH), sequence and pipeline=RANKS (or "
-    "pipeline=RANKS:STAGES), with commas between, such as data=2,tensor=2.5d:8:2"
+    "pipeline=RANKS:STAGES), separated by commas, such as data=2,tensor=2.5d:8:2"
 )
 NAMES = ("data", "tensor", "zero", "sequence", "pipeline")
 EXPECTED = 'such as {"data": 2, "tensor": {"mode": "2.5d", "size": 8, "depth": 2}}'
@@ -87,7 +87,7 @@ class Parallel:
             raise ArgumentError(f"parallel={given}: only the mode '1d' shards along the sequence")
         if self.stages is not None and self.stages % self.pipeline:
             raise ArgumentError(
-                f"parallel={given}: {self.stages} stages are not equally many on each of {self.pipeline} ranks; "
+                f"parallel={given}: {self.stages} stages cannot be divided equally over {self.pipeline} ranks; "
                 f"expected a multiple of {self.pipeline}"
             )
         self.tensor_axes()
@@ -118,7 +118,7 @@ class Parallel:
             side = round(self.size ** (1 / 3))
             if side**3 != self.size:
                 raise ArgumentError(
-                    f"parallel: 3d shards over a cube of processes, 8, 27, 64, ...; size={self.size} is none"
+                    f"parallel: 3d shards over a cube of processes (8, 27, 64, ...); size={self.size} is not a cube"
                 )
             return dict.fromkeys(("a", "b", "c"), side)
         side = isqrt(self.size // self.depth)
@@ -142,8 +142,9 @@ class Parallel:
             degrees = f"data={data} times tensor={self.size}"
             degrees += f" times pipeline={self.pipeline}" if self.pipeline > 1 else ""
             raise ArgumentError(
-                f"{degrees} is {data * one_batch} processes, but the world has {world}; the "
-                "degrees must multiply to the world: change parallel=, world_size=, or how many torchrun launches"
+                f"{degrees} is {data * one_batch} processes, but the world has {world}; the product of the degrees "
+                "must be the size of the world: change parallel=, world_size=, or the number of processes that "
+                "torchrun launches"
             )
         outer = (Axis("pipeline", self.pipeline, "pipeline"), Axis("data", data, "data"))
         return Mesh((*(axis for axis in outer if axis.size > 1), *self.tensor_axes()))
@@ -154,13 +155,13 @@ def cannot_run(degrees: Parallel, microbatches: int = 1, schedule: str | Schedul
     is_round_robin = schedule.weights == "host" if isinstance(schedule, Schedule) else schedule == ROUND_ROBIN
     if is_round_robin and degrees.mode is not None:
         return (
-            "a round-robin schedule, whose stages have no rank of their own, is for models whose tensors are whole on "
-            "each rank; leave tensor out of parallel=, or let each stage have its rank, as by schedule='1f1b'"
+            "a round-robin schedule, whose stages do not belong to ranks, does not support sharded tensors; leave "
+            "tensor= out of parallel=, or use a schedule whose stages belong to ranks, such as schedule='1f1b'"
         )
     if microbatches > 1 and degrees.mode is not None and not degrees.is_staged:
         return (
-            f"microbatches={microbatches} is for models on one process each, not for sharded ones, whose processes "
-            "divide the batch as parallel= says; leave it out, or accumulate gradients in the loop"
+            f"microbatches={microbatches} does not support sharded tensors, whose processes divide the batch as "
+            "parallel= says; leave it out, or accumulate gradients in the training loop"
         )
     return ""
 
@@ -205,7 +206,7 @@ def _table(given: Any) -> tuple[tuple[str, str], ...]:
             re.compile(pattern)
         except re.error as error:
             raise ArgumentError(
-                f"parallel['tensor']['table'] has {pattern!r}, no regular expression: {error}"
+                f"parallel['tensor']['table'] has {pattern!r}, which is not a regular expression: {error}"
             ) from None
     return tuple(given.items())
 
@@ -220,14 +221,14 @@ def parse_parallel(text: str) -> dict[str, Any]:
     for item in filter(None, (item.strip() for item in text.split(","))):
         name, _, value = item.partition("=")
         if name in found or (name == "sequence") != (value == "") or name not in NAMES:
-            raise ArgumentError(f"--parallel {text!r}: {item!r} is not understood; expected {GRAMMAR}")
+            raise ArgumentError(f"--parallel {text!r}: {item!r} cannot be parsed; expected {GRAMMAR}")
         found[name] = value if name in ("tensor", "pipeline") else _number(value)
     if found.pop("sequence", None) is not None:
         found["tensor"] = {**_tensor(found.get("tensor")), "sequence": True}
     try:
         Parallel.of(found)
     except ArgumentError as error:
-        raise ArgumentError(f"--parallel {text!r}: {error}. The whole is {GRAMMAR}") from error
+        raise ArgumentError(f"--parallel {text!r}: {error}. The full syntax is {GRAMMAR}") from error
     return found
 
 

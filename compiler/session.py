@@ -14,42 +14,36 @@ from ..passes.program.plan import Plan
 from ..runtime.distributed.local_shards import LocalShards
 from ..runtime.distributed.point_to_point import check_messages
 from ..runtime.distributed.ranks import Ranks
-from ..runtime.distributed.zero import Zero
-from ..runtime.executor import Executor, Outlets
+from ..runtime.executor import Executor
 from ..runtime.isa.errors import BudgetError, StateError
-from ..runtime.isa.formats import OwnFormat, TorchFormat
-from ..runtime.isa.homes import Homes
+from ..runtime.isa.formats import OwnFormat
 from ..runtime.isa.precision import parameter_dtypes
 from ..runtime.machine import Machine
-from ..runtime.memory.chunks import ChunkStore
 from ..runtime.memory.lazy_parameter import hooked
 from ..runtime.memory.state_store import StateStore
 from ..runtime.memory.stats import Stats
 from ..runtime.memory.tiers import MemoryMeter
-from ..runtime.memory.torch_store import TorchStore
 from ..runtime.optimizer.chunk_optimizer import Attach
-from ..runtime.optimizer.own_store import OwnStore
 from ..runtime.state_io.background import Background
 from .capture.arguments import check_shared
-from .capture.results import absent_outputs, saved
 from .capture.shared_memory import check_trained
 from .capture.trace import Captured, CaptureRequest
-from .lowering import Lowering, generate
+from .lowering import Lowering
 from .memory.device import Device
 from .memory.usage import StepUsage
 from .options import Options
 from .planner.problem import Planning
-from .planner.search import Solution
 from .programs.agreement import agreed, all_refuse, is_agreed_on, shared_homes
+from .programs.builder import Builder
 from .programs.captures import Captures
 from .programs.collector import resting_collector
 from .programs.guess import of_a_guess
 from .programs.kept_captures import KeptCaptures
 from .programs.members import Census
-from .programs.programs import Call, Compiled, Key, Recent, exchanged, messages
+from .programs.programs import Call, Compiled, Key, Recent, messages
 from .setup import Declaration, Phase, Setup, move
 from .weights.half_loaded import HalfLoaded
-from .weights.places import Incoming, Places
+from .weights.places import Places
 from .weights.quantized_weights import quantize_frozen
 from .weights.values import check_parameters, program_inputs
 
@@ -57,8 +51,7 @@ from .weights.values import check_parameters, program_inputs
 class Session:
     """One model: its programs, one for each mode and set of input shapes, over one setup.
 
-    The plan is made for the first call, or, if it is asked for earlier, for a guess at that call. `incoming` is the
-    source of values for weights on `meta`, if one was given.
+    The plan is made for the first call, or, if it is asked for earlier, for a guess at that call.
     """
 
     def __init__(self, source: nn.Module, options: Options, notes: tuple[str, ...] = ()) -> None:
@@ -87,16 +80,23 @@ class Session:
         self.hardware = self.device.hardware(self.limits, self.ranks)
         self.saves = Background(self.ranks, self.hardware)
         self.meter = None if self.device.is_cuda else MemoryMeter(self.hardware.device_tier)
+        self.usage = StepUsage(self.device, self.hardware)
+        self.builder = Builder(
+            self.planning,
+            self.lowering,
+            self._parameters,
+            self.local_shards,
+            self.hardware,
+            self.usage.stats,
+            self.meter,
+        )
         self.phase = Phase.NEW
         self.setup: Setup | None = None
         self.last: dict[str, Compiled] = {}
         self._declared: Declaration | None = None
-        self._homes: Homes = ()  # as last placed
         self._failure: Exception | None = None
         self.half_loaded = HalfLoaded()
         self.places = Places(source, self.ranks, self.device)
-        self.incoming: Incoming | None = None
-        self.usage = StepUsage(self.device, self.hardware)
         self._met: WeakSet[Executor] = WeakSet()
         self._programs: Recent[Compiled] = Recent()
 
@@ -130,8 +130,7 @@ class Session:
             self._set_up(key, captured)
         else:
             # One more program beside the others: states stay where they are.
-            solution, _ = self.planning.decide(captured, self.setup.plan, True, self.format)
-            self._programs[key] = self._generate(captured, solution, self.setup.machine)
+            self._programs[key] = self.builder.further(captured, self.setup, self.format)
         return key
 
     def _agree(self, key: Key) -> None:
@@ -148,16 +147,17 @@ class Session:
             self.planning.agreed = None
             raise
 
-    def _generate(self, captured: Captured, solution: Solution, machine: Machine) -> Compiled:
-        plan, flat = solution.plan, solution.program
-        step = captured.by(plan.microbatches)
-        program, records = self.lowering.finish(step.program, solution.flat, plan)
-        if captured.divide is not None:
-            captured.divide.keep_only(plan.microbatches)
-        executor = Executor(generate(program), machine, self.meter, exchanged(program, plan))
-        outlets = Outlets(captured.differentiable, *saved(flat), captured.sources)
-        history = (*step.records, *records)
-        return Compiled(captured, plan, flat, program, history, executor, absent_outputs(flat), outlets)
+    def programs(self) -> dict[Key, Compiled]:
+        """All programs in the cache, by key."""
+        return dict(self._programs.items())
+
+    def planned_host_bytes(self) -> int:
+        """Bytes on the host during the program that needs most there, as planned."""
+        return max((compiled.plan.estimate.host_bytes for compiled in self.programs().values()), default=0)
+
+    def names(self) -> dict[int, str]:
+        """The parameters' names, by their identity."""
+        return {id(parameter): name for name, parameter in self._parameters.items()}
 
     # -- the setup -----------------------------------------------------------------------------------------
 
@@ -177,17 +177,16 @@ class Session:
     def is_placed(self) -> bool:
         return self.phase in (Phase.PLACED, Phase.TRAINING)
 
-    def placed(self) -> None:
-        """Places the training states, if the values for them are known."""
-        self.demanded()
-        self.place()
-
     def demanded(self) -> Setup:
         """The setup, planned for a guess before the first call. Raises StateError if there is nothing to plan by."""
         setup = self.setup or self.plan_by_guess()
         if setup is None:
             raise StateError("there is no plan yet: pass example_inputs= to compile, or call the module once")
         return setup
+
+    def store(self) -> StateStore:
+        """The store of the training state. Raises StateError if there is no plan and nothing to plan by."""
+        return self.demanded().machine.store
 
     def plan_by_guess(self) -> Setup | None:
         """Plans for inputs made from the model's configuration, if possible. Returns the setup, if there is one."""
@@ -200,32 +199,11 @@ class Session:
     def _set_up(self, key: Key, captured: Captured) -> None:
         """Plans for this program first, and drops all others; they are made anew when they are called."""
         before, programs = self.setup, Recent[Compiled]()
-        setup, solution = self._decided(captured, self.format)
-        programs[key] = self._generate(captured, solution, setup.machine)
-        setup = replace(setup, plan=programs[key].plan)
+        setup, programs[key] = self.builder.first(captured, before, self.format)
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
         self.last = {}
         if before is None and self._declared is not None and setup.own is not None:
             self._declared.attach(setup.own)
-
-    def _decided(self, captured: Captured, format: OwnFormat | None) -> tuple[Setup, Solution]:
-        """A setup for a new plan, by which states may move; chunks keep their parameters. Also returns its solution."""
-        before = self.setup
-        solution, refusal = self.planning.decide(captured, self.plan, False, format)
-        if before is not None and (before.own is not None) == (format is not None):
-            return replace(before, plan=solution.plan, refusal=refusal), solution
-        chunks = ChunkStore(solution.plan.layout, self._parameters, self.local_shards)
-        if format is None:
-            torchs = TorchFormat(self.options.optimizer_state_bytes)
-            store = TorchStore(chunks, self.hardware, torchs, self.usage.stats, self.ranks)
-            return Setup(solution.plan, Machine(store, self.ranks), None, refusal), solution
-        zero = Zero(self.ranks, solution.plan.request.zero)
-        own = OwnStore(chunks, self.hardware, format, self.usage.stats, zero)
-        return Setup(solution.plan, Machine(own, self.ranks), own, refusal), solution
-
-    def names(self) -> dict[int, str]:
-        """The parameters' names, by their identity."""
-        return {id(parameter): name for name, parameter in self._parameters.items()}
 
     def use(self, format: OwnFormat, optimizer: Attach, digest: str) -> None:
         """Plans for our own optimizer, now if there is a plan, else with the first one, and attaches it to its store.
@@ -235,7 +213,7 @@ class Session:
         if self._declared is not None:
             raise StateError(
                 "model.optimizer(...) was called before, and that optimizer holds the training state. Change it "
-                "through its param_groups, add_param_group() and load_state_dict(), or compile the model anew"
+                "through its param_groups, add_param_group() and load_state_dict(), or compile the model again"
             )
         if self._failure is not None:
             raise self._failure
@@ -250,12 +228,9 @@ class Session:
         """Makes all programs anew for another format of training state, and moves the values accordingly."""
         before, format, programs = self.setup, declared.format, Recent[Compiled]()
         (key, first), *others = sorted(self._programs.items(), key=lambda item: not item[1].trains)
-        setup, solution = self._decided(first.captured, format)
-        programs[key] = self._generate(first.captured, solution, setup.machine)
+        setup, programs[key] = self.builder.first(first.captured, before, format)
         for key, other in others:
-            further, _ = self.planning.decide(other.captured, solution.plan, True, format)
-            programs[key] = self._generate(other.captured, further, setup.machine)
-        setup = replace(setup, plan=next(iter(programs.items()))[1].plan)
+            programs[key] = self.builder.further(other.captured, setup, format)
         assert before is not None and setup.own is not None
         before.machine.leave()
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
@@ -265,11 +240,11 @@ class Session:
         try:
             self.place()
         except Exception as error:
-            if not self.is_placed and self.incoming is None:  # values yet to come may be brought by another load
+            if not self.is_placed and self.places.incoming is None:  # values yet to come may be brought by another load
                 self.phase, self._failure = move(self.phase, Phase.BROKEN), error
             raise
 
-    # -- memory --------------------------------------------------------------------------------------------
+    # -- places --------------------------------------------------------------------------------------------
 
     @property
     def may_place(self) -> bool:
@@ -279,17 +254,16 @@ class Session:
 
     def place(self) -> None:
         """Puts chunks and buffers where the plan wants them. Weights on `meta` stay there until `incoming` is given."""
-        if not self.may_place or (self.places.are_empty and self.incoming is None):
+        if not self.may_place or (self.places.are_empty and self.places.incoming is None):
             return
-        if self.incoming is not None:
-            self.places.check(self.incoming)
+        self.places.check_incoming()
         self._put()
-        incoming, self.incoming = self.incoming, None
-        if incoming is not None:
-            with self.half_loaded.while_written("model"):
-                with self.ranks.failing_alike():
-                    incoming.bring(self.store())
-                self.store().masters_written()
+        self.places.bring(self.store(), self.half_loaded)
+
+    def placed(self) -> None:
+        """Places the training states, if the values for them are known."""
+        self.demanded()
+        self.place()
 
     def take_places(self, are_alike: bool) -> None:
         """Gives weights on `meta` their places in chunks if these are known and, with several ranks, `are_alike` says
@@ -302,10 +276,9 @@ class Session:
     def _put(self) -> None:
         setup, programs = self.demanded(), self.programs().values()
         homes = shared_homes(setup.plan, [compiled.plan for compiled in programs])
-        if self.is_placed and homes == self._homes:
+        if self.is_placed and homes == self.places.homes:
             return
         self.places.put(setup, homes, programs, self.phase, self._declared)
-        self._homes = homes
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
 
@@ -328,42 +301,13 @@ class Session:
 
     def _place_again(self) -> None:
         """Puts states back after a failed move; if they no longer fit there, no further step is taken."""
-        self._homes = ()
+        self.places.homes = ()
         try:
             self.place()
         except BudgetError as error:
             self.phase, self._failure = move(self.phase, Phase.BROKEN), error
 
-    def planned_host_bytes(self) -> int:
-        """Bytes on the host during the program that needs most there, as planned."""
-        return max((compiled.plan.estimate.host_bytes for compiled in self.programs().values()), default=0)
-
-    def programs(self) -> dict[Key, Compiled]:
-        """All programs in the cache, by key."""
-        return dict(self._programs.items())
-
-    def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """A program's inputs. Raises StateError if ranks that share a batch were called with different ones."""
-        inputs = program_inputs(self.census, compiled, (args, kwargs), self.device.torch_device, self.dtype)
-        if self.ranks.mesh.shares_batches:
-            is_new = compiled.executor not in self._met
-            check_shared(self.ranks, (args, kwargs), every_element=is_new)
-            if is_new:
-                self._met.add(compiled.executor)  # not its id, which a later executor may get, on some ranks only
-                check_messages(self.ranks, *messages(compiled.flat))
-        return inputs
-
-    def begin_step(self, training: bool) -> None:
-        """Starts a step: `stats.step` counts from here."""
-        if training:
-            self.phase = move(self.phase, Phase.TRAINING)
-            self.ranks.clock.step += 1
-        self.planning.forget()
-        self.usage.begin_step()
-
-    @property
-    def stats(self) -> Stats:
-        return self.usage.beside(self.plan)
+    # -- steps ---------------------------------------------------------------------------------------------
 
     def ready(self, backward: bool) -> None:
         """Prepares for a step. Raises StateError if it cannot be run."""
@@ -392,6 +336,25 @@ class Session:
                 "work on .grad between backward() and optimizer.step() instead"
             )
 
-    def store(self) -> StateStore:
-        """The store of the training state. Raises StateError if there is no plan and nothing to plan by."""
-        return self.demanded().machine.store
+    def inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """A program's inputs. Raises StateError if ranks that share a batch were called with different ones."""
+        inputs = program_inputs(self.census, compiled, (args, kwargs), self.device.torch_device, self.dtype)
+        if self.ranks.mesh.shares_batches:
+            is_new = compiled.executor not in self._met
+            check_shared(self.ranks, (args, kwargs), every_element=is_new)
+            if is_new:
+                self._met.add(compiled.executor)  # not its id, which a later executor may get, on some ranks only
+                check_messages(self.ranks, *messages(compiled.flat))
+        return inputs
+
+    def begin_step(self, training: bool) -> None:
+        """Starts a step: `stats.step` counts from here."""
+        if training:
+            self.phase = move(self.phase, Phase.TRAINING)
+            self.ranks.clock.step += 1
+        self.planning.forget()
+        self.usage.begin_step()
+
+    @property
+    def stats(self) -> Stats:
+        return self.usage.beside(self.plan)

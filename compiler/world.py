@@ -12,10 +12,9 @@ from ..runtime.distributed.meeting import launched
 from ..runtime.distributed.ranks import ALONE, Ranks
 from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.mesh import Axis, Mesh
-from ..runtime.isa.units import parse_bytes
 from .capture.microbatches import Arguments, as_arguments, examples
 from .capture.trace import CaptureRequest
-from .memory.device import Device, gpu_limits, host_share, with_allocator
+from .memory.device import Device, gpu_limits, host_share, plans_elsewhere, with_allocator
 from .options import Options
 from .planner.memory import Limits
 from .planner.world.model import Model, resized
@@ -25,12 +24,12 @@ from .planner.world.world import SHARES, World
 from .programs.forward import computing_loss
 from .rates.choice import rates_of
 from .rates.clusters import one_node
-from .weights.quantized_weights import kept_weights
+from .weights.quantized_weights import quantized_weights
 
 UNKNOWN_INPUTS = (
-    "each process has its part of the batch: nothing is known of the model's inputs to choose another way by"
+    "each process has its part of the batch: the model's inputs are unknown, so no other way was considered"
 )
-FROZEN = "each process has its part of the batch: another way is chosen only where no weights are kept as codes"
+FROZEN = "each process has its part of the batch: other ways are considered only for models without quantised weights"
 HOMES: dict[str, tuple[Home, ...]] = {"auto": ("device", "host"), "cuda": ("device",), "cpu": ("host",)}
 
 
@@ -77,18 +76,18 @@ def settle(model: nn.Module, options: Options) -> Settled:
     size = options.world or count
     if not options.leaves_the_world_open or size == 1 or count not in (1, size):
         return Settled(replace(options, parallel=None) if options.parallel == "auto" else options)
-    if options.frozen is not None or kept_weights(model):
+    if options.frozen is not None or quantized_weights(model):
         if options.parallel == "auto":
             raise ArgumentError(
-                "parallel='auto' does not know what weights take that are kept as codes; say how the processes share "
-                "the work, such as parallel={'data': 8}"
+                "parallel='auto' does not know the memory of quantised weights; choose how the processes share the "
+                "work, such as parallel={'data': 8}"
             )
         return Settled(options, notes=(FROZEN,))
     arguments = _arguments(model, options)
     if arguments is None or not examples(arguments):
         if options.parallel == "auto":
             raise ArgumentError(
-                "parallel='auto' chooses by a training step; pass one process's batch as example_inputs="
+                "parallel='auto' needs a training step to choose by; pass the batch of one process as example_inputs="
             )
         return Settled(options, notes=(UNKNOWN_INPUTS,))
     try:
@@ -97,7 +96,9 @@ def settle(model: nn.Module, options: Options) -> Settled:
     except CaptureError as error:  # the model may have no training step at all
         if options.parallel == "auto":
             raise
-        return Settled(options, notes=(f"each process has its part of the batch, no other way was weighed: {error}",))
+        return Settled(
+            options, notes=(f"each process has its part of the batch; no other way was considered: {error}",)
+        )
 
 
 def settle_otherwise(settled: Settled, asked: Options, refusal: Exception) -> Settled:
@@ -146,7 +147,7 @@ def _check_cluster(options: Options, count: int) -> None:
     here = "" if on_this_host is None else f", {on_this_host} on this machine (LOCAL_WORLD_SIZE)"
     raise ArgumentError(
         f"the cluster has {cluster.nodes} x {cluster.devices} devices, but {count} processes were launched{here}; "
-        "expected one for each device: describe the cluster that there is"
+        "expected one process per device: describe the cluster that was launched"
     )
 
 
@@ -164,19 +165,14 @@ def _ranks(device: Device, options: Options, size: int) -> Ranks:
 
 def _limits(device: Device, options: Options, ranks: Ranks) -> Limits:
     """The limits of each process: on the cluster's devices and hosts if one is described, otherwise on this machine."""
-    host_bytes, budget_bytes = host_share(options, ranks), device.budget_bytes(options)
+    host_bytes, budget_bytes = host_share(options, ranks), device.budget_bytes(options, ranks)
     rates = rates_of(device.torch_device, options.rates, ranks.on_this_host, 0)
     if not device.is_cuda:
         return Limits(budget_bytes, 0, host_bytes, rates)
-    if options.cluster is None or options.cluster.rates is None or ranks.together:
-        device_bytes = device.memory.available_bytes if budget_bytes is None else budget_bytes
-        return with_allocator(device_bytes, device.memory.reserve_bytes, host_bytes, rates)
-    if options.device_budget is None:
-        raise ArgumentError(
-            f"the cluster is {options.cluster}, whose devices have a memory that is not known here: say "
-            "device_budget=, what may be taken of each"
-        )
-    return gpu_limits(parse_bytes(options.device_budget, of=device.total_bytes()), host_bytes, rates)
+    if plans_elsewhere(options, ranks):
+        return gpu_limits(budget_bytes, host_bytes, rates)
+    device_bytes = device.memory.available_bytes if budget_bytes is None else budget_bytes
+    return with_allocator(device_bytes, device.memory.reserve_bytes, host_bytes, rates)
 
 
 def _shares(recompute: str | tuple[str, ...], blocks: int) -> tuple[float, ...]:

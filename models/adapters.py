@@ -84,7 +84,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             if takes_experts:
                 config._experts_implementation_internal = "batched_mm"
             if config._attn_implementation == "eager" and takes_attention:
-                text = f"{kind.__name__}: attention stays eager, as its configuration asks"
+                text = f"{kind.__name__}: attention stays eager, as configured"
                 notes.extend([text] if text not in notes else [])
             elif takes_attention and not readers:
                 config._attn_implementation_internal = NAME
@@ -100,10 +100,10 @@ def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str])
         replacers = mask_replacers(module) if isinstance(module, PreTrainedModel) else []
         if replacers and module.config._attn_implementation != "eager":
             raise CaptureError(
-                f"{replacers[0]} sees all keys, later ones too, where it is given no mask, and transformers gives it "
-                f"none under attn_implementation={module.config._attn_implementation!r} where attention_mask hides "
-                "nothing: what it computes depends on the mask's values; load it with attn_implementation='eager', or "
-                "call it without attention_mask"
+                f"{replacers[0]} attends to all keys, later ones too, when it gets no mask, and with "
+                f"attn_implementation={module.config._attn_implementation!r} transformers passes none when "
+                "attention_mask masks nothing, so the result depends on the mask's values; load the model with "
+                "attn_implementation='eager', or call it without attention_mask"
             )
 
 
@@ -123,8 +123,8 @@ def _refuse_layerdrop(model: nn.Module) -> None:
             # If modules have copies of their own, the forward reads those.
             if value and not (owned and name.startswith("config.")):
                 raise CaptureError(
-                    f"{path or type(module).__name__}.{name} is {value}: layers are skipped at random, so "
-                    "there is no one graph to capture; expected 0. Set it to 0, or call model.eval()"
+                    f"{path or type(module).__name__}.{name} is {value}: layers are skipped at random, so there is no "
+                    "single graph to capture; expected 0. Set it to 0, or call model.eval()"
                 )
 
 
@@ -158,8 +158,8 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     asked = [module for module in switched if module.gradient_checkpointing]
     if asked:
         warnings.warn(
-            "gradient checkpointing is on, and compiled steps leave it out: compile(recompute=) says what is computed "
-            "again, by default as much as the budget asks for",
+            "gradient checkpointing is on, but compiled steps ignore it: compile(recompute=) decides what is "
+            "recomputed, by default as much as the budget requires",
             stacklevel=2,
         )
     for module in asked:

@@ -303,9 +303,9 @@ def hugging_face_attention(given: frozenset[str]) -> Iterator[list[str]]:
     missing = capture.windows_due - capture.windows_used
     if missing:
         raise CaptureError(
-            f"the model asked for a sliding-window mask of {min(missing)} keys, but no attention layer "
-            "passed sliding_window; expected both. Load it with attn_implementation='eager', or set "
-            "sliding_window to None in its configuration"
+            f"the model requested a sliding-window mask of {min(missing)} keys, but no attention layer passed "
+            "sliding_window; expected both. Load it with attn_implementation='eager', or set sliding_window to None "
+            "in its configuration"
         )
 
 

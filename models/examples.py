@@ -114,7 +114,7 @@ def example_inputs(model: torch.nn.Module, batch_size: int = 1, seq_len: int | N
         raise ValueError(f"example_inputs: expected positive sizes, got batch_size={batch_size}, seq_len={length}")
     if reads == "input_ids" and length > longest:
         raise ValueError(
-            f"example_inputs: seq_len={length} exceeds the {longest} positions of {type(model).__name__}; "
-            "ask for fewer, or build the model with more"
+            f"example_inputs: seq_len={length} exceeds the {longest} positions of {type(model).__name__}; pass a "
+            "smaller seq_len, or build the model with more positions"
         )
     return make(model, batch_size, length, torch.Generator().manual_seed(0))

@@ -153,8 +153,8 @@ class _Replay:
             written = module._parameters[name]
             if written is not None and written._version:
                 raise StateError(
-                    f"{self.paths[id(module)]}.{name} is initialised by a module around its block, once more; load "
-                    "values with load_state_dict(...)"
+                    f"{self.paths[id(module)]}.{name} is also initialised by a module that contains its block, which "
+                    "initialize() does not support; load values with load_state_dict(...)"
                 )
 
 
@@ -177,8 +177,8 @@ def _reset(module: nn.Module) -> None:
 
 def _unknown(path: str, module: nn.Module) -> StateError:
     return StateError(
-        f"{path or 'the model'} ({type(module).__name__}) has parameters, and nothing that gives them values: expected "
-        "a method reset_parameters(), as torch's own modules have. Or load values with load_state_dict(...)"
+        f"{path or 'the model'} ({type(module).__name__}) has parameters but no way to initialise them: define a "
+        "method reset_parameters(), as torch's own modules do, or load values with load_state_dict(...)"
     )
 
 

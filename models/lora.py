@@ -66,8 +66,8 @@ def _reset(model: nn.Module, path: str, layer: Any, adapter: str) -> None:
 
 def _unknown(name: str) -> StateError:
     return StateError(
-        f"the adapter {name} has no values in the files, and none that PEFT draws without the weight beside it; "
-        "expected init_lora_weights=True or 'gaussian', or values by load_state_dict(...)"
+        f"the adapter {name} has no values in the files, and PEFT cannot initialise it without the weight that it "
+        "adapts; expected init_lora_weights=True or 'gaussian', or values loaded with load_state_dict(...)"
     )
 
 

@@ -105,8 +105,8 @@ def load_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelLoadError(
-            f"{name} holds no {missing[0]}, one of {len(missing)} parameters that its config.json speaks of; expected "
-            "all of a model's, as save_pretrained writes them"
+            f"{name} lacks {missing[0]}, the first of {len(missing)} missing parameter(s) of the model in its "
+            "config.json; expected all parameters, as save_pretrained writes them"
         )
     return model.train()
 
@@ -180,13 +180,14 @@ def load_errors(name: str) -> Iterator[None]:
         if Path(name).exists():
             raise ModelLoadError(f"cannot load the model in {name}: {_first_line(error)}") from error
         raise ModelLoadError(
-            f"{name} is no preset and no directory, and the Hugging Face Hub did not give it "
-            f"({_first_line(error)}). Without a connection, download it elsewhere and give its directory; "
+            f"{name} is not a preset or a directory, and it could not be loaded from the Hugging Face Hub "
+            f"({_first_line(error)}). Without a connection, download it elsewhere and pass its directory; "
             f"{_expected()}"
         ) from error
     except Exception as error:
         raise ModelLoadError(
-            f"transformers makes no causal language model of {name}: {type(error).__name__}: {_first_line(error)}"
+            f"transformers could not build a causal language model from {name}: {type(error).__name__}: "
+            f"{_first_line(error)}"
         ) from error
 
 

@@ -87,7 +87,10 @@ def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Pla
     weights = CLASS_WEIGHTS.get(losses.target)
     if weights is not None and losses.args[weights] is not None:
         error, what = (SplitError, "a step in rounds") if plan.schedule is None else (ShardingError, "a pipeline")
-        raise error(f"{what} counts the tokens of its loss, and this one has weights of classes; leave them out")
+        raise error(
+            f"{what} averages its loss over tokens, and this loss has class weights, which are not supported; leave "
+            "weight= out of the loss"
+        )
     labels, ignored = (losses.args[place] for place in LABELS[losses.target])
     origin, dtype = note(losses), tensor_type(count).dtype
     counts = program.emit(aten.ne.Scalar, (labels, ignored), before=losses, like=origin)

@@ -114,8 +114,8 @@ def _divide_batch(sharder: Sharder, program: Program) -> None:
     if rows % ranks:
         parts = next((node.args[2] for node in batches if node.target is MICROBATCH), 1)
         raise ShardingError(
-            f"a {'microbatch' if parts > 1 else 'batch'} of {rows} does not divide over "
-            f"{' x '.join(f'{a.name} {a.size}' for a in axes)} ranks; give every group of ranks a multiple of "
+            f"a {'microbatch' if parts > 1 else 'batch'} of {rows} example(s) does not divide evenly over "
+            f"{' x '.join(f'{a.name} {a.size}' for a in axes)} ranks; pass every group of ranks a multiple of "
             f"{ranks * parts} examples"
         )
     placements = tuple(Shard(0) if axis in axes else REPLICATE for axis in sharder.axes)

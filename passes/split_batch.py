@@ -69,12 +69,15 @@ def _check_rounds(program: Program) -> None:
     tangents = list(program.inputs("tangent").values())
     if len(tangents) != 1 or not is_number(tangents[0]):
         raise SplitError(
-            "rounds begin with the backward before loss.backward() is called, and the model returns no loss, or other "
-            "outputs with gradients beside it: let it compute its loss (labels=), or give compile a function that does "
+            "rounds run backwards before loss.backward() is called, so the model must return a loss and no other "
+            "differentiable output: let it compute its loss (labels=), or pass compile a function that does "
             "(loss_fn=), and leave outputs='all' out"
         )
     if any(role.startswith("input:") for role in program.results_of("gradient")):
-        raise SplitError("rounds add up gradients of parameters alone, and an input of the model requires one, too")
+        raise SplitError(
+            "rounds accumulate gradients of parameters only, but an input of the model requires a gradient; pass it "
+            "without, by .detach(), or leave rounds= out"
+        )
 
 
 class _Split:
@@ -164,7 +167,7 @@ class _Split:
                 wanted.update(value for value in node.all_input_nodes if value.op == "call_function")
         read = {value for node in wanted for value in node.all_input_nodes}
         if not read.isdisjoint(self.program.inputs("parameter").values()) or any(map(is_random, wanted)):
-            raise SplitError("its loss is divided by something that the model computes of all examples")
+            raise SplitError("its loss is divided by a value that the model computes from all examples together")
         for node in [node for node in forward if node in wanted]:
             if node.target in JOINS:
                 self._join(node)

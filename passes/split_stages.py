@@ -67,18 +67,21 @@ def _check(program: Program, schedule: Schedule) -> None:
     """Raises ShardingError for a step or a schedule that a pipeline cannot run."""
     if schedule.splits_backward and any(action.kind == "B" for actions in schedule.ranks for action in actions):
         raise ShardingError(
-            f"the schedule {schedule.name} runs some backwards whole (B) and others in two parts (I and W), which can "
-            "be simulated only; expected one of these for all"
+            f"the schedule {schedule.name} runs some backwards in one action (B) and others in two (I and W), which "
+            "can only be simulated; expected the same for all"
         )
     tangents = list(program.inputs("tangent").values())
     if len(tangents) > 1 or not all(map(is_number, tangents)):
         raise ShardingError(
-            "a pipeline computes the loss in its last stage, and the model returns none, or other outputs with "
-            "gradients beside it: let the model compute its loss (labels=), or give compile a function that does "
+            "a pipeline computes the loss in its last stage, so the model must return a loss and no other "
+            "differentiable output: let the model compute its loss (labels=), or pass compile a function that does "
             "(loss_fn=), and leave outputs='all' out"
         )
     if any(role.startswith("input:") for role in program.results_of("gradient")):
-        raise ShardingError("an input of a pipeline requires a gradient, which its first stage alone would have")
+        raise ShardingError(
+            "an input of the pipeline requires a gradient, which only the first stage would have; pass it without, by "
+            ".detach()"
+        )
 
 
 class _Cut:
@@ -238,8 +241,8 @@ class _Cut:
         while (source, item) not in self.values:
             if not self.incoming.get(source):
                 raise ShardingError(
-                    f"rank {self.rank} of the schedule {self.stages.schedule.name} reads what rank {source} makes "
-                    f"later or never, {item}: each action must stand behind those that it needs"
+                    f"rank {self.rank} of the schedule {self.stages.schedule.name} reads {item}, which rank {source} "
+                    "produces later or never; every action must come after those that it depends on"
                 )
             self._receive_next(source)
         return self.values[source, item]
@@ -259,7 +262,10 @@ class _Cut:
             case Output(role):
                 type, name = tensor_type(self.program.results[f"output:{role}"]), "output"
         if type.num_bytes < type.dtype.itemsize * prod(type.shape):
-            raise ShardingError(f"{name}, whose elements lie over one another in memory, is read in another stage")
+            raise ShardingError(
+                f"{name}, whose elements overlap in memory (as of expand()), is read in another stage; make it "
+                ".contiguous() in the model"
+            )
         order = memory_order(type)
         shape, stride = [type.shape[dim] for dim in order], [type.stride[dim] for dim in order]
         message = self.parts.emit(RECEIVE, shape, stride, type.dtype, source, like=Note(), name=name)
@@ -318,7 +324,9 @@ class _Cut:
         for name, node in found.items():
             if node in self.stages.stage:
                 raise ShardingError(
-                    f"the buffer {name} is written by a stage of the pipeline, and others would not know"
+                    f"the buffer {name} is written by a stage of the pipeline, and the ranks of other stages would "
+                    "keep its old values; compute the value in the forward instead of storing it in a buffer, or "
+                    "leave pipeline= out of parallel="
                 )
         return {f"mutation:{name}": self._value(node, None) for name, node in found.items()}
 

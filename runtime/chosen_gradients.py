@@ -30,10 +30,10 @@ def _check(outputs: Sequence[Any], inputs: Sequence[Any]) -> None:
         name = next((names[identity] for identity in asked if identity in names), None)
         if name is not None:
             raise StateError(
-                f"the gradient of parameter {name} was asked for by torch.autograd.grad(...) or backward(inputs=...), "
-                "and a compiled step brings those of all parameters, in .grad. Call loss.backward() and read "
-                "parameter.grad, with zero_grad() before it where that is to be of this loss alone; what is to get "
-                "none can be frozen, by parameter.requires_grad_(False)"
+                f"torch.autograd.grad(...) or backward(inputs=...) was called for parameter {name}, but a compiled "
+                "step computes the gradients of all parameters and adds them to .grad. Call loss.backward() and read "
+                "parameter.grad, after zero_grad() if it should hold the gradient of this loss only; freeze "
+                "parameters that should get none, with parameter.requires_grad_(False)"
             )
 
 

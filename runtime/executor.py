@@ -109,7 +109,7 @@ class Executor:
         try:
             with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
-                machine.ranks.begin(*self._told(run))
+                machine.ranks.begin(*self._announced(run))
                 machine.messages.begin()
                 try:
                     yield
@@ -133,13 +133,13 @@ class Executor:
             return self.exchanges
         return replace(self.exchanges, between=f"{self.exchanges.between} {stays}")
 
-    def _told(self, run: Run) -> tuple[str, Exchanges, str]:
+    def _announced(self, run: Run) -> tuple[str, Exchanges, str]:
         """What this process is doing, what it exchanges, and how many updates came before, for `Ranks.begin`."""
         exchanges = self._exchanges_now()
         if self.code.name != "training":
             return f"an {self.code.name}", exchanges, ""
         half = "backward" if run.backward else "forward"
-        return f"the {half} of a training step", exchanges, f" behind {run.updates} update(s)"
+        return f"the {half} of a training step", exchanges, f" after {run.updates} update(s)"
 
     @contextmanager
     def _metered(self, input_bytes: int) -> Iterator[None]:
@@ -254,7 +254,9 @@ class TrainingRun(ProgramRun):
         # of inputs'.
         self.advance([tangent * scale for tangent in received] if scale != 1.0 else received)
         if self.generator is not None:
-            raise GeminiError(f"'{self.executor.code.name}' did not end after its backward; its text was changed")
+            raise GeminiError(
+                f"'{self.executor.code.name}' did not end after its backward; the text of the program was changed"
+            )
         results, self.results = self.results, {}
         found = {role: t / scale if scale != 1.0 else t for role, t in results.items() if role not in unreached}
         if of_parameters:
@@ -286,8 +288,8 @@ class TrainingRun(ProgramRun):
         changed = next((name for name, version in now.items() if version != self.versions[name]), None)
         if changed is not None:
             raise StateError(
-                f"parameter {changed} was changed in place between the call of the model and its backward(), as "
-                f"by optimizer.step(). {self.executor.machine.store.stale()}"
+                f"parameter {changed} was changed in place between the call of the model and its backward(), for "
+                f"example by optimizer.step(). {self.executor.machine.store.stale()}"
             )
         if any(t is not None and t._version != version for t, version in ((ref(), v) for ref, v in self.inputs)):
             raise StateError(
@@ -297,7 +299,7 @@ class TrainingRun(ProgramRun):
         if any(counter._version != version for counter, version in self.saved):
             raise StateError(
                 "an output of the model was changed in place before its backward(), which reads it; change a copy "
-                "instead, as y = y * 2 does for y *= 2"
+                "instead, for example y = y * 2 instead of y *= 2"
             )
 
 
@@ -332,8 +334,8 @@ class Step(torch.autograd.Function):
     def backward(ctx: Any, *tangents: Tensor | None) -> Any:
         if torch.is_grad_enabled():  # what this returns would be taken for a constant
             raise StateError(
-                "a gradient of a gradient was asked for (create_graph=True, as gradient penalties do), and a compiled "
-                "step is differentiated once. Leave create_graph out, or train this model without geminifx"
+                "a second derivative was requested (create_graph=True, as for gradient penalties), but a compiled "
+                "step can be differentiated only once. Leave create_graph out, or train this model without geminifx"
             )
         # torch.autograd.grad(loss, inputs) accumulates into no parameter, and so not into the anchor.
         of_parameters = will_accumulate(ctx.anchor)
@@ -352,6 +354,7 @@ class NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> Any:
         raise StateError(
-            "a gradient reached an output that was compiled without one: with labels only the loss is "
-            "differentiable. Compile with outputs='all', or compute the loss from the logits without labels."
+            "a gradient reached an output that was compiled without a gradient: when labels are passed, only the loss "
+            "is differentiable. Compile with outputs='all', or compute the loss from the logits of a call without "
+            "labels."
         )

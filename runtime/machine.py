@@ -175,8 +175,8 @@ class Machine:
         reading = next((chunk for chunk in self.chunks if chunk.state is State.COMPUTE), None)
         if reading is not None:
             raise GeminiError(
-                f"'{program}' came to a turn while it reads chunk {reading.layout.index}; a program releases all "
-                "chunks before a turn, and fetches them again behind it"
+                f"'{program}' reached a turn while it still reads chunk {reading.layout.index}; a program must "
+                "release all chunks before a turn and fetch them again after it"
             )
 
     def leave(self) -> None:

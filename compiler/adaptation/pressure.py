@@ -111,9 +111,9 @@ class Pressure:
             return False
         least_bytes = self._least_bytes(key)
         raise BudgetError(
-            f"the device has room for {room_bytes:,} bytes by now, and the step needs {least_bytes:,} with all that "
-            "can go on the host there, if that has room; nothing was updated. Free memory, as of other processes, or "
-            "make the batch smaller, and call the model again",
+            f"only {room_bytes:,} bytes of the device's memory are available now, but the step needs {least_bytes:,}, "
+            "even with everything that can be on the host moved there; nothing was updated. Free memory, for example "
+            "that of other processes, or make the batch smaller, and call the model again",
             smallest_bytes=least_bytes,
         )
 
@@ -158,8 +158,8 @@ class Pressure:
             machine.random_state = random_state
             if not self._shrink(key, limits):
                 raise BudgetError(
-                    "the device ran out of memory, and the host has no room for what would leave it; nothing was "
-                    "updated. Raise host_budget, or make the batch smaller",
+                    "the device ran out of memory, and the host does not have enough memory to take over part of the "
+                    "training state; nothing was updated. Raise host_budget, or make the batch smaller",
                     tier="host",
                 )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ...runtime.memory.traffic import Direction, Moment, moment, seconds
-from ..planner.correction import Measured
+from ..planner.correction import MeasuredStep
 from ..programs.programs import Key
 from ..session import Session
 
@@ -37,7 +37,8 @@ class StepWatch:
         whether all steps are measured."""
         session = self.session
         store, traffic = session.demanded().machine.store, session.hardware.traffic
-        self._peak_bytes = max(self._peak_bytes, session.stats.step.device_peak_bytes)
+        if self._steps:  # the call before the first is not of these steps
+            self._peak_bytes = max(self._peak_bytes, session.stats.step.device_peak_bytes)
         if begins or not self._steps:
             self._steps.append(_Step(moment(session.device.is_cuda), []))
             if len(self._steps) == FIRST + 1:
@@ -57,7 +58,7 @@ class StepWatch:
             self._is_spoilt = True
             self.session.hardware.traffic.end()
 
-    def measured(self, key: Key, runs: int) -> Measured | None:
+    def measured(self, key: Key, runs: int) -> MeasuredStep | None:
         """A step of `runs` calls of this program: the time of the fastest, as others may use the machine, the average
         times of copies and of the host's updates, and the peak. None if any step measured was a different one."""
         steps = self._steps[FIRST:]
@@ -66,7 +67,7 @@ class StepWatch:
         taken_s = [seconds(one.begin, then.begin) for one, then in pairwise(steps)]
         self.spread = max(taken_s) / min(taken_s) - 1
         copied_s = {direction: copied_s / self.count for direction, copied_s in self._copied_s.items()}
-        return Measured(
+        return MeasuredStep(
             min(taken_s),
             copied_s[Direction.UP],
             copied_s[Direction.DOWN],

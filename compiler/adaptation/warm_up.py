@@ -10,7 +10,7 @@ from ...passes.program.plan import Plan
 from ...runtime.isa.homes import Homes
 from ...runtime.isa.units import format_seconds
 from ...runtime.memory.stats import Figures
-from ..planner.correction import Measured, corrected
+from ..planner.correction import MeasuredStep, corrected
 from ..planner.memory import Limits
 from ..programs.programs import Key
 from ..session import Session
@@ -71,14 +71,14 @@ class WarmUp:
         if len(measured) < len(told):
             self._tries -= 1
             return self._tries > 0
-        slowest = Measured.slowest(measured)
+        slowest = MeasuredStep.slowest(measured)
         self.session.stats.measured = Figures(slowest.step_s, slowest.peak_bytes)
         if self._before is None:
             return self._decide(key, slowest, min(MOST_SPREAD, max(GAIN, spread)))
         self._look_back(key, slowest, *self._before)
         return False
 
-    def _decide(self, key: Key, measured: Measured, noise: float) -> bool:
+    def _decide(self, key: Key, measured: MeasuredStep, noise: float) -> bool:
         """Decides the plan again. Returns whether homes have changed."""
         ranks, planning = self.session.ranks, self.session.planning
         decision = ranks.gather(self._decided(key, measured) if ranks.rank == 0 else None)[0]
@@ -90,7 +90,7 @@ class WarmUp:
         self._take_note(self.rehoming.estimated(decision.limits), key, _measured(now, measured))
         return False
 
-    def _decided(self, key: Key, measured: Measured) -> _Decision:
+    def _decided(self, key: Key, measured: MeasuredStep) -> _Decision:
         compiled = self.session.programs()[key]
         limits = corrected(self.session.planning.limits, compiled.plan, compiled.flat, measured)
         chosen = self.rehoming.chosen(key, limits)
@@ -99,27 +99,29 @@ class WarmUp:
         pays = all(map(limits.allow, plans.values())) and then_s < now_s * (1 - GAIN)
         return _Decision(limits, chosen.homes if pays else None)
 
-    def _move(self, key: Key, decision: _Decision, measured: Measured) -> bool:
+    def _move(self, key: Key, decision: _Decision, measured: MeasuredStep) -> bool:
         assert decision.homes is not None
         limits, now = decision.limits, self.rehoming.now[key]
         plans = self.rehoming.plans(key, decision.homes, limits)
         if not all(self.session.ranks.gather(all(map(limits.allow, plans.values())))):
             return False
         moved = sum(home != before for home, before in zip(decision.homes, now.homes, strict=True))
-        then = f"{moved} chunk(s) have other homes since, for {format_seconds(plans[key].estimate.step_s)}"
+        then = f"{moved} chunk(s) were moved to other homes, for {format_seconds(plans[key].estimate.step_s)}"
         return self._take_note(plans, key, f"{_measured(now, measured)}; {then}")
 
-    def _look_back(self, key: Key, measured: Measured, homes: Homes, most_s: float) -> None:
+    def _look_back(self, key: Key, measured: MeasuredStep, homes: Homes, most_s: float) -> None:
         """After a move, restores the homes before it unless steps are at most `most_s` seconds."""
         if measured.step_s > most_s:
             plans = self.rehoming.plans(key, homes, self.session.planning.limits)
-            self._take_note(plans, key, f"they took {format_seconds(measured.step_s)}, and chunks went back")
+            self._take_note(
+                plans, key, f"steps then took {format_seconds(measured.step_s)}, so the chunks were moved back"
+            )
 
     def _take_note(self, plans: Plans, key: Key, note: str) -> bool:
         """Switches to these plans, with a note added to the program's. Returns whether that worked."""
         return self.rehoming.move(key, {**plans, key: replace(plans[key], notes=(*plans[key].notes, note))})
 
 
-def _measured(plan: Plan, measured: Measured) -> str:
+def _measured(plan: Plan, measured: MeasuredStep) -> str:
     took, modelled = format_seconds(measured.step_s), format_seconds(plan.estimate.step_s)
-    return f"the first steps took {took}, where {modelled} were modelled"
+    return f"the first steps took {took} (the plan expected {modelled})"

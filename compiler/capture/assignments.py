@@ -65,8 +65,9 @@ def followed_assignments(model: nn.Module, replaced: set[str]) -> Iterator[None]
     shared = next((path for path, buffer, _ in written if sum(b is buffer for _, _, b, _ in values) > 1), None)
     if shared is not None:
         raise CaptureError(
-            f"the forward replaces the buffer {shared}, which another module holds, too: the other's would follow, and "
-            "stays in plain PyTorch. Register a copy there, or write to it in place"
+            f"the forward replaces the buffer {shared}, which another module also holds: a compiled program would "
+            "replace both, but plain PyTorch keeps the other one. Register a copy in the other module, or write to "
+            "the buffer in place"
         )
     news = [None if now is None else now.clone() for _, _, now in written]
     for (path, buffer, _), new in zip(written, news, strict=True):
@@ -112,8 +113,8 @@ class _State:
         changed = [name for name in {**self.parameters, **now} if now.get(name) is not self.parameters.get(name)]
         if changed:
             raise CaptureError(
-                f"the forward assigns the parameter {prefix}{changed[0]}; expected it to compute with the parameters "
-                "that it has, and to write to buffers alone"
+                f"the forward assigns the parameter {prefix}{changed[0]}; expected it to use its existing parameters, "
+                "and to write only to buffers"
             )
         if not type(module).__module__.startswith(("torch.nn.", "transformers.")):  # their state is internal
             self._tell(module, prefix)
@@ -144,16 +145,18 @@ class _State:
         told = sorted(changed_attributes(module, self.attributes) | new)
         if told:
             warnings.warn(
-                f"the forward assigns {', '.join(prefix + name for name in told)}, and compiled steps leave that as it "
-                "is: they compute tensors and write to buffers. Return what is to be read from outside, and register "
-                "as a buffer what the next call reads",
+                f"the forward assigns {', '.join(prefix + name for name in told)}, but compiled steps do not repeat "
+                "such assignments: they only compute tensors and write to buffers. Return what is read outside the "
+                "model, and register what the next call reads as a buffer",
                 stacklevel=2,
             )
 
 
 def _write_back(buffer: Tensor, now: Tensor | None, path: str) -> None:
     if now is None:
-        raise CaptureError(f"the forward removes the buffer {path}; expected it to stay, and to be written to")
+        raise CaptureError(
+            f"the forward removes the buffer {path}; expected it to keep the buffer and write to it in place"
+        )
     _check_like(now, buffer, f"buffer {path}")
     with torch.no_grad():
         buffer.copy_(now)
@@ -163,5 +166,5 @@ def _check_like(value: Tensor, tensor: Tensor, what: str) -> None:
     if value.shape != tensor.shape or value.dtype != tensor.dtype:
         raise CaptureError(
             f"the forward replaces {what} of {tensor.dtype} {list(tensor.shape)} by one of {value.dtype} "
-            f"{list(value.shape)}; a program's buffers keep their kind: make it as large as it gets beforehand"
+            f"{list(value.shape)}; a buffer must keep its dtype and shape: allocate it in its largest size beforehand"
         )

@@ -34,7 +34,7 @@ def _bernoulli_(tensor: Tensor, p: float = 0.5, generator: None = None) -> Tenso
 def _random_(tensor: Tensor, low: int, high: int | None, generator: None = None) -> Tensor:
     """The `Tensor.random_` overload with two bounds: its functional form has a Python keyword, `from`, for a name."""
     if high is None:
-        raise CaptureError("random_(low, None) cannot be captured; give it both ends of the range, or use randint")
+        raise CaptureError("random_(low, None) cannot be captured; pass both ends of the range, or use randint")
     return tensor.random_(high - low).add_(low)
 
 

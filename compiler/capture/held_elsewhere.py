@@ -41,9 +41,9 @@ class HeldElsewhere:
             name = self._names.get(id(getattr(node, "variable", None)))
             if name is not None:
                 raise CaptureError(
-                    f"the forward gives the parameter {name}, which it takes from elsewhere than its module, to an "
-                    "autograd.Function: its gradient would be lost; expected self."
-                    f"{name.rpartition('.')[2]} there, or a clone()"
+                    f"the forward passes the parameter {name}, which it reads through another reference than its "
+                    "module, to an autograd.Function, where its gradient would be lost; pass "
+                    f"self.{name.rpartition('.')[2]} instead, or a clone()"
                 )
             new = {found for found, _ in node.next_functions if found is not None} - seen
             seen |= new
@@ -66,8 +66,8 @@ class _StandIn(TorchFunctionMode):
         for tensor, version in versions:
             if tensor._version != version:
                 raise CaptureError(
-                    f"the forward writes to the tensor {self._held[id(tensor)]}, which is no buffer; register it, "
-                    'self.register_buffer("name", ..., persistent=False), or let the forward make a new one'
+                    f"the forward writes to the tensor {self._held[id(tensor)]}, which is not a buffer; register it, "
+                    'self.register_buffer("name", ..., persistent=False), or create a new tensor in the forward'
                 )
         return result
 
@@ -77,7 +77,8 @@ class _StandIn(TorchFunctionMode):
             return tensor
         if name in self._replaced:
             raise CaptureError(
-                f"the forward replaces the buffer {name}, which it takes from elsewhere than self, too: that would "
-                "follow, and stays in plain PyTorch. Keep a copy there, or write to the buffer in place"
+                f"the forward replaces the buffer {name}, which it also reads through another reference than self: a "
+                "compiled program would replace both, but in plain PyTorch that reference keeps the old tensor. Keep "
+                "a copy there, or write to the buffer in place"
             )
         return self._now[id(tensor)]

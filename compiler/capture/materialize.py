@@ -57,9 +57,9 @@ def _check_buffers(model: nn.Module) -> None:
     if derived and not hasattr(model, "_init_weights"):
         path, module = derived[0]
         raise StateError(
-            f"nothing was loaded: buffer {full_name(path, _derived(module)[0])} is on 'meta' and no state_dict holds "
-            "it, so its values are unknown. Make it persistent, or give it values where the module is built "
-            "(device='cpu')"
+            f"nothing was loaded: buffer {full_name(path, _derived(module)[0])} is on 'meta' and is not part of the "
+            "state_dict, so its values are unknown. Make it persistent, or create it with values (device='cpu') where "
+            "the module is built"
         )
 
 
@@ -75,7 +75,7 @@ def _check_complete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             what = "lacks it" if found is None else f"has shape {found}"
             raise StateError(
                 f"the weights are on 'meta' and nothing was loaded: {group[0]} has shape "
-                f"{tuple(own[group[0]].shape)}, the state_dict {what}"
+                f"{tuple(own[group[0]].shape)}, but the state_dict {what}"
             )
 
 

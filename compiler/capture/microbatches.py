@@ -83,7 +83,7 @@ class Microbatches:
             raise SplitError("no argument is a tensor with examples along its first dimension")
         if size % count:
             raise SplitError(
-                f"{size} examples do not divide into {count} parts; expected a multiple of {count} of them"
+                f"{size} examples cannot be divided into {count} equal parts; expected a multiple of {count}"
             )
         part = pytree.tree_map_only(Tensor, lambda tensor: _first(tensor, size, count), self.arguments)
         # The capture of the whole batch has already given these warnings.
@@ -108,7 +108,7 @@ def _known_derivatives() -> Iterator[None]:
 
         def known(cls: type, *args: Any, **kwargs: Any) -> Any:
             if not cls.__module__.startswith("torch."):
-                raise SplitError(f"{cls.__name__} has a backward of its own, which may mix examples")
+                raise SplitError(f"{cls.__name__} defines its own backward, which may mix examples")
             return plain(cls, *args, **kwargs)
 
         def hooked(tensor: Tensor, hook: Callable[..., Any]) -> Any:

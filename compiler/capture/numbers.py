@@ -61,7 +61,7 @@ def taken_out(tensor: Tensor) -> Any:
 
 
 def _unreadable(self: Any, *_: object) -> Any:
-    raise NumberReadError("a number was written out as text")
+    raise NumberReadError("a number was converted to text")
 
 
 def _class_like(python: type, symbolic: type) -> type:
@@ -125,7 +125,7 @@ def check_only_computed(graph: fx.Graph, environment: ShapeEnv) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.sym_float):
         node.target, node.args = operator.truediv, (node.args[0], 1)
     if environment.guards or environment.deferred_runtime_asserts:
-        raise NumberReadError("a condition on a number was taken to hold")
+        raise NumberReadError("a condition depends on a number")
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, _SYMBOLIC):
@@ -133,7 +133,7 @@ def check_only_computed(graph: fx.Graph, environment: ShapeEnv) -> None:
         else:
             known = _has_shape(value) and all(map(_is_operand_type, _types_of_numbers(node)))
         if not known:
-            raise NumberReadError(f"{node.target} takes a number, or makes one, that decides more than values")
+            raise NumberReadError(f"{node.target} takes or produces a number that determines more than values")
 
 
 def is_arithmetic(target: Any) -> bool:

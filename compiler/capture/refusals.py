@@ -32,8 +32,8 @@ def refuse(model: nn.Module) -> None:
             raise ValueError(f"parameter {name} has no shape yet; call the lazy module once before it is compiled")
         if parameter.is_complex() and parameter.requires_grad:
             raise ValueError(
-                f"parameter {name} is complex, and training state is of real numbers; keep its real and imaginary "
-                "parts as two parameters and join them by torch.complex() where they are used"
+                f"parameter {name} is complex, but training state consists of real numbers; keep its real and "
+                "imaginary parts as two parameters and join them by torch.complex() where they are used"
             )
 
 
@@ -60,32 +60,32 @@ def tell_of_hooks(model: nn.Module) -> None:
             )
         if module._forward_hooks or module._forward_pre_hooks:
             warnings.warn(
-                f"{name} has a forward hook: what it computes of tensors becomes part of the program, and its Python "
-                "runs while the model is captured, not in every step",
+                f"{name} has a forward hook: its tensor operations become part of the program, but its Python code "
+                "runs only while the model is captured, not in every step",
                 stacklevel=2,
             )
 
 
 def _reasons(module: nn.Module) -> Iterator[str]:
     if isinstance(module, torch.jit.ScriptModule):
-        yield "is scripted, and cannot be traced further; compile the module that it was made from"
+        yield "is scripted and cannot be traced further; compile the original module instead"
         return
     if hasattr(module, "_orig_mod"):
-        yield "was made by torch.compile; compile the module that it was made from, ._orig_mod"
+        yield "was made by torch.compile; compile the original module instead, ._orig_mod"
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        yield 'divides the batch itself; compile its .module, with parallel={"data": N} for N processes'
+        yield 'divides the batch by itself; compile its .module instead, with parallel={"data": N} for N processes'
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.sparse:
-            yield "makes sparse gradients, for which there is no place in chunks; expected sparse=False"
+            yield "produces sparse gradients, which chunks cannot store; expected sparse=False"
         if module.max_norm is not None:
             yield (
-                "writes to its weight in the forward, for max_norm=; leave that out, and rescale rows behind "
-                "optimizer.step() where they need it"
+                "writes to its weight in the forward, for max_norm=; leave max_norm out, and rescale the rows after "
+                "optimizer.step() instead"
             )
     if any(isinstance(hook, _OLD_HOOKS) for hook in module._forward_pre_hooks.values()):
         yield (
-            "has a weight computed by a hook from parameters of its own, as the old weight_norm, spectral_norm "
-            "and prune do; use torch.nn.utils.parametrizations, or make pruning permanent by prune.remove()"
+            "has a weight that a hook computes from other parameters, as the old weight_norm, spectral_norm and prune "
+            "do; use torch.nn.utils.parametrizations, or make pruning permanent by prune.remove()"
         )
 
 
@@ -98,8 +98,8 @@ def tell_of_slowness(captured_in_s: float, program: Program) -> None:
     (module, most), count = counts.most_common(1)[0], counts.total()
     where = f"{module} ({program.sources[module]})" if program.sources.get(module) else module or "the model itself"
     warnings.warn(
-        f"capturing the model took {captured_in_s:.0f} s of a processor: its Python ran {count:,} operators, "
-        f"{most:,} of them in {where}. Loops are unrolled: fewer turns, or an operator that stands for the loop, are "
-        "captured faster",
+        f"capturing the model took {captured_in_s:.0f} s of CPU time: its Python ran {count:,} operators, {most:,} of "
+        f"them in {where}. Loops are unrolled: fewer iterations, or one operator in place of the loop, are captured "
+        "faster",
         stacklevel=2,
     )

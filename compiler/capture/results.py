@@ -92,15 +92,16 @@ class AbsentOutput:
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise AbsentOutputError(
-            "this output of the model, the logits, was not computed, to save memory: its loss is computed in pieces "
-            "(plan.fuse_loss), or it is sharded over processes, none of which has all of it (plan.request.mode), or "
-            "the last stage of a pipeline has it, on another process (plan.schedule). To have it compile with "
-            "fuse_loss=False, to train through it, or have it of a sharded model or on every process, with "
-            "outputs='all'; evaluation under torch.no_grad() returns them in any case, of a pipeline on its last stage."
+            "this output of the model, the logits, was not computed, to save memory: the loss is computed in pieces "
+            "(plan.fuse_loss), or the output is sharded over processes, none of which has all of it "
+            "(plan.request.mode), or it is on the process that runs the last stage of a pipeline (plan.schedule). To "
+            "get it, compile with fuse_loss=False; to train through it, or to get it from a sharded model or on every "
+            "process, compile with outputs='all'. Evaluation under torch.no_grad() always returns it, in a pipeline "
+            "on the last stage."
         )
 
     def __repr__(self) -> str:
-        return "<logits, not computed: compile(..., outputs='all') has them>"
+        return "<logits, not computed: compile(..., outputs='all') returns them>"
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:

@@ -22,7 +22,10 @@ def input_role(description: Any, names: list[str], leaves: list[int]) -> tuple[s
             return f"tangent:{i}", f"tangent_{i}"
         case private.TangentAOTInput(output=private.InputMutationAOTOutput(mutated_input=written)):
             raise _written(written, names, leaves)
-    raise CaptureError(f"the model's input {description} is of a kind that cannot be captured")
+    raise CaptureError(
+        f"the model's input {description} is of a type that cannot be captured; expected tensors, numbers, strings or "
+        "None"
+    )
 
 
 def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
@@ -38,14 +41,17 @@ def result_role(description: Any, names: list[str], leaves: list[int]) -> str:
             return f"mutation:{without_prefix(target)}"
         case private.InputMutationAOTOutput(mutated_input=written):
             raise _written(written, names, leaves)
-    raise CaptureError(f"the model's result {description} is of a kind that cannot be captured")
+    raise CaptureError(
+        f"the model's result {description} is of a type that cannot be captured; expected tensors, numbers, strings "
+        "or None"
+    )
 
 
 def _written(description: Any, names: list[str], leaves: list[int]) -> CaptureError:
     _, name = input_role(description, names, leaves)
     return CaptureError(
-        f"the model writes to {name} in its forward; expected writes to buffers alone. What is averaged or counted "
-        "there can be a buffer, or be written outside of the forward, by parameter.data.copy_()"
+        f"the model writes to {name} in its forward; expected writes to buffers only. Keep averages and counts in "
+        "buffers, or write to the parameter outside the forward, with parameter.data.copy_()"
     )
 
 

@@ -44,14 +44,14 @@ def check_trained(model: nn.Module) -> None:
         if first in others or second in others:
             first, second = (second, first) if first in others else (first, second)
             raise ValueError(
-                f"{second} is a tensor over the memory of parameter {first}, as .data, .detach() and views make them, "
-                "and would keep its values while the parameter is trained; take it in the forward, where it is used, "
-                "or copy it, .clone(), if it is to stay as it is"
+                f"{second} shares the memory of parameter {first}, as .data, .detach() and views do, and would keep "
+                "its old values while the parameter is trained; make it in the forward, where it is used, or store a "
+                ".clone() if its values should stay as they are"
             )
         raise ValueError(
-            f"{first} and {second} are two tensors over one memory, as by .data = or nn.Parameter(w.t()), "
-            "which a compiled model cannot keep up; tie them as one parameter, second.weight = first.weight, "
-            "and transpose it where it is used"
+            f"{first} and {second} are two tensors that share memory, as .data = and nn.Parameter(w.t()) make them, "
+            "which a compiled model cannot preserve; tie them as one parameter, second.weight = first.weight, and "
+            "transpose it where it is used"
         )
 
 
@@ -65,23 +65,24 @@ def check_written(model: nn.Module, program: Program) -> None:
     for first, second in overlapping({**parameters, **dict(model.named_buffers()), **others, **constants}, written):
         buffer, other = (first, second) if first in written else (second, first)
         raise CaptureError(
-            f"the forward writes to the buffer {buffer}, over whose memory {_told(other, constants)} is a tensor, too, "
-            f"which would not follow; expected one tensor for each memory: take the other from self."
-            f"{buffer.rpartition('.')[2]} where it is used, as a view of it"
+            f"the forward writes to the buffer {buffer}, whose memory it shares with {_described(other, constants)}, "
+            "which would not see what is written; expected one tensor for each memory: where the other is used, make "
+            f"it in the forward as a view of self.{buffer.rpartition('.')[2]}"
         )
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     for first, second in overlapping({**{name: parameters[name] for name in trained}, **constants}, trained):
         parameter, other = (first, second) if first in trained else (second, first)
         raise CaptureError(
-            f"the forward computes with {_told(other, constants)}, a tensor over the memory of parameter {parameter}, "
-            "which would keep its values while the parameter is trained; take it from the module in the forward"
+            f"the forward computes with {_described(other, constants)}, which shares the memory of parameter "
+            f"{parameter} and would keep its old values while the parameter is trained; make it from the parameter in "
+            "the forward"
         )
 
 
-def _told(name: str, constants: Mapping[str, Tensor]) -> str:
+def _described(name: str, constants: Mapping[str, Tensor]) -> str:
     if name not in constants:
         return name
-    return f"a {list(constants[name].shape)} tensor that is no attribute of a module"
+    return f"a {list(constants[name].shape)} tensor that is not an attribute of a module"
 
 
 def overlapping(tensors: Mapping[str, Tensor], some: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -70,19 +70,19 @@ def _add_call(program: Program, node: fx.Node, phase: Phase, values: dict[fx.Nod
 def _add_constant(program: Program, node: fx.Node, value: Any, originals: Mapping[int, Tensor]) -> fx.Node:
     if isinstance(value, nn.Parameter):
         raise CaptureError(
-            f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that was "
-            "not found through the model's modules: it is not among model.parameters(), since its module stands in a "
-            "plain list, dict or tuple, or a function holds it. Expected nn.ModuleList, nn.ModuleDict, "
-            "nn.ParameterList or an attribute, and the forward to take it from there"
+            f"{private.module_of(node) or 'the model'} computes with a parameter of shape {list(value.shape)} that "
+            "was not found through the model's modules: it is not among model.parameters(), because its module is in "
+            "a plain list, dict or tuple, or a function holds it. Keep it in nn.ModuleList, nn.ModuleDict, "
+            "nn.ParameterList or an attribute, and read it from there in the forward"
         )
     if not isinstance(value, Tensor) or isinstance(value, private.FakeTensor):
-        raise CaptureError(f"the model holds {node.target}, which is no tensor with values; register it as a buffer")
+        raise CaptureError(f"the model holds {node.target}, which is not a tensor with values; register it as a buffer")
     name, original = identifier(str(node.target).lstrip("_")), originals.get(id(value), value)
     if original.requires_grad and torch.is_grad_enabled():
         raise CaptureError(
-            f"{private.module_of(node) or 'the model'} computes with a tensor of shape {list(value.shape)} from "
-            "outside of the forward that requires a gradient, which it would not get; expected an nn.Parameter of a "
-            "module, what is computed of parameters to be computed in the forward, or .detach() for a constant"
+            f"{private.module_of(node) or 'the model'} computes with a tensor of shape {list(value.shape)} that comes "
+            "from outside the forward and requires a gradient, which it would not get. Make it an nn.Parameter of a "
+            "module, compute it from parameters in the forward, or .detach() it if it is a constant"
         )
     program.constants[name] = original
     placeholder = program.add_input(name, type_of_value(value), f"constant:{name}")

@@ -77,7 +77,7 @@ class Captured:
         if microbatches == 1:
             return self
         if self.divide is None:
-            raise SplitError("tensors are sharded over processes, among which parallel= divides the batch")
+            raise SplitError("tensors are sharded over processes, and parallel= already divides the batch among them")
         return self.divide(microbatches)
 
     @property
@@ -238,7 +238,7 @@ def _checked(value: Any) -> Any:
         return value
     advice = "; call it with use_cache=False" if "Cache" in type(value).__name__ else ""
     raise CaptureError(
-        f"the model returned a {type(value).__name__}, which may hold tensors that nobody would fill in; expected "
+        f"the model returned a {type(value).__name__}, whose tensors a compiled program could not fill in; expected "
         f"tensors in tuples, lists, dicts or classes registered with torch.utils._pytree.register_pytree_node{advice}"
     )
 
@@ -264,15 +264,15 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
         return private.export_joint(stack, step, inputs)
     except private.DATA_DEPENDENT as error:
         raise CaptureError(
-            f"{_source_line(error)}: the model's Python depends on the values of tensors ({error}), and a "
-            "captured program has no values to look at. Expected control flow that depends on shapes and "
-            "configuration alone: use torch.where or a mask there, or pass the value as a Python argument."
+            f"{_source_line(error)}: the model's Python depends on the values of tensors ({error}), and there are no "
+            "values during capture. Expected control flow that depends only on shapes and configuration: use "
+            "torch.where or a mask there, or pass the value as a Python argument."
         ) from error
     except RuntimeError as error:
         if "use_reentrant=True" in str(error):
             raise CaptureError(
                 f"{_source_line(error)}: checkpoint(use_reentrant=True) cannot be captured; use use_reentrant=False, "
-                "or leave the checkpoint out: compile(recompute=) decides what is computed again"
+                "or leave the checkpoint out: compile(recompute=) decides what is recomputed"
             ) from error
         if "mutating a non-functional tensor" in str(error):
             raise _written(error) from error
@@ -285,16 +285,17 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
         raise
     except (AttributeError, IndexError, TypeError) as error:
         error.add_note(
-            f"while geminifx captured the model, at {_source_line(error)}; where plain PyTorch runs this call, the "
-            "model may read a mask that is not there: load it with attn_implementation='eager'"
+            f"while geminifx captured the model, at {_source_line(error)}; if this call runs in plain PyTorch, the "
+            "model may expect a mask that it does not get here: load it with attn_implementation='eager'"
         )
         raise
 
 
 def _written(error: Exception) -> CaptureError:
     return CaptureError(
-        f"{_source_line(error)}: the forward writes to a tensor that is neither a buffer nor made by it ({error}); "
-        'register it, self.register_buffer("name", ..., persistent=False), or let the forward make a new one'
+        f"{_source_line(error)}: the forward writes to a tensor that is neither a buffer nor created in the forward "
+        f'({error}); register it, self.register_buffer("name", ..., persistent=False), or create a new tensor in the '
+        "forward"
     )
 
 
@@ -332,7 +333,7 @@ def _check_dtypes(program: Program) -> None:
         types = (type_of(value) for value in node.all_input_nodes)
         dtypes = {str(t.dtype).removeprefix("torch.") for t in types if isinstance(t, TensorType)}
         if len(dtypes) > 1:
-            advice = "Under precision='bf16' parameters and inputs are cast and buffers are not: cast to the weight's "
+            advice = "With precision='bf16' parameters and inputs are cast, but buffers are not: cast to the weight's "
             advice += "dtype there, or compile with precision='fp32'"
             if not all("float" in dtype for dtype in dtypes):
                 advice = "Only floating inputs are cast to the precision of the weights: pass x.float()"

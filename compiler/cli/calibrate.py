@@ -15,7 +15,7 @@ from ..memory.device import Device
 from ..options import Options
 from ..rates.calibrate import THOROUGH, BusyError, calibrate
 from ..rates.identity import Identity
-from ..rates.kept import Kept, keep, write
+from ..rates.kept import MachineRates, keep, write
 from ..rates.presets import CARDS
 from ..rates.rates import ARENA, Products, Rates
 from .errors import shown_errors
@@ -44,7 +44,7 @@ def calibrate_command(
     with shown_errors():
         device = Device.choose(Options()).torch_device
         if device.type != "cuda":
-            console.print(f"There is no CUDA device, and nothing was measured: plans go by the rates of {ARENA.name}.")
+            console.print(f"There is no CUDA device, so nothing was measured: plans use the rates of {ARENA.name}.")
             console.print(rates_table(ARENA))
             return
         ranks = Ranks.of(lambda launched: Options().degrees.mesh(None, launched), device)
@@ -57,15 +57,15 @@ def calibrate_command(
             raise typer.Exit(BUSY) from None
         console.print(rates_table(rates))
         if rank() == 0:
-            _write(Kept(machine, rates), output, console)
+            _write(MachineRates(machine, rates), output, console)
 
 
-def _write(kept: Kept, output: Path | None, console: Console) -> None:
+def _write(kept: MachineRates, output: Path | None, console: Console) -> None:
     """Writes the rates to the cache, and to `output` if given."""
     if output is not None:
         write(kept, output)
     path = keep(kept) or output
-    console.print(f"kept in {path}" if path else "There is no cache to keep them in; name a file by --output",
+    console.print(f"kept in {path}" if path else "There is no cache to keep the rates in; name a file with --output",
                   highlight=False, markup=False, soft_wrap=True)  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def compare_ways(model: nn.Module, world_size: int, batch: Mapping[str, Any], **
         parts = parallel.get("data", 1)
         rows = len(next(iter(batch.values())))
         if rows % parts:
-            found.append(Compared(name, None, f"a batch of {rows} does not divide by {parts}"))
+            found.append(Compared(name, None, f"a batch of {rows} is not divisible by {parts}"))
             continue
         mine = {key: value[: rows // parts] for key, value in batch.items()}
         try:
@@ -109,7 +109,7 @@ def batch_by_shapes(model: PreTrainedModel, batch_size: int, seq_len: int | None
         raise ValueError(f"--seq-len {seq_len} is longer than the {longest} positions of the model")
     examples = example_inputs(model, 1, seq_len)
     if examples is None:
-        raise ValueError(f"{type(model).__name__} reads something else than tokens; expected a language model")
+        raise ValueError(f"{type(model).__name__} does not take tokens as input; expected a language model")
     sizes = {name: (batch_size, *example.shape[1:]) for name, example in examples.items()}
     return {name: torch.empty(sizes[name], dtype=examples[name].dtype, device="meta") for name in sizes}
 

@@ -18,7 +18,7 @@ from ...runtime.isa.units import format_bytes
 _LINES_WITHOUT_TERMINAL = 10
 
 
-class Measured(Protocol):
+class ReportedModel(Protocol):
     """The part of a compiled model that reports read: its plan and its memory statistics."""
 
     plan: Any
@@ -30,7 +30,7 @@ def error_panel(error: Exception) -> Panel:
     return Panel(escape(str(error) or type(error).__name__), title="geminifx", border_style="red", title_align="left")
 
 
-def memory_line(compiled: Measured) -> str:
+def memory_line(compiled: ReportedModel) -> str:
     """Return peak device bytes so far, with the budget, and peak host bytes."""
     used, budget = format_bytes(compiled.stats.device_peak_bytes), compiled.plan.request.budget_bytes
     of_budget = "" if budget is None else f" / {format_bytes(budget)}"
@@ -40,7 +40,7 @@ def memory_line(compiled: Measured) -> str:
 class StepProgress:
     """Shows each step: as a bar on a terminal, else as about ten lines of text in all."""
 
-    def __init__(self, console: Console, compiled: Measured, steps: int) -> None:
+    def __init__(self, console: Console, compiled: ReportedModel, steps: int) -> None:
         self._console, self._compiled, self._steps = console, compiled, steps
         self._bar = Progress(
             BarColumn(bar_width=8),
@@ -74,7 +74,7 @@ def perplexity_line(report: Report) -> str:
     return f"held-out perplexity: {report.perplexity_before:,.1f} before, {after} after{speed}"
 
 
-def memory_table(compiled: Measured, plain_bytes: int | None) -> Table:
+def memory_table(compiled: ReportedModel, plain_bytes: int | None) -> Table:
     """Return planned and measured memory beside the budget, with plain PyTorch's peak if known."""
     table = Table(title="Memory", title_justify="left", min_width=56)
     table.add_column("")

@@ -133,7 +133,7 @@ def prepare(options: TrainOptions) -> Job:
     """
     Options.of(_settings(options))
     if options.steps is not None and options.epochs is not None:
-        raise ValueError("--steps and --epochs both say how long to train; leave one of them out")
+        raise ValueError("--steps and --epochs both set the length of the training; leave one of them out")
     advising = advised if options.resume else nullcontext
     with advising():
         source = _source(options)
@@ -154,7 +154,7 @@ def _records(options: TrainOptions) -> list[Record]:
     if options.data is not None:
         return read_records(options.data, fields)
     if fields is not None:
-        raise ValueError("--fields is about the records of --data; give both, or neither")
+        raise ValueError("--fields selects fields of the records in --data; pass both, or neither")
     return [Text("the Python language reference", text) for text in embedded_texts()]
 
 
@@ -179,8 +179,8 @@ def _blocks(
     blocks = TokenBlocks.of(encode(records, tokenizer), tokenizer, seq_len, seed=options.seed)
     if blocks.largest_token >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {source} makes token {blocks.largest_token}, but the model has only "
-            f"{config.vocab_size}; the two do not belong together"
+            f"the tokenizer of {source} produces token {blocks.largest_token}, but the model has only "
+            f"{config.vocab_size}; pass a model with its own tokenizer"
         )
     return blocks
 
@@ -192,8 +192,8 @@ def _recipe(options: TrainOptions, blocks: TokenBlocks) -> Recipe:
     batch_size = options.batch_size or (_MINI_BATCH if small else _BATCH)
     if batch_size > len(blocks):
         raise ValueError(
-            f"a batch of {batch_size:,} blocks is more than the {len(blocks):,} that there are to train on; choose a "
-            "smaller --batch-size or --seq-len, or give more data"
+            f"a batch of {batch_size:,} blocks is larger than the training data of {len(blocks):,} blocks; choose a "
+            "smaller --batch-size or --seq-len, or provide more data"
         )
     steps = options.steps if options.epochs is None else blocks.steps(options.epochs, batch_size)
     return Recipe(
@@ -322,8 +322,8 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for files that it cannot read
         reason = str(error).partition("\n")[0][:200]
-        raise ModelLoadError(f"{source} brings no tokenizer that loads ({reason}); {advice}") from error
+        raise ModelLoadError(f"{source} has no tokenizer that can be loaded ({reason}); {advice}") from error
     # Without any files, transformers makes a tokenizer that knows nothing but its special tokens.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ModelLoadError(f"{source} brings no tokenizer; {advice}")
+        raise ModelLoadError(f"{source} has no tokenizer; {advice}")
     return tokenizer

@@ -55,8 +55,8 @@ def launch(words: list[str], nprocs: int) -> int:
     """
     if nprocs > MOST_PROCESSES:
         raise ValueError(
-            f"{nprocs:,} processes are too many to start on one machine, at most {MOST_PROCESSES}; choose smaller "
-            "degrees of --parallel or --nprocs, or launch them on several machines by torchrun"
+            f"{nprocs:,} processes are too many for one machine, where at most {MOST_PROCESSES} can be started; "
+            "choose smaller degrees of --parallel or --nprocs, or launch them on several machines with torchrun"
         )
     # torch's log only names failed processes by number; they report their errors themselves.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)

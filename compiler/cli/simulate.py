@@ -41,7 +41,7 @@ def _simulated(name: str, shape: Shape, costs: StageCosts, loss_awaited: bool) -
     """Simulates a schedule. Raises ValueError if that would take too long or the shape does not fit the schedule."""
     forwards = shape.stages * shape.microbatches
     if forwards > MOST_FORWARDS:
-        raise ValueError(f"{shape.stages} stages with {shape.microbatches} microbatches make {forwards:,} forwards; "
+        raise ValueError(f"{shape.stages} stages with {shape.microbatches} microbatches need {forwards:,} forwards; "
                          f"expected {MOST_FORWARDS:,} or fewer")  # fmt: skip
     return simulate(make_schedule(name, shape), [costs] * shape.stages, loss_awaited=loss_awaited)
 
@@ -55,7 +55,7 @@ def _check_of_one_kind(context: typer.Context, model: str | None) -> None:
     others, instead = (OF_MODELS, "a schedule alone; name a MODEL") if model is None else (OF_SCHEDULES, "a model")
     given = [name for name in others if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
-        raise ArgumentError(f"--{given[0].replace('_', '-')} means nothing of {instead}")
+        raise ArgumentError(f"--{given[0].replace('_', '-')} does not apply to {instead}; leave it out")
 
 
 @commands.command("simulate")

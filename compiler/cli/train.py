@@ -65,7 +65,7 @@ def train(
     placement: Annotated[str, typer.Option(help="Where parameters live: auto, cpu or cuda.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the device's own by default.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
-    microbatches: Annotated[str, typer.Option(help="Parts that a batch runs in: auto, or how many.")] = "auto",
+    microbatches: Annotated[str, typer.Option(help="Number of parts that a batch runs in, or auto.")] = "auto",
     offload: Annotated[str, typer.Option(help="Offload activations to the host: auto, all or none.")] = "auto",
     rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
     moments: Annotated[
@@ -85,7 +85,7 @@ def train(
     ] = "0",
     output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
     resume: Annotated[
-        Resume, typer.Option(help="Go on from the checkpoint in --output; auto: if there is one. Alone: always.")
+        Resume, typer.Option(help="Continue from the checkpoint in --output; auto: if there is one. Alone: always.")
     ] = Resume.NEVER,
     dump: Annotated[Path | None, typer.Option(help="Write the program after every pass here.")] = None,
     parallel: Annotated[str | None, typer.Option(help=f"How processes share the work: {GRAMMAR}.")] = None,
@@ -143,7 +143,7 @@ def train(
         return
     if report.interrupted:
         done = report.first_step + len(report.losses)
-        console.print(f"stopped after step {done} and saved; go on with", highlight=False)
+        console.print(f"stopped after step {done} and saved; continue with", highlight=False)
         console.print(f"  {options.resume_command()}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
     console.print(f"saved to {options.directory}", highlight=False, markup=False, soft_wrap=True)

@@ -113,20 +113,22 @@ class Asked:
         unknown = [name for name in ("sequence", "table") if getattr(parallel, name)]
         if way.mode == "3d" or unknown:
             what = "the mode 3d" if way.mode == "3d" else f"tensor={', '.join(unknown)}"
-            raise ArgumentError(f"{what} is not modelled; geminifx compare plans for it")
+            raise ArgumentError(f"{what} is not modelled here; use geminifx compare")
         if self.schedule and way.pipeline == 1:
-            raise ArgumentError(f"--schedule {self.schedule} orders a pipeline, and --parallel has none; leave it out")
+            raise ArgumentError(f"--schedule {self.schedule} is for a pipeline, but --parallel has none; leave it out")
         if way.mode == "1d" and heads % way.tensor:
-            raise ArgumentError(f"{heads} heads are not divided over {way.tensor} processes; choose another size")
+            raise ArgumentError(f"{heads} heads cannot be divided over {way.tensor} processes; choose another size")
         if world.examples % (data * microbatches):
             raise ArgumentError(
-                f"a step of {world.examples} examples does not divide into {data} batches of {microbatches} "
+                f"a step of {world.examples} examples cannot be divided into {data} batches of {microbatches} "
                 "microbatches; choose another --batch-size or --microbatches"
             )
         if way.schedule == ROUND_ROBIN and way.pipeline > 1:
             return replace(way, stages_per_rank=count)
         if way.stages > count:
-            raise ArgumentError(f"{way.stages} stages need as many blocks, and the model has {count}; make fewer")
+            raise ArgumentError(
+                f"{way.stages} stages need at least {way.stages} blocks, but the model has {count}; choose fewer stages"
+            )
         if way.schedule and way.schedule not in KINDS:
             raise ArgumentError(
                 f"there is no schedule {way.schedule!r}; expected one of {', '.join((*KINDS, ROUND_ROBIN))}"

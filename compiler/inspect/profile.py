@@ -51,9 +51,9 @@ def profile(step: Callable[[], object], steps: int, trace: str | Path | None, st
     Raises ArgumentError where `step` is not callable, `steps` is not positive, or the trace cannot be written.
     """
     if not callable(step):
-        raise wrong_argument("step", step, "a function that does one step of the loop")
+        raise wrong_argument("step", step, "a function that runs one step of the training loop")
     if type(steps) is not int or steps < 1:
-        raise wrong_argument("steps", steps, "how many steps to profile, 1 or more")
+        raise wrong_argument("steps", steps, "the number of steps to profile, 1 or more")
     if trace is not None:
         _check_trace(trace)
     cuda = torch.cuda.is_available()
@@ -82,7 +82,7 @@ def _check_trace(trace: str | Path) -> None:
     check_path("trace", trace, "a file for the trace")
     parent = Path(trace).absolute().parent
     if Path(trace).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise wrong_argument("trace", str(trace), "a file in a directory that can be written to")
+        raise wrong_argument("trace", str(trace), "a file in a writable directory")
 
 
 def _finish(store: StateStore | None) -> None:

@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from ...runtime.distributed.ranks import Ranks
-from ...runtime.isa.errors import StateError
+from ...runtime.isa.errors import ArgumentError, StateError
 from ...runtime.isa.torch_private import use_expandable_segments
 from ...runtime.isa.units import parse_bytes
 from ...runtime.memory.hardware import Hardware
@@ -50,7 +50,7 @@ def _own_device() -> int:
     if local >= count:
         raise StateError(
             f"LOCAL_RANK is {local}, but {count} devices are visible; launch as many processes on a machine as it has "
-            "devices, or show each process one by CUDA_VISIBLE_DEVICES"
+            "devices, or make one visible to each process with CUDA_VISIBLE_DEVICES"
         )
     return local
 
@@ -81,6 +81,11 @@ def host_share(options: Options, ranks: Ranks) -> int:
         total = free = options.cluster.host_bytes
     wanted = options.host_budget if options.host_budget is not None else int(free * HOST_SHARE)
     return parse_bytes(wanted, of=total) // ranks.on_this_host
+
+
+def plans_elsewhere(options: Options, ranks: Ranks) -> bool:
+    """Whether plans are for the devices that `cluster` describes, which are not this machine's."""
+    return options.cluster is not None and options.cluster.rates is not None and not ranks.launched
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,19 @@ class Device:
         """The dtype that parameters compute in; None: their own dtypes."""
         return DTYPES.get(options.precision or ("bf16" if self.is_cuda else ""))
 
-    def budget_bytes(self, options: Options) -> int | None:
+    def budget_bytes(self, options: Options, ranks: Ranks) -> int | None:
         """The device budget in bytes, at most the device's memory; None if none is given. Raises ValueError for one
-        that makes no sense."""
-        if options.device_budget is None:
-            return None
-        return min(parse_bytes(options.device_budget, of=self.total_bytes()), self.total_bytes())
+        that makes no sense, such as a share of the memory of a device that is only described."""
+        budget = options.device_budget
+        if plans_elsewhere(options, ranks):
+            is_share = isinstance(budget, str) and "%" in budget
+            if is_share or (budget is None and self.is_cuda):
+                raise ArgumentError(
+                    f"device_budget={budget!r}, but how much memory the devices of the cluster {options.cluster} have "
+                    "is not known here; expected the bytes that may be used of each, such as device_budget='80GB'"
+                )
+            return None if budget is None else parse_bytes(budget)
+        return None if budget is None else min(parse_bytes(budget, of=self.total_bytes()), self.total_bytes())
 
     def limits(self, options: Options, ranks: Ranks) -> Limits:
         """The budgets of each rank in bytes, and the rates of the machine that they share. On CUDA this also caps the
@@ -135,9 +147,11 @@ class Device:
 
         Raises ValueError for a budget that makes no sense.
         """
-        host_bytes, given, processes = host_share(options, ranks), self.budget_bytes(options), ranks.on_this_host
-        if not self.is_cuda:
-            return Limits(given, 0, host_bytes, rates_of(self.torch_device, options.rates, processes, 0))
+        host_bytes, processes = host_share(options, ranks), ranks.on_this_host
+        given = self.budget_bytes(options, ranks)
+        if not self.is_cuda or plans_elsewhere(options, ranks):
+            rates = rates_of(self.torch_device, options.rates, processes, 0)
+            return gpu_limits(given, host_bytes, rates) if self.is_cuda else Limits(given, 0, host_bytes, rates)
         room_bytes = min(given or self.total_bytes(), torch.cuda.mem_get_info(self.torch_device)[0]) - HEADROOM_BYTES
         # Before the memory is measured, as this loads libraries that stay.
         rates = rates_of(self.torch_device, options.rates, processes, room_bytes)

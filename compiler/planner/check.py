@@ -35,8 +35,8 @@ def check_plan(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[st
     violation = next(_violations(plan, parameters, blocks, dtypes, pipeline_rank), None)
     if violation is not None:
         raise ArgumentError(
-            f"the plan does not fit this model: {violation.field} is {violation.found}, expected {violation.expected}; "
-            "make a plan for this model with geminifx.compile(...).plan.save(path)"
+            f"the plan does not fit this model: {violation.field} is {violation.found}, expected "
+            f"{violation.expected}; save a plan of this model with geminifx.compile(...).plan.save(path)"
         )
 
 
@@ -89,7 +89,7 @@ def _in_place(chunk: ChunkLayout) -> Iterator[Violation]:
     for slot in sorted(chunk.slots, key=lambda slot: (slot.offset, slot.numel)):
         field = f"{where}: the offset of {slot.name!r}"
         if slot.offset < end:
-            yield Violation(field, slot.offset, f"{end} or more, behind {previous!r}, which it overlaps")
+            yield Violation(field, slot.offset, f"{end} or more, after {previous!r}, which it overlaps")
         if slot.offset % alignment:
             yield Violation(field, slot.offset, f"a multiple of {alignment} ({ALIGNMENT_BYTES} bytes)")
         end, previous = slot.offset + slot.numel, slot.name
@@ -169,12 +169,12 @@ def _choices(plan: Plan, blocks: tuple[str, ...]) -> Iterator[Violation]:
         yield Violation("homes", f"{len(plan.homes)} of them", f"{count}, one for each chunk")
     for index, home in enumerate(plan.homes[:count]):
         if home.streamed and not plan.layout.chunks[index].trainable:
-            expected = "'host' or 'device': only what is trained is streamed"
+            expected = "'host' or 'device': only trained chunks can be streamed"
             yield Violation(f"homes[{index}].where", repr(home.where.value), expected)
     if not _is_count(plan.microbatches) or plan.microbatches < 1:
         yield Violation("microbatches", repr(plan.microbatches), "1 or more")
     elif not _is_count(plan.rounds) or plan.rounds < 1 or plan.microbatches % plan.rounds:
-        yield Violation("rounds", repr(plan.rounds), f"rounds of as many of the {plan.microbatches} microbatches each")
+        yield Violation("rounds", repr(plan.rounds), f"a divisor of the {plan.microbatches} microbatches")
     elif plan.rounds > 1 and plan.schedule is not None:
         yield Violation("rounds", repr(plan.rounds), "1: a pipeline has a schedule instead")
     if not _is_count(plan.prefetch):

@@ -25,7 +25,7 @@ HALVINGS = 20
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
     """A measured training step: seconds in all, of copies each way and of host updates, and the device's peak bytes."""
 
     step_s: float
@@ -35,19 +35,19 @@ class Measured:
     peak_bytes: int
 
     @classmethod
-    def slowest(cls, found: list["Measured"]) -> "Measured":
+    def slowest(cls, found: list["MeasuredStep"]) -> "MeasuredStep":
         """The maximum of each field over processes: all wait for the slowest, and all need room for the largest."""
         return cls(*map(max, zip(*map(astuple, found), strict=True)))
 
 
-def corrected(limits: Limits, plan: Plan, program: Program, measured: Measured) -> Limits:
+def corrected(limits: Limits, plan: Plan, program: Program, measured: MeasuredStep) -> Limits:
     """The limits of a machine on which this plan's program takes what was measured."""
     more_bytes = max(0, measured.peak_bytes - plan.peak_bytes)
     slowdown = _slowdown(limits, plan, program, measured)
     return replace(limits, rates=limits.rates.slowed(slowdown), reserve_bytes=limits.reserve_bytes + more_bytes)
 
 
-def _slowdown(limits: Limits, plan: Plan, program: Program, measured: Measured) -> Slowdown:
+def _slowdown(limits: Limits, plan: Plan, program: Program, measured: MeasuredStep) -> Slowdown:
     modelled = timeline(program, plan, limits.rates)
     timing = StepTime(modelled, limits.rates).timing(plan, plan.homes)
     busy_s = dict(timing.busy_s)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from ...passes.program.estimate import Alternative
 from ...passes.program.plan import Plan
 from ...runtime.isa.errors import BudgetError, SplitError
-from .refusal import HostBudgetError
 from .search import Solution
 from .simulate import DEVICE, LAUNCHES
 
@@ -38,9 +37,9 @@ def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | N
             continue
         try:
             return _faster(find, count, find(count), examples)
-        except HostBudgetError:
-            raise
         except BudgetError as refusal:
+            if refusal.tier == "host":  # which fewer activations at a time do not relieve
+                raise
             refused.append(refusal)
             # Parts need gradient sums that the whole batch does not, so activations alone decide only from the second
             # split on.

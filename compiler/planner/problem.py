@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import gcd, inf
@@ -32,13 +31,12 @@ from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
-from .refusal import HostBudgetError
 from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
 
-ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
+ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
 NOT_DIVIDED = (
-    "zero={} divides the training state of the model's own optimizer alone: call model.optimizer(torch.optim.AdamW, "
-    "lr=...) before the first step and step that, or leave zero out of parallel="
+    "zero={} divides only the training state of model.optimizer(...): call model.optimizer(torch.optim.AdamW, lr=...) "
+    "before the first step and use that optimizer, or leave zero out of parallel="
 )
 LEANER = (
     OwnFormat(),
@@ -51,13 +49,16 @@ LEANER = (
 
 NOT_CUT = (
     "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
-    "updated together; save a plan that was made after model.optimizer(...) had declared them"
+    "updated together; save a plan made after model.optimizer(...) was called with these moments"
 )
 NOT_TOGETHER = (
-    "the plan's chunks do not hold what the optimizer updates together: parameters by one rule each, and whole ones "
-    "on the device or streamed through it; save a plan that was made after model.optimizer(...) had declared them"
+    "the plan's chunks do not suit the optimizer: each chunk must hold parameters that are updated by the same rule, "
+    "and chunks of parameters that are updated as a unit must be on the device or streamed through it; save a plan "
+    "made after model.optimizer(...) was called with this optimizer"
 )
-NO_LOSS = "fuse_loss: there is no loss over a vocabulary here whose logits nothing else reads"
+HOST_ALONE, ANY_TIER = ("host",), ("host", "device", "")
+"""The tiers of a BudgetError for which a leaner format is tried."""
+NO_LOSS = "fuse_loss: the model has no loss over a vocabulary whose logits are used for nothing else"
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,14 @@ class Planning:
         shape = (1, 1) if found is None else (len(found.ranks), found.stages)
         if shape != expected:
             raise ArgumentError(
-                f"the schedule is of {shape[0]} ranks and {shape[1]} stages, and parallel= declares {expected[0]} and "
-                f"{expected[1]}; let both say the same"
+                f"the schedule has {shape[0]} ranks and {shape[1]} stages, but parallel= declares {expected[0]} and "
+                f"{expected[1]}; make both agree"
             )
         asked = self.options.microbatches
         if found is not None and asked not in ("auto", found.microbatches):
-            raise ArgumentError(f"the schedule is of {found.microbatches} microbatches, and microbatches={asked}")
+            raise ArgumentError(
+                f"the schedule has {found.microbatches} microbatches, but microbatches={asked}; make both agree"
+            )
         if found is not None:
             check_schedule(found)
         return found
@@ -213,8 +216,8 @@ class Planning:
         count = next((count for count in range(planned, 0, -1) if examples % count == 0), planned)
         if count != planned:
             warnings.warn(
-                f"a batch of {examples} examples does not divide into the plan's {planned} microbatches, and is run as "
-                f"{count}; microbatches={planned} refuses such batches, drop_last=True leaves them out",
+                f"a batch of {examples} examples cannot be divided into the plan's {planned} microbatches and runs as "
+                f"{count}; to refuse such batches, pass microbatches={planned}; to skip them, load with drop_last=True",
                 stacklevel=2,
             )
         return count
@@ -229,8 +232,8 @@ class Planning:
         if given is not None:
             if given.line != self.line:
                 raise ArgumentError(
-                    f"plan= is of rank {given.line} of the pipeline, and this process is rank {self.line}; each of "
-                    "them has a plan of its own: save one on every rank"
+                    f"plan= belongs to rank {given.line} of the pipeline, but this process is rank {self.line}; every "
+                    "rank has a plan of its own: save and load one on each rank"
                 )
             request = self._request(given.request.policy)
             if request.kernels == "exact":
@@ -248,7 +251,7 @@ class Planning:
                 self._check_owned(captured, given)
             accept = partial(self._accept, lower)
             kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
-            return self._either(accept, given, kinds, BudgetError)
+            return self._either(accept, given, kinds, ANY_TIER)
         staged = replace(
             self.shared(), microbatches=microbatches, rounds=rounds, blocks=runs, line=self.line,
             stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches),
@@ -267,7 +270,7 @@ class Planning:
         constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
         ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
-        return self._either(find, draft, _Formats(format, torchs, ours), HostBudgetError)
+        return self._either(find, draft, _Formats(format, torchs, ours), HOST_ALONE)
 
     def _accept(self, lower: Lower, plan: Plan) -> Solution:
         try:
@@ -275,8 +278,8 @@ class Planning:
         except BudgetError as refusal:
             if self.agreed is not None:
                 refusal.args = (
-                    f"{refusal}. That is by the plan that all ranks keep to since their first training step: begin "
-                    "with the largest batch",
+                    f"{refusal}. All ranks keep the plan of their first training step, and this batch does not fit "
+                    "it: begin with the largest batch",
                 )
             raise
 
@@ -306,7 +309,7 @@ class Planning:
         if wrong is not None:
             raise ArgumentError(
                 f"the plan does not fit this model: by its stages rank(s) {owned.get(wrong)} read {wrong!r}, by its "
-                f"layout {given.layout.owners[wrong]} have it; leave stages as they are where several ranks have some"
+                f"layout {given.layout.owners[wrong]} own it; do not change the stages of a plan for several ranks"
             )
 
     def _layout(self, captured: Captured, plan: Plan, format: OwnFormat | None) -> Layout:
@@ -321,11 +324,11 @@ class Planning:
 
     @staticmethod
     def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
-                excused: type[BudgetError]) -> Decision:  # fmt: skip
+                excused: tuple[str, ...]) -> Decision:  # fmt: skip
         """Decides for the optimizer in use. Returns a plan, and an error that refuses steps until
         `model.optimizer(...)` is called, or None. The error comes where torch's state does not fit but one of `ours`
         does, since the user chooses an optimizer only after compiling, and where chunks are sharded, which only our own
-        optimizer supports."""
+        optimizer supports. A refusal of torch's state is an error at once where its tier is not `excused`."""
         declared, ours = formats.declared, formats.ours
         if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
             return find(replace(plan, format=next(iter(ours), OwnFormat()))), StateError(
@@ -333,8 +336,8 @@ class Planning:
             )
         try:
             return find(replace(plan, format=declared or formats.torchs)), None
-        except excused as refusal:
-            if declared is not None or not ours:
+        except BudgetError as refusal:
+            if declared is not None or not ours or refusal.tier not in excused:
                 raise
             return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
@@ -364,17 +367,20 @@ class Planning:
         unknown = [name for name in chosen if name not in self.blocks]
         if unknown:
             blocks = ", ".join(self.blocks)
-            raise ArgumentError(f"{option} names {unknown[0]!r}, which is no block; the blocks are {blocks}")
+            raise ArgumentError(f"{option} names {unknown[0]!r}, which is not a block; the blocks are {blocks}")
         return chosen
 
 
 def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tuple[StateFormat, ...],
-                     excused: type[BudgetError]) -> Solution:  # fmt: skip
+                     excused: tuple[str, ...]) -> Solution:  # fmt: skip
     """The plan for the first format that fits. Where none does, raises the error of the last."""
     *others, last = formats
     for format in others:
-        with suppress(excused):
+        try:
             return find(replace(plan, format=format))
+        except BudgetError as refusal:
+            if refusal.tier not in excused:
+                raise
     return find(replace(plan, format=last))
 
 

@@ -10,10 +10,6 @@ from ...runtime.isa.units import format_bytes
 from .memory import Limits
 
 
-class HostBudgetError(BudgetError):
-    """The training state, together with what is offloaded, does not fit the host."""
-
-
 def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetError:
     """The error that explains why none of these plans can run. Where some fit the device, it is about the host;
     otherwise it is about the plan with the lowest peak."""
@@ -26,23 +22,22 @@ def refusal(refused: Sequence[tuple[Plan, Program]], limits: Limits) -> BudgetEr
     advice = "" if best.request.policy != "cuda" else " placement='auto' or 'cpu' keeps the training state on the host."
     return BudgetError(
         f"a device budget of {limits.device_bytes:,} bytes ({format_bytes(limits.device_bytes or 0)}) is too small "
-        f"for placement='{best.request.policy}'; the smallest that works for these inputs "
-        f"({inputs}) is {best.peak_bytes:,} bytes "
-        f"({format_bytes(best.peak_bytes)}), at whose peak are: {taking}.{advice} A smaller batch or sequence "
-        "needs less",
+        f"for placement='{best.request.policy}'; the smallest that works for these inputs ({inputs}) is "
+        f"{best.peak_bytes:,} bytes ({format_bytes(best.peak_bytes)}), whose peak consists of: {taking}.{advice} A "
+        "smaller batch or sequence needs less",
         smallest_bytes=best.peak_bytes,
     )
 
 
-def _host_refusal(expected: Estimate, limits: Limits) -> HostBudgetError:
+def _host_refusal(expected: Estimate, limits: Limits) -> BudgetError:
     needs, less = f"the training state needs {format_bytes(expected.host_bytes)} of host memory", ""
     if expected.offloaded_bytes:
         needs += f", with {format_bytes(expected.offloaded_bytes)} of offloaded activations"
         less = ", offload fewer blocks (offload=)"
-    return HostBudgetError(
-        f"{needs}, {format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget{less}, or raise "
-        "device_budget so that more of it lies on the device. model.optimizer(..., in_backward=True) needs less, and "
-        "with moments='bf16' or 'int8', and masters='bf16-stochastic', less still",
+    return BudgetError(
+        f"{needs}, but {format_bytes(limits.host_bytes)} may be used; free host memory, raise host_budget{less}, or "
+        "raise device_budget so that more of it fits on the device. model.optimizer(..., in_backward=True) needs "
+        "less, and moments='bf16' or 'int8' and masters='bf16-stochastic' even less",
         smallest_bytes=expected.host_bytes,
         tier="host",
     )

@@ -162,7 +162,7 @@ class _Search:
             best = self._best(found)
             if best is not None:
                 best = best if given.recompute is not None else self._refined(best)
-                return self._told(best if given.offload is not None else self._offloaded_instead(best))
+                return self._with_alternatives(best if given.offload is not None else self._offloaded_instead(best))
             if given.offload is None:
                 found += self._offloaded_beside(found[-1].plan)
                 if plan.rounds > 1 and found[0].plan.recompute != found[-1].plan.recompute:
@@ -170,7 +170,7 @@ class _Search:
                     found += self._offloaded_beside(replace(found[-1].plan, recompute=found[0].plan.recompute))
             best = self._best(found)
             if best is not None:
-                return self._told(best)
+                return self._with_alternatives(best)
             refused += [one for one in found if given.offload is not None or not self._lacks_host(one)]
             if self._is_beyond_copies(refused):
                 break
@@ -312,7 +312,7 @@ class _Search:
         self.weighed.append(solution.plan)
         return solution
 
-    def _told(self, best: Solution) -> Solution:
+    def _with_alternatives(self, best: Solution) -> Solution:
         """The best solution after moves of single chunks, with the next-best plans as its alternatives."""
         best = self._complete(best.plan, ASSUMED)
         plan = best.plan

@@ -64,7 +64,7 @@ class Captures:
                 with torch.set_grad_enabled(asked.backward):
                     now = Call.of(self.census.now(), asked.entry, *arguments).taking(asked.inputs)
                 if now.key != key or not all(guard.holds() for guard in captured.guards):
-                    raise SplitError("the model is not as it was when it was called; call it again")
+                    raise SplitError("the model has changed since it was called; call it again")
                 return self._trace(asked, part)
 
         return Microbatches(captured, arguments, recapture, finish).undivided()

@@ -12,8 +12,8 @@ def of_a_guess() -> Iterator[None]:
     try:
         yield
     except BudgetError as error:
-        error.args = (f"{error}; these are a guess: pass the batch you train on as example_inputs=",)
+        error.args = (f"{error}; these inputs are a guess: pass the batch you train on as example_inputs=",)
         raise
     except Exception as error:
-        error.add_note("in a batch that was guessed from the model's configuration; example_inputs= has another")
+        error.add_note("in a batch that was guessed from the model's configuration; pass your own as example_inputs=")
         raise

@@ -109,7 +109,7 @@ class Call:
     def __str__(self) -> str:
         """Describes the call; ranks that share a batch must agree on it."""
         leaves = pytree.tree_leaves_with_path((self.args, self.kwargs))
-        told = (f"{pytree.keystr(path[1:])} {_told(leaf)}" for path, leaf in leaves)
+        told = (f"{pytree.keystr(path[1:])} {_leaf_text(leaf)}" for path, leaf in leaves)
         kind = "a training step" if self.backward else "an evaluation"
         return f"{kind} of {self.entry or 'the model'} ({', '.join(told)}; {self.state})"
 
@@ -190,7 +190,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _told(leaf: Any) -> str:
+def _leaf_text(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
@@ -219,8 +219,8 @@ class Recaptures:
     @staticmethod
     def _warn(what: str) -> None:
         warnings.warn(
-            f"{what}, and for each the model is captured anew; a number that changes from step to step can be a tensor "
-            "of no dimensions, among the arguments or the buffers, or an argument that is only computed with",
+            f"{what}, and the model is captured again for each; pass a number that changes from step to step as a "
+            "zero-dimensional tensor (an argument or a buffer), or as an argument that is used only in arithmetic",
             stacklevel=2,
         )
 

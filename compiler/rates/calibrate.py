@@ -19,7 +19,7 @@ from ...runtime.isa.formats import OwnFormat
 from ...runtime.isa.homes import Home, Where
 from ...runtime.isa.layout import ChunkLayout
 from ...runtime.isa.moments import Moments, update_bytes
-from .measure import Bench, Effort, Measured
+from .measure import Bench, Effort, Measurements
 from .others import HostWatch, used_by_others
 from .presets import NETWORK_LATENCY_S, card_named, preset
 from .rates import Products, Rates, Updates, slowest
@@ -44,7 +44,7 @@ AUTOMATIC = Effort(
     operator_bytes=128 * 2**20, host_params=16 * 10**6, device_params=0, updates_on_device=False,
 )  # fmt: skip
 
-Measure = Callable[[torch.device, Effort, Ranks], Measured]
+Measure = Callable[[torch.device, Effort, Ranks], Measurements]
 
 
 class BusyError(GeminiError):
@@ -58,7 +58,7 @@ def calibrate(device: torch.device, effort: Effort, ranks: Ranks = ALONE, measur
     """
     others = used_by_others(device, effort.needed_bytes)
     ranks.raise_alike(None if others is None else BusyError(others))
-    watch, found, unsteady = HostWatch(), list[Measured](), list[str]()
+    watch, found, unsteady = HostWatch(), list[Measurements](), list[str]()
     while len(found) < 2 or (unsteady and len(found) < ATTEMPTS):
         found.append((measure or measured)(device, effort, ranks))
         unsteady = sorted({name for names in ranks.gather(differences(found)) for name in names})
@@ -72,35 +72,38 @@ def calibrate(device: torch.device, effort: Effort, ranks: Ranks = ALONE, measur
 
 def _refusal(unsteady: list[str], others: str) -> str:
     return (
-        f"measured {ATTEMPTS} times, {', '.join(unsteady)} never came out alike, and {others}; end what else runs here"
+        f"measured {ATTEMPTS} times, {', '.join(unsteady)} came out differently every time, and {others}; stop the "
+        "other processes on this machine"
     )
 
 
-def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measured:
+def measured(device: torch.device, effort: Effort, ranks: Ranks) -> Measurements:
     """Takes one measurement and leaves nothing on the device. Raises BusyError if memory is too short for it."""
     try:
         return Bench(device, effort, ranks).measure()
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise BusyError(f"there is no room to measure in: {error}") from error
+        raise BusyError(f"there is not enough free memory to measure: {error}") from error
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def differences(found: list[Measured]) -> list[str]:
-    """The fields of Measured on which most measurements disagree."""
+def differences(found: list[Measurements]) -> list[str]:
+    """The fields of Measurements on which most measurements disagree."""
 
     def apart(name: str) -> bool:
         rows = zip(*(_numbers(getattr(one, name)) for one in found), strict=True)
         return any(group[-1] > SPREADS.get(name, SPREAD) * group[0] for group in map(_majority, rows))
 
-    return [field.name for field in fields(Measured) if apart(field.name)]
+    return [field.name for field in fields(Measurements) if apart(field.name)]
 
 
-def settled(found: list[Measured]) -> Measured:
+def settled(found: list[Measurements]) -> Measurements:
     """The median of the majority of measurements that are closest to one another, for each field."""
-    return Measured(**{field.name: _settled([getattr(one, field.name) for one in found]) for field in fields(Measured)})
+    return Measurements(
+        **{field.name: _settled([getattr(one, field.name) for one in found]) for field in fields(Measurements)}
+    )
 
 
 def _settled(values: list[Any]) -> Any:
@@ -123,7 +126,7 @@ def _numbers(value: object) -> list[float]:
     return [value] if isinstance(value, float) else []
 
 
-def rates_from(found: Measured, effort: Effort, gpu: str) -> Rates:
+def rates_from(found: Measurements, effort: Effort, gpu: str) -> Rates:
     """Rates from a measurement; what was not measured is taken from the card's preset or derived from the rest."""
     known = card_named(gpu)
     card = preset(known) if known else None
@@ -152,7 +155,7 @@ def rates_from(found: Measured, effort: Effort, gpu: str) -> Rates:
     )
 
 
-def _updates(found: Measured, moments: Moments, host: float | None, device: float | None) -> Updates | None:
+def _updates(found: Measurements, moments: Moments, host: float | None, device: float | None) -> Updates | None:
     """Update rates with moments in this format; None if the host has no kernel for it."""
     by_bytes = found.memory_bytes_per_s / update_bytes(moments)
     return None if host is None else Updates(host, device or by_bytes)
@@ -165,7 +168,7 @@ def _products(effort: Effort, seconds: tuple[float, ...], kernel_s: float) -> Pr
     return Products(tuple(flop), tuple(each / each_s for each, each_s in zip(flop, alone_s, strict=True)))
 
 
-def _passing(found: Measured) -> float:
+def _passing(found: Measurements) -> float:
     """Parameters per second that stream through the host: a copy costs its updates a share (`lost`) of the copy's
     time."""
     lost = max(1 - found.host_params_per_s / found.host_alone_params_per_s, 0.01)

@@ -11,11 +11,11 @@ import torch
 from ...runtime.isa.errors import check_path, did_you_mean, wrong_argument
 from .calibrate import AUTOMATIC, BusyError, calibrate
 from .identity import Identity
-from .kept import Kept, keep, kept_for, read
+from .kept import MachineRates, keep, kept_for, read
 from .presets import CARDS, card_named, preset
 from .rates import ARENA, Rates
 
-EXPECTED = f"the name of a card ({', '.join(CARDS)}), the path of a file that geminifx calibrate wrote, or Rates"
+EXPECTED = f"the name of a card ({', '.join(CARDS)}), the path of a file written by geminifx calibrate, or Rates"
 
 OTHER_CARD = "h100-sxm"
 """The preset used for unknown cards; the plan says so."""
@@ -61,7 +61,7 @@ def known_card(gpu: str) -> Rates:
     if name is not None:
         return preset(name)
     stand_in = preset(OTHER_CARD)
-    return replace(stand_in, name=f"{stand_in.name}, since {gpu} is not known; geminifx calibrate measures it")
+    return replace(stand_in, name=f"{stand_in.name}, because {gpu} is unknown; geminifx calibrate measures it")
 
 
 def _measured(device: torch.device, machine: Identity, tell: Callable[[str], None]) -> Rates:
@@ -69,10 +69,10 @@ def _measured(device: torch.device, machine: Identity, tell: Callable[[str], Non
         rates = calibrate(device, AUTOMATIC)
     except BusyError as busy:
         rates = known_card(machine.gpu)
-        tell(f"geminifx: planning at the rates of {rates.name}, for this machine cannot be measured now: {busy}")
+        tell(f"geminifx: planning with the rates of {rates.name}, because this machine cannot be measured now: {busy}")
         return rates
-    when = "for this run: there is no cache to keep it in" if keep(Kept(machine, rates)) is None else "once"
-    tell(f"geminifx: measured {machine.gpu} and its host, {when}; geminifx calibrate does it more exactly")
+    when = "for this run: there is no cache to keep it in" if keep(MachineRates(machine, rates)) is None else "once"
+    tell(f"geminifx: measured {machine.gpu} and its host, {when}; geminifx calibrate measures more precisely")
     return rates
 
 

@@ -139,9 +139,9 @@ def _described(given: Mapping[str, Any]) -> Cluster:
         raise ArgumentError(f"cluster has {unknown!r}; {did_you_mean(unknown, FIELDS, EXPECTED)}")
     like, card = given.get("like"), given.get("card")
     if like is not None and like not in CLUSTERS:
-        raise ArgumentError(f"cluster is like {like!r}, which there is not; expected {', '.join(CLUSTERS)}")
+        raise ArgumentError(f"cluster has like={like!r}, which does not exist; expected {', '.join(CLUSTERS)}")
     if card is not None and card not in CARDS:
-        raise ArgumentError(f"cluster has the card {card!r}, which is not known; expected one of {', '.join(CARDS)}")
+        raise ArgumentError(f"cluster has the unknown card {card!r}; expected one of {', '.join(CARDS)}")
     changes: dict[str, Any] = {name: given[name] for name in ("nodes", "devices") if name in given}
     changes |= {name: _link(name, given[name]) for name in ("within", "between") if name in given}
     if card is not None:
@@ -159,7 +159,7 @@ def _without_base(changes: Mapping[str, Any]) -> Cluster:
     needed = ["devices", "within", *(["between"] if changes.get("nodes", 1) != 1 else [])]
     missing = [name for name in needed if name not in changes]
     if missing:
-        raise ArgumentError(f"cluster has no {missing[0]!r}, and is like no other; expected {EXPECTED}")
+        raise ArgumentError(f"cluster has no {missing[0]!r} and no 'like' to take it from; expected {EXPECTED}")
     return Cluster("", 1, 1, None, changes["within"], changes.get("between", changes["within"]))
 
 

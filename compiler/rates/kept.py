@@ -13,33 +13,33 @@ from .rates import Rates
 
 TEXT = Text(
     of="file of rates", version=1, writer="geminifx calibrate",
-    remedy="make it anew with geminifx calibrate --output FILE",
+    remedy="write a new one with geminifx calibrate --output FILE",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Kept:
+class MachineRates:
     """Rates, and the machine they were measured on."""
 
     machine: Identity
     rates: Rates
 
 
-def write(kept: Kept, path: Path) -> None:
+def write(kept: MachineRates, path: Path) -> None:
     """Writes the file atomically. Raises OSError if it cannot be written."""
     with appearing(path, mode=0o600) as unfinished:
         unfinished.write_text(TEXT.write(kept, strict_converter()) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Kept:
+def read(path: Path) -> MachineRates:
     """Raises ArgumentError, saying what is wrong, if the file is not one that `write` wrote."""
     try:
-        return TEXT.read(path.read_text(encoding="utf-8"), Kept, strict_converter())
+        return TEXT.read(path.read_text(encoding="utf-8"), MachineRates, strict_converter())
     except (OSError, ValueError) as error:
         raise ArgumentError(f"rates={str(path)!r} cannot be read: {error}") from error
 
 
-def keep(kept: Kept) -> Path | None:
+def keep(kept: MachineRates) -> Path | None:
     """Keeps rates for later runs of this user. Returns the file, or None if no cache can be used."""
     folder = usable_cache()
     if folder is None:

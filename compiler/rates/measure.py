@@ -62,7 +62,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """What was measured: seconds of one run (`_s`), or bytes or parameters per second (`_per_s`); None if not measured.
 
     `products_s` has a row per dtype of DTYPES and a column per size of Effort.
@@ -103,7 +103,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def measure(self) -> Measured:
+    def measure(self) -> Measurements:
         try:
             up, down, both = self._copies()
             host_alone, beside = self._host_updates()
@@ -112,7 +112,7 @@ class Bench:
             self.wait()
         network = self._network() if self.ranks.together else (None, None)
         device = self._device_updates() if self.effort.updates_on_device else {}
-        return Measured(
+        return Measurements(
             products_s=tuple(tuple(self._product_s(dtype, n) for n in self.effort.sizes) for dtype in DTYPES),
             memory_bytes_per_s=self._memory(),
             kernel_s=self._kernel_s(),

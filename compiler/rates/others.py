@@ -22,9 +22,9 @@ def used_by_others(device: torch.device, needed_bytes: int) -> str | None:
     free, total = torch.cuda.mem_get_info(device)
     theirs = total - free - torch.cuda.memory_reserved(device)
     if theirs > OTHERS_BYTES:
-        return f"{format_bytes(theirs)} of the GPU's memory are held by others"
+        return f"other processes hold {format_bytes(theirs)} of the GPU's memory"
     if free < needed_bytes:
-        return f"{format_bytes(free)} of the GPU's memory are free, {format_bytes(needed_bytes)} are needed"
+        return f"{format_bytes(free)} of the GPU's memory are free, but {format_bytes(needed_bytes)} are needed"
     try:
         busy = torch.cuda.utilization(device) if needed_bytes else 0  # 0 after measuring: that load is ours
     except Exception:  # NVML is missing or forbidden, each of which raises another error
@@ -45,7 +45,7 @@ class HostWatch:
         percent = 100 * theirs_s / (count * passed_s)
         if percent <= BUSY_PERCENT:
             return None
-        return f"others keep {percent:.0f} % of the host's {count} cores busy"
+        return f"other processes keep {percent:.0f} % of the host's {count} cores busy"
 
 
 def _all_busy_s() -> float:

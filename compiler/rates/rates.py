@@ -27,7 +27,8 @@ class Products:
         rising = all(a < b for a, b in zip(self.flop, self.flop[1:], strict=False))
         if not self.flop or len(self.flop) != len(self.flops_per_s) or not rising:
             raise ValueError(
-                f"products of {self.flop} FLOP at {self.flops_per_s} FLOP/s; expected sizes that rise, a rate for each"
+                f"products of {self.flop} FLOP at {self.flops_per_s} FLOP/s; expected increasing sizes and one rate "
+                "for each"
             )
         _check_positive(self, self.flop + self.flops_per_s)
 
@@ -132,7 +133,7 @@ class Rates:
         """The same machine, corrected by measured slowdowns."""
         return replace(
             self,
-            name=f"{self.name}, corrected by steps that were measured",
+            name=f"{self.name}, corrected by measured steps",
             bf16=self.bf16.slowed(by.compute),
             fp16=self.fp16.slowed(by.compute),
             fp32=self.fp32.slowed(by.compute),

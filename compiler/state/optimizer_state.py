@@ -69,14 +69,14 @@ class OptimizerState(ABC):
     def check(self, saved: Any, found: Tensors) -> None:
         """Raises CheckpointError if the checkpoint is of another optimizer."""
         if saved is None:
-            raise CheckpointError("the checkpoint holds no optimizer's state; load it with optimizer=None")
+            raise CheckpointError("the checkpoint contains no optimizer state; load it with optimizer=None")
         if not isinstance(saved, dict) or not {"param_groups", "numbers"} <= saved.keys():
-            raise CheckpointError("what the checkpoint holds of an optimizer was not saved by save_checkpoint")
+            raise CheckpointError("the optimizer state in the checkpoint was not saved by save_checkpoint")
         kind = saved.get("kind", self.kind)  # which older checkpoints lack
         if kind != self.kind:
             raise CheckpointError(
-                f"the checkpoint is of {kind}, the optimizer is {self.kind}; make one of that kind, or load the model "
-                "alone with optimizer=None"
+                f"the checkpoint was saved with {kind}, but the optimizer is {self.kind}; make an optimizer of that "
+                "kind, or load only the model with optimizer=None"
             )
         self._check_groups(saved["param_groups"])
         try:
@@ -93,9 +93,9 @@ class OptimizerState(ABC):
         now = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
         if before != now:
             raise CheckpointError(
-                f"the optimizer has {len(now)} group(s) of {', '.join(str(len(g)) for g in now)} parameters, in the "
-                f"checkpoint {len(before)} of {', '.join(str(len(g)) for g in before)}, or others in them; make the "
-                "same groups"
+                f"the optimizer has {len(now)} group(s) of {', '.join(str(len(g)) for g in now)} parameters, but the "
+                f"checkpoint has {len(before)} of {', '.join(str(len(g)) for g in before)}, or other parameters in "
+                "them; make the same groups"
             )
 
     def _check_rule(self, groups: list[dict[str, Any]]) -> None:
@@ -183,7 +183,9 @@ class _OwnState(OptimizerState):
         for what, key, now in (("moments", "stored", format.stored), ("masters", "masters", format.masters)):
             before = saved.get(key, "exact")
             if before != now:
-                _logger.warning("the checkpoint's %s were stored as %s, and are now as %s=%r", what, before, what, now)
+                _logger.warning(
+                    "the checkpoint's %s were stored as %s; they are now stored as %s=%r", what, before, what, now
+                )
         read: dict[str, Stored] = {}
         for name in self.held:
             keys = self._saved_keys(name, found)
@@ -219,11 +221,13 @@ class _TorchState(OptimizerState):
         slot = layout.slots[number]
         if tuple(value.shape) != slot.shape:
             raise CheckpointError(
-                f"the optimizer keeps a tensor of shape {tuple(value.shape)} for {name}, which has {slot.shape}; only "
-                "the state of element-wise optimizers can be saved"
+                f"the optimizer keeps a tensor of shape {tuple(value.shape)} for {name}, which has shape "
+                f"{slot.shape}; only the state of element-wise optimizers can be saved"
             )
         if not value.is_contiguous():
-            raise CheckpointError(f"the optimizer's state of {name} is not contiguous; only contiguous state is saved")
+            raise CheckpointError(
+                f"the optimizer's state of {name} is not contiguous; only contiguous state can be saved"
+            )
         alone = replace(slot, offset=0)
         return Stored.of(value, chunks.local_shards.whole_shape(slot), chunks.local_shards.regions(alone))
 

@@ -55,11 +55,11 @@ class SaveRequest:
             return wrong_argument("is_main_process", False, "True on rank 0, which writes; on others it may be False")
         if given and not hasattr(source, "save_pretrained"):
             return ArgumentError(
-                f"{min(given)}= is for models with a save_pretrained() of their own, and {type(source).__name__} has "
-                "none: expected max_shard_size= and dtype= alone; safetensors.torch.save_file writes what you like"
+                f"{min(given)}= is for models that define save_pretrained(), but {type(source).__name__} does not: "
+                "expected only max_shard_size= and dtype=; use safetensors.torch.save_file for anything else"
             )
         if "safe_serialization" in given and "safe_serialization" not in signature(source.save_pretrained).parameters:
-            return wrong_argument("safe_serialization", False, "True: transformers writes nothing but safetensors")
+            return wrong_argument("safe_serialization", False, "True: transformers writes only safetensors")
         return None
 
     def streams(self, source: Any) -> bool:
@@ -97,7 +97,7 @@ def save_streamed(session: Session, directory: Path, request: SaveRequest) -> No
 
     if session.ranks.rank == 0:
         try:
-            tensors = {name: _told(state.first[name], request) for name in names}
+            tensors = {name: _saved_as(state.first[name], request) for name in names}
             if is_hf:
                 save_all_but_weights(source, directory)
                 tell_dtype(directory, (dtype for _, dtype in tensors.values()))
@@ -118,7 +118,7 @@ def save_at_once(source: Any, directory: Path, request: SaveRequest, weights: di
     tell_dtype(directory, dtypes)
 
 
-def _told(readable: Readable, request: SaveRequest) -> tuple[tuple[int, ...], torch.dtype]:
+def _saved_as(readable: Readable, request: SaveRequest) -> tuple[tuple[int, ...], torch.dtype]:
     dtype = readable.dtype
     return readable.shape, request.dtype if request.dtype is not None and dtype.is_floating_point else dtype
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...runtime.isa.layout import Slot
 from ...runtime.memory.lazy_parameter import LazyParameter
 from ..session import Session
-from ..weights.quantized_weights import Kept, kept_weights
+from ..weights.quantized_weights import QuantizedWeight, quantized_weights
 
 
 def _shared_out(session: Session) -> dict[str, str]:
@@ -90,7 +90,7 @@ def readable_state(session: Session) -> ReadableState:
         names[id(value)], own = name, shared_out.get(name)
         shape = tuple(value.shape) if own is None else session.store().chunks.whole_shape(own)
         first[name] = Readable(shape, value.dtype, partial(_cpu_value, session, own, value))
-    for name, kept in kept_weights(session.source).items():
+    for name, kept in quantized_weights(session.source).items():
         read = partial(_dequantized, kept, first.pop(kept.codes).read, first.pop(kept.scales).read)
         first[name] = Readable(kept.weight.shape, kept.weight.dtype, read)
     return ReadableState(first, aliases)
@@ -99,12 +99,12 @@ def readable_state(session: Session) -> ReadableState:
 def dequantized(source: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state of whole tensors, with the values of quantised weights under the names they had before."""
     found = dict(state)
-    for name, kept in kept_weights(source).items():
+    for name, kept in quantized_weights(source).items():
         found[name] = kept.values(found.pop(kept.codes), found.pop(kept.scales))
     return found
 
 
-def _dequantized(kept: Kept, codes: Callable[[], Tensor], scales: Callable[[], Tensor]) -> Tensor:
+def _dequantized(kept: QuantizedWeight, codes: Callable[[], Tensor], scales: Callable[[], Tensor]) -> Tensor:
     return kept.values(codes(), scales())
 
 

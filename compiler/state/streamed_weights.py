@@ -103,8 +103,8 @@ def streamed_weights(session: Session) -> Iterator[None]:
     layout = setup.plan.layout
     if setup.plan.mesh.tensor_axes or layout.owned or any(chunk.shards > 1 for chunk in layout.chunks):
         raise StateError(
-            "generate() runs the model as it is, and its parameters are divided over processes; save the model with "
-            "save_pretrained() and generate with what is loaded from there"
+            "generate() runs the original model, whose parameters are divided over processes here; save the model "
+            "with save_pretrained(), load it elsewhere and generate there"
         )
     chunks = _Chunks(setup.machine, session.meter)
     weights = {name: StreamedWeight(chunks, chunk, chunk.slots[slot]) for name, (chunk, slot) in layout.places.items()}
@@ -122,8 +122,8 @@ def streamed_weights(session: Session) -> Iterator[None]:
         setup.machine.abort()
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise BudgetError(
-                f"the device budget ran out while the model generated: {error}. Take fewer sequences or tokens at a "
-                "time, or raise device_budget"
+                f"the device budget ran out while the model generated: {error}. Generate fewer sequences or tokens at "
+                "a time, or raise device_budget"
             ) from as_cause(error)
         raise
 

@@ -45,9 +45,9 @@ def _read(path: str, layer: Any, read: Callable[[Any], Packed]) -> Packed:
     name = f"{path or 'it'} is a {type(layer).__name__} whose"
     if _is_of_bitsandbytes(layer) and "forward" in vars(layer) and not _forward_is_accelerates(layer):
         raise ArgumentError(
-            f"model: {name} forward was replaced, and would not run, since the layer becomes a plain nn.Linear; "
-            "expected the library's own: del its attribute forward, and compute the rest in a module around it or in a "
-            "forward hook"
+            f"model: {name} forward was replaced, but would not run, because the layer becomes a plain nn.Linear; "
+            "expected the library's own forward: delete the attribute forward, and move the additional computation to "
+            "a module around the layer or to a forward hook"
         )
     try:
         return read(layer)
@@ -89,7 +89,7 @@ def _is_torchao(weight: Any) -> bool:
 def _four_bits(layer: Any) -> Packed:
     state = layer.weight.quant_state
     if state is None or layer.weight.dtype != torch.uint8:
-        raise ValueError("weight is not quantised yet: call .to(device) on the model first, as bitsandbytes asks")
+        raise ValueError("weight is not quantised yet: call .to(device) on the model first, as bitsandbytes requires")
     return four_bits(layer.weight.data, state.as_dict())
 
 
@@ -103,7 +103,7 @@ def _eight_bits(layer: Any, dtype: torch.dtype) -> Packed:
 
 
 def _unknown(layer: Any) -> Packed:
-    raise ValueError("format is not read; expected Linear4bit with nf4, or Linear8bitLt")
+    raise ValueError("format is not supported; expected Linear4bit with nf4, or Linear8bitLt")
 
 
 _TORCHAO: dict[str, Callable[[Any], Packed]] = {

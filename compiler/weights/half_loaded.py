@@ -21,6 +21,6 @@ class HalfLoaded(set[str]):
         if self:
             others = ", load_state_dict(...) or load_pretrained(...)" if self == {"model"} else ""
             raise StateError(
-                f"a checkpoint could not be read to its end: some values of the {' and the '.join(sorted(self))} are "
-                f"of it, others are older; load_checkpoint(...){others} what is whole before going on"
+                f"loading a checkpoint failed halfway: some values of the {' and the '.join(sorted(self))} come from "
+                f"it and others are older; load an intact one with load_checkpoint(...){others} before you continue"
             )

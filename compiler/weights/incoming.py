@@ -20,7 +20,7 @@ from ...runtime.memory.state_store import StateStore
 from ...runtime.memory.stored import Stored
 from ...runtime.state_io.safetensors_files import Entry, WeightFiles
 from .packed_files import PackedEntry, own_names, packed_entries
-from .quantized_weights import Kept, kept_weights
+from .quantized_weights import QuantizedWeight, quantized_weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of whole parameters, by all of their names, for parameters that are divided over processes."""
@@ -44,10 +44,10 @@ class FromInitialisers:
         cls, source: nn.Module, seed: int, shapes: Shapes, names: Collection[str] | None = None
     ) -> "FromInitialisers":
         """Raises StateError if weights are quantised, since codes cannot be drawn."""
-        if kept_weights(source):
+        if quantized_weights(source):
             raise StateError(
-                "random values are for weights as they are, and some of this model's are quantised: load all of them "
-                "from files, or give them values before compile(frozen=)"
+                "quantised weights cannot be initialised at random, and some weights of this model are quantised: "
+                "load all of them from files, or initialise the model before compile(frozen=)"
             )
         return cls(source, _empty(source, shapes), seed, names)
 
@@ -114,14 +114,15 @@ class FromFiles:
         if missing and strict:
             raise CheckpointError(
                 f"nothing was loaded: {directory} lacks {told}{others}. With strict=False they are initialised at "
-                "random; files whose weights go by other names transformers loads, whose model compile() takes"
+                "random. If the files use other names for the weights, load them with transformers and compile that "
+                "model"
             )
         if missing:
             warnings.warn(f"{directory} lacks {told}, which are initialised at random{others}", stacklevel=3)
         elif names.unexpected:
             warnings.warn(
-                f"{len(names.unexpected)} weights in {directory} were left out, for the model has none of these names: "
-                f"{_some(names.unexpected)}",
+                f"{len(names.unexpected)} weights in {directory} were not loaded, because the model has none with "
+                f"these names: {_some(names.unexpected)}",
                 stacklevel=3,
             )
         rest: list[FromInitialisers | FromPeft] = []
@@ -157,7 +158,7 @@ class FromFiles:
     def _targets(self, store: StateStore) -> dict[str, list["_Target"]]:
         """The parameters and buffers that each of the files' weights is written to, by the name in the files."""
         first = {id(parameter): name for name, parameter in self.source.named_parameters()}
-        own, kept, made = _own_tensors(self.source), kept_weights(self.source), dict[int, _Target]()
+        own, kept, made = _own_tensors(self.source), quantized_weights(self.source), dict[int, _Target]()
         targets: dict[str, list[_Target]] = {}
         for name, there in self.names.found.items():
             tensor = own[name]
@@ -197,7 +198,7 @@ class _Values:
 class _Codes:
     """A quantised weight. It is read whole, then quantised, unless the file has it quantised in the same format."""
 
-    kept: Kept
+    kept: QuantizedWeight
     codes: Stored
     scales: Stored
 
@@ -221,7 +222,7 @@ class _Codes:
 def _own_tensors(source: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict, by all names, with each quantised weight on `meta` in place of its codes and scales."""
     own = dict(source.state_dict(keep_vars=True))
-    for name, kept in kept_weights(source).items():
+    for name, kept in quantized_weights(source).items():
         del own[kept.codes], own[kept.scales]
         own[name] = torch.empty(kept.weight.shape, dtype=kept.weight.dtype, device="meta")
     return own
@@ -243,13 +244,13 @@ def _check_shapes(own: dict[str, Tensor], shapes: Shapes, entries: dict[str, Ent
         shape = shapes.get(name, tuple(tensor.shape))
         if entry.shape != shape:
             raise CheckpointError(
-                f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, the model "
-                f"{shape}; the files are of another model"
+                f"nothing was loaded: size mismatch for {name}: {entry.file} has shape {entry.shape}, but {shape} in "
+                "the model; the files belong to another model"
             )
         if entry.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise CheckpointError(
-                f"nothing was loaded: {name} is {tensor.dtype}, and {entry.dtype} in {entry.file}; of quantised "
-                "weights those of bitsandbytes are read"
+                f"nothing was loaded: {name} is {tensor.dtype}, but {entry.dtype} in {entry.file}; the only quantised "
+                "files that can be read are those of bitsandbytes"
             )
 
 
@@ -272,8 +273,8 @@ def _check_same(name: str, target: Stored, slices: Any) -> None:
         target.write(region, _everywhere(region), slices[_slices(region)])
         if not torch.equal(before, target.read(region)):
             raise CheckpointError(
-                f"{name} and another weight of the files are one parameter of the model, tied, and have different "
-                "values; set tie_word_embeddings=False in the configuration, or take files of this model"
+                f"{name} and another weight have different values in the files, but are tied to one parameter in the "
+                "model; set tie_word_embeddings=False in the configuration, or use files of this model"
             )
 
 

@@ -51,7 +51,7 @@ class PackedEntry:
             return four_bits(codes, {**self.told, **parts})
         except (ValueError, KeyError, IndexError, RuntimeError) as error:
             raise CheckpointError(
-                f"nothing was loaded: {name} in {self.entry.file} is not as bitsandbytes writes it: {error}"
+                f"nothing was loaded: {name} in {self.entry.file} is not in the format of bitsandbytes: {error}"
             ) from error
 
 
@@ -80,9 +80,11 @@ def _four_bits(files: WeightFiles, weight: str, state: str, kind: str) -> Packed
         told = json.loads(bytes(files.tensor(state).tolist()))
         shape, dtype = tuple(map(int, told["shape"])), getattr(torch, told["dtype"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"nothing was loaded: {state} in {entry.file} does not tell a weight: {error}") from error
+        raise CheckpointError(
+            f"nothing was loaded: {state} in {entry.file} does not describe a weight: {error}"
+        ) from error
     if kind != "nf4":
-        raise CheckpointError(f"nothing was loaded: {weight} in {entry.file} is as {kind}; expected nf4")
+        raise CheckpointError(f"nothing was loaded: {weight} in {entry.file} is quantised as {kind}; expected nf4")
     own = {name.removeprefix(f"{weight}."): name for name in files.entries if name.startswith(f"{weight}.")}
     parts = {part: name for part, name in own.items() if name != state}
     return PackedEntry(Entry(entry.file, shape, dtype), parts, told)
@@ -92,7 +94,7 @@ def _eight_bits(files: WeightFiles, weight: str, scales: str) -> PackedEntry:
     entry, layout = files.entries[weight], f"{weight}_format"
     if layout in files.entries and int(files.tensor(layout)) != _ROWS:
         raise CheckpointError(
-            f"nothing was loaded: {weight} in {entry.file} has its codes in another order than by rows; load it with "
+            f"nothing was loaded: {weight} in {entry.file} does not store its codes by rows; load it with "
             "bitsandbytes and save it again"
         )
     return PackedEntry(Entry(entry.file, entry.shape, torch.float32), {_SCALES: scales}, {})

@@ -1,6 +1,7 @@
 """Puts chunks and buffers where a plan wants them; weights on `meta` get places there and wait for their values."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from ..capture.weak_references import without_weak_references
 from ..memory.device import Device
 from ..programs.programs import Compiled, channels, chunks_alike, state_alike
 from ..setup import Declaration, Phase, Setup
+from .half_loaded import HalfLoaded
 from .values import move_buffers, share_values
 
 
@@ -32,11 +34,16 @@ class Incoming(Protocol):
 
 
 class Places:
-    """The places of one model's values. From the first `put` on, all ranks hold the same values."""
+    """The places of one model's values. From the first `put` on, all ranks hold the same values.
+
+    `incoming` is a source of values for weights on `meta`, until they are read; `homes` are those of the last `put`.
+    """
 
     def __init__(self, source: nn.Module, ranks: Ranks, device: Device) -> None:
         self.source, self.ranks, self.device = source, ranks, device
-        self._are_shared = False
+        self.incoming: Incoming | None = None
+        self.homes: Homes = ()
+        self._are_shared = self._are_placed = False  # on all ranks, for the optimizer that was declared
         self._declared: Declaration | None = None
 
     @property
@@ -44,9 +51,12 @@ class Places:
         """Whether any weights are on `meta`, without values."""
         return any(parameter.is_meta for parameter in self.source.parameters())
 
-    def check(self, incoming: Incoming) -> None:
-        """Raises, on all ranks, if the values are no longer available on one of them, or if ranks were told to bring
-        different ones."""
+    def check_incoming(self) -> None:
+        """Raises, on all ranks, if the values that are due are no longer available on one of them, or if ranks were
+        told to bring different ones."""
+        incoming = self.incoming
+        if incoming is None:
+            return
         with self.ranks.failing_alike():
             incoming.check()
             digest = incoming.digest()
@@ -55,14 +65,18 @@ class Places:
     def put(self, setup: Setup, homes: Homes, programs: Iterable[Compiled], phase: Phase,
             declared: Declaration | None) -> None:  # fmt: skip
         """Puts all values where `homes` say. Weights on `meta` get places for values, which must be the same on every
-        rank."""
+        rank. If one rank has no room for its values, all ranks raise."""
         are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
+        # All ranks come here for the first places and for those of an optimizer; for new homes some may come alone.
+        are_together = not self._are_placed or declared is not self._declared
+        failing_alike = self.ranks.failing_alike if are_together else nullcontext
         with torch.inference_mode(False), torch.no_grad():
-            if are_empty:
-                give_buffers(self.source)
-            if self.device.is_cuda:
-                move_buffers(self.source, device)
-            if phase is Phase.PLANNED:  # later calls, for new homes, may come on some ranks only
+            with failing_alike(), store.hardware.placing():
+                if are_empty:
+                    give_buffers(self.source)
+                if self.device.is_cuda:
+                    move_buffers(self.source, device)
+            if phase is Phase.PLANNED:
                 self.ranks.join_axes((chunk.reduced_over for chunk in setup.plan.layout.chunks), device)
                 open_channels(self.ranks, channels(setup.plan, programs))
             self._check_alike(setup, declared)
@@ -71,8 +85,18 @@ class Places:
                 if not are_empty:
                     share_values(self.source, self.ranks, device, store.chunks)
             self._are_shared = True
-            with without_weak_references(self.source):
+            with failing_alike(), without_weak_references(self.source):
                 store.place(homes)
+        self.homes, self._are_placed = homes, True
+
+    def bring(self, store: StateStore, half_loaded: HalfLoaded) -> None:
+        """Reads the values that are due, if any are, into their places. If that fails, they are half loaded."""
+        incoming, self.incoming = self.incoming, None
+        if incoming is not None:
+            with half_loaded.while_written("model"):
+                with self.ranks.failing_alike():
+                    incoming.bring(store)
+                store.masters_written()
 
     def _check_alike(self, setup: Setup, declared: Declaration | None) -> None:
         """Raises StateError if ranks differ in what they place for the first time, or in the optimizer declared
@@ -82,4 +106,5 @@ class Places:
         if not self._are_shared or declared is not self._declared:
             digest = "" if declared is None else declared.digest
             self.ranks.check_alike("model.optimizer(...), with its seed and options,", digest)
+            self._are_placed = False
         self._declared = declared

@@ -17,7 +17,7 @@ from ...runtime.kernels.quantized import quantize
 
 
 @dataclass(frozen=True)
-class Kept:
+class QuantizedWeight:
     """A quantised weight in its model: the names of its codes and scales, and the parametrization that dequantises
     it."""
 
@@ -29,13 +29,13 @@ class Kept:
         return DEQUANTIZE(codes, scales, self.weight.format, list(self.weight.shape), self.weight.dtype)
 
 
-def kept_weights(source: nn.Module) -> dict[str, Kept]:
+def quantized_weights(source: nn.Module) -> dict[str, QuantizedWeight]:
     """All quantised weights, by the names they had before."""
-    found: dict[str, Kept] = {}
+    found: dict[str, QuantizedWeight] = {}
     for path, module in source.named_modules():
         if is_quantized(module):
             owner, _, name = path.rpartition("parametrizations.")
-            found[owner + name] = Kept(f"{path}.original0", f"{path}.original1", module[0])
+            found[owner + name] = QuantizedWeight(f"{path}.original0", f"{path}.original1", module[0])
     return found
 
 
@@ -47,21 +47,21 @@ def quantize_frozen(source: nn.Module, format: Quantized | None, compute_dtype: 
     Raises ArgumentError if there is no such weight, one has values that are not finite, or some are already kept in
     another format.
     """
-    earlier = [kept.weight for kept in kept_weights(source).values()]
+    earlier = [kept.weight for kept in quantized_weights(source).values()]
     others = {dequantized.format for dequantized in earlier} - {format}
     if format is not None and others:
         raise ArgumentError(
-            f"frozen={format!r}, but weights of the model are kept as {', '.join(sorted(others))} already, by "
-            "an earlier compile(), or by bitsandbytes or torchao; leave frozen= out, or build the model anew with "
-            "weights that are not quantised"
+            f"frozen={format!r}, but weights of the model are already quantised as {', '.join(sorted(others))}, by an "
+            "earlier compile(), bitsandbytes or torchao; leave frozen= out, or build the model again without "
+            "quantised weights"
         )
     for dequantized in earlier:
         dequantized.dtype = cast_dtype(torch.empty(0, dtype=dequantized.dtype_before), compute_dtype)
     layers = [] if format is None else list(_frozen_layers(source))
     if format is not None and not layers and not earlier:
         raise ArgumentError(
-            f"frozen={format!r} is for weights of nn.Linear that are not trained, and the model has none; call "
-            "requires_grad_(False) on what is to be frozen before compile()"
+            f"frozen={format!r} is for frozen weights of nn.Linear, but the model has none; call "
+            "requires_grad_(False) on the layers to freeze before compile()"
         )
     for path, layer in layers:
         assert format is not None
@@ -89,7 +89,7 @@ def restored_on_failure(source: nn.Module) -> Iterator[None]:
     """Where the body fails, linear layers whose weights it has quantised, or taken over from another library, are
     again what they were, and so are the dtypes to which earlier ones are dequantised."""
     layers = [_Before(module) for module in source.modules() if isinstance(module, nn.Linear)]
-    earlier = [(kept.weight, kept.weight.dtype) for kept in kept_weights(source).values()]
+    earlier = [(kept.weight, kept.weight.dtype) for kept in quantized_weights(source).values()]
     try:
         yield
     except BaseException:

@@ -75,8 +75,8 @@ def _check_input(tensor: Tensor, written: Mapping[int, str], device: torch.devic
     buffer = written.get(tensor.untyped_storage()._cdata) if written else None
     if buffer is not None:
         raise StateError(
-            f"an input of shape {tuple(tensor.shape)} lies in the memory of the buffer {buffer}, to which the forward "
-            "writes, and would not follow; pass a copy, .clone(), or take the buffer in the forward"
+            f"an input of shape {tuple(tensor.shape)} shares the memory of the buffer {buffer}, which the forward "
+            "writes to, so it would not see the new values; pass a copy, .clone(), or read the buffer in the forward"
         )
 
 
@@ -113,13 +113,13 @@ def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.
         changed = next((n for n in {**now, **compiled} if now.get(n) is not compiled.get(n)), "")
         raise StateError(
             f"parameter {changed} was added, removed or replaced after the model was compiled; compile the changed "
-            "model anew, or assign values with load_state_dict() or parameter.data.copy_()"
+            "model again, or assign values with load_state_dict() or parameter.data.copy_()"
         )
     for chunk in layout.chunks if layout else ():
         slots = () if chunk.trainable else chunk.slots
         thawed = next((slot.name for slot in slots if now[slot.name].requires_grad), None)
         if thawed is not None:
             raise StateError(
-                f"parameter {thawed} was frozen when the model was compiled, so that no memory is planned for its "
-                "gradient; compile with it trainable, and freeze it afterwards for as long as you like"
+                f"parameter {thawed} was frozen when the model was compiled, so no memory is planned for its "
+                "gradient; compile the model with this parameter trainable, and freeze it afterwards"
             )

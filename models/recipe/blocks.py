@@ -29,8 +29,8 @@ class Part:
         """
         if batch_size % self.of:
             raise ValueError(
-                f"a batch of {batch_size} does not divide into {self.of} equal parts, one for each process with data "
-                "of its own; choose a --batch-size that does"
+                f"a batch of {batch_size} cannot be divided into {self.of} equal parts, one for each data-parallel "
+                f"process; choose a --batch-size that is a multiple of {self.of}"
             )
         size = batch_size // self.of
         return slice(self.number * size, (self.number + 1) * size)
@@ -61,7 +61,7 @@ class TokenBlocks:
             ValueError: there are fewer than two blocks, or `seq_len` or `held_out` is out of range.
         """
         if seq_len < 2:
-            raise ValueError(f"blocks of {seq_len} tokens hold nothing to predict; expected seq_len of at least 2")
+            raise ValueError(f"blocks of {seq_len} tokens contain nothing to predict; expected seq_len of at least 2")
         if not 0 < held_out <= 0.5:
             raise ValueError(f"a held-out share of {held_out} is out of range; expected above 0, at most 0.5")
         blocks, taught = (_cut(each, seq_len) for each in (tokens, tokens if labels is None else labels))
@@ -69,8 +69,8 @@ class TokenBlocks:
         blocks, taught, count = blocks[teaches], taught[teaches], int(teaches.sum())
         if count < 2:
             raise ValueError(
-                f"{len(tokens)} tokens are too few: one block of {seq_len} to train on and one to hold out "
-                "are the least; give more text or a smaller seq_len"
+                f"{len(tokens)} tokens are too few: training needs at least one block of {seq_len} tokens and one "
+                "more to hold out; provide more text or a smaller seq_len"
             )
         every = min(round(1 / held_out), count)
         is_held_out = np.arange(count) % every == every - 1
@@ -114,7 +114,7 @@ class TokenBlocks:
             ValueError: `epochs` is less than 1.
         """
         if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, but is {epochs}")
+            raise ValueError(f"epochs={epochs}; expected at least 1")
         return ceil(epochs * len(self) / batch_size)
 
     def fingerprint(self) -> str:
@@ -147,8 +147,8 @@ class TokenBlocks:
         size = min(batch_size, len(self._held_out)) // part.of * part.of
         if size == 0:
             raise ValueError(
-                f"{len(self._held_out)} held-out blocks are too few for {part.of} processes with data of their own; "
-                "give more text, a smaller seq_len or fewer processes"
+                f"{len(self._held_out)} held-out blocks are too few for {part.of} data-parallel processes; provide "
+                "more text, a smaller seq_len or fewer processes"
             )
         count, rows = len(self._held_out) // size, part.rows(size)
         for i in range(count if limit is None else min(count, limit)):

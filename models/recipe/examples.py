@@ -79,8 +79,8 @@ def _encode_plain(records: list[Text | Completion], tokenizer: PreTrainedTokeniz
 def _encode_chat(record: Chat, tokenizer: PreTrainedTokenizerBase) -> Example:
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{record.where} is a chat, but the tokenizer has no chat template, which says how messages become text; "
-            "train a model that has one, or write the chats as prompt and completion"
+            f"{record.where} is a chat, but the tokenizer has no chat template to turn messages into text; train a "
+            "model whose tokenizer has one, or write the chats as prompt and completion"
         )
     marks = marks_turns(tokenizer)
     if marks:
@@ -89,12 +89,15 @@ def _encode_chat(record: Chat, tokenizer: PreTrainedTokenizerBase) -> Example:
         encoded: Any = tokenizer.apply_chat_template(record.messages, return_assistant_tokens_mask=marks)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{record.where}: the tokenizer's chat template does not take these messages: {error}"
+            f"{record.where}: the tokenizer's chat template does not accept these messages: {error}"
         ) from error
     tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
     learned = np.asarray(encoded["assistant_masks"], dtype=bool) if marks else np.ones(len(tokens), dtype=bool)
     if not learned.any():
-        raise ValueError(f"{record.where} has no turn of the assistant, and nothing else of a chat is learned")
+        raise ValueError(
+            f"{record.where} has no message of the assistant, but only those are learned from a chat; add one, or "
+            "leave the chat out"
+        )
     return Example(record.where, tokens, learned, is_whole=True)
 
 
@@ -106,8 +109,8 @@ def marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _check_knows_places(record: Completion | Chat, tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{record.where} is learned in part, but this tokenizer ({type(tokenizer).__name__}) does not tell which "
-            "characters its tokens stand for; expected one of the tokenizers library"
+            f"{record.where} is learned only in part, but this tokenizer ({type(tokenizer).__name__}) does not report "
+            "which characters its tokens cover; expected a tokenizer from the tokenizers library"
         )
 
 
@@ -124,9 +127,9 @@ def pack(examples: Sequence[Example], seq_len: int, filler: int) -> tuple[np.nda
     if long:
         longest = max(len(example.tokens) for example in long)
         raise ValueError(
-            f"{len(long)} of {len(examples)} examples are longer than seq_len={seq_len} tokens, and cut they would "
-            f"teach something else: {long[0].where} has {len(long[0].tokens):,}, the longest {longest:,}; choose a "
-            "larger seq_len, or shorten them"
+            f"{len(long)} of {len(examples)} examples are longer than seq_len={seq_len} tokens, and truncated "
+            f"examples would teach something else: {long[0].where} has {len(long[0].tokens):,}, the longest "
+            f"{longest:,}; choose a larger seq_len, or shorten them"
         )
     tokens: list[np.ndarray] = []
     labels: list[np.ndarray] = []

@@ -38,12 +38,12 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _is_known(file) and file.is_file())
         if not files:
-            raise ValueError(f"the folder {path} holds no data; expected {_EXPECTED} in it")
+            raise ValueError(f"the folder {path} contains no data; expected {_EXPECTED} in it")
         return files
     if not path.is_file():
         raise ValueError(f"{path} is neither a file nor a folder; expected {_EXPECTED}, or a folder of them")
     if not _is_known(path):
-        raise ValueError(f"cannot tell from its name what {path} holds; expected {_EXPECTED}")
+        raise ValueError(f"the kind of data in {path} cannot be told from its name; expected {_EXPECTED}")
     return [path]
 
 
@@ -60,7 +60,7 @@ def read_text(file: Path) -> str:
     """
     data = file.read_bytes()
     if data.startswith(_UTF16):
-        raise ValueError(f"{file} is UTF-16, as its first two bytes tell; convert the file to UTF-8")
+        raise ValueError(f"{file} is UTF-16, according to its first two bytes; convert the file to UTF-8")
     mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     try:
         text = data[mark:].decode("utf-8")
@@ -73,7 +73,7 @@ def read_text(file: Path) -> str:
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{file} line {line} holds a NUL character, as no text does; expected text in UTF-8")
+        raise ValueError(f"{file} line {line} contains a NUL character, so it is not text; expected text in UTF-8")
     return text
 
 
@@ -122,8 +122,8 @@ class _JsonList:
         if not self.is_next(character):
             found = self._text[self._at : self._at + 1]
             raise ValueError(
-                f"{self._file} line {self._line}: found {found or 'the end'!r} where {character!r} was expected, of a "
-                "list of objects, [{...}, {...}]; a file with an object in each line is called .jsonl"
+                f"{self._file} line {self._line}: found {found or 'the end'!r} where {character!r} was expected in a "
+                "list of objects, [{...}, {...}]; name a file with one object per line .jsonl"
             )
         self._go(self._at + 1)
         return character
@@ -141,7 +141,7 @@ class _JsonList:
         """Make sure that nothing follows."""
         self.is_next("")
         if self._at < len(self._text):
-            raise ValueError(f"{self._file} line {self._line}: expected nothing behind the list of objects")
+            raise ValueError(f"{self._file} line {self._line}: expected nothing after the list of objects")
 
     def _go(self, to: int) -> None:
         self._line += self._text.count("\n", self._at, to)
@@ -162,7 +162,7 @@ def _json_errors(file: Path, first_line: int) -> Iterator[None]:
 
 def _row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f'{where} holds a {type(value).__name__}; expected an object such as {{"text": "..."}}')
+        raise ValueError(f'{where} is a {type(value).__name__}; expected an object such as {{"text": "..."}}')
     return Row(where, value)
 
 
@@ -175,7 +175,7 @@ def _csv(file: Path, text: str) -> Iterator[Row]:
         if names is None:
             return
         if len(set(names)) < len(names) or "" in names:
-            raise ValueError(f"{file} line 1: expected a name for every field, each another; found {', '.join(names)}")
+            raise ValueError(f"{file} line 1: expected a different name for every field; found {', '.join(names)}")
         begins = lines.line_num + 1
         for values in lines:
             where, begins = f"{file} line {begins}", lines.line_num + 1
@@ -184,7 +184,7 @@ def _csv(file: Path, text: str) -> Iterator[Row]:
             if len(values) != len(names):
                 raise ValueError(
                     f"{where} has {len(values)} field(s); expected the {len(names)} of line 1 ({', '.join(names)}), "
-                    "with commas between, and quoted where they hold commas"
+                    "separated by commas, and quoted where they contain commas"
                 )
             yield Row(where, dict(zip(names, values, strict=True)))
     except csv.Error as error:

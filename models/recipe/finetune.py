@@ -104,8 +104,8 @@ class _Saves:
             yield
         except CheckpointError as error:
             raise CheckpointError(
-                f"step {self._step} is not saved: {error}; free some space (or choose another --output) and go on from "
-                "the last checkpoint with --resume"
+                f"step {self._step} was not saved: {error}; free some space (or choose another --output) and continue "
+                "from the last checkpoint with --resume"
             ) from error
 
 
@@ -238,16 +238,16 @@ def _non_finite(what: str, value: float, step: int, model: Trainable, batch: dic
     try:
         module = model.first_nonfinite(**batch)
     except BudgetError:
-        where = "the budget has no room to search for the module"
+        where = "the budget leaves too little memory to search for the module"
     else:
         where = (
-            "every value of the forward is finite: it arose in the backward pass"
+            "every value of the forward is finite, so it comes from the backward"
             if module is None
             else f"the first value that is not finite comes from {module}"
         )
     return NonFiniteLoss(
-        f"the {what} of step {step + 1} is {value}; {where}. This step's update was not made. "
-        "A smaller --lr is the usual cure"
+        f"the {what} of step {step + 1} is {value}; {where}. The update of this step was not applied. A smaller --lr "
+        "usually helps"
     )
 
 
@@ -280,7 +280,10 @@ def check_output(output: Path) -> None:
     """
     if output.is_dir():
         if any(output.iterdir()) and not (output / "config.json").is_file():
-            raise ValueError(f"{output} holds files but no checkpoint, and saving replaces it; choose a new --output")
+            raise ValueError(
+                f"{output} contains files that are not a checkpoint, and saving would replace them; choose a new "
+                "--output"
+            )
     elif output.exists():
         raise ValueError(f"{output} is a file; expected a directory for --output")
     there = next(parent for parent in output.absolute().parents if parent.exists())

@@ -43,16 +43,16 @@ class Recipe:
         """Raise ValueError if a field is out of range."""
         for name in ("steps", "batch_size", "held_out_batches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         for name in ("warmup", "save_every", "save_every_s", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+                raise ValueError(f"{name}={getattr(self, name)}; expected 0 or more")
         for name, known in (("moments", get_args(Moments)), ("masters", get_args(Masters))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}")
+                raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(known)}")
         for name in ("lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, but is {getattr(self, name)}")
+                raise ValueError(f"{name}={getattr(self, name)}; expected a positive number")
 
     def curve(self) -> dict[str, Any]:
         """Return the fields that the loss curve depends on."""

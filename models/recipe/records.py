@@ -59,7 +59,7 @@ class Fields(dict[str, str]):
         for item in text.split(","):
             role, _, name = (part.strip() for part in item.partition("="))
             if not role or not name or role in fields:
-                raise ValueError(f"--fields {text!r}: {item!r} is not understood; expected {GRAMMAR}")
+                raise ValueError(f"--fields {text!r}: {item!r} cannot be parsed; expected {GRAMMAR}")
             fields[role] = name
         if tuple(sorted(fields)) not in map(tuple, map(sorted, _KINDS)):
             raise ValueError(f"--fields {text!r} names {' and '.join(fields)}; expected {GRAMMAR}")
@@ -80,7 +80,9 @@ def read_records(path: str | Path, fields: Fields | None = None) -> list[Record]
     files = files_of(Path(path))
     records = [record for file in files for record in _read(file, fields) if not _is_blank(record)]
     if not records:
-        raise ValueError(f"{path} holds no text: {len(files)} file(s) read, all empty")
+        raise ValueError(
+            f"{path} contains no text: {len(files)} file(s) were read, and all are empty; expected some text"
+        )
     return records
 
 
@@ -94,8 +96,8 @@ def plain_texts(records: Iterable[Record]) -> list[str]:
     for record in records:
         if isinstance(record, Chat):
             raise ValueError(
-                f"{record.where} is a chat, and a model with random weights has no chat template; train a model that "
-                "brings a tokenizer with one, or write the chats as prompt and completion"
+                f"{record.where} is a chat, but a model with random weights has no chat template; train a model whose "
+                "tokenizer has one, or write the chats as prompt and completion"
             )
         found.append(record.text)
     return found
@@ -132,10 +134,10 @@ def _recognised(row: Row) -> Fields:
     has = ", ".join(map(repr, row.fields)) or "none"
     if not found:
         raise ValueError(
-            f"{row.where} has the fields {has}; expected 'text', 'prompt' and 'completion', or 'messages', or say "
-            f"with --fields which to learn from: {GRAMMAR}"
+            f"{row.where} has the fields {has}; expected 'text', 'prompt' and 'completion', or 'messages', or choose "
+            f"the fields to learn from with --fields: {GRAMMAR}"
         )
-    raise ValueError(f"{row.where} has the fields {has}; say with --fields which to learn from: {GRAMMAR}")
+    raise ValueError(f"{row.where} has the fields {has}; choose those to learn from with --fields: {GRAMMAR}")
 
 
 def _text(row: Row, fields: Mapping[str, str]) -> Text:
@@ -187,7 +189,7 @@ def _check_unicode(where: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f"{where} holds {half}, half of a character; expected whole ones") from None
+        raise ValueError(f"{where} contains {half}, half of a surrogate pair; expected complete characters") from None
 
 
 def _shown(value: Any) -> str:

@@ -48,8 +48,8 @@ class RunState:
         expected = {each.name for each in fields(cls)}
         if not isinstance(extra, dict) or extra.keys() != expected:
             raise CheckpointError(
-                f"the checkpoint in {directory} is not of such a run: expected the values "
-                f"{', '.join(sorted(expected))} with it; start the run without --resume"
+                f"the checkpoint in {directory} was not written by geminifx train: expected the values "
+                f"{', '.join(sorted(expected))} in it; start the run without --resume"
             )
         return cls(**extra)
 
@@ -66,10 +66,12 @@ class RunState:
         ]
         if changed:
             raise ValueError(
-                f"{recipe.output} was trained differently: {'; '.join(changed)}. Resume with the same settings"
+                f"{recipe.output} was trained with different settings: {'; '.join(changed)}. Resume with the same ones"
             )
         if self.data != data:
-            raise ValueError(f"{recipe.output} was trained on other data; resume with the same --data and --seq-len")
+            raise ValueError(
+                f"{recipe.output} was trained on different data; resume with the same --data and --seq-len"
+            )
 
 
 def random_states() -> dict[str, Any]:

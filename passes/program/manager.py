@@ -41,7 +41,7 @@ def graph_pass(*, requires: tuple[Fact, ...] = (), gives: tuple[Fact, ...] = (),
     """Declare a pass, named after the function. Raises ArgumentError if `after` is not a string or the decorated object
     is not a named function."""
     if not isinstance(after, str):
-        raise wrong_argument("after", after, "the name of the pass that it comes behind, such as 'chunk'")
+        raise wrong_argument("after", after, "the name of the pass that it runs after, such as 'chunk'")
 
     def declare(rewrite: Rewrite) -> Pass:
         if not callable(rewrite) or not hasattr(rewrite, "__name__"):
@@ -98,8 +98,8 @@ def run_passes(program: Program, plan: Plan, passes: Iterable[Pass], dump: Path 
         missing = [fact.name for fact in current.requires if fact not in facts]
         if missing:
             raise VerificationError(
-                f"pass '{current.name}' requires {', '.join(missing)}, which no earlier pass gives; "
-                f"facts known here: {', '.join(map(str, facts)) or 'none'}. Place it after the pass that does."
+                f"pass '{current.name}' requires {', '.join(missing)}, which no earlier pass provides; facts known "
+                f"here: {', '.join(map(str, facts)) or 'none'}. Place it after the pass that provides that."
             )
         start = time.perf_counter()
         try:

@@ -118,7 +118,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan that `save` wrote. Raises ArgumentError if the file cannot be read or is not a plan."""
-        check_path("plan", path, "a geminifx.Plan, or the path of one that plan.save wrote")
+        check_path("plan", path, "a geminifx.Plan, or the path of one written by plan.save")
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from .strict_json import Text, strict_converter
 
 PLAN_TEXT = Text(
     of="geminifx plan", version=6, writer="Plan.to_json",
-    remedy="make it anew with geminifx.compile(...).plan.save(path)",
+    remedy="save a new one with geminifx.compile(...).plan.save(path)",
 )  # fmt: skip
 
 _T = TypeVar("_T")
@@ -45,13 +45,13 @@ def _converter() -> Converter:
 def _dtype(name: Any, _: Any) -> torch.dtype:
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r}, expected a dtype of torch's, such as 'bfloat16'")
+        raise ValueError(f"{name!r}, expected a torch dtype, such as 'bfloat16'")
     return dtype
 
 
 def _schedule(lines: Any) -> Schedule:
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"{lines!r}, expected the lines of a schedule's text")
+        raise ValueError(f"{lines!r}, expected the lines of a schedule as text")
     return Schedule.parse("\n".join(lines))
 
 

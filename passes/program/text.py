@@ -201,7 +201,7 @@ def parse_program(text: str, constants: dict[str, torch.Tensor] | None = None) -
         line = (error.text or "").strip()
         raise ValueError(f"line {error.lineno}: not Python: {error.msg}: {line}") from error
     if not functions:
-        raise ValueError("the text holds no function; expected what print_program writes")
+        raise ValueError("the text contains no function; expected the output of print_program")
     parsed: dict[str, Program] = {}
     for function in functions:
         parsed[function.name] = _Parser(text, function, parsed).parse()
@@ -268,7 +268,7 @@ class _Parser:
         stated, fields = _read_annotation(annotation)
         node = self._emit(value, name)
         if type_of(node) != stated:
-            raise ValueError(f"{name} is stated as {type_text(stated)} but is {type_text(type_of(node))}")
+            raise ValueError(f"{name} is annotated as {type_text(stated)}, but it is {type_text(type_of(node))}")
         chunk = next((int(f.removeprefix("chunk=")) for f in fields if f.startswith("chunk=")), None)
         annotate(node, chunk=chunk, placement=_placement(fields))
         self.names[name] = node

@@ -217,9 +217,9 @@ def turned(program: Program, plan: Plan) -> Violation | None:
         if node.target is TURN:
             past = True
         elif note(node).phase == "backward" and (not past or not turns):
-            return Violation(node, "a backward node in front of the turn", "forward nodes only")
+            return Violation(node, "a backward node before the turn", "forward nodes only")
         elif note(node).phase == "forward" and past and turns:
-            return Violation(node, "a forward node behind the turn", "backward nodes only")
+            return Violation(node, "a forward node after the turn", "backward nodes only")
     return None
 
 
@@ -281,7 +281,7 @@ def chunked(program: Program, plan: Plan) -> Violation | None:
             return Violation(node, "a parameter as an input", "geminifx.fetch, wait and view")
     for node in program.calls(WAIT):
         if getattr(node.args[0], "target", None) is not FETCH or node.args[0].args[0] != node.args[1]:
-            return Violation(node, "a wait for something else than its chunk's fetch", "geminifx.wait(fetch, chunk)")
+            return Violation(node, "a wait for something other than its chunk's fetch", "geminifx.wait(fetch, chunk)")
     for fetch in program.calls(FETCH):
         if len(fetch.users) != 1 or next(iter(fetch.users)).target is not WAIT:
             return Violation(fetch, f"{len(fetch.users)} readers", "one reader, its wait")
@@ -362,7 +362,7 @@ def _left_alone(offload: fx.Node, order: dict[fx.Node, int]) -> Violation | None
     for reader in sorted(readers, key=order.__getitem__):
         if order[reader] > order[depart]:
             return Violation(
-                reader, f"reads {value.name}, which has left for the host", "what geminifx.arrive returned"
+                reader, f"reads {value.name}, which is offloaded to the host", "what geminifx.arrive returned"
             )
         overwrites = any(item is value or item in readers for item in overwritten_inputs(reader))
         if order[reader] > order[offload] and reader.target not in (DEPART, SEND, FINISH_SEND) and overwrites:

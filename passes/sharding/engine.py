@@ -288,8 +288,8 @@ class Sharder:
         if call.found[0].dim == len(shape) - 1 and len(seen) > len(shape):
             raise ShardingError(
                 f"{note(call.node).module or call.node.name}: a hidden dimension of {shape[-1]}, sharded over the "
-                f"{axis.size} ranks of axis {axis.name} is seen as {list(seen)}, whose heads do not divide by "
-                f"{axis.size}; choose another size= for parallel['tensor'], by which all heads divide"
+                f"{axis.size} ranks of axis {axis.name}, is viewed as {list(seen)}, whose number of heads is not "
+                f"divisible by {axis.size}; choose a size= for parallel['tensor'] that divides every number of heads"
             )
 
     # -- operators -----------------------------------------------------------------------------------------

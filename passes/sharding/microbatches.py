@@ -74,7 +74,7 @@ def _divide(program: Program, value: fx.Node, whole: Type, count: int) -> None:
     annotate(value, type=whole)
     microbatch = program.emit(MICROBATCH, (value, 0, count), before=_first_reader(program, value), like=_origin(value))
     if type_of(microbatch) != part:
-        raise SplitError(f"{value.name} of the whole batch lies otherwise in memory than the microbatches'")
+        raise SplitError(f"{value.name} has another memory layout for the entire batch than for a microbatch")
     value.replace_all_uses_with(microbatch, lambda user: user is not microbatch)
 
 
@@ -83,7 +83,8 @@ def _share(program: Program, tangent: fx.Node, count: int) -> None:
     dtype = tensor_type(tangent).dtype
     if dtype.itemsize < 4 and count & (count - 1):
         raise SplitError(
-            f"a loss in {dtype} is not divided by {count} exactly; expected a power of 2, or a loss in float32"
+            f"dividing a loss in {dtype} by {count} microbatches is not exact; expected a power of 2, or a loss in "
+            "float32"
         )
     share = program.emit(aten.div.Tensor, (tangent, count), before=_first_reader(program, tangent),
                          like=_origin(tangent))  # fmt: skip
@@ -137,19 +138,22 @@ class _Proof:
             self._visit(node, next(steps, None))
         left = next(steps, None)
         if left is not None:
-            raise self._error(left, "stands in a microbatch's program alone")
+            raise self._error(left, "occurs only in the program of a microbatch")
         self._results()
 
     def _inputs(self, part: Program) -> None:
         for node, other in zip_longest(self.whole.placeholders, part.placeholders):
             if node is None or other is None or note(node).role != note(other).role:
-                raise SplitError(f"{(node or other).name} is not read by both the whole batch's program and a part's")
+                raise SplitError(
+                    f"{(node or other).name} is read by only one of the programs for the entire batch and for a "
+                    "microbatch"
+                )
             self.pairs[node] = other
             self.found[node] = (self._input_place(node, other),)
         for name, value in self.whole.constants.items():
             other_value = part.constants.get(name)
             if other_value is None or not torch.equal(value, other_value):
-                raise SplitError(f"the constant {name} depends on how many examples there are")
+                raise SplitError(f"the constant {name} depends on the number of examples")
 
     def _input_place(self, node: fx.Node, other: fx.Node) -> Placement:
         return REPLICATE if type_of(node) == type_of(other) else Shard(0)
@@ -162,10 +166,10 @@ class _Proof:
     def _visit(self, node: fx.Node, other: fx.Node | None) -> None:
         if other is None or _kind(node) != _kind(other):
             text = "nothing" if other is None else target_text(other.target)
-            raise self._error(node, f"is {text} in a microbatch's program")
+            raise self._error(node, f"is {text} in the program of a microbatch")
         operands = tensors(node)
         if [self.pairs[value] for value in operands] != [_resolved(value) for value in tensors(other)]:
-            raise self._error(node, "reads other values in a microbatch's program")
+            raise self._error(node, "reads other values in the program of a microbatch")
         self.pairs[node] = other
         if node.target is operator.getitem:
             self.found[node] = (self.found[operands[0]][node.args[1]],)
@@ -176,7 +180,7 @@ class _Proof:
         if (is_random(node) or self.drawn.intersection(operands)) and not divided:
             self.drawn.add(node)
         if is_random(node) and node.target not in DRAWS:
-            raise self._error(node, "may draw more or fewer numbers, as the values are")
+            raise self._error(node, "draws a number of random values that may depend on its input")
 
     def _results_of(self, node: fx.Node, other: fx.Node, operands: list[fx.Node]) -> tuple[Placement, ...]:
         places = tuple(map(self._place, operands))
@@ -190,7 +194,7 @@ class _Proof:
         call = Call(node, given, results, known)  # type: ignore[arg-type]
         row = next((row for row in legal(call) if _is_met(row, known)), None)
         if row is None:
-            raise self._error(node, f"mixes examples, or may do so: its arguments lie {', '.join(map(str, places))}")
+            raise self._error(node, f"mixes examples, or may mix them: its arguments lie {', '.join(map(str, places))}")
         means = MEAN in places
         if not self._alike(node, other):
             if not self._scales_by_count(node, other, places):
@@ -216,7 +220,7 @@ class _Proof:
             return (REPLICATE,) * len(results)
         broadcast = node.target is aten.expand.default and _is_broadcast(node, dim)
         if not (node.target in FILLS or is_random(node) or broadcast):
-            raise self._error(node, "has one value for each example that none of them brings")
+            raise self._error(node, "has one value per example that does not come from the examples")
         return (Shard(dim),)
 
     def _divided_dim(self, whole: Type, part: Type) -> int | None:
@@ -256,7 +260,7 @@ class _Proof:
             if isinstance(place, Shard):
                 expected[place.dim] //= self.count
             if tuple(expected) != b.shape or a.dtype != b.dtype:
-                raise self._error(node, f"is {a} of the whole batch and {b} of a microbatch, where it lies {place}")
+                raise self._error(node, f"is {a} for the entire batch and {b} for a microbatch, where it lies {place}")
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -271,13 +275,16 @@ class _Proof:
             if node not in self.drawn and (place == REPLICATE or (kind == "output" and legal)):
                 continue
             what = f"the buffer {name}" if kind == "mutation" else f"output {name}"
-            raise self._error(node, f"makes {what}, which lies {place}: expected examples along its first dimension, "
-                                    "one float over all of them, or what is the same for all")  # fmt: skip
+            raise self._error(
+                node,
+                f"makes {what}, which lies {place}: expected examples along its first dimension, one float over all of "
+                "them, or a value that is the same for all",
+            )
         random = next(
             (node for node in self.whole.computes if note(node).phase == "backward" and is_random(node)), None
         )
         if random is not None:
-            raise self._error(random, "draws numbers in the backward")
+            raise self._error(random, "draws random numbers in the backward")
 
     def _error(self, node: fx.Node, why: str) -> SplitError:
         where = note(node).module or "the model"

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ..program.plan import Plan
 
-Kept = Literal["whole", "batch", "sequence", "hidden"]
+ActivationDim = Literal["whole", "batch", "sequence", "hidden"]
 """Which dimension of an activation [batch, ..., hidden] an axis shards; "whole" is none of them."""
 
 
@@ -31,8 +31,8 @@ class Role:
         gathered: whether weights are gathered for compute, so that only they, and no activations, are exchanged.
     """
 
-    activation: Kept
-    partial: Kept = "whole"
+    activation: ActivationDim
+    partial: ActivationDim = "whole"
     weight: Literal["in", "out", "turns"] | None = None
     gathered: bool = False
 

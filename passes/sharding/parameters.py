@@ -81,8 +81,8 @@ def place_parameters(program: Program, plan: Plan) -> Found:
             dim = None if use is None else _sharded_dim(use, roles[axis.name])
             sections = 1 if use is None or dim is None or dim not in (use.out, use.hidden) else use.sections
             if dim is not None and shape[dim] % (sections * taken[dim] * axis.size):
-                found.notes.append(f"{name} {list(shape)} stays whole on {axis.name}: {shape[dim]} does not divide by "
-                                   f"{sections * taken[dim] * axis.size}")  # fmt: skip
+                found.notes.append(f"{name} {list(shape)} stays replicated on {axis.name}: {shape[dim]} is not "
+                                   f"divisible by {sections * taken[dim] * axis.size}")  # fmt: skip
                 dim = None
             placements.append(REPLICATE if dim is None else Shard(dim, sections))
             if dim is not None:
@@ -101,7 +101,7 @@ def _parsed(text: str, axes: tuple[Axis, ...]) -> Placements:
     except ValueError as error:
         names = ", ".join(axis.name for axis in axes)
         raise ShardingError(
-            f"parallel: the table has the placement {text!r}, which is not understood ({error}); expected R, or an "
+            f"parallel: the table has the placement {text!r}, which cannot be parsed ({error}); expected R, or an "
             f"axis ({names}) and a dimension, such as {axes[0].name}=S0"
         ) from error
 
@@ -124,15 +124,16 @@ def _check_replicated(name: str, placements: Placements, axes: tuple[Axis, ...])
     for placement, axis in zip(placements, axes, strict=True):
         if axis.kind == "replica" and placement != REPLICATE:
             raise ShardingError(
-                f"parallel: the table has {placement} for {name} on {axis.name}, along which all processes have the "
-                "same weights; leave that axis out (zero=3 divides weights over it)"
+                f"parallel: the table has {placement} for {name} on {axis.name}, an axis along which all processes "
+                "hold the same weights; leave that axis out (zero=3 divides weights over it)"
             )
 
 
 def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, axes: tuple[Axis, ...]) -> None:
     if PARTIAL in placements:
         raise ShardingError(
-            f"parallel: the table has P for {name}: a parameter is no sum; expected R, or S and a dimension"
+            f"parallel: the table has P for {name}, but a parameter is not a partial sum; expected R, or S and a "
+            "dimension"
         )
     taken = [1] * len(shape)
     for placement, axis in zip(placements, axes, strict=True):
@@ -148,7 +149,8 @@ def _check_divides(name: str, shape: tuple[int, ...], placements: Placements, ax
             within = "" if sections == 1 else f" in {sections} sections"
             raise ShardingError(
                 f"parallel: the table shards dimension {dim} of {name} {list(shape)} over {taken[dim]} ranks{within}, "
-                "by which it does not divide"
+                "and its size is not divisible by that; choose another dimension, or another size= for "
+                "parallel['tensor']"
             )
 
 

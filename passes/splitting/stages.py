@@ -350,8 +350,8 @@ def _of_no_example(program: Program) -> set[fx.Node]:
     for name, gradient in program.results_of("gradient").items():
         if not found.isdisjoint(terms(gradient)):
             raise ShardingError(
-                f"the gradient of {name} does not depend on the batch, as of a penalty on weights, and in a round-robin"
-                " schedule no rank has that weight alone; let each stage have its rank, as by schedule='1f1b'"
+                f"the gradient of {name} does not depend on the batch, as with a penalty on weights, and in a "
+                "round-robin schedule no rank owns that weight; use a schedule such as '1f1b'"
             )
     return found
 
@@ -394,7 +394,7 @@ def stages_of_blocks(blocks: tuple[str, ...], begins: tuple[str, ...]) -> dict[s
     places = [order.get(name, -1) for name in begins[1:]]
     if begins[:1] != ("",) or -1 in places or places != sorted(set(places)) or 0 in places:
         raise ShardingError(
-            f"stages of a pipeline begin with {', '.join(map(repr, begins))}; expected '', for the beginning of the "
-            f"model, and then blocks in their order, none of them the first: {', '.join(blocks) or 'there are none'}"
+            f"the stages of a pipeline begin with {', '.join(map(repr, begins))}; expected '' (the beginning of the "
+            f"model), then names of blocks in their order, except the first: {', '.join(blocks) or 'there are none'}"
         )
     return {name: sum(i >= place for place in places) for name, i in order.items()}

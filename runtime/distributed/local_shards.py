@@ -51,7 +51,7 @@ class LocalShards:
         """Message text if other ranks have other parts of the parameter; "" if this process has all of it."""
         placed = zip(self.placements(slot), self._axes, strict=True)
         cut = self.ranks.together and any(isinstance(p, Shard) and axis.size > 1 for p, axis in placed)
-        return f"{slot.name} is sharded: other ranks have other parts of it" if cut else ""
+        return f"{slot.name} is sharded: other ranks hold other parts of it" if cut else ""
 
     def replicas(self, slot: Slot) -> int:
         """How many processes have the same shard, along the axes that weights are sharded over."""
@@ -65,7 +65,9 @@ class LocalShards:
             return whole
         expected = self.whole_shape(slot)
         if tuple(whole.shape) != expected:
-            raise ValueError(f"parameter {slot.name} has shape {expected}, the value {tuple(whole.shape)}")
+            raise ValueError(
+                f"parameter {slot.name} has shape {expected}, but the value has shape {tuple(whole.shape)}"
+            )
         return local_shard(whole, self.placements(slot), self.ranks.mesh, self.ranks.rank)
 
     def join(self, shard: Tensor, slot: Slot, device: torch.device) -> Tensor:
@@ -73,7 +75,7 @@ class LocalShards:
         other; they exchange through `device`."""
         placed = list(zip(self.placements(slot), self._axes, strict=True))
         if placed:
-            self.ranks.meet_alike("putting tensors together, as state_dict() does")
+            self.ranks.meet_alike("gathering tensors, as state_dict() does")
         for placement, axis in reversed(placed):
             if isinstance(placement, Shard):
                 shard = join_shards(self._gather(shard, axis, device), placement)

@@ -36,7 +36,7 @@ def meeting() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise StateError(
-            "the processes did not meet: one of them has ended, see its own error, or came too late for timeout_s "
+            "the processes could not connect: one of them ended (see its own error) or did not start within timeout_s "
             f"({error}). Start all of them again"
         ) from as_cause(error)
 

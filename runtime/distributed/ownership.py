@@ -46,7 +46,7 @@ class Ownership:
         exchange through `device`."""
         if not (self.owners and self.ranks.together):
             return value
-        self.ranks.meet("putting parameters together, as state_dict() does")
+        self.ranks.meet("gathering parameters, as state_dict() does")
         source, group = self.owners[name][0], self.ranks.groups[names_of(self.ranks.mesh.pipeline_axes)]
         is_source = source == self._place
         whole = value.detach().contiguous() if is_source else torch.empty(value.shape, dtype=value.dtype)

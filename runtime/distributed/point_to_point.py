@@ -40,8 +40,8 @@ class Messages:
         """
         if self._is_broken:
             raise StateError(
-                "a step of the pipeline failed while its ranks exchanged values, some of which may still be under "
-                "way: start all ranks again from the last checkpoint"
+                "a step of the pipeline failed while its ranks exchanged values, and some of these transfers may "
+                "still be in flight: start all ranks again from the last checkpoint"
             )
         self._exchanged = False
 
@@ -128,6 +128,7 @@ def check_messages(ranks: Ranks, sent: Mapping[int, str], received: Mapping[int,
         for to, (_, coming) in mine.items():
             if leaving.get(to, "") != coming.get(source, ""):
                 raise StateError(
-                    f"rank {source} of the pipeline sends rank {to} other messages than that one waits for; all ranks "
-                    "must build the same model, with the same options, and recompute blocks alike where stages meet"
+                    f"rank {source} of the pipeline sends rank {to} different messages from those that rank {to} "
+                    "expects; all ranks must build the same model with the same options, and recompute the same "
+                    "blocks where stages meet"
                 )

@@ -194,13 +194,13 @@ class Ranks:
         """Every rank's `value`, by rank."""
         found: list[Any] = [value] * self.size
         if self.together:
-            self.meet("an exchange of objects, as compiling, saving and loading make")
+            self.meet("an exchange of objects, as in compiling, saving and loading")
             self.call(dist.all_gather_object, found, value, group=self.apart_group)
         return found
 
     def failures(self, error: Exception | None) -> dict[int, Failure | None]:
         """Every rank's failure, None for a rank without an error."""
-        self.meet("telling each other whether something failed")
+        self.meet("agreeing on whether something failed")
         return dict(enumerate(self.gather(Failure.of(error))))
 
     def raise_alike(self, error: Exception | None) -> None:
@@ -241,7 +241,7 @@ class Ranks:
         if others:
             raise StateError(
                 f"{what} of rank(s) {', '.join(map(str, others))} differs from that of rank 0; every rank must build "
-                "the same model, with the same options, and call it with batches of one shape"
+                "the same model with the same options and call it with batches of the same shape"
             )
 
     def check_call(self, call: str) -> None:
@@ -253,7 +253,7 @@ class Ranks:
             others = [f"rank {rank} with {text}" for rank, text in told.items() if text != call]
             raise StateError(
                 f"ranks that shard tensors or layers together were called in different ways: rank {self.rank} with "
-                f"{call}, {', '.join(others)}; give all of them the same batches, and let all of them evaluate"
+                f"{call}, {', '.join(others)}; pass all of them the same batches, and evaluate on all of them"
             )
 
     def begin(self, what: str, exchanges: Exchanges, behind: str = "") -> None:
@@ -291,16 +291,16 @@ class Ranks:
             if len(set(told.values())) > 1:
                 doing = "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
                 raise StateError(
-                    f"ranks came to exchange different things. {doing}. All of them must make the same calls in "
-                    "the same order: training steps, saves, loads, and evaluations that return a loss, which is the "
-                    "mean over all (one without labels may be made by some)"
+                    f"ranks are out of step with each other. {doing}. All ranks must make the same calls in the same "
+                    "order: training steps, saves, loads, and evaluations that return a loss, which is averaged over "
+                    "all ranks (evaluations without labels may run on some ranks only)"
                 )
             if told:
                 raise StateError(
-                    f"ranks {', '.join(map(str, told))} run different programs: in {what} they would not exchange the "
-                    "same; every rank must build the same model, with the same options, and change it alike. Under "
-                    "ZeRO, where batches of other shapes leave room for other weights or divide into other rounds of "
-                    "microbatches, give all ranks batches of one shape"
+                    f"ranks {', '.join(map(str, told))} run different programs, which would exchange different data "
+                    f"in {what}; every rank must build the same model with the same options and change it in the same "
+                    "way. With ZeRO, pass all ranks batches of the same shape: the shape decides which weights fit on "
+                    "the device and the number of rounds"
                 )
 
     def _unlike(self, group: Any, told: str, common: str, of_layers: str = "") -> dict[int, str]:
@@ -334,9 +334,9 @@ class Ranks:
         if others:
             own = taken_together(names_of(self.mesh.batch_axes))
             raise StateError(
-                f"rank(s) {', '.join(map(str, others))} called the model with another batch than the ranks that they "
-                "shard tensors or layers with; give all of them the same one (geminifx.shard_dataloader does)"
-                + (f", and other ones only to ranks elsewhere along {own}" if own else "")
+                f"rank(s) {', '.join(map(str, others))} called the model with a different batch from the ranks that "
+                "they shard tensors or layers with; pass all of them the same one (geminifx.shard_dataloader does)"
+                + (f", and different ones only to ranks at other positions along {own}" if own else "")
             )
 
     def share_randomness(self) -> None:
@@ -348,8 +348,9 @@ class Ranks:
         """Raises StateError if the other ranks were not launched."""
         if not self.launched:
             raise StateError(
-                f"the model is compiled for {self.size} processes, of which this is the only one: launch them with "
-                f"torchrun --nproc-per-node {self.size} SCRIPT. Plan and program can be looked at without"
+                f"the model is compiled for {self.size} processes, but this is the only one: launch them with "
+                f"torchrun --nproc-per-node {self.size} SCRIPT. The plan and the program can be inspected without "
+                "launching"
             )
 
     def call(self, collective: Any, *args: Any, **kwargs: Any) -> Any:
@@ -366,13 +367,13 @@ class Ranks:
             if not ended and not _is_of_others(error):
                 raise
             whom = f"rank(s) {', '.join(map(str, ended))}" if ended else "the others"
-            why = "which ended, see its own error" if ended else (
-                "one of them has died, see its own error, or does something else, such as a step that the others do "
+            why = "which ended; see its own error" if ended else (
+                "one of them ended (see its own error) or is doing something else, such as a step that the others do "
                 "not take"
             )  # fmt: skip
             raise StateError(
                 f"rank {self.rank} of {self.size} lost {whom} in {collective.__name__} ({self.clock}), in step "
-                f"{self.clock.step}: {why} ({error}). Restart all from the last checkpoint"
+                f"{self.clock.step}: {why} ({error}). Restart all processes from the last checkpoint"
             ) from error
 
 

@@ -78,7 +78,7 @@ class Zero:
         """
         if layout.shards == 1:
             return held
-        self.ranks.meet_alike("putting tensors together, as state_dict() does")
+        self.ranks.meet_alike("gathering tensors, as state_dict() does")
         whole, mine = torch.empty(layout.slots[slot].numel, dtype=held.dtype), self.number(layout)
         for number in range(layout.shards):
             there = layout.held(slot, number)

@@ -138,7 +138,7 @@ def microbatch(batch: Tensor, index: int, count: int) -> Tensor:
     """One of `count` equal parts of a batch along its first dimension. Raises ValueError if there is no such part."""
     examples, rest = divmod(batch.shape[0], count)
     if rest or not 0 <= index < count:
-        raise ValueError(f"there is no microbatch {index} of {count} of {list(batch.shape)}")
+        raise ValueError(f"a batch of shape {list(batch.shape)} has no microbatch {index} of {count}")
     return batch.narrow(0, index * examples, examples)
 
 
@@ -158,7 +158,7 @@ def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 def _local(tensor: Tensor, dim: int, axis: str, size: int) -> Tensor:
     if tensor.shape[dim] % size:
-        raise ValueError(f"dimension {dim} of {list(tensor.shape)} does not divide by the {size} ranks of axis {axis}")
+        raise ValueError(f"dimension {dim} of {list(tensor.shape)} is not divisible by the {size} ranks of axis {axis}")
     return _resized(tensor, dim, tensor.shape[dim] // size)
 
 

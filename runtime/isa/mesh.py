@@ -237,7 +237,7 @@ def parse_placement(text: str) -> Placement:
         return REPLICATE if text == "R" else PARTIAL
     dim, _, sections = text.removeprefix("S").partition("/")
     if not text.startswith("S") or not dim.isdigit() or not (sections or "1").isdigit():
-        raise ValueError(f"{text!r} is no placement; expected R, P, or S and a dimension, such as S0")
+        raise ValueError(f"{text!r} is not a placement; expected R, P, or S and a dimension, such as S0")
     return Shard(int(dim), int(sections or 1))
 
 

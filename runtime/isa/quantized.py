@@ -73,7 +73,7 @@ def _fake(codes: Tensor, scales: Tensor, format: str, shape: list[int], dtype: t
     expected = code_shapes(format, tuple(shape))
     if (tuple(codes.shape), tuple(scales.shape)) != expected:
         raise ValueError(
-            f"dequantize: a weight of {tuple(shape)} as {format} has codes and scales of {expected}, not "
+            f"dequantize: a weight of shape {tuple(shape)} in {format} has codes and scales of shapes {expected}, not "
             f"{tuple(codes.shape)} and {tuple(scales.shape)}"
         )
     return codes.new_empty(shape, dtype=dtype)

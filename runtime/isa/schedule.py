@@ -46,7 +46,9 @@ class Action(NamedTuple):
         """The inverse of str(action). Raises ValueError on anything else."""
         found = _ACTION.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no action; expected F, B, I or W, a stage and a microbatch, such as F0.3")
+            raise ValueError(
+                f"{text!r} is not an action; expected F, B, I or W, a stage and a microbatch, such as F0.3"
+            )
         return cls(int(found[2]), int(found[3]), found[1])  # type: ignore[arg-type]  # as the pattern says
 
 
@@ -75,10 +77,10 @@ class Schedule:
     def rank_of(self, stage: int) -> int:
         """The rank that runs a stage. Raises ValueError if none does, or any may."""
         if self.weights == "host":
-            raise ValueError(f"no stage of the schedule {self.name} has a rank of its own: weights live on the hosts")
+            raise ValueError(f"no stage of the schedule {self.name} belongs to one rank: its weights live on the hosts")
         rank = self._rank_by_stage.get(stage)
         if rank is None:
-            raise ValueError(f"no rank runs stage {stage} of {self.stages} of the schedule {self.name}")
+            raise ValueError(f"no rank of the schedule {self.name} runs stage {stage} of {self.stages}")
         return rank
 
     def stages_of(self, rank: int) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ if _version < CHECKED[0]:
     )
 if _version > CHECKED[1]:
     warnings.warn(
-        f"geminifx was checked up to torch {CHECKED[1][0]}.{CHECKED[1][1]}, this is {torch.__version__}; "
-        "where capture fails, install 'torch<2.14'",
+        f"geminifx was tested up to torch {CHECKED[1][0]}.{CHECKED[1][1]}, but this is {torch.__version__}; if "
+        "capture fails, install 'torch<2.14'",
         stacklevel=2,
     )
 
@@ -63,8 +63,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"torch {torch.__version__} lacks a private interface that geminifx captures with ({error}); "
-        "install a checked version: pip install 'torch>=2.11,<2.14'"
+        f"torch {torch.__version__} lacks a private interface that geminifx needs for capture ({error}); install a "
+        "checked version: pip install 'torch>=2.11,<2.14'"
     ) from error
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)

@@ -24,7 +24,7 @@ def parse_bytes(amount: str | int | float, *, of: int | None = None) -> int:
         ValueError: the amount is not understood, not positive, not finite, above 100%, or a percentage without `of`.
     """
     if isinstance(amount, bool) or not isinstance(amount, (str, int, float)):
-        raise ValueError(f"a memory budget of {amount!r} means nothing; expected {_EXPECTED}")
+        raise ValueError(f"a memory budget of {amount!r} is not an amount of memory; expected {_EXPECTED}")
     if isinstance(amount, str):
         count = _parse_text(amount, of)
     elif math.isfinite(amount):
@@ -32,7 +32,7 @@ def parse_bytes(amount: str | int | float, *, of: int | None = None) -> int:
     else:
         raise ValueError(f"a memory budget cannot be {amount}; expected {_EXPECTED}")
     if count < 1:
-        raise ValueError(f"a memory budget must be at least one byte, but {amount!r} is not; expected {_EXPECTED}")
+        raise ValueError(f"a memory budget must be at least one byte, but {amount!r} is less; expected {_EXPECTED}")
     return count
 
 
@@ -53,9 +53,9 @@ def _parse_text(text: str, of: int | None) -> int:
 def _share(percent: Fraction, of: int | None, text: str) -> int:
     """Returns `percent` of `of` bytes."""
     if of is None:
-        raise ValueError(f"{text!r} is a share of an unknown total; give the amount in bytes, such as '24GB'")
+        raise ValueError(f"{text!r} is a percentage of an unknown total; give the amount in bytes, such as '24GB'")
     if percent > 100:
-        raise ValueError(f"{text!r} is more than all the memory there is; a share is at most 100%")
+        raise ValueError(f"{text!r} is more than the memory that exists; a percentage is at most 100%")
     return math.floor(percent * of / 100)
 
 
@@ -67,7 +67,7 @@ def parse_seconds(text: str) -> float:
     """
     match = _AMOUNT.fullmatch(text)
     if match is None or match[2].lower() not in _UNIT_S or Fraction(match[1].replace("_", "")) <= 0:
-        raise ValueError(f'cannot read {text!r} as a duration; expected such as "90s", "10min" or "1.5h"')
+        raise ValueError(f'cannot read {text!r} as a duration; expected for example "90s", "10min" or "1.5h"')
     return float(Fraction(match[1].replace("_", "")) * _UNIT_S[match[2].lower()])
 
 

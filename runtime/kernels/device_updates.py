@@ -122,10 +122,12 @@ def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], widen
     check_update(pair, gradient, state, device, widens=widens)
     for tensor in (pair.hi, gradient.values, *state):
         if tensor.dim() != 1 or tensor.numel() > _MOST:
-            raise ValueError(f"an update is of vectors of at most {_MOST} elements, not of {tuple(tensor.shape)}")
+            raise ValueError(f"an update takes vectors of at most {_MOST} elements, not {tuple(tensor.shape)}")
     for moment in state:
         if moment.dtype == torch.uint8 and moment.storage_offset() % _SCALE_ALIGNMENT_BYTES:
-            raise ValueError(f"8-bit moments begin at a multiple of {_SCALE_ALIGNMENT_BYTES} bytes, as their scales do")
+            raise ValueError(
+                f"8-bit moments must begin at a multiple of {_SCALE_ALIGNMENT_BYTES} bytes, as their scales do"
+            )
     if isinstance(gradient.scale, Tensor) and gradient.scale.device != device:
         raise ValueError(f"an update on {device} needs the gradient's scale there, not on {gradient.scale.device}")
 
@@ -215,7 +217,7 @@ def _compiles() -> bool:
         triton_updates.sgd.warmup(*tensors, 1.0, *[0.0] * 4, 0, **options, grid=(1,))
     except Exception as error:  # whatever it is, plain torch can run the updates
         warnings.warn(
-            f"updates on the device run in plain torch, exact but many times slower: {error}",
+            f"updates on the device run in plain torch, which is exact but many times slower: {error}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -202,7 +202,7 @@ def _load_once() -> ctypes.CDLL | None:
         library = load(SOURCE)
     except KernelBuildError as error:
         warnings.warn(
-            f"updates on the host run in plain torch, exact but many times slower: {error}",
+            f"updates on the host run in plain torch, which is exact but many times slower: {error}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -239,10 +239,13 @@ def _check(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...], threa
     check_update(pair, gradient, state, torch.device("cpu"), widens=widens)
     if into is not None:
         if len(into[1]) != len(state) or [t.numel() for t in into[0].tensors] != [t.numel() for t in pair.tensors]:
-            raise ValueError(f"an update of {pair.hi.numel()} weights and {len(state)} moments is written to as many")
+            raise ValueError(
+                f"an update of {pair.hi.numel()} weights and {len(state)} moments must be written to tensors of the "
+                "same sizes"
+            )
         check_update(into[0], gradient, into[1], torch.device("cpu"), widens=widens)
         if any(old.dtype != new.dtype for old, new in zip(state, into[1], strict=True)):
-            raise ValueError("an update stores moments in the way that it finds them")
+            raise ValueError("an update must store moments in the format in which it reads them")
 
 
 def _copied(pair: SplitPair, state: tuple[Tensor, ...], into: Pieces | None) -> Pieces:

@@ -39,7 +39,8 @@ class Packed:
         expected, found = code_shapes(self.format, self.shape), (tuple(self.codes.shape), tuple(self.scales.shape))
         if found != expected:
             raise ValueError(
-                f"a weight of {self.shape} as {self.format} has codes and scales of {expected}, not {found}"
+                f"a weight of shape {self.shape} in {self.format} has codes and scales of shapes {expected}, not "
+                f"{found}"
             )
 
     @cached_property
@@ -53,7 +54,7 @@ class Packed:
 def four_bits(codes: Tensor, state: Mapping[str, Any]) -> Packed:
     """From bitsandbytes' codes and its `QuantState.as_dict()`. Raises ValueError for a format other than nf4."""
     if state["quant_type"] != "nf4" or not torch.equal(state["quant_map"].float().cpu(), torch.tensor(NF4)):
-        raise ValueError(f"codes of 4 bits are of {state['quant_type']}, or of a table of its own; expected nf4")
+        raise ValueError(f"4-bit codes are {state['quant_type']}, or use a table of their own; expected nf4")
     scales = state["absmax"]
     if "nested_absmax" in state:
         scales = _nested(scales, state)
@@ -73,7 +74,8 @@ def torchao_int8(weight: Any) -> Packed:
     zero = getattr(weight, "zero_point", None)
     if tuple(weight.block_size) != (1, columns) or (zero is not None and bool(zero.any())):
         raise ValueError(
-            f"int8 codes share scales in blocks of {tuple(weight.block_size)}; expected rows, with no zero"
+            f"int8 codes share scales in blocks of {tuple(weight.block_size)}; expected one scale per row and no zero "
+            "point"
         )
     return Packed("int8", (rows, columns), weight.dtype, weight.qdata, weight.scale.float().view(rows) * STEPS)
 
@@ -98,5 +100,5 @@ def _nested(codes: Tensor, state: Mapping[str, Any]) -> Tensor:
 def _of_blocks(scales: Tensor, block: int, numel: int) -> Tensor:
     """Repeats scales of `block` elements for each of our blocks. Raises ValueError if `block` is not a multiple."""
     if block % BLOCK:
-        raise ValueError(f"{block} elements share a scale; expected {BLOCK} or a multiple")
+        raise ValueError(f"{block} elements share a scale; expected {BLOCK} or a multiple of it")
     return scales.reshape(-1).repeat_interleave(block // BLOCK)[: -(-numel // BLOCK)].contiguous()

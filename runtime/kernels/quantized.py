@@ -53,7 +53,10 @@ def quantize(weight: Tensor, format: Quantized) -> tuple[Tensor, Tensor]:
             packed = slice(piece.start // 2, (piece.stop + 1) // 2)
             codes[packed] = (high << 4 | low)[: packed.stop - packed.start]
     if not scales.isfinite().all():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} has values that are not finite: {format} has none")
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} has values that are not finite, which {format} cannot "
+            "represent; expected finite weights"
+        )
     return codes, scales
 
 

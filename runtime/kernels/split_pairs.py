@@ -33,9 +33,9 @@ class SplitPair:
         dtypes, shapes = zip(*((half.dtype, tuple(half.shape)) for half in self.tensors), strict=True)
         if dtypes != (torch.bfloat16, torch.int16)[: len(dtypes)] or len(set(shapes)) > 1:
             told = " and ".join(f"{dtype} {shape}" for dtype, shape in zip(dtypes, shapes, strict=True))
-            raise ValueError(f"a split pair is bfloat16 and int16 of one shape, not {told}")
+            raise ValueError(f"a split pair must be bfloat16 and int16 of the same shape, not {told}")
         if (self.lo is None) != (self.draws is not None):
-            raise ValueError("masters are kept by a remainder or rounded by draws: expected one of the two")
+            raise ValueError("masters either keep a remainder or are rounded stochastically; expected one of the two")
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -68,7 +68,7 @@ def split(master: Tensor, out: SplitPair | None = None) -> SplitPair:
         ValueError: `master` is not float32, or `out` is not contiguous or has another shape.
     """
     if master.dtype != torch.float32:
-        raise ValueError(f"only float32 splits into two halves of 16 bits, not {master.dtype}")
+        raise ValueError(f"only float32 can be split into two halves of 16 bits, not {master.dtype}")
     if out is None:
         halves = (torch.empty(master.shape, dtype=half, device=master.device) for half in (torch.bfloat16, torch.int16))
         out = SplitPair(*halves)
@@ -97,7 +97,7 @@ def join(pair: SplitPair, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(pair.hi.shape, dtype=torch.float32, device=pair.hi.device)
     if out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"a master is contiguous float32, not {out.dtype} with strides {out.stride()}")
+        raise ValueError(f"a master must be contiguous float32, not {out.dtype} with strides {out.stride()}")
     target, flat = out.view(-1), _flat(pair, out.shape)
     for piece in pieces(target):
         part = flat.cut(piece)

@@ -29,7 +29,7 @@ class Gradient:
     def __post_init__(self) -> None:
         if isinstance(self.scale, Tensor) and (self.scale.dtype not in SCALE_DTYPES or self.scale.dim()):
             raise ValueError(
-                "a gradient's scale is a number or a float32 or float64 tensor without dimensions, not "
+                "the scale of a gradient must be a number or a float32 or float64 tensor without dimensions, not "
                 f"{self.scale.dtype} {tuple(self.scale.shape)}"
             )
 
@@ -89,7 +89,7 @@ class AdamHyper:
 
     def __post_init__(self) -> None:
         if self.step < 1:
-            raise ValueError(f"updates count from 1, but this one is number {self.step}")
+            raise ValueError(f"updates are numbered from 1, but this one has number {self.step}")
 
     def scalars(self) -> Scalars:
         """Returns the factors of this update."""
@@ -208,10 +208,10 @@ def check_update(pair: SplitPair, gradient: Gradient, state: tuple[Tensor, ...],
             or is not on `device`.
     """
     if gradient.values.dtype not in GRADIENT_DTYPES:
-        raise ValueError(f"gradients are bfloat16, float16 or float32, not {gradient.values.dtype}")
+        raise ValueError(f"gradients must be bfloat16, float16 or float32, not {gradient.values.dtype}")
     dtypes = STORED_DTYPES if widens else (torch.float32,)
     if any(moment.dtype not in dtypes or moment.dtype != state[0].dtype for moment in state):
-        raise ValueError(f"optimizer state is float32, not {', '.join(str(moment.dtype) for moment in state)}")
+        raise ValueError(f"optimizer state must be float32, not {', '.join(str(moment.dtype) for moment in state)}")
     for tensor in (*pair.tensors, gradient.values, *state):
         numel = stored_numel(tensor.dtype, pair.hi.numel()) if tensor.dtype == torch.uint8 else pair.hi.numel()
         if tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
@@ -231,12 +231,14 @@ def check_sum(total: Tensor, gradient: Gradient, threads: int) -> None:
     if threads < 1:
         raise ValueError(f"a sum needs at least one thread, not {threads}")
     if total.dtype != torch.float32 or values.dtype not in GRADIENT_DTYPES:
-        raise ValueError(f"bfloat16, float16 or float32 is added to float32, not {values.dtype} to {total.dtype}")
+        raise ValueError(
+            f"expected bfloat16, float16 or float32 to add to float32, not {values.dtype} to {total.dtype}"
+        )
     if total.numel() != values.numel() or not all(
         t.is_contiguous() and t.device.type == "cpu" for t in (total, values)
     ):
         raise ValueError(
-            f"a sum needs contiguous tensors of one size on the host, not {tuple(total.shape)} with strides "
+            f"a sum needs contiguous tensors of the same size on the host, not {tuple(total.shape)} with strides "
             f"{total.stride()} on {total.device} and {tuple(values.shape)} with {values.stride()} on {values.device}"
         )
 

@@ -248,8 +248,8 @@ class ChunkStore:
                     continue
                 if tuple(parameter.shape) != slot.shape:
                     raise StateError(
-                        f"parameter {slot.name} was given data of shape {tuple(parameter.shape)}, expected "
-                        f"{slot.shape}; compile the changed model anew"
+                        f"parameter {slot.name} was assigned data of shape {tuple(parameter.shape)}, expected "
+                        f"{slot.shape}; compile the changed model again"
                     )
                 view = chunk.slice(chunk.master, chunk.layout.slots.index(slot))
                 view.copy_(parameter.detach())

@@ -42,7 +42,7 @@ class Elsewhere:
 
     @property
     def elsewhere(self) -> str:
-        return f"{self.name} is of layers that other ranks run: {self.where}"
+        return f"{self.name} belongs to layers that other ranks run: {self.where}"
 
     def read(self) -> Tensor:
         raise self.lacking()
@@ -50,8 +50,8 @@ class Elsewhere:
     def lacking(self) -> StateError:
         """The error for any read of the parameter."""
         return StateError(
-            f"parameter {self.name} was to be read, which is of layers that other ranks run: {self.where}. Read it "
-            "there, or call model.state_dict() on all ranks, which brings every one together"
+            f"parameter {self.name} cannot be read here, because it belongs to layers that other ranks run: "
+            f"{self.where}. Read it there, or call model.state_dict() on all ranks, which gathers every parameter"
         )
 
     @property
@@ -61,12 +61,14 @@ class Elsewhere:
     def write(self, value: Tensor) -> None:
         """Checks the shape alone: the parameter's owners take the value."""
         if tuple(value.shape) != self.shape:
-            raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
+            raise ValueError(
+                f"parameter {self.name} has shape {self.shape}, but the value has shape {tuple(value.shape)}"
+            )
 
     def refused(self, by: str) -> StateError:
         return StateError(
-            f"parameter {self.name} was to be written by {by}, and is of layers that other ranks run: {self.where}. "
-            "Set values with model.load_state_dict(...) on all ranks"
+            f"parameter {self.name} cannot be written here by {by}, because it belongs to layers that other ranks "
+            f"run: {self.where}. Set values with model.load_state_dict(...) on all ranks"
         )
 
     def gradient(self) -> Tensor | None:

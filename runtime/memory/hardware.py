@@ -67,6 +67,6 @@ class Hardware:
             yield
         except (torch.cuda.OutOfMemoryError, MemoryError) as error:
             tier = self.device_tier if isinstance(error, torch.cuda.OutOfMemoryError) else self.host_tier
-            raise BudgetError(f"the {tier.name} has no memory left for states: {error}", tier=tier.name) from as_cause(
-                error
-            )
+            raise BudgetError(
+                f"the {tier.name} ran out of memory for the model's values: {error}", tier=tier.name
+            ) from as_cause(error)

@@ -152,7 +152,7 @@ class UsedUpGradient(Tensor):
         raise next(leaf.error for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, UsedUpGradient))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return "<gradient, used up in the backward>"
+        return "<gradient, consumed in the backward>"
 
 
 class _View(Tensor):
@@ -194,8 +194,8 @@ class _View(Tensor):
 def refuse_gradient(gradient: Tensor) -> None:
     """The hook of lazy parameters: raises, because autograd would put the gradient where no step ever looks."""
     raise StateError(
-        "a gradient reached a parameter from outside of the compiled model, as that of a penalty on weights does; "
-        "model.optimizer(...) would not see it. Compute such a loss inside of the model's forward, or detach the "
+        "a gradient reached a parameter from outside the compiled model, for example from a penalty on weights; "
+        "model.optimizer(...) would not see it. Compute such a loss inside the model's forward, or detach the "
         "parameter"
     )
 
@@ -254,8 +254,8 @@ def _array(values: Tensor, requires_grad: bool, force: bool) -> Any:
 
 def _gradient_refusal(name: str, by: str) -> StateError:
     return StateError(
-        f"the gradient of {name} was to be written by {by}; each process has a shard of it, and what is read is a copy "
-        "of all. Assign a new one to .grad; to clip, pass max_grad_norm= to model.optimizer(...)"
+        f"the gradient of {name} cannot be written by {by}: each process has a shard of it, and reading it gives a "
+        "gathered copy. Assign a new gradient to .grad; to clip, pass max_grad_norm= to model.optimizer(...)"
     )
 
 

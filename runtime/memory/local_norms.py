@@ -41,9 +41,9 @@ def _check_norm(parameters: Sequence[Any]) -> None:
     """Raises StateError where other ranks have some of the parameters, or parts of them."""
     for told in _elsewhere(parameters):
         raise StateError(
-            f"torch clips gradients, or scales them, by what this process has of them, and {told}. Every rank "
-            "would find something else: clip with model.clip_grad_norm_(...), or max_grad_norm= of "
-            "model.optimizer(...), whose float16 has a loss scale"
+            f"torch clips or scales gradients by the part that this process holds, but {told}, so every rank would "
+            "use a different norm. Clip with model.clip_grad_norm_(...) or with max_grad_norm= of "
+            "model.optimizer(...), which has a loss scale of its own for float16"
         )
 
 
@@ -56,8 +56,8 @@ def _check_step(optimizer: Optimizer, *_: Any) -> None:
         parameters = [parameter for parameter in parameters if not isinstance(parameter, LazyParameter)]
     for told in _elsewhere(parameters):
         raise StateError(
-            f"torch.optim.{type(optimizer).__name__} is not element-wise: it computes over whole parameters, and "
-            f"{told}. Every rank would update by something else: take an element-wise optimizer, such as AdamW"
+            f"torch.optim.{type(optimizer).__name__} is not element-wise: it computes over entire parameters, but "
+            f"{told}, so every rank would compute a different update. Use an element-wise optimizer, such as AdamW"
         )
 
 

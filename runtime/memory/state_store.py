@@ -21,8 +21,8 @@ from .stored import Stored
 from .streams import CopyEngine
 
 PARTIAL = (
-    "a backward(), or what else changes gradients, ended half way, so that they are of a part of it; call zero_grad(), "
-    "and begin the step anew with the first of its batches"
+    "a backward(), or something else that changes gradients, stopped halfway, so the gradients are incomplete; call "
+    "zero_grad(), and repeat the step from its first batch"
 )
 
 

@@ -15,7 +15,7 @@ from ..isa.formats import OwnFormat
 from ..kernels.rounding import key_of
 from .declared import Declared
 from .hyper_checks import check_group, check_state_dict
-from .kinds import KINDS
+from .kinds import KINDS, check_complete, restore
 from .own_store import OwnStore
 from .saved_states import SavedState, check_kind, check_rule
 from .states import Hyper
@@ -115,7 +115,8 @@ class ChunkOptimizer(Optimizer):
         unknown = [p for p in group["params"] if id(p) not in self._names]
         if unknown:
             raise ArgumentError(
-                f"params: one of shape {tuple(unknown[0].shape)} is not the compiled model's; expected parameters of it"
+                f"params: a parameter of shape {tuple(unknown[0].shape)} does not belong to the compiled model; "
+                "expected the model's own parameters"
             )
         if self._format is None:
             return  # `declared` checks the groups that the optimizer is made with
@@ -124,8 +125,8 @@ class ChunkOptimizer(Optimizer):
         rules = self.declared.rules_of(self.param_groups, self._names)
         if moments > self._format.moments or rules != self._format.rules:
             raise StateError(
-                f"a group of the kind {self.declared.kind_of(group).__name__} was added whose memory "
-                "model.optimizer(...) planned for another kind; pass the group when the optimizer is made"
+                f"a group of kind {self.declared.kind_of(group).__name__} was added, but model.optimizer(...) planned "
+                "its parameters' memory for another kind; pass the group when the optimizer is made"
             )
 
     def _take_groups(self) -> None:
@@ -138,8 +139,8 @@ class ChunkOptimizer(Optimizer):
         assert self._format is not None
         if kind is SGD and group["momentum"] and not self._format.moments:
             raise StateError(
-                f"the momentum of a group is {group['momentum']}, but none had any when model.optimizer(...) planned "
-                "its memory; make the optimizer with a momentum above 0, however small"
+                f"the momentum of a group is {group['momentum']}, but no group had momentum when model.optimizer(...) "
+                "planned the memory; make the optimizer with a momentum above 0, however small"
             )
 
     def _check_groups(self) -> None:
@@ -147,8 +148,8 @@ class ChunkOptimizer(Optimizer):
         for kind, group in zip(self._kinds, self.param_groups, strict=False):
             if self.declared.kind_of(group) is not kind:
                 raise StateError(
-                    f"the kind of a group is now {group.get('kind')!r}, and its memory was planned for "
-                    f"{kind.__name__}; set it to {kind.__name__!r} again, or make another optimizer"
+                    f"the kind of a group is now {group.get('kind')!r}, but its memory was planned for "
+                    f"{kind.__name__}; set it back to {kind.__name__!r}, or make another optimizer"
                 )
             self._check_group(kind, group)
 
@@ -186,7 +187,7 @@ class ChunkOptimizer(Optimizer):
         if self.declared.in_backward and 0 < store.backwards < self.declared.accumulate:
             raise StateError(
                 f"step() came after {store.backwards} of accumulate={self.declared.accumulate} backwards; with "
-                "in_backward=True the last of them is what updates"
+                "in_backward=True the last of them performs the update, so call step() after it"
             )
         self._check_zeroed(store)
         if not store.held.measures:
@@ -340,6 +341,7 @@ class ChunkOptimizer(Optimizer):
         for own, loaded in zip(before, self.param_groups, strict=True):
             loaded.pop("kind", None)
             loaded |= {"kind": own["kind"]} if "kind" in own else {}
+            restore(self.declared.kind_of(own), loaded)
 
     def check_saved(self, groups: list[dict[str, Any]]) -> None:
         """Raises ValueError if saved groups are of another optimizer, and StateError if no memory was planned for
@@ -349,6 +351,9 @@ class ChunkOptimizer(Optimizer):
             check_kind(kind.__name__, group)
             check_rule(kind.__name__, self.declared.defaults_of(kind), [own], [group])
             self._check_group(kind, group)
+            restored = dict(group)
+            restore(kind, restored)
+            check_complete(kind, restored)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
         """Raises ValueError if a parameter's saved state is not exactly what this optimizer keeps of it."""

@@ -94,16 +94,17 @@ class Declared:
             return
         if sharded:
             raise ArgumentError(
-                f"masters={self.masters!r} draws by the numbers of a parameter's elements, which are not known where "
-                "tensors are sharded over processes; leave it out, or tensor= out of parallel="
+                f"masters={self.masters!r} draws random numbers by element index, which is not known where tensors "
+                "are sharded over processes; leave it out, or leave tensor= out of parallel="
             )
         if (torch.float32, torch.bfloat16) not in trained.values():
             told = ", ".join(
                 f"{name} is {own} and computes in {computing}" for name, (own, computing) in trained.items()
             )
             raise ArgumentError(
-                f"masters={self.masters!r} is of float32 masters of weights that compute in bfloat16, and none that is "
-                f"trained does{': ' * bool(told)}{told[:200]}; compile with precision='bf16', or leave it out"
+                f"masters={self.masters!r} is for float32 masters of weights that compute in bfloat16, but no trained "
+                f"parameter has such a master{': ' * bool(told)}{told[:200]}; compile with precision='bf16', or leave "
+                "it out"
             )
 
     def check_whole(self, groups: Any, *, sharded: bool, zero: int) -> None:
@@ -114,20 +115,20 @@ class Declared:
         if whole is not None and (sharded or zero):
             cut = "tensor= shards" if sharded else f"zero={zero} divides"
             raise ArgumentError(
-                f"{name_of(whole)} updates whole parameters, which {cut} over processes; leave that out of parallel=, "
-                "or take an optimizer of single elements, such as torch.optim.AdamW"
+                f"{name_of(whole)} updates entire parameters, which {cut} over processes; leave that out of "
+                "parallel=, or use an element-wise optimizer, such as torch.optim.AdamW"
             )
 
     def _check_in_backward(self, dtypes: Iterable[torch.dtype]) -> None:
         if self.max_grad_norm is not None:
             raise ArgumentError(
-                "in_backward=True updates before the norm of all gradients is known, so that max_grad_norm cannot be "
-                "kept to; leave one of the two out"
+                "in_backward=True updates before the norm of all gradients is known, so max_grad_norm cannot be "
+                "applied; leave one of the two out"
             )
         if torch.float16 in dtypes:
             raise ArgumentError(
-                "in_backward=True updates before it is known whether a float16 gradient overflowed; leave it out, or "
-                "compile with precision='bf16'"
+                "in_backward=True updates before it is known whether a float16 gradient has overflowed; leave it out, "
+                "or compile with precision='bf16'"
             )
 
     def filled(self, groups: Any) -> list[dict[str, Any]]:
@@ -147,8 +148,8 @@ class Declared:
             made = kind(groups, **self._hyper_of(kind)).param_groups
         except (TypeError, ValueError, KeyError) as error:
             raise ArgumentError(
-                f"{name_of(kind)} does not take these params and options: {error}; expected "
-                f"parameters of the model, or groups of them, and options that it has{self._other_kinds(kind)}"
+                f"{name_of(kind)} does not accept these params and options: {error}; expected parameters of the "
+                f"model, or groups of them, and options of that class{self._other_kinds(kind)}"
             ) from error
         for group in made:
             check_group(group)
@@ -159,15 +160,15 @@ class Declared:
         if KINDS[kind].rule != "matrices":
             return ""
         return (
-            '. What is no matrix is for a group of another kind: model.optimizer(torch.optim.Muon, [{"params": '
-            'matrices}, {"params": others, "kind": torch.optim.AdamW, "lr": 3e-4}], lr=2e-2)'
+            ". Put parameters that are not matrices in a group of another kind: model.optimizer(torch.optim.Muon, "
+            '[{"params": matrices}, {"params": others, "kind": torch.optim.AdamW, "lr": 3e-4}], lr=2e-2)'
         )
 
     def format(self, groups: list[dict[str, Any]], names: Mapping[int, str]) -> OwnFormat:
         """The state to plan memory for, given the filled parameter groups; `names` are by `id(parameter)`."""
         moments, rules = self.moments_of(groups), self.rules_of(groups, names)
         if self.moments != "exact" and not moments and not any(rule == "matrices" for _, rule in rules):
-            told = "keeps factors of its moments" if rules else "without momentum has no moments to store"
+            told = "keeps factored moments" if rules else "without momentum has no moments to store"
             raise ArgumentError(
                 f"moments={self.moments!r}: {name_of(self.kind)} {told}; leave it out"
                 f"{'' if rules else ', or give a momentum above 0'}"
@@ -181,8 +182,8 @@ class Declared:
         single = {kind for kind in kinds if KINDS[kind].rule == "elements"}
         if len(single) > 1:
             raise ArgumentError(
-                f"groups of parameters are of the kinds {', '.join(sorted(map(name_of, single)))}, which all update "
-                "single elements; expected one of these, beside torch.optim.Muon and torch.optim.Adafactor"
+                f"the parameter groups use {', '.join(sorted(map(name_of, single)))}, which are all element-wise; "
+                "expected only one element-wise optimizer, besides torch.optim.Muon and torch.optim.Adafactor"
             )
         kind = next(iter(single), None)
         if kind is SGD and not any(group.get("momentum") for group in groups if self.kind_of(group) is SGD):

@@ -167,7 +167,9 @@ class HeldGradients:
         Raises StateError with in_backward=True, where no gradients are left to clip.
         """
         if self.states.format.in_backward:
-            raise StateError("in_backward=True uses each gradient up in the backward itself: to clip, leave it out")
+            raise StateError(
+                "in_backward=True consumes each gradient during the backward; to clip, leave in_backward out"
+            )
         norm = self.norm()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for state in self.states:

@@ -80,10 +80,12 @@ def _check_muon(group: Mapping[str, Any]) -> None:
 def check_state_dict(given: Any) -> None:
     """Raises ArgumentError unless `given` has the form of an optimizer's state_dict, with valid group options."""
     if not isinstance(given, Mapping) or not isinstance(given.get("state"), Mapping):
-        raise wrong_argument("state_dict", given, "what an optimizer's state_dict() returned")
+        raise wrong_argument("state_dict", given, "the result of an optimizer's state_dict()")
     groups = given.get("param_groups")
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
-        raise wrong_argument("state_dict['param_groups']", groups, "what an optimizer's state_dict() has")
+        raise wrong_argument(
+            "state_dict['param_groups']", groups, "the parameter groups of an optimizer's state_dict()"
+        )
     for group in groups:
         check_group(group)
 

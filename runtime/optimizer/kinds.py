@@ -90,6 +90,24 @@ KINDS: dict[type[Optimizer], Kind] = {
 }
 
 
+def restore(kind: type[Optimizer], group: dict[str, Any]) -> None:
+    """Fills in the options that a saved group lacks as torch's class does when it loads one: with the value they stood
+    for before the class had them."""
+    loading: Optimizer = object.__new__(kind)  # as in unpickling, which __setstate__ is made for
+    loading.__setstate__({"state": {}, "param_groups": [group], "defaults": {}})
+
+
+def check_complete(kind: type[Optimizer], group: Group) -> None:
+    """Raises ValueError if a group lacks an option that its updates read."""
+    try:
+        KINDS[kind].make(group, 1, None)
+    except KeyError as lacking:
+        raise ValueError(
+            f"a saved parameter group has no {lacking.args[0]!r}, which {name_of(kind)} needs; expected a group from "
+            f"the state_dict() of a {name_of(kind)}"
+        ) from None
+
+
 def name_of(kind: type[Optimizer]) -> str:
     """The class as users write it."""
     return f"geminifx.{kind.__name__}" if kind is Lion else f"torch.optim.{kind.__name__}"

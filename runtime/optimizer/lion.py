@@ -36,7 +36,9 @@ class Lion(Optimizer):
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 if parameter.grad.is_sparse:
-                    raise ArgumentError("Lion updates by dense gradients; make the embedding with sparse=False")
+                    raise ArgumentError(
+                        "Lion needs dense gradients, but this one is sparse; make the embedding with sparse=False"
+                    )
                 state = self.state[parameter]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)

@@ -109,7 +109,7 @@ class OwnStates:
     def _unplanned_total(self, state: ChunkState, on_device: bool) -> Tensor:
         layout = self.chunks.chunks[state.layout.index].layout
         purpose = (
-            f"float32 gradients of {layout.name} (accumulate= plans for them, and clipping by max_grad_norm= or "
+            f"float32 gradients of {layout.name} (accumulate= plans memory for them; clipping with max_grad_norm= or "
             "model.clip_grad_norm_() needs none)"
         )
         self._book(layout, state.home, on_device, purpose)

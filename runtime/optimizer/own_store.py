@@ -35,11 +35,11 @@ from .worker import Tickets, Worker
 from .zeroed import ZeroedGradients
 
 HALF_UPDATED = (
-    "{} failed when some parameters were updated already and others not, so that this run cannot go on: build the "
-    "model anew and load the last checkpoint"
+    "{} failed after some parameters were updated and others were not, so this run cannot continue: build the model "
+    "again and load the last checkpoint"
 )
 NO_STATES = (
-    "the model's weights are on 'meta', and so there are no training states yet; give it values with "
+    "the model's weights are on 'meta', so there are no training states yet; load values with "
     "model.load_state_dict(...) first"
 )
 
@@ -110,7 +110,7 @@ class OwnStore:
 
     def leave(self) -> None:
         raise StateError(
-            "model.optimizer(...) holds the training state of this model for good; compile the model anew for another"
+            "model.optimizer(...) holds this model's training state permanently; compile the model again for another"
         )
 
     # -- weights -------------------------------------------------------------------------------------------
@@ -211,9 +211,9 @@ class OwnStore:
         self.check_gradients()
         if self.format.in_backward and self.backwards == self.format.accumulate:
             raise StateError(
-                f"a backward() more than accumulate={self.format.accumulate} came before optimizer.step(): with "
-                "in_backward=True the parameters are updated already. Call step() after every "
-                f"{self.format.accumulate} backward(s), or declare how many come with model.optimizer(accumulate=)"
+                f"backward() was called more than accumulate={self.format.accumulate} times before optimizer.step(), "
+                "but with in_backward=True the parameters are already updated. Call step() after every "
+                f"{self.format.accumulate} backward(s), or declare their number with model.optimizer(accumulate=)"
             )
         if self.format.in_backward:
             self.check_groups()  # an error in the middle of the updates could not be undone
@@ -284,7 +284,7 @@ class OwnStore:
     def stale(self) -> str:
         if self.format.in_backward and self.backwards == self.format.accumulate:
             self._broken = HALF_UPDATED.format("A step of several calls before one backward(), with in_backward=True,")
-            return f"{self._broken}; declare how many calls a step has, by model.optimizer(accumulate=)"
+            return f"{self._broken}; declare the number of calls per step with model.optimizer(accumulate=)"
         return "Call backward() first, or call the model again"
 
     # -- parameters ----------------------------------------------------------------------------------------
@@ -340,8 +340,8 @@ class OwnStore:
         self.check()
         if self.format.in_backward and self.backwards == self.format.accumulate:
             raise StateError(
-                "zero_grad() came between the last backward() of a step and optimizer.step(), but with "
-                "in_backward=True the parameters are updated already; call zero_grad() after step(), or leave it out"
+                "zero_grad() was called between the last backward() of a step and optimizer.step(), but with "
+                "in_backward=True the parameters are already updated; call zero_grad() after step(), or leave it out"
             )
         self._is_partial = True
         self.zeroed.drop() if set_to_none else self.zeroed.zero()

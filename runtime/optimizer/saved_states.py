@@ -46,25 +46,27 @@ class SavedState:
         names = [*expected, *(("step",) if counts else ())]
         if not set(names) <= set(found):
             raise ValueError(
-                f"the optimizer state of {parameter} has {', '.join(found)}, expected {', '.join(names)}; it is of "
-                "another optimizer, or not whole"
+                f"the optimizer state of {parameter} has {', '.join(found)}, expected {', '.join(names)}; it belongs "
+                "to another optimizer, or is incomplete"
             )
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise ValueError(
                     f"the optimizer state of {parameter} has {name} of shape {self.shapes[name]}, expected {shape}; "
-                    "it is of another model"
+                    "it belongs to another model"
                 )
         if self.step is not None and not (number(self.step) >= 0 and number(self.step).is_integer()):
             raise ValueError(
-                f"the optimizer state of {parameter} has step={self.step!r}, expected how many steps it has taken"
+                f"the optimizer state of {parameter} has step={self.step!r}, expected the number of steps taken"
             )
 
 
 def check_kind(kind: str, saved: Group) -> None:
     """Raises ValueError if a saved group, which need not name its kind, names another than its own group's `kind`."""
     if saved.get("kind", kind) != kind:
-        raise ValueError(f"a group of the optimizer is {kind}'s, and the saved one is that of {saved['kind']!r}")
+        raise ValueError(
+            f"a group of the optimizer is of kind {kind}, but the saved group is of kind {saved['kind']!r}"
+        )
 
 
 def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence[Group]) -> None:
@@ -73,16 +75,19 @@ def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence
         lacking = [key for key, default in defaults.items() if _tells(key, default) and key not in group]
         if lacking:
             raise ValueError(
-                f"the optimizer is {kind}, and the groups that were saved have no {', '.join(lacking)}; they are of "
-                "another optimizer"
+                f"the optimizer is {kind}, but the saved groups have no {', '.join(lacking)}; they belong to another "
+                "optimizer"
             )
         if "eps" in group and "eps" not in defaults:
-            raise ValueError(f"the optimizer is {kind}, and the groups that were saved have eps, as another's do")
+            raise ValueError(
+                f"the optimizer is {kind}, which has no eps, but the saved groups have one; they belong to another "
+                "optimizer"
+            )
     for mine, group in zip(own, saved, strict=False):
         key = "decoupled_weight_decay"
         if key in mine and group.get(key, mine[key]) != mine[key]:
             theirs = "AdamW" if group[key] else "Adam"
-            raise ValueError(f"the optimizer is {kind}, and what was saved has the weight decay of {theirs}")
+            raise ValueError(f"the optimizer is {kind}, but the saved groups have the weight decay of {theirs}")
 
 
 def _tells(key: str, default: object) -> bool:

@@ -69,7 +69,9 @@ class SlotSource:
         if not self.is_writable:
             raise self.refused("an assignment")
         if tuple(value.shape) != self.shape:
-            raise ValueError(f"parameter {self.name} has shape {self.shape}, the value {tuple(value.shape)}")
+            raise ValueError(
+                f"parameter {self.name} has shape {self.shape}, but the value has shape {tuple(value.shape)}"
+            )
         state, slot = self._state()
         self.store.finish(state.layout.index)
         state.write(slot, self.store.take(value, self.name))
@@ -80,9 +82,9 @@ class SlotSource:
 
     def refused(self, by: str) -> StateError:
         return StateError(
-            f"parameter {self.name} was to be written by {by}; model.optimizer(...) keeps the masters, and what is "
-            "read of them is a copy. Set values with model.load_state_dict(...), and step the optimizer that "
-            "model.optimizer(...) returned"
+            f"parameter {self.name} cannot be written by {by}: model.optimizer(...) keeps the master weights, and "
+            "reading the parameter gives a copy. Set values with model.load_state_dict(...), and step the optimizer "
+            "that model.optimizer(...) returned"
         )
 
     def gradient(self) -> Tensor | None:
@@ -115,8 +117,8 @@ class SlotSource:
 
     def _used_up(self, done: str) -> StateError:
         return StateError(
-            f"the gradient of {self.name} was to be {done}, but in_backward=True uses each gradient up in the "
-            "backward itself; leave in_backward out, and for clipping pass max_grad_norm= to model.optimizer(...)"
+            f"the gradient of {self.name} cannot be {done}, because in_backward=True consumes each gradient during "
+            "the backward; leave in_backward out, or, for clipping, pass max_grad_norm= to model.optimizer(...)"
         )
 
 

@@ -12,8 +12,9 @@ from ..isa.errors import StateError
 
 def optimizer_is_gone() -> NoReturn:
     raise StateError(
-        "what model.optimizer(...) returned is gone, and with it how parameters are updated; keep it for as long as "
-        "the model trains. This model has no other optimizer: compile it anew"
+        "the optimizer that model.optimizer(...) returned was garbage-collected, so parameters can no longer be "
+        "updated; keep a reference to it for as long as the model trains. This model cannot get another optimizer: "
+        "compile it again"
     )
 
 

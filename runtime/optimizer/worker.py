@@ -226,8 +226,8 @@ class Tickets:
 
 def _ended(name: str, reason: str) -> str:
     return (
-        f"the update of {name} on the host failed ({reason}). Some parameters are of this step and some of the one "
-        "before, so that this run cannot go on: build the model anew and load the last checkpoint"
+        f"the update of {name} on the host failed ({reason}). Some parameters have the values of this step and others "
+        "those of the step before, so this run cannot continue: build the model again and load the last checkpoint"
     )
 
 

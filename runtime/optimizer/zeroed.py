@@ -49,8 +49,9 @@ class ZeroedGradients:
         if lacking:
             raise StateError(
                 f"zero_grad(set_to_none=False) set the gradient of {name(min(lacking))} to zero, and no backward has "
-                "brought another: torch's optimizers would update it by a zero, as weight decay does, and "
-                "model.optimizer(...) keeps no zeros. Call zero_grad(), which leaves such parameters alone"
+                "computed a new one: torch's optimizers would still update that parameter (by weight decay or "
+                "momentum), but model.optimizer(...) does not keep zero gradients. Call zero_grad() instead, after "
+                "which such parameters are not updated"
             )
         self._before |= self._brought
         self._brought.clear()

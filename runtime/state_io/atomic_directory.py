@@ -22,7 +22,7 @@ def atomic_directory(path: str | Path, stays_sealed: bool = True) -> Iterator[Pa
     """
     target = put_back(path)
     if target.is_file():  # a single check: another save may be replacing the directory
-        raise NotADirectoryError(f"{path} is a file, which a checkpoint would replace; expected a directory")
+        raise NotADirectoryError(f"{path} is a file, which the checkpoint would overwrite; expected a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     with fresh(target) as temporary:
         yield temporary

@@ -108,10 +108,9 @@ class Copying:
             if self.may_wait:
                 return None
             raise CheckpointError(
-                f"the copy that a checkpoint in the background is written from takes {needed_bytes:,} bytes, of which "
-                f"the host budget of {limit_bytes:,} has room for {max(limit_bytes - taken_bytes, 0):,} beside the "
-                f"{taken_bytes:,} of training; raise host_budget by as much as is missing, or save without "
-                "background=True"
+                f"saving a checkpoint in the background needs a copy of {needed_bytes:,} bytes, but the host budget "
+                f"of {limit_bytes:,} leaves only {max(limit_bytes - taken_bytes, 0):,} next to the {taken_bytes:,} "
+                "that training uses; raise host_budget by the difference, or save without background=True"
             )
         copies = {item.index: self._copy(read(item)) for item in items}
         self.saving.copied.set_result(None)  # raises if the waiting caller was interrupted: the state may have changed

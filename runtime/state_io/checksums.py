@@ -68,8 +68,8 @@ def verify(directory: Path, ranks: Ranks = ALONE, *, deep: bool = True) -> bool:
         intact = [name for name, verdict in verdicts.items() if not verdict]
         raise CheckpointError(
             f"{directory} is damaged: {'; '.join(damaged)}. Intact: {', '.join(intact) or 'nothing'}. Nothing was "
-            f"loaded: restore what is damaged from a copy, or take another checkpoint. Who has changed a file on "
-            f"purpose removes {CHECKSUMS}"
+            "loaded: restore the damaged files from a copy, or use another checkpoint. If you changed a file on "
+            f"purpose, remove {CHECKSUMS}"
         )
     return True
 
@@ -88,7 +88,7 @@ def _verdict(file: Path, expected: Checksum) -> str:
         size_bytes = file.stat().st_size
         if size_bytes != expected.size_bytes:
             return f"has {size_bytes} bytes instead of {expected.size_bytes}"
-        return "" if Checksum.of(file) == expected else "has other bytes than were saved"
+        return "" if Checksum.of(file) == expected else "differs from the bytes that were saved"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -100,7 +100,7 @@ def _listed(directory: Path, deep: bool) -> dict[str, Checksum]:
     try:
         data = json.loads((directory / CHECKSUMS).read_bytes())
         if data["version"] != _VERSION:
-            raise CheckpointError(f"is of version {data['version']}, and this is a program for version {_VERSION}")
+            raise CheckpointError(f"has version {data['version']}, but this program reads version {_VERSION}")
         found = {_inside(name): Checksum(**checksum) for name, checksum in data["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot be read ({type(error).__name__}: {error})") from error

@@ -44,7 +44,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _PARTS.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint's metadata")
         return super().find_class(module, name)
 
 
@@ -69,19 +69,19 @@ def read_metadata(directory: str | Path) -> Metadata:
 def _check(found: Any) -> None:
     """Raises ValueError, or whatever odd values raise, unless this is metadata whose tensors are stored completely."""
     if not isinstance(found, Metadata):
-        raise ValueError(f"it holds no metadata, but {type(found).__name__}")
+        raise ValueError(f"it does not contain metadata, but a {type(found).__name__}")
     for name, entry in found.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
             indices = [MetadataIndex(name)]
         elif isinstance(entry, TensorStorageMetadata):
             indices = [MetadataIndex(name, chunk.offsets, i) for i, chunk in enumerate(entry.chunks)]
             if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
-                raise ValueError(f"the parts of {name} are not the whole")
+                raise ValueError(f"the parts of {name} do not make up the entire tensor")
         else:
-            raise ValueError(f"it holds {type(entry).__name__} for {name}")
+            raise ValueError(f"it has a {type(entry).__name__} for {name}")
         for place in (found.storage_data[index] for index in indices):
             if Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f"{name} is to be read from {place.relative_path}, outside of the checkpoint")
+                raise ValueError(f"{name} would be read from {place.relative_path}, outside the checkpoint")
 
 
 class Reader(dcp.FileSystemReader):

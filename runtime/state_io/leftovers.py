@@ -51,8 +51,8 @@ def put_back(path: str | Path) -> Path:
         if f".{_NEW}-" in found.name and not is_sealed(found):
             continue
         warnings.warn(
-            f"there is nothing at {target}, but {found.name} beside it is whole: a save was killed when it was about "
-            "to put that there, and it is used now",
+            f"there is nothing at {target}, but {found.name} next to it is complete: a save was killed just before "
+            "renaming it, so it is used now",
             stacklevel=2,
         )
         try:

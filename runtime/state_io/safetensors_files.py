@@ -70,8 +70,8 @@ class WeightFiles:
         """Raises CheckpointError if the files are no longer what they were."""
         if WeightFiles.found(self.directory) != self:
             raise CheckpointError(
-                f"nothing was loaded: the files in {self.directory} were replaced by others meanwhile; call "
-                "load_pretrained() again to take these"
+                f"nothing was loaded: the files in {self.directory} were replaced in the meantime; call "
+                "load_pretrained() again to read the new ones"
             )
 
     def digest(self, names: Iterable[str]) -> str:
@@ -107,8 +107,8 @@ class WeightFiles:
                     take(name, opened.get_slice(name) if self.entries[name].shape else opened.get_tensor(name))
                 if _stamp(file) != self.stamps[file]:
                     raise CheckpointError(
-                        f"{file} was replaced by another while weights were read: some are of the one and some of the "
-                        "other; load them anew when nobody writes there"
+                        f"{file} was replaced while its weights were being read: some come from the old file and some "
+                        "from the new one; load them again when nothing writes there"
                     )
 
 
@@ -124,7 +124,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             found: dict[Path, list[str]] = {}
             for name, file in placed.items():
                 if Path(file).name != file:
-                    raise ValueError(f"{name} is to be read from {file}, outside of the directory")
+                    raise ValueError(f"{name} would be read from {file}, outside the directory")
                 found.setdefault(folder / file, []).append(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -132,7 +132,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
             ) from error
         return found
     others = sorted(file.name for file in folder.glob("*.bin"))
-    hint = f"; {others[0]} is of another format: load it with transformers and save_pretrained() it" if others else ""
+    hint = f"; {others[0]} has another format: load it with transformers and save_pretrained() it" if others else ""
     raise CheckpointError(f"there are no weights in {folder}: neither {ONE_FILE} nor {INDEX}{hint}")
 
 
@@ -147,7 +147,7 @@ def _opened(file: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
         raise CheckpointError(
-            f"{file}{size} is damaged or cut off: {error}; fetch it anew, or load another checkpoint"
+            f"{file}{size} is damaged or truncated: {error}; download it again, or load another checkpoint"
         ) from as_cause(error)
 
 

@@ -71,7 +71,10 @@ def save(directory: str | Path, contents: Contents, ranks: Ranks, copying: Copyi
 
 def _check_replaced(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
-        raise CheckpointError(f"{target} holds files but no such checkpoint, and saving replaces it; choose another")
+        raise CheckpointError(
+            f"{target} contains files that are not a checkpoint, and saving would replace them; choose another "
+            "directory"
+        )
 
 
 @contextmanager
@@ -84,7 +87,7 @@ def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
         if _is_interruption(error):
             raise KeyboardInterrupt from as_cause(error)
         raise CheckpointError(
-            f"could not save to {directory}: {_told(error)}. A checkpoint saved there before is intact"
+            f"could not save to {directory}: {_errors_of(error)}. A checkpoint saved there before is intact"
         ) from as_cause(error)
 
 
@@ -124,7 +127,7 @@ class Saved:
             metadata = read_metadata(directory)
         if not sealed:
             warnings.warn(
-                f"{directory} has no {CHECKSUMS}, so that damage in it may go unnoticed; save it anew to have one",
+                f"{directory} has no {CHECKSUMS}, so damage may go unnoticed; save the checkpoint again to get one",
                 stacklevel=4,
             )
         return cls(directory, metadata, ranks)
@@ -149,7 +152,7 @@ class Saved:
         except (dcp.CheckpointException, OSError) as error:
             if _is_interruption(error):
                 raise KeyboardInterrupt from error
-            raise CheckpointError(f"could not load {self.directory}: {_told(error)}") from error
+            raise CheckpointError(f"could not load {self.directory}: {_errors_of(error)}") from error
         return loader.found
 
 
@@ -159,7 +162,7 @@ def _is_interruption(error: BaseException) -> bool:
     return any(isinstance(failure[0], KeyboardInterrupt) for failure in failures)
 
 
-def _told(error: BaseException) -> str:
+def _errors_of(error: BaseException) -> str:
     """The processes' errors, without their tracebacks."""
     if not isinstance(error, dcp.CheckpointException):
         return str(error)
@@ -221,8 +224,9 @@ def _packed(name: str, value: Any) -> io.BytesIO:
     # Pickling an object may run any code of its own, and so raise anything.
     except Exception as error:
         raise CheckpointError(
-            f"{name!r} holds something of a type that does not load without running code; expected numbers, strings, "
-            f"tensors, and lists, tuples and dicts of them: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            f"{name!r} contains a value of a type that cannot be loaded without running code; expected numbers, "
+            "strings, tensors, and lists, tuples and dicts of them: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     return data
 
@@ -243,9 +247,9 @@ class _Loader(dcp.DefaultLoadPlanner):
                 continue
             entry = entries.get(name)
             if not isinstance(entry, TensorStorageMetadata):
-                raise CheckpointError(f"the checkpoint lacks {name}; it is of another model")
+                raise CheckpointError(f"the checkpoint lacks {name}; it belongs to another model")
             if tuple(entry.size) != stored.shape:
-                raise CheckpointError(f"{name} has shape {stored.shape}, in the checkpoint {tuple(entry.size)}")
+                raise CheckpointError(f"{name} has shape {stored.shape}, but {tuple(entry.size)} in the checkpoint")
             items += create_read_items_for_chunk_list(name, entry, list(map(_chunk, stored.regions)))
         wanted = {name: MetadataIndex(name) for name in self.objects if name in entries}
         items += [_read_object(index) for index in wanted.values()]
@@ -267,7 +271,9 @@ class _Loader(dcp.DefaultLoadPlanner):
             self.found[name] = torch.load(value, map_location="cpu", weights_only=True)
         # A damaged pickle may call what is allowed with any arguments, and so raise any error.
         except Exception as error:
-            raise CheckpointError(f"{name!r} is damaged, or of a type that does not load without code") from error
+            raise CheckpointError(
+                f"{name!r} is damaged, or of a type that cannot be loaded without running code"
+            ) from error
 
 
 def _read_object(index: MetadataIndex) -> ReadItem:

@@ -35,7 +35,7 @@ def lies(chance: random.Random, shape: tuple[int, ...], axes: tuple[Axis, ...], 
 
 
 def check(number: int) -> bool:
-    """Whether the case came about: some heads do not divide."""
+    """Whether the case came about: some number of heads is not divisible."""
     chance = random.Random(number)
     call, (parallel, roles) = CALLS[chance.choice(list(CALLS))], chance.choice(list(WAYS.values()))
     axes = plan_for(parallel).mesh.tensor_axes
@@ -44,7 +44,7 @@ def check(number: int) -> bool:
     try:
         Lowered(call, inputs, axes, roles).check()
     except ShardingError as refused:
-        if "heads do not divide" not in str(refused):
+        if "number of heads is not divisible" not in str(refused):
             raise
         return False
     return True

@@ -31,7 +31,7 @@ SIZE = 400
 STEPS = 3
 PHASES = ("forward", "backward", "clip", "step", "zero_grad", "evaluation")
 ERRORS = (KeyboardInterrupt, torch.cuda.OutOfMemoryError, RuntimeError)
-FOR_GOOD = "build the model anew and load the last checkpoint"
+FOR_GOOD = "build the model again and load the last checkpoint"
 FILES = ("runtime/executor.py", "runtime/machine.py", "runtime/memory/*.py", "runtime/optimizer/*.py",
          "compiler/calls.py", "compiler/session.py", "compiler/weights/values.py")  # fmt: skip
 LINES = {str(file) for name in FILES for file in Path(geminifx.__path__[0]).glob(name)}

@@ -287,7 +287,9 @@ def test_an_attribute_that_the_forward_assigns_is_told(how: str) -> None:
     """A step computes tensors alone. It may be a cache that nobody reads, and so it is no error."""
     assign, names = TOLD[how]
     told = told_by(assign)
-    assert told and all(text.startswith(f"the forward assigns {names}, and compiled steps leave") for text in told)
+    assert told and all(
+        text.startswith(f"the forward assigns {names}, but compiled steps do not repeat") for text in told
+    )
 
 
 def test_an_attribute_of_a_part_is_told_with_its_path() -> None:
@@ -298,7 +300,7 @@ def test_an_attribute_of_a_part_is_told_with_its_path() -> None:
 
     source = Assigns(lambda m, x: setattr(m.part, "calls", 1))
     source.part = Part()
-    with pytest.warns(UserWarning, match=r"the forward assigns part\.calls, and compiled steps leave"):
+    with pytest.warns(UserWarning, match=r"the forward assigns part\.calls, but compiled steps do not repeat"):
         geminifx.compile(source)(batch())
 
 

@@ -114,9 +114,9 @@ def test_a_failure_of_the_thread_is_told_once(tmp_path: Path, monkeypatch: pytes
 def test_what_fails_before_all_is_copied_is_raised_by_the_call(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("...")
     model = compiled()
-    with pytest.raises(CheckpointError, match="holds files but no such checkpoint"):
+    with pytest.raises(CheckpointError, match="contains files that are not a checkpoint"):
         geminifx.save_checkpoint(model, None, tmp_path, background=True)
-    with pytest.raises(CheckpointError, match="does not load without running code"):
+    with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
         geminifx.save_checkpoint(model, None, tmp_path / "saved", extra={"f": full}, background=True)
     geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True).result()
 
@@ -129,7 +129,9 @@ def test_a_copy_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     needed = sum(t.nbytes for t in model.state_dict().values()) + 2 * 4 * sum(p.numel() for p in model.parameters())
     planned = max(tier.used_bytes, model.plan.estimate.host_bytes)
     tier.limit_bytes = planned + needed - 1
-    told = rf"takes {needed:,} bytes, .* room for {needed - 1:,} beside the {planned:,} of training; raise host_budget"
+    told = (
+        rf"needs a copy of {needed:,} bytes, .* only {needed - 1:,} next to the {planned:,} that .* raise host_budget"
+    )
     with pytest.raises(CheckpointError, match=told):
         geminifx.save_checkpoint(model, optimizer, tmp_path / "saved", background=True)
     assert os.listdir(tmp_path) == []
@@ -151,7 +153,7 @@ def test_what_training_takes_later_is_kept_free(
     needed = 4 * sum(p.numel() for p in model.parameters())
     assert tier.used_bytes < planned == model.plan.estimate.offloaded_bytes
     tier.limit_bytes = planned + needed - 1
-    with pytest.raises(CheckpointError, match=rf"room for {needed - 1:,} beside the {planned:,} of training"):
+    with pytest.raises(CheckpointError, match=rf"only {needed - 1:,} next to the {planned:,} that training uses"):
         geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True)
     tier.limit_bytes += 1
     saving = geminifx.save_checkpoint(model, None, tmp_path / "saved", background=True)

@@ -29,7 +29,7 @@ def test_the_smallest_budget_named_works_and_one_byte_less_does_not(case: Case) 
     with pytest.raises(BudgetError, match=f"smallest that works for these inputs .* is {least:,} bytes") as refused:
         compiled(case, device_budget=least - 1)
     assert refused.value.smallest_bytes == least
-    assert "at whose peak are: " in str(refused.value)
+    assert "whose peak consists of: " in str(refused.value)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: py
 
 def test_what_is_no_checkpoint_is_neither_read_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("...")
-    with pytest.raises(geminifx.CheckpointError, match="holds files but no such checkpoint"):
+    with pytest.raises(geminifx.CheckpointError, match="contains files that are not a checkpoint"):
         geminifx.save_checkpoint(compiled(), None, tmp_path)
     with pytest.raises(geminifx.CheckpointError, match="there is no checkpoint"):
         geminifx.load_checkpoint(compiled(), None, tmp_path)
@@ -151,6 +151,8 @@ def test_numbers_of_numpy_come_back_as_numbers(tmp_path: Path) -> None:
 def test_what_would_not_load_is_told_when_it_is_saved(tmp_path: Path, extra: Any) -> None:
     model = compiled()
     geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=1)
-    with pytest.raises(CheckpointError, match="'extra' holds something of a type that does not load without running"):
+    with pytest.raises(
+        CheckpointError, match="'extra' contains a value of a type that cannot be loaded without running"
+    ):
         geminifx.save_checkpoint(model, None, tmp_path / "saved", extra=extra)
     assert geminifx.load_checkpoint(model, None, tmp_path / "saved") == 1

@@ -93,7 +93,9 @@ def test_a_run_goes_on_with_its_own_kind_alone(
             assert train(model, optimizer) == losses
         return
     weights, state = values(model), state_of(optimizer)
-    with pytest.raises(CheckpointError, match=r"the checkpoint is of \w+, the optimizer is|nothing was loaded: "):
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint was saved with \w+, but the optimizer is|nothing was loaded: "
+    ):
         geminifx.load_checkpoint(model, optimizer, folder)
     assert same(values(model), weights) and state_of(optimizer) == state
 
@@ -109,7 +111,7 @@ def test_a_state_dict_is_of_the_same_rule_or_refused(before: str, after: str) ->
             optimizer.load_state_dict(other.state_dict())
         return
     state = state_of(optimizer)
-    with pytest.raises(ValueError, match=r"what was saved has the weight decay of|they are of another optimizer"):
+    with pytest.raises(ValueError, match=r"the saved groups have the weight decay of|they belong to another optimizer"):
         optimizer.load_state_dict(other.state_dict())
     assert state_of(optimizer) == state
 
@@ -117,9 +119,9 @@ def test_a_state_dict_is_of_the_same_rule_or_refused(before: str, after: str) ->
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [
-        ("SGD", "own plain SGD", r"nothing was loaded: the momentum of a group is 0\.9, but none had any"),
-        ("own SGD", "own AdamW", "the checkpoint is of SGD, the optimizer is AdamW"),
-        ("Adam", "own AdamW", "the checkpoint is of Adam, the optimizer is AdamW"),
+        ("SGD", "own plain SGD", r"nothing was loaded: the momentum of a group is 0\.9, but no group had momentum"),
+        ("own SGD", "own AdamW", "the checkpoint was saved with SGD, but the optimizer is AdamW"),
+        ("Adam", "own AdamW", "the checkpoint was saved with Adam, but the optimizer is AdamW"),
     ],
 )
 def test_another_kind_is_refused(tmp_path: Path, before: str, after: str, says: str) -> None:
@@ -166,7 +168,10 @@ def test_other_groups_are_refused(tmp_path: Path) -> None:
     ("spoil", "says"),
     [
         (lambda numbers, tensors: numbers.pop("0.bias"), "state of 0.bias has exp_avg, exp_avg_sq, expected .*, step;"),
-        (lambda numbers, tensors: numbers["0.bias"].update(step=-1), "state of 0.bias has step=-1, expected how many"),
+        (
+            lambda numbers, tensors: numbers["0.bias"].update(step=-1),
+            "state of 0.bias has step=-1, expected the number of steps",
+        ),
         (lambda numbers, tensors: tensors.pop("optimizer.exp_avg.0.bias"), "state of 0.bias has exp_avg_sq, step, exp"),
     ],
 )
@@ -205,11 +210,11 @@ def counting(dtype: torch.dtype = torch.float32, **options: Any) -> geminifx.Com
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [
-        ({}, {"more": True}, r"model\.more\.weight has shape \(3, 3\), the checkpoint lacks it"),
+        ({}, {"more": True}, r"model\.more\.weight has shape \(3, 3\), but the checkpoint lacks it"),
         ({"more": True}, {}, r"the checkpoint has model\.more\.\w+, model\.more\.\w+, which the model lacks"),
-        ({"dtype": torch.float64}, {}, r"model\.count is torch\.float32, the checkpoint has torch\.float64"),
-        ({"dtype": torch.int64}, {}, r"model\.count is torch\.float32, the checkpoint has torch\.int64"),
-        ({}, {"dtype": torch.int64}, r"model\.count is torch\.int64, the checkpoint has torch\.float32"),
+        ({"dtype": torch.float64}, {}, r"model\.count is torch\.float32, but torch\.float64 in the checkpoint"),
+        ({"dtype": torch.int64}, {}, r"model\.count is torch\.float32, but torch\.int64 in the checkpoint"),
+        ({}, {"dtype": torch.int64}, r"model\.count is torch\.int64, but torch\.float32 in the checkpoint"),
     ],
 )
 def test_another_model_changes_nothing(
@@ -285,7 +290,7 @@ def test_after_half_a_load_every_step_is_refused_until_a_whole_one(
         patched.setattr("torch.distributed.checkpoint.filesystem.narrow_tensor_by_index", fails_late)
         with pytest.raises(CheckpointError, match=r"could not load .*Input/output error"):
             geminifx.load_checkpoint(other, second, tmp_path / "saved")
-    half = "a checkpoint could not be read to its end: some values of the model and the optimizer are of it"
+    half = "loading a checkpoint failed halfway: some values of the model and the optimizer come from it"
     for refused in (
         lambda: other(torch.ones(8, 6)),
         lambda: geminifx.save_checkpoint(other, second, tmp_path / "half"),
@@ -328,8 +333,8 @@ def drop_a_part(metadata: bytes) -> bytes:
     ("change", "says"),
     [
         # As long as the name that stands there.
-        (lambda data: data.replace(b"__0_0.distcp", b"../../secret"), r"to be read from \.\./\.\./secret, outside"),
-        (drop_a_part, r"the parts of model\.inner\.weight are not the whole"),
+        (lambda data: data.replace(b"__0_0.distcp", b"../../secret"), r"would be read from \.\./\.\./secret, outside"),
+        (drop_a_part, r"the parts of model\.inner\.weight do not make up"),
     ],
     ids=["a file outside", "a part that is not there"],
 )

@@ -27,11 +27,13 @@ def test_what_another_kind_saved_is_refused() -> None:
     model, other = compiled(NET), compiled(NET)
     optimizer = muon(model)
     swapped = other.optimizer(AdamW, [{**groups(other)[0], "kind": AdamW}, {**groups(other)[1]}]).state_dict()
-    with pytest.raises(ValueError, match="a group of the optimizer is Muon's, and the saved one is that of 'AdamW'"):
+    with pytest.raises(
+        ValueError, match="a group of the optimizer is of kind Muon, but the saved group is of kind 'AdamW'"
+    ):
         optimizer.load_state_dict(swapped)
     for group in swapped["param_groups"]:
         del group["kind"]
-    with pytest.raises(ValueError, match="the optimizer is Muon, and the groups that were saved have no"):
+    with pytest.raises(ValueError, match="the optimizer is Muon, but the saved groups have no"):
         optimizer.load_state_dict(swapped)
     assert [group["kind"] for group in optimizer.param_groups] == ["Muon", "AdamW"]
 
@@ -70,7 +72,7 @@ def test_a_kind_that_changes_is_refused_and_the_run_goes_on_when_it_is_back() ->
     optimizer, other = muon(model), muon(undisturbed)
     NET.loss(model, NET.batch(seed=0)).backward()
     optimizer.param_groups[1]["kind"] = "SGD"
-    with pytest.raises(StateError, match="the kind of a group is now 'SGD', and its memory was planned for AdamW"):
+    with pytest.raises(StateError, match="the kind of a group is now 'SGD', but its memory was planned for AdamW"):
         optimizer.step()
     optimizer.param_groups[1]["kind"] = "AdamW"
     optimizer.zero_grad()
@@ -116,11 +118,11 @@ def test_the_pair_that_adafactor_has_for_eps_is_declared_as_in_torch() -> None:
 
 
 ADDED: dict[str, tuple[type[Optimizer], dict[str, Any], dict[str, Any], str]] = {
-    "moments beside Muon": (Muon, {}, {"kind": AdamW}, "a group of the kind AdamW was added"),
-    "momentum beside Muon": (Muon, {}, {"kind": SGD, "momentum": 0.9}, "a group of the kind SGD was added"),
-    "moments beside plain SGD": (SGD, {}, {"kind": AdamW}, "AdamW, torch.optim.SGD, which all update single elements"),
-    "Lion beside momentum": (SGD, {"momentum": 0.9}, {"kind": "Lion"}, "Lion, torch.optim.SGD, which all update"),
-    "factors": (AdamW, {}, {"kind": Adafactor}, "a group of the kind Adafactor was added whose memory"),
+    "moments beside Muon": (Muon, {}, {"kind": AdamW}, "a group of kind AdamW was added"),
+    "momentum beside Muon": (Muon, {}, {"kind": SGD, "momentum": 0.9}, "a group of kind SGD was added"),
+    "moments beside plain SGD": (SGD, {}, {"kind": AdamW}, "AdamW, torch.optim.SGD, which are all element-wise"),
+    "Lion beside momentum": (SGD, {"momentum": 0.9}, {"kind": "Lion"}, "Lion, torch.optim.SGD, which are all"),
+    "factors": (AdamW, {}, {"kind": Adafactor}, "a group of kind Adafactor was added, but"),
     "a rate": (AdamW, {}, {"lr": -1.0}, "lr=-1.0; expected a number, 0 or more"),
 }  # fmt: skip
 
@@ -162,6 +164,6 @@ def test_a_group_that_memory_was_planned_otherwise_for_is_refused() -> None:
     model = compiled(NET)
     *first, last = [p for p in model.parameters() if p.ndim == 2]
     optimizer = model.optimizer(Muon, first)
-    with pytest.raises(StateError, match="a group of the kind Muon was added whose memory"):
+    with pytest.raises(StateError, match="a group of kind Muon was added, but"):
         optimizer.add_param_group({"params": [last]})
     assert len(optimizer.param_groups) == 1

@@ -59,7 +59,7 @@ def test_with_an_optimizer_of_the_models_own_its_states_count() -> None:
 
 
 def test_where_nothing_bounds_a_batch_that_is_said() -> None:
-    with pytest.raises(StateError, match="any batch fits, for there is no device budget"):
+    with pytest.raises(StateError, match="there is no device budget, so any batch fits"):
         compiled(4, device_budget=None).largest_batch()
 
 

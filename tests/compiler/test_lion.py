@@ -94,18 +94,18 @@ def test_what_another_optimizer_saved_is_refused(tmp_path: Path) -> None:
     adam, lion = model.optimizer(AdamW), other.optimizer(Lion)
     Loop(steps=1).run(NET, model, adam)
     Loop(steps=1).run(NET, other, lion)
-    with pytest.raises(ValueError, match="the optimizer is Lion, and the groups that were saved have eps"):
+    with pytest.raises(ValueError, match="the optimizer is Lion, which has no eps, but the saved groups have one"):
         lion.load_state_dict(adam.state_dict())
-    with pytest.raises(ValueError, match="the optimizer is AdamW, and the groups that were saved have no eps"):
+    with pytest.raises(ValueError, match="the optimizer is AdamW, but the saved groups have no eps"):
         adam.load_state_dict(lion.state_dict())
     geminifx.save_checkpoint(model, adam, tmp_path / "saved")
-    with pytest.raises(CheckpointError, match="the checkpoint is of AdamW, the optimizer is Lion"):
+    with pytest.raises(CheckpointError, match="the checkpoint was saved with AdamW, but the optimizer is Lion"):
         geminifx.load_checkpoint(other, lion, tmp_path / "saved")
 
 
 REFUSED: dict[str, tuple[Callable[[geminifx.CompiledModule], object], str]] = {
     "a rate": (lambda model: model.optimizer(Lion, lr=-1.0), "lr=-1.0; expected a number, 0 or more"),
-    "an option": (lambda model: model.optimizer(Lion, eps=1e-8), "geminifx.Lion does not take these"),
+    "an option": (lambda model: model.optimizer(Lion, eps=1e-8), "geminifx.Lion does not accept these"),
     "another kind": (
         lambda model: model.optimizer(torch.optim.Rprop),
         "kind=.*Rprop.*; expected one of .*torch.optim.SGD, geminifx.Lion",

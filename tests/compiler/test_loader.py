@@ -124,9 +124,7 @@ def test_alone_an_iterable_is_returned_itself() -> None:
     "given", [(i for i in range(4)), iter([0, 1]), map(abs, [0, 1])], ids=lambda g: type(g).__name__
 )
 def test_what_ends_with_its_first_epoch_is_refused(given: Iterator[int], size: int) -> None:
-    message = (
-        f"this {type(given).__name__} ends with its first epoch.*expected a list of them, or an object whose __iter__"
-    )
+    message = f"this {type(given).__name__} is exhausted after one epoch.*expected a list of batches, or an object"
     with pytest.raises(ValueError, match=message):
         geminifx.shard_dataloader(given, as_rank(0, size))
 

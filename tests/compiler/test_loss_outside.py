@@ -70,6 +70,19 @@ def test_without_its_arguments_the_model_is_as_it_was() -> None:
     assert list(inspect.signature(model.forward).parameters) == ["x", "scale", "target"]
 
 
+def test_tools_read_its_arguments_off_the_models_signature() -> None:
+    model, (x, y) = geminifx.compile(network(), loss_fn=error), batch(0)
+    expected = ["x", "scale", "y", "weight"]
+    for function in (model, model.forward):
+        assert list(inspect.signature(function).parameters) == expected
+    compiled = model.forward
+    model.forward = functools.wraps(compiled)(lambda *args, **kwargs: compiled(*args, **kwargs))
+    assert list(inspect.signature(model.forward).parameters) == expected
+    del model.forward  # as tools do that take their wrapper off again
+    assert list(inspect.signature(model.forward).parameters) == expected
+    assert torch.equal(model(x, y=y), error(network()(x), y))
+
+
 def test_a_model_that_has_a_loss_may_be_given_another() -> None:
     """Of labels that both know the given one reads them."""
 
@@ -241,10 +254,10 @@ class Learned(nn.Module):
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [
-        ("mse", "loss_fn='mse'; expected a function of what the model returns"),
-        (lambda output: output.sum(), r"loss_fn takes \(output\); expected a function of what the model returns and"),
+        ("mse", "loss_fn='mse'; expected a function of the model's output"),
+        (lambda output: output.sum(), r"loss_fn takes \(output\); expected a function of the model's output and"),
         (lambda output, *targets: output.sum(), r"loss_fn takes \(output, \*targets\); expected"),
-        (Learned(), "loss_fn has parameters, which nobody would train; make it a part of the model"),
+        (Learned(), "loss_fn has parameters, which would not be trained; make it a part of the model"),
     ],
 )
 def test_what_is_no_loss_function_is_refused(loss_fn: Any, message: str) -> None:

@@ -195,7 +195,7 @@ def test_a_checkpoint_of_other_masters_is_converted_and_said_so(
     [
         ("bf16", {"masters": "bf16"}, "'bf16'; expected one of 'exact', 'bf16-stochastic'"),
         ("bf16", {"seed": 0.5}, "seed.*0.5; expected an int"),
-        ("fp16", ROUNDED, r"none that is trained does: .* computes in torch.float16"),
+        ("fp16", ROUNDED, r"no trained parameter has such a master: .* computes in torch.float16"),
         (None, ROUNDED, r"computes in torch.float32.*; compile with precision='bf16'"),
     ],
 )

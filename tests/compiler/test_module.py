@@ -120,7 +120,7 @@ def test_options_of_transformers_are_honoured_or_refused(case: Case, tmp_path: P
 def test_other_models_refuse_options_that_would_be_dropped(tmp_path: Path) -> None:
     model = compiled(BLOCKS)
     for refused in ({"state_dict": {"head.weight": torch.zeros(1)}}, {"push_to_hub": True}, {"nosuch": 1}):
-        with pytest.raises(ArgumentError, match=f"{next(iter(refused))}= is for models with a save_pretrained"):
+        with pytest.raises(ArgumentError, match=f"{next(iter(refused))}= is for models that define save_pretrained"):
             model.save_pretrained(tmp_path / "ck", **refused)
     assert not (tmp_path / "ck").exists()
     model.save_pretrained(tmp_path / "ck", safe_serialization=True, state_dict=None)
@@ -390,7 +390,7 @@ def test_meta_weights_of_another_shape_and_buffers_nobody_knows_are_refused() ->
 
     with geminifx.init_empty():
         table, layer = Table(), nn.Linear(2, 2)
-    with pytest.raises(StateError, match="buffer table is on 'meta' and no state_dict holds it"):
+    with pytest.raises(StateError, match="buffer table is on 'meta' and is not part of the state_dict"):
         geminifx.compile(table).load_state_dict(Table().state_dict())
     with pytest.raises(StateError, match=r"weight has shape \(2, 2\), the state_dict has shape \(3, 2\)"):
         geminifx.compile(layer).load_state_dict(nn.Linear(2, 3).state_dict())

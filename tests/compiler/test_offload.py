@@ -302,7 +302,7 @@ def test_what_cannot_be_offloaded() -> None:
         compiled(STACK, offload="some")
     with pytest.raises(ArgumentError, match=r"offload=3; expected 'auto', 'none', 'all' or names of blocks"):
         compiled(STACK, offload=3)
-    with pytest.raises(ArgumentError, match=r"offload names 'nosuch', which is no block; the blocks are 0, 1, "):
+    with pytest.raises(ArgumentError, match=r"offload names 'nosuch', which is not a block; the blocks are 0, 1, "):
         compiled(STACK, offload=("nosuch",))
     plan = replace(compiled(STACK).plan, offload=("nosuch",))
     with pytest.raises(ArgumentError, match=r"offload is 'nosuch' among others, expected names of blocks: 0, 1, "):

@@ -239,7 +239,7 @@ def test_a_group_that_is_added_later_is_trained_from_then_on() -> None:
         optim.add_param_group({"params": rest(each), "lr": 1e-3})
         Loop(steps=2).run(NET, each, optim, start=2)
     assert same_weights(model, reference) and same_moments(optimizer, expected)
-    with pytest.raises(ValueError, match="is not the compiled model's"):
+    with pytest.raises(ValueError, match="does not belong to the compiled model"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert len(optimizer.param_groups) == 2
 

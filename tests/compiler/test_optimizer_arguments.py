@@ -1,5 +1,6 @@
 """What model.optimizer takes, and what is left where something goes wrong: nothing that is half old and half new."""
 
+from copy import deepcopy
 from typing import Any
 
 import geminifx
@@ -141,7 +142,7 @@ def test_gradients_of_a_part_of_a_backward_are_not_added_to(route: str, monkeypa
         with pytest.raises(KeyboardInterrupt):
             backward(model, 1)
     for _ in range(2):
-        with pytest.raises(StateError, match=r"call zero_grad\(\), and begin the step anew"):
+        with pytest.raises(StateError, match=r"call zero_grad\(\), and repeat the step"):
             backward(model, 1)
     ours.zero_grad(set_to_none=route != "torch's")
     for trained, optimizer in ((model, ours), (other, theirs)):
@@ -162,8 +163,59 @@ def test_a_backward_that_fails_in_the_middle_of_its_updates_is_told_by_all_that_
         with pytest.raises(MemoryError, match="no room"):
             model(batch(0)).sum().backward()
     for follows in (optimizer.zero_grad, optimizer.step, lambda: model(batch(0))):
-        with pytest.raises(StateError, match="failed when some parameters were updated already"):
+        with pytest.raises(StateError, match="failed after some parameters were updated"):
             follows()
+
+
+@pytest.mark.parametrize(("kind", "hyper"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float64])
+def test_saved_moments_of_another_dtype_are_converted_as_torch_converts_them(
+    kind: Any, hyper: dict[str, Any], dtype: torch.dtype
+) -> None:
+    plain, model = net(), compiled()
+    reference, optimizer = kind(plain.parameters(), **hyper), model.optimizer(kind, **hyper)
+    step(plain, reference)
+    step(model, optimizer)
+    saved = deepcopy(reference.state_dict())
+    for values in saved["state"].values():
+        for name in {*values} - {"step"}:
+            values[name] = (100 * values[name]).to(dtype)
+    for each in (reference, optimizer):
+        each.load_state_dict(deepcopy(saved))
+    found, expected = optimizer.state_dict()["state"], reference.state_dict()["state"]
+    for number, values in expected.items():
+        for name, value in values.items():
+            assert torch.equal(found[number][name], value) and found[number][name].dtype == value.dtype
+
+
+@pytest.mark.parametrize(("kind", "option", "hyper"), [
+    (torch.optim.SGD, "nesterov", {"momentum": 0.9}), (torch.optim.Adam, "decoupled_weight_decay", {}),
+    (torch.optim.AdamW, "maximize", {}),
+])  # fmt: skip
+def test_an_option_that_a_saved_group_lacks_is_filled_in_as_torch_fills_it_in(
+    kind: Any, option: str, hyper: dict[str, Any]
+) -> None:
+    plain, model = net(), compiled()
+    reference, optimizer = kind(plain.parameters(), lr=0.1, **hyper), model.optimizer(kind, lr=0.1, **hyper)
+    step(plain, reference)
+    step(model, optimizer)
+    saved = deepcopy(reference.state_dict())
+    del saved["param_groups"][0][option]
+    for each in (reference, optimizer):
+        each.load_state_dict(deepcopy(saved))
+    assert optimizer.param_groups[0][option] is reference.param_groups[0][option]
+    step(model, optimizer, 1)
+
+
+def test_an_option_that_torch_would_miss_in_the_step_is_missed_on_loading() -> None:
+    model = compiled()
+    optimizer = model.optimizer(torch.optim.Muon, [p for p in model.parameters() if p.ndim == 2])
+    step(model, optimizer)
+    saved = deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["nesterov"]
+    with pytest.raises(ValueError, match=r"no 'nesterov', which torch\.optim\.Muon needs"):
+        optimizer.load_state_dict(saved)
+    step(model, optimizer, 1)
 
 
 @pytest.mark.parametrize("given", [3, None, {"state": {}}, {"state": {}, "param_groups": [3]}, {"param_groups": []}])

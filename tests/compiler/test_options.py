@@ -21,9 +21,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device_budget": "0GB"}, "at least one byte"),
     ({"device_budget": -1}, "at least one byte"),
     ({"device_budget": "-24GB"}, "at least one byte"),
-    ({"device_budget": "101%"}, "more than all the memory"),
+    ({"device_budget": "101%"}, "more than the memory that exists"),
     ({"device_budget": float("inf")}, "cannot be inf"),
-    ({"device_budget": True}, "means nothing"),
+    ({"device_budget": True}, "is not an amount of memory"),
     ({"host_budget": "3 bananas"}, "unknown unit 'bananas'"),
     ({"placement": "gpu"}, "placement='gpu'; expected one of 'cuda', 'cpu', 'auto'"),
     ({"placement": "atuo"}, "did you mean 'auto'"),
@@ -67,13 +67,41 @@ def test_a_mistake_is_answered(options: dict[str, Any], answer: str) -> None:
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
 
 
+NUMBERS = (
+    "device_budget", "host_budget", "world_size", "microbatches", "rounds", "optimizer_state_bytes", "timeout_s",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_true_and_false_are_no_numbers(name: str, given: bool) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{name}.*{given}.*; expected "):
+        Options.of({name: given})
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"data": True}, {"zero": True}, {"pipeline": True}, {"pipeline": {"ranks": 2, "stages": True}},
+     {"tensor": {"mode": "1d", "size": True}}, {"tensor": {"mode": "2.5d", "size": 8, "depth": True}}],
+    ids=str,
+)  # fmt: skip
+def test_true_is_no_degree(parallel: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="True"):
+        Options.of({"parallel": parallel})
+
+
+def test_every_option_that_defaults_to_a_number_is_among_these() -> None:
+    numeric = {f.name for f in fields(Options) if type(f.default) in (int, float)}
+    assert numeric <= set(NUMBERS)
+
+
 def test_cuda_without_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         geminifx.compile(MLP.seeded(), device="cuda")
 
 
 def test_blocks_to_recompute_must_exist() -> None:
-    with pytest.raises(ValueError, match=r"'layers\.9', which is no block; the blocks are model\.decoder\.layers"):
+    with pytest.raises(ValueError, match=r"'layers\.9', which is not a block; the blocks are model\.decoder\.layers"):
         compiled(OPT, recompute=("layers.9",))
 
 
@@ -147,7 +175,7 @@ def test_only_who_gave_no_batch_is_told_to_give_one() -> None:
         with pytest.raises(geminifx.BudgetError, match=r"too small.*A smaller batch or sequence needs less") as told:
             geminifx.compile(opt(), device_budget=1000, **options).plan  # noqa: B018
         assert told.value.smallest_bytes is not None
-        assert ("these are a guess: pass the batch you train on" in str(told.value)) == (not options)
+        assert ("these inputs are a guess: pass the batch you train on" in str(told.value)) == (not options)
 
 
 @pytest.mark.parametrize("function", [geminifx.compile, geminifx.from_pretrained])

@@ -153,7 +153,7 @@ def test_a_part_that_was_taken_out_of_the_model_is_refused() -> None:
     model = geminifx.compile(Pair(), example_inputs=(batch(),))
     tanh = model.encoder[2]
     model.source.encoder[2] = nn.ReLU()
-    with pytest.raises(StateError, match="Tanh was called, which is no part of the compiled model any more"):
+    with pytest.raises(StateError, match="Tanh was called, but it is no longer part of the compiled model"):
         tanh(batch())
 
 

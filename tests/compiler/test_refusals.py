@@ -95,7 +95,7 @@ def test_weights_that_are_tied_by_their_memory_are_refused(how: str) -> None:
     tie, names = SHARED[how]
     model = pair()
     tie(model)
-    with pytest.raises(ValueError, match=rf"{names} are two tensors over one memory.*tie them as one parameter"):
+    with pytest.raises(ValueError, match=rf"{names} are two tensors that share memory.*tie them as one parameter"):
         geminifx.compile(model)
 
 
@@ -112,7 +112,7 @@ def test_attributes_over_the_memory_of_a_trained_parameter_are_refused(how: str)
     hold, name = HELD[how]
     model = pair()
     hold(model)
-    with pytest.raises(ValueError, match=re.escape(f"{name} is a tensor over the memory of parameter 0.weight")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} shares the memory of parameter 0.weight")):
         geminifx.compile(model)
 
 
@@ -152,7 +152,7 @@ def test_what_shares_no_memory_that_is_trained_is_fine(how: str, ours: bool) -> 
 # -- parameters that the model does not know ---------------------------------------------------------------
 
 
-class Kept(nn.Module):
+class Container(nn.Module):
     """Layers in a container of Python's."""
 
     def __init__(self, container: Callable[[nn.Module], Any], read: Callable[[Any], nn.Module]) -> None:
@@ -177,7 +177,7 @@ class Kept(nn.Module):
 )
 def test_modules_in_a_plain_container_are_refused(container: Any, read: Any, grad: bool) -> None:
     """Their values would be those of the first call, and their gradients nowhere."""
-    model = geminifx.compile(Kept(container, read))
+    model = geminifx.compile(Container(container, read))
     with (
         torch.set_grad_enabled(grad),
         pytest.raises(CaptureError, match=r"not among model\.parameters\(\).*nn\.Module"),
@@ -187,7 +187,7 @@ def test_modules_in_a_plain_container_are_refused(container: Any, read: Any, gra
 
 def test_modules_in_containers_of_torch_are_fine() -> None:
     trains_like_torchs(
-        lambda: Kept(lambda m: nn.ModuleDict({"layer": m}), lambda more: more["layer"]),
+        lambda: Container(lambda m: nn.ModuleDict({"layer": m}), lambda more: more["layer"]),
         lambda model, step: model(batch(seed=step)).square().sum(),
         (batch(),),
     )
@@ -246,18 +246,21 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "scripted": (lambda: torch.jit.script(nn.Linear(4, 4)), "is scripted, and cannot be traced further"),
     "traced": (lambda: torch.jit.trace(nn.Linear(4, 4), batch()), "is scripted, and cannot be traced further"),
-    "data parallel": (lambda: DataParallel(nn.Linear(4, 4)), "divides the batch itself; compile its .module, with"),
+    "data parallel": (
+        lambda: DataParallel(nn.Linear(4, 4)),
+        "divides the batch by itself; compile its .module instead, with",
+    ),
     "sparse": (lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)), "Embedding 0 makes sparse gradients"),
     "sparse bags": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "EmbeddingBag makes sparse gradients"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "writes to its weight in the forward, for max_norm="),
     "old weight_norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),
-        "Linear 0 has a weight computed by a hook",
+        "Linear 0 has a weight that a hook computes",
     ),
     "old spectral_norm, called": (called_spectral_norm, "use torch.nn.utils.parametrizations"),
     "pruned": (pruned, "make pruning permanent by prune.remove()"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "parameter 0.weight has no shape yet; call the lazy module once"),
-    "complex": (complex_weight, "parameter turn is complex, and training state is of real numbers"),
+    "complex": (complex_weight, "parameter turn is complex, but training state consists of real numbers"),
 }
 
 
@@ -489,7 +492,7 @@ def test_frozen_integers_beside_what_our_optimizer_trains(dtype: torch.dtype, in
     fixed = dict(model.named_parameters())["fixed"]
     assert fixed.dtype == dtype and not fixed.requires_grad and (in_backward or fixed.grad is None)
     assert torch.equal(fixed.detach(), Quantized(dtype).fixed)
-    with pytest.raises(StateError, match="parameter fixed was to be written"), torch.no_grad():
+    with pytest.raises(StateError, match="parameter fixed cannot be written"), torch.no_grad():
         fixed.zero_()
 
 

@@ -272,9 +272,9 @@ def test_a_plan_says_how_many_rounds_and_is_fed_back() -> None:
     again = compiled(case, plan=plan)
     assert again.plan.rounds == 2 and "# forward B.0" in again.graph["training"]
     for changes in ({"rounds": 3}, {"rounds": 0}):
-        with pytest.raises(ArgumentError, match=r"rounds is [03], expected rounds of as many of the 4 microbatches"):
+        with pytest.raises(ArgumentError, match=r"rounds is [03], expected a divisor of the 4 microbatches"):
             compiled(case, plan=replace(plan, **changes))
-    with pytest.raises(ArgumentError, match="rounds=4, and plan= has 2"):
+    with pytest.raises(ArgumentError, match="rounds=4, but plan= has 2"):
         compiled(case, plan=plan, rounds=4)
     batch = case.batch(batch=2)
     with pytest.warns(UserWarning, match="is run as 2"):
@@ -297,23 +297,25 @@ WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 
 
 def test_what_cannot_begin_its_backward_early_is_refused() -> None:
-    with pytest.raises(SplitError, match=r"microbatches=4: rounds begin with the backward before .*loss_fn="):
+    with pytest.raises(SplitError, match=r"microbatches=4: rounds run backwards before .*loss_fn="):
         compiled(CASES["loss outside"], microbatches=4, rounds=2)
-    with pytest.raises(SplitError, match=r"microbatches=4: rounds begin with .* leave outputs='all' out"):
+    with pytest.raises(SplitError, match=r"microbatches=4: rounds run backwards .* leave outputs='all' out"):
         compiled(LLAMA_LOSS, microbatches=4, rounds=2, outputs="all")
     weighed = Loss(lambda a, b: F.cross_entropy(a, b.argmax(-1), weight=WEIGHTS))
-    with pytest.raises(SplitError, match="a step in rounds counts the tokens of its loss, and this one has weights"):
+    with pytest.raises(
+        SplitError, match="a step in rounds averages its loss over tokens, and this loss has class weights"
+    ):
         geminifx.compile(weighed, microbatches=2, rounds=2, example_inputs=both())
     inputs = (both()[0].requires_grad_(), both()[1])
-    with pytest.raises(SplitError, match="rounds add up gradients of parameters alone"):
+    with pytest.raises(SplitError, match="rounds accumulate gradients of parameters only"):
         geminifx.compile(Loss(F.mse_loss), microbatches=2, rounds=2, example_inputs=inputs)
 
 
 @pytest.mark.parametrize("options, message", [
     ({"rounds": 0}, "rounds=0; expected 'auto', or a number of rounds"),
-    ({"rounds": 2}, "rounds=2 are of as many microbatches each, and microbatches='auto'"),
+    ({"rounds": 2}, "rounds=2 need the same number of microbatches each, but microbatches='auto'"),
     ({"rounds": 3, "microbatches": 4}, "microbatches=4; expected a multiple of 3"),
-    ({"rounds": 2, "microbatches": 4, "world_size": 2, "parallel": {"pipeline": 2}}, "for models on one process each"),
+    ({"rounds": 2, "microbatches": 4, "world_size": 2, "parallel": {"pipeline": 2}}, "rounds=2 is not for pipelines"),
 ])  # fmt: skip
 def test_arguments_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):

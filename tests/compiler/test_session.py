@@ -5,7 +5,7 @@ from dataclasses import replace
 import geminifx
 import pytest
 import torch
-from geminifx.compiler import session
+from geminifx.compiler.programs import builder
 from geminifx.compiler.programs.programs import Recent
 from geminifx.compiler.setup import LEGAL, Phase, move
 from geminifx.runtime.isa.errors import BudgetError, IllegalTransition, StateError
@@ -78,7 +78,7 @@ def test_a_plan_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPa
     model = compiled(NET)
     before, graph = model.session.setup, model.graph
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no code"):
-        patch.setattr(session, "generate", lambda program: (_ for _ in ()).throw(RuntimeError("no code")))
+        patch.setattr(builder, "generate", lambda program: (_ for _ in ()).throw(RuntimeError("no code")))
         model.optimizer(AdamW)
     assert model.session.setup is before and model.graph == graph and model.session.phase is Phase.PLANNED
     reference, expected = plain(NET, AdamW)

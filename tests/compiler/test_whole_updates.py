@@ -215,14 +215,14 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "two kinds for elements": (
         lambda: compiled(NET).optimizer(SGD, [{"params": [], "lr": 1.0}, {"params": [], "kind": AdamW}]),
-        "torch.optim.AdamW, torch.optim.SGD, which all update single elements",
+        "torch.optim.AdamW, torch.optim.SGD, which are all element-wise",
     ),
     "moments of what has factors": (
-        lambda: compiled(NET).optimizer(Adafactor, moments="int8"), "torch.optim.Adafactor keeps factors",
+        lambda: compiled(NET).optimizer(Adafactor, moments="int8"), "torch.optim.Adafactor keeps factored",
     ),
     "divided states": (lambda: muon(shared(data=2, zero=1)), "torch.optim.Muon .* zero=1 divides over processes"),
     "sharded tensors": (lambda: adafactor(shared(tensor="1d:2")), "Adafactor .* tensor= shards over processes"),
-    "a plan that puts them on the host": (on_the_host, "whole ones on the device or streamed through it"),
+    "a plan that puts them on the host": (on_the_host, "must be on the device or streamed through it"),
 }  # fmt: skip
 
 

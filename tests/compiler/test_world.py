@@ -105,7 +105,7 @@ def test_one_process_has_nothing_to_choose() -> None:
 
 def test_of_a_model_whose_inputs_nobody_knows_each_process_has_its_part_of_the_batch() -> None:
     assert geminifx.compile(nn.Linear(2, 2), world_size=4).session.ranks.mesh.data_size == 4
-    with pytest.raises(ArgumentError, match="pass one process's batch as example_inputs"):
+    with pytest.raises(ArgumentError, match="pass the batch of one process as example_inputs"):
         geminifx.compile(nn.Linear(2, 2), world_size=4, parallel="auto")
 
 
@@ -113,7 +113,7 @@ def test_no_way_is_chosen_for_weights_that_are_kept_as_codes() -> None:
     source = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     source[0].requires_grad_(False)
     batch = (torch.zeros(4, 4),)
-    with pytest.raises(ArgumentError, match="say how the processes share the work"):
+    with pytest.raises(ArgumentError, match="choose how the processes share the work"):
         geminifx.compile(source, frozen="int8", world_size=4, parallel="auto", example_inputs=batch)
     model = geminifx.compile(source, frozen="int8", world_size=4, example_inputs=batch)
     assert model.world is None and model.plan.mesh.data_size == 4
@@ -137,7 +137,7 @@ def test_where_nobody_tells_how_many_run_on_a_machine_their_number_is_enough(mon
     options = Options.of({"cluster": NODE, "frozen": "int8"})
     assert settle(nn.Linear(2, 2), options).notes == (FROZEN_NOTE,)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    with pytest.raises(ArgumentError, match="16 processes were launched; expected one for each device"):
+    with pytest.raises(ArgumentError, match="16 processes were launched; expected one process per device"):
         settle(nn.Linear(2, 2), options)
 
 
@@ -186,9 +186,23 @@ def test_what_is_not_torchs_is_left_free_on_gpus(monkeypatch: pytest.MonkeyPatch
 
 
 def test_of_a_cluster_of_cards_that_are_not_here_the_budget_must_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match="say device_budget="):
-        planned_for_gpus(monkeypatch, cluster="8-nvlink")
+    for budget in (None, "50%"):
+        with pytest.raises(ArgumentError, match="the devices of the cluster 8-nvlink have is not known here; expected"):
+            planned_for_gpus(monkeypatch, cluster="8-nvlink", device_budget=budget)
     assert planned_for_gpus(monkeypatch, cluster="8-nvlink", device_budget=2**36).world.device_bytes == 2**36
+
+
+@pytest.mark.parametrize("options", [{}, {"parallel": {"data": 8}}], ids=str)
+def test_a_budget_for_cards_that_are_not_here_is_no_share_of_this_machines_memory(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "total_bytes", lambda self: GPU_BYTES)
+    batch = (torch.zeros(2, 64),)
+    with pytest.raises(ArgumentError, match="device_budget='50%', but how much memory the devices of the cluster 8-nv"):
+        geminifx.compile(Stack(), "50%", cluster="8-nvlink", example_inputs=batch, **options)
+    model = geminifx.compile(Stack(), 2 * GPU_BYTES, cluster="8-nvlink", example_inputs=batch, **options)
+    assert model.session.limits.device_bytes == 2 * GPU_BYTES
+    assert geminifx.compile(Stack(), "50%", example_inputs=batch).session.limits.device_bytes == GPU_BYTES // 2
 
 
 def test_of_a_launched_cluster_the_devices_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +339,7 @@ def test_a_model_that_does_not_train_is_not_planned_for() -> None:
     frozen = Stack().requires_grad_(False)
     model = geminifx.compile(frozen, world_size=4, example_inputs=(torch.zeros(2, 64),))
     assert model.world is None and model.plan.mesh.data_size == 4
-    assert any("no other way was weighed" in note for note in model.plan.notes)
+    assert any("no other way was considered" in note for note in model.plan.notes)
 
 
 class Mixing(Stack):

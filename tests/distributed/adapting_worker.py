@@ -18,7 +18,7 @@ import torch
 from geminifx.compiler.adaptation import pressure
 from geminifx.compiler.adaptation.rehoming import Rehoming
 from geminifx.compiler.adaptation.step_watch import StepWatch
-from geminifx.compiler.planner.correction import Measured
+from geminifx.compiler.planner.correction import MeasuredStep
 from geminifx.passes.program.plan import Plan
 from optimizing import homes_of
 from torch import distributed as dist
@@ -56,7 +56,7 @@ def calm(zero: int) -> Found:
 
 def warmed_up(zero: int) -> Found:
     """Rank 0 finds other homes better. Rank 1 alone has measured that a step takes longer with them."""
-    told = [Measured(0.8, 0.0, 0.0, 0.0, 0), Measured(0.4 + 0.8 * RANK, 0.0, 0.0, 0.0, 0)]
+    told = [MeasuredStep(0.8, 0.0, 0.0, 0.0, 0), MeasuredStep(0.4 + 0.8 * RANK, 0.0, 0.0, 0.0, 0)]
 
     def chosen(rehoming: Rehoming, key: Any, limits: Any) -> Plan:
         assert RANK == 0

@@ -8,14 +8,18 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
+from geminifx.compiler.memory.device import Device
+from geminifx.compiler.weights import places
 from safetensors.torch import save_file
 from torch import nn
 
@@ -116,6 +120,32 @@ def one_update_less() -> None:
             optimizer.step()
 
 
+class Holds(WithLoss):
+    """Has a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("held", torch.ones(4))
+
+
+def has_no_room(for_buffers: bool) -> None:
+    """Two ranks of which rank 1 has no memory for its values."""
+    model = geminifx.compile(Holds())
+    session, replaced = model.session, mock.patch.object(places, "move_buffers", side_effect=out_of_memory)
+    if not RANK:
+        replaced = nullcontext()
+    elif not for_buffers:
+        session.hardware.host_tier.limit_bytes = 1
+        session.hardware.device_tier.limit_bytes = 1
+    with mock.patch.object(Device, "is_cuda", property(lambda self: for_buffers)), replaced:
+        model.prepare(torch.ones(2, 4))
+        session.placed()
+
+
+def out_of_memory(*_: Any) -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
 class Fails(nn.Linear):
     """Its values cannot be drawn on rank 1."""
 
@@ -213,6 +243,8 @@ def main() -> None:
     meet("drawn", drawn)
     meet("drawn from other seeds", lambda: drawn(seed=RANK))
     meet("cannot be drawn", lambda: drawn(kind=Fails))
+    meet("no room for buffers", lambda: has_no_room(for_buffers=True))
+    meet("no room for weights", lambda: has_no_room(for_buffers=False))
     meet("read", read)
     meet("other files", lambda: read(added=1.0))
     meet("damaged files", lambda: read(damage="before"))

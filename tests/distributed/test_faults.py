@@ -54,16 +54,20 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
     [
         ("world", "ValueError", "world_size=3, but 2 processes were launched"),
         ("models", "StateError", "rank(s) 1 differs from that of rank 0"),
-        ("shared", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
-        ("shared later", "StateError", "rank(s) 1 called the model with another batch than the ranks that they shard"),
-        ("staged, shared later", "StateError", "rank(s) 1 called the model with another batch than the ranks that"),
+        ("shared", "StateError", "rank(s) 1 called the model with a different batch from the ranks that they shard"),
+        (
+            "shared later",
+            "StateError",
+            "rank(s) 1 called the model with a different batch from the ranks that they shard",
+        ),
+        ("staged, shared later", "StateError", "rank(s) 1 called the model with a different batch from the ranks that"),
         ("staged, of another shape", "StateError", "a training step of the model ([0] float32[4, 4]; "),
         ("sharded", "StateError", "a training step of the model ([0] float32[3, 4]; "),
         ("evaluates alone", "StateError", "an evaluation of the model ([0] float32[2, 4]; "),
         (
             "judges alone",
             "StateError",
-            "rank 0: the forward of a training step behind 0 update(s); rank 1: an evaluation.",
+            "rank 0: the forward of a training step after 0 update(s); rank 1: an evaluation.",
         ),
         (
             "drawn from other seeds",
@@ -74,9 +78,9 @@ def test_without_a_fault_nothing_is_raised(said) -> None:
         ("other chances", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
         ("other chances later", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs"),
         ("other rates", "StateError", "model.optimizer(...), with its seed and options, of rank(s) 1 differs from"),
-        ("declared by none", "StateError", "zero=2 divides the training state of the model's own optimizer alone"),
-        ("declared by one", "StateError", "ranks came to exchange different things. rank 0: an exchange of objects"),
-        ("an update less", "StateError", "rank 1: the forward of a training step behind 0 update(s). All of them must"),
+        ("declared by none", "StateError", "zero=2 divides only the training state of model.optimizer(...)"),
+        ("declared by one", "StateError", "zero=2 divides only the training state of model.optimizer(...)"),
+        ("an update less", "StateError", "rank 1: the forward of a training step after 0 update(s). All ranks must"),
     ],
 )
 def test_every_rank_is_told(said, fault: str, error: str, message: str) -> None:
@@ -103,9 +107,17 @@ def test_what_fails_on_one_rank_is_told_on_the_others(said, fault: str, error: s
 
 @pytest.mark.slow
 @TOGETHER
+@pytest.mark.parametrize("fault", ["no room for buffers", "no room for weights"])
+def test_memory_that_one_rank_lacks_for_its_values_is_an_error_of_all(said, fault: str) -> None:
+    (others, told), (own, text) = (rank[fault] for rank in said)
+    assert own == others == "BudgetError" and told == f"rank 1 failed with {own}: {text}"
+
+
+@pytest.mark.slow
+@TOGETHER
 def test_rank_0_alone_looks_at_what_a_save_replaces(said) -> None:
     (own, text), (others, told) = (rank["saved where rank 0 sees none"] for rank in said)
-    assert own == "CheckpointError" and "holds files but no such checkpoint" in text
+    assert own == "CheckpointError" and "contains files that are not a checkpoint" in text
     assert others == "StateError" and told == f"rank 0 failed with CheckpointError: {text}"
 
 
@@ -151,7 +163,7 @@ def test_all_of_a_pipeline_tell_who_has_died_wherever_they_stand() -> None:
     assert [code for code, _ in ended] == [0, 0, 7, 0, 0]
     for rank, (code, output) in enumerate(ended):
         other_schedule, other_call, *death = map(json.loads, output.splitlines())
-        assert "run different programs: in the forward they would not exchange the same" in other_schedule
+        assert "run different programs: which would exchange different data in the forward" in other_schedule
         assert "rank 0: an evaluation; rank 1: a forward" in other_call
         assert len(death) == (code == 0)
         for told in death:
@@ -172,7 +184,7 @@ def test_alone_a_model_for_several_ranks_is_compiled_and_refuses_to_step() -> No
         ({"parallel": {"tensor": 2}}, "expected a mode and a size"),
         ({"parallel": {"data": 0}}, "whole number"),
         ({"world_size": 0}, "1 or more"),
-        ({"world_size": 4, "parallel": {"data": 8}}, "must multiply to the world"),
+        ({"world_size": 4, "parallel": {"data": 8}}, "must be the size of the world"),
     ],
 )
 def test_degrees_that_make_no_sense_are_refused(options: dict, message: str) -> None:

@@ -108,8 +108,10 @@ def test_ranks_have_the_parameters_of_their_own_layers_alone(found: Any, ranks: 
         assert absent["gradients"] == [None] * len(lacking)
         assert absent["in groups"] == [len(group["params"]) for group in groups(parameters)]
         for name, read, written in zip(lacking, absent["read"], absent["written"], strict=True):
-            assert read.startswith(f"StateError: parameter {name} was to be read, which is of layers that other ranks")
-            assert written.startswith(f"StateError: parameter {name} was to be written by aten.zero_")
+            assert read.startswith(
+                f"StateError: parameter {name} cannot be read here, because it belongs to layers that other ranks"
+            )
+            assert written.startswith(f"StateError: parameter {name} cannot be written here by aten.zero_")
             having = [r for r in range(ranks) if world.mesh.pipeline_rank(r) in owners[name.split(".")[0]]]
             assert f"rank(s) {', '.join(map(str, having))}." in read
 

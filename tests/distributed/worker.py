@@ -214,7 +214,7 @@ def check_torchs_clipping(model: nn.Module) -> None:
     try:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     except StateError as error:
-        assert "is sharded: other ranks have other parts of it" in str(error)
+        assert "is sharded: other ranks hold other parts of it" in str(error)
     else:
         raise AssertionError("torch has clipped by the norm of one rank's parts")
 

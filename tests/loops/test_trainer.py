@@ -218,7 +218,7 @@ def test_training_by_our_optimizer(declared: dict[str, Any], changes: dict[str, 
 @pytest.mark.slow
 def test_updates_in_the_backward_leave_the_trainer_no_norm_to_log(tmp_path: Path) -> None:
     """It reads all gradients for that, with max_grad_norm=0 too."""
-    with pytest.raises(StateError, match="uses each gradient up in the backward itself"):
+    with pytest.raises(StateError, match="consumes each gradient during the backward"):
         with_our_own(tmp_path, {"in_backward": True}, max_grad_norm=0.0).train()
 
 
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_is_left_to_the_plan(case: Case, tmp_path: Path) 
     plain = trainer(case.seeded(), tmp_path / "plain")
     found = trainer(geminifx.compile(case.seeded(), recompute="none"), tmp_path, gradient_checkpointing=True)
     plain.train()
-    with pytest.warns(UserWarning, match="gradient checkpointing is on, and compiled steps leave it out"):
+    with pytest.warns(UserWarning, match="gradient checkpointing is on, but compiled steps ignore it"):
         found.train()
     assert losses(found) == pytest.approx(losses(plain), rel=0 if case.exact else 1e-4)
     assert not found.model.plan.recompute and "recompute:" not in found.model.graph["training"]
@@ -291,6 +291,14 @@ def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> No
     assert found._signature_columns == plain._signature_columns
     assert found.model_accepts_loss_kwargs == plain.model_accepts_loss_kwargs
     assert found.label_names == plain.label_names and found.can_return_loss == plain.can_return_loss
+
+
+@pytest.mark.slow
+def test_columns_of_a_loss_function_are_kept(tmp_path: Path) -> None:
+    loss_fn = lambda output, wanted, weight=1.0: output.logits.mean() * weight + wanted.sum()  # noqa: E731
+    found = trainer(geminifx.compile(GPT2.seeded(), loss_fn=loss_fn), tmp_path)
+    found._set_signature_columns_if_needed()
+    assert {"input_ids", "wanted", "weight"} <= set(found._signature_columns)
 
 
 def train_rows() -> list[dict[str, Any]]:

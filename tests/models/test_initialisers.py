@@ -84,5 +84,5 @@ def test_what_nobody_initialises_is_refused() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))
 
-    with pytest.raises(StateError, match=r"1 \(Scale\) has parameters, and nothing that gives them values"):
+    with pytest.raises(StateError, match=r"1 \(Scale\) has parameters but no way to initialise them"):
         drawn(lambda: nn.Sequential(nn.Linear(3, 3), Scale()))

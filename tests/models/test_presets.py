@@ -68,8 +68,8 @@ def test_trained_weights_need_their_own_tokenizer() -> None:
         ("{", "cannot read the config file"),
         ("{}", "has no 'model_type'"),
         ("[]", "has no 'model_type'"),
-        ('{"model_type": "no-such-model"}', "makes no causal language model"),
-        ('{"model_type": "vit"}', "makes no causal language model"),
+        ('{"model_type": "no-such-model"}', "could not build a causal language model"),
+        ('{"model_type": "vit"}', "could not build a causal language model"),
     ],
 )
 def test_says_what_is_wrong_with_a_config_file(tmp_path: Path, content: str, says: str) -> None:
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_lacks_a_weight_or_holds_junk(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"holds no model\.decoder\.layers\.0\.fc1\.weight, one of 1 parameters"):
         load_model(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"junk" * 100)
-    with pytest.raises(ModelLoadError, match="makes no causal language model of"):
+    with pytest.raises(ModelLoadError, match="could not build a causal language model from"):
         load_model(str(tmp_path))
     assert empty_model(str(tmp_path)).model.decoder.layers[0].fc1.weight.is_meta
 
@@ -111,5 +111,8 @@ def test_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("We couldn't connect to 'https://huggingface.co'\nmore lines")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
-    with pytest.raises(ModelLoadError, match=r"did not give it \(We couldn't connect .*\)\. Without a connection"):
+    with pytest.raises(
+        ModelLoadError,
+        match=r"it could not be loaded from the Hugging Face Hub \(We couldn't connect .*\)\. Without a connection",
+    ):
         load_model("someone/some-model")

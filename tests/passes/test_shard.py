@@ -102,8 +102,8 @@ def test_what_does_not_divide_stays_whole_and_is_told() -> None:
     case = Case("odd", lambda: opt(ffn_dim=65, vocab_size=63), lambda **_: tokens(batch=8, length=8))
     step = whole_step(case)
     notes = whole_parameters(step.program, plan_for(declared("1d", 2)))
-    assert "model.decoder.embed_tokens.weight [63, 32] stays whole on tp: 63 does not divide by 2" in notes
-    assert "model.decoder.layers.0.fc1.weight [65, 32] stays whole on tp: 65 does not divide by 2" in notes
+    assert "model.decoder.embed_tokens.weight [63, 32] stays replicated on tp: 63 is not divisible by 2" in notes
+    assert "model.decoder.layers.0.fc1.weight [65, 32] stays replicated on tp: 65 is not divisible by 2" in notes
     assert whole_parameters(whole_step(OPT).program, plan_for(declared("1d", 2))) == ()
 
 
@@ -116,13 +116,17 @@ def test_what_does_not_divide_stays_whole_and_is_told() -> None:
         (
             LLAMA,
             declared("1d", 4),
-            r"self_attn: a hidden dimension of 16, .* over the 4 ranks of axis tp .* \[8, 8, 2, 8\]",
+            r"self_attn: a hidden dimension of 16, .* over the 4 ranks of axis tp, .* \[8, 8, 2, 8\]",
         ),
-        (OPT, declared("1d", 8), r"a hidden dimension of 32, .* \[8, 8, 4, 8\], whose heads do not divide by 8"),
+        (
+            OPT,
+            declared("1d", 8),
+            r"a hidden dimension of 32, .* \[8, 8, 4, 8\], whose number of heads is not divisible by 8",
+        ),
         (
             OPT,
             declared("2.5d", 32, depth=8),
-            r"a batch of 8 does not divide over depth 8 x row 2 ranks; .* multiple of 16",
+            r"a batch of 8 example\(s\) does not divide evenly over depth 8 x row 2 ranks; .* multiple of 16",
         ),
     ],
 )
@@ -147,11 +151,13 @@ def test_a_table_that_makes_no_sense_is_refused(table: dict[str, str], message: 
 
 def test_a_table_that_shards_weights_along_replicas_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"S0 for .*fc1.bias on depth, along which all .* the same weights; leave that"
+        ValueError, match=r"S0 for .*fc1.bias on depth, an axis along which all .* the same weights; leave that"
     ):
         whole_step(OPT).shard(plan_for(declared("2.5d", 8, depth=2, table={".*fc1.bias": "depth=S0"})))
 
 
 def test_a_table_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shards dimension 0 of .*fc1.bias \[64\] over 3 ranks, by which it does not"):
+    with pytest.raises(
+        ValueError, match=r"shards dimension 0 of .*fc1.bias \[64\] over 3 ranks, and its size is not divisible"
+    ):
         whole_step(OPT).shard(plan_for(declared("1d", 3, table={".*fc1.bias": "tp=S0"})))

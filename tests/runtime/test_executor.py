@@ -306,7 +306,9 @@ def test_a_program_that_turns_while_it_reads_a_chunk_is_refused() -> None:
     toy = two_turns(release="    pass")
     run = ProgramRun(toy.executor, [toy.x])
     run.advance()
-    with pytest.raises(GeminiError, match="came to a turn while it reads chunk 1; a program releases all chunks"):
+    with pytest.raises(
+        GeminiError, match="reached a turn while it still reads chunk 1; a program must release all chunks"
+    ):
         run.advance([torch.zeros(16, 8)])
     assert toy.states() == [State.FREE, State.FREE]
 

@@ -22,8 +22,8 @@ def begins(program: Program, plan: Plan, rates: Rates) -> tuple[str, ...]:
     count, blocks = plan.schedule.stages, plan.blocks
     if count > max(len(blocks), 1):
         raise ArgumentError(
-            f"a pipeline of {count} stages needs as many blocks, and the model has {len(blocks)}: "
-            f"{', '.join(blocks) or 'no list of layers was found'}; make fewer stages"
+            f"a pipeline of {count} stages needs at least {count} blocks, but the model has {len(blocks)}: "
+            f"{', '.join(blocks) or 'no list of layers was found'}; choose fewer stages"
         )
     if count == 1:
         return ("",)

@@ -45,8 +45,8 @@ def round_robin(costs: Sequence[StageCosts], ranks: int, microbatches: int) -> S
     most = 2 * (len(costs) - 1) + microbatches
     if ranks > most:
         raise ArgumentError(
-            f"{len(costs)} stages with {microbatches} microbatches make {most} slots, fewer than there are ranks, "
-            f"{ranks}; expected {most} ranks or fewer"
+            f"{len(costs)} stages with {microbatches} microbatches fill {most} slots, fewer than the {ranks} ranks; "
+            f"expected {most} ranks or fewer"
         )
     found = list(dict.fromkeys(slots for slots in _numbers(costs, microbatches) if _total(slots) >= ranks))
     found = found[: max(1, MOST_ACTIONS // (2 * len(costs) * microbatches))]

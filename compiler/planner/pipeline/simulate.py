@@ -121,7 +121,10 @@ def simulate(schedule: Schedule, costs: Sequence[StageCosts], *, loss_awaited: b
     """
     check_schedule(schedule)
     if len(costs) != schedule.stages:
-        raise ArgumentError(f"costs of {len(costs)} stages for the schedule {schedule.name} of {schedule.stages}")
+        raise ArgumentError(
+            f"costs of {len(costs)} stages were given for the schedule {schedule.name}, which has {schedule.stages}; "
+            "expected one cost per stage"
+        )
     clock, turns = _Clock(schedule, tuple(costs)), [schedule.turn(rank) for rank in range(len(schedule.ranks))]
     behind = {action for rank, turn in enumerate(turns) for action in schedule.ranks[rank][turn:]}
     order = list(runnable(schedule))

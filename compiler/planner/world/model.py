@@ -55,7 +55,9 @@ class Model:
             short = Shortened.not_at_all(names)
             captured = _captured(model, given, request)
         if not captured.trains:
-            raise CaptureError("nothing takes a gradient here, so there is no training step to plan for a world")
+            raise CaptureError(
+                "no parameter requires a gradient, so there is no training step to plan for several processes"
+            )
         saved, program = logits_bytes(captured.program), captured.program.copy()
         canonicalize.rewrite(program, Plan())
         units = measured(program, short.left, examples(given), saved)

@@ -71,7 +71,7 @@ class WorldPlan:
             return None
         by_kind = lambda one: (_kind(one.way) == _kind(self.chosen.way), one.step_s)  # noqa: E731
         chosen = min(self.fallbacks, key=self._priority(needed_bytes) if of_memory else by_kind)
-        note = f"not taken: {self.chosen.way}, of which the whole program tells: {why}"
+        note = f"not taken: {self.chosen.way}, whose complete program was refused: {why}"
         return replace(
             self,
             chosen=chosen,
@@ -179,14 +179,14 @@ def _refusal(model: Model, world: World, ways: list[Way]) -> BudgetError:
     host = "" if world.host_bytes is None else f" and {format_bytes(world.host_bytes)} of the host"
     if least is None:
         return BudgetError(
-            f"there is no way to divide a step of {world.examples} examples over {world.cluster.size} processes; let "
-            "the examples divide by the processes, or say parallel="
+            f"there is no way to divide a step of {world.examples} examples over {world.cluster.size} processes; make "
+            "the number of examples divisible by the number of processes, or choose parallel= yourself"
         )
     return BudgetError(
         f"none of {len(ways):,} ways to share the work over {world.cluster.size} processes on {world.cluster} fits "
-        f"{budget} a device{host} by what blocks take; {least[1]} takes least of a device, {format_bytes(least[0])}: "
-        "raise device_budget= or host_budget=, pass smaller batches, plan for more processes, or say parallel= for the "
-        "whole program to be weighed",
+        f"{budget} per device{host}, judging by its blocks; {least[1]} needs the least memory per device, "
+        f"{format_bytes(least[0])}: raise device_budget= or host_budget=, pass smaller batches, plan for more "
+        "processes, or choose parallel= yourself to have the complete program planned",
         least[0],
         "device",
     )

@@ -10,7 +10,7 @@ import torch
 from geminifx.compiler.adaptation.rehoming import Rehoming
 from geminifx.compiler.adaptation.step_watch import StepWatch
 from geminifx.compiler.options import Options
-from geminifx.compiler.planner.correction import Measured
+from geminifx.compiler.planner.correction import MeasuredStep
 from geminifx.compiler.rates.presets import preset
 from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.errors import ArgumentError
@@ -24,13 +24,13 @@ H100 = preset("h100-sxm")
 
 
 @pytest.fixture
-def measures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Measured | None]]:
+def measures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[MeasuredStep | None]]:
     """What is told of the windows of steps, one after the other, in place of what was measured; each has been asked for
     when it is gone."""
-    told: list[Measured | None] = []
+    told: list[MeasuredStep | None] = []
     measured = StepWatch.measured
 
-    def fake(watch: StepWatch, *about: Any) -> Measured | None:
+    def fake(watch: StepWatch, *about: Any) -> MeasuredStep | None:
         return told.pop(0) if measured(watch, *about) is not None else None
 
     monkeypatch.setattr(StepWatch, "measured", fake)
@@ -55,8 +55,8 @@ def trained(model: geminifx.CompiledModule, optimizer: Optimizer, steps: int, fi
     return losses
 
 
-def steps_of(step_s: float) -> Measured:
-    return Measured(step_s, up_s=0.0, down_s=0.0, host_s=0.0, peak_bytes=0)
+def steps_of(step_s: float) -> MeasuredStep:
+    return MeasuredStep(step_s, up_s=0.0, down_s=0.0, host_s=0.0, peak_bytes=0)
 
 
 def check_bits(model: geminifx.CompiledModule, optimizer: Optimizer, losses: list[Tensor]) -> None:
@@ -79,7 +79,7 @@ def mixed(plan: Plan) -> Homes:
 
 
 def test_homes_move_where_that_pays_and_training_goes_on(
-    measures: list[Measured | None], others_are_better: None
+    measures: list[MeasuredStep | None], others_are_better: None
 ) -> None:
     measures += [steps_of(0.8), steps_of(0.4)]
     model, optimizer = made(warmup=True)
@@ -88,15 +88,38 @@ def test_homes_move_where_that_pays_and_training_goes_on(
     assert model.plan.homes == before != mixed(model.plan)
     losses += trained(model, optimizer, 1, 3)
     assert model.plan.homes == mixed(model.plan)
-    assert "the first steps took 800 ms, where " in model.plan.notes[-1]
-    assert "1 chunk(s) have other homes since, for " in model.plan.notes[-1]
+    assert "the first steps took 800 ms (the plan expected " in model.plan.notes[-1]
+    assert "1 chunk(s) were moved to other homes, for " in model.plan.notes[-1]
     losses += trained(model, optimizer, 4, 4)
     assert model.plan.homes == mixed(model.plan)
     assert (model.stats.planned.step_s, model.stats.measured.step_s) == (model.plan.estimate.step_s, 0.4)
     check_bits(model, optimizer, losses)
 
 
-def test_homes_that_are_slower_are_given_up_once(measures: list[Measured | None], others_are_better: None) -> None:
+def test_the_peak_of_a_step_before_the_move_is_not_that_of_the_steps_after_it(
+    monkeypatch: pytest.MonkeyPatch, others_are_better: None
+) -> None:
+    found: list[MeasuredStep] = []
+    measured = StepWatch.measured
+
+    def kept(watch: StepWatch, *about: Any) -> MeasuredStep | None:
+        step = measured(watch, *about)
+        assert step is not None
+        found.append(replace(step, step_s=0.8 / (1 + len(found))))
+        return found[-1]
+
+    monkeypatch.setattr(StepWatch, "measured", kept)
+    model, optimizer = made(warmup=True)
+    trained(model, optimizer, 3)
+    tier = model.session.hardware.device_tier
+    tier.book("something else", 10**9)
+    tier.book("something else", 0)
+    trained(model, optimizer, 4, 3)
+    before, after = found
+    assert before.peak_bytes >= 10**9 > after.peak_bytes > 0
+
+
+def test_homes_that_are_slower_are_given_up_once(measures: list[MeasuredStep | None], others_are_better: None) -> None:
     measures += [steps_of(0.8), steps_of(0.96)]
     model, optimizer = made(warmup=True)
     before = model.plan.homes
@@ -104,12 +127,12 @@ def test_homes_that_are_slower_are_given_up_once(measures: list[Measured | None]
     assert model.plan.homes == mixed(model.plan)
     losses += trained(model, optimizer, 6, 6)
     assert model.plan.homes == before
-    assert "they took 960 ms, and chunks went back" in model.plan.notes[-1]
+    assert "steps then took 960 ms, so the chunks were moved back" in model.plan.notes[-1]
     check_bits(model, optimizer, losses)
 
 
 def test_homes_for_which_there_is_no_room_stay_where_they_are(
-    measures: list[Measured | None], others_are_better: None
+    measures: list[MeasuredStep | None], others_are_better: None
 ) -> None:
     measures += [steps_of(0.8)]
     model, optimizer = made(warmup=True)
@@ -120,18 +143,18 @@ def test_homes_for_which_there_is_no_room_stay_where_they_are(
     check_bits(model, optimizer, losses)
 
 
-def test_a_plan_that_is_the_best_by_what_was_measured_is_kept(measures: list[Measured | None]) -> None:
+def test_a_plan_that_is_the_best_by_what_was_measured_is_kept(measures: list[MeasuredStep | None]) -> None:
     measures += [steps_of(0.8)]
     model, optimizer = made(warmup=True)
     before = model.plan
     trained(model, optimizer, 6)
     assert model.plan.homes == before.homes
-    assert model.plan.notes[-1].startswith("the first steps took 800 ms, where ")
+    assert model.plan.notes[-1].startswith("the first steps took 800 ms (the plan expected ")
     assert model.plan.estimate.step_s == pytest.approx(0.8, rel=0.02)  # what is expected by now
-    assert model.plan.estimate.rates.endswith("corrected by steps that were measured")
+    assert model.plan.estimate.rates.endswith("corrected by measured steps")
 
 
-def test_steps_between_which_something_else_ran_are_measured_again(measures: list[Measured | None]) -> None:
+def test_steps_between_which_something_else_ran_are_measured_again(measures: list[MeasuredStep | None]) -> None:
     measures += [steps_of(0.8)]
     model, optimizer = made(warmup=True)
     trained(model, optimizer, 2)
@@ -145,7 +168,7 @@ def test_steps_between_which_something_else_ran_are_measured_again(measures: lis
     assert model.plan.notes
 
 
-def test_accumulated_steps_are_measured_whole(measures: list[Measured | None]) -> None:
+def test_accumulated_steps_are_measured_whole(measures: list[MeasuredStep | None]) -> None:
     measures += [steps_of(0.8)]
     model = compiled(NET, precision="bf16", recompute="none", rates=H100, warmup=1)
     optimizer = model.optimizer(AdamW, lr=1e-2, accumulate=2)

@@ -93,7 +93,7 @@ def test_a_capture_computes_the_first_call_and_leaves_what_is_held(how: str) -> 
 
 
 def test_what_is_left_is_told() -> None:
-    with pytest.warns(UserWarning, match="the forward assigns held, and compiled steps leave that as it is"):
+    with pytest.warns(UserWarning, match="the forward assigns held, but compiled steps do not repeat such assignments"):
         geminifx.compile(Holds([0], counted))(torch.ones(3, 4))
 
 

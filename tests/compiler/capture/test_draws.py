@@ -92,5 +92,5 @@ def test_a_draw_without_an_end_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * torch.empty_like(x).random_(3, None)
 
-    with pytest.raises(CaptureError, match="give it both ends of the range"):
+    with pytest.raises(CaptureError, match="pass both ends of the range"):
         geminifx.compile(Endless(4, 4), example_inputs=(torch.ones(2, 4),))

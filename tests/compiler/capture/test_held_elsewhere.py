@@ -90,12 +90,15 @@ def replaces(m: Any, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "a buffer that is replaced": (replaces, "replaces the buffer count, which it takes from elsewhere"),
+    "a buffer that is replaced": (replaces, "replaces the buffer count, which it also reads through another reference"),
     "for a function of its own": (lambda m, x: x @ Double.apply(m.all[0]), "gives the parameter layer.weight, which"),
 }
 
 
-NAMED, UNNAMED = r"the tensor plain\['a'\], which is no buffer", "a tensor that is neither a buffer nor made by it"
+NAMED, UNNAMED = (
+    r"the tensor plain\['a'\], which is not a buffer",
+    "a tensor that is neither a buffer nor created in the forward",
+)
 WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "a number": (lambda t, x: t.add_(1), NAMED),
     "out=": (lambda t, x: torch.add(t, 1, out=t), NAMED),
@@ -138,7 +141,9 @@ def test_a_tensor_of_outside_the_forward_that_would_get_a_gradient_is_refused(ho
     source = Takes(lambda m, x: m.layer(x) @ (m.outside[0] if isinstance(m.outside, list) else m.outside))
     source.outside = OUTSIDE[how](source)
     model, x = geminifx.compile(source), torch.ones(2, 4)
-    with pytest.raises(CaptureError, match=r"a tensor of shape \[4, 4\] from outside of the forward that requires a"):
+    with pytest.raises(
+        CaptureError, match=r"a tensor of shape \[4, 4\] that comes from outside the forward and requires a"
+    ):
         model(x)
     with torch.no_grad():
         assert torch.equal(model(x), source(x))

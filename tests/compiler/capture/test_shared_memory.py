@@ -26,10 +26,14 @@ class Counts(nn.Module):
 
 
 KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
-    "a buffer": (lambda m: m.register_buffer("part", m.count[:1]), lambda m: m.part, "part is a tensor"),
-    "a buffer that is not read": (lambda m: m.register_buffer("part", m.count[:1]), lambda m: 1, "part is a tensor"),
-    "an attribute": (lambda m: setattr(m, "square", m.count.view(2, 2)), lambda m: m.square.sum(), "square is a"),
-    "in a list": (lambda m: setattr(m, "some", [m.count[1:]]), lambda m: m.some[0].sum(), "some[0] is a tensor"),
+    "a buffer": (lambda m: m.register_buffer("part", m.count[:1]), lambda m: m.part, "shares with part,"),
+    "a buffer that is not read": (lambda m: m.register_buffer("part", m.count[:1]), lambda m: 1, "shares with part,"),
+    "an attribute": (
+        lambda m: setattr(m, "square", m.count.view(2, 2)),
+        lambda m: m.square.sum(),
+        "shares with square,",
+    ),
+    "in a list": (lambda m: setattr(m, "some", [m.count[1:]]), lambda m: m.some[0].sum(), "shares with some[0],"),
 }
 
 
@@ -69,7 +73,7 @@ def closing(value: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
 
 def test_tensors_that_functions_close_over_are_looked_at_when_they_are_read() -> None:
     x, use = torch.ones(2, 4), lambda m: m.held().sum()
-    with pytest.raises(CaptureError, match=r"writes to the buffer count, .* a \[4\] tensor that is no attribute"):
+    with pytest.raises(CaptureError, match=r"writes to the buffer count, .* a \[4\] tensor that is not an attribute"):
         geminifx.compile(model_of(closing(lambda m: m.count), use))(x)
     with pytest.raises(CaptureError, match=r"a \[4, 4\] tensor .* the memory of parameter layer.weight"):
         geminifx.compile(model_of(closing(lambda m: m.layer.weight.data), use))(x)
@@ -82,7 +86,7 @@ def test_an_input_in_the_memory_of_a_buffer_that_is_written_to_is_refused(part: 
     nothing: Callable[[Any], Any] = lambda m: 1  # noqa: E731
     plain, source, x = model_of(nothing, nothing), model_of(nothing, nothing), torch.ones(2, 4)
     model = geminifx.compile(source)
-    with pytest.raises(StateError, match=r"lies in the memory of the buffer count.*pass a copy"):
+    with pytest.raises(StateError, match=r"shares the memory of the buffer count.*pass a copy"):
         model(x, source.count[part])
     assert torch.equal(source.count, torch.ones(4))
     assert torch.equal(model(x, source.count[part].clone()), plain(x, plain.count[part].clone()))

@@ -11,7 +11,7 @@ from geminifx.compiler.cli.calibrate import BUSY
 from geminifx.compiler.cli.main import app
 from geminifx.compiler.rates.calibrate import THOROUGH, BusyError
 from geminifx.compiler.rates.identity import Identity
-from geminifx.compiler.rates.kept import Kept, keep, kept_for, read
+from geminifx.compiler.rates.kept import MachineRates, keep, kept_for, read
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import Rates
 from typer.testing import CliRunner, Result
@@ -46,17 +46,17 @@ def calibrate(*words: str) -> Result:
 
 
 def test_what_is_measured_is_kept_and_told(found: list[Rates | BusyError]) -> None:
-    keep(Kept(MACHINE, OLD))
+    keep(MachineRates(MACHINE, OLD))
     found.append(NEW)
     result = calibrate("--output", "rates.json")
-    assert result.exit_code == 0 and kept_for(MACHINE) == NEW and read(Path("rates.json")) == Kept(MACHINE, NEW)
+    assert result.exit_code == 0 and kept_for(MACHINE) == NEW and read(Path("rates.json")) == MachineRates(MACHINE, NEW)
     assert "measuring NVIDIA H200, EPYC" in result.output and "4e+03 G/s" in result.output
     assert "kept in" in result.output and "TFLOP/s" in result.output
 
 
 def test_a_busy_machine_keeps_what_was_measured_before(found: list[Rates | BusyError]) -> None:
-    keep(Kept(MACHINE, OLD))
-    found.append(BusyError("measured twice, launch_s are more than 15% apart; end what else runs here"))
+    keep(MachineRates(MACHINE, OLD))
+    found.append(BusyError("measured twice, launch_s are more than 15% apart; stop the other processes"))
     result = calibrate("--output", "rates.json")
     assert result.exit_code == BUSY and kept_for(MACHINE) == OLD and not Path("rates.json").exists()
     assert "Nothing was changed: measured twice, launch_s" in result.output
@@ -67,7 +67,7 @@ def test_without_a_cache_they_are_where_they_were_asked_for_or_nowhere(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     found += [NEW, NEW]
-    assert "There is no cache to keep them in; name a file by --output" in calibrate().output
+    assert "There is no cache to keep the rates in; name a file with --output" in calibrate().output
     assert "kept in rates.json" in calibrate("--output", "rates.json").output and read(Path("rates.json")).rates == NEW
 
 
@@ -80,7 +80,7 @@ def test_a_place_that_cannot_be_written_to_is_told(found: list[Rates | BusyError
 def test_without_a_gpu_nothing_is_measured_and_that_is_said() -> None:
     result = calibrate()
     assert result.exit_code == 0
-    assert "There is no CUDA device, and nothing was measured: plans go by the rates of the arena in RAM." in " ".join(
+    assert "There is no CUDA device, so nothing was measured: plans use the rates of the arena in RAM." in " ".join(
         result.output.split()
     )
     assert "host params" in result.output and "at once" in result.output

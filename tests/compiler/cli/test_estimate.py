@@ -39,7 +39,7 @@ def test_layers_of_gpt2_have_adapters_and_a_format_that_they_lack_is_told(tmp_pa
     rows = {row["state"]: row for row in json.loads(result.stdout)}
     layers = ((32, 96), (32, 32), (32, 128), (128, 32))
     assert rows[LORA]["fits"] and rows[LORA]["trained"] == 2 * 16 * sum(map(sum, layers))
-    assert not rows[QLORA]["fits"] and "weights of nn.Linear that are not trained" in rows[QLORA]["reason"]
+    assert not rows[QLORA]["fits"] and "frozen weights of nn.Linear" in rows[QLORA]["reason"]
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_the_command_shows_a_table_of_a_configuration(tmp_path: Path) -> None:
     ("words", "says"),
     [
         (["--device-budget", "much"], "cannot read 'much'"),
-        (["--host-budget", "50%"], "is a share of an unknown total"),
+        (["--host-budget", "50%"], "is a percentage of an unknown total"),
         (["--seq-len", "100000"], "--seq-len 100000 is longer than the 256 positions of the model"),
         (["--rates", "rtx409"], "rates='rtx409'"),
     ],

@@ -89,7 +89,11 @@ def test_what_is_missing_or_damaged_is_named(run: Recipe, tokenizer: PreTrainedT
     for file, content, says in (
         (metadata, metadata.read_bytes()[:1000], r"run/state is damaged: \.metadata has 1000 bytes instead of"),
         (data, data.read_bytes()[:3000], r"run/state is damaged: __0_0\.distcp has 3000 bytes instead of"),
-        (data, bytes(data.stat().st_size), r"run/state is damaged: __0_0\.distcp has other bytes than were saved"),
+        (
+            data,
+            bytes(data.stat().st_size),
+            r"run/state is damaged: __0_0\.distcp differs from the bytes that were saved",
+        ),
         (run.output / STATE / CHECKSUMS, b"", r"run/state is damaged: checksums\.json cannot be read"),
     ):
         whole = file.read_bytes()
@@ -113,7 +117,7 @@ def test_what_others_read_is_verified_before_it_is_read(run: Recipe, name: str) 
     content[len(content) // 2] ^= 1
     (run.output / name).write_bytes(content)
     for options, advice in ((resumed, "; start the run without --resume$"), (further, "")):
-        with pytest.raises(CheckpointError, match=f"damaged: {name} has other bytes than were saved.*{advice}"):
+        with pytest.raises(CheckpointError, match=f"damaged: {name} differs from the bytes that were saved.*{advice}"):
             prepare(options)
     (run.output / name).unlink()
     with pytest.raises(CheckpointError, match=f"damaged: {name} is missing"):

@@ -91,24 +91,24 @@ def test_of_a_model_the_fastest_way_is_taken_where_none_is_named(config: Path) -
     [
         (("--ranks", 2), "--ranks means nothing of a model"),
         (("--world-size", 4, "--cluster", "8-pcie"), "--world-size 4, but the cluster has 8 devices"),
-        (("--world-size", 4, "--parallel", "data=8"), "the degrees must multiply to the world"),
-        (("--parallel", "data=4,pipeline=2", "--batch-size", 10), "does not divide into 4 batches of 4 microbatches"),
+        (("--world-size", 4, "--parallel", "data=8"), "the product of the degrees must be the size of the world"),
+        (("--parallel", "data=4,pipeline=2", "--batch-size", 10), "cannot be divided into 4 batches of 4 microbatches"),
         (
             ("--world-size", 16, "--parallel", "pipeline=16", "--batch-size", 32),
-            "16 stages need as many blocks, and the model has 8",
+            "16 stages need at least 16 blocks, but the model has 8",
         ),
         (
             ("--world-size", 4, "--parallel", "pipeline=4", "--schedule", "zbv", "--batch-size", 8),
             "it has 2 stages per rank, not 1",
         ),
         (("--schedule", "zbv"), "--schedule orders the pipeline of --parallel"),
-        (("--parallel", "data=2", "--device-budget", "1kB"), "takes least of a device"),
+        (("--parallel", "data=2", "--device-budget", "1kB"), "needs the least memory per device"),
         (("--parallel", "tensor=3d:8"), "the mode 3d is not modelled"),
         (("--parallel", "tensor=1d:2,sequence"), "tensor=sequence is not modelled"),
-        (("--parallel", "data=2", "--schedule", "zb1p"), "--schedule zb1p orders a pipeline, and --parallel has none"),
+        (("--parallel", "data=2", "--schedule", "zb1p"), "--schedule zb1p is for a pipeline, but --parallel has none"),
         (
             ("--world-size", 16, "--parallel", "tensor=1d:16", "--batch-size", 1),
-            "heads are not divided over 16 processes",
+            "heads cannot be divided over 16 processes",
         ),
     ],
 )

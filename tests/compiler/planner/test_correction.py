@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from geminifx.compiler.planner.correction import Measured, corrected
+from geminifx.compiler.planner.correction import MeasuredStep, corrected
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.search import estimated
 from geminifx.compiler.planner.timeline import timeline
@@ -24,11 +24,11 @@ def planned(rates: Rates) -> tuple[Compiled, Limits]:
     return next(iter(model.session.programs().values())), model.session.planning.limits
 
 
-def measured(program: Compiled, ratio: float, **others: float) -> Measured:
+def measured(program: Compiled, ratio: float, **others: float) -> MeasuredStep:
     """A step that takes so many times what is modelled."""
     expected = program.plan.estimate
     figures = {"up_s": 0.0, "down_s": 0.0, "host_s": 0.0, "peak_bytes": 0, **others}
-    return Measured(step_s=ratio * expected.step_s, **figures)  # type: ignore[arg-type]
+    return MeasuredStep(step_s=ratio * expected.step_s, **figures)  # type: ignore[arg-type]
 
 
 def modelled_s(program: Compiled, limits: Limits) -> float:
@@ -83,4 +83,6 @@ def test_a_slower_device_has_the_same_timeline_as_slower_rates() -> None:
 
 
 def test_processes_wait_for_the_slowest() -> None:
-    assert Measured.slowest([Measured(1, 2, 3, 4, 5), Measured(2, 1, 4, 3, 6)]) == Measured(2, 2, 4, 4, 6)
+    assert MeasuredStep.slowest([MeasuredStep(1, 2, 3, 4, 5), MeasuredStep(2, 1, 4, 3, 6)]) == MeasuredStep(
+        2, 2, 4, 4, 6
+    )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.microbatches import Decision, fewest, in_rounds
-from geminifx.compiler.planner.refusal import HostBudgetError
 from geminifx.compiler.planner.search import Solution
 from geminifx.passes.program.estimate import Estimate
 from geminifx.passes.program.plan import Plan
@@ -113,7 +112,7 @@ def test_where_nothing_fits_the_least_of_all_is_told() -> None:
 def test_more_parts_of_a_batch_are_no_help_to_the_host() -> None:
     def find(count: int) -> Decision:
         assert count == 1
-        raise HostBudgetError("the host is full")
+        raise BudgetError("the host is full", tier="host")
 
-    with pytest.raises(HostBudgetError):
+    with pytest.raises(BudgetError, match="the host is full"):
         fewest(find, 8)

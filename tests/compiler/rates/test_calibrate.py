@@ -7,7 +7,7 @@ import torch
 from geminifx.compiler.rates import calibrate as calibration
 from geminifx.compiler.rates import others
 from geminifx.compiler.rates.calibrate import AUTOMATIC, BusyError, calibrate, differences, measured, rates_from
-from geminifx.compiler.rates.measure import Effort, Measured
+from geminifx.compiler.rates.measure import Effort, Measurements
 from geminifx.compiler.rates.others import HostWatch, used_by_others
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import Updates
@@ -18,7 +18,7 @@ TINY = Effort(
     needed_bytes=0, sizes=(8, 16), sustained_s=0.0, each_s=0.0, copied_bytes=1024, operator_bytes=1024,
     host_params=1000, device_params=1000, updates_on_device=True,
 )  # fmt: skip
-FOUND = Measured(
+FOUND = Measurements(
     products_s=((3e-6, 12e-6), (3e-6, 12e-6), (6e-6, 82e-6)), memory_bytes_per_s=4e12, kernel_s=2e-6, launch_s=5e-6,
     up_bytes_per_s=52e9, down_bytes_per_s=51e9, both_bytes_per_s=40e9, host_alone_params_per_s=6e9,
     host_params_per_s=5e9, torch_params_per_s=3e9, device_params_per_s=130e9,
@@ -31,7 +31,7 @@ def test_what_was_measured_is_what_the_clock_goes_by() -> None:
     assert rates.bf16.flops_per_s[1] == 2 * 1024**3 / 10e-6, "what begins and ends an operator is counted apart"
     assert rates.bf16.flops_per_s[0] == 2 * 512**3 / 1.5e-6, "as far as it is not most of it"
     assert rates.fp32.flops_per_s[1] == 2 * 1024**3 / 80e-6
-    for field in fields(Measured):
+    for field in fields(Measurements):
         if field.name in ("memory_bytes_per_s", "kernel_s", "launch_s", "both_bytes_per_s", "host_params_per_s"):
             assert getattr(rates, field.name) == getattr(FOUND, field.name)
     assert rates.device_params_per_s == 130e9 and rates.name == "NVIDIA H200, measured" and rates.overlaps
@@ -84,7 +84,8 @@ def test_a_machine_on_which_something_else_runs_is_not_measured(monkeypatch: pyt
     monkeypatch.setattr(calibration.HostWatch, "others", lambda *_: "others keep 60 % of the host's 16 cores busy")
     found = iter(UNSTEADY)
     with pytest.raises(
-        BusyError, match=r"5 times, launch_s never came out alike, and others keep 60 % .* busy; end what"
+        BusyError,
+        match=r"5 times, launch_s came out differently every time, and other processes keep 60 % .* busy; stop the",
     ):
         calibrate(CPU, TINY, measure=lambda *_: next(found))
     assert next(found, None) is None
@@ -123,16 +124,16 @@ def test_others_are_seen_by_the_processors_time_that_is_not_ours(monkeypatch: py
 
 
 def test_nor_is_one_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "used_by_others", lambda *_: "12.0 GB of the GPU's memory are held by others")
+    monkeypatch.setattr(calibration, "used_by_others", lambda *_: "other processes hold 12.0 GB of the GPU's memory")
     with pytest.raises(BusyError, match="held by others"):
         calibrate(CPU, TINY, measure=lambda *_: pytest.fail("nothing is to run"))
 
 
 @pytest.mark.parametrize(
     "free, reserved, busy, says",
-    [(70, 8, 0, None), (60, 8, 0, "12.9 GB of the GPU's memory are held by others"),
+    [(70, 8, 0, None), (60, 8, 0, "other processes hold 12.9 GB of the GPU's memory"),
      (70, 8, 93, "the GPU is 93 % busy already"), (70, 8, None, None),
-     (2, 78, 0, "2.15 GB of the GPU's memory are free, 3.22 GB are needed")],
+     (2, 78, 0, "2.15 GB of the GPU's memory are free, but 3.22 GB are needed")],
     ids=["nobody", "memory", "time", "nobody tells", "ours, and full"],
 )  # fmt: skip
 def test_who_uses_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int, busy: int | None,
@@ -149,11 +150,11 @@ def test_who_uses_a_gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: in
 
 
 def test_no_room_is_no_error_of_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> Measured:
+    def full(*_: object) -> Measurements:
         raise MemoryError("CUDA cannot pin 268,435,456 bytes of host memory")
 
     monkeypatch.setattr(calibration.Bench, "measure", full)
-    with pytest.raises(BusyError, match="there is no room to measure in: CUDA cannot pin"):
+    with pytest.raises(BusyError, match="there is not enough free memory to measure: CUDA cannot pin"):
         measured(CPU, TINY, Ranks())
 
 
@@ -162,7 +163,7 @@ def test_everything_can_be_measured_and_random_numbers_are_nobody_else_s() -> No
     before = torch.get_rng_state()
     found = measured(CPU, TINY, Ranks())
     assert torch.equal(torch.get_rng_state(), before)
-    for field in fields(Measured):
+    for field in fields(Measurements):
         if not field.name.startswith(("network", "device_bf16", "device_int8")):  # whose kernels are the GPU's
             assert min(calibration._numbers(getattr(found, field.name))) > 0, field.name
     assert found.network_bytes_per_s is None, "one process exchanges nothing"

@@ -10,7 +10,7 @@ from geminifx.compiler.rates import choice
 from geminifx.compiler.rates.calibrate import AUTOMATIC, BusyError
 from geminifx.compiler.rates.choice import given_rates, known_card, rates_of
 from geminifx.compiler.rates.identity import Identity
-from geminifx.compiler.rates.kept import Kept, keep, kept_for, write
+from geminifx.compiler.rates.kept import MachineRates, keep, kept_for, write
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, Rates
 from geminifx.runtime.isa.errors import ArgumentError
@@ -51,7 +51,7 @@ def test_a_new_machine_is_measured_once_and_says_so_in_one_line(
     machine.identity = UNKNOWN
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "geminifx: measured NVIDIA A10 and its host, once; geminifx calibrate does it more exactly"
+    assert line == "geminifx: measured NVIDIA A10 and its host, once; geminifx calibrate measures more precisely"
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED and machine.measured == 1
     assert capsys.readouterr().err == ""
 
@@ -77,7 +77,7 @@ def test_a_busy_machine_is_planned_for_by_its_preset_and_measured_later(
 
 def test_a_busy_machine_keeps_the_rates_that_it_has(machine: Machine) -> None:
     machine.busy = True
-    keep(Kept(MACHINE, MEASURED))
+    keep(MachineRates(MACHINE, MEASURED))
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
 
 
@@ -88,7 +88,7 @@ def test_where_it_cannot_be_measured_its_preset_is_used(machine: Machine, proces
 
 def test_a_known_card_is_measured_only_where_somebody_asks_for_it(machine: Machine) -> None:
     assert rates_of(CUDA, None, 1, ROOM) == preset("h200") and machine.measured == 0
-    keep(Kept(MACHINE, MEASURED))
+    keep(MachineRates(MACHINE, MEASURED))
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
 
 
@@ -108,7 +108,7 @@ def test_without_a_gpu_the_arena_has_its_own(machine: Machine) -> None:
 
 
 def test_rates_are_named_or_given(tmp_path: Path) -> None:
-    write(Kept(MACHINE, MEASURED), tmp_path / "mine.json")
+    write(MachineRates(MACHINE, MEASURED), tmp_path / "mine.json")
     assert Options.of({"rates": "rtx4090"}).rates == preset("rtx4090")
     assert Options.of({"rates": tmp_path / "mine.json"}).rates == MEASURED
     assert Options.of({"rates": MEASURED}).rates is MEASURED and Options.of({}).rates is None
@@ -131,6 +131,6 @@ def test_a_plan_for_another_card_is_another_plan_and_says_for_which() -> None:
     """Of what computes next to nothing launches bind, which are alike."""
     plans = [compiled(NET, rates=name).plan for name in ("v100", "h200")]
     for plan, name in zip(plans, ("v100", "h200"), strict=True):
-        assert plan.estimate.rates == f"the preset {name}" and f"at the rates of the preset {name}" in str(plan)
+        assert plan.estimate.rates == f"the preset {name}" and f"with the rates of the preset {name}" in str(plan)
         assert plan.estimate.binds == "launches" and plan.estimate.bound_s <= plan.estimate.step_s
     assert plans[0].estimate.peak_bytes == plans[1].estimate.peak_bytes

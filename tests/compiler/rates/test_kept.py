@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from geminifx.compiler.rates import kept
 from geminifx.compiler.rates.identity import Identity, _cpu_model
-from geminifx.compiler.rates.kept import Kept, keep, kept_for, read, write
+from geminifx.compiler.rates.kept import MachineRates, keep, kept_for, read, write
 from geminifx.compiler.rates.presets import preset
 from geminifx.runtime.isa.errors import ArgumentError
 
 MACHINE = Identity("NVIDIA H200", "13000", "13.0", "EPYC", 16, 1, "2.11.0")
 RATES = replace(preset("h200"), name="NVIDIA H200, measured")
-KEPT = Kept(MACHINE, RATES)
+KEPT = MachineRates(MACHINE, RATES)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_what_is_kept_is_found_again(cache: Path) -> None:
     assert path == kept_file(cache) and path.stat().st_mode & 0o777 == 0o600
     assert kept_for(MACHINE) == RATES
     newer = replace(RATES, memory_bytes_per_s=1.0)
-    keep(Kept(MACHINE, newer))
+    keep(MachineRates(MACHINE, newer))
     assert kept_for(MACHINE) == newer and list(cache.iterdir()) == [path], "nothing unfinished is left"
 
 
@@ -102,7 +102,7 @@ def _with(**changes: object) -> str:
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("{}", "it has no version, expected 1; make it anew with geminifx calibrate --output FILE"),
+        ("{}", "it has no version, expected 1; write a new one with geminifx calibrate --output FILE"),
         (json.dumps({"version": 2}), "its version is 2, expected 1"),
         ("[", "not a file of rates"),
         (_with(flops_per_s=1.0), "flops_per_s"),
@@ -110,7 +110,7 @@ def _with(**changes: object) -> str:
         (_with(overlaps=1), r"1, expected true or false @ rates\.rates\.overlaps"),
         (_with(up_bytes_per_s=-1.0), "up_bytes_per_s: -1.0; expected a number above 0"),
         (_with(memory_bytes_per_s=float("inf")), "inf, expected a number"),
-        (_with(bf16={"flop": [2.0, 1.0], "flops_per_s": [1.0, 1.0]}), "expected sizes that rise"),
+        (_with(bf16={"flop": [2.0, 1.0], "flops_per_s": [1.0, 1.0]}), "expected increasing sizes"),
         (_with(bf16={"flop": [1.0]}), "it has no flops_per_s"),
     ],
 )

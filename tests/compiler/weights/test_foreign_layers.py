@@ -9,7 +9,7 @@ import geminifx
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
-from geminifx.compiler.weights.quantized_weights import kept_weights
+from geminifx.compiler.weights.quantized_weights import quantized_weights
 from geminifx.compiler.world import FROZEN
 from geminifx.runtime.isa.errors import ArgumentError
 from geminifx.runtime.isa.quantized import DEQUANTIZE, NF4
@@ -162,7 +162,7 @@ def test_training_is_that_of_the_library(make: Callable[[], nn.Module]) -> None:
 def test_a_layer_in_two_places_stays_one() -> None:
     source = Twice()
     compiled(source)
-    assert source.first is source.last and isinstance(source.first, nn.Linear) and len(kept_weights(source)) == 1
+    assert source.first is source.last and isinstance(source.first, nn.Linear) and len(quantized_weights(source)) == 1
 
 
 def test_hooks_of_a_quantised_layer_are_told_of() -> None:
@@ -216,7 +216,7 @@ FAILING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     ),
     "another format": (
         lambda: Net(Linear8bitLt), {"frozen": "nf4"}, ArgumentError,
-        "kept as int8 already, by an earlier compile.., or by bitsandbytes or torchao",
+        "already quantised as int8, by an earlier compile.., bitsandbytes or torchao",
     ),
 }  # fmt: skip
 
@@ -242,7 +242,7 @@ def test_several_processes_have_their_parts_of_the_batch() -> None:
 
 def dtype_before(source: nn.Module) -> torch.dtype:
     compiled(source)
-    return kept_weights(source)["last.weight"].weight.dtype_before
+    return quantized_weights(source)["last.weight"].weight.dtype_before
 
 
 class Mixed(nn.Module):

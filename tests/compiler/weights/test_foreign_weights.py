@@ -125,19 +125,19 @@ def test_codes_are_taken_over_where_weights_are_kept_as_such(tmp_path: Path) -> 
 
 
 DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another table": (lambda t: t["first.weight.quant_map"].mul_(2), "or of a table of its own; expected nf4"),
+    "another table": (lambda t: t["first.weight.quant_map"].mul_(2), "or use a table of their own; expected nf4"),
     "small blocks": (
         lambda t: t.update({f"first.{STATE}": as_bytes({**json.loads(bytes(t[f"first.{STATE}"])), "blocksize": 32})}),
         "32 elements share a scale; expected 64 or a multiple",
     ),
-    "no state": (lambda t: t.update({f"first.{STATE}": as_bytes([])}), "does not tell a weight"),
+    "no state": (lambda t: t.update({f"first.{STATE}": as_bytes([])}), "does not describe a weight"),
     "scales that are missing": (lambda t: t.pop("first.weight.nested_quant_map"), "first.weight in .*nested_quant_map"),
     "few codes": (lambda t: t.update({"first.weight": t["first.weight"][:-1]}), "has codes and scales of"),
     "fp4": (
         lambda t: t.update({"first.weight.quant_state.bitsandbytes__fp4": t.pop(f"first.{STATE}")}),
         "first.weight in .* is as fp4; expected nf4",
     ),
-    "another order": (lambda t: t["last.weight_format"].fill_(1), "codes in another order than by rows"),
+    "another order": (lambda t: t["last.weight_format"].fill_(1), "does not store its codes by rows"),
 }  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_what_is_not_quantised_yet_is_refused(bitsandbytes: Any) -> None:
     for message, make in refused.items():
         with pytest.raises(ArgumentError, match=message):
             geminifx.compile(Net(make), device_budget="100MB")
-    with pytest.raises(ArgumentError, match="codes of 4 bits are of fp4"):
+    with pytest.raises(ArgumentError, match="4-bit codes are fp4"):
         make = lambda *size: layers.Linear4bit(*size, quant_type="fp4")  # noqa: E731
         geminifx.compile(Net(make).to("cpu"), device_budget="100MB")
 

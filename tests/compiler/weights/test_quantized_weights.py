@@ -9,7 +9,7 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.weights.incoming import _Codes
-from geminifx.compiler.weights.quantized_weights import Kept
+from geminifx.compiler.weights.quantized_weights import QuantizedWeight
 from geminifx.runtime.isa.errors import StateError
 from geminifx.runtime.isa.quantized import DEQUANTIZE, Dequantized
 from geminifx.runtime.kernels.quantized import quantize
@@ -151,7 +151,7 @@ def test_files_are_read_into_codes_and_codes_saved_as_values(tmp_path: Path, for
     assert saved.keys() == values.keys() and all(torch.equal(saved[name].float(), values[name]) for name in values)
     with geminifx.init_empty():
         empty = Adapted()
-    with pytest.raises(StateError, match="some of this model's are quantised"):
+    with pytest.raises(StateError, match="some weights of this model are quantised"):
         compiled(empty, frozen=format).initialize()
 
 
@@ -161,7 +161,7 @@ def test_weights_of_other_stages_are_not_read() -> None:
             raise AssertionError("nothing of it is kept here")
 
     elsewhere = Stored.of(torch.empty(0), (WIDTH, WIDTH), ())
-    kept = Kept("codes", "scales", Dequantized("nf4", (WIDTH, WIDTH), torch.float32, torch.float32))
+    kept = QuantizedWeight("codes", "scales", Dequantized("nf4", (WIDTH, WIDTH), torch.float32, torch.float32))
     _Codes(kept, elsewhere, elsewhere).take("weight", Unread())
 
 
@@ -207,11 +207,11 @@ def test_codes_of_one_format_are_not_asked_for_as_anothers() -> None:
 
 
 def test_what_cannot_be_quantised_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"weights of nn.Linear that are not trained, and the model has none"):
+    with pytest.raises(ValueError, match=r"frozen weights of nn.Linear, but the model has none"):
         geminifx.compile(nn.Linear(3, 3), frozen="nf4")
     with pytest.raises(ValueError, match=r"frozen='nf5'; expected one of .*did you mean 'nf4'"):
         geminifx.compile(nn.Linear(3, 3), frozen="nf5")
-    with pytest.raises(ValueError, match="is not for sharded tensors yet"):
+    with pytest.raises(ValueError, match="does not support sharded tensors yet"):
         geminifx.compile(Adapted(), frozen="nf4", world_size=2, parallel={"tensor": "1d:2"})
     broken = Adapted()
     broken.layers[2]["base"].weight.data[0, 0] = torch.nan

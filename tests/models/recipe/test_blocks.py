@@ -63,7 +63,7 @@ def test_epochs_are_the_fewest_steps_that_bring_every_block_so_often(count: int,
     seen = [int(x) for step in range(steps) for x in blocks.batch(step, batch_size)["input_ids"][:, 0]]
     assert min(seen.count(block) for block in set(seen)) >= epochs and len(set(seen)) == len(blocks)
     assert len(seen) - batch_size < epochs * len(blocks) <= len(seen)
-    with pytest.raises(ValueError, match="epochs must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="epochs=0; expected at least 1"):
         blocks.steps(0, batch_size)
 
 

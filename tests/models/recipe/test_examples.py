@@ -98,9 +98,9 @@ def test_chats_that_cannot_be_written(tokenizer: PreTrainedTokenizerFast) -> Non
     with pytest.raises(ValueError, match=r"x line 3 is a chat, but the tokenizer has no chat template"):
         encode([Chat("x line 3", TURNS)], tokenizer)
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match=r"x line 3: .*does not take these messages: no system here"):
+    with pytest.raises(ValueError, match=r"x line 3: .*does not accept these messages: no system here"):
         encode([Chat("x line 3", [{"role": "system", "content": "be nice"}, *TURNS])], tokenizer)
-    with pytest.raises(ValueError, match=r"x line 3 has no turn of the assistant"):
+    with pytest.raises(ValueError, match=r"x line 3 has no message of the assistant"):
         encode([Chat("x line 3", TURNS[:1])], tokenizer)
     tokenizer.chat_template = "{% for"
     with pytest.raises(ValueError, match=r"x line 3: the tokenizer's chat template"):
@@ -109,7 +109,7 @@ def test_chats_that_cannot_be_written(tokenizer: PreTrainedTokenizerFast) -> Non
 
 def test_a_tokenizer_without_places(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
-    with pytest.raises(ValueError, match=r"x line 3 is learned in part, but this tokenizer"):
+    with pytest.raises(ValueError, match=r"x line 3 is learned only in part, but this tokenizer"):
         encode([Completion("x line 3", "a", "b")], tokenizer)
     assert len(encode([Text("x line 3", "a")], tokenizer)) == 1
 

@@ -73,7 +73,7 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
         (b"\xef\xbb\xbfab\xff", "offset 5"),
         (b"\xff\xfea\0b\0", "UTF-16"),
         (b"\xfe\xff\0a\0b", "UTF-16"),
-        (b"a\nb\0c", r"a\.txt line 2 holds a NUL character"),
+        (b"a\nb\0c", r"a\.txt line 2 contains a NUL character"),
     ],
 )
 def test_what_is_no_text(tmp_path: Path, content: bytes, says: str) -> None:
@@ -96,12 +96,12 @@ def test_what_is_no_text(tmp_path: Path, content: bytes, says: str) -> None:
         ("a.json", '[{"text": "x"},\n]', "line 2 is not JSON"),
         ("a.json", '[{"text": "x"}\n{"text": "y"}]', r"line 2: found '\{' where ',' was expected"),
         ("a.json", '[{"text": "x"}', "line 1: found 'the end' where ',' was expected"),
-        ("a.json", "[{}]\n[]", "line 2: expected nothing behind the list"),
+        ("a.json", "[{}]\n[]", "line 2: expected nothing after the list"),
         ("a.json", "[\n3]", "line 2 holds a int; expected an object"),
         ("a.csv", "text,n\none,1\ntwo", r"a\.csv line 3 has 1 field\(s\); expected the 2 of line 1 \(text, n\)"),
         ("a.csv", "text,n\none,1,2", r"line 2 has 3 field\(s\)"),
-        ("a.csv", "text,text\na,b", "line 1: expected a name for every field, each another; found text, text"),
-        ("a.csv", "text,\na,b", "line 1: expected a name for every field"),
+        ("a.csv", "text,text\na,b", "line 1: expected a different name for every field; found text, text"),
+        ("a.csv", "text,\na,b", "line 1: expected a different name for every field"),
         ("a.csv", 'text\n"never closed', r"a\.csv line 2 is not CSV"),
         ("a.csv", 'text\n"a" b', r"a\.csv line 2 is not CSV"),
     ],
@@ -114,9 +114,11 @@ def test_what_holds_no_rows(tmp_path: Path, name: str, content: str, says: str) 
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no data at"):
         files_of(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match=r"holds no data; expected a file of text \(\.txt"):
+    with pytest.raises(ValueError, match=r"contains no data; expected a file of text \(\.txt"):
         files_of(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot tell from its name what .*a\.parquet holds; expected a file of text"):
+    with pytest.raises(
+        ValueError, match=r"the kind of data in .*a\.parquet cannot be told from its name; expected a file of text"
+    ):
         files_of(_write(tmp_path, "a.parquet", b"PAR1"))
     with pytest.raises(ValueError, match="neither a file nor a folder"):
         files_of(Path("/dev/null"))

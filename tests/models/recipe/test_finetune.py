@@ -196,7 +196,7 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     _finetune(_model(), _blocks(), recipe)
     with pytest.raises(ValueError, match=r"steps was 2, now 3; lr was 0\.003, now 0\.1"):
         _finetune(_model(), _blocks(), _recipe(tmp_path, steps=3, lr=0.1), resume=True)
-    with pytest.raises(ValueError, match="trained on other data"):
+    with pytest.raises(ValueError, match="trained on different data"):
         _finetune(_model(), _blocks(seed=1), recipe, resume=True)
     # How often to save may change.
     _finetune(_model(), _blocks(), _recipe(tmp_path, steps=2, save_every=1), resume=True)
@@ -206,7 +206,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     model, recipe = _model(), _recipe(tmp_path)
     checkpoints = PlainCheckpoints(model)
     checkpoints.save(recipe.output, model.optimizer(torch.optim.AdamW, model.parameters(), max_grad_norm=1.0), {"a": 1})
-    with pytest.raises(CheckpointError, match=r"is not of such a run: expected the values curve, data, .*--resume"):
+    with pytest.raises(
+        CheckpointError, match=r"was not written by geminifx train: expected the values curve, data, .*--resume"
+    ):
         finetune(model, _blocks(), recipe, checkpoints, resume=True)
 
 
@@ -306,7 +308,7 @@ def test_a_budget_without_room_for_the_search_still_names_the_step(tmp_path: Pat
     model = _model()
     model.model.model.decoder.layers[1].fc1.weight.data.fill_(math.nan)
     model.first_nonfinite = refuse  # type: ignore[method-assign,assignment]
-    with pytest.raises(NonFiniteLoss, match=r"loss of step 1 is nan; the budget has no room to search"):
+    with pytest.raises(NonFiniteLoss, match=r"loss of step 1 is nan; the budget leaves too little memory to search"):
         _finetune(model, _blocks(), _recipe(tmp_path))
 
 
@@ -336,7 +338,7 @@ def test_a_step_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
 def test_output_that_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds files but no checkpoint"):
+    with pytest.raises(ValueError, match="contains files that are not a checkpoint"):
         _finetune(_model(), _blocks(), _recipe(tmp_path))
     with pytest.raises(ValueError, match="is a file"):
         _finetune(_model(), _blocks(), _recipe(tmp_path, output=tmp_path / "run" / "thesis.tex"))

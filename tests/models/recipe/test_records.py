@@ -31,7 +31,7 @@ def test_each_kind_is_recognised(tmp_path: Path) -> None:
     ]
     assert summary(records) == "2 texts, 1 completion, 1 chat"
     assert plain_texts(records[:2]) == ["# words", "1+1=2"]
-    with pytest.raises(ValueError, match=r"c\.jsonl line 1 is a chat, and a model with random weights has no chat"):
+    with pytest.raises(ValueError, match=r"c\.jsonl line 1 is a chat, but a model with random weights has no chat"):
         plain_texts(records)
 
 
@@ -48,12 +48,12 @@ def test_fields_may_have_other_names(tmp_path: Path) -> None:
         ([{"body": "x", "n": 1}], r"a\.jsonl line 1 has the fields 'body', 'n'; expected 'text', .*text=NAME"),
         ([{}], "line 1 has the fields none"),
         ([{"prompt": "x"}], "line 1 has the fields 'prompt'; expected"),
-        ([{"text": "x", "messages": TURNS}], "line 1 has the fields 'text', 'messages'; say with --fields which"),
-        ([{"text": "x", "prompt": "x", "completion": "y"}], "say with --fields which"),
+        ([{"text": "x", "messages": TURNS}], "line 1 has the fields 'text', 'messages'; choose those"),
+        ([{"text": "x", "prompt": "x", "completion": "y"}], "choose those to learn from with --fields"),
         ([{"text": "x"}, {"body": "y"}], "line 2 has no field 'text'; its fields are 'body'"),
         ([{"text": 3}], "line 1 has no string field 'text': it is 3"),
         ([{"text": None}], "line 1 has no string field 'text': it is None"),
-        ([{"text": "x"}, {"text": "\ud800"}], r"line 2: the field 'text' holds \\ud800, half of a character"),
+        ([{"text": "x"}, {"text": "\ud800"}], r"line 2: the field 'text' contains \\ud800, half of a surrogate pair"),
         ([{"prompt": "x", "completion": ""}], "line 1: the field 'completion' is empty"),
         ([{"prompt": TURNS, "completion": "x"}], "line 1 has no string field 'prompt'"),
         ([{"messages": "hello"}], "line 1: the field 'messages' is 'hello'; expected a list such as"),
@@ -74,10 +74,10 @@ def test_says_what_is_wrong_with_a_record(tmp_path: Path, values: list[Any], say
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ("body", "'body' is not understood; expected text=NAME"),
-        ("text=", "'text=' is not understood"),
-        ("", "'' is not understood"),
-        ("text=a,text=b", "'text=b' is not understood"),
+        ("body", "'body' cannot be parsed; expected text=NAME"),
+        ("text=", "'text=' cannot be parsed"),
+        ("", "'' cannot be parsed"),
+        ("text=a,text=b", "'text=b' cannot be parsed"),
         ("label=a", "names label; expected text=NAME"),
         ("prompt=a", "names prompt; expected"),
         ("text=a,prompt=b,completion=c", "names text and prompt and completion; expected"),

@@ -85,7 +85,7 @@ def test_an_unknown_place_gets_the_nearest_name():
 
 
 def test_what_is_no_pass_is_refused():
-    with pytest.raises(ArgumentError, match="after=3; expected the name of the pass that it comes behind"):
+    with pytest.raises(ArgumentError, match="after=3; expected the name of the pass that it runs after"):
         graph_pass(after=3)
     with pytest.raises(ArgumentError, match="graph_pass=3; expected a function of a program and its plan"):
         graph_pass(after="chunk")(3)

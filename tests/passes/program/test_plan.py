@@ -126,8 +126,8 @@ def _of_version_2():
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("{}", "it has no version, expected 6; make it anew"),
-        (_of_version_2(), r"its version is 2, expected 6; make it anew with geminifx\.compile"),
+        ("{}", "it has no version, expected 6; save a new one"),
+        (_of_version_2(), r"its version is 2, expected 6; save a new one with geminifx\.compile"),
         (_without("layout"), "layout"),
         ("[1, 2]", "not a geminifx plan"),
         ("null", "not a geminifx plan"),

@@ -305,7 +305,7 @@ def evaluation(
 @pytest.mark.parametrize(
     "old, new, line, says",
     [
-        ('"f32[4, 2]" =', '"f32[2, 4]" =', 6, r"y is stated as f32\[2, 4\] but is f32\[4, 2\]"),
+        ('"f32[4, 2]" =', '"f32[2, 4]" =', 6, r"y is annotated as f32\[2, 4\], but it is f32\[4, 2\]"),
         ("mm.default(x, w)", "mm.default(w, x)", 6, "mm"),
         ("mm.default(x, w)", "mm.default(x)", 6, "missing"),
         ("mm.default(x, w)", "mm.default(x, v)", 6, "unknown name v"),
@@ -329,5 +329,5 @@ def test_errors_name_the_line(old, new, line, says):
 
 
 def test_text_without_a_function_is_refused():
-    with pytest.raises(ValueError, match="holds no function"):
+    with pytest.raises(ValueError, match="contains no function"):
         parse_program("x = 1")

@@ -119,10 +119,10 @@ DAMAGES = {
     "a value hides a name of the text": (_named("y", "aten"), "aten", "called 'aten'", "a name by"),
     "a node is made past emit": (_untyped, "relu_default", "made without a type", "nodes made by Program.emit"),
     "a backward node stands before the turn": (
-        _note("t", phase="backward"), "t", "a backward node in front of the turn", "forward nodes only",
+        _note("t", phase="backward"), "t", "a backward node before the turn", "forward nodes only",
     ),
     "a forward node stands behind the turn": (
-        _note("dx", phase="forward"), "dx", "a forward node behind the turn", "backward nodes only",
+        _note("dx", phase="forward"), "dx", "a forward node after the turn", "backward nodes only",
     ),
     "there are two turns": (_emit(ops.TURN, [], [], before="dw"), "turn_1", "a second turn", "one turn"),
     "a gradient is never reduced": (
@@ -149,7 +149,7 @@ DAMAGES = {
         _input("input:1", "fc.w"), "w_0", "a second input for fc.w", "one input per shared parameter",
     ),
     "another chunk is waited for": (
-        _arguments("wait", "fetch", 1), "wait", "something else than its chunk's fetch", "geminifx.wait",
+        _arguments("wait", "fetch", 1), "wait", "something other than its chunk's fetch", "geminifx.wait",
     ),
     "a fetch is never waited for": (
         _emit(ops.FETCH, 1, 64, torch.float32, before="y"), "fetch_2", "0 readers", "one reader, its wait",
@@ -276,11 +276,11 @@ OFFLOAD_DAMAGES = {
         _note("reload", phase="forward"), "reload", "on one side of the turn", "the turn, or a round, between them",
     ),
     "a value is read after it has left": (
-        _emit(aten.relu.default, "y", before="dx"), "relu", "reads y, which has left for the host",
+        _emit(aten.relu.default, "y", before="dx"), "relu", "reads y, which is offloaded to the host",
         "what geminifx.arrive returned",
     ),
     "a value is read after it has left through a view": (
-        _emit(aten.relu.default, "flat", before="dx"), "relu", "reads y, which has left", "geminifx.arrive",
+        _emit(aten.relu.default, "flat", before="dx"), "relu", "reads y, which is offloaded", "geminifx.arrive",
     ),
     "a value is overwritten on its way": (
         _emit(aten.copy_.default, "flat", "flat", before="z"), "copy_", "overwrites y on its way", "geminifx.depart",

@@ -138,7 +138,12 @@ def test_outputs_without_a_gradient_are_there_where_all_are_asked_for(outputs, a
 
 @pytest.mark.parametrize(
     ("placement", "message"),
-    [("tp=P", "is no sum"), ("tp=S0/3", "in 3 sections"), ("tp=S0/0", "in 0 sections"), ("tp=S2", "no dimension 2")],
+    [
+        ("tp=P", "is not a partial sum"),
+        ("tp=S0/3", "in 3 sections"),
+        ("tp=S0/0", "in 0 sections"),
+        ("tp=S2", "no dimension 2"),
+    ],
 )
 def test_a_table_that_makes_no_sense_is_refused(placement, message):
     with pytest.raises(ValueError, match=message):

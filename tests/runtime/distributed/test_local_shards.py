@@ -59,5 +59,5 @@ def test_replicas_are_counted_over_the_axes_that_share_a_batch() -> None:
 
 def test_another_shape_than_the_parameters_is_refused() -> None:
     parts = LocalShards(Ranks(MESH, 0, launched=False))
-    with pytest.raises(ValueError, match=r"parameter w has shape \(4, 3\), the value \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"parameter w has shape \(4, 3\), but the value has shape \(2, 3\)"):
         parts.take(torch.zeros(2, 3), Slot("w", 0, (2, 3), "row=S0"))

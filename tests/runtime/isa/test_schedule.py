@@ -38,7 +38,7 @@ def test_what_a_schedule_says_of_its_ranks():
     assert [schedule.stages_of(rank) for rank in range(2)] == [(0, 2), (1,)]
     assert [schedule.turn(rank) for rank in range(2)] == [6, 3]
     assert schedule.splits_backward
-    with pytest.raises(ValueError, match="no rank runs stage 3 of 3 of the schedule hand-made"):
+    with pytest.raises(ValueError, match="no rank of the schedule hand-made runs stage 3 of 3"):
         schedule.rank_of(3)
 
 
@@ -62,9 +62,9 @@ def test_what_waits_for_an_action():
         ("", "line 1: nothing, expected a header such as"),
         ("1f1b stages=2", "line 1: '1f1b stages=2', expected a header"),
         (TEXT.replace("rank 1", "rank 2"), "line 3: 'rank 2: .*', expected 'rank 1:'"),
-        (TEXT.replace("F1.0", "G1.0"), "line 3: 'G1.0' is no action; expected F, B, I or W"),
-        (TEXT.replace("F1.0", "F1"), "line 3: 'F1' is no action"),
-        (TEXT.replace("F1.0", "F1.0,"), "line 3: 'F1.0,' is no action"),
+        (TEXT.replace("F1.0", "G1.0"), "line 3: 'G1.0' is not an action; expected F, B, I or W"),
+        (TEXT.replace("F1.0", "F1"), "line 3: 'F1' is not an action"),
+        (TEXT.replace("F1.0", "F1.0,"), "line 3: 'F1.0,' is not an action"),
     ],
 )
 def test_what_is_no_schedule_is_refused_by_its_line(text: str, message: str):

@@ -51,8 +51,8 @@ def test_reads_a_share_of_a_total() -> None:
         ("0.1B", "at least one byte"),
         (float("nan"), "cannot be nan"),
         (float("inf"), "cannot be inf"),
-        (True, "means nothing"),
-        (None, "means nothing"),
+        (True, "is not an amount of memory"),
+        (None, "is not an amount of memory"),
         ("80%", "unknown total"),
     ],
 )
@@ -122,5 +122,5 @@ def test_reads_durations(text: str, duration_s: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "10", "10m", "0min", "-1h", "h", "1d", "nan s"])
 def test_what_is_no_duration_is_told(text: str) -> None:
-    with pytest.raises(ValueError, match=r'as a duration; expected such as "90s", "10min"'):
+    with pytest.raises(ValueError, match=r'as a duration; expected for example "90s", "10min"'):
         parse_seconds(text)

@@ -197,7 +197,7 @@ def test_sums_are_torch_s(variant):
 @pytest.mark.parametrize(
     "total, values, threads, message",
     [
-        (torch.zeros(4), torch.zeros(3), 1, "of one size"),
+        (torch.zeros(4), torch.zeros(3), 1, "of the same size"),
         (torch.zeros(8)[::2], torch.zeros(4), 1, "contiguous"),
         (torch.zeros(4, dtype=torch.float64), torch.zeros(4), 1, "to torch.float64"),
         (torch.zeros(4), torch.zeros(4, dtype=torch.int64), 1, "not torch.int64"),
@@ -353,7 +353,7 @@ def test_momentum_and_its_buffer_come_together():
         HostKernel().sgd(pair, gradient, None, SgdHyper(lr=0.1, momentum=0.9), 1)
     with pytest.raises(ValueError, match="needs no momentum buffer"):
         HostKernel().sgd(pair, gradient, torch.zeros(8), SgdHyper(lr=0.1), 1)
-    with pytest.raises(ValueError, match="count from 1"):
+    with pytest.raises(ValueError, match="numbered from 1"):
         replace(ADAMW, step=0)
     with pytest.raises(ValueError, match="no variant 'sse9'"):
         HostKernel("sse9")

@@ -134,7 +134,7 @@ def test_a_kernel_refuses_moments_that_it_cannot_take() -> None:
         problem.update(kernel, ADAMW)
     mixed = torch.zeros(BLOCK, dtype=torch.bfloat16)
     problem.moments = replace(problem.moments, mean=mixed)
-    with pytest.raises(ValueError, match="optimizer state is"):
+    with pytest.raises(ValueError, match="optimizer state must be"):
         problem.update(kernel, ADAMW)
 
 

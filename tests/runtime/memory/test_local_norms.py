@@ -16,7 +16,7 @@ class Shards:
         self.parameter = parameter
 
     def sharded(self) -> Iterator[tuple[nn.Parameter, str]]:
-        yield self.parameter, "weight is sharded: other ranks have other parts of it"
+        yield self.parameter, "weight is sharded: other ranks hold other parts of it"
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "Muon", "LBFGS"])

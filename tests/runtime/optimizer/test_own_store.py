@@ -334,7 +334,7 @@ def test_a_step_that_fails_half_way_ends_the_run(where: str, monkeypatch: pytest
         two.store.update_all(1.0)
     monkeypatch.undo()
     for use in (lambda: two.store.begin_backward(), lambda: two.store.check(), lambda: two.weights(0)):
-        with pytest.raises(StateError, match="step\\(\\) failed when some parameters were updated"):
+        with pytest.raises(StateError, match="step\\(\\) failed after some parameters were updated"):
             use()
 
 

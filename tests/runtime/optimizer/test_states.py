@@ -53,7 +53,7 @@ def test_a_master_is_read_as_it_was_written(kind: str, values: list[float]) -> N
     assert torch.equal(found.view(torch.int32), master.view(torch.int32)), "the sign of zero, too"
     assert not state.read(0).any() and state.version == 1
     found.fill_(7)
-    assert torch.equal(state.read(1), master), "what is read is a copy"
+    assert torch.equal(state.read(1), master), "reading it gives a gathered copy"
     weights = state.slice(state.weights, 1)
     if kind == "split":  # ties are rounded up, so that the remainder fits
         assert ((weights.float() - master).abs() <= (master.bfloat16().float() - master).abs()).all()

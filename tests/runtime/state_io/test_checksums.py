@@ -52,7 +52,9 @@ def test_what_is_known_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["weights", "state/a", "state/b"])
 def test_damage_names_the_file_and_what_is_intact(saved: Path, name: str) -> None:
     flip(saved / name)
-    with pytest.raises(CheckpointError, match=f"damaged: {name} has other bytes than were saved. Intact: .*notes"):
+    with pytest.raises(
+        CheckpointError, match=f"damaged: {name} differs from the bytes that were saved. Intact: .*notes"
+    ):
         verify(saved)
     (saved / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"damaged: {name} has 0 bytes instead of \d+\. "):
@@ -100,7 +102,7 @@ def test_what_is_outside_is_not_read(tmp_path: Path, name: str) -> None:
 
 def test_another_version_is_told(saved: Path) -> None:
     (saved / CHECKSUMS).write_text('{"version": 2}')
-    with pytest.raises(CheckpointError, match="is of version 2, and this is a program for version 1"):
+    with pytest.raises(CheckpointError, match="has version 2, but this program reads version 1"):
         verify(saved)
 
 

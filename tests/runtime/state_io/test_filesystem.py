@@ -36,7 +36,7 @@ class Runs:
 def test_code_in_metadata_is_not_run(tmp_path: Path) -> None:
     code = pickle.dumps(Runs(tmp_path / "ran"))
     (tmp_path / METADATA).write_bytes(code)
-    with pytest.raises(CheckpointError, match=r"cannot read .*: it names \w+\.mkdir, which is no part of"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*: it names \w+\.mkdir, which is not part of"):
         read_metadata(tmp_path)
     assert not (tmp_path / "ran").exists()
     pickle.loads(code)
@@ -57,7 +57,7 @@ def test_a_way_around_by_attributes_is_closed(tmp_path: Path) -> None:
     [
         (None, "there is no checkpoint in .*: no .metadata"),
         (b"", "cannot read .*: Ran out of input"),
-        (pickle.dumps({"step": 3}), "cannot read .*: it holds no metadata, but dict"),
+        (pickle.dumps({"step": 3}), "cannot read .*: it does not contain metadata, but a dict"),
     ],
 )
 def test_what_is_no_metadata_is_told(tmp_path: Path, content: bytes | None, says: str) -> None:

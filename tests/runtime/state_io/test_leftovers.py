@@ -41,7 +41,7 @@ def names(target: Path) -> list[str]:
 def test_what_is_whole_is_put_back_where_there_is_nothing(target: Path) -> None:
     leave(target, "new", "half", sealed=False)
     leave(target, "old", "old", sealed=False)
-    with pytest.warns(UserWarning, match=r"nothing at .*ck, but \.ck\.old-\w+ beside it is whole"):
+    with pytest.warns(UserWarning, match=r"nothing at .*ck, but \.ck\.old-\w+ next to it is complete"):
         assert put_back(target) == target
     assert (target / "weights").read_text() == "old"
     assert put_back(target) == target and len(names(target)) == 2

@@ -39,5 +39,5 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, way
     written(file, 1.0)
     written(other, 2.0)
     replace = (lambda: other.replace(file)) if way == "by another file" else lambda: written(file, 2.0)
-    with pytest.raises(CheckpointError, match="was replaced by another while weights were read"):
+    with pytest.raises(CheckpointError, match="was replaced while its weights were being read"):
         read(WeightFiles.found(tmp_path), replace)

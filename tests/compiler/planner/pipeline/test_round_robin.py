@@ -23,7 +23,7 @@ def test_every_one_can_run(stages: int, ranks: int, microbatches: int, with_head
     """Where there is something to do for every rank."""
     costs = [LAYER] * (stages - 1) + [HEAD if with_head else LAYER]
     if ranks > 2 * (stages - 1) + microbatches:
-        with pytest.raises(ArgumentError, match="slots, fewer than there are ranks"):
+        with pytest.raises(ArgumentError, match="slots, fewer than the"):
             round_robin(costs, ranks, microbatches)
         return
     schedule = round_robin(costs, ranks, microbatches)
@@ -65,7 +65,7 @@ def test_ranks_hold_what_they_work_on() -> None:
 
 def test_its_stages_have_no_rank() -> None:
     schedule = round_robin([LAYER] * 4, 2, 2)
-    with pytest.raises(ValueError, match="no stage of the schedule roundrobin has a rank of its own"):
+    with pytest.raises(ValueError, match="no stage of the schedule roundrobin belongs to one rank"):
         schedule.rank_of(0)
 
 
@@ -84,7 +84,7 @@ def test_nothing_makes_no_schedule(counts: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("schedule", ["roundrobin", round_robin([LAYER] * 2, 2, 2)], ids=["by name", "as data"])
 def test_compile_refuses_it_for_sharded_tensors(schedule: str | Schedule) -> None:
-    with pytest.raises(ArgumentError, match="is for models whose tensors are whole on each rank"):
+    with pytest.raises(ArgumentError, match="does not support sharded tensors"):
         geminifx.compile(nn.Linear(2, 2), parallel={"pipeline": 2, "tensor": "1d:2"}, schedule=schedule)
 
 

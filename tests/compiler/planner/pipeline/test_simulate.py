@@ -131,7 +131,7 @@ def test_ranks_do_one_thing_at_a_time_and_wait_for_what_they_need(schedule: Sche
 
 def test_what_cannot_run_is_not_simulated():
     schedule = make_schedule("1f1b", Shape(2, 2))
-    with pytest.raises(ArgumentError, match="costs of 3 stages for the schedule 1f1b of 2"):
+    with pytest.raises(ArgumentError, match="costs of 3 stages were given for the schedule 1f1b, which has 2"):
         simulate(schedule, [StageCosts(1, 1, 1, 2)] * 3)
     broken = Schedule.parse(str(schedule).replace("F0.0 F0.1", "F0.1"))
     with pytest.raises(ArgumentError, match=r"the schedule 1f1b cannot run: rank 0: no F0\.0"):

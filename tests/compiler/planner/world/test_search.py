@@ -134,7 +134,7 @@ def test_what_the_batch_takes_is_counted() -> None:
 
 def test_where_nothing_fits_it_says_what_takes_least() -> None:
     world = replace(world_of(CLUSTERS["8-pcie"], GB // 10), host_bytes=None)
-    with pytest.raises(BudgetError, match="takes least of a device") as refused:
+    with pytest.raises(BudgetError, match="needs the least memory per device") as refused:
         choose(measured("gpt2-xl"), world, space_of(measured("gpt2-xl"), world))
     assert refused.value.smallest_bytes is not None and refused.value.smallest_bytes > GB // 10
 
