@@ -52,10 +52,12 @@ OF_MODELS = ("world_size", "cluster", "rates", "device_budget", "parallel", "bat
 
 def _check_of_one_kind(context: typer.Context, model: str | None) -> None:
     """Raises ArgumentError for an option that only applies to the other of the two: a model, or a schedule alone."""
-    others, instead = (OF_MODELS, "a schedule alone; name a MODEL") if model is None else (OF_SCHEDULES, "a model")
+    others, instead = (
+        (OF_MODELS, "a schedule alone; name a MODEL") if model is None else (OF_SCHEDULES, "a model; leave it out")
+    )
     given = [name for name in others if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
-        raise ArgumentError(f"--{given[0].replace('_', '-')} does not apply to {instead}; leave it out")
+        raise ArgumentError(f"--{given[0].replace('_', '-')} does not apply to {instead}")
 
 
 @commands.command("simulate")

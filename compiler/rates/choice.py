@@ -61,7 +61,7 @@ def known_card(gpu: str) -> Rates:
     if name is not None:
         return preset(name)
     stand_in = preset(OTHER_CARD)
-    return replace(stand_in, name=f"{stand_in.name}, because {gpu} is unknown; geminifx calibrate measures it")
+    return replace(stand_in, name=f"{stand_in.name} ({gpu} is unknown; geminifx calibrate measures it)")
 
 
 def _measured(device: torch.device, machine: Identity, tell: Callable[[str], None]) -> Rates:

@@ -299,7 +299,7 @@ def test_after_half_a_load_every_step_is_refused_until_a_whole_one(
         with pytest.raises(StateError, match=half):
             refused()
     geminifx.load_checkpoint(other, None, tmp_path / "saved")
-    with pytest.raises(StateError, match="some values of the optimizer are of it"):
+    with pytest.raises(StateError, match="some values of the optimizer come from it"):
         other(torch.ones(8, 6))
     geminifx.load_checkpoint(other, second, tmp_path / "saved")
     assert same(values(other), expected) and train(other, second) == losses

@@ -84,7 +84,7 @@ def test_a_mask_that_is_left_out_by_its_values_is_refused() -> None:
     case = Case("dynamic masks", lambda: dynamic("sdpa"), exact=False)
     assert mask_replacers(case.seeded()) == ["DogeAttention"]
     with pytest.raises(
-        CaptureError, match=r"DogeAttention sees all keys.* attn_implementation='eager', or call it with"
+        CaptureError, match=r"DogeAttention attends to all keys.* attn_implementation='eager', or call it with"
     ):
         geminifx.compile(case.seeded())(**padded(0))
     check_trains_alike(case, tokens(), "cannot express a mask")

@@ -98,7 +98,7 @@ def test_a_checkpoint_that_lacks_a_weight_or_holds_junk(tmp_path: Path) -> None:
     weights = model.state_dict()
     del weights["model.decoder.layers.0.fc1.weight"]
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ModelLoadError, match=r"holds no model\.decoder\.layers\.0\.fc1\.weight, one of 1 parameters"):
+    with pytest.raises(ModelLoadError, match=r"lacks model\.decoder\.layers\.0\.fc1\.weight, the first of 1 missing"):
         load_model(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"junk" * 100)
     with pytest.raises(ModelLoadError, match="could not build a causal language model from"):

@@ -91,7 +91,7 @@ def replaces(m: Any, x: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a buffer that is replaced": (replaces, "replaces the buffer count, which it also reads through another reference"),
-    "for a function of its own": (lambda m, x: x @ Double.apply(m.all[0]), "gives the parameter layer.weight, which"),
+    "for a function of its own": (lambda m, x: x @ Double.apply(m.all[0]), "passes the parameter layer.weight, which"),
 }
 
 

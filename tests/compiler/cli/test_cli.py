@@ -171,7 +171,7 @@ def test_a_signal_saves_and_the_shown_command_resumes(bench: Bench, number: int)
         (["tiny.json", "--moments", "int4"], "moments='int4'; expected one of exact, bf16, int8"),
         (["tiny.json", "--data", "none.txt"], "there is no data at none.txt"),
         (["tiny.json", "--data", "bad.txt"], "bad.txt is not UTF-8: byte 0xff at offset 3 (line 1)"),
-        (["tiny.json", "--data", "empty.txt"], "empty.txt holds no text"),
+        (["tiny.json", "--data", "empty.txt"], "empty.txt contains no text"),
         (["tiny.json", "--data", "bad.csv"], "bad.csv line 2 has 1 field(s); expected the 2 of line 1 (text, n)"),
         (["tiny.json", "--data", "chat.jsonl"], "chat.jsonl line 1 is a chat, but a model with random weights has no"),
         (["tiny.json", "--data", "chat.jsonl", "--fields", "body"], "--fields 'body': 'body' cannot be parsed"),
@@ -251,7 +251,7 @@ def test_a_model_without_its_tokenizer_is_named(bench: Bench) -> None:
     load_model("tiny.json").save_pretrained("bare")
     result = bench.train("bare")
     assert result.exit_code == 2
-    assert "bare brings no tokenizer; a trained model needs" in _says(result)
+    assert "bare has no tokenizer; a trained model needs" in _says(result)
 
 
 def test_the_output_never_is_the_directory_the_model_came_from() -> None:

@@ -154,7 +154,9 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
             monkeypatch.setattr(targets[part], fail)
 
     recipe = _recipe(tmp_path, steps=4, save_every=2)
-    says = "^$" if isinstance(interruption, KeyboardInterrupt) else r"step 4 is not saved: could not save to .*No space"
+    says = (
+        "^$" if isinstance(interruption, KeyboardInterrupt) else r"step 4 was not saved: could not save to .*No space"
+    )
     expected = KeyboardInterrupt if isinstance(interruption, KeyboardInterrupt) else CheckpointError
     with pytest.raises(expected, match=says):
         _train(tokenizer, recipe, on_step=on_step)
@@ -181,7 +183,7 @@ def test_a_full_disk_is_a_clear_error_and_the_old_checkpoint_stays(
             _wait_for_save(tmp_path)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
 
-    says = r"step 4 is not saved: could not save to .*File too large.* is intact; free some"
+    says = r"step 4 was not saved: could not save to .*File too large.* is intact; free some"
     try:
         # Too small for the weights; then large enough for them, but not for masters and moments.
         for limit_bytes in (20_000, 120_000):

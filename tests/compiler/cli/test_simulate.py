@@ -41,7 +41,7 @@ def test_a_loss_that_is_read_costs_nothing() -> None:
         (("--schedule", "zbv"), "it has 2 stages per rank, not 1"),
         (
             ("--ranks", 512, "--microbatches", 4096),
-            "512 stages with 4096 microbatches make 2,097,152 forwards; expected",
+            "512 stages with 4096 microbatches need 2,097,152 forwards; expected",
         ),
         (("--input-ms", "inf"), "input_s=inf; expected 0 or more"),
         (("--trace", "no/such/directory/trace.json"), "No such file or directory"),
@@ -89,7 +89,7 @@ def test_of_a_model_the_fastest_way_is_taken_where_none_is_named(config: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--ranks", 2), "--ranks means nothing of a model"),
+        (("--ranks", 2), "--ranks does not apply to a model"),
         (("--world-size", 4, "--cluster", "8-pcie"), "--world-size 4, but the cluster has 8 devices"),
         (("--world-size", 4, "--parallel", "data=8"), "the product of the degrees must be the size of the world"),
         (("--parallel", "data=4,pipeline=2", "--batch-size", 10), "cannot be divided into 4 batches of 4 microbatches"),
@@ -120,4 +120,4 @@ def test_what_makes_no_sense_of_a_model_is_refused(config: Path, options: tuple[
 
 def test_a_schedule_alone_has_no_world() -> None:
     code, output = simulate("--ranks", 2, "--world-size", 4)
-    assert code == 2 and "--world-size means nothing of a schedule alone" in " ".join(output.split())
+    assert code == 2 and "--world-size does not apply to a schedule alone" in " ".join(output.split())

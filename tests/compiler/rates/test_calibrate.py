@@ -85,7 +85,7 @@ def test_a_machine_on_which_something_else_runs_is_not_measured(monkeypatch: pyt
     found = iter(UNSTEADY)
     with pytest.raises(
         BusyError,
-        match=r"5 times, launch_s came out differently every time, and other processes keep 60 % .* busy; stop the",
+        match=r"5 times, launch_s came out differently every time, and others keep 60 % .* busy; stop the",
     ):
         calibrate(CPU, TINY, measure=lambda *_: next(found))
     assert next(found, None) is None
@@ -120,12 +120,12 @@ def test_others_are_seen_by_the_processors_time_that_is_not_ours(monkeypatch: py
     clock.update(_all_busy_s=110.0, _own_busy_s=19.0)
     assert watch.others() is None, "a second of 40"
     clock.update(_own_busy_s=11.0)
-    assert watch.others() == "others keep 22 % of the host's 4 cores busy" and watch.others(9) is None
+    assert watch.others() == "other processes keep 22 % of the host's 4 cores busy" and watch.others(9) is None
 
 
 def test_nor_is_one_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "used_by_others", lambda *_: "other processes hold 12.0 GB of the GPU's memory")
-    with pytest.raises(BusyError, match="held by others"):
+    with pytest.raises(BusyError, match="other processes hold"):
         calibrate(CPU, TINY, measure=lambda *_: pytest.fail("nothing is to run"))
 
 

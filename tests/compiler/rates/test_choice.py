@@ -70,7 +70,7 @@ def test_a_busy_machine_is_planned_for_by_its_preset_and_measured_later(
     machine.identity, machine.busy = UNKNOWN, True
     assert rates_of(CUDA, None, 1, ROOM) == known_card(UNKNOWN.gpu) and kept_for(UNKNOWN) is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the rates of the preset h100-sxm, since NVIDIA A10 is not known" in line and "93 % busy" in line
+    assert "the rates of the preset h100-sxm (NVIDIA A10 is unknown" in line and "93 % busy" in line
     machine.busy = False
     assert rates_of(CUDA, None, 1, ROOM) == MEASURED
 
@@ -95,7 +95,7 @@ def test_a_known_card_is_measured_only_where_somebody_asks_for_it(machine: Machi
 def test_another_card_s_preset_says_that_it_is_another_s(machine: Machine) -> None:
     machine.identity = UNKNOWN
     found = rates_of(CUDA, None, 2, ROOM)
-    assert found.name == "the preset h100-sxm, since NVIDIA A10 is not known; geminifx calibrate measures it"
+    assert found.name == "the preset h100-sxm (NVIDIA A10 is unknown; geminifx calibrate measures it)"
     assert known_card("NVIDIA GeForce RTX 4090").name == "the preset rtx4090"
 
 
@@ -131,6 +131,6 @@ def test_a_plan_for_another_card_is_another_plan_and_says_for_which() -> None:
     """Of what computes next to nothing launches bind, which are alike."""
     plans = [compiled(NET, rates=name).plan for name in ("v100", "h200")]
     for plan, name in zip(plans, ("v100", "h200"), strict=True):
-        assert plan.estimate.rates == f"the preset {name}" and f"with the rates of the preset {name}" in str(plan)
+        assert plan.estimate.rates == f"the preset {name}" and f"at the rates of the preset {name}" in str(plan)
         assert plan.estimate.binds == "launches" and plan.estimate.bound_s <= plan.estimate.step_s
     assert plans[0].estimate.peak_bytes == plans[1].estimate.peak_bytes

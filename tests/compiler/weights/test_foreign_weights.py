@@ -135,7 +135,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "few codes": (lambda t: t.update({"first.weight": t["first.weight"][:-1]}), "has codes and scales of"),
     "fp4": (
         lambda t: t.update({"first.weight.quant_state.bitsandbytes__fp4": t.pop(f"first.{STATE}")}),
-        "first.weight in .* is as fp4; expected nf4",
+        "first.weight in .* is quantised as fp4; expected nf4",
     ),
     "another order": (lambda t: t["last.weight_format"].fill_(1), "does not store its codes by rows"),
 }  # fmt: skip

@@ -202,7 +202,7 @@ def test_weights_that_are_trained_or_tied_stay_as_they_are() -> None:
 def test_codes_of_one_format_are_not_asked_for_as_anothers() -> None:
     source = Adapted()
     geminifx.compile(source, frozen="nf4")
-    with pytest.raises(ValueError, match="are kept as nf4 already"):
+    with pytest.raises(ValueError, match="are already quantised as nf4"):
         geminifx.compile(source, frozen="int8")
 
 

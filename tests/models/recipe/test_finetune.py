@@ -216,7 +216,7 @@ def test_nothing_is_loaded_for_a_run_that_is_refused(tmp_path: Path) -> None:
     _finetune(_model(), _blocks(), _recipe(tmp_path, steps=2))
     model = _model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="trained differently"):
+    with pytest.raises(ValueError, match="trained with different settings"):
         _finetune(model, _blocks(), _recipe(tmp_path, steps=3), resume=True)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -330,7 +330,7 @@ def test_a_step_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
             return super().save(directory, optimizer, extra, **how)
 
     model, recipe = _model(), _recipe(tmp_path, save_every=2)
-    with pytest.raises(CheckpointError, match=r"step 4 is not saved: the disk is full; free some space .*--resume"):
+    with pytest.raises(CheckpointError, match=r"step 4 was not saved: the disk is full; free some space .*--resume"):
         finetune(model, _blocks(), recipe, Full(model))
     assert _step_saved(recipe) == 2
 

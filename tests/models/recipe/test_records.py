@@ -61,9 +61,9 @@ def test_fields_may_have_other_names(tmp_path: Path) -> None:
         ([{"messages": ["hello"]}], "line 1: message 1 of the field 'messages' is 'hello'; expected"),
         ([{"messages": [*TURNS, {"role": "user"}]}], "message 3 of the field 'messages' has no string 'content'"),
         ([{"messages": [{"content": "x"}]}], "message 1 of the field 'messages' has no string 'role'"),
-        ([{"messages": [{"role": "user", "content": "\udfff"}]}], r"message 1 .* holds \\udfff"),
-        ([{"text": " "}], "holds no text"),
-        ([], "holds no text"),
+        ([{"messages": [{"role": "user", "content": "\udfff"}]}], r"message 1 .* contains \\udfff"),
+        ([{"text": " "}], "contains no text"),
+        ([], "contains no text"),
     ],
 )
 def test_says_what_is_wrong_with_a_record(tmp_path: Path, values: list[Any], says: str) -> None:
