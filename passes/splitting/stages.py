@@ -77,7 +77,7 @@ class Stages:
         for swap, drawing in self.drawn_in.items():
             self.stage[swap] = self.stage[drawing]
         self.needed = self._needed()
-        self.early = self._of_inputs() if self.schedule.splits_backward else set[fx.Node]()
+        self.early = self._of_inputs() if self._inputs_first else set[fx.Node]()
         self.work = self._work()
 
     def rank_of(self, node: fx.Node, microbatch: int | None = None) -> int:
@@ -105,6 +105,12 @@ class Stages:
             return "B"
         return "I" if node in self.early else "W"
 
+    @property
+    def _inputs_first(self) -> bool:
+        """Whether gradients of inputs are computed before those of weights. In backwards of one piece they are where
+        weights live on the hosts: stages are small there, so that little is held meanwhile, and messages many."""
+        return self.schedule.splits_backward or self.schedule.weights == "host"
+
     # -- what each action is of ----------------------------------------------------------------------------
 
     def _needed(self) -> set[fx.Node]:
@@ -126,15 +132,20 @@ class Stages:
             yield from terms(node) if role.startswith("gradient:") else (node,)
 
     def _work(self) -> dict[tuple[int, str], list[fx.Node]]:
-        """The operators by stage and kind of action, in program order, without those that join microbatches."""
+        """The operators by stage and kind of action, without those that join microbatches: in program order, but of a
+        backward first those that other stages wait for, if there are `early` ones."""
         work = defaultdict[tuple[int, str], list[fx.Node]](list)
         for node in self.program.computes:
             if node in self.needed and node in self.stage and node.target not in JOINS:
                 work[self.stage[node], self._kind(node)].append(node)
+        if self.early:
+            for nodes in work.values():
+                nodes.sort(key=lambda node: note(node).phase == "backward" and node not in self.early)
         return work
 
     def _of_inputs(self) -> set[fx.Node]:
-        """The backward operators that other stages depend on: those of the actions I (gradients of inputs)."""
+        """The backward operators that other stages depend on: those of the actions I (gradients of inputs), or the
+        first ones of a backward of one piece."""
         early: set[fx.Node] = set()
         for node in reversed(self.program.computes):
             backward = note(node).phase == "backward" and node in self.stage and node in self.needed

@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
+Weights = Literal["rank", "host"]
 
 ROUND_ROBIN = "roundrobin"
 """The name of the schedule whose weights live on the hosts."""
@@ -62,7 +63,7 @@ class Schedule:
     stages: int
     microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
-    weights: Literal["rank", "host"] = "rank"
+    weights: Weights = "rank"
 
     def __post_init__(self) -> None:
         if len(self.name.split()) != 1 or self.name != self.name.strip():
