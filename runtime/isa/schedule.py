@@ -138,6 +138,11 @@ class Schedule:
         return divided if divided in self._actions else Action(stage, microbatch, "B")
 
     @cached_property
+    def trains(self) -> bool:
+        """Whether there are backwards."""
+        return any(action.kind != "F" for action in self._actions)
+
+    @cached_property
     def splits_backward(self) -> bool:
         """Whether backwards are split in two."""
         return any(action.kind in "IW" for action in self._actions)
