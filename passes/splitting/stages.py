@@ -3,7 +3,7 @@
 Everything here follows from the program and the plan alone, so that all ranks come to the same result.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from ..program.program import Program, note, tensor_type, type_of
 from ..program.types import TensorType
 from .assignment import assigned, swaps_of_draws
 from .parts import JOINS, of_microbatches, terms
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ class Sent(NamedTuple):
     Fields:
         item: what is sent.
         to: the receiving rank.
-        at: the index in `Stages.items` of the sender's action that sends it.
+        at: the index in `Stages.items` of the sender's action that sends it: parts of gradients that are `waiting` in
+            front of it, all else when it is made. The end comes behind the last action.
         early: whether that is before the sender's turn.
-        by: the index of the receiver's action by whose end it has been received; infinity if that is not certain.
+        by: the index of the receiver's action by whose end it has been received, with the turn counted as one; infinity
+            if that is not certain.
     """
 
     item: Item
@@ -196,13 +199,34 @@ class Stages:
         return [Output(role) for role, node in outputs if node in self.stage and self.joiner(node) == rank]
 
     def sends(self, rank: int) -> Iterator[Sent]:
-        """What a rank sends, in order. Messages to one rank are received in the order in which they are sent."""
-        early, messages = True, list[Sent]()
+        """What a rank sends, in order. Messages to one rank are received in the order in which they are sent.
+
+        Where weights live on the hosts, parts of gradients do not hold up what is needed sooner: a stage's are sent a
+        few at a time, in front of the next actions, and received beside one.
+        """
+        early, messages, first = True, list[Sent](), defaultdict[int, float](int)  # where the next may be received
+        waiting, pace = defaultdict[int, deque[Item]](deque), defaultdict[int, int](int)
+
+        def send(item: Item, to: int, at: int, by: float) -> None:
+            first[to] = max(first[to], by + (not isinstance(item, Sum)))
+            messages.append(Sent(item, to, at, early, by))
+
+        end = len(self.schedule.ranks[rank]) + 1
         for place, (action, items) in enumerate(self.items(rank)):
+            for to, parts in waiting.items():
+                for part in [parts.popleft() for _ in range(min(pace[to], len(parts)))]:
+                    send(part, to, place, self.steps.next_place(to, first[to], self.steps.begins(rank, place)))
             for item in items:
-                others = (to for to in self._receivers(item) if to != rank)
-                messages += (Sent(item, to, place, early, self._read_by(item, to, early)) for to in others)
+                for to in (to for to in self._receivers(item) if to != rank):
+                    if isinstance(item, Sum) and self.schedule.weights == "host":
+                        waiting[to].append(item)
+                        pace[to] = -(-len(waiting[to]) // self.plan.microbatches)
+                    else:
+                        send(item, to, place, self._read_by(item, to, early))
             early = early and action is not None
+        for to, parts in waiting.items():
+            for part in parts:
+                send(part, to, end, inf)
         soonest = defaultdict[int, float](lambda: inf)
         for i, sent in reversed(list(enumerate(messages))):
             soonest[sent.to] = min(soonest[sent.to], sent.by)
@@ -218,6 +242,10 @@ class Stages:
             actions = (Action(self.stage[user], microbatch, self._kind(user)) for user in users for microbatch in every)
             places += (self._place[action] for action in actions if self.schedule.runner(action) == rank)
         return min([*places, *([turn] if early or isinstance(item, Output) else [])], default=inf)
+
+    @cached_property
+    def steps(self) -> Steps:
+        return Steps(self.schedule)
 
     @cached_property
     def _place(self) -> dict[Action, int]:

@@ -75,6 +75,22 @@ def test_ranks_of_a_round_robin_have_what_they_run():
     assert geminifx.Plan.from_json(plan.to_json()) == plan
 
 
+def test_ranks_of_a_round_robin_hold_gradients_of_a_few_stages_however_many_there_are():
+    """Twice as many blocks are twice as many parameters that two ranks exchange gradients of."""
+    sizes = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512}
+    found = []
+    for count in (8, 16):
+        case = Case("opt", lambda count=count: opt(num_hidden_layers=count, tie_word_embeddings=False, **sizes))
+        options = {"world_size": 4, "parallel": {"pipeline": {"ranks": 4, "stages": count}}, "microbatches": 4}
+        plan = geminifx.compile(
+            case.seeded(), example_inputs=case.batch(batch=8), schedule=round_robin([EVEN] * count, 4, 4),
+            placement="cpu", **options,
+        ).plan  # fmt: skip
+        found.append((4 * sum(chunk.numel for chunk in plan.layout.chunks), plan.peak_bytes))
+    (fewer_bytes, least), (more_bytes, most) = found
+    assert most - least < (more_bytes - fewer_bytes) / 2
+
+
 def test_a_round_robin_suits_what_its_own_stages_take():
     """Where the head takes as long as three blocks, several ranks run it."""
     head = Case("opt, a large vocabulary", lambda: opt(num_hidden_layers=4, vocab_size=4096, tie_word_embeddings=False))

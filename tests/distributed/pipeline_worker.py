@@ -174,6 +174,7 @@ def train(training: Training, rows: slice = slice(None)) -> Trained:
             with torch.no_grad():
                 losses.append(model(**training.batch(step, rows)).loss.item())
             model.train()
+    assert model.stats.device_peak_bytes <= model.plan.peak_bytes
     return Trained(losses, {name: value.clone() for name, value in model.state_dict().items()})
 
 
