@@ -8,8 +8,9 @@
     h_1 = geminifx.receive([2, 4], [4, 1], ..., 0)     h_1 = geminifx.finish_receive(p)
     y_1 = aten.mm.default(h_1, w)                      y_1 = aten.mm.default(h_1, w)
 
-A receive starts where the action before its reader's begins, and no earlier, to keep its buffer short-lived. Receives
-from one rank stay in order. None crosses the turn: a step that never runs backward must not wait for a message that
+A receive starts where the action before its reader's begins, and no earlier, to keep its buffer short-lived; behind the
+last action, where sums of gradients come that are long, each starts where the one before it is awaited. Receives from
+one rank stay in order. None crosses the turn: a step that never runs backward must not wait for a message that
 nobody sends. No send moves later and no wait moves earlier, so the pass cannot introduce a deadlock.
 """
 
@@ -34,6 +35,8 @@ def post_receives(program: Program, plan: Plan) -> None:
         if node.target is RECEIVE:
             finish = _post(program, node, point)
             point, begin = (finish if place is node else place for place in (point, begin))
+            is_behind = phase == "backward" and not action
+            point = finish if is_behind else point
 
 
 def _post(program: Program, receive: fx.Node, point: fx.Node) -> fx.Node:

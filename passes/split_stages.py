@@ -31,26 +31,31 @@ The turn comes right before the first of the rank's gradients would be complete.
 tangent yet, so all backwards use the expected one: 1, or the loss scale of float16. After the turn, the gradient sums
 that leave the program are multiplied by the ratio of the actual tangent to the expected one.
 
-Random numbers are those of a single process: every rank advances its generator through all draws of that process.
+Where weights live on the hosts, each is updated by the rank that runs its stage's forwards and by the one that runs the
+backwards. The sums that these exchange are sent a few in front of each action, received beside one, and added up at
+once, so that a rank holds those of a few stages at a time, whatever its share of the model is.
 """
 
 from collections import defaultdict, deque
-from math import prod
+from collections.abc import Callable
+from math import inf, prod
 
 from torch import fx
 
 from ..runtime.isa.errors import ShardingError
-from ..runtime.isa.instructions import AVERAGE, FINISH_SEND, MICROBATCH, RECEIVE, SAVE_RNG, SEND
+from ..runtime.isa.instructions import AVERAGE, FINISH_SEND, MICROBATCH, RECEIVE, SEND
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.precision import accumulate_dtype
-from ..runtime.isa.schedule import Action, Schedule
+from ..runtime.isa.schedule import Action
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Note, Phase, Program, annotate, is_random, note, tensor_type, type_of
+from .program.program import Note, Phase, Program, annotate, note, tensor_type, type_of
 from .program.types import TensorType, contiguous_stride, memory_order
 from .program.verify import canonical
-from .splitting.parts import Parts, Total, aten, drawn_apart, draws_forward
-from .splitting.stages import Item, Made, Output, Stages, Sum, is_number
+from .splitting.draws import draw_ahead
+from .splitting.fitting import check_fit
+from .splitting.parts import Parts, Total, aten, draws_forward
+from .splitting.stages import Item, Made, Output, Sent, Stages, Sum
 
 _FORWARD: Phase = "forward"
 _BACKWARD: Phase = "backward"
@@ -59,37 +64,17 @@ _BACKWARD: Phase = "backward"
 @graph_pass(requires=(canonical,))
 def split_stages(program: Program, plan: Plan) -> None:
     if plan.schedule is not None:
-        _check(program, plan.schedule)
+        check_fit(program, plan.schedule)
         _Cut(program, plan).run()
-
-
-def _check(program: Program, schedule: Schedule) -> None:
-    """Raises ShardingError for a step or a schedule that a pipeline cannot run."""
-    if schedule.splits_backward and any(action.kind == "B" for actions in schedule.ranks for action in actions):
-        raise ShardingError(
-            f"the schedule {schedule.name} runs some backwards in one action (B) and others in two (I and W), which "
-            "can only be simulated; expected the same for all"
-        )
-    tangents = list(program.inputs("tangent").values())
-    if len(tangents) > 1 or not all(map(is_number, tangents)):
-        raise ShardingError(
-            "a pipeline computes the loss in its last stage, so the model must return a loss and no other "
-            "differentiable output: let the model compute its loss (labels=), or pass compile a function that does "
-            "(loss_fn=), and leave outputs='all' out"
-        )
-    if any(role.startswith("input:") for role in program.results_of("gradient")):
-        raise ShardingError(
-            "an input of the pipeline requires a gradient, which only the first stage would have; pass it without, by "
-            ".detach()"
-        )
 
 
 class _Cut:
     """A walk along one rank's line of the schedule that writes its program after the old nodes.
 
     `values` maps a rank and an item it made to the node here that made or received it. `incoming` are the messages
-    still to come from each other rank, `outgoing` those still to send, both in order. `under_way` are the sends not yet
-    waited for, by receiver, each with the receiver's place by whose end it has been received.
+    still to come from each other rank, `outgoing` those still to send, both in order. `sums` are gradients of which
+    some ranks' parts are added up, `missing` the ranks whose parts are not yet. `under_way` are the sends not yet
+    waited for, by receiver.
     """
 
     def __init__(self, program: Program, plan: Plan) -> None:
@@ -101,16 +86,16 @@ class _Cut:
         for role, gradient in self.stages.gradients_elsewhere(self.rank):
             self.gradients[role] = elsewhere.setdefault(gradient, Total(gradient, 0))
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
+        self.missing: dict[Total, deque[int]] = {}
+        self.sums: dict[Total, fx.Node] = {}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
-        self.under_way: dict[int, deque[tuple[fx.Node, float]]] = defaultdict(
-            deque
-        )  # by receiver, with the place by whose end it is received
+        self.under_way = defaultdict[int, deque[tuple[fx.Node, Sent]]](deque)
         self.incoming = {
             rank: deque(sent for sent in self.stages.sends(rank) if sent.to == self.rank)
             for rank in range(len(self.stages.schedule.ranks)) if rank != self.rank
         }  # fmt: skip
-        self.states: dict[tuple[int, int], fx.Node] = {}  # of the generator, by stage and microbatch
+        self.place = 0  # among the rank's actions and its turn
         self.expected: fx.Node | None = None
         self.scale: fx.Node | None = None  # actual tangent / expected tangent; set after the turn
 
@@ -119,8 +104,9 @@ class _Cut:
         results, phase = dict[str, fx.Node](), _FORWARD
         for position, tangent in self.program.inputs("tangent").items():
             self.expected = self.program.add_input("expected", type_of(tangent), f"expected:{position}")
-        self._draw_ahead()
-        for action, items in self.stages.items(self.rank):
+        saved, self.states = draw_ahead(self.parts, self.stages)
+        self.values |= {(self.rank, item): state for item, state in saved.items()}
+        for self.place, (action, items) in enumerate(self.stages.items(self.rank)):  # noqa: B020
             behind = self.program.output.prev
             if action is None:
                 results |= self._outputs() | self._buffers()
@@ -130,9 +116,13 @@ class _Cut:
                 behind = self.program.output.prev
                 self._begin_behind()
             else:
+                if self.scale is not None and self.stages.schedule.weights == "host":
+                    self._exchange_sums()
                 self._run(action, items)
             self._mark(behind, phase, action)
+        self.place += 1
         behind = self.program.output.prev
+        self._send()
         results |= self._gradients()
         self._finish_all_sends()
         self._mark(behind, phase)
@@ -151,27 +141,20 @@ class _Cut:
             if node.op == "call_function" or node in others:
                 self.program.graph.erase_node(node)
 
-    def _draw_ahead(self) -> None:
-        """Advance the generator through all draws of all stages, saving its state before each stage's draws for each
-        microbatch."""
-        apart = drawn_apart(self.program)
-        drawing = [node for node in self.program.computes if self._draws(node) and node not in apart]
-        for microbatch in range(self.plan.microbatches):
-            state = None
-            for node in drawing:
-                if node.target is SAVE_RNG:
-                    self.values[self.rank, Made(node, microbatch)] = self.parts.save_state()
-                    continue
-                stage = self.stages.stage[node]
-                if state is None or (stage, microbatch) not in self.states:
-                    state = self.states[stage, microbatch] = self.parts.save_state()
-                self.parts.draw(node, state)
+    def _exchange_sums(self) -> None:
+        """In front of an action, send and receive the parts of gradients whose place it is, and wait for what has been
+        sent and is received in earlier steps."""
+        self._send()
+        for source, messages in self.incoming.items():
+            while messages and isinstance(messages[0].item, Sum) and messages[0].by <= self.place:
+                self._receive_next(source)
+        for to in self.under_way:
+            self._finish_sends(to, self._is_past)
 
-    def _draws(self, node: fx.Node) -> bool:
-        """Whether a node draws, or saves the generator's state for a replay on any rank, in a forward that is
-        needed."""
-        is_kept = node.target is SAVE_RNG and node not in self.stages.stage
-        return (is_random(node) or is_kept) and node in self.stages.needed and note(node).phase == "forward"
+    def _is_past(self, sent: Sent) -> bool:
+        """Whether the action by whose end a message is received ends, in steps, before the one here begins."""
+        steps = self.stages.steps
+        return sent.by < inf and steps.ends(sent.to, int(sent.by)) <= steps.begins(self.rank, self.place)
 
     # -- actions -------------------------------------------------------------------------------------------
 
@@ -198,9 +181,16 @@ class _Cut:
         return copy
 
     def _keep(self, item: Item, value: fx.Node) -> None:
-        """Record a value that now exists, and send it to the ranks that read it."""
+        """Record a value that now exists, and send it to the ranks that read it, now or in a later place."""
         self.values[self.rank, item] = value
-        while self.outgoing and self.outgoing[0].item == item:
+        self._send()
+
+    def _send(self) -> None:
+        """Send what is next, as far as it exists and its place has come."""
+        while self.outgoing and self.outgoing[0].at <= self.place:
+            value = self.values.get((self.rank, self.outgoing[0].item))
+            if value is None:
+                break
             sent, order = self.outgoing.popleft(), memory_order(tensor_type(value))
             message = (
                 self.parts.emit(aten.permute.default, value, order, like=note(value))
@@ -208,19 +198,18 @@ class _Cut:
                 else value
             )
             self.parts.emit(SEND, message, sent.to, like=note(value))
-            self.under_way[sent.to].append((message, sent.by))
+            self.under_way[sent.to].append((message, sent))
 
-    def _finish_sends(self, to: int, at: int) -> None:
-        """Wait for the messages that rank `to` received before its place `at`."""
+    def _finish_sends(self, to: int, is_received: Callable[[Sent], bool]) -> None:
+        """Wait for the first messages to rank `to`, as far as it has received them."""
         messages = self.under_way[to]
-        while messages and messages[0][1] < at:
+        while messages and is_received(messages[0][1]):
             self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
 
     def _finish_all_sends(self) -> None:
         """Wait for all sends: at the turn and at the end, where every rank has received everything sent before."""
-        for to, messages in self.under_way.items():
-            while messages:
-                self.parts.emit(FINISH_SEND, messages.popleft()[0], to, like=Note())
+        for to in self.under_way:
+            self._finish_sends(to, lambda sent: True)
 
     def _value(self, node: fx.Node, microbatch: int | None) -> fx.Node:
         """A microbatch's value of a node: made or received here or, if the node belongs to no stage, made here on
@@ -250,7 +239,9 @@ class _Cut:
     def _receive_next(self, source: int) -> None:
         sent = self.incoming[source].popleft()
         self.values[source, sent.item] = self._receive(sent.item, source)
-        self._finish_sends(source, sent.at)
+        self._finish_sends(source, lambda other: other.by < sent.at)
+        if isinstance(sent.item, Sum):
+            self._sum(self.by_gradient[sent.item.gradient])
 
     def _receive(self, item: Item, source: int) -> fx.Node:
         match item:
@@ -337,13 +328,11 @@ class _Cut:
             list(self.parts.add(item.node, self.values[self.rank, item], self.totals[item.node]))
 
     def _complete(self, item: Sum) -> None:
-        """Record this rank's part of a gradient, now complete, and scale it if no other rank has a part and the turn is
-        past."""
+        """Record this rank's part of a gradient, now complete, and add it up if the turn is past."""
         total = self.by_gradient[item.gradient]
         assert total.value is not None
         self._keep(item, total.value)
-        if self.scale is not None and self._is_whole(total):
-            self._scale(total)
+        self._sum(total)
 
     def _begin_behind(self) -> None:
         """Write the first node after the turn, the scale, and apply it to the gradients that are already complete."""
@@ -352,13 +341,12 @@ class _Cut:
         tangent = next(iter(self.program.inputs("tangent").values()))
         self.scale = self.parts.emit(aten.div.Tensor, tangent, self.expected, like=Note(), name="scale")
         for total in self.by_gradient.values():
-            if not total.missing and self._is_whole(total):
-                self._scale(total)
+            self._sum(total)
 
     def _gradients(self) -> dict[str, fx.Node]:
         for total in self._by_arrival():
-            if not self._is_whole(total):
-                self._sum(total)
+            for rank in self.stages.holders(total.gradient):
+                self._received(Sum(total.gradient), rank)
         values = {role: total.value for role, total in self.gradients.items()}
         lost = [role for role, value in values.items() if value is None]
         assert not lost, f"nobody has brought {', '.join(lost)} to rank {self.rank}"
@@ -370,24 +358,32 @@ class _Cut:
         places = {item.gradient: i for i, item in enumerate(coming) if isinstance(item, Sum)}
         return sorted(self.by_gradient.values(), key=lambda total: places.get(total.gradient, -1))
 
-    def _is_whole(self, total: Total) -> bool:
-        """Whether no other rank has a part in a gradient."""
-        return self.stages.holders(total.gradient) == [self.rank]
-
     def _sum(self, total: Total) -> None:
-        """Sum all ranks' parts in the order of the ranks, so that all of them get the same bits."""
-        item = Sum(total.gradient)
-        first, *others = (self._received(item, rank) for rank in self.stages.holders(total.gradient))
-        for other in others:
-            first = self.parts.emit(aten.add.Tensor, first, other, like=note(total.gradient), name="total")
-        total.value = first
-        self._scale(total)
+        """Add up those parts of a gradient that have come, in the order of the ranks, so that all ranks get the same
+        bits; and scale the sum of all. Nothing is added before the turn."""
+        if self.scale is None:
+            return
+        item, missing = Sum(total.gradient), self.missing.setdefault(total, deque(self.stages.holders(total.gradient)))
+        while missing and (missing[0], item) in self.values:
+            part, first = self.values[missing.popleft(), item], self.sums.get(total)
+            if first is None:
+                self.sums[total] = part
+            else:
+                add = aten.add.Tensor if self._is_sent(first, total) else aten.add_.Tensor
+                self.sums[total] = self.parts.emit(add, first, part, like=note(total.gradient), name="total")
+            if not missing:
+                total.value = self.sums.pop(total)
+                self._scale(total)
 
     def _scale(self, total: Total) -> None:
-        """Multiply a gradient by actual / expected tangent, then round it. A part that is still being sent is not
-        overwritten."""
-        origin, own = note(total.gradient), self.values.get((self.rank, Sum(total.gradient)))
-        is_under_way = total.value is own and self.stages.owners(total.gradient) != [self.rank]
-        multiply = aten.mul.Tensor if is_under_way else aten.mul_.Tensor
+        """Multiply a gradient by actual / expected tangent, then round it."""
+        origin = note(total.gradient)
+        multiply = aten.mul.Tensor if self._is_sent(total.value, total) else aten.mul_.Tensor
         total.value = self.parts.emit(multiply, total.value, self.scale, like=origin, name="total")
         total.value = self.parts.rounded(total, origin)
+
+    def _is_sent(self, value: fx.Node | None, total: Total) -> bool:
+        """Whether a value is this rank's part of a gradient and may still be on its way to others, so that nothing may
+        overwrite it."""
+        is_own = value is self.values.get((self.rank, Sum(total.gradient)))
+        return is_own and self.stages.owners(total.gradient) != [self.rank]

@@ -11,9 +11,20 @@ from torch import nn
 
 from ...passes.program.plan import Plan
 from ...runtime.isa.errors import ArgumentError
+from ...runtime.isa.formats import OwnFormat
 from ...runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout
 from ...runtime.isa.mesh import parse_placements, whole_shape
 from ...runtime.isa.precision import master_dtype
+
+NOT_CUT = (
+    "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
+    "updated together; save a plan made after model.optimizer(...) was called with these moments"
+)
+NOT_TOGETHER = (
+    "the plan's chunks do not suit the optimizer: each chunk must hold parameters that are updated by the same rule, "
+    "and chunks of parameters that are updated as a unit must be on the device or streamed through it; save a plan "
+    "made after model.optimizer(...) was called with this optimizer"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,15 @@ def check_plan(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[st
             f"the plan does not fit this model: {violation.field} is {violation.found}, expected "
             f"{violation.expected}; save a plan of this model with geminifx.compile(...).plan.save(path)"
         )
+
+
+def check_cut(given: Plan, format: OwnFormat) -> None:
+    """Raises ArgumentError for a plan whose chunks do not suit updates of this format."""
+    if not given.layout.is_cut_for(format.unit):
+        raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
+    there = all(home.where in format.wheres(chunk) for chunk, home in given.placed(given.homes) if chunk.is_whole)
+    if not there or not given.layout.follows(dict(format.rules)):
+        raise ArgumentError(NOT_TOGETHER)
 
 
 def _violations(plan: Plan, parameters: dict[str, nn.Parameter], blocks: tuple[str, ...],

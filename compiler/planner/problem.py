@@ -23,7 +23,7 @@ from ..capture.results import logits_bytes
 from ..capture.trace import Captured
 from ..lowering import Lowering
 from ..options import Options
-from .check import check_plan
+from .check import check_cut, check_plan
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
 from .packing import Spread, Together, divide, pack
@@ -31,6 +31,7 @@ from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
+from .pipeline.stage_costs import suited
 from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
 
 ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
@@ -47,15 +48,6 @@ LEANER = (
 )
 """Formats that `model.optimizer(...)` may still declare, those that take most memory first."""
 
-NOT_CUT = (
-    "the plan does not fit moments={!r}: parameters in its chunks do not begin at multiples of {} elements, which are "
-    "updated together; save a plan made after model.optimizer(...) was called with these moments"
-)
-NOT_TOGETHER = (
-    "the plan's chunks do not suit the optimizer: each chunk must hold parameters that are updated by the same rule, "
-    "and chunks of parameters that are updated as a unit must be on the device or streamed through it; save a plan "
-    "made after model.optimizer(...) was called with this optimizer"
-)
 HOST_ALONE, ANY_TIER = ("host",), ("host", "device", "")
 """The tiers of a BudgetError for which a leaner format is tried."""
 NO_LOSS = "fuse_loss: the model has no loss over a vocabulary whose logits are used for nothing else"
@@ -120,8 +112,8 @@ class Planning:
 
     @cached_property
     def schedule(self) -> Schedule | None:
-        """What each pipeline rank does in a training step; None without a pipeline. Raises ArgumentError for a schedule
-        that cannot run or does not match the degrees."""
+        """What each pipeline rank does in a training step; None without a pipeline. Round-robin by name is `suited` to
+        its stages once these are cut. Raises ArgumentError for a schedule that cannot run or misfits the degrees."""
         options, degrees = self.options, self.options.degrees
         if options.plan is not None:
             return self._fitting(options.plan.schedule)
@@ -239,13 +231,13 @@ class Planning:
             if request.kernels == "exact":
                 request = replace(request, kernels=given.request.kernels)
             if format is not None:
-                _check_cut(given, format)
+                check_cut(given, format)
             if given.microbatches != microbatches:
                 given = replace(given, microbatches=microbatches, rounds=gcd(given.rounds, microbatches), blocks=runs)
             if not captured.trains:
                 given = replace(given, rounds=1)
             given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
-                            schedule=self._scheduled(captured, microbatches))  # fmt: skip
+                            schedule=self._scheduled(captured, microbatches, before))  # fmt: skip
             if before is None:  # only at first: parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
                 self._check_owned(captured, given)
@@ -254,10 +246,13 @@ class Planning:
             return self._either(accept, given, kinds, ANY_TIER)
         staged = replace(
             self.shared(), microbatches=microbatches, rounds=rounds, blocks=runs, line=self.line,
-            stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches),
+            stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches, before),
         )  # fmt: skip
         if staged.schedule is not None and not staged.stages:
-            staged = replace(staged, stages=begins(self._canonical(captured, staged), staged, self.limits.rates))
+            program, rates = self._canonical(captured, staged), self.limits.rates
+            staged = replace(staged, stages=begins(program, staged, rates))
+            if options.schedule == ROUND_ROBIN and captured.trains:
+                staged = replace(staged, schedule=suited(program, staged, self._recomputed(staged.stages), rates))
         layout = before.layout if before and _is_cut_for(before.layout, format) else None
         layout = layout or self._layout(captured, staged, format)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
@@ -266,7 +261,7 @@ class Planning:
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
-        recompute, offload = (self._blocks(name, getattr(options, name)) for name in ("recompute", "offload"))
+        recompute, offload = self._recomputed(staged.stages), self._blocks("offload", options.offload)
         constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
         ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
         find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
@@ -288,11 +283,12 @@ class Planning:
         self._lowered.clear()
         self._logits.clear()
 
-    def _scheduled(self, captured: Captured, microbatches: int) -> Schedule | None:
-        """The schedule for a captured step: the training schedule, or its forward alone where there is no backward."""
-        if self.schedule is None or captured.trains:
-            return self.schedule
-        return self.schedule.forward_alone(microbatches)
+    def _scheduled(self, captured: Captured, microbatches: int, before: Plan | None) -> Schedule | None:
+        """The schedule for a captured step: the training schedule, that of the plan `before` if it has one, or its
+        forward alone where there is no backward."""
+        known = None if before is None else before.schedule
+        schedule = known if known is not None and known.trains else self.schedule
+        return schedule if schedule is None or captured.trains else schedule.forward_alone(microbatches)
 
     def _canonical(self, captured: Captured, plan: Plan) -> Program:
         """The canonicalized program that stages are cut out of."""
@@ -358,10 +354,16 @@ class Planning:
             self._logits[id(captured)] = captured, logits_bytes(captured.program)
         return self._logits[id(captured)][1]
 
+    def _recomputed(self, stages: tuple[str, ...]) -> tuple[str, ...] | None:
+        """The blocks to recompute; None leaves the choice to the planner."""
+        chosen = self.options.recompute
+        if chosen == "auto" and self.schedule is not None and self.schedule.weights == "host":
+            # Another rank's backward reads messages, so all must choose alike; the last stage's own follows at once.
+            return self.blocks[:-1] if stages[-1] == self.blocks[-1] else self.blocks
+        return self._blocks("recompute", chosen)
+
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves the choice to the planner."""
-        if chosen == "auto" and option == "recompute" and self.schedule is not None and self.schedule.weights == "host":
-            return self.blocks  # another rank's backward reads messages, so all ranks must choose alike
         if isinstance(chosen, str):
             return {"auto": None, "none": (), "all": self.blocks}[chosen]
         unknown = [name for name in chosen if name not in self.blocks]
@@ -387,12 +389,3 @@ def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tupl
 def _is_cut_for(layout: Layout, format: OwnFormat | None) -> bool:
     """Whether elements that the format updates together lie together in the layout."""
     return format is None or (layout.is_cut_for(format.unit) and layout.follows(dict(format.rules)))
-
-
-def _check_cut(given: Plan, format: OwnFormat) -> None:
-    """Raises ArgumentError for a plan whose chunks do not suit updates of this format."""
-    if not given.layout.is_cut_for(format.unit):
-        raise ArgumentError(NOT_CUT.format(format.stored, format.unit))
-    there = all(home.where in format.wheres(chunk) for chunk, home in given.placed(given.homes) if chunk.is_whole)
-    if not there or not given.layout.follows(dict(format.rules)):
-        raise ArgumentError(NOT_TOGETHER)

@@ -1,15 +1,9 @@
-"""The stages of a pipeline: which one each operator belongs to, what the ranks do in which order, and what they send.
-
-An operator of a block belongs to the block's stage. Operators between blocks go with the block before them, embeddings
-with the first stage, head and loss with the last. In the backward an operator belongs to its module's forward stage, or
-else to the stage of the operator before it. Values that depend on no parameter, such as masks and positions, belong to
-no stage: each rank makes those that it reads. If weights live on the hosts, where stages have no rank of their own, the
-same is true of all values that depend on no example, because every rank has the weights it reads.
+"""The stages of a pipeline: what the ranks do in which order, and what they send.
 
 Everything here follows from the program and the plan alone, so that all ranks come to the same result.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,14 +12,14 @@ from typing import NamedTuple
 
 from torch import fx
 
-from ...runtime.isa.errors import ShardingError
-from ...runtime.isa.instructions import SAVE_RNG, SWAP_RNG
 from ...runtime.isa.linear_cross_entropy import ABSENT
 from ...runtime.isa.schedule import Action, Kind, Schedule
 from ..program.plan import Plan
-from ..program.program import Program, aliased_inputs, is_random, note, tensor_type, type_of
+from ..program.program import Program, note, tensor_type, type_of
 from ..program.types import TensorType
-from .parts import JOINS, block_finder, of_microbatches, terms
+from .assignment import assigned, swaps_of_draws
+from .parts import JOINS, of_microbatches, terms
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,11 @@ class Sent(NamedTuple):
     Fields:
         item: what is sent.
         to: the receiving rank.
-        at: the index in `Stages.items` of the sender's action that sends it.
+        at: the index in `Stages.items` of the sender's action that sends it: parts of gradients that are `waiting` in
+            front of it, all else when it is made. The end comes behind the last action.
         early: whether that is before the sender's turn.
-        by: the index of the receiver's action by whose end it has been received; infinity if that is not certain.
+        by: the index of the receiver's action by whose end it has been received, with the turn counted as one; infinity
+            if that is not certain.
     """
 
     item: Item
@@ -79,12 +75,12 @@ class Stages:
         self.program, self.plan = program, plan
         self.schedule: Schedule = plan.schedule
         self.own = of_microbatches(program)
-        self.drawn_in = _swaps_of_draws(program)
-        self.stage = _assigned(program, plan)
+        self.drawn_in = swaps_of_draws(program)
+        self.stage = assigned(program, plan)
         for swap, drawing in self.drawn_in.items():
             self.stage[swap] = self.stage[drawing]
         self.needed = self._needed()
-        self.early = self._of_inputs() if self.schedule.splits_backward else set[fx.Node]()
+        self.early = self._of_inputs() if self._inputs_first else set[fx.Node]()
         self.work = self._work()
 
     def rank_of(self, node: fx.Node, microbatch: int | None = None) -> int:
@@ -112,6 +108,12 @@ class Stages:
             return "B"
         return "I" if node in self.early else "W"
 
+    @property
+    def _inputs_first(self) -> bool:
+        """Whether gradients of inputs are computed before those of weights. In backwards of one piece they are where
+        weights live on the hosts: stages are small there, so that little is held meanwhile, and messages many."""
+        return self.schedule.splits_backward or self.schedule.weights == "host"
+
     # -- what each action is of ----------------------------------------------------------------------------
 
     def _needed(self) -> set[fx.Node]:
@@ -133,15 +135,20 @@ class Stages:
             yield from terms(node) if role.startswith("gradient:") else (node,)
 
     def _work(self) -> dict[tuple[int, str], list[fx.Node]]:
-        """The operators by stage and kind of action, in program order, without those that join microbatches."""
+        """The operators by stage and kind of action, without those that join microbatches: in program order, but of a
+        backward first those that other stages wait for, if there are `early` ones."""
         work = defaultdict[tuple[int, str], list[fx.Node]](list)
         for node in self.program.computes:
             if node in self.needed and node in self.stage and node.target not in JOINS:
                 work[self.stage[node], self._kind(node)].append(node)
+        if self.early:
+            for nodes in work.values():
+                nodes.sort(key=lambda node: note(node).phase == "backward" and node not in self.early)
         return work
 
     def _of_inputs(self) -> set[fx.Node]:
-        """The backward operators that other stages depend on: those of the actions I (gradients of inputs)."""
+        """The backward operators that other stages depend on: those of the actions I (gradients of inputs), or the
+        first ones of a backward of one piece."""
         early: set[fx.Node] = set()
         for node in reversed(self.program.computes):
             backward = note(node).phase == "backward" and node in self.stage and node in self.needed
@@ -192,13 +199,34 @@ class Stages:
         return [Output(role) for role, node in outputs if node in self.stage and self.joiner(node) == rank]
 
     def sends(self, rank: int) -> Iterator[Sent]:
-        """What a rank sends, in order. Messages to one rank are received in the order in which they are sent."""
-        early, messages = True, list[Sent]()
+        """What a rank sends, in order. Messages to one rank are received in the order in which they are sent.
+
+        Where weights live on the hosts, parts of gradients do not hold up what is needed sooner: a stage's are sent a
+        few at a time, in front of the next actions, and received beside one.
+        """
+        early, messages, first = True, list[Sent](), defaultdict[int, float](int)  # where the next may be received
+        waiting, pace = defaultdict[int, deque[Item]](deque), defaultdict[int, int](int)
+
+        def send(item: Item, to: int, at: int, by: float) -> None:
+            first[to] = max(first[to], by + (not isinstance(item, Sum)))
+            messages.append(Sent(item, to, at, early, by))
+
+        end = len(self.schedule.ranks[rank]) + 1
         for place, (action, items) in enumerate(self.items(rank)):
+            for to, parts in waiting.items():
+                for part in [parts.popleft() for _ in range(min(pace[to], len(parts)))]:
+                    send(part, to, place, self.steps.next_place(to, first[to], self.steps.begins(rank, place)))
             for item in items:
-                others = (to for to in self._receivers(item) if to != rank)
-                messages += (Sent(item, to, place, early, self._read_by(item, to, early)) for to in others)
+                for to in (to for to in self._receivers(item) if to != rank):
+                    if isinstance(item, Sum) and self.schedule.weights == "host":
+                        waiting[to].append(item)
+                        pace[to] = -(-len(waiting[to]) // self.plan.microbatches)
+                    else:
+                        send(item, to, place, self._read_by(item, to, early))
             early = early and action is not None
+        for to, parts in waiting.items():
+            for part in parts:
+                send(part, to, end, inf)
         soonest = defaultdict[int, float](lambda: inf)
         for i, sent in reversed(list(enumerate(messages))):
             soonest[sent.to] = min(soonest[sent.to], sent.by)
@@ -214,6 +242,10 @@ class Stages:
             actions = (Action(self.stage[user], microbatch, self._kind(user)) for user in users for microbatch in every)
             places += (self._place[action] for action in actions if self.schedule.runner(action) == rank)
         return min([*places, *([turn] if early or isinstance(item, Output) else [])], default=inf)
+
+    @cached_property
+    def steps(self) -> Steps:
+        return Steps(self.schedule)
 
     @cached_property
     def _place(self) -> dict[Action, int]:
@@ -304,97 +336,3 @@ class Stages:
 def is_number(node: fx.Node) -> bool:
     type = type_of(node)
     return isinstance(type, TensorType) and type.shape == () and tensor_type(node).dtype.is_floating_point
-
-
-def _swaps_of_draws(program: Program) -> dict[fx.Node, fx.Node]:
-    """The instructions that swap the generator's state around a single random operator, mapped to that operator."""
-    found: dict[fx.Node, fx.Node] = {}
-    for node in program.computes:
-        if is_random(node):
-            for swap in (node.prev, node.next):
-                if swap.target is SWAP_RNG:
-                    found[swap] = node
-    return found
-
-
-def _assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
-    """The stage of each operator that depends on parameters or tangents, or draws."""
-    assert plan.schedule is not None
-    found: dict[fx.Node, int] = {}
-    in_stages, bound = set[fx.Node](), set(program.inputs("tangent").values())
-    views = set(program.inputs("parameter").values())
-    everywhere = _of_no_example(program) if plan.schedule.weights == "host" else set[fx.Node]()
-    for node in program.computes:
-        if node.target is SWAP_RNG or node in everywhere:
-            continue
-        sources = set(node.all_input_nodes)
-        if not is_random(node) and node.target is not SAVE_RNG and not sources & (in_stages | bound | views):
-            continue
-        if sources <= views and sources == set(aliased_inputs(node)):
-            views.add(node)
-        else:
-            in_stages.add(node)
-    walk = _Walk(plan)
-    for node in program.computes:
-        if node in in_stages:
-            found[node] = walk.forward(node, found) if note(node).phase == "forward" else walk.backward(node, found)
-    return found
-
-
-def _of_no_example(program: Program) -> set[fx.Node]:
-    """The nodes that every rank can compute from weights and from values known before the first action. Raises
-    ShardingError if a gradient is among them, because every rank would add it."""
-    own = of_microbatches(program)
-    found = {node for node in program.computes if node.target is SAVE_RNG}
-    found |= {node for node in program.computes if node not in own and node.target not in JOINS}
-    for name, gradient in program.results_of("gradient").items():
-        if not found.isdisjoint(terms(gradient)):
-            raise ShardingError(
-                f"the gradient of {name} does not depend on the batch, as with a penalty on weights, and in a "
-                "round-robin schedule no rank owns that weight; use a schedule such as '1f1b'"
-            )
-    return found
-
-
-class _Walk:
-    """A walk through the operators in order that keeps track of the current stage."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.block_of = block_finder(plan.blocks)
-        self.stages = stages_of_blocks(plan.blocks, plan.stages)
-        self.now, self.last = 0, len(plan.stages) - 1
-        self.turned = False
-        self.of_module = defaultdict[str, set[int]](set)
-
-    def forward(self, node: fx.Node, found: dict[fx.Node, int]) -> int:
-        """The stage of a forward operator: no earlier than those of its inputs."""
-        if node.target in JOINS:
-            return found[node.args[0]]
-        module = note(node).module
-        self.now = self.stages.get(self.block_of(module), self.now)
-        stage = max([self.now, *(found[value] for value in node.all_input_nodes if value in found)])
-        self.of_module[module].add(stage)
-        return stage
-
-    def backward(self, node: fx.Node, found: dict[fx.Node, int]) -> int:
-        """The stage of a backward operator: no later than those of its inputs from the backward."""
-        if not self.turned:
-            self.now, self.turned = self.last, True
-        module = note(node).module
-        known = self.of_module[module] if module else set()
-        self.now = self.stages.get(self.block_of(module), next(iter(known)) if len(known) == 1 else self.now)
-        read = (value for value in node.all_input_nodes if note(value).phase == "backward")
-        return min([self.now, *(found[value] for value in read if value in found)])
-
-
-def stages_of_blocks(blocks: tuple[str, ...], begins: tuple[str, ...]) -> dict[str, int]:
-    """The stage of each block. Raises ShardingError unless the stages begin with the model's beginning ("") and then
-    with distinct blocks in the model's order, none of them the first."""
-    order = {name: i for i, name in enumerate(blocks)}
-    places = [order.get(name, -1) for name in begins[1:]]
-    if begins[:1] != ("",) or -1 in places or places != sorted(set(places)) or 0 in places:
-        raise ShardingError(
-            f"the stages of a pipeline begin with {', '.join(map(repr, begins))}; expected '' (the beginning of the "
-            f"model), then names of blocks in their order, except the first: {', '.join(blocks) or 'there are none'}"
-        )
-    return {name: sum(i >= place for place in places) for name, i in order.items()}

@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
+Weights = Literal["rank", "host"]
 
 ROUND_ROBIN = "roundrobin"
 """The name of the schedule whose weights live on the hosts."""
@@ -64,7 +65,7 @@ class Schedule:
     stages: int
     microbatches: int
     ranks: tuple[tuple[Action, ...], ...]
-    weights: Literal["rank", "host"] = "rank"
+    weights: Weights = "rank"
 
     def __post_init__(self) -> None:
         if len(self.name.split()) != 1 or self.name != self.name.strip():
@@ -137,6 +138,11 @@ class Schedule:
         """The action that computes the gradients of a stage's inputs: the whole backward, or its first part."""
         divided = Action(stage, microbatch, "I")
         return divided if divided in self._actions else Action(stage, microbatch, "B")
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether there are backwards."""
+        return any(action.kind != "F" for action in self._actions)
 
     @cached_property
     def splits_backward(self) -> bool:

@@ -4,6 +4,7 @@ import geminifx
 import pytest
 import torch
 import torch.nn.functional as F
+from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
@@ -61,14 +62,60 @@ def test_a_rank_of_a_world_is_planned_for_on_one_process():
 
 
 def test_ranks_of_a_round_robin_have_what_they_run():
-    """Rank 0 runs the first stage's forwards and backwards, rank 1 the last one's; between, one has either."""
-    options = {"example_inputs": DEEP.batch(batch=8), "world_size": 2, "microbatches": 4, "schedule": "roundrobin"}
+    """A parameter is with who runs its stage's forwards or backwards."""
+    schedule = round_robin([EVEN] * 4, 2, 4)
+    options = {"example_inputs": DEEP.batch(batch=8), "world_size": 2, "microbatches": 4, "schedule": schedule}
     plan = geminifx.compile(DEEP.seeded(), parallel={"pipeline": {"ranks": 2, "stages": 4}}, **options).plan
-    assert [plan.schedule.runner(Action(1, 0, kind)) for kind in "FB"] == [0, 1]
-    owners = {f"model.decoder.layers.{i}.fc1.weight": plan.layout.owners for i in range(4)}
-    assert [owners[name][name] for name in owners] == [(0,), (0, 1), (0,), (1,)]
-    assert set(plan.recompute) == set(plan.blocks), "what the forward keeps would go to the backward's rank"
+    every = [Action(stage, microbatch, kind) for stage in range(4) for microbatch in range(4) for kind in "FB"]
+    runners = {i: {plan.schedule.runner(action) for action in every if action.stage == i} for i in range(4)}
+    owners = {i: plan.layout.owners[f"model.decoder.layers.{i}.fc1.weight"] for i in range(4)}
+    assert owners == {i: tuple(sorted(ranks)) for i, ranks in runners.items()}
+    assert {1, 2} == set(map(len, owners.values()))
+    assert plan.recompute == plan.blocks[:-1], (
+        "what a forward keeps would go to the backward's rank, but the last one's"
+    )
     assert geminifx.Plan.from_json(plan.to_json()) == plan
+
+
+def test_ranks_of_a_round_robin_hold_gradients_of_a_few_stages_however_many_there_are():
+    """Twice as many blocks are twice as many parameters that two ranks exchange gradients of."""
+    sizes = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512}
+    found = []
+    for count in (8, 16):
+        case = Case("opt", lambda count=count: opt(num_hidden_layers=count, tie_word_embeddings=False, **sizes))
+        options = {"world_size": 4, "parallel": {"pipeline": {"ranks": 4, "stages": count}}, "microbatches": 4}
+        plan = geminifx.compile(
+            case.seeded(), example_inputs=case.batch(batch=8), schedule=round_robin([EVEN] * count, 4, 4),
+            placement="cpu", **options,
+        ).plan  # fmt: skip
+        found.append((4 * sum(chunk.numel for chunk in plan.layout.chunks), plan.peak_bytes))
+    (fewer_bytes, least), (more_bytes, most) = found
+    assert most - least < (more_bytes - fewer_bytes) / 2
+
+
+def test_a_round_robin_suits_what_its_own_stages_take():
+    """Where the head takes as long as three blocks, several ranks run it."""
+    head = Case("opt, a large vocabulary", lambda: opt(num_hidden_layers=4, vocab_size=4096, tie_word_embeddings=False))
+    options = {"world_size": 4, "parallel": {"pipeline": {"ranks": 4, "stages": 4}}, "microbatches": 8}
+    runners = []
+    for case in (DEEP, head):
+        batch = case.batch(batch=64)
+        plan = geminifx.compile(case.seeded(), example_inputs=batch, schedule="roundrobin", **options).plan
+        runners.append({plan.schedule.runner(Action(3, microbatch, "F")) for microbatch in range(8)})
+    assert len(runners[0]) < len(runners[1])
+
+
+def test_an_evaluation_keeps_to_the_round_robin_of_training():
+    batch = DEEP.batch(batch=8)
+    options = {"world_size": 2, "microbatches": 4, "schedule": "roundrobin"}
+    model = geminifx.compile(
+        DEEP.seeded(), example_inputs=batch, parallel={"pipeline": {"ranks": 2, "stages": 4}}, **options
+    )
+    schedule = model.plan.schedule
+    model.eval()
+    with torch.no_grad():
+        program = model.session.program((), batch)
+    assert program.plan.schedule == schedule.forward_alone(4)
 
 
 def test_a_plan_with_other_stages_is_taken():

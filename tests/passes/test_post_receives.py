@@ -1,6 +1,9 @@
 """post_receives: messages travel beside compute, and ranks find what they found before."""
 
+import re
+
 import pytest
+from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.passes.partition import partition
 from geminifx.passes.post_receives import post_receives
@@ -21,7 +24,7 @@ def test_before_and_after(golden):
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb1p"])
 def test_what_an_action_reads_is_awaited_from_the_one_in_front(name):
-    """In each phase, but for what its first action reads."""
+    """In each phase, but for what its first action reads, and for what is read behind the last one."""
     schedule = make_schedule(name, Shape(4, 8))
     for plan in step_of(DEEP, 8).plans(schedule):
         program = step_of(DEEP, 8).lowered(plan)
@@ -34,12 +37,23 @@ def test_what_an_action_reads_is_awaited_from_the_one_in_front(name):
         for finish in program.calls(FINISH_RECEIVE):
             start, begin = finish.args[0], begins[note(finish).phase, note(finish).action]
             first = min(place for (phase, _), place in begins.items() if phase == note(finish).phase)
-            if begin != first:
+            if begin != first and note(finish).action:
                 assert order[start] < begin, "it starts ahead of the action that reads it"
                 assert places.index(begin) - sum(place <= order[start] for place in places) <= 0, "by one action"
             starts[start.args[3]].append(order[start])
         assert all(found == sorted(found) for found in starts.values()), "in the order in which they were sent"
         assert program.calls(START_RECEIVE)
+
+
+def test_behind_the_last_action_one_message_at_a_time_is_awaited():
+    """They are parts of gradients, which are long: each but the first starts before the one in front is awaited."""
+    step = step_of(Case("opt of eight blocks", lambda: opt(num_hidden_layers=8)), 4)
+    for plan in step.plans(round_robin([EVEN] * 8, 4, 4)):
+        nodes = list(step.lowered(plan).computes)
+        last = max(i for i, node in enumerate(nodes) if note(node).action.startswith("B"))
+        found = [node for node in nodes[last + 1 :] if node.target in (START_RECEIVE, FINISH_RECEIVE)]
+        kinds = "".join("s" if node.target is START_RECEIVE else "f" for node in found)
+        assert re.fullmatch("(sf)*f", kinds) and len(kinds) > 2, kinds
 
 
 def test_a_receive_that_is_not_waited_for_in_its_phase_is_told():

@@ -14,7 +14,7 @@ from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.partition import partition
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
-from geminifx.passes.program.program import type_of
+from geminifx.passes.program.program import note, tensor_type, type_of
 from geminifx.passes.program.text import parse_program
 from geminifx.passes.program.types import contiguous_stride
 from geminifx.passes.split_stages import split_stages
@@ -173,6 +173,21 @@ def test_stages_without_ranks_of_their_own_find_what_one_process_does(case, stag
     step = step_of(case, 4)
     schedule = round_robin([EVEN] * stages, ranks, 4)
     check(step, schedule, tangent=0.5, recompute=step.blocks if recompute == "all" else ())
+
+
+@pytest.mark.parametrize("weights", ["host", "rank"])
+def test_where_weights_live_on_the_hosts_gradients_of_inputs_are_sent_before_those_of_weights_exist(weights):
+    """A backward's product with the weight comes first, and what it makes goes; then that for the weight's gradient."""
+    schedule = replace(ONE_F_ONE_B, weights=weights)
+    program = parse_program(_chain(2, 2))
+    run_passes(program, replace(PLAN, schedule=schedule, line=1), (canonicalize, split_stages))
+    backward = [node for node in program.computes if note(node).action == "B1.0"]
+    mm = torch.ops.aten.mm.default
+    products = [
+        tensor_type(node).shape if node.target is mm else "sent" for node in backward if node.target in (mm, SEND)
+    ]
+    of_input, of_weight = (2, 4), (4, 4)
+    assert products == ([of_input, "sent", of_weight] if weights == "host" else [of_weight, of_input, "sent"])
 
 
 def test_a_gradient_of_no_example_has_no_rank_in_a_round_robin():

@@ -1,10 +1,13 @@
 """A schedule for weights that live on the hosts: ranks take turns on a few layers at a time, and own none of them.
 
-A slot is a run of stages for all microbatches; all slots take about as long. Ranks take the slots in turn, forwards
-first and then backwards. Backwards take longer, so their slots have fewer stages. While one rank still works on the
-last microbatches of a slot, the next rank already works on the first ones of the next slot: with as many microbatches
-as ranks nobody waits except at the beginning and the end. The last stage runs each backward right after its forward.
-Since it also makes the loss and takes longer than others, its microbatches are divided between several slots.
+A slot is a run of stages for all microbatches; all slots take about as long. The rank that is free first takes the next
+slot, forwards first and then backwards. Backwards take longer, so their slots have fewer stages. While one rank still
+works on the last microbatches of a slot, the next rank already works on the first ones of the next slot: with as many
+microbatches as ranks nobody waits except at the beginning and the end. A backward sends what the next slot waits for
+before it computes gradients of weights, which hides the message. The last stage runs each backward right after its
+forward. Since it also makes the loss and takes longer than others, its microbatches are divided between several slots.
+
+What remains idle is the ramps: each rank begins, and ends, a microbatch's time in a slot later than the one before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -89,8 +92,25 @@ def _schedule(costs: Sequence[StageCosts], slots: Slots, ranks: int, microbatche
         found.append(tuple(action for m in taken for action in (Action(last, m, "F"), Action(last, m, "B"))))
     for run in _runs(_backwards(costs), slots.backwards):
         found.append(tuple(Action(last - 1 - i, m, "B") for m in every for i in run))
-    turns = tuple(tuple(action for slot in found[rank::ranks] for action in slot) for rank in range(ranks))
-    return Schedule(ROUND_ROBIN, len(costs), microbatches, turns, "host")
+    return Schedule(ROUND_ROBIN, len(costs), microbatches, _taken(found, costs, ranks, microbatches), "host")
+
+
+def _taken(slots: list[Slot], costs: Sequence[StageCosts], ranks: int, microbatches: int) -> tuple[Slot, ...]:
+    """The actions of each rank, where the one that is free first takes the next slot."""
+    turns: list[list[Action]] = [[] for _ in range(ranks)]
+    free_s, there_s = [0.0] * ranks, [0.0] * microbatches  # when each rank is free, and each microbatch can go on
+    for slot in slots:
+        rank = min(range(ranks), key=lambda rank: (free_s[rank], len(turns[rank])))
+        turns[rank] += slot
+        now_s = free_s[rank]
+        for action in slot:
+            cost = costs[action.stage]
+            now_s = max(now_s, there_s[action.microbatch]) + cost.seconds(action)
+            there_s[action.microbatch] = now_s
+            if (action.stage, action.kind) == (slot[-1].stage, slot[-1].kind):  # it goes on to another rank
+                there_s[action.microbatch] += cost.message_s - cost.behind_s(action, "host")
+        free_s[rank] = now_s
+    return tuple(map(tuple, turns))
 
 
 def _runs(seconds: list[float], count: int) -> list[range]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ....runtime.isa.errors import ArgumentError, wrong_argument
-from ....runtime.isa.schedule import Action, Schedule
+from ....runtime.isa.schedule import Action, Schedule, Weights
 from .check import check_schedule, runnable
 
 
@@ -46,6 +46,11 @@ class StageCosts:
             case "W":
                 return self.weight_s
         return self.backward_s
+
+    def behind_s(self, action: Action, weights: Weights) -> float:
+        """Seconds of an action behind what other stages wait for: a whole backward computes gradients of weights last
+        where `weights` live on the hosts."""
+        return min(self.weight_s, self.backward_s) if action.kind == "B" and weights == "host" else 0.0
 
 
 class Event(NamedTuple):
@@ -157,7 +162,7 @@ class _Clock:
             self.events[action] = Event(rank, action, begin_s, end_s)
             reader = self.schedule.reader(action)
             if reader is not None and self.schedule.runner(reader) != rank:
-                self._send(action, reader, end_s)
+                self._send(action, reader, end_s - self.costs[action.stage].behind_s(action, self.schedule.weights))
 
     def await_loss(self) -> None:
         """Makes all ranks wait for the loss, which exists once the last stage's forwards are done."""

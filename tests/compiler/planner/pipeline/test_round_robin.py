@@ -32,12 +32,12 @@ def test_every_one_can_run(stages: int, ranks: int, microbatches: int, with_head
 
 
 def test_ranks_take_turns() -> None:
-    """Three forwards take as long as one backward; the last stage's backward follows at once, and its microbatches are
-    divided."""
+    """Three forwards take as long as one backward; the last stage's backward follows at once. Whoever is free first
+    takes the next slot."""
     assert str(round_robin([LAYER] * 4, 2, 2)).splitlines() == [
         "roundrobin stages=4 microbatches=2 weights=host",
-        "rank 0: F0.0 F1.0 F2.0 F0.1 F1.1 F2.1 F3.1 B3.1 B1.0 B1.1",
-        "rank 1: F3.0 B3.0 B2.0 B2.1 B0.0 B0.1",
+        "rank 0: F0.0 F1.0 F2.0 F0.1 F1.1 F2.1 B2.0 B2.1 B0.0 B0.1",
+        "rank 1: F3.0 B3.0 F3.1 B3.1 B1.0 B1.1",
     ]
 
 
@@ -55,6 +55,16 @@ def test_a_head_that_takes_long_is_divided_by_microbatches() -> None:
     heads = {schedule.runner(action) for actions in schedule.ranks for action in actions if action.stage == 31}
     assert len(heads) > 1
     assert simulate(schedule, costs).bubble <= 0.15
+
+
+def test_a_backward_tells_the_next_before_it_computes_gradients_of_weights() -> None:
+    """One third of it passes behind its message, and hides it; a stage with a rank of its own has no such order."""
+    layer = StageCosts(1.0, 1.0, 1.0, 3.0, message_s=0.5)
+    text = "{} stages=2 microbatches=1{}\nrank 0: F0.0 B0.0\nrank 1: F1.0 B1.0"
+    for weights, message, step_s in ((" weights=host", (4.5, 5.0), 8.0), ("", (5.5, 6.0), 9.0)):
+        run = simulate(Schedule.parse(text.format("two", weights)), [layer] * 2)
+        assert [(sent.begin_s, sent.end_s) for sent in run.messages] == [(1.0, 1.5), message]
+        assert run.step_s == step_s
 
 
 def test_ranks_hold_what_they_work_on() -> None:
@@ -88,12 +98,13 @@ def test_compile_refuses_it_for_sharded_tensors(schedule: str | Schedule) -> Non
         geminifx.compile(nn.Linear(2, 2), parallel={"pipeline": 2, "tensor": "1d:2"}, schedule=schedule)
 
 
-def test_llama_8b_on_eight_devices_on_pcie() -> None:
-    """Weights, states and what backwards read are on the hosts."""
+@pytest.mark.parametrize(("microbatches", "most"), [(8, 0.143), (16, 0.1)])
+def test_llama_8b_on_eight_devices_on_pcie(microbatches: int, most: float) -> None:
+    """Weights, states and what backwards read are on the hosts. RoundPipe publishes 14.3 % for 8 microbatches."""
     world = world_of(CLUSTERS["8-pcie"], 24 * 10**9, per_device=2)
     model = measured("llama-8b")
-    way = Way(pipeline=8, microbatches=16, schedule="roundrobin", stages_per_rank=len(model.parts))
+    way = Way(pipeline=8, microbatches=microbatches, schedule="roundrobin", stages_per_rank=len(model.parts))
     found = weigh(model, world, way, ("host",))
-    assert found.bubble <= 0.15
-    fixed = weigh(model, world, Way(pipeline=8, microbatches=16, schedule="1f1b"), ("host",))
+    assert found.bubble <= most
+    fixed = weigh(model, world, Way(pipeline=8, microbatches=microbatches, schedule="1f1b"), ("host",))
     assert found.step_s < fixed.step_s
