@@ -106,7 +106,7 @@ def test_the_hosts_account_holds_what_is_planned() -> None:
 
 
 def test_a_host_budget_that_is_too_small_is_refused_and_names_one_that_works() -> None:
-    with pytest.raises(BudgetError, match=r"host memory, 1\.00 kB may be used.*raise host_budget") as refused:
+    with pytest.raises(BudgetError, match=r"host memory, but 1\.00 kB may be used.*raise host_budget") as refused:
         compiled(MLP, placement="cpu", host_budget=1000)
     least = refused.value.smallest_bytes
     assert least is not None

@@ -63,7 +63,7 @@ def test_weights_on_meta_come_to_life(tmp_path: Path) -> None:
         empty = network()
     other = compiled(source=empty)
     optimizer = OPTIMIZERS["own"](other)
-    with pytest.raises(geminifx.CheckpointError, match=r"no optimizer's state; load it with optimizer=None"):
+    with pytest.raises(geminifx.CheckpointError, match=r"no optimizer state; load it with optimizer=None"):
         geminifx.load_checkpoint(other, optimizer, tmp_path / "saved")
     assert geminifx.load_checkpoint(other, None, tmp_path / "saved") is None
     assert same(values(other), values(model))

@@ -87,7 +87,7 @@ def test_what_decides_itself_is_refused() -> None:
         DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False)),
     )
     for loader in loaders:
-        with pytest.raises(ValueError, match="its own part \\(part 1 of 2 here\\)"):
+        with pytest.raises(ValueError, match="own part \\(part 1 of 2 here\\)"):
             geminifx.shard_dataloader(loader, as_rank(1, 2))
 
 

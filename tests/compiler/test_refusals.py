@@ -244,14 +244,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4), backend="eager")),
         "OptimizedModule 1 was made by torch.compile",
     ),
-    "scripted": (lambda: torch.jit.script(nn.Linear(4, 4)), "is scripted, and cannot be traced further"),
-    "traced": (lambda: torch.jit.trace(nn.Linear(4, 4), batch()), "is scripted, and cannot be traced further"),
+    "scripted": (lambda: torch.jit.script(nn.Linear(4, 4)), "is scripted and cannot be traced further"),
+    "traced": (lambda: torch.jit.trace(nn.Linear(4, 4), batch()), "is scripted and cannot be traced further"),
     "data parallel": (
         lambda: DataParallel(nn.Linear(4, 4)),
         "divides the batch by itself; compile its .module instead, with",
     ),
-    "sparse": (lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)), "Embedding 0 makes sparse gradients"),
-    "sparse bags": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "EmbeddingBag makes sparse gradients"),
+    "sparse": (lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)), "Embedding 0 produces sparse gradients"),
+    "sparse bags": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "EmbeddingBag produces sparse gradients"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "writes to its weight in the forward, for max_norm="),
     "old weight_norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(4, 4))),

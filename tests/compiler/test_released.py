@@ -116,7 +116,7 @@ def test_a_model_whose_optimizer_is_gone_says_so(examples: Any) -> None:
     model = geminifx.compile(network(), example_inputs=examples)
     model.optimizer(AdamW, lr=0.1, in_backward=True)
     for _ in range(2):
-        with pytest.raises(StateError, match=r"returned is gone.* keep it"):
+        with pytest.raises(StateError, match=r"returned was garbage-collected.* keep a reference"):
             model(batch(4)).sum().backward()
 
 

@@ -49,7 +49,7 @@ def dynamic(implementation: str) -> nn.Module:
 READERS = {
     "DeepseekV32Attention reads its mask": Case("sparse attention", sparse, exact=False),
     "MiniMaxM3VLAttention reads its mask": Case("sparse attention by blocks", sparse_by_blocks, exact=False),
-    "attention stays eager, as its": Case("dynamic masks", lambda: dynamic("eager"), exact=False),
+    "attention stays eager, as configured": Case("dynamic masks", lambda: dynamic("eager"), exact=False),
 }
 
 

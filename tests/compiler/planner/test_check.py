@@ -140,7 +140,7 @@ def test_a_plan_of_parts_passes() -> None:
         (lambda p: with_slot(p, offset=1), "the offset of '0.weight' is 1, expected a multiple of 64 (256 bytes)"),
         (
             lambda p: with_slot(p, offset=64),
-            "the offset of '0.weight' is 64, expected 72 or more, behind '0.bias', which it overlaps",
+            "the offset of '0.weight' is 64, expected 72 or more, after '0.bias', which it overlaps",
         ),
         (with_stranger, "the name of a slot is 'stranger', expected a parameter of the model"),
     ],

@@ -318,7 +318,7 @@ def test_what_the_host_has_no_room_for_is_not_chosen_for_its_speed() -> None:
     while not found[-1].recompute:  # at first less stays on the device that only computes
         found.append(solved_within(replace(tight, host_bytes=found[-1].estimate.host_bytes - 1)))
         assert found[-1].estimate.host_bytes < found[-2].estimate.host_bytes
-    with pytest.raises(BudgetError, match=r"needs .* of host memory, 0 B may be used") as refused:
+    with pytest.raises(BudgetError, match=r"needs .* of host memory, but 0 B may be used") as refused:
         solved_within(replace(limits(ALL // 2), host_bytes=0))
     assert 0 < refused.value.smallest_bytes < CHUNKS * STATE and refused.value.tier == "host"
 
