@@ -313,7 +313,8 @@ class Planning:
         owned = {}
         together = Together() if format is None else Together(format.unit, dict(format.rules))
         if plan.schedule is not None:
-            owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
+            trains = plan if captured.trains else replace(plan, schedule=self.schedule)
+            owned = owners(self._canonical(captured, plan), trains, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
         packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
         return divide(packed, self.shared().shards, together.unit)

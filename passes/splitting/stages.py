@@ -4,7 +4,7 @@ Everything here follows from the program and the plan alone, so that all ranks c
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -315,6 +315,13 @@ class Stages:
         nobody reads."""
         return frozenset(name for name, owners in self._owners.items() if rank in owners)
 
+    def _readers_of(self, user: fx.Node) -> Iterable[int]:
+        """The ranks that read what a stage's operator reads. Where weights live on the hosts, these are all that run
+        the stage: an evaluation, which may come first, does not show what backwards read."""
+        if self.schedule.weights == "rank":
+            return self.ranks_of(user)
+        return (rank for rank in range(len(self.schedule.ranks)) if self.stage[user] in self.schedule.stages_of(rank))
+
     @cached_property
     def _owners(self) -> dict[str, set[int]]:
         """For each parameter's name, the ranks that hold it."""
@@ -324,7 +331,7 @@ class Stages:
             while frontier:
                 for user in frontier.pop().users:
                     if user in self.stage and user in self.needed:
-                        read[name].update(self.ranks_of(user))
+                        read[name].update(self._readers_of(user))
                     elif user.op == "call_function" and user not in self.stage:
                         frontier.append(user)
         for name, gradient in self.program.results_of("gradient").items():

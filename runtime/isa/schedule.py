@@ -140,6 +140,17 @@ class Schedule:
         return divided if divided in self._actions else Action(stage, microbatch, "B")
 
     @cached_property
+    def parts(self) -> list[list[int]]:
+        """By rank and stage, from how many other ranks it receives their parts of the stage's gradients."""
+        every, found = range(len(self.ranks)), [[0] * self.stages for _ in self.ranks]
+        runs = [set(self.stages_of(rank)) for rank in every]
+        adds = [{action.stage for action in actions if action.kind in "BW"} for actions in self.ranks]
+        for rank in every:
+            for stage in runs[rank]:
+                found[rank][stage] = sum(other != rank and stage in adds[other] for other in every)
+        return found
+
+    @cached_property
     def trains(self) -> bool:
         """Whether there are backwards."""
         return any(action.kind != "F" for action in self._actions)

@@ -8,6 +8,7 @@ from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
+from geminifx.runtime.isa.mesh import Mesh
 from geminifx.runtime.isa.schedule import Action
 from torch import nn
 from zoo import OPT, Case, opt
@@ -77,6 +78,7 @@ def test_ranks_of_a_round_robin_have_what_they_run():
     assert geminifx.Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 def test_ranks_of_a_round_robin_hold_gradients_of_a_few_stages_however_many_there_are():
     """Twice as many blocks are twice as many parameters that two ranks exchange gradients of."""
     sizes = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512}
@@ -103,6 +105,18 @@ def test_a_round_robin_suits_what_its_own_stages_take():
         plan = geminifx.compile(case.seeded(), example_inputs=batch, schedule="roundrobin", **options).plan
         runners.append({plan.schedule.runner(Action(3, microbatch, "F")) for microbatch in range(8)})
     assert len(runners[0]) < len(runners[1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_evaluation_may_come_before_a_round_robin_trains(monkeypatch, rank):
+    """It leaves each rank with what its backwards are to read, too."""
+    monkeypatch.setattr(Mesh, "pipeline_rank", lambda mesh, of: rank)
+    batch, degrees = DEEP.batch(batch=8), {"pipeline": {"ranks": 2, "stages": 4}}
+    model = geminifx.compile(DEEP.seeded(), parallel=degrees, world_size=2, microbatches=4, schedule="roundrobin")
+    with torch.no_grad():
+        evaluated = model.eval().session.program((), batch).plan
+    trained = model.train().session.program((), batch).plan
+    assert evaluated.layout == trained.layout and trained.schedule.trains
 
 
 def test_an_evaluation_keeps_to_the_round_robin_of_training():

@@ -9,14 +9,14 @@ from functools import cached_property
 
 import numpy as np
 
-from ....runtime.isa.schedule import ROUND_ROBIN
+from ....runtime.isa.schedule import ROUND_ROBIN, Schedule
 from ...rates.clusters import Link
 from ..pipeline.round_robin import round_robin
 from ..pipeline.schedules import Shape, make_schedule
 from ..pipeline.simulate import Simulated, StageCosts, simulate
 from .model import Model
 from .units import Unit
-from .ways import Way
+from .ways import Way, in_flight
 from .world import World
 
 SLOT_BLOCKS = 4
@@ -270,9 +270,13 @@ class Costed:
         again_s[-1] *= not self.takes_turns  # the last stage's backward follows its forward at once
         input_s = stages.input_s + self._back * stages.exchange_s + again_s
         backward_s = self._beside(input_s + stages.weight_s, gather_s)
-        hop = self.costs.cluster.hop(way.tensor * way.data, way.pipeline)
-        message_s = hop.latency_s + stages.message_bytes / hop.bytes_per_s
+        message_s = self._hop.latency_s + stages.message_bytes / self._hop.bytes_per_s
         return self._beside(forward_s, gather_s), backward_s - stages.weight_s, stages.weight_s, backward_s, message_s
+
+    @property
+    def _hop(self) -> Link:
+        """The link between ranks of the pipeline."""
+        return self.costs.cluster.hop(self.way.tensor * self.way.data, self.way.pipeline)
 
     @property
     def _back(self) -> int:
@@ -322,12 +326,17 @@ class Costed:
             shape = Shape(way.pipeline, way.microbatches, way.stages_per_rank)
             schedule = make_schedule(way.schedule or "gpipe", shape)
         run = simulate(schedule, self.stage_costs)
-        return replace(self._priced(run.step_s, run.bubble), simulated=run)
+        return replace(self._priced(run.step_s, run.bubble, self._sums_s(schedule)), simulated=run)
 
-    def _priced(self, running_s: float, bubble: float) -> Priced:
-        tail_s, rank_bytes = tuple(map(float, self._tail_s())), tuple(map(int, self.rank_bytes))
+    def _sums_s(self, schedule: Schedule) -> np.ndarray:
+        """Seconds in which each rank receives other ranks' sums of gradients, of stages that it runs, too."""
+        parts = np.array(schedule.parts) @ self.stages.trained_numel
+        return parts * SUM_BYTES / self._hop.bytes_per_s
+
+    def _priced(self, running_s: float, bubble: float, sums_s: np.ndarray | float = 0.0) -> Priced:
+        tail_s, rank_bytes = tuple(map(float, self._tail_s(sums_s))), tuple(map(int, self.rank_bytes))
         return Priced(
-            self.way, running_s + max(tail_s), bubble, float(self._exchange_s().max()), max(rank_bytes),
+            self.way, running_s + max(tail_s), bubble, float((self._exchange_s() + sums_s).max()), max(rank_bytes),
             self.host_bytes, rank_bytes, tail_s,
         )  # fmt: skip
 
@@ -348,18 +357,22 @@ class Costed:
             ramp_s = (1 - 1 / way.pipeline) * max(float(forward_s.sum() + input_s.sum() - hidden_s), float(least_s))
         return (ramp_s + messages_s) / way.stages_per_rank
 
-    def _tail_s(self) -> np.ndarray:
-        """Seconds of each rank after its last backward: the rest of reducing gradients, and updates."""
+    def _tail_s(self, sums_s: np.ndarray | float) -> np.ndarray:
+        """Seconds of each rank after its last backward: the rest of reducing gradients, and updates. Sums of other
+        ranks come one by one, beside backwards, and the host updates by one while the next comes."""
         way, rates, (forward_s, *_, backward_s, _) = self.way, self.costs.rates, self._parts_s
         last = way.microbatches if way.pipeline == 1 else 1
         hidden_s = last * self._by_rank(backward_s) if rates.overlaps else 0.0
         left_s = np.maximum(self._reduce_s() - hidden_s, 0.0)
         updated = self.trained_numel / (way.replicas if way.zero else 1)
         if way.home == "device":
-            return left_s + updated / rates.device_params_per_s
-        hidden_s = way.microbatches * self._by_rank(forward_s) if rates.overlaps else 0.0
+            return left_s + sums_s + updated / rates.device_params_per_s
         update_s = updated / rates.host_params_per_s + updated * self._item / rates.both_bytes_per_s
-        return left_s + np.maximum(update_s - hidden_s, 0.0)
+        if not rates.overlaps:
+            return left_s + sums_s + update_s
+        sums_s = sums_s - way.microbatches * self._by_rank(backward_s)
+        update_s = update_s - way.microbatches * self._by_rank(forward_s)
+        return left_s + np.maximum(np.maximum(update_s, sums_s), 0.0)
 
     def _reduce_s(self) -> np.ndarray:
         """Seconds of each rank to reduce gradients over replicas and, with ZeRO 1 and 2, to gather new weights."""
@@ -378,19 +391,3 @@ class Costed:
         each_s = each_s + (2 * self._by_rank(message_s) if way.pipeline > 1 else 0.0)
         gathered_s = 2 * self._by_rank(self._gather_s) if way.zero == 3 else 0.0
         return way.microbatches * (each_s + gathered_s) + self._reduce_s()
-
-
-def in_flight(way: Way) -> np.ndarray:
-    """The most microbatches whose activations each rank holds, counted per stage and added up. Without a pipeline these
-    are all, since they go through each block one after another."""
-    count, behind = way.microbatches * way.stages_per_rank, way.pipeline - np.arange(way.pipeline)
-    match way.schedule:
-        case "1f1b":
-            return np.minimum(count, behind)
-        case "interleaved":
-            return np.minimum(count, (way.stages_per_rank - 1) * way.pipeline + 2 * behind - 1)
-        case "zb1p" | "zbv":
-            return np.minimum(count, way.stages) + 0 * behind
-        case "roundrobin":
-            return 1 + 0 * behind
-    return count + 0 * behind

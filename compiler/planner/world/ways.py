@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, Literal
 
+import numpy as np
+
 from ....runtime.isa.schedule import ROUND_ROBIN
 from ...parallel import Parallel, cannot_run
 from ..pipeline.schedules import Shape, misfit
@@ -181,3 +183,19 @@ class Space:
 
 def _divisors(number: int, most: int) -> list[int]:
     return [count for count in range(1, min(number, most) + 1) if number % count == 0]
+
+
+def in_flight(way: Way) -> np.ndarray:
+    """The most microbatches whose activations each rank holds, counted per stage and added up. Without a pipeline these
+    are all, since they go through each block one after another."""
+    count, behind = way.microbatches * way.stages_per_rank, way.pipeline - np.arange(way.pipeline)
+    match way.schedule:
+        case "1f1b":
+            return np.minimum(count, behind)
+        case "interleaved":
+            return np.minimum(count, (way.stages_per_rank - 1) * way.pipeline + 2 * behind - 1)
+        case "zb1p" | "zbv":
+            return np.minimum(count, way.stages) + 0 * behind
+        case "roundrobin":
+            return 1 + 0 * behind
+    return count + 0 * behind

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from geminifx.compiler.planner.world.costs import Costs, in_flight
+from geminifx.compiler.planner.world.costs import Costs
 from geminifx.compiler.planner.world.search import choose
-from geminifx.compiler.planner.world.ways import Space, Way
+from geminifx.compiler.planner.world.ways import Space, Way, in_flight
 from geminifx.compiler.planner.world.world import World
 from geminifx.compiler.rates.clusters import CLUSTERS
 from geminifx.runtime.isa.errors import BudgetError
