@@ -247,7 +247,7 @@ CASES: list[tuple[str, str, Any]] = [
 INSTEAD = {
     "save_pretrained": "directory",
     "directory": "directory|save to|checkpoint in",
-    "nope": "no option|does not take|options",
+    "nope": "no option|options",
     "graph_pass": "graph_pass",
 }
 """What a message has where it is not the argument's name."""

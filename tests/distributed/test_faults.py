@@ -140,7 +140,7 @@ def test_the_death_of_a_rank_ends_the_others(said) -> None:
     found, text = said[0]["death"]
     assert (
         found == "StateError"
-        and "rank 0 of 2 lost rank(s) 1 in all_gather (the backward of a training step behind 1 update(s)), in step 2"
+        and "rank 0 of 2 lost rank(s) 1 in all_gather (the backward of a training step after 1 update(s)), in step 2"
         in text
         and "last checkpoint" in text
     )
@@ -152,7 +152,7 @@ def test_a_death_between_forward_and_backward_ends_a_pipeline() -> None:
     assert not second and first["death"][0] == "StateError"
     assert "rank 0 of 2 lost rank(s) 1 in " in first["death"][1]
     # What the dead one sent last may not have left it.
-    half = r"\(the (forward|backward) of a training step behind 1 update\(s\)\), in step 2: which ended"
+    half = r"\(the (forward|backward) of a training step after 1 update\(s\)\), in step 2: which ended"
     assert re.search(half, first["death"][1])
 
 
@@ -163,7 +163,7 @@ def test_all_of_a_pipeline_tell_who_has_died_wherever_they_stand() -> None:
     assert [code for code, _ in ended] == [0, 0, 7, 0, 0]
     for rank, (code, output) in enumerate(ended):
         other_schedule, other_call, *death = map(json.loads, output.splitlines())
-        assert "run different programs: which would exchange different data in the forward" in other_schedule
+        assert "run different programs, which would exchange different data in the forward" in other_schedule
         assert "rank 0: an evaluation; rank 1: a forward" in other_call
         assert len(death) == (code == 0)
         for told in death:
