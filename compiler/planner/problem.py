@@ -25,6 +25,7 @@ from ..capture.trace import Captured
 from ..lowering import Lowering
 from ..options import Options
 from .check import check_plan
+from .lengthened import Lengthened
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
 from .packing import Spread, Together, divide, pack
@@ -33,7 +34,8 @@ from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
 from .refusal import HostBudgetError
-from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
+from .search import Constraints, Solution, check, solve, sum_bytes, sums_stay
+from .weighed import Lower, Weighed
 
 ONLY_OURS = "only model.optimizer(...) fits: there is no room for a torch optimizer's training state"
 NOT_DIVIDED = (
@@ -79,6 +81,7 @@ class Planning:
         parameters, dtypes: the parameters by their first names, and the dtype each computes in.
         blocks: the names of the model's blocks.
         line: this process's rank along the pipeline.
+        lengthened: lowers plans of the whole model where only a part of it is captured; None where all of it is.
         agreed: the plan that the ranks agreed on. It counts like a plan given by the user, except that each rank
             chooses its own number of microbatches.
     """
@@ -92,6 +95,7 @@ class Planning:
     blocks: tuple[str, ...]
     line: int = 0
     agreed: Plan | None = None
+    lengthened: Lengthened | None = None
     _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
     _logits: dict[int, tuple[Captured, int]] = field(default_factory=dict)
 
@@ -316,6 +320,8 @@ class Planning:
         if plan.schedule is not None:
             owned = owners(self._canonical(captured, plan), plan, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
+        if self.lengthened is not None:
+            return self.lengthened.layout(together)
         packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
         return divide(packed, self.shared().shards, together.unit)
 
@@ -345,9 +351,14 @@ class Planning:
             plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
         )  # fmt: skip
         if key not in self._lowered:  # keep `captured` alive, so that no other object gets its id
-            flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
-            self._lowered[key] = captured, Weighed.of(flat, plan, self.limits.rates)
+            self._lowered[key] = captured, self._weighed(captured, plan)
         return self._lowered[key][1]
+
+    def _weighed(self, captured: Captured, plan: Plan) -> Weighed:
+        if self.lengthened is not None:
+            return self.lengthened.lower(plan, self.limits.rates)
+        flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
+        return Weighed.of(flat, plan, self.limits.rates)
 
     def _logits_bytes(self, captured: Captured) -> int:
         """Bytes of logits that a fused loss would save. Kept, since plans are made again for each format."""
