@@ -155,14 +155,15 @@ class _Step:
         self.planning.limits = gpu_limits(machine.device_bytes, machine.host_bytes, machine.rates)
         names = self.planning.blocks
         if not whole:
+            alike = kinds(self.session.source, names)
+            parameters, dtypes = self.planning.parameters, self.planning.dtypes
             self.planning.lengthened = Lengthened(
-                names, kinds(self.session.source, names), self.planning.parameters, self._part, self.planning.lowering
+                names, alike, parameters, dtypes, self._part, self.planning.lowering
             )
 
     def _part(self, count: int) -> Part:
         session = self.source.session(self.machine, count)
-        planning = session.planning
-        return Part(self._captured(session), planning.parameters, planning.dtypes, planning.blocks)
+        return Part(self._captured(session), session.planning.blocks)
 
     def _captured(self, session: Session) -> Captured:
         with torch.enable_grad():

@@ -10,8 +10,10 @@ parts of six::
                                                      k k k k k k      already there, from another plan
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -20,33 +22,32 @@ from ...passes.offload import MOST_CHUNKS
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program, note, type_of
 from ...passes.splitting.parts import block_finder
-from ...runtime.isa.layout import ChunkLayout, Layout, Slot
+from ...runtime.isa.layout import Layout
 from ..capture.trace import Captured
 from ..lowering import Flat, Lowering
 from ..rates.rates import Rates
-from .packing import Together, pack
-from .sections import NotRepeatedError, Place, Section, chunk_names, joined, sections
+from .packing import Together, Use, pack, uses
+from .sections import NotRepeatedError, Place, Section, joined, sections
 from .storages import tensors_of
 from .weighed import Weighed
 
-FEWEST = 6
-"""The fewest blocks of a part: those at both of its ends, and at least two that must turn out equal."""
+FEWEST = 8
+"""The fewest blocks of a part: those at both of its ends, and the four around a change of what is done with them."""
 
-Letter = tuple[int, bool, bool]
-"""What distinguishes a block in a plan: its kind, whether it is recomputed, whether it is offloaded."""
+NEAR = 2
+"""How many blocks away a block's sections may depend on what is done with another one, without copies of activations:
+chunks are fetched one ahead, and those of the first block, which may share one with the embedding, are unlike others."""
+
+Letter = tuple[int, int, bool, bool]
+"""What distinguishes a block in a plan: its kind, that of its chunks, whether it is recomputed, whether offloaded."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A step of the model with its first blocks alone: as captured, its parameters and their dtypes, its blocks."""
+    """A step of the model with its first blocks alone: as captured, and the names of these blocks."""
 
     captured: Captured
-    parameters: dict[str, nn.Parameter]
-    dtypes: Mapping[str, torch.dtype]
     blocks: tuple[str, ...]
-
-    def layout(self, together: Together) -> Layout:
-        return pack(self.captured.program, self.parameters, self.blocks, self.dtypes, together=together)
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Lengthened:
 
     Fields:
         blocks, kinds: the model's blocks and which of them are equal; see `shortened.kinds`.
-        parameters: the model's parameters.
+        parameters, dtypes: the model's parameters, and the dtype each computes in.
         part: makes the part with the given number of blocks.
         lowering: the passes to lower parts by.
     """
@@ -63,6 +64,7 @@ class Lengthened:
     blocks: tuple[str, ...]
     kinds: list[int]
     parameters: Mapping[str, nn.Parameter]
+    dtypes: Mapping[str, torch.dtype]
     part: Callable[[int], Part]
     lowering: Lowering
     _parts: dict[int, Part] = field(default_factory=dict)
@@ -71,18 +73,28 @@ class Lengthened:
     @property
     def captured(self) -> Captured:
         """The step of the smallest part."""
-        return self._of(self._count(1)).captured
+        return self._of(self._count(NEAR)).captured
 
     def layout(self, together: Together) -> Layout:
         """The layout of the whole model. Raises NotRepeatedError where parts do not tell it."""
-        part = self._of(self._count(1))
-        found = self._repeated(part, part.layout(together))
-        whole = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        tied = dict(found.tied)
-        told = {slot.name: slot.shape for chunk in found.chunks for slot in chunk.slots}
-        if told != {name: shape for name, shape in whole.items() if name not in tied}:
+        part = self._of(self._count(NEAR))
+        used, block_of = uses(part.captured.program), block_finder(part.blocks)
+        found = dict[str, Use]()
+        for block, names in groupby(used, block_of):
+            number = part.blocks.index(block) if block else -1
+            for like, whole in [(block, block)] if number < len(part.blocks) - 1 else self._last(part):
+                group = names if like == block else [name for name in used if block_of(name) == like]
+                found |= {whole + name.removeprefix(like): used[name] for name in group}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        own = {name: use.shape for name, use in found.items() if not use.tied}
+        if own != {name: shape for name, shape in shapes.items() if name in own or name not in found}:
             raise NotRepeatedError("the blocks' parameters are not those of equal blocks, or not all are read")
-        return found
+        return pack(found, self.parameters, self.blocks, self.dtypes, together=together)
+
+    def _last(self, part: Part) -> list[tuple[str, str]]:
+        """Blocks of the part and of the model that they are like: from the part's last one on."""
+        further = [(part.blocks[self._like(part, i)], self.blocks[i]) for i in self._further(len(part.blocks))]
+        return [*further, (part.blocks[-1], self.blocks[-1])]
 
     def lower(self, plan: Plan, rates: Rates) -> Weighed:
         """A plan's program as the search reads it; `flat` is that of one of its parts, with the inputs of the whole."""
@@ -92,26 +104,45 @@ class Lengthened:
             count, reach, plan.format.unit, plan.microbatches, plan.rounds, plan.prefetch, plan.fuse_loss,
             bool(plan.blocks), bool(plan.offload_sums),
         )  # fmt: skip
-        known = self._known.setdefault(key, _Known(self._of(count), reach))
-        letters = self._letters(plan)
+        if key not in self._known:
+            self._known[key] = _Known(self._of(count), reach, self._chunk_kinds(plan.layout))
+        known = self._known[key]
+        letters = self._letters(plan, known.chunk_kinds)
         for number in range(len(self.blocks)):
             if window(letters, number, reach) not in known.windows:
                 begin = self._beginning(number, count, reach)
-                known.learn(self.lowering, plan, rates, letters[begin : begin + count])
-        return known.weighed(self.blocks, letters, plan, rates, [self._like(known.part, i) for i in self._further(count)])
+                layout = self._restricted(plan.layout, known.part, begin)
+                known.learn(self.lowering, replace(plan, layout=layout), rates, letters, begin)
+        likes = [self._like(known.part, block) for block in self._further(count)]
+        return known.weighed(self.blocks, letters, plan, rates, likes)
 
-    def _letters(self, plan: Plan) -> list[Letter]:
+    def _letters(self, plan: Plan, chunk_kinds: list[int]) -> list[Letter]:
         recomputed, offloaded = set(plan.recompute), set(plan.offload)
-        return [(kind, name in recomputed, name in offloaded)
-                for name, kind in zip(self.blocks, self.kinds, strict=True)]  # fmt: skip
+        return [(*of_block, name in recomputed, name in offloaded)
+                for name, *of_block in zip(self.blocks, self.kinds, chunk_kinds, strict=True)]  # fmt: skip
+
+    def _chunk_kinds(self, layout: Layout) -> list[int]:
+        """For each block the kind of its chunks, as a number: equal where they are alike, have the same parameters of
+        the block, and begin and end in the same way."""
+        block_of, found = block_finder(self.blocks), defaultdict[str, list[object]](list)
+        for chunk in layout.chunks:
+            inside = [block_of(slot.name) for slot in chunk.slots]
+            for block in dict.fromkeys(inside):
+                names = tuple(slot.name for slot, other in zip(chunk.slots, inside, strict=True) if other == block)
+                ends = inside[0] == block, inside[-1] == block
+                mine = tuple(name.removeprefix(block) for name in names)
+                found[block].append((replace(chunk, index=0, slots=()), mine, ends))
+        told = [found[block] for block in self.blocks]
+        return [told.index(kind) for kind in told]
 
     def _reach(self, plan: Plan) -> int:
         """How many blocks away a block's sections may depend on what is done with another one."""
         if not plan.offload:
-            return 1
-        part = self._of(self._count(1))
-        chunks = sum(name.block == 1 for name in chunk_names(part.layout(Together()), part.blocks))
-        return 1 + -(-MOST_CHUNKS * max(plan.prefetch, 1) // max(chunks, 1))
+            return NEAR
+        block_of = block_finder(self.blocks)
+        chunks = Counter(block for chunk in plan.layout.chunks for block in {block_of(slot.name) for slot in chunk.slots})
+        fewest = min(chunks[block] for block in self.blocks)
+        return NEAR + -(-MOST_CHUNKS * max(plan.prefetch, 1) // fewest)
 
     def _count(self, reach: int) -> int:
         """The blocks of a part: enough for the reach on both sides, with the same kinds at its end as the model has."""
@@ -134,19 +165,6 @@ class Lengthened:
             self._parts[count] = self.part(count)
         return self._parts[count]
 
-    def _repeated(self, part: Part, short: Layout) -> Layout:
-        """The layout of a part with the chunks of its inner blocks for all further ones."""
-        names, count = chunk_names(short, part.blocks), len(part.blocks)
-        more = len(self.blocks) - count
-        last = [name.block for name in names].index(count - 1)
-        chunks = [*short.chunks[:last]]
-        for block in self._further(count):
-            like = self._like(part, block)
-            chunks += [self._renamed(chunk, part, block - like)
-                       for chunk, name in zip(short.chunks, names, strict=True) if name.block == like]  # fmt: skip
-        chunks += [self._renamed(chunk, part, more) for chunk in short.chunks[last:]]
-        return replace(short, chunks=tuple(replace(chunk, index=index) for index, chunk in enumerate(chunks)))
-
     def _further(self, count: int) -> range:
         """The blocks that a part does not have: all from its last one on, but for the model's last, which that is."""
         return range(count - 1, len(self.blocks) - 1)
@@ -155,17 +173,18 @@ class Lengthened:
         """A block inside a part that is like a further one."""
         return next(inner for inner in range(len(part.blocks) - 2, 0, -1) if self.kinds[inner] == self.kinds[block])
 
-    def _renamed(self, chunk: ChunkLayout, part: Part, further: int) -> ChunkLayout:
-        block_of = block_finder(part.blocks)
-
-        def renamed(slot: Slot) -> Slot:
-            block = block_of(slot.name)
-            if not block:
-                return slot
-            name = self.blocks[part.blocks.index(block) + further]
-            return replace(slot, name=name + slot.name.removeprefix(block))
-
-        return replace(chunk, slots=tuple(map(renamed, chunk.slots)))
+    def _restricted(self, layout: Layout, part: Part, begin: int) -> Layout:
+        """The layout with the parameters of the blocks from `begin` on alone, as those of a part. Chunks stay as long
+        as they are."""
+        block_of = block_finder(self.blocks)
+        names = dict(zip(self.blocks[begin : begin + len(part.blocks)], part.blocks, strict=True)) | {"": ""}
+        chunks = []
+        for chunk in layout.chunks:
+            slots = tuple(replace(slot, name=names[block] + slot.name.removeprefix(block))
+                          for slot in chunk.slots if (block := block_of(slot.name)) in names)  # fmt: skip
+            if slots:
+                chunks.append(replace(chunk, index=len(chunks), slots=slots))
+        return replace(layout, chunks=tuple(chunks))
 
 
 def window(letters: list[Letter], number: int, reach: int) -> tuple[Letter | None, ...]:
@@ -181,19 +200,23 @@ class _Known:
 
     part: Part
     reach: int
+    chunk_kinds: list[int]
     windows: set[tuple[Letter | None, ...]] = field(default_factory=set)
     found: dict[tuple[int, tuple[Letter | None, ...]], Section] = field(default_factory=dict)
     places: tuple[Place, ...] = ()
     last: Weighed | None = None
 
-    def learn(self, lowering: Lowering, whole: Plan, rates: Rates, letters: list[Letter]) -> None:
-        """Lowers the part with these letters, and keeps its sections. Raises NotRepeatedError where others were found
-        before in the same surroundings."""
+    def learn(self, lowering: Lowering, whole: Plan, rates: Rates, letters: list[Letter],
+              begin: int) -> None:  # fmt: skip
+        """Lowers the part that begins at a block of the whole, with the layout in `whole`, and keeps the sections of
+        blocks that have the same neighbours there. Raises NotRepeatedError where others were found before in the same
+        surroundings."""
         blocks = self.part.blocks
+        mine = letters[begin : begin + len(blocks)]
         plan = replace(
-            whole, layout=self.part.layout(Together(whole.format.unit)), blocks=blocks if whole.blocks else (),
-            recompute=tuple(name for name, letter in zip(blocks, letters, strict=True) if letter[1]),
-            offload=tuple(name for name, letter in zip(blocks, letters, strict=True) if letter[2]),
+            whole, blocks=blocks if whole.blocks else (),
+            recompute=tuple(name for name, letter in zip(blocks, mine, strict=True) if letter[2]),
+            offload=tuple(name for name, letter in zip(blocks, mine, strict=True) if letter[3]),
             offload_sums=("", *blocks) if whole.offload_sums else (),
         )  # fmt: skip
         flat = lowering.flat(self.part.captured.by(plan.microbatches).program, plan)
@@ -201,7 +224,9 @@ class _Known:
         made = sections(flat.program, self.last.liveness, plan, rates, blocks)
         self.places = tuple(made)
         for place, section in made.items():
-            around = window(letters, place.block, self.reach)
+            around = window(letters, begin + place.block, self.reach)
+            if around != window(mine, place.block, self.reach):
+                continue
             self.windows.add(around)
             if self.found.setdefault((place.sweep, around), section) != section:
                 raise NotRepeatedError(f"block {place.block} differs from others in the same surroundings")

@@ -28,7 +28,7 @@ from .check import check_plan
 from .lengthened import Lengthened
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
-from .packing import Spread, Together, divide, pack
+from .packing import Spread, Together, divide, pack, uses
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
@@ -322,7 +322,7 @@ class Planning:
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
         if self.lengthened is not None:
             return self.lengthened.layout(together)
-        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
+        packed = pack(uses(captured.program), mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
         return divide(packed, self.shared().shards, together.unit)
 
     @staticmethod

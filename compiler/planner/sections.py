@@ -11,7 +11,7 @@ equal sections::
 
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -47,26 +47,38 @@ class Place:
 
 @dataclass(frozen=True)
 class ChunkName:
-    """A chunk by its first parameter: the block that this is in, as a number (None: in none), and its name there."""
+    """A chunk by one of its parameters: how many blocks further on its block is (None: in none), and its name there."""
 
-    block: int | None
+    further: int | None
     name: str
 
-    def seen_from(self, place: Place) -> "ChunkName":
-        return self if self.block is None else replace(self, block=self.block - place.block)
 
-    def back_from(self, place: Place) -> "ChunkName":
-        return self if self.block is None else replace(self, block=self.block + place.block)
+class ChunkNames:
+    """Names a layout's chunks as a section sees them: by their first parameter in the block that is nearest to it."""
 
+    def __init__(self, layout: Layout, blocks: tuple[str, ...]) -> None:
+        block_of, numbers = block_finder(blocks), {block: number for number, block in enumerate(blocks)}
+        self._first: list[dict[int | None, str]] = []
+        self._index: dict[tuple[int | None, str], int] = {}
+        for index, chunk in enumerate(layout.chunks):
+            first: dict[int | None, str] = {}
+            for slot in chunk.slots:
+                block = block_of(slot.name)
+                name = slot.name.removeprefix(block)
+                first.setdefault(numbers.get(block), name)
+                self._index[numbers.get(block), name] = index
+            self._first.append(first)
 
-def chunk_names(layout: Layout, blocks: tuple[str, ...]) -> list[ChunkName]:
-    """The names of a layout's chunks."""
-    block_of, numbers = block_finder(blocks), {block: number for number, block in enumerate(blocks)}
-    found = []
-    for parameter in (chunk.slots[0].name for chunk in layout.chunks):
-        block = block_of(parameter)
-        found.append(ChunkName(numbers[block], parameter.removeprefix(block)) if block else ChunkName(None, parameter))
-    return found
+    def of(self, index: int, place: Place) -> ChunkName:
+        first = self._first[index]
+        blocks = [block for block in first if block is not None]
+        if not blocks:
+            return ChunkName(None, first[None])
+        nearest = min(blocks, key=lambda block: abs(block - place.block))
+        return ChunkName(nearest - place.block, first[nearest])
+
+    def index(self, name: ChunkName, place: Place) -> int:
+        return self._index[None if name.further is None else place.block + name.further, name.name]
 
 
 @dataclass(frozen=True)
@@ -98,14 +110,14 @@ def sections(program: Program, live: Liveness, plan: Plan, rates: Rates,
     begins = _begins(program, blocks)
     places, positions = list(begins), [0, *list(begins.values())[1:]]
     bounds = list(zip(positions, [*positions[1:], live.length], strict=True))
-    names = chunk_names(plan.layout, blocks)
+    names = ChunkNames(plan.layout, blocks)
     rows = np.diff([*live.values.values(), live.on_host], prepend=0)
     starts, ends = (defaultdict[Place, list[tuple[int, ChunkName]]](list) for _ in range(2))
     for fetch in live.fetches:
         for found, position in ((starts, fetch.start), (ends, fetch.end)):
             index = bisect(positions, position) - 1
             place = places[index]
-            found[place].append((position - positions[index], names[fetch.chunk].seen_from(place)))
+            found[place].append((position - positions[index], names.of(fetch.chunk, place)))
     followed = _events(program, plan, rates, places, positions, names)
     return {
         place: Section(
@@ -118,23 +130,28 @@ def sections(program: Program, live: Liveness, plan: Plan, rates: Rates,
 
 
 def _begins(program: Program, blocks: tuple[str, ...]) -> dict[Place, int]:
-    """Where each section begins: at the first node of its block in its sweep."""
+    """Where each section begins: at the first node of its block in its sweep. The last nodes of the block before may
+    come later."""
     block_of, numbers = block_finder(blocks), {block: number for number, block in enumerate(blocks)}
-    found: list[tuple[str, int, int]] = []
+    begins: dict[tuple[str, int], int] = {}
     for position, node in enumerate(program.nodes):
         block = block_of(note(node).module) if node.op.startswith("call") else ""
-        if block and (not found or found[-1][:2] != (note(node).sweep, numbers[block])):
-            found.append((note(node).sweep, numbers[block], position))
-    sweeps = list(dict.fromkeys(sweep for sweep, _, _ in found))
+        if block:
+            here = note(node).sweep, numbers[block]
+            begins.setdefault(here, position)
+            sweep, number = next(reversed(begins))
+            if sweep != here[0] or abs(number - here[1]) > 1:
+                raise NotRepeatedError(f"{node} of block {here[1]} is in the {sweep} of block {number}")
+    sweeps = list(dict.fromkeys(sweep for sweep, _ in begins))
     for sweep in sweeps:
-        order = [number for each, number, _ in found if each == sweep]
+        order = [number for each, number in begins if each == sweep]
         if order not in (list(range(len(blocks))), list(reversed(range(len(blocks))))):
             raise NotRepeatedError(f"the blocks of {sweep} are in the order {order}")
-    return {Place(sweeps.index(sweep), number): position for sweep, number, position in found}
+    return {Place(sweeps.index(sweep), number): position for (sweep, number), position in begins.items()}
 
 
 def _events(program: Program, plan: Plan, rates: Rates, places: list[Place], positions: list[int],
-            names: list[ChunkName]) -> dict[Place, list[object]]:  # fmt: skip
+            names: ChunkNames) -> dict[Place, list[object]]:  # fmt: skip
     order, found = program.positions(), defaultdict[Place, list[object]](list)
     begun: dict[int, tuple[Place, int]] = {}
     started = defaultdict[Place, count](count)
@@ -146,7 +163,7 @@ def _events(program: Program, plan: Plan, rates: Rates, places: list[Place], pos
                 begun[about.number] = place, next(started[place])
                 event = target, replace(about, number=begun[about.number][1])
             elif target in ABOUT_CHUNKS:
-                event = target, names[about].seen_from(place)
+                event = target, names.of(about, place)
             else:
                 where, number = begun[about]
                 event = target, where.seen_from(place), number
@@ -158,13 +175,13 @@ def joined(found: Iterable[tuple[Place, Section]], like: Liveness, static_bytes:
            blocks: tuple[str, ...], rates: Rates) -> tuple[Liveness, Timeline]:  # fmt: skip
     """The liveness, with the categories of `like`, and the timeline of a program of these sections in this order."""
     parts = list(found)
-    indices = {name: index for index, name in enumerate(chunk_names(layout, blocks))}
+    names = ChunkNames(layout, blocks)
     starts, ends = (defaultdict[int, list[int]](list) for _ in range(2))
     position = 0
     for place, section in parts:
         for of_chunk, here in ((starts, section.starts), (ends, section.ends)):
             for at, name in here:
-                of_chunk[indices[name.back_from(place)]].append(position + at)
+                of_chunk[names.index(name, place)].append(position + at)
         position += section.length
     fetches = [
         Interval(chunk, *span) for chunk, begun in starts.items() for span in zip(begun, ends[chunk], strict=True)
@@ -176,10 +193,10 @@ def joined(found: Iterable[tuple[Place, Section]], like: Liveness, static_bytes:
     live = Liveness(
         dict(zip(like.values, values, strict=True)), tuple(fetches), static_bytes, position, largest, on_host
     )
-    return live, laid_out(_renumbered(parts, indices), rates.launch_s)
+    return live, laid_out(_renumbered(parts, names), rates.launch_s)
 
 
-def _renumbered(parts: list[tuple[Place, Section]], indices: Mapping[ChunkName, int]) -> Iterable[Event]:
+def _renumbered(parts: list[tuple[Place, Section]], names: ChunkNames) -> Iterable[Event]:
     """The events of all sections, with the indices of chunks and with transfers that are numbered throughout."""
     numbers, begun = count(), dict[tuple[Place, int], int]()
     for place, section in parts:
@@ -192,6 +209,6 @@ def _renumbered(parts: list[tuple[Place, Section]], indices: Mapping[ChunkName, 
                 begun[place, about.number] = next(numbers)
                 yield target, replace(about, number=begun[place, about.number])
             elif isinstance(about, ChunkName):
-                yield target, indices[about.back_from(place)]
+                yield target, names.index(about, place)
             else:
                 yield target, begun[about.back_from(place), number[0]]
