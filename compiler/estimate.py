@@ -157,9 +157,7 @@ class _Step:
         if not whole:
             alike = kinds(self.session.source, names)
             parameters, dtypes = self.planning.parameters, self.planning.dtypes
-            self.planning.lengthened = Lengthened(
-                names, alike, parameters, dtypes, self._part, self.planning.lowering
-            )
+            self.planning.lengthened = Lengthened(names, alike, parameters, dtypes, self._part, self.planning.lowering)
 
     def _part(self, count: int) -> Part:
         session = self.source.session(self.machine, count)

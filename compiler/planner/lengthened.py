@@ -31,15 +31,17 @@ from .sections import NotRepeatedError, Place, Section, joined, sections
 from .storages import tensors_of
 from .weighed import Weighed
 
-FEWEST = 8
-"""The fewest blocks of a part: those at both of its ends, and the four around a change of what is done with them."""
+FEWEST = 6
+"""The fewest blocks of a part: those at both of its ends, and at least two that must turn out equal."""
 
-NEAR = 2
-"""How many blocks away a block's sections may depend on what is done with another one, without copies of activations:
-chunks are fetched one ahead, and those of the first block, which may share one with the embedding, are unlike others."""
+NEAR = 1
+"""How many blocks away a block's sections may depend on another one without copies of activations, since chunks are
+fetched one ahead."""
 
 Letter = tuple[int, int, bool, bool]
 """What distinguishes a block in a plan: its kind, that of its chunks, whether it is recomputed, whether offloaded."""
+
+Window = tuple[Letter | bool, ...]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Lengthened:
         reach = self._reach(plan)
         count = self._count(reach)
         key = (
-            count, reach, plan.format.unit, plan.microbatches, plan.rounds, plan.prefetch, plan.fuse_loss,
+            count, reach, plan.format.unit, plan.microbatches, plan.rounds, plan.prefetch,
             bool(plan.blocks), bool(plan.offload_sums),
         )  # fmt: skip
         if key not in self._known:
@@ -109,7 +111,7 @@ class Lengthened:
         known = self._known[key]
         letters = self._letters(plan, known.chunk_kinds)
         for number in range(len(self.blocks)):
-            if window(letters, number, reach) not in known.windows:
+            if window(letters, number, reach, plan.fuse_loss) not in known.windows:
                 begin = self._beginning(number, count, reach)
                 layout = self._restricted(plan.layout, known.part, begin)
                 known.learn(self.lowering, replace(plan, layout=layout), rates, letters, begin)
@@ -140,8 +142,8 @@ class Lengthened:
         if not plan.offload:
             return NEAR
         block_of = block_finder(self.blocks)
-        chunks = Counter(block for chunk in plan.layout.chunks for block in {block_of(slot.name) for slot in chunk.slots})
-        fewest = min(chunks[block] for block in self.blocks)
+        begun = Counter(block_of(chunk.slots[0].name) for chunk in plan.layout.chunks)
+        fewest = max(min(begun[block] for block in self.blocks[1:]), 1)
         return NEAR + -(-MOST_CHUNKS * max(plan.prefetch, 1) // fewest)
 
     def _count(self, reach: int) -> int:
@@ -187,11 +189,11 @@ class Lengthened:
         return replace(layout, chunks=tuple(chunks))
 
 
-def window(letters: list[Letter], number: int, reach: int) -> tuple[Letter | None, ...]:
-    """A block's letter between those of its neighbours; None beyond the first and the last block."""
-    return tuple(
-        letters[i] if 0 <= i < len(letters) else None for i in range(number - reach, number + reach + 1)
-    )
+def window(letters: list[Letter], number: int, reach: int, fuse_loss: bool) -> Window:
+    """A block's letter between those of its neighbours. Beyond both ends it matters how the loss is computed, with whose
+    weight the embedding may share its own."""
+    around = range(number - reach, number + reach + 1)
+    return tuple(letters[i] if 0 <= i < len(letters) else fuse_loss for i in around)
 
 
 @dataclass
@@ -201,10 +203,10 @@ class _Known:
     part: Part
     reach: int
     chunk_kinds: list[int]
-    windows: set[tuple[Letter | None, ...]] = field(default_factory=set)
-    found: dict[tuple[int, tuple[Letter | None, ...]], Section] = field(default_factory=dict)
+    windows: set[Window] = field(default_factory=set)
+    found: dict[tuple[int, Window], Section] = field(default_factory=dict)
     places: tuple[Place, ...] = ()
-    last: Weighed | None = None
+    lowered: dict[bool, Weighed] = field(default_factory=dict)  # one of each kind of loss
 
     def learn(self, lowering: Lowering, whole: Plan, rates: Rates, letters: list[Letter],
               begin: int) -> None:  # fmt: skip
@@ -220,12 +222,12 @@ class _Known:
             offload_sums=("", *blocks) if whole.offload_sums else (),
         )  # fmt: skip
         flat = lowering.flat(self.part.captured.by(plan.microbatches).program, plan)
-        self.last = Weighed.of(flat, plan, rates)
-        made = sections(flat.program, self.last.liveness, plan, rates, blocks)
+        self.lowered[plan.fuse_loss] = Weighed.of(flat, plan, rates)
+        made = sections(flat.program, self.lowered[plan.fuse_loss].liveness, plan, rates, blocks)
         self.places = tuple(made)
         for place, section in made.items():
-            around = window(letters, begin + place.block, self.reach)
-            if around != window(mine, place.block, self.reach):
+            around = window(letters, begin + place.block, self.reach, plan.fuse_loss)
+            if around != window(mine, place.block, self.reach, plan.fuse_loss):
                 continue
             self.windows.add(around)
             if self.found.setdefault((place.sweep, around), section) != section:
@@ -234,13 +236,13 @@ class _Known:
     def weighed(self, blocks: tuple[str, ...], letters: list[Letter], plan: Plan, rates: Rates,
                 likes: list[int]) -> Weighed:  # fmt: skip
         """The whole program, of whose further blocks each is like the part's one that `likes` tells."""
-        assert self.last is not None
-        parts = [(place, self.found[place.sweep, window(letters, place.block, self.reach)])
+        last = self.lowered[plan.fuse_loss]
+        parts = [(place, self.found[place.sweep, window(letters, place.block, self.reach, plan.fuse_loss)])
                  for place in self._places(len(blocks))]  # fmt: skip
-        of_block = _bytes_of_blocks(self.last.flat.program, self.part.blocks)
-        static_bytes = self.last.liveness.static_bytes + sum(of_block[like] for like in likes)
-        live, timeline = joined(parts, self.last.liveness, static_bytes, plan.layout, blocks, rates)
-        return Weighed(Flat(self.last.flat.program), live, timeline)
+        of_block = _bytes_of_blocks(last.flat.program, self.part.blocks)
+        static_bytes = last.liveness.static_bytes + sum(of_block[like] for like in likes)
+        live, timeline = joined(parts, last.liveness, static_bytes, plan.layout, blocks, rates)
+        return Weighed(Flat(last.flat.program), live, timeline)
 
     def _places(self, count: int) -> Iterator[Place]:
         """The places of a program with `count` blocks, in its order."""

@@ -137,9 +137,7 @@ def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) 
     return replace(layout, chunks=tuple(chunks))
 
 
-def _chunk_bytes(
-    used: Mapping[str, Use], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype], unit: int
-) -> int:
+def _chunk_bytes(used: Mapping[str, Use], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype], unit: int) -> int:
     sizes: dict[str, int] = defaultdict(int)
     for name, use in used.items():
         apart = alignment(dtypes[name], unit)

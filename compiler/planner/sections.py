@@ -25,6 +25,7 @@ from ..rates.rates import Rates
 from .liveness import Interval, Liveness
 from .timeline import ABOUT_CHUNKS, Event, Timeline, Transfer, events, laid_out
 
+
 class NotRepeatedError(Exception):
     """The program does not consist of one section per block and sweep, or equal blocks have different sections."""
 
