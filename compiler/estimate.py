@@ -93,6 +93,7 @@ ROWS = (
     _Row("exact", OwnFormat(in_backward=True)),
     _Row("bf16 moments", OwnFormat(in_backward=True, stored="bf16")),
     _Row("int8 moments", OwnFormat(in_backward=True, stored="int8")),
+    _Row("int8 moments, bf16 masters", OwnFormat(in_backward=True, stored="int8", masters="bf16-stochastic")),
     _Row(f"LoRA of rank {RANK}, frozen bf16", OwnFormat(in_backward=True), is_adapted=True),
     _Row(f"LoRA of rank {RANK}, frozen nf4", OwnFormat(in_backward=True), is_adapted=True, frozen="nf4"),
 )

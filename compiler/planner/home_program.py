@@ -18,7 +18,7 @@ import numpy as np
 
 from ...passes.program.plan import Plan
 from ...runtime.isa.homes import Home, Homes, Where
-from ...runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
+from ...runtime.isa.instructions import REDUCE
 from ...runtime.isa.layout import ChunkLayout
 from .linear import Columns, Rows, Terms
 from .memory import Memory

@@ -22,7 +22,7 @@ from ...passes.offload import MOST_CHUNKS
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program, note, type_of
 from ...passes.splitting.parts import block_finder
-from ...runtime.isa.layout import Layout
+from ...runtime.isa.layout import ChunkLayout, Layout
 from ..capture.trace import Captured
 from ..lowering import Flat, Lowering
 from ..rates.rates import Rates
@@ -82,7 +82,7 @@ class Lengthened:
         part = self._of(self._count(NEAR))
         used, block_of = uses(part.captured.program), block_finder(part.blocks)
         found = dict[str, Use]()
-        for block, names in groupby(used, block_of):
+        for block, names in ((block, list(names)) for block, names in groupby(used, block_of)):
             number = part.blocks.index(block) if block else -1
             for like, whole in [(block, block)] if number < len(part.blocks) - 1 else self._last(part):
                 group = names if like == block else [name for name in used if block_of(name) == like]
@@ -120,8 +120,8 @@ class Lengthened:
 
     def _letters(self, plan: Plan, chunk_kinds: list[int]) -> list[Letter]:
         recomputed, offloaded = set(plan.recompute), set(plan.offload)
-        return [(*of_block, name in recomputed, name in offloaded)
-                for name, *of_block in zip(self.blocks, self.kinds, chunk_kinds, strict=True)]  # fmt: skip
+        return [(kind, of_chunks, name in recomputed, name in offloaded)
+                for name, kind, of_chunks in zip(self.blocks, self.kinds, chunk_kinds, strict=True)]  # fmt: skip
 
     def _chunk_kinds(self, layout: Layout) -> list[int]:
         """For each block the kind of its chunks, as a number: equal where they are alike, have the same parameters of
@@ -180,7 +180,7 @@ class Lengthened:
         as they are."""
         block_of = block_finder(self.blocks)
         names = dict(zip(self.blocks[begin : begin + len(part.blocks)], part.blocks, strict=True)) | {"": ""}
-        chunks = []
+        chunks = list[ChunkLayout]()
         for chunk in layout.chunks:
             slots = tuple(replace(slot, name=names[block] + slot.name.removeprefix(block))
                           for slot in chunk.slots if (block := block_of(slot.name)) in names)  # fmt: skip
@@ -190,8 +190,8 @@ class Lengthened:
 
 
 def window(letters: list[Letter], number: int, reach: int, fuse_loss: bool) -> Window:
-    """A block's letter between those of its neighbours. Beyond both ends it matters how the loss is computed, with whose
-    weight the embedding may share its own."""
+    """A block's letter between those of its neighbours. Beyond both ends it matters how the loss is computed, whose
+    weight may be the embedding's, too."""
     around = range(number - reach, number + reach + 1)
     return tuple(letters[i] if 0 <= i < len(letters) else fuse_loss for i in around)
 

@@ -82,8 +82,7 @@ class Planning:
         blocks: the names of the model's blocks.
         line: this process's rank along the pipeline.
         lengthened: lowers plans of the whole model where only a part of it is captured; None where all of it is.
-        agreed: the plan that the ranks agreed on. It counts like a plan given by the user, except that each rank
-            chooses its own number of microbatches.
+        agreed: the plan that the ranks agreed on. It counts as given, but for each rank's number of microbatches.
     """
 
     options: Options
@@ -345,20 +344,18 @@ class Planning:
             return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
-        """The lowered program of a plan. Kept until training begins, since plans are made again for each optimizer."""
-        key = (
+        """The lowered program of a plan. Kept until training begins: plans are made again for each optimizer."""
+        rates, key = self.limits.rates, (
             id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
             plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
         )  # fmt: skip
         if key not in self._lowered:  # keep `captured` alive, so that no other object gets its id
-            self._lowered[key] = captured, self._weighed(captured, plan)
+            if self.lengthened is None:
+                weighed = Weighed.of(self.lowering.flat(captured.by(plan.microbatches).program, plan), plan, rates)
+            else:
+                weighed = self.lengthened.lower(plan, rates)
+            self._lowered[key] = captured, weighed
         return self._lowered[key][1]
-
-    def _weighed(self, captured: Captured, plan: Plan) -> Weighed:
-        if self.lengthened is not None:
-            return self.lengthened.lower(plan, self.limits.rates)
-        flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
-        return Weighed.of(flat, plan, self.limits.rates)
 
     def _logits_bytes(self, captured: Captured) -> int:
         """Bytes of logits that a fused loss would save. Kept, since plans are made again for each format."""

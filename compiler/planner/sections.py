@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class Section:
     largest_bytes: int
     starts: tuple[tuple[int, ChunkName], ...]
     ends: tuple[tuple[int, ChunkName], ...]
-    events: tuple[object, ...]
+    events: tuple[Any, ...]
 
     @property
     def length(self) -> int:
@@ -158,17 +159,18 @@ def _events(program: Program, plan: Plan, rates: Rates, places: list[Place], pos
     started = defaultdict[Place, count](count)
     for node, event in events(program, plan, rates):
         place = places[bisect(positions, order[node]) - 1]
+        told: object = event
         if isinstance(event, tuple):
             target, about = event
             if isinstance(about, Transfer):
                 begun[about.number] = place, next(started[place])
-                event = target, replace(about, number=begun[about.number][1])
+                told = target, replace(about, number=begun[about.number][1])
             elif target in ABOUT_CHUNKS:
-                event = target, names.of(about, place)
+                told = target, names.of(about, place)
             else:
                 where, number = begun[about]
-                event = target, where.seen_from(place), number
-        found[place].append(event)
+                told = target, where.seen_from(place), number
+        found[place].append(told)
     return found
 
 

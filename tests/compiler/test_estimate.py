@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from geminifx.compiler.cli.compare import batch_by_shapes
-from geminifx.compiler.estimate import Estimated, Machine, estimates
+from geminifx.compiler.estimate import Estimated, Machine, _Source, _Step, estimates
 from geminifx.compiler.planner import lengthened
 from geminifx.compiler.planner.packing import Together
 from geminifx.compiler.rates.choice import given_rates
+from geminifx.runtime.isa.formats import OwnFormat
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "vocab_size": 3000,
@@ -37,7 +38,7 @@ def estimated(build: Callable[[], PreTrainedModel], device: str, host: str, whol
 
 
 @pytest.fixture
-def whole_programs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def lowered_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks of each part that is lowered."""
     seen: list[int] = []
     learn = lengthened._Known.learn
@@ -54,31 +55,30 @@ def whole_programs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("chunk_bytes", [None, 150 * 2**10], ids=["a chunk a block", "several chunks a block"])
 @pytest.mark.parametrize(("build", "device", "host"), [(opt, "1.45GB", "60MB"), (llama, "1.45GB", "60MB")])
 def test_parts_tell_what_the_whole_tells(build: Any, device: str, host: str, chunk_bytes: int | None,
-                                         whole_programs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+                                         lowered_parts: list[int],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Also where adapters of many blocks share a chunk, which is as long as the whole model's."""
     if chunk_bytes is not None:
         monkeypatch.setattr("geminifx.compiler.planner.packing.LARGEST_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 2**16)
     found = estimated(build, device, host, whole=False)
-    assert whole_programs and max(whole_programs) < SIZES["num_hidden_layers"]
-    parts = len(whole_programs)
+    assert lowered_parts and max(lowered_parts) < SIZES["num_hidden_layers"]
+    parts = len(lowered_parts)
     expected = estimated(build, device, host, whole=True)
-    assert len(whole_programs) == parts, "the whole is lowered as it is"
+    assert len(lowered_parts) == parts, "the whole is lowered as it is"
     assert [(one.state, one.lacking) for one in found] == [(one.state, one.lacking) for one in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.plan == other.plan
 
 
-def test_a_model_of_few_or_unlike_blocks_is_captured_as_a_whole(whole_programs: list[int]) -> None:
+def test_a_model_of_few_or_unlike_blocks_is_captured_as_a_whole(lowered_parts: list[int]) -> None:
     (found, *_), (expected, *_) = (estimated(lambda: opt(num_hidden_layers=2), "1.45GB", "60MB", whole)
                                    for whole in (False, True))  # fmt: skip
     assert found == expected and found.plan is not None
-    assert not whole_programs
+    assert not lowered_parts
 
 
 def test_a_layout_is_that_of_the_whole_model() -> None:
-    from geminifx.compiler.estimate import _Source, _Step
-
     rates = given_rates("h200")
     assert rates is not None
     batch, machine = batch_by_shapes(llama(), 2, 16), Machine.of(None, "1GB", rates)
@@ -89,13 +89,11 @@ def test_a_layout_is_that_of_the_whole_model() -> None:
         step.planning.lengthened = None
         captured = step._captured(step.session)
         for unit in (1, 256):
-            format = lengthened_format(unit)
+            format = of_unit(unit)
             assert told.layout(Together(unit)) == step.planning._layout(captured, step.planning.shared(), format)
 
 
-def lengthened_format(unit: int) -> Any:
-    from geminifx.runtime.isa.formats import OwnFormat
-
+def of_unit(unit: int) -> OwnFormat:
     found = OwnFormat(in_backward=True, stored="int8" if unit > 1 else "exact")
     assert found.unit == unit
     return found

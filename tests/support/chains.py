@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.liveness import ACTIVATIONS, Interval, Liveness
-from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.planner.timeline import Instruction, Timeline
+from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.rates import Products, Rates
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
