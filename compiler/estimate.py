@@ -14,8 +14,12 @@ from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
 from ..runtime.isa.formats import OwnFormat
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.units import parse_bytes
+from .capture.trace import Captured
 from .memory.device import gpu_budget, gpu_limits
 from .options import Options
+from .planner.lengthened import Lengthened, Part
+from .planner.sections import NotRepeatedError
+from .planner.shortened import kinds, leave_out
 from .programs.collector import resting_collector
 from .programs.programs import Call
 from .rates.rates import Rates
@@ -88,25 +92,29 @@ ROWS = (
     _Row("exact", OwnFormat(in_backward=True)),
     _Row("bf16 moments", OwnFormat(in_backward=True, stored="bf16")),
     _Row("int8 moments", OwnFormat(in_backward=True, stored="int8")),
+    _Row("int8 moments, bf16 masters", OwnFormat(in_backward=True, stored="int8", masters="bf16-stochastic")),
     _Row(f"LoRA of rank {RANK}, frozen bf16", OwnFormat(in_backward=True), is_adapted=True),
     _Row(f"LoRA of rank {RANK}, frozen nf4", OwnFormat(in_backward=True), is_adapted=True, frozen="nf4"),
 )
 
 
-def estimates(build: Callable[[], nn.Module], batch: Mapping[str, Any], machine: Machine) -> Iterator[Estimated]:
+def estimates(build: Callable[[], nn.Module], batch: Mapping[str, Any], machine: Machine,
+              whole: bool = False) -> Iterator[Estimated]:  # fmt: skip
     """Plans an AdamW step on `batch` for each format, from the one that needs most memory to the one that needs least.
-    `build` makes the model on `meta`; the step computes in bfloat16 on a GPU."""
-    step = _Captured(build(), batch, machine)
+    `build` makes the model on `meta`; the step computes in bfloat16 on a GPU. Only a part of the model is captured,
+    unless all of it is asked for (`whole`) or its blocks are not alike."""
+    steps: dict[tuple[bool, Quantized | None], _Step] = {}
     for row in ROWS:
-        if row.is_adapted:
-            source = build()
-            source = adapted(source, blocks(source), RANK)
-            try:
-                step = _Captured(source, batch, machine, row.frozen)
-            except (ArgumentError, CaptureError) as refusal:
-                yield Estimated(row.state, *_parameters(source), plan=None, reason=str(refusal))
-                continue
-        yield step.estimated(row.state, row.format)
+        kind = row.is_adapted, row.frozen
+        try:
+            if kind not in steps:
+                steps[kind] = _Step(_Source(build, row.is_adapted, row.frozen), batch, machine, whole)
+            yield steps[kind].estimated(row.state, row.format)
+        except (ArgumentError, CaptureError) as refusal:
+            if not row.is_adapted:
+                raise
+            source = _Source(build, row.is_adapted).model()
+            yield Estimated(row.state, *_parameters(source), plan=None, reason=str(refusal))
 
 
 def _parameters(model: nn.Module) -> tuple[int, int]:
@@ -115,33 +123,69 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
     return sum(numel for numel, _ in numels), sum(numel for numel, is_trained in numels if is_trained)
 
 
-class _Captured:
-    """A training step, captured once to be planned in several formats."""
+@dataclass(frozen=True)
+class _Source:
+    """Makes a model by `build`, whole or with its first blocks alone, with adapters if `is_adapted`."""
+
+    build: Callable[[], nn.Module]
+    is_adapted: bool
+    frozen: Quantized | None = None
+
+    def model(self, count: int | None = None) -> nn.Module:
+        made = self.build()
+        if count is not None:
+            leave_out(made, blocks(made)[count:])
+        return adapted(made, blocks(made), RANK) if self.is_adapted else made
+
+    def session(self, machine: Machine, count: int | None = None) -> Session:
+        options = {"device": "cpu", "precision": "bf16", "host_budget": machine.host_bytes, "frozen": self.frozen}
+        return Session(self.model(count), Options.of(options))
+
+
+class _Step:
+    """A training step, captured once to be planned in several formats: a part of it, or the whole where that does not
+    tell what the whole takes."""
 
     @resting_collector()
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any], machine: Machine,
-                 frozen: Quantized | None = None) -> None:  # fmt: skip
-        self.parameters, self.trained = _parameters(model)
-        options = Options.of(
-            {"device": "cpu", "precision": "bf16", "host_budget": machine.host_bytes, "frozen": frozen}
-        )
-        session = Session(model, options)
-        self.planning = session.planning
+    def __init__(self, source: _Source, batch: Mapping[str, Any], machine: Machine, whole: bool) -> None:
+        self.source, self.batch, self.machine = source, batch, machine
+        self.session = source.session(machine)
+        self.parameters, self.trained = _parameters(self.session.source)
+        self.planning = self.session.planning
         self.planning.limits = gpu_limits(machine.device_bytes, machine.host_bytes, machine.rates)
+        names = self.planning.blocks
+        if not whole:
+            alike = kinds(self.session.source, names)
+            parameters, dtypes = self.planning.parameters, self.planning.dtypes
+            self.planning.lengthened = Lengthened(names, alike, parameters, dtypes, self._part, self.planning.lowering)
+
+    def _part(self, count: int) -> Part:
+        session = self.source.session(self.machine, count)
+        return Part(self._captured(session), session.planning.blocks)
+
+    def _captured(self, session: Session) -> Captured:
         with torch.enable_grad():
-            _, self.step = session.captures.of(
-                session.captures.taken(Call.of(session.census.now(), "", (), dict(batch)))
-            )
+            call = Call.of(session.census.now(), "", (), dict(self.batch))
+            return session.captures.of(session.captures.taken(call))[1]
 
     @resting_collector()
     def estimated(self, state: str, format: OwnFormat) -> Estimated:
         told = Estimated(state, self.parameters, self.trained, None)
         try:
-            solution, _ = self.planning.decide(self.step, None, False, format)
+            return replace(told, plan=self._plan(format))
         except BudgetError as refusal:
             smallest_bytes = refusal.smallest_bytes or 0
             if refusal.tier == "host":
                 return replace(told, lacking=("host", smallest_bytes))
             tensors_bytes = smallest_bytes - self.planning.limits.reserve_bytes
             return replace(told, lacking=("device", gpu_budget(tensors_bytes)))
-        return replace(told, plan=solution.plan)
+
+    def _plan(self, format: OwnFormat) -> Plan:
+        lengthened = self.planning.lengthened
+        if lengthened is not None:
+            try:
+                return self.planning.decide(lengthened.captured, None, False, format)[0].plan
+            except NotRepeatedError:
+                self.planning.lengthened = None
+                self.planning.forget()
+        return self.planning.decide(self._captured(self.session), None, False, format)[0].plan

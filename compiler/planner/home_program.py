@@ -18,12 +18,12 @@ import numpy as np
 
 from ...passes.program.plan import Plan
 from ...runtime.isa.homes import Home, Homes, Where
-from ...runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
+from ...runtime.isa.instructions import REDUCE
 from ...runtime.isa.layout import ChunkLayout
 from .linear import Columns, Rows, Terms
 from .memory import Memory
 from .simulate import DEVICE, HOST, StepTime
-from .timeline import Carrier, Instruction, Timeline, Transfer
+from .timeline import ABOUT_CHUNKS, Carrier, Instruction, Timeline, Transfer
 
 SPARING = 1e-3
 """The cost of a busy second of any resource, relative to a second of the step: among equally fast answers, the one that
@@ -37,7 +37,6 @@ LACKING = 1e3
 """The cost of a host that lacks as much memory as it has: more than any time."""
 
 UP, DOWN, NETWORK = (carrier.value for carrier in Carrier)
-_ABOUT_CHUNKS = frozenset({FETCH, WAIT, REDUCE, ACCUMULATE_GRAD})
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class HomeProgram:
         found: dict[int, list[Instruction]] = defaultdict(list)
         for instruction in self.time.program.instructions:
             _, target, about = instruction
-            if target in _ABOUT_CHUNKS and not isinstance(about, Transfer):
+            if target in ABOUT_CHUNKS and not isinstance(about, Transfer):
                 found[about].append(instruction)
         return found
 

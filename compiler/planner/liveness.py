@@ -36,18 +36,28 @@ class Liveness:
     """Live bytes at each position of a program.
 
     `values` maps a category to an array of bytes by position. The chunks' weights are not in it, since they depend on
-    residency; `fetches` has them instead. `static_bytes` are inputs, buffers and constants. `largest_bytes` is the
-    largest single storage among the values, which an allocator must find in one piece. (It leaves out memory inside
-    operators, which they take in small pieces, and weights, since a chunk fits where another one was.)
-    `offloaded_bytes` is the most that activations take on the host.
+    residency; `fetches` has them instead. `static_bytes` are inputs, buffers and constants. `largest` is, by position,
+    the largest single storage among the values made there, which an allocator must find in one piece. (It leaves out
+    memory inside operators, which they take in small pieces, and weights, since a chunk fits where another one was.)
+    `on_host` is, by position, what activations take on the host.
     """
 
     values: dict[str, np.ndarray]
     fetches: tuple[Interval, ...]
     static_bytes: int
     length: int
-    largest_bytes: int
-    offloaded_bytes: int = 0
+    largest: np.ndarray
+    on_host: np.ndarray
+
+    @property
+    def largest_bytes(self) -> int:
+        """The largest single storage among the values."""
+        return int(self.largest.max(initial=0))
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """The most that activations take on the host."""
+        return int(self.on_host.max(initial=0))
 
     @property
     def activation_bytes(self) -> int:
@@ -64,7 +74,8 @@ def analyse(program: Program) -> Liveness:
     storages = _Storages(program)
     spans = storages.spans(nodes)
     values = {name: np.zeros(len(nodes) + 1, dtype=np.int64) for name in (ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS)}
-    fetches, largest_bytes, on_host = [], 0, np.zeros(len(nodes) + 1, dtype=np.int64)
+    fetches, largest = [], np.zeros(len(nodes), dtype=np.int64)
+    on_host = np.zeros(len(nodes) + 1, dtype=np.int64)
     for storage, (start, end) in spans.items():
         origin = storages.origin[storage]
         if origin.op == "call_function" and origin.target is FETCH:
@@ -74,7 +85,7 @@ def analyse(program: Program) -> Liveness:
             on_host[start] += storages.sizes[storage]
             on_host[end + 1] -= storages.sizes[storage]
             continue
-        largest_bytes = max(largest_bytes, storages.sizes[storage])
+        largest[start] = max(largest[start], storages.sizes[storage])
         category = GRADIENT_BUFFERS if origin.target is GRADIENTS else ACTIVATIONS
         category = OUTPUTS if storage in storages.handed_out else category
         values[category][start] += storages.sizes[storage]
@@ -88,8 +99,8 @@ def analyse(program: Program) -> Liveness:
     values[OUTPUTS][0] += held
     values[OUTPUTS][turn + 1] -= held
     cumulated = {name: changes.cumsum()[:-1] for name, changes in values.items()}
-    offloaded_bytes = int(on_host.cumsum().max(initial=0))
-    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest_bytes, offloaded_bytes)
+    on_host = on_host.cumsum()[:-1]
+    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest, on_host)
 
 
 def _workspace_bytes(node: fx.Node, program: Program) -> int:

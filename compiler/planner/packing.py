@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ...passes.program.program import Program, note, tensor_type
 from ...runtime.isa.layout import ChunkLayout, Layout, Owners, Rule, Slot, alignment
@@ -52,15 +52,39 @@ class _Open:
     numel: int = 0
 
 
+@dataclass(frozen=True)
+class Use:
+    """A parameter that a program reads: its shape and placement, and the parameter whose storage it shares, or ""."""
+
+    shape: tuple[int, ...]
+    placement: str = ""
+    tied: str = ""
+
+
+def uses(program: Program) -> dict[str, Use]:
+    """The parameters that a program reads, in order of first use; those that are tied to another come last."""
+    order, inputs = program.positions(), program.inputs("parameter")
+    found = {name: Use(tuple(tensor_type(node).shape), note(node).placement, note(node).tied)
+             for name, node in inputs.items()}  # fmt: skip
+    first: dict[str, int] = {}
+    for name, node in inputs.items():
+        use = min((order[user] for user in node.users), default=len(order))
+        owner = found[name].tied or name
+        first[owner] = min(first.get(owner, use), use)
+    owners = sorted(first, key=first.__getitem__)
+    return {name: found[name] for name in [*owners, *(name for name, use in found.items() if use.tied)]}
+
+
 def pack(
-    program: Program,
-    parameters: dict[str, nn.Parameter],
+    used: Mapping[str, Use],
+    parameters: Mapping[str, nn.Parameter],
     blocks: tuple[str, ...],
     dtypes: Mapping[str, torch.dtype],
     spread: Spread = Spread(),  # safe as a default: it is frozen
     together: Together = Together(),
 ) -> Layout:
-    """The layout of a captured model's `parameters`; in a pipeline these are one process's.
+    """The layout of a captured model's `parameters`, of which those that are `used` are packed; in a pipeline these are
+    one process's.
 
     The parameters of a chunk agree in compute dtype, master dtype, trainability, the mesh axes that they are sharded
     over and that their gradients are summed over, the pipeline ranks that have them, and the rule that they are updated
@@ -70,18 +94,16 @@ def pack(
     unit of elements that are updated together.
     """
     unit = together.unit
-    inputs = {name: node for name, node in program.inputs("parameter").items() if name in parameters}
-    limit_bytes = _chunk_bytes(inputs, blocks, dtypes, unit)
-    tied = {name: note(node).tied for name, node in program.inputs("parameter").items() if note(node).tied}
+    limit_bytes = _chunk_bytes({name: use for name, use in used.items() if name in parameters}, blocks, dtypes, unit)
     opened: dict[_Kind, _Open] = defaultdict(_Open)
     closed: list[tuple[_Kind, _Open]] = []
     inside = ""
-    for name in (name for name in _order_of_use(program, tied) if name in inputs):
+    for name, use in ((name, use) for name, use in used.items() if name in parameters and not use.tied):
         parameter, previous, inside = parameters[name], inside, _block_of(name, blocks)
         if inside != previous and sum(c.numel * key[0].itemsize for key, c in opened.items()) >= limit_bytes // 2:
             closed += opened.items()
             opened.clear()
-        shape, placement = tensor_type(inputs[name]).shape, note(inputs[name]).placement
+        shape, placement = use.shape, use.placement
         key = (
             dtypes[name], master_dtype(parameter), parameter.requires_grad, sharded_over(placement),
             spread.owners.get(name, ()), together.rule_of(name, parameter),
@@ -99,7 +121,8 @@ def pack(
     for i, (key, made) in enumerate(closed):
         axes = spread.mesh.reduction_axes(made.slots[0].placement)
         chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes, rule=key[5]))
-    return Layout(tuple(chunks), tuple(tied.items()), tuple(spread.owners.items()))
+    tied = tuple((name, use.tied) for name, use in used.items() if use.tied)
+    return Layout(tuple(chunks), tied, tuple(spread.owners.items()))
 
 
 def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) -> Layout:
@@ -114,13 +137,11 @@ def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) 
     return replace(layout, chunks=tuple(chunks))
 
 
-def _chunk_bytes(
-    inputs: dict[str, fx.Node], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype], unit: int
-) -> int:
+def _chunk_bytes(used: Mapping[str, Use], blocks: tuple[str, ...], dtypes: Mapping[str, torch.dtype], unit: int) -> int:
     sizes: dict[str, int] = defaultdict(int)
-    for name, node in inputs.items():
+    for name, use in used.items():
         apart = alignment(dtypes[name], unit)
-        numel = -(-prod(tensor_type(node).shape) // apart) * apart
+        numel = -(-prod(use.shape) // apart) * apart
         sizes[_block_of(name, blocks)] += numel * dtypes[name].itemsize
     largest = max((size for block, size in sizes.items() if block), default=max(sizes.values(), default=0))
     pieces = -(-largest // LARGEST_CHUNK_BYTES)
@@ -129,14 +150,3 @@ def _chunk_bytes(
 
 def _block_of(name: str, blocks: tuple[str, ...]) -> str:
     return next((block for block in blocks if name.startswith(block + ".")), "")
-
-
-def _order_of_use(program: Program, tied: dict[str, str]) -> list[str]:
-    order = program.positions()
-    inputs = program.inputs("parameter")
-    first: dict[str, int] = {}
-    for name, node in inputs.items():
-        use = min((order[user] for user in node.users), default=len(order))
-        owner = tied.get(name, name)
-        first[owner] = min(first.get(owner, use), use)
-    return sorted(first, key=first.__getitem__)

@@ -24,15 +24,17 @@ from ..capture.trace import Captured
 from ..lowering import Lowering
 from ..options import Options
 from .check import check_cut, check_plan
+from .lengthened import Lengthened
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
-from .packing import Spread, Together, divide, pack
+from .packing import Spread, Together, divide, pack, uses
 from .pipeline.check import check_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.round_robin import EVEN, round_robin
 from .pipeline.schedules import Shape, make_schedule
 from .pipeline.stage_costs import suited
-from .search import Constraints, Lower, Solution, Weighed, check, solve, sum_bytes, sums_stay
+from .search import Constraints, Solution, check, solve, sum_bytes, sums_stay
+from .weighed import Lower, Weighed
 
 ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
 NOT_DIVIDED = (
@@ -72,8 +74,8 @@ class Planning:
         parameters, dtypes: the parameters by their first names, and the dtype each computes in.
         blocks: the names of the model's blocks.
         line: this process's rank along the pipeline.
-        agreed: the plan that the ranks agreed on. It counts like a plan given by the user, except that each rank
-            chooses its own number of microbatches.
+        lengthened: lowers plans of the whole model where only a part of it is captured; None where all of it is.
+        agreed: the plan that the ranks agreed on. It counts as given, but for each rank's number of microbatches.
     """
 
     options: Options
@@ -85,6 +87,7 @@ class Planning:
     blocks: tuple[str, ...]
     line: int = 0
     agreed: Plan | None = None
+    lengthened: Lengthened | None = None
     _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
     _logits: dict[int, tuple[Captured, int]] = field(default_factory=dict)
 
@@ -316,7 +319,9 @@ class Planning:
             trains = plan if captured.trains else replace(plan, schedule=self.schedule)
             owned = owners(self._canonical(captured, plan), trains, tuple(self.parameters))
         mine = {name: p for name, p in self.parameters.items() if self.line in owned.get(name, (self.line,))}
-        packed = pack(captured.program, mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
+        if self.lengthened is not None:
+            return self.lengthened.layout(together)
+        packed = pack(uses(captured.program), mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
         return divide(packed, self.shared().shards, together.unit)
 
     @staticmethod
@@ -339,14 +344,17 @@ class Planning:
             return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
-        """The lowered program of a plan. Kept until training begins, since plans are made again for each optimizer."""
-        key = (
+        """The lowered program of a plan. Kept until training begins: plans are made again for each optimizer."""
+        rates, key = self.limits.rates, (
             id(captured), plan.microbatches, plan.blocks, plan.stages, plan.layout, plan.recompute, plan.offload,
             plan.prefetch, plan.fuse_loss, plan.rounds, plan.offload_sums,
         )  # fmt: skip
         if key not in self._lowered:  # keep `captured` alive, so that no other object gets its id
-            flat = self.lowering.flat(captured.by(plan.microbatches).program, plan)
-            self._lowered[key] = captured, Weighed.of(flat, plan, self.limits.rates)
+            if self.lengthened is None:
+                weighed = Weighed.of(self.lowering.flat(captured.by(plan.microbatches).program, plan), plan, rates)
+            else:
+                weighed = self.lengthened.lower(plan, rates)
+            self._lowered[key] = captured, weighed
         return self._lowered[key][1]
 
     def _logits_bytes(self, captured: Captured) -> int:

@@ -20,7 +20,7 @@ recorded as its alternatives. Where nothing fits, the refusal names the smallest
 space.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -33,15 +33,13 @@ from ...runtime.isa.errors import BudgetError
 from ...runtime.isa.homes import Homes
 from ...runtime.isa.precision import accumulate_dtype
 from ..lowering import Flat
-from ..rates.rates import Rates
 from .communication import collectives
 from .home_choice import best_nearby, candidates, fitting, is_picked, least
 from .home_program import ASSUMED, FIRST_LOOK, Assumed, Blocks, HomeProgram
-from .liveness import Liveness, analyse
 from .memory import Limits, Memory
 from .refusal import refusal
 from .simulate import StepTime
-from .timeline import Timeline, timeline
+from .weighed import Lower, Weighed
 
 LOGITS_SHARE = 0.1
 """Logits above this share of a plan's peak make it worth trying the loss in pieces."""
@@ -66,27 +64,6 @@ OFFLOAD_GAIN = 0.05
 error: the copies that replace compute share the bus with weights, gradients and states, and each late copy stalls the
 device, while the time of recomputing is certain. A plan that looks better by less than the error observed on the clock
 may be worse."""
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A lowered program with its liveness and timeline, none of which depends on where chunks live."""
-
-    flat: Flat
-    liveness: Liveness
-    timeline: Timeline
-
-    @classmethod
-    def of(cls, flat: Flat, plan: Plan, rates: Rates) -> "Weighed":
-        return cls(flat, analyse(flat.program), timeline(flat.program, plan, rates))
-
-    def on(self, plan: Plan, limits: Limits) -> tuple[Memory, StepTime]:
-        """The program's memory and step time, each a function of the chunks' homes."""
-        return Memory(plan, self.liveness, limits), StepTime(self.timeline, limits.rates)
-
-
-Lower = Callable[[Plan], Weighed]
-"""Runs the passes over a copy of the captured program, until instructions are in their final place."""
 
 
 @dataclass(frozen=True)

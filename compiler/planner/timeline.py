@@ -5,7 +5,7 @@ One thread launches the device's operators and may run ahead of the device, neve
 launched and all operators before it are done. Instructions take that thread's time, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -43,6 +43,13 @@ Subject = int | Transfer
 
 Instruction = tuple[float, fx.node.Target, Subject]
 """Seconds of compute before the instruction, its operator, and what it is about."""
+
+
+ABOUT_CHUNKS = frozenset({isa.FETCH, isa.WAIT, isa.REDUCE, isa.ACCUMULATE_GRAD})
+"""Instructions about a chunk; all others are about transfers."""
+
+Event = float | tuple[fx.node.Target, Subject]
+"""What the clock reads of one operator: its seconds on the device, or an instruction."""
 
 
 @dataclass
@@ -113,17 +120,30 @@ FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
 
 
 def timeline(program: Program, plan: Plan, rates: Rates) -> Timeline:
-    found, reading, known = Timeline([], 0.0, 0.0), _Reading(plan), dict[object, float]()
+    return laid_out((event for _, event in events(program, plan, rates)), rates.launch_s)
+
+
+def events(program: Program, plan: Plan, rates: Rates) -> Iterator[tuple[fx.Node, Event]]:
+    """What the clock reads of each operator, in order; operators that neither take time nor wait are left out."""
+    reading, known = _Reading(plan), dict[object, float]()
     for node in operators(program):
         about = FOLLOWED[node.target](node, reading) if node.target in FOLLOWED else None
         if about is not None:
-            found.launching_s += rates.launch_s
-            found.instructions.append((found.compute_s, node.target, about))
+            yield node, (node.target, about)
         elif not is_free(node):
             kind = node.target, freeze((node.args, node.kwargs), type_of)
-            work_s = known[kind] if kind in known else known.setdefault(kind, kernel_s(node, rates))
-            found.busy_s += work_s
-            found.launching_s += rates.launch_s
-            found.compute_s = max(found.compute_s, found.launching_s) + work_s
-    found.compute_s = max(found.compute_s, found.launching_s)
-    return found
+            yield node, known[kind] if kind in known else known.setdefault(kind, kernel_s(node, rates))
+
+
+def laid_out(found: Iterable[Event], launch_s: float) -> Timeline:
+    """The timeline of events, each of which takes `launch_s` of the launching thread."""
+    made = Timeline([], 0.0, 0.0)
+    for event in found:
+        made.launching_s += launch_s
+        if isinstance(event, tuple):
+            made.instructions.append((made.compute_s, *event))
+        else:
+            made.busy_s += event
+            made.compute_s = max(made.compute_s, made.launching_s) + event
+    made.compute_s = max(made.compute_s, made.launching_s)
+    return made

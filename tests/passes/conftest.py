@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from geminifx.compiler.capture.trace import CaptureRequest, capture
-from geminifx.compiler.planner.packing import pack
+from geminifx.compiler.planner.packing import pack, uses
 from geminifx.models.adapters import blocks, example_inputs
 from geminifx.passes.program.manager import Pass
 from geminifx.passes.program.plan import Plan
@@ -190,7 +190,7 @@ def _captured(name: str, training: bool) -> Example:
     kwargs = example_inputs(model, 2, 8) or {}
     program = capture(model, args, kwargs, CaptureRequest(backward=training)).program
     names = blocks(model)
-    packed = pack(program, dict(model.named_parameters()), names, parameter_dtypes(model, None))
+    packed = pack(uses(program), dict(model.named_parameters()), names, parameter_dtypes(model, None))
     values = {f"parameter:{name}": p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     values |= {f"buffer:{name}": buffer for name, buffer in model.named_buffers()}
     values |= {f"constant:{name}": value for name, value in program.constants.items()}

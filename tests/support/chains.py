@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.liveness import ACTIVATIONS, Interval, Liveness
-from geminifx.compiler.planner.search import Weighed
 from geminifx.compiler.planner.timeline import Instruction, Timeline
+from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.rates import Products, Rates
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
@@ -37,12 +37,12 @@ def chain(plan: Plan, blocks: int) -> Weighed:
         instructions += [(at_s, FETCH, block), (at_s, WAIT, block)]
         at_s += 3 if block in again else 2
         instructions += [(at_s, REDUCE, block), (at_s, ACCUMULATE_GRAD, block)]
-    kept = np.zeros(2 * blocks, dtype=np.int64)
+    kept, none = np.zeros((2, 2 * blocks), dtype=np.int64)
     for block in range(blocks):
         last = 2 * blocks - 1 - block
         kept[last if block in again else block : last + 1] += KEPT_BYTES
     fetches = [Interval(block, at, at) for block in range(blocks) for at in (block, 2 * blocks - 1 - block)]
-    liveness = Liveness({ACTIVATIONS: kept}, tuple(fetches), 0, 2 * blocks, 0)
+    liveness = Liveness({ACTIVATIONS: kept}, tuple(fetches), 0, 2 * blocks, none, none)
     return Weighed(Flat(Program("training")), liveness, Timeline(instructions, at_s, at_s))
 
 

@@ -16,7 +16,7 @@ from geminifx.compiler.capture.guards import Guard
 from geminifx.compiler.capture.known import PLAIN
 from geminifx.compiler.capture.trace import Captured, CaptureRequest
 from geminifx.compiler.planner.problem import Planning
-from geminifx.compiler.planner.search import Weighed
+from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.programs import captures
 from geminifx.compiler.programs.captures import Captures
 from geminifx.compiler.programs.programs import Call, Recent

@@ -19,7 +19,7 @@ from ...capture.results import logits_bytes
 from ...capture.trace import Captured, CaptureRequest, capture
 from ...rates.rates import Rates
 from ..pipeline.cuts import balanced
-from .shortened import Shortened
+from ..shortened import Shortened
 from .units import Unit, Units, measured
 
 

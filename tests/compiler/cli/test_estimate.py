@@ -26,7 +26,7 @@ def told(*words: str) -> dict[str, dict[str, Any]]:
 
 def test_a_row_is_told_for_each_format() -> None:
     rows = told("--device-budget", "1B", "--host-budget", "1GB")
-    assert list(rows) == ["exact", "bf16 moments", "int8 moments", LORA, QLORA]
+    assert list(rows) == ["exact", "bf16 moments", "int8 moments", "int8 moments, bf16 masters", LORA, QLORA]
     assert all(row["lacking"] == "device" and row["smallest_bytes"] > 0 for row in rows.values())
 
 
@@ -46,11 +46,11 @@ def test_layers_of_gpt2_have_adapters_and_a_format_that_they_lack_is_told(tmp_pa
 def test_formats_take_less_and_less_and_tell_what_would_do() -> None:
     """With the least budget that is told there is a plan, and with a hundredth less there is none."""
     rows = told("--device-budget", "1.5GB", "--host-budget", "10MB")
-    assert list(rows) == ["exact", "bf16 moments", "int8 moments", LORA, QLORA] and all(
+    assert list(rows) == ["exact", "bf16 moments", "int8 moments", "int8 moments, bf16 masters", LORA, QLORA] and all(
         row["fits"] for row in rows.values()
     )
     taken = [row["device_bytes"] + row["host_bytes"] for row in rows.values()]
-    assert taken[:3] == sorted(taken[:3], reverse=True) and taken[3] < taken[2]
+    assert taken[:4] == sorted(taken[:4], reverse=True) and taken[4] < taken[2]
     assert all(row["tokens_per_s"] == pytest.approx(16 / row["step_s"]) for row in rows.values())
     assert rows[LORA]["trained"] < rows["exact"]["trained"] == rows["exact"]["parameters"]
     refused = told("--device-budget", "1B", "--host-budget", "1GB")

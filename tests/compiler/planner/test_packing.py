@@ -1,7 +1,7 @@
 """Packing: every parameter has exactly one place, aligned and alone, in chunks of one kind."""
 
 import torch
-from geminifx.compiler.planner.packing import SMALLEST_CHUNK_BYTES, Spread, pack
+from geminifx.compiler.planner.packing import SMALLEST_CHUNK_BYTES, Spread, pack, uses
 from geminifx.passes.program.program import Program, annotate
 from geminifx.passes.program.types import TensorType
 from geminifx.runtime.isa.layout import ALIGNMENT_BYTES, ChunkLayout, Layout
@@ -41,7 +41,7 @@ def names(layout: Layout) -> list[list[str]]:
 def test_chunks_follow_the_order_of_use_and_the_blocks() -> None:
     blocks = tuple(f"b{i}" for i in range(3))
     parameters = {"embed": floats(8)} | {f"{b}.{n}": floats(20) for b in blocks for n in "wv"} | {"head": floats(4)}
-    layout = pack(program(parameters), parameters, blocks, dtypes(parameters))
+    layout = pack(uses(program(parameters)), parameters, blocks, dtypes(parameters))
     # A chunk is as large as a block, 40 KiB. The embedding is less than half of that and takes company; where
     # a block begins and the chunk is half full, a new one does.
     assert names(layout) == [
@@ -57,10 +57,10 @@ def test_chunks_follow_the_order_of_use_and_the_blocks() -> None:
 
 def test_small_models_have_one_chunk_and_large_parameters_their_own() -> None:
     small = {name: floats(2) for name in "abcd"}
-    assert names(pack(program(small), small, (), dtypes(small))) == [["a", "b", "c", "d"]]
+    assert names(pack(uses(program(small)), small, (), dtypes(small))) == [["a", "b", "c", "d"]]
     # The largest block is 40 KiB, so is a chunk; what is larger stands alone.
     mixed = {"x.a": floats(40), "huge": floats(100), "y.a": floats(40)}
-    assert names(pack(program(mixed), mixed, ("x", "y"), dtypes(mixed))) == [["x.a"], ["huge"], ["y.a"]]
+    assert names(pack(uses(program(mixed)), mixed, ("x", "y"), dtypes(mixed))) == [["x.a"], ["huge"], ["y.a"]]
 
 
 def test_frozen_and_trained_and_dtypes_do_not_mix() -> None:
@@ -71,7 +71,7 @@ def test_frozen_and_trained_and_dtypes_do_not_mix() -> None:
         "half": nn.Parameter(torch.empty(8, dtype=torch.float16)),
         "b": floats(1),
     }
-    layout = pack(program(parameters), parameters, (), dtypes(parameters))
+    layout = pack(uses(program(parameters)), parameters, (), dtypes(parameters))
     kinds = {
         tuple(ns): (c.dtype, c.master_dtype, c.trainable) for ns, c in zip(names(layout), layout.chunks, strict=True)
     }
@@ -81,7 +81,7 @@ def test_frozen_and_trained_and_dtypes_do_not_mix() -> None:
         ("double",): (torch.float64, torch.float64, True),
         ("half",): (torch.float16, torch.float32, True),  # small updates must not be rounded away
     }
-    low = pack(program(parameters), parameters, (), dtypes(parameters, torch.bfloat16))
+    low = pack(uses(program(parameters)), parameters, (), dtypes(parameters, torch.bfloat16))
     computes = {slot.name: chunk.dtype for chunk in low.chunks for slot in chunk.slots}
     assert computes == dict.fromkeys(("a", "frozen", "half", "b"), torch.bfloat16) | {"double": torch.float64}
 
@@ -92,7 +92,7 @@ def test_parameters_whose_gradients_are_summed_over_other_axes_do_not_mix() -> N
     made = program(parameters)
     for name in ("up", "down"):
         annotate(made.inputs("parameter")[name], placement="experts=S0")
-    layout = pack(made, parameters, (), dtypes(parameters), Spread(mesh))
+    layout = pack(uses(made), parameters, (), dtypes(parameters), Spread(mesh))
     found = {tuple(ns): chunk.reduced_over for ns, chunk in zip(names(layout), layout.chunks, strict=True)}
     assert found == {("router", "head"): ("data", "experts"), ("up", "down"): ("data",)}
 
@@ -102,7 +102,7 @@ def test_each_process_of_a_pipeline_has_a_place_for_what_its_layers_read() -> No
     owners = {"embed": (0, 2), "first": (0,), "shared": (0, 2), "second": (1,), "third": (2,)}
     made = program(parameters)
     own = [{name: p for name, p in parameters.items() if place in owners[name]} for place in range(3)]
-    layouts = [pack(made, each, (), dtypes(parameters), Spread(PIPELINE, owners)) for each in own]
+    layouts = [pack(uses(made), each, (), dtypes(parameters), Spread(PIPELINE, owners)) for each in own]
     assert [names(layout) for layout in layouts] == [
         [["embed", "shared"], ["first"]],  # what others have, too, is apart: it is counted once in all
         [["second"]],
@@ -115,7 +115,7 @@ def test_each_process_of_a_pipeline_has_a_place_for_what_its_layers_read() -> No
 def test_a_tied_parameter_lives_once_where_it_is_used_first() -> None:
     parameters = {name: floats(1) for name in ("body", "embed")}
     used = {"head": parameters["embed"], **parameters}
-    layout = pack(program(used, {"head": "embed"}), parameters, (), dtypes(parameters))
+    layout = pack(uses(program(used, {"head": "embed"})), parameters, (), dtypes(parameters))
     assert names(layout) == [["embed", "body"]]
     assert layout.tied == (("head", "embed"),)
 
@@ -126,7 +126,7 @@ def test_a_parameter_that_nobody_reads_has_a_place_too() -> None:
     for node in made.computes:
         if "unused" in node.args[0].name:
             made.graph.erase_node(node)
-    assert names(pack(made, parameters, (), dtypes(parameters))) == [["a", "b", "unused"]]
+    assert names(pack(uses(made), parameters, (), dtypes(parameters))) == [["a", "b", "unused"]]
 
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -143,7 +143,7 @@ def test_every_parameter_has_exactly_one_place_aligned_and_alone(
         for i, (shape, dtype, trained) in enumerate(kinds)
     }
     blocks = tuple({name.split(".")[0]: None for name in parameters})
-    layout = pack(program(parameters), parameters, blocks, dtypes(parameters, torch.bfloat16 if low else None))
+    layout = pack(uses(program(parameters)), parameters, blocks, dtypes(parameters, torch.bfloat16 if low else None))
     placed = [slot.name for chunk in layout.chunks for slot in chunk.slots]
     assert sorted(placed) == sorted(parameters)
     assert set(layout.places) == set(parameters)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.memory import Limits
-from geminifx.compiler.planner.search import Constraints, Solution, Weighed, check, solve
+from geminifx.compiler.planner.search import Constraints, Solution, check, solve
+from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.rates import ARENA, Rates
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.request import Policy, Request

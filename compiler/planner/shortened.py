@@ -1,6 +1,6 @@
 """Shortens a model's lists of blocks: of equal blocks one is captured, and its costs stand for the others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,17 +41,29 @@ class Shortened:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Context in which the model's lists have only the blocks that are left."""
         lists = [model.get_submodule(path) for path in dict.fromkeys(_parent(name) for name in self.blocks)]
-        before, gone = [dict(each._modules) for each in lists], set(self.blocks) - set(self.left)
-        modules = {id(model.get_submodule(name)) for name in gone}
+        before = [dict(each._modules) for each in lists]
         try:
-            for each in lists:
-                for name in [name for name, child in each._modules.items() if id(child) in modules]:
-                    del each._modules[name]
+            leave_out(model, set(self.blocks) - set(self.left))
             yield
         finally:
             for each, children in zip(lists, before, strict=True):
                 each._modules.clear()
                 each._modules.update(children)
+
+
+def leave_out(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Removes blocks from their lists; the names of the others stay as they are."""
+    for name in blocks:
+        del model.get_submodule(_parent(name))._modules[name.rpartition(".")[2]]
+
+
+def kinds(model: nn.Module, blocks: tuple[str, ...]) -> list[int]:
+    """The kind of each block, as a number: equal for equal blocks. Empty where the blocks are not one list."""
+    lists = list(_lists(model, blocks))
+    if len(lists) != 1:
+        return []
+    found = [_kind(model.get_submodule(name)) for name in lists[0]]
+    return [found.index(kind) for kind in found]
 
 
 def _parent(name: str) -> str:

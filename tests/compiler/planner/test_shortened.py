@@ -3,8 +3,8 @@
 import pytest
 import torch
 from geminifx.compiler.capture.trace import CaptureRequest
+from geminifx.compiler.planner.shortened import Shortened
 from geminifx.compiler.planner.world.model import Model
-from geminifx.compiler.planner.world.shortened import Shortened
 from geminifx.models.adapters import blocks
 from torch import Tensor, nn
 

@@ -1,0 +1,99 @@
+"""Estimates from a part of a model are those of the whole: the same plans, to the byte and the clock's last digit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from geminifx.compiler.cli.compare import batch_by_shapes
+from geminifx.compiler.estimate import Estimated, Machine, _Source, _Step, estimates
+from geminifx.compiler.planner import lengthened
+from geminifx.compiler.planner.packing import Together
+from geminifx.compiler.rates.choice import given_rates
+from geminifx.runtime.isa.formats import OwnFormat
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "vocab_size": 3000,
+                         "max_position_embeddings": 256}  # fmt: skip
+
+
+def opt(**changes: Any) -> PreTrainedModel:
+    return made(OPTConfig(**SIZES | {"ffn_dim": 512, "word_embed_proj_dim": 128, "dropout": 0.1} | changes))
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    return made(LlamaConfig(**SIZES | {"intermediate_size": 384, "num_key_value_heads": 2} | changes))
+
+
+def made(config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def estimated(build: Callable[[], PreTrainedModel], device: str, host: str, whole: bool) -> list[Estimated]:
+    rates = given_rates("h200")
+    assert rates is not None
+    machine = Machine.of(device, host, rates)
+    return list(estimates(build, batch_by_shapes(build(), 8, 256), machine, whole=whole))
+
+
+@pytest.fixture
+def lowered_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks of each part that is lowered."""
+    seen: list[int] = []
+    learn = lengthened._Known.learn
+
+    def watched(self: Any, *args: Any) -> None:
+        seen.append(len(self.part.blocks))
+        learn(self, *args)
+
+    monkeypatch.setattr(lengthened._Known, "learn", watched)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_bytes", [None, 150 * 2**10], ids=["a chunk a block", "several chunks a block"])
+@pytest.mark.parametrize(("build", "device", "host"), [(opt, "1.45GB", "60MB"), (llama, "1.45GB", "60MB")])
+def test_parts_tell_what_the_whole_tells(build: Any, device: str, host: str, chunk_bytes: int | None,
+                                         lowered_parts: list[int],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Also where adapters of many blocks share a chunk, which is as long as the whole model's."""
+    if chunk_bytes is not None:
+        monkeypatch.setattr("geminifx.compiler.planner.packing.LARGEST_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 2**16)
+    found = estimated(build, device, host, whole=False)
+    assert lowered_parts and max(lowered_parts) < SIZES["num_hidden_layers"]
+    parts = len(lowered_parts)
+    expected = estimated(build, device, host, whole=True)
+    assert len(lowered_parts) == parts, "the whole is lowered as it is"
+    assert [(one.state, one.lacking) for one in found] == [(one.state, one.lacking) for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.plan == other.plan
+
+
+def test_a_model_of_few_or_unlike_blocks_is_captured_as_a_whole(lowered_parts: list[int]) -> None:
+    (found, *_), (expected, *_) = (estimated(lambda: opt(num_hidden_layers=2), "1.45GB", "60MB", whole)
+                                   for whole in (False, True))  # fmt: skip
+    assert found == expected and found.plan is not None
+    assert not lowered_parts
+
+
+def test_a_layout_is_that_of_the_whole_model() -> None:
+    rates = given_rates("h200")
+    assert rates is not None
+    batch, machine = batch_by_shapes(llama(), 2, 16), Machine.of(None, "1GB", rates)
+    for is_adapted in (False, True):
+        step = _Step(_Source(llama, is_adapted), batch, machine, whole=False)
+        told = step.planning.lengthened
+        assert told is not None
+        step.planning.lengthened = None
+        captured = step._captured(step.session)
+        for unit in (1, 256):
+            format = of_unit(unit)
+            assert told.layout(Together(unit)) == step.planning._layout(captured, step.planning.shared(), format)
+
+
+def of_unit(unit: int) -> OwnFormat:
+    found = OwnFormat(in_backward=True, stored="int8" if unit > 1 else "exact")
+    assert found.unit == unit
+    return found
