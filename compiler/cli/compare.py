@@ -119,10 +119,10 @@ def compare(
     model: Annotated[str, typer.Argument(help="Hub name, directory, config file (.json) or preset.")] = "opt-1.3b",
     world_size: Annotated[int, typer.Option(min=2, max=MOST_PROCESSES, help="Processes that share the work.")] = 8,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples in a step, of all processes.")
+        int, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples in a step, over all processes.")
     ] = 16,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
-    device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
+    device_budget: Annotated[str | None, typer.Option(help="Device memory of each process, such as 24GB.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
     rates: Annotated[str, typer.Option(help=RATES_HELP)] = OTHER_CARD,
 ) -> None:

@@ -64,34 +64,35 @@ def _check_of_one_kind(context: typer.Context, model: str | None) -> None:
 def simulate_command(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="Hub name, directory, config file (.json) or preset; none: a schedule alone.")
+        str | None,
+        typer.Argument(
+            help="Hub name, directory, config file (.json) or preset; without it, only a schedule is simulated."
+        ),
     ] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Processes that share MODEL's work.")] = None,
     parallel: Annotated[
-        str | None, typer.Option(help="How they share it, such as pipeline=4,data=2; by default as is fastest.")
+        str | None, typer.Option(help="How they share it, such as pipeline=4,data=2; by default the fastest way.")
     ] = None,
-    cluster: Annotated[str | None, typer.Option(help=f"Of {', '.join(CLUSTERS)}, or a TOML file.")] = None,
+    cluster: Annotated[str | None, typer.Option(help=f"The cluster: {', '.join(CLUSTERS)}, or a TOML file.")] = None,
     rates: Annotated[str | None, typer.Option(help=RATES_HELP)] = None,
-    device_budget: Annotated[str | None, typer.Option(help="Of each process, such as 24GB.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples in a step, of all processes.")] = None,
+    device_budget: Annotated[str | None, typer.Option(help="Device memory of each process, such as 24GB.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples in a step, over all processes.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help=f"Which rank does what when: {', '.join(KINDS)}; of MODEL roundrobin, too.")
+        str | None, typer.Option(help=f"The schedule: {', '.join(KINDS)}; with MODEL also roundrobin.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that the stages lie on.")] = 4,
-    microbatches: Annotated[
-        int | None, typer.Option(min=1, help="Microbatches of a step; of a schedule alone 8.")
-    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the pipeline.")] = 4,
+    microbatches: Annotated[int | None, typer.Option(min=1, help="Microbatches in a step; 8 without MODEL.")] = None,
     stages_per_rank: Annotated[int, typer.Option(min=1, help="Stages on each rank.")] = 1,
-    forward_ms: Annotated[float, typer.Option(min=0, help="A stage's forward of a microbatch.")] = 1.0,
-    input_ms: Annotated[float, typer.Option(min=0, help="Gradients of its inputs.")] = 1.0,
-    weight_ms: Annotated[float, typer.Option(min=0, help="Gradients of its weights.")] = 1.0,
-    message_ms: Annotated[float, typer.Option(min=0, help="From one rank to another.")] = 0.0,
+    forward_ms: Annotated[float, typer.Option(min=0, help="Time of a stage's forward for one microbatch.")] = 1.0,
+    input_ms: Annotated[float, typer.Option(min=0, help="Time of the gradients of its inputs.")] = 1.0,
+    weight_ms: Annotated[float, typer.Option(min=0, help="Time of the gradients of its weights.")] = 1.0,
+    message_ms: Annotated[float, typer.Option(min=0, help="Time of a message from one rank to another.")] = 0.0,
     loss_awaited: Annotated[
         bool, typer.Option(help="Whether the loop reads the loss before it calls backward().")
     ] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write the timeline here, for chrome://tracing or ui.perfetto.dev.")
+        Path | None, typer.Option(help="Write the timeline to this file, for chrome://tracing or ui.perfetto.dev.")
     ] = None,
 ) -> None:
     """Simulate a step: what each rank does when, how long it idles, how much it holds.

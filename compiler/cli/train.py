@@ -59,11 +59,11 @@ def train(
         Path | None, typer.Option(help="A file of text (.txt, .md) or records (.jsonl, .json, .csv), or a folder.")
     ] = None,
     fields: Annotated[str | None, typer.Option(help=f"Fields of records to learn from: {GRAMMAR_OF_FIELDS}.")] = None,
-    device_budget: Annotated[str | None, typer.Option(help='Such as "24GB", "24GiB" or "80%".')] = None,
-    host_budget: Annotated[str | None, typer.Option(help="Like --device-budget.")] = None,
+    device_budget: Annotated[str | None, typer.Option(help='Device memory, such as "24GB", "24GiB" or "80%".')] = None,
+    host_budget: Annotated[str | None, typer.Option(help="Host memory, in the same form.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, or cpu for a budgeted arena in RAM.")] = None,
     placement: Annotated[str, typer.Option(help="Where parameters live: auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the device's own by default.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; by default what suits the device.")] = None,
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, all or none.")] = "auto",
     microbatches: Annotated[str, typer.Option(help="Number of parts that a batch runs in, or auto.")] = "auto",
     offload: Annotated[str, typer.Option(help="Offload activations to the host: auto, all or none.")] = "auto",
@@ -75,7 +75,7 @@ def train(
         str, typer.Option(help=f"How bfloat16 weights' masters are kept: {', '.join(get_args(Masters))}.")
     ] = "exact",
     steps: Annotated[int | None, typer.Option(min=1)] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Times through the data, instead of --steps.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data, instead of --steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per example.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
@@ -83,11 +83,14 @@ def train(
     save_every: Annotated[
         str, typer.Option(help='Between checkpoints: steps, or time such as "10min"; 0: only the last.')
     ] = "0",
-    output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; replaced as a whole.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for the checkpoint; an earlier one is replaced.")
+    ] = None,
     resume: Annotated[
-        Resume, typer.Option(help="Continue from the checkpoint in --output; auto: if there is one. Alone: always.")
+        Resume,
+        typer.Option(help="Continue from the checkpoint in --output; auto: if there is one. Without a value: always."),
     ] = Resume.NEVER,
-    dump: Annotated[Path | None, typer.Option(help="Write the program after every pass here.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the program after every pass to this directory.")] = None,
     parallel: Annotated[str | None, typer.Option(help=f"How processes share the work: {GRAMMAR}.")] = None,
     nprocs: Annotated[
         int | None,

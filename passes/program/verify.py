@@ -245,7 +245,7 @@ def _collective(start: fx.Node) -> Violation | None:
         return Violation(start, f"read by {', '.join(user.name for user in start.users) or 'nobody'}",
                        "one reader, its finish")  # fmt: skip
     if note(finish).phase != note(start).phase:
-        return Violation(finish, f"waits for {start.name} of the other phase", "the finish in front of the turn")
+        return Violation(finish, f"waits for {start.name} of the other phase", "the finish before the turn")
     kept, sent = list(finish.args[1:]), [] if overwrites else [part]
     if kept != sent:
         text = lambda values: f"keeps {', '.join(map(str, values)) or 'nothing'}"  # noqa: E731
@@ -267,9 +267,7 @@ def posted(program: Program, plan: Plan) -> Violation | None:
             readers = ", ".join(user.name for user in node.users) or "nobody"
             return Violation(node, f"read by {readers}", "one reader, its finish")
         if node.target is FINISH_RECEIVE and note(node).phase != note(node.args[0]).phase:
-            return Violation(
-                node, f"waits for {node.args[0].name} of the other phase", "the finish in front of the turn"
-            )
+            return Violation(node, f"waits for {node.args[0].name} of the other phase", "the finish before the turn")
     return None
 
 

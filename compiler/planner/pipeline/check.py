@@ -68,7 +68,7 @@ def _apart(schedule: Schedule) -> Iterator[Violation]:
     home: dict[int, int] = {}
     for rank, action in _each(schedule) if schedule.weights == "rank" else ():
         if home.setdefault(action.stage, rank) != rank:
-            found = f"stage {action.stage} is on rank {home[action.stage]}, too"
+            found = f"stage {action.stage} is on rank {home[action.stage]} as well"
             yield Violation(_at(rank, action), found, "all actions of a stage on one rank, or weights=host")
 
 
@@ -78,10 +78,12 @@ def _not_once(schedule: Schedule) -> Iterator[Violation]:
     for rank, action in _each(schedule):
         done = kinds[action.stage, action.microbatch]
         if action.kind in done:
-            yield Violation(_at(rank, action), "it was done before", "each action once")
+            yield Violation(_at(rank, action), "already done", "each action once")
         kinds[action.stage, action.microbatch] = done + action.kind
         if "B" in done + action.kind and set("IW") & set(done + action.kind):
-            yield Violation(_at(rank, action), "a whole backward beside a part of one", "B, or I and W")
+            yield Violation(
+                _at(rank, action), "both a whole backward (B) and a part of it (I or W)", "either B, or I and W"
+            )
     for stage in range(schedule.stages):
         for microbatch in range(schedule.microbatches):
             done = kinds[stage, microbatch]
@@ -109,7 +111,7 @@ def _stuck(schedule: Schedule) -> Iterator[Violation]:
     circle = dropwhile(lambda waiter: waiter != rank, waits)
     found = ", ".join(waits[waiter] for waiter in circle)
     action = schedule.ranks[rank][reached[rank]]
-    yield Violation(_at(rank, action), found, "every action behind all that it waits for")
+    yield Violation(_at(rank, action), found, "every action after those that it waits for")
 
 
 def _parted(schedule: Schedule) -> Iterator[Violation]:
@@ -125,8 +127,8 @@ def _late(schedule: Schedule) -> Iterator[Violation]:
     for rank, actions in enumerate(schedule.ranks):
         turn, last = schedule.turn(rank), schedule.last_forward(rank)
         if last >= turn:
-            found = f"it stands behind {actions[turn]}, with which the rank's gradients of a stage are complete"
-            yield Violation(_at(rank, actions[last]), found, "all forwards of a rank in front of its last backwards")
+            found = f"it comes after {actions[turn]}, which completes the rank's gradients of a stage"
+            yield Violation(_at(rank, actions[last]), found, "all forwards of a rank before its last backwards")
 
 
 def _each(schedule: Schedule) -> Iterator[tuple[int, Action]]:

@@ -127,8 +127,8 @@ def _in_rounds(shape: Shape) -> str:
     more = next(count for count in range(shape.microbatches, 2 * shape.microbatches) if _divides(shape.ranks, count))
     rounds = shape.microbatches // shape.ranks
     return (
-        f"{shape.microbatches} microbatches on {shape.ranks} ranks make {rounds} rounds, which are not of equally many;"
-        f" expected {fewer} or {more}, or any multiple of {shape.ranks}"
+        f"{shape.microbatches} microbatches on {shape.ranks} ranks make {rounds} rounds of unequal size; "
+        f"expected {fewer} or {more}, or any multiple of {shape.ranks}"
     )
 
 

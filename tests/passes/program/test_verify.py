@@ -205,7 +205,7 @@ COLLECTIVE_DAMAGES = {
         "finish_collective", "waits for exp", "the start of a collective",
     ),
     "a collective crosses the turn": (
-        _note("summed", phase="backward"), "summed", "waits for start_1 of the other phase", "in front of the turn",
+        _note("summed", phase="backward"), "summed", "waits for start_1 of the other phase", "before the turn",
     ),
     "what is sent may be freed on its way": (_arguments("whole", "start"), "whole", "keeps nothing", "keeps w"),
     "what a sum overwrites is kept": (_arguments("summed", "start_1", "y"), "summed", "keeps y", "keeps nothing"),

@@ -62,7 +62,7 @@ def test_an_action_that_stands_twice_is_found(schedule: Schedule, data: st.DataO
     actions = schedule.ranks[rank]
     i, j = data.draw(st.integers(0, len(actions) - 1)), data.draw(st.integers(0, len(actions)))
     violation = check(with_rank(schedule, rank, (*actions[:j], actions[i], *actions[j:])))
-    assert str(violation) == f"rank {rank} at {actions[i]}: it was done before; expected each action once"
+    assert str(violation) == f"rank {rank} at {actions[i]}: already done; expected each action once"
 
 
 @given(schedules.filter(lambda schedule: len(schedule.ranks) > 1), st.data())
@@ -85,11 +85,11 @@ def test_an_action_on_another_rank_is_found(schedule: Schedule, data: st.DataObj
         ("W1.0", "W1.0\nrank 2:", "rank 2: nothing to do; expected a stage on every rank, or fewer ranks"),
         ("F1.0 I1.0", "I1.0", "rank 1: no F1.0; expected F once"),
         ("B1.1 W1.0", "B1.1", "rank 1: no W1.0; expected F once, and B, or I and W, once"),
-        ("B1.1 W1.0", "B1.1 W1.0 W1.1", "rank 1 at W1.1: a whole backward beside a part of one; expected B, or I"),
-        ("I1.0", "W1.0 I1.0", "rank 1 at W1.0: it was done before; expected each action once"),
-        ("B0.1", "B0.1 F1.0", "rank 1 at F1.0: stage 1 is on rank 0, too; expected all actions of a stage on one rank"),
+        ("B1.1 W1.0", "B1.1 W1.0 W1.1", "rank 1 at W1.1: both a whole backward (B) and a part of it (I or W); expected either B, or I"),
+        ("I1.0", "W1.0 I1.0", "rank 1 at W1.0: already done; expected each action once"),
+        ("B0.1", "B0.1 F1.0", "rank 1 at F1.0: stage 1 is on rank 0 as well; expected all actions of a stage on one rank"),
         ("F0.0 F0.1 B0.0 B0.1", "F0.0 B0.0 B0.1 F0.1",
-         "rank 0 at B0.1: B0.1 waits for F0.1 of rank 0; expected every action behind all that it waits for"),
+         "rank 0 at B0.1: B0.1 waits for F0.1 of rank 0; expected every action after those that it waits for"),
     ],
 )  # fmt: skip
 def test_a_violation_names_rank_and_action(old: str, new: str, message: str):
@@ -104,8 +104,8 @@ def test_a_violation_names_rank_and_action(old: str, new: str, message: str):
         ("F0.0 F0.1 B0.0 W0.1", "F1.0 B1.0 F1.1 B1.1 I0.1",
          "rank 0 at W0.1: its first part is on rank 1; expected both parts on one rank"),
         ("F0.0 F1.0 B1.0 B0.0 F0.1", "F1.1 B1.1 B0.1",
-         "rank 0 at F0.1: it stands behind B1.0, with which the rank's gradients of a stage are complete; expected all "
-         "forwards of a rank in front of its last backwards"),
+         "rank 0 at F0.1: it comes after B1.0, which completes the rank's gradients of a stage; expected all "
+         "forwards of a rank before its last backwards"),
     ],
 )  # fmt: skip
 def test_where_any_rank_may_run_an_action_some_need_more(first: str, second: str, message: str):
@@ -121,7 +121,7 @@ def test_ranks_that_wait_for_one_another_are_all_named():
     rank 2: F2.0 B2.0 F2.1 B2.1""")
     assert str(check(schedule)) == (
         "rank 0 at B0.0: B0.0 waits for B1.0 of rank 1, F1.1 waits for F0.1 of rank 0; "
-        "expected every action behind all that it waits for"
+        "expected every action after those that it waits for"
     )
 
 
