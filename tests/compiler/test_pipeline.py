@@ -10,6 +10,7 @@ from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
 from geminifx.runtime.isa.mesh import Mesh
 from geminifx.runtime.isa.schedule import Action
+from schedules import in_turns
 from torch import nn
 from zoo import OPT, Case, opt
 
@@ -64,7 +65,7 @@ def test_a_rank_of_a_world_is_planned_for_on_one_process():
 
 def test_ranks_of_a_round_robin_have_what_they_run():
     """A parameter is with who runs its stage's forwards or backwards."""
-    schedule = round_robin([EVEN] * 4, 2, 4)
+    schedule = in_turns(4, 2, 4)
     options = {"example_inputs": DEEP.batch(batch=8), "world_size": 2, "microbatches": 4, "schedule": schedule}
     plan = geminifx.compile(DEEP.seeded(), parallel={"pipeline": {"ranks": 2, "stages": 4}}, **options).plan
     every = [Action(stage, microbatch, kind) for stage in range(4) for microbatch in range(4) for kind in "FB"]

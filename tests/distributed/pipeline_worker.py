@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import geminifx
 import torch
 from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
+from geminifx.runtime.isa.schedule import Schedule
 from more_models import T5
+from schedules import in_turns
 from torch import Tensor
 from torch import distributed as dist
 from zoo import GPT2, LLAMA, OPT, Case, gpt2, llama, opt
@@ -87,11 +89,10 @@ def pipeline(ranks: int, schedule: str, stages: int | None = None, **options: An
     return {"parallel": degrees, "schedule": schedule, "microbatches": 4, "fuse_loss": False, **options}
 
 
-def in_turns(ranks: int, stages: int, **options: Any) -> dict[str, Any]:
-    """A round-robin of stages that take equally long: all ranks exchange much. By name it suits the tiny stages, which
-    take less time than a message, and leaves them together."""
-    even = pipeline(ranks, "", stages, **options)
-    return {**even, "schedule": round_robin([EVEN] * stages, ranks, even["microbatches"])}
+def taking_turns(schedule: Schedule, **options: Any) -> dict[str, Any]:
+    """A round-robin as data. By name it suits the tiny stages, which take less time than a message, and leaves them
+    together."""
+    return {**pipeline(len(schedule.ranks), "", schedule.stages, **options), "schedule": schedule}
 
 
 IN_TWOS = {
@@ -111,11 +112,11 @@ IN_TWOS = {
         UNTIED, pipeline(2, "roundrobin", 4, recompute="all", placement="cpu"), evaluates=True
     ),
     "roundrobin, in turns, in the backward": Training(
-        UNTIED, in_turns(2, 4, recompute="all", placement="cpu"), in_backward=True
+        UNTIED, taking_turns(in_turns(4, 2, 4), recompute="all", placement="cpu"), in_backward=True
     ),
-    "roundrobin, tied, dropout, clipped": Training(DROPOUT, in_turns(2, 4), max_grad_norm=0.5),
+    "roundrobin, tied, dropout, clipped": Training(DROPOUT, taking_turns(in_turns(4, 2, 4)), max_grad_norm=0.5),
     "roundrobin, torch's optimizer, two backwards a step": Training(
-        GPT2, in_turns(2, 2, recompute="all"), own=False, micro=2
+        GPT2, taking_turns(in_turns(2, 2, 4), recompute="all"), own=False, micro=2
     ),
 }
 IN_FOURS = {
@@ -125,11 +126,11 @@ IN_FOURS = {
         UNTIED, {**pipeline(2, "zb1p", microbatches=2), "parallel": {"pipeline": 2, "data": 2, "zero": 1}}, data=2
     ),
     "roundrobin 4, on the host, in the backward": Training(
-        OPT_OF_EIGHT, in_turns(4, 8, recompute="all", placement="cpu"), in_backward=True
+        OPT_OF_EIGHT, taking_turns(round_robin([EVEN] * 8, 4, 4), recompute="all", placement="cpu"), in_backward=True
     ),
     "roundrobin 2 x data 2, tied, zero 3": Training(
         TIED,
-        {**in_turns(2, 4), "parallel": {"pipeline": {"ranks": 2, "stages": 4}, "data": 2, "zero": 3}},
+        {**taking_turns(in_turns(4, 2, 4)), "parallel": {"pipeline": {"ranks": 2, "stages": 4}, "data": 2, "zero": 3}},
         data=2,
     ),
 }

@@ -62,17 +62,15 @@ def _total(slots: Slots) -> int:
 
 
 def _numbers(costs: Sequence[StageCosts], microbatches: int) -> Iterator[Slots]:
-    """The numbers of slots to try. A backward slot has one, two or three stages; forward and last slots are about as
-    many as take equally long, or more. The largest possible numbers come last."""
-    stages = len(costs) - 1
-    forward_s, backward_s = (sum(seconds) for seconds in (_forwards(costs), _backwards(costs)))
+    """The numbers of slots to try. A backward slot has one, two or three stages, and a forward slot up to four times as
+    many; last slots are about as many as take as long, or more. The largest possible numbers come last."""
+    stages, backward_s = len(costs) - 1, sum(_backwards(costs))
     last_s = costs[-1].forward_s + costs[-1].backward_s
-    for together, more, longer in product((1, 2, 3), (1.0, 1.25, 1.5), (1.0, 1.5, 2.0, 2.5, 3.0)):
+    for together, times, longer in product((1, 2, 3), (3, 4, 2, 1), (1.0, 1.5, 2.0, 2.5, 3.0)):
         backwards = -(-stages // together)
         slot_s = backward_s / backwards if backwards else 0.0
-        forwards = round(more * forward_s / slot_s) if slot_s else stages
         last = round(longer * last_s / slot_s) if slot_s else 1
-        yield Slots(min(max(forwards, min(stages, 1)), stages), backwards, min(max(last, 1), microbatches))
+        yield Slots(-(-stages // (times * together)), backwards, min(max(last, 1), microbatches))
     yield Slots(stages, stages, microbatches)
 
 

@@ -1,0 +1,32 @@
+"""What a program's own stages take, by which its round-robin schedule is made."""
+
+from dataclasses import replace
+
+import pytest
+from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
+from geminifx.compiler.planner.pipeline.stage_costs import stage_costs, suited
+from geminifx.compiler.rates.rates import ARENA
+from pipelines import step_of
+from zoo import Case, opt
+
+DEEP = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
+
+
+def test_recomputed_stages_take_their_forward_again() -> None:
+    step = step_of(DEEP, 4)
+    plan = step.plans(round_robin([EVEN] * 4, 2, 4))[0]
+    plain = stage_costs(step.program, plan, ARENA)
+    again = stage_costs(step.program, replace(plan, recompute=step.blocks[:-1]), ARENA)
+    assert again[-1] == plain[-1]
+    for one, other in zip(plain[:-1], again[:-1], strict=True):
+        assert other.backward_s == pytest.approx(one.backward_s + one.forward_s)
+        assert (other.forward_s, other.weight_s, other.message_s) == (one.forward_s, one.weight_s, one.message_s)
+    assert all(0 < cost.weight_s < cost.backward_s for cost in plain[1:]), "nobody waits for the first one"
+    assert [cost.message_s > 0 for cost in plain] == [True, True, True, False]
+
+
+def test_the_schedule_suits_them() -> None:
+    step = step_of(DEEP, 4)
+    plan = step.plans(round_robin([EVEN] * 4, 2, 4))[0]
+    costs = stage_costs(step.program, replace(plan, recompute=step.blocks), ARENA)
+    assert suited(step.program, plan, step.blocks, ARENA) == round_robin(costs, 2, 4)
