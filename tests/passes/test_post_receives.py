@@ -48,12 +48,15 @@ def test_what_an_action_reads_is_awaited_from_the_one_in_front(name):
 def test_behind_the_last_action_one_message_at_a_time_is_awaited():
     """They are parts of gradients, which are long: each but the first starts before the one in front is awaited."""
     step = step_of(Case("opt of eight blocks", lambda: opt(num_hidden_layers=8)), 4)
+    longest = 0
     for plan in step.plans(round_robin([EVEN] * 8, 4, 4)):
         nodes = list(step.lowered(plan).computes)
         last = max(i for i, node in enumerate(nodes) if note(node).action.startswith("B"))
         found = [node for node in nodes[last + 1 :] if node.target in (START_RECEIVE, FINISH_RECEIVE)]
         kinds = "".join("s" if node.target is START_RECEIVE else "f" for node in found)
-        assert re.fullmatch("(sf)*f", kinds) and len(kinds) > 2, kinds
+        assert re.fullmatch("((sf)*f)?", kinds), kinds
+        longest = max(longest, len(kinds))
+    assert longest > 2
 
 
 def test_a_receive_that_is_not_waited_for_in_its_phase_is_told():
