@@ -116,7 +116,7 @@ class _Cut:
                 behind = self.program.output.prev
                 self._begin_behind()
             else:
-                if self.scale is not None and self.stages.sums_pass_early:
+                if self.scale is not None and self.stages.schedule.weights == "host":
                     self._exchange_sums()
                 self._run(action, items)
             self._mark(behind, phase, action)

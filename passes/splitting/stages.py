@@ -218,7 +218,7 @@ class Stages:
                     send(part, to, place, self.steps.next_place(to, first[to], self.steps.begins(rank, place)))
             for item in items:
                 for to in (to for to in self._receivers(item) if to != rank):
-                    if isinstance(item, Sum) and self.sums_pass_early:
+                    if isinstance(item, Sum) and self.schedule.weights == "host":
                         waiting[to].append(item)
                         pace[to] = -(-len(waiting[to]) // self.plan.microbatches)
                     else:
@@ -242,17 +242,6 @@ class Stages:
             actions = (Action(self.stage[user], microbatch, self._kind(user)) for user in users for microbatch in every)
             places += (self._place[action] for action in actions if self.schedule.runner(action) == rank)
         return min([*places, *([turn] if early or isinstance(item, Output) else [])], default=inf)
-
-    @cached_property
-    def sums_pass_early(self) -> bool:
-        """Whether parts of gradients are exchanged beside actions: where weights live on the hosts, and all
-        forwards of a stage are one rank's, and all its backwards, but the last stage's."""
-        runners = defaultdict[tuple[int, str], set[int]](set)
-        for rank, actions in enumerate(self.schedule.ranks):
-            for action in actions:
-                runners[action.stage, action.kind].add(rank)
-        last = self.schedule.stages - 1
-        return self.schedule.weights == "host" and all(len(runners[key]) == 1 for key in runners if key[0] < last)
 
     @cached_property
     def steps(self) -> Steps:
