@@ -109,12 +109,12 @@ def _captured(model: torch.nn.Module, batch: Batch, training: bool) -> Program:
 
 def run(programs: list[Program], values: Values, tangent: float = 1.0) -> list[Values]:
     """Each rank's results by role, all of which draw from generators in one state. Fails where all of them wait."""
-    mail = defaultdict[tuple[int, int], deque[Letter]](deque)
+    mail = Mail()
     runs = [_run(rank, program, values, torch.tensor(tangent), mail) for rank, program in enumerate(programs)]
     generators, found = [torch.get_rng_state()] * len(runs), [Values()] * len(runs)
     waiting = dict(enumerate(runs))
     while waiting:
-        before = _progress(mail, waiting)
+        before = mail.moves, len(waiting)
         for rank, program_run in list(waiting.items()):
             torch.set_rng_state(generators[rank])
             try:
@@ -123,8 +123,8 @@ def run(programs: list[Program], values: Values, tangent: float = 1.0) -> list[V
                 found[rank] = stop.value
                 del waiting[rank]
             generators[rank] = torch.get_rng_state()
-        assert _progress(mail, waiting) != before, "all ranks wait for each other"
-    assert not any(mail.values()), "something was sent that nobody received"
+        assert (mail.moves, len(waiting)) != before, "all ranks wait for each other"
+    assert mail.is_empty, "something was sent that nobody received"
     assert all(torch.equal(state, generators[0]) for state in generators), "ranks would draw apart from here on"
     return found
 
@@ -134,14 +134,34 @@ class Letter:
     """What is sent, and has a place of its own in the mail."""
 
     value: Tensor
+    has_come: bool = False
 
 
-Mail = dict[tuple[int, int], deque[Letter]]
-"""What was sent and has not come, by from where and where to."""
+class Mail:
+    """What was sent and has not come, by from where and where to. `moves` counts what was sent and what has come."""
 
+    def __init__(self) -> None:
+        self.moves = 0
+        self._letters = defaultdict[tuple[int, int], deque[Letter]](deque)
 
-def _progress(mail: Mail, waiting: dict[int, Any]) -> Any:
-    return [list(letters) for letters in mail.values()], len(waiting)
+    @property
+    def is_empty(self) -> bool:
+        return not any(self._letters.values())
+
+    def send(self, source: int, to: int, value: Tensor) -> Letter:
+        letter = Letter(value)
+        self._letters[source, to].append(letter)
+        self.moves += 1
+        return letter
+
+    def receive(self, source: int, to: int) -> Tensor | None:
+        """The next value; None if there is none yet."""
+        if not self._letters[source, to]:
+            return None
+        letter = self._letters[source, to].popleft()
+        letter.has_come = True
+        self.moves += 1
+        return letter.value
 
 
 def _run(rank: int, program: Program, values: Values, tangent: Tensor, mail: Mail) -> Iterator[None]:
@@ -157,22 +177,19 @@ def _run(rank: int, program: Program, values: Values, tangent: Tensor, mail: Mai
             outputs = {f"output:{i}": found[value].clone() for i, value in enumerate(node.args[0])}
             found[node] = [tangent]
         elif node.target is SEND:
-            letter = Letter(found[node.args[0]].clone())
-            mail[rank, node.args[1]].append(letter)
-            leaving[node.args[1]].append(letter)
+            leaving[node.args[1]].append(mail.send(rank, node.args[1], found[node.args[0]].clone()))
         elif node.target is FINISH_SEND:
             letter = leaving[node.args[1]].popleft()
             assert torch.equal(letter.value, found[node.args[0]]), "another value was sent, or it was overwritten"
-            while letter in mail[rank, node.args[1]]:
+            while not letter.has_come:
                 yield
         elif node.target is START_RECEIVE:
             coming[node.args[3]].append(node)
         elif node.target is FINISH_RECEIVE:
             shape, stride, dtype, source = node.args[0].args
             assert coming[source].popleft() is node.args[0], "what was sent first comes first"
-            while not mail[source, rank]:
+            while (come := mail.receive(source, rank)) is None:
                 yield
-            come = mail[source, rank].popleft().value
             assert (list(come.shape), come.dtype) == (shape, dtype)
             found[node] = torch.empty_strided(shape, stride, dtype=dtype).copy_(come)
         elif node.op == "call_function":

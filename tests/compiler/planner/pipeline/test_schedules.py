@@ -75,7 +75,11 @@ def test_several_stages_of_a_rank_in_gpipe_are_run_one_after_the_other():
         ),
         ("interleaved", Shape(4, 3, 2), "3 microbatches are too few for 4 ranks; expected 4 or more"),
         ("zb1p", Shape(8, 2, 3), "2 microbatches are too few for 8 ranks; expected 8 or more"),
-        ("zb1p", Shape(4, 13), "13 microbatches on 4 ranks make 3 rounds of unequal size; expected 12 or 15, or any multiple of 4"),
+        (
+            "zb1p",
+            Shape(4, 13),
+            "13 microbatches on 4 ranks make 3 rounds of unequal size; expected 12 or 15, or any multiple of 4",
+        ),
         ("zbv", Shape(4, 8, 1), "it has 2 stages per rank, not 1; zb1p has any number"),
         ("zbv", Shape(4, 8, 3), "it has 2 stages per rank, not 3"),
     ],
