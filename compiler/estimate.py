@@ -10,7 +10,7 @@ from torch import nn
 from ..models.adapters import blocks
 from ..models.low_rank import adapted
 from ..passes.program.plan import Plan
-from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError
+from ..runtime.isa.errors import ArgumentError, BudgetError, CaptureError, as_cause
 from ..runtime.isa.formats import OwnFormat
 from ..runtime.isa.quantized import Quantized
 from ..runtime.isa.units import parse_bytes
@@ -160,8 +160,11 @@ class _Step:
             self.planning.lengthened = Lengthened(names, alike, parameters, dtypes, self._part, self.planning.lowering)
 
     def _part(self, count: int) -> Part:
-        session = self.source.session(self.machine, count)
-        return Part(self._captured(session), session.planning.blocks)
+        try:
+            session = self.source.session(self.machine, count)
+            return Part(self._captured(session), session.planning.blocks)
+        except Exception as error:  # of the model's own Python, which may count on all blocks
+            raise NotRepeatedError(f"the model does not run with {count} blocks: {error}") from as_cause(error)
 
     def _captured(self, session: Session) -> Captured:
         with torch.enable_grad():

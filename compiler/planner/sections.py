@@ -111,6 +111,7 @@ def sections(program: Program, live: Liveness, plan: Plan, rates: Rates,
     """The sections of a lowered program, in its order. Raises NotRepeatedError where it has no such sections."""
     begins = _begins(program, blocks)
     places, positions = list(begins), [0, *list(begins.values())[1:]]
+    _check_readers(program, places, positions, blocks)
     bounds = list(zip(positions, [*positions[1:], live.length], strict=True))
     names = ChunkNames(plan.layout, blocks)
     rows = np.diff([*live.values.values(), live.on_host], prepend=0)
@@ -150,6 +151,30 @@ def _begins(program: Program, blocks: tuple[str, ...]) -> dict[Place, int]:
         if order not in (list(range(len(blocks))), list(reversed(range(len(blocks))))):
             raise NotRepeatedError(f"the blocks of {sweep} are in the order {order}")
     return {Place(sweeps.index(sweep), number): position for (sweep, number), position in begins.items()}
+
+
+def _check_readers(program: Program, places: list[Place], positions: list[int], blocks: tuple[str, ...]) -> None:
+    """Raises NotRepeatedError where blocks far away decide how long a value lives.
+
+    A block's value is read in the block and in those next to it; chunks are told apart by the layout. A value that all
+    blocks share, such as a mask, is made outside of them or by the first one, and read again in a later sweep by all
+    that read it or by none: if only those did that are recomputed, how long it lives would depend on which these are.
+    """
+    block_of, order = block_finder(blocks), program.positions()
+    inside = {node: bool(block_of(note(node).module)) for node in program.computes}
+    place_of = {node: places[max(bisect(positions, order[node]) - 1, 0)] for node in inside}
+    for node, place in place_of.items():
+        if note(node).chunk is not None:
+            continue
+        readers = [user for user in node.users if user in place_of]
+        far = [user for user in readers if abs(place_of[user].block - place.block) > 1]
+        if inside[node] and far and not (place == places[0] and all(inside[user] for user in far)):
+            raise NotRepeatedError(f"{node} of block {place.block} is read more than a block away")
+        if far:
+            reads = {place_of[user] for user in readers if inside[user]}
+            again = {reader.block for reader in reads if reader.sweep > place.sweep}
+            if again and again != {reader.block for reader in reads}:
+                raise NotRepeatedError(f"{node} is read again by some of the blocks that read it, and not by others")
 
 
 def _events(program: Program, plan: Plan, rates: Rates, places: list[Place], positions: list[int],

@@ -3,14 +3,16 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 FEWEST = 2
 """The fewest blocks that are left in a list: one has the list's beginning beside it, the other its end."""
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, FunctionType, BuiltinFunctionType, type)
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,15 @@ def _lists(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[list[str]]:
 
 
 def _kind(block: nn.Module) -> Any:
-    """What equal blocks have in common: modules, parameters, and all plain attributes except the layer's number."""
-    parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    """What equal blocks have in common: modules, parameters, buffers, and all plain attributes except the layer's
+    number."""
+    tensors = (*block.named_parameters(), *block.named_buffers())
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors)
     told = tuple(
-        (path, name, value)
+        (path, name, repr(value) if isinstance(value, tuple) else value)
         for path, module in block.named_modules()
         for name, value in sorted(vars(module).items())
         if isinstance(value, _PLAIN) and not (name.startswith("layer_") and isinstance(value, int))
     )
     modules = tuple((path, type(module).__qualname__) for path, module in block.named_modules())
-    return modules, parameters, told
+    return modules, shapes, told

@@ -277,7 +277,7 @@ def test_a_plan_says_how_many_rounds_and_is_fed_back() -> None:
     with pytest.raises(ArgumentError, match="rounds=4, but plan= has 2"):
         compiled(case, plan=plan, rounds=4)
     batch = case.batch(batch=2)
-    with pytest.warns(UserWarning, match="is run as 2"):
+    with pytest.warns(UserWarning, match="runs as 2"):
         case.loss(again, batch).backward()
     plain = case.seeded()
     case.loss(plain, batch).backward()

@@ -141,7 +141,7 @@ def test_what_does_not_divide_is_refused_with_its_numbers(case: Case, parallel: 
         ({"lm_haed.*": "R"}, "the table's pattern 'lm_haed.*' matches no parameter, such as model.decoder"),
         ({".*fc1.weight": "row=S0"}, "names the axis 'row'; the axes are tp"),
         ({".*fc1.bias": "tp=S1"}, r"the table has S1 for .*fc1.bias \[64\], which has no dimension 1"),
-        ({".*fc1.bias": "tp=B"}, "'B' is no placement; expected R, P, or S and a dimension"),
+        ({".*fc1.bias": "tp=B"}, "'B' is not a placement; expected R, P, or S and a dimension"),
     ],
 )
 def test_a_table_that_makes_no_sense_is_refused(table: dict[str, str], message: str) -> None:
