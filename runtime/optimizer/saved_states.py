@@ -75,8 +75,8 @@ def check_rule(kind: str, defaults: Group, own: Sequence[Group], saved: Sequence
         lacking = [key for key, default in defaults.items() if _tells(key, default) and key not in group]
         if lacking:
             raise ValueError(
-                f"the optimizer is {kind}, but the saved groups have no {', '.join(lacking)}; they belong to another "
-                "optimizer"
+                f"the optimizer is {kind}, but the saved groups have no {', '.join(lacking)}; they seem to belong to "
+                "another optimizer: if they do not, add the missing options to them"
             )
         if "eps" in group and "eps" not in defaults:
             raise ValueError(
