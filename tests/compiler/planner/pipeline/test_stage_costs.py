@@ -30,3 +30,16 @@ def test_the_schedule_suits_them() -> None:
     plan = step.plans(round_robin([EVEN] * 4, 2, 4))[0]
     costs = stage_costs(step.program, replace(plan, recompute=step.blocks), ARENA)
     assert suited(step.program, plan, step.blocks, ARENA) == round_robin(costs, 2, 4)
+
+
+def test_an_evaluation_tells_of_forwards_alone() -> None:
+    schedule = round_robin([EVEN] * 4, 2, 4)
+    trains, evaluates = step_of(DEEP, 4), step_of(DEEP, 4, training=False)
+    plans = [step.plans(schedule, recompute=step.blocks[:-1])[0] for step in (trains, evaluates)]
+    whole = stage_costs(trains.program, plans[0], ARENA)
+    found = stage_costs(evaluates.program, plans[1], ARENA)
+    for i, (cost, other) in enumerate(zip(found, whole, strict=True)):
+        assert cost.forward_s == pytest.approx(other.forward_s, rel=0.1), "but for what a training step saves"
+        assert cost.message_s == other.message_s
+        assert cost.backward_s == pytest.approx((3 if i < 3 else 2) * cost.forward_s)
+        assert (cost.input_s, cost.weight_s) == pytest.approx((cost.backward_s - cost.forward_s, cost.forward_s))
