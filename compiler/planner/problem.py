@@ -230,7 +230,7 @@ class Planning:
             staged = replace(staged, stages=begins(program, staged, rates))
             if options.schedule == ROUND_ROBIN:
                 even = replace(staged, schedule=self.schedule)
-                self.suited = suited(program, even, self._recomputed(staged.stages), rates)
+                self.suited = suited(program, even, self._recomputed(staged.stages)[0], rates)
                 staged = replace(staged, schedule=self._scheduled(captured, microbatches, before))
         layout = before.layout if before and _is_cut_for(before.layout, format) else None
         layout = layout or self._layout(captured, staged, format)
@@ -240,11 +240,18 @@ class Planning:
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
-        recompute, offload = self._recomputed(staged.stages), self._blocks("offload", options.offload)
-        constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
+        (recompute, otherwise), offload = self._recomputed(staged.stages), self._blocks("offload", options.offload)
+        constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload, otherwise)
         ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
-        find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
-        return self._either(find, draft, _Formats(format, torchs, ours), HOST_ALONE)
+        return self._either(partial(self._solve, lower, constraints), draft, _Formats(format, torchs, ours), HOST_ALONE)
+
+    def _solve(self, lower: Lower, given: Constraints, plan: Plan) -> Solution:
+        try:
+            return solve(plan, lower, self.limits, given)
+        except BudgetError as refusal:
+            if given.otherwise is not None and self.options.schedule == ROUND_ROBIN and not refusal.tier:
+                refusal.args = (f"{refusal}, and recompute='all' may, too: the round-robin then has other slots",)
+            raise
 
     def _accept(self, lower: Lower, plan: Plan) -> Solution:
         try:
@@ -339,13 +346,16 @@ class Planning:
             self._logits[id(captured)] = captured, logits_bytes(captured.program)
         return self._logits[id(captured)][1]
 
-    def _recomputed(self, stages: tuple[str, ...]) -> tuple[str, ...] | None:
-        """The blocks to recompute; None leaves the choice to the planner."""
-        chosen = self.options.recompute
-        if chosen == "auto" and self.schedule is not None and self.schedule.weights == "host":
-            # Another rank's backward reads messages, so all must choose alike; the last stage's own follows at once.
-            return self.blocks[:-1] if stages[-1] == self.blocks[-1] else self.blocks
-        return self._blocks("recompute", chosen)
+    def _recomputed(self, stages: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        """The blocks to recompute (None leaves the choice to the planner), and others where these do not fit."""
+        chosen, schedule = self.options.recompute, self.schedule
+        if chosen != "auto" or schedule is None or schedule.weights == "rank":
+            return self._blocks("recompute", chosen), None
+        # What a forward keeps, other ranks' backwards may read, so all ranks must choose alike; nobody else reads what
+        # the last stage keeps where each of its backwards is on its forward's rank.
+        if stages[-1] == self.blocks[-1] and schedule.returns(schedule.stages - 1):
+            return self.blocks[:-1], self.blocks
+        return self.blocks, None
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves the choice to the planner."""

@@ -9,7 +9,7 @@ from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
 from geminifx.runtime.isa.mesh import Mesh
-from geminifx.runtime.isa.schedule import Action
+from geminifx.runtime.isa.schedule import Action, Schedule
 from schedules import in_turns
 from torch import nn
 from zoo import OPT, Case, opt
@@ -77,6 +77,40 @@ def test_ranks_of_a_round_robin_have_what_they_run():
         "what a forward keeps would go to the backward's rank, but the last one's"
     )
     assert geminifx.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_round_robin_recomputes_the_last_block_too_where_it_would_not_fit_otherwise():
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "vocab_size": 2048}
+    case = Case("opt", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False, **sizes))
+    options = {"world_size": 2, "microbatches": 4, "schedule": "roundrobin", "placement": "cpu"}
+
+    def planned(budget):
+        degrees, batch = {"pipeline": {"ranks": 2, "stages": 4}}, case.batch(batch=8)
+        return geminifx.compile(
+            case.seeded(), device_budget=budget, example_inputs=batch, parallel=degrees, **options
+        ).plan
+
+    with pytest.raises(geminifx.BudgetError, match="needs less, and recompute='all' may, too") as refused:
+        planned(1000)
+    smallest = planned(refused.value.smallest_bytes + 500)
+    assert smallest.recompute == smallest.blocks
+    larger = planned(2 * refused.value.smallest_bytes)
+    assert larger.recompute == larger.blocks[:-1] and larger.peak_bytes > smallest.peak_bytes
+    assert larger.schedule == smallest.schedule, "which other ranks share"
+
+
+def test_a_last_stage_whose_backward_is_another_ranks_is_recomputed():
+    schedule = Schedule.parse("""mine stages=2 microbatches=2 weights=host
+        rank 0: F0.0 F0.1 B1.0 B1.1
+        rank 1: F1.0 F1.1 B0.0 B0.1""")
+    options = {"example_inputs": UNTIED.batch(batch=8), "world_size": 2, "parallel": {"pipeline": 2}}
+    plan = geminifx.compile(UNTIED.seeded(), schedule=schedule, **options).plan
+    assert plan.recompute == plan.blocks
+    returns = Schedule.parse("""mine stages=2 microbatches=2 weights=host
+        rank 0: F0.0 F0.1 F1.1 B1.1
+        rank 1: F1.0 B1.0 B0.0 B0.1""")
+    plan = geminifx.compile(UNTIED.seeded(), schedule=returns, **options).plan
+    assert plan.recompute == plan.blocks[:-1]
 
 
 @pytest.mark.slow
