@@ -28,10 +28,8 @@ from .lengthened import Lengthened
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
 from .packing import Spread, Together, divide, pack, uses
-from .pipeline.check import check_schedule
+from .pipeline.asked import asked_schedule
 from .pipeline.cuts import begins, owners
-from .pipeline.round_robin import EVEN, round_robin
-from .pipeline.schedules import Shape, make_schedule
 from .pipeline.stage_costs import suited
 from .search import Constraints, Solution, check, solve, sum_bytes, sums_stay
 from .weighed import Lower, Weighed
@@ -76,6 +74,7 @@ class Planning:
         line: this process's rank along the pipeline.
         lengthened: lowers plans of the whole model where only a part of it is captured; None where all of it is.
         agreed: the plan that the ranks agreed on. It counts as given, but for each rank's number of microbatches.
+        suited: the round-robin that suits the stages, once these are cut; None for any other schedule.
     """
 
     options: Options
@@ -88,6 +87,7 @@ class Planning:
     line: int = 0
     agreed: Plan | None = None
     lengthened: Lengthened | None = None
+    suited: Schedule | None = None
     _lowered: dict[Any, tuple[Captured, Weighed]] = field(default_factory=dict)
     _logits: dict[int, tuple[Captured, int]] = field(default_factory=dict)
 
@@ -113,42 +113,16 @@ class Planning:
             kernels=options.kernels,
         )  # fmt: skip
 
-    @cached_property
+    @property
     def schedule(self) -> Schedule | None:
-        """What each pipeline rank does in a training step; None without a pipeline. Round-robin by name is `suited` to
-        its stages once these are cut. Raises ArgumentError for a schedule that cannot run or misfits the degrees."""
-        options, degrees = self.options, self.options.degrees
-        if options.plan is not None:
-            return self._fitting(options.plan.schedule)
-        if not degrees.is_staged:
-            return None
-        if isinstance(options.schedule, Schedule):
-            return self._fitting(options.schedule)
-        count = 2 * degrees.pipeline if options.microbatches == "auto" else int(options.microbatches)
-        shape = Shape(degrees.pipeline, count, degrees.stages_per_rank)
-        if options.schedule == ROUND_ROBIN:
-            return round_robin([EVEN] * shape.stages, shape.ranks, shape.microbatches)
-        default = "gpipe" if degrees.pipeline == 1 else "1f1b" if degrees.stages_per_rank == 1 else "interleaved"
-        return make_schedule(options.schedule or default, shape)
+        """What each pipeline rank does in a training step; None without a pipeline. Round-robin by name is replaced by
+        the one `suited` to its stages once these are cut, be it for an evaluation. Raises ArgumentError for a schedule
+        that cannot run or misfits the degrees."""
+        return self.suited or self._asked_schedule
 
-    def _fitting(self, schedule: Schedule | None) -> Schedule | None:
-        """Checks the user's schedule. Raises ArgumentError where it cannot run or contradicts another option."""
-        degrees, found = self.options.degrees, schedule
-        expected = (degrees.pipeline, degrees.pipeline * degrees.stages_per_rank)
-        shape = (1, 1) if found is None else (len(found.ranks), found.stages)
-        if shape != expected:
-            raise ArgumentError(
-                f"the schedule has {shape[0]} ranks and {shape[1]} stages, but parallel= declares {expected[0]} and "
-                f"{expected[1]}; make both agree"
-            )
-        asked = self.options.microbatches
-        if found is not None and asked not in ("auto", found.microbatches):
-            raise ArgumentError(
-                f"the schedule has {found.microbatches} microbatches, but microbatches={asked}; make both agree"
-            )
-        if found is not None:
-            check_schedule(found)
-        return found
+    @cached_property
+    def _asked_schedule(self) -> Schedule | None:
+        return asked_schedule(self.options)
 
     @property
     def asked(self) -> int | None:
@@ -254,8 +228,10 @@ class Planning:
         if staged.schedule is not None and not staged.stages:
             program, rates = self._canonical(captured, staged), self.limits.rates
             staged = replace(staged, stages=begins(program, staged, rates))
-            if options.schedule == ROUND_ROBIN and captured.trains:
-                staged = replace(staged, schedule=suited(program, staged, self._recomputed(staged.stages), rates))
+            if options.schedule == ROUND_ROBIN:
+                even = replace(staged, schedule=self.schedule)
+                self.suited = suited(program, even, self._recomputed(staged.stages)[0], rates)
+                staged = replace(staged, schedule=self._scheduled(captured, microbatches, before))
         layout = before.layout if before and _is_cut_for(before.layout, format) else None
         layout = layout or self._layout(captured, staged, format)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
@@ -264,11 +240,18 @@ class Planning:
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
-        recompute, offload = self._recomputed(staged.stages), self._blocks("offload", options.offload)
-        constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload)
+        (recompute, otherwise), offload = self._recomputed(staged.stages), self._blocks("offload", options.offload)
+        constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload, otherwise)
         ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
-        find = lambda plan: solve(plan, lower, self.limits, constraints)  # noqa: E731
-        return self._either(find, draft, _Formats(format, torchs, ours), HOST_ALONE)
+        return self._either(partial(self._solve, lower, constraints), draft, _Formats(format, torchs, ours), HOST_ALONE)
+
+    def _solve(self, lower: Lower, given: Constraints, plan: Plan) -> Solution:
+        try:
+            return solve(plan, lower, self.limits, given)
+        except BudgetError as refusal:
+            if given.otherwise is not None and self.options.schedule == ROUND_ROBIN and not refusal.tier:
+                refusal.args = (f"{refusal}, and recompute='all' may, too: the round-robin then has other slots",)
+            raise
 
     def _accept(self, lower: Lower, plan: Plan) -> Solution:
         try:
@@ -363,13 +346,16 @@ class Planning:
             self._logits[id(captured)] = captured, logits_bytes(captured.program)
         return self._logits[id(captured)][1]
 
-    def _recomputed(self, stages: tuple[str, ...]) -> tuple[str, ...] | None:
-        """The blocks to recompute; None leaves the choice to the planner."""
-        chosen = self.options.recompute
-        if chosen == "auto" and self.schedule is not None and self.schedule.weights == "host":
-            # Another rank's backward reads messages, so all must choose alike; the last stage's own follows at once.
-            return self.blocks[:-1] if stages[-1] == self.blocks[-1] else self.blocks
-        return self._blocks("recompute", chosen)
+    def _recomputed(self, stages: tuple[str, ...]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        """The blocks to recompute (None leaves the choice to the planner), and others where these do not fit."""
+        chosen, schedule = self.options.recompute, self.schedule
+        if chosen != "auto" or schedule is None or schedule.weights == "rank":
+            return self._blocks("recompute", chosen), None
+        # What a forward keeps, other ranks' backwards may read, so all ranks must choose alike; nobody else reads what
+        # the last stage keeps where each of its backwards is on its forward's rank.
+        if stages[-1] == self.blocks[-1] and schedule.returns(schedule.stages - 1):
+            return self.blocks[:-1], self.blocks
+        return self.blocks, None
 
     def _blocks(self, option: str, chosen: str | tuple[str, ...]) -> tuple[str, ...] | None:
         """The blocks that an option names; None leaves the choice to the planner."""

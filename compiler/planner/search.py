@@ -76,6 +76,7 @@ class Constraints:
         placed: for a further program of a model in training, where its states are; they stay there.
         fuse_loss: whether the loss is computed in pieces; None leaves it to the planner.
         logits_bytes: what a fused loss would save; 0 where no loss can be fused.
+        otherwise: the blocks to recompute where `recompute` does not fit; None where there is no other choice.
     """
 
     recompute: tuple[str, ...] | None
@@ -84,6 +85,7 @@ class Constraints:
     fuse_loss: bool | None = None
     logits_bytes: int = 0
     offload: tuple[str, ...] | None = ()
+    otherwise: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,14 @@ class _Search:
         return self.given.logits_bytes > 0 and (share or not self.limits.allow(unfused.plan))
 
     def _recomputing(self, plan: Plan) -> list[Solution]:
-        """Plans that recompute no block, all blocks, and a number that the integer program finds from these two."""
+        """Plans that recompute the given blocks, or else the other given ones; or, where none are given, no block, all
+        blocks, and a number that the integer program finds from these two."""
         given = self.given
         if given.recompute is not None or not given.blocks:
-            return self._with_loss(replace(plan, recompute=given.recompute or ()))
+            found = self._with_loss(replace(plan, recompute=given.recompute or ()))
+            if given.otherwise is None or self._best(found) is not None:
+                return found
+            return found + self._with_loss(replace(plan, recompute=given.otherwise))
         whole = self._with_loss(replace(plan, recompute=given.blocks))
         none = self._complete(replace(whole[0].plan, recompute=()))
         between = [self._between(each, self._blocks(whole[0].plan, none.plan)) for each in whole]

@@ -139,6 +139,11 @@ class Schedule:
         divided = Action(stage, microbatch, "I")
         return divided if divided in self._actions else Action(stage, microbatch, "B")
 
+    def returns(self, stage: int) -> bool:
+        """Whether each backward of a stage is on the rank of its forward, so that nothing it reads is sent for it."""
+        each = ((Action(stage, m, "F"), self.backward(stage, m)) for m in range(self.microbatches))
+        return all(self.runner(forward) == self.runner(backward) for forward, backward in each)
+
     @cached_property
     def parts(self) -> list[list[int]]:
         """By rank and stage, from how many other ranks it receives their parts of the stage's gradients."""

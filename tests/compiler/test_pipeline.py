@@ -9,7 +9,7 @@ from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.isa.instructions import SEND, START_RECEIVE
 from geminifx.runtime.isa.mesh import Mesh
-from geminifx.runtime.isa.schedule import Action
+from geminifx.runtime.isa.schedule import Action, Schedule
 from schedules import in_turns
 from torch import nn
 from zoo import OPT, Case, opt
@@ -79,6 +79,40 @@ def test_ranks_of_a_round_robin_have_what_they_run():
     assert geminifx.Plan.from_json(plan.to_json()) == plan
 
 
+def test_a_round_robin_recomputes_the_last_block_too_where_it_would_not_fit_otherwise():
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "vocab_size": 2048}
+    case = Case("opt", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False, **sizes))
+    options = {"world_size": 2, "microbatches": 4, "schedule": "roundrobin", "placement": "cpu"}
+
+    def planned(budget):
+        degrees, batch = {"pipeline": {"ranks": 2, "stages": 4}}, case.batch(batch=8)
+        return geminifx.compile(
+            case.seeded(), device_budget=budget, example_inputs=batch, parallel=degrees, **options
+        ).plan
+
+    with pytest.raises(geminifx.BudgetError, match="needs less, and recompute='all' may, too") as refused:
+        planned(1000)
+    smallest = planned(refused.value.smallest_bytes + 500)
+    assert smallest.recompute == smallest.blocks
+    larger = planned(2 * refused.value.smallest_bytes)
+    assert larger.recompute == larger.blocks[:-1] and larger.peak_bytes > smallest.peak_bytes
+    assert larger.schedule == smallest.schedule, "which other ranks share"
+
+
+def test_a_last_stage_whose_backward_is_another_ranks_is_recomputed():
+    schedule = Schedule.parse("""mine stages=2 microbatches=2 weights=host
+        rank 0: F0.0 F0.1 B1.0 B1.1
+        rank 1: F1.0 F1.1 B0.0 B0.1""")
+    options = {"example_inputs": UNTIED.batch(batch=8), "world_size": 2, "parallel": {"pipeline": 2}}
+    plan = geminifx.compile(UNTIED.seeded(), schedule=schedule, **options).plan
+    assert plan.recompute == plan.blocks
+    returns = Schedule.parse("""mine stages=2 microbatches=2 weights=host
+        rank 0: F0.0 F0.1 F1.1 B1.1
+        rank 1: F1.0 B1.0 B0.0 B0.1""")
+    plan = geminifx.compile(UNTIED.seeded(), schedule=returns, **options).plan
+    assert plan.recompute == plan.blocks[:-1]
+
+
 @pytest.mark.slow
 def test_ranks_of_a_round_robin_hold_gradients_of_a_few_stages_however_many_there_are():
     """Twice as many blocks are twice as many parameters that two ranks exchange gradients of."""
@@ -96,14 +130,20 @@ def test_ranks_of_a_round_robin_hold_gradients_of_a_few_stages_however_many_ther
     assert most - least < (more_bytes - fewer_bytes) / 2
 
 
-def test_a_round_robin_suits_what_its_own_stages_take():
-    """Where the head takes as long as three blocks, several ranks run it."""
+@pytest.mark.parametrize("evaluates_first", [False, True])
+def test_a_round_robin_suits_what_its_own_stages_take(evaluates_first):
+    """Where the head takes as long as three blocks, several ranks run it; also if only the evaluation's forward was
+    there to tell."""
     head = Case("opt, a large vocabulary", lambda: opt(num_hidden_layers=4, vocab_size=4096, tie_word_embeddings=False))
     options = {"world_size": 4, "parallel": {"pipeline": {"ranks": 4, "stages": 4}}, "microbatches": 8}
     runners = []
     for case in (DEEP, head):
         batch = case.batch(batch=64)
-        plan = geminifx.compile(case.seeded(), example_inputs=batch, schedule="roundrobin", **options).plan
+        model = geminifx.compile(case.seeded(), schedule="roundrobin", **options)
+        if evaluates_first:
+            with torch.no_grad():
+                model.eval().session.program((), batch)
+        plan = model.train().session.program((), batch).plan
         runners.append({plan.schedule.runner(Action(3, microbatch, "F")) for microbatch in range(8)})
     assert len(runners[0]) < len(runners[1])
 

@@ -25,7 +25,7 @@ from geminifx.runtime.isa.schedule import Action, Schedule
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 from more_models import T5
-from pipelines import Step, step_of
+from pipelines import Step, run, step_of
 from zoo import GPT2, LLAMA, OPT, Case, opt
 
 ONE_F_ONE_B = Schedule.parse("""\
@@ -173,6 +173,25 @@ def test_stages_without_ranks_of_their_own_find_what_one_process_does(case, stag
     step = step_of(case, 4)
     schedule = round_robin([EVEN] * stages, ranks, 4)
     check(step, schedule, tangent=0.5, recompute=step.blocks if recompute == "all" else ())
+
+
+@pytest.mark.parametrize("case", [DROPOUT, UNTIED], ids=lambda case: case.name)
+def test_ranks_may_differ_in_whether_they_recompute_a_last_stage_that_returns(case):
+    """What others send and receive, and the state of their generators, does not depend on it."""
+    step = step_of(case, 4)
+    schedule = round_robin([EVEN] * len(step.blocks), 2, 4)
+    assert schedule.returns(schedule.stages - 1)
+    plans = step.plans(schedule, recompute=step.blocks[:-1])
+    for fuller in range(2):
+        mixed = [replace(plan, recompute=step.blocks) if plan.line == fuller else plan for plan in plans]
+        expected, found = (_seeded(step, each) for each in (plans, mixed))
+        for one, other in zip(found, expected, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[role], other[role]) for role in one)
+
+
+def _seeded(step: Step, plans: list[Plan]):
+    torch.manual_seed(0)
+    return run([step.lowered(plan) for plan in plans], step.values)
 
 
 @pytest.mark.parametrize("weights", ["host", "rank"])

@@ -76,3 +76,10 @@ def test_what_is_no_schedule_is_refused_by_its_line(text: str, message: str):
 def test_a_name_that_would_not_parse_back_is_refused(name: str):
     with pytest.raises(ValueError, match="expected one word"):
         Schedule(name, 1, 1, ())
+
+
+def test_a_stage_returns_whose_backwards_are_all_on_the_ranks_of_their_forwards():
+    schedule = Schedule.parse("""mine stages=3 microbatches=2 weights=host
+        rank 0: F0.0 F0.1 F1.1 F2.1 I2.1 W2.1 B1.0 B1.1
+        rank 1: F1.0 F2.0 B2.0 B0.0 B0.1""")
+    assert [schedule.returns(stage) for stage in range(3)] == [False, False, True]
