@@ -106,7 +106,8 @@ def _taken(slots: list[Slot], costs: Sequence[StageCosts], ranks: int, microbatc
             now_s = max(now_s, there_s[action.microbatch]) + cost.seconds(action)
             there_s[action.microbatch] = now_s
             if (action.stage, action.kind) == (slot[-1].stage, slot[-1].kind):  # it goes on to another rank
-                there_s[action.microbatch] += cost.message_s - cost.behind_s(action, "host")
+                sender = costs[action.stage - (action.kind == "B")]  # gradients are as large as what was sent forward
+                there_s[action.microbatch] += sender.message_s - cost.behind_s(action, "host")
         free_s[rank] = now_s
     return tuple(map(tuple, turns))
 
