@@ -35,7 +35,7 @@ def assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
     found: dict[fx.Node, int] = {}
     in_stages, bound = set[fx.Node](), set(program.inputs("tangent").values())
     views = set(program.inputs("parameter").values())
-    everywhere = _of_no_example(program) if plan.schedule.weights == "host" else set[fx.Node]()
+    everywhere = _of_no_example(program, plan) if plan.schedule.weights == "host" else set[fx.Node]()
     for node in program.computes:
         if node.target is SWAP_RNG or node in everywhere:
             continue
@@ -53,10 +53,16 @@ def assigned(program: Program, plan: Plan) -> dict[fx.Node, int]:
     return found
 
 
-def _of_no_example(program: Program) -> set[fx.Node]:
+def _of_no_example(program: Program, plan: Plan) -> set[fx.Node]:
     """The nodes that every rank can compute from weights and from values known before the first action. Raises
     ShardingError if a gradient is among them, because every rank would add it."""
     own = of_microbatches(program)
+    if plan.microbatches == 1:  # the batch itself
+        read = set(program.inputs("input").values())
+        for node in program.computes:
+            if not read.isdisjoint(node.all_input_nodes):
+                read.add(node)
+        own |= read
     found = {node for node in program.computes if node.target is SAVE_RNG}
     found |= {node for node in program.computes if node not in own and node.target not in JOINS}
     for name, gradient in program.results_of("gradient").items():

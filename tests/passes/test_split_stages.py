@@ -257,6 +257,15 @@ def test_evaluation_hands_the_loss_to_all_and_logits_to_the_last():
     assert first["output:1"].numel() == 0 and torch.equal(last["output:1"], expected["output:1"])
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_evaluation_by_weights_on_the_hosts_runs_each_stage_once(microbatches):
+    """Also where the batch is one microbatch, so that nothing in the program tells what depends on examples."""
+    step, schedule = step_of(UNTIED, microbatches, training=False), round_robin([EVEN] * 4, 2, 4)
+    expected, found = step.whole(), step.staged(schedule.forward_alone(microbatches))
+    assert all(torch.equal(results["output:0"], expected["output:0"]) for results in found)
+    assert sorted(results["output:1"].numel() for results in found) == [0, expected["output:1"].numel()]
+
+
 @pytest.mark.parametrize(
     ("name", "shape"), [("1f1b", Shape(3, 6)), ("zbv", Shape(3, 6, 2)), ("interleaved", Shape(2, 4, 2))]
 )
