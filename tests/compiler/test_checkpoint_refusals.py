@@ -20,20 +20,21 @@ from torch.optim import SGD, Adam, AdamW, NAdam, RAdam
 Make = Callable[[geminifx.CompiledModule], torch.optim.Optimizer]
 
 KINDS: dict[str, Make] = {
-    "own AdamW": lambda model: model.optimizer(AdamW, lr=1e-2),
-    "own Adam": lambda model: model.optimizer(Adam, lr=1e-2),
+    "own AdamW": lambda model: model.optimizer(AdamW, lr=1e-2, fused=True),
+    "own Adam": lambda model: model.optimizer(Adam, lr=1e-2, fused=True),
     "own SGD": lambda model: model.optimizer(SGD, lr=1e-2, momentum=0.9),
     "own plain SGD": lambda model: model.optimizer(SGD, lr=1e-2),
-    "AdamW": lambda model: AdamW(model.parameters(), lr=1e-2),
+    "AdamW": lambda model: AdamW(model.parameters(), lr=1e-2, fused=True),
     "amsgrad": lambda model: AdamW(model.parameters(), lr=1e-2, amsgrad=True),
-    "Adam": lambda model: Adam(model.parameters(), lr=1e-2),
+    "Adam": lambda model: Adam(model.parameters(), lr=1e-2, fused=True),
     "NAdam": lambda model: NAdam(model.parameters(), lr=1e-2),
     "RAdam": lambda model: RAdam(model.parameters(), lr=1e-2),
     "SGD": lambda model: SGD(model.parameters(), lr=1e-2, momentum=0.9),
     "plain SGD": lambda model: SGD(model.parameters(), lr=1e-2),
 }
 SAME = [{"own AdamW", "AdamW"}, {"own Adam", "Adam"}, {"own SGD", "SGD"}, {"own plain SGD", "plain SGD"}]
-"""Between these a run goes on as if it had never stopped."""
+"""Between these a run goes on as if it had never stopped. torch's AdamW and Adam are fused ones, which round as ours do;
+a saved group says so, and its options count."""
 
 ALSO = {
     ("own AdamW", "amsgrad"),  # what torch's load_state_dict does: the groups that were saved count
