@@ -33,8 +33,8 @@ KINDS: dict[str, Make] = {
     "plain SGD": lambda model: SGD(model.parameters(), lr=1e-2),
 }
 SAME = [{"own AdamW", "AdamW"}, {"own Adam", "Adam"}, {"own SGD", "SGD"}, {"own plain SGD", "plain SGD"}]
-"""Between these a run goes on as if it had never stopped. torch's AdamW and Adam are fused ones, which round as ours do;
-a saved group says so, and its options count."""
+"""Between these a run goes on as if it had never stopped. torch's AdamW and Adam are fused, which round as ours do; a
+saved group says so, and its options count."""
 
 ALSO = {
     ("own AdamW", "amsgrad"),  # what torch's load_state_dict does: the groups that were saved count
