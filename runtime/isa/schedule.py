@@ -145,7 +145,7 @@ class Schedule:
         return all(self.runner(forward) == self.runner(backward) for forward, backward in each)
 
     @cached_property
-    def parts(self) -> list[list[int]]:
+    def sums_received(self) -> list[list[int]]:
         """By rank and stage, from how many other ranks it receives their parts of the stage's gradients."""
         every, found = range(len(self.ranks)), [[0] * self.stages for _ in self.ranks]
         runs = [set(self.stages_of(rank)) for rank in every]

@@ -330,7 +330,7 @@ class Costed:
 
     def _sums_s(self, schedule: Schedule) -> np.ndarray:
         """Seconds in which each rank receives other ranks' sums of gradients, of stages that it runs, too."""
-        parts = np.array(schedule.parts) @ self.stages.trained_numel
+        parts = np.array(schedule.sums_received) @ self.stages.trained_numel
         return parts * SUM_BYTES / self._hop.bytes_per_s
 
     def _priced(self, running_s: float, bubble: float, sums_s: np.ndarray | float = 0.0) -> Priced:
