@@ -52,8 +52,8 @@ from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Note, Phase, Program, annotate, is_random, note, type_of
 from .program.verify import canonical
+from .splitting.fitting import has_input_gradients, only_loss
 from .splitting.parts import JOINS, Parts, Total, aten, draws_forward, runs
-from .splitting.stages import is_number
 
 
 @graph_pass(requires=(canonical,))
@@ -66,14 +66,13 @@ def split_batch(program: Program, plan: Plan) -> None:
 
 def _check_rounds(program: Program) -> None:
     """Raises SplitError for a step whose backward cannot begin before its tangent is known."""
-    tangents = list(program.inputs("tangent").values())
-    if len(tangents) != 1 or not is_number(tangents[0]):
+    if not program.inputs("tangent") or not only_loss(program):
         raise SplitError(
             "rounds run backwards before loss.backward() is called, so the model must return a loss and no other "
             "differentiable output: let it compute its loss (labels=), or pass compile a function that does "
             "(loss_fn=), and leave outputs='all' out"
         )
-    if any(role.startswith("input:") for role in program.results_of("gradient")):
+    if has_input_gradients(program):
         raise SplitError(
             "rounds accumulate gradients of parameters only, but an input of the model requires a gradient; pass it "
             "without, by .detach(), or leave rounds= out"
