@@ -35,8 +35,8 @@ FEWEST = 6
 """The fewest blocks of a part: those at both of its ends, and at least two that must turn out equal."""
 
 NEAR = 1
-"""How many blocks away a block's sections may depend on another one without copies of activations, since chunks are
-fetched one ahead."""
+"""How many blocks away a block's sections may depend on another one where chunks are fetched one ahead and no
+activations are copied."""
 
 Letter = tuple[int, int, bool, bool]
 """What distinguishes a block in a plan: its kind, that of its chunks, whether it is recomputed, whether offloaded."""
@@ -139,12 +139,11 @@ class Lengthened:
 
     def _reach(self, plan: Plan) -> int:
         """How many blocks away a block's sections may depend on what is done with another one."""
-        if not plan.offload:
-            return NEAR
-        block_of = block_finder(self.blocks)
+        block_of, ahead = block_finder(self.blocks), max(plan.prefetch, 1)
         begun = Counter(block_of(chunk.slots[0].name) for chunk in plan.layout.chunks)
         fewest = max(min(begun[block] for block in self.blocks[1:]), 1)
-        return NEAR + -(-MOST_CHUNKS * max(plan.prefetch, 1) // fewest)
+        near = max(NEAR, -(-ahead // fewest))
+        return near + -(-MOST_CHUNKS * ahead // fewest) if plan.offload else near
 
     def _count(self, reach: int) -> int:
         """The blocks of a part: enough for the reach on both sides, with the same kinds at its end as the model has."""

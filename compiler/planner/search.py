@@ -4,7 +4,8 @@ The search completes combinations of these choices and takes the one that fits w
 
 1. Recompute no block, every block, or, unless the user says which, the number of blocks that an integer program finds
    from the costs of the first two. The best combination is then refined by recomputing a few blocks more or fewer.
-2. Copy one chunk ahead, or, where nothing else fits, on demand.
+2. Copy one chunk ahead, or, where nothing else fits, on demand. The best combination is then tried with copies that
+   start earlier.
 3. Under "auto", give chunks the homes that an integer program finds for the room that the program's peak leaves
    (`home_program`): weights and training states on the device, on the host, or, with our own optimizer, on the host and
    streamed through the device to be updated there. Room that is left over is filled afterwards.
@@ -58,6 +59,9 @@ KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 
 SUMS_SHARE = 0.5
 """Gradient sums are kept on the device between rounds only where they take less than this share of its budget."""
+
+MOST_AHEAD, AHEAD_GAIN = 4, 0.01
+"""Copies start at most this many chunks ahead, and each chunk more must save this share of the step's time."""
 
 OFFLOAD_GAIN = 0.05
 """The share of a step's time that offloading must save where everything fits without it. The margin covers the clock's
@@ -141,7 +145,8 @@ class _Search:
             best = self._best(found)
             if best is not None:
                 best = best if given.recompute is not None else self._refined(best)
-                return self._with_alternatives(best if given.offload is not None else self._offloaded_instead(best))
+                best = best if given.offload is not None else self._offloaded_instead(best)
+                return self._with_alternatives(self._further_ahead(best))
             if given.offload is None:
                 found += self._offloaded_beside(found[-1].plan)
                 if plan.rounds > 1 and found[0].plan.recompute != found[-1].plan.recompute:
@@ -275,6 +280,20 @@ class _Search:
         now, then = program.solve(assumed), program.solve(assumed, blocks, -memory.liveness.activation_bytes)
         return now is None or then is None or then.step_s < (1 - OFFLOAD_GAIN) * now.step_s
 
+    def _further_ahead(self, best: Solution) -> Solution:
+        """Starts copies more chunks ahead as long as that is faster: chunks differ in size, and one chunk's compute may
+        not hide the next one's copy. Each chunk more that is on its way takes room from homes, and, where activations
+        are offloaded, these would stay on the device for longer."""
+        while 0 < best.plan.prefetch < MOST_AHEAD and not best.plan.offload:
+            if best.plan.estimate.bound_s >= (1 - AHEAD_GAIN) * _step_s(best):
+                break
+            ahead = replace(best.plan, prefetch=best.plan.prefetch + 1)
+            further = self._faster(best, ahead)
+            if _step_s(further) >= (1 - AHEAD_GAIN) * _step_s(best):
+                break
+            best = further
+        return best
+
     def _faster(self, best: Solution, plan: Plan) -> Solution:
         """The faster of the best solution so far and another plan's, if that fits."""
         solution = self._complete(plan)
@@ -318,6 +337,7 @@ def difference(plan: Plan, other: Plan) -> dict[str, str]:
     told = {
         "recompute": f"recompute {len(other.recompute)} block(s)",
         "offload": f"offload {len(other.offload)} block(s)",
+        "prefetch": f"copies {other.prefetch} chunk(s) ahead",
         "fuse_loss": f"the loss {'in pieces' if other.fuse_loss else 'with its logits'}",
     }
     return {name: text for name, text in told.items() if getattr(plan, name) != getattr(other, name)}

@@ -5,6 +5,7 @@ and a write to a part of a view copies the whole storage that the view belongs t
 """
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ _aten = torch.ops.aten
 
 def storage_bytes(node: fx.Node, behind: Callable[[fx.Node], int]) -> list[int]:
     """Bytes of the storage of each result of a node that returns no views; `behind` gives them for its arguments."""
-    own = [t.num_bytes for t in tensors_of(type_of(node))]
-    if node.target in _COPY_STORAGES:
-        return [max(num_bytes, behind(node.args[0])) for num_bytes in own]
+    results = tensors_of(type_of(node))
+    own = [t.num_bytes for t in results]
+    if node.target in _COPY_STORAGES:  # torch before 2.12 writes out dimensions that were expanded
+        return [max(t.num_bytes, prod(t.shape) * t.dtype.itemsize, behind(node.args[0])) for t in results]
     more = _MORE.get(node.target)
     return own if more is None else [max(num_bytes, more(node)) for num_bytes in own]
 
