@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import get_args
 
 import torch
@@ -176,7 +177,8 @@ class Bench:
     # -- copies, while products run ------------------------------------------------------------------------
 
     def _copies(self) -> tuple[float, float, float]:
-        """Bytes per second up alone, down alone, and in each direction while both run."""
+        """Bytes per second up alone, down alone, and in each direction while both and the host's updates run: all three
+        share the host's memory, and a step that copies in both directions mostly updates, too."""
         (here, there), done = self._buffers(), self._done()
 
         def up() -> Arrival:
@@ -193,7 +195,9 @@ class Bench:
 
             return self.effort.copied_bytes / seconds_each(run, _nothing, self.effort.each_s)
 
-        return measured(up), measured(down), measured(up, down)
+        alone = measured(up), measured(down)
+        with self._updating():
+            return *alone, measured(up, down)
 
     def _buffers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Two buffers on the device and two on the host, one for each direction."""
@@ -226,6 +230,24 @@ class Bench:
         alone = run("exact", _nothing)
         with self._copying() as keep_copying:
             return alone, {moments: run(moments, keep_copying) for moments in _taken_by(kernel)}
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Context in which another thread keeps updating parameters on the host."""
+        kernel, threads, is_over = HostKernel(), host_threads(self.ranks.on_this_host), Event()
+        update = _adam(self.effort.host_params, "exact", torch.device("cpu"))
+
+        def keep_updating() -> None:
+            while not is_over.is_set():
+                kernel.adam(*update, HYPER, threads)
+
+        thread = Thread(target=keep_updating)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     @contextmanager
     def _copying(self) -> Iterator[Run]:

@@ -80,7 +80,7 @@ class Rates:
         kernel_s: the least time that any operator takes on the device.
         launch_s: what the launching thread needs for each operator.
         up_bytes_per_s, down_bytes_per_s: copies to the device and to the host, alone.
-        both_bytes_per_s: copies in each direction while both run.
+        both_bytes_per_s: copies in each direction while both and the host's updates run.
         host_params_per_s: parameters that our kernel updates on the host, while copies run.
         passing_params_per_s: parameters that stream through host memory to be updated on the device, which slows the
             host's updates.
