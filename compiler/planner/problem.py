@@ -31,7 +31,7 @@ from .packing import Spread, Together, divide, pack, uses
 from .pipeline.asked import asked_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.stage_costs import suited
-from .search import Constraints, Solution, check, solve, sum_bytes, sums_stay
+from .search import LOGITS_SHARE, Constraints, Solution, check, solve, sum_bytes, sums_stay
 from .weighed import Lower, Weighed
 
 ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
@@ -236,7 +236,11 @@ class Planning:
         layout = layout or self._layout(captured, staged, format)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
-        saves = microbatches * self._logits_bytes(captured.by(microbatches)) if fusible else 0
+        logits = self._logits_bytes(captured.by(microbatches)) if fusible else 0
+        saves = microbatches * logits
+        if fuse_loss is None and staged.schedule is not None and staged.schedule.weights == "host":
+            # Several ranks run the last stage, and what they exchange depends on it, so all must choose alike.
+            fuse_loss = logits > LOGITS_SHARE * (self.asked_bytes or inf)
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None

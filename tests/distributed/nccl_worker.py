@@ -26,6 +26,7 @@ MODES: dict[int, dict[str, dict[str, Any]]] = {
         "2.5d of two layers, zero 3": tensor("2.5d", 2, depth=2, zero=3),
         "pipeline": {"pipeline": 2},
         "pipeline, zb1p": {"pipeline": 2},
+        "pipeline, roundrobin": {"pipeline": 2},
     },
     4: {
         **{f"data, zero {zero}": {"data": 4, "zero": zero} for zero in range(4)},
@@ -49,7 +50,10 @@ MODES: dict[int, dict[str, dict[str, Any]]] = {
 }
 """By how many GPUs there are."""
 
-SCHEDULES = {"pipeline, zb1p": {"schedule": "zb1p"}}
+SCHEDULES = {
+    "pipeline, zb1p": {"schedule": "zb1p"},
+    "pipeline, roundrobin": {"schedule": "roundrobin", "recompute": "all"},
+}
 
 LLAMA_OF_FOUR = Case("llama of four key heads", lambda: llama(key_heads=4), exact=False)
 """So many as can be divided over four."""

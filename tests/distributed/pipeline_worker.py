@@ -111,6 +111,9 @@ IN_TWOS = {
     "roundrobin, recompute, on the host, evaluation": Training(
         UNTIED, pipeline(2, "roundrobin", 4, recompute="all", placement="cpu"), evaluates=True
     ),
+    "roundrobin of tied stages, clipped": Training(
+        OPT, pipeline(2, "roundrobin", recompute="all", fuse_loss="auto"), max_grad_norm=0.5
+    ),
     "roundrobin, in turns, in the backward": Training(
         UNTIED, taking_turns(in_turns(4, 2, 4), recompute="all", placement="cpu"), in_backward=True
     ),
