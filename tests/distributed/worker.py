@@ -296,8 +296,12 @@ def find(name: str, ranks: int, rank: int) -> Any:
 
 
 def write_found(find: Callable[[str, int, int], Any], out: Path, names: Sequence[str]) -> None:
-    """Rank 0 writes what all ranks find of each name."""
-    found = {name: find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) for name in names}
+    """Rank 0 writes what all ranks find of each name, and says which comes next: one that never ends is the last."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if os.environ["RANK"] == "0":
+            print(name, file=sys.stderr, flush=True)
+        found[name] = find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.destroy_process_group()

@@ -75,7 +75,7 @@ def _launched(script: Path, out: Path, *names: str, ranks: int, start: Start) ->
     try:
         done = start(script, str(out), *names, ranks=ranks)
     except subprocess.TimeoutExpired as late:
-        return str(late)
+        return f"{late}\n{(late.stderr or b'').decode()[-3000:]}"
     return torch.load(out) if done.returncode == 0 else done.stderr[-3000:]
 
 
