@@ -60,8 +60,8 @@ KEPT_SHARES = (0.125, 0.25, 0.5, 1.0)
 SUMS_SHARE = 0.5
 """Gradient sums are kept on the device between rounds only where they take less than this share of its budget."""
 
-MOST_AHEAD, AHEAD_GAIN = 4, 0.01
-"""Copies start at most this many chunks ahead, and each chunk more must save this share of the step's time."""
+FURTHER, AHEAD_GAIN = (2, 3), 0.01
+"""So many chunks ahead copies may start instead of one, where that saves this share of the step."""
 
 OFFLOAD_GAIN = 0.05
 """The share of a step's time that offloading must save where everything fits without it. The margin covers the clock's
@@ -145,8 +145,7 @@ class _Search:
             best = self._best(found)
             if best is not None:
                 best = best if given.recompute is not None else self._refined(best)
-                best = best if given.offload is not None else self._offloaded_instead(best)
-                return self._with_alternatives(self._further_ahead(best))
+                return self._with_alternatives(best if given.offload is not None else self._offloaded_instead(best))
             if given.offload is None:
                 found += self._offloaded_beside(found[-1].plan)
                 if plan.rounds > 1 and found[0].plan.recompute != found[-1].plan.recompute:
@@ -280,20 +279,6 @@ class _Search:
         now, then = program.solve(assumed), program.solve(assumed, blocks, -memory.liveness.activation_bytes)
         return now is None or then is None or then.step_s < (1 - OFFLOAD_GAIN) * now.step_s
 
-    def _further_ahead(self, best: Solution) -> Solution:
-        """Starts copies more chunks ahead as long as that is faster: chunks differ in size, and one chunk's compute may
-        not hide the next one's copy. Each chunk more that is on its way takes room from homes, and, where activations
-        are offloaded, these would stay on the device for longer."""
-        while 0 < best.plan.prefetch < MOST_AHEAD and not best.plan.offload:
-            if best.plan.estimate.bound_s >= (1 - AHEAD_GAIN) * _step_s(best):
-                break
-            ahead = replace(best.plan, prefetch=best.plan.prefetch + 1)
-            further = self._faster(best, ahead)
-            if _step_s(further) >= (1 - AHEAD_GAIN) * _step_s(best):
-                break
-            best = further
-        return best
-
     def _faster(self, best: Solution, plan: Plan) -> Solution:
         """The faster of the best solution so far and another plan's, if that fits."""
         solution = self._complete(plan)
@@ -315,8 +300,9 @@ class _Search:
         return solution
 
     def _with_alternatives(self, best: Solution) -> Solution:
-        """The best solution after moves of single chunks, with the next-best plans as its alternatives."""
-        best = self._complete(best.plan, ASSUMED)
+        """The best solution with copies that start at the best time and after moves of single chunks, with the
+        next-best plans as its alternatives."""
+        best = self._further_ahead(self._complete(best.plan, ASSUMED))
         plan = best.plan
         memory, time = self.lower(plan).on(plan, self.limits)
         homes, near = best_nearby(plan, memory, time, self.given.placed)
@@ -330,6 +316,17 @@ class _Search:
                 (" ".join(told), Alternative(", ".join(told.values()), other.estimate.step_s, other.peak_bytes))
             )
         return replace(best, plan=replace(best.plan, alternatives=_fastest_of_each_kind(found)))
+
+    def _further_ahead(self, best: Solution) -> Solution:
+        """Starts copies more chunks ahead where that is faster: chunks differ in size, and one chunk's compute may not
+        hide the next one's copy. Each chunk more that is on its way takes room from homes, and, where activations are
+        offloaded, these would stay on the device for longer."""
+        plan, estimate = best.plan, best.plan.estimate
+        if plan.prefetch == 0 or plan.offload or estimate.bound_s >= (1 - AHEAD_GAIN) * estimate.step_s:
+            return best
+        others = [self._complete(replace(plan, prefetch=ahead), ASSUMED) for ahead in FURTHER]
+        further = self._best(others) or best
+        return further if _step_s(further) < (1 - AHEAD_GAIN) * _step_s(best) else best
 
 
 def difference(plan: Plan, other: Plan) -> dict[str, str]:

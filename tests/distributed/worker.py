@@ -300,7 +300,7 @@ def write_found(find: Callable[[str, int, int], Any], out: Path, names: Sequence
     found: dict[str, Any] = {}
     for name in names:
         if os.environ["RANK"] == "0":
-            print(name, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{name}\n")
         found[name] = find(name, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     if dist.get_rank() == 0:
         torch.save(found, out)

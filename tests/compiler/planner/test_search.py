@@ -10,6 +10,7 @@ from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.search import Constraints, Solution, check, solve
 from geminifx.compiler.planner.weighed import Weighed
+from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, Rates
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.request import Policy, Request
@@ -356,3 +357,50 @@ def test_where_the_host_is_far_too_small_copies_on_demand_are_not_tried() -> Non
             solve(draft, watched, limits(AHEAD, host), Constraints((), ()))
         assert refused.value.tier == "host"
         assert set(seen) == tried
+
+
+WIDE = 2**20
+"""Elements of an activation that takes long to compute."""
+
+
+def uneven(plan: Plan, rates: Rates) -> Weighed:
+    """A program that computes long with every other chunk and hardly with those in between."""
+    lines = [
+        "def evaluation(",
+        f'    x: "f32[{WIDE}] | input:0",',
+        '    z: "f32[16] | input:1",',
+        "):",
+        "    # forward",
+    ]
+    fetched = 0
+    for i in range(CHUNKS):
+        while fetched < min(i + 1 + plan.prefetch, CHUNKS):
+            lines.append(
+                f'    c{fetched}: "f32[{NUMEL}] | chunk={fetched}" = geminifx.fetch({fetched}, {NUMEL}, torch.float32)'
+            )
+            fetched += 1
+        lines += [
+            f'    w{i}: "f32[{NUMEL}] | chunk={i}" = geminifx.wait(c{i}, {i})',
+            f'    y{i}: "f32[{16 if i % 2 else WIDE}]" = aten.exp.default({"z" if i % 2 else "x"})',
+            f"    geminifx.release(w{i}, {i})",
+        ]
+    return weighed("\n".join([*lines, "    return {}"]) + "\n", plan, rates)
+
+
+@pytest.mark.parametrize(
+    "copied_s, room, ahead",
+    [(1.0, 10, 2), (1.0, 2, 1), (0.01, 10, 1)],
+    ids=["one hides two", "no room for two more", "copies are fast"],
+)
+def test_copies_start_further_ahead_where_that_is_faster(copied_s: float, room: int, ahead: int) -> None:
+    """A long operator takes 4 seconds. One chunk ahead, the copy that begins behind it has nothing to hide behind."""
+    bus = {f"{way}_bytes_per_s": WEIGHTS / copied_s for way in ("up", "down", "both")}
+    rates = replace(preset("h200"), launch_s=0.0, kernel_s=0.0, memory_bytes_per_s=8 * WIDE / 4, **bus)
+    largest = 4 * (2 * WIDE + 16) + room * WEIGHTS
+    found = solve(
+        Plan(Request("cpu", largest), layout(trainable=False)), partial(uneven, rates=rates),
+        Limits(largest, 0, 10**9, rates), Constraints((), ()),
+    )  # fmt: skip
+    assert found.plan.prefetch == ahead
+    if copied_s == 1.0:
+        assert found.plan.estimate.step_s == pytest.approx(11 - ahead, rel=1e-3)
