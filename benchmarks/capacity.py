@@ -53,7 +53,7 @@ _GPT2_XL = {"hidden": 1600, "layers": 48, "heads": 25, "device_budget": "6GB", "
 _LLAMA_70B = {"model": "llama-70b", "lora": 16}
 ROWS: dict[str, dict[str, Any]] = {
     "12b": {"hidden": 5120, "layers": 37, "heads": 40, "moments": "exact"},
-    "18b": {**_OPT_18B, "moments": "bf16"},
+    "18b": {**_OPT_18B, "moments": "bf16", "host_budget": "122GiB"},
     "18b-8k": {**_OPT_18B, "batch": 8},
     "24b": _OPT_24B,
     "30b-8k": {"hidden": 7168, "layers": 48, "heads": 56, "masters": "bf16-stochastic", "batch": 8},
