@@ -26,7 +26,7 @@ class Parallel:
     Fields:
         data: number of data-parallel groups, each with a batch of its own; None: as many as the world has room for.
         zero: what is sharded over the processes that hold the same weights (along `data`, 2.5d's depth and 3d's a): 1
-            the optimizer state, 2 gradients too, 3 weights too.
+            and 2 optimizer state and gradients, 3 weights too.
         mode: how tensors are sharded: "1d", "2d", "2.5d" or "3d"; None: not at all.
         size: number of processes that tensors are sharded over.
         depth: for 2.5d: number of layers of the square.

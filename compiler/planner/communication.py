@@ -42,12 +42,7 @@ def _temporary_bytes(chunk: ChunkLayout, plan: Plan) -> int:
     reduce_dtype = plan.request.reduce_dtype
     if not casts(chunk, reduce_dtype):
         return 0
-    return piece_numel(chunk, scattered=_scatters(chunk, plan)) * sum_dtype(chunk.dtype, reduce_dtype).itemsize
-
-
-def _scatters(chunk: ChunkLayout, plan: Plan) -> bool:
-    """Whether reducing a gradient leaves a process only its own shard."""
-    return plan.request.zero > 1 and chunk.shards > 1
+    return piece_numel(chunk, scattered=chunk.shards > 1) * sum_dtype(chunk.dtype, reduce_dtype).itemsize
 
 
 def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
@@ -107,7 +102,7 @@ def reduced(chunk: ChunkLayout, plan: Plan) -> CollectiveTraffic | None:
     together, ranks = taken_together(chunk.reduced_over), plan.mesh.ranks_over(chunk.reduced_over)
     reduce_dtype = plan.request.reduce_dtype
     num_bytes = chunk.numel * sum_dtype(chunk.dtype, reduce_dtype).itemsize
-    scatters = _scatters(chunk, plan)
+    scatters = chunk.shards > 1
     pieces = -(-chunk.numel // piece_numel(chunk, scattered=scatters)) if casts(chunk, reduce_dtype) else 1
     if scatters:
         return CollectiveTraffic(together, "reduce-scatter", pieces, num_bytes * (ranks - 1) // ranks)

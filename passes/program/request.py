@@ -25,7 +25,7 @@ class Request:
         mode: how processes shard tensors, a key of `passes.sharding.modes.MODES`; "" if they do not.
         sequence: whether the mode "1d" shards activations along the sequence.
         table: the user's own placements, as pairs of a parameter-name pattern and a placement: ("lm_head.*", "col=S0").
-        zero: the ZeRO stage, that is, what replicas divide among them: 1 optimizer state, 2 also gradients, 3 also
+        zero: the ZeRO stage, that is, what replicas divide among them: 1 and 2 optimizer state and gradients, 3 also
             weights; 0 nothing.
         reduce_dtype: the dtype in which replicas sum gradients: "fp32", with one rounding of the mean, or "compute",
             the dtype in which the gradients are computed.

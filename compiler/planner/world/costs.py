@@ -237,7 +237,7 @@ class Costed:
         if way.home == "host":
             return passing + gradients_passing + exchanged
         weights = self._shared(self.numel * self._item, passing, way.zero == 3)
-        gradients = self._shared(self.trained_numel * self._item, gradients_passing, way.zero >= 2)
+        gradients = self._shared(self.trained_numel * self._item, gradients_passing, way.zero > 0)
         states = self.trained_numel * self._state / (way.replicas if way.zero else 1)
         return weights + gradients + states + exchanged
 
@@ -381,7 +381,7 @@ class Costed:
             return np.zeros(way.pipeline)
         item = SUM_BYTES if self.costs.world.reduce_dtype == "fp32" else self._item
         back = self._item if way.zero in (1, 2) else 0
-        received = self.trained_numel * (1 - 1 / way.replicas) * (item * (1 if way.zero >= 2 else 2) + back)
+        received = self.trained_numel * (1 - 1 / way.replicas) * (item * (1 if way.zero else 2) + back)
         return 2 * self._replicas.latency_s + received / self._replicas.bytes_per_s
 
     def _exchange_s(self) -> np.ndarray:

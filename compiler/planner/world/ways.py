@@ -177,7 +177,7 @@ class Space:
 
     def _of_states(self, way: Way) -> Iterator[Way]:
         for home in self.homes:
-            for zero in (0, 1, 2, 3) if way.replicas > 1 else (0,):
+            for zero in (0, 2, 3) if way.replicas > 1 else (0,):  # 1 is 2, see `runtime.distributed.zero`
                 yield replace(way, zero=zero, home=home)
 
 

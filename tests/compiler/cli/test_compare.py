@@ -44,7 +44,9 @@ def test_what_data_parallelism_exchanges_is_every_gradient_twice() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "collective", "often"), [(0, "all-reduce", 2), (2, "reduce-scatter", 1)])
+@pytest.mark.parametrize(
+    ("zero", "collective", "often"), [(0, "all-reduce", 2), (1, "reduce-scatter", 1), (2, "reduce-scatter", 1)]
+)
 def test_gradients_of_16_bits_are_exchanged_as_float32_unless_that_is_not_wanted(
     zero: int, collective: str, often: int
 ) -> None:

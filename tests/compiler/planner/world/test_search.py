@@ -112,7 +112,7 @@ def test_fallbacks_are_other_programs_and_take_less_where_memory_was_short() -> 
     plan = choose(measured("gpt2-xl"), world, space_of(measured("gpt2-xl"), world))
     programs = [str(each.way.options()) for each in (plan.chosen, *plan.fallbacks)]
     assert len(set(programs)) == len(programs)
-    assert {each.way.zero for each in plan.fallbacks if each.way.data == 8} >= {1, 2, 3} - {plan.chosen.way.zero}
+    assert {each.way.zero for each in plan.fallbacks if each.way.data == 8} >= {2, 3} - {plan.chosen.way.zero}
     least = plan.without_chosen("no room", True, 240 * GB)
     assert least is not None
     assert least.chosen.device_bytes == min(each.device_bytes for each in plan.fallbacks)
