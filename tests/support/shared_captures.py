@@ -21,6 +21,7 @@ from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.programs import captures
 from geminifx.compiler.programs.captures import Captures
 from geminifx.compiler.programs.programs import Call, Recent
+from geminifx.passes import offload
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
 from torch import Tensor, nn
@@ -75,16 +76,16 @@ def _is_shared(program: Program) -> bool:
 
 
 class _SharedPlanning(Planning):
-    """Lowers a shared program once for all models. Not where it offloads, for which tests have other constants."""
+    """Lowers a shared program once for all models, and for each of the constants that tests set."""
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         program = captured.by(plan.microbatches).program
-        if plan.offload or plan.offload_sums or not _is_shared(program):
+        if not _is_shared(program):
             return super()._lower(captured, plan)
         key = (
             id(program), self.lowering, self.limits.rates, replace(plan.request, budget_bytes=None), plan.mesh,
             plan.microbatches, plan.rounds, plan.blocks, plan.stages, plan.schedule, plan.line, plan.layout,
-            plan.recompute, plan.prefetch, plan.fuse_loss,
+            plan.recompute, plan.offload, plan.offload_sums, offload.SMALLEST_BYTES, plan.prefetch, plan.fuse_loss,
         )  # fmt: skip
         if key not in _LOWERED:
             _LOWERED[key] = program, super()._lower(captured, plan)
