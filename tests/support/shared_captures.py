@@ -15,9 +15,10 @@ from geminifx.compiler.capture.arguments import leaf_key
 from geminifx.compiler.capture.guards import Guard
 from geminifx.compiler.capture.known import PLAIN
 from geminifx.compiler.capture.microbatches import Microbatches
-from geminifx.compiler.capture.trace import Captured, CaptureRequest
+from geminifx.compiler.capture.trace import Captured, CaptureRequest, capture
 from geminifx.compiler.planner.problem import Planning
 from geminifx.compiler.planner.weighed import Weighed
+from geminifx.compiler.planner.world import model as world
 from geminifx.compiler.programs import captures
 from geminifx.compiler.programs.captures import Captures
 from geminifx.compiler.programs.programs import Call, Recent
@@ -54,7 +55,11 @@ def shared_captures() -> Iterator[None]:
             with mock.patch.object(captures, "Microbatches", _SharedMicrobatches):
                 return super()._divisible(call, captured, finish)
 
-    with mock.patch.object(session, "Captures", Shared), mock.patch.object(session, "Planning", _SharedPlanning):
+    with (
+        mock.patch.object(session, "Captures", Shared),
+        mock.patch.object(session, "Planning", _SharedPlanning),
+        mock.patch.object(world, "capture", partial(_once, capture)),
+    ):
         yield
 
 
