@@ -85,7 +85,7 @@ class _SharedPlanning(Planning):
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         program = captured.by(plan.microbatches).program
-        if not _is_shared(program):
+        if self.lengthened is not None or not _is_shared(program):
             return super()._lower(captured, plan)
         key = (
             id(program), self.lowering, self.limits.rates, replace(plan.request, budget_bytes=None), plan.mesh,
