@@ -86,8 +86,8 @@ def export_joint(stack: ExitStack, module: nn.Module, args: tuple[Any, ...]) -> 
 
     `stack` keeps the tracing contexts open: read the graph while they are, but run nothing.
     """
-    # Hugging Face's code asks whether it is being traced, and then avoids data-dependent Python. Code would be generated
-    # for the graph, of which nothing runs, unless graph modules are lazy.
+    # Hugging Face's code asks whether it is being traced, and then avoids data-dependent Python. A graph module that is
+    # not lazy would generate code for the graph, and none of it runs.
     with _compiling_state_context(), fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True):
         return aot_export_joint_with_descriptors(stack, module, args).graph_module
 
