@@ -7,12 +7,13 @@ Others run in one worker file by file, for tests of a file share what they captu
 The number of threads is fixed, as kernels' sums depend on it, and several workers have one machine.
 """
 
-import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import lasting_imports
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, and for processes that are started
 
@@ -118,14 +119,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What the tests import stays: collections of garbage need not go through it, neither meanwhile nor afterwards."""
-    gc.disable()
     try:
         return (yield)
     finally:
-        gc.enable()
-        gc.freeze()
-        gc.set_threshold(10_000)  # graphs are many objects, of which most stay for a while
+        lasting_imports.end()
 
 
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:

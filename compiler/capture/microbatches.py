@@ -94,8 +94,11 @@ class Microbatches:
                 raise
             except Exception as error:
                 raise SplitError(f"the model cannot be captured with a part of the batch: {error}") from error
-        program = microbatched(_canonical(self.whole), _canonical(captured), count)
-        return self.finish(replace(self.whole, program=program, divide=None), count)
+        return self.finish(replace(self.whole, program=self._divided(captured, count), divide=None), count)
+
+    def _divided(self, part: Captured, count: int) -> Program:
+        """The program of the whole batch as `count` parts, one of which is captured."""
+        return microbatched(_canonical(self.whole), _canonical(part), count)
 
 
 @contextmanager

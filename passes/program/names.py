@@ -25,6 +25,8 @@ def is_identifier(name: str) -> bool:
 
 def escaped(text: str, special: str = "") -> str:
     """`text` on one line, with the characters of `special` escaped too; `unescaped` is the inverse."""
+    if text.isprintable() and not any(char in text for char in ("\\", *special)):
+        return text  # as nearly all are, and a program's text has very many
     return "".join(
         _escape(char) if char in special or char == "\\" or not char.isprintable() else char for char in text
     )

@@ -220,7 +220,9 @@ class Program:
 
     def eliminate_dead_code(self) -> None:
         """Erase nodes that nobody reads, random operators included; operators that write stay."""
-        self.graph.eliminate_dead_code(is_impure_node=writes)
+        for node in reversed(self.graph.nodes):  # torch's own checks the whole graph first, which takes longer
+            if not node.users and not writes(node):
+                self.graph.erase_node(node)
 
     def copy(self) -> "Program":
         """An independent copy. The constants are shared, because nothing ever writes to them."""

@@ -260,13 +260,17 @@ class Stages:
             case Made(node, microbatch):
                 readers = [user for user in self._readers(node) if user.target is not ABSENT]
                 ranks = {self.rank_of(user, microbatch) for user in readers}
-                is_output = node in self.program.results_of("output").values()
-                return sorted(ranks | {self.joiner(node)} if is_output else ranks)
+                return sorted(ranks | {self.joiner(node)} if node in self._returned else ranks)
             case Sum(gradient):
                 return self.owners(gradient)
             case Output(role):
                 everyone = list(range(len(self.schedule.ranks)))
                 return everyone if self.is_told(self.program.results[f"output:{role}"]) else []
+
+    @cached_property
+    def _returned(self) -> frozenset[fx.Node]:
+        """What the model's outputs are made of; every message asks."""
+        return frozenset(self.program.results_of("output").values())
 
     def is_told(self, output: fx.Node) -> bool:
         """Whether all ranks get an output: a scalar such as the loss, or any if the request asks for all outputs."""

@@ -53,6 +53,7 @@ try:
         UnsupportedFakeTensorException,
     )
     from torch.distributed.pipelining.schedules import get_schedule_class
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.optim._muon import muon
     from torch.utils._python_dispatch import (
@@ -85,8 +86,9 @@ def export_joint(stack: ExitStack, module: nn.Module, args: tuple[Any, ...]) -> 
 
     `stack` keeps the tracing contexts open: read the graph while they are, but run nothing.
     """
-    # Hugging Face's code asks whether it is being traced, and then avoids data-dependent Python.
-    with _compiling_state_context(), fx_traceback.preserve_node_meta():
+    # Hugging Face's code asks whether it is being traced, and then avoids data-dependent Python. A graph module that is
+    # not lazy would generate code for the graph, and none of it runs.
+    with _compiling_state_context(), fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True):
         return aot_export_joint_with_descriptors(stack, module, args).graph_module
 
 

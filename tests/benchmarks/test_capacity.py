@@ -1,15 +1,24 @@
 """The benchmark of capacity, and that of state formats, on models small enough for a test."""
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import capacity
 import pytest
 import state_formats
 from geminifx.runtime.isa.errors import BudgetError
+from shared_captures import shared_captures
 
 TINY = ["--hidden", "64", "--layers", "3", "--heads", "2", "--vocab", "256", "--seq", "32", "--lr", "1e-3"]
 BUDGETS = ["--device-budget", "1.5MB", "--host-budget", "5MB"]
+
+
+@pytest.fixture(autouse=True)
+def _alike() -> Iterator[None]:
+    """Most of these models are."""
+    with shared_captures():
+        yield
 
 
 @pytest.mark.parametrize("moments", ["exact", "int8"])

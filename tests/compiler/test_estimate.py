@@ -1,6 +1,6 @@
 """Estimates from a part of a model are those of the whole: the same plans, to the byte and the clock's last digit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from geminifx.compiler.rates.choice import given_rates
 from geminifx.runtime.isa.formats import OwnFormat
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
+
+pytestmark = pytest.mark.usefixtures("shared")
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "vocab_size": 3000,
                          "max_position_embeddings": 256}  # fmt: skip
@@ -32,11 +34,11 @@ def made(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
 
-def estimated(build: Callable[[], PreTrainedModel], device: str, host: str, whole: bool) -> list[Estimated]:
+def estimated(build: Callable[[], PreTrainedModel], device: str, host: str, whole: bool) -> Iterator[Estimated]:
     rates = given_rates("h200")
     assert rates is not None
     machine = Machine.of(device, host, rates)
-    return list(estimates(build, batch_by_shapes(build(), 8, 256), machine, whole=whole))
+    return estimates(build, batch_by_shapes(build(), 8, 256), machine, whole=whole)
 
 
 @pytest.fixture
@@ -63,10 +65,10 @@ def test_parts_tell_what_the_whole_tells(build: Any, device: str, host: str, chu
     if chunk_bytes is not None:
         monkeypatch.setattr("geminifx.compiler.planner.packing.LARGEST_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 2**16)
-    found = estimated(build, device, host, whole=False)
+    found = list(estimated(build, device, host, whole=False))
     assert lowered_parts and max(lowered_parts) < SIZES["num_hidden_layers"]
     parts = len(lowered_parts)
-    expected = estimated(build, device, host, whole=True)
+    expected = list(estimated(build, device, host, whole=True))
     assert len(lowered_parts) == parts, "the whole is lowered as it is"
     assert [(one.state, one.lacking) for one in found] == [(one.state, one.lacking) for one in expected]
     for one, other in zip(found, expected, strict=True):
@@ -161,8 +163,9 @@ def test_parts_of_odd_models_tell_what_the_whole_tells(kind: type[Chain], lowere
 
 
 def test_a_model_of_few_or_unlike_blocks_is_captured_as_a_whole(lowered_parts: list[int]) -> None:
-    (found, *_), (expected, *_) = (estimated(lambda: opt(num_hidden_layers=2), "1.45GB", "60MB", whole)
-                                   for whole in (False, True))  # fmt: skip
+    found, expected = (
+        next(estimated(lambda: opt(num_hidden_layers=2), "1.45GB", "60MB", whole)) for whole in (False, True)
+    )
     assert found == expected and found.plan is not None
     assert not lowered_parts
 

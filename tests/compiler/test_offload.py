@@ -27,7 +27,7 @@ from transformers import (
 )
 from zoo import VOCAB, Batch, Case, Trace, compiled, cross_entropy, images, opt, tokens, train
 
-DEPTH = 8
+DEPTH = 5
 LATE = pytest.mark.parametrize(
     "copies", ["immediate", "open", pytest.param("late", marks=pytest.mark.slow)], indirect=True
 )
@@ -309,11 +309,18 @@ def test_what_cannot_be_offloaded() -> None:
         compiled(STACK, plan=plan)
 
 
-WIDE = Case("opt", lambda: opt(num_hidden_layers=4, hidden_size=64, word_embed_proj_dim=64), lambda: tokens(batch=8))
+WIDE = Case("opt", lambda: opt(num_hidden_layers=3, hidden_size=64, word_embed_proj_dim=64), lambda: tokens(batch=8))
 
 
-@pytest.mark.parametrize("mode, size", [("1d", 2), ("2d", 4), ("2.5d", 4), ("3d", 8)])
-@ALIKE
+SHARDED = [
+    pytest.param(mode, size, recompute, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+    for i, (mode, size) in enumerate((("1d", 2), ("2d", 4), ("2.5d", 4), ("3d", 8)))
+    for j, recompute in enumerate(("none", "all"))
+]
+"""Every mode with one of the two; with the other one they are slow."""
+
+
+@pytest.mark.parametrize(("mode", "size", "recompute"), SHARDED)
 def test_programs_of_sharded_tensors(mode: str, size: int, recompute: str) -> None:
     tensor = {"mode": mode, "size": size, **({"depth": 1} if mode == "2.5d" else {})}
     model = offloading(WIDE, world_size=size, parallel={"tensor": tensor}, placement="cpu", recompute=recompute)

@@ -135,16 +135,16 @@ def test_a_round_robin_suits_what_its_own_stages_take(evaluates_first):
     """Where the head takes as long as three blocks, several ranks run it; also if only the evaluation's forward was
     there to tell."""
     head = Case("opt, a large vocabulary", lambda: opt(num_hidden_layers=4, vocab_size=4096, tie_word_embeddings=False))
-    options = {"world_size": 4, "parallel": {"pipeline": {"ranks": 4, "stages": 4}}, "microbatches": 8}
+    options = {"world_size": 4, "parallel": {"pipeline": {"ranks": 4, "stages": 4}}, "microbatches": 4}
     runners = []
     for case in (DEEP, head):
-        batch = case.batch(batch=64)
+        batch = case.batch(batch=8)
         model = geminifx.compile(case.seeded(), schedule="roundrobin", **options)
         if evaluates_first:
             with torch.no_grad():
                 model.eval().session.program((), batch)
         plan = model.train().session.program((), batch).plan
-        runners.append({plan.schedule.runner(Action(3, microbatch, "F")) for microbatch in range(8)})
+        runners.append({plan.schedule.runner(Action(3, microbatch, "F")) for microbatch in range(4)})
     assert len(runners[0]) < len(runners[1])
 
 

@@ -241,7 +241,7 @@ def test_weights_come_once_for_each_sweep_of_a_round() -> None:
 
 def test_activations_of_each_round_are_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload_pass, "SMALLEST_BYTES", 64)
-    model, _ = stepped(DEEP, microbatches=4, rounds=2, **PLACES["offloaded"])
+    model, _ = stepped(DEEP, microbatches=2, rounds=2, **PLACES["offloaded"])
     program = model.session.last["training"].flat
     for target, sweeps in ((OFFLOAD, {"F.0", "F.1"}), (RELOAD, {"B.0", "B.1"})):
         assert {note(node).sweep for node in program.calls(target)} == sweeps

@@ -27,6 +27,7 @@ OPT_OF_EIGHT = Case("opt, eight blocks, not tied", lambda: opt(num_hidden_layers
 GPT2_OF_EIGHT = Case("gpt2, eight blocks", lambda: gpt2(layers=8))
 LLAMA_OF_EIGHT = Case("llama, eight blocks", lambda: llama(layers=8))
 TIED = Case("opt, four blocks", lambda: opt(num_hidden_layers=4))
+SMALL = Case("opt, not tied", lambda: opt(tie_word_embeddings=False))
 UNTIED = Case("opt, four blocks, not tied", lambda: opt(num_hidden_layers=4, tie_word_embeddings=False))
 
 
@@ -96,7 +97,7 @@ def taking_turns(schedule: Schedule, **options: Any) -> dict[str, Any]:
 
 
 IN_TWOS = {
-    "1f1b": Training(UNTIED, pipeline(2, "1f1b")),
+    "1f1b": Training(SMALL, pipeline(2, "1f1b")),
     "gpipe, tied, torch's optimizer": Training(GPT2, pipeline(2, "gpipe"), own=False),
     "1f1b, tied, in the backward": Training(OPT, pipeline(2, "1f1b", placement="cpu"), in_backward=True),
     "1f1b, recompute, dropout, evaluation": Training(DROPOUT, pipeline(2, "1f1b", recompute="all"), evaluates=True),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import lasting_imports
 import more_models  # noqa: F401
 import zoo  # noqa: F401
 from torch.multiprocessing import start_processes
@@ -22,4 +23,5 @@ def run(rank: int, script: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    lasting_imports.end()
     start_processes(run, (sys.argv[2], sys.argv[3:]), int(sys.argv[1]), start_method="fork")

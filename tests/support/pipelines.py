@@ -47,7 +47,7 @@ PASSES = (canonicalize, fuse_loss, average_loss, recompute, split_batch, split_s
 CALLED = {**CALLED_BY_ALL, MICROBATCH: microbatch, DRAWN: Machine.drawn, SHARE: Machine.share}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """A captured step by microbatches, and a value for each of its inputs."""
 
@@ -85,14 +85,10 @@ class Step:
 @cache
 def step_of(case: Case, microbatches: int, rows: int = 8, training: bool = True) -> Step:
     """A case's step with uneven labels, so that microbatches weigh differently."""
-    model, batch = case.seeded().train(training), case.batch(batch=rows, seed=0)
-    labels = batch["labels"].clone()
-    labels[0, 3:] = labels[1, 1:] = -100
-    batch = {**batch, "labels": labels}
-    program, part = (
-        _captured(model, {k: v[:n] for k, v in batch.items()}, training) for n in (rows, rows // microbatches)
-    )
-    divided = microbatched(program, part, microbatches) if microbatches > 1 else program
+    model, batch, program = case.seeded(), _batch(case, rows), _captured(case, rows, rows, training)
+    divided = program
+    if microbatches > 1:
+        divided = microbatched(program, _captured(case, rows, rows // microbatches, training), microbatches)
     values = {f"parameter:{name}": p.detach() for name, p in model.named_parameters()}
     values |= {f"buffer:{name}": buffer for name, buffer in model.named_buffers()}
     values |= {f"constant:{name}": value for name, value in program.constants.items()}
@@ -100,9 +96,20 @@ def step_of(case: Case, microbatches: int, rows: int = 8, training: bool = True)
     return Step(divided, values, blocks(model), microbatches)
 
 
-def _captured(model: torch.nn.Module, batch: Batch, training: bool) -> Program:
+def _batch(case: Case, rows: int) -> Batch:
+    batch = case.batch(batch=rows, seed=0)
+    labels = batch["labels"].clone()
+    labels[0, 3:] = labels[1, 1:] = -100
+    return {**batch, "labels": labels}
+
+
+@cache
+def _captured(case: Case, rows: int, first: int, training: bool) -> Program:
+    """The program of the first rows of a batch, which is not to be changed."""
+    model, batch = case.seeded().train(training), _batch(case, rows)
+    part = {name: value[:first] for name, value in batch.items()}
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    program = capture(model, (), batch, CaptureRequest(None, "loss", training, dtypes)).program
+    program = capture(model, (), part, CaptureRequest(None, "loss", training, dtypes)).program
     run_passes(program, Plan(), (canonicalize,))
     return program
 

@@ -1,5 +1,5 @@
-"""One capture for all tests that compile the same model alike: it takes longest of all, and does not see weights. What
-planners lower it to for the same decisions is shared, too."""
+"""One capture for all tests that compile the same model alike: it takes longest of all, and does not see weights. Its
+divisions into microbatches are shared, too, and what planners lower it to for the same decisions."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,15 @@ from geminifx.compiler import session
 from geminifx.compiler.capture.arguments import leaf_key
 from geminifx.compiler.capture.guards import Guard
 from geminifx.compiler.capture.known import PLAIN
-from geminifx.compiler.capture.trace import Captured, CaptureRequest
+from geminifx.compiler.capture.microbatches import Microbatches
+from geminifx.compiler.capture.trace import Captured, CaptureRequest, capture
 from geminifx.compiler.planner.problem import Planning
 from geminifx.compiler.planner.weighed import Weighed
+from geminifx.compiler.planner.world import model as world
 from geminifx.compiler.programs import captures
 from geminifx.compiler.programs.captures import Captures
 from geminifx.compiler.programs.programs import Call, Recent
+from geminifx.passes import offload
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
 from torch import Tensor, nn
@@ -28,6 +31,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
 """Without guards, which hold the model that was captured: instead of these the owner's and the attribute's names."""
+
+_DIVIDED: dict[Hashable, Program] = {}
+"""By the ids of the shared programs of the whole batch and of a part, and the number of parts."""
 
 _LOWERED: Recent[tuple[Program, Weighed]] = Recent()
 """With the captured program, whose id is then nobody else's."""
@@ -45,21 +51,46 @@ def shared_captures() -> Iterator[None]:
             with mock.patch.object(captures, "capture", partial(_once, captures.capture)):
                 return super()._trace(call, arguments)
 
-    with mock.patch.object(session, "Captures", Shared), mock.patch.object(session, "Planning", _SharedPlanning):
+        def _divisible(self, call: Call, captured: Captured, finish: Any) -> Captured:
+            with mock.patch.object(captures, "Microbatches", _SharedMicrobatches):
+                return super()._divisible(call, captured, finish)
+
+    with (
+        mock.patch.object(session, "Captures", Shared),
+        mock.patch.object(session, "Planning", _SharedPlanning),
+        mock.patch.object(world, "capture", partial(_once, capture)),
+    ):
         yield
 
 
+class _SharedMicrobatches(Microbatches):
+    """Divides shared programs once for all models."""
+
+    def _divided(self, part: Captured, count: int) -> Program:
+        if not (_is_shared(self.whole.program) and _is_shared(part.program)):
+            return super()._divided(part, count)
+        key = id(self.whole.program), id(part.program), count
+        if key not in _DIVIDED:
+            _DIVIDED[key] = super()._divided(part, count)
+        return _DIVIDED[key]
+
+
+def _is_shared(program: Program) -> bool:
+    shared = (captured.program for captured, _ in _CAPTURED.values())
+    return any(program is each for each in (*shared, *_DIVIDED.values()))
+
+
 class _SharedPlanning(Planning):
-    """Lowers a shared program once for all models. Not where it offloads, for which tests have other constants."""
+    """Lowers a shared program once for all models, and for each of the constants that tests set."""
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         program = captured.by(plan.microbatches).program
-        if plan.offload or all(program is not shared.program for shared, _ in _CAPTURED.values()):
+        if self.lengthened is not None or not _is_shared(program):
             return super()._lower(captured, plan)
         key = (
             id(program), self.lowering, self.limits.rates, replace(plan.request, budget_bytes=None), plan.mesh,
-            plan.microbatches, plan.blocks, plan.stages, plan.schedule, plan.line, plan.layout, plan.recompute,
-            plan.prefetch, plan.fuse_loss,
+            plan.microbatches, plan.rounds, plan.blocks, plan.stages, plan.schedule, plan.line, plan.layout,
+            plan.recompute, plan.offload, plan.offload_sums, offload.SMALLEST_BYTES, plan.prefetch, plan.fuse_loss,
         )  # fmt: skip
         if key not in _LOWERED:
             _LOWERED[key] = program, super()._lower(captured, plan)

@@ -18,16 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from updates import ADAMS, ADAMW, DRAWS, DTYPES, RULES, SGDS, SPECIAL, Problem, any_bits, floats, same, same_pair
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        host_kernel._load_once.cache_clear()
-        yield
-    host_kernel._load_once.cache_clear()
-
-
 # -- split pairs ---------------------------------------------------------------------------------------------
 
 
