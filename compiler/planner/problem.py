@@ -236,11 +236,10 @@ class Planning:
         layout = layout or self._layout(captured, staged, format)
         fuse_loss = None if options.fuse_loss == "auto" else bool(options.fuse_loss)
         fusible = fuse_loss is not False and not self.mesh.tensor_axes
-        logits = self._logits_bytes(captured.by(microbatches)) if fusible else 0
-        saves = microbatches * logits
+        saves = microbatches * self._logits_bytes(captured.by(microbatches)) if fusible else 0
         if fuse_loss is None and staged.schedule is not None and staged.schedule.weights == "host":
             # Several ranks run the last stage, and what they exchange depends on it, so all must choose alike.
-            fuse_loss = logits > LOGITS_SHARE * (self.asked_bytes or inf)
+            fuse_loss = saves > LOGITS_SHARE * (self.asked_bytes or inf)
         notes = (*captured.notes, *([NO_LOSS] if fuse_loss and captured.differentiable and not saves else []))
         draft = replace(staged, layout=layout, notes=notes)
         placed = before.homes if before and fixed else None
@@ -255,6 +254,8 @@ class Planning:
         except BudgetError as refusal:
             if given.otherwise is not None and self.options.schedule == ROUND_ROBIN and not refusal.tier:
                 refusal.args = (f"{refusal}, and recompute='all' may, too: the round-robin then has other slots",)
+            if self.options.fuse_loss == "auto" and given.fuse_loss is False and not refusal.tier:
+                refusal.args = (f"{refusal}; so may fuse_loss=True",)
             raise
 
     def _accept(self, lower: Lower, plan: Plan) -> Solution:

@@ -320,9 +320,12 @@ class _Search:
     def _further_ahead(self, best: Solution) -> Solution:
         """Starts copies more chunks ahead where that is faster: chunks differ in size, and one chunk's compute may not
         hide the next one's copy. Each chunk more that is on its way takes room from homes, and, where activations are
-        offloaded, these would stay on the device for longer."""
+        offloaded, these would stay on the device for longer. Not in a pipeline, whose ranks may meet in fetches of
+        weights without having agreed on a plan."""
         plan, estimate = best.plan, best.plan.estimate
-        if plan.prefetch == 0 or plan.offload or estimate.bound_s >= (1 - AHEAD_GAIN) * estimate.step_s:
+        if plan.prefetch == 0 or plan.offload or plan.schedule is not None:
+            return best
+        if estimate.bound_s >= (1 - AHEAD_GAIN) * estimate.step_s:
             return best
         others = [self._complete(replace(plan, prefetch=ahead), ASSUMED) for ahead in FURTHER]
         further = self._best(others) or best

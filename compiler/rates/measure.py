@@ -1,9 +1,10 @@
 """Measures a machine: matmuls, operators, copies and updates, alone and at the same time."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Event
 from typing import get_args
 
 import torch
@@ -233,7 +234,7 @@ class Bench:
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
-        """Context in which another thread keeps updating parameters on the host."""
+        """Context in which another thread keeps updating parameters on the host; it raises what that thread raised."""
         kernel, threads, is_over = HostKernel(), host_threads(self.ranks.on_this_host), Event()
         update = _adam(self.effort.host_params, "exact", torch.device("cpu"))
 
@@ -241,13 +242,13 @@ class Bench:
             while not is_over.is_set():
                 kernel.adam(*update, HYPER, threads)
 
-        thread = Thread(target=keep_updating)
-        thread.start()
-        try:
-            yield
-        finally:
-            is_over.set()
-            thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            updating = pool.submit(keep_updating)
+            try:
+                yield
+            finally:
+                is_over.set()
+            updating.result()
 
     @contextmanager
     def _copying(self) -> Iterator[Run]:

@@ -3,13 +3,13 @@
 The stages of Rajbhandari et al. (2020), over N processes, for a chunk whose weights take n bytes:
 
     stage   a process keeps 1/N of            a backward exchanges         making the weights whole again takes
-    1       masters and optimizer state       n, reduce-scatter            n, all-gather: once a step where they are
-    2       these, and gradients              n, reduce-scatter            resident, else for every use
+    1, 2    masters, optimizer state and      n, reduce-scatter            n, all-gather: once a step where they are
+            gradients                                                      resident, else for every use
     3       these, and weights                n, reduce-scatter            n, all-gather: for every use
 
 A process updates its shard alone, so its shard of the gradient is all that it needs: in stage 1, too, where the paper
-has all gradients everywhere, by an all-reduce of 2 n. Stages 1 and 2 are one here. Gradients of 16 bits are exchanged
-as float32, twice n, unless the plan says otherwise: see `reduction`.
+has all gradients everywhere, by an all-reduce of 2 n. So stages 1 and 2 are one here. Gradients of 16 bits are
+exchanged as float32, twice n, unless the plan says otherwise: see `reduction`.
 
 Chunks are divided, not parameters: a shard is a range of a chunk, equally long on every process. Only the launching
 thread issues collectives, in the program's order, which is the same on all ranks.

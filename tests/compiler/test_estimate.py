@@ -1,6 +1,7 @@
 """Estimates from a part of a model are those of the whole: the same plans, to the byte and the clock's last digit."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from geminifx.compiler.planner import lengthened
 from geminifx.compiler.planner.packing import Together
 from geminifx.compiler.rates.choice import given_rates
 from geminifx.runtime.isa.formats import OwnFormat
+from geminifx.runtime.isa.homes import Home
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
@@ -168,6 +170,24 @@ def test_a_model_of_few_or_unlike_blocks_is_captured_as_a_whole(lowered_parts: l
     )
     assert found == expected and found.plan is not None
     assert not lowered_parts
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_parts_are_long_enough_for_copies_that_start_early(ahead: int) -> None:
+    """Each block is a chunk, so that what one holds depends on as many blocks behind it as copies start ahead."""
+    rates = given_rates("h200")
+    assert rates is not None
+    step = _Step(_Source(opt, False), batch_by_shapes(opt(), 8, 256), Machine.of("1.45GB", "60MB", rates), whole=False)
+    told, limits = step.planning.lengthened, step.planning.limits
+    assert told is not None
+    layout = told.layout(Together(1))
+    plan = replace(step.planning.shared(), layout=layout, homes=(Home(),) * len(layout.chunks), format=OwnFormat(),
+                   recompute=told.blocks[:6], prefetch=ahead)  # fmt: skip
+    step.planning.lengthened = None
+    whole = step.planning._lower(step._captured(step.session), plan)
+    (memory, time), (expected, whole_time) = (each.on(plan, limits) for each in (told.lower(plan, rates), whole))
+    assert memory.estimate(plan.homes) == expected.estimate(plan.homes)
+    assert time.seconds(plan, plan.homes) == whole_time.seconds(plan, plan.homes)
 
 
 @pytest.mark.slow

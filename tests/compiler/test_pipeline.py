@@ -160,6 +160,23 @@ def test_an_evaluation_may_come_before_a_round_robin_trains(monkeypatch, rank):
     assert evaluated.layout == trained.layout and trained.schedule.trains
 
 
+@pytest.mark.parametrize(("budget", "in_pieces"), [("3MB", True), ("6.8MB", True), ("100MB", False), (None, False)])
+def test_ranks_of_a_round_robin_choose_alike_how_to_compute_the_loss(monkeypatch, budget, in_pieces):
+    """With its logits it needs 6.8 MB on the rank that has most of them."""
+    sizes = {"num_hidden_layers": 4, "vocab_size": 2048, "tie_word_embeddings": False}
+    case = Case("opt, a large vocabulary", lambda: opt(**sizes))
+    options = {"world_size": 2, "microbatches": 8, "schedule": "roundrobin", "recompute": "all", "placement": "cpu"}
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(Mesh, "pipeline_rank", lambda mesh, of, rank=rank: rank)
+        model = geminifx.compile(
+            case.seeded(), device_budget=budget, example_inputs=case.batch(batch=32),
+            parallel={"pipeline": {"ranks": 2, "stages": 4}}, **options,
+        )  # fmt: skip
+        found.append((model.plan.fuse_loss, model.plan.peak_bytes))
+    assert [is_fused for is_fused, _ in found] == [in_pieces] * 2, found
+
+
 def test_an_evaluation_keeps_to_the_round_robin_of_training():
     batch = DEEP.batch(batch=8)
     options = {"world_size": 2, "microbatches": 4, "schedule": "roundrobin"}

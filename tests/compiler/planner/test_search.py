@@ -8,6 +8,7 @@ import pytest
 import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.memory import Limits
+from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
 from geminifx.compiler.planner.search import Constraints, Solution, check, solve
 from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.presets import preset
@@ -17,6 +18,7 @@ from geminifx.passes.program.request import Policy, Request
 from geminifx.passes.program.text import parse_program
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
+from geminifx.runtime.isa.schedule import Schedule
 from homes import homes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -388,17 +390,18 @@ def uneven(plan: Plan, rates: Rates) -> Weighed:
 
 
 @pytest.mark.parametrize(
-    "copied_s, room, ahead",
-    [(1.0, 10, 2), (1.0, 2, 1), (0.01, 10, 1)],
-    ids=["one hides two", "no room for two more", "copies are fast"],
+    "copied_s, room, schedule, ahead",
+    [(1.0, 10, None, 2), (1.0, 2, None, 1), (0.01, 10, None, 1), (1.0, 10, make_schedule("1f1b", Shape(2, 4)), 1)],
+    ids=["one hides two", "no room for two more", "copies are fast", "a pipeline's ranks agree on no plan"],
 )
-def test_copies_start_further_ahead_where_that_is_faster(copied_s: float, room: int, ahead: int) -> None:
+def test_copies_start_further_ahead_where_that_is_faster(copied_s: float, room: int, schedule: Schedule | None,
+                                                         ahead: int) -> None:  # fmt: skip
     """A long operator takes 4 seconds. One chunk ahead, the copy that begins behind it has nothing to hide behind."""
     bus = {f"{way}_bytes_per_s": WEIGHTS / copied_s for way in ("up", "down", "both")}
     rates = replace(preset("h200"), launch_s=0.0, kernel_s=0.0, memory_bytes_per_s=8 * WIDE / 4, **bus)
     largest = 4 * (2 * WIDE + 16) + room * WEIGHTS
     found = solve(
-        Plan(Request("cpu", largest), layout(trainable=False)), partial(uneven, rates=rates),
+        Plan(Request("cpu", largest), layout(trainable=False), schedule=schedule), partial(uneven, rates=rates),
         Limits(largest, 0, 10**9, rates), Constraints((), ()),
     )  # fmt: skip
     assert found.plan.prefetch == ahead

@@ -1,6 +1,8 @@
 """Calibration: what most measurements agree on makes rates, a busy machine is refused; and all of it runs."""
 
+import threading
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from geminifx.compiler.rates.others import HostWatch, used_by_others
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import Updates
 from geminifx.runtime.distributed.ranks import Ranks
+from geminifx.runtime.kernels.host_updates import HostKernel
 
 CPU = torch.device("cpu")
 TINY = Effort(
@@ -169,6 +172,24 @@ def test_everything_can_be_measured_and_random_numbers_are_nobody_else_s() -> No
     assert found.network_bytes_per_s is None, "one process exchanges nothing"
     assert [len(seconds) for seconds in found.products_s] == [2, 2, 2]
     rates_from(found, TINY, "the CPU")
+
+
+def test_copies_in_both_directions_are_timed_beside_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which another thread makes; what it raises is raised."""
+    update, beside = HostKernel.adam, list[str]()
+
+    def watched(*args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            beside.append("update")
+            if len(beside) > 1:
+                raise ValueError("an update beside copies")
+        update(*args)
+
+    monkeypatch.setattr(HostKernel, "adam", watched)
+    with pytest.raises(ValueError, match="an update beside copies"):
+        for _ in range(100):  # one may be over before its second update
+            measured(CPU, TINY, Ranks())
+    assert beside
 
 
 @pytest.mark.cuda
