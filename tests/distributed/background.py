@@ -15,6 +15,7 @@ import torch
 from geminifx.runtime.isa.errors import GeminiError
 from geminifx.runtime.state_io.filesystem import Writer
 from saving import network, same, values
+from shared_captures import shared_captures
 
 RANK, FOLDER = int(os.environ["RANK"]), Path(sys.argv[1])
 WORLDS: dict[str, dict[str, Any]] = {"zero 2": {"data": 2, "zero": 2}, "data": {"data": 2}, "1d": {"tensor": "1d:2"}}
@@ -85,4 +86,6 @@ def fails_on_one() -> list[list[str]]:
     return found
 
 
-print(json.dumps({**{name: saved_while_training(name) for name in WORLDS}, "failures": fails_on_one()}), flush=True)
+with shared_captures():
+    found = {**{name: saved_while_training(name) for name in WORLDS}, "failures": fails_on_one()}
+print(json.dumps(found), flush=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
 import geminifx
 import torch
 from geminifx.compiler.weights.incoming import FromFiles
 from geminifx.runtime.isa.errors import CheckpointError
+from shared_captures import shared_captures
 from torch import distributed as dist
 from torch.optim import AdamW
 
@@ -38,7 +41,7 @@ def fail(*arguments: Any) -> None:
 
 def read_anew(directory: Path, options: dict[str, Any]) -> geminifx.CompiledModule:
     """By a model whose weights had places when another load of them failed."""
-    model = geminifx.from_pretrained(directory, placement="cpu", **options)
+    model = geminifx.from_pretrained(directory, placement="cpu", recompute="none", **options)
     model.optimizer(AdamW, lr=1e-3)
     with mock.patch.object(FromFiles, "bring", fail), suppress(CheckpointError):
         model(input_ids=IDS, labels=IDS)
@@ -50,11 +53,13 @@ def read_anew(directory: Path, options: dict[str, Any]) -> geminifx.CompiledModu
 def main(out: Path) -> None:
     found = {}
     for mode, options in MODES.items():
-        read = geminifx.from_pretrained(out.parent / "model", placement="cpu", **options)
+        read = geminifx.from_pretrained(out.parent / "model", placement="cpu", recompute="none", **options)
         found[f"{mode}, read"] = whole(read)
         read.save_pretrained(out.parent / mode, max_shard_size="20kB", dtype=torch.bfloat16)
         found[f"{mode}, read anew"] = {"state": read_anew(out.parent / "model", options).state_dict()}
-        drawn = geminifx.from_pretrained(str(out.parent / "config.json"), seed=SEED, placement="cpu", **options)
+        drawn = geminifx.from_pretrained(
+            str(out.parent / "config.json"), seed=SEED, placement="cpu", recompute="none", **options
+        )
         found[f"{mode}, drawn"] = whole(drawn)
     if dist.get_rank() == 0:
         torch.save(found, out)
@@ -62,4 +67,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with shared_captures():
+        main(Path(sys.argv[1]))

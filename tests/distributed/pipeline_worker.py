@@ -17,6 +17,7 @@ from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
 from geminifx.runtime.isa.schedule import Schedule
 from more_models import T5
 from schedules import in_turns
+from shared_captures import shared_captures
 from torch import Tensor
 from torch import distributed as dist
 from zoo import GPT2, LLAMA, OPT, Case, gpt2, llama, opt
@@ -201,4 +202,5 @@ def main(out: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    with shared_captures():
+        main(Path(sys.argv[1]), *sys.argv[2:])
