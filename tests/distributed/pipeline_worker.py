@@ -165,7 +165,8 @@ class Trained:
 
 def train(training: Training, rows: slice = slice(None)) -> Trained:
     torch.manual_seed(7)
-    model = geminifx.compile(training.case.seeded(), example_inputs=training.batch(0, rows), **training.options)
+    with shared_captures():
+        model = geminifx.compile(training.case.seeded(), example_inputs=training.batch(0, rows), **training.options)
     torch.manual_seed(1)
     optimizer, losses = training.optimizer(model), []
     for step in range(STEPS):
@@ -202,5 +203,4 @@ def main(out: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    with shared_captures():
-        main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), *sys.argv[2:])
