@@ -10,7 +10,7 @@ The number of threads is fixed, as kernels' sums depend on it, and several worke
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lasting_imports
@@ -24,6 +24,7 @@ from geminifx.runtime.isa.torch_private import dispatch_modes, leave_mode
 from geminifx.runtime.kernels import device_updates
 from geminifx.runtime.memory import hardware
 from late_copies import BY_NAME, LateCopies, Launches
+from shared_captures import shared_captures
 
 _VISIBLE = os.environ.setdefault("TESTS_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 """What was visible when the tests were started: their workers inherit an environment without a GPU."""
@@ -144,6 +145,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for campaign in sorted(cases) if config.getoption("--whole") else ():
         parts = f"a case in {failed[campaign]} of 20 parts" if failed[campaign] else "0"
         terminalreporter.write_line(f"| {campaign} | {max(cases[campaign].values()):,} | {parts} |")
+
+
+@pytest.fixture
+def shared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models that are alike are captured once for all tests that use this, but for tests that count captures."""
+    with nullcontext() if "captures" in request.fixturenames else shared_captures():
+        yield
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from geminifx.compiler.programs import captures as module
-from shared_captures import shared_captures
 
 
 @pytest.fixture
@@ -22,13 +20,6 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(module, "capture", counted)
     return seen
-
-
-@pytest.fixture
-def shared(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Models that are alike are captured once for all tests that use this, but for tests that count captures."""
-    with nullcontext() if "captures" in request.fixturenames else shared_captures():
-        yield
 
 
 @pytest.fixture

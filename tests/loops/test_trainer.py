@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from shared_captures import shared_captures
 from torch import nn
 from zoo import GPT2, LLAMA, Case, compiled
 
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning"),
+]
 
 import geminifx  # noqa: E402
 from geminifx.runtime.isa.errors import StateError  # noqa: E402
@@ -24,8 +26,7 @@ SLOW_LLAMA = pytest.param(LLAMA, marks=pytest.mark.slow, id="llama")
 
 def both(case: Case, directory: Path, **changes: Any) -> tuple[Trainer, Trainer]:
     """The plain model's and the compiled model's, trained."""
-    with shared_captures():
-        made = [trainer(act(case.seeded()), directory / act.__name__, **changes) for act in BOTH]
+    made = [trainer(act(case.seeded()), directory / act.__name__, **changes) for act in BOTH]
     for each in made:
         each.train()
     return made[0], made[1]

@@ -14,7 +14,10 @@ from zoo import GPT2, LLAMA, VOCAB, Case
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.slow, pytest.mark.usefixtures("shared"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]  # fmt: skip
 
 import geminifx  # noqa: E402
 from trainers import BOTH, accuracy, classified, classifier, difference, logged, losses, same, trainer  # noqa: E402
