@@ -170,7 +170,13 @@ from geminifx.runtime.state_io.background import Copying
 folder = sys.argv[1]
 model = geminifx.compile(torch.nn.Linear(6, 3), example_inputs=(torch.ones(8, 6),))
 geminifx.save_checkpoint(model, None, folder, extra="old")
-interrupted, copy, main = threading.Event(), Copying._copy, threading.main_thread().ident
+interrupted, told = threading.Event(), threading.Event()
+copy, main = Copying._copy, threading.main_thread().ident
+def once(*arguments):
+    if not told.is_set():
+        told.set()
+        raise KeyboardInterrupt
+signal.signal(signal.SIGINT, once)
 def waits_for_the_copy():
     frame, names = sys._current_frames()[main], []
     while frame is not None:
@@ -179,10 +185,11 @@ def waits_for_the_copy():
     return names[0][0] == "wait" and ("start", "threading") not in names  # which waits, too, until the thread runs
 def slow(*arguments):
     if not interrupted.is_set():
-        # Python tells a thread of a signal that falls between its last operator and its wait when that is over.
-        while not waits_for_the_copy():
+        while not told.is_set():
+            # One that falls between the thread's last operator and its wait would be told when that is over.
+            if waits_for_the_copy():
+                signal.pthread_kill(main, signal.SIGINT)
             time.sleep(0.01)
-        signal.pthread_kill(main, signal.SIGINT)
         assert interrupted.wait(60)
     return copy(*arguments)
 Copying._copy = slow
