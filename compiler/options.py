@@ -74,8 +74,8 @@ class Options:
             backward: for a recomputed block its input, for any other everything that its backward reads. "auto"
             offloads if that makes the step faster or lets it fit.
         fuse_loss: whether to compute a loss over a vocabulary in pieces, so that its logits never exist and reading
-            them raises; "auto" does so if that makes the step faster or lets it fit; in a round-robin, if
-            the logits are more than a tenth of the budget.
+            them raises; "auto" does so if that makes the step faster or lets it fit; in a round-robin, if the logits
+            are more than a tenth of the budget.
         kernels: "exact" runs torch's kernels, one for each operator, with the bits of plain PyTorch; "fused" lets
             Inductor compile what lies between matrix products into one kernel, which is faster on a GPU and rounds
             differently.

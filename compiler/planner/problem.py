@@ -254,7 +254,12 @@ class Planning:
         except BudgetError as refusal:
             if given.otherwise is not None and self.options.schedule == ROUND_ROBIN and not refusal.tier:
                 refusal.args = (f"{refusal}, and recompute='all' may, too: the round-robin then has other slots",)
-            if self.options.fuse_loss == "auto" and given.fuse_loss is False and not refusal.tier:
+            if (
+                self.options.fuse_loss == "auto"
+                and given.fuse_loss is False
+                and given.logits_bytes
+                and not refusal.tier
+            ):
                 refusal.args = (f"{refusal}; so may fuse_loss=True",)
             raise
 

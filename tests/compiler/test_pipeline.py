@@ -162,7 +162,7 @@ def test_an_evaluation_may_come_before_a_round_robin_trains(monkeypatch, rank):
 
 @pytest.mark.parametrize(("budget", "in_pieces"), [("3MB", True), ("6.8MB", True), ("100MB", False), (None, False)])
 def test_ranks_of_a_round_robin_choose_alike_how_to_compute_the_loss(monkeypatch, budget, in_pieces):
-    """With its logits it needs 6.8 MB on the rank that has most of them."""
+    """In pieces where the logits, of the whole batch, take more than a tenth of the budget."""
     sizes = {"num_hidden_layers": 4, "vocab_size": 2048, "tie_word_embeddings": False}
     case = Case("opt, a large vocabulary", lambda: opt(**sizes))
     options = {"world_size": 2, "microbatches": 8, "schedule": "roundrobin", "recompute": "all", "placement": "cpu"}
@@ -173,8 +173,20 @@ def test_ranks_of_a_round_robin_choose_alike_how_to_compute_the_loss(monkeypatch
             case.seeded(), device_budget=budget, example_inputs=case.batch(batch=32),
             parallel={"pipeline": {"ranks": 2, "stages": 4}}, **options,
         )  # fmt: skip
-        found.append((model.plan.fuse_loss, model.plan.peak_bytes))
-    assert [is_fused for is_fused, _ in found] == [in_pieces] * 2, found
+        found.append(model.plan.fuse_loss)
+    assert found == [in_pieces] * 2
+
+
+def test_a_round_robin_that_does_not_fit_names_the_loss_in_pieces_where_the_user_left_that_out():
+    case = Case("opt, wide blocks", lambda: opt(vocab_size=1024, ffn_dim=2**15, tie_word_embeddings=False))
+    options = {"world_size": 2, "parallel": {"pipeline": 2}, "microbatches": 4, "schedule": "roundrobin"}
+    for asked, is_named in (({}, True), ({"fuse_loss": False}, False)):
+        with pytest.raises(geminifx.BudgetError) as refused:
+            geminifx.compile(
+                case.seeded(), device_budget="8MB", example_inputs=case.batch(batch=8), placement="cpu",
+                **options, **asked,
+            )  # fmt: skip
+        assert str(refused.value).endswith("so may fuse_loss=True") == is_named
 
 
 def test_an_evaluation_keeps_to_the_round_robin_of_training():
