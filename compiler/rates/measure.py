@@ -77,8 +77,8 @@ class Measurements:
     up_bytes_per_s: float
     down_bytes_per_s: float
     both_bytes_per_s: float
-    host_alone_params_per_s: float
     host_params_per_s: float
+    host_beside_params_per_s: float
     torch_params_per_s: float
     device_params_per_s: float | None = None
     host_bf16_params_per_s: float | None = None
@@ -108,7 +108,7 @@ class Bench:
     def measure(self) -> Measurements:
         try:
             up, down, both = self._copies()
-            host_alone, beside = self._host_updates()
+            host, beside = self._host_updates()
         finally:
             self.products.end()
             self.wait()
@@ -122,10 +122,10 @@ class Bench:
             up_bytes_per_s=up,
             down_bytes_per_s=down,
             both_bytes_per_s=both,
-            host_alone_params_per_s=host_alone,
-            host_params_per_s=beside["exact"],
-            host_bf16_params_per_s=beside.get("bf16"),
-            host_int8_params_per_s=beside.get("int8"),
+            host_params_per_s=host["exact"],
+            host_beside_params_per_s=beside,
+            host_bf16_params_per_s=host.get("bf16"),
+            host_int8_params_per_s=host.get("int8"),
             torch_params_per_s=self._torch_updates(),
             device_params_per_s=device.get("exact"),
             device_bf16_params_per_s=device.get("bf16"),
@@ -214,9 +214,9 @@ class Bench:
 
     # -- updates -------------------------------------------------------------------------------------------
 
-    def _host_updates(self) -> tuple[float, dict[Moments, float]]:
-        """Parameters per second of our host kernel: alone with exact moments, and for each format of moments that it
-        takes while copies run in both directions."""
+    def _host_updates(self) -> tuple[dict[Moments, float], float]:
+        """Parameters per second of our host kernel: alone for each format of moments that it takes, and with exact ones
+        while copies run in both directions."""
         kernel, threads, params = HostKernel(), host_threads(self.ranks.on_this_host), self.effort.host_params
 
         def run(moments: Moments, before: Run) -> float:
@@ -228,9 +228,9 @@ class Bench:
 
             return params / seconds_each(once, _nothing, self.effort.each_s)
 
-        alone = run("exact", _nothing)
+        alone = {moments: run(moments, _nothing) for moments in _taken_by(kernel)}
         with self._copying() as keep_copying:
-            return alone, {moments: run(moments, keep_copying) for moments in _taken_by(kernel)}
+            return alone, run("exact", keep_copying)
 
     @contextmanager
     def _updating(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 A card is planned with these until it is measured, and plans for other cards can be made with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...runtime.isa.moments import Moments, update_bytes
@@ -24,9 +25,8 @@ the host's updates run. 28 GB/s were measured with H100 and 40 GB/s with H200, b
 PASSING_BYTES = 16
 """Host memory traffic of a parameter streamed through the host: measured as 12e9 parameters per second at 190 GB/s."""
 
-CORE_PARAMS_PER_S = 0.4e9
-"""Parameters per second that one core updates: 16 cores reach 6e9 with exact moments. For other formats only this and
-their bytes at the memory's bandwidth are known so far."""
+CORE_PARAMS_PER_S: Mapping[Moments, float] = {"exact": 0.31e9, "bf16": 0.4e9, "int8": 0.44e9}
+"""Parameters per second that one core updates, by how moments are stored: 16 cores reach 5e9, 6.2e9 and 7e9."""
 
 TORCH_SHARE = 0.6
 """Speed of a torch optimizer on the host, relative to our kernel."""
@@ -90,12 +90,10 @@ def preset(name: str) -> Rates:
     card, host = CARDS[name], CARDS[name].host
     pcie = PCIE_BYTES_PER_S[card.pcie]
     memory = card.memory_bytes_per_s * MEMORY_SHARE
-    # Copies take bandwidth from the host's memory; at least half is left for updates.
-    left = max(host.bytes_per_s - 2 * BOTH_SHARE * pcie, host.bytes_per_s / 2)
 
     def updates(moments: Moments) -> Updates:
-        each_bytes = update_bytes(moments)
-        return Updates(min(left / each_bytes, host.cores * CORE_PARAMS_PER_S), memory / each_bytes)
+        each_bytes, most = update_bytes(moments), host.cores * CORE_PARAMS_PER_S[moments]
+        return Updates(min(host.bytes_per_s / each_bytes, most), memory / each_bytes)
 
     exact = updates("exact")
     return Rates(

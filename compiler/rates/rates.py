@@ -58,7 +58,7 @@ class Slowdown:
 
 @dataclass(frozen=True)
 class Updates:
-    """Parameters per second that our kernels update with AdamW: on the host while copies run, and on the device."""
+    """Parameters per second that our kernels update with AdamW: on the host, with no copies, and on the device."""
 
     host_params_per_s: float
     device_params_per_s: float
@@ -81,9 +81,9 @@ class Rates:
         launch_s: what the launching thread needs for each operator.
         up_bytes_per_s, down_bytes_per_s: copies to the device and to the host, alone.
         both_bytes_per_s: copies in each direction while both and the host's updates run.
-        host_params_per_s: parameters that our kernel updates on the host, while copies run.
-        passing_params_per_s: parameters that stream through host memory to be updated on the device, which slows the
-            host's updates.
+        host_params_per_s: parameters that our kernel updates on the host, with no copies.
+        passing_params_per_s: parameters that stream through host memory to be updated on the device, which keeps the
+            host's updates waiting for as long.
         torch_params_per_s: parameters that a torch optimizer updates on the host, gradients and casts included.
         device_params_per_s: parameters that are updated on the device.
         network_bytes_per_s, network_latency_s: bytes a process receives from the others, and the fixed cost of each
