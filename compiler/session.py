@@ -96,7 +96,7 @@ class Session:
         self._declared: Declaration | None = None
         self._failure: Exception | None = None
         self.half_loaded = HalfLoaded()
-        self.places = Places(source, self.ranks, self.device)
+        self.places = Places(self.census, self.ranks, self.device)
         self._met: WeakSet[Executor] = WeakSet()
         self._programs: Recent[Compiled] = Recent()
 

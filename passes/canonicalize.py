@@ -1,4 +1,5 @@
-"""Remove what capture leaves behind: no-ops, common subexpressions, dead code, second inputs of shared parameters.
+"""Remove what capture leaves behind: no-ops, needless copies and views, common subexpressions, dead code, and second
+inputs of shared parameters.
 
     before                                             after
     w2 = input, tied to w                              (gone)
@@ -6,6 +7,9 @@
     b = aten.detach.default(a)
     c = aten.t.default(w)                              y = aten.mm.default(x, a)
     y = aten.mm.default(x, c)                          add = aten.add.Tensor(dw, dw2)
+    h = aten.view.default(y, [1, 4, 8])                h2 = aten.view.default(y, [4, 2, 4])
+    h1 = aten.clone.default(h)
+    h2 = aten.view.default(h1, [4, 2, 4])
     return {"gradient:w": dw, "gradient:w2": dw2}      return {"gradient:w": add}
 
 Numerics do not change: a shared parameter's gradient is the same sum that eager autograd computes.
@@ -18,11 +22,11 @@ from torch import fx
 
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Program, is_random, note, writes
+from .program.program import Program, aliased_inputs, is_random, note, type_of, writes
 from .program.types import freeze
 from .program.verify import NO_OPS, canonical
 
-TRANSPOSE = torch.ops.aten.t.default
+TRANSPOSE, CLONE, VIEW = torch.ops.aten.t.default, torch.ops.aten.clone.default, torch.ops.aten.view.default
 
 
 @graph_pass(gives=(canonical,))
@@ -32,9 +36,42 @@ def canonicalize(program: Program, plan: Plan) -> None:
             program.replace(node, node.args[0])
         elif node.target is TRANSPOSE and node.args[0].target is TRANSPOSE:
             program.replace(node, node.args[0].args[0])
+        elif node.target is CLONE and _copies_what_nobody_else_reads(node):
+            program.replace(node, node.args[0])
+        elif node.target is VIEW and _is_view_of_view(node):
+            inner, shape = node.args
+            direct = program.emit(VIEW, (inner.args[0], shape), before=node, like=note(node))
+            if type_of(direct) == type_of(node):
+                program.replace(node, direct)
+                program.graph.erase_node(inner)
+            else:
+                program.graph.erase_node(direct)
     _merge_tied(program)
     _merge_repeated(program)
     program.eliminate_dead_code()
+
+
+def _copies_what_nobody_else_reads(clone: fx.Node) -> bool:
+    """Whether the memory that is copied was made for this copy alone, as where dropout is 0."""
+    value = clone.args[0]
+    if type_of(value) != type_of(clone):
+        return False
+    while value.op == "call_function" and len(value.users) == 1:
+        aliased = [*aliased_inputs(value)]
+        if len(aliased) != 1:
+            return not aliased
+        value = aliased[0]
+    return False
+
+
+def _is_view_of_view(view: fx.Node) -> bool:
+    """Whether a view is the only reader of another one, of the same module or one right inside the other. What passes
+    between blocks keeps its shape: blocks that are alike stay so."""
+    inner = view.args[0]
+    if inner.target is not VIEW or len(inner.users) > 1 or note(inner).phase != note(view).phase:
+        return False
+    module, other = note(view).module, note(inner).module
+    return module == other or module == other.rpartition(".")[0] or other == module.rpartition(".")[0]
 
 
 def _merge_tied(program: Program) -> None:

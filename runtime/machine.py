@@ -10,8 +10,8 @@ from torch import Tensor
 from .distributed.point_to_point import Messages
 from .distributed.ranks import ALONE, Ranks
 from .isa.errors import GeminiError
-from .isa.instructions import microbatch, put_product
-from .isa.layout import parameter_view
+from .isa.instructions import left_by_sum, microbatch
+from .isa.layout import verified_view
 from .kernels.random_state import fork, generator_of
 from .memory.chunks import Chunk, State
 from .memory.offloads import Offloads
@@ -61,7 +61,7 @@ class Machine:
         self.chunks[index].move(State.COMPUTE)
         return fetched
 
-    view = staticmethod(parameter_view)
+    view = staticmethod(verified_view)
 
     def release(self, weights: Tensor, index: int) -> None:
         """The program no longer reads the weights; a copy that does not stay is freed with its last reference."""
@@ -85,9 +85,17 @@ class Machine:
 
     @staticmethod
     def put(gradients: Tensor, offset: int, gradient: Tensor) -> None:
-        parameter_view(gradients, offset, gradient.shape).copy_(gradient)
+        verified_view(gradients, offset, gradient.shape).copy_(gradient)
 
-    put_mm = staticmethod(put_product)
+    @staticmethod
+    def put_mm(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> None:
+        """Writes left @ right as one parameter's gradient into a flat chunk of gradients."""
+        torch.mm(left, right, out=verified_view(gradients, offset, (left.shape[0], right.shape[1])))
+
+    @staticmethod
+    def put_sum(gradients: Tensor, offset: int, terms: Tensor, dims: list[int]) -> None:
+        """Writes the sum of `terms` over `dims` as one parameter's gradient into a flat chunk of gradients."""
+        torch.sum(terms, dims, out=verified_view(gradients, offset, left_by_sum(terms, dims)))
 
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: starts to move those of `slots` to the chunk's master."""

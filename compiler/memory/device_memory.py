@@ -35,7 +35,7 @@ class DeviceMemory:
     def measured(cls, device: torch.device) -> "DeviceMemory":
         _load_libraries(device)
         free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
+        reserved, _ = _reserved_bytes(device)
         own = min(max(0, total - free - reserved), CONTEXT_BYTES)
         return cls(device, total, own, free + reserved + own)
 
@@ -51,18 +51,26 @@ class DeviceMemory:
     def room_bytes(self) -> int:
         """What the whole process may hold now, given what others have taken since."""
         free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device) + self._outside_bytes(free)
+        reserved, _ = _reserved_bytes(self.device)
+        return free + reserved + self._outside_bytes(free, reserved)
 
     def peak_bytes(self) -> int:
         """The process's peak device memory since torch's peak statistics were reset. Outside the allocator it counts at
         most `reserve_bytes`, as anything beyond that is other processes'."""
         free, _ = torch.cuda.mem_get_info(self.device)
-        return torch.cuda.max_memory_reserved(self.device) + self._outside_bytes(free)
+        reserved, most = _reserved_bytes(self.device)
+        return most + self._outside_bytes(free, reserved)
 
-    def _outside_bytes(self, free: int) -> int:
+    def _outside_bytes(self, free: int, reserved: int) -> int:
         """What the process holds outside torch's allocator, as far as the driver tells."""
-        outside = max(0, self.total_bytes - free - torch.cuda.memory_reserved(self.device))
-        return min(outside, self.reserve_bytes)
+        return min(max(0, self.total_bytes - free - reserved), self.reserve_bytes)
+
+
+def _reserved_bytes(device: torch.device) -> tuple[int, int]:
+    """What torch's allocator holds now, and the most since its peak statistics were reset. `torch.cuda.memory_reserved`
+    rewrites all statistics to find one, which takes as long as launching a hundred kernels, and every step asks."""
+    found = torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]
+    return found["current"], found["peak"]
 
 
 def _load_libraries(device: torch.device) -> None:

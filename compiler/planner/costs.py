@@ -46,6 +46,12 @@ def _put_product(node: fx.Node) -> int:
     return _num_bytes(left) + _num_bytes(right) + left.shape[0] * right.shape[1] * left.dtype.itemsize
 
 
+def _put_sum(node: fx.Node) -> int:
+    terms, dims = tensor_type(node.args[2]), node.args[3]
+    sums = prod(size for dim, size in enumerate(terms.shape) if dim not in dims)
+    return _num_bytes(terms) + sums * terms.dtype.itemsize
+
+
 def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:
     """Logits exist only in pieces, but all are written and read: `passes` times in the inputs' dtype, 4 in fp32."""
 
@@ -62,6 +68,7 @@ MOVED: dict[object, Callable[[fx.Node], int]] = {
     isa.GRADIENTS: _none,
     isa.PUT: _put,
     isa.PUT_MM: _put_product,
+    isa.PUT_SUM: _put_sum,
     aten.empty.memory_format: _none,
     aten.empty_like.default: _none,
     aten.new_empty.default: _none,

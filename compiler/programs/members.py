@@ -5,7 +5,8 @@ Every call needs them, and walking hundreds of modules takes as long as a device
 
 from dataclasses import dataclass
 from functools import cached_property
-from operator import is_
+from itertools import chain
+from operator import is_, methodcaller
 
 from torch import Tensor, nn
 
@@ -46,16 +47,14 @@ class Census:
             dict(source.named_modules()), dict(source.named_parameters()),
             dict(source.named_buffers(remove_duplicate=False)),
         )  # fmt: skip
-        attributes = [(vars(module), kind) for module in self.last.modules.values() for kind in _KINDS]
-        self._held = [(of, kind, [*of[kind]], [*of[kind].values()]) for of, kind in attributes]
+        self._attributes = [(vars(module), kind) for module in self.last.modules.values() for kind in _KINDS]
+        held = [attributes[kind] for attributes, kind in self._attributes]
+        self._counts, self._names = [*map(len, held)], [*chain.from_iterable(held)]
+        self._values = [value for each in held for value in each.values()]
 
     def _is_as_counted(self) -> bool:
-        """A single loop, which makes no calls for the most common cases: modules without buffers or without
-        children."""
-        for attributes, kind, names, values in self._held:
-            held = attributes[kind]
-            if len(held) != len(values):
-                return False
-            if values and not (all(map(is_, held.values(), values)) and [*held] == names):
-                return False
-        return True
+        """All that is held in one list, compared at the speed of C: this runs in every call."""
+        held = [attributes[kind] for attributes, kind in self._attributes]
+        if [*map(len, held)] != self._counts or [*chain.from_iterable(held)] != self._names:
+            return False
+        return all(map(is_, chain.from_iterable(map(methodcaller("values"), held)), self._values))

@@ -29,7 +29,8 @@ SPREAD = 1.15
 
 SPREADS: Mapping[str, float] = {
     "launch_s": 1.5, "kernel_s": 1.3, "network_latency_s": 1.5, "both_bytes_per_s": 1.3, "host_params_per_s": 1.3,
-    "host_beside_params_per_s": 1.3, "host_bf16_params_per_s": 1.3, "host_int8_params_per_s": 1.3, "torch_params_per_s": 1.5,
+    "host_beside_params_per_s": 1.3, "host_bf16_params_per_s": 1.3, "host_int8_params_per_s": 1.3,
+    "torch_params_per_s": 1.5,
 }  # fmt: skip
 """The same for what is less steady: times of single microseconds, and host memory, which is placed anew each time."""
 

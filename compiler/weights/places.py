@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from ...runtime.distributed.point_to_point import open_channels
 from ...runtime.distributed.ranks import Ranks
@@ -14,6 +13,7 @@ from ...runtime.memory.state_store import StateStore
 from ..capture.materialize import give_buffers
 from ..capture.weak_references import without_weak_references
 from ..memory.device import Device
+from ..programs.members import Census
 from ..programs.programs import Compiled, channels, chunks_alike, state_alike
 from ..setup import Declaration, Phase, Setup
 from .half_loaded import HalfLoaded
@@ -39,8 +39,8 @@ class Places:
     `incoming` is a source of values for weights on `meta`, until they are read; `homes` are those of the last `put`.
     """
 
-    def __init__(self, source: nn.Module, ranks: Ranks, device: Device) -> None:
-        self.source, self.ranks, self.device = source, ranks, device
+    def __init__(self, census: Census, ranks: Ranks, device: Device) -> None:
+        self.census, self.source, self.ranks, self.device = census, census.source, ranks, device
         self.incoming: Incoming | None = None
         self.homes: Homes = ()
         self._are_shared = self._are_placed = False  # on all ranks, for the optimizer that was declared
@@ -49,7 +49,7 @@ class Places:
     @property
     def are_empty(self) -> bool:
         """Whether any weights are on `meta`, without values."""
-        return any(parameter.is_meta for parameter in self.source.parameters())
+        return any(parameter.is_meta for parameter in self.census.last.parameters.values())
 
     def check_incoming(self) -> None:
         """Raises, on all ranks, if the values that are due are no longer available on one of them, or if ranks were

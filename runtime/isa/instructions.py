@@ -17,6 +17,7 @@ and that of its gradients::
     g3 = geminifx.gradients(4096, torch.float32)
     geminifx.put(g3, 128, dw)                      # one parameter's gradient is complete
     geminifx.put_mm(g3, 2176, dy, x)               # another's is this matrix product, computed in place
+    geminifx.put_sum(g3, 2432, dy, [0])            # or this sum
     geminifx.reduce(g3, 3, [0, 1])                 # the transfer to the chunk's master starts
     geminifx.accumulate_grad(g3, 3, [0, 1])        # and is done: accumulated beside the master
 
@@ -95,6 +96,7 @@ SCHEMAS = {
     "gradients": "(int numel, ScalarType dtype) -> Tensor",
     "put": "(Tensor(a!) gradients, int offset, Tensor gradient) -> ()",
     "put_mm": "(Tensor(a!) gradients, int offset, Tensor left, Tensor right) -> ()",
+    "put_sum": "(Tensor(a!) gradients, int offset, Tensor terms, int[] dims) -> ()",
     "reduce": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "accumulate_grad": "(Tensor(a!) gradients, int chunk, int[] slots) -> ()",
     "offload": "(Tensor value) -> Tensor",
@@ -142,9 +144,17 @@ def microbatch(batch: Tensor, index: int, count: int) -> Tensor:
     return batch.narrow(0, index * examples, examples)
 
 
-def put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> None:
-    """Writes left @ right as one parameter's gradient into a flat chunk of gradients."""
+def _put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) -> None:
     torch.mm(left, right, out=parameter_view(gradients, offset, (left.shape[0], right.shape[1])))
+
+
+def left_by_sum(terms: Tensor, dims: Sequence[int]) -> list[int]:
+    """The shape of a sum over `dims`, counted from 0."""
+    return [size for dim, size in enumerate(terms.shape) if dim not in dims]
+
+
+def _put_sum(gradients: Tensor, offset: int, terms: Tensor, dims: Sequence[int]) -> None:
+    torch.sum(terms, dims, out=parameter_view(gradients, offset, left_by_sum(terms, dims)))
 
 
 def _alike(tensor: Tensor) -> Tensor:
@@ -177,7 +187,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "release": _no_result,
     "gradients": _flat,
     "put": _no_result,
-    "put_mm": put_product,
+    "put_mm": _put_product,
+    "put_sum": _put_sum,
     "reduce": _no_result,
     "accumulate_grad": _no_result,
     "offload": _alike,
@@ -221,6 +232,7 @@ RELEASE = _ops.release.default
 GRADIENTS = _ops.gradients.default
 PUT = _ops.put.default
 PUT_MM = _ops.put_mm.default
+PUT_SUM = _ops.put_sum.default
 REDUCE = _ops.reduce.default
 ACCUMULATE_GRAD = _ops.accumulate_grad.default
 OFFLOAD = _ops.offload.default
@@ -257,7 +269,7 @@ INSTRUCTIONS = frozenset(SCHEMAS) - {"turn", "receive", *(op._schema.name.split(
 """The names that a machine implements. A `turn` becomes Python's `yield`; receives and the `COLLECTIVES` are
 replaced."""
 
-PUTS = frozenset({PUT, PUT_MM})
+PUTS = frozenset({PUT, PUT_MM, PUT_SUM})
 
 STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 

@@ -32,6 +32,15 @@ def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     return flat.narrow(0, offset, prod(shape)).view(shape)
 
 
+def verified_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
+    """The same as `parameter_view`, for places that were checked when the program was made, in one operator instead of
+    two: programs take hundreds of views a step, and small batches wait for the thread that launches them."""
+    strides, numel = [0] * len(shape), 1
+    for dim in range(len(shape) - 1, -1, -1):
+        strides[dim], numel = numel, numel * shape[dim]
+    return flat.as_strided(shape, strides, flat.storage_offset() + offset)
+
+
 @dataclass(frozen=True)
 class Slot:
     """One parameter's place in a chunk: `offset` and `numel` count elements of the chunk's dtype.
@@ -132,6 +141,11 @@ class ChunkLayout:
         """How many elements of its state are updated at a time: at most `most`, or the longest parameter if updates are
         whole."""
         return self.longest_numel if self.is_whole else min(most, self.shard_numel)
+
+    @cached_property
+    def in_order(self) -> tuple[tuple[int, Slot], ...]:
+        """The slots with their indices, as they lie in the chunk, empty ones first."""
+        return tuple(sorted(enumerate(self.slots), key=lambda item: (item[1].offset, item[1].numel)))
 
     @cached_property
     def factors(self) -> tuple[tuple[Slot, ...], ...]:

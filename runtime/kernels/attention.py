@@ -14,11 +14,11 @@ from .attention_backends import BACKWARD, FORWARD, Saved, route, seeing_rows
 
 def _dense(tensor: Tensor) -> Tensor:
     """Makes a tensor contiguous with canonical strides, also in dimensions of size 1, as the fake kernel has them."""
-    tensor = tensor.contiguous()
-    stride = [1]
-    for size in reversed(tensor.shape[1:]):
-        stride.insert(0, stride[0] * max(size, 1))
-    return tensor.as_strided(tensor.shape, stride, tensor.storage_offset())
+    tensor, shape = tensor.contiguous(), tensor.shape
+    stride, step = [1] * len(shape), 1
+    for dim in range(len(shape) - 1, -1, -1):
+        stride[dim], step = step, step * max(shape[dim], 1)
+    return tensor if tensor.stride() == tuple(stride) else tensor.as_strided(shape, stride, tensor.storage_offset())
 
 
 def _lay_out(tensor: Tensor) -> Tensor:
@@ -34,9 +34,10 @@ def _prepare(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
     """
     visible = min(query.shape[2], key.shape[2]) if problem.causal else key.shape[2]
     groups = query.shape[1] // key.shape[1]
-    key, value = (
-        t[:, :, :visible].repeat_interleave(groups, 1) if groups > 1 else t[:, :, :visible] for t in (key, value)
-    )
+    if visible < key.shape[2]:
+        key, value = key[:, :, :visible], value[:, :, :visible]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     if key_mask is None and problem.window and query.shape[2] > visible:
         key_mask = torch.ones((key.shape[0], visible), dtype=torch.bool, device=key.device)
@@ -64,7 +65,7 @@ def _attention(
         rows = seeing_rows(key_mask, query.shape[2], problem)[:, None]
         out = out.masked_fill(~rows[..., None], 0.0)
         logsumexp = logsumexp.masked_fill(~rows, float("inf"))
-    rng = torch.zeros(RNG_BYTES if dropout else 0, dtype=torch.uint8, device=query.device)
+    rng = query.new_zeros(RNG_BYTES if dropout else 0, dtype=torch.uint8)
     if dropout and drawn is not None:
         drawn = drawn.to(query.device).view(torch.uint8)
         rng[: drawn.numel()] = drawn

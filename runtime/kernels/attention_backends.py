@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -64,12 +65,18 @@ def route(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, pr
     half = query.dtype in (torch.float16, torch.bfloat16)
     # The flash kernel aligns causal masks bottom right: the same only if square. It needs rows of whole 16 bytes.
     fits_flash = key_mask is None and dim % 8 == 0 and dim <= 256 and (square or not problem.causal)
-    major, _ = torch.cuda.get_device_capability(query.device)
+    major = major_capability(query.device)
     if half and fits_flash and major >= 8:
         return "cudnn" if major in CUDNN_ON and _suits_cudnn(query, key, problem) else "flash"
     if (half and dim % 8 == 0) or (query.dtype == torch.float32 and dim % 4 == 0):
         return "efficient"
     return "plain"
+
+
+@cache
+def major_capability(device: torch.device) -> int:
+    """Asked once: torch looks it up anew each time."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _suits_cudnn(query: Tensor, key: Tensor, problem: Problem) -> bool:

@@ -200,6 +200,10 @@ def refuse_gradient(gradient: Tensor) -> None:
     )
 
 
+OWN_HOOKS = [refuse_gradient]
+"""The hooks of lazy parameters that nobody else gave one."""
+
+
 def become_lazy(parameter: nn.Parameter, source: Source) -> None:
     """Makes a parameter read from `source`, or from another source than before; the object stays the same."""
     if isinstance(parameter, LazyParameter):
@@ -217,7 +221,7 @@ def hooked(parameters: Mapping[str, nn.Parameter]) -> Iterator[str]:
     """The names of parameters that carry autograd hooks, which a compiled step does not call."""
     for name, parameter in parameters.items():
         for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
-            if hooks and any(hook is not refuse_gradient for hook in hooks.values()):
+            if hooks and [*hooks.values()] != OWN_HOOKS:
                 yield name
 
 

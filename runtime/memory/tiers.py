@@ -7,13 +7,12 @@ dies. Thus the same code runs every policy and enforces every budget on a laptop
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..isa.errors import BudgetError
 from ..isa.torch_private import TorchDispatchMode, dispatch_modes, leave_mode
@@ -127,12 +126,13 @@ class MemoryMeter(TorchDispatchMode):
         return self.tier.peak_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = [t.untyped_storage() for t in pytree.tree_leaves((args, kwargs)) if _counts(t)]
+        known = [tensor.untyped_storage() for tensor in _on_host((*args, *(kwargs or {}).values()))]
         result = func(*args, **(kwargs or {}))
         before = {storage._cdata for storage in known}
-        for tensor in pytree.tree_leaves(result):
-            if _counts(tensor) and tensor.untyped_storage()._cdata not in before:
-                self.tier.watch(tensor.untyped_storage(), str(func))
+        for tensor in _on_host((result,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before:
+                self.tier.watch(storage, str(func))
         return result
 
     def watch(self, tensor: torch.Tensor, is_booked: bool) -> None:
@@ -165,5 +165,12 @@ def metering(meter: MemoryMeter | None) -> Iterator[None]:
         leave()  # again, as an interrupt may have come before or within the first
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+def _on_host(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The CPU tensors among the arguments or results of an operator, which may be in lists: torch's own walk, through
+    containers of any kind, takes longer than most operators."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.device.type == "cpu":
+                yield value
+        elif isinstance(value, list | tuple):
+            yield from _on_host(value)

@@ -78,7 +78,7 @@ class ChunkOptimizer(Optimizer):
     def _attach(self, store: OwnStore) -> None:
         """Takes the store of the states, now that there is a plan."""
         self._store = store
-        store.updater.schedule = weak_method(self._hyper)
+        store.updater.schedule = weak_method(self._hypers)
         store.check_groups = weak_method(self._check_groups)
         store.held.measures = self.declared.max_grad_norm is not None or self._fp16
         if self._fp16:
@@ -153,12 +153,23 @@ class ChunkOptimizer(Optimizer):
                 )
             self._check_group(kind, group)
 
-    def _hyper(self, name: str, number: int) -> Hyper | None:
-        """The hyper-parameters of update `number` of a parameter, from its group as it is now; None if in no group."""
-        group = self._groups.get(name)
+    def _hypers(self, asked: list[tuple[str, int]]) -> list[Hyper | None]:
+        """The hyper-parameters of parameters' updates, each asked for by a name and a number, from their groups as they
+        are now; None if in no group. Where masters are exact, those of one group and number are made once."""
+        groups = [self._groups.get(name) for name, _ in asked]
+        if self.declared.masters != "exact":
+            keys = [key_of(self.declared.seed, number, name) for name, number in asked]
+            return [self._hyper(group, number, key)
+                    for group, (_, number), key in zip(groups, asked, keys, strict=True)]  # fmt: skip
+        made: dict[tuple[int, int], Hyper | None] = {}
+        for group, (_, number) in zip(groups, asked, strict=True):
+            if (id(group), number) not in made:
+                made[id(group), number] = self._hyper(group, number, None)
+        return [made[id(group), number] for group, (_, number) in zip(groups, asked, strict=True)]
+
+    def _hyper(self, group: dict[str, Any] | None, number: int, key: int | None) -> Hyper | None:
         if group is None:
             return None
-        key = None if self.declared.masters == "exact" else key_of(self.declared.seed, number, name)
         return KINDS[self.declared.kind_of(group)].make(group, number, key)
 
     def moments_of(self, name: str) -> dict[str, tuple[int, ...]]:

@@ -27,9 +27,9 @@ SQUARES = 1
 Inside = tuple[slice, ...]
 """A part of a region, one slice per dimension."""
 
-Schedule = Callable[[str, int], Hyper | None]
-"""Maps a parameter's name and the number of its next update, counted from 1, to the update's hyper-parameters; None
-where the parameter is not updated."""
+Schedule = Callable[[list[tuple[str, int]]], list[Hyper | None]]
+"""Maps parameters' names, each with the number of its next update, counted from 1, to the updates' hyper-parameters;
+None where a parameter is not updated."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,11 @@ class ChunkState:
         because every parameter has a key of its own. With `counts`, this is one more step of each parameter."""
         found: list[Range] = []
         joins, together = False, max((unit(moment.dtype) for moment in self.moments), default=1)
-        for slot, place in sorted(enumerate(self.layout.slots), key=lambda item: (item[1].offset, item[1].numel)):
-            hyper = schedule(place.name, self.steps[slot] + 1) if slot in self.present else None
+        asked = [slot for slot in range(len(self.layout.slots)) if slot in self.present]
+        hypers = schedule([(self.layout.slots[slot].name, self.steps[slot] + 1) for slot in asked])
+        hyper_of = dict(zip(asked, hypers, strict=True))
+        for slot, place in self.layout.in_order:
+            hyper = hyper_of.get(slot)
             if hyper is None:
                 joins = False
                 continue

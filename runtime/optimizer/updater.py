@@ -78,7 +78,7 @@ class Updater:
         self.held = held
         self.stats = stats
         self.kernels = kernels
-        self.schedule: Schedule = lambda name, number: None
+        self.schedule: Schedule = lambda asked: [None for _ in asked]
         self.streams: dict[Kind, StateStream] = {}
         self.released: dict[int, Arrival] = {}
         self.host_update_s = 0.0
@@ -171,7 +171,7 @@ class Updater:
         clipped or the learning rate set before then; the state itself is untouched until the step."""
         index, slots = state.layout.index, state.layout.slots
         # Slots that are not updated would have to be copied to the spare.
-        whole = len(state.present) == len(slots) and all(self.schedule(slot.name, 1) is not None for slot in slots)
+        whole = len(state.present) == len(slots) and None not in self.schedule([(slot.name, 1) for slot in slots])
         if state.spare is None or not whole:
             return
         state.early = early = Early(state.ranges(self.schedule, counts=False))

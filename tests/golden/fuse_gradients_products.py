@@ -1,4 +1,4 @@
-"""The first gradient is a product, and its buffer stands in front of it; the bias's, a sum, is put as before."""
+"""The first gradient is a product, and its buffer stands in front of it; that of a bias is a sum, reshaped or not."""
 
 
 def before(
@@ -11,14 +11,17 @@ def before(
     tangent: "f32[8, 4]" = turn[0]
     t: "f32[4, 8]{1, 4}" = aten.t.default(tangent)
     dw: "f32[4, 4]" = aten.mm.default(t, x)
-    gradients: "f32[192] | chunk=0" = geminifx.gradients(192, torch.float32)
+    gradients: "f32[256] | chunk=0" = geminifx.gradients(256, torch.float32)
     geminifx.put(gradients, 0, dw)
     db: "f32[4]" = aten.sum.dim_IntList(tangent, [0])
     geminifx.put(gradients, 64, db)
+    kept: "f32[1, 4]" = aten.sum.dim_IntList(tangent, [-2], True)
+    db2: "f32[4]" = aten.view.default(kept, [4])
+    geminifx.put(gradients, 192, db2)
     dv: "f32[4, 4]" = aten.mm.default(t, h)
     geminifx.put(gradients, 128, dv)
-    geminifx.reduce(gradients, 0, [0, 1, 2])
-    geminifx.accumulate_grad(gradients, 0, [0, 1, 2])
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3])
     return {}
 
 
@@ -31,11 +34,11 @@ def after(
     # backward: fc
     tangent: "f32[8, 4]" = turn[0]
     t: "f32[4, 8]{1, 4}" = aten.t.default(tangent)
-    gradients: "f32[192] | chunk=0" = geminifx.gradients(192, torch.float32)
+    gradients: "f32[256] | chunk=0" = geminifx.gradients(256, torch.float32)
     geminifx.put_mm(gradients, 0, t, x)
-    db: "f32[4]" = aten.sum.dim_IntList(tangent, [0])
-    geminifx.put(gradients, 64, db)
+    geminifx.put_sum(gradients, 64, tangent, [0])
+    geminifx.put_sum(gradients, 192, tangent, [0])
     geminifx.put_mm(gradients, 128, t, h)
-    geminifx.reduce(gradients, 0, [0, 1, 2])
-    geminifx.accumulate_grad(gradients, 0, [0, 1, 2])
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3])
     return {}

@@ -1,4 +1,5 @@
-"""Nothing changes: one product is put twice, one returned too, one is reshaped, and one has not the chunk's dtype."""
+"""Nothing changes: one product is put twice, one returned too, one is reshaped, and one has not the chunk's dtype; of
+the sums one is of another dtype than its terms, one is read again, and one has no dimensions of its own."""
 
 
 def before(
@@ -10,7 +11,7 @@ def before(
     # backward
     tangent: "f32[4, 4]" = turn[0]
     twice: "f32[4, 4]" = aten.mm.default(tangent, x)
-    gradients: "f32[320] | chunk=0" = geminifx.gradients(320, torch.float32)
+    gradients: "f32[576] | chunk=0" = geminifx.gradients(576, torch.float32)
     geminifx.put(gradients, 0, twice)
     geminifx.put(gradients, 64, twice)
     returned: "f32[4, 4]" = aten.mm.default(tangent, h)
@@ -21,8 +22,16 @@ def before(
     low: "bf16[4, 4]" = aten._to_copy.default(x, dtype=torch.bfloat16)
     other: "bf16[4, 4]" = aten.mm.default(low, low)
     geminifx.put(gradients, 256, other)
-    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4])
-    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4])
+    wide: "f32[4]" = aten.sum.dim_IntList(low, [0], dtype=torch.float32)
+    geminifx.put(gradients, 320, wide)
+    read: "f32[4]" = aten.sum.dim_IntList(tangent, [0])
+    geminifx.put(gradients, 384, read)
+    again: "f32[4]" = aten.neg.default(read)
+    geminifx.put(gradients, 448, again)
+    all_: "f32[]" = aten.sum.dim_IntList(tangent, [])
+    geminifx.put(gradients, 512, all_)
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
     return {"gradient:input:0": returned}
 
 
@@ -35,7 +44,7 @@ def after(
     # backward
     tangent: "f32[4, 4]" = turn[0]
     twice: "f32[4, 4]" = aten.mm.default(tangent, x)
-    gradients: "f32[320] | chunk=0" = geminifx.gradients(320, torch.float32)
+    gradients: "f32[576] | chunk=0" = geminifx.gradients(576, torch.float32)
     geminifx.put(gradients, 0, twice)
     geminifx.put(gradients, 64, twice)
     returned: "f32[4, 4]" = aten.mm.default(tangent, h)
@@ -46,6 +55,14 @@ def after(
     low: "bf16[4, 4]" = aten._to_copy.default(x, dtype=torch.bfloat16)
     other: "bf16[4, 4]" = aten.mm.default(low, low)
     geminifx.put(gradients, 256, other)
-    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4])
-    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4])
+    wide: "f32[4]" = aten.sum.dim_IntList(low, [0], dtype=torch.float32)
+    geminifx.put(gradients, 320, wide)
+    read: "f32[4]" = aten.sum.dim_IntList(tangent, [0])
+    geminifx.put(gradients, 384, read)
+    again: "f32[4]" = aten.neg.default(read)
+    geminifx.put(gradients, 448, again)
+    all_: "f32[]" = aten.sum.dim_IntList(tangent, [])
+    geminifx.put(gradients, 512, all_)
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
     return {"gradient:input:0": returned}

@@ -5,7 +5,7 @@ from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.program.plan import Plan
 
 
-@pytest.mark.parametrize("case", ["tied_and_repeated", "what_stays", "gradient_of_the_second_name"])
+@pytest.mark.parametrize("case", ["tied_and_repeated", "copies_and_views", "what_stays", "gradient_of_the_second_name"])
 def test_before_and_after(golden, case):
     golden(case, canonicalize, Plan())
 

@@ -1,6 +1,7 @@
-"""fuse_gradients: weights' gradients are multiplied into their chunks, in less memory and of the same bits."""
+"""fuse_gradients: gradients are computed in their chunks, in less memory and of the same bits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from geminifx.compiler import lowering
 from geminifx.compiler.planner.costs import flops
 from geminifx.compiler.planner.liveness import ACTIVATIONS, GRADIENT_BUFFERS, analyse
 from geminifx.passes.cluster import cluster
-from geminifx.passes.fuse_gradients import MM, fuse_gradients
+from geminifx.passes.fuse_gradients import MM, SUM, VIEW, fuse_gradients
 from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import note
-from geminifx.runtime.isa.instructions import PUT, PUT_MM
+from geminifx.runtime.isa.instructions import PUT, PUT_MM, PUT_SUM
 from optimizing import ADAMW, NET, Loop, placed, same_weights
+from torch import fx
 from zoo import GPT2, LLAMA, OPT, Case, compiled, train
 
 BEFORE = PIPELINE[: PIPELINE.index(fuse_gradients)]
@@ -27,18 +29,31 @@ def test_before_and_after(golden, case):
     golden(case, fuse_gradients, Plan())
 
 
-def test_every_product_that_is_put_alone_is_computed_in_its_place(captured):
+def test_every_product_and_sum_that_is_put_alone_is_computed_in_its_place(captured):
     program, plan = captured
     run_passes(program, plan, BEFORE)
-    before = [
-        (chunk.name, offset, *value.args) for chunk, offset, value in (put.args for put in program.calls(PUT))
-        if value.target is MM and len(value.users) == 1
-    ]  # fmt: skip
-    others = [put.args for put in program.calls(PUT) if put.args[2].target is not MM]
+    puts = [put.args for put in program.calls(PUT)]
+    products = [(chunk.name, offset, *value.args) for chunk, offset, value in puts if value.target is MM]
+    sums = [(chunk.name, offset, read_by(value)) for chunk, offset, value in puts if read_by(value) is not None]
+    others = [put for put in puts if put[2].target is not MM and read_by(put[2]) is None]
     fuse_gradients.rewrite(program, plan)
-    assert before and [(put.args[0].name, *put.args[1:]) for put in program.calls(PUT_MM)] == before
+    assert products and [(put.args[0].name, *put.args[1:]) for put in program.calls(PUT_MM)] == products
+    assert [(put.args[0].name, *put.args[1:3]) for put in program.calls(PUT_SUM)] == sums
     assert [put.args for put in program.calls(PUT)] == others
-    assert {note(put).phase for put in program.calls(PUT_MM)} == {"backward"}
+    assert {note(put).phase for put in (*program.calls(PUT_MM), *program.calls(PUT_SUM))} == {"backward"}
+
+
+def read_by(gradient: fx.Node) -> fx.Node | None:
+    """What is summed to this gradient, reshaped or not."""
+    value = gradient.args[0] if gradient.target is VIEW else gradient
+    return value.args[0] if value.target is SUM else None
+
+
+def test_inductor_keeps_its_sums(captured):
+    program, plan = captured
+    run_passes(program, plan, BEFORE)
+    fuse_gradients.rewrite(program, replace(plan, request=replace(plan.request, kernels="fused")))
+    assert program.calls(PUT_MM) and not program.calls(PUT_SUM)
 
 
 def test_evaluation_is_left_alone(evaluation, same):

@@ -147,6 +147,9 @@ class _Machine:
     def put_mm(self, gradients, offset, left, right):
         self.put(gradients, offset, left @ right)
 
+    def put_sum(self, gradients, offset, terms, dims):
+        self.put(gradients, offset, terms.sum(dims))
+
     def reduce(self, gradients, chunk, slots):
         for slot in (self.layout.chunks[chunk].slots[i] for i in slots):
             name = f"gradient:{slot.name}"

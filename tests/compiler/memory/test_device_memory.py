@@ -40,8 +40,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(Device, "total_bytes", lambda _: TOTAL)
     for name, fake in {
         "mem_get_info": found.mem_get_info,
-        "memory_reserved": lambda _: found.reserved,
-        "max_memory_reserved": lambda _: max(found.peak, found.reserved),
+        "memory_stats_as_nested_dict": lambda _: {
+            "reserved_bytes": {"all": {"current": found.reserved, "peak": max(found.peak, found.reserved)}}
+        },
         "set_per_process_memory_fraction": lambda share, _: setattr(found, "share", share),
         "reset_peak_memory_stats": lambda _: None,
     }.items():

@@ -122,7 +122,7 @@ class Second:
         hardware = Hardware(torch.device("cpu"), *self.tiers)
         self.store = OwnStore(chunks, hardware, format, Stats(), TwoRanks(ranks, 3))
         self.machine = Machine(self.store, ranks)
-        self.store.updater.schedule = lambda name, number: SgdHyper(lr=1.0)
+        self.store.updater.schedule = lambda asked: [SgdHyper(lr=1.0) for _ in asked]
         self.store.check_groups = lambda: None
         self.store.place((PLACES[where],))
 

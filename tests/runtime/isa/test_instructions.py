@@ -32,6 +32,7 @@ def test_schemas_admit_every_write(name: str) -> None:
         "release": ["weights"],
         "put": ["gradients"],
         "put_mm": ["gradients"],
+        "put_sum": ["gradients"],
         "reduce": ["gradients"],
         "accumulate_grad": ["gradients"],
         "depart": ["host"],

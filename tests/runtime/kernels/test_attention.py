@@ -242,7 +242,7 @@ def test_the_route_on_a_gpu(monkeypatch, change, name):
         "capability": (9, 0), "causal": True, "dropout": 0.0, "window": 0, "size": 64, "length": 128, "keys": 0,
         "dtype": torch.bfloat16, "masked": False, "deterministic": False, "switched_off": False, **change,
     }  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
+    monkeypatch.setattr(attention_kernels, "major_capability", lambda device: given["capability"][0])
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: given["deterministic"])
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: not given["switched_off"])
     with FakeTensorMode():

@@ -48,7 +48,7 @@ class Two:
         hardware = Hardware(torch.device("cpu"), *self.tiers)
         self.store = OwnStore(store, hardware, OwnFormat(moments=0, **declared), Stats())
         self.machine = Machine(self.store)
-        self.store.updater.schedule = lambda name, number: SgdHyper(lr=1.0)
+        self.store.updater.schedule = lambda asked: [SgdHyper(lr=1.0) for _ in asked]
         self.store.check_groups = lambda: None
         self.store.place(PLACES[where])
 
@@ -173,7 +173,7 @@ def test_an_update_that_the_backward_began_is_made_anew_where_the_step_is_anothe
             parameter.grad *= 2
         expected = [-2.0, 18.0]
     elif change == "rate":
-        two.store.updater.schedule = lambda name, number: SgdHyper(lr=3.0)
+        two.store.updater.schedule = lambda asked: [SgdHyper(lr=3.0) for _ in asked]
         expected = [-3.0, 17.0]
     elif change == "weights":
         with two.store.writable(), torch.no_grad():

@@ -115,7 +115,7 @@ def test_every_gradient_is_in_one_range_and_no_other_parameter_in_any(
     state = state_of(layout)
     state.present = {number for number, (_, present, _) in enumerate(slots) if present}
     hypers = {place.name: hyper for place, (_, _, hyper) in zip(layout.slots, slots, strict=True)}
-    found = state.ranges(lambda name, step: hypers[name])
+    found = state.ranges(lambda asked: [hypers[name] for name, _ in asked])
     assert all(a.end <= b.start for a, b in pairwise(found)), "in order, without overlaps"
     covered = [0] * layout.numel
     for elements in found:
@@ -139,9 +139,9 @@ def test_every_gradient_is_in_one_range_and_no_other_parameter_in_any(
 def test_updates_are_counted_per_parameter_from_one() -> None:
     state, asked = state_of(chunk([4, 4])), []
 
-    def schedule(name: str, number: int) -> SgdHyper:
-        asked.append((name, number))
-        return SLOW
+    def schedule(parameters: list[tuple[str, int]]) -> list[SgdHyper]:
+        asked.extend(parameters)
+        return [SLOW for _ in parameters]
 
     for present in ({0, 1}, {1}, {0, 1}):
         state.present = present
