@@ -27,6 +27,7 @@ from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
 from geminifx.runtime.distributed.ranks import Ranks
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -179,7 +180,7 @@ def _made_of(model: nn.Module) -> Hashable:
     first: dict[int, int] = {}
     made: list[Hashable] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        made.append((path, type(module), first.setdefault(id(module), len(first))))
+        made.append((path, _class_of(module), first.setdefault(id(module), len(first))))
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
                 for key, tensor in value.items():
@@ -187,6 +188,11 @@ def _made_of(model: nn.Module) -> Hashable:
             elif name not in ("_modules", "name_or_path") and value != {}:
                 made.append((name, _value(value)))
     return tuple(made)
+
+
+def _class_of(module: nn.Module) -> Hashable:
+    """torch makes a class for each module that has parametrizations, which are modules of it."""
+    return ("parametrized", type(module).__base__) if is_parametrized(module) else type(module)
 
 
 def _kind(tensor: Tensor, first: dict[int, int]) -> Hashable:

@@ -80,3 +80,14 @@ def test_what_is_planned_for_ranks_that_are_not_there_is_theirs(
     assert captures == []
     for model in (first, again):
         assert model.plan == whole.plan and str(model.graph["training"]) == str(whole.graph["training"])
+
+
+def test_weights_in_codes_are_alike_where_their_kind_is(captures: list[bool]) -> None:
+    def loss(frozen: str) -> float:
+        source = Deep()
+        source.layers[0].requires_grad_(False)
+        with shared_captures():
+            return geminifx.compile(source, example_inputs=(BATCH,), frozen=frozen)(BATCH).item()
+
+    assert loss("nf4") == loss("nf4") and len(captures) == 1
+    assert loss("int8") != loss("nf4") and len(captures) == 2
