@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 WIDTH, DEPTH = 64, 4
 
 

@@ -8,6 +8,8 @@ import torch
 from geminifx.runtime.isa.errors import BudgetError, StateError
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 BUDGET = 60_000
 
 

@@ -14,6 +14,8 @@ from geminifx.runtime.isa.errors import ArgumentError
 from torch import nn
 from zoo import MLP, OPT, compiled, opt, tokens
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"device_budget": "24 potatoes"}, "unknown unit 'potatoes'"),
     ({"device_budget": "plenty"}, "cannot read 'plenty'"),

@@ -5,6 +5,7 @@ Rank 0 writes what all found to OUT; `test_pipeline.py` compares that with one p
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from geminifx.compiler.planner.pipeline.round_robin import EVEN, round_robin
 from geminifx.runtime.isa.schedule import Schedule
 from more_models import T5
 from schedules import in_turns
-from shared_captures import shared_captures
+from shared_captures import alone_for, shared_captures
 from torch import Tensor
 from torch import distributed as dist
 from zoo import GPT2, LLAMA, OPT, Case, gpt2, llama, opt
@@ -183,6 +184,15 @@ def train(training: Training, rows: slice = slice(None)) -> Trained:
             model.train()
     assert model.stats.device_peak_bytes <= model.plan.peak_bytes
     return Trained(losses, {name: value.clone() for name, value in model.state_dict().items()})
+
+
+def prepare(ranks: int, arguments: Sequence[str]) -> None:
+    """Captures and plans what the first rank would, in the process that all of them are forked from."""
+    with alone_for(ranks):
+        for training in (TRAININGS[name] for name in arguments[1:]):
+            rows = slice(0, ROWS // training.data)
+            with shared_captures():
+                geminifx.compile(training.case.seeded(), example_inputs=training.batch(0, rows), **training.options)
 
 
 def find(name: str) -> Any:

@@ -6,6 +6,7 @@ the next. `test_state.py` compares that with the one process, and reads the chec
 """
 
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import geminifx
 import torch
+from shared_captures import alone_for
 from torch import Tensor
 from torch import distributed as dist
 from zoo import GPT2, OPT, Case, compiled, opt
@@ -114,6 +116,15 @@ def chain(folder: Path) -> dict[str, Any]:
         mine |= {"state": values(model), "optimizer": deepcopy(optimizer.state_dict())}
         found[name] = everyones(mine)
     return found
+
+
+def prepare(ranks: int, arguments: Sequence[str]) -> None:
+    """Captures and plans what each rank would, in the process that all of them are forked from."""
+    modes = [(MODELS[of], kind, options) for of, kind, options in map(MODES.__getitem__, arguments[1:])]
+    with alone_for(ranks):
+        for case, kind, options in modes or [(CHAINED, "own", options) for options in CHAIN.values()]:
+            model, _ = make(case, kind, **options)
+            model.prepare(**case.batch(batch=ROWS // model.ranks.mesh.data_size))
 
 
 def everyones(mine: dict[str, Any]) -> list[Any]:

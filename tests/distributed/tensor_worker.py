@@ -4,6 +4,7 @@ Rank 0 writes what it found to OUT; `test_tensor_parallel.py` compares that with
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import geminifx
 import torch
 from geminifx.compiler.parallel import Parallel
 from more_models import BERT, DETACHED, QWEN3
+from shared_captures import alone_for
 from torch import Tensor
 from torch import distributed as dist
-from worker import Own, Training, of_all, replicas_agree, train, write_found
+from worker import Own, Training, of_all, plan, replicas_agree, train, write_found
 from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
 
 ROWS = 8
@@ -202,6 +204,16 @@ def find(name: str, ranks: int, rank: int) -> Any:
         return everyones
     training = CASES[ranks][name]
     return of_all(train(training, training.rows(rank)))
+
+
+def prepare(ranks: int, arguments: Sequence[str]) -> None:
+    """Captures and plans what each rank would, in the process that all of them are forked from."""
+    with alone_for(ranks):
+        for name in arguments[1:]:
+            if name in CASES[ranks]:
+                plan(CASES[ranks][name], CASES[ranks][name].rows(0))
+            elif name in DROPPED:
+                compiled(DROPPING, **DROPPED[name]).optimizer(torch.optim.AdamW)
 
 
 if __name__ == "__main__":

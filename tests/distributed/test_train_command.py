@@ -26,14 +26,14 @@ def prepare(dropout: float) -> None:
     Path("data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
 
 
-def train_by_two(*words: str, stop: int | None) -> str:
-    """What the command shows, which ends as it should; `stop` is a signal that it gets in step 12."""
+def train_by_two(*words: str, stop: int | None = None, at: int = 12) -> str:
+    """What the command shows, which ends as it should; `stop` is a signal that it gets in step `at`."""
     command = [sys.executable, "-m", "geminifx", "train", *SETTINGS, *words, "--parallel", "data=2,zero=1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as two:
         shown = ""
         for line in two.stdout:
             shown += line
-            if stop is not None and line.startswith("step 12/"):
+            if stop is not None and line.startswith(f"step {at}/"):
                 two.send_signal(stop)
     assert two.returncode == (0 if stop is None else 130), shown
     assert shown.count("stopped after step") == (stop is not None)
@@ -41,15 +41,15 @@ def train_by_two(*words: str, stop: int | None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_two_processes_stop_and_go_on_as_if_they_had_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_two_processes_stop_and_go_on_as_if_they_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either signal, of which the second comes when they have gone on from the first."""
     monkeypatch.chdir(tmp_path)
     prepare(dropout=0.2)  # each process drops its own elements
-    train_by_two("--output", "whole", stop=None)
-    train_by_two("--output", "parts", stop=number)
-    train_by_two("--output", "parts", "--resume", stop=None)
+    train_by_two("--output", "whole")
+    train_by_two("--output", "parts", stop=signal.SIGINT)
+    went_on = train_by_two("--output", "parts", "--resume", stop=signal.SIGTERM, at=36)
+    assert 12 < min(losses(went_on)) < 36
+    assert min(losses(train_by_two("--output", "parts", "--resume"))) > 36
     whole, parts = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 

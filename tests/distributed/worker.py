@@ -18,6 +18,7 @@ import geminifx
 import torch
 from geminifx.runtime.isa.errors import StateError
 from optimizing import homes_of
+from shared_captures import alone_for
 from torch import Tensor, nn
 from torch import distributed as dist
 from zoo import GPT2, LLAMA, OPT, Case, compiled, opt, smallest_budget
@@ -293,6 +294,20 @@ def find(name: str, ranks: int, rank: int) -> Any:
         dist.all_gather_object(everyones, averaged(rank))
         return everyones
     return [vars(train(replace(OVERFLOWING, zero=zero), rows)) for zero in (0, 3)]
+
+
+def plan(training: Training, rows: slice) -> None:
+    """Captures and plans what `train` runs."""
+    model = training.compile()
+    training.optimizer(model)
+    model.prepare(**training.batch(0, rows))
+
+
+def prepare(ranks: int, arguments: Sequence[str]) -> None:
+    """Captures and plans what each rank would, in the process that all of them are forked from."""
+    with alone_for(ranks):
+        for training in (CASES[name] for name in arguments[1:] if name in CASES):
+            plan(training, slice(0, ROWS // ranks))
 
 
 def write_found(find: Callable[[str, int, int], Any], out: Path, names: Sequence[str]) -> None:

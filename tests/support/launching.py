@@ -1,17 +1,21 @@
 """Starts a script on several processes of this machine, which meet without a port that somebody else may take."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+FORKED = Path(__file__).with_name("forked.py")
 THREADS = {"OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 1200
 """What several processes need, on a few busy cores."""
@@ -35,7 +39,7 @@ def torchrun(
 def forked(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
     """Run a script on ranks that are forked from one process, which takes less than torchrun does: most of what a short
     one takes are imports. Not for those that use GPUs. Raises TimeoutExpired where it is not done in time."""
-    command = [sys.executable, str(Path(__file__).with_name("forked.py")), str(ranks), str(script), *arguments]
+    command = [sys.executable, str(FORKED), str(ranks), str(script), *arguments]
     with _meeting(ranks, meeting_store()) as environment:
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
@@ -99,20 +103,21 @@ def ranks_of(
     store: dist.TCPStore | None = None,
     start: int = 0,
 ) -> list[tuple[int, str]]:
-    """Run a script on every rank, and let each live on when another dies. Returns their exit codes and outputs.
+    """Run a script on ranks that are forked from one process, and let each live on when another dies. Returns their
+    exit codes and outputs. Not for those that use GPUs.
 
     This process holds the store that they meet at, as torchrun does, which keeps it for every `start`. Raises
     TimeoutExpired where one is not done in time; all of them are ended.
     """
-    with _meeting(ranks, store or meeting_store(), start) as environment:
-        started = [
-            subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True,
-                             env=environment | {"RANK": str(rank)})
-            for rank in range(ranks)
-        ]  # fmt: skip
-        try:
-            outputs = [one.communicate(timeout=timeout_s)[0] for one in started]
-        finally:
-            for one in started:
-                one.kill()
-    return [(one.returncode, output) for one, output in zip(started, outputs, strict=True)]
+    with _meeting(ranks, store or meeting_store(), start) as environment, TemporaryDirectory() as folder:
+        command = [sys.executable, str(FORKED), "--apart", folder, str(ranks), str(script), *arguments]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        ) as parent:
+            try:
+                codes, _ = parent.communicate(timeout=timeout_s)
+            finally:
+                if parent.poll() is None:
+                    os.killpg(parent.pid, signal.SIGKILL)
+        outputs = [(Path(folder) / str(rank)).read_text() for rank in range(ranks)]
+    return list(zip(json.loads(codes), outputs, strict=True))

@@ -1,5 +1,5 @@
 """One capture for all tests that compile the same model alike: it takes longest of all, and does not see weights. Its
-divisions into microbatches are shared, too, and what planners lower it to for the same decisions."""
+divisions into microbatches and its shards are shared, too, and what planners lower it to for the same decisions."""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,9 @@ from geminifx.compiler.programs.programs import Call, Recent
 from geminifx.passes import offload
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program
+from geminifx.runtime.distributed.ranks import Ranks
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -34,6 +36,12 @@ _CAPTURED: dict[Hashable, tuple[Captured, tuple[tuple[str, str], ...]]] = {}
 
 _DIVIDED: dict[Hashable, Program] = {}
 """By the ids of the shared programs of the whole batch and of a part, and the number of parts."""
+
+_SHARDED: dict[Hashable, Captured] = {}
+"""By the id of the shared program, and what shards are made by."""
+
+_PROGRAMS: set[int] = set()
+"""The ids of all programs of these, which stay."""
 
 _LOWERED: Recent[tuple[Program, Weighed]] = Recent()
 """With the captured program, whose id is then nobody else's."""
@@ -55,11 +63,35 @@ def shared_captures() -> Iterator[None]:
             with mock.patch.object(captures, "Microbatches", _SharedMicrobatches):
                 return super()._divisible(call, captured, finish)
 
+        def _shard(self, captured: Captured, microbatches: int) -> Captured:
+            if not _is_shared(captured.program):
+                return super()._shard(captured, microbatches)
+            asked = replace(self.shared.request, budget_bytes=None), self.shared.mesh, self.schedule, microbatches
+            key = id(captured.program), self.lowering, asked, captured.notes
+            if key not in _SHARDED:
+                _SHARDED[key] = super()._shard(captured, microbatches)
+                _PROGRAMS.add(id(_SHARDED[key].program))
+            found = _SHARDED[key]
+            return replace(captured, program=found.program, notes=found.notes, records=found.records)
+
     with (
         mock.patch.object(session, "Captures", Shared),
         mock.patch.object(session, "Planning", _SharedPlanning),
         mock.patch.object(world, "capture", partial(_once, capture)),
     ):
+        yield
+
+
+@contextmanager
+def alone_for(ranks: int) -> Iterator[None]:
+    """Models that are compiled within are captured and planned, as on the first of so many ranks, which are not there:
+    they find that shared when they are forked from this process. Random numbers go on from where they were."""
+
+    def of(mesh_of: Any, device: torch.device, reduce_dtype: Any = "fp32", *_: Any) -> Ranks:
+        return Ranks(mesh_of(ranks), launched=False, on_this_host=ranks, reduce_dtype=reduce_dtype)
+
+    _LOWERED.most = 10_000  # of all that is planned first, and looked for from the beginning
+    with mock.patch.object(Ranks, "of", of), torch.random.fork_rng(devices=[]):
         yield
 
 
@@ -72,12 +104,12 @@ class _SharedMicrobatches(Microbatches):
         key = id(self.whole.program), id(part.program), count
         if key not in _DIVIDED:
             _DIVIDED[key] = super()._divided(part, count)
+            _PROGRAMS.add(id(_DIVIDED[key]))
         return _DIVIDED[key]
 
 
 def _is_shared(program: Program) -> bool:
-    shared = (captured.program for captured, _ in _CAPTURED.values())
-    return any(program is each for each in (*shared, *_DIVIDED.values()))
+    return id(program) in _PROGRAMS
 
 
 class _SharedPlanning(Planning):
@@ -109,6 +141,7 @@ def _once(capture: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             return found
         guarded = tuple((g.label.removesuffix(g.name).rstrip("."), g.name) for g in found.guards)
         _CAPTURED[key] = replace(found, guards=()), guarded
+        _PROGRAMS.add(id(found.program))
     found, guarded = _CAPTURED[key]
     guards = (Guard.of(attrgetter(path)(model) if path else model, name, path) for path, name in guarded)
     return replace(found, guards=tuple(guards))
@@ -147,7 +180,7 @@ def _made_of(model: nn.Module) -> Hashable:
     first: dict[int, int] = {}
     made: list[Hashable] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        made.append((path, type(module), first.setdefault(id(module), len(first))))
+        made.append((path, _class_of(module), first.setdefault(id(module), len(first))))
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers"):
                 for key, tensor in value.items():
@@ -155,6 +188,11 @@ def _made_of(model: nn.Module) -> Hashable:
             elif name not in ("_modules", "name_or_path") and value != {}:
                 made.append((name, _value(value)))
     return tuple(made)
+
+
+def _class_of(module: nn.Module) -> Hashable:
+    """torch makes a class for each module that has parametrizations, which are modules of it."""
+    return ("parametrized", type(module).__base__) if is_parametrized(module) else type(module)
 
 
 def _kind(tensor: Tensor, first: dict[int, int]) -> Hashable:

@@ -3,7 +3,7 @@
 import geminifx
 import pytest
 import torch
-from shared_captures import shared_captures
+from shared_captures import alone_for, shared_captures
 from torch import Tensor, nn
 
 BATCH = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -17,6 +17,20 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.layer(x)
+
+
+class Deep(nn.Module):
+    """Two blocks, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.square().mean()
 
 
 def compiled(source: nn.Module) -> geminifx.CompiledModule:
@@ -49,3 +63,31 @@ def test_others_are_captured_anew(change: str, captures: list[bool]) -> None:
         other.layer.bias.requires_grad_(False)
     model = compiled(other)
     assert len(captures) == 1 and torch.equal(model(BATCH), other(BATCH))
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": "1d:2"}, {"data": 2, "zero": 3}, {"pipeline": 2}], ids=str)
+def test_what_is_planned_for_ranks_that_are_not_there_is_theirs(
+    parallel: dict[str, object], captures: list[bool]
+) -> None:
+    """Of a model that is alike, by the same declaration."""
+    options = {"example_inputs": (BATCH,), "parallel": parallel}
+    options |= {"microbatches": 2} if "pipeline" in parallel else {}
+    whole = geminifx.compile(Deep(), **options)
+    with shared_captures(), alone_for(2):
+        first = geminifx.compile(Deep(), **options)
+        captures.clear()
+        again = geminifx.compile(Deep(), **options)
+    assert captures == []
+    for model in (first, again):
+        assert model.plan == whole.plan and str(model.graph["training"]) == str(whole.graph["training"])
+
+
+def test_weights_in_codes_are_alike_where_their_kind_is(captures: list[bool]) -> None:
+    def loss(frozen: str) -> float:
+        source = Deep()
+        source.layers[0].requires_grad_(False)
+        with shared_captures():
+            return geminifx.compile(source, example_inputs=(BATCH,), frozen=frozen)(BATCH).item()
+
+    assert loss("nf4") == loss("nf4") and len(captures) == 1
+    assert loss("int8") != loss("nf4") and len(captures) == 2

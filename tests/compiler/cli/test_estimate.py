@@ -14,6 +14,8 @@ from torch import nn
 from transformers import GPT2Config
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 TINY = ["estimate", "opt-mini", "--seq-len", "16"]
 LORA, QLORA = "LoRA of rank 16, frozen bf16", "LoRA of rank 16, frozen nf4"
 

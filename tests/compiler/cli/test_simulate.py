@@ -10,6 +10,8 @@ from geminifx.runtime.isa.schedule import Schedule
 from transformers import OPTConfig
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 
 def simulate(*options: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["simulate", *map(str, options)])

@@ -15,6 +15,8 @@ from geminifx.runtime.isa.precision import parameter_dtypes
 from homes import homes
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))

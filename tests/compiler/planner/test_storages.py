@@ -18,6 +18,8 @@ from operators import DTYPES, IMAGES, OTHERS, WHOLE, arguments, pointwise
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+pytestmark = pytest.mark.usefixtures("shared")
+
 aten = torch.ops.aten
 ROWS, SOME = torch.tensor([2, 0, 1]), slice(1, 3)
 
