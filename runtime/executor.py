@@ -28,6 +28,7 @@ from .kernels.fused import kernel_of
 from .machine import Machine
 from .memory.state_store import Run
 from .memory.tiers import MemoryMeter, metering
+from .quick_calls import Operators
 
 _numbers = count()
 
@@ -72,7 +73,7 @@ class Loaded:
         self.filename = f"<geminifx {code.name} {next(_numbers)}>"
         self.world: dict[str, Any] = {
             "torch": torch, "operator": operator, "inf": math.inf, "nan": math.nan, "DEVICE": device,
-            **{name: getattr(torch.ops, name) for name in code.namespaces}, "geminifx": called,
+            **{name: Operators(getattr(torch.ops, name)) for name in code.namespaces}, "geminifx": called,
         }  # fmt: skip
         lines = code.source.splitlines(keepends=True)
         linecache.cache[self.filename] = (len(code.source), None, lines, self.filename)
