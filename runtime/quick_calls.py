@@ -42,9 +42,6 @@ class Operators:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._found, name)
-        if hasattr(value, "_schema"):
-            called = FUNCTIONS.get(value, value)
-        else:
-            called = Operators(value)
+        called = FUNCTIONS.get(value, value) if hasattr(value, "_schema") else Operators(value)
         setattr(self, name, called)
         return called
