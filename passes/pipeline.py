@@ -23,7 +23,7 @@ from .split_batch import split_batch
 from .split_stages import split_stages
 
 PIPELINE = (
-    canonicalize,  # no no-ops, no common subexpressions, one input per shared parameter
+    canonicalize,  # no no-ops, needless copies or common subexpressions, one input per shared parameter
     fuse_loss,  #    the loss over the vocabulary is computed in pieces, without its logits
     average_loss,  # the loss is the mean over all tokens of all ranks and microbatches
     shard,  #        tensors are divided over the ranks, which exchange what they lack
@@ -35,7 +35,7 @@ PIPELINE = (
     overlap,  #      collectives start early and are waited for late, small all-reduces are merged
     post_receives,  # a pipeline's receives start early and are waited for late
     chunk,  #        parameters come from fetched chunks, gradients leave in chunks
-    fuse_gradients,  # a weight's gradient is multiplied directly into its chunk
+    fuse_gradients,  # gradients of weights and biases are computed directly in their chunk
     offload,  #      activations of chosen blocks wait on the host for their backward
     release,  #      a chunk is freed after its last reader
     prefetch,  #     copies start early and are waited for late

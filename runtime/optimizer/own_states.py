@@ -118,7 +118,7 @@ class OwnStates:
     def forget_gradient(self, state: ChunkState) -> None:
         """Drops a chunk's gradient. An unplanned sum is on the device only between backward and update."""
         layout = self.chunks.chunks[state.layout.index].layout
-        if state.where is Where.DEVICE and not self.format.keeps_sum(layout):
+        if state.total is not None and state.where is Where.DEVICE and not self.format.keeps_sum(layout):
             state.total = None
             self._book(layout, state.home)
         state.forget_gradient()
