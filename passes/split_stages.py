@@ -73,7 +73,7 @@ class _Cut:
 
     `values` maps a rank and an item it made to the node here that made or received it. `incoming` are the messages
     still to come from each other rank, `outgoing` those still to send, both in order. `sums` are gradients of which
-    some ranks' parts are added up, `missing` the ranks whose parts are not yet. `under_way` are the sends not yet
+    some ranks' parts are added up, `awaited` the ranks whose parts are not yet. `under_way` are the sends not yet
     waited for, by receiver.
     """
 
@@ -86,7 +86,7 @@ class _Cut:
         for role, gradient in self.stages.gradients_elsewhere(self.rank):
             self.gradients[role] = elsewhere.setdefault(gradient, Total(gradient, 0))
         self.by_gradient = {total.gradient: total for total in self.gradients.values()}
-        self.missing: dict[Total, deque[int]] = {}
+        self.awaited: dict[Total, deque[int]] = {}
         self.sums: dict[Total, fx.Node] = {}
         self.values: dict[tuple[int, Item], fx.Node] = {}
         self.outgoing = deque(self.stages.sends(self.rank))
@@ -363,15 +363,15 @@ class _Cut:
         bits; and scale the sum of all. Nothing is added before the turn."""
         if self.scale is None:
             return
-        item, missing = Sum(total.gradient), self.missing.setdefault(total, deque(self.stages.holders(total.gradient)))
-        while missing and (missing[0], item) in self.values:
-            part, first = self.values[missing.popleft(), item], self.sums.get(total)
+        item, awaited = Sum(total.gradient), self.awaited.setdefault(total, deque(self.stages.holders(total.gradient)))
+        while awaited and (awaited[0], item) in self.values:
+            part, first = self.values[awaited.popleft(), item], self.sums.get(total)
             if first is None:
                 self.sums[total] = part
             else:
                 add = aten.add.Tensor if self._is_sent(first, total) else aten.add_.Tensor
                 self.sums[total] = self.parts.emit(add, first, part, like=note(total.gradient), name="total")
-            if not missing:
+            if not awaited:
                 total.value = self.sums.pop(total)
                 self._scale(total)
 

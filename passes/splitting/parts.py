@@ -52,10 +52,10 @@ def terms(gradient: fx.Node) -> list[fx.Node]:
 
 @dataclass(eq=False)
 class Total:
-    """A running sum of a gradient. `missing` counts the values still to come: one per term and microbatch."""
+    """A running sum of a gradient. `outstanding` counts the values still to come: one per term and microbatch."""
 
     gradient: fx.Node
-    missing: int
+    outstanding: int
     value: fx.Node | None = None
 
     @property
@@ -112,8 +112,8 @@ class Parts:
                 total.value = self.emit(aten._to_copy.default, value, dtype=wide, like=note(term), name="total")
             else:
                 total.value = self.emit(aten.add_.Tensor, total.value, value, like=note(term), name="total")
-            total.missing -= 1 if term in self.own else self.count
-            if not total.missing:
+            total.outstanding -= 1 if term in self.own else self.count
+            if not total.outstanding:
                 yield total
 
     def rounded(self, total: Total, like: Note) -> fx.Node:

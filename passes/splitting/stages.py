@@ -173,15 +173,15 @@ class Stages:
         actions, turn, once = self.schedule.ranks[rank], self.schedule.turn(rank), set[fx.Node]()
         # A rank of a host-weights schedule joins what others make, and waits for it once all forwards are done.
         last = turn - 1 if self.schedule.weights == "host" else self.schedule.last_forward(rank)
-        missing = self._missing(rank)
+        outstanding = self._outstanding(rank)
         for i, action in enumerate(actions):
             if i == turn:
                 yield None, []
-            yield action, [*self._items_of(action, once, missing), *(self._outputs(rank) if i == last else ())]
+            yield action, [*self._items_of(action, once, outstanding), *(self._outputs(rank) if i == last else ())]
         if turn == len(actions):
             yield None, []
 
-    def _items_of(self, action: Action, once: set[fx.Node], missing: dict[fx.Node, int]) -> Iterator[Item]:
+    def _items_of(self, action: Action, once: set[fx.Node], outstanding: dict[fx.Node, int]) -> Iterator[Item]:
         for node in self.work[action.stage, action.kind]:
             is_own = node in self.own
             if not is_own and node in once:
@@ -189,8 +189,8 @@ class Stages:
             once.add(node)
             yield Made(node, action.microbatch if is_own else None)
             for gradient in self._gradients[node]:
-                missing[gradient] -= 1 if is_own else self.plan.microbatches
-                if not missing[gradient]:
+                outstanding[gradient] -= 1 if is_own else self.plan.microbatches
+                if not outstanding[gradient]:
                     yield Sum(gradient)
 
     def _outputs(self, rank: int) -> list[Item]:
@@ -292,7 +292,7 @@ class Stages:
         each = 1 if term in self.own else self.plan.microbatches
         return each * self.ranks_of(term).count(rank)
 
-    def _missing(self, rank: int) -> dict[fx.Node, int]:
+    def _outstanding(self, rank: int) -> dict[fx.Node, int]:
         """For each gradient, how many values a rank's part is the sum of."""
         gradients = dict.fromkeys(self.program.results_of("gradient").values())
         return {node: sum(self.share(term, rank) for term in terms(node)) for node in gradients}
