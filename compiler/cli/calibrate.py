@@ -35,7 +35,7 @@ def calibrate_command(
         Path | None, typer.Option(help="Write the rates to this file too, for rates= on other machines.")
     ] = None,
 ) -> None:
-    """Measure what this machine does in a second, in about a minute, and keep it for all plans made here.
+    """Measure what this machine does in a second, in a minute or two, and keep it for all plans made here.
 
     Matmuls, operators, copies and updates are measured on a GPU and its host, alone and at the same time; under
     torchrun, so is what the processes exchange. Let nothing else run meanwhile: on a busy machine nothing is changed.
