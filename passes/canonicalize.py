@@ -15,6 +15,7 @@ inputs of shared parameters.
 Numerics do not change: a shared parameter's gradient is the same sum that eager autograd computes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import fx
 
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Program, aliased_inputs, is_random, note, type_of, writes
+from .program.program import Program, aliased_inputs, is_random, note, tensor_type, type_of, writes
 from .program.types import freeze
 from .program.verify import NO_OPS, canonical
 
@@ -52,14 +53,17 @@ def canonicalize(program: Program, plan: Plan) -> None:
 
 
 def _copies_what_nobody_else_reads(clone: fx.Node) -> bool:
-    """Whether the memory that is copied was made for this copy alone, as where dropout is 0."""
+    """Whether all of the memory that is copied was made for this copy alone, as where dropout is 0. What a copy of a
+    part is made of may be freed."""
     value = clone.args[0]
     if type_of(value) != type_of(clone):
         return False
     while value.op == "call_function" and len(value.users) == 1:
         aliased = [*aliased_inputs(value)]
-        if len(aliased) != 1:
-            return not aliased
+        if not aliased:
+            return tensor_type(value).num_bytes == tensor_type(clone).num_bytes
+        if len(aliased) > 1:
+            return False
         value = aliased[0]
     return False
 
@@ -93,10 +97,10 @@ def _merge_tied(program: Program) -> None:
 
 def _merge_repeated(program: Program) -> None:
     """Eliminate common subexpressions within each phase; merging across phases would keep activations alive. Outputs
-    stay separate: if two of them shared memory, a caller that changes one would change the other, or what the backward
-    reads."""
+    and what they are views of stay separate: if two of them shared memory, a caller that changes one would change the
+    other, or what the backward reads."""
     seen: dict[Any, fx.Node] = {}
-    handed_out = {value for role, value in program.results.items() if not role.startswith("gradient:")}
+    handed_out = _with_bases(value for role, value in program.results.items() if not role.startswith("gradient:"))
     for node in program.computes:
         if node.op != "call_function" or writes(node) or is_random(node) or node in handed_out:
             continue
@@ -105,3 +109,14 @@ def _merge_repeated(program: Program) -> None:
         first = seen.setdefault(key, node)
         if first is not node:
             program.replace(node, first)
+
+
+def _with_bases(values: Iterable[fx.Node]) -> set[fx.Node]:
+    """The values, and all others whose memory they may share."""
+    found, reached = set[fx.Node](), list(values)
+    while reached:
+        value = reached.pop()
+        if value not in found:
+            found.add(value)
+            reached += aliased_inputs(value)
+    return found

@@ -51,7 +51,8 @@ def _in_place(gradient: fx.Node, keeps_sums: bool) -> tuple[Any, tuple[Any, ...]
     if keeps_sums or source.target is not SUM or len(source.users) > 1 or source.kwargs:
         return None
     terms, dims = source.args[:2]
-    if tensor_type(terms).dtype != tensor_type(source).dtype or not dims:
+    type = tensor_type(terms)
+    if type.dtype != tensor_type(source).dtype or not dims or not type.shape:
         return None
-    summed = [dim % len(tensor_type(terms).shape) for dim in dims]
+    summed = [dim % len(type.shape) for dim in dims]
     return PUT_SUM, (terms, summed), list(dict.fromkeys((gradient, source)))

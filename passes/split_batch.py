@@ -190,7 +190,7 @@ class _Split:
         origin = Note(phase="backward")
         self.scale = self.parts.emit(aten.div.Tensor, tangent, expected, like=origin, name="scale")
         for total in dict.fromkeys(self.gradients.values()):
-            if not total.missing:
+            if not total.outstanding:
                 self._complete(total, note(total.gradient))
 
     # -- writing -------------------------------------------------------------------------------------------

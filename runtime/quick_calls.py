@@ -41,6 +41,8 @@ class Operators:
         self._found = found
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_found":  # of a copy in the making
+            raise AttributeError(name)
         value = getattr(self._found, name)
         called = FUNCTIONS.get(value, value) if hasattr(value, "_schema") else Operators(value)
         setattr(self, name, called)

@@ -25,7 +25,7 @@ the host's updates run. 28 GB/s were measured with H100 and 40 GB/s with H200, b
 PASSING_BYTES = 16
 """Host memory traffic of a parameter streamed through the host: measured as 12e9 parameters per second at 190 GB/s."""
 
-CORE_PARAMS_PER_S: Mapping[Moments, float] = {"exact": 0.31e9, "bf16": 0.4e9, "int8": 0.44e9}
+CORE_PARAMS_PER_S: Mapping[Moments, float] = {"exact": 0.31e9, "bf16": 0.39e9, "int8": 0.44e9}
 """Parameters per second that one core updates, by how moments are stored: 16 cores reach 5e9, 6.2e9 and 7e9."""
 
 TORCH_SHARE = 0.6

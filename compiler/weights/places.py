@@ -49,7 +49,7 @@ class Places:
     @property
     def are_empty(self) -> bool:
         """Whether any weights are on `meta`, without values."""
-        return any(parameter.is_meta for parameter in self.census.last.parameters.values())
+        return any(parameter.is_meta for parameter in self.census.now().parameters.values())
 
     def check_incoming(self) -> None:
         """Raises, on all ranks, if the values that are due are no longer available on one of them, or if ranks were

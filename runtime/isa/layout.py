@@ -37,7 +37,7 @@ def verified_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     two: programs take hundreds of views a step, and small batches wait for the thread that launches them."""
     strides, numel = [0] * len(shape), 1
     for dim in range(len(shape) - 1, -1, -1):
-        strides[dim], numel = numel, numel * shape[dim]
+        strides[dim], numel = numel, numel * max(shape[dim], 1)
     return flat.as_strided(shape, strides, flat.storage_offset() + offset)
 
 

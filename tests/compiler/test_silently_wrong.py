@@ -685,3 +685,28 @@ def test_outputs_that_are_views_come_in_front_of_the_backward() -> None:
     assert torch.equal(found["loss"], expected["loss"]) and torch.equal(found["logits"], expected["logits"])
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)  # the order of three terms
+
+
+class Repeats(nn.Module):
+    """Computes the same thing twice; an output is a view of a copy of one, another is made from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.layer(x)
+        return h.exp().clone().view(2, 16).detach(), h.exp().view(2, 16), h.exp().sum()
+
+
+def test_outputs_that_were_computed_twice_share_no_memory() -> None:
+    torch.manual_seed(0)
+    plain = Repeats()
+    model = geminifx.compile(copy.deepcopy(plain))
+    for each in (plain, model):
+        changed, kept, loss = each(batch())
+        before = kept.clone()
+        changed.zero_()
+        assert torch.equal(kept, before)
+        loss.backward()
+    assert same_gradients(plain, model)

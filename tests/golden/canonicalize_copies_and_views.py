@@ -1,5 +1,6 @@
 """A copy of what nobody else reads goes, and so does a view between one and its base. What is read twice, an input's, or
-one in another order stays a copy, and what passes between modules keeps its shape."""
+one in another order stays a copy, so does a part, and what passes between modules keeps its shape. Outputs share no
+memory, also where both are views of the same."""
 
 
 def before(
@@ -19,7 +20,15 @@ def before(
     g4: "f32[4, 8]{1, 4}" = aten.t.default(g3)
     g5: "f32[4, 8]" = aten.clone.default(g4, memory_format=torch.contiguous_format)
     x1: "f32[8, 4]" = aten.clone.default(x)
-    return {"output:0": g5, "output:1": x1}
+    s: "f32[8, 4]" = aten.exp.default(x)
+    s1: "f32[1, 4]" = aten.slice.Tensor(s, 0, 0, 1)
+    s2: "f32[1, 4]" = aten.clone.default(s1)
+    e: "f32[8, 4]" = aten.neg.default(x)
+    e1: "f32[8, 4]" = aten.clone.default(e)
+    e2: "f32[32]" = aten.view.default(e1, [32])
+    f: "f32[8, 4]" = aten.neg.default(x)
+    f1: "f32[32]" = aten.view.default(f, [32])
+    return {"output:0": g5, "output:1": x1, "output:2": s2, "output:3": e2, "output:4": f1}
 
 
 def after(
@@ -37,4 +46,11 @@ def after(
     g4: "f32[4, 8]{1, 4}" = aten.t.default(g3)
     g5: "f32[4, 8]" = aten.clone.default(g4, memory_format=torch.contiguous_format)
     x1: "f32[8, 4]" = aten.clone.default(x)
-    return {"output:0": g5, "output:1": x1}
+    s: "f32[8, 4]" = aten.exp.default(x)
+    s1: "f32[1, 4]" = aten.slice.Tensor(s, 0, 0, 1)
+    s2: "f32[1, 4]" = aten.clone.default(s1)
+    e: "f32[8, 4]" = aten.neg.default(x)
+    e2: "f32[32]" = aten.view.default(e, [32])
+    f: "f32[8, 4]" = aten.neg.default(x)
+    f1: "f32[32]" = aten.view.default(f, [32])
+    return {"output:0": g5, "output:1": x1, "output:2": s2, "output:3": e2, "output:4": f1}

@@ -1,5 +1,6 @@
 """Nothing changes: one product is put twice, one returned too, one is reshaped, and one has not the chunk's dtype; of
-the sums one is of another dtype than its terms, one is read again, and one has no dimensions of its own."""
+the sums one is of another dtype than its terms, one is read again, one is over none of its terms' dimensions, and one's terms
+have none."""
 
 
 def before(
@@ -11,7 +12,7 @@ def before(
     # backward
     tangent: "f32[4, 4]" = turn[0]
     twice: "f32[4, 4]" = aten.mm.default(tangent, x)
-    gradients: "f32[576] | chunk=0" = geminifx.gradients(576, torch.float32)
+    gradients: "f32[640] | chunk=0" = geminifx.gradients(640, torch.float32)
     geminifx.put(gradients, 0, twice)
     geminifx.put(gradients, 64, twice)
     returned: "f32[4, 4]" = aten.mm.default(tangent, h)
@@ -30,8 +31,11 @@ def before(
     geminifx.put(gradients, 448, again)
     all_: "f32[]" = aten.sum.dim_IntList(tangent, [])
     geminifx.put(gradients, 512, all_)
-    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
-    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
+    scalar: "f32[]" = aten.sum.dim_IntList(read, [0])
+    point: "f32[]" = aten.sum.dim_IntList(scalar, [0])
+    geminifx.put(gradients, 576, point)
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     return {"gradient:input:0": returned}
 
 
@@ -44,7 +48,7 @@ def after(
     # backward
     tangent: "f32[4, 4]" = turn[0]
     twice: "f32[4, 4]" = aten.mm.default(tangent, x)
-    gradients: "f32[576] | chunk=0" = geminifx.gradients(576, torch.float32)
+    gradients: "f32[640] | chunk=0" = geminifx.gradients(640, torch.float32)
     geminifx.put(gradients, 0, twice)
     geminifx.put(gradients, 64, twice)
     returned: "f32[4, 4]" = aten.mm.default(tangent, h)
@@ -63,6 +67,9 @@ def after(
     geminifx.put(gradients, 448, again)
     all_: "f32[]" = aten.sum.dim_IntList(tangent, [])
     geminifx.put(gradients, 512, all_)
-    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
-    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8])
+    scalar: "f32[]" = aten.sum.dim_IntList(read, [0])
+    point: "f32[]" = aten.sum.dim_IntList(scalar, [0])
+    geminifx.put(gradients, 576, point)
+    geminifx.reduce(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    geminifx.accumulate_grad(gradients, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     return {"gradient:input:0": returned}

@@ -14,7 +14,7 @@ from geminifx.passes.fuse_gradients import MM, SUM, VIEW, fuse_gradients
 from geminifx.passes.pipeline import PIPELINE
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
-from geminifx.passes.program.program import note
+from geminifx.passes.program.program import note, tensor_type
 from geminifx.runtime.isa.instructions import PUT, PUT_MM, PUT_SUM
 from optimizing import ADAMW, NET, Loop, placed, same_weights
 from torch import fx
@@ -34,19 +34,21 @@ def test_every_product_and_sum_that_is_put_alone_is_computed_in_its_place(captur
     run_passes(program, plan, BEFORE)
     puts = [put.args for put in program.calls(PUT)]
     products = [(chunk.name, offset, *value.args) for chunk, offset, value in puts if value.target is MM]
-    sums = [(chunk.name, offset, read_by(value)) for chunk, offset, value in puts if read_by(value) is not None]
-    others = [put for put in puts if put[2].target is not MM and read_by(put[2]) is None]
+    sums = [(chunk.name, offset, *read_by(value)) for chunk, offset, value in puts if read_by(value)]
+    others = [put for put in puts if put[2].target is not MM and not read_by(put[2])]
     fuse_gradients.rewrite(program, plan)
     assert products and [(put.args[0].name, *put.args[1:]) for put in program.calls(PUT_MM)] == products
-    assert [(put.args[0].name, *put.args[1:3]) for put in program.calls(PUT_SUM)] == sums
+    assert [(put.args[0].name, *put.args[1:]) for put in program.calls(PUT_SUM)] == sums
     assert [put.args for put in program.calls(PUT)] == others
     assert {note(put).phase for put in (*program.calls(PUT_MM), *program.calls(PUT_SUM))} == {"backward"}
 
 
-def read_by(gradient: fx.Node) -> fx.Node | None:
-    """What is summed to this gradient, reshaped or not."""
+def read_by(gradient: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """What is summed to this gradient, reshaped or not, and over which dimensions."""
     value = gradient.args[0] if gradient.target is VIEW else gradient
-    return value.args[0] if value.target is SUM else None
+    if value.target is not SUM:
+        return None
+    return value.args[0], [dim % len(tensor_type(value.args[0]).shape) for dim in value.args[1]]
 
 
 def test_inductor_keeps_its_sums(captured):

@@ -7,6 +7,7 @@ They are forked from this process, which has imported that, and done what the sc
 if all end together and it has one: no thread runs, and no GPU is in use.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -30,7 +31,10 @@ def run(rank: int, script: str, arguments: list[str]) -> None:
 def run_apart(rank: int, folder: str, script: str, arguments: list[str]) -> None:
     with (Path(folder) / str(rank)).open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
-    run(rank, script, arguments)
+    try:
+        run(rank, script, arguments)
+    finally:
+        atexit._run_exitfuncs()  # as where a script ends by itself, which forked processes do not
 
 
 def together(ranks: int, script: str, arguments: list[str]) -> None:

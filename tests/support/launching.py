@@ -119,5 +119,6 @@ def ranks_of(
             finally:
                 if parent.poll() is None:
                     os.killpg(parent.pid, signal.SIGKILL)
+        assert parent.returncode == 0, f"{FORKED.name} itself failed"
         outputs = [(Path(folder) / str(rank)).read_text() for rank in range(ranks)]
     return list(zip(json.loads(codes), outputs, strict=True))
