@@ -40,7 +40,7 @@ def fewest(find: Callable[[int], Decision], examples: int, device_bytes: int | N
         except BudgetError as refusal:
             if refusal.tier == "host":  # which fewer activations at a time do not relieve
                 raise
-            refused.append(refusal)
+            refused.append(refusal.with_traceback(None))  # whose frames hold this list, and what the caller holds
             # Parts need gradient sums that the whole batch does not, so activations alone decide only from the second
             # split on.
             if len(refused) > 2 and not _is_less(refusal.smallest_bytes, refused[-2].smallest_bytes):

@@ -334,7 +334,8 @@ class Planning:
         except BudgetError as refusal:
             if declared is not None or not ours or refusal.tier not in excused:
                 raise
-            return _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused), refusal
+            own = _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused)
+            return own, refusal.with_traceback(None)  # which would keep the frame of the call that is planned for alive
 
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         """The lowered program of a plan. Kept until training begins: plans are made again for each optimizer."""

@@ -9,10 +9,11 @@ import geminifx
 import pytest
 import torch
 from geminifx.compiler.programs.programs import Recent
-from geminifx.runtime.isa.errors import StateError
+from geminifx.runtime.isa.errors import BudgetError, StateError
 from optimizing import NET, Loop, placed
 from torch import Tensor, nn
 from torch.optim import AdamW
+from zoo import OPT
 
 
 def network() -> nn.Module:
@@ -152,3 +153,17 @@ def test_a_forward_that_is_kept_keeps_what_it_needs() -> None:
     forward, expected = model.forward, model(batch(2))
     del model
     assert torch.equal(forward(batch(2)), expected)
+
+
+@pytest.mark.parametrize("spare", [1.0, 1.1])
+def test_what_the_first_call_returns_is_freed_although_its_plan_was_refused_for_the_whole_batch(
+    spare: float, without_garbage_collection: None
+) -> None:
+    """A refusal that is kept would hold the frames that it came through, and these what they hold."""
+    given = OPT.batch(batch=8)
+    with pytest.raises(BudgetError) as refused:
+        geminifx.compile(OPT.seeded(), device_budget=1, example_inputs=given)
+    assert refused.value.smallest_bytes is not None
+    model = geminifx.compile(OPT.seeded(), device_budget=int(refused.value.smallest_bytes * spare))
+    loss = weakref.ref(model(**given).loss)
+    assert model.plan.microbatches > 1 and loss() is None
