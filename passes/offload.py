@@ -71,7 +71,7 @@ MOST_CHUNKS = 4
 
 @graph_pass(requires=(chunked,), gives=(offloaded,))
 def offload(program: Program, plan: Plan) -> None:
-    if not program.calls(TURN):
+    if not program.calls(TURN) or not (plan.offload or plan.offload_sums):
         return
     sweeps = _sweeps(program)
     for there, back in zip(sweeps[::2], sweeps[1::2], strict=True) if plan.offload else ():

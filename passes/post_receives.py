@@ -25,6 +25,8 @@ from .program.verify import posted, turned
 
 @graph_pass(requires=(turned,), gives=(posted,))
 def post_receives(program: Program, plan: Plan) -> None:
+    if not program.calls(RECEIVE):
+        return
     point = begin = program.output  # where the previous action and the current one begin
     now = None
     for node in program.computes:

@@ -87,7 +87,7 @@ class _Split:
     """
 
     def __init__(self, program: Program, plan: Plan) -> None:
-        self.program, self.plan = program, plan
+        self.program, self.plan, self.output = program, plan, program.output
         self.parts = Parts(program, plan.microbatches)
         self.count, self.own = self.parts.count, self.parts.own
         self.now = range(self.count)
@@ -150,9 +150,9 @@ class _Split:
 
     def _written(self, nodes: list[fx.Node], kind: str) -> list[fx.Node]:
         """Write one sweep of a round and return its operators."""
-        behind, written = self.program.output.prev, list[fx.Node]()
+        behind, written = self.output.prev, list[fx.Node]()
         self._sweep(nodes, kind)
-        while behind.next is not self.program.output:
+        while behind.next is not self.output:
             behind = behind.next
             written.append(behind)
         return written
@@ -214,7 +214,7 @@ class _Split:
         own = [node for node in nodes if node in self.own]
         for node in nodes:
             if node not in self.own and self._is_due(node):
-                self.program.output.prepend(node)
+                self.output.prepend(node)
                 self._add_up(node, node)
         draws = draws_forward(own)
         for number in self.now if own else ():
@@ -231,10 +231,10 @@ class _Split:
 
     def _copy(self, node: fx.Node, number: int) -> fx.Node:
         if number == 0:
-            self.program.output.prepend(node)
+            self.output.prepend(node)
             return node
         found = self.copies[number]
-        copy = found[node] = self.program.repeat_node(node, lambda value: found.get(value, value), self.program.output)
+        copy = found[node] = self.program.repeat_node(node, lambda value: found.get(value, value), self.output)
         if node.target is MICROBATCH:
             copy.args = (node.args[0], number, self.count)
         return copy
@@ -266,7 +266,7 @@ class _Split:
             self.program.replace(node, value)
             return
         node.update_arg(0, value)
-        self.program.output.prepend(node)
+        self.output.prepend(node)
 
     def _join_results(self, kind: str) -> None:
         """Set the results of one kind to those of the whole batch."""

@@ -48,6 +48,8 @@ def _temporary_bytes(chunk: ChunkLayout, plan: Plan) -> int:
 def collectives(program: Program, plan: Plan) -> tuple[CollectiveTraffic, ...]:
     """Bytes that each process receives, by axis and collective, with ring algorithms, which move least. Gradients count
     in the dtype that they are summed in: float32 for 16-bit gradients, unless the plan says otherwise."""
+    if plan.mesh.size == 1:
+        return ()
     counts: Counter[tuple[str, str]] = Counter()
     received: Counter[tuple[str, str]] = Counter()
     first = {int(fetch.args[0]): fetch for fetch in reversed(program.calls(FETCH))}

@@ -73,34 +73,41 @@ def analyse(program: Program) -> Liveness:
     nodes = program.nodes
     storages = _Storages(program)
     spans = storages.spans(nodes)
-    values = {name: np.zeros(len(nodes) + 1, dtype=np.int64) for name in (ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS)}
-    fetches, largest = [], np.zeros(len(nodes), dtype=np.int64)
-    on_host = np.zeros(len(nodes) + 1, dtype=np.int64)
+    # Changes by position, in lists: numpy takes many times longer for single elements.
+    values = {name: [0] * (len(nodes) + 1) for name in (ACTIVATIONS, GRADIENT_BUFFERS, OUTPUTS)}
+    fetches, largest, on_host = [], [0] * len(nodes), [0] * (len(nodes) + 1)
     for storage, (start, end) in spans.items():
         origin = storages.origin[storage]
         if origin.op == "call_function" and origin.target is FETCH:
             fetches.append(Interval(int(origin.args[0]), start, end))
             continue
+        size = storages.sizes[storage]
         if origin.target is OFFLOAD:
-            on_host[start] += storages.sizes[storage]
-            on_host[end + 1] -= storages.sizes[storage]
+            on_host[start] += size
+            on_host[end + 1] -= size
             continue
-        largest[start] = max(largest[start], storages.sizes[storage])
+        largest[start] = max(largest[start], size)
         category = GRADIENT_BUFFERS if origin.target is GRADIENTS else ACTIVATIONS
         category = OUTPUTS if storage in storages.handed_out else category
-        values[category][start] += storages.sizes[storage]
-        values[category][end + 1] -= storages.sizes[storage]
+        values[category][start] += size
+        values[category][end + 1] -= size
     for i, node in enumerate(nodes):
-        workspace_bytes = _workspace_bytes(node, program)
-        values[ACTIVATIONS][i] += workspace_bytes
-        values[ACTIVATIONS][i + 1] -= workspace_bytes
+        if workspace_bytes := _workspace_bytes(node, program):
+            values[ACTIVATIONS][i] += workspace_bytes
+            values[ACTIVATIONS][i + 1] -= workspace_bytes
     turn = next((i for i, node in enumerate(nodes) if node.target is TURN), len(nodes) - 1)
     held = sum(storages.sizes[storage] for storage in storages.handed_out)
     values[OUTPUTS][0] += held
     values[OUTPUTS][turn + 1] -= held
-    cumulated = {name: changes.cumsum()[:-1] for name, changes in values.items()}
-    on_host = on_host.cumsum()[:-1]
-    return Liveness(cumulated, tuple(fetches), storages.static_bytes, len(nodes), largest, on_host)
+    return Liveness(
+        {name: _cumulated(changes) for name, changes in values.items()}, tuple(fetches), storages.static_bytes,
+        len(nodes), np.array(largest, dtype=np.int64), _cumulated(on_host),
+    )  # fmt: skip
+
+
+def _cumulated(changes: list[int]) -> np.ndarray:
+    """What the changes up to each position add up to; the last one is behind the program."""
+    return np.array(changes, dtype=np.int64).cumsum()[:-1]
 
 
 def _workspace_bytes(node: fx.Node, program: Program) -> int:
@@ -154,9 +161,11 @@ class _Storages:
         elif sources:
             self.held[node] = [s for source in sources for s in self.held[source]]
         else:
+            held = self.held[node]
             for i, num_bytes in enumerate(storage_bytes(node, self._bytes_of)):
-                self.held[node].append((node, i))
-                self.sizes[node, i], self.origin[node, i] = num_bytes, node
+                storage = node, i
+                held.append(storage)
+                self.sizes[storage], self.origin[storage] = num_bytes, node
 
     def _bytes_of(self, node: fx.Node) -> int:
         """Bytes of the storages behind a value; for an input, whose storage is unknown, of the value itself."""
@@ -167,9 +176,11 @@ class _Storages:
         order = {node: i for i, node in enumerate(nodes)}
         spans: dict[Hashable, tuple[int, int]] = {}
         for node, held in self.held.items():
-            end = max((order[user] for user in node.users), default=order[node])
+            if not held:
+                continue
+            here = order[node]
+            end = max(map(order.__getitem__, node.users), default=here)
             for storage in held:
-                start, last = spans.get(storage, (order[node], 0))
-                last = len(nodes) - 1 if storage in self.handed_out else max(last, end)
-                spans[storage] = (start, last)
+                start, last = spans.get(storage, (here, 0))
+                spans[storage] = start, len(nodes) - 1 if storage in self.handed_out else max(last, end)
         return spans

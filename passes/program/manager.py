@@ -16,6 +16,7 @@ from functools import reduce
 from pathlib import Path
 
 from ...runtime.isa.errors import ArgumentError, VerificationError, did_you_mean, wrong_argument
+from ...runtime.isa.torch_private import calls_by_target
 from .plan import Plan
 from .program import Program
 from .text import print_program, target_text
@@ -127,7 +128,7 @@ def _facts_behind(current: Pass, facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
 
 
 def _count(program: Program) -> Counter[str]:
-    counts = Counter(node.target for node in program.computes)
+    counts = calls_by_target(program.graph)
     return Counter({target if isinstance(target, str) else target_text(target): n for target, n in counts.items()})
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from ...runtime.isa.instructions import MICROBATCH, PLACED
+from ...runtime.isa.torch_private import set_arguments
 from .names import identifier
 from .types import TensorType, Type, infer
 
@@ -157,7 +158,8 @@ class Program:
         schema = getattr(target, "_schema", None)
         name = name or (schema.name.split("::")[-1] if schema is not None else target.__name__)
         with self.graph.inserting_before(before):
-            node = self.graph.create_node("call_function", target, args, kwargs, name=identifier(name))
+            node = self.graph.create_node("call_function", target, name=identifier(name))
+        set_arguments(node, args, kwargs)
         if target in PLACED:
             origin = Note(phase=origin.phase, action=origin.action)
         node.meta[_KEY] = replace(origin, type=infer(target, args, kwargs, type_of), role="", chunk=None,
@@ -229,8 +231,9 @@ class Program:
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            values[node] = _copied(graph, node, values.__getitem__)
-            values[node].name = node.name
+            values[node] = copy = _copied(graph, node, values.__getitem__)
+            if copy.name != node.name:
+                copy.name = node.name
         functions = {name: function.copy() for name, function in self.functions.items()}
         return Program(self.name, graph, dict(self.constants), functions, dict(self.sources), self.is_fused)
 
@@ -241,7 +244,7 @@ def _copied(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], fx.Node])
     takes longer than everything else here."""
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value) if node.kwargs else {}
     copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-    copy.args, copy.kwargs = args, kwargs
+    set_arguments(copy, args, kwargs)
     copy.meta.update(node.meta)
     return copy
 
