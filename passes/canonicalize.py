@@ -24,7 +24,7 @@ from torch import fx
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Program, aliased_inputs, is_random, note, tensor_type, type_of, writes
-from .program.types import freeze
+from .program.types import TensorType, freeze
 from .program.verify import NO_OPS, canonical
 
 TRANSPOSE, CLONE, VIEW = torch.ops.aten.t.default, torch.ops.aten.clone.default, torch.ops.aten.view.default
@@ -55,13 +55,15 @@ def canonicalize(program: Program, plan: Plan) -> None:
 def _copies_what_nobody_else_reads(clone: fx.Node) -> bool:
     """Whether all of the memory that is copied was made for this copy alone, as where dropout is 0. What a copy of a
     part is made of may be freed."""
-    value = clone.args[0]
+    value = whole = clone.args[0]
     if type_of(value) != type_of(clone):
         return False
     while value.op == "call_function" and len(value.users) == 1:
+        if isinstance(type_of(value), TensorType):  # and not a tuple of results, each of a memory of its own
+            whole = value
         aliased = [*aliased_inputs(value)]
         if not aliased:
-            return tensor_type(value).num_bytes == tensor_type(clone).num_bytes
+            return tensor_type(whole).num_bytes == tensor_type(clone).num_bytes
         if len(aliased) > 1:
             return False
         value = aliased[0]

@@ -28,7 +28,11 @@ def before(
     e2: "f32[32]" = aten.view.default(e1, [32])
     f: "f32[8, 4]" = aten.neg.default(x)
     f1: "f32[32]" = aten.view.default(f, [32])
-    return {"output:0": g5, "output:1": x1, "output:2": s2, "output:3": e2, "output:4": f1}
+    n: "(f32[8, 4], f32[8, 1], f32[8, 1])" = aten.native_layer_norm.default(x, [4], None, None, 1e-05)
+    n1: "f32[8, 4]" = n[0]
+    n2: "f32[8, 4]" = aten.clone.default(n1)
+    n3: "f32[8, 4]" = aten.tan.default(n2)
+    return {"output:0": g5, "output:1": x1, "output:2": s2, "output:3": e2, "output:4": f1, "output:5": n3}
 
 
 def after(
@@ -53,4 +57,7 @@ def after(
     e2: "f32[32]" = aten.view.default(e, [32])
     f: "f32[8, 4]" = aten.neg.default(x)
     f1: "f32[32]" = aten.view.default(f, [32])
-    return {"output:0": g5, "output:1": x1, "output:2": s2, "output:3": e2, "output:4": f1}
+    n: "(f32[8, 4], f32[8, 1], f32[8, 1])" = aten.native_layer_norm.default(x, [4], None, None, 1e-05)
+    n1: "f32[8, 4]" = n[0]
+    n3: "f32[8, 4]" = aten.tan.default(n1)
+    return {"output:0": g5, "output:1": x1, "output:2": s2, "output:3": e2, "output:4": f1, "output:5": n3}
