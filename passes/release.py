@@ -8,21 +8,20 @@
                                              geminifx.release(w0, 0)
     c1 = geminifx.fetch(1, ...)              c1 = geminifx.fetch(1, ...)
 
-If the next chunk instruction is near, the release moves down to it, so that compute stays in one piece for `cluster`;
-not past a buffer for gradients, which takes as much memory as the chunk.
+If the next chunk instruction is near, the release moves down to it, so that compute stays in one piece for `cluster`.
 If a chunk's gradients are complete while something still reads its weights, their reduce waits for that reader: the
 chunk's states then follow in order, COMPUTE, HOLD_AFTER_BACKWARD, READY_FOR_REDUCE.
 """
 
 from torch import fx
 
-from ..runtime.isa.instructions import ACCUMULATE_GRAD, GRADIENTS, PLACED, REDUCE, RELEASE, TURN, WAIT
+from ..runtime.isa.instructions import ACCUMULATE_GRAD, PLACED, REDUCE, RELEASE, TURN, WAIT
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Program, note
 from .program.verify import all_readers, chunked, released
 
-NEAR = 8
+NEAR = 6
 """How many operators a chunk may outlive its last reader by: enough for a residual addition, a dropout and some
 views."""
 
@@ -47,8 +46,6 @@ def _next_instruction(last: fx.Node) -> fx.Node:
     """The node to release in front of: the next instruction if it is near, else the node after `last`."""
     node = last.next
     for _ in range(NEAR):
-        if node.target is GRADIENTS:
-            break
         if node.op != "call_function" or node.target in PLACED or node.target is TURN:
             return node
         node = node.next

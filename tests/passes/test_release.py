@@ -5,6 +5,6 @@ from geminifx.passes.program.plan import Plan
 from geminifx.passes.release import release
 
 
-@pytest.mark.parametrize("case", ["last_reader_through_views", "at_once", "before_gradients", "then_reduce"])
+@pytest.mark.parametrize("case", ["last_reader_through_views", "at_once", "then_reduce"])
 def test_before_and_after(golden, case):
     golden(case, release, Plan())
