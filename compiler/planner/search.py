@@ -199,7 +199,10 @@ class _Search:
         whole = self._with_loss(replace(plan, recompute=given.blocks))
         none = self._complete(replace(whole[0].plan, recompute=()))
         between = [self._between(each, self._blocks(whole[0].plan, none.plan)) for each in whole]
-        return [none, *(solution for found in between for solution in found), *whole]  # the least memory comes last
+        found = [none, *(one for some in between for one in some), *whole]  # the least memory comes last
+        if self._best(found) is None:  # of few blocks, what recomputing needs may be more than what it saves
+            found[:0] = [self._complete(replace(each.plan, recompute=())) for each in whole[1:]]
+        return found
 
     def _between(self, whole: Solution, blocks: Blocks) -> list[Solution]:
         """Lowers the plan that the integer program suggests, refines the blocks' costs by it, and repeats until the
