@@ -26,6 +26,7 @@ from torch import fx
 
 from ..runtime.isa.errors import ShardingError
 from ..runtime.isa.instructions import MICROBATCH
+from ..runtime.isa.layout import contiguous_stride
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.mesh import (
     PARTIAL,
@@ -40,7 +41,7 @@ from ..runtime.isa.mesh import (
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Program, annotate, microbatches_of, note, type_of
-from .program.types import NumberType, TensorType, contiguous_stride
+from .program.types import NumberType, TensorType
 from .program.verify import canonical, sharded
 from .sharding.engine import Sharder, Value
 from .sharding.modes import roles_of

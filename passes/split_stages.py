@@ -44,13 +44,14 @@ from torch import fx
 
 from ..runtime.isa.errors import ShardingError
 from ..runtime.isa.instructions import AVERAGE, FINISH_SEND, MICROBATCH, RECEIVE, SEND
+from ..runtime.isa.layout import contiguous_stride
 from ..runtime.isa.linear_cross_entropy import ABSENT
 from ..runtime.isa.precision import accumulate_dtype
 from ..runtime.isa.schedule import Action
 from .program.manager import graph_pass
 from .program.plan import Plan
 from .program.program import Note, Phase, Program, annotate, note, tensor_type, type_of
-from .program.types import TensorType, contiguous_stride, memory_order
+from .program.types import TensorType, memory_order
 from .program.verify import canonical
 from .splitting.draws import draw_ahead
 from .splitting.fitting import check_fit

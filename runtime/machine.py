@@ -10,7 +10,7 @@ from torch import Tensor
 from .distributed.point_to_point import Messages
 from .distributed.ranks import ALONE, Ranks
 from .isa.errors import GeminiError
-from .isa.instructions import left_by_sum, microbatch
+from .isa.instructions import microbatch, summed_shape
 from .isa.layout import verified_view
 from .kernels.random_state import fork, generator_of
 from .memory.chunks import Chunk, State
@@ -95,7 +95,7 @@ class Machine:
     @staticmethod
     def put_sum(gradients: Tensor, offset: int, terms: Tensor, dims: list[int]) -> None:
         """Writes the sum of `terms` over `dims` as one parameter's gradient into a flat chunk of gradients."""
-        torch.sum(terms, dims, out=verified_view(gradients, offset, left_by_sum(terms, dims)))
+        torch.sum(terms, dims, out=verified_view(gradients, offset, summed_shape(terms.shape, dims)))
 
     def reduce(self, gradients: Tensor, index: int, slots: list[int]) -> None:
         """A chunk's gradients are complete: starts to move those of `slots` to the chunk's master."""

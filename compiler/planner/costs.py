@@ -47,9 +47,8 @@ def _put_product(node: fx.Node) -> int:
 
 
 def _put_sum(node: fx.Node) -> int:
-    terms, dims = tensor_type(node.args[2]), node.args[3]
-    sums = prod(size for dim, size in enumerate(terms.shape) if dim not in dims)
-    return _num_bytes(terms) + sums * terms.dtype.itemsize
+    terms = tensor_type(node.args[2])
+    return _num_bytes(terms) + prod(isa.summed_shape(terms.shape, node.args[3])) * terms.dtype.itemsize
 
 
 def _pieces_of_logits(passes: int) -> Callable[[fx.Node], int]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ...runtime.isa.fakes import FaithfulFakeMode
+from ...runtime.isa.layout import contiguous_stride
 
 DTYPE_TEXT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -23,15 +24,6 @@ DTYPE_TEXT = {
     torch.bool: "b8", torch.complex64: "c64",
 }  # fmt: skip
 TEXT_DTYPE = {text: dtype for dtype, text in DTYPE_TEXT.items()}
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides as torch computes them: a dimension of size 0 counts as 1."""
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from ...runtime.isa.instructions import (
     START_REDUCE_SCATTER,
     SWAP_RNG,
 )
+from ...runtime.isa.layout import contiguous_stride
 from ..program.program import Program, aliased_inputs, annotate, note, tensor_type, writes
-from ..program.types import contiguous_stride
 
 aten = torch.ops.aten
 

@@ -148,13 +148,13 @@ def _put_product(gradients: Tensor, offset: int, left: Tensor, right: Tensor) ->
     torch.mm(left, right, out=parameter_view(gradients, offset, (left.shape[0], right.shape[1])))
 
 
-def left_by_sum(terms: Tensor, dims: Sequence[int]) -> list[int]:
-    """The shape of a sum over `dims`, counted from 0."""
-    return [size for dim, size in enumerate(terms.shape) if dim not in dims]
+def summed_shape(shape: Sequence[int], dims: Sequence[int]) -> list[int]:
+    """The shape of a sum over `dims`, counted from 0, of a tensor of this shape."""
+    return [size for dim, size in enumerate(shape) if dim not in dims]
 
 
 def _put_sum(gradients: Tensor, offset: int, terms: Tensor, dims: Sequence[int]) -> None:
-    torch.sum(terms, dims, out=parameter_view(gradients, offset, left_by_sum(terms, dims)))
+    torch.sum(terms, dims, out=parameter_view(gradients, offset, summed_shape(terms.shape, dims)))
 
 
 def _alike(tensor: Tensor) -> Tensor:

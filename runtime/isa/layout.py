@@ -27,6 +27,15 @@ def alignment(dtype: torch.dtype, unit: int = 1) -> int:
     return max(ALIGNMENT_BYTES // dtype.itemsize, unit)
 
 
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides as torch computes them: a dimension of size 0 counts as 1."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
 def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     """One parameter's view of a flat chunk; `offset` counts elements."""
     return flat.narrow(0, offset, prod(shape)).view(shape)
@@ -35,10 +44,7 @@ def parameter_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
 def verified_view(flat: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     """The same as `parameter_view`, for places that were checked when the program was made, in one operator instead of
     two: programs take hundreds of views a step, and small batches wait for the thread that launches them."""
-    strides, numel = [0] * len(shape), 1
-    for dim in range(len(shape) - 1, -1, -1):
-        strides[dim], numel = numel, numel * max(shape[dim], 1)
-    return flat.as_strided(shape, strides, flat.storage_offset() + offset)
+    return flat.as_strided(shape, contiguous_stride(shape), flat.storage_offset() + offset)
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from ..isa.attention import RNG_BYTES, Problem, check_attention
+from ..isa.layout import contiguous_stride
 from ..isa.precision import accumulate_dtype
 from .attention_backends import BACKWARD, FORWARD, Saved, route, seeing_rows
 
 
 def _dense(tensor: Tensor) -> Tensor:
     """Makes a tensor contiguous with canonical strides, also in dimensions of size 1, as the fake kernel has them."""
-    tensor, shape = tensor.contiguous(), tensor.shape
-    stride, step = [1] * len(shape), 1
-    for dim in range(len(shape) - 1, -1, -1):
-        stride[dim], step = step, step * max(shape[dim], 1)
-    return tensor if tensor.stride() == tuple(stride) else tensor.as_strided(shape, stride, tensor.storage_offset())
+    tensor, stride = tensor.contiguous(), contiguous_stride(tensor.shape)
+    return tensor if tensor.stride() == stride else tensor.as_strided(tensor.shape, stride, tensor.storage_offset())
 
 
 def _lay_out(tensor: Tensor) -> Tensor:

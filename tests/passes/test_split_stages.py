@@ -17,10 +17,10 @@ from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import note, tensor_type, type_of
 from geminifx.passes.program.text import parse_program
-from geminifx.passes.program.types import contiguous_stride
 from geminifx.passes.split_stages import split_stages
 from geminifx.runtime.isa.errors import ShardingError
 from geminifx.runtime.isa.instructions import RECEIVE, SEND, TURN
+from geminifx.runtime.isa.layout import contiguous_stride
 from geminifx.runtime.isa.schedule import Action, Schedule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))

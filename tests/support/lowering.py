@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from all_ranks import assemble, run_parts, scatter
 from geminifx.passes.program.program import annotate, note
-from geminifx.passes.program.types import TensorType, contiguous_stride
+from geminifx.passes.program.types import TensorType
 from geminifx.passes.sharding.engine import Sharder, Value
 from geminifx.passes.sharding.modes import Role
 from geminifx.passes.sharding.special import SPECIAL
+from geminifx.runtime.isa.layout import contiguous_stride
 from geminifx.runtime.isa.mesh import Axis, Mesh, Placements, local_shape
 from one_call import OneCall
 from torch import Tensor

@@ -90,9 +90,7 @@ def alone_for(ranks: int) -> Iterator[None]:
     def of(mesh_of: Any, device: torch.device, reduce_dtype: Any = "fp32", *_: Any) -> Ranks:
         return Ranks(mesh_of(ranks), launched=False, on_this_host=ranks, reduce_dtype=reduce_dtype)
 
-    most = mock.patch.object(
-        _LOWERED, "most", 10_000
-    )  # of all that is planned first, and looked for from the beginning
+    most = mock.patch.object(_LOWERED, "most", 10_000)  # all is planned first, and looked for from the beginning
     with most, mock.patch.object(Ranks, "of", of), torch.random.fork_rng(devices=[]):
         yield
 

@@ -8,13 +8,13 @@ import torch
 from geminifx.passes.program.types import (
     DTYPE_TEXT,
     TensorType,
-    contiguous_stride,
     freeze,
     infer,
     parse_type,
     type_of_value,
     type_text,
 )
+from geminifx.runtime.isa.layout import contiguous_stride
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx

@@ -10,12 +10,13 @@ from geminifx.passes.canonicalize import canonicalize
 from geminifx.passes.program.manager import run_passes
 from geminifx.passes.program.program import Program, annotate, is_random, note
 from geminifx.passes.program.text import parse_program
-from geminifx.passes.program.types import TensorType, contiguous_stride
+from geminifx.passes.program.types import TensorType
 from geminifx.passes.recompute import recompute
 from geminifx.passes.shard import shard
 from geminifx.passes.sharding.engine import Sharder, Value
 from geminifx.passes.sharding.modes import Role
 from geminifx.runtime.isa.instructions import FORK_RNG, SWAP_RNG
+from geminifx.runtime.isa.layout import contiguous_stride
 from geminifx.runtime.isa.mesh import REPLICATE, Axis, Mesh, Placements, Shard, local_shape
 from sharding import declared, plan_for, whole_step
 from torch import Tensor

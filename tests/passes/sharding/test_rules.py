@@ -8,12 +8,13 @@ import pytest
 import torch
 from all_ranks import run_parts, scatter
 from geminifx.passes.program.program import Program
-from geminifx.passes.program.types import TensorType, contiguous_stride
+from geminifx.passes.program.types import TensorType
 from geminifx.passes.sharding.engine import Sharder, Value, divides
 from geminifx.passes.sharding.modes import MODES, SEQUENCE, Role
 from geminifx.passes.sharding.rules import RULES, Call, Row, rule_for, view_dim
 from geminifx.passes.sharding.special import SPECIAL
 from geminifx.runtime.isa.errors import ShardingError
+from geminifx.runtime.isa.layout import contiguous_stride
 from geminifx.runtime.isa.mesh import (
     PARTIAL,
     REPLICATE,
