@@ -82,8 +82,8 @@ MAKERS = ("NVIDIA ", "Tesla ", "GeForce ")
 
 FP32_SHARE = 0.8
 KERNEL_S, LAUNCH_S = 1.5e-6, 20e-6
-"""Launches by the processor of a fast server; 30 to 40 us were measured on the machine of an H200, where a step of
-OPT-1.3B with one sequence, all on the device, took 62 to 87 ms."""
+"""The least that an operator takes on the device, and what launching one takes a server's processor: a guess, below
+what the steps of small batches on an H200's machine suggest (docs/measured.md)."""
 NETWORK_LATENCY_S = 20e-6
 
 
