@@ -18,8 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import lasting_imports
 import more_models  # noqa: F401
+import torch
 import zoo  # noqa: F401
 from torch.multiprocessing import get_context, start_processes
+
+# Autograd starts a thread for each GPU at its first backward, after which no process that runs one can be forked. Fake
+# tensors make it believe in one where torch is built for CUDA, so the first backward comes before them.
+torch.ones((), requires_grad=True).backward()
 
 
 def run(rank: int, script: str, arguments: list[str]) -> None:

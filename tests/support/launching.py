@@ -38,7 +38,7 @@ def torchrun(
 
 def forked(script: Path, *arguments: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
     """Run a script on ranks that are forked from one process, which takes less than torchrun does: most of what a short
-    one takes are imports. Not for those that use GPUs. Raises TimeoutExpired where it is not done in time."""
+    one takes are imports. They see no GPU. Raises TimeoutExpired where it is not done in time."""
     command = [sys.executable, str(FORKED), str(ranks), str(script), *arguments]
     with _meeting(ranks, meeting_store()) as environment:
         return subprocess.run(
@@ -53,9 +53,10 @@ def meeting_store() -> dist.TCPStore:
 
 @contextmanager
 def _meeting(ranks: int, store: dist.TCPStore, start: int = 0) -> Iterator[dict[str, str]]:
-    """The environment of ranks that meet at a store which this process holds, as torchrun does."""
+    """The environment of ranks that meet at a store which this process holds, as torchrun does. They see no GPU: where
+    autograd has started its threads for one, no process can be forked that runs a backward."""
     yield {
-        **os.environ, **THREADS,
+        **os.environ, **THREADS, "CUDA_VISIBLE_DEVICES": "",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(start),
     }  # fmt: skip
@@ -104,7 +105,7 @@ def ranks_of(
     start: int = 0,
 ) -> list[tuple[int, str]]:
     """Run a script on ranks that are forked from one process, and let each live on when another dies. Returns their
-    exit codes and outputs. Not for those that use GPUs.
+    exit codes and outputs. They see no GPU.
 
     This process holds the store that they meet at, as torchrun does, which keeps it for every `start`. Raises
     TimeoutExpired where one is not done in time; all of them are ended.
