@@ -11,8 +11,8 @@ bfloat16 or codes, on one repeated batch of random tokens. It counts where it ma
 the steps, the loss falls, and the device's memory, as the driver reports it, stays within the budget; what the host may
 hold is a budget, too. Weights are made from one random block (`random_models.fill`), since drawing billions would take
 minutes, and leave their own memory as chunks take them over: there is no second copy. Codes are those of one random
-weight of each shape; what is frozen as bfloat16 may be more than the host holds, and is drawn right into its chunks by
-the modules' own initialisers. float16 has a loss scale, for which updates wait for `step()`. With --plan-only nothing
+weight of each shape; what is frozen as bfloat16 may be more than the host holds, and is read from views of that block
+(`random_models.overlapping`). float16 has a loss scale, for which updates wait for `step()`. With --plan-only nothing
 is allocated and nothing runs. On a machine without a GPU the device is an arena in RAM, which shows that it works.
 """
 
@@ -36,7 +36,7 @@ from geminifx.runtime.isa.units import format_bytes, parse_bytes
 from geminifx.runtime.kernels.packed import Packed
 from geminifx.runtime.kernels.quantized import quantize
 from measuring import bytes_in_use
-from random_models import config_of, empty_model, fill, norm_weight, random_model
+from random_models import config_of, empty_model, fill, norm_weight, overlapping, random_model
 from systems.base import synchronize
 from task import random_sequences
 from torch import nn
@@ -126,7 +126,10 @@ def planned(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
                                 moments=args.moments, masters=args.masters)  # fmt: skip
     model.prepare(**inputs(args))
     if args.lora and args.frozen == "bf16" and not args.plan_only:
-        model.initialize(seed=0)
+        norm = norm_weight(source.config)
+        model.load_state_dict(
+            {name: overlapping(name, p.shape, norm) for name, p in source.named_parameters(remove_duplicate=False)}
+        )
     plan = model.plan
     print(plan, flush=True)
     told = {

@@ -194,6 +194,19 @@ def fill(name: str, weight: Tensor, norm: float = 1.0, first: int = 0) -> None:
             done, start = done + length, 0
 
 
+def overlapping(name: str, shape: torch.Size, norm: float = 1.0) -> Tensor:
+    """Return values for a weight as `fill` gives them, bfloat16; a matrix's take no memory of their own.
+
+    Its rows are parts of the block that overlap. So more weights than the host holds can be loaded.
+    """
+    if len(shape) != 2:
+        values = torch.empty(shape, dtype=torch.bfloat16)
+        fill(name, values, norm)
+        return values
+    rows, columns = shape
+    return _block(torch.device("cpu")).as_strided((rows, columns), ((BLOCK - columns) // rows, 1))
+
+
 @cache
 def _block(device: torch.device) -> Tensor:
     """Return the random values on `device`, bfloat16 [BLOCK]."""

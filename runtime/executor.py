@@ -23,7 +23,7 @@ from .distributed.ranks import NOTHING, Exchanges
 from .isa.errors import BudgetError, GeminiError, StateError, as_cause
 from .isa.instructions import INSTRUCTIONS
 from .isa.operators import OPERATORS
-from .isa.torch_private import will_accumulate
+from .isa.torch_private import below_autograd, will_accumulate
 from .kernels.fused import kernel_of
 from .machine import Machine
 from .memory.state_store import Run
@@ -108,7 +108,7 @@ class Executor:
         metered."""
         machine = self.machine
         try:
-            with torch.no_grad(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
+            with torch.no_grad(), below_autograd(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
                 machine.run = run
                 machine.ranks.begin(*self._announced(run))
                 machine.messages.begin()

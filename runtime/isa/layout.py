@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from math import prod
 from typing import Literal
@@ -29,6 +29,11 @@ def alignment(dtype: torch.dtype, unit: int = 1) -> int:
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides as torch computes them: a dimension of size 0 counts as 1."""
+    return _contiguous_stride(tuple(shape))
+
+
+@cache
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     stride, step = [], 1
     for size in reversed(shape):
         stride.append(step)

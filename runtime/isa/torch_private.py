@@ -75,7 +75,7 @@ DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, Uns
 __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
-    "annotate_modules", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
+    "annotate_modules", "below_autograd", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
     "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
     "set_arguments", "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs",
     "watch_clipping", "will_accumulate", "wrapper_parameter",
@@ -120,6 +120,9 @@ def plain_dispatch() -> Iterator[None]:
         finally:
             torch._C._set_mkldnn_enabled(enabled)
 
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which operators pass autograd by. Under no_grad it would only look at each of them."""
 
 plain_results = torch._C._disabled_torch_function_impl
 """A `__torch_function__` of tensor classes whose operators return plain tensors."""

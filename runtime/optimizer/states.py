@@ -254,27 +254,29 @@ class ChunkState:
     def ranges(self, schedule: Schedule, *, counts: bool = True) -> list[Range]:
         """The ranges to update, merging neighbours with equal hyper-parameters; masters that are rounded never merge,
         because every parameter has a key of its own. With `counts`, this is one more step of each parameter."""
-        found: list[Range] = []
+        begun: list[tuple[int, Hyper, int, tuple[int, ...] | None]] = []  # what ranges are made of, but for their ends
+        ends: list[int] = []
         joins, together = False, max((unit(moment.dtype) for moment in self.moments), default=1)
         asked = [slot for slot in range(len(self.layout.slots)) if slot in self.present]
         hypers = schedule([(self.layout.slots[slot].name, self.steps[slot] + 1) for slot in asked])
         hyper_of = dict(zip(asked, hypers, strict=True))
         for slot, place in self.layout.in_order:
-            hyper = hyper_of.get(slot)
+            hyper, numel = hyper_of.get(slot), place.numel
             if hyper is None:
                 joins = False
                 continue
             self.steps[slot] += counts  # of every parameter on every process, even where its shard is empty
-            if place.numel == 0:
+            if numel == 0:
                 continue
-            end = min(place.offset + -(-place.numel // together) * together, self.layout.numel)
-            if joins and found[-1].hyper == hyper:
-                found[-1] = Range(found[-1].start, end, hyper)
+            end = min(place.offset + -(-numel // together) * together, self.layout.numel)
+            if joins and (hyper is begun[-1][1] or hyper == begun[-1][1]):
+                ends[-1] = end
             else:
-                first = self.firsts[slot] if self.firsts else 0
-                found.append(Range(place.offset, end, hyper, first, place.shape if self.layout.is_whole else None))
+                shape = place.shape if self.layout.is_whole else None
+                begun.append((place.offset, hyper, self.firsts[slot] if self.firsts else 0, shape))
+                ends.append(end)
             joins = not self.layout.is_whole
-        return found
+        return [Range(start, end, hyper, first, shape) for (start, hyper, first, shape), end in zip(begun, ends, strict=True)]
 
     def call_off(self) -> None:
         """Drops the update that was begun early: the step will not ask for it."""
