@@ -108,7 +108,12 @@ class Executor:
         metered."""
         machine = self.machine
         try:
-            with torch.no_grad(), below_autograd(), torch.autocast(machine.device.type, enabled=False), self._metered(input_bytes):
+            with (
+                torch.no_grad(),
+                below_autograd(),
+                torch.autocast(machine.device.type, enabled=False),
+                self._metered(input_bytes),
+            ):
                 machine.run = run
                 machine.ranks.begin(*self._announced(run))
                 machine.messages.begin()

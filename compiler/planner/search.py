@@ -332,7 +332,9 @@ class _Search:
             return best
         others = [self._complete(replace(plan, prefetch=ahead), ASSUMED) for ahead in FURTHER]
         further = self._best(others) or best
-        return further if _step_s(further) < (1 - AHEAD_GAIN) * _step_s(best) else best
+        if _step_s(further) >= (1 - AHEAD_GAIN) * _step_s(best):
+            return best
+        return further if self.given.recompute is not None else self._refined(further)
 
 
 def difference(plan: Plan, other: Plan) -> dict[str, str]:

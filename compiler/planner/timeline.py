@@ -17,7 +17,7 @@ from ...passes.program.types import freeze
 from ...runtime.isa import instructions as isa
 from ..rates.rates import Rates
 from .communication import traffic_of
-from .costs import is_free, kernel_s, operators
+from .costs import is_free, kernel_s, launches, operators
 
 
 class Carrier(Enum):
@@ -48,8 +48,17 @@ Instruction = tuple[float, fx.node.Target, Subject]
 ABOUT_CHUNKS = frozenset({isa.FETCH, isa.WAIT, isa.REDUCE, isa.ACCUMULATE_GRAD})
 """Instructions about a chunk; all others are about transfers."""
 
-Event = float | tuple[fx.node.Target, Subject]
-"""What the clock reads of one operator: its seconds on the device, or an instruction."""
+
+@dataclass(frozen=True)
+class Work:
+    """An operator that the device runs for `device_s`, and whose launch takes that of `launches` usual operators."""
+
+    device_s: float
+    launches: int
+
+
+Event = Work | tuple[fx.node.Target, Subject]
+"""What the clock reads of one operator: the device's work, or an instruction."""
 
 
 @dataclass
@@ -125,25 +134,28 @@ def timeline(program: Program, plan: Plan, rates: Rates) -> Timeline:
 
 def events(program: Program, plan: Plan, rates: Rates) -> Iterator[tuple[fx.Node, Event]]:
     """What the clock reads of each operator, in order; operators that neither take time nor wait are left out."""
-    reading, known = _Reading(plan), dict[object, float]()
+    reading, known = _Reading(plan), dict[object, Work]()
     for node in operators(program):
         about = FOLLOWED[node.target](node, reading) if node.target in FOLLOWED else None
         if about is not None:
             yield node, (node.target, about)
         elif not is_free(node):
             kind = node.target, freeze((node.args, node.kwargs), type_of)
-            yield node, known[kind] if kind in known else known.setdefault(kind, kernel_s(node, rates))
+            if kind not in known:
+                known[kind] = Work(kernel_s(node, rates), launches(node.target))
+            yield node, known[kind]
 
 
 def laid_out(found: Iterable[Event], launch_s: float) -> Timeline:
-    """The timeline of events, each of which takes `launch_s` of the launching thread."""
+    """The timeline of events; a usual operator takes `launch_s` of the launching thread."""
     made = Timeline([], 0.0, 0.0)
     for event in found:
-        made.launching_s += launch_s
-        if isinstance(event, tuple):
-            made.instructions.append((made.compute_s, *event))
+        if isinstance(event, Work):
+            made.launching_s += launch_s * event.launches
+            made.busy_s += event.device_s
+            made.compute_s = max(made.compute_s, made.launching_s) + event.device_s
         else:
-            made.busy_s += event
-            made.compute_s = max(made.compute_s, made.launching_s) + event
+            made.launching_s += launch_s * launches(event[0])
+            made.instructions.append((made.compute_s, *event))
     made.compute_s = max(made.compute_s, made.launching_s)
     return made

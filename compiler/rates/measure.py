@@ -14,6 +14,7 @@ from torch import distributed as dist
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.layout import verified_view
 from ...runtime.isa.moments import Moments, stored_dtype, stored_numel
+from ...runtime.isa.torch_private import below_autograd
 from ...runtime.kernels.device_updates import DeviceKernel
 from ...runtime.kernels.host_updates import HostKernel
 from ...runtime.kernels.split_pairs import SplitPair
@@ -181,7 +182,8 @@ class Bench:
             scale, shift = (verified_view(chunk, size * size + i * size, (size,)) for i in (1, 2))
             torch.add(torch.native_layer_norm(h, [size], scale, shift, 1e-5)[0], x)
 
-        return seconds_each(run, self.wait, self.effort.each_s, choose=min) / 3
+        with torch.no_grad(), below_autograd():
+            return seconds_each(run, self.wait, self.effort.each_s, choose=min) / 3
 
     def _tiny(self) -> Run:
         x = torch.ones(64, device=self.device)

@@ -174,7 +174,7 @@ def cudnn_backward(
     problem: Problem,
 ) -> Triple:
     """Gradients of `cudnn_forward`. Without dropout the random state is not read."""
-    lengths, unused = (tensors[0].shape[2], tensors[1].shape[2]), saved.logsumexp.new_zeros((), dtype=torch.int64)
+    lengths, unused = (tensors[0].shape[2], tensors[1].shape[2]), saved.logsumexp.new_empty((), dtype=torch.int64)
     grads: Triple = aten._scaled_dot_product_cudnn_attention_backward(
         grad, *tensors, saved.out, saved.logsumexp.unsqueeze(-1), unused, unused, None, None, None, *lengths,
         0.0, problem.causal, scale=problem.scale,

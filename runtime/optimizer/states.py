@@ -276,7 +276,10 @@ class ChunkState:
                 begun.append((place.offset, hyper, self.firsts[slot] if self.firsts else 0, shape))
                 ends.append(end)
             joins = not self.layout.is_whole
-        return [Range(start, end, hyper, first, shape) for (start, hyper, first, shape), end in zip(begun, ends, strict=True)]
+        return [
+            Range(start, end, hyper, first, shape)
+            for (start, hyper, first, shape), end in zip(begun, ends, strict=True)
+        ]
 
     def call_off(self) -> None:
         """Drops the update that was begun early: the step will not ask for it."""

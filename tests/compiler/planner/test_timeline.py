@@ -46,6 +46,16 @@ def test_a_device_that_has_nothing_to_do_waits_for_launches() -> None:
     assert found.busy_s == pytest.approx(1.0 + 4 * 4e-6)
 
 
+def test_an_attention_and_an_update_take_the_launching_thread_longer_than_other_operators() -> None:
+    heads = 'h: "f32[1, 10, 1000, 50]" = aten.view.default(x, [1, 10, 1000, 50])'
+    types = "(f32[1, 10, 1000, 50]{500000, 50, 500, 1}, f32[1, 10, 1000], u8[0])"
+    attention = f'a: "{types}" = geminifx.attention(h, h, h, None, 1.0, True, 0.0, 0)'
+    reduce = ['g: "f32[100]" = geminifx.gradients(100, torch.float32)', "geminifx.reduce(g, 0, [0])"]
+    few, some = read(SMALL[0], launch_s=0.1), read(SMALL[0], heads, attention, launch_s=0.1)
+    assert few.launching_s == pytest.approx(0.1) and some.launching_s == pytest.approx(0.1 * (1 + 5))
+    assert read(*reduce, launch_s=0.1).launching_s == pytest.approx(0.1 * (1 + 9)), "zeros, and the update"
+
+
 def test_equal_operators_of_other_types_cost_what_their_types_do() -> None:
     smaller = 's: "f32[1000, 250]{500, 1}" = aten.slice.Tensor(x, 1, 0, 250)'
     found = read(SMALL[0], smaller, 'e: "f32[1000, 250]" = aten.exp.default(s)')
