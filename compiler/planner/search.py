@@ -5,7 +5,7 @@ The search completes combinations of these choices and takes the one that fits w
 1. Recompute no block, every block, or, unless the user says which, the number of blocks that an integer program finds
    from the costs of the first two. The best combination is then refined by recomputing a few blocks more or fewer.
 2. Copy one chunk ahead, or, where nothing else fits, on demand. The best combination is then tried with copies that
-   start earlier.
+   start earlier, and refined again where they do.
 3. Under "auto", give chunks the homes that an integer program finds for the room that the program's peak leaves
    (`home_program`): weights and training states on the device, on the host, or, with our own optimizer, on the host and
    streamed through the device to be updated there. Room that is left over is filled afterwards.
@@ -17,8 +17,7 @@ The search completes combinations of these choices and takes the one that fits w
    memory saved makes up for that, or nothing else fits.
 
 Single chunks of the best plan then move to other homes as long as that shortens the step. The next-best plans are
-recorded as its alternatives. Where nothing fits, the refusal names the smallest budget that would, and what takes the
-space.
+recorded as its alternatives. Where nothing fits, the refusal names the smallest budget that would, and what takes it.
 """
 
 from collections.abc import Sequence
@@ -326,9 +325,8 @@ class _Search:
         offloaded, these would stay on the device for longer. Not in a pipeline, whose ranks may meet in fetches of
         weights without having agreed on a plan."""
         plan, estimate = best.plan, best.plan.estimate
-        if plan.prefetch == 0 or plan.offload or plan.schedule is not None:
-            return best
-        if estimate.bound_s >= (1 - AHEAD_GAIN) * estimate.step_s:
+        may_gain = estimate.bound_s < (1 - AHEAD_GAIN) * estimate.step_s
+        if not may_gain or plan.prefetch == 0 or plan.offload or plan.schedule is not None:
             return best
         others = [self._complete(replace(plan, prefetch=ahead), ASSUMED) for ahead in FURTHER]
         further = self._best(others) or best

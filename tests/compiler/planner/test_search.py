@@ -407,3 +407,19 @@ def test_copies_start_further_ahead_where_that_is_faster(copied_s: float, room: 
     assert found.plan.prefetch == ahead
     if copied_s == 1.0:
         assert found.plan.estimate.step_s == pytest.approx(11 - ahead, rel=1e-3)
+
+
+@pytest.mark.parametrize("given", [None, ()], ids=["the planner chooses", "none are asked for"])
+def test_recomputed_blocks_are_counted_again_where_copies_start_further_ahead(given: tuple[str, ...] | None) -> None:
+    bus = {f"{way}_bytes_per_s": float(WEIGHTS) for way in ("up", "down", "both")}
+    rates = replace(preset("h200"), launch_s=0.0, kernel_s=0.0, memory_bytes_per_s=8 * WIDE / 4, **bus)
+    largest, seen = 4 * (2 * WIDE + 16) + 10 * WEIGHTS, set[tuple[int, int]]()
+
+    def watched(candidate: Plan) -> Weighed:
+        seen.add((candidate.prefetch, len(candidate.recompute)))
+        return uneven(candidate, rates)
+
+    draft = Plan(Request("cpu", largest), layout(trainable=False))
+    found = solve(draft, watched, Limits(largest, 0, 10**9, rates), Constraints(given, ("a", "b")))
+    assert (found.plan.prefetch, found.plan.recompute) == (2, ())
+    assert ((2, 1) in seen) == (given is None)
