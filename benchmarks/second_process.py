@@ -4,8 +4,8 @@
 
 Between two steps the second process takes all of the GPU's memory but `--less` below the most that ours held so far,
 and several steps later it frees that. The plan is to shrink and to grow back. Losses are compared with those of a run
-that is not disturbed. torch's allocator keeps what it has freed, which nobody else can take, so it lets go of that first;
-algorithms are those whose results do not vary.
+that is not disturbed. torch's allocator keeps what it has freed, which nobody else can take, so it lets go of that
+first; algorithms are those whose results do not vary.
 """
 
 import argparse
