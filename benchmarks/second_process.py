@@ -129,7 +129,8 @@ def main(words: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("a second process takes memory of a GPU: run this on a machine with one")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and nothing reads such memory
     task, less_bytes = (
         Task(full_name(args.model), args.batch, args.seq, budget=args.budget),
         parse_bytes(args.less, of=0),

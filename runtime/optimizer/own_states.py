@@ -78,7 +78,7 @@ class OwnStates:
         previous = self._states[index] if index < len(self._states) else None
         unplanned = previous is not None and previous.total is not None and not self.format.keeps_sum(layout)
         self._book(layout, home, home.on_device if unplanned else None)
-        weights, whole = self._weights(layout, home)
+        weights, whole = self._weights(layout, home, self._on_device(chunk, previous))
         number = self.zero.number(layout)
         state = self._allocate(layout.shard(number), home, weights)
         state.firsts = tuple(layout.held(slot, number).start for slot in range(len(layout.slots)))
@@ -134,10 +134,18 @@ class OwnStates:
         host += layout.master_bytes * (total_on_device is False)
         self.hardware.book(layout.name, device, host, purpose or f"the training state of {layout.name}")
 
-    def _weights(self, layout: ChunkLayout, home: Home) -> tuple[Tensor, Tensor | None]:
+    def _on_device(self, chunk: Chunk, state: ChunkState | None) -> Tensor | None:
+        """The whole chunk's weights, where the device has them as long as the state stays where it is."""
+        has_them = state is not None and state.home.weights_on_device and chunk.layout.shards == 1
+        return state.weights if state is not None and has_them else chunk.resident
+
+    def _weights(self, layout: ChunkLayout, home: Home, there: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weights of this process's shard, and for a resident chunk the whole weights; the former are a view of the
-        latter unless they are on the host."""
-        whole = self._zeros(layout.numel, layout.dtype, True) if home.resident else None
+        latter unless they are on the host. Weights that are `there`, on the device, may stay: a state can leave a
+        device that is full."""
+        whole = None
+        if home.resident:
+            whole = self._zeros(layout.numel, layout.dtype, True) if there is None else there
         if not home.weights_on_device:
             return self._zeros(layout.shard_numel, layout.dtype, False, pinned=True), whole
         if whole is None:

@@ -232,6 +232,18 @@ def test_updates_in_the_backward_do_not_begin_where_they_cannot_end() -> None:
     check_bits(training, losses, in_backward=True)
 
 
+def test_a_host_without_room_for_what_would_have_to_leave_the_device_is_told() -> None:
+    training = Training.of(in_backward=True)
+    losses = [training.step(0)]
+    full, host = training.tier.limit_bytes, training.model.session.hardware.host_tier
+    training.tier.limit_bytes, host.limit_bytes = training.least_bytes, host.used_bytes
+    with pytest.raises(BudgetError, match=r"found no room on the host; nothing was updated"):
+        training.forward(1)
+    training.tier.limit_bytes = full
+    losses += [training.step(step) for step in range(1, 3)]
+    check_bits(training, losses, in_backward=True)
+
+
 def test_homes_that_the_user_decided_stay() -> None:
     plan = Training.of().model.plan
     model = compiled(NET, precision="bf16", plan=plan, device_budget=plan.peak_bytes)

@@ -380,6 +380,29 @@ def test_first_those_states_move_that_make_room() -> None:
     assert torch.equal(two.weights(1)[:4], torch.arange(4.0) + 20 - 1)
 
 
+@pytest.mark.parametrize("to", ["host", "host, resident", "streamed, resident"])
+@pytest.mark.parametrize("where", ["device", "host, resident", "streamed, resident"])
+def test_weights_that_the_device_has_stay_where_they_are(where: str, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state leaves a device that is full to the last byte, as another process may make it."""
+    two, made = Two(where), list[bool]()
+    two.backward(1.0)
+    two.store.update_all(1.0)
+    zeros = Hardware.zeros
+
+    def noted(hardware: Hardware, numel: int, dtype: torch.dtype, on_device: bool, pinned: bool = False) -> Tensor:
+        made.append(on_device)
+        return zeros(hardware, numel, dtype, on_device, pinned)
+
+    monkeypatch.setattr(Hardware, "zeros", noted)
+    two.store.place(PLACES[to])
+    assert not any(made) and (made or to == where)
+    for index in (0, 1):
+        assert torch.equal(two.weights(index)[:4], torch.arange(4.0) + 20 * index - 1)
+    two.backward(1.0)
+    two.store.update_all(1.0)
+    assert torch.equal(two.weights(1)[:4], torch.arange(4.0) + 20 - 2)
+
+
 @pytest.mark.parametrize("tier", [0, 1])
 def test_a_state_that_finds_no_room_stays_and_so_does_its_account(tier: int) -> None:
     two = Two("host" if tier == 0 else "device")
