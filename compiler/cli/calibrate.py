@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...runtime.distributed.ranks import Ranks
+from ..launches import measured_launch_s
 from ..memory.device import Device
 from ..options import Options
 from ..rates.calibrate import THOROUGH, BusyError, calibrate
@@ -55,6 +56,8 @@ def calibrate_command(
         except BusyError as busy:
             console.print(f"Nothing was changed: {busy}", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(BUSY) from None
+        if not ranks.together:
+            rates = replace(rates, launch_s=measured_launch_s(device))
         console.print(rates_table(rates))
         if rank() == 0:
             _write(MachineRates(machine, rates), output, console)

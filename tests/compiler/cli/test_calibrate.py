@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 MACHINE = Identity("NVIDIA H200", "13000", "13.0", "EPYC", 16, 1, "2.11.0")
 OLD = replace(preset("h200"), name="NVIDIA H200, measured", memory_bytes_per_s=1e12)
-NEW = replace(OLD, memory_bytes_per_s=4e12)
+LAUNCH_S = 33e-6
+NEW = replace(OLD, memory_bytes_per_s=4e12, launch_s=LAUNCH_S)
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Rates | BusyE
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(command, "calibrate", measured)
+    monkeypatch.setattr(command, "measured_launch_s", lambda device: LAUNCH_S)
     monkeypatch.setattr(command.Identity, "of", lambda device, processes: MACHINE)
     monkeypatch.setattr(command.Device, "choose", lambda options: SimpleNamespace(torch_device=torch.device("cuda", 0)))
     return results
@@ -47,10 +49,11 @@ def calibrate(*words: str) -> Result:
 
 def test_what_is_measured_is_kept_and_told(found: list[Rates | BusyError]) -> None:
     keep(MachineRates(MACHINE, OLD))
-    found.append(NEW)
+    found.append(replace(NEW, launch_s=12e-6))
     result = calibrate("--output", "rates.json")
     assert result.exit_code == 0 and kept_for(MACHINE) == NEW and read(Path("rates.json")) == MachineRates(MACHINE, NEW)
     assert "measuring NVIDIA H200, EPYC" in result.output and "4e+03 G/s" in result.output
+    assert "33 us" in result.output
     assert "kept in" in result.output and "TFLOP/s" in result.output
 
 
