@@ -14,7 +14,7 @@ from ..distributed.local_shards import Region
 from ..distributed.zero import ALONE, Zero
 from ..isa.errors import GeminiError, StateError
 from ..isa.formats import OwnFormat
-from ..isa.homes import Homes
+from ..isa.homes import Homes, Where
 from ..isa.layout import ChunkLayout
 from ..isa.torch_private import unmetered
 from ..memory.chunks import Chunk, ChunkStore
@@ -38,10 +38,7 @@ HALF_UPDATED = (
     "{} failed after some parameters were updated and others were not, so this run cannot continue: build the model "
     "again and load the last checkpoint"
 )
-NO_STATES = (
-    "the model's weights are on 'meta', so there are no training states yet; load values with "
-    "model.load_state_dict(...) first"
-)
+NO_STATES = "the weights are on 'meta', so there are no training states yet; load values with load_state_dict(...)"
 
 
 class OwnStore:
@@ -167,7 +164,8 @@ class OwnStore:
         self.copies.arrive(self._arrivals.get(index))
 
     def release(self, chunk: Chunk) -> None:
-        self.updater.released[chunk.layout.index] = self.copies.mark()
+        if self.states[chunk.layout.index].where is Where.HOST:  # the device's own updates follow its reads
+            self.updater.released[chunk.layout.index] = self.copies.mark()
 
     def stays(self, chunk: Chunk) -> bool:
         home = self.states[chunk.layout.index].home
