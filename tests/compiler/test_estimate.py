@@ -67,10 +67,10 @@ def test_parts_tell_what_the_whole_tells(build: Any, chunk_bytes: int | None, lo
     if chunk_bytes is not None:
         monkeypatch.setattr("geminifx.compiler.planner.packing.LARGEST_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr("geminifx.passes.offload.SMALLEST_BYTES", 2**16)
-    found = list(estimated(build, "1.45GB", "60MB", whole=False))
+    found = list(estimated(build, "1.59GB", "60MB", whole=False))
     assert lowered_parts and max(lowered_parts) < SIZES["num_hidden_layers"]
     parts = len(lowered_parts)
-    expected = list(estimated(build, "1.45GB", "60MB", whole=True))
+    expected = list(estimated(build, "1.59GB", "60MB", whole=True))
     assert len(lowered_parts) == parts, "the whole is lowered as it is"
     assert [(one.state, one.lacking) for one in found] == [(one.state, one.lacking) for one in expected]
     for one, other in zip(found, expected, strict=True):
@@ -166,7 +166,7 @@ def test_parts_of_odd_models_tell_what_the_whole_tells(kind: type[Chain], lowere
 
 def test_a_model_of_few_or_unlike_blocks_is_captured_as_a_whole(lowered_parts: list[int]) -> None:
     found, expected = (
-        next(estimated(lambda: opt(num_hidden_layers=2), "1.45GB", "60MB", whole)) for whole in (False, True)
+        next(estimated(lambda: opt(num_hidden_layers=2), "1.59GB", "60MB", whole)) for whole in (False, True)
     )
     assert found == expected and found.plan is not None
     assert not lowered_parts
@@ -177,7 +177,7 @@ def test_parts_are_long_enough_for_copies_that_start_early(ahead: int) -> None:
     """Each block is a chunk, so that what one holds depends on as many blocks behind it as copies start ahead."""
     rates = given_rates("h200")
     assert rates is not None
-    step = _Step(_Source(opt, False), batch_by_shapes(opt(), 8, 256), Machine.of("1.45GB", "60MB", rates), whole=False)
+    step = _Step(_Source(opt, False), batch_by_shapes(opt(), 8, 256), Machine.of("1.59GB", "60MB", rates), whole=False)
     told, limits = step.planning.lengthened, step.planning.limits
     assert told is not None
     layout = told.layout(Together(1))
