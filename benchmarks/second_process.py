@@ -9,6 +9,7 @@ first; algorithms are those whose results do not vary.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -136,6 +137,8 @@ def main(words: list[str] | None = None) -> None:
         parse_bytes(args.less, of=0),
     )
     calm = trained(Ours(task), args.steps, less_bytes, None)
+    gc.collect()
+    torch.cuda.empty_cache()
     pressed = trained(Ours(task), args.steps, less_bytes, Second())
     print(json.dumps(compared(calm, pressed, args.steps)), flush=True)
 
