@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..runtime.isa.errors import CaptureError
 from ..runtime.isa.threads import in_this_thread
 from .attention import NAME, hugging_face_attention
+from .decompositions import right_decompositions
 from .examples import example_inputs
 from .functional import functional_attention
 from .mask_readers import mask_readers, mask_replacers
@@ -198,6 +199,7 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
         stack.enter_context(checks_pass())
         notes = stack.enter_context(hugging_face_attention(given))
         stack.enter_context(functional_attention(notes))
+        stack.enter_context(right_decompositions())
         _choose_implementations(model, notes)
         yield notes
 

@@ -77,8 +77,8 @@ __all__ = [
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "below_autograd", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
     "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
-    "set_arguments", "suggest_memory_format", "unmetered", "use_expandable_segments", "watch_chosen_inputs",
-    "watch_clipping", "will_accumulate", "wrapper_parameter",
+    "set_arguments", "suggest_memory_format", "unmetered", "use_expandable_segments", "variable_functions",
+    "watch_chosen_inputs", "watch_clipping", "will_accumulate", "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -123,6 +123,9 @@ def plain_dispatch() -> Iterator[None]:
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """A context in which operators pass autograd by. Under no_grad it would only look at each of them."""
+
+variable_functions = torch._VF
+"""Where modules of `torch.nn` look for functions without a Python form, such as `lstm`."""
 
 plain_results = torch._C._disabled_torch_function_impl
 """A `__torch_function__` of tensor classes whose operators return plain tensors."""
