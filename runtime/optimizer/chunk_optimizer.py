@@ -14,7 +14,7 @@ from ..isa.errors import ArgumentError, StateError
 from ..isa.formats import OwnFormat
 from ..kernels.rounding import key_of
 from .declared import Declared
-from .hyper_checks import check_group, check_state_dict
+from .hyper_checks import check_group, check_kind_stays, check_state_dict, check_unchanged
 from .kinds import KINDS, check_complete, restore
 from .own_store import OwnStore
 from .saved_states import SavedState, check_kind, check_rule
@@ -65,6 +65,7 @@ class ChunkOptimizer(Optimizer):
         self._fp16 = fp16
         self._store: OwnStore | None = None
         self._format: OwnFormat | None = None
+        self._used: list[Hyper | None] = []
         self._demand = demand
         super().__init__(declared.filled(groups), declared.defaults_of(declared.kind))
         self._format = declared.format(self.param_groups, names)
@@ -79,7 +80,7 @@ class ChunkOptimizer(Optimizer):
         """Takes the store of the states, now that there is a plan."""
         self._store = store
         store.updater.schedule = weak_method(self._hypers)
-        store.check_groups = weak_method(self._check_groups)
+        store.check_groups = weak_method(self._begin_updates)
         store.held.measures = self.declared.max_grad_norm is not None or self._fp16
         if self._fp16:
             store.held.loss_scale = 2.0**16
@@ -146,12 +147,16 @@ class ChunkOptimizer(Optimizer):
     def _check_groups(self) -> None:
         """Checks all groups, whose options may change at any time and whose kinds may not."""
         for kind, group in zip(self._kinds, self.param_groups, strict=False):
-            if self.declared.kind_of(group) is not kind:
-                raise StateError(
-                    f"the kind of a group is now {group.get('kind')!r}, but its memory was planned for "
-                    f"{kind.__name__}; set it back to {kind.__name__!r}, or make another optimizer"
-                )
+            check_kind_stays(kind, self.declared.kind_of(group))
             self._check_group(kind, group)
+
+    def _begin_updates(self) -> None:
+        """Checks all groups, and keeps the hyper-parameters that updates in a backward use."""
+        self._check_groups()
+        self._used = self._now()
+
+    def _now(self) -> list[Hyper | None]:
+        return [self._hyper(group, 1, None) for group in self.param_groups]
 
     def _hypers(self, asked: list[tuple[str, int]]) -> list[Hyper | None]:
         """The hyper-parameters of parameters' updates, each asked for by a name and a number, from their groups as they
@@ -186,10 +191,8 @@ class ChunkOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Starts the updates or, with in_backward=True, ends the step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if self._store is None:
             return loss  # the model was not called yet
         store = self._store
@@ -200,6 +203,8 @@ class ChunkOptimizer(Optimizer):
                 f"step() came after {store.backwards} of accumulate={self.declared.accumulate} backwards; with "
                 "in_backward=True the last of them performs the update, so call step() after it"
             )
+        if self.declared.in_backward and store.backwards:
+            check_unchanged(self._used, self._now()[: len(self._used)])
         self._check_zeroed(store)
         if not store.held.measures:
             # With in_backward only the gradients that the last backward did not reach are left.

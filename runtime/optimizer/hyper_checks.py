@@ -1,13 +1,13 @@
 """Checks of parameter groups' options, made before any update runs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from ..isa.errors import ArgumentError, wrong_argument
+from ..isa.errors import ArgumentError, StateError, wrong_argument
 
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 NOT_NEGATIVE = ("lr", "weight_decay", "momentum")
@@ -25,6 +25,25 @@ def check_norm(name: str, norm: Any) -> None:
     """Raises ArgumentError unless `norm` is a number, 0 or more, to clip to; an infinite one only measures."""
     if not (is_number(norm) and norm >= 0):
         raise wrong_argument(name, norm, "a number, 0 or more")
+
+
+def check_kind_stays(planned: type, now: type) -> None:
+    """Raises StateError if a group's kind is no longer the one that its memory was planned for."""
+    if now is not planned:
+        raise StateError(
+            f"the kind of a group is now {now.__name__!r}, but its memory was planned for {planned.__name__}; set it "
+            f"back to {planned.__name__!r}, or make another optimizer"
+        )
+
+
+def check_unchanged(used: Sequence[object], now: Sequence[object]) -> None:
+    """Raises StateError if the groups' hyper-parameters are no longer those of updates made in the backward."""
+    if used != now:
+        raise StateError(
+            "an option of a parameter group was set between backward() and optimizer.step(), but with in_backward=True "
+            "the backward has updated the parameters already, by the options before; set options, or call "
+            "scheduler.step(), before backward() or after step()"
+        )
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import zoo
 from geminifx.runtime.isa import formats
+from geminifx.runtime.isa.errors import StateError
 from geminifx.runtime.optimizer import state_stream
 from homes import homes
 from optimizing import (
@@ -197,6 +198,20 @@ def test_schedulers_set_the_rate_of_the_next_step(in_backward: bool) -> None:
             scheduler.step()
         assert optim.param_groups[0]["lr"] == ADAMW[1]["lr"] / 8
     assert same_weights(model, reference)
+
+
+def test_a_rate_that_comes_after_the_update_is_refused_and_not_a_step_late() -> None:
+    model = placed(NET, "mixed")
+    optimizer = model.optimizer(ADAMW[0], **ADAMW[1], in_backward=True)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    Loop(steps=1).run(NET, model, optimizer)
+    scheduler.step()
+    NET.loss(model, NET.batch()).backward()
+    scheduler.step()
+    with pytest.raises(StateError, match=r"between backward\(\) and optimizer\.step\(\)"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = ADAMW[1]["lr"] / 2  # as the backward found it
+    optimizer.step()
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
