@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..runtime.isa.errors import CaptureError
-from ..runtime.isa.threads import in_this_thread
+from ..runtime.isa.threads import patched
 from .attention import NAME, hugging_face_attention
 from .decompositions import right_decompositions
 from .examples import example_inputs
 from .functional import functional_attention
 from .mask_readers import mask_readers, mask_replacers
+from .python_draws import python_draws_refused
 from .value_checks import checks_pass
 
 __all__ = ["blocks", "capturable", "example_inputs", "exchanges_modules"]
@@ -145,11 +146,8 @@ def _layers_never_dropped() -> Iterator[None]:
             return 1.0
         return original(*size, **options)
 
-    torch.rand = in_this_thread(rand, original)
-    try:
+    with patched(torch, "rand", rand):
         yield
-    finally:
-        torch.rand = original
 
 
 @contextmanager
@@ -200,6 +198,7 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
         notes = stack.enter_context(hugging_face_attention(given))
         stack.enter_context(functional_attention(notes))
         stack.enter_context(right_decompositions())
+        stack.enter_context(python_draws_refused())
         _choose_implementations(model, notes)
         yield notes
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..runtime.isa.threads import in_this_thread
+from ..runtime.isa.threads import patched
 from ..runtime.isa.torch_private import variable_functions
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -61,13 +61,6 @@ def right_decompositions() -> Iterator[None]:
     with ExitStack() as stack:
         for name in RECURRENT:
             for module in (torch, variable_functions):
-                plain = getattr(module, name)
-                _patch(stack, module, name, in_this_thread(partial(_by_layers, plain), plain))
-        loss = "multilabel_margin_loss"
-        _patch(stack, F, loss, in_this_thread(_multilabel_margin_loss, getattr(F, loss)))
+                stack.enter_context(patched(module, name, partial(_by_layers, getattr(module, name))))
+        stack.enter_context(patched(F, "multilabel_margin_loss", _multilabel_margin_loss))
         yield
-
-
-def _patch(stack: ExitStack, module: Any, name: str, value: Any) -> None:
-    stack.callback(setattr, module, name, getattr(module, name))
-    setattr(module, name, value)

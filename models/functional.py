@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.isa.attention import attention
-from ..runtime.isa.threads import in_this_thread
+from ..runtime.isa.threads import patched
 
 
 def _key_mask(query: Tensor, key: Tensor, mask: Tensor) -> Tensor | None:
@@ -94,10 +94,5 @@ def functional_attention(notes: list[str]) -> Iterator[None]:
     softmax in the graph, the same on every device, and `notes` gains the reason. Code that imported the function by
     name beforehand keeps torch's.
     """
-    functional = torch.nn.functional
-    original = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = in_this_thread(partial(_routed, notes), original)
-    try:
+    with patched(torch.nn.functional, "scaled_dot_product_attention", partial(_routed, notes)):
         yield
-    finally:
-        functional.scaled_dot_product_attention = original

@@ -15,12 +15,11 @@ from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.isa.threads import in_this_thread
+from ..runtime.isa.threads import patched
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 _TAKES = {"LOAD_ATTR": 1, "LOAD_METHOD": 1, "BINARY_SUBSCR": 2, "BINARY_OP": 2}
@@ -173,7 +172,6 @@ def checks_pass() -> Iterator[None]:
         stack.callback(_checks.cache_clear)
         for name in _TORCHS_CHECKS:
             if hasattr(torch, name):
-                passes = in_this_thread(nothing, getattr(torch, name))
-                stack.enter_context(mock.patch.object(torch, name, passes))
+                stack.enter_context(patched(torch, name, nothing))
         stack.enter_context(_ChecksPass())
         yield

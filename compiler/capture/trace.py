@@ -269,6 +269,11 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
             "torch.where or a mask there, or pass the value as a Python argument."
         ) from error
     except RuntimeError as error:
+        if "with_effects" in str(error):
+            raise CaptureError(
+                f"{_source_line(error)}: an operator that raises where its result would be wrong cannot be captured; "
+                "use its form that does not, such as torch.linalg.inv_ex, solve_ex or cholesky_ex"
+            ) from error
         if "use_reentrant=True" in str(error):
             raise CaptureError(
                 f"{_source_line(error)}: checkpoint(use_reentrant=True) cannot be captured; use use_reentrant=False, "

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...runtime.isa.errors import CaptureError
 from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.layout import contiguous_stride
 
 DTYPE_TEXT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-    torch.bool: "b8", torch.complex64: "c64",
+    torch.float8_e4m3fn: "f8e4m3fn", torch.float8_e5m2: "f8e5m2",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
+    torch.uint64: "u64", torch.uint32: "u32", torch.uint16: "u16", torch.uint8: "u8",
+    torch.bool: "b8", torch.complex128: "c128", torch.complex64: "c64",
 }  # fmt: skip
 TEXT_DTYPE = {text: dtype for dtype, text in DTYPE_TEXT.items()}
 
@@ -37,6 +40,11 @@ class TensorType:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorType":
+        """Raises CaptureError for a dtype that programs have no name for."""
+        if tensor.dtype not in DTYPE_TEXT:
+            raise CaptureError(
+                f"the model computes in {tensor.dtype}; expected one of {', '.join(map(str, DTYPE_TEXT))}"
+            )
         return cls(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
 
     @property

@@ -1,6 +1,7 @@
 """Patches of torch's functions that hold during a capture, in the capturing thread alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import Any
 
@@ -16,3 +17,14 @@ def in_this_thread(function: Callable[..., Any], in_others: Callable[..., Any]) 
         return (function if get_ident() == here else in_others)(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def patched(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within, the module's function of that name is `function` to this thread."""
+    original = getattr(module, name)
+    setattr(module, name, in_this_thread(function, original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

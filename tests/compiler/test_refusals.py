@@ -335,6 +335,39 @@ class Checkpointed(nn.Module):
         return checkpoint(self.second, self.first(x), use_reentrant=self.use_reentrant)
 
 
+class Applied(nn.Module):
+    """A linear layer, and a function of its result."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+DTYPES_INSIDE: dict[str, Callable[[Tensor], Tensor]] = {
+    "complex128": lambda h: (h.to(torch.complex64) * 2j).to(torch.complex128).imag.square().float() + h,
+    "float8": lambda h: h + h.detach().to(torch.float8_e4m3fn).float() + h.detach().to(torch.float8_e5m2).float(),
+    "uint16": lambda h: h * (10 * h.detach().abs()).to(torch.uint16).float(),
+}
+
+
+@pytest.mark.parametrize("inside", DTYPES_INSIDE)
+def test_values_of_other_dtypes_between_operators_are_fine(inside: str) -> None:
+    trains_like_torchs(lambda: Applied(DTYPES_INSIDE[inside]), lambda m, step: m(batch(seed=step)).sum(), (batch(),))
+
+
+@pytest.mark.parametrize("name", ["inv", "cholesky"])
+def test_an_operator_that_checks_its_result_is_refused_and_its_other_form_is_fine(name: str) -> None:
+    function, unchecked = getattr(torch.linalg, name), getattr(torch.linalg, f"{name}_ex")
+    square = lambda h: h @ h.mT + torch.eye(4)  # noqa: E731
+    with pytest.raises(CaptureError, match=r"such as torch\.linalg\.inv_ex"):
+        geminifx.compile(Applied(lambda h: function(square(h))), example_inputs=(batch(4),))
+    model = geminifx.compile(Applied(lambda h: unchecked(square(h))[0]), example_inputs=(batch(4),))
+    assert model(batch(4)).isfinite().all()
+
+
 def test_a_reentrant_checkpoint_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"use_reentrant=True\) cannot be captured; use use_reentrant=False"):
         geminifx.compile(Checkpointed(True), example_inputs=(batch(),))
