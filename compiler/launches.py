@@ -1,8 +1,7 @@
 """What an operator takes of the thread that launches it, measured on training steps of a small model.
 
-A loop over a few operators does not tell: its objects stay in the processor's caches, and a step changes threads
-between forward and backward. On one H200 machine such a loop found 12 us, and a step of OPT-1.3B x 1 took 35 for each.
-A model of small blocks has so many launches for so little work that its step takes as long as they do.
+A loop over a few operators tells it but roughly (`rates.measure.LOOP_FACTOR`). A model of small blocks has so many
+launches for so little work that its step takes as long as they do.
 """
 
 import statistics
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..runtime.isa.errors import BudgetError
 from .api import compile
 from .module import CompiledModule
 from .planner.simulate import LAUNCHES
+from .rates.calibrate import BusyError
 
 BLOCKS, HEADS, SIZE, TOKENS = 16, 4, 256, 128
 STEPS, FIRST = 40, 8
@@ -46,7 +47,15 @@ class _Model(nn.Module):
 
 
 def measured_launch_s(device: torch.device) -> float:
-    """Seconds that a usual operator takes the launching thread of this process on a device."""
+    """Seconds that a usual operator takes the launching thread of this process on a device. Raises BusyError if the
+    device has no room for the model."""
+    try:
+        return _measured_launch_s(device)
+    except (BudgetError, torch.OutOfMemoryError) as error:
+        raise BusyError(f"there is not enough free memory to measure: {error}") from error
+
+
+def _measured_launch_s(device: torch.device) -> float:
     with torch.random.fork_rng(devices=[]):
         source = _Model()
     x = torch.ones(1, TOKENS, SIZE, device=device)

@@ -112,7 +112,7 @@ class Pressure:
         least_bytes = self._least_bytes(key)
         why = f"but the step needs {least_bytes:,}, even with everything that can be on the host moved there"
         if least_bytes <= room_bytes:
-            why = "and the training state that would have to leave it found no room on the host"
+            why = f"and training state that would have to leave it could not: {self.rehoming.failure}"
         raise BudgetError(
             f"only {room_bytes:,} bytes of the device's memory are available now, {why}; nothing was updated. Free "
             "memory, for example that of other processes, or make the batch smaller, and call the model again",

@@ -23,6 +23,7 @@ class Rehoming:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.failure = "it does not fit another process"  # why the last move was not made
 
     @property
     def now(self) -> Plans:
@@ -69,10 +70,10 @@ class Rehoming:
         with ranks.failing_alike():
             try:
                 self.session.rehome(plans, key)
-            except BudgetError:
+            except BudgetError as error:
                 if self.session.phase is Phase.BROKEN:
                     raise
-                is_moved = False
+                is_moved, self.failure = False, str(error)
         if all(ranks.gather(is_moved)):
             return True
         with ranks.failing_alike():

@@ -53,11 +53,11 @@ def calibrate_command(
         console.print(f"measuring {machine.gpu}, {machine.cpu}", highlight=False, markup=False)
         try:
             rates = calibrate(device, THOROUGH, ranks)
+            if not ranks.together:
+                rates = replace(rates, launch_s=measured_launch_s(device))
         except BusyError as busy:
             console.print(f"Nothing was changed: {busy}", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(BUSY) from None
-        if not ranks.together:
-            rates = replace(rates, launch_s=measured_launch_s(device))
         console.print(rates_table(rates))
         if rank() == 0:
             _write(MachineRates(machine, rates), output, console)

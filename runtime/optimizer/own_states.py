@@ -141,8 +141,8 @@ class OwnStates:
 
     def _weights(self, layout: ChunkLayout, home: Home, there: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weights of this process's shard, and for a resident chunk the whole weights; the former are a view of the
-        latter unless they are on the host. Weights that are `there`, on the device, may stay: a state can leave a
-        device that is full."""
+        latter unless they are on the host. Weights that are `there`, on the device, stay where they are, so that a
+        state can leave a device that is full; `take` waits for what still reads them."""
         whole = None
         if home.resident:
             whole = self._zeros(layout.numel, layout.dtype, True) if there is None else there

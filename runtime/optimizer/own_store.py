@@ -164,7 +164,7 @@ class OwnStore:
         self.copies.arrive(self._arrivals.get(index))
 
     def release(self, chunk: Chunk) -> None:
-        if self.states[chunk.layout.index].where is Where.HOST:  # the device's own updates follow its reads
+        if self.states[chunk.layout.index].where is Where.HOST:  # else updates are launched behind the reads
             self.updater.released[chunk.layout.index] = self.copies.mark()
 
     def stays(self, chunk: Chunk) -> bool:
