@@ -195,16 +195,19 @@ def fill(name: str, weight: Tensor, norm: float = 1.0, first: int = 0) -> None:
 
 
 def overlapping(name: str, shape: torch.Size, norm: float = 1.0) -> Tensor:
-    """Return values for a weight as `fill` gives them, bfloat16; a matrix's take no memory of their own.
+    """Return random values for a weight, bfloat16; a matrix's take no memory of their own, others' are `fill`'s.
 
-    Its rows are parts of the block that overlap. So more weights than the host holds can be loaded.
+    The rows of a matrix are parts of the block, which overlap where the matrix is large, and begin at a place that
+    depends on the name. So more weights than the host holds can be loaded.
     """
     if len(shape) != 2:
         values = torch.empty(shape, dtype=torch.bfloat16)
         fill(name, values, norm)
         return values
     rows, columns = shape
-    return _block(torch.device("cpu")).as_strided((rows, columns), ((BLOCK - columns) // rows, 1))
+    stride = (BLOCK - columns) // (2 * rows)  # half of the block is left to begin in
+    slack = BLOCK - columns - stride * (rows - 1)
+    return _block(torch.device("cpu")).as_strided((rows, columns), (stride, 1), crc32(name.encode()) % (slack + 1))
 
 
 @cache

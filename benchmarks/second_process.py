@@ -4,8 +4,9 @@
 
 Between two steps the second process takes all of the GPU's memory but `--less` below the most that ours held so far,
 and several steps later it frees that. The plan is to shrink and to grow back. Losses are compared with those of a run
-that is not disturbed. torch's allocator keeps what it has freed, which nobody else can take, so it lets go of that
-first; algorithms are those whose results do not vary.
+that is not disturbed; where they differ, or the plan does not change as told, the process exits with 1. torch's
+allocator keeps what it has freed, which nobody else can take, so it lets go of that first; algorithms are those whose
+results do not vary.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from geminifx.compiler.memory.device_memory import DeviceMemory
 from geminifx.runtime.isa.homes import Where
 from geminifx.runtime.isa.units import format_bytes, parse_bytes
 from random_models import full_name
@@ -27,7 +30,7 @@ from systems.base import synchronize
 from systems.ours import Ours
 from task import Task
 
-PIECE_BYTES = 2**28
+PIECE_BYTES = 2**26
 LONGEST_WAIT_S = 120
 
 
@@ -43,19 +46,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Second:
-    """Another process that takes and frees memory of the GPU."""
+    """Another process that takes and frees memory of the GPU. `memory` tells what this process holds of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: DeviceMemory) -> None:
+        self.memory = memory
         context = get_context("spawn")
         self.ours, theirs = context.Pipe()
         self.process = context.Process(target=_obey, args=(theirs,), daemon=True)
         self.process.start()
         self._answer()
 
-    def leave(self, count_bytes: int) -> int:
-        """Takes memory until it has left so much of the GPU, or there is no more. Returns the bytes that it holds."""
+    def leave(self, left_bytes: int) -> int:
+        """Takes memory until this process may hold so much of the GPU, up to a piece less, or there is no more.
+
+        Returns the bytes that it took, to which its context comes.
+        """
         torch.cuda.empty_cache()
-        self.ours.send(torch.cuda.mem_get_info()[1] - count_bytes)
+        own_bytes = self.memory.room_bytes() - torch.cuda.mem_get_info()[0]
+        self.ours.send(left_bytes - own_bytes)
         return self._answer()
 
     def free(self) -> int:
@@ -69,20 +77,22 @@ class Second:
 
 
 def _obey(conn: Connection) -> None:
+    """Takes memory until no more than so many bytes are free, or frees it all on None, until the other one ends."""
     held = [torch.empty(1, device="cuda")]
     conn.send(0)
-    while True:
-        wanted = conn.recv()
-        if wanted is None:
-            held.clear()
-            torch.cuda.empty_cache()
-        else:
-            _take(held, wanted)
-        conn.send(sum(piece.nbytes for piece in held))
+    with suppress(EOFError):
+        while True:
+            free_bytes = conn.recv()
+            if free_bytes is None:
+                held.clear()
+                torch.cuda.empty_cache()
+            else:
+                _take(held, free_bytes)
+            conn.send(sum(piece.nbytes for piece in held))
 
 
-def _take(held: list[torch.Tensor], wanted: int) -> None:
-    while sum(piece.nbytes for piece in held) < wanted:
+def _take(held: list[torch.Tensor], free_bytes: int) -> None:
+    while torch.cuda.mem_get_info()[0] > free_bytes:
         try:
             held.append(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cuda"))
         except torch.cuda.OutOfMemoryError:
@@ -125,7 +135,8 @@ def compared(calm: list[dict[str, Any]], pressed: list[dict[str, Any]], steps: S
     }
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where something was not as it should be."""
     args = parser().parse_args(words)
     if not torch.cuda.is_available():
         sys.exit("a second process takes memory of a GPU: run this on a machine with one")
@@ -139,11 +150,14 @@ def main(words: list[str] | None = None) -> None:
     calm = trained(Ours(task), args.steps, less_bytes, None)
     gc.collect()
     torch.cuda.empty_cache()
-    pressed = trained(Ours(task), args.steps, less_bytes, Second())
-    print(json.dumps(compared(calm, pressed, args.steps)), flush=True)
+    ours = Ours(task)
+    pressed = trained(ours, args.steps, less_bytes, Second(ours.model.session.device.memory))
+    told = compared(calm, pressed, args.steps)
+    print(json.dumps(told), flush=True)
+    return int(False in told.values())
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
     sys.stderr.flush()
-    os._exit(0)  # an orderly end unpins and frees all host memory, which takes longer than the steps
+    os._exit(status)  # an orderly end unpins and frees all host memory, which takes longer than the steps

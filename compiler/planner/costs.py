@@ -102,7 +102,7 @@ IN_PARTS = frozenset({geminifx.linear_cross_entropy.default, geminifx.linear_cro
 """Operators of several kernels: some multiply, the others read and write the products."""
 
 
-LAUNCHES: dict[object, int] = {
+LAUNCH_WEIGHTS: dict[object, int] = {
     geminifx.attention.default: 5, geminifx.attention_backward.default: 5, isa.REDUCE: 9,
 }  # fmt: skip
 """How many times the launching thread's time of a usual operator these take, found by sampling that thread of OPT-1.3B
@@ -123,9 +123,9 @@ def is_free(node: fx.Node) -> bool:
     return node.op == "call_function" and (node.target in FREE or _is_view(node.target))
 
 
-def launches(target: object) -> int:
+def launch_weight(target: object) -> int:
     """How many usual operators take the launching thread as long as this operator does."""
-    return LAUNCHES.get(target, 1)
+    return LAUNCH_WEIGHTS.get(target, 1)
 
 
 def kernel_s(node: fx.Node, rates: Rates) -> float:

@@ -17,7 +17,7 @@ from ...passes.program.types import freeze
 from ...runtime.isa import instructions as isa
 from ..rates.rates import Rates
 from .communication import traffic_of
-from .costs import is_free, kernel_s, launches, operators
+from .costs import is_free, kernel_s, launch_weight, operators
 
 
 class Carrier(Enum):
@@ -51,10 +51,10 @@ ABOUT_CHUNKS = frozenset({isa.FETCH, isa.WAIT, isa.REDUCE, isa.ACCUMULATE_GRAD})
 
 @dataclass(frozen=True)
 class Work:
-    """An operator that the device runs for `device_s`, and whose launch takes that of `launches` usual operators."""
+    """An operator that the device runs for `device_s`; its launch takes as long as `launch_weight` usual ones."""
 
     device_s: float
-    launches: int
+    launch_weight: int
 
 
 Event = Work | tuple[fx.node.Target, Subject]
@@ -142,7 +142,7 @@ def events(program: Program, plan: Plan, rates: Rates) -> Iterator[tuple[fx.Node
         elif not is_free(node):
             kind = node.target, freeze((node.args, node.kwargs), type_of)
             if kind not in known:
-                known[kind] = Work(kernel_s(node, rates), launches(node.target))
+                known[kind] = Work(kernel_s(node, rates), launch_weight(node.target))
             yield node, known[kind]
 
 
@@ -151,11 +151,11 @@ def laid_out(found: Iterable[Event], launch_s: float) -> Timeline:
     made = Timeline([], 0.0, 0.0)
     for event in found:
         if isinstance(event, Work):
-            made.launching_s += launch_s * event.launches
+            made.launching_s += launch_s * event.launch_weight
             made.busy_s += event.device_s
             made.compute_s = max(made.compute_s, made.launching_s) + event.device_s
         else:
-            made.launching_s += launch_s * launches(event[0])
+            made.launching_s += launch_s * launch_weight(event[0])
             made.instructions.append((made.compute_s, *event))
     made.compute_s = max(made.compute_s, made.launching_s)
     return made

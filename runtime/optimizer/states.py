@@ -7,6 +7,7 @@ the master or no more than them is kept. The state also holds the moments and, b
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,8 +255,7 @@ class ChunkState:
     def ranges(self, schedule: Schedule, *, counts: bool = True) -> list[Range]:
         """The ranges to update, merging neighbours with equal hyper-parameters; masters that are rounded never merge,
         because every parameter has a key of its own. With `counts`, this is one more step of each parameter."""
-        begun: list[tuple[int, Hyper, int, tuple[int, ...] | None]] = []  # what ranges are made of, but for their ends
-        ends: list[int] = []
+        found: list[list[Any]] = []  # start, end, hyper, first and shape of each
         joins, together = False, max((unit(moment.dtype) for moment in self.moments), default=1)
         asked = [slot for slot in range(len(self.layout.slots)) if slot in self.present]
         hypers = schedule([(self.layout.slots[slot].name, self.steps[slot] + 1) for slot in asked])
@@ -269,17 +269,13 @@ class ChunkState:
             if numel == 0:
                 continue
             end = min(place.offset + -(-numel // together) * together, self.layout.numel)
-            if joins and (hyper is begun[-1][1] or hyper == begun[-1][1]):
-                ends[-1] = end
+            if joins and (hyper is found[-1][2] or hyper == found[-1][2]):
+                found[-1][1], found[-1][3] = end, 0
             else:
                 shape = place.shape if self.layout.is_whole else None
-                begun.append((place.offset, hyper, self.firsts[slot] if self.firsts else 0, shape))
-                ends.append(end)
+                found.append([place.offset, end, hyper, self.firsts[slot] if self.firsts else 0, shape])
             joins = not self.layout.is_whole
-        return [
-            Range(start, end, hyper, first, shape)
-            for (start, hyper, first, shape), end in zip(begun, ends, strict=True)
-        ]
+        return [Range(*one) for one in found]
 
     def call_off(self) -> None:
         """Drops the update that was begun early: the step will not ask for it."""

@@ -3,8 +3,20 @@
 import json
 
 import pytest
+import random_models
 import torch
-from random_models import SHAPES, config_of, empty_model, fill, full_name, names, random_model, reads_images
+from random_models import (
+    BLOCK,
+    SHAPES,
+    config_of,
+    empty_model,
+    fill,
+    full_name,
+    names,
+    overlapping,
+    random_model,
+    reads_images,
+)
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 MILLIONS = {  # as published
@@ -79,6 +91,24 @@ def test_the_values_depend_on_the_name_alone():
     second = torch.empty(24, 8)
     fill("layer.weight", second, first=40 * 8)
     assert torch.equal(second, a[40:])
+
+
+def test_views_of_the_block_are_values_that_depend_on_the_name() -> None:
+    block = random_models._block(torch.device("cpu"))
+    for rows, columns in ((256_000, 2304), (128_256, 8192), (8192, 28_672), (64, 8)):
+        shape = torch.Size((rows, columns))
+        one, same, other = (overlapping(name, shape) for name in ("a.weight", "a.weight", "b.weight"))
+        assert one.shape == shape and one.dtype == torch.bfloat16
+        assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() == block.data_ptr()
+        assert block.untyped_storage().nbytes() == 2 * BLOCK
+        assert max(view.storage_offset() + (rows - 1) * view.stride(0) + columns for view in (one, other)) <= BLOCK
+        assert torch.equal(one[-1], same[-1]) and not torch.equal(one[0], other[0])
+        assert not torch.equal(one[0], one[1]) and not torch.equal(one[-2], one[-1])
+        starts = [overlapping(f"{number}.weight", shape).storage_offset() for number in range(20)]
+        assert max(starts) - min(starts) > BLOCK // 4
+    vector, filled = overlapping("a.weight", torch.Size((9,))), torch.empty(9, dtype=torch.bfloat16)
+    fill("a.weight", filled)
+    assert torch.equal(vector, filled)
 
 
 def test_dropout_is_of_the_kinds_that_the_model_trains_with():

@@ -147,6 +147,17 @@ def test_a_fetch_that_was_given_up_during_an_update_is_not_copied_any_more() -> 
     assert torch.equal(two.weights(0)[:4], torch.arange(4.0) - 1)
 
 
+def test_an_update_on_the_host_waits_for_whoever_still_reads_the_old_weights() -> None:
+    """They are read after the backward, so that gradients that have landed tell nothing of it. `copies` fails where
+    what is read was overwritten."""
+    two = Two("host")
+    for step in range(1, 4):
+        two.backward(1.0)
+        assert two.weights(0)[0].item() == 1 - step
+        two.step()
+        two.store.finish()
+
+
 def test_an_update_that_the_backward_began_is_the_step_s(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Two("host, spare")
     made = updates_of(two, monkeypatch)

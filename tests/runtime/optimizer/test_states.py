@@ -136,6 +136,13 @@ def test_every_gradient_is_in_one_range_and_no_other_parameter_in_any(
         assert len(found) == min(updated, 1), "as few as there can be"
 
 
+def test_a_range_of_several_parameters_has_no_place_in_one() -> None:
+    state = state_of(chunk([64, 64, 64]))
+    state.present, state.firsts = {0, 1, 2}, (5, 6, 7)
+    found = state.ranges(lambda asked: [FAST, SLOW, SLOW])
+    assert found == [Range(0, 64, FAST, first=5), Range(64, 192, SLOW)]
+
+
 def test_updates_are_counted_per_parameter_from_one() -> None:
     state, asked = state_of(chunk([4, 4])), []
 
