@@ -106,7 +106,7 @@ LAUNCH_WEIGHTS: dict[object, int] = {
     geminifx.attention.default: 5, geminifx.attention_backward.default: 5, isa.REDUCE: 9,
 }  # fmt: skip
 """How many times the launching thread's time of a usual operator these take, found by sampling that thread of OPT-1.3B
-x 1 on an H200 machine. A chunk's update is part of its `reduce`."""
+x 1 on an H200 machine. A `reduce` is taken for one that ends with the chunk's update on the device, as it did there."""
 
 
 def operators(program: Program) -> Iterator[fx.Node]:

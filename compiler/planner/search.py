@@ -17,7 +17,7 @@ The search completes combinations of these choices and takes the one that fits w
    memory saved makes up for that, or nothing else fits.
 
 Single chunks of the best plan then move to other homes as long as that shortens the step. The next-best plans are
-recorded as its alternatives. Where nothing fits, the refusal names the smallest that would, and what takes space.
+recorded as its alternatives. Where nothing fits, the refusal names the least budget that would, and what takes space.
 """
 
 from collections.abc import Sequence
