@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..runtime.isa.threads import patched
 
 _TORCH = f"{Path(torch.__file__).parent}/"
+_DISTRIBUTIONS = f"{_TORCH}distributions/"
 _TAKES = {"LOAD_ATTR": 1, "LOAD_METHOD": 1, "BINARY_SUBSCR": 2, "BINARY_OP": 2}
 """How many stack entries an instruction consumes, for those that may compute the other operand of a comparison."""
 _TORCHS_CHECKS = ("_check_tensor_all", "_check_tensor_all_with", "_assert_async")
@@ -61,10 +62,13 @@ class _Compared:
 
 
 def _asking(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame outside of torch, which asks for a tensor's value."""
-    while frame is not None and (
-        frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name == "__torch_function__"
-    ):
+    """The innermost frame outside of torch, which asks for a tensor's value. Distributions check their arguments, so
+    they count as outside."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        is_inside = file.startswith(_TORCH) and not file.startswith(_DISTRIBUTIONS)
+        if not is_inside and frame.f_code.co_name != "__torch_function__":
+            break
         frame = frame.f_back
     return frame
 

@@ -57,3 +57,14 @@ class FromTensor(nn.Module):
 def test_values_that_are_read_in_the_arguments_of_a_call_are_refused_with_the_line() -> None:
     with pytest.raises(CaptureError, match=r"view\(shape.tolist\(\)\).*depends on the values of tensors"):
         geminifx.compile(FromTensor())(torch.ones(4, 4))
+
+
+def test_distributions_that_check_their_arguments_are_taken_to_pass() -> None:
+    def sampled(x: Tensor) -> Tensor:
+        return torch.distributions.Normal(x, x.abs() + 1).rsample()
+
+    plain, model, x = Checked(sampled), geminifx.compile(Checked(sampled)), torch.ones(2, 4)
+    torch.manual_seed(1)
+    expected = plain(x)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), expected)
