@@ -51,7 +51,7 @@ class Calls:
         """Runs the forward of the model, or of one of its modules alone, as a compiled step."""
         session = self.session
         with forward.in_source():
-            compiled = session.program(args, kwargs, self._name_of(module))
+            compiled = session.program(args, kwargs, self._name_of(module), makes_room=self.adaptation.makes_room)
         backward = compiled.program.name == "training"
         session.ready(backward)
         self.adaptation.before(compiled)

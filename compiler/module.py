@@ -76,9 +76,10 @@ class CompiledModule(Facade):
     # -- training ------------------------------------------------------------------------------------------
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Captures, plans and generates the program for a call with these arguments, without running it."""
+        """Captures, plans and generates the program for a call with these arguments, without running it. Training
+        states may move for it, as for the call."""
         with self._facade_forward.in_source():
-            self.session.program(args, kwargs)
+            self.session.program(args, kwargs, makes_room=self._facade_calls.adaptation.makes_room)
 
     def optimizer(self, kind: type[torch.optim.Optimizer], params: Any = None, *, max_grad_norm: float | None = None,
                   in_backward: bool = False, accumulate: int = 1, moments: Moments = "exact",

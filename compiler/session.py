@@ -1,6 +1,6 @@
 """Session: the state behind a compiled module. It makes programs when they are needed and runs the machine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,6 +46,10 @@ from .weights.half_loaded import HalfLoaded
 from .weights.places import Places
 from .weights.quantized_weights import quantize_frozen
 from .weights.values import check_parameters, program_inputs
+
+MakesRoom = Callable[[Key, Captured, BudgetError], bool]
+"""Called with a key, a captured step and the error that refuses it. Returns whether a program for it is there now,
+since states have moved."""
 
 
 class Session:
@@ -103,9 +107,10 @@ class Session:
     # -- programs ------------------------------------------------------------------------------------------
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = "", *,
-                agrees: bool = True) -> Compiled:  # fmt: skip
+                agrees: bool = True, makes_room: MakesRoom | None = None) -> Compiled:  # fmt: skip
         """The program for a call of the model, or of the submodule `entry`; captured, planned and generated if it is
-        new. Before training, ranks that shard weights agree on its plan if `agrees`, as they do except for a guess."""
+        new. Before training, ranks that shard weights agree on its plan if `agrees`, as they do except for a guess.
+        `makes_room` may help where the program does not fit with states where they are."""
         members = self.census.now()
         check_parameters(members.parameters, self._parameters, None if self.plan is None else self.plan.layout)
         call = self.captures.taken(Call.of(members, entry, args, kwargs))
@@ -114,7 +119,7 @@ class Session:
         key = self.captures.key(call)
         if key not in self._programs:
             with self.ranks.refusing_alike():
-                key = self._make(call)
+                key = self._make(call, makes_room)
         if agrees and self._programs[key].trains and self.phase in (Phase.PLANNED, Phase.PLACED):
             self._agree(key)
         compiled = self._programs[key]
@@ -122,15 +127,19 @@ class Session:
         return compiled
 
     @resting_collector()
-    def _make(self, call: Call) -> Key:
+    def _make(self, call: Call, makes_room: MakesRoom | None) -> Key:
         key, captured = self.captures.of(call)
         if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
             # Until the first step states may still move, so the first real batch is planned for from scratch.
             self.planning.agreed = None
             self._set_up(key, captured)
         else:
-            # One more program beside the others: states stay where they are.
-            self._programs[key] = self.builder.further(captured, self.setup, self.format)
+            # One more program beside the others: states stay where they are, if it fits so.
+            try:
+                self._programs[key] = self.builder.further(captured, self.setup, self.format)
+            except BudgetError as refusal:
+                if makes_room is None or not makes_room(key, captured, refusal):
+                    raise
         return key
 
     def _agree(self, key: Key) -> None:
@@ -282,11 +291,12 @@ class Session:
         if self.phase is Phase.PLANNED:
             self.phase = move(self.phase, Phase.PLACED)
 
-    def rehome(self, plans: Mapping[Key, Plan], first: Key) -> None:
+    def rehome(self, plans: Mapping[Key, Plan], first: Key, further: Compiled | None = None) -> None:
         """Switches to plans that differ in homes and estimates only, that of `first` being the model's, and moves the
-        states. Raises BudgetError if a tier is full; then nothing has changed."""
+        states. A `further` program, with the key `first`, joins the others. Raises BudgetError if a tier is full; then
+        nothing has changed."""
         before, programs = (self.demanded(), self._programs, self.planning.agreed), Recent[Compiled]()
-        for key, compiled in self._programs.items():
+        for key, compiled in (*self._programs.items(), *([] if further is None else [(first, further)])):
             programs[key] = replace(compiled, plan=plans[key])
         self.setup, self._programs = replace(before[0], plan=plans[first]), programs
         if before[2] is not None:

@@ -1,11 +1,14 @@
-"""Adapts a plan during training to what its first steps took, and to the memory there is."""
+"""Adapts a plan during training to what its first steps took, to the memory there is, and to larger batches."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ...runtime.isa.errors import BudgetError
 from ...runtime.machine import Machine
-from ..programs.programs import Compiled
+from ..capture.trace import Captured
+from ..programs.programs import Compiled, Key
 from ..session import Session
+from .making_room import MakingRoom
 from .pressure import Pressure
 from .rehoming import Rehoming
 from .warm_up import WarmUp
@@ -14,12 +17,13 @@ T = TypeVar("T")
 
 
 class Adaptation:
-    """The adaptation of one model. `before` is called ahead of each of its programs, `forward` runs a training
-    forward."""
+    """The adaptation of one model. `makes_room` is called for a program that does not fit, `before` ahead of each
+    program, and `forward` runs a training forward."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.rehoming = session, Rehoming(session)
         self.pressure = Pressure(session, self.rehoming)
+        self.making_room = MakingRoom(session, self.rehoming)
         self.warm_up = self._warm_up()
         self._machine: Machine | None = None  # the machine that the warm-up measures
 
@@ -27,6 +31,14 @@ class Adaptation:
         session = self.session
         steps = session.options.warmup_steps if session.planning.adapts else 0
         return WarmUp(session, self.rehoming, steps)
+
+    def makes_room(self, key: Key, captured: Captured, refusal: BudgetError) -> bool:
+        """Called when a further program is refused. States may move here, between two steps of the optimizer. Returns
+        whether the program is there now."""
+        has_moved = self.making_room.call(key, captured, refusal)
+        if has_moved:
+            self.warm_up.end()
+        return has_moved
 
     def before(self, compiled: Compiled) -> None:
         """Called before a program runs. States may move here, between two steps of the optimizer."""

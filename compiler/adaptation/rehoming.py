@@ -42,14 +42,15 @@ class Rehoming:
     def plans(self, key: Key, homes: Homes, limits: Limits) -> dict[Key, Plan]:
         """Plans for all programs, given that the plan of `key` has these homes. The others keep as many of their
         weights on the device as they have room for."""
-        found = {each: self._following(each, homes, limits) for each in self.session.programs()}
         compiled = self.session.programs()[key]
-        found[key] = estimated(replace(compiled.plan, homes=homes), compiled.flat, limits).plan
-        return found
+        mine = estimated(replace(compiled.plan, homes=homes), compiled.flat, limits).plan
+        return {**self.following(homes, limits), key: mine}
 
-    def _following(self, key: Key, homes: Homes, limits: Limits) -> Plan:
-        compiled = self.session.programs()[key]
-        return rehomed(compiled.plan, compiled.flat, limits, homes).plan
+    def following(self, homes: Homes, limits: Limits) -> dict[Key, Plan]:
+        """Plans for all programs with states where these homes say. Each keeps as many of its weights on the device as
+        it has room for."""
+        programs = self.session.programs().items()
+        return {key: rehomed(compiled.plan, compiled.flat, limits, homes).plan for key, compiled in programs}
 
     def estimated(self, limits: Limits) -> dict[Key, Plan]:
         """The present plans, with estimates made anew within these limits."""

@@ -156,7 +156,7 @@ class _Search:
             refused += [one for one in found if given.offload is not None or not self._lacks_host(one)]
             if self._is_beyond_copies(refused):
                 break
-        raise _refused(refused, self.limits)
+        raise _refused(refused, self.limits, self._are_placed)
 
     def _lacks_host(self, solution: Solution) -> bool:
         """Whether offloading needs more host memory than there is. Such a plan is left out of the refusal."""
@@ -396,5 +396,5 @@ def rehomed(plan: Plan, program: Program, limits: Limits, placed: Homes | None =
     return _Search(lambda _: weighed, limits, Constraints(plan.recompute, (), placed))._complete(plan, ASSUMED)
 
 
-def _refused(solutions: list[Solution], limits: Limits) -> Exception:
-    return refusal([(solution.plan, solution.program) for solution in solutions], limits)
+def _refused(solutions: list[Solution], limits: Limits, are_placed: bool = False) -> Exception:
+    return refusal([(solution.plan, solution.program) for solution in solutions], limits, are_placed)

@@ -55,6 +55,14 @@ class Builder:
         solution, _ = self.planning.decide(captured, setup.plan, True, format)
         return self._program(captured, solution, setup.machine)
 
+    def moving(self, captured: Captured, setup: Setup, format: OwnFormat | None) -> Compiled:
+        """One more program over a setup, planned as if it were the first: it may run once states have moved to where
+        its plan wants them. Raises BudgetError if it does not fit even so."""
+        solution, refusal = self.planning.decide(captured, setup.plan, False, format)
+        if refusal is not None:
+            raise refusal
+        return self._program(captured, solution, setup.machine)
+
     def _machine(self, solution: Solution, format: OwnFormat | None) -> tuple[Machine, OwnStore | None]:
         """A machine over new chunks, and its store if that keeps states of our own."""
         plan, ranks = solution.plan, self.local_shards.ranks

@@ -23,7 +23,7 @@ from geminifx.passes.program.plan import Plan
 from optimizing import homes_of
 from torch import distributed as dist
 from torch.optim import AdamW
-from zoo import OPT, compiled
+from zoo import OPT, compiled, tokens
 
 STEPS = 6
 BUDGET = 1_000_000
@@ -84,9 +84,23 @@ def shrunk(zero: int) -> Found:
     return trained(zero, disturb)
 
 
+def larger(zero: int) -> Found:
+    """A batch comes that would need states to move, which processes do only together."""
+    said: list[str] = []
+
+    def disturb(step: int, model: geminifx.CompiledModule) -> None:
+        if step == 1:
+            try:
+                OPT.loss(model, tokens(16, 32))
+            except geminifx.BudgetError as refusal:
+                said.append(str(refusal))
+
+    return {**trained(zero, disturb), "said": said}
+
+
 CASES = {
     f"{name}, zero {zero}": (found, zero)
-    for name, found in {"calm": calm, "warmed up": warmed_up, "shrunk": shrunk}.items()
+    for name, found in {"calm": calm, "warmed up": warmed_up, "shrunk": shrunk, "larger": larger}.items()
     for zero in (0, 2)
 }
 

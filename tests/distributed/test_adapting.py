@@ -47,3 +47,12 @@ def test_where_one_lacks_room_all_move_and_return_together(found: Finder, zero: 
     check_bits(moved, calm)
     homes = moved[0]["homes"]
     assert homes[0] != homes[1] and homes[-1] == homes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_later_larger_batch_moves_nothing_and_the_refusal_says_what_helps(found: Finder, zero: int) -> None:
+    refused, calm = found(f"larger, zero {zero}", 2), found(f"calm, zero {zero}", 2)
+    check_bits(refused, calm)
+    assert refused[0]["homes"] == calm[0]["homes"]
+    assert all("begin with the largest batch" in said for each in refused for said in each["said"] or [""])
