@@ -11,8 +11,9 @@
     return {"output:0": loss, ...}                          return {"output:0": mean, ...}
 
 A rank's mean loss is weighted by its token count over the average count per rank. The mean of these shares over the
-ranks is then the mean over all tokens, and averaging gradients over the ranks yields its gradients. Every scalar output
-of the model is averaged, so that all ranks see the same loss.
+ranks is then the mean over all tokens, and averaging gradients over the ranks yields its gradients. A quotient beside
+it whose divisor comes from the same labels, as where labels are smoothed, is weighted likewise. Every scalar output of
+the model is averaged, so that all ranks see the same loss.
 
 Microbatches are averaged like ranks, by `split_batch`. Token counts are averaged per rank and not per microbatch,
 because ranks may run different numbers of microbatches. In a pipeline and in rounds, where backwards begin before all
@@ -25,7 +26,7 @@ import torch
 from torch import fx
 
 from ..runtime.isa.errors import ShardingError, SplitError
-from ..runtime.isa.instructions import AVERAGE, SHARE
+from ..runtime.isa.instructions import AVERAGE, SHARE, WAIT
 from ..runtime.isa.linear_cross_entropy import BACKWARD, FORWARD, MEAN
 from .program.manager import graph_pass
 from .program.plan import Plan
@@ -52,9 +53,12 @@ CLASS_WEIGHTS = {aten.nll_loss_forward.default: 2, aten.nll_loss2d_forward.defau
 def average_loss(program: Program, plan: Plan) -> None:
     if plan.batches == plan.microbatches == 1:
         return
-    for node in program.computes:
-        if node.target in REDUCTION and node.args[REDUCTION[node.target]] == MEAN:
-            _weigh(program, node, plan)
+    means = [node for node in program.computes
+             if node.target in REDUCTION and node.args[REDUCTION[node.target]] == MEAN]  # fmt: skip
+    for quotient in _quotients(program, {node.args[LABELS[node.target][0]] for node in means}):
+        _weigh_quotient(program, quotient)
+    for node in means:
+        _weigh(program, node, plan)
     results = dict(program.results)
     for role, value in program.results_of("output").items():
         if _is_scalar(value):
@@ -79,6 +83,38 @@ def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
         place = COUNT.get(user.target)
         if place is not None and user.args[place] is count:
             user.update_arg(place, mean_count)
+
+
+def _quotients(program: Program, labels: set[object]) -> list[fx.Node]:
+    """Further means over the same tokens, such as the half of a cross entropy that smooths its labels: divisions of a
+    scalar by one that is computed from labels and constants alone."""
+    found = []
+    for node in program.computes:
+        if node.target is DIV and note(node).phase == "forward" and _is_scalar(node):
+            divisor, sources = node.args[1], set[fx.Node]()
+            due = [divisor] if isinstance(divisor, fx.Node) else []
+            while due:
+                source = due.pop()
+                due += [value for value in source.all_input_nodes if value not in sources]
+                sources.add(source)
+            if sources & labels and not any(source.target is WAIT for source in sources):
+                found.append(node)
+    return found
+
+
+def _weigh_quotient(program: Program, quotient: fx.Node) -> None:
+    """Replace a rank's mean by its share, as `_weigh` does; microbatches have none of these."""
+    count, origin, behind = quotient.args[1], note(quotient), quotient.next
+    as_float = program.emit(aten._to_copy.default, (count,), {"dtype": tensor_type(quotient).dtype}, before=behind,
+                            like=origin, name="count")  # fmt: skip
+    mean_count = _mean_count(program, as_float, 1, behind)
+    share = program.emit(SHARE, (quotient, as_float, mean_count), before=behind, like=origin)
+    for user in list(quotient.users):
+        if user is not share:
+            user.replace_input_with(quotient, share)
+    for user in list(count.users):
+        if user.target is DIV and user.args[1] is count and note(user).phase == "backward":
+            user.update_arg(1, mean_count)
 
 
 def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Plan) -> fx.Node:

@@ -6,7 +6,7 @@ from geminifx.passes.program.plan import Plan
 from geminifx.runtime.isa.mesh import Axis, Mesh
 
 
-@pytest.mark.parametrize("case", ["mean_of_a_loss", "fused_loss", "sums_and_other_outputs"])
+@pytest.mark.parametrize("case", ["mean_of_a_loss", "fused_loss", "sums_and_other_outputs", "smoothed_labels"])
 def test_before_and_after(golden, case):
     golden(case, average_loss, Plan(mesh=Mesh((Axis("data", 2, "data"),))))
 
