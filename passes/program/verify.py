@@ -14,7 +14,6 @@ from torch import fx
 
 from ...runtime.isa.errors import VerificationError
 from ...runtime.isa.instructions import (
-    ACCUMULATE_GRAD,
     ARRIVE,
     COLLECTIVES,
     DEPART,
@@ -22,10 +21,7 @@ from ...runtime.isa.instructions import (
     FINISH_COLLECTIVE,
     FINISH_RECEIVE,
     FINISH_SEND,
-    GRADIENTS,
     OFFLOAD,
-    PUT,
-    PUTS,
     RECEIVE,
     REDUCE,
     RELEASE,
@@ -38,20 +34,13 @@ from ...runtime.isa.instructions import (
     WAIT,
 )
 from ...runtime.isa.mesh import of_gradient, parse_placements, placements_text
+from .chunk_places import gradient_chains, misplaced
 from .names import is_identifier
 from .plan import Plan
 from .program import Program, aliased_inputs, annotate, is_noted, note, overwritten_inputs, type_of
 from .text import _context, call_text, target_text
 from .types import Type, infer, type_text
-
-
-@dataclass(frozen=True)
-class Violation:
-    """A node that breaks a rule, with what was found and what was expected."""
-
-    node: fx.Node
-    found: str
-    expected: str
+from .violation import Violation
 
 
 @dataclass(frozen=True)
@@ -283,19 +272,7 @@ def chunked(program: Program, plan: Plan) -> Violation | None:
     for fetch in program.calls(FETCH):
         if len(fetch.users) != 1 or next(iter(fetch.users)).target is not WAIT:
             return Violation(fetch, f"{len(fetch.users)} readers", "one reader, its wait")
-    return _gradient_chains(program)
-
-
-def _gradient_chains(program: Program) -> Violation | None:
-    order = program.positions()
-    for buffer in program.calls(GRADIENTS):
-        steps = sorted(buffer.users, key=order.__getitem__)
-        # A call of a function that takes the buffer counts as a put.
-        kinds = [PUT if step.op == "call_module" else step.target for step in steps]
-        if kinds[-2:] != [REDUCE, ACCUMULATE_GRAD] or any(kind not in PUTS for kind in kinds[:-2]) or len(kinds) < 3:
-            text = ", ".join(map(target_text, kinds))
-            return Violation(buffer, f"gradients used by: {text}", "put..., reduce, accumulate_grad")
-    return None
+    return misplaced(program, plan) or gradient_chains(program, plan)
 
 
 @fact

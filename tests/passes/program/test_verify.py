@@ -11,6 +11,7 @@ from geminifx.passes.program.types import parse_type
 from geminifx.passes.program.verify import canonical, chunked, offloaded, overlapped, released, turned, verify
 from geminifx.runtime.isa import instructions as ops
 from geminifx.runtime.isa.errors import VerificationError
+from geminifx.runtime.isa.layout import ChunkLayout, Layout, Slot
 
 aten = torch.ops.aten
 FACTS = (canonical, turned, chunked, released)
@@ -315,12 +316,37 @@ def test_damage_to_offloaded_activations_is_found_and_named(damage, name, found,
     _check_damage(OFFLOADING, (offloaded,), damage, name, found, expected)
 
 
-def _check_damage(text, facts, damage, name, found, expected):
+UNPLACED = Plan()
+LAID_OUT = Plan(layout=Layout((
+    ChunkLayout(0, 64, torch.float32, torch.float32, True, (Slot("fc.weight", 0, (4, 4)), Slot("fc.bias", 32, (4,)))),
+)))  # fmt: skip
+PLACE_DAMAGES = {
+    "a chunk too many": (_arguments("reduce", "gradients", 7, [0]), "reduce", "chunk 7", "one of the layout's 1"),
+    "a view of no parameter": (_arguments("w", "wait", 16, [4, 4]), "w", r"\[4, 4\] at 16", "a parameter of chunk 0"),
+    "a gradient elsewhere": (_arguments("put", "gradients", 16, "dw"), "reduce", r"\(16, 16\)", r"\(0, 16\)"),
+    "a gradient that is not there": (
+        lambda program, node: [_arguments(name, "gradients", 0, [0, 1])(program, node) for name in END.split(", ")],
+        "reduce", r"\[\(0, 16\)\]", r"\(32, 4\)",
+    ),
+    "another end": (_arguments("accumulate_grad", "gradients", 0, []), "accumulate_grad", r"\[\]", r"\[0\]"),
+    "a slot too many": (
+        lambda program, node: [_arguments(name, "gradients", 0, [2])(program, node) for name in END.split(", ")],
+        "reduce", r"slots \[2\]", "chunk's 2, from 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, name, found, expected", PLACE_DAMAGES.values(), ids=PLACE_DAMAGES)
+def test_what_misses_its_place_in_a_chunk_is_found_and_named(damage, name, found, expected):
+    _check_damage(GOOD, FACTS, damage, name, found, expected, LAID_OUT)
+
+
+def _check_damage(text, facts, damage, name, found, expected, plan=UNPLACED):
     program = parse_program(text)
-    verify(program, Plan(), facts, "none")  # that it was right counts for nothing afterwards
+    verify(program, plan, facts, "none")  # that it was right counts for nothing afterwards
     damage(program, _nodes(program))
     with pytest.raises(VerificationError) as raised:
-        verify(program, Plan(), facts, "clumsy")
+        verify(program, plan, facts, "clumsy")
     first, *rest = str(raised.value).splitlines()
     assert first.startswith("after pass 'clumsy', 'training' breaks '") and f" at '{name}' (" in first
     assert [line.split(":")[0].strip() for line in rest[:2]] == ["found", "expected"]
