@@ -24,7 +24,7 @@ from ..runtime.state_io.atomic_directory import shared_directory
 from ..runtime.state_io.checksums import seal
 from ..runtime.state_io.pretrained import carry_over
 from .calls import Calls
-from .capture.materialize import check_loadable, materialize
+from .capture.materialize import check_expected, check_loadable, materialize
 from .facade import Facade
 from .inspect.nonfinite import first_nonfinite
 from .inspect.profile import Profile, profile
@@ -157,7 +157,8 @@ class CompiledModule(Facade):
         """As nn.Module's; values are copied into the masters, and weights on `meta` get memory. Values are whole
         tensors even if parameters are sharded over processes: each takes its shard.
 
-        Raises ValueError for assign=True, which would take the parameters out of their chunks.
+        Raises ValueError for assign=True, which would take the parameters out of their chunks, and as nn.Module does
+        for missing or unexpected values, StateError where weights were on `meta`.
         """
         if assign:
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
@@ -169,11 +170,13 @@ class CompiledModule(Facade):
             if are_empty:
                 materialize(self.source, partial(session.take_places, are_alike=False))
             with self._facade_calls.lending():
-                loaded = self.source.load_state_dict(local_shards_of(session, state_dict), strict=strict)
+                shards = local_shards_of(session, state_dict)
+                loaded = self.source.load_state_dict(shards, strict=strict and not are_empty)
         if are_empty:
             session.place()
         if strict:
             self.session.half_loaded.discard("model")
+            check_expected(loaded.unexpected_keys)
         return loaded
 
     def load_pretrained(self, directory: str | Path, *, strict: bool = True, seed: int = 0) -> None:

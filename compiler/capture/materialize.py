@@ -1,7 +1,7 @@
 """Gives memory to weights on `meta`, so that a state_dict can be loaded into them."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,15 @@ def check_loadable(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Raises StateError if a value on `meta` is neither in `state_dict` nor computable."""
     _check_complete(model, state_dict)
     _check_buffers(model)
+
+
+def check_expected(unexpected: Sequence[str]) -> None:
+    """Raises StateError for values that were loaded beside those that the model has."""
+    if unexpected:
+        raise StateError(
+            f"load_state_dict: the model has no {', '.join(unexpected[:5])}; all others are loaded. Pass strict=False "
+            "to ignore what is not the model's"
+        )
 
 
 def materialize(model: nn.Module, take_places: Callable[[], None]) -> None:

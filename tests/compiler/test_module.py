@@ -396,6 +396,16 @@ def test_meta_weights_of_another_shape_and_buffers_nobody_knows_are_refused() ->
         geminifx.compile(layer).load_state_dict(nn.Linear(2, 3).state_dict())
 
 
+def test_a_value_too_many_is_told_and_the_others_are_there() -> None:
+    full = OPT.seeded().state_dict()
+    with geminifx.init_empty():
+        model = geminifx.compile(OPT.build())
+    with pytest.raises(StateError, match=r"the model has no another; all others are loaded"):
+        model.load_state_dict({**full, "another": torch.ones(1)})
+    assert torch.equal(OPT.loss(model, OPT.batch()), OPT.loss(OPT.seeded(), OPT.batch()))
+    assert model.load_state_dict({**full, "another": torch.ones(1)}, strict=False).unexpected_keys == ["another"]
+
+
 def test_before_the_first_call_weights_on_meta_load_too() -> None:
     with geminifx.init_empty():
         model = geminifx.compile(cnn())
