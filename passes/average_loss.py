@@ -75,10 +75,7 @@ def _weigh(program: Program, losses: fx.Node, plan: Plan) -> None:
     ahead = plan.schedule is not None or plan.rounds > 1
     counted = _labels_counted(program, losses, count, plan) if ahead else count
     mean_count = _mean_count(program, counted, plan.microbatches, behind)
-    share = program.emit(SHARE, (loss, counted, mean_count), before=behind, like=note(losses))
-    for user in list(loss.users):
-        if user is not share:
-            user.replace_input_with(loss, share)
+    _share(program, loss, counted, mean_count, behind)
     for user in list(count.users):
         place = COUNT.get(user.target)
         if place is not None and user.args[place] is count:
@@ -104,17 +101,22 @@ def _quotients(program: Program, labels: set[object]) -> list[fx.Node]:
 
 def _weigh_quotient(program: Program, quotient: fx.Node) -> None:
     """Replace a rank's mean by its share, as `_weigh` does; microbatches have none of these."""
-    count, origin, behind = quotient.args[1], note(quotient), quotient.next
+    count, behind = quotient.args[1], quotient.next
     as_float = program.emit(aten._to_copy.default, (count,), {"dtype": tensor_type(quotient).dtype}, before=behind,
-                            like=origin, name="count")  # fmt: skip
+                            like=note(quotient), name="count")  # fmt: skip
     mean_count = _mean_count(program, as_float, 1, behind)
-    share = program.emit(SHARE, (quotient, as_float, mean_count), before=behind, like=origin)
-    for user in list(quotient.users):
-        if user is not share:
-            user.replace_input_with(quotient, share)
+    _share(program, quotient, as_float, mean_count, behind)
     for user in list(count.users):
         if user.target is DIV and user.args[1] is count and note(user).phase == "backward":
             user.update_arg(1, mean_count)
+
+
+def _share(program: Program, mean: fx.Node, count: fx.Node, mean_count: fx.Node, behind: fx.Node) -> None:
+    """Everything that reads a rank's mean reads its share instead."""
+    share = program.emit(SHARE, (mean, count, mean_count), before=behind, like=note(mean))
+    for user in list(mean.users):
+        if user is not share:
+            user.replace_input_with(mean, share)
 
 
 def _labels_counted(program: Program, losses: fx.Node, count: fx.Node, plan: Plan) -> fx.Node:
