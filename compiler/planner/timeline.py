@@ -89,8 +89,8 @@ class _Reading:
         return Transfer(number, carrier, num_bytes, count)
 
 
-def _chunk(argument: int) -> Callable[[fx.Node, _Reading], Subject | None]:
-    return lambda node, _: int(node.args[argument])
+def _chunk(node: fx.Node, _: _Reading) -> Subject | None:
+    return int(node.args[isa.CHUNK_NUMBER[node.target]])
 
 
 def _exchange(node: fx.Node, reading: _Reading) -> Subject | None:
@@ -109,10 +109,7 @@ def _begun(argument: int) -> Callable[[fx.Node, _Reading], Subject | None]:
 
 
 FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
-    isa.FETCH: _chunk(0),
-    isa.WAIT: _chunk(1),
-    isa.REDUCE: _chunk(1),
-    isa.ACCUMULATE_GRAD: _chunk(1),
+    **dict.fromkeys(ABOUT_CHUNKS, _chunk),
     isa.START_ALL_GATHER: _exchange,
     isa.START_REDUCE_SCATTER: _exchange,
     isa.START_ALL_REDUCE: _exchange,

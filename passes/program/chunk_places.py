@@ -6,14 +6,13 @@ from torch import fx
 
 from ...runtime.isa.instructions import (
     ACCUMULATE_GRAD,
-    FETCH,
+    CHUNK_NUMBER,
     GRADIENTS,
     PUT,
     PUT_MM,
     PUT_SUM,
     PUTS,
     REDUCE,
-    RELEASE,
     VIEW,
     WAIT,
     summed_shape,
@@ -22,9 +21,6 @@ from .plan import Plan
 from .program import Program, tensor_type
 from .text import target_text
 from .violation import Violation
-
-CHUNK_NUMBER = {FETCH: 0, WAIT: 1, RELEASE: 1, REDUCE: 1, ACCUMULATE_GRAD: 1}
-"""The positions of chunks' numbers among the arguments of instructions."""
 
 
 def misplaced(program: Program, plan: Plan) -> Violation | None:

@@ -271,6 +271,9 @@ replaced."""
 
 PUTS = frozenset({PUT, PUT_MM, PUT_SUM})
 
+CHUNK_NUMBER = {FETCH: 0, WAIT: 1, RELEASE: 1, REDUCE: 1, ACCUMULATE_GRAD: 1}
+"""The position of the chunk's number among an instruction's arguments."""
+
 STARTS = frozenset({START_ALL_GATHER, START_REDUCE_SCATTER, START_ALL_REDUCE})
 
 PER_CHUNK = frozenset({FETCH, WAIT, RELEASE, REDUCE, ACCUMULATE_GRAD})
