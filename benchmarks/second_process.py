@@ -143,10 +143,8 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and nothing reads such memory
-    task, less_bytes = (
-        Task(full_name(args.model), args.batch, args.seq, budget=args.budget),
-        parse_bytes(args.less, of=0),
-    )
+    task = Task(full_name(args.model), args.batch, args.seq, budget=args.budget)
+    less_bytes = parse_bytes(args.less, of=0)
     calm = trained(Ours(task), args.steps, less_bytes, None)
     gc.collect()
     torch.cuda.empty_cache()

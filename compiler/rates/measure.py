@@ -42,7 +42,8 @@ EXCHANGES = 20
 
 LOOP_FACTOR = 2.5
 """How much longer operators take their launching thread in programs than in a loop, which finds its objects in the
-processor's caches and never changes threads: two and three times on two H200 machines, by steps of OPT-1.3B x 1."""
+processor's caches and never changes threads: three times on an H200 machine, by a step of OPT-1.3B x 1 (`geminifx
+calibrate`, `benchmarks/trust.py`), less on one where the loop took longer."""
 
 
 @dataclass(frozen=True)
