@@ -59,7 +59,7 @@ class Pressure:
         self._steps += 1
         if not self.is_on or (self.session.ranks.together and self._steps % AGREED_STEPS):
             return False
-        room_bytes, needed_bytes = self._room_bytes(), self._needed_bytes(key)
+        room_bytes, needed_bytes = self._room_bytes(), self._plan(key).peak_bytes
         told = self.session.ranks.gather((room_bytes, needed_bytes))
         least_bytes = min((room for room, _ in told if room is not None), default=None)
         if any(room is not None and room < needed for room, needed in told):
@@ -74,11 +74,6 @@ class Pressure:
             return session.hardware.device_tier.limit_bytes
         room, asked = session.device.memory.room_bytes(), session.planning.asked_bytes
         return room if asked is None else min(room, asked)
-
-    def _needed_bytes(self, key: Key) -> int:
-        """The step's peak, in bytes. Only half of the reserve for the driver and the allocator is counted, as what
-        other processes hold fluctuates."""
-        return self._plan(key).peak_bytes - self.session.planning.limits.reserve_bytes // 2
 
     def _plan(self, key: Key) -> Plan:
         return self.session.programs()[key].plan

@@ -28,7 +28,7 @@ from ...runtime.isa.fakes import FaithfulFakeMode
 from ...runtime.isa.precision import parameter_dtypes
 from ...runtime.isa.threads import CAPTURING
 from .assignments import followed_assignments, shared_buffers
-from .draws import SameDraws
+from .faithful_tracing import FaithfulTracing
 from .fake_model import fake, fake_copy
 from .guards import Guard, recorded
 from .held_elsewhere import HeldElsewhere
@@ -194,7 +194,7 @@ class _Step(nn.Module):
             buffers[name] = first[first_name]
         with ExitStack() as stack:
             stack.enter_context(followed_assignments(self.model, self.replaced))
-            stack.enter_context(SameDraws())
+            stack.enter_context(FaithfulTracing())
             stack.enter_context(self.held_elsewhere.standing_in(self.replaced))
             result = self.model.get_submodule(self.request.entry)(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, dict) else None
@@ -269,11 +269,6 @@ def _trace(stack: ExitStack, step: _Step, inputs: tuple[Tensor, ...]) -> fx.Grap
             "torch.where or a mask there, or pass the value as a Python argument."
         ) from error
     except RuntimeError as error:
-        if "with_effects" in str(error):
-            raise CaptureError(
-                f"{_source_line(error)}: an operator that raises where its result would be wrong cannot be captured; "
-                "use its form that does not, such as torch.linalg.inv_ex, solve_ex or cholesky_ex"
-            ) from error
         if "use_reentrant=True" in str(error):
             raise CaptureError(
                 f"{_source_line(error)}: checkpoint(use_reentrant=True) cannot be captured; use use_reentrant=False, "

@@ -1,7 +1,8 @@
-"""Makes random draws in place the same in the program as in eager mode, where torch's functional forms differ."""
+"""Operators that a trace would turn into something else than they are in eager mode: random draws in place, whose
+functional forms differ, and checks of results, which a trace may lose."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,14 +14,14 @@ from ...runtime.isa.torch_private import TorchDispatchMode
 _aten = torch.ops.aten
 
 
-class SameDraws(TorchDispatchMode):
-    """Intercepts in-place draws while a forward is traced."""
+class FaithfulTracing(TorchDispatchMode):
+    """Intercepts these operators while a forward is traced."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = _DRAWS.get(func)
-        if drawn is None or (kwargs or {}).get("generator") is not None:
+        traced = _TRACED.get(func)
+        if traced is None or (kwargs or {}).get("generator") is not None:
             return func(*args, **kwargs or {})
-        return drawn(*args, **kwargs or {})
+        return traced(*args, **kwargs or {})
 
 
 def _bernoulli_(tensor: Tensor, p: float = 0.5, generator: None = None) -> Tensor:
@@ -38,7 +39,16 @@ def _random_(tensor: Tensor, low: int, high: int | None, generator: None = None)
     return tensor.random_(high - low).add_(low)
 
 
-_DRAWS: Mapping[Any, Callable[..., Tensor]] = {
+def _check_errors(info: Tensor, name: str, *, is_matrix: bool) -> NoReturn:
+    """`torch.linalg`'s check whether a matrix could be factorised, whatever function asks for it."""
+    raise CaptureError(
+        f"{name} raises where its result would be wrong, which a program cannot do; use its form that does not, "
+        "such as torch.linalg.inv_ex, solve_ex or cholesky_ex, and look at the info that it returns"
+    )
+
+
+_TRACED: Mapping[Any, Callable[..., Tensor]] = {
     _aten.bernoulli_.float: _bernoulli_,
     getattr(_aten.random_, "from"): _random_,
+    _aten._linalg_check_errors.default: _check_errors,
 }
