@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ...runtime.distributed.ranks import Ranks
-from ..launches import measured_launch_s
 from ..memory.device import Device
 from ..options import Options
 from ..rates.calibrate import THOROUGH, BusyError, calibrate
@@ -19,6 +18,7 @@ from ..rates.identity import Identity
 from ..rates.kept import MachineRates, keep, write
 from ..rates.presets import CARDS
 from ..rates.rates import ARENA, Products, Rates
+from ..small_models import corrected_by_steps
 from .errors import shown_errors
 from .launch import rank
 
@@ -38,8 +38,9 @@ def calibrate_command(
 ) -> None:
     """Measure what this machine does in a second, in a minute or two, and keep it for all plans made here.
 
-    Matmuls, operators, copies and updates are measured on a GPU and its host, alone and at the same time; under
-    torchrun, so is what the processes exchange. Let nothing else run meanwhile: on a busy machine nothing is changed.
+    Matmuls, operators, copies and updates are measured on a GPU and its host, alone, at the same time and in training
+    steps of small models; under torchrun, so is what the processes exchange. Let nothing else run meanwhile: on a busy
+    machine nothing is changed.
     """
     console = Console(quiet=rank() > 0)
     with shown_errors():
@@ -54,7 +55,7 @@ def calibrate_command(
         try:
             rates = calibrate(device, THOROUGH, ranks)
             if not ranks.together:
-                rates = replace(rates, launch_s=measured_launch_s(device))
+                rates = corrected_by_steps(rates, device)
         except BusyError as busy:
             console.print(f"Nothing was changed: {busy}", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(BUSY) from None

@@ -9,7 +9,7 @@ programs.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -219,18 +219,24 @@ class HomeProgram:
     def _busy_s(self, chunk: ChunkLayout, home: Home) -> dict[str, float]:
         """Busy seconds by resource, with copies as slow as on a bus that is busy in both directions. For the device,
         the seconds by which the chunk lengthens the step, waiting included."""
-        rates, program, format = self.time.rates, self.time.program, self.plan.format
+        rates, program = self.time.rates, self.time.program
         both = rates.both_bytes_per_s
         alone = StepTime(
             Timeline(self._uses[chunk.index], program.compute_s, 0.0),
-            replace(rates, up_bytes_per_s=both, down_bytes_per_s=both),
+            replace(rates, up_bytes_per_s=both, down_bytes_per_s=both, passing_bytes_per_s=inf),
         )
         homes = (*self.begin[: chunk.index], home, *self.begin[chunk.index + 1 :])
         timing = alone.timing(self.plan, homes)
         found = dict(timing.busy_s) | {DEVICE: max(0.0, timing.step_s - program.compute_s * self.runs)}
-        if home.streamed:
-            found[HOST] = chunk.shard_numel / rates.passing_params_per_s * format.travelling_share(chunk, home)
+        found[HOST] = found.get(HOST, 0.0) + self._slows_host_s(found)
         return found
+
+    def _slows_host_s(self, busy_s: Mapping[str, float]) -> float:
+        """Seconds that copies, which keep both directions of the bus busy for so long, keep the host's worker waiting.
+        A torch optimizer's updates run alone."""
+        rates = self.time.rates
+        slower = rates.both_bytes_per_s / rates.passing_bytes_per_s * self.plan.format.beside
+        return (busy_s.get(UP, 0.0) + busy_s.get(DOWN, 0.0)) * slower
 
     # -- rows ----------------------------------------------------------------------------------------------
 
@@ -303,7 +309,7 @@ class HomeProgram:
         yield _Row(NETWORK, busy[NETWORK], always[NETWORK])
         # Updates that begin at step() overlap only with the next forward.
         behind_s = 0.0 if format.in_backward or not format.beside else program.compute_s * self.runs - self._forward_s
-        yield _Row(HOST, busy[HOST], behind_s)
+        yield _Row(HOST, busy[HOST], behind_s + always[HOST])
         is_streamed = np.array([one.home.streamed for one in self.choices])
         yield _Row(UP, np.maximum(busy[UP], busy[DOWN]) * is_streamed, behind_s)
 
@@ -316,6 +322,7 @@ class HomeProgram:
                 is_exchange = about.carrier is Carrier.NETWORK
                 copy_s = about.num_bytes / rates.both_bytes_per_s
                 found[about.carrier.value] += rates.exchange_s(about.count, about.num_bytes) if is_exchange else copy_s
+        found[HOST] = self._slows_host_s(found)
         return {name: seconds * self.runs for name, seconds in found.items()}
 
     @property

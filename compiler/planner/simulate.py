@@ -14,7 +14,7 @@ from ...passes.program.estimate import CollectiveTraffic
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...runtime.isa.formats import LANDINGS, STREAMED_GRADIENTS
-from ...runtime.isa.homes import Homes
+from ...runtime.isa.homes import Homes, Where
 from ...runtime.isa.instructions import ACCUMULATE_GRAD, AVERAGE, FETCH, REDUCE, WAIT
 from ...runtime.isa.layout import ChunkLayout
 from ..rates.rates import STREAM_LAUNCH_S, Rates
@@ -30,6 +30,9 @@ DEVICE, LAUNCHES, HOST = "device", "launches", "host updates"
 
 _Job = tuple[int, bool, float]
 """A job of the host's worker: the index of a chunk, whether the job is its update, and seconds."""
+
+COPY = -1
+"""The index of a job that stands for what a copy keeps the worker waiting: copies do not queue behind updates."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class _Clock:
         self.updates = rates.updates(plan.format.stored)
         self.runs = plan.format.accumulate
         self.streamed = [index for index, home in enumerate(homes) if home.streamed]
+        self.works = plan.format.beside and any(home.where is Where.HOST for home in homes)  # the host's worker
         self.bus = Bus(rates)
         self.busy_s: dict[str, float] = defaultdict(float)  # excluding the directions of the bus
         # When each is done with its work so far: compute, copies of weights and activations to the device, copies of
@@ -162,7 +166,7 @@ class _Clock:
                 self._take_landing(chunk.index)
             self.landed_s[chunk.index] = self._copied(Carrier.DOWN, chunk.shard_bytes, added_s)
             if self._adds:
-                self._put(chunk, self.landed_s[chunk.index], chunk.shard_numel / self.rates.host_sums_per_s)
+                self._put(chunk.index, self.landed_s[chunk.index], chunk.shard_numel / self.rates.host_sums_per_s)
             if last and (self.format.in_backward or self._has_spare(chunk)):
                 self._update(chunk, self.landed_s[chunk.index])
             elif last:
@@ -237,27 +241,30 @@ class _Clock:
         """Whether gradients of several runs are summed before the update."""
         return self.format.beside and self.runs > 1
 
-    def _put(self, chunk: ChunkLayout, after_s: float, takes_s: float, updates: bool = False) -> None:
+    def _put(self, index: int, after_s: float, takes_s: float, updates: bool = False) -> None:
         """Gives the worker a job for a chunk."""
-        heapq.heappush(self.coming, (after_s, (chunk.index, updates, takes_s)))
+        heapq.heappush(self.coming, (after_s, (index, updates, takes_s)))
+
+    def _slow(self, num_bytes: int, after_s: float) -> None:
+        """Slows the worker down, as bytes are copied to or from the memory that it works on."""
+        if self.works:
+            self._put(COPY, after_s, num_bytes / self.rates.passing_bytes_per_s)
 
     def _update(self, chunk: ChunkLayout, after_s: float) -> None:
         if self.homes[chunk.index].streamed:
             self._stream(chunk, after_s)
         else:
-            self._put(chunk, after_s, self._updated_s(chunk, self.updates.host_params_per_s), updates=True)
+            self._put(chunk.index, after_s, self._updated_s(chunk, self.updates.host_params_per_s), updates=True)
             self.pending.add(chunk.index)
 
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
-        """Streams a state through the device: up, update and down, piece by piece. The worker slows down, since the
-        state passes through its memory."""
+        """Streams a state through the device: up, update and down, piece by piece."""
         up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
         self.now_s += STREAM_LAUNCH_S
         self._on_device(self._products_s(chunk))
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
-        passing_s = chunk.shard_numel / self.rates.passing_params_per_s
-        self._put(chunk, after_s, passing_s * self.format.travelling_share(chunk, self.homes[chunk.index]))
+        self._slow(up_bytes + down_bytes, after_s)
 
     def _work_until_updated(self, index: int) -> None:
         """Runs the worker until the chunk is updated. Of the jobs that may begin it takes the lowest-numbered chunk."""
@@ -295,8 +302,9 @@ class _Clock:
 
     def _copied(self, direction: Carrier, num_bytes: int, after_s: float) -> float:
         """The time at which a copy is done."""
-        copy = self.bus.to_device if direction is Carrier.UP else self.bus.to_host
-        return self._beside(copy(num_bytes, self._from(after_s)))
+        copy, begin_s = self.bus.to_device if direction is Carrier.UP else self.bus.to_host, self._from(after_s)
+        self._slow(num_bytes, begin_s)
+        return self._beside(copy(num_bytes, begin_s))
 
     def _exchanged(self, traffic: CollectiveTraffic | None, *after_s: float) -> float:
         """The time at which an exchange is done; without one, the latest of `after_s`."""

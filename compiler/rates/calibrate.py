@@ -15,9 +15,6 @@ import torch
 
 from ...runtime.distributed.ranks import ALONE, Ranks
 from ...runtime.isa.errors import GeminiError
-from ...runtime.isa.formats import OwnFormat
-from ...runtime.isa.homes import Home, Where
-from ...runtime.isa.layout import ChunkLayout
 from ...runtime.isa.moments import Moments, update_bytes
 from .measure import Bench, Effort, Measurements
 from .others import HostWatch, used_by_others
@@ -145,7 +142,7 @@ def rates_from(found: Measurements, effort: Effort, gpu: str) -> Rates:
         down_bytes_per_s=found.down_bytes_per_s,
         both_bytes_per_s=found.both_bytes_per_s,
         host_params_per_s=found.host_params_per_s,
-        passing_params_per_s=_passing(found),
+        passing_bytes_per_s=_passing(found),
         torch_params_per_s=found.torch_params_per_s,
         device_params_per_s=found.device_params_per_s or found.memory_bytes_per_s / update_bytes("exact"),
         network_bytes_per_s=found.network_bytes_per_s or network,
@@ -170,9 +167,7 @@ def _products(effort: Effort, seconds: tuple[float, ...], kernel_s: float) -> Pr
 
 
 def _passing(found: Measurements) -> float:
-    """Parameters per second that stream through the host: a copy costs its updates a share (`lost`) of the copy's
-    time."""
+    """Bytes per second of the host's updates that copies cost: beside copies in both directions a share (`lost`) of
+    their time."""
     lost = max(1 - found.host_beside_params_per_s / found.host_params_per_s, 0.01)
-    state = ChunkLayout(0, 1, torch.bfloat16, torch.float32, trainable=True, slots=())
-    travelling_bytes = sum(OwnFormat().travelling_bytes(state, Home(Where.STREAMED, resident=True)))
-    return 2 * found.both_bytes_per_s / (lost * travelling_bytes)
+    return 2 * found.both_bytes_per_s / lost

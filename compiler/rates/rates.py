@@ -82,8 +82,8 @@ class Rates:
         up_bytes_per_s, down_bytes_per_s: copies to the device and to the host, alone.
         both_bytes_per_s: copies in each direction while both and the host's updates run.
         host_params_per_s: parameters that our kernel updates on the host, with no copies.
-        passing_params_per_s: parameters that stream through host memory to be updated on the device, which keeps the
-            host's updates waiting for as long.
+        passing_bytes_per_s: copied bytes, in either direction, that keep the host's updates waiting for a second: both
+            share the bandwidth of its memory.
         torch_params_per_s: parameters that a torch optimizer updates on the host, gradients and casts included.
         device_params_per_s: parameters that are updated on the device.
         network_bytes_per_s, network_latency_s: bytes a process receives from the others, and the fixed cost of each
@@ -104,7 +104,7 @@ class Rates:
     down_bytes_per_s: float
     both_bytes_per_s: float
     host_params_per_s: float
-    passing_params_per_s: float
+    passing_bytes_per_s: float
     torch_params_per_s: float
     device_params_per_s: float
     network_bytes_per_s: float
@@ -145,7 +145,7 @@ class Rates:
             down_bytes_per_s=self.down_bytes_per_s / by.down,
             both_bytes_per_s=self.both_bytes_per_s / max(by.up, by.down),
             host_params_per_s=self.host_params_per_s / by.host,
-            passing_params_per_s=self.passing_params_per_s / by.host,
+            passing_bytes_per_s=self.passing_bytes_per_s / by.host,
             torch_params_per_s=self.torch_params_per_s / by.host,
             bf16_moments=self.bf16_moments and self.bf16_moments.slowed(by),
             int8_moments=self.int8_moments and self.int8_moments.slowed(by),
@@ -180,7 +180,7 @@ def slowest(found: Iterable[Rates]) -> Rates:
 _ANY, _CORE = float("inf"), Products.of_any_size(50e9)
 ARENA = Rates(
     "the arena in RAM", bf16=_CORE, fp16=_CORE, fp32=_CORE, memory_bytes_per_s=8e9, kernel_s=0.0, launch_s=5e-6,
-    up_bytes_per_s=8e9, down_bytes_per_s=8e9, both_bytes_per_s=8e9, host_params_per_s=_ANY, passing_params_per_s=_ANY,
+    up_bytes_per_s=8e9, down_bytes_per_s=8e9, both_bytes_per_s=8e9, host_params_per_s=_ANY, passing_bytes_per_s=_ANY,
     torch_params_per_s=_ANY, device_params_per_s=_ANY, network_bytes_per_s=1e9, network_latency_s=1e-4, overlaps=False,
 )  # fmt: skip
 """One CPU: both tiers are the same memory, and the same cores update either."""

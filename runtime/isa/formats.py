@@ -7,7 +7,7 @@ chunk is sharded, all numbers are those of one process's shard.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -129,10 +129,6 @@ class StateFormat(ABC):
     def update_flop(self, chunk: ChunkLayout) -> float:
         """FLOPs of an update beyond the element-wise pass over its state."""
         return 0.0
-
-    def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
-        """Bytes that a streamed state copies, relative to the same state with exact moments."""
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -360,10 +356,6 @@ class OwnFormat(StateFormat):
         gradient = chunk.master_bytes if self.accumulate > 1 else chunk.shard_bytes
         moved = 2 * (chunk.shard_bytes + self._beside_weights_bytes(chunk)) + gradient
         return moved / max(chunk.shard_numel * update_bytes(self.stored), 1)
-
-    def travelling_share(self, chunk: ChunkLayout, home: Home) -> float:
-        moved, exact = (sum(format.travelling_bytes(chunk, home)) for format in (self, replace(self, stored="exact")))
-        return moved / max(exact, 1)
 
 
 def kinds_of_format() -> dict[str, type[StateFormat]]:

@@ -22,7 +22,7 @@ PARAMS, KEPT_BYTES = 100, 600
 # as long as that, or less, or more.
 RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memory_bytes_per_s=float("inf"),
               kernel_s=0.0, launch_s=0.0, up_bytes_per_s=200, down_bytes_per_s=200, both_bytes_per_s=150,
-              host_params_per_s=60, passing_params_per_s=300, torch_params_per_s=20, device_params_per_s=1000,
+              host_params_per_s=60, passing_bytes_per_s=6600, torch_params_per_s=20, device_params_per_s=1000,
               network_bytes_per_s=100, network_latency_s=0.0, overlaps=True)  # fmt: skip
 HOMES = [Home(where, stays) for where in Where for stays in (False, True)]
 

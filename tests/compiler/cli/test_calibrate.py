@@ -37,7 +37,7 @@ def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Rates | BusyE
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(command, "calibrate", measured)
-    monkeypatch.setattr(command, "measured_launch_s", lambda device: LAUNCH_S)
+    monkeypatch.setattr(command, "corrected_by_steps", lambda rates, device: replace(rates, launch_s=LAUNCH_S))
     monkeypatch.setattr(command.Identity, "of", lambda device, processes: MACHINE)
     monkeypatch.setattr(command.Device, "choose", lambda options: SimpleNamespace(torch_device=torch.device("cuda", 0)))
     return results

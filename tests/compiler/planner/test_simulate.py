@@ -36,11 +36,11 @@ from hypothesis import strategies as st
 from optimizing import NET
 from zoo import compiled
 
-# Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1, passing 1. A state
-# takes 10 on its way where its weights stay.
+# Seconds of a chunk: copied 2, updated on the host 4, by a torch optimizer 10, on the device 1. A state takes 10 on its
+# way where its weights stay.
 RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memory_bytes_per_s=float("inf"),
               kernel_s=0.0, launch_s=0.0, up_bytes_per_s=100, down_bytes_per_s=100, both_bytes_per_s=100,
-              host_params_per_s=25, passing_params_per_s=100, torch_params_per_s=10, device_params_per_s=100,
+              host_params_per_s=25, passing_bytes_per_s=float("inf"), torch_params_per_s=10, device_params_per_s=100,
               network_bytes_per_s=100, network_latency_s=0.0, overlaps=True)  # fmt: skip
 ADDED_S = 100 / RATES.host_sums_per_s
 BY_SUM = 28 / 26
@@ -173,11 +173,11 @@ def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_
     assert found == pytest.approx(24 + 100, abs=5 * STREAM_LAUNCH_S)
 
 
-@pytest.mark.parametrize("passing, seconds", [(100, 8 + 6 + 1), (10, 8 + 12)])
+@pytest.mark.parametrize("passing, seconds", [(2200, 8 + 6 + 1), (220, 8 + 12)])
 def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, seconds: float) -> None:
     """The second chunk's state travels from 4 to 14 and passes through the host's memory, from where the first one's
     weights come at 12, so that the second is two seconds late where they do not come after that."""
-    rates = replace(RATES, passing_params_per_s=passing)
+    rates = replace(RATES, passing_bytes_per_s=passing)
     found = two(AT_ONCE, homes(2, resident=BOTH, streamed=frozenset({1})), rates)
     assert found == pytest.approx(seconds, abs=5 * STREAM_LAUNCH_S)
 

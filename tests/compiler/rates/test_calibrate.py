@@ -38,8 +38,8 @@ def test_what_was_measured_is_what_the_clock_goes_by() -> None:
         if field.name in ("memory_bytes_per_s", "kernel_s", "launch_s", "both_bytes_per_s", "host_params_per_s"):
             assert getattr(rates, field.name) == getattr(FOUND, field.name)
     assert rates.device_params_per_s == 130e9 and rates.name == "NVIDIA H200, measured" and rates.overlaps
-    # Copies of 80 GB/s both ways take a sixth of the worker's time: 22 bytes of them as long as 16.7e-12 s.
-    assert rates.passing_params_per_s == pytest.approx(80e9 / (22 / 6))
+    # Copies of 80 GB/s take a sixth of the worker's time.
+    assert rates.passing_bytes_per_s == pytest.approx(80e9 * 6)
 
 
 def test_what_was_not_measured_is_the_card_s_or_follows() -> None:
@@ -68,7 +68,7 @@ def test_narrow_moments_have_rates_of_their_own() -> None:
 
 def test_copies_that_do_not_slow_updates_still_cost_a_little() -> None:
     faster_beside = replace(FOUND, host_beside_params_per_s=6.1e9)
-    assert 0 < rates_from(faster_beside, TINY, "NVIDIA H200").passing_params_per_s < float("inf")
+    assert 0 < rates_from(faster_beside, TINY, "NVIDIA H200").passing_bytes_per_s < float("inf")
 
 
 @pytest.mark.parametrize(
