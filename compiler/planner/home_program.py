@@ -23,7 +23,7 @@ from ...runtime.isa.layout import ChunkLayout
 from .linear import Columns, Rows, Terms
 from .memory import Memory
 from .simulate import DEVICE, HOST, StepTime
-from .timeline import ABOUT_CHUNKS, Carrier, Instruction, Timeline, Transfer
+from .timeline import ABOUT_CHUNKS, Carrier, Timed, Timeline, Transfer
 
 SPARING = 1e-3
 """The cost of a busy second of any resource, relative to a second of the step: among equally fast answers, the one that
@@ -179,10 +179,10 @@ class HomeProgram:
         return [tuple(chunks) for chunks in found.values()]
 
     @cached_property
-    def _uses(self) -> dict[int, list[Instruction]]:
+    def _uses(self) -> dict[int, list[Timed]]:
         """The instructions about each chunk."""
-        found: dict[int, list[Instruction]] = defaultdict(list)
-        for instruction in self.time.program.instructions:
+        found: dict[int, list[Timed]] = defaultdict(list)
+        for instruction in self.time.program.timed:
             _, target, about = instruction
             if target in ABOUT_CHUNKS and not isinstance(about, Transfer):
                 found[about].append(instruction)
@@ -222,7 +222,7 @@ class HomeProgram:
         rates, program = self.time.rates, self.time.program
         both = rates.both_bytes_per_s
         alone = StepTime(
-            Timeline(self._uses[chunk.index], program.compute_s, 0.0),
+            Timeline.at(self._uses[chunk.index], program.compute_s),
             replace(rates, up_bytes_per_s=both, down_bytes_per_s=both, passing_bytes_per_s=inf),
         )
         homes = (*self.begin[: chunk.index], home, *self.begin[chunk.index + 1 :])
@@ -329,7 +329,7 @@ class HomeProgram:
     def _forward_s(self) -> float:
         """Seconds of compute up to the first complete gradient."""
         program = self.time.program
-        return next((at_s for at_s, target, _ in program.instructions if target is REDUCE), program.compute_s)
+        return next((at_s for at_s, target, _ in program.timed if target is REDUCE), program.compute_s)
 
 
 @dataclass(frozen=True)

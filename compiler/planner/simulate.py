@@ -7,7 +7,6 @@ another, the host updates one chunk at a time, and the next forward begins with 
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...passes.program.estimate import CollectiveTraffic
@@ -20,7 +19,7 @@ from ...runtime.isa.layout import ChunkLayout
 from ..rates.rates import STREAM_LAUNCH_S, Rates
 from .bus import Bus
 from .communication import gathered, reduced
-from .timeline import Carrier, Instruction, Timeline, Transfer, timeline
+from .timeline import Carrier, Stretch, Timeline, Transfer, timeline
 
 STEPS = 3
 """Steps run on the clock. Only the last one counts, since work that one step leaves over delays the next."""
@@ -62,7 +61,7 @@ class StepTime:
         clock = _Clock(plan, homes, self.rates)
         ends_s, busy = [0.0], [clock.busy()]
         for _ in range(STEPS):
-            ends_s.append(clock.step(self.program.instructions, self.program.compute_s))
+            ends_s.append(clock.step(self.program))
             busy.append(clock.busy())
         found = {name: busy[-1][name] - busy[-2][name] for name in busy[-1]}
         found[DEVICE] += self.program.busy_s * plan.format.accumulate
@@ -86,6 +85,7 @@ class _Clock:
         # When each is done with its work so far: compute, copies of weights and activations to the device, copies of
         # activations to the host, states streamed through the device, the host's worker, exchanges. Gradients need no
         # such entry: at most one is being copied to the host at a time.
+        self.launched_s = 0.0  # when the launching thread is done
         self.now_s = self.up_s = self.down_s = self.travel_s = self.host_s = self.network_s = 0.0
         self.stepped_s = 0.0  # when the optimizer's step() was last called
         # Per chunk: when its fetch was reached, when its updated weights can be read, when its gradient has landed.
@@ -102,15 +102,13 @@ class _Clock:
         self.read_s: dict[int, float] = {}  # when it finished reading the others
         self.reading: list[int] = []  # chunks whose gradients wait on the device for their states to stream by
 
-    def step(self, instructions: Sequence[Instruction], compute_s: float) -> float:
+    def step(self, program: Timeline) -> float:
         """Runs one more step. Returns when it ends, which may be before its updates are done."""
         for run in range(1, self.runs + 1):
             self.copied.clear()
             self.gathered.clear()
-            passed_s = 0.0
-            for at_s, target, about in instructions:
-                self.now_s += at_s - passed_s
-                passed_s = at_s
+            for stretch, target, about in program.instructions:
+                self._compute(stretch)
                 if isinstance(about, Transfer):
                     self._begin(about, awaited=target is AVERAGE)
                 elif target is FETCH:
@@ -123,9 +121,19 @@ class _Clock:
                     self._accumulate_grad(about)
                 else:
                     self._finish(about)
-            self.now_s += compute_s - passed_s
+            self._compute(program.rest)
         self._end()
         return self.now_s
+
+    def _compute(self, stretch: Stretch) -> None:
+        device_s, launching_s, done_s = stretch
+        self.now_s = max(self.now_s + device_s, self.launched_s + done_s)
+        self.launched_s += launching_s
+
+    def _block(self, until_s: float) -> None:
+        """The launching thread waits for the host's worker, and so does the device, once it has no more to do."""
+        self.launched_s = max(self.launched_s, until_s)
+        self.now_s = max(self.now_s, until_s)
 
     def busy(self) -> dict[str, float]:
         """Busy seconds of each resource so far, except for what the program computes."""
@@ -181,7 +189,7 @@ class _Clock:
             while freed in self.unread:
                 self._work_on_next()
             self.landing.remove(freed)
-            self.now_s = max(self.now_s, self.read_s[freed])
+            self._block(self.read_s[freed])
         self.landing.append(index)
         self.unread.add(index)
 
@@ -200,7 +208,7 @@ class _Clock:
             if not self.format.beside:
                 update_s = chunk.numel / self.rates.torch_params_per_s
                 self.busy_s[HOST] += update_s
-                self.now_s += update_s
+                self._block(self.now_s + update_s)
                 self.fresh_s[chunk.index] = self.now_s
             else:
                 self._update(chunk, self.now_s)
@@ -260,7 +268,7 @@ class _Clock:
     def _stream(self, chunk: ChunkLayout, after_s: float) -> None:
         """Streams a state through the device: up, update and down, piece by piece."""
         up_bytes, down_bytes = self.format.travelling_bytes(chunk, self.homes[chunk.index])
-        self.now_s += STREAM_LAUNCH_S
+        self.launched_s += STREAM_LAUNCH_S
         self._on_device(self._products_s(chunk))
         end_s = self.bus.through(up_bytes, down_bytes, self._from(max(after_s, self.travel_s)))
         self.travel_s = self.fresh_s[chunk.index] = self._beside(end_s)
@@ -270,6 +278,7 @@ class _Clock:
         """Runs the worker until the chunk is updated. Of the jobs that may begin it takes the lowest-numbered chunk."""
         while index in self.pending:
             self._work_on_next()
+            self._block(self.host_s)
 
     def _work_on_next(self) -> None:
         if not self.come:

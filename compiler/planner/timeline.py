@@ -1,5 +1,5 @@
 """A program as the clock reads it: the instructions that something other than the device carries out, or that wait for
-it, and the seconds of compute up to each.
+it, and what the device computes in front of each.
 
 One thread launches the device's operators and may run ahead of the device, never behind: an operator runs once it is
 launched and all operators before it are done. Instructions take that thread's time, too.
@@ -8,6 +8,8 @@ launched and all operators before it are done. Instructions take that thread's t
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property, reduce
+from typing import NamedTuple
 
 from torch import fx
 
@@ -41,8 +43,34 @@ class Transfer:
 Subject = int | Transfer
 """A chunk's index, a transfer to start, or the number of the transfer to wait for."""
 
-Instruction = tuple[float, fx.node.Target, Subject]
-"""Seconds of compute before the instruction, its operator, and what it is about."""
+
+class Stretch(NamedTuple):
+    """Operators that run one after the other: the seconds for which the device works, those that the launching thread
+    takes, and those until both are done where the device waits for nothing but launches."""
+
+    device_s: float = 0.0
+    launching_s: float = 0.0
+    done_s: float = 0.0
+
+    @classmethod
+    def of(cls, device_s: float) -> "Stretch":
+        """A stretch that is launched ahead of the device."""
+        return cls(device_s, 0.0, device_s)
+
+    def then(self, other: "Stretch") -> "Stretch":
+        """Both, one behind the other."""
+        done_s = max(self.done_s + other.device_s, self.launching_s + other.done_s)
+        return Stretch(self.device_s + other.device_s, self.launching_s + other.launching_s, done_s)
+
+    def slowed(self, factor: float) -> "Stretch":
+        return Stretch(*(seconds * factor for seconds in self))
+
+
+Instruction = tuple[Stretch, fx.node.Target, Subject]
+"""What is computed since the instruction before, the instruction's operator, and what it is about."""
+
+Timed = tuple[float, fx.node.Target, Subject]
+"""Seconds of compute before an instruction, its operator, and what it is about."""
 
 
 ABOUT_CHUNKS = frozenset({isa.FETCH, isa.WAIT, isa.REDUCE, isa.ACCUMULATE_GRAD})
@@ -61,20 +89,52 @@ Event = Work | tuple[fx.node.Target, Subject]
 """What the clock reads of one operator: the device's work, or an instruction."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timeline:
-    """A program that takes `compute_s` if it waits for nothing but launches. Of that the device works for `busy_s`, and
-    the launching thread for `launching_s`."""
+    """A program's instructions, and what is computed behind the last one. It takes `compute_s` if it waits for nothing
+    but launches. Of that the device works for `busy_s`, and the launching thread for `launching_s`."""
 
     instructions: list[Instruction]
-    compute_s: float
-    busy_s: float
-    launching_s: float = 0.0
+    rest: Stretch
+
+    @classmethod
+    def at(cls, timed: Iterable[Timed], compute_s: float) -> "Timeline":
+        """A program of `compute_s` in which the device works throughout and nothing waits for launches."""
+        made, passed_s = list[Instruction](), 0.0
+        for at_s, target, about in timed:
+            made.append((Stretch.of(at_s - passed_s), target, about))
+            passed_s = at_s
+        return cls(made, Stretch.of(compute_s - passed_s))
+
+    @cached_property
+    def timed(self) -> list[Timed]:
+        """The instructions, with the seconds before each where the program waits for nothing but launches."""
+        made, whole = list[Timed](), Stretch()
+        for stretch, target, about in self.instructions:
+            whole = whole.then(stretch)
+            made.append((whole.done_s, target, about))
+        return made
+
+    @cached_property
+    def _whole(self) -> Stretch:
+        return reduce(Stretch.then, (stretch for stretch, *_ in self.instructions), Stretch()).then(self.rest)
+
+    @property
+    def compute_s(self) -> float:
+        return self._whole.done_s
+
+    @property
+    def busy_s(self) -> float:
+        return self._whole.device_s
+
+    @property
+    def launching_s(self) -> float:
+        return self._whole.launching_s
 
     def slowed(self, factor: float) -> "Timeline":
         """The same program where the device and the launching thread are slower by `factor`."""
-        instructions = [(at_s * factor, target, about) for at_s, target, about in self.instructions]
-        return Timeline(instructions, self.compute_s * factor, self.busy_s * factor, self.launching_s * factor)
+        instructions = [(stretch.slowed(factor), target, about) for stretch, target, about in self.instructions]
+        return Timeline(instructions, self.rest.slowed(factor))
 
 
 @dataclass
@@ -145,14 +205,14 @@ def events(program: Program, plan: Plan, rates: Rates) -> Iterator[tuple[fx.Node
 
 def laid_out(found: Iterable[Event], launch_s: float) -> Timeline:
     """The timeline of events; a usual operator takes `launch_s` of the launching thread."""
-    made = Timeline([], 0.0, 0.0)
+    instructions, device_s, launching_s, done_s = list[Instruction](), 0.0, 0.0, 0.0
     for event in found:
         if isinstance(event, Work):
-            made.launching_s += launch_s * event.launch_weight
-            made.busy_s += event.device_s
-            made.compute_s = max(made.compute_s, made.launching_s) + event.device_s
+            launching_s += launch_s * event.launch_weight
+            device_s += event.device_s
+            done_s = max(done_s, launching_s) + event.device_s
         else:
-            made.launching_s += launch_s * launch_weight(event[0])
-            made.instructions.append((made.compute_s, *event))
-    made.compute_s = max(made.compute_s, made.launching_s)
-    return made
+            launching_s += launch_s * launch_weight(event[0])
+            instructions.append((Stretch(device_s, launching_s, max(done_s, launching_s)), *event))
+            device_s, launching_s, done_s = 0.0, 0.0, 0.0
+    return Timeline(instructions, Stretch(device_s, launching_s, max(done_s, launching_s)))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.liveness import ACTIVATIONS, Interval, Liveness
-from geminifx.compiler.planner.timeline import Instruction, Timeline
+from geminifx.compiler.planner.timeline import Timed, Timeline
 from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.rates import Products, Rates
 from geminifx.passes.program.plan import Plan
@@ -29,7 +29,7 @@ HOMES = [Home(where, stays) for where in Where for stays in (False, True)]
 
 def chain(plan: Plan, blocks: int) -> Weighed:
     """Blocks one after the other, forward and back, each with a chunk of its own."""
-    instructions, at_s, again = list[Instruction](), 0.0, {int(name) for name in plan.recompute}
+    instructions, at_s, again = list[Timed](), 0.0, {int(name) for name in plan.recompute}
     for block in range(blocks):
         instructions += [(at_s, FETCH, block), (at_s, WAIT, block)]
         at_s += 1
@@ -43,7 +43,7 @@ def chain(plan: Plan, blocks: int) -> Weighed:
         kept[last if block in again else block : last + 1] += KEPT_BYTES
     fetches = [Interval(block, at, at) for block in range(blocks) for at in (block, 2 * blocks - 1 - block)]
     liveness = Liveness({ACTIVATIONS: kept}, tuple(fetches), 0, 2 * blocks, none, none)
-    return Weighed(Flat(Program("training")), liveness, Timeline(instructions, at_s, at_s))
+    return Weighed(Flat(Program("training")), liveness, Timeline.at(instructions, at_s))
 
 
 def draft(blocks: int, format: StateFormat) -> Plan:

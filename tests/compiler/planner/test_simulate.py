@@ -7,7 +7,7 @@ import pytest
 import torch
 from geminifx.compiler.planner import simulate as cost
 from geminifx.compiler.planner.simulate import StepTime
-from geminifx.compiler.planner.timeline import Carrier, Instruction, Timeline, Transfer
+from geminifx.compiler.planner.timeline import Carrier, Stretch, Timed, Timeline, Transfer
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, STREAM_LAUNCH_S, Products, Rates, Updates
 from geminifx.passes.program.plan import Plan
@@ -45,7 +45,7 @@ RATES = Rates("a machine of few bytes", *(3 * [Products.of_any_size(1.0)]), memo
 ADDED_S = 100 / RATES.host_sums_per_s
 BY_SUM = 28 / 26
 """What an update by a float32 sum takes of one by a bfloat16 gradient."""
-TWO: list[Instruction] = [
+TWO: list[Timed] = [
     (0, FETCH, 0), (0, WAIT, 0), (1, FETCH, 1), (1, WAIT, 1),
     (2, FETCH, 1), (2, WAIT, 1), (4, REDUCE, 1), (4, FETCH, 0), (4, WAIT, 0), (6, ACCUMULATE_GRAD, 1), (6, REDUCE, 0),
     (6, ACCUMULATE_GRAD, 0),
@@ -64,8 +64,8 @@ def with_bus(rates: Rates, bytes_per_s: float) -> Rates:
     return replace(rates, up_bytes_per_s=bytes_per_s, down_bytes_per_s=bytes_per_s, both_bytes_per_s=bytes_per_s)
 
 
-def step(instructions: Sequence[Instruction], compute_s: float, rates: Rates = RATES) -> StepTime:
-    return StepTime(Timeline(list(instructions), compute_s, compute_s), rates)
+def step(instructions: Sequence[Timed], compute_s: float, rates: Rates = RATES) -> StepTime:
+    return StepTime(Timeline.at(instructions, compute_s), rates)
 
 
 def two(format: StateFormat, placed: Homes, rates: Rates = RATES) -> float:
@@ -161,8 +161,11 @@ def test_states_travel(format: StateFormat, seconds: float) -> None:
 
 
 def test_a_state_that_travels_costs_its_launches() -> None:
-    rates = with_bus(RATES, float("inf"))
-    assert two(AT_ONCE, homes(2, resident=BOTH, streamed=BOTH), rates) == pytest.approx(6 + 2 * STREAM_LAUNCH_S)
+    launched = Stretch(device_s=1, launching_s=3, done_s=3)
+    program = Timeline([(launched, REDUCE, 1), (launched, REDUCE, 0)], Stretch())
+    time = StepTime(program, with_bus(RATES, float("inf")))
+    placed = homes(2, resident=BOTH, streamed=BOTH)
+    assert time.seconds(plan_of(2, AT_ONCE), placed) == pytest.approx(6 + 2 * STREAM_LAUNCH_S)
 
 
 def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_not() -> None:
@@ -239,8 +242,25 @@ def test_a_chain_by_hand_and_who_is_busy_in_it() -> None:
 
 
 def test_launches_are_busy_too() -> None:
-    timing = StepTime(Timeline(TWO, 6, 4, 5.5), RATES).timing(plan_of(2, OwnFormat(accumulate=2)), homes(2, BOTH))
-    assert dict(timing.busy_s) == pytest.approx({"device": 2 * 4 + 2 * BY_SUM, "launches": 2 * 5.5})
+    program = replace(Timeline.at(TWO, 6), rest=Stretch(device_s=0, launching_s=5.5, done_s=5.5))
+    timing = StepTime(program, RATES).timing(plan_of(2, OwnFormat(accumulate=2)), homes(2, BOTH))
+    assert dict(timing.busy_s) == pytest.approx({"device": 2 * 6 + 2 * BY_SUM, "launches": 2 * 5.5})
+
+
+def test_what_the_device_does_beside_the_program_hides_behind_launches() -> None:
+    """Of a chunk's 3 seconds the device computes for one and waits for launches in the others; updates take one."""
+    launched = Stretch(device_s=1, launching_s=3, done_s=3)
+    program = Timeline([(launched, REDUCE, 1), (launched, REDUCE, 0)], Stretch())
+    assert StepTime(program, RATES).seconds(plan_of(2, AT_ONCE), homes(2, BOTH)) == 6
+    slow = replace(RATES, device_params_per_s=25)
+    assert StepTime(program, slow).seconds(plan_of(2, AT_ONCE), homes(2, BOTH)) == 2 * (1 + 4)
+
+
+def test_while_the_thread_waits_for_the_host_it_launches_nothing() -> None:
+    """The host's update takes 4 seconds, from when the gradient has landed, at 2 + 2; then 3 seconds of launches."""
+    launched = Stretch(device_s=1, launching_s=3, done_s=3)
+    program = Timeline([(Stretch(), FETCH, 0), (Stretch(), WAIT, 0), (launched, REDUCE, 0)], Stretch())
+    assert StepTime(program, RATES).seconds(plan_of(1, AT_ONCE), homes(1)) == pytest.approx(3 + 2 + 4)
 
 
 @pytest.mark.parametrize("overlaps, seconds", [(True, 5), (False, 6)], ids=["beside", "in turn"])
@@ -249,20 +269,20 @@ def test_an_exchange_runs_beside_compute_until_it_is_waited_for(overlaps: bool, 
     rates = replace(RATES, network_bytes_per_s=100, overlaps=overlaps)
     start, end = START_ALL_REDUCE, FINISH_COLLECTIVE
     first, second = (Transfer(number, Carrier.NETWORK, 200) for number in (0, 1))
-    program: list[Instruction] = [(0, start, first), (0, start, second), (1, end, 0), (1, end, 1)]
+    program: list[Timed] = [(0, start, first), (0, start, second), (1, end, 0), (1, end, 1)]
     timing = step(program, 2, rates).timing(plan_of(1, AT_ONCE), homes(1))
     assert timing.step_s == seconds and dict(timing.busy_s)["network"] == 4
 
 
 def test_what_is_averaged_is_waited_for_at_once() -> None:
     rates = replace(RATES, network_latency_s=3.0)
-    program: list[Instruction] = [(1, AVERAGE, Transfer(0, Carrier.NETWORK, 100))]
+    program: list[Timed] = [(1, AVERAGE, Transfer(0, Carrier.NETWORK, 100))]
     assert step(program, 2, rates).seconds(plan_of(1, AT_ONCE), homes(1)) == 2 + 3 + 1
 
 
 @pytest.mark.parametrize("carrier, name", [(Carrier.UP, "bus up"), (Carrier.DOWN, "bus down")])
 def test_whatever_an_instruction_copies_is_on_the_bus(carrier: Carrier, name: str) -> None:
-    program: list[Instruction] = [(0, START_ALL_GATHER, Transfer(0, carrier, 300)), (1, FINISH_COLLECTIVE, 0)]
+    program: list[Timed] = [(0, START_ALL_GATHER, Transfer(0, carrier, 300)), (1, FINISH_COLLECTIVE, 0)]
     timing = step(program, 2).timing(plan_of(1, AT_ONCE), homes(1))
     assert timing.step_s == 3 + 1 and dict(timing.busy_s)[name] == 3
 
@@ -298,10 +318,10 @@ def test_weights_in_shards_are_gathered_for_each_use_or_once_where_they_stay() -
 MANY = range(8)
 
 
-def one_ahead() -> list[Instruction]:
+def one_ahead() -> list[Timed]:
     """Eight chunks, each of which computes one second in the forward and two in the backward."""
     order, begins = [*MANY, *reversed(MANY)], [*range(8), *range(8, 24, 2)]
-    found: list[Instruction] = [(0, FETCH, 0)]
+    found: list[Timed] = [(0, FETCH, 0)]
     for at, chunk, following in zip(begins, order, [*order[1:], None], strict=True):
         found.append((at, WAIT, chunk))
         if following is not None:
@@ -360,8 +380,8 @@ def test_a_program_s_instructions_are_found_between_its_compute() -> None:
     time = StepTime.of(model.session.last["training"].flat, model.plan, preset("h100-sxm"))
     reduced = [chunk for _, what, chunk in time.program.instructions if what is REDUCE]
     assert sorted(reduced) == list(range(len(model.plan.layout.chunks)))
-    at = [at_s for at_s, _, _ in time.program.instructions]
-    assert at == sorted(at) and 0 == at[0] < at[-1] <= time.program.compute_s
+    at = [at_s for at_s, _, _ in time.program.timed]
+    assert at == sorted(at) and 0 < at[0] < at[-1] <= time.program.compute_s
 
 
 # -- activations that go to the host and back -------------------------------------------------------------
@@ -375,23 +395,23 @@ def back(number: int, num_bytes: int = 200) -> Transfer:
     return Transfer(number, Carrier.UP, num_bytes)
 
 
-def offloading(instructions: list[Instruction], rates: Rates = RATES) -> float:
+def offloading(instructions: list[Timed], rates: Rates = RATES) -> float:
     """Seconds of six seconds of compute, of which a copy of 100 bytes has one."""
-    return StepTime(Timeline(instructions, 6, 6), rates).seconds(plan_of(2, OwnFormat()), homes(2, BOTH))
+    return StepTime(Timeline.at(instructions, 6), rates).seconds(plan_of(2, OwnFormat()), homes(2, BOTH))
 
 
 def test_copies_of_activations_are_waited_for_where_they_end_late() -> None:
-    early: list[Instruction] = [(0, OFFLOAD, gone(0)), (2, DEPART, 0), (3, RELOAD, back(1)), (5, ARRIVE, 1)]
-    late: list[Instruction] = [(0, OFFLOAD, gone(0)), (1, DEPART, 0), (3, RELOAD, back(1)), (4, ARRIVE, 1)]
+    early: list[Timed] = [(0, OFFLOAD, gone(0)), (2, DEPART, 0), (3, RELOAD, back(1)), (5, ARRIVE, 1)]
+    late: list[Timed] = [(0, OFFLOAD, gone(0)), (1, DEPART, 0), (3, RELOAD, back(1)), (4, ARRIVE, 1)]
     assert offloading(early) == 6
     assert offloading(late) == 6 + 1 + 1
     assert offloading(early, rates=replace(RATES, overlaps=False)) == 6 + 2 + 2
 
 
 def test_copies_of_one_direction_come_one_after_the_other() -> None:
-    both: list[Instruction] = [(0, OFFLOAD, gone(0)), (0, OFFLOAD, gone(1)), (2, DEPART, 0), (3, DEPART, 1)]
+    both: list[Timed] = [(0, OFFLOAD, gone(0)), (0, OFFLOAD, gone(1)), (2, DEPART, 0), (3, DEPART, 1)]
     assert offloading(both) == 6 + 1, "the second has left at 4"
-    there_and_back: list[Instruction] = [
+    there_and_back: list[Timed] = [
         (0, OFFLOAD, gone(0)), (2, DEPART, 0), (2, OFFLOAD, gone(1)), (2, RELOAD, back(2)), (4, ARRIVE, 2),
         (4, DEPART, 1),
     ]  # fmt: skip
@@ -400,6 +420,6 @@ def test_copies_of_one_direction_come_one_after_the_other() -> None:
 
 def test_activations_share_the_bus_with_weights() -> None:
     there_and_back = [(0, OFFLOAD, gone(0)), (2, DEPART, 0), (2, RELOAD, back(1)), (6, ARRIVE, 1)]
-    program: list[Instruction] = sorted([*there_and_back, (2.5, FETCH, 0), (4, WAIT, 0)], key=lambda item: item[0])
-    time = StepTime(Timeline(program, 6, 6), RATES).seconds(plan_of(2, AT_ONCE), homes(2, frozenset({1})))
+    program: list[Timed] = sorted([*there_and_back, (2.5, FETCH, 0), (4, WAIT, 0)], key=lambda item: item[0])
+    time = StepTime(Timeline.at(program, 6), RATES).seconds(plan_of(2, AT_ONCE), homes(2, frozenset({1})))
     assert time == 6 + 2, "the weights come behind the activation"

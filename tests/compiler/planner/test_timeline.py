@@ -71,7 +71,7 @@ EXCHANGE = [
 
 def test_an_exchange_is_set_under_way_and_waited_for() -> None:
     found = read(EXCHANGE[0], VIEW, MM[0], EXCHANGE[1], plan=Plan(mesh=MESH))
-    (begin_s, begins, what), (end_s, ends, number) = found.instructions
+    (begin_s, begins, what), (end_s, ends, number) = found.timed
     assert begins in STARTS and ends is FINISH_COLLECTIVE and (begin_s, end_s) == (0, pytest.approx(1.0))
     assert what == Transfer(number, Carrier.NETWORK, 2 * 4 * 1000 * 500 * 3 // 4)  # type: ignore[arg-type]
     launched = read(EXCHANGE[0], VIEW, MM[0], EXCHANGE[1], plan=Plan(mesh=MESH), launch_s=0.1)
