@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..runtime import chosen_gradients
 from ..runtime.executor import NoGradient, Step, TrainingRun
+from ..runtime.isa import torch_private as private
 from ..runtime.isa.errors import StateError
 from .adaptation.adaptation import Adaptation
 from .capture.results import AbsentOutput
@@ -50,6 +51,8 @@ class Calls:
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward of the model, or of one of its modules alone, as a compiled step."""
         session = self.session
+        if private.tangents_are_on():
+            _refuse_tangents(args, kwargs)
         with forward.in_source():
             compiled = session.program(args, kwargs, self._name_of(module), makes_room=self.adaptation.makes_room)
         backward = compiled.program.name == "training"
@@ -122,3 +125,12 @@ class Calls:
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: on_device(tensor, device, dtype), (args, kwargs))
         with streamed_weights(self.session):
             return method(*args, **kwargs)
+
+
+def _refuse_tangents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises StateError if an argument carries a tangent, which a program would lose."""
+    if any(isinstance(leaf, Tensor) and private.has_tangent(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+        raise StateError(
+            "the compiled model was called with a dual tensor, but a program computes no derivatives in forward mode; "
+            "call the plain model there, or use backward()"
+        )

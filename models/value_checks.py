@@ -1,6 +1,7 @@
 """Checks of tensors' values that only validate, such as `if labels.max() >= self.vocab_size: raise ValueError(...)`.
 
-A capture has no values to look at, and these checks do not change what is computed: they are assumed to pass.
+A capture has no values to look at, and these checks do not change what is computed: they are assumed to pass. Whether
+a mask is causal decides only how torch's transformers compute with it: it counts as one unless they are told.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
 from ..runtime.isa.threads import patched
@@ -168,6 +170,10 @@ def _only_raises(node: ast.Assert | ast.If) -> bool:
     return isinstance(node, ast.Assert) or (not node.orelse and all(isinstance(s, ast.Raise) for s in node.body))
 
 
+def _causal_if_told(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
 @contextmanager
 def checks_pass() -> Iterator[None]:
     """Within, checks of values are assumed to pass: Python's, and torch's that take tensors of conditions."""
@@ -177,5 +183,6 @@ def checks_pass() -> Iterator[None]:
         for name in _TORCHS_CHECKS:
             if hasattr(torch, name):
                 stack.enter_context(patched(torch, name, nothing))
+        stack.enter_context(patched(transformer, "_detect_is_causal_mask", _causal_if_told))
         stack.enter_context(_ChecksPass())
         yield

@@ -1,5 +1,5 @@
 """Operators that a trace would turn into something else than they are in eager mode: random draws in place, whose
-functional forms differ, and checks of results, which a trace may lose."""
+functional forms differ, draws from generators of a model's own, and checks of results, which a trace may lose."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -18,10 +18,12 @@ class FaithfulTracing(TorchDispatchMode):
     """Intercepts these operators while a forward is traced."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        traced = _TRACED.get(func)
-        if traced is None or (kwargs or {}).get("generator") is not None:
-            return func(*args, **kwargs or {})
-        return traced(*args, **kwargs or {})
+        if (kwargs or {}).get("generator") is not None:
+            raise CaptureError(
+                "the model draws from a torch.Generator of its own, whose state a program could not follow; draw from "
+                "torch's own generator, or pass what is drawn to the model"
+            )
+        return _TRACED.get(func, func)(*args, **kwargs or {})
 
 
 def _bernoulli_(tensor: Tensor, p: float = 0.5, generator: None = None) -> Tensor:

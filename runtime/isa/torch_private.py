@@ -53,6 +53,7 @@ try:
         FakeTensorMode,
         UnsupportedFakeTensorException,
     )
+    from torch.autograd import forward_ad
     from torch.distributed.pipelining.schedules import get_schedule_class
     from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -76,9 +77,10 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "below_autograd", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
-    "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch", "plain_results",
-    "set_arguments", "suggest_memory_format", "unmetered", "use_expandable_segments", "variable_functions",
-    "watch_chosen_inputs", "watch_clipping", "will_accumulate", "wrapper_parameter",
+    "has_tangent", "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch",
+    "plain_results", "set_arguments", "suggest_memory_format", "tangents_are_on", "unmetered",
+    "use_expandable_segments", "variable_functions", "watch_chosen_inputs", "watch_clipping", "will_accumulate",
+    "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -119,6 +121,15 @@ def plain_dispatch() -> Iterator[None]:
             yield
         finally:
             torch._C._set_mkldnn_enabled(enabled)
+
+
+def tangents_are_on() -> bool:
+    """Whether a context of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd

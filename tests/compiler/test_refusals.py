@@ -368,6 +368,14 @@ def test_an_operator_that_checks_its_result_is_refused_and_its_other_form_is_fin
     assert model(batch(4)).isfinite().all()
 
 
+def test_a_generator_of_the_model_s_own_is_refused() -> None:
+    def drawn(h: Tensor) -> Tensor:
+        return h + torch.randn(4, generator=torch.Generator().manual_seed(1))
+
+    with pytest.raises(CaptureError, match=r"draws from a torch\.Generator of its own.*draw from torch's"):
+        geminifx.compile(Applied(drawn), example_inputs=(batch(),))
+
+
 def test_a_reentrant_checkpoint_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"use_reentrant=True\) cannot be captured; use use_reentrant=False"):
         geminifx.compile(Checkpointed(True), example_inputs=(batch(),))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from geminifx.runtime.isa.errors import StateError
 from more_models import encoder_decoder
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim import SGD, AdamW
 from zoo import VOCAB
 
@@ -89,6 +90,14 @@ def test_a_backward_that_is_to_have_a_gradient_is_refused() -> None:
     with pytest.raises(StateError, match="create_graph=True"):
         loss.backward(create_graph=True)
     assert all(p.grad is None for p in model.parameters()) and x.grad is None
+
+
+def test_a_derivative_in_forward_mode_is_refused_and_what_needs_none_is_fine() -> None:
+    model, x = geminifx.compile(nn.Linear(4, 3)), torch.ones(2, 4)
+    with forward_ad.dual_level():
+        assert torch.equal(model(x), model.eval()(x))
+        with pytest.raises(StateError, match="dual tensor, but a program computes no derivatives in forward mode"):
+            model(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_without_a_graph_of_it_a_gradient_is_plain_pytorchs() -> None:

@@ -68,3 +68,34 @@ def test_distributions_that_check_their_arguments_are_taken_to_pass() -> None:
     expected = plain(x)
     torch.manual_seed(1)
     assert torch.equal(model(x), expected)
+
+
+class Masked(nn.Module):
+    """Torch's transformers with a mask that they may take to be causal."""
+
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.is_causal = is_causal
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2)
+        self.both = nn.Transformer(16, 2, 1, 1, 32, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        if not self.is_causal:
+            mask[0, 1] = 0.0
+        hidden = self.encoder(x, mask=mask)
+        return self.both(hidden, x, tgt_mask=mask).square().mean()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_torchs_transformers_take_masks_that_may_be_causal(is_causal: bool) -> None:
+    plain, model = Masked(is_causal), geminifx.compile(Masked(is_causal))
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    losses = [each(x) for each in (plain, model)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    expected, found = (dict(each.named_parameters()) for each in (plain, model))
+    for name, parameter in expected.items():
+        torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
