@@ -134,8 +134,9 @@ class Machine:
     @staticmethod
     def share(loss: Tensor, count: Tensor, average: Tensor) -> Tensor:
         """Scales a mean over `count` tokens to this rank's term of the mean over all ranks' tokens, where `average` is
-        the mean of `count` over the ranks; 0 where `count` is 0."""
-        return torch.where(count == 0, torch.zeros_like(loss), loss * (count / average).to(loss.dtype))
+        the mean of `count` over the ranks; 0 where `count` is 0, but NaN, as a mean of nothing, where `average` is."""
+        share = (count / average).to(loss.dtype)
+        return torch.where(share == 0, torch.zeros_like(loss), loss * share)
 
     # -- random numbers ------------------------------------------------------------------------------------
 

@@ -69,6 +69,22 @@ def test_every_bit_is_that_of_calls_with_the_parts(options: dict[str, str]) -> N
         assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
 
 
+@pytest.mark.parametrize("ignored", [slice(0, 2), slice(None)], ids=["of one part", "of all"])
+def test_a_mean_of_no_labels_is_none(ignored: slice) -> None:
+    """Where some part has labels, those that have none add nothing; without any label the loss is NaN, as in torch."""
+    case = CASES["opt, padded"]
+    batch = case.batch()
+    batch["labels"][ignored] = -100
+    plain, model = case.seeded(), compiled(case, microbatches=2)
+    losses = [each(**batch).loss for each in (plain, model)]
+    torch.testing.assert_close(*losses, equal_nan=True)
+    assert losses[0].isnan() == (ignored == slice(None))
+    for loss in losses:
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
+
+
 class Interpolated(nn.Module):
     """A number among the arguments is computed with."""
 
