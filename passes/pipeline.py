@@ -19,6 +19,7 @@ from .prefetch import prefetch
 from .recompute import recompute
 from .release import release
 from .shard import shard
+from .share_buffers import share_buffers
 from .split_batch import split_batch
 from .split_stages import split_stages
 
@@ -30,6 +31,7 @@ PIPELINE = (
     recompute,  #    the backward recomputes the blocks that the plan names
     split_batch,  #  a batch runs as microbatches, each block for all of them before the next block
     split_stages,  # or passes through a pipeline's stages, of which each rank keeps its own
+    share_buffers,  # buffers that the forward writes are the first rank's
     partition,  #    forward | turn | backward; only activations cross the turn
     dequantize,  #   the backward dequantises the weights again where it reads them
     overlap,  #      collectives start early and are waited for late, small all-reduces are merged

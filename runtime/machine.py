@@ -127,6 +127,10 @@ class Machine:
         """The mean of a value over the ranks."""
         return self.ranks.average_(value.clone())
 
+    def broadcast(self, value: Tensor) -> Tensor:
+        """The value that the first of the ranks has which hold the same layers."""
+        return self.ranks.broadcast_(value.clone())
+
     def start_receive(self, shape: list[int], stride: list[int], dtype: torch.dtype, source: int) -> Tensor:
         """A buffer for the next tensor from rank `source` of the pipeline; it may be read after `finish_receive`."""
         return self.messages.start_receive(shape, stride, dtype, source, self.device)

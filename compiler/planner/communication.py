@@ -10,6 +10,7 @@ from ...passes.program.program import Program, tensor_type
 from ...runtime.distributed.reduction import casts, piece_numel
 from ...runtime.isa.instructions import (
     AVERAGE,
+    BROADCAST,
     FETCH,
     REDUCE,
     START_ALL_GATHER,
@@ -80,6 +81,9 @@ def traffic_of(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
     if plan.batches > 1 and node.target is AVERAGE:
         together = taken_together(names_of(plan.mesh.batch_axes))
         return CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
+    if plan.batches > 1 and node.target is BROADCAST:
+        together = taken_together(names_of(plan.mesh.batch_axes))
+        return CollectiveTraffic(together, "broadcast", 1, tensor_type(node).num_bytes)
     if node.target is START_RECEIVE:
         axis = taken_together(names_of(plan.mesh.pipeline_axes))
         return CollectiveTraffic(axis, "receive", 1, tensor_type(node).num_bytes)

@@ -85,8 +85,9 @@ MOVED: dict[object, Callable[[fx.Node], int]] = {
 FREE = frozenset({
     isa.FETCH, isa.WAIT, isa.VIEW, isa.RELEASE, isa.REDUCE, isa.ACCUMULATE_GRAD, isa.TURN, isa.OFFLOAD, isa.DEPART,
     isa.RELOAD, isa.ARRIVE, isa.START_ALL_GATHER, isa.START_REDUCE_SCATTER, isa.START_ALL_REDUCE,
-    isa.FINISH_COLLECTIVE, isa.AVERAGE, isa.LOCAL, isa.OFFSET, isa.SAVE_RNG, isa.SWAP_RNG, isa.FORK_RNG, isa.DRAWN,
-    isa.MICROBATCH, isa.SEND, isa.FINISH_SEND, isa.START_RECEIVE, isa.FINISH_RECEIVE, geminifx.absent.default,
+    isa.FINISH_COLLECTIVE, isa.AVERAGE, isa.BROADCAST, isa.LOCAL, isa.OFFSET, isa.SAVE_RNG, isa.SWAP_RNG, isa.FORK_RNG,
+    isa.DRAWN, isa.MICROBATCH, isa.SEND, isa.FINISH_SEND, isa.START_RECEIVE, isa.FINISH_RECEIVE,
+    geminifx.absent.default,
 })  # fmt: skip
 """Instructions that launch nothing on the device's compute stream; the clock accounts for what they move elsewhere."""
 

@@ -14,12 +14,12 @@ from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...runtime.isa.formats import LANDINGS, STREAMED_GRADIENTS
 from ...runtime.isa.homes import Homes, Where
-from ...runtime.isa.instructions import ACCUMULATE_GRAD, AVERAGE, FETCH, REDUCE, WAIT
+from ...runtime.isa.instructions import ACCUMULATE_GRAD, FETCH, REDUCE, WAIT
 from ...runtime.isa.layout import ChunkLayout
 from ..rates.rates import STREAM_LAUNCH_S, Rates
 from .bus import Bus
 from .communication import gathered, reduced
-from .timeline import Carrier, Stretch, Timeline, Transfer, timeline
+from .timeline import AWAITED, Carrier, Stretch, Timeline, Transfer, timeline
 
 STEPS = 3
 """Steps run on the clock. Only the last one counts, since work that one step leaves over delays the next."""
@@ -110,7 +110,7 @@ class _Clock:
             for stretch, target, about in program.instructions:
                 self._compute(stretch)
                 if isinstance(about, Transfer):
-                    self._begin(about, awaited=target is AVERAGE)
+                    self._begin(about, awaited=target in AWAITED)
                 elif target is FETCH:
                     self.fetched_s[about] = self.now_s
                 elif target is WAIT:

@@ -73,6 +73,9 @@ Timed = tuple[float, fx.node.Target, Subject]
 """Seconds of compute before an instruction, its operator, and what it is about."""
 
 
+AWAITED = frozenset({isa.AVERAGE, isa.BROADCAST})
+"""Exchanges that end where they begin."""
+
 ABOUT_CHUNKS = frozenset({isa.FETCH, isa.WAIT, isa.REDUCE, isa.ACCUMULATE_GRAD})
 """Instructions about a chunk; all others are about transfers."""
 
@@ -179,6 +182,7 @@ FOLLOWED: dict[object, Callable[[fx.Node, _Reading], Subject | None]] = {
     isa.RELOAD: _copy(Carrier.UP),
     isa.ARRIVE: _begun(0),
     isa.AVERAGE: _exchange,
+    isa.BROADCAST: _exchange,
     isa.START_RECEIVE: _exchange,
     isa.FINISH_RECEIVE: _begun(0),
 }

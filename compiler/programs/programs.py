@@ -22,7 +22,7 @@ from ...passes.program.text import print_program
 from ...runtime.distributed.point_to_point import Channel
 from ...runtime.distributed.ranks import Exchanges
 from ...runtime.executor import Executor, Outlets
-from ...runtime.isa.instructions import AVERAGE, FETCH, REDUCE, SEND, START_RECEIVE
+from ...runtime.isa.instructions import AVERAGE, BROADCAST, FETCH, REDUCE, SEND, START_RECEIVE
 from ...runtime.isa.schedule import Action
 from ..capture.arguments import leaf_key
 from ..capture.guards import Guard, forwards_of
@@ -140,7 +140,7 @@ def exchanged(program: Program, plan: Plan) -> Exchanges:
     order = [
         (str(node.target), node.args[0 if node.target is FETCH else 1 :])
         for node in program.computes
-        if node.target in (REDUCE, AVERAGE) or (node.target is FETCH and node.args[0] in divided)
+        if node.target in (REDUCE, AVERAGE, BROADCAST) or (node.target is FETCH and node.args[0] in divided)
     ]
     return Exchanges(
         inside=_digest(print_program(program)) if mesh.shares_batches else "",

@@ -166,6 +166,13 @@ class Ranks:
             self.call(dist.all_reduce, tensor.div_(self.mesh.data_size), group=group)
         return tensor
 
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Replaces a tensor by that of the first batch's rank."""
+        if self.together and self.mesh.data_size > 1:
+            group = self.groups[names_of(self.mesh.batch_axes)]
+            self.call(dist.broadcast, tensor, group=group, group_src=0)
+        return tensor
+
     def from_first_(self, tensor: Tensor, device: torch.device) -> None:
         """Replaces a tensor by rank 0's; `device` is where the ranks exchange."""
         if self.together:

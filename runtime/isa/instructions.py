@@ -28,9 +28,11 @@ An activation is offloaded to the host until its backward::
     back = geminifx.reload(host)                   # the copy to the device starts
     x = geminifx.arrive(back, host)                # the copy has arrived; `host` is free
 
-With several ranks `reduce` also sums gradients over the replicas, and losses are averaged::
+With several ranks `reduce` also sums gradients over the replicas, losses are averaged, and buffers are the first
+rank's::
 
     n = geminifx.average(count)                    # the mean over the ranks
+    b = geminifx.broadcast(b)                      # the first rank's
     mine = geminifx.share(loss, count, n)          # this rank's term of the mean over all tokens
 
 A sharded program communicates along the axes of the mesh::
@@ -105,6 +107,7 @@ SCHEMAS = {
     "arrive": "(Tensor(a) reloaded, Tensor host) -> Tensor(a)",
     "turn": "(Tensor(a!)[] outputs, int[] differentiable) -> Tensor[]",
     "average": "(Tensor value) -> Tensor",
+    "broadcast": "(Tensor value) -> Tensor",
     "share": "(Tensor loss, Tensor count, Tensor average) -> Tensor",
     "microbatch": "(Tensor(a) batch, int index, int count) -> Tensor(a)",
     "send": "(Tensor(a!) value, int to) -> ()",
@@ -197,6 +200,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "arrive": lambda reloaded, host: reloaded.view(reloaded.shape),
     "turn": lambda outputs, differentiable: [torch.empty_like(outputs[i]) for i in differentiable],
     "average": torch.empty_like,
+    "broadcast": torch.empty_like,
     "share": lambda loss, count, average: torch.empty_like(loss),
     "microbatch": microbatch,
     "send": _no_result,
@@ -241,6 +245,7 @@ RELOAD = _ops.reload.default
 ARRIVE = _ops.arrive.default
 TURN = _ops.turn.default
 AVERAGE = _ops.average.default
+BROADCAST = _ops.broadcast.default
 SHARE = _ops.share.default
 MICROBATCH = _ops.microbatch.default
 SEND = _ops.send.default
