@@ -170,6 +170,13 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+def _makes_a_cache(model: nn.Module, asked: bool | None) -> bool:
+    """Whether a model makes a key-value cache if it is not traced; `asked` is what it is called with."""
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    return any(getattr(config, "use_cache", False) for config in _configs(model)) if asked is None else asked
+
+
 @contextmanager
 def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
     """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, even after an exception.
@@ -179,8 +186,8 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     attention are routed for any module. Parameters are untouched. Torch functions are replaced while it is open, for
     this thread; one thread at a time may open it.
 
-    With `position_ids` among the inputs, rows count as packed sequences, as in transformers without a cache. Yields
-    readable notes on what stays eager; the list is complete on leaving.
+    With `position_ids` among the inputs, rows count as packed sequences if the model as it is would make no key-value
+    cache, as in transformers. Yields readable notes on what stays eager; the list is complete on leaving.
 
     Raises:
         CaptureError: a module in training mode skips layers with non-zero probability; transformers may drop the mask
@@ -190,12 +197,15 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     _refuse_layerdrop(model)
     given = frozenset(name for name, value in kwargs.items() if value is not None)
     _refuse_masks_that_depend_on_values(model, given)
+    caches = _makes_a_cache(model, kwargs.get("use_cache"))
     with ExitStack() as stack:
         stack.enter_context(_restored(_configs(model)))
         stack.enter_context(_layers_never_dropped())
         stack.enter_context(_without_checkpointing(model))
         stack.enter_context(checks_pass())
-        notes = stack.enter_context(hugging_face_attention(given))
+        notes = stack.enter_context(hugging_face_attention("position_ids" in given and not caches))
+        if caches and "position_ids" in given and "attention_mask" not in given:
+            notes.append("position_ids pack no sequences, as the model is not called with use_cache=False")
         stack.enter_context(functional_attention(notes))
         stack.enter_context(right_decompositions())
         stack.enter_context(python_draws_refused())

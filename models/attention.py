@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import eager_mask
 
 from ..runtime.isa.attention import attention
 from ..runtime.isa.errors import CaptureError
+from ..runtime.isa.threads import patched
 
 NAME = "geminifx"
+
+_FINDS_PACKED = "find_packed_sequence_indices"
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,8 @@ class Pattern:
 
 @dataclass
 class _Capture:
-    """What one capture knows and learns. `given` names the inputs that the caller passed."""
+    """What one capture learns."""
 
-    given: frozenset[str]
     notes: list[str]
     windows_due: set[int] = field(default_factory=set)
     windows_used: set[int] = field(default_factory=set)
@@ -92,6 +94,10 @@ def _forget(written: Tensor) -> None:
         del _ONES[tensor]
 
 
+def _nothing_packed(position_ids: Tensor) -> None:
+    return None
+
+
 def _note(text: str) -> None:
     capture = _CAPTURE.get()
     if capture is not None and text not in capture.notes:
@@ -134,17 +140,15 @@ def read_pattern(mask_function: Callable[..., Any], kv_length: int) -> Pattern:
 
 def _why_materialise(pattern: Pattern, options: dict[str, Any]) -> str | None:
     """Why the caller must get a real 4-D mask, or None."""
-    capture = _CAPTURE.get()
     if pattern.reason:
         return pattern.reason
-    if pattern.packed and (capture is None or "position_ids" in capture.given):
+    if pattern.packed:
         return "position_ids, which may pack several sequences into a row"
     offsets = (options.get("q_offset", 0), options.get("kv_offset", 0))
     if any(isinstance(offset, Tensor) or offset for offset in offsets):
         return "a key-value cache"
     skips = options.get("allow_is_causal_skip", True) or options.get("allow_is_bidirectional_skip", False)
-    # While tracing, positions that the model made itself forbid the skip, too, although nothing is packed.
-    return None if skips or pattern.packed else "a mask that the model combines with another"
+    return None if skips else "a mask that the model combines with another"
 
 
 def mask(**options: Any) -> Tensor | None:
@@ -284,19 +288,19 @@ def geminifx_attention(
 
 
 @contextmanager
-def hugging_face_attention(given: frozenset[str]) -> Iterator[list[str]]:
+def hugging_face_attention(packs: bool) -> Iterator[list[str]]:
     """While a model is traced, follow padding that it makes up and collect notes on attention that stays eager.
 
-    `given` names the inputs that the caller passes. Position ids that are not among them are the model's own, and pack
-    nothing.
+    `packs` tells whether position ids may pack several sequences into a row. While it traces, transformers takes even
+    those for packed that it has made itself.
 
     Raises:
         CaptureError: on leaving, if a sliding-window mask was asked for but no layer passed a window.
     """
-    capture = _Capture(given, [])
+    capture = _Capture([])
     token = _CAPTURE.set(capture)
     try:
-        with _FollowOnes():
+        with _FollowOnes(), nullcontext() if packs else patched(masking_utils, _FINDS_PACKED, _nothing_packed):
             yield capture.notes
     finally:
         _CAPTURE.reset(token)

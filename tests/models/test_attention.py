@@ -187,12 +187,28 @@ def test_softcap_stays_eager_and_says_so():
 def test_packed_sequences_stay_eager_only_if_the_caller_passes_positions():
     eager, model = build("Llama", "eager"), build("Llama")
     positions = torch.cat((torch.arange(6), torch.arange(LENGTH - 6))).expand(BATCH, -1)
-    inputs = {**batch(model, "no"), "position_ids": positions}
-    # transformers looks for packed sequences only where it makes no key-value cache.
-    expected, _, _ = run(eager, {**inputs, "use_cache": False})
+    inputs = {**batch(model, "no"), "position_ids": positions, "use_cache": False}
+    expected, _, _ = run(eager, inputs)
     out, _, notes = run(model, inputs, capturable(model, inputs))
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
-    assert any("pack" in note for note in notes)
+    assert any("may pack several" in note for note in notes)
+
+
+@pytest.mark.parametrize("configured", ["sdpa", "eager"])
+def test_where_the_model_makes_a_cache_positions_pack_nothing(configured):
+    """transformers looks for packed sequences only where it makes no key-value cache."""
+    plain, model = build("Llama", "eager"), build("Llama", configured)
+    positions = torch.cat((torch.arange(6), torch.arange(LENGTH - 6))).expand(BATCH, -1)
+    inputs = {**batch(model, "no"), "position_ids": positions}
+    expected, _, _ = run(plain, inputs)
+    apart, _, _ = run(plain, {**inputs, "use_cache": False})
+    assert not torch.allclose(apart.logits, expected.logits, atol=1e-3)
+    out, _, notes = run(model, inputs, capturable(model, inputs))
+    torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert any("position_ids pack no sequences" in note for note in notes)
+    model.model.gradient_checkpointing = True  # for which it gives up the cache
+    out, _, _ = run(model.train(), inputs, capturable(model, inputs))
+    torch.testing.assert_close(out.logits, apart.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_four_dimensional_mask_of_the_caller_stays_eager():
