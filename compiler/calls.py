@@ -51,6 +51,11 @@ class Calls:
     def run(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward of the model, or of one of its modules alone, as a compiled step."""
         session = self.session
+        if private.is_transformed():
+            raise StateError(
+                "the compiled model was called within a transform of torch.func (grad, vmap, jvp, ...), which cannot "
+                "look into a program; transform the plain model, or use backward()"
+            )
         if private.tangents_are_on():
             _refuse_tangents(args, kwargs)
         with forward.in_source():

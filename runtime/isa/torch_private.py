@@ -77,7 +77,7 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "below_autograd", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
-    "has_tangent", "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch",
+    "has_tangent", "is_transformed", "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch",
     "plain_results", "set_arguments", "suggest_memory_format", "tangents_are_on", "unmetered",
     "use_expandable_segments", "variable_functions", "watch_chosen_inputs", "watch_clipping", "will_accumulate",
     "wrapper_parameter",
@@ -126,6 +126,11 @@ def plain_dispatch() -> Iterator[None]:
 def tangents_are_on() -> bool:
     """Whether a context of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether this runs within a transform of `torch.func`, such as `grad` or `vmap`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:

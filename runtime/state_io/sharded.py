@@ -157,9 +157,15 @@ class Saved:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Whether a failure is a Ctrl-C, which DCP catches like any error."""
+    """Whether a failure is a Ctrl-C, which DCP catches like any error, or comes from one: torch's writer of archives fails
+    while the interruption leaves it."""
     failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
-    return any(isinstance(failure[0], KeyboardInterrupt) for failure in failures)
+    found: list[BaseException | None] = [error, *(failure[0] for failure in failures)]
+    for each in found:  # it grows meanwhile
+        if isinstance(each, KeyboardInterrupt):
+            return True
+        found += [] if each is None else [each.__cause__, each.__context__]
+    return False
 
 
 def _errors_of(error: BaseException) -> str:

@@ -541,7 +541,7 @@ def test_a_parameter_frozen_at_compile_time_cannot_be_thawed() -> None:
     model = geminifx.compile(source)
     train(MLP, model, steps=1)
     source[1].requires_grad_(True)
-    with pytest.raises(StateError, match=r"parameter 1\.\d\.\w+ was frozen when the model was compiled"):
+    with pytest.raises(StateError, match=r"parameter 1\.\d\.\w+ was frozen when the model was planned"):
         train(MLP, model, steps=1)
 
 

@@ -100,6 +100,21 @@ def test_a_derivative_in_forward_mode_is_refused_and_what_needs_none_is_fine() -
             model(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda model, x: torch.func.grad(lambda y: model(y).sum())(x),
+        lambda model, x: torch.vmap(model)(x[None]),
+        lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+def test_a_call_within_a_transform_is_refused(transform: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model = geminifx.compile(nn.Linear(4, 3))
+    with pytest.raises(StateError, match=r"within a transform of torch\.func"):
+        transform(model, torch.ones(2, 4))
+
+
 def test_without_a_graph_of_it_a_gradient_is_plain_pytorchs() -> None:
     plain, model = critic(), geminifx.compile(critic())
     found, expected = (
