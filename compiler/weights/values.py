@@ -120,7 +120,7 @@ def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.
         thawed = next((slot.name for slot in slots if now[slot.name].requires_grad), None)
         if thawed is not None:
             raise StateError(
-                f"parameter {thawed} was frozen when the model was planned, at its first call or for example_inputs=, so "
-                "no memory is planned for its gradient; call the model once with this parameter trainable, and freeze "
-                "it afterwards"
+                f"parameter {thawed} was frozen when the model was planned, at its first call or for example_inputs=, "
+                "so no memory is planned for its gradient; call the model once with this parameter trainable, and "
+                "freeze it afterwards"
             )

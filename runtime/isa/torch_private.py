@@ -77,8 +77,8 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "below_autograd", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
-    "has_tangent", "is_transformed", "leave_mode", "module_of", "muon", "num_references", "pipeline_table", "plain_dispatch",
-    "plain_results", "set_arguments", "suggest_memory_format", "tangents_are_on", "unmetered",
+    "has_tangent", "is_transformed", "leave_mode", "module_of", "muon", "num_references", "pipeline_table",
+    "plain_dispatch", "plain_results", "set_arguments", "suggest_memory_format", "tangents_are_on", "unmetered",
     "use_expandable_segments", "variable_functions", "watch_chosen_inputs", "watch_clipping", "will_accumulate",
     "wrapper_parameter",
 ]  # fmt: skip

@@ -157,8 +157,8 @@ class Saved:
 
 
 def _is_interruption(error: BaseException) -> bool:
-    """Whether a failure is a Ctrl-C, which DCP catches like any error, or comes from one: torch's writer of archives fails
-    while the interruption leaves it."""
+    """Whether a failure is a Ctrl-C, which DCP catches like any error, or comes from one: torch's writer of archives
+    fails while the interruption leaves it."""
     failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
     found: list[BaseException | None] = [error, *(failure[0] for failure in failures)]
     for each in found:  # it grows meanwhile
