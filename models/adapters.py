@@ -19,6 +19,7 @@ from .decompositions import right_decompositions
 from .examples import example_inputs
 from .functional import functional_attention
 from .mask_readers import mask_readers, mask_replacers
+from .packing import packing_as_uncaptured, without_cache
 from .python_draws import python_draws_refused
 from .value_checks import checks_pass
 
@@ -82,7 +83,7 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             kind._can_set_experts_implementation(),
         )
         for config in _read_by(module):
-            config.use_cache = False
+            without_cache(config)
             if takes_experts:
                 config._experts_implementation_internal = "batched_mm"
             if config._attn_implementation == "eager" and takes_attention:
@@ -170,13 +171,6 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
-def _makes_a_cache(model: nn.Module, asked: bool | None) -> bool:
-    """Whether a model makes a key-value cache if it is not traced; `asked` is what it is called with."""
-    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return False
-    return any(getattr(config, "use_cache", False) for config in _configs(model)) if asked is None else asked
-
-
 @contextmanager
 def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
     """Prepare `model` for tracing with the inputs `kwargs`; undo everything on leaving, even after an exception.
@@ -186,8 +180,7 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     attention are routed for any module. Parameters are untouched. Torch functions are replaced while it is open, for
     this thread; one thread at a time may open it.
 
-    With `position_ids` among the inputs, rows count as packed sequences if the model as it is would make no key-value
-    cache, as in transformers. Yields readable notes on what stays eager; the list is complete on leaving.
+    Yields readable notes on what stays eager and what is packed; the list is complete on leaving.
 
     Raises:
         CaptureError: a module in training mode skips layers with non-zero probability; transformers may drop the mask
@@ -197,15 +190,13 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
     _refuse_layerdrop(model)
     given = frozenset(name for name, value in kwargs.items() if value is not None)
     _refuse_masks_that_depend_on_values(model, given)
-    caches = _makes_a_cache(model, kwargs.get("use_cache"))
     with ExitStack() as stack:
+        stack.enter_context(packing_as_uncaptured(model))
         stack.enter_context(_restored(_configs(model)))
         stack.enter_context(_layers_never_dropped())
         stack.enter_context(_without_checkpointing(model))
         stack.enter_context(checks_pass())
-        notes = stack.enter_context(hugging_face_attention("position_ids" in given and not caches))
-        if caches and "position_ids" in given and "attention_mask" not in given:
-            notes.append("position_ids pack no sequences, as the model is not called with use_cache=False")
+        notes = stack.enter_context(hugging_face_attention())
         stack.enter_context(functional_attention(notes))
         stack.enter_context(right_decompositions())
         stack.enter_context(python_draws_refused())

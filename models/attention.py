@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,16 +22,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from ..runtime.isa.attention import attention
 from ..runtime.isa.errors import CaptureError
-from ..runtime.isa.threads import patched
 
 NAME = "geminifx"
-
-_FINDS_PACKED = "find_packed_sequence_indices"
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,7 @@ def _forget(written: Tensor) -> None:
         del _ONES[tensor]
 
 
-def _nothing_packed(position_ids: Tensor) -> None:
-    return None
-
-
-def _note(text: str) -> None:
+def note(text: str) -> None:
     capture = _CAPTURE.get()
     if capture is not None and text not in capture.notes:
         capture.notes.append(text)
@@ -163,7 +156,7 @@ def mask(**options: Any) -> Tensor | None:
         padding = options["attention_mask"] = None
     reason = _why_materialise(pattern, options)
     if reason is not None:
-        _note(f"attention stays eager: {reason} cannot be expressed by geminifx::attention")
+        note(f"attention stays eager: {reason} cannot be expressed by geminifx::attention")
         # transformers would skip a bidirectional mask that hides nothing; finding that out reads data.
         return eager_mask(**{**options, "allow_is_bidirectional_skip": False})
     capture = _CAPTURE.get()
@@ -280,7 +273,7 @@ def geminifx_attention(
             f"{kind.__name__} uses {reason}, which geminifx::attention cannot express, and {kind.__module__} "
             "has no eager_attention_forward to fall back on; load the model with attn_implementation='eager'"
         )
-    _note(f"{kind.__name__} stays eager: geminifx::attention cannot express {reason}")
+    note(f"{kind.__name__} stays eager: geminifx::attention cannot express {reason}")
     result: tuple[Tensor, Tensor | None] = eager(
         module, query, key, value, _additive(query, key, attention_mask, pattern), **options
     )
@@ -288,11 +281,8 @@ def geminifx_attention(
 
 
 @contextmanager
-def hugging_face_attention(packs: bool) -> Iterator[list[str]]:
+def hugging_face_attention() -> Iterator[list[str]]:
     """While a model is traced, follow padding that it makes up and collect notes on attention that stays eager.
-
-    `packs` tells whether position ids may pack several sequences into a row. While it traces, transformers takes even
-    those for packed that it has made itself.
 
     Raises:
         CaptureError: on leaving, if a sliding-window mask was asked for but no layer passed a window.
@@ -300,7 +290,7 @@ def hugging_face_attention(packs: bool) -> Iterator[list[str]]:
     capture = _Capture([])
     token = _CAPTURE.set(capture)
     try:
-        with _FollowOnes(), nullcontext() if packs else patched(masking_utils, _FINDS_PACKED, _nothing_packed):
+        with _FollowOnes():
             yield capture.notes
     finally:
         _CAPTURE.reset(token)

@@ -1,7 +1,7 @@
 """Checks of tensors' values that only validate, such as `if labels.max() >= self.vocab_size: raise ValueError(...)`.
 
 A capture has no values to look at, and these checks do not change what is computed: they are assumed to pass. Whether
-a mask is causal decides only how torch's transformers compute with it: it counts as one unless they are told.
+a mask is causal decides only how torch's transformers compute with it: to them it is not, unless they are told.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@
 
 Each rank computes what it writes, such as running statistics, from its own batch, and ranks that went on with different
 buffers would save, and evaluate, different models. As in torch's DistributedDataParallel, the next forward begins with
-the first rank's. What this forward computes with is each rank's own. Buffers of one dtype are exchanged at once.
+the first rank's. What this forward computes with is each rank's own. Buffers of one dtype are exchanged at once; what
+depends on neither the batch nor random numbers, such as a count of steps, is the same on all ranks as it is. So are an
+evaluation's buffers left alone, which may run on some ranks only: the next step makes them alike.
 """
 
 from collections import defaultdict
@@ -25,11 +27,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..runtime.isa.instructions import BROADCAST
+from ..runtime.isa.instructions import BROADCAST, RECEIVE
 from ..runtime.isa.layout import contiguous_stride
 from .program.manager import graph_pass
 from .program.plan import Plan
-from .program.program import Note, Program, note, tensor_type
+from .program.program import Note, Program, is_random, note, tensor_type
 from .program.verify import canonical
 
 aten = torch.ops.aten
@@ -37,9 +39,10 @@ aten = torch.ops.aten
 
 @graph_pass(requires=(canonical,))
 def share_buffers(program: Program, plan: Plan) -> None:
-    written = program.results_of("mutation")
-    if plan.batches == 1 or not written:
+    if plan.batches == 1 or not program.inputs("tangent"):
         return
+    differing = _differing(program)
+    written = {name: value for name, value in program.results_of("mutation").items() if value in differing}
     backward = (node for node in program.computes if note(node).phase == "backward")
     end = next(backward, program.output)
     by_dtype = defaultdict[torch.dtype, dict[str, fx.Node]](dict)
@@ -49,6 +52,15 @@ def share_buffers(program: Program, plan: Plan) -> None:
     for values in by_dtype.values():
         results |= {f"mutation:{name}": value for name, value in _of_first(program, values, end).items()}
     program.set_results(results)
+
+
+def _differing(program: Program) -> set[fx.Node]:
+    """The values that depend on the batch or on random numbers."""
+    found = {node for node in program.placeholders if note(node).role.startswith(("input:", "number:"))}
+    for node in program.computes:
+        if node.target is RECEIVE or is_random(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _of_first(program: Program, values: dict[str, fx.Node], end: fx.Node) -> dict[str, fx.Node]:

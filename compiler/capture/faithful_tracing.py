@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...runtime.isa import draws  # noqa: F401  (the operator)
 from ...runtime.isa.errors import CaptureError
-from ...runtime.isa.torch_private import TorchDispatchMode
+from ...runtime.isa.torch_private import TorchDispatchMode, is_torchs_generator
 
 _aten = torch.ops.aten
 
@@ -18,12 +18,16 @@ class FaithfulTracing(TorchDispatchMode):
     """Intercepts these operators while a forward is traced."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (kwargs or {}).get("generator") is not None:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is not None and is_torchs_generator(generator):
+            kwargs = {**kwargs, "generator": None}
+        elif generator is not None:
             raise CaptureError(
                 "the model draws from a torch.Generator of its own, whose state a program could not follow; draw from "
                 "torch's own generator, or pass what is drawn to the model"
             )
-        return _TRACED.get(func, func)(*args, **kwargs or {})
+        return _TRACED.get(func, func)(*args, **kwargs)
 
 
 def _bernoulli_(tensor: Tensor, p: float = 0.5, generator: None = None) -> Tensor:

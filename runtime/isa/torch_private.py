@@ -77,10 +77,10 @@ __all__ = [
     "DATA_DEPENDENT", "BufferAOTInput", "FakeTensor", "FakeTensorMode", "GradAOTOutput", "InputMutationAOTOutput",
     "ParamAOTInput", "PlainAOTInput", "PlainAOTOutput", "ShapeEnv", "TangentAOTInput", "TorchDispatchMode",
     "annotate_modules", "below_autograd", "calls_by_target", "cuda_driver", "dispatch_modes", "export_joint",
-    "has_tangent", "is_transformed", "leave_mode", "module_of", "muon", "num_references", "pipeline_table",
-    "plain_dispatch", "plain_results", "set_arguments", "suggest_memory_format", "tangents_are_on", "unmetered",
-    "use_expandable_segments", "variable_functions", "watch_chosen_inputs", "watch_clipping", "will_accumulate",
-    "wrapper_parameter",
+    "has_tangent", "is_torchs_generator", "is_transformed", "leave_mode", "module_of", "muon", "num_references",
+    "pipeline_table", "plain_dispatch", "plain_results", "set_arguments", "suggest_memory_format", "tangents_are_on",
+    "unmetered", "use_expandable_segments", "variable_functions", "watch_chosen_inputs", "watch_clipping",
+    "will_accumulate", "wrapper_parameter",
 ]  # fmt: skip
 
 
@@ -126,6 +126,13 @@ def plain_dispatch() -> Iterator[None]:
 def tangents_are_on() -> bool:
     """Whether a context of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0
+
+
+def is_torchs_generator(generator: torch.Generator) -> bool:
+    """Whether a generator is one that torch's operators draw from unless they are given another; several objects of
+    Python's may stand for it."""
+    own = (torch.default_generator, *torch.cuda.default_generators)
+    return generator._cdata in {each._cdata for each in own}
 
 
 def is_transformed() -> bool:

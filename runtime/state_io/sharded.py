@@ -5,6 +5,7 @@ know how many processes wrote a checkpoint, or how they sharded tensors. Nothing
 """
 
 import io
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -80,11 +81,12 @@ def _check_replaced(target: Path) -> None:
 @contextmanager
 def replacing(directory: str | Path, ranks: Ranks) -> Iterator[Path]:
     """Like `shared_directory`, but raises CheckpointError for what cannot be written."""
+    outside = sys.exception()
     try:
         with shared_directory(directory, ranks) as temporary:
             yield temporary
     except (dcp.CheckpointException, OSError, SafetensorError) as error:
-        if _is_interruption(error):
+        if _is_interruption(error, outside):
             raise KeyboardInterrupt from as_cause(error)
         raise CheckpointError(
             f"could not save to {directory}: {_errors_of(error)}. A checkpoint saved there before is intact"
@@ -145,26 +147,28 @@ class Saved:
         Raises CheckpointError. If the checkpoint lacks a tensor, or has it in another shape, nothing is changed; if it
         cannot be read to its end, some tensors are.
         """
-        loader, reader = _Loader(tensors, objects), Reader(self.directory, self.metadata)
+        loader, reader, outside = _Loader(tensors, objects), Reader(self.directory, self.metadata), sys.exception()
         try:
             with quiet():
                 dcp.load({}, storage_reader=reader, planner=loader, no_dist=not self.ranks.together)
         except (dcp.CheckpointException, OSError) as error:
-            if _is_interruption(error):
+            if _is_interruption(error, outside):
                 raise KeyboardInterrupt from error
             raise CheckpointError(f"could not load {self.directory}: {_errors_of(error)}") from error
         return loader.found
 
 
-def _is_interruption(error: BaseException) -> bool:
+def _is_interruption(error: BaseException, outside: BaseException | None) -> bool:
     """Whether a failure is a Ctrl-C, which DCP catches like any error, or comes from one: torch's writer of archives
-    fails while the interruption leaves it."""
+    fails while the interruption leaves it. `outside` is what was being handled already when this began."""
     failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
-    found: list[BaseException | None] = [error, *(failure[0] for failure in failures)]
-    for each in found:  # it grows meanwhile
+    seen, left = [outside, None], [error, *(failure[0] for failure in failures)]
+    while left:
+        each = left.pop()
         if isinstance(each, KeyboardInterrupt):
             return True
-        found += [] if each is None else [each.__cause__, each.__context__]
+        seen.append(each)
+        left += [cause for cause in (each.__cause__, each.__context__) if cause not in seen]
     return False
 
 

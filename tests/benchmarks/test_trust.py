@@ -90,7 +90,8 @@ def test_the_command_measures_on_any_machine(tmp_path: Path) -> None:
              "--table", "trust.md"]  # fmt: skip
     subprocess.run([sys.executable, str(SCRIPT), *words], cwd=tmp_path, check=True)
     good, refused = json.loads((tmp_path / "trust.json").read_text())
-    assert good["measured_s"] > 0 and good["predicted_s"] >= good["bound_s"] > 0 and good["rates"] == "the arena in RAM"
+    assert good["measured_s"] > 0 and good["rates"] == "the arena in RAM"
+    assert good["predicted_s"] > 0.999 * good["bound_s"] > 0
     assert 0 < good["measured_bytes"] <= good["predicted_bytes"]
     assert "smallest" in refused["error"] or "budget" in refused["error"]
     assert "| opt-mini |" in (tmp_path / "trust.md").read_text()

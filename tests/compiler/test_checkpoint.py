@@ -101,6 +101,21 @@ def test_an_interruption_stays_one_where_the_writer_fails_for_it(
     assert geminifx.load_checkpoint(model, None, tmp_path / "saved") == 1
 
 
+def test_a_save_that_fails_while_an_interruption_is_handled_tells_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = compiled()
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(geminifx.CheckpointError, match="No space left"):
+            geminifx.save_checkpoint(model, None, tmp_path / "saved")
+
+
 def test_what_is_no_checkpoint_is_neither_read_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("...")
     with pytest.raises(geminifx.CheckpointError, match="contains files that are not a checkpoint"):

@@ -376,6 +376,19 @@ def test_a_generator_of_the_model_s_own_is_refused() -> None:
         geminifx.compile(Applied(drawn), example_inputs=(batch(),))
 
 
+def test_torchs_own_generator_may_be_named() -> None:
+    def drawn(h: Tensor) -> Tensor:
+        return h + torch.randn(4, generator=torch.default_generator)
+
+    plain, model = Applied(drawn), geminifx.compile(Applied(drawn), example_inputs=(batch(),))
+    model.load_state_dict(plain.state_dict())
+    losses = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        losses.append(each(batch()))
+    assert torch.equal(*losses)
+
+
 def test_a_reentrant_checkpoint_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"use_reentrant=True\) cannot be captured; use use_reentrant=False"):
         geminifx.compile(Checkpointed(True), example_inputs=(batch(),))

@@ -74,7 +74,7 @@ def test_configuration_and_torch_are_restored_also_after_an_error():
         (torch.rand, nn.functional.scaled_dot_product_attention),
     )
     with capturable(model, IDS):
-        assert model.config._attn_implementation == NAME and model.config.use_cache is False
+        assert model.config._attn_implementation == NAME and not model.config.use_cache
         assert torch.rand is not functions[0]
     assert vars(model.config) == before
     with pytest.raises(RuntimeError, match="in the middle"), capturable(model, IDS):

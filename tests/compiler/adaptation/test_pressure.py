@@ -123,6 +123,22 @@ def test_a_device_that_shrinks_between_steps_and_grows_again(way: dict[str, Any]
     check_bits(training, losses, **way)
 
 
+def test_a_step_has_room_only_if_its_whole_plan_has() -> None:
+    """The reserve for the driver and the allocator is part of it."""
+    training = Training.of(in_backward=True)
+    losses, planned = [training.step(0)], training.model.plan.peak_bytes
+    planning = training.model.session.planning
+    planning.limits = replace(planning.limits, reserve_bytes=planned // 2)
+    training.tier.limit_bytes = planned
+    losses.append(training.step(1))
+    assert training.model.plan.peak_bytes == planned
+    planning.limits = replace(planning.limits, reserve_bytes=0)
+    training.tier.limit_bytes = planned - 1
+    losses.append(training.step(2))
+    assert training.model.plan.peak_bytes < planned
+    check_bits(training, losses, in_backward=True)
+
+
 @pytest.mark.parametrize("at", [0, 3, 11])
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, partial(BudgetError, tier="device")])
 @pytest.mark.parametrize(

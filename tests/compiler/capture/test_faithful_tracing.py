@@ -1,4 +1,5 @@
-"""Under one seed a compiled model draws what the plain one draws: in place, in any layout, also when it recomputes."""
+"""Under one seed a compiled model draws what the plain one draws: in place, in any layout, also when it recomputes.
+What it could not draw, or check, is refused (test_refusals.py)."""
 
 import copy
 from collections.abc import Callable

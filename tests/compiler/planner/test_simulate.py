@@ -257,10 +257,11 @@ def test_what_the_device_does_beside_the_program_hides_behind_launches() -> None
 
 
 def test_while_the_thread_waits_for_the_host_it_launches_nothing() -> None:
-    """The host's update takes 4 seconds, from when the gradient has landed, at 2 + 2; then 3 seconds of launches."""
-    launched = Stretch(device_s=1, launching_s=3, done_s=3)
+    """A gradient takes 2 seconds to land, and the host's update of it 4; then come 5 seconds of launches, in which the
+    new weights arrive."""
+    launched = Stretch(device_s=1, launching_s=5, done_s=5)
     program = Timeline([(Stretch(), FETCH, 0), (Stretch(), WAIT, 0), (launched, REDUCE, 0)], Stretch())
-    assert StepTime(program, RATES).seconds(plan_of(1, AT_ONCE), homes(1)) == pytest.approx(3 + 2 + 4)
+    assert StepTime(program, RATES).seconds(plan_of(1, AT_ONCE), homes(1)) == pytest.approx(2 + 4 + 5)
 
 
 @pytest.mark.parametrize("overlaps, seconds", [(True, 5), (False, 6)], ids=["beside", "in turn"])
