@@ -11,6 +11,8 @@ from geminifx.compiler.planner.home_program import ASSUMED, Assumed, Blocks, Hom
 from geminifx.compiler.planner.linear import GAP, Rows
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.search import Constraints, Solution, solve
+from geminifx.compiler.planner.simulate import HOST, StepTime
+from geminifx.compiler.planner.timeline import Carrier
 from geminifx.compiler.rates.rates import Rates
 from geminifx.runtime.isa.errors import BudgetError
 from geminifx.runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 
 FORMATS = [TorchFormat(), OwnFormat(), OwnFormat(in_backward=True)]
 PLAIN = Assumed(1.0, 1.0)
+UP, DOWN = Carrier.UP.value, Carrier.DOWN.value
 
 
 def solved(blocks: int, format: StateFormat, limits: Limits, recompute: tuple[str, ...] | None = ()) -> Solution:
@@ -75,6 +78,21 @@ def test_whatever_the_machine_a_plan_fits_and_is_no_slower_than_all_on_the_host(
     assert found.peak_bytes <= budget and found.estimate.host_bytes <= host_bytes
     if memory.fits(streamed) and not memory.beyond_host(streamed):
         assert found.estimate.step_s <= (1 + 1e-9) * time.seconds(plan, streamed)
+
+
+def test_copies_keep_the_host_busy_by_their_bytes() -> None:
+    """Also those of chunks that the host does not update, as it updates others meanwhile."""
+    plan, limits = draft(3, OwnFormat(in_backward=True)), Limits(10**6, 0, 10**9, RATES)
+    memory, time = chain(plan, 3).on(plan, limits)
+    slower = replace(RATES, passing_bytes_per_s=RATES.passing_bytes_per_s / 2)
+    begin = (Home(),) * 3
+    found, more = (
+        HomeProgram(plan, memory, StepTime(time.program, rates), begin, False).choices for rates in (RATES, slower)
+    )
+    for one, other in zip(found, more, strict=True):
+        moved = (one.busy_s.get(UP, 0.0) + one.busy_s.get(DOWN, 0.0)) * RATES.both_bytes_per_s
+        assert other.busy_s[HOST] - one.busy_s[HOST] == pytest.approx(moved / RATES.passing_bytes_per_s)
+    assert any(one.home.streamed and one.busy_s[HOST] > 0 for one in found)
 
 
 def test_all_ways_that_are_weighed_fit() -> None:
