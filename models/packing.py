@@ -28,7 +28,7 @@ class _WouldCache(int):
 WOULD_CACHE = _WouldCache(0)
 
 _WHY_NOT: ContextVar[str | None] = ContextVar("geminifx_why_not_packed", default=None)
-"""Why the model that computes does not look for packed sequences, "" if there is nothing to tell; None if it does."""
+"""Why the model that computes does not look for packed sequences, "" if its positions are its own; None if it does."""
 
 CACHED = "position_ids pack no sequences, as the model is not called with use_cache=False"
 
@@ -74,6 +74,14 @@ def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[No
             vars(module)["forward"] = own
 
 
+def _by_name(signature: inspect.Signature, *args: Any) -> dict[str, Any]:
+    """Arguments by name; none if there are too many, which the call itself tells."""
+    try:
+        return signature.bind_partial(*args).arguments
+    except TypeError:
+        return {}
+
+
 def _deciding(model: PreTrainedModel) -> Callable[..., Any]:
     """The model's forward, within which it is known whether it looks for packed sequences."""
     forward, signature = model.forward, inspect.signature(type(model).forward)
@@ -82,11 +90,11 @@ def _deciding(model: PreTrainedModel) -> Callable[..., Any]:
 
     @wraps(forward)
     def deciding(*args: Any, **kwargs: Any) -> Any:
-        given = {**signature.bind_partial(model, *args, **kwargs).arguments, **kwargs}
+        given = {**_by_name(signature, model, *args), **kwargs}
         asked = given.get("use_cache")
         makes_cache = not recomputes and (caches if asked is None else asked is WOULD_CACHE or asked)
-        why_not = "" if given.get("position_ids") is None else CACHED if makes_cache else None
-        token = _WHY_NOT.set(why_not)
+        are_own = given.get("position_ids") is None or _WHY_NOT.get() == ""  # made here, or by a model around this one
+        token = _WHY_NOT.set("" if are_own else CACHED if makes_cache else None)
         try:
             return forward(*args, **kwargs)
         finally:
