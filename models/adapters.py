@@ -97,9 +97,9 @@ def _choose_implementations(model: nn.Module, notes: list[str]) -> None:
             notes.extend([text] if text not in notes else [])
 
 
-def _refuse_masks_that_depend_on_values(model: nn.Module, given: frozenset[str]) -> None:
+def _refuse_masks_that_depend_on_values(model: nn.Module) -> None:
     """Raises CaptureError if transformers may drop a mask because of its values and a module's result then changes."""
-    for module in model.modules() if "attention_mask" in given else ():
+    for module in model.modules():
         replacers = mask_replacers(module) if isinstance(module, PreTrainedModel) else []
         if replacers and module.config._attn_implementation != "eager":
             raise CaptureError(
@@ -188,8 +188,8 @@ def capturable(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str
             reached no layer.
     """
     _refuse_layerdrop(model)
-    given = frozenset(name for name, value in kwargs.items() if value is not None)
-    _refuse_masks_that_depend_on_values(model, given)
+    if kwargs.get("attention_mask") is not None:
+        _refuse_masks_that_depend_on_values(model)
     with ExitStack() as stack:
         stack.enter_context(packing_as_uncaptured(model))
         stack.enter_context(_restored(_configs(model)))

@@ -15,8 +15,8 @@
 Each rank computes what it writes, such as running statistics, from its own batch, and ranks that went on with different
 buffers would save, and evaluate, different models. As in torch's DistributedDataParallel, the next forward begins with
 the first rank's. What this forward computes with is each rank's own. Buffers of one dtype are exchanged at once; what
-depends on neither the batch nor random numbers, such as a count of steps, is the same on all ranks as it is. So are an
-evaluation's buffers left alone, which may run on some ranks only: the next step makes them alike.
+depends on neither the batch nor random numbers, such as a count of steps, is the same on all ranks as it is. An
+evaluation, which may run on some ranks only, exchanges nothing: what it writes stays those ranks' own.
 """
 
 from collections import defaultdict

@@ -78,12 +78,11 @@ def traffic_of(node: fx.Node, plan: Plan) -> CollectiveTraffic | None:
     if node.target is START_ALL_REDUCE:
         received_bytes = _all_reduced(tensor_type(node).num_bytes, plan.mesh.ranks_over((node.args[1],)))
         return CollectiveTraffic(node.args[1], "all-reduce", 1, received_bytes)
-    if plan.batches > 1 and node.target is AVERAGE:
-        together = taken_together(names_of(plan.mesh.batch_axes))
-        return CollectiveTraffic(together, "all-reduce", 1, _all_reduced(tensor_type(node).num_bytes, plan.batches))
-    if plan.batches > 1 and node.target is BROADCAST:
-        together = taken_together(names_of(plan.mesh.batch_axes))
-        return CollectiveTraffic(together, "broadcast", 1, tensor_type(node).num_bytes)
+    if plan.batches > 1 and node.target in (AVERAGE, BROADCAST):
+        together, num_bytes = taken_together(names_of(plan.mesh.batch_axes)), tensor_type(node).num_bytes
+        if node.target is BROADCAST:
+            return CollectiveTraffic(together, "broadcast", 1, num_bytes)
+        return CollectiveTraffic(together, "all-reduce", 1, _all_reduced(num_bytes, plan.batches))
     if node.target is START_RECEIVE:
         axis = taken_together(names_of(plan.mesh.pipeline_axes))
         return CollectiveTraffic(axis, "receive", 1, tensor_type(node).num_bytes)
