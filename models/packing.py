@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from ..runtime.isa.threads import patched
 from .attention import note
+from .own_forward import having_forward
 
 
 class _WouldCache(int):
@@ -57,21 +58,8 @@ def packing_as_uncaptured(model: nn.Module) -> Iterator[None]:
         stack.enter_context(patched(masking_utils, "find_packed_sequence_indices", find))
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
-                stack.enter_context(_with_forward(module, _deciding(module)))
+                stack.enter_context(having_forward(module, _deciding(module)))
         yield
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
 
 
 def _by_name(signature: inspect.Signature, *args: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...models.own_forward import having_forward
 from ...passes.canonicalize import canonicalize
 from ...passes.program.plan import Plan
 from ...passes.sharding.parameters import whole_parameters
@@ -12,7 +13,6 @@ from ...runtime.isa.schedule import Schedule
 from ..capture.microbatches import Arguments, Finish, Microbatches, typed
 from ..capture.trace import Captured, CaptureRequest, capture
 from ..lowering import Lowering
-from .forward import having_forward
 from .members import Census
 from .programs import Call
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from ...models.own_forward import having_forward
 from ..options import LossFn, loss_targets
 
 
@@ -126,22 +127,3 @@ def _signature(model: inspect.Signature, targets: list[inspect.Parameter]) -> in
         default = None if target.default is inspect.Parameter.empty else target.default
         every.append(target.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=default))
     return inspect.Signature(sorted(every, key=lambda parameter: parameter.kind))
-
-
-@contextmanager
-def having_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within, `forward` is the module's own attribute; None: it has only its class's."""
-    attributes = vars(module)
-    before = attributes.get("forward")
-    try:
-        _set_forward(attributes, forward)
-        yield
-    finally:
-        _set_forward(attributes, before)
-
-
-def _set_forward(attributes: dict[str, Any], forward: Any) -> None:
-    if forward is None:
-        attributes.pop("forward", None)
-    else:
-        attributes["forward"] = forward
