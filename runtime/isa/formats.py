@@ -283,8 +283,10 @@ class OwnFormat(StateFormat):
         return self.state_bytes(chunk) - there + landing + spare
 
     def has_spare(self, chunk: ChunkLayout, home: Home) -> bool:
-        """Only a trained state that the host updates, and not in the backward, has a spare."""
-        return home.spare and home.where is Where.HOST and chunk.trainable and not self.in_backward
+        """Only a trained state that the host updates, and not in the backward, has a spare. Not under float16, where no
+        update begins before all gradients are known to be finite."""
+        waits = self.in_backward or chunk.dtype == torch.float16
+        return home.spare and home.where is Where.HOST and chunk.trainable and not waits
 
     def keeps_whole(self, chunk: ChunkLayout, home: Home) -> bool:
         """Whether the device keeps all of the weights, separate from this process's state or around its shard."""

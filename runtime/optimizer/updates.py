@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,8 @@ from .states import SQUARES, Hyper, Range, StateSlice
 
 Kernel = HostKernel | DeviceKernel
 
-NARROW_PIECE = 2**20
-"""Elements whose moments are widened at a time where no kernel reads them as stored; some 40 MB on a device."""
+PIECE = 2**20
+"""Elements that are updated at a time where no kernel of ours reads them as they are stored; some 40 MB on a device."""
 
 LAUNCHER_CORES = 2
 """Cores left to the thread that launches the device's work and to the driver's thread."""
@@ -52,7 +53,7 @@ class UpdateKernels:
 
     Split pairs are updated by the host's and the device's kernels, which agree bit for bit; other masters by
     `torch.optim`'s fused functions. Moments stored in a narrower format than the kernel reads are widened for the
-    update and narrowed again after it, `NARROW_PIECE` elements at a time. `sharing` is the number of processes on this
+    update and narrowed again after it, `PIECE` elements at a time. `sharing` is the number of processes on this
     machine, which divide its cores.
     """
 
@@ -76,7 +77,7 @@ class UpdateKernels:
         if takes:
             self._update(layout, part, gradient, elements, into)
             return
-        for piece in elements.pieces(NARROW_PIECE):
+        for piece in elements.pieces(PIECE):
             cut = slice(piece.start - elements.start, piece.end - elements.start)
             few, numel = part.cut(cut), piece.end - piece.start
             values = tuple(
@@ -108,7 +109,8 @@ class UpdateKernels:
                 into: StateSlice | None) -> None:  # fmt: skip
         hyper = elements.hyper
         if not layout.splits:
-            _update_master(part, gradient, hyper, _parameters(layout, elements))
+            for cut in [slice(None)] if part.weights.is_cuda else _pieces_of_parameters(layout, elements):
+                _update_master(part.cut(cut), replace(gradient, values=gradient.values[cut]), hyper)
             return
         pair, moments = SplitPair(part.weights, part.rest, elements.draws), part.moments
         if isinstance(hyper, SgdHyper) and not hyper.momentum:
@@ -166,41 +168,40 @@ def _pieces(into: StateSlice | None, moments: int, elements: Range) -> Pieces | 
     return None if into is None else (SplitPair(into.weights, into.rest, elements.draws), into.moments[:moments])
 
 
-def _parameters(layout: ChunkLayout, elements: Range) -> list[slice]:
-    """The slices of a range that belong to one parameter each. torch's host kernels round the last few elements of a
-    tensor differently, so bits match torch's only if every parameter is passed as a tensor of its own."""
-    bounds = ((slot.offset, slot.offset + slot.numel) for slot in layout.slots)
-    cut = (
-        (max(start, elements.start) - elements.start, min(end, elements.end) - elements.start) for start, end in bounds
-    )
-    return [slice(start, end) for start, end in cut if start < end]
+def _pieces_of_parameters(layout: ChunkLayout, elements: Range) -> Iterator[slice]:
+    """Slices of a range that belong to one parameter each, of at most `PIECE` elements, so that their gradients in
+    float32 stay in the caches. torch's host kernels round the last few elements of a tensor differently, so bits match
+    torch's only if no two parameters share a slice."""
+    for slot in layout.slots:
+        start = max(slot.offset, elements.start) - elements.start
+        end = min(slot.offset + slot.numel, elements.end) - elements.start
+        for first in range(start, end, PIECE):
+            yield slice(first, min(first + PIECE, end))
 
 
-def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper, parameters: list[slice]) -> None:
+def _update_master(part: StateSlice, gradient: Gradient, hyper: Hyper) -> None:
+    """Updates a master that is kept as a whole, and the weights that are rounded from it."""
     master = part.weights if part.rest is None else part.rest
-    grad = _scaled(gradient, master.dtype)
-    cuts = [slice(None)] if master.is_cuda else parameters
-    masters, grads, *moments = ([flat[cut] for cut in cuts] for flat in (master, grad, *part.moments))
+    grad, moments = _scaled(gradient, master.dtype), part.moments
     if isinstance(hyper, AdamHyper):
         # The count before this step: torch adds one before it updates.
-        done = [torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device) for _ in cuts]
+        done = torch.full((), hyper.step - 1, dtype=torch.float32, device=master.device)
         adam(
-            masters, grads, *moments, [], done, fused=True, amsgrad=False, maximize=False, lr=hyper.lr,
-            beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
+            [master], [grad], *([moment] for moment in moments), [], [done], fused=True, amsgrad=False, maximize=False,
+            lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, weight_decay=hyper.weight_decay,
             decoupled_weight_decay=hyper.decoupled,
         )  # fmt: skip
     elif isinstance(hyper, LionHyper):
         group = {"lr": hyper.lr, "betas": (hyper.beta1, hyper.beta2), "weight_decay": hyper.weight_decay}
-        lion.update(master, grad, part.moments[0], group)
+        lion.update(master, grad, moments[0], group)
     elif isinstance(hyper, SgdHyper):
         # Without momentum there is no buffer; with it, the first update does not read one.
-        buffers = list(moments[0]) if hyper.momentum and not hyper.first else [None for _ in cuts]
+        buffers = [moments[0] if hyper.momentum and not hyper.first else None]
         sgd(
-            masters, grads, buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
+            [master], [grad], buffers, fused=True, maximize=False, lr=hyper.lr, weight_decay=hyper.weight_decay,
             momentum=hyper.momentum, dampening=hyper.dampening, nesterov=hyper.nesterov,
         )  # fmt: skip
         if hyper.momentum and hyper.first:
-            for cut, buffer in zip(cuts, buffers, strict=True):
-                part.moments[0][cut].copy_(buffer)
+            moments[0].copy_(buffers[0])
     if part.rest is not None:
         part.weights.copy_(master)

@@ -178,7 +178,7 @@ def same_state(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_where_no_kernel_takes_them_pieces_are_widened_with_the_same_bits(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "NARROW_PIECE", 2 * BLOCK)
+    monkeypatch.setattr(updates, "PIECE", 2 * BLOCK)
     kernels, plain = (UpdateKernels(torch.device("cpu")) for _ in range(2))
     plain._host = HostKernel(TORCH)
     for hyper in STATEFUL:

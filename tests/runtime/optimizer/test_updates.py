@@ -10,7 +10,15 @@ from geminifx.runtime.isa.formats import OwnFormat
 from geminifx.runtime.isa.layout import ChunkLayout, Rule, Slot
 from geminifx.runtime.isa.moments import Masters, Moments, stored_bytes, stored_dtype
 from geminifx.runtime.isa.whole_updates import working_bytes
-from geminifx.runtime.kernels.update_rules import AdafactorHyper, Gradient, MuonHyper
+from geminifx.runtime.kernels.update_rules import (
+    AdafactorHyper,
+    AdamHyper,
+    Gradient,
+    LionHyper,
+    MuonHyper,
+    SgdHyper,
+)
+from geminifx.runtime.optimizer import updates
 from geminifx.runtime.optimizer.states import Hyper, Range, StateSlice
 from geminifx.runtime.optimizer.updates import UpdateKernels
 from torch import Tensor
@@ -112,3 +120,40 @@ def test_float64_takes_no_more_than_is_counted(rule: Rule) -> None:
 def test_no_more_is_counted_than_bfloat16_takes(rule: Rule, masters: Masters) -> None:
     layout = layout_of(rule, (256, 256), torch.bfloat16)
     assert peak_bytes(layout, "exact", masters) == working_bytes(layout, masters)
+
+
+ELEMENTWISE = [
+    AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.1, 3),
+    SgdHyper(1e-2, momentum=0.9, nesterov=True, first=True),
+    SgdHyper(1e-2, momentum=0.9, weight_decay=0.1),
+    LionHyper(1e-2, 0.9, 0.99, 0.1),
+]
+
+
+def random_part(layout: ChunkLayout, moments: int) -> StateSlice:
+    """A state of masters that are kept whole, the same at every call."""
+    random = torch.Generator().manual_seed(1)
+    master, *values = (torch.rand(layout.numel, generator=random).to(layout.master_dtype) for _ in range(1 + moments))
+    weights = master.to(layout.dtype) if layout.casts else master
+    return StateSlice(weights, master if layout.casts else None, tuple(values))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2], ids=str
+)
+@pytest.mark.parametrize("hyper", ELEMENTWISE, ids=lambda hyper: type(hyper).__name__)
+def test_masters_that_are_kept_whole_are_updated_in_pieces_with_the_bits_of_whole_parameters(
+    dtypes: tuple[torch.dtype, torch.dtype], hyper: Hyper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = (1000,), (7, 31), (3,)
+    slots = tuple(Slot(str(start), start, shape) for start, shape in zip((0, 1024, 1280), shapes, strict=True))
+    layout = ChunkLayout(0, 1536, *dtypes, True, slots)
+    before, pieces, whole = (random_part(layout, 2 if isinstance(hyper, AdamHyper) else 1) for _ in range(3))
+    gradient = Gradient(torch.randn(1536, generator=torch.Generator().manual_seed(2)).to(dtypes[0]), 1 / 3)
+    KERNELS.update(layout, whole, gradient, Range(0, 1536, hyper))
+    monkeypatch.setattr(updates, "PIECE", 64)
+    KERNELS.update(layout, pieces, gradient, Range(0, 1536, hyper))
+    for slot in slots:
+        cut = slice(slot.offset, slot.offset + slot.numel)
+        for old, one, other in zip(*(each.cut(cut).tensors for each in (before, pieces, whole)), strict=True):
+            assert torch.equal(one, other) and not torch.equal(one, old)
