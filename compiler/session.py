@@ -112,7 +112,7 @@ class Session:
         new. Before training, ranks that shard weights agree on its plan if `agrees`, as they do except for a guess.
         `makes_room` may help where the program does not fit with states where they are."""
         members = self.census.now()
-        check_parameters(members.parameters, self._parameters, None if self.plan is None else self.plan.layout)
+        check_parameters(members.parameters, self._parameters)
         call = self.captures.taken(Call.of(members, entry, args, kwargs))
         if self.ranks.sharing is not None:
             self.ranks.check_call(str(call))
@@ -129,7 +129,9 @@ class Session:
     @resting_collector()
     def _make(self, call: Call, makes_room: MakesRoom | None) -> Key:
         key, captured = self.captures.of(call)
-        if self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
+        if captured.trains and self._thaws:
+            self._thaw(key, captured)
+        elif self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
             # Until the first step states may still move, so the first real batch is planned for from scratch.
             self.planning.agreed = None
             self._set_up(key, captured)
@@ -141,6 +143,27 @@ class Session:
                 if makes_room is None or not makes_room(key, captured, refusal):
                     raise
         return key
+
+    @property
+    def _thaws(self) -> bool:
+        """Whether parameters are trained now, in training that has begun, that no memory is planned for."""
+        setup, parameters = self.setup, self._parameters.items()
+        if setup is None or self.phase is not Phase.TRAINING:
+            return False
+        return any(parameter.requires_grad and name not in setup.trained for name, parameter in parameters)
+
+    def _thaw(self, key: Key, captured: Captured) -> None:
+        """Plans again, with these parameters trained, and drops all other programs. Raises StateError between two
+        backwards of one step, and BudgetError if nothing fits; then nothing has changed."""
+        before, programs = self.demanded(), Recent[Compiled]()
+        if not before.machine.store.is_between_steps:
+            raise StateError(
+                "a frozen parameter was made trainable between the backwards of one step; do so after optimizer.step()"
+            )
+        self.planning.agreed = None
+        setup, programs[key] = self.builder.thawed(captured, before, self.format)
+        self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
+        self.last = {}
 
     def _agree(self, key: Key) -> None:
         """Before the first training step, replans so that ranks that shard weights all run a plan that suits each of

@@ -55,7 +55,8 @@ class Declaration:
 class Setup:
     """The plan in force, the machine that runs its programs, and `own`, our own optimizer's store, if there is one.
 
-    `refusal` is the error that steps raise until `model.optimizer(...)` is called; None if they can run. A setup is
+    `trained` names the parameters that memory for training is planned for, on this process or others. `refusal` is the
+    error that steps raise until `model.optimizer(...)` is called; None if they can run. A setup is
     replaced as a whole or not at all.
     """
 
@@ -63,3 +64,4 @@ class Setup:
     machine: Machine
     own: OwnStore | None = None
     refusal: Exception | None = None
+    trained: frozenset[str] = frozenset()

@@ -25,7 +25,7 @@ class Adaptation:
         self.pressure = Pressure(session, self.rehoming)
         self.making_room = MakingRoom(session, self.rehoming)
         self.warm_up = self._warm_up()
-        self._machine: Machine | None = None  # the machine that the warm-up measures
+        self._measured: tuple[Machine, frozenset[str]] | None = None  # what runs and is trained in the warm-up
 
     def _warm_up(self) -> WarmUp:
         session = self.session
@@ -45,11 +45,11 @@ class Adaptation:
         if not compiled.trains:
             self.warm_up.spoil()
             return
-        key, machine = self.rehoming.key_of(compiled), self.session.demanded().machine
-        if machine is not self._machine:  # the model has got an optimizer of its own
+        key, setup = self.rehoming.key_of(compiled), self.session.demanded()
+        if self._measured != (setup.machine, setup.trained):  # an optimizer of its own, or more is trained
             self.warm_up.end()
-            self._machine, self.warm_up = machine, self._warm_up()
-        begins = machine.store.is_between_steps
+            self._measured, self.warm_up = (setup.machine, setup.trained), self._warm_up()
+        begins = setup.machine.store.is_between_steps
         if begins and self.pressure.call(key):
             self.warm_up.end()
         self.warm_up.call(key, begins)

@@ -1,7 +1,7 @@
 """Packs parameters into chunks, in order of first use."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...passes.program.program import Program, note, tensor_type
+from ...runtime.isa.errors import StateError
 from ...runtime.isa.layout import ChunkLayout, Layout, Owners, Rule, Slot, alignment
 from ...runtime.isa.mesh import ONE_PROCESS, Mesh, sharded_over
 from ...runtime.isa.precision import master_dtype
@@ -123,6 +124,31 @@ def pack(
         chunks.append(ChunkLayout(i, made.numel, *key[:3], tuple(made.slots), reduced_over=axes, rule=key[5]))
     tied = tuple((name, use.tied) for name, use in used.items() if use.tied)
     return Layout(tuple(chunks), tied, tuple(spread.owners.items()))
+
+
+def trained_too(
+    layout: Layout, names: Collection[str], parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule]
+) -> Layout:
+    """The layout with all chunks trained that hold one of the parameters `names`, which were frozen. Chunks are trained
+    as a whole: they keep their other parameters, and states for these, too.
+
+    Raises StateError for a chunk whose parameters would be updated by different `rules`.
+    """
+    chunks = []
+    for chunk in layout.chunks:
+        trained = [slot.name for slot in chunk.slots if slot.name in names]
+        if trained and not chunk.trainable:
+            found = sorted({rules.get(slot.name, "elements") for slot in chunk.slots})
+            if len(found) > 1:
+                raise StateError(
+                    f"parameter {trained[0]} is trained now and was frozen when the model was planned, in a chunk with "
+                    f"parameters that the optimizer updates by different rules ({', '.join(found)}); call the model "
+                    "once while they are trainable, and freeze them afterwards"
+                )
+            master = master_dtype(parameters[trained[0]])
+            chunk = replace(chunk, trainable=True, master_dtype=master, rule=found[0])
+        chunks.append(chunk)
+    return replace(layout, chunks=tuple(chunks))
 
 
 def divide(layout: Layout, shards: Callable[[ChunkLayout], int], unit: int = 1) -> Layout:

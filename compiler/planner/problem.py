@@ -1,7 +1,7 @@
 """Planning: from a captured program to a plan, the user's or the planner's, for the optimizer in use."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import gcd, inf
@@ -14,8 +14,8 @@ from ...passes.canonicalize import canonicalize
 from ...passes.program.plan import Plan
 from ...passes.program.program import Program
 from ...passes.program.request import Policy, Request
-from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError, StateError
-from ...runtime.isa.formats import OwnFormat, StateFormat, TorchFormat
+from ...runtime.isa.errors import ArgumentError, BudgetError, SplitError
+from ...runtime.isa.formats import OwnFormat, TorchFormat
 from ...runtime.isa.layout import Layout
 from ...runtime.isa.mesh import Mesh
 from ...runtime.isa.schedule import ROUND_ROBIN, Schedule
@@ -24,43 +24,18 @@ from ..capture.trace import Captured
 from ..lowering import Lowering
 from ..options import Options
 from .check import check_cut, check_plan
+from .format_choice import ANY_TIER, HOST_ALONE, LEANER, Formats, decided
 from .lengthened import Lengthened
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
-from .packing import Spread, Together, divide, pack, uses
+from .packing import Spread, Together, divide, pack, trained_too, uses
 from .pipeline.asked import asked_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.stage_costs import suited
 from .search import LOGITS_SHARE, Constraints, Solution, check, solve, sum_bytes, sums_stay
 from .weighed import Lower, Weighed
 
-ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
-NOT_DIVIDED = (
-    "zero={} divides only the training state of model.optimizer(...): call model.optimizer(torch.optim.AdamW, lr=...) "
-    "before the first step and use that optimizer, or leave zero out of parallel="
-)
-LEANER = (
-    OwnFormat(),
-    OwnFormat(in_backward=True),
-    OwnFormat(in_backward=True, stored="bf16"),
-    OwnFormat(in_backward=True, stored="int8"),
-    OwnFormat(in_backward=True, stored="int8", masters="bf16-stochastic"),
-)
-"""Formats that `model.optimizer(...)` may still declare, those that take most memory first."""
-
-HOST_ALONE, ANY_TIER = ("host",), ("host", "device", "")
-"""The tiers of a BudgetError for which a leaner format is tried."""
 NO_LOSS = "fuse_loss: the model has no loss over a vocabulary whose logits are used for nothing else"
-
-
-@dataclass(frozen=True)
-class _Formats:
-    """The formats that training state may have: the one that `model.optimizer(...)` declared, or, before it is called,
-    torch's, and where that does not fit the first of `ours` that does."""
-
-    declared: OwnFormat | None
-    torchs: StateFormat
-    ours: tuple[StateFormat, ...] = ()
 
 
 @dataclass
@@ -159,6 +134,13 @@ class Planning:
         except SplitError as error:
             raise SplitError(f"microbatches={asked}: {error}; or leave microbatches out") from error
 
+    def trained_too(self, plan: Plan, names: Collection[str], format: OwnFormat | None) -> Plan:
+        """The plan with a layout in which the parameters `names`, which were frozen, are trained. Raises StateError
+        where their chunks cannot be."""
+        unit, rules = (1, {}) if format is None else (format.unit, dict(format.rules))
+        layout = trained_too(plan.layout, names, self.parameters, rules)
+        return plan if layout == plan.layout else replace(plan, layout=divide(layout, plan.shards, unit))
+
     def _in_rounds(self, find: Callable[[int, int], Decision], best: Decision) -> Decision:
         """The best decision for one round, or one for more rounds where that is faster and nobody fixed the number.
         Under ZeRO more rounds are not tried, since ranks meet in every fetch, nor where `recompute` is fixed, since
@@ -213,14 +195,15 @@ class Planning:
                 given = replace(given, microbatches=microbatches, rounds=gcd(given.rounds, microbatches), blocks=runs)
             if not captured.trains:
                 given = replace(given, rounds=1)
-            given = replace(given, request=request, mesh=self.mesh, notes=captured.notes,
+            laid_out = given.layout if before is None else before.layout  # parameters may be trained since
+            given = replace(given, request=request, layout=laid_out, mesh=self.mesh, notes=captured.notes,
                             schedule=self._scheduled(captured, microbatches, before))  # fmt: skip
             if before is None:  # only at first: parameters may be frozen afterwards
                 check_plan(given, self.parameters, self.blocks, self.dtypes, self.line)
                 self._check_owned(captured, given)
             accept = partial(self._accept, lower)
-            kinds = _Formats(format, torchs, (given.format,)) if given.format.beside else _Formats(format, given.format)
-            return self._either(accept, given, kinds, ANY_TIER)
+            kinds = Formats(format, torchs, (given.format,)) if given.format.beside else Formats(format, given.format)
+            return decided(accept, given, kinds, ANY_TIER)
         staged = replace(
             self.shared(), microbatches=microbatches, rounds=rounds, blocks=runs, line=self.line,
             stages=before.stages if before else (), schedule=self._scheduled(captured, microbatches, before),
@@ -246,7 +229,7 @@ class Planning:
         (recompute, otherwise), offload = self._recomputed(staged.stages), self._blocks("offload", options.offload)
         constraints = Constraints(recompute, self.blocks, placed, fuse_loss, saves, offload, otherwise)
         ours = LEANER if any(chunk.casts for chunk in layout.chunks) else ()
-        return self._either(partial(self._solve, lower, constraints), draft, _Formats(format, torchs, ours), HOST_ALONE)
+        return decided(partial(self._solve, lower, constraints), draft, Formats(format, torchs, ours), HOST_ALONE)
 
     def _solve(self, lower: Lower, given: Constraints, plan: Plan) -> Solution:
         try:
@@ -317,26 +300,6 @@ class Planning:
         packed = pack(uses(captured.program), mine, self.blocks, self.dtypes, Spread(self.mesh, owned), together)
         return divide(packed, self.shared().shards, together.unit)
 
-    @staticmethod
-    def _either(find: Callable[[Plan], Solution], plan: Plan, formats: "_Formats",
-                excused: tuple[str, ...]) -> Decision:  # fmt: skip
-        """Decides for the optimizer in use. Returns a plan, and an error that refuses steps until
-        `model.optimizer(...)` is called, or None. The error comes where torch's state does not fit but one of `ours`
-        does, since the user chooses an optimizer only after compiling, and where chunks are sharded, which only our own
-        optimizer supports. A refusal of torch's state is an error at once where its tier is not `excused`."""
-        declared, ours = formats.declared, formats.ours
-        if declared is None and any(chunk.shards > 1 for chunk in plan.layout.chunks):
-            return find(replace(plan, format=next(iter(ours), OwnFormat()))), StateError(
-                NOT_DIVIDED.format(plan.request.zero)
-            )
-        try:
-            return find(replace(plan, format=declared or formats.torchs)), None
-        except BudgetError as refusal:
-            if declared is not None or not ours or refusal.tier not in excused:
-                raise
-            own = _first_that_fits(find, replace(plan, notes=(*plan.notes, ONLY_OURS)), ours, excused)
-            return own, refusal.with_traceback(None)  # which would keep the frame of the call that is planned for alive
-
     def _lower(self, captured: Captured, plan: Plan) -> Weighed:
         """The lowered program of a plan. Kept until training begins: plans are made again for each optimizer."""
         rates, key = self.limits.rates, (
@@ -377,19 +340,6 @@ class Planning:
             blocks = ", ".join(self.blocks)
             raise ArgumentError(f"{option} names {unknown[0]!r}, which is not a block; the blocks are {blocks}")
         return chosen
-
-
-def _first_that_fits(find: Callable[[Plan], Solution], plan: Plan, formats: tuple[StateFormat, ...],
-                     excused: tuple[str, ...]) -> Solution:  # fmt: skip
-    """The plan for the first format that fits. Where none does, raises the error of the last."""
-    *others, last = formats
-    for format in others:
-        try:
-            return find(replace(plan, format=format))
-        except BudgetError as refusal:
-            if refusal.tier not in excused:
-                raise
-    return find(replace(plan, format=last))
 
 
 def _is_cut_for(layout: Layout, format: OwnFormat | None) -> bool:

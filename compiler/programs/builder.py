@@ -7,7 +7,9 @@ from torch import nn
 from ...runtime.distributed.local_shards import LocalShards
 from ...runtime.distributed.zero import Zero
 from ...runtime.executor import Executor, Outlets
+from ...runtime.isa.errors import BudgetError
 from ...runtime.isa.formats import OwnFormat, TorchFormat
+from ...runtime.isa.homes import Home, Where
 from ...runtime.machine import Machine
 from ...runtime.memory.chunks import ChunkStore
 from ...runtime.memory.hardware import Hardware
@@ -42,13 +44,47 @@ class Builder:
     def first(self, captured: Captured, before: Setup | None, format: OwnFormat | None) -> tuple[Setup, Compiled]:
         """A setup for a new plan, by which states may move, and the program it was planned for. Chunks keep their
         parameters, and a machine whose store is of the same kind is kept."""
-        solution, refusal = self.planning.decide(captured, None if before is None else before.plan, False, format)
+        trained = self._trained() if before is None else before.trained | self._trained()
+        plan = None
+        if before is not None:
+            plan = self.planning.trained_too(before.plan, trained - before.trained, format)
+        solution, refusal = self.planning.decide(captured, plan, False, format)
         if before is not None and (before.own is not None) == (format is not None):
-            setup = replace(before, plan=solution.plan, refusal=refusal)
+            setup = replace(before, plan=solution.plan, refusal=refusal, trained=trained)
         else:
             machine, own = self._machine(solution, format)
-            setup = Setup(solution.plan, machine, own, refusal)
+            setup = Setup(solution.plan, machine, own, refusal, trained)
         return setup, self._program(captured, solution, setup.machine)
+
+    def thawed(self, captured: Captured, before: Setup, format: OwnFormat | None) -> tuple[Setup, Compiled]:
+        """A setup in which more parameters are trained than in the one `before`, during training. Masters that a torch
+        optimizer updates stay where they are; those of thawed chunks move to the host where they do not fit otherwise.
+        Raises BudgetError if nothing fits."""
+        if format is None:
+            return self._thawed_beside_torch(captured, before)
+        setup, compiled = self.first(captured, before, format)
+        if setup.refusal is not None:
+            raise setup.refusal
+        return setup, compiled
+
+    def _thawed_beside_torch(self, captured: Captured, before: Setup) -> tuple[Setup, Compiled]:
+        trained = before.trained | self._trained()
+        plan = self.planning.trained_too(before.plan, trained - before.trained, None)
+        try:
+            solution, refusal = self.planning.decide(captured, plan, True, None)
+        except BudgetError:
+            pairs = zip(before.plan.layout.chunks, plan.placed(plan.homes), strict=True)
+            homes = tuple(home if chunk == old else Home(Where.HOST) for old, (chunk, home) in pairs)
+            if homes == plan.homes or plan.request.policy == "cuda":
+                raise
+            solution, refusal = self.planning.decide(captured, replace(plan, homes=homes), True, None)
+        if refusal is not None:
+            raise refusal
+        setup = replace(before, plan=solution.plan, trained=trained)
+        return setup, self._program(captured, solution, setup.machine)
+
+    def _trained(self) -> frozenset[str]:
+        return frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
 
     def further(self, captured: Captured, setup: Setup, format: OwnFormat | None) -> Compiled:
         """One more program over a setup, planned so that states stay where they are."""

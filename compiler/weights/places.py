@@ -86,6 +86,7 @@ class Places:
                     share_values(self.source, self.ranks, device, store.chunks)
             self._are_shared = True
             with failing_alike(), without_weak_references(self.source):
+                store.chunks.lay_out(setup.plan.layout, self.census.now().parameters)
                 store.place(homes)
         self.homes, self._are_placed = homes, True
 

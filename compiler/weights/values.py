@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from ...runtime.distributed.ranks import Ranks
 from ...runtime.isa.errors import StateError
-from ...runtime.isa.layout import Layout
 from ...runtime.isa.precision import cast_dtype
 from ...runtime.memory.chunks import ChunkStore
 from ..capture.materialize import replace_buffers
@@ -103,11 +102,10 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.Parameter],
-                     layout: Layout | None) -> None:  # fmt: skip
+def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.Parameter]) -> None:
     """Checks that the model has the parameters it was compiled with, which are those in the chunks, and no others.
 
-    Raises StateError for one that was added, removed or replaced, and for one that is trained now and was not then.
+    Raises StateError for one that was added, removed or replaced.
     """
     if now.keys() != compiled.keys() or any(now[n] is not p for n, p in compiled.items()):
         changed = next((n for n in {**now, **compiled} if now.get(n) is not compiled.get(n)), "")
@@ -115,12 +113,3 @@ def check_parameters(now: Mapping[str, nn.Parameter], compiled: Mapping[str, nn.
             f"parameter {changed} was added, removed or replaced after the model was compiled; compile the changed "
             "model again, or assign values with load_state_dict() or parameter.data.copy_()"
         )
-    for chunk in layout.chunks if layout else ():
-        slots = () if chunk.trainable else chunk.slots
-        thawed = next((slot.name for slot in slots if now[slot.name].requires_grad), None)
-        if thawed is not None:
-            raise StateError(
-                f"parameter {thawed} was frozen when the model was planned, at its first call or for example_inputs=, "
-                "so no memory is planned for its gradient; call the model once with this parameter trainable, and "
-                "freeze it afterwards"
-            )

@@ -10,7 +10,7 @@ tensors:
     READY_FOR_REDUCE       its gradients are complete and on their way to the master
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from enum import Enum
 
@@ -179,6 +179,15 @@ class ChunkStore:
     def _elsewhere(self, name: str, parameter: nn.Parameter) -> Elsewhere:
         dtype, ranks = master_dtype(parameter), self.ownership.ranks_of(name)
         return Elsewhere(name, tuple(parameter.shape), dtype, f"rank(s) {ranks}", self.writers)
+
+    def lay_out(self, layout: Layout, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Takes a layout that differs from the present one at most in that more chunks are trained; the next `place`
+        makes room for what that takes."""
+        for chunk, new in zip(self.chunks, layout.chunks, strict=True):
+            if chunk.layout != new:
+                chunk.layout = new
+                chunk.parameters = [parameters[slot.name] for slot in new.slots]
+        self.layout = layout
 
     def let_go(self) -> None:
         """Frees the memory of the parameters that only other processes hold. Without those processes, as on meta, it

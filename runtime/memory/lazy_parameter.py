@@ -205,14 +205,19 @@ OWN_HOOKS = [refuse_gradient]
 
 
 def become_lazy(parameter: nn.Parameter, source: Source) -> None:
-    """Makes a parameter read from `source`, or from another source than before; the object stays the same."""
-    if isinstance(parameter, LazyParameter):
+    """Makes a parameter read from `source`, or from another source than before, perhaps in another dtype; the object
+    and its hooks stay the same."""
+    if isinstance(parameter, LazyParameter) and parameter.dtype == source.dtype:
         parameter.source = source
         return
-    trained = parameter.requires_grad
+    trained, hooks = parameter.requires_grad, None
     takes_gradients = source.dtype.is_floating_point
+    if isinstance(parameter, LazyParameter):
+        hooks, parameter._backward_hooks = parameter._backward_hooks, None
     torch.utils.swap_tensors(parameter, LazyParameter(source, takes_gradients))
-    if takes_gradients:
+    if hooks is not None:
+        parameter._backward_hooks = hooks  # autograd forgets them in the swap
+    elif takes_gradients:
         parameter.register_hook(refuse_gradient)
     parameter.requires_grad_(trained)
 

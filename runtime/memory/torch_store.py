@@ -63,7 +63,8 @@ class TorchStore:
                 self._book(chunk, Home(self.homes[chunk.layout.index].where))
         for chunk, home in pairs:
             before = self.homes.get(chunk.layout.index)
-            if before is None or before.on_device != home.on_device:
+            is_other = chunk.master is not None and chunk.master.dtype != chunk.layout.master_dtype  # trained since
+            if before is None or before.on_device != home.on_device or is_other:
                 self._place_master(chunk, Home(home.where, chunk.resident is not None))
         for chunk, home in pairs:
             self._book(chunk, home, purpose="the weights")
@@ -83,7 +84,8 @@ class TorchStore:
         layout, hardware = chunk.layout, self.hardware
         before = self.homes.get(layout.index)
         # Both places are in use while values move from one to the other.
-        self._book(chunk, home, None if before is None else Home(before.where))
+        left = [each for each in (chunk.master, chunk.gradient, chunk.cast) if each is not None]
+        self._book(chunk, home, sum(each.nbytes for each in left), before)
         streams = not home.on_device
         master = hardware.zeros(layout.numel, layout.master_dtype, home.on_device, streams and not layout.casts)
         self.chunks.place(chunk, master)
@@ -92,11 +94,12 @@ class TorchStore:
         self._book(chunk, home)
         self.homes[layout.index] = home
 
-    def _book(self, chunk: Chunk, home: Home, besides: Home | None = None, purpose: str = "the training state") -> None:
-        """Accounts for a chunk at `home` and, while it moves, at `besides` too, instead of where it was before."""
-        layout, homes = chunk.layout, [home] if besides is None else [home, besides]
-        device = sum(self.format.device_bytes(layout, each) for each in homes)
-        host = sum(self.format.host_bytes(layout, each) for each in homes)
+    def _book(self, chunk: Chunk, home: Home, left_bytes: int = 0, before: Home | None = None,
+              purpose: str = "the training state") -> None:  # fmt: skip
+        """Accounts for a chunk at `home` and, while it moves, for the bytes that are left where it was `before`."""
+        layout, was_on_device = chunk.layout, before is not None and before.on_device
+        device = self.format.device_bytes(layout, home) + left_bytes * was_on_device
+        host = self.format.host_bytes(layout, home) + left_bytes * (not was_on_device)
         self.hardware.book(layout.name, device, host, f"{purpose} of {layout.name}")
 
     # -- weights -------------------------------------------------------------------------------------------

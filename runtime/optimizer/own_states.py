@@ -53,9 +53,13 @@ class OwnStates:
         pairs = list(zip(self.chunks.chunks, homes, strict=True))
         for chunk, home in pairs[len(self._states) :]:
             self._place(chunk, home)
-        leaving = [(chunk, home) for chunk, home in pairs if self._states[chunk.layout.index].home != home]
+        leaving = [(chunk, home) for chunk, home in pairs if not self._is_at(chunk, home)]
         for chunk, home in sorted(leaving, key=lambda pair: self._more_bytes(*pair)):  # those that free memory first
             self._move(chunk, home)
+
+    def _is_at(self, chunk: Chunk, home: Home) -> bool:
+        state, layout = self._states[chunk.layout.index], chunk.layout
+        return state.home == home and state.layout == layout.shard(self.zero.number(layout))
 
     def _more_bytes(self, chunk: Chunk, home: Home) -> int:
         """How many more bytes of device memory the chunk takes at `home` than where it is now."""
@@ -75,17 +79,20 @@ class OwnStates:
 
     def _place(self, chunk: Chunk, home: Home) -> None:
         index, layout = chunk.layout.index, chunk.layout
+        number = self.zero.number(layout)
         previous = self._states[index] if index < len(self._states) else None
+        thaws = previous is not None and previous.layout != layout.shard(number)
         unplanned = previous is not None and previous.total is not None and not self.format.keeps_sum(layout)
         self._book(layout, home, home.on_device if unplanned else None)
-        weights, whole = self._weights(layout, home, self._on_device(chunk, previous))
-        number = self.zero.number(layout)
+        weights, whole = self._weights(layout, home, None if thaws else self._on_device(chunk, previous))
         state = self._allocate(layout.shard(number), home, weights)
         state.firsts = tuple(layout.held(slot, number).start for slot in range(len(layout.slots)))
         if unplanned:
             state.total = self._zeros(state.layout.numel, layout.master_dtype, home.on_device)
         if previous is None:
             self._take_parameters(state, chunk)
+        elif thaws:
+            self._take_frozen(state, previous, layout)
         else:
             state.take(previous)
         if whole is not None and home.where is Where.HOST:
@@ -93,6 +100,14 @@ class OwnStates:
         chunk.resident = whole if home.where is Where.HOST or layout.shards > 1 else None
         chunk.gathered = -1
         self._states[index] = state  # last, so that a move that is interrupted is made again
+
+    def _take_frozen(self, state: ChunkState, frozen: ChunkState, layout: ChunkLayout) -> None:
+        """Takes over the values of a chunk that was frozen, perhaps without a master and undivided."""
+        for slot, place in enumerate(state.layout.slots):
+            value = frozen.read(slot)
+            is_whole = frozen.layout.slots[slot].shape != place.shape
+            state.write(slot, self.zero.take(value, layout, slot) if is_whole else value)
+        state.version = frozen.version + 1
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, allocated now if it was not planned for: beside the state, or on the host if the device

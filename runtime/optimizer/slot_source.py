@@ -130,6 +130,6 @@ def make_lazy(store: Slots) -> None:
     """
     for chunk, _ in zip(store.chunks.chunks, store.states, strict=False):
         for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):
-            if not isinstance(parameter, LazyParameter):
+            if not isinstance(parameter, LazyParameter) or parameter.dtype != chunk.layout.master_dtype:
                 become_lazy(parameter, SlotSource(store, slot.name, slot.shape, chunk.layout.master_dtype))
         chunk.parameters = []

@@ -535,16 +535,6 @@ def test_a_gradient_into_the_logits_beside_a_loss_is_refused_with_advice() -> No
     train(OPT, model, steps=1)
 
 
-def test_a_parameter_frozen_at_compile_time_cannot_be_thawed() -> None:
-    source = MLP.seeded()
-    source[1].requires_grad_(False)
-    model = geminifx.compile(source)
-    train(MLP, model, steps=1)
-    source[1].requires_grad_(True)
-    with pytest.raises(StateError, match=r"parameter 1\.\d\.\w+ was frozen when the model was planned"):
-        train(MLP, model, steps=1)
-
-
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
