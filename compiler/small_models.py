@@ -1,7 +1,8 @@
 """Rates corrected by training steps of small models: what loops over a few operators or updates tell but roughly.
 
-In a step, launches share the processor's caches with all else that the thread does (`rates.measure.LOOP_FACTOR`), and
-the host's updates share cores and memory with that thread and with copies.
+In a step, launches share the processor's caches with all else that the thread does (`rates.measure.LOOP_FACTOR`),
+matrix products are quicker than many of them in a row, which the card's power limits, and the host's updates share
+cores and memory with the launching thread and with copies.
 """
 
 import statistics
@@ -13,23 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..passes.program.estimate import Estimate
 from ..runtime.isa.errors import BudgetError
 from .api import compile
 from .module import CompiledModule
-from .planner.search import estimated
-from .planner.simulate import HOST, LAUNCHES
+from .planner.simulate import DEVICE, HOST, LAUNCHES
+from .planner.solution import estimated
 from .rates.calibrate import BusyError
 from .rates.rates import Rates, Slowdown
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of `blocks` transformer blocks that trains on one sequence of `tokens`."""
+    """A model of `blocks` transformer blocks that trains on sequences of `tokens`."""
 
     blocks: int
     size: int
     heads: int
     tokens: int
+    sequences: int = 1
 
 
 LAUNCHING = Shape(blocks=16, size=256, heads=4, tokens=128)
@@ -38,11 +41,19 @@ LAUNCHING = Shape(blocks=16, size=256, heads=4, tokens=128)
 UPDATING = Shape(blocks=6, size=2048, heads=16, tokens=1024)
 """300 million parameters, whose updates on the host take longer than the rest of a step."""
 
+COMPUTING = Shape(blocks=3, size=2048, heads=16, tokens=1024, sequences=4)
+"""150 million parameters, for which the device takes longer than launches do, within 4 GB."""
+
 STEPS, FIRST = 40, 8
 """How many steps are made, of which the first ones do not count: kernels are chosen and memory is allocated in them."""
 
-MOST = 4.0
-"""The most that a small model's steps slow the host's updates down, or speed them up."""
+MOST, MOST_OF_PRODUCTS = 4.0, 1.5
+"""The most that a small model's steps slow the host's updates, or products, down, or speed them up."""
+
+BINDING = 0.9
+"""The share of a step for which the device must be busy if the step is to tell how fast it is."""
+
+HALVINGS = 12
 
 
 class _Block(nn.Module):
@@ -76,7 +87,8 @@ class _Training:
     def __init__(self, shape: Shape, placement: str, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
             source = _Model(shape)
-        self.x = torch.ones(1, shape.tokens, shape.size, device=device)
+        random = torch.Generator(device).manual_seed(0)  # products of random numbers take more power than those of ones
+        self.x = torch.randn(shape.sequences, shape.tokens, shape.size, device=device, generator=random)
         options = {"device": device.type, "precision": "bf16", "placement": placement, "rates": "h200"}
         self.model: CompiledModule = compile(source, **options, example_inputs={"x": self.x})
         self.optimizer = self.model.optimizer(torch.optim.AdamW, in_backward=True)
@@ -100,10 +112,14 @@ class _Training:
 
     def busy_s(self, resource: str, rates: Rates) -> float:
         """Modelled seconds of a step for which a resource is busy."""
+        return dict(self.modelled(rates).busy_s).get(resource, 0.0)
+
+    def modelled(self, rates: Rates) -> Estimate:
+        """What the planner expects of a step at these rates."""
         session = self.model.session
         compiled = next(iter(session.programs().values()))
         limits = replace(session.planning.limits, rates=rates)
-        return dict(estimated(compiled.plan, compiled.flat, limits).plan.estimate.busy_s).get(resource, 0.0)
+        return estimated(compiled.plan, compiled.flat, limits).plan.estimate
 
 
 def corrected_by_steps(rates: Rates, device: torch.device) -> Rates:
@@ -113,6 +129,7 @@ def corrected_by_steps(rates: Rates, device: torch.device) -> Rates:
     """
     try:
         rates = _with_launches(rates, _Training(LAUNCHING, "cuda", device))
+        rates = _with_products(rates, _Training(COMPUTING, "cuda", device))
         return _with_updates(rates, _Training(UPDATING, "cpu", device))
     except (BudgetError, MemoryError, torch.OutOfMemoryError) as error:
         raise BusyError(f"there is not enough free memory to measure: {error}") from error
@@ -121,6 +138,26 @@ def corrected_by_steps(rates: Rates, device: torch.device) -> Rates:
 def _with_launches(rates: Rates, training: _Training) -> Rates:
     launches = training.busy_s(LAUNCHES, rates) / rates.launch_s
     return replace(rates, launch_s=_usual(training.step_s) / launches)
+
+
+def _with_products(rates: Rates, training: _Training) -> Rates:
+    """The rates whose products make the modelled step as long as a measured one, if the device binds it."""
+    expected = training.modelled(rates)
+    if dict(expected.busy_s).get(DEVICE, 0.0) < BINDING * expected.step_s:
+        return rates
+    step_s, low, high = _usual(training.step_s), 1 / MOST_OF_PRODUCTS, MOST_OF_PRODUCTS
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        low, high = (
+            (middle, high) if training.modelled(_slower_products(rates, middle)).step_s < step_s else (low, middle)
+        )
+    return _slower_products(rates, high)
+
+
+def _slower_products(rates: Rates, factor: float) -> Rates:
+    return replace(
+        rates, bf16=rates.bf16.slowed(factor), fp16=rates.fp16.slowed(factor), fp32=rates.fp32.slowed(factor)
+    )
 
 
 def _with_updates(rates: Rates, training: _Training) -> Rates:

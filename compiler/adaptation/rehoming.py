@@ -7,7 +7,8 @@ from ...passes.program.plan import Plan
 from ...runtime.isa.errors import BudgetError
 from ...runtime.isa.homes import Homes
 from ..planner.memory import Limits
-from ..planner.search import estimated, rehomed
+from ..planner.search import rehomed
+from ..planner.solution import estimated
 from ..programs.agreement import shared_homes
 from ..programs.programs import Compiled, Key
 from ..session import Session

@@ -1,7 +1,9 @@
 """Seconds of an operator on the device: by its FLOP or the bytes that it reads and writes, whichever takes longer.
 
 By default all operands are read and all results written, with bytes by their types. `MOVED` has the operators that
-touch other bytes.
+touch other bytes, `SLOWNESS` those that pass through memory more slowly than an addition does. What these and the
+shares of products say comes from the times of kernels in steps of Llama-1B x 8, OPT-1.3B x 8, OPT-2.7B x 16 and GPT-2
+XL x 4 on H200 machines (`benchmarks/step_time.py --profile`).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from ...passes.program.program import UNADMITTED_VIEWS, Program, note, tensor_type, type_of, writes
 from ...passes.program.types import TensorType, Type
 from ...runtime.isa import instructions as isa
+from ...runtime.isa.layout import contiguous_stride
 from ..rates.rates import Rates
 
 aten, geminifx = torch.ops.aten, torch.ops.geminifx
@@ -92,12 +95,33 @@ FREE = frozenset({
 """Instructions that launch nothing on the device's compute stream; the clock accounts for what they move elsewhere."""
 
 
-ATTENTION = frozenset({geminifx.attention.default, geminifx.attention_backward.default})
-ATTENTION_SHARE = 0.5
-"""The rate of attention as a share of the rate of equally large matrix products. For OPT-2.7B x 16 on H100, where the
-device works for 0.638 s, the other products take 0.51 s at the preset's rate, memory-bound operators 0.08 s, and
-attention the rest."""
+SLOWNESS: dict[object, float] = {
+    aten.native_layer_norm.default: 1.9,
+    aten.native_layer_norm_backward.default: 3.0,  # two kernels, which both read all
+    aten.slice_backward.default: 4.0,  # zeros, and a copy into a part of them
+    aten._log_softmax.default: 2.0,
+    aten._log_softmax_backward_data.default: 2.0,
+    isa.PUT_SUM: 2.0,
+    geminifx.linear_cross_entropy.default: 1.7,
+    geminifx.linear_cross_entropy_backward.default: 1.7,
+}
+"""How many times longer than their bytes at the rate of an addition these operators take."""
 
+SCATTERED, WIDENING = 2.1, 1.45
+"""The same for element-wise operators one of whose operands is repeated or in another order than the result, and for
+conversions to a wider dtype: torch has no vectorized kernels for them."""
+
+PRODUCT_SHARES: dict[object, float] = {
+    geminifx.attention.default: 0.42, geminifx.attention_backward.default: 0.3,
+}  # fmt: skip
+"""The rate of products in attention, as a share of that of equally large matrix products."""
+
+UNALIGNED_SHARE = 0.45
+"""The same for products of 16-bit matrices whose rows do not begin at multiples of 16 bytes, such as GPT-2's logits
+over its 50,257 words."""
+
+ALIGNED = 8
+"""Elements of 16 bits in 16 bytes."""
 
 IN_PARTS = frozenset({geminifx.linear_cross_entropy.default, geminifx.linear_cross_entropy_backward.default})
 """Operators of several kernels: some multiply, the others read and write the products."""
@@ -131,11 +155,55 @@ def launch_weight(target: object) -> int:
 
 def kernel_s(node: fx.Node, rates: Rates) -> float:
     """Seconds of an operator on the device once it is launched."""
-    products_s = rates.products(product_dtype(node)).seconds(flops(node))
-    memory_s = num_bytes(node) / rates.memory_bytes_per_s
-    if node.target in ATTENTION:
-        products_s /= ATTENTION_SHARE
+    products_s = rates.products(product_dtype(node)).seconds(flops(node)) / product_share(node)
+    memory_s = weighed_bytes(node) / rates.memory_bytes_per_s
     return rates.kernel_s + (products_s + memory_s if node.target in IN_PARTS else max(products_s, memory_s))
+
+
+def weighed_bytes(node: fx.Node) -> float:
+    """Bytes that an addition reads and writes in the time that this operator takes for its own."""
+    slowness = SLOWNESS.get(node.target, 1.0)
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in COPIES:
+        slowness *= SCATTERED if _is_scattered(node) else WIDENING if _widens(node) else 1.0
+    return num_bytes(node) * slowness
+
+
+def product_share(node: fx.Node) -> float:
+    """The rate of an operator's products, as a share of that of equally large aligned matrix products."""
+    share = PRODUCT_SHARES.get(node.target, 1.0)
+    return share * UNALIGNED_SHARE if share == 1.0 and flops(node) and _is_unaligned(node) else share
+
+
+COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.cat.default})
+
+
+def _is_scattered(node: fx.Node) -> bool:
+    """Whether some operand of more than one element is not laid out as the result is."""
+    result = type_of(node)
+    if not isinstance(result, TensorType):
+        return False
+    joins = node.target is aten.cat.default  # its operands are parts of the result
+    for operand in map(type_of, node.all_input_nodes):
+        if isinstance(operand, TensorType) and prod(operand.shape) > 1:
+            expected = contiguous_stride(operand.shape) if joins else result.stride
+            if operand.stride != expected or (operand.shape != result.shape and not joins):
+                return True
+    return False
+
+
+def _widens(node: fx.Node) -> bool:
+    operands = [type_of(value) for value in node.all_input_nodes]
+    narrowest = min((each.dtype.itemsize for each in operands if isinstance(each, TensorType)), default=0)
+    result = type_of(node)
+    return node.target is aten._to_copy.default and isinstance(result, TensorType) and result.dtype.itemsize > narrowest
+
+
+def _is_unaligned(node: fx.Node) -> bool:
+    matrices = [type for type in map(type_of, (*node.all_input_nodes, node)) if isinstance(type, TensorType)]
+    matrices = [type for type in matrices if len(type.shape) > 1 and type.dtype.itemsize == 2]
+    if node.target in IN_PARTS:  # the logits have as many columns as the weight has rows
+        return any(size % ALIGNED for type in matrices[1:2] for size in type.shape)
+    return any(step % ALIGNED for type in matrices for step in type.stride if step > 1)
 
 
 def num_bytes(node: fx.Node) -> int:

@@ -7,7 +7,7 @@ from ...passes.program.plan import Plan
 from ...runtime.isa.errors import BudgetError, StateError
 from ...runtime.isa.formats import OwnFormat, StateFormat
 from .microbatches import Decision
-from .search import Solution
+from .solution import Solution
 
 ONLY_OURS = "only model.optimizer(...) fits: the training state of a torch optimizer needs too much memory"
 NOT_DIVIDED = (

@@ -6,8 +6,8 @@ from dataclasses import replace
 from ...passes.program.estimate import Alternative
 from ...passes.program.plan import Plan
 from ...runtime.isa.errors import BudgetError, SplitError
-from .search import Solution
 from .simulate import DEVICE, LAUNCHES
+from .solution import Solution
 
 Decision = tuple[Solution, Exception | None]
 """A solution, and the error that refuses steps until the model's own optimizer is made (None: steps may run)."""

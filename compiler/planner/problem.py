@@ -32,7 +32,8 @@ from .packing import Spread, Together, divide, pack, trained_too, uses
 from .pipeline.asked import asked_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.stage_costs import suited
-from .search import LOGITS_SHARE, Constraints, Solution, check, solve, sum_bytes, sums_stay
+from .search import LOGITS_SHARE, Constraints, check, solve, sum_bytes, sums_stay
+from .solution import Solution
 from .weighed import Lower, Weighed
 
 NO_LOSS = "fuse_loss: the model has no loss over a vocabulary whose logits are used for nothing else"

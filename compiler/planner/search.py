@@ -33,12 +33,11 @@ from ...runtime.isa.errors import BudgetError
 from ...runtime.isa.homes import Homes
 from ...runtime.isa.precision import accumulate_dtype
 from ..lowering import Flat
-from .communication import collectives
 from .home_choice import best_nearby, candidates, fitting, is_picked, least
 from .home_program import ASSUMED, FIRST_LOOK, Assumed, Blocks, HomeProgram
-from .memory import Limits, Memory
+from .memory import Limits
 from .refusal import refusal
-from .simulate import StepTime
+from .solution import Solution, solution_of, step_s
 from .weighed import Lower, Weighed
 
 LOGITS_SHARE = 0.1
@@ -49,6 +48,9 @@ LOOKS = 4
 
 NEIGHBOURS = 16
 """The number of recomputed blocks is refined in steps of one NEIGHBOURS-th of all blocks."""
+
+NEAR = 0.1
+"""A plan that is slower than another by no more than this share may become the faster one when it is refined."""
 
 SHARES = 4
 """The number of blocks to offload is tried in steps of one SHARES-th of all blocks."""
@@ -91,18 +93,6 @@ class Constraints:
     otherwise: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A plan, and the program it was made for."""
-
-    plan: Plan
-    flat: Flat
-
-    @property
-    def program(self) -> Program:
-        return self.flat.program
-
-
 def solve(draft: Plan, lower: Lower, limits: Limits, given: Constraints) -> Solution:
     """Completes `draft` (request, layout, mesh, notes) so that it fits. Gradient sums stay on the device between rounds
     where they fit there; otherwise they wait on the host. Raises BudgetError where nothing fits."""
@@ -143,7 +133,7 @@ class _Search:
             found = self._recomputing(plan)
             best = self._best(found)
             if best is not None:
-                best = best if given.recompute is not None else self._refined(best)
+                best = best if given.recompute is not None else self._refined_of_each_loss(found)
                 return self._with_alternatives(best if given.offload is not None else self._offloaded_instead(best))
             if given.offload is None:
                 found += self._offloaded_beside(found[-1].plan)
@@ -171,7 +161,7 @@ class _Search:
         return min(lacking_bytes, default=0) > 2 * largest_bytes
 
     def _best(self, found: list[Solution]) -> Solution | None:
-        return min((one for one in found if self.limits.allow(one.plan)), key=_step_s, default=None)
+        return min((one for one in found if self.limits.allow(one.plan)), key=step_s, default=None)
 
     def _with_loss(self, plan: Plan) -> list[Solution]:
         """A plan with the loss in pieces or whole, or both where that is worth a look."""
@@ -231,6 +221,14 @@ class _Search:
     def _are_placed(self) -> bool:
         return self.given.placed is not None
 
+    def _refined_of_each_loss(self, found: list[Solution]) -> Solution:
+        """The best solution, and the best one with its loss computed in the other way if that is not much slower, each
+        refined: the faster of the two."""
+        each = [self._best([one for one in found if one.plan.fuse_loss is fused]) for fused in (False, True)]
+        fastest_s = min(step_s(one) for one in each if one is not None)
+        near = [one for one in each if one is not None and step_s(one) <= (1 + NEAR) * fastest_s]
+        return min(map(self._refined, near), key=step_s)
+
     def _refined(self, best: Solution) -> Solution:
         """Recomputes a few blocks more or fewer as long as that is faster."""
         blocks = self.given.blocks
@@ -284,12 +282,12 @@ class _Search:
     def _faster(self, best: Solution, plan: Plan) -> Solution:
         """The faster of the best solution so far and another plan's, if that fits."""
         solution = self._complete(plan)
-        return min(best, solution, key=_step_s) if self.limits.allow(solution.plan) else best
+        return min(best, solution, key=step_s) if self.limits.allow(solution.plan) else best
 
     def _much_faster(self, best: Solution, plan: Plan) -> Solution:
         """As `_faster`, but replaces the best only by a gain of more than OFFLOAD_GAIN."""
         found = self._faster(best, plan)
-        return found if _step_s(found) < (1 - OFFLOAD_GAIN) * _step_s(best) else best
+        return found if step_s(found) < (1 - OFFLOAD_GAIN) * step_s(best) else best
 
     def _complete(self, plan: Plan, assumed: Sequence[Assumed] = FIRST_LOOK) -> Solution:
         """Lowers a plan and chooses homes for its chunks: the fastest that fit, or, where none do, the least."""
@@ -297,7 +295,7 @@ class _Search:
         memory, time = weighed.on(plan, self.limits)
         weigh = lambda homes: (memory.beyond_host(homes), time.seconds(plan, homes))  # noqa: E731
         homes = min(candidates(plan, memory, time, self.given.placed, assumed), key=weigh)
-        solution = _solution(replace(plan, homes=homes), weighed.flat, memory, time)
+        solution = solution_of(replace(plan, homes=homes), weighed.flat, memory, time)
         self.weighed.append(solution.plan)
         return solution
 
@@ -308,7 +306,7 @@ class _Search:
         plan = best.plan
         memory, time = self.lower(plan).on(plan, self.limits)
         homes, near = best_nearby(plan, memory, time, self.given.placed)
-        best = _solution(replace(plan, homes=homes), best.flat, memory, time)
+        best = solution_of(replace(plan, homes=homes), best.flat, memory, time)
         found: list[tuple[str, Alternative]] = [
             (move.kind, Alternative(move.what, move.step_s, memory.peak(move.homes))) for move in near
         ]
@@ -330,7 +328,7 @@ class _Search:
             return best
         others = [self._complete(replace(plan, prefetch=ahead), ASSUMED) for ahead in FURTHER]
         further = self._best(others) or best
-        if _step_s(further) >= (1 - AHEAD_GAIN) * _step_s(best):
+        if step_s(further) >= (1 - AHEAD_GAIN) * step_s(best):
             return best
         return further if self.given.recompute is not None else self._refined(further)
 
@@ -354,20 +352,6 @@ def _fastest_of_each_kind(found: list[tuple[str, Alternative]]) -> tuple[Alterna
     return tuple(one for kind, one in fastest.items() if kind)
 
 
-def _step_s(solution: Solution) -> float:
-    return solution.plan.estimate.step_s
-
-
-def _solution(plan: Plan, flat: Flat, memory: Memory, time: StepTime) -> Solution:
-    """A fully decided plan, with the estimate of what it takes."""
-    timing = time.timing(plan, plan.homes)
-    estimate = replace(
-        memory.estimate(plan.homes), step_s=timing.step_s, busy_s=timing.busy_s, rates=time.rates.name,
-        collectives=collectives(flat.program, plan),
-    )  # fmt: skip
-    return Solution(replace(plan, estimate=estimate, alternatives=()), flat)
-
-
 def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
     """None, some and all of the blocks, always the first ones: the backward frees what the last ones keep first."""
     counts = (-(-len(blocks) * share // SHARES) for share in range(SHARES + 1))
@@ -377,16 +361,10 @@ def _shares(blocks: tuple[str, ...]) -> list[tuple[str, ...]]:
 def check(plan: Plan, lower: Lower, limits: Limits) -> Solution:
     """Accepts a hand-written or saved plan, with a new estimate. Raises BudgetError where it does not fit."""
     weighed = lower(plan)
-    solution = _solution(plan, weighed.flat, *weighed.on(plan, limits))
+    solution = solution_of(plan, weighed.flat, *weighed.on(plan, limits))
     if not limits.allow(solution.plan):
         raise _refused([solution], limits)
     return solution
-
-
-def estimated(plan: Plan, program: Program, limits: Limits) -> Solution:
-    """The plan unchanged, with a new estimate for its program, which is already running."""
-    weighed = Weighed.of(Flat(program, ()), plan, limits.rates)
-    return _solution(plan, weighed.flat, *weighed.on(plan, limits))
 
 
 def rehomed(plan: Plan, program: Program, limits: Limits, placed: Homes | None = None) -> Solution:

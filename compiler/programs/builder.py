@@ -21,7 +21,7 @@ from ..capture.results import absent_outputs, saved
 from ..capture.trace import Captured
 from ..lowering import Lowering, generate
 from ..planner.problem import Planning
-from ..planner.search import Solution
+from ..planner.solution import Solution
 from ..setup import Setup
 from .programs import Compiled, exchanged
 

@@ -49,8 +49,9 @@ DESKTOP, SERVER = Host(8, 40e9), Host(16, 190e9)
 class Card:
     """A card's published peaks in FLOP/s, without sparsity and accumulating in float32, by dtype.
 
-    `product_share` of the bf16 and fp16 peaks is sustained in large matmuls; it is lower where power is the limit. For
-    H200 it is measured (648e12 FLOP/s over 16 s), for H100 fitted to whole programs, for others estimated.
+    `product_share` of the bf16 and fp16 peaks is reached by large matmuls in training steps. For H200 it is measured
+    (800e12 FLOP/s; many in a row, which power limits, reach 660e12), for H100 fitted to whole programs, for others
+    estimated.
     `network_bytes_per_s` is what a card receives from another one of its kind.
     """
 
@@ -74,8 +75,8 @@ CARDS = {
     "a100": Card(("A100 80GB PCIe",), 312e12, 312e12, 19.5e12, 1935e9, 4, 0.7, 20e9),
     "a100-sxm": Card(("A100-SXM4-80GB",), 312e12, 312e12, 19.5e12, 2039e9, 4, 0.8, 230e9),
     "h100": Card(("H100 PCIe",), 756e12, 756e12, 51e12, 2000e9, 5, 0.6, 40e9),
-    "h100-sxm": Card(("H100 80GB HBM3",), 989e12, 989e12, 67e12, 3350e9, 5, 0.63, 340e9),
-    "h200": Card(("H200",), 989e12, 989e12, 67e12, 4800e9, 5, 0.65, 340e9),
+    "h100-sxm": Card(("H100 80GB HBM3",), 989e12, 989e12, 67e12, 3350e9, 5, 0.8, 340e9),
+    "h200": Card(("H200",), 989e12, 989e12, 67e12, 4800e9, 5, 0.8, 340e9),
 }
 """Known cards by the name that plans ask for; `names` are the driver's, without a prefix of `MAKERS`."""
 

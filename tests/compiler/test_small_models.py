@@ -1,5 +1,7 @@
 """What launches and updates on the host take in training steps of small models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from geminifx.compiler import small_models
@@ -13,7 +15,9 @@ SMALL = Shape(blocks=1, size=16, heads=2, tokens=4)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("LAUNCHING", SMALL), ("UPDATING", SMALL), ("STEPS", 7), ("FIRST", 4)):
+    for name, value in (
+        ("LAUNCHING", SMALL), ("COMPUTING", SMALL), ("UPDATING", SMALL), ("STEPS", 7), ("FIRST", 4),
+    ):  # fmt: skip
         monkeypatch.setattr(small_models, name, value)
 
 
@@ -41,6 +45,22 @@ def test_seconds_of_updates_are_compared_with_what_is_modelled(monkeypatch: pyte
     assert found.updates("int8").host_params_per_s == pytest.approx(H200.updates("int8").host_params_per_s / 1.3)
     assert (found.name, found.up_bytes_per_s, found.bf16) == (H200.name, H200.up_bytes_per_s, H200.bf16)
     assert told(monkeypatch, [1.0] * 7, [1e6] * 7).host_params_per_s == H200.host_params_per_s / MOST
+
+
+def test_products_are_corrected_until_a_modelled_step_is_as_long_as_a_measured_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(small_models, "COMPUTING", Shape(blocks=1, size=1024, heads=8, tokens=1024, sequences=4))
+    training = small_models._Training(small_models.COMPUTING, "cuda", CPU)
+    launches_s = small_models._Training(SMALL, "cuda", CPU).busy_s(small_models.LAUNCHES, H200)
+    rates = replace(H200, launch_s=1e-9)
+    for factor in (0.8, 1.25):
+        slower = small_models._slower_products(rates, factor)
+        steps = [1e-9 / H200.launch_s * launches_s] * 7 + [training.modelled(slower).step_s] * 7
+        found = told(monkeypatch, steps, [1.0] * 7)
+        for name in ("bf16", "fp16", "fp32"):
+            assert getattr(found, name).flops_per_s == pytest.approx(getattr(slower, name).flops_per_s, rel=1e-3)
+        assert found.memory_bytes_per_s == H200.memory_bytes_per_s
 
 
 def test_the_first_steps_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

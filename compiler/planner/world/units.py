@@ -18,7 +18,7 @@ from ....passes.splitting.parts import block_finder, terms
 from ....passes.splitting.stages import Stages
 from ....runtime.isa.schedule import Action, Schedule
 from ...rates.rates import Rates
-from ..costs import ATTENTION, ATTENTION_SHARE, IN_PARTS, MOVED, flops, is_free, num_bytes, product_dtype
+from ..costs import IN_PARTS, MOVED, flops, is_free, product_dtype, product_share, weighed_bytes
 from ..storages import tensors_of
 
 Kind = Literal["F", "I", "W"]
@@ -28,27 +28,27 @@ class Operator(NamedTuple):
     """An operator's costs, which can be scaled to other batches and divided between processes.
 
     Fields:
-        flops, num_bytes: what it computes, and what it reads and writes.
+        flops, num_bytes: what it computes, and what it reads and writes, weighed as by `costs.weighed_bytes`.
         weight_bytes: the part of `num_bytes` that does not grow with the batch.
         dtype: the dtype of its products.
-        is_attention, in_parts: whether it is in `costs.ATTENTION` and `costs.IN_PARTS`.
+        product_share: see `costs.product_share`.
+        in_parts: whether it is in `costs.IN_PARTS`.
         is_wide: whether it has no FLOP, and a result as large as what blocks pass on; mode "1d" does not shard it.
     """
 
     flops: int
-    num_bytes: int
-    weight_bytes: int
+    num_bytes: float
+    weight_bytes: float
     dtype: torch.dtype
-    is_attention: bool
+    product_share: float
     in_parts: bool
     is_wide: bool
 
     def seconds(self, rates: Rates, rows: float, parts: int, wide_parts: int) -> float:
         """Seconds for `rows` times the examples, divided over `parts` processes, or over `wide_parts` if it is wide."""
         parts = wide_parts if self.is_wide else parts
-        products_s = rates.products(self.dtype).seconds(self.flops * rows / parts)
+        products_s = rates.products(self.dtype).seconds(self.flops * rows / parts) / self.product_share
         memory_s = ((self.num_bytes - self.weight_bytes) * rows + self.weight_bytes) / parts / rates.memory_bytes_per_s
-        products_s /= ATTENTION_SHARE if self.is_attention else 1
         return rates.kernel_s + (products_s + memory_s if self.in_parts else max(products_s, memory_s))
 
 
@@ -174,15 +174,13 @@ class _Counting:
             )
 
     def _operator(self, node: fx.Node) -> Operator:
-        flop, moved = flops(node), num_bytes(node)
+        flop, moved = flops(node), weighed_bytes(node)
         types = [t for t in tensors_of(type_of(node)) if t.dtype.is_floating_point]
         weight_bytes = sum(tensor_type(value).num_bytes for value in node.all_input_nodes if value in self.views)
         weight_bytes += sum(t.num_bytes for t in types) if node in self.gradients else 0
         fixed = 0 if node.target in MOVED and node not in self.gradients else min(weight_bytes, moved)
         wide = not flop and any(_numel(t) == self.wide for t in types)
-        return Operator(
-            flop, moved, fixed, product_dtype(node), node.target in ATTENTION, node.target in IN_PARTS, wide
-        )
+        return Operator(flop, moved, fixed, product_dtype(node), product_share(node), node.target in IN_PARTS, wide)
 
     def _wide(self) -> int:
         """Elements of what blocks pass on: the most frequent size of forward values that later blocks read; of equally

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from geminifx.compiler.planner.correction import MeasuredStep, corrected
 from geminifx.compiler.planner.memory import Limits
-from geminifx.compiler.planner.search import estimated
+from geminifx.compiler.planner.solution import estimated
 from geminifx.compiler.planner.timeline import timeline
 from geminifx.compiler.programs.programs import Compiled
 from geminifx.compiler.rates.presets import preset

@@ -4,11 +4,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from geminifx.compiler.planner.costs import FREE, MOVED, flops, is_free, kernel_s, num_bytes, operators
+from geminifx.compiler.planner.costs import (
+    FREE,
+    MOVED,
+    PRODUCT_SHARES,
+    SCATTERED,
+    SLOWNESS,
+    UNALIGNED_SHARE,
+    WIDENING,
+    flops,
+    is_free,
+    kernel_s,
+    num_bytes,
+    operators,
+    product_share,
+    weighed_bytes,
+)
 from geminifx.compiler.rates.rates import ARENA, Products
 from geminifx.passes.program.program import Program
 from geminifx.passes.program.text import parse_program
-from geminifx.runtime.isa.instructions import INSTRUCTIONS
+from geminifx.runtime.isa.instructions import INSTRUCTIONS, PUT_SUM
 from torch import fx
 
 RATES = replace(
@@ -68,7 +83,8 @@ def test_logits_in_pieces_pass_through_memory() -> None:
     node = program.emit(torch.ops.geminifx.linear_cross_entropy.default, arguments, before=program.output)
     operands, results = 2 * 32 * (64 + 128) + 8 * 64, 4 + 4 + 2 * 64 * 4
     assert num_bytes(node) == operands + results + 64 * 128 * (2 * 2 + 4 * 4)
-    assert kernel_s(node, RATES) == pytest.approx(1e-6 + num_bytes(node) / 1e9 + flops(node) / 1e12), "one by one"
+    slowness = SLOWNESS[node.target]
+    assert kernel_s(node, RATES) == pytest.approx(1e-6 + slowness * num_bytes(node) / 1e9 + flops(node) / 1e12)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +111,43 @@ def test_attention_does_not_reach_the_rate_of_products() -> None:
     node = program.emit(operator, (q, q, q, None, 1.0, False, 0.0, 0), before=program.output)
     assert flops(node) == 2 * 2 * 4 * 16 * 16 * (8 + 8)
     fast_memory = replace(RATES, memory_bytes_per_s=1e18)
-    assert kernel_s(node, fast_memory) == pytest.approx(1e-6 + 2 * flops(node) / 1e12)
+    share = PRODUCT_SHARES[operator]
+    assert share < 1 and kernel_s(node, fast_memory) == pytest.approx(1e-6 + flops(node) / share / 1e12)
+
+
+@pytest.mark.parametrize(
+    "lines, slowness",
+    [
+        (('y: "f32[64, 32]" = aten.add.Tensor(f, b)',), 1.0),
+        (('y: "f32[64, 32]" = aten.mul.Tensor(f, s)',), 1.0),
+        (('r: "f32[64, 1]{32, 1}" = aten.slice.Tensor(f, 1, 0, 1)', 'y: "f32[64, 32]" = aten.mul.Tensor(f, r)'), SCATTERED),
+        (('c: "f32[64, 16]{32, 1}" = aten.slice.Tensor(f, 1, 0, 16)', 'y: "f32[64, 16]" = aten.neg.default(c)'),
+         SCATTERED),
+        (('c: "f32[64, 16]{32, 1}" = aten.slice.Tensor(f, 1, 0, 16)', 'y: "f32[64, 16]" = aten.clone.default(c)'),
+         SCATTERED),
+        (('c: "f32[64, 16]{32, 1}" = aten.slice.Tensor(f, 1, 0, 16)', 'y: "f32[64, 32]" = aten.cat.default([c, c], 1)'),
+         SCATTERED),
+        (('y: "f32[64, 64]" = aten.cat.default([f, f], 1)',), 1.0),
+        (('y: "f32[64, 32]" = aten._to_copy.default(b, dtype=torch.float32)',), WIDENING),
+        (('y: "bf16[64, 32]" = aten._to_copy.default(f, dtype=torch.bfloat16)',), 1.0),
+        (('y: "f32[64]" = aten.sum.dim_IntList(f, [1])',), 1.0),
+        (('geminifx.put_sum(g, 0, b, [0])',), SLOWNESS[PUT_SUM]),
+    ],
+)  # fmt: skip
+def test_what_has_no_vectorized_kernel_takes_longer_than_its_bytes(lines: tuple[str, ...], slowness: float) -> None:
+    node = the_last_of(*lines)
+    assert weighed_bytes(node) == pytest.approx(slowness * num_bytes(node))
+
+
+@pytest.mark.parametrize(
+    "columns, dtype, share",
+    [(128, "bf16", 1.0), (136, "bf16", 1.0), (129, "bf16", UNALIGNED_SHARE), (129, "f32", 1.0)],
+)
+def test_rows_that_begin_at_odd_addresses_slow_products_of_16_bits_down(columns: int, dtype: str, share: float) -> None:
+    text = f'def evaluation(\n    h: "{dtype}[64, 32] | input:0",\n    w: "{dtype}[32, {columns}] | input:1",\n):\n'
+    line = f'    y: "{dtype}[64, {columns}]" = aten.mm.default(h, w)\n'
+    node = parse_program(f"{text}    # forward\n{line}    return {{}}\n").computes[-1]
+    assert product_share(node) == share
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from geminifx.compiler.planner.home_choice import candidates, fitting, landing_a
 from geminifx.compiler.planner.home_program import ASSUMED, Assumed, Blocks, HomeProgram
 from geminifx.compiler.planner.linear import GAP, Rows
 from geminifx.compiler.planner.memory import Limits
-from geminifx.compiler.planner.search import Constraints, Solution, solve
+from geminifx.compiler.planner.search import Constraints, solve
 from geminifx.compiler.planner.simulate import HOST, StepTime
+from geminifx.compiler.planner.solution import Solution
 from geminifx.compiler.planner.timeline import Carrier
 from geminifx.compiler.rates.rates import Rates
 from geminifx.runtime.isa.errors import BudgetError

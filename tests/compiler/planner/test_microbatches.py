@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.microbatches import Decision, fewest, in_rounds
-from geminifx.compiler.planner.search import Solution
+from geminifx.compiler.planner.solution import Solution
 from geminifx.passes.program.estimate import Estimate
 from geminifx.passes.program.plan import Plan
 from geminifx.passes.program.program import Program

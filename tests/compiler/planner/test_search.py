@@ -9,7 +9,8 @@ import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
-from geminifx.compiler.planner.search import Constraints, Solution, check, solve
+from geminifx.compiler.planner.search import Constraints, check, solve
+from geminifx.compiler.planner.solution import Solution
 from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, Rates
