@@ -7,8 +7,9 @@
     python benchmarks/trust.py --docs --within-s 560 --json trust.json --table docs/trust.md    # the docs' cells
     python benchmarks/trust.py --json trust.json --table docs/trust.md    # measures nothing
 
-A model has a process of its own, in which it is planned anew for each cell, with five steps: the last three count.
-Cells that the file has already are not measured again, so that a table may be filled in several goes, and one that
+A model has a process of its own, in which it is planned anew for each cell, with nine steps. The second and third run
+by the first plan, and tell how good the calibration is; then the warm-up decides again, and may once more take back
+what it changed. The last three tell how good the plan is that it leaves, which never saw them. Cells that the file has already are not measured again, so that a table may be filled in several goes, and one that
 failed is tried again; none is begun that would not be done `--within-s`, going by the longest so far of its model. On a
 machine without a GPU the arena is the device: `--models mini --seq 128 --budgets none` shows that it runs.
 """
@@ -24,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,11 @@ from systems.base import synchronize
 from systems.ours import Ours
 from task import Task
 
-STEPS, COUNTED = 5, 3
+FIRST, LAST, STEPS = slice(1, 3), slice(6, 9), 9
+"""The steps that are compared with the first plan and with the last one, and the number of all."""
+
+KINDS = {"s": "step", "adapted_s": "step after the warm-up", "bytes": "device peak"}
+"""What is predicted and measured."""
 
 Cell = dict[str, Any]
 DOCS = (
@@ -107,9 +113,10 @@ def key(cell: Cell) -> tuple[Any, ...]:
 
 
 def measure(task: Task) -> Cell:
-    """One cell: what the plan says, and what five steps take."""
-    ours = Ours(task)
+    """One cell: what the plan says before and after the warm-up, and what steps take."""
+    ours = Ours(replace(task, declared=replace(task.declared, warmup=True)))
     plan, seconds = ours.model.plan, list[float]()
+    gc.collect()  # or the garbage of planning is looked for in a step
     synchronize()
     before = time.perf_counter()
     for _ in range(STEPS):
@@ -120,7 +127,8 @@ def measure(task: Task) -> Cell:
         before = now
     return {
         "rates": plan.estimate.rates, "binds": plan.estimate.binds, "bound_s": plan.estimate.bound_s,
-        "predicted_s": plan.estimate.step_s, "measured_s": statistics.median(seconds[-COUNTED:]),
+        "predicted_s": plan.estimate.step_s, "measured_s": statistics.median(seconds[FIRST]),
+        "predicted_adapted_s": ours.model.plan.estimate.step_s, "measured_adapted_s": statistics.median(seconds[LAST]),
         "predicted_bytes": plan.peak_bytes, "measured_bytes": ours.model.stats.device_peak_bytes,
     }  # fmt: skip
 
@@ -172,14 +180,14 @@ def read(file: Path) -> list[Cell]:
 
 
 def errors(cells: Iterable[Cell], what: str) -> list[float]:
-    """How far predictions of seconds ("s") or bytes are from what was measured, as shares of that."""
+    """How far predictions of one of `KINDS` are from what was measured, as shares of that."""
     return [cell[f"predicted_{what}"] / cell[f"measured_{what}"] - 1 for cell in cells if "error" not in cell]
 
 
 def summary(cells: list[Cell]) -> str:
     """Averages and worst cases."""
     told = []
-    for what, name in (("s", "step"), ("bytes", "device peak")):
+    for what, name in KINDS.items():
         found = [abs(error) for error in errors(cells, what)]
         told.append(f"{name} {statistics.mean(found):.1%} off on average, {max(found):.1%} at worst")
     above = sum(error < 0 for error in errors(cells, "bytes"))
@@ -192,12 +200,14 @@ def table(cells: list[Cell]) -> str:
     where = sorted({f"{cell['device']}, torch {cell['torch']}, at the rates of {cell['rates']}" for cell in good})
     lines = [
         "# Predicted against measured", "",
-        "What a plan says that a step takes, and what it took: the median of the last three of five steps, and the",
-        "highest device memory of all. Cells are measured by `benchmarks/trust.py`, in as many goes as one likes, and",
-        "written by `python benchmarks/trust.py --json trust.json --table docs/trust.md`.", "",
+        "What a plan says that a step takes, and what it took: by the first plan the median of the second and third",
+        "step, by the plan that the warm-up leaves that of the seventh to ninth, which it has not seen; and the highest",
+        "device memory of all. Cells are measured by `benchmarks/trust.py`, in as many goes as one likes, and written",
+        "by `python benchmarks/trust.py --json trust.json --table docs/trust.md`.", "",
         *(["; ".join(where) + ".", "", summary(good), ""] if good else []),
-        "| model | batch x tokens | budget | step | predicted | off | binds | at least | peak, of planned |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | batch x tokens | budget | step | predicted | off | binds | at least | warmed up | predicted | off "
+        "| peak, of planned |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     return "\n".join([*lines, *map(line, cells)]) + "\n"
 
@@ -207,11 +217,12 @@ def line(cell: Cell) -> str:
     divided = f", {cell['microbatches']} microbatches" if cell.get("microbatches") else ""
     first = f"| {cell['model']} | {cell['batch']} x {cell['seq']}{accumulated}{divided} | {cell['budget'] or 'none'} |"
     if "error" in cell:
-        return f"{first} {cell['error'].replace('|', '/')} | | | | | |"
-    (off,), (peak,) = errors([cell], "s"), errors([cell], "bytes")
+        return f"{first} {cell['error'].replace('|', '/')}{' |' * 9}"
+    off, adapted, peak = (errors([cell], what)[0] for what in KINDS)
     return (
         f"{first} {cell['measured_s']:.3f} s | {cell['predicted_s']:.3f} s | {off:+.1%} | {cell['binds']} | "
-        f"{cell['bound_s']:.3f} s | {1 / (1 + peak):.1%} |"
+        f"{cell['bound_s']:.3f} s | {cell['measured_adapted_s']:.3f} s | {cell['predicted_adapted_s']:.3f} s | "
+        f"{adapted:+.1%} | {1 / (1 + peak):.1%} |"
     )
 
 

@@ -120,7 +120,8 @@ def test_attention_does_not_reach_the_rate_of_products() -> None:
     [
         (('y: "f32[64, 32]" = aten.add.Tensor(f, b)',), 1.0),
         (('y: "f32[64, 32]" = aten.mul.Tensor(f, s)',), 1.0),
-        (('r: "f32[64, 1]{32, 1}" = aten.slice.Tensor(f, 1, 0, 1)', 'y: "f32[64, 32]" = aten.mul.Tensor(f, r)'), SCATTERED),
+        (('r: "f32[64, 1]{32, 1}" = aten.slice.Tensor(f, 1, 0, 1)', 'y: "f32[64, 32]" = aten.mul.Tensor(f, r)'),
+         SCATTERED),
         (('c: "f32[64, 16]{32, 1}" = aten.slice.Tensor(f, 1, 0, 16)', 'y: "f32[64, 16]" = aten.neg.default(c)'),
          SCATTERED),
         (('c: "f32[64, 16]{32, 1}" = aten.slice.Tensor(f, 1, 0, 16)', 'y: "f32[64, 16]" = aten.clone.default(c)'),
