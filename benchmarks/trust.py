@@ -9,9 +9,10 @@
 
 A model has a process of its own, in which it is planned anew for each cell, with nine steps. The second and third run
 by the first plan, and tell how good the calibration is; then the warm-up decides again, and may once more take back
-what it changed. The last three tell how good the plan is that it leaves, which never saw them. Cells that the file has already are not measured again, so that a table may be filled in several goes, and one that
-failed is tried again; none is begun that would not be done `--within-s`, going by the longest so far of its model. On a
-machine without a GPU the arena is the device: `--models mini --seq 128 --budgets none` shows that it runs.
+what it changed. The last three tell how good the plan is that it leaves, which never saw them. Cells that the file has
+already are not measured again, so that a table may be filled in several goes, and one that failed is tried again; none
+is begun that would not be done `--within-s`, going by the longest so far of its model. On a machine without a GPU the
+arena is the device: `--models mini --seq 128 --budgets none` shows that it runs.
 """
 
 import argparse
@@ -205,8 +206,8 @@ def table(cells: list[Cell]) -> str:
         "device memory of all. Cells are measured by `benchmarks/trust.py`, in as many goes as one likes, and written",
         "by `python benchmarks/trust.py --json trust.json --table docs/trust.md`.", "",
         *(["; ".join(where) + ".", "", summary(good), ""] if good else []),
-        "| model | batch x tokens | budget | step | predicted | off | binds | at least | warmed up | predicted | off "
-        "| peak, of planned |",
+        "| model | batch x tokens | budget | step | predicted | off | binds | at least "
+        "| warmed up | predicted | off | peak, of planned |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     return "\n".join([*lines, *map(line, cells)]) + "\n"
