@@ -201,10 +201,10 @@ def table(cells: list[Cell]) -> str:
     where = sorted({f"{cell['device']}, torch {cell['torch']}, at the rates of {cell['rates']}" for cell in good})
     lines = [
         "# Predicted against measured", "",
-        "What a plan says that a step takes, and what it took: by the first plan the median of the second and third",
-        "step, by the plan that the warm-up leaves that of the seventh to ninth, which it has not seen; and the highest",
-        "device memory of all. Cells are measured by `benchmarks/trust.py`, in as many goes as one likes, and written",
-        "by `python benchmarks/trust.py --json trust.json --table docs/trust.md`.", "",
+        "What a plan says that a step takes, and what it took: by the first plan the median of the second and",
+        "third step, by the plan that the warm-up leaves that of the seventh to ninth, which it has not seen; and",
+        "the highest device memory of all. Cells are measured by `benchmarks/trust.py`, in as many goes as one",
+        "likes, and written by `python benchmarks/trust.py --json trust.json --table docs/trust.md`.", "",
         *(["; ".join(where) + ".", "", summary(good), ""] if good else []),
         "| model | batch x tokens | budget | step | predicted | off | binds | at least "
         "| warmed up | predicted | off | peak, of planned |",
