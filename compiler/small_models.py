@@ -41,8 +41,9 @@ LAUNCHING = Shape(blocks=16, size=256, heads=4, tokens=128)
 UPDATING = Shape(blocks=6, size=2048, heads=16, tokens=1024)
 """300 million parameters, whose updates on the host take longer than the rest of a step."""
 
-COMPUTING = Shape(blocks=3, size=2048, heads=16, tokens=1024, sequences=4)
-"""150 million parameters, for which the device takes longer than launches do, within 4 GB."""
+COMPUTING = tuple(Shape(blocks, size=2048, heads=16, tokens=1024, sequences=4) for blocks in (2, 5))
+"""Two models of 100 and 250 million parameters, for whose blocks the device takes longer than launches do, within 6 GB.
+What the second one's step takes more than the first one's are blocks alone, without what every step begins with."""
 
 STEPS, FIRST = 40, 8
 """How many steps are made, of which the first ones do not count: kernels are chosen and memory is allocated in them."""
@@ -129,7 +130,7 @@ def corrected_by_steps(rates: Rates, device: torch.device) -> Rates:
     """
     try:
         rates = _with_launches(rates, _Training(LAUNCHING, "cuda", device))
-        rates = _with_products(rates, _Training(COMPUTING, "cuda", device))
+        rates = _with_products(rates, device)
         return _with_updates(rates, _Training(UPDATING, "cpu", device))
     except (BudgetError, MemoryError, torch.OutOfMemoryError) as error:
         raise BusyError(f"there is not enough free memory to measure: {error}") from error
@@ -140,18 +141,30 @@ def _with_launches(rates: Rates, training: _Training) -> Rates:
     return replace(rates, launch_s=_usual(training.step_s) / launches)
 
 
-def _with_products(rates: Rates, training: _Training) -> Rates:
-    """The rates whose products make the modelled step as long as a measured one, if the device binds it."""
-    expected = training.modelled(rates)
+def _with_products(rates: Rates, device: torch.device) -> Rates:
+    """The rates whose products make modelled blocks take as long as measured ones, if the device binds them and has the
+    room."""
+    try:
+        steps = [_timed(shape, device) for shape in COMPUTING]
+    except (BudgetError, MemoryError, torch.OutOfMemoryError):
+        return rates
+    (fewer, fewer_s), (more, more_s) = steps
+    expected = more.modelled(rates)
     if dict(expected.busy_s).get(DEVICE, 0.0) < BINDING * expected.step_s:
         return rates
-    step_s, low, high = _usual(training.step_s), 1 / MOST_OF_PRODUCTS, MOST_OF_PRODUCTS
+    low, high = 1 / MOST_OF_PRODUCTS, MOST_OF_PRODUCTS
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
-        low, high = (
-            (middle, high) if training.modelled(_slower_products(rates, middle)).step_s < step_s else (low, middle)
-        )
+        slower = _slower_products(rates, middle)
+        modelled_s = more.modelled(slower).step_s - fewer.modelled(slower).step_s
+        low, high = (middle, high) if modelled_s < more_s - fewer_s else (low, middle)
     return _slower_products(rates, high)
+
+
+def _timed(shape: Shape, device: torch.device) -> tuple[_Training, float]:
+    """A model that stays on the device, and the seconds of its steps."""
+    training = _Training(shape, "cuda", device)
+    return training, _usual(training.step_s)
 
 
 def _slower_products(rates: Rates, factor: float) -> Rates:

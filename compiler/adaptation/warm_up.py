@@ -91,8 +91,7 @@ class WarmUp:
         return False
 
     def _decided(self, key: Key, measured: MeasuredStep) -> _Decision:
-        compiled = self.session.programs()[key]
-        limits = corrected(self.session.planning.limits, compiled.plan, compiled.flat, measured)
+        limits = self._corrected(key, measured)
         chosen = self.rehoming.chosen(key, limits)
         plans = self.rehoming.plans(key, chosen.homes, limits)
         now_s, then_s = (self.rehoming.step_s(key, each, limits) for each in (self.rehoming.now, plans))
@@ -110,12 +109,19 @@ class WarmUp:
         return self._take_note(plans, key, f"{_measured(now, measured)}; {then}")
 
     def _look_back(self, key: Key, measured: MeasuredStep, homes: Homes, most_s: float) -> None:
-        """After a move, restores the homes before it unless steps are at most `most_s` seconds."""
+        """After a move, restores the homes before it unless steps are at most `most_s` seconds; then the plan expects
+        what they took."""
+        ranks, planning, took = self.session.ranks, self.session.planning, format_seconds(measured.step_s)
         if measured.step_s > most_s:
-            plans = self.rehoming.plans(key, homes, self.session.planning.limits)
-            self._take_note(
-                plans, key, f"steps then took {format_seconds(measured.step_s)}, so the chunks were moved back"
-            )
+            plans = self.rehoming.plans(key, homes, planning.limits)
+            self._take_note(plans, key, f"steps then took {took}, so the chunks were moved back")
+            return
+        planning.limits = ranks.gather(self._corrected(key, measured) if ranks.rank == 0 else planning.limits)[0]
+        self._take_note(self.rehoming.estimated(planning.limits), key, f"steps then took {took}")
+
+    def _corrected(self, key: Key, measured: MeasuredStep) -> Limits:
+        compiled = self.session.programs()[key]
+        return corrected(self.session.planning.limits, compiled.plan, compiled.flat, measured)
 
     def _take_note(self, plans: Plans, key: Key, note: str) -> bool:
         """Switches to these plans, with a note added to the program's. Returns whether that worked."""

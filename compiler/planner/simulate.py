@@ -88,10 +88,9 @@ class _Clock:
         self.bus = Bus(rates)
         self.busy_s: dict[str, float] = defaultdict(float)  # excluding the directions of the bus
         # When each is done with its work so far: compute, copies of weights and activations to the device, copies of
-        # activations to the host, states streamed through the device, the host's worker, exchanges. Gradients need no
-        # such entry: at most one is being copied to the host at a time.
+        # activations and of gradients to the host, states streamed through the device, the host's worker, exchanges.
         self.launched_s = 0.0  # when the launching thread is done
-        self.now_s = self.up_s = self.down_s = self.travel_s = self.host_s = self.network_s = 0.0
+        self.now_s = self.up_s = self.down_s = self.land_s = self.travel_s = self.host_s = self.network_s = 0.0
         self.stepped_s = 0.0  # when the optimizer's step() was last called
         # Per chunk: when its fetch was reached, when its updated weights can be read, when its gradient has landed.
         self.fetched_s, self.fresh_s, self.landed_s = ([0.0] * len(self.chunks) for _ in range(3))
@@ -177,7 +176,7 @@ class _Clock:
         else:
             if self.format.shares_landing(chunk, self.homes[chunk.index]):
                 self._take_landing(chunk.index)
-            self.landed_s[chunk.index] = self._copied(Carrier.DOWN, chunk.shard_bytes, added_s)
+            self.landed_s[chunk.index] = self._copy_down(chunk, added_s)
             if self._adds:
                 self._put(chunk.index, self.landed_s[chunk.index], chunk.shard_numel / self.rates.host_sums_per_s)
             if last and (self.format.in_backward or self._has_spare(chunk)):
@@ -306,14 +305,25 @@ class _Clock:
         self.fresh_s[chunk.index] = self._copy_up(chunk, new_s) if resident else new_s
 
     def _copy_up(self, chunk: ChunkLayout, after_s: float) -> float:
-        """Copies weights to the device. Streamed states get what is left of the bus, and are delayed by as much."""
+        """Copies weights to the device."""
         begin_s = self._from(max(after_s, self.up_s))
         self.up_s = self._copied(Carrier.UP, chunk.shard_bytes, begin_s)
-        copy_s = self.up_s - begin_s
+        self._delay_streams(begin_s, self.up_s)
+        return self.up_s
+
+    def _copy_down(self, chunk: ChunkLayout, after_s: float) -> float:
+        """Copies a gradient to the host."""
+        begin_s = self._from(max(after_s, self.land_s))
+        self.land_s = self._copied(Carrier.DOWN, chunk.shard_bytes, begin_s)
+        self._delay_streams(begin_s, self.land_s)
+        return self.land_s
+
+    def _delay_streams(self, begin_s: float, end_s: float) -> None:
+        """Streamed states pass both ways, get what other copies leave of the bus, and are delayed by as much."""
+        copy_s = end_s - begin_s
         self.travel_s += copy_s * (self.travel_s > begin_s)
         for index in self.streamed:
             self.fresh_s[index] += copy_s * (self.fresh_s[index] > begin_s)
-        return self.up_s
 
     def _copied(self, direction: Carrier, num_bytes: int, after_s: float) -> float:
         """The time at which a copy is done."""

@@ -34,11 +34,11 @@ SPREADS: Mapping[str, float] = {
 ATTEMPTS = 5
 
 THOROUGH = Effort(
-    needed_bytes=3 * 2**30, sizes=(512, 1024, 2048, 4096, 8192), sustained_s=2.0, each_s=0.2, copied_bytes=256 * 2**20,
+    needed_bytes=3 * 2**30, sizes=(512, 1024, 2048, 4096, 8192), sustained_s=2.0, each_s=0.2, copied_bytes=2**30,
     operator_bytes=128 * 2**20, host_params=64 * 10**6, device_params=32 * 10**6, updates_on_device=True,
 )  # fmt: skip
 AUTOMATIC = Effort(
-    needed_bytes=2**30, sizes=(512, 1024, 2048, 4096), sustained_s=0.08, each_s=0.02, copied_bytes=64 * 2**20,
+    needed_bytes=2**30, sizes=(512, 1024, 2048, 4096), sustained_s=0.08, each_s=0.02, copied_bytes=256 * 2**20,
     operator_bytes=128 * 2**20, host_params=48 * 10**6, device_params=0, updates_on_device=False,
 )  # fmt: skip
 

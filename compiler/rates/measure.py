@@ -54,7 +54,8 @@ class Effort:
         needed_bytes: device memory that measuring takes.
         sizes: the n of the n x n matmuls to time.
         sustained_s, each_s: seconds to time the largest matmul of each dtype for, and anything else.
-        copied_bytes, operator_bytes: bytes per copy, and per tensor that an elementwise operator reads or writes.
+        copied_bytes, operator_bytes: bytes per copy, of more than the processor's caches, or copies would not slow
+            the host's updates down, and per tensor that an elementwise operator reads or writes.
         host_params, device_params: parameters per update on the host and on the device.
         updates_on_device: whether to measure updates on the device, whose kernel may have to be built first.
     """

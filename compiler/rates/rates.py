@@ -12,6 +12,8 @@ from ...runtime.isa.moments import Moments, update_bytes
 STREAM_LAUNCH_S = 1.5e-3
 """Seconds the launching thread needs to stream one chunk's state through the device, in pieces."""
 
+CORRECTED = ", corrected by measured steps"
+
 SUM_BYTES = 10
 """Bytes read and written to add one bfloat16 gradient to a float32 sum."""
 
@@ -133,7 +135,7 @@ class Rates:
         """The same machine, corrected by measured slowdowns."""
         return replace(
             self,
-            name=f"{self.name}, corrected by measured steps",
+            name=f"{self.name.removesuffix(CORRECTED)}{CORRECTED}",
             bf16=self.bf16.slowed(by.compute),
             fp16=self.fp16.slowed(by.compute),
             fp32=self.fp32.slowed(by.compute),

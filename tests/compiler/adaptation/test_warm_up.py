@@ -93,6 +93,8 @@ def test_homes_move_where_that_pays_and_training_goes_on(
     losses += trained(model, optimizer, 4, 4)
     assert model.plan.homes == mixed(model.plan)
     assert (model.stats.planned.step_s, model.stats.measured.step_s) == (model.plan.estimate.step_s, 0.4)
+    assert model.plan.estimate.step_s == pytest.approx(0.4, rel=0.02) and "then took 400 ms" in model.plan.notes[-1]
+    assert model.plan.estimate.rates.count("corrected by measured steps") == 1
     check_bits(model, optimizer, losses)
 
 

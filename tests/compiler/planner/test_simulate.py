@@ -150,7 +150,8 @@ def test_the_worker_takes_what_the_next_forward_reads_first() -> None:
     "format, seconds",
     [
         (AT_ONCE, 4 + 2 * 10),  # from the first gradient on the bus is busy, and then compute, up to it again
-        (replace(AT_ONCE, accumulate=2), 6 + 6 + 2 + 2 * 14),  # from the second run's on, with sums of 4 bytes
+        (replace(AT_ONCE, accumulate=2), 6 + 6 + 2 + 2 * 14 + 2),  # from the second run's on, with sums of 4 bytes, and
+        # beside the other gradient's copy
         (OwnFormat(), 2 * 12 + 1 + 2 + 2 + 2),  # after step(), with gradients; the second chunk waits for both
     ],
     ids=["in the backward", "accumulated", "ours"],
@@ -176,10 +177,11 @@ def test_two_gradients_wait_on_the_device_for_their_states_and_a_third_one_does_
     assert found == pytest.approx(24 + 100, abs=5 * STREAM_LAUNCH_S)
 
 
-@pytest.mark.parametrize("passing, seconds", [(2200, 8 + 6 + 1), (220, 8 + 12)])
-def test_what_travels_slows_the_worker_and_is_slowed_by_weights(passing: float, seconds: float) -> None:
-    """The second chunk's state travels from 4 to 14 and passes through the host's memory, from where the first one's
-    weights come at 12, so that the second is two seconds late where they do not come after that."""
+@pytest.mark.parametrize("passing, seconds", [(2200, 8 + 8 + 1), (220, 8 + 12)])
+def test_what_travels_slows_the_worker_and_is_slowed_by_gradients_and_weights(passing: float, seconds: float) -> None:
+    """The second chunk's state travels from 4 to 14 and passes through the host's memory, to where the first one's
+    gradient goes at 6, for two seconds, and from where its weights come at 12, so that the second is four seconds late
+    where they do not come after that."""
     rates = replace(RATES, passing_bytes_per_s=passing)
     found = two(AT_ONCE, homes(2, resident=BOTH, streamed=frozenset({1})), rates)
     assert found == pytest.approx(seconds, abs=5 * STREAM_LAUNCH_S)
