@@ -18,6 +18,7 @@ from ...passes.program.program import UNADMITTED_VIEWS, Program, note, tensor_ty
 from ...passes.program.types import TensorType, Type
 from ...runtime.isa import instructions as isa
 from ...runtime.isa.layout import contiguous_stride
+from ...runtime.isa.quantized import DEQUANTIZE
 from ..rates.rates import Rates
 
 aten, geminifx = torch.ops.aten, torch.ops.geminifx
@@ -102,6 +103,7 @@ SLOWNESS: dict[object, float] = {
     aten._log_softmax.default: 2.0,
     aten._log_softmax_backward_data.default: 2.0,
     isa.PUT_SUM: 2.0,
+    DEQUANTIZE: 9.0,  # several passes, with values in float32 between them
     geminifx.linear_cross_entropy.default: 1.7,
     geminifx.linear_cross_entropy_backward.default: 1.7,
 }
