@@ -99,6 +99,7 @@ class Session:
         self.last: dict[str, Compiled] = {}
         self._declared: Declaration | None = None
         self._failure: Exception | None = None
+        self._has_trained = False
         self.half_loaded = HalfLoaded()
         self.places = Places(self.census, self.ranks, self.device)
         self._met: WeakSet[Executor] = WeakSet()
@@ -131,7 +132,7 @@ class Session:
         key, captured = self.captures.of(call)
         if captured.trains and self._thaws:
             self._thaw(key, captured)
-        elif self.setup is None or (captured.trains and self.phase in (Phase.PLANNED, Phase.PLACED)):
+        elif self.setup is None or (captured.trains and self._may_move):
             # Until the first step states may still move, so the first real batch is planned for from scratch.
             self.planning.agreed = None
             self._set_up(key, captured)
@@ -145,10 +146,16 @@ class Session:
         return key
 
     @property
+    def _may_move(self) -> bool:
+        """Whether states may still move for a training program: those that a torch optimizer has updated may not."""
+        is_settled = self._has_trained and self.format is None
+        return self.phase in (Phase.PLANNED, Phase.PLACED) and not is_settled
+
+    @property
     def _thaws(self) -> bool:
         """Whether parameters are trained now, in training that has begun, that no memory is planned for."""
         setup, parameters = self.setup, self._parameters.items()
-        if setup is None or self.phase is not Phase.TRAINING:
+        if setup is None or not self._has_trained:
             return False
         return any(parameter.requires_grad and name not in setup.trained for name, parameter in parameters)
 
@@ -383,7 +390,7 @@ class Session:
     def begin_step(self, training: bool) -> None:
         """Starts a step: `stats.step` counts from here."""
         if training:
-            self.phase = move(self.phase, Phase.TRAINING)
+            self.phase, self._has_trained = move(self.phase, Phase.TRAINING), True
             self.ranks.clock.step += 1
         self.planning.forget()
         self.usage.begin_step()

@@ -201,6 +201,27 @@ def test_a_torch_optimizers_masters_stay_and_thawed_ones_go_where_there_is_room(
     assert any(was) and was != now and model.stats.device_peak_bytes <= 190_000
 
 
+def test_a_torch_optimizers_masters_stay_for_another_batch_between_a_thaw_and_its_step() -> None:
+    source = Tower()
+    model = geminifx.compile(source, device="cpu", device_budget="190KB")
+    optimizer = AdamW(source.parameters(), **HYPER)
+    model(**batch(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    source.unfreeze(0)
+    model.prepare(**batch(1))
+    held = [parameter.data_ptr() for parameter in source.head.parameters()]
+    plans = [model.plan.homes]
+    for size in (3, 5):
+        model.prepare(**{name: value[:size] for name, value in batch(2).items()})
+        plans.append(model.plan.homes)
+    source.unfreeze(1)
+    model(**batch(3)).backward()
+    optimizer.step()
+    assert held == [parameter.data_ptr() for parameter in source.head.parameters()]
+    assert len({tuple(home.where for home in homes) for homes in plans}) == 1
+
+
 def test_optimizers_of_whole_parameters_take_thawed_ones_of_one_rule() -> None:
     def made(source: nn.Module, model: Any, kind: Any) -> Any:
         matrices = [block.weight for block in source.blocks]
