@@ -17,7 +17,8 @@ from .arguments import check_compiled, check_optimizer
 from .capture.materialize import check_loadable, materialize
 from .module import CompiledModule
 from .session import Session
-from .state.optimizer_state import OptimizerState, Tensors, is_exact
+from .state.optimizer_state import OptimizerState, Tensors
+from .state.state_dict import is_exact
 
 
 def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path,
@@ -157,9 +158,7 @@ def _expected(session: Session) -> Tensors:
     chunks, kept = session.store().chunks, session.source.state_dict().keys()
     found = {}
     for name in session.names().values():
-        lies = chunks.elsewhere.get(name)
-        dtype = chunks.place_of(name)[0].master_dtype if lies is None else lies.dtype
-        found[f"model.{name}"] = chunks.whole_shape(name), dtype
+        found[f"model.{name}"] = chunks.whole_shape(name), chunks.dtype_of(name)
     buffers = {name: buffer for name, buffer in session.source.named_buffers() if name in kept}
     return found | {f"model.{name}": (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
 

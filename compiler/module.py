@@ -35,7 +35,7 @@ from .programs.forward import with_loss
 from .session import Session
 from .setup import Phase
 from .state.saving import DEFAULT, SaveRequest, save_at_once, save_streamed
-from .state.state_dict import dequantized, local_shards_of, whole_shapes, whole_state
+from .state.state_dict import dequantized, local_shards_of, make_masters, whole_shapes, whole_state
 from .weights.incoming import FromFiles, FromInitialisers
 from .weights.places import Incoming
 from .world import Settled
@@ -158,7 +158,8 @@ class CompiledModule(Facade):
         tensors even if parameters are sharded over processes: each takes its shard.
 
         Raises ValueError for assign=True, which would take the parameters out of their chunks, and as nn.Module does
-        for missing or unexpected values, StateError where weights were on `meta`.
+        for missing or unexpected values, StateError where weights were on `meta`; StateError, too, for values that
+        parameters cannot hold exactly before their masters are planned.
         """
         if assign:
             raise ValueError("load_state_dict(assign=True) would take parameters out of their chunks; leave it out")
@@ -166,6 +167,7 @@ class CompiledModule(Facade):
         if are_empty:
             check_loadable(self.source, state_dict)
         session.places.incoming = None
+        make_masters(session, state_dict)
         with session.half_loaded.while_written("model") if are_empty else nullcontext():
             if are_empty:
                 materialize(self.source, partial(session.take_places, are_alike=False))

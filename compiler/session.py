@@ -130,7 +130,7 @@ class Session:
     @resting_collector()
     def _make(self, call: Call, makes_room: MakesRoom | None) -> Key:
         key, captured = self.captures.of(call)
-        if captured.trains and self._thaws:
+        if captured.trains and self._has_trained and self.demanded().lacks(self._parameters):
             self._thaw(key, captured)
         elif self.setup is None or (captured.trains and self._may_move):
             # Until the first step states may still move, so the first real batch is planned for from scratch.
@@ -151,26 +151,25 @@ class Session:
         is_settled = self._has_trained and self.format is None
         return self.phase in (Phase.PLANNED, Phase.PLACED) and not is_settled
 
-    @property
-    def _thaws(self) -> bool:
-        """Whether parameters are trained now, in training that has begun, that no memory is planned for."""
-        setup, parameters = self.setup, self._parameters.items()
-        if setup is None or not self._has_trained:
-            return False
-        return any(parameter.requires_grad and name not in setup.trained for name, parameter in parameters)
-
     def _thaw(self, key: Key, captured: Captured) -> None:
-        """Plans again, with these parameters trained, and drops all other programs. Raises StateError between two
-        backwards of one step, and BudgetError if nothing fits; then nothing has changed."""
-        before, programs = self.demanded(), Recent[Compiled]()
-        if not before.machine.store.is_between_steps:
-            raise StateError(
-                "a frozen parameter was made trainable between the backwards of one step; do so after optimizer.step()"
-            )
-        self.planning.agreed = None
-        setup, programs[key] = self.builder.thawed(captured, before, self.format)
+        """Plans again, with more parameters trained, moves states, and drops all other programs. Raises StateError
+        between two backwards of one step, and BudgetError if nothing fits on one of the ranks; then nothing has
+        changed."""
+        before, programs, agreed = self.demanded(), Recent[Compiled](), self.planning.agreed
+        try:
+            with self.ranks.failing_alike():
+                if not before.machine.store.is_between_steps:
+                    raise StateError(
+                        "a frozen parameter was made trainable between the backwards of one step; do so after step()"
+                    )
+                self.planning.agreed = None
+                setup, programs[key] = self.builder.thawed(captured, before, self.format)
+        except Exception:
+            self.planning.agreed = agreed
+            raise
         self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
         self.last = {}
+        self.place()
 
     def _agree(self, key: Key) -> None:
         """Before the first training step, replans so that ranks that shard weights all run a plan that suits each of

@@ -1,7 +1,10 @@
 """The setup of a model as one value, the declaration of its optimizer, and the phases it goes through."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+
+from torch import nn
 
 from ..passes.program.plan import Plan
 from ..runtime.isa.formats import OwnFormat
@@ -56,8 +59,8 @@ class Setup:
     """The plan in force, the machine that runs its programs, and `own`, our own optimizer's store, if there is one.
 
     `trained` names the parameters that memory for training is planned for, on this process or others. `refusal` is the
-    error that steps raise until `model.optimizer(...)` is called; None if they can run. A setup is
-    replaced as a whole or not at all.
+    error that steps raise until `model.optimizer(...)` is called; None if they can run. A setup is replaced as a whole
+    or not at all.
     """
 
     plan: Plan
@@ -65,3 +68,7 @@ class Setup:
     own: OwnStore | None = None
     refusal: Exception | None = None
     trained: frozenset[str] = frozenset()
+
+    def lacks(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether parameters are trained now that no memory for training is planned for."""
+        return any(parameter.requires_grad and name not in self.trained for name, parameter in parameters.items())

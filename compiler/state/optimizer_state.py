@@ -15,6 +15,7 @@ from ...runtime.memory.stored import Stored
 from ...runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from ...runtime.optimizer.saved_states import SavedState, check_rule
 from ..session import Session
+from .state_dict import is_exact
 
 _logger = logging.getLogger(__name__)
 
@@ -81,9 +82,9 @@ class OptimizerState(ABC):
         self._check_groups(saved["param_groups"])
         try:
             self._check_rule(saved["param_groups"])
-            for name, parameter in self.parameters.items():
+            for name in self.parameters:
                 self._check_state(name, self._saved_state(name, saved, found))
-                self._check_dtypes(name, parameter, found)
+                self._check_dtypes(name, found)
         except (ValueError, StateError) as error:
             raise CheckpointError(f"nothing was loaded: {error}") from error
 
@@ -107,12 +108,13 @@ class OptimizerState(ABC):
         shape = self.session.store().chunks.whole_shape(name)
         saved.check(name, dict.fromkeys(saved.shapes, shape), counts=False)
 
-    def _check_dtypes(self, name: str, parameter: nn.Parameter, found: Tensors) -> None:
-        """Raises CheckpointError if a parameter's dtype cannot hold its saved state exactly."""
+    def _check_dtypes(self, name: str, found: Tensors) -> None:
+        """Raises CheckpointError if the dtype of a parameter's master cannot hold its saved state exactly."""
+        expected = self.session.store().chunks.dtype_of(name)
         for key in self._saved_keys(name, found):
             _, dtype = found[f"optimizer.{key}.{name}"]
-            if not is_exact(dtype, parameter.dtype):
-                raise CheckpointError(f"the checkpoint has {key} of {name} as {dtype}, expected {parameter.dtype}")
+            if not is_exact(dtype, expected):
+                raise CheckpointError(f"the checkpoint has {key} of {name} as {dtype}, expected {expected}")
 
     @abstractmethod
     def begin_load(self, saved: dict[str, Any], found: Tensors) -> dict[str, Stored]:
@@ -248,9 +250,3 @@ def _lies_like(parameter: nn.Parameter, key: str, value: Any) -> bool:
     """Whether a value of an optimizer's state is a tensor laid out as its parameter is, not a number held in a
     tensor."""
     return isinstance(value, Tensor) and (value.ndim > 0 or (parameter.ndim == 0 and key != "step"))
-
-
-def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
-    """Whether a conversion from dtype `saved` to dtype `kept` loses nothing."""
-    is_floating = saved.is_floating_point and kept.is_floating_point
-    return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...runtime.isa.errors import StateError
 from ...runtime.isa.layout import Slot
+from ...runtime.isa.precision import master_dtype
 from ...runtime.memory.lazy_parameter import LazyParameter
 from ..session import Session
 from ..weights.quantized_weights import QuantizedWeight, quantized_weights
@@ -120,6 +122,36 @@ def _whole(session: Session, parameter: str, value: Tensor) -> Tensor:
 
 def _read(value: Tensor) -> Tensor:
     return value.source.read() if isinstance(value, LazyParameter) else value.detach()
+
+
+def make_masters(session: Session, state_dict: Mapping[str, Any]) -> None:
+    """Puts the model's values where the plan wants them if parameters of 16 bits, which will have wider masters, are
+    about to take values that they cannot hold exactly.
+
+    Raises StateError if there is no such plan: values would be rounded.
+    """
+    wider = next((name for name, p in session.source.named_parameters() if _is_too_narrow(p, state_dict.get(name))), "")
+    if not wider:
+        return
+    if not session.is_placed and (session.setup or session.plan_by_guess()):
+        session.placed()
+    if _is_too_narrow(session.source.get_parameter(wider), state_dict[wider]):
+        raise StateError(
+            f"{wider} is {session.source.get_parameter(wider).dtype} until memory for training is planned, which "
+            f"cannot hold values of {state_dict[wider].dtype} exactly; call the model once, for a training step, or "
+            "pass example_inputs= to compile, before loading them"
+        )
+
+
+def _is_too_narrow(parameter: nn.Parameter, value: Any) -> bool:
+    will_widen = master_dtype(parameter) != parameter.dtype and not parameter.is_meta
+    return will_widen and isinstance(value, Tensor) and not is_exact(value.dtype, parameter.dtype)
+
+
+def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
+    """Whether a conversion from dtype `saved` to dtype `kept` loses nothing."""
+    is_floating = saved.is_floating_point and kept.is_floating_point
+    return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)
 
 
 def local_shards_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

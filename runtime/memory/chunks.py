@@ -206,6 +206,11 @@ class ChunkStore:
             raise self.elsewhere[parameter].lacking()
         return self.layout.places[parameter]
 
+    def dtype_of(self, parameter: str) -> torch.dtype:
+        """The dtype of a parameter's master, whichever process holds it."""
+        lies = self.elsewhere.get(parameter)
+        return self.layout.places[parameter][0].master_dtype if lies is None else lies.dtype
+
     def whole(self, parameter: str, part: Tensor, device: torch.device) -> Tensor:
         """The whole of a parameter, or of a tensor laid out like it, from all processes' parts.
 

@@ -372,11 +372,12 @@ class ChunkOptimizer(Optimizer):
             check_complete(kind, restored)
 
     def check_state(self, parameter: str, saved: SavedState) -> None:
-        """Raises ValueError if a parameter's saved state is not exactly what this optimizer keeps of it."""
+        """Raises ValueError if a parameter's saved state is not what this optimizer keeps of it, or finds no room."""
         assert self._format is not None
         kind = KINDS[self._kind_of(parameter)]
         keeps_any = kind.rule != "elements" or self._format.moments > 0
         saved.check(parameter, self.moments_of(parameter) if keeps_any else {}, counts=kind.counts)
+        saved.check_room(parameter, self.store.chunks.layout)
 
     def _check_states(self, named: dict[str, dict[str, Any]]) -> None:
         """Raises on all processes where a state does not fit on any one of them."""

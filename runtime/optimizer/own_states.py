@@ -107,7 +107,7 @@ class OwnStates:
             value = frozen.read(slot)
             is_whole = frozen.layout.slots[slot].shape != place.shape
             state.write(slot, self.zero.take(value, layout, slot) if is_whole else value)
-        state.version = frozen.version + 1
+        state.steps, state.version = frozen.steps, frozen.version + 1
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, allocated now if it was not planned for: beside the state, or on the host if the device

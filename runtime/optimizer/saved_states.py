@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..isa.layout import Layout
 from .hyper_checks import number
 
 Group = Mapping[str, Any]
@@ -36,6 +37,16 @@ class SavedState:
     def steps(self) -> int:
         """The number of steps taken; for optimizers that do not count them, 1 if anything was saved."""
         return int(not self.is_empty) if self.step is None else int(self.step)
+
+    def check_room(self, parameter: str, layout: Layout) -> None:
+        """Raises ValueError if there are tensors, but the parameter's chunk here has no memory for its training."""
+        found = layout.places.get(parameter)
+        if self.shapes and found is not None and not found[0].trainable:
+            raise ValueError(
+                f"the optimizer state of {parameter} has {', '.join(self.shapes)}, for which there is no memory: the "
+                "parameter was frozen when the model was planned. Make it trainable and call the model once, for a "
+                "training step, before loading; it may be frozen again afterwards"
+            )
 
     def check(self, parameter: str, expected: Mapping[str, Shape], *, counts: bool) -> None:
         """Raises ValueError for anything but an empty state or a complete one: tensors of the `expected` shapes and,

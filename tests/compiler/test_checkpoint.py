@@ -1,5 +1,6 @@
 """save_checkpoint and load_checkpoint in one process: exact, of either optimizer, and whole or not at all."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import geminifx
 import numpy as np
 import pytest
 import torch
-from geminifx.runtime.isa.errors import CheckpointError
-from saving import OPTIMIZERS, compiled, network, same, train, values
+from geminifx.runtime.isa.errors import CheckpointError, StateError
+from saving import INPUTS, OPTIMIZERS, compiled, network, same, train, values
 from torch import nn
 
 
@@ -33,6 +34,35 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path, precision: str
     assert same(values(other), expected)
     assert train(other, other_optimizer) == losses
     assert same(values(other), values(model))
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "state_dict"])
+@pytest.mark.parametrize("kind", ["own", "torch's"])
+def test_weights_of_16_bits_resume_right_after_they_are_made(tmp_path: Path, kind: str, how: str) -> None:
+    """What is saved are masters of 32 bits, which their parameters cannot hold before they are planned for."""
+
+    def made(**options: Any) -> tuple[geminifx.CompiledModule, Any]:
+        model = geminifx.compile(network().bfloat16(), device="cpu", precision="bf16", **options)
+        return model, OPTIMIZERS[kind](model)
+
+    inputs = {"example_inputs": INPUTS}
+    model, optimizer = made(**inputs)
+    train(model, optimizer)
+    if how == "checkpoint":
+        geminifx.save_checkpoint(model, optimizer, tmp_path / "saved")
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    resumed, other = made(**inputs)
+    if how == "checkpoint":
+        geminifx.load_checkpoint(resumed, other, tmp_path / "saved")
+    else:
+        resumed.load_state_dict(weights)
+        other.load_state_dict(state)
+    assert train(resumed, other) == train(model, optimizer)
+    assert same(values(resumed), values(model))
+    unplanned, _ = made()
+    with pytest.raises(StateError, match=r"is torch.bfloat16 until memory for training is planned"):
+        unplanned.load_state_dict(weights)
+    unplanned.load_state_dict(network().bfloat16().state_dict())  # which are held exactly
 
 
 class Recurrent(nn.Module):

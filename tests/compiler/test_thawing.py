@@ -1,12 +1,14 @@
 """Gradual unfreezing: parameters that are trained later than the first step, beside plain PyTorch."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import geminifx
 import pytest
 import torch
-from geminifx.runtime.isa.errors import BudgetError, StateError
+from geminifx.runtime.isa.errors import BudgetError, CheckpointError, StateError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Muon
@@ -151,7 +153,7 @@ def test_between_the_backwards_of_a_step_nothing_is_thawed() -> None:
             each(**batch(step)).backward()
         if step == 0:
             source.unfreeze(0)
-            with pytest.raises(StateError, match="between the backwards of one step; do so after"):
+            with pytest.raises(StateError, match="between the backwards of one step"):
                 model(**batch(1))
             source.blocks.requires_grad_(False)
     optimizer.step()
@@ -234,7 +236,7 @@ def test_optimizers_of_whole_parameters_take_thawed_ones_of_one_rule() -> None:
     model(**batch(0)).backward()
     optimizer.step()
     source.unfreeze(0)
-    with pytest.raises(StateError, match=r"updates by different rules \(elements, matrices\); call the model"):
+    with pytest.raises(StateError, match=r"updates by different rules \(elements, matrices\); compile"):
         model(**batch(1))
 
 
@@ -250,3 +252,42 @@ def test_a_thawed_parameter_refuses_gradients_from_outside_of_the_model() -> Non
     assert thawed[0].dtype == torch.float32
     with pytest.raises(StateError, match="a gradient reached a parameter from outside the compiled model"):
         thawed[0].square().sum().backward()
+
+
+@pytest.mark.parametrize("saved_as", ["a checkpoint", "a state_dict"])
+def test_moments_are_not_loaded_into_what_is_planned_as_frozen(saved_as: str, tmp_path: Path) -> None:
+    source = Tower()
+    model = geminifx.compile(source, device="cpu")
+    optimizer = model.optimizer(AdamW, source.parameters(), lr=1e-2)
+    source.unfreeze(0)
+    for step in range(2):
+        model(**batch(step)).backward()
+        optimizer.step()
+    geminifx.save_checkpoint(model, optimizer, tmp_path / "saved")
+    state, weights = deepcopy(optimizer.state_dict()), model.state_dict()
+
+    def load(model: geminifx.CompiledModule, optimizer: Any) -> None:
+        if saved_as == "a checkpoint":
+            geminifx.load_checkpoint(model, optimizer, tmp_path / "saved")
+        else:
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+
+    again = Tower()
+    resumed = geminifx.compile(again, device="cpu")
+    other = resumed.optimizer(AdamW, again.parameters(), lr=1e-2)
+    resumed(**batch(9)).backward()
+    other.step()
+    for thaws in (False, True):
+        if thaws:
+            again.unfreeze(0)
+        with pytest.raises(ValueError if saved_as == "a state_dict" else CheckpointError, match="there is no memory"):
+            load(resumed, other)
+    resumed.prepare(**batch(9))
+    load(resumed, other)
+    for each, optim in ((model, optimizer), (resumed, other)):
+        each(**batch(2)).backward()
+        optim.step()
+    assert all(map(torch.equal, model.state_dict().values(), resumed.state_dict().values()))
+    moments = [tensor for entry in optimizer.state_dict()["state"].values() for tensor in entry.values()]
+    assert all(map(torch.equal, moments, (t for e in other.state_dict()["state"].values() for t in e.values())))
