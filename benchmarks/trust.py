@@ -173,8 +173,9 @@ def measure_all(args: argparse.Namespace) -> None:
 
 
 def read(file: Path) -> list[Cell]:
+    """The cells of a file, but for those of an older version, which lack something."""
     found: list[Cell] = json.loads(file.read_text()) if file.exists() else []
-    return found
+    return [cell for cell in found if "error" in cell or all(f"predicted_{what}" in cell for what in KINDS)]
 
 
 # -- the table -------------------------------------------------------------------------------------------------

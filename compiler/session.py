@@ -153,23 +153,24 @@ class Session:
 
     def _thaw(self, key: Key, captured: Captured) -> None:
         """Plans again, with more parameters trained, moves states, and drops all other programs. Raises StateError
-        between two backwards of one step, and BudgetError if nothing fits on one of the ranks; then nothing has
-        changed."""
-        before, programs, agreed = self.demanded(), Recent[Compiled](), self.planning.agreed
+        between two backwards of a step, BudgetError if nothing fits on one of the ranks; then nothing has changed."""
+        before, programs = (self.demanded(), self._programs, self.planning.agreed), Recent[Compiled]()
+        why = "a frozen parameter was made trainable between the backwards of one step; do so after step()"
         try:
             with self.ranks.failing_alike():
-                if not before.machine.store.is_between_steps:
-                    raise StateError(
-                        "a frozen parameter was made trainable between the backwards of one step; do so after step()"
-                    )
+                if not before[0].machine.store.is_between_steps:
+                    raise StateError(why)
                 self.planning.agreed = None
-                setup, programs[key] = self.builder.thawed(captured, before, self.format)
+                setup, programs[key] = self.builder.thawed(captured, before[0], self.format)
+            self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
+            self.place()
         except Exception:
-            self.planning.agreed = agreed
+            has_begun = self.setup is not before[0]
+            self.setup, self._programs, self.planning.agreed = before
+            if has_begun:
+                self._place_again()
             raise
-        self.phase, self.setup, self._programs = move(self.phase, Phase.PLANNED), setup, programs
         self.last = {}
-        self.place()
 
     def _agree(self, key: Key) -> None:
         """Before the first training step, replans so that ranks that shard weights all run a plan that suits each of

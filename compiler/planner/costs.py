@@ -6,7 +6,7 @@ shares of products say comes from the times of kernels in steps of Llama-1B x 8,
 XL x 4 on H200 machines (`benchmarks/step_time.py --profile`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from math import prod
 
@@ -172,8 +172,9 @@ def weighed_bytes(node: fx.Node) -> float:
 
 def product_share(node: fx.Node) -> float:
     """The rate of an operator's products, as a share of that of equally large aligned matrix products."""
-    share = PRODUCT_SHARES.get(node.target, 1.0)
-    return share * UNALIGNED_SHARE if share == 1.0 and flops(node) and _is_unaligned(node) else share
+    if node.target in PRODUCT_SHARES:
+        return PRODUCT_SHARES[node.target]
+    return UNALIGNED_SHARE if flops(node) and _is_unaligned(node) else 1.0
 
 
 COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.cat.default})
@@ -187,10 +188,15 @@ def _is_scattered(node: fx.Node) -> bool:
     joins = node.target is aten.cat.default  # its operands are parts of the result
     for operand in map(type_of, node.all_input_nodes):
         if isinstance(operand, TensorType) and prod(operand.shape) > 1:
-            expected = contiguous_stride(operand.shape) if joins else result.stride
-            if operand.stride != expected or (operand.shape != result.shape and not joins):
+            expected = (operand.shape, contiguous_stride(operand.shape)) if joins else (result.shape, result.stride)
+            if _dims(operand.shape, operand.stride) != _dims(*expected):
                 return True
     return False
+
+
+def _dims(shape: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes and strides, without dims of size 1, whose strides mean nothing."""
+    return [(size, step) for size, step in zip(shape, stride, strict=True) if size != 1]
 
 
 def _widens(node: fx.Node) -> bool:
@@ -205,7 +211,7 @@ def _is_unaligned(node: fx.Node) -> bool:
     matrices = [type for type in matrices if len(type.shape) > 1 and type.dtype.itemsize == 2]
     if node.target in IN_PARTS:  # the logits have as many columns as the weight has rows
         return any(size % ALIGNED for type in matrices[1:2] for size in type.shape)
-    return any(step % ALIGNED for type in matrices for step in type.stride if step > 1)
+    return any(step % ALIGNED for type in matrices for _, step in _dims(type.shape, type.stride) if step > 1)
 
 
 def num_bytes(node: fx.Node) -> int:

@@ -142,8 +142,8 @@ def trained_too(
             if len(found) > 1:
                 raise StateError(
                     f"parameter {trained[0]} is trained now and was frozen when the model was planned, in a chunk with "
-                    f"parameters that the optimizer updates by different rules ({', '.join(found)}); compile the "
-                    "model again, call it once while they are trainable, and freeze them afterwards"
+                    f"parameters that the optimizer updates by different rules ({', '.join(found)}); save "
+                    "a checkpoint, compile the model again with them trainable, load it, and freeze them afterwards"
                 )
             master = master_dtype(parameters[trained[0]])
             chunk = replace(chunk, trainable=True, master_dtype=master, rule=found[0])

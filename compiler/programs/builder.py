@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ...passes.program.plan import Plan
 from ...runtime.distributed.local_shards import LocalShards
 from ...runtime.distributed.zero import Zero
 from ...runtime.executor import Executor, Outlets
@@ -44,10 +45,7 @@ class Builder:
     def first(self, captured: Captured, before: Setup | None, format: OwnFormat | None) -> tuple[Setup, Compiled]:
         """A setup for a new plan, by which states may move, and the program it was planned for. Chunks keep their
         parameters, and a machine whose store is of the same kind is kept."""
-        trained = self._trained() if before is None else before.trained | self._trained()
-        plan = None
-        if before is not None:
-            plan = self.planning.trained_too(before.plan, trained - before.trained, format)
+        plan, trained = self._with_trained(before, format)
         solution, refusal = self.planning.decide(captured, plan, False, format)
         if before is not None and (before.own is not None) == (format is not None):
             setup = replace(before, plan=solution.plan, refusal=refusal, trained=trained)
@@ -60,31 +58,28 @@ class Builder:
         """A setup in which more parameters are trained than in the one `before`, during training. Masters that a torch
         optimizer updates stay where they are; those of thawed chunks move to the host where they do not fit otherwise.
         Raises BudgetError if nothing fits."""
-        if format is None:
-            return self._thawed_beside_torch(captured, before)
-        setup, compiled = self.first(captured, before, format)
-        if setup.refusal is not None:
-            raise setup.refusal
-        return setup, compiled
-
-    def _thawed_beside_torch(self, captured: Captured, before: Setup) -> tuple[Setup, Compiled]:
-        trained = before.trained | self._trained()
-        plan = self.planning.trained_too(before.plan, trained - before.trained, None)
+        plan, trained = self._with_trained(before, format)
+        assert plan is not None
         try:
-            solution, refusal = self.planning.decide(captured, plan, True, None)
+            solution, refusal = self.planning.decide(captured, plan, format is None, format)
         except BudgetError:
             pairs = zip(before.plan.layout.chunks, plan.placed(plan.homes), strict=True)
             homes = tuple(home if chunk == old else Home(Where.HOST) for old, (chunk, home) in pairs)
-            if homes == plan.homes or plan.request.policy == "cuda":
+            if format is not None or homes == plan.homes or plan.request.policy == "cuda":
                 raise
-            solution, refusal = self.planning.decide(captured, replace(plan, homes=homes), True, None)
+            solution, refusal = self.planning.decide(captured, replace(plan, homes=homes), True, format)
         if refusal is not None:
             raise refusal
         setup = replace(before, plan=solution.plan, trained=trained)
         return setup, self._program(captured, solution, setup.machine)
 
-    def _trained(self) -> frozenset[str]:
-        return frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
+    def _with_trained(self, before: Setup | None, format: OwnFormat | None) -> tuple[Plan | None, frozenset[str]]:
+        """The plan of the setup `before`, with all chunks trained that hold a parameter which is trained now, and the
+        names of the parameters trained then or now."""
+        now = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
+        if before is None:
+            return None, now
+        return self.planning.trained_too(before.plan, now - before.trained, format), before.trained | now
 
     def further(self, captured: Captured, setup: Setup, format: OwnFormat | None) -> Compiled:
         """One more program over a setup, planned so that states stay where they are."""

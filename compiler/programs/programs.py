@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,8 @@ class Call:
         modules = members.modules.values()
         modes = tuple(module.training for module in modules)
         own = hooks_of(modules), forwards_of(modules)
-        state = f"{sum(modes)} of {len(modes)} modules in training, {sum(trained)} parameters trained"
+        which = f"{sum(trained)} parameters trained ({crc32(bytes(trained)):08x})"
+        state = f"{sum(modes)} of {len(modes)} modules in training, {which}"
         setting = entry, backward, trained, modes, members.identities, own, spec
         return cls(entry, args, kwargs, backward, state, setting, leaves)
 

@@ -68,7 +68,7 @@ class Places:
         rank. If one rank has no room for its values, all ranks raise."""
         are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
         # All ranks come here for the first places and for those of an optimizer; for new homes some may come alone.
-        are_together = not self._are_placed or declared is not self._declared
+        are_together = phase is Phase.PLANNED or not self._are_placed or declared is not self._declared
         failing_alike = self.ranks.failing_alike if are_together else nullcontext
         with torch.inference_mode(False), torch.no_grad():
             with failing_alike(), store.hardware.placing():

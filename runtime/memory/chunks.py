@@ -184,6 +184,7 @@ class ChunkStore:
         """Takes a layout that differs from the present one at most in that more chunks are trained; the next `place`
         makes room for what that takes."""
         for chunk, new in zip(self.chunks, layout.chunks, strict=True):
+            assert [slot.name for slot in chunk.layout.slots] == [slot.name for slot in new.slots]
             if chunk.layout != new:
                 chunk.layout = new
                 chunk.parameters = [parameters[slot.name] for slot in new.slots]

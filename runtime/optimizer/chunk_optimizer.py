@@ -394,8 +394,7 @@ class ChunkOptimizer(Optimizer):
         (state, slot), (chunk, _) = store.state_of(parameter), store.place_of(parameter)
         told, places = SavedState.of(saved), state.moment_places(slot)
         for number, (name, (_, place)) in enumerate(zip(self.moments_of(parameter), places, strict=False)):
-            values = torch.zeros(place.shape)
-            if not told.is_empty:
-                values = store.take(local_shards.take(saved[name], chunk.slots[slot]), parameter)
+            shard = None if told.is_empty else local_shards.take(saved[name], chunk.slots[slot])
+            values = torch.zeros(place.shape) if shard is None else store.take(shard, parameter)
             state.write_moment(number, slot, values)
         state.steps[slot] = told.steps

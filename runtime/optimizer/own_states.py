@@ -73,6 +73,7 @@ class OwnStates:
         try:
             self._place(chunk, home)
         except BaseException:
+            self._book_frozen(None)
             for tier, num_bytes in zip(tiers, before, strict=True):
                 tier.restore(name, num_bytes)
             raise
@@ -84,8 +85,12 @@ class OwnStates:
         thaws = previous is not None and previous.layout != layout.shard(number)
         unplanned = previous is not None and previous.total is not None and not self.format.keeps_sum(layout)
         self._book(layout, home, home.on_device if unplanned else None)
-        weights, whole = self._weights(layout, home, None if thaws else self._on_device(chunk, previous))
-        state = self._allocate(layout.shard(number), home, weights)
+        there, below, rest = self._on_device(chunk, previous), None, None
+        if previous is not None and thaws:
+            below, rest = self._kept(layout.shard(number), home, previous)
+            self._book_frozen(previous, (there, below, rest))
+        weights, whole = self._weights(layout, home, there, below)
+        state = self._allocate(layout.shard(number), home, weights, rest)
         state.firsts = tuple(layout.held(slot, number).start for slot in range(len(layout.slots)))
         if unplanned:
             state.total = self._zeros(state.layout.numel, layout.master_dtype, home.on_device)
@@ -93,6 +98,7 @@ class OwnStates:
             self._take_parameters(state, chunk)
         elif thaws:
             self._take_frozen(state, previous, layout)
+            self._book_frozen(None)
         else:
             state.take(previous)
         if whole is not None and home.where is Where.HOST:
@@ -108,6 +114,18 @@ class OwnStates:
             is_whole = frozen.layout.slots[slot].shape != place.shape
             state.write(slot, self.zero.take(value, layout, slot) if is_whole else value)
         state.steps, state.version = frozen.steps, frozen.version + 1
+        if frozen.added and frozen.total is not None and state.total is not None:  # what the user has assigned
+            state.total.copy_(frozen.total)
+            state.present, state.added = frozen.present, True
+
+    def _book_frozen(self, state: ChunkState | None, kept: tuple[Tensor | None, ...] = ()) -> None:
+        """Accounts for a frozen state, but for tensors that are `kept`, beside the one that takes its place, until that
+        has its values."""
+        tensors = [] if state is None else [state.weights, *state.beside_weights]
+        left = [tensor for tensor in tensors if not any(tensor is other for other in kept)]
+        device = sum(tensor.nbytes for tensor in left if tensor.device == self.hardware.device) * self.hardware.is_cuda
+        host = sum(tensor.nbytes for tensor in left) - device
+        self.hardware.book("a frozen state", device, host, "the weights of a chunk that is trained from now on")
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, allocated now if it was not planned for: beside the state, or on the host if the device
@@ -152,22 +170,34 @@ class OwnStates:
     def _on_device(self, chunk: Chunk, state: ChunkState | None) -> Tensor | None:
         """The whole chunk's weights, where the device has them as long as the state stays where it is."""
         has_them = state is not None and state.home.weights_on_device and chunk.layout.shards == 1
-        return state.weights if state is not None and has_them else chunk.resident
+        found = state.weights if state is not None and has_them else chunk.resident
+        return found if found is not None and found.numel() == chunk.layout.numel else None
 
-    def _weights(self, layout: ChunkLayout, home: Home, there: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _kept(self, layout: ChunkLayout, home: Home, frozen: ChunkState) -> tuple[Tensor | None, Tensor | None]:
+        """A frozen state's weights on the host, and what it has beside weights, if they may stay where they are."""
+        if frozen.layout.numel != layout.numel:
+            return None, None
+        below = None if frozen.home.weights_on_device or home.weights_on_device else frozen.weights
+        same = frozen.home.on_device == home.on_device and not home.streamed  # whose host memory is page-locked
+        rest = frozen.rest if same and frozen.rest is not None else None
+        return below, rest if rest is not None and rest.dtype == self.format.rest_dtype(layout) else None
+
+    def _weights(self, layout: ChunkLayout, home: Home, there: Tensor | None,
+                 below: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The weights of this process's shard, and for a resident chunk the whole weights; the former are a view of the
         latter unless they are on the host. Weights that are `there`, on the device, stay where they are, so that a
-        state can leave a device that is full; `take` waits for what still reads them."""
+        state can leave a device that is full; `take` waits for what still reads them. So do those that are `below`, on
+        the host."""
         whole = None
         if home.resident:
             whole = self._zeros(layout.numel, layout.dtype, True) if there is None else there
         if not home.weights_on_device:
-            return self._zeros(layout.shard_numel, layout.dtype, False, pinned=True), whole
+            return self._zeros(layout.shard_numel, layout.dtype, False, pinned=True) if below is None else below, whole
         if whole is None:
             return self._zeros(layout.shard_numel, layout.dtype, True), None
         return self.zero.own(whole, layout), whole
 
-    def _allocate(self, layout: ChunkLayout, home: Home, weights: Tensor) -> ChunkState:
+    def _allocate(self, layout: ChunkLayout, home: Home, weights: Tensor, kept: Tensor | None) -> ChunkState:
         new = lambda dtype: self._zeros(layout.numel, dtype, home.on_device, pinned=home.streamed)  # noqa: E731
         stored = lambda dtype: self._zeros(  # noqa: E731
             stored_numel(dtype, layout.numel), dtype, home.on_device, pinned=home.streamed
@@ -177,7 +207,7 @@ class OwnStates:
             moments = (self._zeros(layout.factor_numel, layout.master_dtype, True),)
         state = ChunkState(
             layout, home, weights,
-            rest=None if rest is None else new(rest),
+            rest=new(rest) if kept is None and rest is not None else kept,
             moments=moments,
             steps=[0] * len(layout.slots),
         )  # fmt: skip

@@ -128,8 +128,9 @@ def make_lazy(store: Slots) -> None:
 
     Parameters of chunks that are not placed yet, for lack of memory, stay as they are.
     """
-    for chunk, _ in zip(store.chunks.chunks, store.states, strict=False):
+    for chunk, state in zip(store.chunks.chunks, store.states, strict=False):
+        dtype = state.layout.master_dtype
         for slot, parameter in zip(chunk.layout.slots, chunk.parameters, strict=False):
-            if not isinstance(parameter, LazyParameter) or parameter.dtype != chunk.layout.master_dtype:
-                become_lazy(parameter, SlotSource(store, slot.name, slot.shape, chunk.layout.master_dtype))
+            if not isinstance(parameter, LazyParameter) or parameter.dtype != dtype:
+                become_lazy(parameter, SlotSource(store, slot.name, slot.shape, dtype))
         chunk.parameters = []

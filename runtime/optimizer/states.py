@@ -222,7 +222,7 @@ class ChunkState:
     def take(self, other: "ChunkState") -> None:
         """Copies the values of `other`, the same chunk's state in another place."""
         self.weights.copy_(other.weights)
-        for target, source in zip(self._beside_weights(), other._beside_weights(), strict=True):
+        for target, source in zip(self.beside_weights, other.beside_weights, strict=True):
             target.copy_(source)
         self.steps, self.version = other.steps, other.version
         self.present, self.measured, self.added = other.present, other.measured, other.added
@@ -234,7 +234,8 @@ class ChunkState:
         elif self.present and other.held is not None:
             self.held = other.held.to(self.weights.device) if self.held is None else self.held.copy_(other.held)
 
-    def _beside_weights(self) -> tuple[Tensor, ...]:
+    @property
+    def beside_weights(self) -> tuple[Tensor, ...]:
         return self.moments if self.rest is None else (self.rest, *self.moments)
 
     def part(self, elements: Range) -> StateSlice:

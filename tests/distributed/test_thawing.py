@@ -27,3 +27,13 @@ def test_thawed_parameters_are_trained_on_all_ranks_as_on_one(way: str, tmp_path
     for name, value in ranks[0]["weights"].items():
         assert torch.equal(value, ranks[1]["weights"][name]), name
         torch.testing.assert_close(value, ranks[0]["plain"][name], **close)
+
+
+@pytest.mark.parametrize("way, budget_bytes", [("pipeline", 100_000), ("data", 420_000)])
+def test_a_thaw_for_which_one_rank_has_no_room_changes_none(way: str, budget_bytes: int, tmp_path: Path) -> None:
+    found = ranks_of(HERE / "thawing.py", way, str(tmp_path), str(budget_bytes), ranks=thawing.RANKS)
+    assert [code for code, _ in found] == [0, 0], found
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(thawing.RANKS)]
+    assert all("too small" in one["told"] for one in ranks)
+    assert sum("ranks" in one["told"] or "rank " in one["told"] for one in ranks) < thawing.RANKS, "one rank's own"
+    assert all(one["same"] and one["trained"] <= 1 for one in ranks)

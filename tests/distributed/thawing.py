@@ -1,4 +1,7 @@
-"""Gradual unfreezing on several processes, beside plain PyTorch on the whole batch: thawing.py WAY"""
+"""Gradual unfreezing on several processes, beside plain PyTorch on the whole batch: thawing.py WAY FOLDER
+
+With a third argument, of device bytes, one rank has no room for a thaw: all refuse it and go on without.
+"""
 
 import sys
 from pathlib import Path
@@ -78,5 +81,34 @@ def main(way: str, folder: str) -> None:
     torch.save(told, Path(folder) / f"{rank}.pt")
 
 
+def refused(way: str, folder: str, budget_bytes: str) -> None:
+    """Writes what a thaw raises, and whether the losses of steps before and after are those of a run without it."""
+    source, reference = Tower(), Tower()
+    options = {"device": "cpu", "world_size": RANKS, "placement": "cuda", "recompute": "none", **WAYS[way]}
+    model = geminifx.compile(source, device_budget=int(budget_bytes), **options)
+    plain = geminifx.compile(reference, **options)
+    optimizer, expected = (each.optimizer(AdamW, each.parameters(), **HYPER) for each in (model, plain))
+    rank, told, same = model.ranks.rank, "", True
+    rows = 128 if rank and way == "data" else 4  # the second rank's batch is the larger one
+    for step in range(4):
+        random = torch.Generator().manual_seed(step)
+        x, labels = torch.randn(rows, WIDTH, generator=random), torch.randint(CLASSES, (rows,), generator=random)
+        if step == 2:
+            source.blocks.requires_grad_(True)
+            try:
+                model(x, labels)
+            except geminifx.GeminiError as error:
+                told = str(error)
+            source.blocks.requires_grad_(False)
+        losses = [each(x, labels) for each in (model, plain)]
+        for loss, optim in zip(losses, (optimizer, expected), strict=True):
+            loss.backward()
+            optim.step()
+            optim.zero_grad()
+        same = same and torch.equal(*losses)
+    trained = sum(chunk.trainable for chunk in model.plan.layout.chunks)
+    torch.save({"told": told, "same": same, "trained": trained}, Path(folder) / f"{rank}.pt")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (main if len(sys.argv) == 3 else refused)(*sys.argv[1:])

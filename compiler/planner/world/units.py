@@ -18,7 +18,7 @@ from ....passes.splitting.parts import block_finder, terms
 from ....passes.splitting.stages import Stages
 from ....runtime.isa.schedule import Action, Schedule
 from ...rates.rates import Rates
-from ..costs import IN_PARTS, MOVED, flops, is_free, product_dtype, product_share, weighed_bytes
+from ..costs import IN_PARTS, MOVED, flops, is_free, num_bytes, product_dtype, product_share, weighed_bytes
 from ..storages import tensors_of
 
 Kind = Literal["F", "I", "W"]
@@ -178,7 +178,8 @@ class _Counting:
         types = [t for t in tensors_of(type_of(node)) if t.dtype.is_floating_point]
         weight_bytes = sum(tensor_type(value).num_bytes for value in node.all_input_nodes if value in self.views)
         weight_bytes += sum(t.num_bytes for t in types) if node in self.gradients else 0
-        fixed = 0 if node.target in MOVED and node not in self.gradients else min(weight_bytes, moved)
+        share = min(1.0, weight_bytes / max(num_bytes(node), 1))
+        fixed = 0.0 if node.target in MOVED and node not in self.gradients else moved * share
         wide = not flop and any(_numel(t) == self.wide for t in types)
         return Operator(flop, moved, fixed, product_dtype(node), product_share(node), node.target in IN_PARTS, wide)
 

@@ -129,6 +129,7 @@ def test_attention_does_not_reach_the_rate_of_products() -> None:
         (('c: "f32[64, 16]{32, 1}" = aten.slice.Tensor(f, 1, 0, 16)', 'y: "f32[64, 32]" = aten.cat.default([c, c], 1)'),
          SCATTERED),
         (('y: "f32[64, 64]" = aten.cat.default([f, f], 1)',), 1.0),
+        (('v: "f32[1, 64, 32]" = aten.view.default(f, [1, 64, 32])', 'y: "f32[1, 64, 32]" = aten.add.Tensor(v, f)'), 1.0),
         (('y: "f32[64, 32]" = aten._to_copy.default(b, dtype=torch.float32)',), WIDENING),
         (('y: "bf16[64, 32]" = aten._to_copy.default(f, dtype=torch.bfloat16)',), 1.0),
         (('y: "f32[64]" = aten.sum.dim_IntList(f, [1])',), 1.0),

@@ -9,12 +9,14 @@ import torch
 from geminifx.compiler.lowering import Flat
 from geminifx.compiler.planner.memory import Limits
 from geminifx.compiler.planner.pipeline.schedules import Shape, make_schedule
-from geminifx.compiler.planner.search import Constraints, check, solve
+from geminifx.compiler.planner.search import Constraints, _Search, check, solve
 from geminifx.compiler.planner.solution import Solution
 from geminifx.compiler.planner.weighed import Weighed
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, Rates
+from geminifx.passes.program.estimate import Estimate
 from geminifx.passes.program.plan import Plan
+from geminifx.passes.program.program import Program
 from geminifx.passes.program.request import Policy, Request
 from geminifx.passes.program.text import parse_program
 from geminifx.runtime.isa.errors import BudgetError
@@ -424,3 +426,22 @@ def test_recomputed_blocks_are_counted_again_where_copies_start_further_ahead(gi
     found = solve(draft, watched, Limits(largest, 0, 10**9, rates), Constraints(given, ("a", "b")))
     assert (found.plan.prefetch, found.plan.recompute) == (2, ())
     assert ((2, 1) in seen) == (given is None)
+
+
+def test_the_best_plan_of_each_loss_is_refined_unless_it_is_much_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solution(fused: bool, step_s: float) -> Solution:
+        plan = Plan(fuse_loss=fused, estimate=Estimate(step_s=step_s))
+        return Solution(plan, Flat(Program.__new__(Program), ()))
+
+    refined: list[float] = []
+
+    def faster(search: _Search, best: Solution) -> Solution:
+        refined.append(best.plan.estimate.step_s)
+        return solution(best.plan.fuse_loss, best.plan.estimate.step_s * (0.5 if best.plan.fuse_loss else 1.0))
+
+    monkeypatch.setattr(_Search, "_refined", faster)
+    search = _Search(partial(recomputing, blocks=1), limits(None), Constraints(None, ("b0",)))
+    near = search._refined_of_each_loss([solution(False, 1.0), solution(True, 1.3), solution(True, 1.05)])
+    assert near.plan.fuse_loss and refined == [1.0, 1.05]
+    far = search._refined_of_each_loss([solution(False, 1.0), solution(True, 1.3)])
+    assert not far.plan.fuse_loss and refined == [1.0, 1.05, 1.0]

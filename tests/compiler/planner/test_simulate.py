@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from geminifx.compiler.planner import simulate as cost
-from geminifx.compiler.planner.simulate import StepTime
+from geminifx.compiler.planner.simulate import WHOLE_MASTERS_SHARE, StepTime
 from geminifx.compiler.planner.timeline import Carrier, Stretch, Timed, Timeline, Transfer
 from geminifx.compiler.rates.presets import preset
 from geminifx.compiler.rates.rates import ARENA, STREAM_LAUNCH_S, Products, Rates, Updates
@@ -89,6 +89,25 @@ def test_updates_go_by_bytes_and_by_how_moments_are_stored(format: OwnFormat, sh
     assert two(format, homes(2, BOTH), rates) == pytest.approx(6 + 2 * on_device_s)
     timing = step(TWO, 6, rates).timing(plan_of(2, format), homes(2, resident=BOTH))
     assert dict(timing.busy_s)["host updates"] == pytest.approx(2 * 4 * on_device_s)
+
+
+def test_masters_that_are_kept_whole_take_the_host_longer_than_their_bytes_and_have_no_spares_under_float16() -> None:
+    split, placed = plan_of(2, AT_ONCE), homes(2, resident=BOTH)
+
+    def of(dtype: torch.dtype, format: OwnFormat = AT_ONCE) -> Plan:
+        layout = tuple(replace(chunk, dtype=dtype) for chunk in split.layout.chunks)
+        return replace(split, layout=Layout(layout), format=format)
+
+    def host_s(plan: Plan) -> float:
+        return dict(step(TWO, 6).timing(plan, placed).busy_s)["host updates"]
+
+    assert host_s(of(torch.float16)) == pytest.approx(host_s(split) * 30 / 26 / WHOLE_MASTERS_SHARE)
+    assert host_s(of(torch.float32)) == pytest.approx(host_s(split) * 28 / 26 / WHOLE_MASTERS_SHARE)
+    spared = tuple(replace(home, spare=True) for home in placed)
+    for dtype, has_spare in ((torch.bfloat16, True), (torch.float32, True), (torch.float16, False)):
+        plan = of(dtype, OwnFormat())
+        found = [plan.format.has_spare(chunk, home) for chunk, home in plan.placed(spared)]
+        assert found == [has_spare] * 2
 
 
 def test_gradients_that_are_added_up_are_updated_with_once() -> None:
