@@ -108,24 +108,27 @@ class OwnStates:
         self._states[index] = state  # last, so that a move that is interrupted is made again
 
     def _take_frozen(self, state: ChunkState, frozen: ChunkState, layout: ChunkLayout) -> None:
-        """Takes over the values of a chunk that was frozen, perhaps without a master and undivided."""
+        """Takes over the values of a chunk that was frozen, perhaps without a master and undivided, and the gradients
+        that the user has assigned."""
         for slot, place in enumerate(state.layout.slots):
-            value = frozen.read(slot)
             is_whole = frozen.layout.slots[slot].shape != place.shape
-            state.write(slot, self.zero.take(value, layout, slot) if is_whole else value)
+            mine = lambda value: self.zero.take(value, layout, slot) if is_whole else value  # noqa: B023, E731
+            state.write(slot, mine(frozen.read(slot)))
+            if frozen.added and frozen.total is not None and state.total is not None:
+                state.slice(state.total, slot).copy_(mine(frozen.slice(frozen.total, slot)))
         state.steps, state.version = frozen.steps, frozen.version + 1
-        if frozen.added and frozen.total is not None and state.total is not None:  # what the user has assigned
-            state.total.copy_(frozen.total)
-            state.present, state.added = frozen.present, True
+        state.present, state.added = frozen.present, frozen.added
 
     def _book_frozen(self, state: ChunkState | None, kept: tuple[Tensor | None, ...] = ()) -> None:
         """Accounts for a frozen state, but for tensors that are `kept`, beside the one that takes its place, until that
         has its values."""
-        tensors = [] if state is None else [state.weights, *state.beside_weights]
-        left = [tensor for tensor in tensors if not any(tensor is other for other in kept)]
-        device = sum(tensor.nbytes for tensor in left if tensor.device == self.hardware.device) * self.hardware.is_cuda
-        host = sum(tensor.nbytes for tensor in left) - device
-        self.hardware.book("a frozen state", device, host, "the weights of a chunk that is trained from now on")
+        left = {True: 0, False: 0}  # on the device, on the host
+        if state is not None:
+            home = state.home
+            sides = (state.weights, home.weights_on_device), *((each, home.on_device) for each in state.beside_weights)
+            for tensor, on_device in sides:
+                left[on_device] += tensor.nbytes * all(tensor is not other for other in kept)
+        self.hardware.book("a frozen state", left[True], left[False], "the weights of a chunk that is trained now")
 
     def make_total(self, state: ChunkState) -> Tensor:
         """The sum of gradients, allocated now if it was not planned for: beside the state, or on the host if the device

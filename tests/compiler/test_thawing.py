@@ -335,3 +335,20 @@ def test_a_thaw_for_which_there_is_no_memory_after_all_is_undone(
     allocates = kind != "torch's" or dtype == torch.bfloat16  # masters of float32 stay where the weights are
     assert failed >= 2 * allocates
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
+
+
+def test_gradients_that_were_assigned_to_frozen_parameters_stay() -> None:
+    source, plain = Tower(), Tower()
+    model = geminifx.compile(source, device="cpu")
+    optimizer = model.optimizer(AdamW, source.parameters(), lr=1e-2, weight_decay=0.1)
+    expected = AdamW(plain.parameters(), **HYPER)
+    for each, trained, optim in ((model, source, optimizer), (plain, plain, expected)):
+        each(**batch(0)).backward()
+        optim.step()
+        optim.zero_grad()
+        trained.unfreeze(0)
+        for parameter in trained.blocks[-1].parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        each(**batch(1)).backward()
+        optim.step()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
