@@ -12,7 +12,7 @@ from .identity import Identity
 from .rates import Rates
 
 TEXT = Text(
-    of="file of rates", version=4, writer="geminifx calibrate",
+    of="file of rates", version=5, writer="geminifx calibrate",
     remedy="write a new one with geminifx calibrate --output FILE",
 )  # fmt: skip
 

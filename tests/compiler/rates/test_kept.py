@@ -102,8 +102,8 @@ def _with(**changes: object) -> str:
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("{}", "it has no version, expected 4; write a new one with geminifx calibrate --output FILE"),
-        (json.dumps({"version": 1}), "its version is 1, expected 4"),
+        ("{}", "it has no version, expected 5; write a new one with geminifx calibrate --output FILE"),
+        (json.dumps({"version": 1}), "its version is 1, expected 5"),
         ("[", "not a file of rates"),
         (_with(flops_per_s=1.0), "flops_per_s"),
         (_with(kernel_s="fast"), r"'fast', expected a number @ rates\.rates\.kernel_s"),
