@@ -45,6 +45,7 @@ class Places:
         self.homes: Homes = ()
         self._are_shared = self._are_placed = False  # on all ranks, for the optimizer that was declared
         self._declared: Declaration | None = None
+        self._trained: frozenset[str] = frozenset()
 
     @property
     def are_empty(self) -> bool:
@@ -67,8 +68,10 @@ class Places:
         """Puts all values where `homes` say. Weights on `meta` get places for values, which must be the same on every
         rank. If one rank has no room for its values, all ranks raise."""
         are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
-        # All ranks come here for the first places and for those of an optimizer; for new homes some may come alone.
-        are_together = phase is Phase.PLANNED or not self._are_placed or declared is not self._declared
+        # All ranks come here for the first places, for those of an optimizer and for those of parameters that are trained
+        # from now on; for new homes some may come alone.
+        are_together = not self._are_placed or declared is not self._declared or setup.trained != self._trained
+        self._trained = setup.trained
         failing_alike = self.ranks.failing_alike if are_together else nullcontext
         with torch.inference_mode(False), torch.no_grad():
             with failing_alike(), store.hardware.placing():
