@@ -68,7 +68,7 @@ class Places:
         """Puts all values where `homes` say. Weights on `meta` get places for values, which must be the same on every
         rank. If one rank has no room for its values, all ranks raise."""
         are_empty, device, store = self.are_empty, self.device.torch_device, setup.machine.store
-        # All ranks come here for the first places, for those of an optimizer and for those of parameters that are trained
+        # All ranks come here for the first places, for an optimizer's, and for those of parameters that are trained
         # from now on; for new homes some may come alone.
         are_together = not self._are_placed or declared is not self._declared or setup.trained != self._trained
         self._trained = setup.trained
