@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..runtime.distributed.local_shards import Region
 from ..runtime.isa.errors import CheckpointError, check_path
+from ..runtime.isa.precision import is_exact
 from ..runtime.memory.stored import Stored
 from ..runtime.state_io.background import Saving
 from ..runtime.state_io.sharded import Contents, Saved, save
@@ -18,7 +19,6 @@ from .capture.materialize import check_loadable, materialize
 from .module import CompiledModule
 from .session import Session
 from .state.optimizer_state import OptimizerState, Tensors
-from .state.state_dict import is_exact
 
 
 def save_checkpoint(model: CompiledModule, optimizer: Optimizer | None, directory: str | Path,

@@ -59,9 +59,8 @@ class Setup:
     """The plan in force, the machine that runs its programs, and `own`, our own optimizer's store, if there is one.
 
     `trained` names the parameters that were trained when this or an earlier plan was made, also those of other
-    processes: there is memory for training them. `refusal` is the
-    error that steps raise until `model.optimizer(...)` is called; None if they can run. A setup is replaced as a whole
-    or not at all.
+    processes: there is memory for training them. `refusal` is the error that steps raise until `model.optimizer(...)`
+    is called; None if they can run. A setup is replaced as a whole or not at all.
     """
 
     plan: Plan

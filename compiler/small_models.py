@@ -155,22 +155,16 @@ def _with_products(rates: Rates, device: torch.device) -> Rates:
     low, high = 1 / MOST_OF_PRODUCTS, MOST_OF_PRODUCTS
     for _ in range(HALVINGS):
         middle = (low * high) ** 0.5
-        slower = _slower_products(rates, middle)
+        slower = rates.with_slower_products(middle)
         modelled_s = more.modelled(slower).step_s - fewer.modelled(slower).step_s
         low, high = (middle, high) if modelled_s < more_s - fewer_s else (low, middle)
-    return _slower_products(rates, high)
+    return rates.with_slower_products(high)
 
 
 def _timed(shape: Shape, device: torch.device) -> tuple[_Training, float]:
     """A model that stays on the device, and the seconds of its steps."""
     training = _Training(shape, "cuda", device)
     return training, _usual(training.step_s)
-
-
-def _slower_products(rates: Rates, factor: float) -> Rates:
-    return replace(
-        rates, bf16=rates.bf16.slowed(factor), fp16=rates.fp16.slowed(factor), fp32=rates.fp32.slowed(factor)
-    )
 
 
 def _with_updates(rates: Rates, training: _Training) -> Rates:

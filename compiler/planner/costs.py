@@ -113,6 +113,9 @@ SCATTERED, WIDENING = 2.1, 1.45
 """The same for element-wise operators one of whose operands is repeated or in another order than the result, and for
 conversions to a wider dtype: torch has no vectorized kernels for them."""
 
+COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.cat.default})
+"""Operators that are not element-wise by torch's tags, for which this holds, too."""
+
 PRODUCT_SHARES: dict[object, float] = {
     geminifx.attention.default: 0.42, geminifx.attention_backward.default: 0.3,
 }  # fmt: skip
@@ -175,9 +178,6 @@ def product_share(node: fx.Node) -> float:
     if node.target in PRODUCT_SHARES:
         return PRODUCT_SHARES[node.target]
     return UNALIGNED_SHARE if flops(node) and _is_unaligned(node) else 1.0
-
-
-COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.cat.default})
 
 
 def _is_scattered(node: fx.Node) -> bool:

@@ -126,7 +126,7 @@ def pack(
     return Layout(tuple(chunks), tied, tuple(spread.owners.items()))
 
 
-def trained_too(
+def thawed(
     layout: Layout, names: Collection[str], parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule]
 ) -> Layout:
     """The layout with all chunks trained that hold one of the parameters `names`, which were frozen. Chunks are trained

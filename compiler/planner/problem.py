@@ -28,7 +28,7 @@ from .format_choice import ANY_TIER, HOST_ALONE, LEANER, Formats, decided
 from .lengthened import Lengthened
 from .memory import Limits
 from .microbatches import Decision, fewest, in_rounds
-from .packing import Spread, Together, divide, pack, trained_too, uses
+from .packing import Spread, Together, divide, pack, thawed, uses
 from .pipeline.asked import asked_schedule
 from .pipeline.cuts import begins, owners
 from .pipeline.stage_costs import suited
@@ -135,11 +135,11 @@ class Planning:
         except SplitError as error:
             raise SplitError(f"microbatches={asked}: {error}; or leave microbatches out") from error
 
-    def trained_too(self, plan: Plan, names: Collection[str], format: OwnFormat | None) -> Plan:
+    def thawed(self, plan: Plan, names: Collection[str], format: OwnFormat | None) -> Plan:
         """The plan with a layout in which the parameters `names`, which were frozen, are trained. Raises StateError
         where their chunks cannot be."""
         unit, rules = (1, {}) if format is None else (format.unit, dict(format.rules))
-        layout = trained_too(plan.layout, names, self.parameters, rules)
+        layout = thawed(plan.layout, names, self.parameters, rules)
         return plan if layout == plan.layout else replace(plan, layout=divide(layout, plan.shards, unit))
 
     def _in_rounds(self, find: Callable[[int, int], Decision], best: Decision) -> Decision:

@@ -79,7 +79,7 @@ class Builder:
         now = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
         if before is None:
             return None, now
-        return self.planning.trained_too(before.plan, now - before.trained, format), before.trained | now
+        return self.planning.thawed(before.plan, now - before.trained, format), before.trained | now
 
     def further(self, captured: Captured, setup: Setup, format: OwnFormat | None) -> Compiled:
         """One more program over a setup, planned so that states stay where they are."""

@@ -131,14 +131,16 @@ class Rates:
         faster = update_bytes("exact") / update_bytes(moments)
         return measured or Updates(self.host_params_per_s * faster, self.device_params_per_s * faster)
 
+    def with_slower_products(self, factor: float) -> "Rates":
+        """The same machine, on which matrix products take `factor` times as long."""
+        products = {name: getattr(self, name).slowed(factor) for name in ("bf16", "fp16", "fp32")}
+        return replace(self, **products)
+
     def slowed(self, by: Slowdown) -> "Rates":
         """The same machine, corrected by measured slowdowns."""
         return replace(
-            self,
+            self.with_slower_products(by.compute),
             name=f"{self.name.removesuffix(CORRECTED)}{CORRECTED}",
-            bf16=self.bf16.slowed(by.compute),
-            fp16=self.fp16.slowed(by.compute),
-            fp32=self.fp32.slowed(by.compute),
             memory_bytes_per_s=self.memory_bytes_per_s / by.compute,
             kernel_s=self.kernel_s * by.compute,
             launch_s=self.launch_s * by.compute,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...runtime.isa.errors import CheckpointError, StateError
+from ...runtime.isa.precision import is_exact
 from ...runtime.memory.stored import Stored
 from ...runtime.optimizer.chunk_optimizer import ChunkOptimizer
 from ...runtime.optimizer.saved_states import SavedState, check_rule
 from ..session import Session
-from .state_dict import is_exact
 
 _logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...runtime.isa.errors import StateError
 from ...runtime.isa.layout import Slot
-from ...runtime.isa.precision import master_dtype
+from ...runtime.isa.precision import is_exact, master_dtype
 from ...runtime.memory.lazy_parameter import LazyParameter
 from ..session import Session
 from ..weights.quantized_weights import QuantizedWeight, quantized_weights
@@ -146,12 +146,6 @@ def make_masters(session: Session, state_dict: Mapping[str, Any]) -> None:
 def _is_too_narrow(parameter: nn.Parameter, value: Any) -> bool:
     will_widen = master_dtype(parameter) != parameter.dtype and not parameter.is_meta
     return will_widen and isinstance(value, Tensor) and not is_exact(value.dtype, parameter.dtype)
-
-
-def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
-    """Whether a conversion from dtype `saved` to dtype `kept` loses nothing."""
-    is_floating = saved.is_floating_point and kept.is_floating_point
-    return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)
 
 
 def local_shards_of(session: Session, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -39,6 +39,12 @@ def master_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in LOW and parameter.requires_grad else parameter.dtype
 
 
+def is_exact(saved: torch.dtype, kept: torch.dtype) -> bool:
+    """Whether a conversion from dtype `saved` to dtype `kept` loses nothing."""
+    is_floating = saved.is_floating_point and kept.is_floating_point
+    return saved == kept or (is_floating and torch.promote_types(saved, kept) == kept)
+
+
 def sum_dtype(dtype: torch.dtype, reduce_dtype: ReduceDtype) -> torch.dtype:
     """The dtype that processes sum gradients of `dtype` in."""
     return torch.promote_types(dtype, torch.float32) if reduce_dtype == "fp32" else dtype

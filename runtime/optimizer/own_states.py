@@ -110,12 +110,15 @@ class OwnStates:
     def _take_frozen(self, state: ChunkState, frozen: ChunkState, layout: ChunkLayout) -> None:
         """Takes over the values of a chunk that was frozen, perhaps without a master and undivided, and the gradients
         that the user has assigned."""
-        for slot, place in enumerate(state.layout.slots):
-            is_whole = frozen.layout.slots[slot].shape != place.shape
-            mine = lambda value: self.zero.take(value, layout, slot) if is_whole else value  # noqa: B023, E731
-            state.write(slot, mine(frozen.read(slot)))
+
+        def mine(value: Tensor, slot: int) -> Tensor:
+            is_mine = tuple(value.shape) == state.layout.slots[slot].shape
+            return value if is_mine else self.zero.take(value, layout, slot)
+
+        for slot in range(len(state.layout.slots)):
+            state.write(slot, mine(frozen.read(slot), slot))
             if frozen.added and frozen.total is not None and state.total is not None:
-                state.slice(state.total, slot).copy_(mine(frozen.slice(frozen.total, slot)))
+                state.slice(state.total, slot).copy_(mine(frozen.slice(frozen.total, slot), slot))
         state.steps, state.version = frozen.steps, frozen.version + 1
         state.present, state.added = frozen.present, frozen.added
 

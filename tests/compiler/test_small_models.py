@@ -57,7 +57,7 @@ def test_products_are_corrected_until_modelled_blocks_take_as_long_as_measured_o
     launches = small_models._Training(SMALL, "cuda", CPU).busy_s(small_models.LAUNCHES, H200) / H200.launch_s
     quick = replace(H200, launch_s=1e-9)
     for factor in (0.8, 1.25):
-        slower = small_models._slower_products(quick, factor)
+        slower = quick.with_slower_products(factor)
         steps = [launches * quick.launch_s, *(1.0 + model.modelled(slower).step_s for model in models)]
         found = told(monkeypatch, [step_s for step_s in steps for _ in range(7)], [1.0] * 7)
         for name in ("bf16", "fp16", "fp32"):
