@@ -73,7 +73,7 @@ class Call:
         entry: the submodule's name; "" for the model.
         args, kwargs: the arguments.
         backward: whether a backward is wanted.
-        state: the model's modes in words, for messages.
+        state: the model's modes in words, for messages, with a digest of which parameters are trained.
         setting: the part of `key` that does not come from the arguments.
         leaves: the arguments' pytree leaves.
         inputs: positions of numbers among the leaves that are inputs of programs.

@@ -50,8 +50,8 @@ class Card:
     """A card's published peaks in FLOP/s, without sparsity and accumulating in float32, by dtype.
 
     `product_share` of the bf16 and fp16 peaks is reached by large matmuls in training steps. For H200 it is measured
-    (800e12 FLOP/s; many in a row, which power limits, reach 660e12), for H100 it is
-    taken over from it, for others estimated.
+    (800e12 FLOP/s; many in a row, which power limits, reach 660e12), for H100 SXM taken over from it, for others
+    estimated.
     `network_bytes_per_s` is what a card receives from another one of its kind.
     """
 
